@@ -1,0 +1,288 @@
+"""The nouns that cross module borders. NumPy only: a robot's client and the evaluation load no torch.
+
+Shape legend: T frames or control steps, H action horizon, D embodiment dimension (arm joints + gripper).
+Units: SI and radians. Gripper opening: 0 closed, 1 open. Images: uint8, HWC, RGB. See docs/conventions.md.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.floating[Any]]
+ImageArray = NDArray[np.uint8]
+T = TypeVar("T")
+
+
+class BlmError(ValueError):
+    """Base of every error that a user can cause and mend. The message names value, rule and choices."""
+
+
+class UnknownNameError(BlmError):
+    """A name that a registry or a recipe does not have; lists the valid ones and the closest match."""
+
+    def __init__(self, kind: str, name: str, valid: Iterable[str]) -> None:
+        names = sorted(valid)
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        super().__init__(f"unknown {kind} '{name}'.{hint} Valid: {', '.join(names)}.")
+
+
+class ContractError(BlmError):
+    """Two parties disagree on action space, rate, cameras or shapes; the message prints both."""
+
+
+def lookup(kind: str, name: str, registry: Mapping[str, T]) -> T:
+    """Return `registry[name]`. Raises UnknownNameError with the closest match."""
+    if name not in registry:
+        raise UnknownNameError(kind, name, registry)
+    return registry[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionSpace:
+    """What one action means for one robot: absolute joint-position targets, then the gripper opening.
+
+    State vectors use the same order, names and units: joint positions, then the measured gripper opening.
+    """
+
+    robot: str
+    names: tuple[str, ...]
+    """One per dimension; the last is 'gripper'."""
+    units: tuple[str, ...]
+    """'rad' for joints, 'opening' (0 closed .. 1 open) for the gripper."""
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    rate_hz: float = 20.0
+    kind: Literal["absolute_joint_position"] = "absolute_joint_position"
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.names), len(self.units), len(self.low), len(self.high)}
+        if len(lengths) != 1:
+            raise BlmError(
+                f"action space of '{self.robot}': names, units, low and high differ in length: {lengths}"
+            )
+
+    @property
+    def dim(self) -> int:
+        return len(self.names)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ActionSpace:
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**fields)
+
+    def require_same(self, other: ActionSpace, where: str) -> None:
+        """Raise ContractError that prints both sides unless `other` is this very action space."""
+        if self != other:
+            rows = [
+                f"  {name}: {mine!r} here, {theirs!r} in {where}"
+                for (name, mine), theirs in zip(asdict(self).items(), asdict(other).values(), strict=True)
+                if mine != theirs
+            ]
+            raise ContractError(f"action spaces of '{self.robot}' differ:\n" + "\n".join(rows))
+
+    def check_state(self, state: FloatArray, where: str) -> FloatArray:
+        """Return `state` as float32 [D]. Raises ContractError on a wrong shape or a non-finite value."""
+        array = np.asarray(state, dtype=np.float32)
+        if array.shape != (self.dim,):
+            raise ContractError(
+                f"{where}: state has shape {array.shape}, '{self.robot}' needs ({self.dim},): "
+                f"{', '.join(self.names)}"
+            )
+        if not np.isfinite(array).all():
+            bad = [n for n, ok in zip(self.names, np.isfinite(array), strict=True) if not ok]
+            raise ContractError(
+                f"{where}: state is not finite in {', '.join(bad)}; drop or repair this frame"
+            )
+        return array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observation:
+    """What a policy sees at one control step."""
+
+    images: Mapping[str, ImageArray]
+    """Camera name -> uint8 [height, width, 3] RGB."""
+    state: FloatArray
+    """[D] joint positions (rad) and gripper opening, in the order of the robot's ActionSpace."""
+    instruction: str
+    robot: str
+    seed: int = 0
+    """Seed of the sampling noise for this decision; the same observation and seed give the same chunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionChunk:
+    """H consecutive actions, the first of them for the step at which the observation was taken."""
+
+    actions: FloatArray
+    """[H, D] absolute joint-position targets (rad) and gripper opening."""
+    rate_hz: float = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyContract:
+    """What a policy promises and needs; stored in checkpoints and sent to clients when they connect."""
+
+    action_spaces: Mapping[str, ActionSpace]
+    """Robot name -> action space."""
+    cameras: tuple[str, ...]
+    image_size: int
+    """Square images of this side [px]."""
+    horizon: int
+    """Actions in a chunk."""
+    execute: int
+    """How many of them to execute before asking again (a receding horizon)."""
+    rate_hz: float = 20.0
+    revision: str = ""
+    """Hash of the weights, or the name of a policy that has none."""
+
+    def to_json(self) -> dict[str, Any]:
+        spaces = {name: space.to_json() for name, space in self.action_spaces.items()}
+        return {**asdict(self), "action_spaces": spaces, "cameras": list(self.cameras)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PolicyContract:
+        spaces = {name: ActionSpace.from_json(space) for name, space in data["action_spaces"].items()}
+        return cls(**{**data, "action_spaces": spaces, "cameras": tuple(data["cameras"])})
+
+    def check(self, observation: Observation) -> Observation:
+        """Return the observation with a float32 state. Raises BlmError naming what does not fit."""
+        space = lookup("robot", observation.robot, self.action_spaces)
+        state = space.check_state(observation.state, "observation")
+        for camera in self.cameras:
+            if camera not in observation.images:
+                have = ", ".join(sorted(observation.images)) or "none"
+                raise ContractError(
+                    f"observation lacks camera '{camera}'; needed: {', '.join(self.cameras)}; got: {have}"
+                )
+            image = np.asarray(observation.images[camera])
+            if image.dtype != np.uint8 or image.shape != (self.image_size, self.image_size, 3):
+                raise ContractError(
+                    f"camera '{camera}': image is {image.dtype} {image.shape}, "
+                    f"needed: uint8 ({self.image_size}, {self.image_size}, 3)"
+                )
+        return Observation(
+            images={camera: np.asarray(observation.images[camera]) for camera in self.cameras},
+            state=state,
+            instruction=observation.instruction,
+            robot=observation.robot,
+            seed=observation.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Episode:
+    """One recorded rollout of T control steps. Row t holds what was seen and then commanded at step t."""
+
+    robot: str
+    task: str
+    seed: int
+    instruction: str
+    states: FloatArray
+    """[T, D] float32."""
+    actions: FloatArray
+    """[T, D] float32."""
+    images: Mapping[str, ImageArray]
+    """Camera -> [T, height, width, 3]; empty when loaded without video."""
+    primitives: tuple[str, ...] = ()
+    """Name of the primitive in progress at each step (T names), or empty when unknown."""
+    success: bool = True
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """True (not averaged) statistics of one vector feature over all frames of a dataset, [D] each."""
+
+    min: FloatArray
+    max: FloatArray
+    mean: FloatArray
+    std: FloatArray
+    q01: FloatArray
+    q10: FloatArray
+    q50: FloatArray
+    q90: FloatArray
+    q99: FloatArray
+    count: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v if isinstance(v, int) else np.asarray(v).tolist() for k, v in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Stats:
+        arrays: dict[str, Any] = {k: np.asarray(v, dtype=np.float64) for k, v in data.items() if k != "count"}
+        return cls(count=int(data["count"]), **arrays)
+
+
+@dataclass(frozen=True)
+class Image:
+    """One picture in a message: pixels in memory, or a path relative to its corpus folder."""
+
+    pixels: ImageArray | None = None
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Message:
+    """One chat turn. Content is text and pictures in reading order."""
+
+    role: Literal["system", "user", "assistant"]
+    content: tuple[str | Image, ...]
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.content if isinstance(part, str))
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return tuple(part for part in self.content if isinstance(part, Image))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One question with its reference answer; what corpora make and the digital evaluation asks."""
+
+    id: str
+    kind: str
+    """Question type, e.g. 'count' or 'point'."""
+    messages: tuple[Message, ...]
+    """Everything up to and including the user's turn; no answer inside."""
+    answer: str
+    group: str
+    """Questions that share a picture share a group: intervals are clustered by it."""
+    scorer: Literal["exact", "point"] = "exact"
+    """'exact': normalised string equality; 'point': distance in the stated coordinate convention."""
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Anything that turns observations into action chunks: our checkpoint, a socket, an expert, a zero."""
+
+    @property
+    def contract(self) -> PolicyContract: ...
+
+    def act(self, observation: Observation) -> ActionChunk: ...
+
+    def reset(self) -> None:
+        """Forget the episode so far; called before each episode."""
+        ...
+
+
+@runtime_checkable
+class Chat(Protocol):
+    """Anything that answers a conversation."""
+
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str: ...
