@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .PHONY: demo test test-slow check setup clean
-demo: setup          ## the whole loop at small scale, ends with a report (DEMO_FLAGS="--scale ci" for the smallest)
+demo: setup          ## the whole loop at small scale, ends with a report (DEMO_FLAGS="--recipe ci" for the smallest)
 	$(BIN)/blm demo $(DEMO_FLAGS)
 
 test: setup          ## lint, types and the test suite

@@ -2,8 +2,8 @@
 
 A line is one conversation in the OpenAI content-part form:
 `{"id", "group", "source", "kinds": [...], "messages": [{"role", "content": [{"type": "text", "text"} |
-{"type": "image_url", "image_url": {"url": "images/ab12.png"}}]}, ...]}`. Urls are paths relative to the folder.
-`kinds` names the question type of each assistant turn. Only this module reads and writes the format.
+{"type": "image_url", "image_url": {"url": "images/ab12.png"}}]}, ...]}`. Urls are paths relative to the
+folder. `kinds` names the question type of each assistant turn. Only this module reads and writes the format.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Conversation:
     messages: tuple[Message, ...]
 
     def questions(self) -> Iterator[Question]:
-        """Ask every turn on its own: the pictures of the first user turn, that turn's text, no earlier answers."""
+        """Ask every turn on its own: the first turn's pictures, that turn's text, no earlier answers."""
         pictures = next(m for m in self.messages if m.role == "user").images
         asked = [m.text for m in self.messages if m.role == "user"]
         answers = [m.text for m in self.messages if m.role == "assistant"]
@@ -77,7 +77,9 @@ def read_corpus(folder: Path) -> list[Conversation]:
     """Read a corpus. Raises BlmError naming file, line and rule for a row that breaks the format."""
     path = folder / CORPUS_FILE
     if not path.exists():
-        raise BlmError(f"'{folder}' is not a corpus folder: {CORPUS_FILE} is missing; make one with `blm corpus`")
+        raise BlmError(
+            f"'{folder}' is not a corpus folder: {CORPUS_FILE} is missing; make one with `blm corpus`"
+        )
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
@@ -88,7 +90,7 @@ def read_corpus(folder: Path) -> list[Conversation]:
 
 
 def load_image(folder: Path, image: Image) -> ImageArray:
-    """Return the pixels [H, W, 3]. Raises BlmError when the file is missing, outside the folder or no image."""
+    """Return the pixels [H, W, 3]. Raises BlmError for a file that is missing, outside `folder`, no image."""
     if image.pixels is not None:
         return image.pixels
     path = (folder / str(image.path)).resolve()

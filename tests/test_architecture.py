@@ -1,0 +1,99 @@
+"""The design as a test: who may import whom, how large a file and a function may be, what loads torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "blm"
+FILES = sorted(SOURCE.rglob("*.py"))
+COMPOSITION = {"__init__", "recipes", "cli", "hub", "pipeline", "doctor"}
+"""Composition only: these files may import everything; nothing else may import them."""
+
+ALLOWED = {
+    "types": "",
+    "engine": "types",
+    "robots": "types",
+    "tasks": "types robots",
+    "data": "types",
+    "demos": "types engine robots tasks data",
+    "corpora": "types engine robots tasks data",
+    "backbone": "types",
+    "bridge": "types",
+    "policy": "types data backbone bridge",
+    "training": "types engine data corpora backbone bridge policy",
+    "evaluation": "types engine robots tasks",
+    "serving": "types robots tasks",
+    "viewing": "types data",
+}
+FILE_LINES, FUNCTION_LINES, PARAMETERS, LIBRARY_LINES = 400, 60, 8, 5_600
+
+
+def module_of(path: Path) -> str:
+    """Name of the top-level module that a source file belongs to."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Top-level `blm` modules that a file imports anywhere in it, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the full name"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    parts = [name.split(".") for name in names if name.split(".")[0] == "blm"]
+    return {p[1] for p in parts if len(p) > 1}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_follow_the_table(path):
+    module = module_of(path)
+    if module in COMPOSITION:
+        return
+    extra = imported_modules(path) - {module, *ALLOWED[module].split()}
+    assert not extra, f"{path.name} may not import {sorted(extra)}; allowed for {module}: {ALLOWED[module]}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_budgets(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < FUNCTION_LINES, f"{path.name}:{node.name} is too long"
+            arguments = [a for a in node.args.args if a.arg not in ("self", "cls")] + node.args.kwonlyargs
+            assert len(arguments) <= PARAMETERS, f"{path.name}:{node.name} takes {len(arguments)} parameters"
+
+
+def test_library_size():
+    assert sum(len(path.read_text().splitlines()) for path in FILES) <= LIBRARY_LINES
+
+
+def test_no_wildcard_pickle_or_remote_code():
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in getattr(node, "names", [])] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            assert not {"*", "pickle", "torchvision"} & set(names), f"{path}: {names}"
+            keywords = node.keywords if isinstance(node, ast.Call) else []
+            assert "trust_remote_code" not in {k.arg for k in keywords}, path
+
+
+@pytest.mark.parametrize("module", ["blm", "blm.types", "blm.evaluation", "blm.serving.client"])
+def test_loads_without_torch(module):
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_import_changes_nothing():
+    code = (
+        "import os, random, numpy as np; before = dict(os.environ), random.getstate()[1][:3]\n"
+        "import blm.cli, blm.tasks, blm.backbone, blm.policy\n"
+        "assert before == (dict(os.environ), random.getstate()[1][:3])"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
