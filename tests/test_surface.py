@@ -1,4 +1,4 @@
-"""The public surface: every `__all__` is sorted, true and complete, and registries answer wrong names well."""
+"""The public surface: every `__all__` is true (ruff keeps it sorted), and registries answer wrong names well."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ PACKAGES = [
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_all_is_sorted_and_exists(name):
+def test_all_members_exist(name):
     package = importlib.import_module(name)
-    assert list(package.__all__) == sorted(package.__all__)
+    assert len(set(package.__all__)) == len(package.__all__)
     for member in package.__all__:
         assert getattr(package, member) is not None
     assert package.__doc__
 
 
 def test_unknown_names_list_the_valid_ones_and_the_closest():
-    with pytest.raises(UnknownNameError, match=r"unknown robot 'xarm9'.*Did you mean 'xarm.'\?.*panda, xarm6"):
+    with pytest.raises(
+        UnknownNameError, match=r"unknown robot 'xarm9'.*Did you mean 'xarm.'\?.*panda, xarm6"
+    ):
         lookup("robot", "xarm9", {"xarm6": 1, "panda": 2})
     assert issubclass(UnknownNameError, BlmError)

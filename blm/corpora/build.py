@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from blm.corpora.messages import Conversation, read_corpus, with_pixels, write_corpus
-from blm.corpora.questions import ask_done, ask_next, observe_scene, robot_and_task, scene_turns, to_messages
+from blm.corpora.questions import (
+    ask_done,
+    ask_next,
+    control_turn,
+    observe_scene,
+    robot_and_task,
+    scene_turns,
+    to_messages,
+)
 from blm.data.episodes import open_dataset
 from blm.engine import Unit, run_units
 from blm.tasks import Env
@@ -39,6 +47,8 @@ class SceneCorpusConfig:
     turns: int = 8
     """Questions about each scene."""
     max_distractors: int = 3
+    control: bool = True
+    """Ask the policy's own prompt too. Off for held-out corpora: its long answer is no benchmark item."""
     episodes: Path | None = None
     """Folder with one dataset per robot whose frames are asked about too."""
     frames_per_episode: int = 6
@@ -93,7 +103,10 @@ def _random_scenes(config: SceneCorpusConfig, start: int) -> Iterator[Conversati
         ) as env:
             env.reset(seed=seed, options={"arm": "random"})
             scene = observe_scene(env, config.cameras)
+            instruction = env.task_description
         turns = scene_turns(scene, config.turns, rng)
+        if config.control:
+            turns.append(control_turn(scene, instruction, robot))
         group = f"scene/{robot}/{task}/{seed}"
         yield Conversation(
             id=group,

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from blm.backbone.prompt import control_question
 from blm.robots import ROBOTS
 from blm.tasks import TASKS, Env
+from blm.tasks.spec import PALETTE, ObjectState
 from blm.types import Image, ImageArray, Message
 
 POINT_SCALE = 1000
@@ -22,8 +24,8 @@ MIN_VISIBLE_PX = 6
 """An object is asked about in a picture only when it covers at least this many pixels [px]."""
 MIN_GAP_M = 0.03
 """Relations are asked only when two objects differ by at least this along the axis [m]."""
-COLORS = ("red", "green", "blue", "yellow", "purple", "orange", "white")
-KINDS = ("cube", "sphere", "cylinder")
+KINDS = ("cube", "ball", "cylinder")
+"""What counts as an object; goal markers (a sphere in the air, a disc) are pointed at by name only."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Thing:
     color: str
     position: np.ndarray
     """World frame [m], shape [3]."""
+    distractor: bool = False
+    """Whether it has no part in the task."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,10 @@ class Scene:
     tcp: np.ndarray
     """World position of the tool centre point [m], shape [3]."""
     points: dict[str, dict[str, tuple[float, float]]]
-    """Camera -> label -> image position as fractions of width and height, for what is visible there."""
+    """Camera -> label -> image position as fractions of width and height, for what is visible there.
+
+    The gripper is left out of the wrist view: it never moves in it.
+    """
     images: dict[str, ImageArray]
 
 
@@ -64,7 +71,7 @@ class Turn:
 def observe_scene(env: Env, cameras: Sequence[str]) -> Scene:
     """Read the facts of the environment's present state."""
     things = tuple(
-        Thing(key, state.name, state.kind, state.color, np.asarray(state.position))
+        Thing(key, label(state), state.kind, state.color, state.position, key.startswith("distractor"))
         for key, state in env.objects().items()
     )
     tcp = np.asarray(env.tcp()[0])
@@ -77,9 +84,14 @@ def observe_scene(env: Env, cameras: Sequence[str]) -> Scene:
         points[camera] = {
             label: (float(u), float(v))
             for label, (u, v) in zip(named, where, strict=True)
-            if 0 <= u < 1 and 0 <= v < 1
+            if 0 <= u < 1 and 0 <= v < 1 and not (label == "gripper" and camera == "wrist")
         }
     return Scene(things, tcp, points, dict(env.observe()["pixels"]))
+
+
+def label(state: ObjectState) -> str:
+    """What people call it: colour and kind for an object, its name for a goal marker."""
+    return f"{state.color} {state.kind}" if state.kind in KINDS else state.name
 
 
 def format_point(fraction: tuple[float, float]) -> str:
@@ -91,10 +103,10 @@ def format_point(fraction: tuple[float, float]) -> str:
 def ask_existence(scene: Scene, rng: np.random.Generator) -> Turn | None:
     """Is there such an object? Half of the questions name one that is not there."""
     present = {t.label for t in solid(scene)}
-    absent = [f"{c} {k}" for c in COLORS for k in KINDS if f"{c} {k}" not in present]
+    absent = [f"{c} {k}" for c in PALETTE for k in KINDS if f"{c} {k}" not in present]
     yes = bool(rng.integers(2)) and bool(present)
-    label = str(rng.choice(sorted(present) if yes else absent))
-    return Turn("existence", f"Is there a {label} on the table?", "yes" if yes else "no")
+    named = str(rng.choice(sorted(present) if yes else absent))
+    return Turn("existence", f"Is there a {named} on the table?", "yes" if yes else "no")
 
 
 def ask_color(scene: Scene, rng: np.random.Generator) -> Turn | None:
@@ -151,12 +163,9 @@ def ask_point(scene: Scene, rng: np.random.Generator) -> Turn | None:
         return None
     camera = cameras[0] if rng.random() < 0.7 else cameras[rng.integers(len(cameras))]
     labels = sorted(scene.points[camera])
-    label = labels[rng.integers(len(labels))]
-    return Turn(
-        f"point_{camera}",
-        f"Point to the {label} in the {camera} view.",
-        format_point(scene.points[camera][label]),
-    )
+    named = labels[rng.integers(len(labels))]
+    answer = format_point(scene.points[camera][named])
+    return Turn(f"point_{camera}", f"Point to the {named} in the {camera} view.", answer)
 
 
 ASKERS: dict[str, Callable[[Scene, np.random.Generator], Turn | None]] = {
@@ -177,6 +186,22 @@ def ask_done(instruction: str, done: bool) -> Turn:
 def ask_next(instruction: str, primitive: str) -> Turn:
     """Which primitive does the robot carry out next?"""
     return Turn("next_primitive", f"Task: {instruction} What is the next primitive?", primitive)
+
+
+def control_turn(scene: Scene, instruction: str, robot: str) -> Turn:
+    """The policy's own prompt, answered: where object, goal and gripper are, and what comes next.
+
+    Stage II taps the backbone at exactly this prompt, so Stage I teaches what has to be known there. In a
+    random scene nothing is under way, so the first primitive comes next.
+    """
+    roles = {t.label: "object" if t.kind in KINDS else "goal" for t in scene.things if not t.distractor}
+    roles["gripper"] = "gripper"
+    views = []
+    for camera, points in scene.points.items():
+        spots = [f"{role} {format_point(points[name])}" for name, role in roles.items() if name in points]
+        views.append(f"{camera}: {', '.join(spots) or 'nothing'}.")
+    question = control_question(instruction, robot, list(scene.points))
+    return Turn("control", question, f"{' '.join(views)} next: approach")
 
 
 def scene_turns(scene: Scene, turns: int, rng: np.random.Generator) -> list[Turn]:

@@ -1,0 +1,138 @@
+"""What the intent cache is worth: Stage II samples/s with cached hidden states over samples/s without.
+
+    python benchmarks/intents.py [--repeats 5] [--steps 4] [--batch-size 32] [--threads 1]
+
+One run on one made-up dataset with the untrained nano backbone: speed does not depend on weights or pictures.
+Each repeat times both ways on the same batches, one after the other. The interval of the ratio is a 95 %
+t-interval of its logarithm over the repeats.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from blm.backbone.backbone import Backbone, build_nano
+from blm.data.episodes import finalize_dataset, open_dataset, stage_episode
+from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
+from blm.training.imitate import ImitateConfig, Sampler, open_robot
+from blm.training.intents import IntentConfig
+from blm.training.loop import LoopConfig
+from blm.types import ActionSpace, Episode
+
+CAMERAS, SIDE, LENGTH, DIM = ("base", "side", "wrist"), 112, 60, 8
+T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""97.5 % point of Student's t for this number of repeats (one fewer degrees of freedom)."""
+
+
+def make_dataset(folder: Path, episodes: int) -> Path:
+    """Write a dataset of moving squares and random walks in the shape of the real ones."""
+    rng = np.random.default_rng(0)
+    names = (*(f"joint{i}" for i in range(DIM - 1)), "gripper")
+    units, low = ("rad",) * (DIM - 1) + ("opening",), (-3.0,) * (DIM - 1) + (0.0,)
+    space = ActionSpace(robot="arm", names=names, units=units, low=low, high=(3.0,) * (DIM - 1) + (1.0,))
+    staged = []
+    for seed in range(episodes):
+        images = np.full((LENGTH, SIDE, SIDE, 3), 90, np.uint8)
+        for t in range(LENGTH):
+            images[t, 20 + t : 40 + t, 30:50] = (200, 40, 40)
+        walk = np.clip(np.cumsum(rng.normal(0, 0.03, (LENGTH + 1, DIM)), 0), 0, 1).astype(np.float32)
+        episode = Episode(
+            robot="arm",
+            task="walk",
+            seed=seed,
+            instruction="Pick up the red cube and move it to the green goal.",
+            states=walk[:-1],
+            actions=walk[1:],
+            images=dict.fromkeys(CAMERAS, images),
+        )
+        stage_episode(folder / "staging", str(seed), episode)
+        staged.append(folder / "staging" / str(seed))
+    return finalize_dataset(
+        staged, folder / "arm", space=space, cameras=CAMERAS, image_size=SIDE, provenance={}
+    )
+
+
+def trainer(hidden_size: int) -> Callable[[PolicyBatch], None]:
+    """Return a function that takes one Stage II step with the default (nano) policy."""
+    torch.manual_seed(0)
+    network = PolicyNetwork(PolicyConfig(), hidden_size, 1)
+    teacher = copy.deepcopy(network)
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
+
+    def step(batch: PolicyBatch) -> None:
+        optimizer.zero_grad()
+        network.loss(batch, teacher)["loss"].backward()
+        optimizer.step()
+
+    return step
+
+
+def rate(sampler: Sampler, step: Callable[[PolicyBatch], None], steps: range, batch_size: int) -> float:
+    begin = time.perf_counter()
+    for number in steps:
+        step(sampler(number))
+    return len(steps) * batch_size / (time.perf_counter() - begin)
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def main(repeats: int = 5, steps: int = 4, batch_size: int = 32, threads: int = 1, episodes: int = 8) -> None:
+    """Print one JSON object with both rates, their ratio and its interval."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        build_nano().save(folder / "backbone")
+        backbone = Backbone.load(folder / "backbone")
+        cached = ImitateConfig(
+            datasets=(make_dataset(folder, episodes),),
+            backbone=str(folder / "backbone"),
+            intents=IntentConfig(layer=3, cameras=CAMERAS, workers=0),
+            loop=LoopConfig(steps=1, batch_size=batch_size),
+            cache=folder / "cache",
+        )
+        dataset, begin = open_dataset(folder / "arm"), time.perf_counter()
+        samplers = {"cached": Sampler([open_robot(backbone, dataset, cached)], cached)}
+        filling = time.perf_counter() - begin
+        live = replace(cached, cache=None)
+        samplers["live"] = Sampler([open_robot(backbone, dataset, live)], live)
+        step, rates = trainer(backbone.hidden_size), {name: [] for name in samplers}
+        for repeat in range(-1, repeats):  # the first one warms up
+            for name, sampler in samplers.items():
+                value = rate(sampler, step, range(repeat * steps + steps, (repeat + 2) * steps), batch_size)
+                rates[name] += [value] if repeat >= 0 else []
+        tokens = samplers["cached"](0).hidden.shape[1]
+    logs = np.log(np.array(rates["cached"]) / np.array(rates["live"]))
+    half = T_975[repeats] * logs.std(ddof=1) / repeats**0.5
+    result = {
+        "ratio": float(np.exp(logs.mean())),
+        "interval_95": [float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half))],
+        "samples_per_s": {name: float(np.mean(values)) for name, values in rates.items()},
+        "filling_frames_per_s": dataset.num_frames / filling,
+        "repeats": repeats,
+        "samples_per_repeat": steps * batch_size,
+        "tokens_per_frame": tokens,
+        "hardware": {"cpu": processor(), "cores": os.cpu_count(), "threads": threads},
+        "software": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

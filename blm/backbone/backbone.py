@@ -1,0 +1,308 @@
+"""One class that drives any image-text-to-text model of transformers: answer, tap H_k, freeze, save.
+
+Shapes: B conversations, L prompt positions, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+from transformers.utils import is_torchvision_available
+
+from blm.backbone.nano import SAMPLE_TEXTS, make_nano
+from blm.backbone.prompt import load_pixels, question_prompt, to_chat
+from blm.types import BlmError, Message, lookup
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Tapped:
+    """Hidden states after block k at the prompt positions."""
+
+    hidden: Tensor
+    """[B, L, d], with no final normalisation."""
+    mask: Tensor
+    """[B, L] bool, False at padding."""
+
+
+class Backbone:
+    """A model and its processor. `tap` may run in one thread while `answer` runs in another."""
+
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self._path = _decoder_path(model)
+        self._processing, self._generating = threading.Lock(), threading.Lock()
+
+    @classmethod
+    def load(
+        cls, name_or_folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Backbone:
+        """Load a folder, or a name of BACKBONES ("nano" is made fresh and untrained).
+
+        Raises UnknownNameError for what is neither.
+        """
+        source: str | Callable[[], Backbone] = str(name_or_folder)
+        if not Path(name_or_folder).is_dir():
+            source = lookup("backbone", str(name_or_folder), BACKBONES)
+        if isinstance(source, str):
+            backbone = cls(AutoModelForImageTextToText.from_pretrained(source), _load_processor(source))
+        else:
+            backbone = source()
+        backbone.model.to(device=device, dtype=dtype)
+        return backbone
+
+    @property
+    def decoder(self) -> Any:
+        """The language model inside: embeddings, blocks (`.layers`) and final norm."""
+        return self.model.get_submodule(".".join(self._path))
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.decoder.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.decoder.config.hidden_size
+
+    def render(self, messages: Sequence[Message], *, prompt: bool) -> str:
+        """Return the text of a conversation by the model's own chat template, one placeholder per picture.
+
+        With `prompt` it ends where the assistant begins. Raises BlmError if a text contains the placeholder.
+        """
+        for message in messages:
+            if self.processor.image_token in message.text:
+                raise BlmError(
+                    f"text of the {message.role} contains '{self.processor.image_token}', which is reserved"
+                )
+        return self.processor.apply_chat_template(
+            to_chat(messages), tokenize=False, add_generation_prompt=prompt
+        )
+
+    def process(
+        self, texts: Sequence[str], images: Sequence[np.ndarray], *, side: Literal["left", "right"] = "left"
+    ) -> Inputs:
+        """Tokenise rendered texts, padded on `side`, and their pictures, in reading order; on the CPU.
+
+        Raises BlmError when placeholders and picture features differ.
+        """
+        with self._processing:  # a fast tokenizer changes its padding state and may not be shared meanwhile
+            inputs = dict(
+                self.processor(
+                    text=list(texts),
+                    images=list(images) or None,
+                    padding=True,
+                    padding_side=side,
+                    return_tensors="pt",
+                )
+            )
+        self.check(inputs)
+        return inputs
+
+    def check(self, inputs: Inputs) -> None:
+        """Raise BlmError unless there are as many placeholders as picture features."""
+        config = self.model.config
+        placeholders = int((inputs["input_ids"] == self.processor.image_token_id).sum())
+        if "image_grid_thw" in inputs:
+            merged = config.vision_config.spatial_merge_size**2
+            features = int(inputs["image_grid_thw"].prod(-1).sum()) // merged
+        elif "pixel_values" in inputs:
+            n, _, height, width = inputs["pixel_values"].shape
+            features = (
+                n * (height // config.vision_config.patch_size) * (width // config.vision_config.patch_size)
+            )
+        else:
+            features = 0
+        if placeholders != features:
+            raise BlmError(
+                f"{placeholders} image placeholders but {features} image features: a picture is missing, "
+                "extra, or was cut by truncation"
+            )
+        length, limit = inputs["input_ids"].shape[1], self.decoder.config.max_position_embeddings
+        if length > limit:
+            raise BlmError(
+                f"a prompt has {length} tokens, the context holds {limit}: use fewer pictures or words"
+            )
+
+    def encode(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        side: Literal["left", "right"] = "left",
+        root: Path | None = None,
+    ) -> Inputs:
+        """Return what the model reads for prompts that end where the answer begins, on its device.
+
+        Image paths are read below `root`. Raises BlmError as `render` and `process` do, for bad pictures, and
+        when a prompt is longer than the context.
+        """
+        texts = [self.render(messages, prompt=True) for messages in conversations]
+        images = [load_pixels(image, root) for c in conversations for m in c for image in m.images]
+        inputs = self.process(texts, images, side=side)
+        length, limit = inputs["input_ids"].shape[1], self.decoder.config.max_position_embeddings
+        if length > limit:
+            raise BlmError(
+                f"a prompt has {length} tokens, the context holds {limit}: use fewer pictures or words"
+            )
+        return self.place(inputs)
+
+    def place(self, inputs: Inputs) -> Inputs:
+        """Move inputs to the model's device, and pictures to its precision."""
+        return {
+            name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+        """Return the greedy answer to one conversation."""
+        return self.answer_batch([messages], max_tokens=max_tokens)[0]
+
+    @torch.no_grad()
+    def answer_batch(self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 64) -> list[str]:
+        """Return the greedy answers; each stops at the model's end token or after `max_tokens`."""
+        inputs = self.encode(conversations)
+        with self._generating:  # some models keep per-call state (the M-RoPE offset) on themselves
+            tokens = self.model.generate(
+                **inputs, max_new_tokens=max_tokens, do_sample=False, temperature=None, top_p=None, top_k=None
+            )
+        new = tokens[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def tap(self, inputs: Inputs, layer: int) -> Tapped:
+        """Return H_k, the output of block `layer` (1-based); later blocks and the final norm do not run.
+
+        Models that add picture features between blocks (Qwen3-VL's DeepStack) have them in: H_k is what block
+        k + 1 reads. Raises BlmError for a layer that the model does not have.
+        """
+        if not 1 <= layer <= self.num_layers:
+            raise BlmError(f"layer {layer} is outside 1 .. {self.num_layers}, the blocks of this model")
+        hidden = _truncated(self.model, self._path, layer)(**inputs, use_cache=False).last_hidden_state
+        return Tapped(hidden, inputs["attention_mask"].bool())
+
+    def freeze(self) -> None:
+        self.model.eval().requires_grad_(False)
+
+    def fingerprint(self) -> str:
+        """Return the sha256 of all parameters and buffers in their present precision, by sorted name."""
+        digest = hashlib.sha256()
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        for name in sorted(tensors):
+            value = tensors[name].detach().cpu().contiguous()
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def probe_logits(self) -> Tensor:
+        """Return the logits [2, V] after two fixed prompts, one with a picture: a proof of frozenness."""
+        ramp = np.arange(112, dtype=np.uint8)
+        picture = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :] * 2, np.uint8(64)), axis=-1)
+        prompts = [question_prompt("What is in the picture?", [picture]), question_prompt("What can you do?")]
+        return torch.cat(
+            [self.model(**self.encode([prompt])).logits[:, -1].float().cpu() for prompt in prompts]
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write a stock transformers folder in one step, replacing what was there."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.model.save_pretrained(temporary)
+        self.processor.save_pretrained(temporary)
+        if folder.exists():
+            folder.replace(old)
+        temporary.replace(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def build_nano(texts: Iterable[str] = SAMPLE_TEXTS, *, seed: int = 0) -> Backbone:
+    """Return an untrained nano; its tokenizer is trained on `texts`, best those that it will be taught."""
+    return Backbone(*make_nano(texts, seed=seed))
+
+
+BACKBONES: dict[str, str | Callable[[], Backbone]] = {
+    "nano": build_nano,
+    "qwen2_5_vl_3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "qwen2_5_vl_7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen3_vl_2b": "Qwen/Qwen3-VL-2B-Instruct",
+    "qwen3_vl_4b": "Qwen/Qwen3-VL-4B-Instruct",
+    "qwen3_vl_8b": "Qwen/Qwen3-VL-8B-Instruct",
+}
+"""Name -> builder, or Hugging Face hub id."""
+
+
+def _decoder_path(model: PreTrainedModel) -> tuple[str, ...]:
+    decoder = model.get_decoder()
+    for name, module in model.named_modules():
+        if module is decoder and {"layers", "norm"} <= module._modules.keys():
+            return tuple(name.split("."))
+    raise BlmError(
+        f"{type(model).__name__} has no language model with 'layers' and 'norm'; it cannot be tapped"
+    )
+
+
+def _truncated(model: nn.Module, path: Sequence[str], layer: int) -> nn.Module:
+    """Return a view of model.<path[0]> with blocks 1 .. layer only and no final norm.
+
+    Modules on the path are shallow copies; all others, and every parameter, are shared. The model itself is
+    not touched, so another thread may be generating with it.
+    """
+    top = view = _shallow(model.get_submodule(path[0]))
+    for name in path[1:]:
+        view._modules[name] = _shallow(view.get_submodule(name))
+        view = view.get_submodule(name)
+    layers = view.get_submodule("layers")
+    assert isinstance(layers, nn.ModuleList)
+    view._modules |= {"layers": layers[:layer], "norm": nn.Identity()}
+    return top
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    view = copy.copy(module)
+    view.__dict__["_modules"] = dict(module._modules)
+    return view
+
+
+def _load_processor(source: str) -> Any:
+    """Load a processor; without torchvision, one that has no video part (its video processors need it).
+
+    We give videos as frames, so nothing is lost but the video settings of a folder saved again.
+    """
+    kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source))]
+    if is_torchvision_available() or "video_processor" not in kind.get_attributes():
+        return AutoProcessor.from_pretrained(source)
+    return without_video(kind).from_pretrained(source)
+
+
+def without_video(kind: Any) -> Any:
+    """Return the processor class `kind` with an image processor and a tokenizer only, under the same name.
+
+    transformers reads the parts of a processor off the signature of its constructor.
+    """
+
+    def init(
+        self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
+    ) -> None:
+        kind.__init__(self, image_processor, tokenizer, None, chat_template=chat_template)
+
+    return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})

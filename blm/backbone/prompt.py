@@ -1,0 +1,99 @@
+"""The prompt engine: system text, robot, cameras, instruction and video frames -> chat messages.
+
+Pictures come first, in the order given, and text after them: in a causal model the picture tokens then see
+the same prefix in a question and in a control prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+
+from blm.types import BlmError, Image, ImageArray, Message
+
+
+def control_prompt(
+    instruction: str, robot: str, images: Mapping[str, ImageArray], *, system: str = ""
+) -> tuple[Message, ...]:
+    """Return the prompt at whose hidden states a policy is trained.
+
+    `images` maps camera names to uint8 [height, width, 3].
+    """
+    return question_prompt(
+        control_question(instruction, robot, list(images)), list(images.values()), system=system
+    )
+
+
+def control_question(instruction: str, robot: str, cameras: Sequence[str]) -> str:
+    """Return the text of the control prompt; `robot` is its name ("panda").
+
+    It asks for object, goal, gripper and next primitive although nobody waits for the words: a model that was
+    taught to answer such questions gathers the answers at their positions, where the bridge reads them.
+    """
+    return (
+        f"Robot: {robot}. Views: {', '.join(cameras)}. Point to the object, the goal and the gripper in each "
+        f"view. Task: {instruction} What is the next primitive?"
+    )
+
+
+def question_prompt(
+    question: str, images: Sequence[ImageArray] = (), *, system: str = ""
+) -> tuple[Message, ...]:
+    """Return one user turn: the pictures, if any, then the question."""
+    user = Message("user", (*(Image(pixels) for pixels in images), question))
+    return (Message("system", (system,)), user) if system else (user,)
+
+
+def video_prompt(
+    question: str, frames: Sequence[ImageArray], rate_hz: float, *, count: int = 8
+) -> tuple[Message, ...]:
+    """Return one user turn with at most `count` frames as pictures, evenly spaced, and their times [s]."""
+    if len(frames) == 0 or count < 1:
+        raise BlmError(f"a video prompt needs frames; got {len(frames)} and room for {count}")
+    picked = np.unique(np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int))
+    times = ", ".join(f"{index / rate_hz:.1f}" for index in picked)
+    return question_prompt(f"Frames at {times} s. {question}", [frames[index] for index in picked])
+
+
+def load_pixels(image: Image, root: Path | None = None) -> ImageArray:
+    """Return uint8 RGB [height, width, 3]; a path is read below `root`. Raises BlmError for anything else."""
+    if image.pixels is None:
+        if image.path is None:
+            raise BlmError("an image has neither pixels nor a path")
+        if root is None:
+            raise BlmError(f"image '{image.path}' is a path; say which corpus folder it is relative to")
+        return read_pixels(root / image.path)
+    pixels = np.asarray(image.pixels)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        raise BlmError(f"an image is {pixels.dtype} {pixels.shape}; needed: uint8 (height, width, 3), RGB")
+    return pixels
+
+
+def read_pixels(file: Path) -> ImageArray:
+    """Read any picture file as upright RGB; transparency is dropped. Raises BlmError naming the file."""
+    try:
+        with PIL.Image.open(file) as picture:
+            return np.asarray(PIL.ImageOps.exif_transpose(picture).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        raise BlmError(f"cannot read image {file}: {error}") from error
+
+
+def to_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return messages in the form that chat templates of transformers read."""
+    if not messages:
+        raise BlmError("a conversation has no messages")
+    return [
+        {
+            "role": message.role,
+            "content": [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+                for part in message.content
+            ],
+        }
+        for message in messages
+    ]

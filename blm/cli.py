@@ -1,0 +1,257 @@
+"""The command line. Stage commands work on a run folder; `--recipe NAME` and dotted flags set the rest."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from blm.types import BlmError, Message, UnknownNameError, lookup
+
+if TYPE_CHECKING:
+    from blm.recipes import Recipe
+
+console = Console()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `blm`. Errors that a user can mend end with one line and exit status 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        name, command, rest = find_command(arguments)
+        command.run(name, rest)
+    except BlmError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command continues where it stopped")
+        raise SystemExit(130) from None
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it does, and the function that gets its name and its arguments."""
+
+    summary: str
+    run: Callable[[str, list[str]], None]
+
+
+def find_command(arguments: list[str]) -> tuple[str, Command, list[str]]:
+    """Split the arguments into command and rest; commands have one word or two (`train stage1`)."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _print_commands()
+        raise SystemExit(0)
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            return name, COMMANDS[name], arguments[words:]
+    raise UnknownNameError("command", " ".join(arguments[:2]).split(" -")[0], COMMANDS)
+
+
+def _print_commands() -> None:
+    table = Table(box=None, show_header=False)
+    for name, command in COMMANDS.items():
+        table.add_row(f"blm {name}", command.summary)
+    console.print("Boundless: one embodied model, two spaces. `blm COMMAND --help` shows the flags.\n")
+    console.print(table)
+
+
+# --- stages of a run ----------------------------------------------------------------------------------------
+
+
+def _stage(*names: str) -> Callable[[str, list[str]], None]:
+    def run(command: str, arguments: list[str]) -> None:
+        from blm.pipeline import run_stages
+        from blm.stages import STAGES
+
+        recipe, folder = parse_recipe(command, arguments)
+        run_stages(STAGES, list(names), recipe, folder)
+
+    return run
+
+
+def parse_recipe(command: str, arguments: list[str]) -> tuple[Recipe, Path]:
+    """Return the recipe with its overrides applied, and the run folder."""
+    from blm.recipes import RECIPES, Recipe
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", default="demo")
+    first.add_argument("--run", type=Path)
+    known, rest = first.parse_known_args(arguments)
+    base = lookup("recipe", known.recipe, RECIPES)()
+    description = (
+        f"--recipe NAME: one of {', '.join(RECIPES)}. --run FOLDER: where everything goes (runs/NAME)."
+    )
+    recipe = tyro.cli(Recipe, default=base, args=rest, prog=f"blm {command}", description=description)
+    return recipe, known.run or Path("runs") / recipe.name
+
+
+def _demo(command: str, arguments: list[str]) -> None:
+    from blm.pipeline import run_stages
+    from blm.stages import STAGES, write_report
+
+    recipe, folder = parse_recipe(command, arguments)
+    run_stages(STAGES, list(STAGES), recipe, folder)
+    report = write_report(folder, shlex.join(["blm", command, *arguments]))
+    console.print(f"\nreport: [bold]{report}[/bold] (open it in a browser)", soft_wrap=True)
+    console.print(
+        f"""Next:
+  .venv/bin/blm serve {folder}/stage2/checkpoint     chat and actions on port 8000
+  .venv/bin/blm chat {folder}/stage2/checkpoint --image PICTURE.png --image WRIST.png --question "..."
+  .venv/bin/blm view {folder}/episodes/panda         look at a demonstration
+  .venv/bin/blm collect --help                       every field of the recipe is a flag""",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _report(command: str, arguments: list[str]) -> None:
+    from blm.stages import write_report
+
+    def report(run: tyro.conf.Positional[Path]) -> None:
+        """Write RUN/report.html from whatever the run folder holds.
+
+        Args:
+            run: Folder of a run.
+        """
+        console.print(f"report: {write_report(run, 'blm report ' + str(run))}", soft_wrap=True)
+
+    tyro.cli(report, args=arguments, prog=f"blm {command}")
+
+
+# --- one model ----------------------------------------------------------------------------------------------
+
+
+def _serve(command: str, arguments: list[str]) -> None:
+    def serve(
+        checkpoint: tyro.conf.Positional[Path],
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        name: str = "BLM",
+        api_key: str | None = None,
+        device: str = "cpu",
+    ) -> None:
+        """Serve chat (OpenAI protocol) and actions (OpenPI websocket) from one checkpoint on one port.
+
+        Args:
+            checkpoint: Folder that Stage II wrote.
+            host: Address to listen on; 0.0.0.0 opens the server to the network, set an API key then.
+            port: TCP port.
+            name: Model name that chat clients ask for.
+            api_key: If given, clients must send it.
+            device: Torch device.
+        """
+        from blm.hub import BLM
+        from blm.serving.app import create_app
+        from blm.serving.app import serve as run_server
+
+        model = BLM.from_pretrained(checkpoint, device=device)
+        console.print(f"chat on http://{host}:{port}/v1, actions on ws://{host}:{port}/")
+        run_server(create_app(model, model, name=name, api_key=api_key), host, port)
+
+    tyro.cli(serve, args=arguments, prog=f"blm {command}")
+
+
+def _chat(command: str, arguments: list[str]) -> None:
+    def chat(
+        checkpoint: tyro.conf.Positional[Path],
+        question: str,
+        image: Annotated[list[Path], tyro.conf.UseAppendAction],
+        max_tokens: int = 64,
+    ) -> None:
+        """Ask a checkpoint one question about pictures.
+
+        Args:
+            checkpoint: Folder that Stage II wrote.
+            question: What to ask.
+            image: Picture file; give the flag once per camera, in the checkpoint's camera order.
+            max_tokens: Longest answer.
+        """
+        from blm.backbone.prompt import question_prompt, read_pixels
+        from blm.hub import BLM
+
+        messages: tuple[Message, ...] = question_prompt(question, [read_pixels(path) for path in image])
+        print(BLM.from_pretrained(checkpoint).answer(messages, max_tokens=max_tokens))
+
+    tyro.cli(chat, args=arguments, prog=f"blm {command}")
+
+
+# --- looking ------------------------------------------------------------------------------------------------
+
+
+def _view(command: str, arguments: list[str]) -> None:
+    def view(
+        dataset: tyro.conf.Positional[Path],
+        episode: int = 0,
+        form: Literal["mp4", "sheet", "rerun"] = "mp4",
+        out: Path | None = None,
+    ) -> None:
+        """Write one episode as a video, a contact sheet or a Rerun recording.
+
+        Args:
+            dataset: Folder of one robot's dataset.
+            episode: Number of the episode.
+            form: A video, a picture with frames side by side, or a recording (needs the extra `viewer`).
+            out: File to write; by default in the working folder, named after the episode.
+        """
+        from blm.data.episodes import open_dataset
+        from blm.viewing import contact_sheet, write_mp4, write_rerun
+
+        data = open_dataset(dataset)
+        if not 0 <= episode < data.num_episodes:
+            raise BlmError(f"episode {episode} is not in '{dataset}': valid are 0..{data.num_episodes - 1}")
+        suffix = {"mp4": "mp4", "sheet": "png", "rerun": "rrd"}[form]
+        path = out or Path(f"{data.space.robot}-{episode:05d}.{suffix}")
+        seen = data.episode(episode)
+        if form == "sheet":
+            contact_sheet([seen], path)
+        else:
+            (write_mp4 if form == "mp4" else write_rerun)(seen, path)
+        console.print(f"wrote {path}", soft_wrap=True)
+
+    tyro.cli(view, args=arguments, prog=f"blm {command}")
+
+
+def _doctor(command: str, arguments: list[str]) -> None:
+    def doctor(paths: tyro.conf.Positional[tuple[Path, ...]] = ()) -> None:
+        """Check this machine, and any datasets and checkpoints given; exit status 1 if something is wrong.
+
+        Args:
+            paths: Folders of datasets or checkpoints.
+        """
+        from blm.doctor import examine_machine, examine_path
+
+        checks = [*examine_machine(), *(examine_path(path) for path in paths)]
+        table = Table(box=None, show_header=False)
+        for check in checks:
+            table.add_row("[red]FAULT[/red]" if check.fix else "[green]ok[/green]", check.name, check.found)
+            if check.fix:
+                table.add_row("", "fix", check.fix)
+        console.print(table)
+        raise SystemExit(any(check.fix for check in checks))
+
+    tyro.cli(doctor, args=arguments, prog=f"blm {command}")
+
+
+COMMANDS: dict[str, Command] = {
+    "demo": Command("the whole loop at small scale, ends with a report", _demo),
+    "collect": Command("record demonstrations (LeRobotDataset v3.0)", _stage("collect")),
+    "corpus": Command("make questions about scenes and episodes", _stage("corpus")),
+    "train stage1": Command("fine-tune the backbone on the corpus", _stage("stage1")),
+    "train stage2": Command("train bridge and policy on the frozen backbone", _stage("stage2")),
+    "eval digital": Command("ask the held-out questions", _stage("digital")),
+    "eval physical": Command("drive the robots, closed loop, on held-out scenes", _stage("physical")),
+    "report": Command("write one HTML page from a run folder", _report),
+    "serve": Command("chat and actions from one checkpoint", _serve),
+    "chat": Command("ask one question about pictures", _chat),
+    "view": Command("an episode as video or contact sheet", _view),
+    "doctor": Command("what this machine can run; faults of datasets and checkpoints", _doctor),
+}

@@ -1,0 +1,119 @@
+"""A scripted expert that can be asked for the next action in any state of the environment."""
+
+from __future__ import annotations
+
+import mink
+import numpy as np
+from numpy.typing import NDArray
+
+from blm.demos.planner import ArmPlanner, PlanError, Pose, Vector
+from blm.demos.primitives import DECOMPOSITIONS, Step, View
+from blm.tasks import Env
+from blm.types import lookup
+
+HOLD_STEPS = 10
+"""Steps of holding still at the goal after which a demonstration is over."""
+STILL = 0.15
+"""Greatest joint speed of an arm that holds still [rad/s]; the tasks ask for .2."""
+LAG = 0.06
+"""How long the servos trail their targets [s]."""
+OFF_PLAN = 0.12
+"""Distance from the plan, corrected for the lag, at which the expert plans anew [rad]."""
+SLACK = 0.1
+"""A new plan starts from the last targets unless they are further than this from the joints [rad]."""
+
+
+class Expert:
+    """State feedback: the primitive due is decided from the measured state, its motion planned from there.
+
+    A plan is followed while it is valid; it is given up when its object moves, its grasp is lost, or the arm is
+    somewhere else, for instance because another policy moves it.
+    """
+
+    def __init__(self, env: Env, rng: np.random.Generator) -> None:
+        self.env = env
+        self.planner = ArmPlanner(env.robot)
+        self._decide = lookup("task with an expert", env.task, DECOMPOSITIONS)
+        self.reset(rng)
+
+    def reset(self, rng: np.random.Generator) -> None:
+        """Forget the episode so far; the planner's model stays."""
+        self._rng = rng
+        self._step: Step | None = None
+        self._plan: Vector = np.empty((0, self.planner.dof))
+        self._next = 0
+        self._held = 0
+        self.drops = 0
+        """Grasps that were lost."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the goal has been held, standing still, for HOLD_STEPS steps."""
+        return self._held >= HOLD_STEPS
+
+    @property
+    def remaining(self) -> int:
+        """Steps left of the current motion."""
+        return len(self._plan) - self._next
+
+    def act(self) -> tuple[NDArray[np.float32], str]:
+        """Return the action for this step and the primitive that it belongs to. Raises PlanError."""
+        view = self._measure()
+        if not self._follows(view):
+            self._begin(self._decide(view))
+        step = self._step
+        assert step is not None
+        if self._next < len(self._plan):
+            self._next += 1
+        target = self._plan[self._next - 1] if len(self._plan) else self._start()
+        still = np.abs(self.env.data.qvel[: self.planner.dof]).max() < STILL
+        self._held = self._held + 1 if still and step.primitive == "hold" else 0
+        return np.append(target, step.opening).astype(np.float32), step.primitive
+
+    def _begin(self, step: Step) -> None:
+        previous = self._step
+        if previous is not None and previous.primitive in ("lift", "move") and step.primitive == "approach":
+            self.drops += 1
+        stays = step.paths is None
+        self._step = step
+        self._next = 0
+        self._plan = self._plan[-1:] if stays else self._first_feasible(step)
+
+    def _first_feasible(self, step: Step) -> Vector:
+        """Plan the best candidate that the arm can do, and go on from. Raises PlanError when there is none."""
+        assert step.paths is not None
+        start = self._start()
+        for free in (False, True) if step.free else (False,):
+            failures: list[PlanError] = []
+            for poses, ahead in step.paths():
+                try:
+                    line = self.planner.detour(start, poses[-1], self._rng) if free else None
+                    waypoints = self.planner.path(start, poses) if line is None else line
+                    self.planner.path(waypoints[-1], ahead)
+                    return self.planner.retime(waypoints, step.speed)
+                except PlanError as error:
+                    failures.append(error)
+        raise failures[0]
+
+    def _follows(self, view: View) -> bool:
+        """Whether the current plan still stands."""
+        if self._step is None or self._next >= len(self._plan) or not self._step.valid(view):
+            return False
+        if self._next == 0:
+            return True
+        arm = slice(0, self.planner.dof)
+        ahead = self.env.data.qpos[arm] + LAG * self.env.data.qvel[arm]
+        return bool(np.abs(ahead - self._plan[self._next - 1]).max() < OFF_PLAN)
+
+    def _start(self) -> Vector:
+        """Where the arm was last sent, if it is near: plans then join without a jerk."""
+        arm = slice(0, self.planner.dof)
+        q = self.env.data.qpos[arm].copy()
+        near = np.clip(self.env.data.ctrl[arm], q - SLACK, q + SLACK)
+        return q if self.planner.collides(near) else near
+
+    def _measure(self) -> View:
+        position, rotation = self.env.tcp()
+        tool = Pose.from_rotation_and_translation(mink.SO3.from_matrix(rotation), position)
+        env = self.env
+        return View(env.robot, tool, env.gripper_opening, env.objects(), env.is_grasping)

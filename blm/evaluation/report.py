@@ -1,0 +1,165 @@
+"""One self-contained HTML page about one run: what ran, on what, how well, how sure, what it does not show.
+
+The page needs no network: styles, curves (SVG) and rollout videos (H.264) are inside. Whatever is missing is
+shown as "not run"; no number on it is written by hand.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from jinja2 import Environment, StrictUndefined
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from blm.evaluation.results import compare
+from blm.robots import ROBOTS
+from blm.tasks import TASKS
+from blm.types import BlmError, ContractError
+
+MAX_VIDEOS = 24
+_INK = "#010203"
+"""Stands for the page's text colour while matplotlib draws; replaced by `currentColor`."""
+_COLORS = ("#2f7fd8", "#d9822b", "#2f9e6e", "#b0579c")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """Where a run's results lie. A path may be None or not exist: that part was not run."""
+
+    title: str
+    commands: Sequence[str] = ()
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """The resolved recipe, JSON-able."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Stage -> wall time [s], in order."""
+    collection: Path | None = None
+    """summary.json of the collector."""
+    questions: Mapping[str, int] = field(default_factory=dict)
+    """Name of a question set -> how many."""
+    logs: Mapping[str, Path] = field(default_factory=dict)
+    """Training stage -> log.jsonl."""
+    digital: Mapping[str, Path] = field(default_factory=dict)
+    """Model -> result.json; the first is the model that the report is about."""
+    physical: Mapping[str, Path] = field(default_factory=dict)
+    """The same for closed-loop results; the others are baselines and the expert."""
+
+
+def build_report(data: ReportData, out: Path) -> None:
+    """Write the page to `out`, atomically."""
+    physical, digital = _results(data.physical), _results(data.digital)
+    logs = {stage: _read_log(path) for stage, path in data.logs.items()}
+    machines = [result["machine"] for result in (*physical.values(), *digital.values())]
+    page = _template().render(
+        data=data,
+        physical=physical,
+        digital=digital,
+        differences={name: _difference(physical, name) for name in physical},
+        reasons={
+            name: Counter(r["reason"] for r in p["rows"] if r["reason"]) for name, p in physical.items()
+        },
+        videos=_videos(data.physical, physical),
+        collection=_read(data.collection).get("robots", {}),
+        curves={stage: _curve(stage, rows) for stage, rows in logs.items()},
+        machine=machines[0] if machines else {},
+        robots=ROBOTS,
+        tasks=TASKS,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    temporary.write_text(page)
+    temporary.replace(out)
+
+
+def _template() -> Any:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["percent"] = lambda share: f"{100 * share:.0f} %"
+    environment.filters["duration"] = _duration
+    return environment.from_string(files("blm.evaluation").joinpath("report.html.jinja").read_text())
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return (
+        f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    )
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path is not None and path.exists() else {}
+
+
+def _results(paths: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    return {name: result for name, path in paths.items() if (result := _read(path))}
+
+
+def _difference(results: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
+    """First model minus this one on the same scenes; None where protocols differ."""
+    first = next(iter(results))
+    try:
+        return None if name == first else asdict(compare(results[first], results[name]))
+    except ContractError:
+        return None
+
+
+def _videos(paths: Mapping[str, Path], results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first model's filmed episodes, with the film as a data URI."""
+    name = next(iter(results), None)
+    filmed = [row for row in results[name]["rows"] if row["video"]] if name else []
+    films = []
+    for row in filmed[:MAX_VIDEOS]:
+        film = paths[str(name)].parent / row["video"]
+        if not film.exists():
+            raise BlmError(f"video '{film}' of the result is missing; keep it beside result.json")
+        uri = "data:video/mp4;base64," + base64.b64encode(film.read_bytes()).decode()
+        films.append({**row, "uri": uri})
+    return films
+
+
+def _read_log(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _curve(stage: str, rows: Iterable[Mapping[str, float]]) -> str:
+    """Losses over steps as inline SVG; empty for no rows. Colours follow the page's theme."""
+    rows = list(rows)
+    names = [name for name in dict.fromkeys(k for row in rows for k in row) if "loss" in name]
+    if not rows or not names:
+        return ""
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    style: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": stage,
+        "font.size": 11,
+        **dict.fromkeys(inked, _INK),
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(5.6, 3.0), layout="constrained")
+        axes = figure.subplots()
+        for name, color in zip(names, _COLORS, strict=False):
+            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), color=color, linewidth=1.6)
+        axes.set_xlabel("step")
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.15, color=_INK)
+        axes.legend(frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :].replace(_INK, "currentColor")

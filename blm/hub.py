@@ -1,0 +1,54 @@
+"""`BLM`: one checkpoint, one copy of frozen weights, two methods: `answer` and `act`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from blm.backbone import Backbone
+from blm.policy.policy import CheckpointPolicy
+from blm.types import ActionChunk, Message, Observation, PolicyContract, UnknownNameError
+
+RELEASES: dict[str, Path] = {}
+"""Name -> folder of the checkpoints that ship with the package. None is released yet."""
+
+
+class BLM:
+    """Answers questions and drives robots from one loaded checkpoint. It is a `Policy` and a `Chat`."""
+
+    def __init__(self, policy: CheckpointPolicy) -> None:
+        self.policy = policy
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path, *, device: str = "cpu") -> BLM:
+        """Load a checkpoint folder, or a release by name.
+
+        Raises UnknownNameError for what is neither, BlmError for a missing or altered file.
+        """
+        folder = RELEASES.get(str(name_or_folder), Path(name_or_folder))
+        if not folder.is_dir():
+            raise UnknownNameError("checkpoint", str(name_or_folder), [*RELEASES, "<a folder from Stage II>"])
+        return cls(CheckpointPolicy.load(folder, device=device))
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.policy.backbone
+
+    @property
+    def contract(self) -> PolicyContract:
+        return self.policy.contract
+
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+        """Return the greedy answer to a conversation; all blocks of the backbone run."""
+        return self.backbone.answer(messages, max_tokens=max_tokens)
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        """Return the length of the prompt in tokens, pictures included."""
+        return int(self.backbone.encode([messages])["input_ids"].shape[1])
+
+    def act(self, observation: Observation) -> ActionChunk:
+        """Return the next action chunk; only blocks 1..k of the backbone run."""
+        return self.policy.act(observation)
+
+    def reset(self) -> None:
+        self.policy.reset()

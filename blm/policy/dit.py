@@ -1,0 +1,78 @@
+"""The diffusion transformer: state, noised actions and future tokens, conditioned on intent tokens and tau.
+
+Shape legend: B batch, S tokens (1 state + H actions + M future), w width, M intent tokens, z their width.
+Block pattern and conditioning follow GR00T N1.5: even blocks cross-attend to the intent tokens, odd blocks
+self-attend; tau scales and shifts the first norm of each block and the last norm of all.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blm.bridge import Attention, feed_forward
+
+
+def sinusoid(tau_B: Tensor, width: int) -> Tensor:
+    """Return [B, width] sines and cosines of 1000 tau at `width / 2` frequencies from 1 down to 1e-4."""
+    exponents = torch.arange(width // 2, device=tau_B.device, dtype=torch.float32) / (width // 2)
+    angles = 1000 * tau_B.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class AdaptiveNorm(nn.Module):
+    """LayerNorm whose scale and shift come from the time embedding; starts as a plain LayerNorm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x_BSw: Tensor, time_Bw: Tensor) -> Tensor:
+        scale, shift = self.modulation(F.silu(time_Bw))[:, None].chunk(2, dim=-1)
+        return self.norm(x_BSw) * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Attention (to the intent tokens if `intent_width` is given, else to the sequence), feed-forward."""
+
+    def __init__(self, width: int, heads: int, intent_width: int | None) -> None:
+        super().__init__()
+        self.crosses = intent_width is not None
+        self.norm = AdaptiveNorm(width)
+        self.attention = Attention(width, intent_width or width, heads)
+        self.feed_forward = feed_forward(width)
+
+    def forward(self, x_BSw: Tensor, intent_BMz: Tensor, time_Bw: Tensor) -> Tensor:
+        normed = self.norm(x_BSw, time_Bw)
+        x_BSw = x_BSw + self.attention(normed, intent_BMz if self.crosses else normed)
+        return x_BSw + self.feed_forward(x_BSw)
+
+
+class DiT(nn.Module):
+    """Transform [state; actions; future] tokens; knows neither embodiments nor action dimensions."""
+
+    def __init__(self, width: int, blocks: int, heads: int, intent_width: int, future_layer: int) -> None:
+        super().__init__()
+        self.future_layer = future_layer
+        self.embed_time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, intent_width if index % 2 == 0 else None) for index in range(blocks)
+        )
+        self.norm = AdaptiveNorm(width)
+
+    def forward(self, x_BSw: Tensor, intent_BMz: Tensor, tau_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return output tokens [B, S, w] and the last M tokens after block `future_layer` (from 1)."""
+        count = intent_BMz.shape[1]
+        time_Bw = self.embed_time(sinusoid(tau_B, x_BSw.shape[-1]).to(x_BSw.dtype))
+        future_BMw = x_BSw[:, -count:]
+        for number, block in enumerate(self.blocks, start=1):
+            x_BSw = block(x_BSw, intent_BMz, time_Bw)
+            if number == self.future_layer:
+                future_BMw = x_BSw[:, -count:]
+        return self.norm(x_BSw, time_Bw), future_BMw

@@ -1,0 +1,57 @@
+"""Flow matching: the path from noise to actions, its training target, the time law and the sampler.
+
+    A^tau = tau A + (1 - tau) eps,   d/dtau A^tau = A - eps,   tau = 0 noise, tau = 1 data.
+
+This is the direction of GR00T N1.5 (openpi writes the same path with t = 1 - tau: its t = 1 is noise).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+BETA_SHAPE = 1.5
+"""a of Beta(a, 1), the time law of openpi and GR00T N1.5: more weight on noisy actions."""
+NOISE_SCALE = 0.999
+"""s of t = (s - u) / s in GR00T N1.5."""
+
+
+def sample_time(count: int, generator: torch.Generator) -> Tensor:
+    """Return tau [count] in [0, 1]: u ~ Beta(1.5, 1), tau = (0.999 - u) / 0.999, so mass lies near noise.
+
+    Beta(a, 1) is drawn by its inverse distribution function u = U^(1/a). The law gives u > 0.999, hence
+    tau < 0, once in 670 draws; those become 0.
+    """
+    u = torch.rand(count, generator=generator) ** (1 / BETA_SHAPE)
+    return ((NOISE_SCALE - u) / NOISE_SCALE).clamp(min=0.0)
+
+
+def interpolate(actions: Tensor, noise: Tensor, tau_B: Tensor) -> Tensor:
+    """Return A^tau for actions and noise of one shape [B, ...]."""
+    tau = tau_B.view(-1, *[1] * (actions.ndim - 1))
+    return tau * actions + (1 - tau) * noise
+
+
+def target(actions: Tensor, noise: Tensor) -> Tensor:
+    """Return the velocity A - eps that the network learns; it does not depend on tau."""
+    return actions - noise
+
+
+def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Return standard normal noise [len(seeds), *shape]; row i depends on seed i alone.
+
+    Drawn on the CPU whatever the device, so that a seed means the same noise everywhere.
+    """
+    rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows)
+
+
+def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:
+    """Integrate `velocity(x, tau_B)` from tau = 0 to 1 in equal steps, starting from `noise` [B, ...]."""
+    x = noise
+    for step in range(steps):
+        tau_B = torch.full((len(x),), step / steps, device=x.device, dtype=x.dtype)
+        x = x + velocity(x, tau_B) / steps
+    return x

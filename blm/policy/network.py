@@ -1,0 +1,154 @@
+"""The trainable part: bridge + diffusion transformer + heads, its loss and its sampler.
+
+    loss = masked mean of (V - (A - eps))^2  +  lambda * mean(1 - cos(MLP(DiT_l at future tokens), target))
+
+with target = stop-gradient of the teacher's bridge on the hidden states of the frame `future_steps` ahead
+(FLARE, arXiv 2505.15659). The teacher is an exponential moving average of the whole network: its bridge gives
+the targets, and the checkpoint keeps its weights. Where that frame lies beyond the end of the episode, the
+episode's last frame stands in: demonstrations end at rest, so the scene would stay as it is (choice).
+
+Shape legend: B batch, L prompt positions, d hidden size, H action steps, D padded dimension, M intent tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blm.bridge import BridgeConfig, Perceiver
+from blm.policy import flow
+from blm.policy.dit import DiT
+from blm.policy.heads import ActionEncoder, IndexedMLP
+from blm.types import BlmError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """Hyper-parameters of bridge, transformer and loss; the defaults are the nano size."""
+
+    bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    width: int = 128
+    blocks: int = 4
+    heads: int = 4
+    max_dim: int = 16
+    """D, to which the states and actions of all robots are padded."""
+    horizon: int = 16
+    """H, actions in a chunk."""
+    sampler_steps: int = 4
+    """Euler steps for one chunk."""
+    future_layer: int = 3
+    """Block (from 1) whose future tokens predict the future: about 3/4 of the depth, as in FLARE."""
+    future_weight: float = 0.2
+    """lambda of the loss; 0 turns the future branch off."""
+    future_steps: int = 16
+    """How many control steps ahead the predicted frame lies."""
+    ema: float = 0.995
+    """Decay of the teacher per optimiser step."""
+    relative: bool = True
+    """Predict joint targets relative to the current joint positions; False: absolute targets."""
+
+    def __post_init__(self) -> None:
+        if self.width % (2 * self.heads):
+            raise BlmError(f"policy width {self.width} must be a multiple of 2 * heads = {2 * self.heads}")
+        if not 1 <= self.future_layer <= self.blocks:
+            raise BlmError(f"future_layer {self.future_layer} must lie in 1..blocks = {self.blocks}")
+        if not 0 <= self.ema < 1 or min(self.horizon, self.sampler_steps) < 1:
+            raise BlmError(f"policy: need ema in [0, 1) and positive horizon and sampler_steps: {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyBatch:
+    """Everything one loss needs, noise included, so that a loss is a function of its batch."""
+
+    hidden: Tensor
+    """[B, L, d] hidden states of the frame."""
+    mask: Tensor
+    """[B, L] True at real prompt positions."""
+    future_hidden: Tensor
+    """[B, L', d] hidden states of the frame `future_steps` ahead."""
+    future_mask: Tensor
+    """[B, L']"""
+    state: Tensor
+    """[B, D] normalised, zero-padded."""
+    actions: Tensor
+    """[B, H, D] normalised, zero-padded."""
+    real: Tensor
+    """[B, H, D] True for dimensions that the robot has, at steps inside the episode."""
+    embodiment: Tensor
+    """[B] index of the robot."""
+    noise: Tensor
+    """[B, H, D] standard normal."""
+    tau: Tensor
+    """[B] flow time."""
+    ids: Sequence[object] = ()
+    """Names of the samples, for error messages."""
+
+    def to(self, device: torch.device | str) -> PolicyBatch:
+        tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+
+class PolicyNetwork(nn.Module):
+    """Bridge, transformer and heads for `embodiments` robots on hidden states of size `hidden_size`."""
+
+    def __init__(self, config: PolicyConfig, hidden_size: int, embodiments: int) -> None:
+        super().__init__()
+        self.config = config
+        width, z = config.width, config.bridge.width
+        self.bridge = Perceiver(config.bridge, hidden_size)
+        self.encode_state = IndexedMLP(embodiments, config.max_dim, width, width)
+        self.encode_action = ActionEncoder(embodiments, config.max_dim, width)
+        self.decode_action = IndexedMLP(embodiments, width, width, config.max_dim)
+        self.position = nn.Parameter(torch.randn(config.horizon, width) * 0.02)
+        self.future = nn.Parameter(torch.randn(config.bridge.latents, width) * 0.02)
+        self.dit = DiT(width, config.blocks, config.heads, z, config.future_layer)
+        self.predict_future = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, z))
+
+    def velocity(
+        self, noised: Tensor, tau: Tensor, intent: Tensor, state: Tensor, embodiment: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the velocity [B, H, D] at `noised` [B, H, D] and the predicted future tokens [B, M, z]."""
+        tokens = [
+            self.encode_state(state[:, None], embodiment),
+            self.encode_action(noised, tau, embodiment) + self.position,
+            self.future.expand(len(noised), -1, -1),
+        ]
+        out, future = self.dit(torch.cat(tokens, dim=1), intent, tau)
+        actions_out = out[:, 1 : 1 + self.config.horizon]
+        return self.decode_action(actions_out, embodiment), self.predict_future(future)
+
+    def loss(self, batch: PolicyBatch, teacher: PolicyNetwork) -> dict[str, Tensor]:
+        """Return scalars 'loss', 'loss_flow' and 'loss_future'.
+
+        What is not real is zero in the input and absent from the loss, so it cannot act on any weight.
+        """
+        actions, noise = batch.actions * batch.real, batch.noise * batch.real
+        noised = flow.interpolate(actions, noise, batch.tau)
+        intent = self.bridge(batch.hidden, batch.mask)
+        velocity, predicted = self.velocity(noised, batch.tau, intent, batch.state, batch.embodiment)
+        error = (velocity - flow.target(actions, noise)).square() * batch.real
+        loss_flow = error.sum() / batch.real.sum()
+        if self.config.future_weight == 0:
+            return {"loss": loss_flow, "loss_flow": loss_flow, "loss_future": torch.zeros_like(loss_flow)}
+        with torch.no_grad():
+            future = teacher.bridge(batch.future_hidden, batch.future_mask)
+        loss_future = (1 - F.cosine_similarity(predicted, future, dim=-1)).mean()
+        total = loss_flow + self.config.future_weight * loss_future
+        return {"loss": total, "loss_flow": loss_flow, "loss_future": loss_future}
+
+    @torch.no_grad()
+    def sample(
+        self, hidden: Tensor, mask: Tensor, state: Tensor, embodiment: Tensor, noise: Tensor, dims: Tensor
+    ) -> Tensor:
+        """Return normalised actions [B, H, D] from `noise`; `dims` [B, D] is True where the robot has one."""
+        intent, real = self.bridge(hidden, mask), dims[:, None]
+
+        def velocity(x: Tensor, tau: Tensor) -> Tensor:
+            return self.velocity(x, tau, intent, state, embodiment)[0] * real
+
+        return flow.euler(velocity, noise * real, self.config.sampler_steps)

@@ -1,0 +1,208 @@
+"""The trained policy: observation -> intent tokens -> action chunk; sole reader and writer of its folder.
+
+    checkpoint/  config.json  policy.safetensors  stats.json  backbone/ (a stock folder)  manifest.json
+
+manifest.json holds the sha256 of every other file. Loading refuses a missing or altered file, a foreign
+format, and a backbone that is not, bit for bit, the one that the policy was trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from blm.backbone.backbone import Backbone
+from blm.backbone.prompt import control_prompt, to_chat
+from blm.bridge import BridgeConfig
+from blm.data.transforms import RobotTransforms
+from blm.policy.flow import seeded_noise
+from blm.policy.network import PolicyConfig, PolicyNetwork
+from blm.types import ActionChunk, BlmError, FloatArray, Observation, PolicyContract
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FrozenProof:
+    """What shows that a backbone did not change: a hash of its parameters, some logits on fixed prompts."""
+
+    fingerprint: str
+    logits: tuple[float, ...]
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> FrozenProof:
+        logits = backbone.probe_logits().flatten()
+        return cls(backbone.fingerprint(), tuple(logits[:: max(1, len(logits) // 256)].tolist()))
+
+    def require(self, backbone: Backbone, where: str) -> None:
+        """Raise BlmError unless `backbone` is the proved one; its logits may differ as devices round."""
+        now = FrozenProof.of(backbone)
+        slack = 0.01 if backbone.model.dtype == torch.float32 else 0.5
+        same_logits = np.allclose(now.logits, self.logits, rtol=0, atol=slack)
+        if now.fingerprint != self.fingerprint or not same_logits:
+            raise BlmError(
+                f"{where}: the backbone (fingerprint {now.fingerprint[:12]}) is not the frozen one of Stage "
+                f"II ({self.fingerprint[:12]}), or answers differently; restore it or train Stage II again"
+            )
+
+
+class CheckpointPolicy:
+    """A `Policy`: tap the frozen backbone, bridge, Euler steps, undo the transforms, clip to the limits."""
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        frozen: FrozenProof,
+        layer: int,
+        network: PolicyNetwork,
+        transforms: Mapping[str, RobotTransforms],
+        contract: PolicyContract,
+    ) -> None:
+        self.backbone, self.frozen, self.layer, self.transforms = backbone, frozen, layer, transforms
+        self.network = network.eval().requires_grad_(False)
+        digest = hashlib.sha256(save(network.state_dict()) + frozen.fingerprint.encode())
+        self.contract = replace(contract, revision=digest.hexdigest()[:16])
+
+    def reset(self) -> None:
+        """Nothing to forget: a decision depends on its observation alone."""
+
+    def act(self, observation: Observation) -> ActionChunk:
+        return self.act_batch([observation])[0]
+
+    def act_batch(self, observations: Sequence[Observation]) -> list[ActionChunk]:
+        """Return one chunk of absolute targets per observation, each with noise of its own seed.
+
+        An observation alone gives the same bits every time; among others its actions differ by about 1e-5,
+        because matrix products of another shape round differently. Raises BlmError for what does not fit.
+        """
+        checked = [self.contract.check(observation) for observation in observations]
+        prompts = [control_prompt(o.instruction, o.robot, o.images) for o in checked]
+        tapped = self.backbone.tap(self.backbone.encode(prompts, side="right"), self.layer)
+        config, robots = self.network.config, list(self.contract.action_spaces)
+        states = [self.transforms[o.robot].state.forward(o.state) for o in checked]
+        inputs = (
+            torch.stack([pad_dims(state, config.max_dim) for state in states]),
+            torch.tensor([robots.index(o.robot) for o in checked]),
+            seeded_noise([o.seed for o in checked], (config.horizon, config.max_dim)),
+            torch.stack([pad_dims(np.ones_like(o.state), config.max_dim) > 0 for o in checked]),
+        )
+        device = tapped.hidden.device
+        actions = self.network.sample(tapped.hidden, tapped.mask, *(x.to(device) for x in inputs))
+        return [self._chunk(o, a) for o, a in zip(checked, actions.double().cpu().numpy(), strict=True)]
+
+    def _chunk(self, observation: Observation, normalised_HD: FloatArray) -> ActionChunk:
+        space = self.contract.action_spaces[observation.robot]
+        undo = self.transforms[observation.robot].actions.inverse
+        actions = undo(normalised_HD[:, : space.dim], observation.state)
+        assert np.isfinite(actions).all(), "the policy produced an action that is not finite"
+        clipped = np.clip(actions, space.low, space.high).astype(np.float32)
+        return ActionChunk(actions=clipped, rate_hz=space.rate_hz)
+
+    def save(self, folder: Path, provenance: Mapping[str, Any]) -> None:
+        """Write the checkpoint folder whole, then put it in the place of one that is there."""
+        work, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
+        for leftover in (work, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        work.mkdir(parents=True)
+        self.backbone.save(work / "backbone")
+        (work / "policy.safetensors").write_bytes(save(self.network.state_dict()))
+        config = {
+            "format": FORMAT,
+            "policy": asdict(self.network.config),
+            "contract": self.contract.to_json(),
+            "layer": self.layer,
+            "prompt": prompt_version(self.backbone, self.contract.cameras),
+            "dtype": str(self.backbone.model.dtype).removeprefix("torch."),
+            "frozen": asdict(self.frozen),
+            "provenance": dict(provenance),
+        }
+        stats = {robot: transforms.to_json() for robot, transforms in self.transforms.items()}
+        (work / "config.json").write_text(json.dumps(config, indent=1))
+        (work / "stats.json").write_text(json.dumps(stats, indent=1))
+        (work / "manifest.json").write_text(json.dumps(_hashes(work), indent=1))
+        if folder.exists():
+            folder.rename(old)
+        work.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: Path | str, *, device: str = "cpu") -> CheckpointPolicy:
+        """Read a checkpoint. Raises BlmError, naming file and fix, unless it is whole and unaltered."""
+        folder = Path(folder)
+        config = _verified_config(folder)
+        contract = PolicyContract.from_json(config["contract"])
+        backbone = Backbone.load(folder / "backbone", device=device, dtype=getattr(torch, config["dtype"]))
+        backbone.freeze()
+        frozen = FrozenProof(config["frozen"]["fingerprint"], tuple(config["frozen"]["logits"]))
+        frozen.require(backbone, f"checkpoint '{folder}'")
+        if (now := prompt_version(backbone, contract.cameras)) != config["prompt"]:
+            raise BlmError(
+                f"checkpoint '{folder}' was trained with control prompts of version {config['prompt']}, this "
+                f"program writes version {now}; use the program version of the checkpoint or train again"
+            )
+        policy = {**config["policy"], "bridge": BridgeConfig(**config["policy"]["bridge"])}
+        with torch.device("meta"):  # no time, memory or random numbers for weights that are replaced
+            network = PolicyNetwork(PolicyConfig(**policy), backbone.hidden_size, len(contract.action_spaces))
+        network.load_state_dict(load_file(folder / "policy.safetensors", device), assign=True)
+        stats = json.loads((folder / "stats.json").read_text())
+        return cls(
+            backbone=backbone,
+            frozen=frozen,
+            layer=config["layer"],
+            network=network,
+            transforms={robot: RobotTransforms.from_json(value) for robot, value in stats.items()},
+            contract=contract,
+        )
+
+
+def pad_dims(values: FloatArray, size: int) -> Tensor:
+    """Return `values` [.., D] as a float32 tensor [.., size], zero in the dimensions that a robot lacks."""
+    missing = [(0, 0)] * (values.ndim - 1) + [(0, size - values.shape[-1])]
+    return torch.from_numpy(np.pad(values, missing).astype(np.float32))
+
+
+def prompt_version(backbone: Backbone, cameras: Sequence[str]) -> str:
+    """Return a short hash of the control prompt's wording and of the chat template that renders it."""
+    blank = np.zeros((8, 8, 3), np.uint8)
+    chat = to_chat(control_prompt("{instruction}", "{robot}", dict.fromkeys(cameras, blank)))
+    text = json.dumps([chat, backbone.processor.chat_template])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file in `folder` except the manifest, by relative name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+
+
+def _verified_config(folder: Path) -> dict[str, Any]:
+    if not (folder / "manifest.json").is_file():
+        raise BlmError(f"no checkpoint at '{folder}' (no manifest.json); give the folder that Stage II wrote")
+    stored, found = json.loads((folder / "manifest.json").read_text()), _hashes(folder)
+    for name in stored:
+        if found.get(name) != stored[name]:
+            what = "altered" if name in found else "missing"
+            raise BlmError(f"checkpoint '{folder}': {name} is {what}; copy the folder again or train again")
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    if config["format"] != FORMAT:
+        raise BlmError(
+            f"checkpoint '{folder}' has format {config['format']}, this program reads {FORMAT}; "
+            "use the program version that wrote it"
+        )
+    return config

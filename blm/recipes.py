@@ -1,0 +1,154 @@
+"""Recipes: functions that return one complete, frozen configuration tree. Variants `replace` a few fields.
+
+The command line overrides any field by its dotted name (`--stage2.steps 500`); the resolved recipe is saved
+beside everything it made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from blm.policy.network import PolicyConfig
+from blm.robots import ROBOTS
+from blm.tasks import TASKS
+from blm.training.loop import LoopConfig
+from blm.training.sft import Stage1Config
+from blm.types import BlmError, lookup
+
+CAMERAS = ("base", "side", "wrist")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstrations:
+    """What the planner records."""
+
+    episodes: int
+    """Kept demonstrations per robot and task."""
+    held_out_episodes: int
+    """The same on Stage I's held-out scenes, for questions about episodes; never trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Scene questions for Stage I."""
+
+    scenes: int
+    held_out_scenes: int
+    turns: int = 8
+    """Questions about one scene."""
+    max_distractors: int = 3
+    frames_per_episode: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1:
+    """Fine-tuning of the backbone."""
+
+    backbone: str = "nano"
+    """A name of BACKBONES, or a folder."""
+    training: Stage1Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage2:
+    """Training of bridge and policy on the frozen backbone."""
+
+    loop: LoopConfig
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    layer: int = 3
+    """k: the block of the language model whose output H_k the bridge reads."""
+    stride: int = 2
+    """Cache every n-th frame."""
+    execute: int = 8
+    """Actions of a chunk that are carried out before the policy is asked again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Both spaces, on seeds that nothing was trained on."""
+
+    episodes: int
+    """Closed-loop episodes per robot and task."""
+    max_steps: int = 200
+    max_questions: int = 600
+    """Held-out questions asked, evenly over the scenes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run of the whole loop."""
+
+    name: str
+    robots: tuple[str, ...] = tuple(ROBOTS)
+    tasks: tuple[str, ...] = tuple(TASKS)
+    cameras: tuple[str, ...] = ("base", "wrist")
+    image_size: int = 112
+    workers: int = 2
+    """Worker processes for collection, questions, the intent cache and evaluation; 0: this process."""
+    demonstrations: Demonstrations
+    corpus: Corpus
+    stage1: Stage1
+    stage2: Stage2
+    evaluation: Evaluation
+
+    def __post_init__(self) -> None:
+        for kind, names, registry in (("robot", self.robots, ROBOTS), ("task", self.tasks, TASKS)):
+            if not names or len(set(names)) != len(names):
+                raise BlmError(f"a recipe needs {kind}s, each once; got {names}")
+            for name in names:
+                lookup(kind, name, registry)
+        for camera in self.cameras:
+            lookup("camera", camera, dict.fromkeys(CAMERAS))
+
+
+def stage1(*, steps: int, batch_size: int = 16) -> Stage1:
+    """Stage I of the nano backbone: everything is trained from scratch at one rate."""
+    loop = LoopConfig(steps=steps, batch_size=batch_size, lr=1.5e-3, title="Stage I")
+    return Stage1(training=Stage1Config(loop=loop))
+
+
+def stage2(*, steps: int, batch_size: int = 64) -> Stage2:
+    """Stage II of the nano policy."""
+    return Stage2(loop=LoopConfig(steps=steps, batch_size=batch_size, lr=2e-3, title="Stage II"))
+
+
+def demo() -> Recipe:
+    """What `make demo` runs: all robots and tasks, minutes on two CPU cores; too small for high success."""
+    return Recipe(
+        name="demo",
+        demonstrations=Demonstrations(episodes=16, held_out_episodes=2),
+        corpus=Corpus(scenes=2400, held_out_scenes=120),
+        stage1=stage1(steps=500),
+        stage2=stage2(steps=1200),
+        evaluation=Evaluation(episodes=5),
+    )
+
+
+def ci() -> Recipe:
+    """The smallest run that passes through every part: proves that it works, not that it learns."""
+    return replace(
+        demo(),
+        name="ci",
+        demonstrations=Demonstrations(episodes=1, held_out_episodes=1),
+        corpus=Corpus(scenes=40, held_out_scenes=8, turns=4),
+        stage1=stage1(steps=10, batch_size=4),
+        stage2=stage2(steps=10, batch_size=8),
+        evaluation=Evaluation(episodes=1, max_steps=60, max_questions=60),
+    )
+
+
+def nano() -> Recipe:
+    """The small model at full strength: hours on two CPU cores. Not yet released; see docs/LOG.md."""
+    return replace(
+        demo(),
+        name="nano",
+        demonstrations=Demonstrations(episodes=200, held_out_episodes=10),
+        corpus=Corpus(scenes=60_000, held_out_scenes=1000),
+        stage1=stage1(steps=20_000),
+        stage2=stage2(steps=60_000),
+        evaluation=Evaluation(episodes=50),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "ci": ci, "nano": nano}

@@ -1,0 +1,5 @@
+"""Serve a Policy and a Chat on one port (`blm.serving.app`), and use a served Policy from afar."""
+
+from blm.serving.client import RemotePolicy
+
+__all__ = ["RemotePolicy"]

@@ -1,0 +1,196 @@
+"""The stages of the loop: what each reads, what it writes, and under which name in the run folder.
+
+run/  recipe.json stages.json  episodes/<robot>  episodes_held_out/<robot>  corpora/{train,held_out}
+      stage1/backbone  intents/<robot>  stage2/checkpoint  results/{digital,physical}  report.html
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+from blm.backbone import Backbone, build_nano
+from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus, with_pixels
+from blm.demos.collect import CollectConfig, collect
+from blm.evaluation import (
+    STAGE1_HELD_OUT_SEEDS,
+    TRAINING_SEEDS,
+    PhysicalProtocol,
+    evaluate_digital,
+    evaluate_physical,
+)
+from blm.evaluation.report import ReportData, build_report
+from blm.hub import BLM
+from blm.pipeline import Stage, read_json, read_ledger, to_json, write_json
+from blm.policy.policy import CheckpointPolicy
+from blm.recipes import Recipe
+from blm.training.imitate import ImitateConfig, train_stage2
+from blm.training.intents import IntentConfig
+from blm.training.sft import train_stage1
+from blm.types import BlmError, Question
+
+EPISODE_SEEDS = 500_000
+"""Demonstrations start this far into a seed range, scene questions at its beginning: no scene is shared."""
+
+
+def run_collect(recipe: Recipe, run: Path) -> None:
+    """Record demonstrations for training, and a few on held-out scenes for questions about episodes."""
+    parts = {
+        "episodes": (recipe.demonstrations.episodes, TRAINING_SEEDS),
+        "episodes_held_out": (recipe.demonstrations.held_out_episodes, STAGE1_HELD_OUT_SEEDS),
+    }
+    for name, (episodes, seeds) in parts.items():
+        config = CollectConfig(
+            robots=recipe.robots,
+            tasks=recipe.tasks,
+            episodes=episodes,
+            first_seed=seeds.start + EPISODE_SEEDS,
+            cameras=recipe.cameras,
+            image_size=recipe.image_size,
+            workers=recipe.workers,
+        )
+        collect(config, run / name)
+
+
+def run_corpus(recipe: Recipe, run: Path) -> None:
+    """Ask questions about random scenes and recorded frames, for training and held out."""
+    parts = {
+        "held_out": (recipe.corpus.held_out_scenes, STAGE1_HELD_OUT_SEEDS, "episodes_held_out"),
+        "train": (recipe.corpus.scenes, TRAINING_SEEDS, "episodes"),
+    }
+    for name, (scenes, seeds, episodes) in parts.items():
+        config = SceneCorpusConfig(
+            robots=recipe.robots,
+            tasks=recipe.tasks,
+            cameras=recipe.cameras,
+            image_size=recipe.image_size,
+            scenes=scenes,
+            first_seed=seeds.start,
+            turns=recipe.corpus.turns,
+            max_distractors=recipe.corpus.max_distractors,
+            control=name == "train",
+            episodes=run / episodes,
+            frames_per_episode=recipe.corpus.frames_per_episode,
+        )
+        folder = run / "corpora" / name
+        if not folder.exists():
+            build_scene_corpus(config, folder, workers=recipe.workers)
+
+
+def run_stage1(recipe: Recipe, run: Path) -> None:
+    """Fine-tune the backbone on the curated corpus."""
+    folder = run / "corpora/train"
+    held_out = {row.group for row in read_corpus(run / "corpora/held_out")}
+    kept, report = curate(read_corpus(folder), folder, evaluation_groups=held_out)
+    if recipe.stage1.backbone == "nano":
+        texts = [message.text for row in kept for message in row.messages]
+        backbone = build_nano(texts, seed=recipe.stage1.training.loop.seed)
+    else:
+        backbone = Backbone.load(recipe.stage1.backbone)
+    counts = train_stage1(
+        backbone, [row.messages for row in kept], recipe.stage1.training, run / "stage1", root=folder
+    )
+    write_json(run / "stage1/corpus.json", {**asdict(report), "rows": dict(counts)})
+
+
+def run_stage2(recipe: Recipe, run: Path) -> None:
+    """Cache H_k of every frame, then train bridge and policy; the backbone is proved unchanged."""
+    stage2 = recipe.stage2
+    config = ImitateConfig(
+        datasets=tuple(run / "episodes" / robot for robot in recipe.robots),
+        backbone=str(run / "stage1/backbone"),
+        intents=IntentConfig(
+            layer=stage2.layer, cameras=recipe.cameras, stride=stage2.stride, workers=recipe.workers
+        ),
+        loop=stage2.loop,
+        policy=stage2.policy,
+        cache=run / "intents",
+        execute=stage2.execute,
+    )
+    train_stage2(config, run / "stage2", provenance={"recipe": to_json(recipe)})
+
+
+def run_eval_digital(recipe: Recipe, run: Path) -> None:
+    """Ask the checkpoint the held-out questions."""
+    model = BLM.from_pretrained(run / "stage2/checkpoint")
+    questions = load_questions(run / "corpora/held_out", limit=recipe.evaluation.max_questions)
+    known = load_questions(run / "corpora/train", pixels=False)
+    evaluate_digital(
+        model.backbone,
+        questions,
+        run / "results/digital",
+        train_questions=known,
+        model=model.contract.revision,
+    )
+
+
+def run_eval_physical(recipe: Recipe, run: Path) -> None:
+    """Let the checkpoint drive every robot through every task."""
+    folder = run / "stage2/checkpoint"
+    protocol = PhysicalProtocol.for_policy(
+        CheckpointPolicy.load(folder).contract,
+        robots=recipe.robots,
+        tasks=recipe.tasks,
+        episodes=recipe.evaluation.episodes,
+        max_steps=recipe.evaluation.max_steps,
+    )
+    evaluate_physical(
+        partial(CheckpointPolicy.load, folder), protocol, run / "results/physical", workers=recipe.workers
+    )
+
+
+def load_questions(folder: Path, *, limit: int | None = None, pixels: bool = True) -> list[Question]:
+    """Return a corpus's questions, each asked alone; with `limit`, evenly spread over the corpus."""
+    questions = [q for row in read_corpus(folder) for q in row.questions() if q.kind != "control"]
+    if limit is not None and limit < len(questions):
+        questions = [questions[i * len(questions) // limit] for i in range(limit)]
+    if not pixels:
+        return questions
+    return [replace(q, messages=with_pixels(folder, q.messages)) for q in questions]
+
+
+_SUITE = ("robots", "tasks", "cameras", "image_size")
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage("collect", "Demonstrations from the planner", (*_SUITE, "demonstrations"), (), run_collect),
+        Stage("corpus", "Questions about scenes", (*_SUITE, "corpus"), ("collect",), run_corpus),
+        Stage("stage1", "Stage I: teach the backbone", ("stage1",), ("corpus",), run_stage1),
+        Stage("stage2", "Stage II: bridge and policy", ("stage2",), ("collect", "stage1"), run_stage2),
+        Stage(
+            "digital", "Evaluation, digital space", ("evaluation",), ("corpus", "stage2"), run_eval_digital
+        ),
+        Stage(
+            "physical", "Evaluation, physical space", (*_SUITE, "evaluation"), ("stage2",), run_eval_physical
+        ),
+    )
+}
+
+
+def write_report(run: Path, command: str) -> Path:
+    """Write `report.html` from what the run folder holds, and return its path."""
+    if not (run / "recipe.json").exists():
+        raise BlmError(f"'{run}' is not a run folder (no recipe.json); name one that a stage command wrote")
+    corpora = {name: run / "corpora" / name for name in ("train", "held_out")}
+    ledger = read_ledger(run)
+    recipe = read_json(run / "recipe.json")
+    data = ReportData(
+        title=f"Boundless: run '{recipe['name']}'",
+        commands=[command],
+        recipe=recipe,
+        seconds={STAGES[name].title: entry["seconds"] for name, entry in ledger.items()},
+        collection=run / "episodes/summary.json",
+        questions={
+            name: len(load_questions(path, pixels=False)) for name, path in corpora.items() if path.exists()
+        },
+        logs={
+            name: run / folder / "log.jsonl"
+            for name, folder in (("Stage I", "stage1"), ("Stage II", "stage2"))
+        },
+        digital={"BLM": run / "results/digital/result.json"},
+        physical={"BLM": run / "results/physical/result.json"},
+    )
+    build_report(data, run / "report.html")
+    return run / "report.html"

@@ -1,0 +1,299 @@
+"""One environment for every robot and task (Gymnasium API).
+
+An action is what `ActionSpace` says: absolute joint targets [rad] and the gripper opening (0 closed, 1
+open), held for one control step of 50 ms; targets beyond the limits are clipped. An observation is
+{"pixels": {camera: uint8 [H, W, 3]}, "agent_pos": float32 [D]}. The same seed on the same machine and
+versions gives the same episode, bit for bit. World frame: x forward from the robot, y left, z up, table top
+z = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import mujoco
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from blm.robots import ROBOTS
+from blm.robots.build import FINGERS
+from blm.tasks.distractors import Distractor, draw_distractors, dress
+from blm.tasks.registry import TASKS
+from blm.tasks.rendering import Renderer
+from blm.tasks.scene import CAMERAS, SUBSTEPS, build_model
+from blm.tasks.spec import ObjectState, Placement, World
+from blm.types import BlmError, ContractError, FloatArray, ImageArray, Observation, lookup
+
+_PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
+_RENDER_SIZE = 480
+_GRASP_CONE = np.cos(np.radians(85))
+"""A finger's force counts when within 85 deg of the closing axis (ManiSkill is_grasping)."""
+_ATTEMPTS = 5000
+
+
+@dataclass(frozen=True, eq=False)
+class EnvState:
+    """All that `Env.set_state` needs to continue an episode exactly."""
+
+    physics: FloatArray
+    """MuJoCo's mjSTATE_INTEGRATION: positions, velocities, targets, marker poses, solver warm start."""
+    steps: int
+    instruction: str
+    distractors: tuple[Distractor, ...]
+
+
+class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
+    """A robot at a table with one task; `robot` and `task` are names in ROBOTS and TASKS."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012  # as Gymnasium declares it
+    render_mode = "rgb_array"
+
+    def __init__(
+        self,
+        robot: str,
+        task: str,
+        *,
+        cameras: Iterable[str] = ("base", "wrist"),
+        image_size: int = 112,
+        max_steps: int | None = None,
+        terminate_on_success: bool = True,
+        distractors: int = 0,
+    ) -> None:
+        self.robot, self.task, self.embodiment = lookup("robot", robot, ROBOTS), task, robot
+        self.task_spec = lookup("task", task, TASKS)
+        self.task_description = self.task_spec.instruction(0)
+        self.cameras, self.image_size = tuple(cameras), image_size
+        for camera in self.cameras:
+            lookup("camera", camera, CAMERAS)
+        if not 16 <= image_size <= 1024 or not 0 <= distractors <= 20:
+            raise BlmError(f"image_size {image_size} must be 16..1024, distractors {distractors} 0..20")
+        self.items = self.task_spec.items(self.robot)
+        self.model = build_model(self.robot, self.items, distractors, self.task_spec.view_shift)
+        self.data = mujoco.MjData(self.model)
+        self._max_episode_steps = self.task_spec.max_steps if max_steps is None else max_steps
+        self._terminate, self._extra, self._steps = terminate_on_success, distractors, 0
+        self._distractors: tuple[Distractor, ...] = ()
+        self._renderer: Renderer | None = None
+        space = self.contract_space = self.robot.action_space
+        self._low, self._high, self._arm = np.array(space.low), np.array(space.high), slice(0, space.dim - 1)
+        self.action_space = spaces.Box(self._low.astype(np.float32), self._high.astype(np.float32))
+        picture = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        self.observation_space = spaces.Dict({
+            "pixels": spaces.Dict(dict.fromkeys(self.cameras, picture)),
+            "agent_pos": spaces.Box(-np.inf, np.inf, (space.dim,), np.float32),
+        })  # fmt: skip
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Start the episode that `seed` names. Options: "phrasing" (index), "arm" ("home" or "random").
+
+        Raises BlmError for an unknown option, phrasing or arm start.
+        """
+        super().reset(seed=seed)
+        chosen: dict[str, Any] = {"arm": "home", "phrasing": None}
+        for option, value in (options or {}).items():
+            lookup("reset option", option, chosen)
+            chosen[option] = value
+        lookup("arm start", chosen["arm"], {"home": 0, "random": 0})
+        if seed is None:
+            seed = int(self.np_random.integers(10_000_000, 2**31))  # beyond every named range of seeds
+        place, words, extras, pose = (np.random.default_rng((seed, stream)) for stream in range(4))
+        drawn = int(words.integers(len(self.task_spec.phrasings)))
+        self.task_description = self.task_spec.instruction(
+            drawn if chosen["phrasing"] is None else chosen["phrasing"]
+        )
+        self._steps = 0
+        mujoco.mj_resetData(self.model, self.data)
+        placement = self.task_spec.sample(place, self.robot)
+        self._place(placement)
+        self._distractors = draw_distractors(extras, self.robot, self.items, placement, self._extra)
+        dress(self.model, self.data, self._distractors)
+        home = np.array(self.robot.home)
+        self._set_arm(home + pose.normal(0, self.robot.reset_noise, len(home)), opening=1.0)
+        if chosen["arm"] == "random":
+            self._randomise_arm(pose)
+        self._refresh()
+        return self.observe(), self._info()
+
+    def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """Hold the targets for one control step. Raises ContractError on a wrong shape or a NaN."""
+        target = np.clip(self.contract_space.check_state(action, "action"), self._low, self._high)
+        self.data.ctrl[:] = (*target[:-1], target[-1] * self.robot.gripper.stroke)
+        mujoco.mj_step(self.model, self.data, nstep=SUBSTEPS)
+        self._steps += 1
+        self._refresh()
+        info = self._info()
+        done, late = info["success"] and self._terminate, self._steps >= self._max_episode_steps
+        return self.observe(), float(info["success"]), done, late, info
+
+    def observe(self) -> dict[str, Any]:
+        """Return the observation of this moment."""
+        return {
+            "pixels": {camera: self.picture(camera) for camera in self.cameras},
+            "agent_pos": self.state(),
+        }
+
+    def observation(self, seed: int = 0) -> Observation:
+        """Return the same as a `types.Observation`; `seed` is the policy's sampling seed."""
+        pixels, state = self.observe().values()
+        return Observation(
+            images=pixels, state=state, instruction=self.task_description, robot=self.embodiment, seed=seed
+        )
+
+    def state(self) -> NDArray[np.float32]:
+        """Joint positions [rad] and measured gripper opening, float32 [D]."""
+        return np.append(self.data.qpos[self._arm], self.gripper_opening).astype(np.float32)
+
+    def get_state(self) -> EnvState:
+        physics = np.empty(mujoco.mj_stateSize(self.model, _PHYSICS))
+        mujoco.mj_getState(self.model, self.data, physics, _PHYSICS)
+        return EnvState(physics, self._steps, self.task_description, self._distractors)
+
+    def set_state(self, state: EnvState) -> None:
+        """Continue from `state`, taken from an Env of the same robot, task and number of distractors."""
+        size = mujoco.mj_stateSize(self.model, _PHYSICS)
+        if state.physics.shape != (size,) or len(state.distractors) != self._extra:
+            raise ContractError(
+                f"a state of {state.physics.size} numbers and {len(state.distractors)} distractors is not of "
+                f"'{self.embodiment}' in '{self.task}' with {self._extra} distractors ({size} numbers)"
+            )
+        self._steps, self.task_description = state.steps, state.instruction
+        self._distractors = state.distractors
+        dress(self.model, self.data, self._distractors)
+        mujoco.mj_setState(self.model, self.data, state.physics, _PHYSICS)
+        self._refresh()
+
+    def objects(self) -> dict[str, ObjectState]:
+        """Every item and distractor by name, as it is now."""
+        looks = {item.name: (item.kind, item.color, item.parts[0].size) for item in self.items}
+        looks |= {f"distractor{i}": (d.kind, d.color, d.part.size) for i, d in enumerate(self._distractors)}
+        return {name: self._object(name, *look) for name, look in looks.items()}
+
+    def tcp(self) -> tuple[FloatArray, FloatArray]:
+        """Position [3] and rotation [3, 3] of the tool; column z approaches, column y is the closing axis."""
+        site = self.data.site("tcp")
+        return site.xpos.copy(), site.xmat.reshape(3, 3).copy()
+
+    @property
+    def gripper_opening(self) -> float:
+        """0 closed .. 1 open, measured."""
+        travel = [float(self.data.joint(finger).qpos[0]) for finger in FINGERS]
+        return float(np.clip(np.mean(travel) / self.robot.gripper.stroke, 0.0, 1.0))
+
+    def is_grasping(self, name: str) -> bool:
+        """Whether both fingers press on it along the closing axis with the gripper's grasp force or more."""
+        body, closing, owner = self._body(name).id, self.tcp()[1][:, 1], self.model.geom_bodyid
+        forces = {self.model.body(finger).id: np.zeros(3) for finger in FINGERS}
+        wrench = np.zeros(6)
+        for index, contact in enumerate(self.data.contact):
+            one, other = owner[contact.geom[0]], owner[contact.geom[1]]
+            if body in (one, other) and (finger := one + other - body) in forces:
+                mujoco.mj_contactForce(self.model, self.data, index, wrench)
+                forces[finger] += (1 if other == body else -1) * contact.frame.reshape(3, 3).T @ wrench[:3]
+        return all(
+            (size := np.linalg.norm(force)) >= self.robot.gripper.grasp_force
+            and abs(force @ closing) >= _GRASP_CONE * size
+            for force in forces.values()
+        )
+
+    def evaluate(self) -> dict[str, bool]:
+        """The task's conditions now; one is "success"."""
+        grasped = frozenset(i.name for i in self.items if i.role == "free" and self.is_grasping(i.name))
+        speed = float(np.abs(self.data.qvel[self._arm]).max())
+        return self.task_spec.success(World(self.robot, self.objects(), speed, grasped))
+
+    def picture(self, camera: str, size: int | None = None) -> ImageArray:
+        """Return uint8 [size, size, 3] (default: image_size) from any camera of the scene."""
+        lookup("camera", camera, CAMERAS)
+        return self._draw().rgb(self.data, camera, size or self.image_size)
+
+    def render(self) -> ImageArray:
+        """Return a larger picture from the camera "base", for people."""
+        return self.picture("base", _RENDER_SIZE)
+
+    def project(self, points: FloatArray, camera: str) -> FloatArray:
+        """World points [N, 3] -> [N, 3]: u right, v down [px; the first spans 0..1], depth [m]."""
+        lookup("camera", camera, CAMERAS)
+        view, centre = self.data.cam(camera), self.image_size / 2
+        x, y, z = ((np.asarray(points) - view.xpos) @ view.xmat.reshape(3, 3)).T
+        focal = centre / np.tan(np.radians(self.model.cam(camera).fovy[0]) / 2)
+        return np.stack([centre - focal * x / z, centre + focal * y / z, -z], axis=1)
+
+    def mask(self, name: str, camera: str) -> NDArray[np.bool_]:
+        """[image_size, image_size]: which pixels show this object."""
+        lookup("camera", camera, CAMERAS)
+        geoms = self._draw().geoms(self.data, camera, self.image_size)
+        return np.append(self.model.geom_bodyid, -1)[geoms] == self._body(name).id
+
+    def visible_pixels(self, name: str, camera: str) -> int:
+        """How many pixels of the camera's image show this object."""
+        return int(self.mask(name, camera).sum())
+
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+    def _draw(self) -> Renderer:
+        if self._renderer is None:
+            self._renderer = Renderer(self.model, max(self.image_size, _RENDER_SIZE))
+        return self._renderer
+
+    def _body(self, name: str) -> Any:
+        names = [*(item.name for item in self.items), *(f"distractor{i}" for i in range(self._extra))]
+        lookup("object", name, dict.fromkeys(names))
+        return self.data.body(name)
+
+    def _object(self, name: str, kind: str, color: str, size: tuple[float, float, float]) -> ObjectState:
+        body, velocity = self.data.body(name), np.zeros(6)
+        mujoco.mj_objectVelocity(self.model, self.data, mujoco.mjtObj.mjOBJ_BODY, body.id, velocity, 0)
+        spin, speed = float(np.linalg.norm(velocity[:3])), float(np.linalg.norm(velocity[3:]))
+        return ObjectState(name, kind, color, body.xpos.copy(), body.xquat.copy(), size, speed, spin)
+
+    def _place(self, placement: Placement) -> None:
+        for item in self.items:
+            position, quaternion = placement[item.name]
+            if item.role == "free":
+                self.data.joint(item.name).qpos[:] = (*position, *quaternion)
+            else:
+                index = self.model.body(item.name).mocapid[0]
+                self.data.mocap_pos[index], self.data.mocap_quat[index] = position, quaternion
+
+    def _set_arm(self, angles: FloatArray, opening: float) -> None:
+        """Put arm and fingers here, at rest, with targets to match."""
+        self.data.qpos[self._arm] = np.clip(angles, self._low[:-1], self._high[:-1])
+        for finger in FINGERS:
+            self.data.joint(finger).qpos[0] = opening * self.robot.gripper.stroke
+        self.data.ctrl[:] = (*self.data.qpos[self._arm], opening * self.robot.gripper.stroke)
+
+    def _randomise_arm(self, rng: np.random.Generator) -> None:
+        """Draw poses near home until the tool is above the workspace, steep, and nothing is touched."""
+        area, home = self.robot.workspace, np.array(self.robot.home)
+        robot_geoms = self.model.geom_bodyid <= self.model.body(FINGERS[1]).id
+        robot_geoms &= self.model.geom_bodyid > 0
+        for _ in range(_ATTEMPTS):
+            self._set_arm(home + rng.uniform(-0.7, 0.7, len(home)), opening=float(rng.uniform()))
+            mujoco.mj_kinematics(self.model, self.data)
+            position, rotation = self.tcp()
+            inside = (np.abs(position[:2] - area.centre) <= area.half + 0.05).all()
+            if inside and 0.05 <= position[2] <= area.height + 0.1 and rotation[2, 2] < -0.8:
+                mujoco.mj_collision(self.model, self.data)
+                if not robot_geoms[self.data.contact.geom].any():
+                    return
+        raise BlmError(f"found no free arm pose for '{self.embodiment}' in {_ATTEMPTS} draws")
+
+    def _refresh(self) -> None:
+        """Update derived quantities but keep the solver's warm start: a saved state is then complete."""
+        warm = self.data.qacc_warmstart.copy()
+        mujoco.mj_forward(self.model, self.data)
+        self.data.qacc_warmstart[:] = warm
+
+    def _info(self) -> dict[str, Any]:
+        flags = self.evaluate()
+        text = {"task": self.task, "instruction": self.task_description}
+        return {**text, "is_success": flags["success"], **flags}

@@ -1,0 +1,50 @@
+"""PushCube: push the blue cube onto the round target ahead of it. After ManiSkill 3.0.1 PushCube-v1."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from blm.robots import RobotSpec
+from blm.tasks.spec import UPRIGHT, Item, Part, Placement, TaskSpec, World, cube, spawn
+
+_RADIUS = 0.1
+_AHEAD = 0.2
+"""The target's centre lies this far in front of the cube [m]."""
+_RINGS = ("red", "white", "red", "white", "red")
+
+
+def _items(robot: RobotSpec) -> tuple[Item, ...]:
+    rings = tuple(
+        Part("cylinder", (_RADIUS * (1 - index / len(_RINGS)), 0.0004 * (index + 1), 0.0), color)
+        for index, color in enumerate(_RINGS)
+    )
+    blue = cube("cube", "blue", robot.workspace.cube_half)
+    return blue, Item("target", "disc", "red and white", rings, role="marker")
+
+
+def _sample(rng: np.random.Generator, robot: RobotSpec) -> Placement:
+    x, y = spawn(rng, robot)
+    return {"cube": ((x, y, robot.workspace.cube_half), UPRIGHT), "target": ((x + _AHEAD, y, 0.0), UPRIGHT)}
+
+
+def _success(world: World) -> dict[str, bool]:
+    near = bool(np.linalg.norm(world.offset("cube", "target")[:2]) < _RADIUS)
+    low = bool(world.objects["cube"].position[2] < world.robot.workspace.cube_half + 0.005)
+    return {"is_at_target": near, "is_on_table": low, "success": near and low}
+
+
+PUSH_CUBE = TaskSpec(
+    name="push_cube",
+    title="Push a cube to a target",
+    items=_items,
+    sample=_sample,
+    success=_success,
+    phrasings=(
+        "Push the blue cube onto the red and white target.",
+        "Move the cube forward into the target circle.",
+        "Slide the blue block to the round target.",
+        "Shove the cube ahead until it is on the target.",
+    ),
+    held_out_phrasings=("Get the blue cube to the bullseye by pushing it.",),
+    view_shift=0.1,
+)

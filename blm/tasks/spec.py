@@ -1,0 +1,139 @@
+"""What a task is, as data: its objects, where they start, when it is solved, how to ask for it.
+
+A task file defines one `TaskSpec`; sizes and regions come from `robot.workspace`, so it serves every robot.
+A success rule sees a `World` of plain numbers, so it can be tested without a simulator. World frame, m, rad,
+quaternions wxyz.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from blm.robots import RobotSpec
+from blm.types import BlmError, FloatArray
+
+Vector = tuple[float, float, float]
+Pose = tuple[Vector, tuple[float, float, float, float]]
+Placement = Mapping[str, Pose]
+"""Item name -> position, quaternion."""
+UPRIGHT = (1.0, 0.0, 0.0, 0.0)
+STATIC_SPEED = 0.2
+"""A robot whose joints all turn slower than this is static [rad/s] (ManiSkill is_static)."""
+PALETTE = {
+    "red": (0.85, 0.10, 0.10, 1.0),
+    "green": (0.10, 0.75, 0.20, 1.0),
+    "blue": (0.10, 0.25, 0.85, 1.0),
+    "yellow": (0.95, 0.82, 0.10, 1.0),
+    "orange": (0.95, 0.50, 0.05, 1.0),
+    "purple": (0.55, 0.20, 0.70, 1.0),
+    "pink": (0.95, 0.55, 0.70, 1.0),
+    "cyan": (0.10, 0.75, 0.80, 1.0),
+    "white": (0.95, 0.95, 0.95, 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One primitive of an item, in the item's frame."""
+
+    shape: Literal["box", "sphere", "cylinder"]
+    size: Vector
+    """Half extents of a box; (radius, 0, 0) of a sphere; (radius, half height, 0) of a cylinder."""
+    color: str
+    """A name of `PALETTE`."""
+    position: Vector = (0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing in the scene."""
+
+    name: str
+    kind: str
+    """What to call it: cube, ball, disc, peg, bin..."""
+    color: str
+    parts: tuple[Part, ...]
+    role: Literal["free", "fixed", "marker"] = "free"
+    """free: moves under physics; fixed: collides but stays; marker: seen only, nothing touches it."""
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectState:
+    """One thing in the scene, now."""
+
+    name: str
+    kind: str
+    color: str
+    position: FloatArray
+    quaternion: FloatArray
+    size: Vector = (0.0, 0.0, 0.0)
+    """Size of its first part; see `Part.size`."""
+    speed: float = 0.0
+    """[m/s]"""
+    spin: float = 0.0
+    """[rad/s]"""
+
+
+@dataclass(frozen=True, eq=False)
+class World:
+    """What a success rule may look at."""
+
+    robot: RobotSpec
+    objects: Mapping[str, ObjectState]
+    robot_speed: float
+    """Greatest arm joint speed [rad/s]."""
+    grasped: frozenset[str]
+    """Names of the objects between the fingers."""
+
+    def offset(self, name: str, other: str) -> FloatArray:
+        """Position of `name` minus that of `other`, [3]."""
+        return self.objects[name].position - self.objects[other].position
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """One task for every robot."""
+
+    name: str
+    title: str
+    items: Callable[[RobotSpec], tuple[Item, ...]]
+    sample: Callable[[np.random.Generator, RobotSpec], Placement]
+    success: Callable[[World], dict[str, bool]]
+    """Named conditions; one of them is "success"."""
+    phrasings: tuple[str, ...]
+    """Instructions used in training and by default."""
+    held_out_phrasings: tuple[str, ...]
+    """Instructions kept for evaluation; their indices follow those of `phrasings`."""
+    view_shift: float = 0.0
+    """How far the third-person cameras move along x, away from the robot, to keep the task in view [m]."""
+    max_steps: int = 200
+    """ManiSkill registers 50, shorter than its own demonstrations."""
+
+    def instruction(self, index: int) -> str:
+        """Return phrasing `index`, held-out ones counted last. Raises BlmError when out of range."""
+        every, seen = self.phrasings + self.held_out_phrasings, len(self.phrasings)
+        if not 0 <= index < len(every):
+            raise BlmError(
+                f"task '{self.name}' has no phrasing {index}; valid: 0..{seen - 1} (training), "
+                f"{seen}..{len(every) - 1} (held out)"
+            )
+        return every[index]
+
+
+def spawn(rng: np.random.Generator, robot: RobotSpec) -> tuple[float, float]:
+    """Draw x, y uniformly from the robot's spawn square."""
+    area = robot.workspace
+    x, y = rng.uniform(-area.half, area.half, size=2)
+    return float(area.centre[0] + x), float(area.centre[1] + y)
+
+
+def yaw_quaternion(yaw: float) -> tuple[float, float, float, float]:
+    return float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2))
+
+
+def cube(name: str, color: str, half: float) -> Item:
+    return Item(name, "cube", color, (Part("box", (half, half, half), color),))

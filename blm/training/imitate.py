@@ -1,0 +1,233 @@
+"""Stage II: train bridge and policy on demonstrations, with the backbone frozen, and prove that it was.
+
+One joint model for several robots: one dataset a robot, and in the indexed weights one row a dataset. With a
+cache of intents the backbone is in memory only before the first step and after the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blm.backbone.backbone import Backbone
+from blm.data.episodes import EpisodeDataset, open_dataset
+from blm.data.mixture import IndexArray, Mixture, kept_frames, split_episodes
+from blm.data.transforms import RobotTransforms, action_chunks, fit_transforms
+from blm.policy.flow import sample_time
+from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
+from blm.policy.policy import CheckpointPolicy, FrozenProof, pad_dims
+from blm.training.intents import (
+    CachedIntents,
+    IntentConfig,
+    LiveIntents,
+    Rows,
+    cache_intents,
+    claim,
+    collate,
+    describe,
+)
+from blm.training.loop import Ema, LoopConfig, run_loop
+from blm.types import BlmError, PolicyContract
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImitateConfig:
+    """All of Stage II."""
+
+    datasets: tuple[Path, ...]
+    """One dataset folder per robot."""
+    backbone: str
+    """Folder that Stage I wrote, or a name of BACKBONES."""
+    intents: IntentConfig
+    loop: LoopConfig
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    cache: Path | None = None
+    """Folder for the intent caches, one a robot, shared by runs; None: compute H_k for every batch anew."""
+    weights: tuple[float, ...] = ()
+    """Share of each dataset in a batch, any scale; empty: every frame counts the same."""
+    execute: int = 8
+    """Actions of a chunk to execute before asking again; stored in the contract."""
+    held_out: float = 0.05
+    """Fraction of the episodes of each dataset kept for the validation loss; 0: none."""
+    validation_batches: int = 8
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the backbone."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.execute <= self.policy.horizon:
+            raise BlmError(f"execute {self.execute} must lie in 1..horizon = {self.policy.horizon}")
+        stride, steps = self.intents.stride, self.policy.future_steps
+        if steps % stride:
+            raise BlmError(f"stride {stride} of the intents must divide future_steps = {steps}")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RobotData:
+    """What one robot contributes; its episodes are split, its transforms fitted to the training part."""
+
+    dataset: EpisodeDataset
+    intents: CachedIntents | LiveIntents
+    transforms: RobotTransforms
+    train: IndexArray
+    """Frame numbers."""
+    held_out: IndexArray
+    """Frame numbers, of other episodes."""
+
+
+def open_robot(backbone: Backbone, dataset: EpisodeDataset, config: ImitateConfig) -> RobotData:
+    """Split the episodes of one robot, fit its transforms, and fill its cache of intents, if wanted."""
+    _, held = split_episodes(dataset.num_episodes, config.held_out, config.loop.seed)
+    kept = kept_frames(dataset.starts, config.intents.stride)
+    is_held = np.isin(dataset.episode_index[kept], held)
+    train = kept[~is_held]
+    ends = dataset.starts[dataset.episode_index[train] + 1]
+    chunks, inside = action_chunks(dataset.actions, train, ends, config.policy.horizon)
+    transforms = fit_transforms(dataset.space, dataset.states[train], chunks, inside, config.policy.relative)
+    intents: CachedIntents | LiveIntents = LiveIntents(backbone, dataset, config.intents)
+    if config.cache is not None:
+        folder = config.cache / dataset.space.robot
+        intents = cache_intents(backbone, config.backbone, dataset, config.intents, folder)
+    return RobotData(
+        dataset=dataset, intents=intents, transforms=transforms, train=train, held_out=kept[is_held]
+    )
+
+
+class Sampler:
+    """Makes the batch of a step: a function of (seed, step) alone, noise and flow times included."""
+
+    def __init__(self, robots: Sequence[RobotData], config: ImitateConfig, *, train: bool = True) -> None:
+        self.robots, self.policy = robots, config.policy
+        self.frames = [robot.train if train else robot.held_out for robot in robots]
+        sizes = tuple(len(frames) for frames in self.frames)
+        weights, seed = config.weights or tuple(map(float, sizes)), 2 * config.loop.seed + (not train)
+        self.mixture = Mixture(sizes=sizes, weights=weights, batch_size=config.loop.batch_size, seed=seed)
+
+    def __call__(self, step: int) -> PolicyBatch:
+        which, chosen = self.mixture.batch(step)
+        frames = {i: self.frames[i][chosen[which == i]] for i in np.unique(which)}
+        states, actions, real, now, later = zip(*(self._part(i, f) for i, f in frames.items()), strict=True)
+        hidden, mask = collate([row for rows in now for row in rows])
+        future_hidden, future_mask = collate([row for rows in later for row in rows])
+        seed = np.random.SeedSequence([self.mixture.seed, step]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(seed))
+        return PolicyBatch(
+            hidden=hidden,
+            mask=mask,
+            future_hidden=future_hidden,
+            future_mask=future_mask,
+            state=torch.cat(states),
+            actions=torch.cat(actions),
+            real=torch.cat(real).bool(),
+            embodiment=torch.from_numpy(which),
+            noise=torch.randn(torch.cat(actions).shape, generator=generator),
+            tau=sample_time(len(which), generator),
+            ids=[(self.robots[i].dataset.space.robot, int(frame)) for i, f in frames.items() for frame in f],
+        )
+
+    def _part(self, index: int, frames: IndexArray) -> tuple[Tensor, Tensor, Tensor, Rows, Rows]:
+        """State, actions, what is real in them, and hidden states now and later, of one robot's frames."""
+        robot, policy = self.robots[index], self.policy
+        data = robot.dataset
+        ends, states = data.starts[data.episode_index[frames] + 1], data.states[frames]
+        chunks, inside = action_chunks(data.actions, frames, ends, policy.horizon)
+        values = (
+            robot.transforms.state.forward(states),
+            robot.transforms.actions.forward(chunks, states),
+            np.broadcast_to(inside[..., None], chunks.shape).astype(np.float32),
+        )
+        state, actions, real = (pad_dims(value, policy.max_dim) for value in values)
+        later = np.minimum(frames + policy.future_steps, ends - 1)
+        rows = robot.intents.rows(np.concatenate([frames, later]) if policy.future_weight else frames)
+        return state, actions, real, rows[: len(frames)], rows[-len(frames) :]
+
+
+def train_stage2(config: ImitateConfig, out: Path, provenance: Mapping[str, Any]) -> Path:
+    """Train, log to `out/log.jsonl`, write and return the folder `out/checkpoint`; a killed run continues.
+
+    `provenance` (the command, for instance) is stored in the checkpoint. Raises BlmError if datasets and
+    config do not fit together, and if the backbone is not bit for bit what it was.
+    """
+    backbone = _load_backbone(config)
+    frozen = FrozenProof.of(backbone)
+    datasets = [open_dataset(folder) for folder in config.datasets]
+    contract = _contract(datasets, config)
+    inputs = {
+        "robots": list(contract.action_spaces),
+        "intents": [describe(backbone, data, config.intents) for data in datasets],
+        "policy": asdict(config.policy),
+        "weights": list(config.weights),
+        "held_out": config.held_out,
+    }
+    claim(out / "inputs.json", inputs, f"'{out}' holds another run")
+    robots = [open_robot(backbone, data, config) for data in datasets]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.loop.seed)
+        network = PolicyNetwork(config.policy, backbone.hidden_size, len(robots)).to(config.device)
+    if config.cache is not None:
+        del backbone
+    ema = Ema(network, config.policy.ema)
+    _run(network, ema, robots, config, out)
+    if config.cache is not None:
+        backbone = _load_backbone(config)
+    frozen.require(backbone, "after Stage II")
+    policy = CheckpointPolicy(
+        backbone=backbone,
+        frozen=frozen,
+        layer=config.intents.layer,
+        network=cast(PolicyNetwork, ema.module),
+        transforms={robot.dataset.space.robot: robot.transforms for robot in robots},
+        contract=contract,
+    )
+    policy.save(out / "checkpoint", {**provenance, "loop": asdict(config.loop), "inputs": inputs})
+    return out / "checkpoint"
+
+
+def _run(
+    network: PolicyNetwork, ema: Ema, robots: Sequence[RobotData], config: ImitateConfig, out: Path
+) -> None:
+    teacher, names = cast(PolicyNetwork, ema.module), ("loss_flow", "loss_future")
+
+    def loss(batch: PolicyBatch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        losses = network.loss(batch.to(config.device), teacher)
+        return losses["loss"], {name: losses[name].detach() for name in names}
+
+    def validate(step: int) -> Mapping[str, float]:
+        batches = map(Sampler(robots, config, train=False), range(config.validation_batches))
+        rows = [teacher.loss(batch.to(config.device), teacher) for batch in batches]
+        return {f"val_{name}": sum(float(row[name]) for row in rows) / len(rows) for name in names}
+
+    evaluate = validate if config.held_out and config.validation_batches else None
+    run_loop(network, loss, Sampler(robots, config), config.loop, out, ema=ema, on_eval=evaluate)
+
+
+def _load_backbone(config: ImitateConfig) -> Backbone:
+    backbone = Backbone.load(config.backbone, device=config.device, dtype=getattr(torch, config.dtype))
+    backbone.freeze()
+    return backbone
+
+
+def _contract(datasets: Sequence[EpisodeDataset], config: ImitateConfig) -> PolicyContract:
+    """Return the contract of the joint policy. Raises BlmError for datasets that do not go together."""
+    spaces = {data.space.robot: data.space for data in datasets}
+    if len(spaces) != len(datasets) or not datasets:
+        raise BlmError(f"give one dataset per robot; got {[data.space.robot for data in datasets]}")
+    side, rate = datasets[0].image_size, datasets[0].space.rate_hz
+    for data in datasets:
+        data.require(data.space, config.intents.cameras, side, rate)
+        if data.space.dim > config.policy.max_dim:
+            raise BlmError(f"'{data.space.robot}' has {data.space.dim} dimensions, above policy.max_dim")
+    return PolicyContract(
+        action_spaces=spaces,
+        cameras=config.intents.cameras,
+        image_size=side,
+        horizon=config.policy.horizon,
+        execute=config.execute,
+        rate_hz=rate,
+    )

@@ -1,0 +1,225 @@
+"""The intents of a dataset: H_k of its frames, computed once and memory-mapped, or anew for every batch.
+
+    cache/  spec.json  journal.jsonl  00000.npy 00001.npy ..  manifest.json
+
+A shard holds the hidden states of some whole episodes, float16 [tokens, d], prompts one after another,
+unpadded. spec.json names everything that H_k depends on; a cache of another spec, or with a changed shard, is
+refused. The frame that the future loss looks at is a row of the same store and costs no pass of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from torch import Tensor
+
+from blm.backbone.backbone import Backbone
+from blm.backbone.prompt import control_prompt
+from blm.data.episodes import EpisodeDataset, open_dataset
+from blm.data.mixture import IndexArray, kept_frames
+from blm.engine import Result, Unit, run_units
+from blm.policy.policy import prompt_version, sha256_of
+from blm.types import BlmError, ImageArray
+
+FORMAT = 1
+Rows = list[NDArray[np.floating[Any]]]
+"""Hidden states [L_i, d] of some frames; prompts differ in length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntentConfig:
+    layer: int
+    """k, the block (from 1) of the language model whose output is tapped."""
+    cameras: tuple[str, ...]
+    stride: int = 1
+    """Keep every n-th frame of an episode, and its last; n must divide the policy's `future_steps`."""
+    batch_size: int = 32
+    """Frames in one forward pass."""
+    workers: int = 2
+    """Processes that fill a cache; 0: this process."""
+    shard_frames: int = 1024
+    """A shard ends with the episode that reaches this number of kept frames."""
+
+    def __post_init__(self) -> None:
+        if min(self.layer, self.stride, self.batch_size, self.shard_frames) < 1 or not self.cameras:
+            raise BlmError(f"intents: need a layer, cameras and positive sizes, got {self}")
+
+
+class LiveIntents:
+    """Computes H_k anew for each call; needs no disk, but the backbone in memory."""
+
+    def __init__(self, backbone: Backbone, dataset: EpisodeDataset, config: IntentConfig) -> None:
+        self.backbone, self.dataset, self.config = backbone, dataset, config
+
+    def rows(self, frames: IndexArray) -> Rows:
+        """Return H_k of the given dataset frames."""
+        images = {camera: self.dataset.frames(frames, camera) for camera in self.config.cameras}
+        return self.tap([self.dataset.instructions[t] for t in self.dataset.task_index[frames]], images)
+
+    def tap(self, instructions: Sequence[str], images: Mapping[str, ImageArray]) -> Rows:
+        """Return H_k of control prompts: n texts, and for each camera pictures [n, height, width, 3]."""
+        prompts = [
+            control_prompt(text, self.dataset.space.robot, {camera: images[camera][i] for camera in images})
+            for i, text in enumerate(instructions)
+        ]
+        rows: Rows = []
+        for start in range(0, len(prompts), self.config.batch_size):
+            inputs = self.backbone.encode(prompts[start : start + self.config.batch_size], side="right")
+            tapped = self.backbone.tap(inputs, self.config.layer)
+            hidden, mask = tapped.hidden.float().cpu(), tapped.mask.cpu()
+            rows += [h[m].numpy() for h, m in zip(hidden, mask, strict=True)]
+        return rows
+
+
+class CachedIntents:
+    """Reads H_k from a cache; rows are float16 views of memory-mapped files."""
+
+    def __init__(self, folder: Path, shards: Mapping[str, Result]) -> None:
+        self._files = [np.load(folder / name, mmap_mode="r") for name in shards]
+        lengths = [np.asarray(shard["lengths"]) for shard in shards.values()]
+        self._frames = np.concatenate([np.asarray(shard["frames"]) for shard in shards.values()])
+        self._shard = np.repeat(np.arange(len(lengths)), [len(x) for x in lengths])
+        self._length = np.concatenate(lengths)
+        self._stop = np.concatenate([np.cumsum(x) for x in lengths])
+
+    def rows(self, frames: IndexArray) -> Rows:
+        """Return H_k of the given dataset frames, which must be kept ones."""
+        at = np.searchsorted(self._frames, frames)
+        assert np.array_equal(self._frames[at], frames), "a frame without intents was asked for"
+        return [self._files[self._shard[i]][self._stop[i] - self._length[i] : self._stop[i]] for i in at]
+
+
+def collate(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Pad ragged rows on the right: hidden [B, L, d] in their precision, and mask [B, L]."""
+    lengths = np.array([len(row) for row in rows])
+    hidden = np.zeros((len(rows), lengths.max(), rows[0].shape[1]), rows[0].dtype)
+    for padded, row in zip(hidden, rows, strict=True):
+        padded[: len(row)] = row
+    return torch.from_numpy(hidden), torch.from_numpy(np.arange(hidden.shape[1]) < lengths[:, None])
+
+
+def cache_intents(
+    backbone: Backbone, source: str, dataset: EpisodeDataset, config: IntentConfig, folder: Path
+) -> CachedIntents:
+    """Fill the cache `folder` as far as it is not yet, check it, and open it.
+
+    `source` is the name or folder that worker processes load `backbone` from. Raises BlmError if the folder
+    holds a cache of anything else, or one that was altered.
+    """
+    claim(folder / "spec.json", describe(backbone, dataset, config), f"intent cache '{folder}' is stale")
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        _announce(LiveIntents(backbone, dataset, config), folder)
+        results = run_units(
+            _write_shard,
+            list(_shards(dataset, config, folder)),
+            journal=folder / "journal.jsonl",
+            workers=config.workers,
+            title=f"intents of {dataset.space.robot}",
+            setup=_set_up_worker,
+            setup_args=(source, str(backbone.model.device), backbone.model.dtype, dataset.folder, config),
+        )
+        _worker.clear()
+        _write_json(manifest, results)
+    shards: dict[str, Result] = json.loads(manifest.read_text())
+    for name, shard in shards.items():
+        if not (folder / name).exists() or sha256_of(folder / name) != shard["sha256"]:
+            raise BlmError(
+                f"intent cache '{folder}': {name} is missing or altered; delete the folder, run again"
+            )
+    return CachedIntents(folder, shards)
+
+
+def describe(backbone: Backbone, dataset: EpisodeDataset, config: IntentConfig) -> dict[str, Any]:
+    """Return everything that the cached values depend on."""
+    return {
+        "format": FORMAT,
+        "backbone": backbone.fingerprint(),
+        "prompt": prompt_version(backbone, config.cameras),
+        "image_processing": json.loads(backbone.processor.image_processor.to_json_string()),
+        "layer": config.layer,
+        "cameras": list(config.cameras),
+        "stride": config.stride,
+        "dataset": dataset.content_hash,
+    }
+
+
+def claim(path: Path, facts: Mapping[str, Any], complaint: str) -> None:
+    """Write what a new folder is made from, with its sha256. Raises BlmError if that was something else."""
+    text = json.dumps(facts, sort_keys=True)
+    mine = {**json.loads(text), "key": hashlib.sha256(text.encode()).hexdigest()}
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_json(path, mine)
+    elif (there := json.loads(path.read_text())) != mine:
+        other = ", ".join(name for name in facts if there.get(name) != mine[name])
+        raise BlmError(f"{complaint}: made from another {other}; delete the folder or name another")
+
+
+def _write_json(path: Path, value: object) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1))
+    temporary.replace(path)
+
+
+def _announce(live: LiveIntents, folder: Path) -> None:
+    """Print the size on disk, from the prompt length per instruction. Raises BlmError if it does not fit."""
+    dataset, side = live.dataset, live.dataset.image_size
+    blank = np.zeros((len(dataset.instructions), side, side, 3), np.uint8)
+    prompts = live.tap(dataset.instructions, dict.fromkeys(live.config.cameras, blank))
+    kept = dataset.task_index[kept_frames(dataset.starts, live.config.stride)]
+    tokens, width = np.array([len(row) for row in prompts])[kept], prompts[0].shape[1]
+    size, free = tokens.sum() * width * 2 / 1e9, shutil.disk_usage(folder).free / 1e9
+    plan = f"{len(kept)} frames x {tokens.mean():.0f} tokens x {width}: {size:.3g} GB ({free:.3g} GB free)"
+    Console(stderr=True).print(f"intent cache {folder}: {plan}", soft_wrap=True)
+    if size > free:
+        raise BlmError(f"intent cache '{folder}' does not fit: {plan}; use a larger stride or another disk")
+
+
+def _shards(dataset: EpisodeDataset, config: IntentConfig, folder: Path) -> Iterator[Unit]:
+    """Yield shards of consecutive whole episodes, with the kept frames of each episode."""
+    kept = kept_frames(dataset.starts, config.stride)
+    episodes = np.split(kept, np.searchsorted(kept, dataset.starts[1:-1]))
+    shard: list[IndexArray] = []
+    number = 0
+    for i, frames in enumerate(episodes, start=1):
+        shard.append(frames)
+        if sum(map(len, shard)) >= config.shard_frames or i == len(episodes):
+            yield Unit(name := f"{number:05d}.npy", (folder / name, shard))
+            shard, number = [], number + 1
+
+
+_worker: list[LiveIntents] = []
+"""What this worker process computes with; filled by `_set_up_worker`."""
+
+
+def _set_up_worker(source: str, device: str, dtype: torch.dtype, dataset: Path, config: IntentConfig) -> None:
+    backbone = Backbone.load(source, device=device, dtype=dtype)
+    _worker[:] = [LiveIntents(backbone, open_dataset(dataset), config)]
+
+
+def _write_shard(payload: tuple[Path, list[IndexArray]]) -> Result:
+    path, episodes = payload
+    rows = [row for frames in episodes for row in _worker[0].rows(frames)]
+    with np.errstate(over="ignore"):
+        packed = np.concatenate(rows).astype(np.float16)
+    if not np.isfinite(packed).all():
+        raise BlmError(
+            f"hidden states at layer {_worker[0].config.layer} exceed float16; train without a cache"
+        )
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.save(file, packed)
+    temporary.replace(path)
+    frames = np.concatenate(episodes).tolist()
+    return {"frames": frames, "lengths": [len(row) for row in rows], "sha256": sha256_of(path)}

@@ -1,0 +1,320 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from blm.backbone import Backbone, build_nano, control_prompt, question_prompt, video_prompt
+from blm.backbone.backbone import without_video
+from blm.backbone.nano import train_tokenizer
+from blm.backbone.prompt import load_pixels
+from blm.types import BlmError, Image, Message, UnknownNameError
+
+QWEN_TEMPLATE = (
+    "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' }}{%- for p in m.content -%}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' if p.type == 'image' else p.text }}{%- endfor -%}"
+    "{{ '<|im_end|>\\n' }}{%- endfor -%}{{ '<|im_start|>assistant\\n' if add_generation_prompt else '' }}"
+)
+QWEN_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+
+
+def tiny_qwen(version: str) -> Backbone:
+    """A random model of the real Qwen classes: 4 blocks, pictures of 56 px -> 4 tokens."""
+    tokenizer = train_tokenizer(["What is in the picture?"])
+    tokenizer.add_special_tokens({"additional_special_tokens": list(QWEN_TOKENS), "eos_token": "<|im_end|>"})
+    ids = dict(zip(QWEN_TOKENS, tokenizer.convert_tokens_to_ids(list(QWEN_TOKENS)), strict=True))
+    media = {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+    }
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    patch = 14 if version == "2.5" else 16
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"patch_size": patch}
+    torch.manual_seed(0)
+    model: torch.nn.Module
+    if version == "2.5":
+        vision |= {"window_size": 56, "fullatt_block_indexes": [1]}
+        model = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision, **media)
+        )
+    else:
+        vision |= {"deepstack_visual_indexes": [0, 1], "num_position_embeddings": 64}
+        model = Qwen3VLForConditionalGeneration(
+            Qwen3VLConfig(text_config=text, vision_config=vision, **media)
+        )
+    pictures = Qwen2VLImageProcessorPil(
+        size={"shortest_edge": (4 * patch) ** 2, "longest_edge": (4 * patch) ** 2}, patch_size=patch
+    )
+    kind = without_video(Qwen2_5_VLProcessor if version == "2.5" else Qwen3VLProcessor)
+    return Backbone(model, kind(pictures, tokenizer, chat_template=QWEN_TEMPLATE))
+
+
+MAKERS: dict[str, Callable[[], Backbone]] = {
+    "nano": build_nano,
+    "qwen2.5": lambda: tiny_qwen("2.5"),
+    "qwen3": lambda: tiny_qwen("3"),
+}
+
+
+@pytest.fixture(scope="module", params=sorted(MAKERS))
+def backbone(request: pytest.FixtureRequest) -> Backbone:
+    return MAKERS[request.param]()
+
+
+@pytest.fixture(scope="module")
+def nano() -> Backbone:
+    return build_nano()
+
+
+def picture(seed: int, height: int = 112, width: int = 112) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+PROMPTS = (
+    control_prompt("push the cube.", "Panda", {"base": picture(0), "wrist": picture(1)}),
+    question_prompt("What can you do? Say it in many words, please, and slowly."),
+    question_prompt("What is it?", [picture(2, 60, 90)], system="Be brief."),
+)
+
+
+def test_tap_is_the_output_of_its_block_and_later_blocks_do_not_run(backbone: Backbone) -> None:
+    inputs = backbone.encode(PROMPTS)
+    seen: dict[int, torch.Tensor] = {}
+    runs: list[int] = []
+    hooks = []
+    for index, block in enumerate(backbone.decoder.layers):
+        hooks.append(block.register_forward_hook(lambda m, a, out, i=index: seen.__setitem__(i + 1, out)))
+        # H_k is what block k + 1 reads; in Qwen3-VL DeepStack features were added to block k's output.
+        hooks.append(
+            block.register_forward_pre_hook(
+                lambda m, args, i=index: seen.__setitem__(i, args[0]) if i else None
+            )
+        )
+    with torch.no_grad():
+        backbone.model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    hooks = [
+        block.register_forward_hook(lambda *_, i=index: runs.append(i + 1))
+        for index, block in enumerate(backbone.decoder.layers)
+    ]
+    for layer in range(1, backbone.num_layers + 1):
+        runs.clear()
+        tapped = backbone.tap(inputs, layer)
+        assert runs == list(range(1, layer + 1))
+        assert torch.equal(tapped.hidden, seen[layer])
+        assert tapped.hidden.shape == (*inputs["input_ids"].shape, backbone.hidden_size)
+        assert tapped.mask.sum(1).tolist() == inputs["attention_mask"].sum(1).tolist()
+    for hook in hooks:
+        hook.remove()
+
+
+def test_tap_leaves_the_model_as_it_was(backbone: Backbone) -> None:
+    inputs = backbone.encode(PROMPTS)
+    before, modules = backbone.fingerprint(), dict(backbone.model.named_modules())
+    with torch.no_grad():
+        logits = backbone.model(**inputs).logits
+        backbone.tap(inputs, 1)
+        assert torch.equal(backbone.model(**inputs).logits, logits)
+    assert backbone.fingerprint() == before
+    assert dict(backbone.model.named_modules()) == modules
+    for layer in (0, backbone.num_layers + 1):
+        with pytest.raises(BlmError, match="outside 1"):
+            backbone.tap(inputs, layer)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(backbone: Backbone, side: str) -> None:
+    layer = backbone.num_layers
+    batch = backbone.tap(backbone.encode(PROMPTS, side=side), layer)
+    for row, prompt in enumerate(PROMPTS):
+        alone = backbone.tap(backbone.encode([prompt]), layer)
+        assert alone.mask.all()
+        hidden = batch.hidden[row][batch.mask[row]]
+        assert hidden.shape == alone.hidden[0].shape
+        assert torch.allclose(hidden, alone.hidden[0], atol=2e-5), (hidden - alone.hidden[0]).abs().max()
+
+
+def test_answers_do_not_depend_on_the_batch_and_match_a_plain_greedy_loop(backbone: Backbone) -> None:
+    batch = backbone.answer_batch(PROMPTS, max_tokens=5)
+    assert batch == [backbone.answer(prompt, max_tokens=5) for prompt in PROMPTS]
+    inputs = backbone.encode(PROMPTS[:1])
+    ids = inputs["input_ids"]
+    with torch.no_grad():
+        for _ in range(5):
+            grown = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if "mm_token_type_ids" in inputs:
+                extra = ids.shape[1] - inputs["input_ids"].shape[1]
+                grown["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, extra))
+            ids = torch.cat([ids, backbone.model(**grown).logits[:, -1:].argmax(-1)], 1)
+    new = ids[0, inputs["input_ids"].shape[1] :].tolist()
+    end = backbone.processor.tokenizer.eos_token_id
+    new = new[: new.index(end)] if end in new else new
+    assert batch[0] == backbone.processor.decode(new, skip_special_tokens=True).strip()
+
+
+def test_tap_and_answer_run_side_by_side(backbone: Backbone) -> None:
+    inputs = backbone.encode(PROMPTS)
+    expected = backbone.tap(inputs, 2).hidden
+    answer = backbone.answer(PROMPTS[0], max_tokens=30)
+    answers: list[str] = []
+    chat = threading.Thread(target=lambda: answers.append(backbone.answer(PROMPTS[0], max_tokens=30)))
+    chat.start()
+    while chat.is_alive():
+        assert torch.equal(backbone.tap(inputs, 2).hidden, expected)
+    chat.join()
+    assert answers == [answer]
+
+
+def test_a_saved_folder_is_stock_and_gives_identical_logits(backbone: Backbone, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    for _ in range(2):  # the second save replaces the first
+        backbone.save(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    again = Backbone.load(folder)
+    assert torch.equal(again.probe_logits(), backbone.probe_logits())
+    assert again.fingerprint() == backbone.fingerprint()
+    assert again.render(PROMPTS[2], prompt=True) == backbone.render(PROMPTS[2], prompt=True)
+    inputs, mine = again.encode(PROMPTS), backbone.encode(PROMPTS)
+    assert all(torch.equal(inputs[name], mine[name]) for name in mine)
+
+
+def test_nano_loads_by_the_auto_classes_alone(nano: Backbone, tmp_path: Path) -> None:
+    nano.save(tmp_path / "nano")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "nano")
+    processor = AutoProcessor.from_pretrained(tmp_path / "nano")
+    text = "<|user|><image>What is it?<|end|><|assistant|>"
+    inputs = processor(text=[text], images=[PIL.Image.fromarray(picture(3))], return_tensors="pt")
+    mine = nano.encode([question_prompt("What is it?", [picture(3)])])
+    assert all(torch.equal(inputs[name], mine[name]) for name in mine)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, nano.model(**mine).logits)
+    assert int((inputs["input_ids"] == processor.image_token_id).sum()) == 16
+    assert 1.5e6 < sum(p.numel() for p in model.parameters()) < 3e6
+
+
+def test_nano_is_a_function_of_its_seed() -> None:
+    state = torch.get_rng_state()
+    one, same, other = (build_nano(seed=seed).fingerprint() for seed in (0, 0, 1))
+    assert one == same != other
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_tokenizer_round_trips_any_text_and_spells_numbers(nano: Backbone) -> None:
+    tokenizer = nano.processor.tokenizer
+    for text in ("(512, 430)", "Where is\n the cube?  Über 3½ λ — 火 \U0001f916", "1000,2 x"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    tokens = tokenizer.tokenize("(512, 430)")
+    assert [token for token in tokens if any(c.isdigit() for c in token)] == list("512430")
+
+
+def test_nano_tells_places_apart(nano: Backbone) -> None:
+    """The same patch at two places gives different tokens, and a small shift inside one cell shows too."""
+
+    def shifted(x: int) -> np.ndarray:
+        image = np.zeros((112, 112, 3), dtype=np.uint8)
+        image[40:50, x : x + 10] = 255
+        return image
+
+    hidden = [
+        nano.tap(nano.encode([question_prompt("", [shifted(x)])]), 1).hidden[0, 1:17] for x in (30, 31, 80)
+    ]
+    assert (hidden[0] - hidden[1]).abs().max() > 1e-3
+    assert (hidden[0] - hidden[2]).abs().max() > 1e-2
+
+
+def test_freeze_and_fingerprint(tmp_path: Path) -> None:
+    backbone = build_nano()
+    backbone.model.train()
+    backbone.freeze()
+    assert not backbone.model.training
+    assert not any(p.requires_grad for p in backbone.model.parameters())
+    before, logits = backbone.fingerprint(), backbone.probe_logits()
+    with torch.no_grad():
+        backbone.model.lm_head.weight[3, 5] += 1e-3
+    assert backbone.fingerprint() != before
+    assert not torch.equal(backbone.probe_logits(), logits)
+
+
+def test_bad_input_is_refused_before_the_forward(nano: Backbone, tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG no")
+    PIL.Image.new("RGBA", (9, 7), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert load_pixels(Image(path="clear.png"), tmp_path).shape == (7, 9, 3)
+    bad: list[tuple[Message, str]] = [
+        (Message("user", (Image(picture(0).astype(np.float32)), "a")), "float32"),
+        (Message("user", (Image(picture(0)[..., :1]), "a")), r"needed: uint8 \(height, width, 3\)"),
+        (Message("user", (Image(path="broken.png"), "a")), "cannot read image .*broken.png"),
+        (Message("user", (Image(path="absent.png"), "a")), "cannot read image .*absent.png"),
+        (Message("user", (Image(), "a")), "neither pixels nor a path"),
+        (Message("user", ("look: <image>",)), "reserved"),
+        (Message("user", ("word " * 9000,)), "the context holds 4096"),
+    ]
+    for message, rule in bad:
+        with pytest.raises(BlmError, match=rule):
+            nano.encode([[message]], root=tmp_path)
+    with pytest.raises(BlmError, match="relative to"):
+        nano.encode([[Message("user", (Image(path="clear.png"),))]])
+    with pytest.raises(BlmError, match="no messages"):
+        nano.encode([[]])
+    inputs = nano.encode([question_prompt("a", [picture(0)])])
+    inputs["input_ids"] = inputs["input_ids"][:, 4:]
+    with pytest.raises(BlmError, match="13 image placeholders but 16"):
+        nano.check(inputs)
+
+
+def test_an_unknown_backbone_names_the_closest() -> None:
+    with pytest.raises(UnknownNameError, match=r"Did you mean 'qwen2_5_vl_3b'"):
+        Backbone.load("qwen2.5_vl_3b")
+
+
+def test_prompts_put_pictures_first_in_the_given_order() -> None:
+    images = {"wrist": picture(1), "base": picture(0)}
+    (message,) = control_prompt("Stack them.", "xArm 6", images)
+    assert all(a.pixels is b for a, b in zip(message.images, images.values(), strict=True))
+    assert isinstance(message.content[-1], str) and "Views: wrist, base." in message.text
+    for word in ("xArm 6", "Stack them.", "object", "goal", "gripper", "next primitive"):
+        assert word in message.text
+    frames = [picture(i, 8, 8) for i in range(10)]
+    (clip,) = video_prompt("What happens?", frames, rate_hz=2.0, count=4)
+    assert [next(i for i, f in enumerate(frames) if f is im.pixels) for im in clip.images] == [0, 3, 6, 9]
+    assert "0.0, 1.5, 3.0, 4.5 s" in clip.text
+    assert len(video_prompt("?", frames[:1], 2.0)[0].images) == 1
+    with pytest.raises(BlmError, match="needs frames"):
+        video_prompt("?", [], 2.0)

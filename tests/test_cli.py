@@ -1,0 +1,113 @@
+"""The command line: recipes, overrides, and answers to wrong input."""
+
+from __future__ import annotations
+
+import pytest
+
+from blm.cli import COMMANDS, find_command, main, parse_recipe
+from blm.pipeline import Stage, read_ledger, run_stages, stage_key, write_json
+from blm.recipes import RECIPES
+from blm.types import BlmError
+
+
+def test_every_recipe_is_complete_and_named():
+    for name, make in RECIPES.items():
+        assert make().name == name
+
+
+def test_dotted_overrides_reach_the_recipe(tmp_path):
+    arguments = [
+        "--recipe",
+        "ci",
+        "--run",
+        str(tmp_path),
+        "--stage2.loop.steps",
+        "7",
+        "--robots",
+        "panda",
+        "xarm6",
+    ]
+    recipe, folder = parse_recipe("demo", arguments)
+    assert (recipe.stage2.loop.steps, recipe.robots, folder) == (7, ("panda", "xarm6"), tmp_path)
+    assert recipe.corpus == RECIPES["ci"]().corpus
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["colect"], "unknown command 'colect'. Did you mean 'collect'?"),
+        (["train", "stage3"], "Did you mean 'train stage"),
+        (["collect", "--recipe", "dmo"], "unknown recipe 'dmo'. Did you mean 'demo'?"),
+        (["collect", "--robots", "pandas"], "unknown robot 'pandas'. Did you mean 'panda'?"),
+        (["collect", "--tasks", "pickcube"], "unknown task 'pickcube'. Did you mean 'pick_cube'?"),
+        (["collect", "--cameras", "bas"], "unknown camera 'bas'. Did you mean 'base'?"),
+        (["collect", "--stage2.loop.stepps", "3"], "--stage2.loop.steps"),
+        (["serve", "no/such/folder"], "unknown checkpoint 'no/such/folder'"),
+        (["view", "no/such/folder"], "no dataset at 'no/such/folder'"),
+    ],
+)
+def test_wrong_input_names_the_valid_choices(arguments, complaint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    output = capsys.readouterr()
+    assert complaint in " ".join((output.err + output.out).split())
+
+
+def test_two_word_commands_are_found():
+    assert find_command(["train", "stage1", "--x"])[::2] == ("train stage1", ["--x"])
+    assert {"demo", "serve", "doctor"} <= set(COMMANDS)
+
+
+def test_doctor_reports_and_judges(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0, text
+    for name in ("python", "torch", "mujoco", "rendering", "free disk", "gpu"):
+        assert name in text
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", str(tmp_path)])
+    assert stop.value.code == 1 and "FAULT" in capsys.readouterr().out
+
+
+def stages(log):
+    def work(name, fail=False):
+        def run(recipe, folder):
+            log.append(name)
+            if fail and log.count(name) == 1:
+                raise RuntimeError("interrupted")
+
+        return run
+
+    return {
+        "a": Stage("a", "first", ("corpus",), (), work("a")),
+        "b": Stage("b", "second", ("stage1",), ("a",), work("b", fail=True)),
+    }
+
+
+def test_stages_are_skipped_continued_and_refused(tmp_path):
+    log: list[str] = []
+    steps, recipe = stages(log), RECIPES["ci"]()
+    with pytest.raises(BlmError, match="'b' needs the result of a"):
+        run_stages(steps, ["b"], recipe, tmp_path)
+    with pytest.raises(RuntimeError, match="interrupted"):
+        run_stages(steps, ["a", "b"], recipe, tmp_path)
+    assert [entry["done"] for entry in read_ledger(tmp_path).values()] == [True, False]
+    run_stages(steps, ["a", "b"], recipe, tmp_path)
+    run_stages(steps, ["a", "b"], recipe, tmp_path)
+    assert log == ["a", "b", "b"]
+    with pytest.raises(BlmError, match="holds a 'a' made with other settings"):
+        run_stages(steps, ["a"], RECIPES["demo"](), tmp_path)
+
+
+def test_a_stage_key_follows_its_inputs():
+    steps = stages([])
+    ci, demo = RECIPES["ci"](), RECIPES["demo"]()
+    assert stage_key(steps, steps["b"], ci) != stage_key(steps, steps["b"], demo)
+    assert stage_key(steps, steps["a"], ci) == stage_key(steps, steps["a"], ci)
+
+
+def test_json_is_written_whole(tmp_path):
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]

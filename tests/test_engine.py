@@ -1,0 +1,128 @@
+"""The work engine: resumes after kills, keeps its journal readable, names what failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from blm.engine import Unit, read_journal, run_units
+from blm.types import BlmError
+
+_SETTING: list[str] = []
+
+
+def square(payload: tuple[int, str]) -> dict[str, Any]:
+    """Leaves a trace of every run, so that tests can count them."""
+    number, folder = payload
+    with Path(folder, f"{number}.ran").open("a") as trace:
+        trace.write("x")
+    return {"square": number**2}
+
+
+def die_once(payload: tuple[int, str]) -> dict[str, Any]:
+    """Unit 2 kills its worker process the first time."""
+    number, folder = payload
+    mark = Path(folder, "died")
+    if number == 2 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return square(payload)
+
+
+def die_always(payload: tuple[int, str]) -> dict[str, Any]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return {}
+
+
+def fail_on_two(payload: tuple[int, str]) -> dict[str, Any]:
+    if payload[0] == 2:
+        raise ValueError("two is too much")
+    return square(payload)
+
+
+def remember(setting: str) -> None:
+    _SETTING.append(setting)
+
+
+def recall(payload: int) -> dict[str, Any]:
+    return {"setting": _SETTING, "threads": os.environ.get("OMP_NUM_THREADS")}
+
+
+def units(folder: Path, n: int = 5) -> list[Unit]:
+    return [Unit(f"u{i}", (i, str(folder))) for i in range(n)]
+
+
+def runs(folder: Path) -> list[int]:
+    return [len((folder / f"{i}.ran").read_text()) if (folder / f"{i}.ran").exists() else 0 for i in range(5)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_unit_runs_once_and_results_come_in_unit_order(tmp_path: Path, workers: int) -> None:
+    results = run_units(square, units(tmp_path), journal=tmp_path / "j.jsonl", workers=workers)
+    assert list(results.items()) == [(f"u{i}", {"square": i * i}) for i in range(5)]
+    again = run_units(square, units(tmp_path), journal=tmp_path / "j.jsonl", workers=workers)
+    assert again == results
+    assert runs(tmp_path) == [1] * 5
+
+
+def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
+    results = run_units(die_once, units(tmp_path), journal=tmp_path / "j.jsonl", workers=2)
+    assert results == {f"u{i}": {"square": i * i} for i in range(5)}
+    assert (tmp_path / "died").exists()
+    assert read_journal(tmp_path / "j.jsonl") == results
+    assert len((tmp_path / "j.jsonl").read_text().splitlines()) == 5
+
+
+def test_units_that_keep_killing_workers_end_the_run(tmp_path: Path) -> None:
+    with pytest.raises(BlmError, match=r"died 2 times in a row.*'u0'.*workers=0"):
+        run_units(die_always, units(tmp_path, 2), journal=tmp_path / "j.jsonl", workers=1, attempts=2)
+
+
+def test_a_cut_last_line_is_removed_and_its_unit_runs_again(tmp_path: Path) -> None:
+    journal = tmp_path / "j.jsonl"
+    run_units(square, units(tmp_path), journal=journal, workers=0)
+    whole = journal.read_bytes()
+    journal.write_bytes(whole[:-7])
+    assert set(read_journal(journal)) == {"u0", "u1", "u2", "u3"}
+    assert whole.startswith(journal.read_bytes())
+    run_units(square, units(tmp_path), journal=journal, workers=0)
+    assert runs(tmp_path) == [1, 1, 1, 1, 2]
+    assert [json.loads(line)["key"] for line in journal.read_text().splitlines()] == [
+        f"u{i}" for i in range(5)
+    ]
+
+
+def test_no_journal_means_nothing_finished(tmp_path: Path) -> None:
+    assert read_journal(tmp_path / "none.jsonl") == {}
+
+
+def test_an_exception_names_its_unit_and_keeps_what_finished(tmp_path: Path) -> None:
+    journal = tmp_path / "j.jsonl"
+    with pytest.raises(RuntimeError, match="work unit 'u2' failed: two is too much"):
+        run_units(fail_on_two, units(tmp_path), journal=journal, workers=1)
+    assert {"u0", "u1"} <= set(read_journal(journal))
+    results = run_units(square, units(tmp_path), journal=journal, workers=0)
+    assert [results[f"u{i}"]["square"] for i in range(5)] == [0, 1, 4, 9, 16]
+
+
+def test_duplicate_keys_are_refused(tmp_path: Path) -> None:
+    twice = [Unit("same", 1), Unit("same", 2)]
+    with pytest.raises(BlmError, match="duplicate keys"):
+        run_units(square, twice, journal=tmp_path / "j.jsonl", workers=0)
+
+
+def test_setup_runs_once_in_each_worker_with_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    work = [Unit(str(i), i) for i in range(3)]
+    results = run_units(
+        recall, work, journal=tmp_path / "j.jsonl", workers=1, setup=remember, setup_args=("hello",)
+    )
+    assert results == {str(i): {"setting": ["hello"], "threads": "1"} for i in range(3)}
+    assert os.environ["OMP_NUM_THREADS"] == "7"

@@ -1,0 +1,386 @@
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from blm.backbone.backbone import Backbone
+from blm.backbone.nano import make_nano
+from blm.bridge import BridgeConfig
+from blm.data.transforms import Normalize, RobotTransforms
+from blm.policy import flow
+from blm.policy import policy as policy_module
+from blm.policy.heads import IndexedLinear, with_embodiments
+from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
+from blm.policy.policy import CheckpointPolicy, FrozenProof
+from blm.types import ActionSpace, BlmError, Message, Observation, Policy, PolicyContract
+
+HIDDEN = 12
+CONFIG = PolicyConfig(
+    bridge=BridgeConfig(width=16, latents=3, blocks=1, heads=2),
+    width=32,
+    blocks=4,
+    heads=2,
+    max_dim=6,
+    horizon=5,
+)
+DIMS = (4, 6)
+"""Real dimensions of the two robots of these tests."""
+
+
+def make_network(seed: int = 0) -> PolicyNetwork:
+    torch.manual_seed(seed)
+    return PolicyNetwork(CONFIG, HIDDEN, len(DIMS))
+
+
+def make_batch(size: int = 8, seed: int = 0) -> PolicyBatch:
+    g = torch.Generator().manual_seed(seed)
+    embodiment = torch.arange(size) % 2
+    dims = torch.arange(CONFIG.max_dim) < torch.tensor(DIMS)[embodiment, None]
+    lengths = torch.randint(2, 8, (size, 1), generator=g)
+    steps = torch.randint(2, CONFIG.horizon + 1, (size, 1), generator=g)
+    real = dims[:, None] & (torch.arange(CONFIG.horizon) < steps)[..., None]
+    shape = (size, CONFIG.horizon, CONFIG.max_dim)
+    return PolicyBatch(
+        hidden=torch.randn(size, 7, HIDDEN, generator=g),
+        mask=torch.arange(7) < lengths,
+        future_hidden=torch.randn(size, 7, HIDDEN, generator=g),
+        future_mask=torch.arange(7) < lengths,
+        state=torch.randn(size, CONFIG.max_dim, generator=g) * dims,
+        actions=torch.randn(shape, generator=g).clamp(-1, 1) * real,
+        real=real,
+        embodiment=embodiment,
+        noise=torch.randn(shape, generator=g),
+        tau=flow.sample_time(size, g),
+    )
+
+
+def sample(network: PolicyNetwork, batch: PolicyBatch, noise: torch.Tensor) -> torch.Tensor:
+    dims = batch.real.any(1)
+    return network.sample(batch.hidden, batch.mask, batch.state, batch.embodiment, noise, dims)
+
+
+# --- flow -------------------------------------------------------------------------------------------------
+
+
+def test_path_ends_at_noise_and_data_and_its_derivative_is_the_target():
+    g = torch.Generator().manual_seed(0)
+    actions, noise = torch.randn(2, 4, 3, 2, generator=g, dtype=torch.float64).unbind(0)
+    zero, one = torch.zeros(4), torch.ones(4)
+    torch.testing.assert_close(flow.interpolate(actions, noise, zero), noise)
+    torch.testing.assert_close(flow.interpolate(actions, noise, one), actions)
+    tau, h = torch.rand(4, generator=g, dtype=torch.float64), 1e-4
+    slope = flow.interpolate(actions, noise, tau + h) - flow.interpolate(actions, noise, tau - h)
+    torch.testing.assert_close(slope / (2 * h), flow.target(actions, noise))
+
+
+def test_time_law_has_its_closed_form_moments_and_mass_near_noise():
+    tau = flow.sample_time(200_000, torch.Generator().manual_seed(0))
+    assert tau.min() == 0 and tau.max() < 1
+    assert tau.mean() == pytest.approx(1 - 0.6 / 0.999, abs=2e-3)  # E u = a / (a + 1) = 0.6
+    u_half = (1 - 0.5) * 0.999
+    assert (tau < 0.5).float().mean() == pytest.approx(1 - u_half**1.5, abs=5e-3)  # P(u > x) = 1 - x^a
+    assert (tau < 0.25).sum() > 2 * (tau > 0.75).sum()
+
+
+def test_euler_integrates_a_constant_velocity_exactly():
+    velocity, noise = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, 0.25]])
+    for steps in (1, 4):
+        assert torch.equal(flow.euler(lambda x, tau: velocity, noise, steps), noise + velocity)
+
+
+def test_euler_recovers_a_gaussian_from_its_exact_velocity_field():
+    """For A ~ N(m, s^2): E[A - eps | A^tau = x] = m + (tau s^2 - (1 - tau)) / var(tau) * (x - tau m),
+    var(tau) = tau^2 s^2 + (1 - tau)^2, and the flow maps eps to m + s eps."""
+    m, s = 1.5, 0.3
+
+    def velocity(x, tau_B):
+        tau = tau_B[:, None]
+        return m + (tau * s**2 - (1 - tau)) / (tau**2 * s**2 + (1 - tau) ** 2) * (x - tau * m)
+
+    noise = torch.randn(20_000, 1, generator=torch.Generator().manual_seed(0))
+    actions = flow.euler(velocity, noise, 400)
+    torch.testing.assert_close(actions, m + s * noise, atol=0.02, rtol=0)
+    assert actions.mean() == pytest.approx(m, abs=0.01) and actions.std() == pytest.approx(s, abs=0.01)
+
+
+def test_seeded_noise_depends_on_its_own_seed_alone():
+    a, b = flow.seeded_noise([3, 4], (5, 2)), flow.seeded_noise([9, 4, 3], (5, 2))
+    assert torch.equal(a[0], b[2]) and torch.equal(a[1], b[1]) and not torch.equal(a[0], a[1])
+
+
+# --- heads ------------------------------------------------------------------------------------------------
+
+
+def test_indexed_linear_is_one_linear_layer_per_embodiment():
+    torch.manual_seed(0)
+    layer, x, index = IndexedLinear(3, 4, 5), torch.randn(6, 2, 4), torch.tensor([2, 0, 1, 1, 0, 2])
+    slow = torch.stack([x[i] @ layer.weight[e] + layer.bias[e] for i, e in enumerate(index)])
+    torch.testing.assert_close(layer(x, index), slow)
+
+
+def test_a_further_arm_is_new_rows_and_nothing_else():
+    network, batch = make_network(), make_batch()
+    grown = with_embodiments(network, 1)
+    old, new = network.state_dict(), grown.state_dict()
+    assert old.keys() == new.keys()
+    indexed = {
+        f"{name}.{kind}"
+        for name, layer in network.named_modules()
+        if isinstance(layer, IndexedLinear)
+        for kind in ("weight", "bias")
+    }
+    for name, value in old.items():
+        assert new[name].shape[1:] == value.shape[1:]
+        assert len(new[name]) == len(value) + (name in indexed)
+        assert torch.equal(new[name][: len(value)], value)
+    assert torch.equal(grown.loss(batch, grown)["loss"], network.loss(batch, network)["loss"])
+    fifth = replace(batch, embodiment=torch.full_like(batch.embodiment, 2))
+    grown.loss(fifth, grown)["loss"].backward()
+    gradient = grown.decode_action.second.weight.grad
+    assert gradient[2].abs().sum() > 0 and (gradient[:2] == 0).all()
+
+
+# --- network ----------------------------------------------------------------------------------------------
+
+
+def test_padded_dimensions_and_steps_beyond_the_episode_do_not_matter():
+    network, batch = make_network(), make_batch()
+
+    def gradients(b: PolicyBatch) -> list[torch.Tensor]:
+        network.zero_grad()
+        network.loss(b, network)["loss"].backward()
+        return [p.grad.clone() for p in network.parameters() if p.grad is not None]
+
+    junk = torch.randn(batch.actions.shape) * 100
+    changed = replace(
+        batch,
+        actions=torch.where(batch.real, batch.actions, junk),
+        noise=torch.where(batch.real, batch.noise, junk),
+    )
+    for mine, theirs in zip(gradients(batch), gradients(changed), strict=True):
+        assert torch.equal(mine, theirs)
+    encoder, decoder = network.encode_action.first.weight.grad, network.decode_action.second.weight.grad
+    for robot, dim in enumerate(DIMS):
+        assert (encoder[robot, dim:] == 0).all() and (encoder[robot, :dim] != 0).any()
+        assert (decoder[robot, :, dim:] == 0).all() and (decoder[robot, :, :dim] != 0).any()
+
+
+def test_flow_loss_is_the_mean_over_real_elements():
+    network, batch = make_network(), make_batch()
+    intent = network.bridge(batch.hidden, batch.mask)
+    noise = batch.noise * batch.real
+    noised = flow.interpolate(batch.actions, noise, batch.tau)
+    velocity, _ = network.velocity(noised, batch.tau, intent, batch.state, batch.embodiment)
+    slow = [((velocity - (batch.actions - noise))[tuple(at)] ** 2).item() for at in batch.real.nonzero()]
+    assert network.loss(batch, network)["loss_flow"].item() == pytest.approx(sum(slow) / len(slow), rel=1e-5)
+
+
+def test_future_target_comes_from_the_teacher_and_carries_no_gradient():
+    network, teacher, batch = make_network(0), make_network(1), make_batch()
+    losses = network.loss(batch, teacher)
+    total = losses["loss_flow"] + CONFIG.future_weight * losses["loss_future"]
+    assert torch.equal(losses["loss"], total) and 0 < losses["loss_future"] < 2
+    losses["loss_future"].backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert network.future.grad.abs().sum() > 0 and network.predict_future[0].weight.grad.abs().sum() > 0
+    assert all(p.grad is None for p in network.dit.blocks[3].parameters()), "the loss taps block 3 of 4"
+    off = copy.deepcopy(network)
+    off.config = replace(CONFIG, future_weight=0)
+    assert torch.equal(off.loss(batch, teacher)["loss"], losses["loss_flow"])
+
+
+def test_overfits_one_batch_and_samples_its_actions():
+    network, one = make_network(), make_batch()
+    names = ("hidden", "mask", "future_hidden", "future_mask", "state", "actions", "real", "embodiment")
+    batch = replace(one, **{name: torch.cat([getattr(one, name)] * 4) for name in names})
+    optimizer = torch.optim.Adam(network.parameters(), 5e-3, betas=(0.9, 0.95))
+    g = torch.Generator().manual_seed(0)
+    curve = []
+    for step in range(300):
+        noise, tau = torch.randn(batch.actions.shape, generator=g), flow.sample_time(32, g)
+        losses = network.loss(replace(batch, noise=noise, tau=tau), network)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / 300)
+        optimizer.step()
+        curve.append(losses["loss_flow"].item())
+    assert sum(curve[-20:]) < 0.15 * sum(curve[:20])
+    error = (sample(network, one, one.noise) - one.actions)[one.real].abs()
+    assert error.mean() < 0.1
+
+
+def test_sampling_is_repeatable_and_a_row_does_not_depend_on_its_neighbours():
+    network, batch = make_network(), make_batch()
+    together = sample(network, batch, batch.noise)
+    assert torch.equal(together, sample(network, batch, batch.noise))
+    alone = ("hidden", "mask", "state", "embodiment", "real")
+    one = replace(batch, **{name: getattr(batch, name)[2:3] for name in alone})
+    torch.testing.assert_close(sample(network, one, batch.noise[2:3]), together[2:3], atol=1e-5, rtol=1e-5)
+    assert (together[:, :, 4:][batch.embodiment == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"heads": 3}, "multiple of 2"), ({"future_layer": 5}, "1..blocks"), ({"ema": 1.0}, "ema in")],
+)
+def test_bad_configs_are_refused(change, message):
+    with pytest.raises(BlmError, match=message):
+        replace(CONFIG, **change)
+
+
+def test_parameters_are_all_used():
+    network, batch = make_network(), make_batch()
+    network.loss(batch, network)["loss"].backward()
+    unused = [name for name, p in network.named_parameters() if p.grad is None]
+    assert not unused and isinstance(network, nn.Module)
+
+
+# --- checkpoint -------------------------------------------------------------------------------------------
+
+
+def make_policy(seed: int = 0) -> CheckpointPolicy:
+    backbone = Backbone(*make_nano(seed=0, layers=2, width=32))
+    torch.manual_seed(seed)
+    spaces, transforms = {}, {}
+    for robot, dim in zip(("arm", "leg"), DIMS, strict=True):
+        spaces[robot] = ActionSpace(
+            robot=robot,
+            names=(*(f"j{i}" for i in range(dim - 1)), "gripper"),
+            units=("rad",) * (dim - 1) + ("opening",),
+            low=(-1.0,) * (dim - 1) + (0.0,),
+            high=(1.0,) * (dim - 1) + (1.0,),
+        )
+        steps = Normalize(np.full((5, dim), -0.5), np.full((5, dim), 0.7))
+        state = Normalize(np.full(dim, -1.0), np.full(dim, 1.0))
+        transforms[robot] = RobotTransforms(state=state, normalize_actions=steps, relative=True)
+    return CheckpointPolicy(
+        backbone=backbone,
+        frozen=FrozenProof.of(backbone),
+        layer=2,
+        network=PolicyNetwork(CONFIG, 32, 2),
+        transforms=transforms,
+        contract=PolicyContract(
+            action_spaces=spaces, cameras=("base", "wrist"), image_size=32, horizon=5, execute=3
+        ),
+    )
+
+
+def make_observation(robot: str = "arm", seed: int = 0) -> Observation:
+    rng = np.random.default_rng(seed)
+    images = {camera: rng.integers(0, 255, (32, 32, 3), np.uint8) for camera in ("wrist", "side", "base")}
+    state = rng.uniform(-0.5, 0.5, DIMS[robot == "leg"])
+    return Observation(images=images, state=state, instruction="go" * (seed + 1), robot=robot, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[CheckpointPolicy, Path]:
+    policy, folder = make_policy(), tmp_path_factory.mktemp("policy") / "checkpoint"
+    policy.save(folder, {"command": "test"})
+    return policy, folder
+
+
+@pytest.fixture
+def copied(saved, tmp_path) -> Path:
+    saved[0].save(tmp_path / "checkpoint", {})
+    return tmp_path / "checkpoint"
+
+
+def test_save_and_load_give_the_same_actions_bit_for_bit(saved):
+    policy, folder = saved
+    loaded = CheckpointPolicy.load(folder)
+    assert isinstance(loaded, Policy) and loaded.contract == policy.contract
+    for robot in ("arm", "leg"):
+        chunk, again = policy.act(make_observation(robot)), loaded.act(make_observation(robot))
+        np.testing.assert_array_equal(chunk.actions, again.actions)
+        assert chunk.actions.shape == (5, DIMS[robot == "leg"]) and chunk.actions.dtype == np.float32
+    assert not [path for path in folder.parent.iterdir() if path != folder]
+
+
+def test_act_is_repeatable_and_batches_give_the_same_actions(saved):
+    policy, _ = saved
+    observations = [make_observation(robot, seed) for seed, robot in enumerate(("leg", "arm", "leg"))]
+    together = policy.act_batch(observations)
+    for observation, chunk in zip(observations, together, strict=True):
+        alone = policy.act(observation)
+        np.testing.assert_array_equal(alone.actions, policy.act(observation).actions)
+        np.testing.assert_allclose(alone.actions, chunk.actions, atol=1e-5)
+    other = policy.act(replace(observations[0], seed=7))
+    assert np.abs(other.actions - together[0].actions).max() > 1e-3
+
+
+def test_actions_are_absolute_targets_within_the_limits(saved):
+    policy, _ = saved
+    here = make_observation()
+    moved = replace(here, state=here.state + np.eye(4)[0] * 0.95)
+    actions = policy.act(moved).actions
+    space = policy.contract.action_spaces["arm"]
+    assert (actions >= np.array(space.low)).all() and (actions <= np.array(space.high)).all()
+    assert actions[:, 0].max() == 1.0, "a target beyond the joint limit is clipped to it"
+
+
+def test_observations_that_do_not_fit_are_refused(saved):
+    policy, _ = saved
+    with pytest.raises(BlmError, match="lacks camera 'base'"):
+        policy.act(replace(make_observation(), images={}))
+    with pytest.raises(BlmError, match="unknown robot 'tail'"):
+        policy.act(replace(make_observation(), robot="tail"))
+
+
+def test_the_revision_names_the_weights(saved):
+    assert saved[0].contract.revision == make_policy().contract.revision != make_policy(1).contract.revision
+
+
+@pytest.mark.parametrize(
+    "name", ["policy.safetensors", "stats.json", "config.json", "backbone/model.safetensors"]
+)
+def test_an_altered_or_missing_file_is_named(copied, name):
+    data = bytearray((copied / name).read_bytes())
+    data[-2] ^= 1
+    (copied / name).write_bytes(data)
+    with pytest.raises(BlmError, match=f"{name} is altered; copy the folder again"):
+        CheckpointPolicy.load(copied)
+    (copied / name).unlink()
+    with pytest.raises(BlmError, match=f"{name} is missing; copy the folder again"):
+        CheckpointPolicy.load(copied)
+
+
+def rewrite_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text(json.dumps(policy_module._hashes(folder)))
+
+
+def test_another_backbone_is_refused_even_with_a_matching_manifest(copied):
+    Backbone(*make_nano(seed=1, layers=2, width=32)).save(copied / "backbone")
+    rewrite_manifest(copied)
+    with pytest.raises(BlmError, match="is not the frozen one of Stage II"):
+        CheckpointPolicy.load(copied)
+
+
+def test_a_foreign_format_folder_or_prompt_is_refused(copied, tmp_path, monkeypatch):
+    with pytest.raises(BlmError, match=r"no checkpoint at .* give the folder that Stage II wrote"):
+        CheckpointPolicy.load(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(policy_module, "control_prompt", lambda *_: make_prompt("other words"))
+        with pytest.raises(BlmError, match="control prompts of version"):
+            CheckpointPolicy.load(copied)
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "format": 99}))
+    rewrite_manifest(copied)
+    with pytest.raises(BlmError, match="has format 99, this program reads 1"):
+        CheckpointPolicy.load(copied)
+
+
+def make_prompt(text: str) -> tuple[Message, ...]:
+    return (Message("user", (text,)),)
+
+
+def test_saving_again_replaces_the_folder(copied):
+    (copied / "note.txt").write_text("mine")
+    make_policy(1).save(copied, {})
+    assert not (copied / "note.txt").exists()
+    assert CheckpointPolicy.load(copied).contract.revision == make_policy(1).contract.revision

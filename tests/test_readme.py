@@ -1,0 +1,63 @@
+"""Every command and every path that the README shows exists and parses."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from blm.cli import find_command, parse_recipe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line and not line.startswith("#")
+]
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_readme_shows_commands():
+    assert any("make demo" in line for line in COMMANDS) and any("make test" in line for line in COMMANDS)
+    assert PYTHON
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_exist(line):
+    words = shlex.split(line, comments=True)
+    if words[0] == "make":
+        targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[1] in targets
+    elif words[0].endswith("blm"):
+        name, _, rest = find_command(words[1:])
+        if name in (
+            "demo",
+            "collect",
+            "corpus",
+            "train stage1",
+            "train stage2",
+            "eval digital",
+            "eval physical",
+        ):
+            parse_recipe(name, rest)
+    elif words[0].endswith("python"):
+        assert (ROOT / words[1]).is_file()
+    else:
+        assert words[0] in ("git", "cd"), f"no test covers: {line}"
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_blocks_compile_and_import(block):
+    compile(block, "README.md", "exec")
+    for line in block.splitlines():
+        if line.startswith(("import ", "from ")):
+            exec(line, {})
+
+
+def test_named_paths_exist():
+    for path in re.findall(r"\]\(((?!http)[^)#]+)\)", README) + re.findall(r'<img src="([^"]+)"', README):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,161 @@
+"""The report: self-contained, complete, honest about what is missing."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from functools import partial
+from html.parser import HTMLParser
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy, evaluate_digital, evaluate_physical
+from blm.evaluation.report import ReportData, build_report
+from blm.robots import ROBOTS
+from blm.types import BlmError, Image, Message, PolicyContract, Question
+
+CONTRACT = PolicyContract(
+    action_spaces={name: robot.action_space for name, robot in ROBOTS.items()},
+    cameras=(),
+    image_size=32,
+    horizon=4,
+    execute=4,
+)
+
+
+class Shout:
+    def answer(self, messages: object, *, max_tokens: int = 64) -> str:
+        return "<script>alert(1)</script>"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a result of each kind."""
+    out = tmp_path_factory.mktemp("run")
+    protocol = PhysicalProtocol.for_policy(
+        CONTRACT, robots=["panda", "widowxai"], tasks=["push_cube"], episodes=3, max_steps=5
+    )
+    for name, policy in (("model", RandomPolicy), ("still", ZeroPolicy)):
+        evaluate_physical(partial(policy, CONTRACT), protocol, out / name, workers=0)
+    question = Question(
+        id="q",
+        kind="point_base",
+        messages=(Message("user", (Image(np.zeros((2, 2, 3), np.uint8)), "Where?")),),
+        answer="(1, 2)",
+        group="g",
+        scorer="point",
+    )
+    evaluate_digital(Shout(), [question], out / "digital", train_questions=[question], model="m")
+    rows = [{"step": step, "loss": 2.0 / (1 + step), "lr": 1e-3} for step in range(30)]
+    (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cell = {"kept": 1234, "rejected": {"unreachable": 56}, "frames": 98765}
+    (out / "summary.json").write_text(json.dumps({"robots": {"panda": {"push_cube": cell}}, "seconds": 3.0}))
+    return out
+
+
+def full(run: Path) -> ReportData:
+    return ReportData(
+        title="Run <7>",
+        commands=["blm collect", "blm report"],
+        recipe={"name": "tiny", "steps": 4711},
+        seconds={"collect": 3700.0, "stage 1": 65.0},
+        collection=run / "summary.json",
+        questions={"training": 5000},
+        logs={"Stage I": run / "log.jsonl", "Stage II": run / "absent.jsonl"},
+        digital={"ours": run / "digital/result.json"},
+        physical={"ours": run / "model/result.json", "holds still": run / "still/result.json"},
+    )
+
+
+def page(data: ReportData, out: Path) -> str:
+    build_report(data, out / "sub" / "report.html")
+    return (out / "sub" / "report.html").read_text()
+
+
+class Balance(HTMLParser):
+    """Raises on a tag that is closed without being open, and collects what the page loads."""
+
+    void = frozenset({"meta", "br", "img", "link", "input", "hr"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.loads += [
+            value or "" for name, value in attributes if name in ("src", "srcset", "data", "poster")
+        ]
+        self.loads += [
+            value or "" for name, value in attributes if name == "href" and tag in ("link", "image")
+        ]
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_is_well_formed_and_loads_nothing(run: Path, tmp_path: Path) -> None:
+    text = page(full(run), tmp_path)
+    parser = Balance()
+    parser.feed(text)
+    assert parser.open == []
+    assert parser.loads and all(load.startswith("data:video/mp4;base64,") for load in parser.loads)
+    assert "@import" not in text and "<script" not in text and not re.search(r"url\((?!#)", text)
+    assert len(text) < 500_000
+
+
+def test_page_shows_what_the_files_say(run: Path, tmp_path: Path) -> None:
+    text = page(full(run), tmp_path)
+    for shown in [
+        "Run &lt;7&gt;", "blm collect", "4711", "1 h 01 min", "1 min 05 s", "1,234",
+        "98,765", "56 unreachable",
+        "5,000", "Franka Emika Panda", "0 of 6 episodes", "0 of 1 questions", "holds still", "p = 1",
+        "&lt;script&gt;alert(1)&lt;/script&gt;", "3 episodes per cell", "mujoco 3", "0–39 %",
+    ]:  # fmt: skip
+        assert shown in text, shown
+    assert "with one seed, in simulation only" in text
+    assert page(full(run), tmp_path) == text
+
+
+def test_videos_are_inside_and_play(run: Path, tmp_path: Path) -> None:
+    films = re.findall(r"data:video/mp4;base64,([^\"]+)", page(full(run), tmp_path))
+    assert len(films) == 2  # one per cell of the first policy
+    with av.open(io.BytesIO(base64.b64decode(films[0]))) as film:
+        assert sum(1 for _ in film.decode(video=0)) == 5
+
+
+def test_curves_follow_the_theme(run: Path, tmp_path: Path) -> None:
+    text = page(full(run), tmp_path)
+    svg = text[text.index("<svg") : text.index("</svg>")]
+    assert "currentColor" in svg and "#000000" not in svg and "<text" in svg
+    assert text.count("<svg") == 1 and 'Stage II</b> <span class="none">not run' in text
+
+
+def test_missing_parts_are_called_not_run(tmp_path: Path) -> None:
+    data = ReportData(
+        title="Empty", physical={"ours": tmp_path / "nothing.json"}, collection=tmp_path / "no.json"
+    )
+    text = page(data, tmp_path)
+    assert text.count("not run") == 9
+    assert not re.search(r"\d+ %", text[text.index("<main>") :])
+
+
+def test_unlike_protocols_are_shown_but_not_compared(run: Path, tmp_path: Path) -> None:
+    other = json.loads((run / "still/result.json").read_text())
+    other["protocol"]["max_steps"] = 6
+    (tmp_path / "result.json").write_text(json.dumps(other))
+    data = ReportData(title="x", physical={"a": run / "model/result.json", "b": tmp_path / "result.json"})
+    assert "p = " not in page(data, tmp_path)
+
+
+def test_lost_video_is_an_error(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text((run / "model/result.json").read_text())
+    with pytest.raises(BlmError, match=r"panda-push_cube-0.mp4' of the result is missing"):
+        page(ReportData(title="x", physical={"a": tmp_path / "result.json"}), tmp_path)

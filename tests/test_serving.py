@@ -1,0 +1,535 @@
+"""Serving: the wire against openpi-client, the app against the real openai and OpenPI clients, faults."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import logging
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import uvicorn
+from openpi_client import msgpack_numpy
+from openpi_client.websocket_client_policy import WebsocketClientPolicy
+from PIL import Image as Pillow
+
+from blm.serving import wire
+from blm.serving.app import create_app, server_config
+from blm.serving.batching import BusyError, ModelThread, Priority
+from blm.serving.chat import Limits
+from blm.serving.client import RemotePolicy
+from blm.types import (
+    ActionChunk,
+    ActionSpace,
+    BlmError,
+    Chat,
+    ContractError,
+    Message,
+    Observation,
+    Policy,
+    PolicyContract,
+)
+
+SIDE = 8
+uses_openpi_client = pytest.mark.filterwarnings("ignore:connect.. must be used as a context manager")
+"""openpi-client 0.1.2 calls websockets in a way that websockets 17.1 calls deprecated; ours must not."""
+
+
+def space(robot: str, dim: int) -> ActionSpace:
+    names = (*(f"joint{i}" for i in range(1, dim)), "gripper")
+    units = (*("rad" for _ in range(1, dim)), "opening")
+    return ActionSpace(robot=robot, names=names, units=units, low=(-3.0,) * dim, high=(3.0,) * dim)
+
+
+CONTRACT = PolicyContract(
+    action_spaces={"panda": space("panda", 8), "xarm6": space("xarm6", 7)},
+    cameras=("base", "wrist"),
+    image_size=SIDE,
+    horizon=4,
+    execute=2,
+    revision="echo",
+)
+
+
+class EchoPolicy:
+    """Actions that depend on every part of the observation, so that nothing can be lost on the way."""
+
+    def __init__(self, contract: PolicyContract = CONTRACT) -> None:
+        self.contract = contract
+
+    def act(self, observation: Observation) -> ActionChunk:
+        if observation.instruction == "break":
+            raise RuntimeError("the weights are gone")
+        base, wrist = (float(observation.images[camera].mean()) for camera in ("base", "wrist"))
+        noise = np.random.default_rng(observation.seed).normal(size=(4, len(observation.state)))
+        actions = observation.state + noise + base - 2 * wrist + len(observation.instruction)
+        return ActionChunk(actions=actions.astype(np.float32))
+
+    def reset(self) -> None: ...
+
+
+class EchoChat:
+    """Says what it got: words and picture colours."""
+
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+        last = messages[-1]
+        if last.text == "break":
+            raise RuntimeError("the weights are gone")
+        if last.text == "long":
+            raise BlmError("the conversation has 9000 tokens, the model reads 4096")
+        colours = [tuple(int(v) for v in image.pixels[0, 0]) for image in last.images]
+        return " ".join([f"{messages[0].role}: {last.text}", *map(str, colours)])
+
+    def count_tokens(self, messages: Sequence[Message]) -> int:
+        return sum(len(message.text.split()) + 10 * len(message.images) for message in messages)
+
+
+def observation(robot: str = "panda", seed: int = 3, size: int = SIDE) -> Observation:
+    rng = np.random.default_rng(seed)
+    images = {name: rng.integers(0, 256, (size, size, 3), dtype=np.uint8) for name in ("base", "wrist")}
+    state = rng.normal(size=CONTRACT.action_spaces[robot].dim).astype(np.float32)
+    return Observation(images=images, state=state, instruction="push the cube", robot=robot, seed=seed)
+
+
+@contextmanager
+def running(policy: Policy | None, chat: Chat | None, **options: object) -> Iterator[str]:
+    """A real server on a free port; yields 'host:port'."""
+    server = uvicorn.Server(server_config(create_app(policy, chat, **options), port=0))
+    for name in ("uvicorn", "uvicorn.access"):  # their handlers hold the stderr of one captured test
+        logging.getLogger(name).handlers.clear()
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield "127.0.0.1:" + str(server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with running(EchoPolicy(), EchoChat()) as address:
+        yield address
+
+
+@pytest.fixture
+def client(server: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"http://{server}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def ask(client: openai.OpenAI, content: object, **options: object) -> openai.types.chat.ChatCompletion:
+    return client.chat.completions.create(
+        model="BLM", messages=[{"role": "user", "content": content}], **options
+    )
+
+
+def png(color: tuple[int, ...], mode: str = "RGB", size: tuple[int, int] = (4, 4)) -> str:
+    buffer = io.BytesIO()
+    Pillow.new(mode, size, color).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+# --- the wire ---
+
+DTYPES = ["<f4", ">f8", "<f2", "|u1", "<i8", "|b1", "<U5", "|S3", "<M8[s]", ">i2"]
+
+
+def test_codec_equals_openpi_client_both_ways() -> None:
+    rng = np.random.default_rng(0)
+    for dtype in DTYPES:
+        for shape in [(), (0,), (3,), (2, 3), (1, 0, 2), (2, 2, 2, 2)]:
+            array = rng.integers(0, 2, shape).astype(dtype)
+            message = {
+                "a": array,
+                "nested": {"list": [array, 1, "x", None]},
+                "strided": np.repeat(array, 2)[::2],
+            }
+            packed = wire.pack(message)
+            assert packed == msgpack_numpy.packb(message)
+            for decode in (wire.unpack, msgpack_numpy.unpackb):
+                got = decode(packed)["nested"]["list"][0]
+                assert got.dtype == array.dtype and got.shape == array.shape and (got == array).all()
+    for scalar in (np.float32(1.5), np.float64(2.5), np.int8(-3), np.bool_(True), np.str_("a")):
+        packed = wire.pack({"s": scalar})
+        assert packed == msgpack_numpy.packb({"s": scalar})
+        assert wire.unpack(packed)["s"] == msgpack_numpy.unpackb(packed)["s"] == scalar
+
+
+def test_codec_reads_text_keys_and_refuses_what_it_must() -> None:
+    array = np.arange(3, dtype=np.float32)
+    text_keys = {"__ndarray__": True, "data": array.tobytes(), "dtype": "<f4", "shape": [3]}
+    assert (wire.unpack(wire.pack({"a": text_keys}))["a"] == array).all()
+    for bad in (np.array([object()]), np.array([1j]), np.zeros(1, "f4,i4"), np.complex64(1)):
+        with pytest.raises(BlmError, match="cannot be sent"):
+            wire.pack({"a": bad})
+    for dtype in ("|O", "<c8", "|V4", "f4,f4"):
+        with pytest.raises(BlmError):
+            wire.unpack(wire.pack({**text_keys, "dtype": dtype}))
+
+
+def test_malformed_frames_are_refused_not_crashed_on() -> None:
+    whole = wire.pack(wire.to_request(observation()))
+    rng = np.random.default_rng(1)
+    for _ in range(300):
+        frame = bytearray(whole[: rng.integers(0, len(whole) + 1)])
+        for _ in range(rng.integers(0, 4)):
+            if frame:
+                frame[rng.integers(0, len(frame))] = rng.integers(0, 256)
+        with suppress(BlmError):
+            wire.to_observation(wire.unpack(bytes(frame)), CONTRACT)
+    for dtype in ("nonsense", "(1", "f4,(", ["f4"], None, b"<f4", "<U99999999999"):
+        fields = {b"__ndarray__": True, b"data": b"abcd", b"dtype": dtype, b"shape": [-1, 2**62]}
+        with pytest.raises(BlmError):
+            wire.unpack(wire.pack(fields))
+
+
+def test_request_round_trip_and_openpi_image_names() -> None:
+    seen = observation("xarm6")
+    back = wire.to_observation(wire.to_request(seen), CONTRACT)
+    assert back.robot == "xarm6" and back.seed == 3 and back.instruction == seen.instruction
+    assert (back.state == seen.state).all()
+    request = {
+        "observation/image": seen.images["base"],
+        "observation/wrist_image": seen.images["wrist"],
+        "observation/state": seen.state.astype(np.float64),
+        "prompt": "push",
+        "robot": "xarm6",
+    }
+    back = wire.to_observation(request, CONTRACT)
+    assert back.seed == 0 and all((back.images[name] == seen.images[name]).all() for name in CONTRACT.cameras)
+
+
+def test_robot_may_be_left_out_when_there_is_one() -> None:
+    request = wire.to_request(observation("xarm6"))
+    del request["robot"]
+    with pytest.raises(ContractError, match=r"'robot'.*panda, xarm6"):
+        wire.to_observation(request, CONTRACT)
+    one = PolicyContract(**{**vars(CONTRACT), "action_spaces": {"xarm6": space("xarm6", 7)}})
+    assert wire.to_observation(request, one).robot == "xarm6"
+
+
+BROKEN = {
+    "state shape": ({"observation/state": np.zeros(5, np.float32)}, r"\(5,\).*'panda' needs \(8,\)"),
+    "state words": ({"observation/state": "home"}, "could not convert"),
+    "state nan": ({"observation/state": np.full(8, np.nan)}, "not finite"),
+    "unknown robot": ({"robot": "pandas"}, "unknown robot 'pandas'.*'panda'"),
+    "image size": (
+        {"observation/images/base": np.zeros((3, 3, 3), np.uint8)},
+        r"camera 'base'.*needed: uint8",
+    ),
+    "image type": ({"observation/images/wrist": np.zeros((8, 8, 3))}, "camera 'wrist': image is float64"),
+    "no camera": ({"observation/images/wrist": None}, "observation/images/wrist.*observation/wrist_image"),
+    "no prompt": ({"prompt": None}, "lacks 'prompt'; accepted"),
+    "prompt type": ({"prompt": 3}, "'prompt' must be str"),
+    "seed": ({"seed": -1}, "'seed' must be >= 0"),
+}
+
+
+def broken_request(change: dict[str, object]) -> dict[str, object]:
+    request = {**wire.to_request(observation()), **change}
+    return {key: value for key, value in request.items() if value is not None}
+
+
+@uses_openpi_client
+@pytest.mark.parametrize("change, message", BROKEN.values(), ids=BROKEN)
+def test_bad_observation_is_refused_and_others_go_on(
+    server: str, change: dict[str, object], message: str
+) -> None:
+    neighbour = RemotePolicy(f"ws://{server}")
+    before = neighbour.act(observation()).actions
+    bad = WebsocketClientPolicy(f"ws://{server}")
+    with pytest.raises(RuntimeError, match=message):
+        bad.infer(broken_request(change))
+    assert (neighbour.act(observation()).actions == before).all()
+    bad._ws.close()
+    neighbour.close()
+
+
+# --- actions over the socket ---
+
+
+@uses_openpi_client
+@pytest.mark.parametrize("path", ["", "/v1/realtime/robot/openpi"])
+def test_openpi_client_gets_metadata_and_actions(server: str, path: str) -> None:
+    remote = WebsocketClientPolicy(f"ws://{server}{path}")
+    assert PolicyContract.from_json(remote.get_server_metadata()) == CONTRACT
+    for seed in (0, 1):
+        seen = observation(seed=seed)
+        reply = remote.infer(wire.to_request(seen))
+        assert (reply["actions"] == EchoPolicy().act(seen).actions).all()
+        assert reply["server_timing"]["infer_ms"] >= reply["policy_timing"]["infer_ms"] > 0
+        assert ("prev_total_ms" in reply["server_timing"]) == (seed == 1)
+    remote._ws.close()
+
+
+def test_remote_policy_equals_the_local_one(server: str) -> None:
+    remote, local = RemotePolicy(f"ws://{server}"), EchoPolicy()
+    assert isinstance(remote, Policy) and remote.contract == local.contract
+    remote.reset()
+    for robot in CONTRACT.action_spaces:
+        seen = observation(robot)
+        assert (remote.act(seen).actions == local.act(seen).actions).all()
+    with pytest.raises(ContractError, match=r"image is uint8 \(5, 5, 3\)"):
+        remote.act(observation(size=5))
+    remote.act(observation())  # a refusal on our side leaves the connection open
+    remote.close()
+    with pytest.raises(BlmError, match="closed"):
+        remote.act(observation())
+
+
+def test_a_failing_policy_is_told_and_the_server_goes_on(server: str) -> None:
+    remote = RemotePolicy(f"ws://{server}")
+    seen = Observation(**{**vars(observation()), "instruction": "break"})
+    with pytest.raises(BlmError, match=r"reports: the policy failed.*the weights are gone"):
+        remote.act(seen)
+    with pytest.raises(BlmError, match="connect anew"):
+        remote.act(observation())
+    again = RemotePolicy(f"ws://{server}")
+    assert again.act(observation()).actions.shape == (4, 8)
+    again.close()
+
+
+def test_no_server_and_slow_server_raise_blm_errors() -> None:
+    with pytest.raises(BlmError, match=r"no policy server at ws://127.0.0.1:9"):
+        RemotePolicy("ws://127.0.0.1:9", timeout_s=2)
+
+    class SlowPolicy(EchoPolicy):
+        def act(self, observation: Observation) -> ActionChunk:
+            time.sleep(0.5)
+            return super().act(observation)
+
+    with running(SlowPolicy(), None) as address:
+        remote = RemotePolicy(f"ws://{address}", timeout_s=0.2)
+        with pytest.raises(BlmError, match=r"no reply .* within 0.2 s"):
+            remote.act(observation())
+
+
+def test_client_imports_no_torch() -> None:
+    code = "import sys, blm.serving.client as c; print({'torch', 'fastapi', 'mujoco'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+@uses_openpi_client
+def test_api_key_guards_both_spaces() -> None:
+    with running(EchoPolicy(), EchoChat(), api_key="sesame") as address:
+        with pytest.raises(BlmError, match=r"401.*api_key"):
+            RemotePolicy(f"ws://{address}")
+        RemotePolicy(f"ws://{address}", api_key="sesame").close()
+        WebsocketClientPolicy(f"ws://{address}", api_key="sesame")._ws.close()
+        with openai.OpenAI(base_url=f"http://{address}/v1", api_key="wrong", max_retries=0) as client:
+            for call in (lambda: ask(client, "hi"), client.models.list):
+                with pytest.raises(openai.AuthenticationError):
+                    call()
+        with openai.OpenAI(base_url=f"http://{address}/v1", api_key="sesame") as client:
+            assert ask(client, "hi").choices[0].message.content == "user: hi"
+        assert httpx.get(f"http://{address}/health").status_code == 200
+
+
+# --- chat ---
+
+
+def test_status_routes(server: str, client: openai.OpenAI) -> None:
+    assert httpx.get(f"http://{server}/healthz").text == "OK\n"
+    about = httpx.get(f"http://{server}/version").json()
+    assert about["decoding"] == "greedy" and PolicyContract.from_json(about["policy"]) == CONTRACT
+    assert [model.id for model in client.models.list()] == ["BLM"]
+    missing = httpx.get(f"http://{server}/v1/nothing")
+    assert missing.status_code == 404 and "/v1/nothing" in missing.json()["error"]["message"]
+
+
+def test_chat_with_text_and_pictures(client: openai.OpenAI) -> None:
+    done = ask(client, "how many cubes", temperature=0.7, top_p=0.9, seed=1)
+    assert done.choices[0].message.content == "user: how many cubes"
+    assert done.choices[0].finish_reason == "stop" and done.object == "chat.completion"
+    assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.total_tokens) == (3, 4, 7)
+    for head in ("data:image/png;base64,", "data:image;base64,"):
+        parts = [
+            {"type": "image_url", "image_url": {"url": head + png((200, 10, 30)), "detail": "auto"}},
+            {"type": "text", "text": "colour?"},
+        ]
+        assert ask(client, parts).choices[0].message.content == "user: colour? (200, 10, 30)"
+    turned = io.BytesIO()
+    Pillow.fromarray(np.array([[[255] * 3, [0] * 3]], np.uint8)).save(
+        turned, "PNG", exif=b"Exif\0\0" + EXIF_TURN
+    )
+    url = "data:image;base64," + base64.b64encode(turned.getvalue()).decode()
+    assert (
+        "(0, 0, 0)"
+        in ask(client, [{"type": "image_url", "image_url": {"url": url}}]).choices[0].message.content
+    )
+
+
+EXIF_TURN = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x03\0\0\0\0\0\0"
+"""A TIFF header with one field: orientation 3, turned by 180 degrees."""
+
+
+def test_chat_stops_and_limits(client: openai.OpenAI) -> None:
+    assert ask(client, "one two three", stop=["two", "three"]).choices[0].message.content == "user: one "
+    assert ask(client, "a b c d", max_tokens=2).choices[0].finish_reason == "length"
+    assert ask(client, "a b c d", max_completion_tokens=9).choices[0].finish_reason == "stop"
+
+
+def test_chat_streams(client: openai.OpenAI) -> None:
+    chunks = list(ask(client, "stream this", stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == "user: stream this"
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]][-1] == "stop"
+    assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == 5
+    assert all(chunk.usage is None for chunk in ask(client, "no usage", stream=True))
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_raw_stream_ends_with_done(server: str) -> None:
+    body = {"model": "BLM", "messages": [{"role": "user", "content": "x"}], "stream": True}
+    reply = httpx.post(f"http://{server}/v1/chat/completions", json=body)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert reply.text.endswith("data: [DONE]\n\n")
+
+
+def picture(url: str) -> list[dict[str, object]]:
+    return [{"type": "image_url", "image_url": {"url": url}}]
+
+
+REFUSED = {
+    "url": (picture("http://169.254.169.254/latest"), {}, 400, "only 'data:image"),
+    "file": (picture("file:///etc/passwd"), {}, 400, "only 'data:image"),
+    "not base64": (picture("data:image/png;base64,???"), {}, 400, "not an image"),
+    "not an image": (
+        picture("data:image/png;base64," + base64.b64encode(b"hello").decode()),
+        {},
+        400,
+        "not an image",
+    ),
+    "cut image": (
+        picture("data:image/png;base64," + png((1, 2, 3), size=(64, 64))[:100]),
+        {},
+        400,
+        "not an image",
+    ),
+    "part type": (
+        [{"type": "video_url", "video_url": {"url": "x"}}],
+        {},
+        400,
+        "messages.0.content.0: Input tag 'video_url'",
+    ),
+    "image without url": ([{"type": "image_url", "image_url": {}}], {}, 400, "url: Field required"),
+    "n": ("hi", {"n": 2}, 400, "n: "),
+    "max_tokens": ("hi", {"max_tokens": 10**9}, 400, "max_tokens"),
+    "model": ("hi", {"model": "gpt"}, 404, "this server has 'BLM'"),
+    "role": ("hi", {"messages": [{"role": "robot", "content": "hi"}]}, 400, "messages.0.role"),
+    "empty": ("hi", {"messages": []}, 400, "messages"),
+    "context": ("long", {}, 400, "the model reads 4096"),
+    "failure": ("break", {}, 500, "the weights are gone"),
+}
+
+
+@pytest.mark.parametrize("content, change, status, message", REFUSED.values(), ids=REFUSED)
+def test_bad_chat_requests_say_why(
+    server: str, content: object, change: dict[str, object], status: int, message: str
+) -> None:
+    body = {"model": "BLM", "messages": [{"role": "user", "content": content}], **change}
+    reply = httpx.post(f"http://{server}/v1/chat/completions", json=body)
+    assert reply.status_code == status
+    error = reply.json()["error"]
+    assert message in error["message"] and set(error) == {"message", "type", "param", "code"}
+    assert httpx.get(f"http://{server}/health").status_code == 200
+
+
+def test_size_limits() -> None:
+    with running(None, EchoChat(), limits=Limits(body_bytes=2000, pixels=100)) as address:
+        url = f"http://{address}/v1/chat/completions"
+        assert httpx.post(url, content=b"{" + b" " * 3000).status_code == 413
+        assert httpx.post(url, content=b"not json").status_code == 400
+        content = picture("data:image/png;base64," + png((0, 0, 0), size=(11, 10)))
+        reply = httpx.post(url, json={"model": "BLM", "messages": [{"role": "user", "content": content}]})
+        assert reply.status_code == 400 and "more than 100 pixels" in reply.json()["error"]["message"]
+        assert httpx.get(f"http://{address}/version").json()["policy"] is None
+
+
+def test_full_queue_is_503_with_retry_after_and_control_still_served() -> None:
+    gate = threading.Event()
+
+    class StuckChat(EchoChat):
+        def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+            gate.wait(10)
+            return "free"
+
+    with running(EchoPolicy(), StuckChat(), limits=Limits(waiting=1)) as address:
+        url = f"http://{address}/v1/chat/completions"
+        body = {"model": "BLM", "messages": [{"role": "user", "content": "hi"}]}
+        replies: list[httpx.Response] = []
+        asking = [
+            threading.Thread(target=lambda: replies.append(httpx.post(url, json=body))) for _ in range(4)
+        ]
+        for thread in asking:
+            thread.start()
+        while len(replies) < 2:  # one runs, one waits, two are turned away
+            time.sleep(0.01)
+        assert {reply.status_code for reply in replies} == {503}
+        assert replies[0].headers["retry-after"] == "1"
+        remote = RemotePolicy(f"ws://{address}")
+        gate.set()
+        assert remote.act(observation()).actions.shape == (4, 8)
+        remote.close()
+        for thread in asking:
+            thread.join()
+        assert [reply.status_code for reply in replies[2:]] == [200, 200]
+
+
+# --- the line before the model ---
+
+
+def test_control_goes_before_chat_and_one_call_runs_at_a_time() -> None:
+    order: list[str] = []
+    running_now = 0
+    gate = threading.Event()
+
+    def call(name: str) -> str:
+        nonlocal running_now
+        running_now += 1
+        assert running_now == 1
+        gate.wait(5)
+        order.append(name)
+        running_now -= 1
+        return name
+
+    async def scenario() -> list[str]:
+        model = ModelThread(limit=2)
+        jobs = []
+        for name, priority in [("c1", 1), ("c2", 1), ("c3", 1), ("a1", 0), ("a2", 0)]:
+            jobs.append(asyncio.create_task(model.run(lambda name=name: call(name), Priority(priority))))
+            await asyncio.sleep(0)
+        with pytest.raises(BusyError, match="2 chat requests are waiting"):
+            await model.run(lambda: "never", Priority.CHAT)
+        jobs[1].cancel()  # a caller that leaves gives up its place
+        gate.set()
+        done = await asyncio.gather(*jobs, return_exceptions=True)
+        assert isinstance(done[1], asyncio.CancelledError)
+        with pytest.raises(ZeroDivisionError):
+            await model.run(lambda: 1 / 0, Priority.CHAT)
+        assert await model.run(lambda: "alive", Priority.CHAT) == "alive"
+        model.close()
+        return order
+
+    assert asyncio.run(scenario()) == ["c1", "a1", "a2", "c3"]
+
+
+def test_json_contract_survives_the_wire() -> None:
+    data = wire.unpack(wire.pack(CONTRACT.to_json()))
+    assert PolicyContract.from_json(data) == CONTRACT
+    assert PolicyContract.from_json(json.loads(json.dumps(CONTRACT.to_json()))) == CONTRACT

@@ -1,0 +1,194 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_intents import make_backbone, make_dataset
+
+from blm.backbone.backbone import Backbone
+from blm.bridge import BridgeConfig
+from blm.data.episodes import open_dataset
+from blm.policy.network import PolicyConfig, PolicyNetwork
+from blm.policy.policy import CheckpointPolicy
+from blm.training import imitate
+from blm.training.imitate import ImitateConfig, Sampler, open_robot, train_stage2
+from blm.training.intents import IntentConfig
+from blm.training.loop import LoopConfig
+from blm.types import BlmError, Observation
+
+POLICY = PolicyConfig(
+    bridge=BridgeConfig(width=16, latents=3, blocks=1, heads=2),
+    width=32,
+    heads=2,
+    max_dim=5,
+    horizon=6,
+    future_steps=6,
+)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> ImitateConfig:
+    folder = tmp_path_factory.mktemp("stage2")
+    make_backbone(folder / "backbone")
+    for robot, joints in (("arm", 2), ("leg", 3)):
+        make_dataset(folder, robot, joints)
+    return ImitateConfig(
+        datasets=(folder / "arm", folder / "leg"),
+        backbone=str(folder / "backbone"),
+        intents=IntentConfig(layer=1, cameras=("base",), workers=0, stride=2),
+        loop=LoopConfig(steps=120, batch_size=16, lr=4e-3, log_every=20),
+        policy=POLICY,
+        cache=folder / "cache",
+        execute=3,
+        held_out=0.3,
+        validation_batches=2,
+    )
+
+
+def open_robots(config: ImitateConfig) -> list[imitate.RobotData]:
+    backbone = Backbone.load(config.backbone)
+    return [open_robot(backbone, open_dataset(folder), config) for folder in config.datasets]
+
+
+def test_losses_from_the_cache_equal_those_without_within_half_precision(config):
+    torch.manual_seed(0)
+    network = PolicyNetwork(POLICY, 32, 2)
+    cached, live = (Sampler(open_robots(c), c) for c in (config, replace(config, cache=None)))
+    for step in (0, 5):
+        a, b = cached(step), live(step)
+        for name in ("mask", "future_mask", "state", "actions", "real", "embodiment", "noise", "tau"):
+            assert torch.equal(getattr(a, name), getattr(b, name)), name
+        assert a.hidden.dtype == torch.float16 and b.hidden.dtype == torch.float32
+        for name, value in network.loss(a, network).items():
+            torch.testing.assert_close(value, network.loss(b, network)[name], rtol=2e-3, atol=2e-4)
+
+
+def test_a_batch_holds_what_its_frames_say(config):
+    robots = open_robots(config)
+    batch = Sampler(robots, config)(3)
+    again = Sampler(robots, config)(3)
+    assert torch.equal(batch.noise, again.noise) and batch.ids == again.ids
+    assert not torch.equal(batch.noise, Sampler(robots, config)(4).noise)
+    names = [robot.dataset.space.robot for robot in robots]
+    for i, (name, frame) in enumerate(batch.ids):
+        robot = robots[names.index(name)]
+        data, e = robot.dataset, robot.dataset.episode_index[frame]
+        assert (
+            batch.embodiment[i] == names.index(name) and frame in robot.train and frame not in robot.held_out
+        )
+        inside = min(6, data.starts[e + 1] - frame)
+        assert batch.real[i].sum() == inside * data.space.dim
+        assert batch.real[i, :inside, : data.space.dim].all()
+        there = batch.actions[i, :, : data.space.dim].double().numpy()
+        undone = robot.transforms.actions.inverse(there, data.states[frame])
+        np.testing.assert_allclose(undone[:inside], data.actions[frame : frame + inside], atol=1e-5)
+        later = robot.intents.rows(np.array([min(frame + 6, data.starts[e + 1] - 1)]))[0]
+        assert torch.equal(batch.future_hidden[i][batch.future_mask[i]], torch.from_numpy(np.array(later)))
+
+
+def test_statistics_come_from_training_episodes_only(config):
+    robot = open_robots(config)[0]
+    dataset = robot.dataset
+    held = np.unique(dataset.episode_index[robot.held_out])
+    assert len(held) == 1 and not set(held) & set(dataset.episode_index[robot.train])
+    poisoned = np.where(np.isin(dataset.episode_index, held)[:, None], 99.0, dataset.actions)
+    other = open_robot(
+        Backbone.load(config.backbone), replace(dataset, actions=poisoned), replace(config, cache=None)
+    )
+    assert other.transforms.to_json() == robot.transforms.to_json()
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    assert train_stage2(config, out, {"command": "test"}) == out / "checkpoint"
+    return out
+
+
+def test_stage_two_learns_both_robots_and_leaves_the_backbone_as_it_was(config, trained):
+    rows = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [20, 40, 60, 80, 100, 120]
+    assert (
+        rows[-1]["loss_flow"] < 0.5 * rows[0]["loss_flow"]
+        and rows[-1]["loss_future"] < rows[0]["loss_future"]
+    )
+    assert {"val_loss_flow", "val_loss_future"} <= rows[-1].keys()
+    policy = CheckpointPolicy.load(trained / "checkpoint")
+    assert policy.backbone.fingerprint() == Backbone.load(config.backbone).fingerprint()
+    assert policy.contract.execute == 3 and list(policy.contract.action_spaces) == ["arm", "leg"]
+    stored = json.loads((trained / "checkpoint/config.json").read_text())["provenance"]
+    assert stored["command"] == "test" and stored["loop"]["seed"] == 0
+    for folder in config.datasets:
+        data = open_dataset(folder)
+        frame = 3
+        observation = Observation(
+            images={"base": data.frames([frame], "base")[0]},
+            state=data.states[frame],
+            instruction=data.instructions[data.task_index[frame]],
+            robot=data.space.robot,
+        )
+        error = np.abs(policy.act(observation).actions - data.actions[frame : frame + 6])
+        assert error.mean() < 0.15, "joints move up to 0.75 rad in these six steps"
+
+
+def test_a_finished_run_is_repeated_by_nothing_and_other_inputs_are_refused(config, trained):
+    before = (trained / "checkpoint/policy.safetensors").read_bytes()
+    train_stage2(config, trained, {"command": "again"})
+    assert (trained / "checkpoint/policy.safetensors").read_bytes() == before
+    with pytest.raises(BlmError, match="holds another run: made from another weights;"):
+        train_stage2(replace(config, weights=(1.0, 2.0)), trained, {})
+
+
+def test_a_killed_run_continues_to_the_same_checkpoint(config, tmp_path, monkeypatch):
+    config = replace(config, loop=replace(config.loop, steps=12, save_every=5))
+    whole = train_stage2(config, tmp_path / "whole", {})
+    original = Sampler.__call__
+
+    def killed(self, step):
+        if step == 8:
+            raise KeyboardInterrupt
+        return original(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sampler, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_stage2(config, tmp_path / "parts", {})
+    parts = train_stage2(config, tmp_path / "parts", {})
+    assert (whole / "policy.safetensors").read_bytes() == (parts / "policy.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_backbone_that_changes_during_stage_two_is_noticed(config, tmp_path, monkeypatch, cached):
+    backbone = Backbone.load(config.backbone)
+    backbone.save(tmp_path / "backbone")
+    config = replace(config, backbone=str(tmp_path / "backbone"), cache=config.cache if cached else None)
+
+    def disturb(model: torch.nn.Module) -> None:
+        next(model.parameters()).data.flatten()[0] += 1e-3
+
+    def run(network, ema, robots, config, out):
+        if cached:
+            disturb(backbone.model)
+            backbone.save(tmp_path / "backbone")
+        else:
+            disturb(robots[0].intents.backbone.model)
+
+    monkeypatch.setattr(imitate, "_run", run)
+    with pytest.raises(BlmError, match=r"after Stage II: the backbone .* is not the frozen one"):
+        train_stage2(config, tmp_path / "out", {})
+    assert not (tmp_path / "out/checkpoint").exists()
+
+
+def test_what_does_not_fit_together_is_refused(config, tmp_path):
+    with pytest.raises(BlmError, match=r"one dataset per robot; got \['arm', 'arm'\]"):
+        train_stage2(replace(config, datasets=config.datasets[:1] * 2), tmp_path, {})
+    with pytest.raises(BlmError, match="lacks top"):
+        train_stage2(replace(config, intents=replace(config.intents, cameras=("top",))), tmp_path, {})
+    with pytest.raises(BlmError, match="'leg' has 4 dimensions"):
+        train_stage2(replace(config, policy=replace(POLICY, max_dim=3)), tmp_path, {})
+    with pytest.raises(BlmError, match=r"stride 4 .* must divide future_steps = 6"):
+        replace(config, intents=replace(config.intents, stride=4))
+    with pytest.raises(BlmError, match=r"execute 7 must lie in 1\.\.horizon = 6"):
+        replace(config, execute=7)

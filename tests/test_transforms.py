@@ -1,0 +1,108 @@
+import json
+
+import numpy as np
+import pytest
+
+from blm.data.transforms import (
+    MIN_HALF_RANGE,
+    Compose,
+    Normalize,
+    RelativeJoints,
+    RobotTransforms,
+    action_chunks,
+    fit_transforms,
+)
+from blm.types import ActionSpace, BlmError
+
+N, H, D = 200, 5, 4
+SPACE = ActionSpace(
+    robot="toy",
+    names=("a", "b", "c", "gripper"),
+    units=("rad", "rad", "rad", "opening"),
+    low=(-3.0, -3.0, -3.0, 0.0),
+    high=(3.0, 3.0, 3.0, 1.0),
+)
+
+
+@pytest.fixture
+def data():
+    rng = np.random.default_rng(0)
+    states = rng.normal(size=(N, D)).astype(np.float32)
+    chunks = (states[:, None] + rng.normal(size=(N, H, D)) * np.arange(1, H + 1)[:, None]).astype(np.float32)
+    chunks[..., 2] = states[:, None, 2]  # a joint that never moves
+    return states, chunks, np.ones((N, H), dtype=bool)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_round_trip_leaves_inputs_unchanged(data, relative):
+    states, chunks, inside = data
+    transforms = fit_transforms(SPACE, states, chunks, inside, relative)
+    before = states.copy(), chunks.copy()
+    wild = chunks * 7 + 3  # far outside of the fitted range: nothing is clipped
+    for values in (chunks, wild):
+        there = transforms.actions.forward(values, states)
+        np.testing.assert_allclose(transforms.actions.inverse(there, states), values, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(transforms.state.inverse(transforms.state.forward(states)), states, atol=1e-6)
+    np.testing.assert_array_equal(states, before[0])
+    np.testing.assert_array_equal(chunks, before[1])
+
+
+def test_relative_joints_subtracts_the_arm_and_not_the_gripper():
+    state, actions = np.array([1.0, 2.0, 3.0, 0.5]), np.array([[1.5, 2.0, 2.0, 0.25]])
+    np.testing.assert_array_equal(RelativeJoints().forward(actions, state), [[0.5, 0.0, -1.0, 0.25]])
+
+
+def test_compose_is_not_commutative_and_inverts_in_the_opposite_order(data):
+    states, chunks, _ = data
+    normalize = Normalize(np.full(D, -1.0), np.full(D, 3.0))
+    ab, ba = Compose((RelativeJoints(), normalize)), Compose((normalize, RelativeJoints()))
+    assert np.abs(ab.forward(chunks, states) - ba.forward(chunks, states)).max() > 0.1
+    for both in (ab, ba):
+        np.testing.assert_allclose(both.inverse(both.forward(chunks, states), states), chunks, atol=1e-6)
+
+
+def test_ranges_are_per_step_and_joint_and_map_to_plus_minus_one(data):
+    states, chunks, inside = data
+    transforms = fit_transforms(SPACE, states, chunks, inside, True)
+    there = transforms.actions.forward(chunks, states)
+    low, high = np.quantile(there[..., :2], [0.002, 0.998], axis=0)
+    np.testing.assert_allclose(low, -1, atol=1e-5)
+    np.testing.assert_allclose(high, 1, atol=1e-5)
+
+
+def test_a_constant_joint_is_safe_and_the_gripper_keeps_its_own_range(data):
+    states, chunks, inside = data
+    transforms = fit_transforms(SPACE, states, chunks, inside, True)
+    there = transforms.actions.forward(chunks, states)
+    np.testing.assert_allclose(there[..., 2], 0, atol=1e-6)
+    opening = np.zeros((1, H, D))
+    assert transforms.actions.forward(opening, np.zeros((1, D)))[0, 0, -1] == -1
+    one_floor = transforms.actions.inverse(np.ones((1, H, D)), np.zeros((1, D)))[0, 0, 2]
+    assert one_floor == pytest.approx(MIN_HALF_RANGE)
+
+
+def test_frames_beyond_the_episode_do_not_touch_the_statistics(data):
+    states, chunks, inside = data
+    inside[: N // 2, 2:] = False
+    poisoned = np.where(inside[..., None], chunks, 1e6).astype(np.float32)
+    a, b = (fit_transforms(SPACE, states, c, inside, True) for c in (chunks, poisoned))
+    assert a.to_json() == b.to_json()
+    with pytest.raises(BlmError, match="no training episode has 5 steps"):
+        fit_transforms(SPACE, states, chunks, inside & (np.arange(H) < 4), True)
+
+
+def test_json_round_trip_is_exact(data):
+    states, chunks, inside = data
+    transforms = fit_transforms(SPACE, states, chunks, inside, True)
+    again = RobotTransforms.from_json(json.loads(json.dumps(transforms.to_json())))
+    np.testing.assert_array_equal(
+        again.actions.forward(chunks, states), transforms.actions.forward(chunks, states)
+    )
+
+
+def test_action_chunks_stop_at_the_end_of_their_episode():
+    actions = np.arange(7.0)[:, None]  # episodes: rows 0..3 and 4..6
+    frames, ends = np.array([0, 2, 6]), np.array([4, 4, 7])
+    chunks, inside = action_chunks(actions, frames, ends, 3)
+    np.testing.assert_array_equal(chunks[..., 0], [[0, 1, 2], [2, 3, 3], [6, 6, 6]])
+    np.testing.assert_array_equal(inside, [[1, 1, 1], [1, 1, 0], [1, 0, 0]])
