@@ -4,8 +4,8 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .PHONY: demo test test-slow check setup clean
-demo: setup          ## the whole loop at small scale, ends with a report (DEMO_FLAGS="--recipe ci" for the smallest)
-	$(BIN)/blm demo $(DEMO_FLAGS)
+demo: setup          ## the whole loop at small scale, ends with a report (DEMO_FLAGS="--recipe ci --run runs/ci" for the smallest)
+	$(BIN)/blm demo --run demo $(DEMO_FLAGS)
 
 test: setup          ## lint, types and the test suite
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

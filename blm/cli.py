@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ console = Console()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `blm`. Errors that a user can mend end with one line and exit status 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one bar at a time: ours
     try:
         name, command, rest = find_command(arguments)
         command.run(name, rest)

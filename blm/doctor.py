@@ -40,11 +40,11 @@ def examine_machine() -> Iterator[Check]:
 def examine_path(path: Path) -> Check:
     """Open a dataset or a checkpoint the way training and serving do; a fault comes with its fix."""
     from blm.data.episodes import open_dataset
-    from blm.policy.policy import load_checkpoint
+    from blm.policy.policy import CheckpointPolicy
 
     readers: dict[str, tuple[str, Callable[[Path], object]]] = {
         "dataset": ("meta/info.json", open_dataset),
-        "checkpoint": ("manifest.json", load_checkpoint),
+        "checkpoint": ("manifest.json", CheckpointPolicy.load),
     }
     for kind, (marker, reader) in readers.items():
         if (path / marker).exists():

@@ -94,10 +94,12 @@ def test_loads_without_torch(module):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_import_changes_nothing():
-    code = (
-        "import os, random, numpy as np; before = dict(os.environ), random.getstate()[1][:3]\n"
-        "import blm.cli, blm.tasks, blm.backbone, blm.policy\n"
-        "assert before == (dict(os.environ), random.getstate()[1][:3])"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_import_does_nothing(path):
+    """Files define names; they call nothing when imported, but for nano's registration with transformers."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant):
+            assert ast.unparse(node).startswith("Auto") and path.name == "nano.py", ast.unparse(node)
+        assert not isinstance(node, ast.For | ast.While | ast.With | ast.Try), f"{path}:{node.lineno}"
+        if isinstance(node, ast.If):
+            assert ast.unparse(node.test) == "TYPE_CHECKING", f"{path}:{node.lineno}"

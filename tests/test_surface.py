@@ -1,4 +1,4 @@
-"""The public surface: every `__all__` is true (ruff keeps it sorted), and registries answer wrong names well."""
+"""The public surface: every `__all__` is true, and registries answer wrong names well."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from blm.types import BlmError, UnknownNameError, lookup
 
 PACKAGES = [
-    "blm", "blm.robots", "blm.tasks", "blm.demos", "blm.data", "blm.corpora", "blm.backbone", "blm.policy",
-    "blm.training", "blm.evaluation", "blm.serving",
+    "blm", "blm.robots", "blm.tasks", "blm.demos", "blm.corpora", "blm.backbone", "blm.policy",
+    "blm.evaluation", "blm.serving",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
@@ -216,6 +217,19 @@ def test_cameras_show_the_task_closely(robot):
     robot_share = np.isin(env.model.geom_bodyid, range(1, env.model.body("right_finger").id + 1))
     geoms = env._draw().geoms(env.data, "wrist", 112)
     assert np.append(robot_share, False)[geoms].mean() < 0.4, "the hand fills the wrist camera's image"
+
+
+def test_environments_do_not_disturb_each_others_pictures():
+    kept, closed = Env("xarm6", "pick_cube"), Env("panda", "pick_cube", image_size=224)
+    for env in (kept, closed):
+        env.reset(seed=0)
+    reference = kept.picture("base")
+    closed.close()
+    np.testing.assert_array_equal(kept.picture("base"), reference)
+    assert closed.picture("base").shape == (224, 224, 3)  # opens again when needed
+    del closed, env
+    gc.collect()
+    np.testing.assert_array_equal(kept.picture("base"), reference)
 
 
 def test_objects_hide_each_other():

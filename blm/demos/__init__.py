@@ -1,1 +1,6 @@
 """Demonstrations: tasks split into primitives, planned motions, an expert for any state, and the collector."""
+
+from blm.demos.collect import CollectConfig, CollectSummary, collect
+from blm.demos.expert import Expert
+
+__all__ = ["CollectConfig", "CollectSummary", "Expert", "collect"]

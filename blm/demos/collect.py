@@ -30,8 +30,10 @@ from blm.robots import ROBOTS
 from blm.tasks import Env
 from blm.types import BlmError, Episode, lookup
 
-QUIET = ("descend", "grasp", "hold")
-"""Primitives near contact, executed without noise."""
+NOISY = {"approach": 1.0, "lift": 1.0, "move": 1.0, "push": 0.3}
+"""Primitives that are executed with noise, and their share of it; near contact there is none."""
+SETTLE = 6
+"""The noise fades out over the last steps of each motion, or it would never arrive."""
 NOISE_MEMORY = 0.9
 """Correlation of the execution noise from step to step."""
 PULSE = 8
@@ -233,7 +235,7 @@ def demonstrate(expert: Expert, seed: int, config: CollectConfig) -> tuple[Episo
             return None, error.reason
         noise = NOISE_MEMORY * noise + math.sqrt(1 - NOISE_MEMORY**2) * sigma * rng.normal(size=len(noise))
         executed = action.copy()
-        executed[:-1] += 0.0 if name in QUIET else noise
+        executed[:-1] += noise * NOISY.get(name, 0.0) * min(1.0, expert.remaining / SETTLE)
         if pulse <= len(actions) < pulse + PULSE:
             executed[-1] = 1 - executed[-1]
         seen.append(observation)

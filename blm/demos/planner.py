@@ -145,7 +145,9 @@ class ArmPlanner:
         home = np.array(self.robot.home)
         for stops in ([start, goal], [start, home, goal]):
             waypoints = np.concatenate([_joint_line(a, b) for a, b in pairwise(stops)])
-            if not any(self.collides(q) for q in waypoints):
+            blocked = [self.collides(q) for q in (start, *waypoints)]
+            out = blocked.index(False) if False in blocked else 0  # a start in contact has to leave it
+            if not any(blocked[out:]):
                 return np.concatenate([start[None], waypoints])
         raise PlanError("no_path", f"the way to {np.round(pose.translation(), 3)} is blocked")
 

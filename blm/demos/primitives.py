@@ -143,8 +143,8 @@ def push_towards(view: View, cube: ObjectState, goal: Vector) -> Step:
     if distance <= PUSH_SHORT:
         return Step(primitive="hold", opening=0.0, valid=lambda now: False)
     unit = there / distance
-    yaw = float(np.arctan2(unit[1], unit[0]))
-    yaw -= np.pi * round(yaw / np.pi)  # the closed fingers are the same from both sides
+    heading = np.arctan2(unit[1], unit[0]) + np.array([0, np.pi / 2])
+    yaws = heading - np.pi * np.round(heading / np.pi)  # the closed fingers are the same from both sides
     contact = cube.size[0] + FINGER
 
     def at(along: float) -> Vector:
@@ -161,7 +161,7 @@ def push_towards(view: View, cube: ObjectState, goal: Vector) -> Step:
 
     closed = view.opening < 0.15
     low = abs(view.place[2] - PUSH_HEIGHT) < 0.012
-    poses = [make_pose(at(0.0), yaw, tilt) for tilt in TILTS]
+    poses = [make_pose(at(0.0), yaw, tilt) for yaw, tilt in product(yaws, TILTS)]
     nearest = sorted(poses, key=_distance_from(view))
     end = at(distance - PUSH_SHORT / 2 - contact)
     if closed and low and behind(view) and offset(view)[0] > -contact - 2 * GAP:
@@ -199,8 +199,10 @@ def _rotations(view: View) -> list[SO3]:
 
 
 def _cube_yaws(cube: ObjectState) -> list[float]:
-    w, x, y, z = cube.quaternion
-    yaw = np.arctan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+    """Headings of the cube's four sides, whichever face it lies on [rad]."""
+    axes = SO3(np.asarray(cube.quaternion)).as_matrix()
+    level = axes[:, np.argmin(abs(axes[2]))]
+    yaw = np.arctan2(level[1], level[0])
     return [float((yaw + k * np.pi / 2 + np.pi) % (2 * np.pi) - np.pi) for k in range(4)]
 
 

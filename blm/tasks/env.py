@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 
 from blm.robots import ROBOTS
 from blm.robots.build import FINGERS
-from blm.tasks.distractors import Distractor, draw_distractors, dress
+from blm.tasks.distractors import Extras, draw_distractors, dress
 from blm.tasks.registry import TASKS
 from blm.tasks.rendering import Renderer
 from blm.tasks.scene import CAMERAS, SUBSTEPS, build_model
-from blm.tasks.spec import ObjectState, Placement, World
+from blm.tasks.spec import Item, ObjectState, Placement, World
 from blm.types import BlmError, ContractError, FloatArray, ImageArray, Observation, lookup
 
 _PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -43,7 +43,7 @@ class EnvState:
     """MuJoCo's mjSTATE_INTEGRATION: positions, velocities, targets, marker poses, solver warm start."""
     steps: int
     instruction: str
-    distractors: tuple[Distractor, ...]
+    distractors: Extras
 
 
 class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
@@ -76,7 +76,7 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self.data = mujoco.MjData(self.model)
         self._max_episode_steps = self.task_spec.max_steps if max_steps is None else max_steps
         self._terminate, self._extra, self._steps = terminate_on_success, distractors, 0
-        self._distractors: tuple[Distractor, ...] = ()
+        self._distractors: Extras = ()
         self._renderer: Renderer | None = None
         space = self.contract_space = self.robot.action_space
         self._low, self._high, self._arm = np.array(space.low), np.array(space.high), slice(0, space.dim - 1)
@@ -110,9 +110,9 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self._steps = 0
         mujoco.mj_resetData(self.model, self.data)
         placement = self.task_spec.sample(place, self.robot)
-        self._place(placement)
         self._distractors = draw_distractors(extras, self.robot, self.items, placement, self._extra)
-        dress(self.model, self.data, self._distractors)
+        dress(self.model, self._distractors)
+        self._place({**placement, **{item.name: where for item, where in self._distractors}})
         home = np.array(self.robot.home)
         self._set_arm(home + pose.normal(0, self.robot.reset_noise, len(home)), opening=1.0)
         if chosen["arm"] == "random":
@@ -164,15 +164,15 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             )
         self._steps, self.task_description = state.steps, state.instruction
         self._distractors = state.distractors
-        dress(self.model, self.data, self._distractors)
+        dress(self.model, self._distractors)
         mujoco.mj_setState(self.model, self.data, state.physics, _PHYSICS)
         self._refresh()
 
     def objects(self) -> dict[str, ObjectState]:
         """Every item and distractor by name, as it is now."""
-        looks = {item.name: (item.kind, item.color, item.parts[0].size) for item in self.items}
-        looks |= {f"distractor{i}": (d.kind, d.color, d.part.size) for i, d in enumerate(self._distractors)}
-        return {name: self._object(name, *look) for name, look in looks.items()}
+        return {
+            item.name: self._object(item) for item in (*self.items, *(item for item, _ in self._distractors))
+        }
 
     def tcp(self) -> tuple[FloatArray, FloatArray]:
         """Position [3] and rotation [3, 3] of the tool; column z approaches, column y is the closing axis."""
@@ -249,19 +249,19 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         lookup("object", name, dict.fromkeys(names))
         return self.data.body(name)
 
-    def _object(self, name: str, kind: str, color: str, size: tuple[float, float, float]) -> ObjectState:
-        body, velocity = self.data.body(name), np.zeros(6)
+    def _object(self, item: Item) -> ObjectState:
+        body, velocity = self.data.body(item.name), np.zeros(6)
         mujoco.mj_objectVelocity(self.model, self.data, mujoco.mjtObj.mjOBJ_BODY, body.id, velocity, 0)
         spin, speed = float(np.linalg.norm(velocity[:3])), float(np.linalg.norm(velocity[3:]))
-        return ObjectState(name, kind, color, body.xpos.copy(), body.xquat.copy(), size, speed, spin)
+        looks, size = (item.name, item.kind, item.color), item.parts[0].size
+        return ObjectState(*looks, body.xpos.copy(), body.xquat.copy(), size, speed, spin)
 
     def _place(self, placement: Placement) -> None:
-        for item in self.items:
-            position, quaternion = placement[item.name]
-            if item.role == "free":
-                self.data.joint(item.name).qpos[:] = (*position, *quaternion)
+        for name, (position, quaternion) in placement.items():
+            index = self.model.body(name).mocapid[0]
+            if index < 0:
+                self.data.joint(name).qpos[:] = (*position, *quaternion)
             else:
-                index = self.model.body(item.name).mocapid[0]
                 self.data.mocap_pos[index], self.data.mocap_quat[index] = position, quaternion
 
     def _set_arm(self, angles: FloatArray, opening: float) -> None:

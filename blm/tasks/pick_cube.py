@@ -8,18 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from blm.robots import RobotSpec
-from blm.tasks.spec import (
-    STATIC_SPEED,
-    UPRIGHT,
-    Item,
-    Part,
-    Placement,
-    TaskSpec,
-    World,
-    cube,
-    spawn,
-    yaw_quaternion,
-)
+from blm.tasks.spec import STATIC_SPEED, Item, Part, Placement, TaskSpec, World, cube, pose, spawn
 
 
 def goal_tolerance(robot: RobotSpec) -> float:
@@ -37,7 +26,7 @@ def _sample(rng: np.random.Generator, robot: RobotSpec) -> Placement:
     half = robot.workspace.cube_half
     start, yaw, goal = spawn(rng, robot), float(rng.uniform(0, 2 * np.pi)), spawn(rng, robot)
     height = half + float(rng.uniform(0, robot.workspace.height))
-    return {"cube": ((*start, half), yaw_quaternion(yaw)), "goal": ((*goal, height), UPRIGHT)}
+    return {"cube": pose(*start, half, yaw), "goal": pose(*goal, height)}
 
 
 def _success(world: World) -> dict[str, bool]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from blm.robots import RobotSpec
-from blm.tasks.spec import UPRIGHT, Item, Part, Placement, TaskSpec, World, cube, spawn
+from blm.tasks.spec import Item, Part, Placement, TaskSpec, World, cube, pose, spawn
 
 _RADIUS = 0.1
 _AHEAD = 0.2
@@ -24,7 +24,7 @@ def _items(robot: RobotSpec) -> tuple[Item, ...]:
 
 def _sample(rng: np.random.Generator, robot: RobotSpec) -> Placement:
     x, y = spawn(rng, robot)
-    return {"cube": ((x, y, robot.workspace.cube_half), UPRIGHT), "target": ((x + _AHEAD, y, 0.0), UPRIGHT)}
+    return {"cube": pose(x, y, robot.workspace.cube_half), "target": pose(x + _AHEAD, y, 0)}
 
 
 def _success(world: World) -> dict[str, bool]:

@@ -60,6 +60,8 @@ def _close_all() -> None:
 class Renderer:
     """Square pictures of one model, up to `size` pixels a side. Holds an OpenGL context until `close`."""
 
+    _gl: Any = None
+
     def __init__(self, model: mujoco.MjModel, size: int) -> None:
         self._model, self._gl = model, _new_context(size)
         model.vis.global_.offwidth = model.vis.global_.offheight = size
@@ -101,3 +103,6 @@ class Renderer:
             self._context.free()
             self._gl.free()
             self._gl = None
+
+    def __del__(self) -> None:
+        self.close()  # in its own context: buffers freed in another's would spoil that one's pictures

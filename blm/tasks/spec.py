@@ -20,7 +20,6 @@ Vector = tuple[float, float, float]
 Pose = tuple[Vector, tuple[float, float, float, float]]
 Placement = Mapping[str, Pose]
 """Item name -> position, quaternion."""
-UPRIGHT = (1.0, 0.0, 0.0, 0.0)
 STATIC_SPEED = 0.2
 """A robot whose joints all turn slower than this is static [rad/s] (ManiSkill is_static)."""
 PALETTE = {
@@ -131,8 +130,9 @@ def spawn(rng: np.random.Generator, robot: RobotSpec) -> tuple[float, float]:
     return float(area.centre[0] + x), float(area.centre[1] + y)
 
 
-def yaw_quaternion(yaw: float) -> tuple[float, float, float, float]:
-    return float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2))
+def pose(x: float, y: float, z: float, yaw: float = 0.0) -> Pose:
+    """Return position and quaternion of something turned by `yaw` [rad] about the vertical."""
+    return (float(x), float(y), float(z)), (float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2)))
 
 
 def cube(name: str, color: str, half: float) -> Item:

@@ -1,0 +1,186 @@
+"""The whole loop, once, at the smallest size: every artifact is real, and the pieces agree."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import uvicorn
+
+from blm import BLM, Image, Message, Observation
+from blm.backbone import Backbone
+from blm.corpora import read_corpus
+from blm.data.episodes import open_dataset
+from blm.evaluation import EVALUATION_SEEDS, PhysicalProtocol, evaluate_physical
+from blm.pipeline import read_ledger, run_stages
+from blm.policy.policy import CheckpointPolicy
+from blm.recipes import RECIPES, Demonstrations
+from blm.serving import RemotePolicy
+from blm.serving.app import create_app, server_config
+from blm.stages import STAGES, write_report
+from blm.types import BlmError
+
+ROBOTS, TASKS = ("panda", "widowxai"), ("push_cube",)
+
+
+def tiny():
+    ci = RECIPES["ci"]()
+    return replace(
+        ci,
+        robots=ROBOTS,
+        tasks=TASKS,
+        workers=0,
+        demonstrations=Demonstrations(episodes=2, held_out_episodes=1),
+        corpus=replace(ci.corpus, scenes=8, held_out_scenes=4),
+        evaluation=replace(ci.evaluation, max_steps=16, max_questions=12),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run folder."""
+    folder = tmp_path_factory.mktemp("run")
+    run_stages(STAGES, list(STAGES), tiny(), folder)
+    write_report(folder, "blm demo")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return BLM.from_pretrained(run / "stage2/checkpoint")
+
+
+@contextmanager
+def served(model):
+    """The address of a running server with this model."""
+    server = uvicorn.Server(server_config(create_app(model, model), port=0))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    host, port = server.servers[0].sockets[0].getsockname()[:2]
+    try:
+        yield f"{host}:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def observation(model, robot="panda", seed=0):
+    rng = np.random.default_rng(seed)
+    size, space = model.contract.image_size, model.contract.action_spaces[robot]
+    images = {name: rng.integers(0, 256, (size, size, 3), np.uint8) for name in model.contract.cameras}
+    state = np.clip(rng.normal(size=space.dim), space.low, space.high).astype(np.float32)
+    return Observation(images=images, state=state, instruction="Push the cube.", robot=robot, seed=seed)
+
+
+def test_a_second_run_does_nothing(run):
+    before = {name: entry["seconds"] for name, entry in read_ledger(run).items()}
+    stamp = (run / "stage2/checkpoint/manifest.json").stat().st_mtime_ns
+    run_stages(STAGES, list(STAGES), tiny(), run)
+    assert {name: entry["seconds"] for name, entry in read_ledger(run).items()} == before
+    assert (run / "stage2/checkpoint/manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_no_scene_is_used_twice(run):
+    trained = {row.group.split("/", 1)[1] for row in read_corpus(run / "corpora/train")}
+    held_out = {row.group.split("/", 1)[1] for row in read_corpus(run / "corpora/held_out")}
+    assert trained and held_out and not trained & held_out
+    seeds = {seed for robot in ROBOTS for seed in open_dataset(run / "episodes" / robot).seeds}
+    evaluated = {
+        row["seed"] for row in json.loads((run / "results/physical/result.json").read_text())["rows"]
+    }
+    assert not seeds & evaluated and evaluated <= set(EVALUATION_SEEDS)
+
+
+def test_stage_two_left_the_backbone_alone(run, model):
+    stage1 = Backbone.load(run / "stage1/backbone")
+    assert stage1.fingerprint() == model.backbone.fingerprint()
+    assert np.array_equal(stage1.probe_logits().numpy(), model.backbone.probe_logits().numpy())
+    question = [
+        Message("user", (Image(observation(model).images["base"]), "How many cubes are on the table?"))
+    ]
+    assert stage1.answer(question) == model.answer(question)
+
+
+def test_every_robot_acts_within_its_limits(model):
+    for robot in ROBOTS:
+        space = model.contract.action_spaces[robot]
+        actions = model.act(observation(model, robot)).actions
+        assert actions.shape == (model.contract.horizon, space.dim)
+        assert (actions >= np.array(space.low) - 1e-6).all() and (
+            actions <= np.array(space.high) + 1e-6
+        ).all()
+
+
+def test_the_report_is_self_contained_and_true(run):
+    page = (run / "report.html").read_text()
+    assert not re.search(r"(src|href)=[\"']http", page) and "not run" not in page
+    assert page.count("data:video/mp4;base64,") == len(ROBOTS) * len(TASKS)
+    result = json.loads((run / "results/physical/result.json").read_text())
+    assert f"of {len(result['rows'])} episodes" in page
+
+
+def test_evaluation_through_the_socket_gives_the_same_episodes(run, model, tmp_path):
+    protocol = PhysicalProtocol.for_policy(
+        model.contract, robots=ROBOTS, tasks=TASKS, episodes=1, first_seed=7, max_steps=17
+    )
+    load = partial(CheckpointPolicy.load, run / "stage2/checkpoint")
+    here = evaluate_physical(load, protocol, tmp_path / "here", workers=0, videos_per_cell=0)
+    with served(model) as address:
+        remote = partial(RemotePolicy, f"ws://{address}/")
+        there = evaluate_physical(remote, protocol, tmp_path / "there", workers=0, videos_per_cell=0)
+    timeless = [[{**row, "act_ms": None} for row in result["rows"]] for result in (here, there)]
+    assert timeless[0] == timeless[1] and here["model"] == there["model"]
+
+
+def test_one_server_chats_and_acts(model):
+    seen = observation(model)
+    with served(model) as address:
+        client = openai.OpenAI(base_url=f"http://{address}/v1", api_key="unused")
+        reply = client.chat.completions.create(
+            model="BLM", messages=[{"role": "user", "content": "Is the task done?"}], max_tokens=8
+        )
+        client.close()
+        policy = RemotePolicy(f"ws://{address}/")
+        chunk = policy.act(seen)
+        with pytest.raises(BlmError, match=r"shape \(3,\).*panda_joint1|shape \(3,\)"):
+            policy.act(replace(seen, state=np.zeros(3, np.float32)))
+        assert httpx.get(f"http://{address}/health").status_code == 200
+        again = RemotePolicy(f"ws://{address}/")
+        assert np.array_equal(again.act(seen).actions, chunk.actions)
+        again.close()
+    expected = model.answer([Message("user", ("Is the task done?",))], max_tokens=8)
+    assert reply.choices[0].message.content == expected
+    assert np.array_equal(chunk.actions, model.act(seen).actions)
+
+
+@pytest.mark.parametrize("name", ["policy.safetensors", "stats.json", "backbone/model.safetensors"])
+@pytest.mark.parametrize("damage", ["altered", "missing"])
+def test_damaged_checkpoints_are_refused(run, tmp_path, name, damage):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(run / "stage2/checkpoint", folder)
+    file = folder / name
+    if damage == "missing":
+        file.unlink()
+    else:
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    with pytest.raises(BlmError, match=f"{re.escape(name)} is {damage}; .* again"):
+        BLM.from_pretrained(folder)
+
+
+def test_the_recipe_of_other_robots_is_refused(run):
+    with pytest.raises(BlmError, match="made with other settings"):
+        run_stages(STAGES, ["collect"], replace(tiny(), image_size=64), run)
