@@ -300,6 +300,15 @@ def test_not_finite_values_are_found(folder: Path) -> None:
         open_dataset(folder)
 
 
+def test_statistics_of_other_frames_are_found(folder: Path) -> None:
+    path = folder / "meta/stats.json"
+    stats = json.loads(path.read_text())
+    stats["action"]["max"][1] += 0.5
+    path.write_text(json.dumps(stats))
+    with pytest.raises(BlmError, match="not of these frames"):
+        open_dataset(folder)
+
+
 def test_foreign_versions_and_missing_folders_are_refused(folder: Path) -> None:
     with pytest.raises(BlmError, match="no dataset at"):
         open_dataset(folder / "nothing")

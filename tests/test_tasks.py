@@ -236,10 +236,10 @@ def test_objects_hide_each_other():
     env = Env("panda", "pick_cube", cameras=())
     env.reset(seed=0)
     goal = env.objects()["goal"].position
-    assert env.visible_pixels("goal", "base") > 20
+    assert env.visible_pixels("base")["goal"] > 20
     env.data.joint("cube").qpos[:3] = goal + 0.06 * (env.data.cam("base").xpos - goal)
     env._refresh()
-    assert env.visible_pixels("goal", "base") < 20 < env.visible_pixels("cube", "base")
+    assert env.visible_pixels("base")["goal"] < 20 < env.visible_pixels("base")["cube"]
 
 
 @pytest.mark.parametrize("robot", ROBOTS)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from blm.engine import Unit, run_units
 from blm.tasks import Env
 from blm.types import BlmError
 
-SCENES_PER_SHARD = 100
+SCENES_PER_SHARD = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,31 +92,36 @@ def write_shard(payload: tuple[str, SceneCorpusConfig, Any, Path]) -> dict[str, 
 
 
 def _random_scenes(config: SceneCorpusConfig, start: int) -> Iterator[Conversation]:
-    for index in range(start, min(start + SCENES_PER_SHARD, config.scenes)):
-        seed = config.first_seed + index
-        rng = np.random.default_rng(seed)
-        robot, task = robot_and_task(index, config.robots, config.tasks)
-        with Env(
-            robot,
-            task,
-            cameras=config.cameras,
-            image_size=config.image_size,
-            distractors=int(rng.integers(config.max_distractors + 1)),
-        ) as env:
-            env.reset(seed=seed, options={"arm": "random"})
-            scene = observe_scene(env, config.cameras)
-            instruction = env.task_description
-        turns = scene_turns(scene, config.turns, rng)
-        if config.control:
-            turns.append(control_turn(scene, instruction, robot))
-        group = f"scene/{robot}/{task}/{seed}"
-        yield Conversation(
-            id=group,
-            group=group,
-            source="scene",
-            kinds=tuple(turn.kind for turn in turns),
-            messages=to_messages([scene.images[camera] for camera in config.cameras], turns),
-        )
+    with ExitStack() as stack:
+
+        @cache  # an environment costs as much as ten scenes
+        def environment(robot: str, task: str, distractors: int) -> Env:
+            size = config.image_size
+            return stack.enter_context(
+                Env(robot, task, cameras=config.cameras, image_size=size, distractors=distractors)
+            )
+
+        for index in range(start, min(start + SCENES_PER_SHARD, config.scenes)):
+            rng = np.random.default_rng(config.first_seed + index)
+            robot, task = robot_and_task(index, config.robots, config.tasks)
+            env = environment(robot, task, int(rng.integers(config.max_distractors + 1)))
+            yield _random_scene(config, env, config.first_seed + index, rng)
+
+
+def _random_scene(config: SceneCorpusConfig, env: Env, seed: int, rng: np.random.Generator) -> Conversation:
+    env.reset(seed=seed, options={"arm": "random"})
+    scene = observe_scene(env, config.cameras)
+    turns = scene_turns(scene, config.turns, rng)
+    if config.control:
+        turns.append(control_turn(scene, env.task_description, env.embodiment))
+    group = f"scene/{env.embodiment}/{env.task}/{seed}"
+    return Conversation(
+        id=group,
+        group=group,
+        source="scene",
+        kinds=tuple(turn.kind for turn in turns),
+        messages=to_messages([scene.images[camera] for camera in config.cameras], turns),
+    )
 
 
 def _episode_frames(config: SceneCorpusConfig, robot: str) -> Iterator[Conversation]:

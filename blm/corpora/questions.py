@@ -78,7 +78,8 @@ def observe_scene(env: Env, cameras: Sequence[str]) -> Scene:
     size = env.image_size
     points: dict[str, dict[str, tuple[float, float]]] = {}
     for camera in cameras:
-        seen = [t for t in things if env.visible_pixels(t.key, camera) >= MIN_VISIBLE_PX]
+        visible = env.visible_pixels(camera)
+        seen = [t for t in things if visible[t.key] >= MIN_VISIBLE_PX]
         where = env.project(np.stack([t.position for t in seen] + [tcp]), camera)[:, :2] / size
         named = [*(t.label for t in seen), "gripper"]
         points[camera] = {

@@ -214,6 +214,9 @@ def _check(dataset: EpisodeDataset) -> None:
                 f"dataset '{dataset.folder}': {name} is not finite in {len(bad)} frames, first in episode "
                 f"{dataset.episode_index[bad[0]]}; delete the dataset folder and collect again"
             )
+        stats = dataset.stats[name]
+        if stats.count != len(array) or not np.allclose([stats.min, stats.max], [array.min(0), array.max(0)]):
+            raise BlmError(f"dataset '{dataset.folder}': stats.json is not of these frames; collect it again")
     lengths = np.diff(dataset.starts)
     for positions in dataset.videos.values():
         needed = {path: first + int(n) for (path, first), n in zip(positions, lengths, strict=True)}

@@ -1,4 +1,4 @@
-"""Demonstrations: tasks split into primitives, planned motions, an expert for any state, and the collector."""
+"""Demonstrations: tasks split into primitives, planned motions, an expert for any state, the collector."""
 
 from blm.demos.collect import CollectConfig, CollectSummary, collect
 from blm.demos.expert import Expert

@@ -1,8 +1,8 @@
 """Collects demonstrations: every robot and task, many seeds, several processes, through any number of kills.
 
-One attempt is one work unit, keyed robot/task/seed. A successful one stages its episode before it returns; a
-failed one returns its reason. Cells that lack episodes get the next seeds, until each has as many as asked for.
-The same configuration gives the same vectors, bit for bit, on the same machine and versions.
+One attempt is one work unit, keyed robot/task/seed. A successful one stages its episode before it returns, a
+failed one returns its reason. Robots and tasks that lack episodes get the next seeds, until each has as many as
+asked for. The same configuration gives the same vectors, bit for bit, on the same machine and versions.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from blm.data.episodes import finalize_dataset, stage_episode
 from blm.demos.expert import HOLD_STEPS, Expert
@@ -54,9 +55,9 @@ class CollectConfig:
     image_size: int = 112
     """Side of the pictures [px], even."""
     noise: tuple[float, ...] = (0.0, 0.01, 0.02)
-    """Standard deviations of the noise added to executed, not to recorded, joint targets [rad]; one an episode."""
+    """Deviations of the noise added to executed, not to recorded, joint targets [rad]; one drawn an episode."""
     disturbed: float = 0.15
-    """Share of episodes in which the gripper is worked the wrong way for a moment: misses, drops, recoveries."""
+    """Share of episodes in which the gripper works the wrong way for a moment: misses, drops, recoveries."""
     random_starts: float = 0.3
     """Share of episodes that start away from home."""
     distractors: int = 0
@@ -129,8 +130,7 @@ def collect(config: CollectConfig, out: Path) -> CollectSummary:
         config=wanted,
     )
     _write_json(out / "summary.json", asdict(summary))
-    shutil.rmtree(staging)
-    (out / "journal.jsonl").unlink()
+    _clean(out)
     return summary
 
 
@@ -142,16 +142,24 @@ def _claim(out: Path, wanted: dict[str, Any]) -> CollectSummary | None:
         _write_json(claim, wanted)
     have = json.loads(claim.read_text())
     if have != wanted:
-        rows = [f"  {k}: {have.get(k)!r} there, {v!r} asked for" for k, v in wanted.items() if have.get(k) != v]
+        rows = [
+            f"  {k}: {have.get(k)!r} there, {v!r} asked for" for k, v in wanted.items() if have.get(k) != v
+        ]
         raise BlmError(
             f"'{out}' holds a collection with another configuration; use another folder or delete it:\n"
             + "\n".join(rows)
         )
     if not (out / "summary.json").exists():
         return None
-    shutil.rmtree(out / ".staging", ignore_errors=True)
+    _clean(out)
     stored = json.loads((out / "summary.json").read_text())
     return CollectSummary(**stored | {"seeds": tuple(stored["seeds"])})
+
+
+def _clean(out: Path) -> None:
+    """Remove what only an unfinished collection needs."""
+    shutil.rmtree(out / ".staging", ignore_errors=True)
+    (out / "journal.jsonl").unlink(missing_ok=True)
 
 
 def _attempt_all(config: CollectConfig, out: Path, staging: Path) -> dict[str, Result]:
@@ -172,7 +180,7 @@ def _attempt_all(config: CollectConfig, out: Path, staging: Path) -> dict[str, R
             if missing and count >= config.greatest_attempts:
                 raise BlmError(
                     f"{robot} {task}: {count} attempts gave {config.episodes - missing} of {config.episodes} "
-                    f"episodes; rejected: {_count(task, rows)['rejected']}. Lower noise, disturbed or episodes"
+                    f"episodes; rejected: {_count(task, rows)['rejected']}; lower noise or disturbed"
                 )
             tried[robot, task] = min(count + missing, config.greatest_attempts)
             short = short or missing > 0
@@ -217,8 +225,8 @@ def _expert(robot: str, task: str, cameras: tuple[str, ...], image_size: int, di
 def demonstrate(expert: Expert, seed: int, config: CollectConfig) -> tuple[Episode | None, str]:
     """Let the expert solve scene `seed`; return the episode, or None and the reason of its rejection.
 
-    Noise and disturbances act on what is executed, while the recorded action is the expert's own: the data show
-    how to come back, not how to go astray (as in DART, Laskey et al., CoRL 2017).
+    Noise and disturbances act on what is executed, while the recorded action is the expert's own: the data
+    show how to come back, not how to go astray (as in DART, Laskey et al., CoRL 2017).
     """
     env, rng = expert.env, np.random.default_rng((seed, 1))
     sigma = float(rng.choice(config.noise))
@@ -227,7 +235,10 @@ def demonstrate(expert: Expert, seed: int, config: CollectConfig) -> tuple[Episo
     observation, info = env.reset(seed=seed, options={"arm": start})
     expert.reset(rng)
     noise = np.zeros(env.contract_space.dim - 1)
-    seen, actions, names, success = [], [], [], []
+    seen: list[dict[str, Any]] = []
+    actions: list[NDArray[np.float32]] = []
+    names: list[str] = []
+    success: list[bool] = []
     while not expert.done and len(actions) < env._max_episode_steps:
         try:
             action, name = expert.act()
@@ -270,17 +281,21 @@ def _reason(names: list[str], drops: int) -> str:
     """Why an episode ran out of time."""
     if drops:
         return "dropped"
-    return "missed_grasp" if names[-1] in ("approach", "descend", "grasp") and "grasp" in names else "no_success"
+    return (
+        "missed_grasp" if names[-1] in ("approach", "descend", "grasp") and "grasp" in names else "no_success"
+    )
 
 
 def replay(env: Env, episode: Episode) -> bool:
-    """Whether the recorded actions, from the episode's seed, give bitwise the recorded states and the same success.
+    """Whether the recorded actions give, bit for bit, the recorded states, and the same success.
 
-    `env` must be of the same robot and task. Raises BlmError for an episode whose execution was disturbed: what
+    `env` must be of the same robot and task. Raises BlmError for an episode with noise or a disturbance: what
     was executed is not what was recorded.
     """
     if episode.metrics["noise"] or episode.metrics["disturbed"]:
-        raise BlmError(f"episode of seed {episode.seed} was executed with noise; only clean ones can be replayed")
+        raise BlmError(
+            f"episode of seed {episode.seed} was executed with noise; only clean ones can be replayed"
+        )
     start = "random" if episode.metrics["random_start"] else "home"
     observation, info = env.reset(seed=episode.seed, options={"arm": start})
     for state, action in zip(episode.states, episode.actions, strict=True):

@@ -26,8 +26,8 @@ SLACK = 0.1
 class Expert:
     """State feedback: the primitive due is decided from the measured state, its motion planned from there.
 
-    A plan is followed while it is valid; it is given up when its object moves, its grasp is lost, or the arm is
-    somewhere else, for instance because another policy moves it.
+    A plan is given up when its object moves, its grasp is lost, or the arm is somewhere else, for instance
+    because another policy moves it.
     """
 
     def __init__(self, env: Env, rng: np.random.Generator) -> None:
@@ -63,9 +63,8 @@ class Expert:
             self._begin(self._decide(view))
         step = self._step
         assert step is not None
-        if self._next < len(self._plan):
-            self._next += 1
-        target = self._plan[self._next - 1] if len(self._plan) else self._start()
+        target = self._plan[self._next]
+        self._next += 1
         still = np.abs(self.env.data.qvel[: self.planner.dof]).max() < STILL
         self._held = self._held + 1 if still and step.primitive == "hold" else 0
         return np.append(target, step.opening).astype(np.float32), step.primitive
@@ -74,18 +73,21 @@ class Expert:
         previous = self._step
         if previous is not None and previous.primitive in ("lift", "move") and step.primitive == "approach":
             self.drops += 1
-        stays = step.paths is None
-        self._step = step
-        self._next = 0
-        self._plan = self._plan[-1:] if stays else self._first_feasible(step)
+        last, self._plan = self._plan[-1:], self._plan[:0]
+        self._step, self._next = step, 0
+        if step.paths:
+            self._plan = self._first_feasible(step)
+        elif len(last) and np.abs(last - self._joints()).max() < SLACK:
+            self._plan = last
+        else:
+            self._plan = self._start()[None]
 
     def _first_feasible(self, step: Step) -> Vector:
-        """Plan the best candidate that the arm can do, and go on from. Raises PlanError when there is none."""
-        assert step.paths is not None
+        """Plan the best candidate that the arm can do and go on from. Raises PlanError when there is none."""
         start = self._start()
         for free in (False, True) if step.free else (False,):
             failures: list[PlanError] = []
-            for poses, ahead in step.paths():
+            for poses, ahead in step.paths:
                 try:
                     line = self.planner.detour(start, poses[-1], self._rng) if free else None
                     waypoints = self.planner.path(start, poses) if line is None else line
@@ -99,18 +101,17 @@ class Expert:
         """Whether the current plan still stands."""
         if self._step is None or self._next >= len(self._plan) or not self._step.valid(view):
             return False
-        if self._next == 0:
-            return True
-        arm = slice(0, self.planner.dof)
-        ahead = self.env.data.qpos[arm] + LAG * self.env.data.qvel[arm]
+        ahead = self._joints() + LAG * self.env.data.qvel[: self.planner.dof]
         return bool(np.abs(ahead - self._plan[self._next - 1]).max() < OFF_PLAN)
 
     def _start(self) -> Vector:
         """Where the arm was last sent, if it is near: plans then join without a jerk."""
-        arm = slice(0, self.planner.dof)
-        q = self.env.data.qpos[arm].copy()
-        near = np.clip(self.env.data.ctrl[arm], q - SLACK, q + SLACK)
+        q = self._joints()
+        near = np.clip(self.env.data.ctrl[: self.planner.dof], q - SLACK, q + SLACK)
         return q if self.planner.collides(near) else near
+
+    def _joints(self) -> Vector:
+        return self.env.data.qpos[: self.planner.dof].copy()
 
     def _measure(self) -> View:
         position, rotation = self.env.tcp()

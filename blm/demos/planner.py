@@ -1,10 +1,10 @@
 """From a tool pose to a joint trajectory: inverse kinematics, reachability, time parameterisation.
 
-Inverse kinematics is a sequence of quadratic programs with joint limits (`mink`, solver daqp). Collisions are
-MuJoCo contacts of the arm with itself and the table, on a model of the arm alone. Trajectories are the fastest
-along their path that respect the arm's joint velocity and acceleration limits (`toppra`; Pham and Pham, "A New
-Approach to Time-Optimal Path Parameterization Based on Reachability Analysis", IEEE T-RO 2018), slowed down
-uniformly where the tool must not move faster than a given speed.
+Inverse kinematics is a sequence of quadratic programs with joint limits (`mink`, solver daqp). Collisions
+are MuJoCo contacts of the arm with itself and the table, on a model of the arm alone. Trajectories are the
+fastest on their path within joint velocity and acceleration limits (`toppra`; Pham and Pham, "A New Approach
+to Time-Optimal Path Parameterization Based on Reachability Analysis", IEEE T-RO 2018), then slowed down
+evenly where the tool must not exceed a speed.
 
 Poses are those of the site "tcp" in the world: z along the approach direction, y along the closing axis.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import mink
 import mujoco
@@ -25,7 +26,7 @@ from toppra.constraint import JointAccelerationConstraint, JointVelocityConstrai
 
 from blm.robots import RobotSpec, add_robot
 
-Vector = NDArray[np.float64]
+Vector = NDArray[np.floating[Any]]
 Pose = mink.SE3
 
 POSITION_TOLERANCE, ROTATION_TOLERANCE = 2e-4, 2e-3
@@ -54,7 +55,7 @@ class PlanError(RuntimeError):
 def make_pose(position: Sequence[float] | Vector, yaw: float = 0.0, tilt: float = 0.0) -> Pose:
     """Tool pointing down, turned by `yaw` about the vertical, then tilted about its closing axis.
 
-    A positive tilt [rad] moves the wrist back towards where the tool's x came from: the tool points forward.
+    With a positive tilt the tool points forward (along its x at tilt 0) and down. Angles in rad.
     """
     rotation = mink.SO3.from_z_radians(yaw) @ mink.SO3.from_matrix(DOWN) @ mink.SO3.from_y_radians(tilt)
     return Pose.from_rotation_and_translation(rotation, np.asarray(position, dtype=np.float64))
@@ -118,7 +119,7 @@ class ArmPlanner:
     def path(self, start: Vector, poses: Sequence[Pose]) -> Vector:
         """Return joint waypoints [K, dof] from `start` along straight lines through `poses`.
 
-        Raises PlanError "ik_failed" where the line leaves the reachable space, jumps between branches or collides.
+        Raises PlanError "ik_failed" where a line leaves the reachable space, changes branch or collides.
         """
         waypoints = [start]
         here = self.forward(start)
@@ -135,13 +136,15 @@ class ArmPlanner:
         return np.array(waypoints)
 
     def detour(self, start: Vector, pose: Pose, rng: np.random.Generator) -> Vector:
-        """Return joint waypoints [K, dof] of a motion in joint space, if need be through home, to reach `pose`.
+        """Return joint waypoints [K, dof] of a motion in joint space to `pose`, if need be through home.
 
         Raises PlanError: "unreachable" when no joints do, "no_path" when the motion would collide.
         """
         goal = self.solve(pose, start, rng)
         if goal is None:
-            raise PlanError("unreachable", f"no joints reach the tool pose at {np.round(pose.translation(), 3)}")
+            raise PlanError(
+                "unreachable", f"no joints reach the tool pose at {np.round(pose.translation(), 3)}"
+            )
         home = np.array(self.robot.home)
         for stops in ([start, goal], [start, home, goal]):
             waypoints = np.concatenate([_joint_line(a, b) for a, b in pairwise(stops)])

@@ -230,9 +230,12 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         geoms = self._draw().geoms(self.data, camera, self.image_size)
         return np.append(self.model.geom_bodyid, -1)[geoms] == self._body(name).id
 
-    def visible_pixels(self, name: str, camera: str) -> int:
-        """How many pixels of the camera's image show this object."""
-        return int(self.mask(name, camera).sum())
+    def visible_pixels(self, camera: str) -> dict[str, int]:
+        """How many pixels of the camera's image show each object of `objects()`; one rendering for all."""
+        lookup("camera", camera, dict.fromkeys(CAMERAS))
+        geoms = self._draw().geoms(self.data, camera, self.image_size)
+        counts = np.bincount(np.append(self.model.geom_bodyid, 0)[geoms].ravel(), minlength=self.model.nbody)
+        return {name: int(counts[self._body(name).id]) for name in self.objects()}
 
     def close(self) -> None:
         if self._renderer is not None:
