@@ -59,7 +59,7 @@ def write_rerun(episode: Episode, path: Path, fps: int = 20) -> Path:
         import rerun as rr
     except ModuleNotFoundError as error:
         raise BlmError("Rerun is not installed; run: pip install 'blm[viewer]'") from error
-    recording = rr.RecordingStream(f"{episode.robot}/{episode.task}/{episode.seed}")
+    recording = rr.RecordingStream(f"{episode.robot}-{episode.task}-{episode.seed}")
     recording.save(path)
     recording.log("instruction", rr.TextDocument(episode.instruction), static=True)
     for t in range(len(episode)):

@@ -1,8 +1,8 @@
 """Collects demonstrations: every robot and task, many seeds, several processes, through any number of kills.
 
-One attempt is one work unit, keyed robot/task/seed. A successful one stages its episode before it returns, a
-failed one returns its reason. Robots and tasks that lack episodes get the next seeds, until each has as many as
-asked for. The same configuration gives the same vectors, bit for bit, on the same machine and versions.
+One attempt is one work unit, keyed robot/task/seed. A successful one stages its episode before it returns,
+a failed one returns its reason. A robot and task that lack episodes get the next seeds.
+The same configuration gives the same vectors, bit for bit, on the same machine and versions.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class CollectConfig:
     image_size: int = 112
     """Side of the pictures [px], even."""
     noise: tuple[float, ...] = (0.0, 0.01, 0.02)
-    """Deviations of the noise added to executed, not to recorded, joint targets [rad]; one drawn an episode."""
+    """Deviations of the noise on executed, not on recorded, joint targets [rad]; one is drawn an episode."""
     disturbed: float = 0.15
     """Share of episodes in which the gripper works the wrong way for a moment: misses, drops, recoveries."""
     random_starts: float = 0.3
@@ -232,7 +232,7 @@ def demonstrate(expert: Expert, seed: int, config: CollectConfig) -> tuple[Episo
     sigma = float(rng.choice(config.noise))
     pulse = int(rng.integers(5, 40)) if rng.random() < config.disturbed else -PULSE
     start = "random" if rng.random() < config.random_starts else "home"
-    observation, info = env.reset(seed=seed, options={"arm": start})
+    observation, _ = env.reset(seed=seed, options={"arm": start})
     expert.reset(rng)
     noise = np.zeros(env.contract_space.dim - 1)
     seen: list[dict[str, Any]] = []

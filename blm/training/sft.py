@@ -207,14 +207,15 @@ def _answers(backbone: Backbone, messages: Messages) -> tuple[np.ndarray, np.nda
     up to the first end token; so this works for any template that does not rewrite earlier turns.
     """
     text = backbone.render(messages, prompt=False)
-    read = backbone.processor.tokenizer(text, return_offsets_mapping=True)
-    tokens, offsets = np.asarray(read["input_ids"]), np.asarray(read["offset_mapping"])
+    read = backbone.processor.tokenizer.backend_tokenizer.encode(text)  # ten times the speed of a call
+    tokens, offsets = np.asarray(read.ids), np.asarray(read.offsets)
     learn = np.zeros(len(tokens), dtype=bool)
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
         before = backbone.render(messages[:index], prompt=True)
-        after = backbone.render(messages[: index + 1], prompt=False)
+        last = index + 1 == len(messages)
+        after = text if last else backbone.render(messages[: index + 1], prompt=False)
         if not (text.startswith(before) and text.startswith(after)):
             raise BlmError("the chat template rewrites earlier turns; the answer's tokens cannot be found")
         inside = np.flatnonzero((offsets[:, 0] >= len(before)) & (offsets[:, 1] <= len(after)))
