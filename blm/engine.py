@@ -102,7 +102,17 @@ def _inline(
     if setup is not None:
         setup(*setup_args)
     for unit in units:
-        yield unit.key, work(unit.payload)
+        try:
+            result = work(unit.payload)
+        except Exception as error:
+            raise _named(unit, error) from error
+        yield unit.key, result
+
+
+def _named(unit: Unit, error: Exception) -> Exception:
+    """The error of one unit with its key; what a user can mend stays a BlmError."""
+    kind = BlmError if isinstance(error, BlmError) else RuntimeError
+    return kind(f"work unit '{unit.key}' failed: {error}")
 
 
 def _pool(
@@ -133,7 +143,7 @@ def _pool(
                         except BrokenProcessPool:
                             raise
                         except Exception as error:
-                            raise RuntimeError(f"work unit '{unit.key}' failed: {error}") from error
+                            raise _named(unit, error) from error
                         del pending[unit.key]
                         yield unit.key, result
                 except BaseException:
