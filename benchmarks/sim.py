@@ -9,15 +9,13 @@ the grasp and success checks of `Env`.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
+from blm.evaluation import results
 from blm.robots import ROBOTS
 from blm.tasks import Env, gl_backend
 from blm.tasks.scene import SUBSTEPS
@@ -28,16 +26,10 @@ _T_95 = {3: 4.30, 5: 2.78, 10: 2.26, 20: 2.09}
 
 def machine() -> str:
     """One line: processor, cores, load, versions."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("mujoco", "numpy"))
+    about = results.machine()
+    versions = ", ".join(f"{name} {about[name]}" for name in ("python", "mujoco", "numpy"))
     load = "/".join(f"{value:.1f}" for value in os.getloadavg())
-    python = platform.python_version()
-    return (
-        f"{cpu or platform.processor()}, {os.cpu_count()} cores, load {load}; "
-        f"Python {python}, {versions}, {gl_backend()}"
-    )
+    return f"{about['processor']}, {about['cores']} cores, load {load}; {versions}, {gl_backend()}"
 
 
 def rate(work: Callable[[], int], repeats: int) -> str:

@@ -28,7 +28,9 @@ class Check:
 
 def examine_machine() -> Iterator[Check]:
     """Check Python, torch, GPU, MuJoCo, rendering and disk."""
-    yield Check("python", platform.python_version(), "" if sys.version_info >= (3, 11) else "install Python 3.11+")
+    yield Check(
+        "python", platform.python_version(), "" if sys.version_info >= (3, 11) else "install Python 3.11+"
+    )
     yield from _torch()
     yield _mujoco()
     yield _rendering()

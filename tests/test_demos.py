@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from blm.data.episodes import open_dataset
 from blm.demos.collect import CollectConfig, collect, demonstrate, replay
 from blm.demos.expert import HOLD_STEPS, Expert
 from blm.demos.planner import CONTROL_STEP, POSITION_TOLERANCE, ArmPlanner, PlanError, make_pose
-from blm.demos.primitives import DECOMPOSITIONS, PUSH_HEIGHT
+from blm.demos.primitives import DECOMPOSITIONS
 from blm.robots import ROBOTS
 from blm.tasks import Env
 from blm.types import BlmError, Episode, UnknownNameError
@@ -33,20 +32,18 @@ SMALL = CollectConfig(
 
 
 @pytest.fixture(scope="module")
-def experts() -> dict[tuple[str, str], Expert]:
+def experts():
     """One expert for each robot and task, without cameras."""
-    return {
-        cell: Expert(Env(*cell, cameras=(), terminate_on_success=False), np.random.default_rng(0))
-        for cell in CELLS
-    }
+    envs = {cell: Env(*cell, cameras=(), terminate_on_success=False) for cell in CELLS}
+    return {cell: Expert(env, np.random.default_rng(0)) for cell, env in envs.items()}
 
 
 @pytest.fixture(scope="module")
-def planners() -> dict[str, ArmPlanner]:
+def planners():
     return {name: ArmPlanner(robot) for name, robot in ROBOTS.items()}
 
 
-def over(planner: ArmPlanner, height: float) -> np.ndarray:
+def over(planner, height) -> np.ndarray:
     return np.array([*planner.robot.workspace.centre, height])
 
 
@@ -54,7 +51,7 @@ def over(planner: ArmPlanner, height: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ROBOTS)
-def test_inverse_kinematics_inverts_forward_kinematics(planners: dict[str, ArmPlanner], name: str) -> None:
+def test_inverse_kinematics_inverts_forward_kinematics(planners, name):
     planner, rng = planners[name], np.random.default_rng(0)
     home, area = np.array(planner.robot.home), planner.robot.workspace
     low, high = np.array([(joint.low, joint.high) for joint in planner.robot.joints]).T
@@ -69,18 +66,19 @@ def test_inverse_kinematics_inverts_forward_kinematics(planners: dict[str, ArmPl
         np.testing.assert_allclose(reached.rotation().as_matrix(), pose.rotation().as_matrix(), atol=3e-3)
 
 
-def test_tool_points_down_and_forward() -> None:
+def test_tool_points_down_and_forward():
     np.testing.assert_allclose(make_pose((0, 0, 0)).rotation().as_matrix(), np.diag([1, -1, -1]), atol=1e-12)
     tilted = make_pose((0, 0, 0), yaw=np.pi / 2, tilt=np.pi / 6).rotation().as_matrix()
     np.testing.assert_allclose(tilted[:, 2], [0, 0.5, -np.sqrt(0.75)], atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ROBOTS)
-def test_trajectories_keep_to_the_line_and_the_limits(planners: dict[str, ArmPlanner], name: str) -> None:
+def test_trajectories_keep_to_the_line_and_the_limits(planners, name):
     planner = planners[name]
     home = np.array(planner.robot.home)
     start, end = planner.forward(home), make_pose(over(planner, 0.06) + 0.03)
     waypoints = planner.path(home, [end])
+    np.testing.assert_array_equal(planner.retime(np.stack([home, home]), 0.2), home[None])
     fast, slow = planner.retime(waypoints, 10.0), planner.retime(waypoints, 0.1)
     np.testing.assert_allclose(fast[-1], waypoints[-1], atol=1e-6)
     line = end.translation() - start.translation()
@@ -98,24 +96,16 @@ def test_trajectories_keep_to_the_line_and_the_limits(planners: dict[str, ArmPla
         assert (change <= planner.robot.acceleration_limits).all()
 
 
-def test_a_path_without_length_is_one_step(planners: dict[str, ArmPlanner]) -> None:
-    home = np.array(ROBOTS["panda"].home)
-    np.testing.assert_array_equal(planners["panda"].retime(np.stack([home, home]), 0.2), home[None])
-
-
-def test_what_cannot_be_reached_has_a_reason(planners: dict[str, ArmPlanner]) -> None:
-    planner, rng = planners["xarm6"], np.random.default_rng(0)
+def test_what_cannot_be_reached_has_a_reason(planners):
+    planner = planners["xarm6"]
     home = np.array(planner.robot.home)
-    with pytest.raises(PlanError) as far:
-        planner.detour(home, make_pose((2.0, 0.0, 0.1)), rng)
-    assert far.value.reason == "unreachable"
-    with pytest.raises(PlanError) as under:
+    with pytest.raises(PlanError, match="unreachable"):
+        planner.detour(home, make_pose((2.0, 0.0, 0.1)), np.random.default_rng(0))
+    with pytest.raises(PlanError, match="ik_failed"):
         planner.path(home, [make_pose((0.0, 0.0, -0.05))])
-    assert under.value.reason == "ik_failed"
-    assert not planner.collides(home)
 
 
-def test_a_detour_goes_around_the_base_where_lines_cannot(planners: dict[str, ArmPlanner]) -> None:
+def test_a_detour_goes_around_the_base_where_lines_cannot(planners):
     planner = planners["xarm6"]
     home = np.array(planner.robot.home)
     behind = np.array([3.1, *home[1:]])
@@ -132,47 +122,31 @@ def test_a_detour_goes_around_the_base_where_lines_cannot(planners: dict[str, Ar
 
 
 @pytest.mark.parametrize("cell", CELLS, ids="-".join)
-def test_expert_solves_every_robot_and_task(
-    experts: dict[tuple[str, str], Expert], cell: tuple[str, str]
-) -> None:
+def test_expert_solves_every_robot_and_task(experts, cell):
     for seed in (10_000, 10_001):
         episode, reason = demonstrate(experts[cell], seed, CLEAN)
         assert episode is not None, (seed, reason)
         assert episode.primitives[0] == "approach"
         assert episode.primitives[-HOLD_STEPS:] == ("hold",) * HOLD_STEPS
         assert episode.metrics["success_step"] <= len(episode) - HOLD_STEPS
-        assert np.isfinite(episode.actions).all()
         assert len(episode) < 90
+        if cell[1] == "push_cube":
+            assert set(episode.actions[np.array(episode.primitives) == "push", -1]) == {0.0}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS, ids="-".join)
-def test_expert_success_rate(experts: dict[tuple[str, str], Expert], cell: tuple[str, str]) -> None:
+def test_expert_success_rate(experts, cell):
     for config in (CLEAN, CollectConfig(cameras=())):
         reasons = [demonstrate(experts[cell], seed, config)[1] for seed in range(10_000, 10_050)]
         assert sum(not reason for reason in reasons) >= 48, reasons
 
 
-def test_pushes_stay_off_the_table_with_closed_fingers(experts: dict[tuple[str, str], Expert]) -> None:
-    expert = experts["panda", "push_cube"]
-    expert.env.reset(seed=10_003)
-    expert.reset(np.random.default_rng(0))
-    heights, opening = [], []
-    while not expert.done:
-        action, primitive = expert.act()
-        expert.env.step(action)
-        if primitive == "push":
-            heights.append(expert.env.tcp()[0][2])
-            opening.append(action[-1])
-    assert min(heights) > PUSH_HEIGHT - 0.005
-    assert set(opening) == {0.0}
-
-
-def test_a_dropped_cube_is_picked_up_again(experts: dict[tuple[str, str], Expert]) -> None:
+def test_a_dropped_cube_is_picked_up_again(experts):
     expert = experts["xarm7", "pick_cube"]
     expert.env.reset(seed=10_004)
     expert.reset(np.random.default_rng(0))
-    names: list[str] = []
+    names = []
     while not expert.done:
         action, primitive = expert.act()
         names.append(primitive)
@@ -180,16 +154,12 @@ def test_a_dropped_cube_is_picked_up_again(experts: dict[tuple[str, str], Expert
             action[-1] = 1.0  # somebody opens the fingers
         _, _, _, late, info = expert.env.step(action)
         assert not late
-    order = [name for name, _ in itertools.groupby(names)]
-    assert info["success"]
-    assert expert.drops >= 1
-    assert order.index("move") < len(order) - 1 - order[::-1].index("grasp")
+    assert info["success"] and expert.drops >= 1
+    assert "grasp" in names[names.index("move") :]
 
 
 @pytest.mark.parametrize("cell", [("panda", "push_cube"), ("xarm6", "pick_cube"), ("widowxai", "pick_cube")])
-def test_expert_takes_over_from_a_wild_policy(
-    experts: dict[tuple[str, str], Expert], cell: tuple[str, str]
-) -> None:
+def test_expert_takes_over_from_a_wild_policy(experts, cell):
     expert = experts[cell]
     for seed in (10_000, 10_001):
         rng = np.random.default_rng(seed)
@@ -208,7 +178,7 @@ def test_expert_takes_over_from_a_wild_policy(
         assert info["success"]
 
 
-def test_a_task_without_an_expert_is_named() -> None:
+def test_a_task_without_an_expert_is_named():
     env = Env("panda", "pick_cube", cameras=())
     env.task = "fold_towel"
     with pytest.raises(UnknownNameError, match=r"fold_towel.*pick_cube"):
@@ -218,7 +188,7 @@ def test_a_task_without_an_expert_is_named() -> None:
 # --- recording ---
 
 
-def test_replay_repeats_a_clean_episode_bit_for_bit(experts: dict[tuple[str, str], Expert]) -> None:
+def test_replay_repeats_a_clean_episode_bit_for_bit(experts):
     expert = experts["xarm6", "pick_cube"]
     episode, _ = demonstrate(expert, 10_007, dataclasses.replace(CLEAN, random_starts=1.0))
     assert episode is not None
@@ -233,12 +203,10 @@ def test_replay_repeats_a_clean_episode_bit_for_bit(experts: dict[tuple[str, str
         replay(env, noisy)
 
 
-def test_noise_moves_the_arm_and_not_the_labels(experts: dict[tuple[str, str], Expert]) -> None:
+def test_noise_moves_the_arm_and_not_the_labels(experts):
     expert = experts["panda", "pick_cube"]
     clean, _ = demonstrate(expert, 10_002, CLEAN)
     noisy, _ = demonstrate(expert, 10_002, dataclasses.replace(CLEAN, noise=(0.02,)))
-    assert clean is not None
-    assert noisy is not None
     first = clean.primitives.index("descend")
     assert np.abs(clean.states[first // 2] - noisy.states[first // 2]).max() > 0.005
     np.testing.assert_array_equal(clean.actions[: first // 2], noisy.actions[: first // 2])
@@ -247,19 +215,19 @@ def test_noise_moves_the_arm_and_not_the_labels(experts: dict[tuple[str, str], E
 # --- collector ---
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.fixture(scope="module")
-def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def collected(tmp_path_factory):
     """An uninterrupted collection, made in this process."""
     out = tmp_path_factory.mktemp("collected")
     collect(dataclasses.replace(SMALL, workers=0), out)
     return out
 
 
-def test_collection_gives_a_dataset_and_a_summary(collected: Path) -> None:
+def test_collection_gives_a_dataset_and_a_summary(collected):
     dataset = open_dataset(collected / "widowxai")
     dataset.require(ROBOTS["widowxai"].action_space, ("base",), 64, 20.0)
     assert sorted(dataset.tasks) == ["pick_cube"] * 3 + ["push_cube"] * 3
@@ -272,12 +240,11 @@ def test_collection_gives_a_dataset_and_a_summary(collected: Path) -> None:
     assert summary["seeds"] == [10_000, 10_002]
     assert sorted(p.name for p in collected.iterdir()) == ["collect.json", "summary.json", "widowxai"]
     episode = dataset.episode(0)
-    assert episode.success
+    assert episode.success and episode.images["base"].std() > 10
     assert dataset.success[dataset.starts[1] - HOLD_STEPS : dataset.starts[1]].all()
-    assert episode.images["base"].std() > 10
 
 
-def test_a_killed_collection_resumes_to_the_same_bytes(collected: Path, tmp_path: Path) -> None:
+def test_a_killed_collection_resumes_to_the_same_bytes(collected, tmp_path):
     program = (
         "from pathlib import Path; from blm.demos.collect import CollectConfig, collect\n"
         f"if __name__ == '__main__': collect(CollectConfig(**{dataclasses.asdict(SMALL)!r}), Path('out'))\n"
@@ -298,17 +265,17 @@ def test_a_killed_collection_resumes_to_the_same_bytes(collected: Path, tmp_path
     assert files(tmp_path / "out/widowxai") == files(collected / "widowxai")
 
 
-def test_a_finished_collection_is_not_made_again(collected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_collection_is_not_made_again(collected, monkeypatch):
     monkeypatch.delattr(collecting, "run_units")
     before = files(collected)
     summary = collect(SMALL, collected)
-    assert summary.robots["widowxai"]["pick_cube"]["kept"] == 3
+    assert summary["robots"]["widowxai"]["pick_cube"]["kept"] == 3
     assert files(collected) == before
     with pytest.raises(BlmError, match=r"episodes: 3 there, 4 asked for"):
         collect(dataclasses.replace(SMALL, episodes=4), collected)
 
 
-def half_rejected(expert: Expert, seed: int, config: CollectConfig) -> tuple[Episode | None, str]:
+def half_rejected(expert, seed, config):
     """Stands in for `demonstrate`: even seeds fail."""
     if seed % 2 == 0:
         return None, "unreachable" if seed % 4 else "dropped"
@@ -320,29 +287,31 @@ def half_rejected(expert: Expert, seed: int, config: CollectConfig) -> tuple[Epi
     return episode, ""
 
 
-def test_rejected_seeds_are_counted_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejected_seeds_are_counted_and_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(collecting, "demonstrate", half_rejected)
     config = dataclasses.replace(CLEAN, robots=("panda",), tasks=("pick_cube",), episodes=4, workers=0)
     summary = collect(config, tmp_path)
     assert open_dataset(tmp_path / "panda").seeds == (10_001, 10_003, 10_005, 10_007)
-    cell = summary.robots["panda"]["pick_cube"]
+    cell = summary["robots"]["panda"]["pick_cube"]
     assert cell == {"kept": 4, "rejected": {"dropped": 2, "unreachable": 2}, "frames": 16}
-    assert summary.seeds == (10_000, 10_007)
+    assert summary["seeds"] == [10_000, 10_007]
 
 
-def test_a_cell_that_keeps_failing_ends_the_collection(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cell_that_keeps_failing_ends_the_collection(tmp_path, monkeypatch):
     monkeypatch.setattr(collecting, "demonstrate", lambda *_: (None, "no_success"))
     config = dataclasses.replace(CLEAN, robots=("panda",), tasks=("pick_cube",), episodes=2, workers=0)
     with pytest.raises(BlmError, match=r"16 attempts gave 0 of 2 episodes; rejected: {'no_success': 16}"):
         collect(config, tmp_path)
 
 
-def test_bad_configurations_are_refused() -> None:
-    with pytest.raises(UnknownNameError, match="pandas"):
-        CollectConfig(robots=("pandas",))
-    with pytest.raises(UnknownNameError, match="push_cub"):
-        CollectConfig(tasks=("push_cub",))
-    with pytest.raises(BlmError, match="even image_size"):
-        CollectConfig(image_size=111)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"robots": ("pandas",)}, "pandas"),
+        ({"tasks": ("push_cub",)}, "push_cub"),
+        ({"image_size": 111}, "even"),
+    ],
+)
+def test_bad_configurations_are_refused(change, said):
+    with pytest.raises(BlmError, match=said):
+        CollectConfig(**change)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,12 @@ def die_always(payload: tuple[int, str]) -> dict[str, Any]:
 def fail_on_two(payload: tuple[int, str]) -> dict[str, Any]:
     if payload[0] == 2:
         raise ValueError("two is too much")
+    return square(payload)
+
+
+def refuse_two(payload: tuple[int, str]) -> dict[str, Any]:
+    if payload[0] == 2:
+        raise BlmError("two is too much")
     return square(payload)
 
 
@@ -101,10 +108,14 @@ def test_no_journal_means_nothing_finished(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "none.jsonl") == {}
 
 
-def test_an_exception_names_its_unit_and_keeps_what_finished(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(("work", "kind"), [(fail_on_two, RuntimeError), (refuse_two, BlmError)])
+def test_an_exception_names_its_unit_and_keeps_what_finished(
+    tmp_path: Path, workers: int, work: Callable[[Any], dict[str, Any]], kind: type[Exception]
+) -> None:
     journal = tmp_path / "j.jsonl"
-    with pytest.raises(RuntimeError, match="work unit 'u2' failed: two is too much"):
-        run_units(fail_on_two, units(tmp_path), journal=journal, workers=1)
+    with pytest.raises(kind, match="work unit 'u2' failed: two is too much"):
+        run_units(work, units(tmp_path), journal=journal, workers=workers)
     assert {"u0", "u1"} <= set(read_journal(journal))
     results = run_units(square, units(tmp_path), journal=journal, workers=0)
     assert [results[f"u{i}"]["square"] for i in range(5)] == [0, 1, 4, 9, 16]

@@ -66,6 +66,14 @@ def protocol(**changes: object) -> PhysicalProtocol:
     return PhysicalProtocol.for_policy(CONTRACT, **options)
 
 
+def run(
+    policy: type[ZeroPolicy], out: Path, *, contract: PolicyContract = CONTRACT, **changes: object
+) -> dict:
+    """Evaluate in this process, without videos."""
+    make = partial(policy, contract)
+    return evaluate_physical(make, protocol(**changes), out, workers=0, videos_per_cell=0)
+
+
 def without_times(rows: Sequence[dict]) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "act_ms"} for row in rows]
 
@@ -108,9 +116,8 @@ def test_effective_size_limits() -> None:
     values, groups = np.array([1.0, 0, 1, 0, 1, 0]), list("abcdef")
     assert effective_size(values, groups) == 6  # each its own group: nothing shared
     copies = np.repeat([1.0, 0, 1, 1, 0, 0, 1, 0, 1, 0], 50)
-    assert (
-        effective_size(copies, [str(i // 50) for i in range(500)]) < 10
-    )  # ten scenes, however many questions
+    ten_scenes = [str(i // 50) for i in range(500)]
+    assert effective_size(copies, ten_scenes) < 10  # however many questions
     assert effective_size(np.ones(6), list("aabbcc")) == 3
     with pytest.raises(BlmError, match="at least one"):
         success_rate([])
@@ -123,10 +130,8 @@ def test_paired_difference() -> None:
     covered = []
     for _ in range(1000):
         shared = rng.random(50)
-        a, b = (
-            (shared < 0.7).tolist(),
-            (np.where(rng.random(50) < 0.3, rng.random(50), shared) < 0.5).tolist(),
-        )
+        a = (shared < 0.7).tolist()
+        b = (np.where(rng.random(50) < 0.3, rng.random(50), shared) < 0.5).tolist()
         difference = paired_difference(a, b)
         covered.append(difference.low <= 0.2 <= difference.high)
         opposite = paired_difference(b, a)
@@ -170,17 +175,17 @@ def test_suite_hash_follows_the_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_policy_that_does_not_fit_is_refused_before_the_start(tmp_path: Path) -> None:
     other = replace(CONTRACT, cameras=("wrist",), image_size=64)
-    with pytest.raises(
-        ContractError, match=r"cameras: \('base',\) here, \('wrist',\) in the policy(.|\n)*32 here"
-    ):
-        evaluate_physical(partial(ZeroPolicy, other), protocol(), tmp_path, workers=0)
-    space = replace(ROBOTS["panda"].action_space, rate_hz=30.0)
+    both = r"cameras: \('base',\) here, \('wrist',\) in the policy(.|\n)*32 here"
+    with pytest.raises(ContractError, match=both):
+        run(ZeroPolicy, tmp_path, contract=other)
+    space = ROBOTS["panda"].action_space
+    fast = replace(CONTRACT, action_spaces={"panda": replace(space, rate_hz=30.0)})
     with pytest.raises(ContractError, match=r"rate_hz: 20.0 here, 30.0 in the policy"):
-        wrong = replace(CONTRACT, action_spaces={"panda": space})
-        evaluate_physical(partial(ZeroPolicy, wrong), protocol(), tmp_path, workers=0)
+        run(ZeroPolicy, tmp_path, contract=fast)
     with pytest.raises(BlmError, match="unknown robot of this policy 'xarm6'"):
-        few = replace(CONTRACT, action_spaces={"panda": ROBOTS["panda"].action_space})
-        evaluate_physical(partial(ZeroPolicy, few), protocol(robots=["xarm6"]), tmp_path, workers=0)
+        run(
+            ZeroPolicy, tmp_path, contract=replace(CONTRACT, action_spaces={"panda": space}), robots=["xarm6"]
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -212,25 +217,20 @@ class Spoiler(Cheat):
 
 
 def test_success_once_and_at_end(tmp_path: Path) -> None:
-    done = evaluate_physical(
-        partial(Cheat, CONTRACT), protocol(), tmp_path / "a", workers=0, videos_per_cell=0
-    )
+    done = run(Cheat, tmp_path / "a")
     row = done["rows"][0]
     assert row["success_once"] and row["success_at_end"] and row["first_success"] == 1 and row["reason"] == ""
     assert row["steps"] == 11  # the first success, then ten steps to settle
     assert row["video"] is None and not (tmp_path / "a" / "videos").exists()
-    lost = evaluate_physical(
-        partial(Spoiler, CONTRACT), protocol(), tmp_path / "b", workers=0, videos_per_cell=0
-    )
+    lost = run(Spoiler, tmp_path / "b")
     assert lost["overall"]["success_once"]["hits"] == 2 and lost["overall"]["success_at_end"]["hits"] == 0
 
 
 def test_result_file_is_complete_and_rows_name_the_failure(tmp_path: Path) -> None:
     result = evaluate_physical(make_random, protocol(robots=["panda", "xarm6"]), tmp_path, workers=0)
     assert result == json.loads((tmp_path / "result.json").read_text())
-    assert [row["id"] for row in result["rows"]] == [
-        f"{r}/push_cube/{s}" for r in ("panda", "xarm6") for s in (0, 1)
-    ]
+    ids = [f"{robot}/push_cube/{seed}" for robot in ("panda", "xarm6") for seed in (0, 1)]
+    assert [row["id"] for row in result["rows"]] == ids
     assert [(c["robot"], c["n"]) for c in result["cells"]] == [("panda", 2), ("xarm6", 2)]
     assert result["overall"]["success_once"]["high"] == pytest.approx(wilson(0, 4)[1])
     assert {row["reason"] for row in result["rows"]} == {"never: is_at_target"}
@@ -250,12 +250,10 @@ def test_a_finished_run_is_not_repeated_and_a_longer_one_is(tmp_path: Path) -> N
             calls.append(observation.seed)
             return super().act(observation)
 
-    make = partial(Counting, CONTRACT)
-    first = evaluate_physical(make, protocol(), tmp_path, workers=0)
+    first = run(Counting, tmp_path)
     assert calls == [decision_seed(seed, step) for seed in (0, 1) for step in (0, 4, 8, 12)]
-    again = evaluate_physical(make, protocol(), tmp_path, workers=0)
-    assert len(calls) == 8 and again["rows"] == first["rows"]
-    evaluate_physical(make, protocol(max_steps=8), tmp_path, workers=0)
+    assert run(Counting, tmp_path)["rows"] == first["rows"] and len(calls) == 8
+    run(Counting, tmp_path, max_steps=8)
     assert len(calls) == 12
 
 
@@ -276,8 +274,8 @@ def test_worker_processes_and_a_socket_give_the_same_episodes(tmp_path: Path) ->
 
 
 def test_held_out_phrasings(tmp_path: Path) -> None:
-    seen = evaluate_physical(make_random, protocol(max_steps=1), tmp_path, workers=0)
-    unseen = evaluate_physical(make_random, protocol(max_steps=1, phrasing="held_out"), tmp_path, workers=0)
+    seen = run(RandomPolicy, tmp_path, max_steps=1)
+    unseen = run(RandomPolicy, tmp_path, max_steps=1, phrasing="held_out")
     task = TASKS["push_cube"]
     assert {row["instruction"] for row in seen["rows"]} <= set(task.phrasings)
     assert {row["instruction"] for row in unseen["rows"]} <= set(task.held_out_phrasings)
@@ -288,22 +286,19 @@ def test_policy_that_breaks_its_promise_is_named(tmp_path: Path) -> None:
         def act(self, observation: Observation) -> ActionChunk:
             return ActionChunk(actions=super().act(observation).actions[:3])
 
-    with pytest.raises(ContractError, match=r"promised finite actions \(6, 8\), gave \(3, 8\)"):
-        evaluate_physical(partial(Short, CONTRACT), protocol(), tmp_path, workers=0)
+    with pytest.raises(BlmError, match=r"promised finite actions \(6, 8\), gave \(3, 8\)"):
+        run(Short, tmp_path)
 
 
 def test_compare_refuses_unlike_runs(tmp_path: Path) -> None:
-    runs = [
-        evaluate_physical(partial(policy, CONTRACT), protocol(max_steps=steps), tmp_path / str(i), workers=0)
-        for i, (policy, steps) in enumerate([(Cheat, 3), (ZeroPolicy, 3), (ZeroPolicy, 4)])
-    ]
-    gain = compare(runs[0], runs[1])
+    solved, still = run(Cheat, tmp_path / "a", max_steps=3), run(ZeroPolicy, tmp_path / "b", max_steps=3)
+    gain = compare(solved, still)
     assert (gain.difference, gain.only_first, gain.p_value) == (1.0, 2, 0.5)
     with pytest.raises(ContractError, match="max_steps: 3 here, 4 there"):
-        compare(runs[0], runs[2])
-    runs[1]["rows"][0]["scene"] = "elsewhere"
+        compare(solved, run(ZeroPolicy, tmp_path / "c", max_steps=4))
+    still["rows"][0]["scene"] = "elsewhere"
     with pytest.raises(ContractError, match="'panda/push_cube/0' started from another scene"):
-        compare(runs[0], runs[1])
+        compare(solved, still)
 
 
 def test_baselines_hold_still_and_stay_within_limits() -> None:
@@ -379,12 +374,9 @@ def test_point_score_is_a_distance() -> None:
 
 
 def question(index: int, kind: str, text: str, answer: str, scene: int) -> Question:
-    image = Image(np.full((2, 2, 3), scene, np.uint8))
-    scorer = "point" if kind == "point" else "exact"
-    messages = (Message("user", (image, text)),)
-    return Question(
-        id=str(index), kind=kind, messages=messages, answer=answer, group=str(scene), scorer=scorer
-    )
+    about = {"id": str(index), "kind": kind, "answer": answer, "group": str(scene)}
+    messages = (Message("user", (Image(np.full((2, 2, 3), scene, np.uint8)), text)),)
+    return Question(**about, messages=messages, scorer="point" if kind == "point" else "exact")
 
 
 TRAIN = [
@@ -423,9 +415,12 @@ SCRIPT = {
 }
 
 
+def examine(chat: Scripted, out: Path, asked: Sequence[Question] = ASKED, **options: object) -> dict:
+    return evaluate_digital(chat, asked, out, train_questions=TRAIN, **{"model": "script", **options})
+
+
 def test_digital_scores_every_item_beside_the_baselines(tmp_path: Path) -> None:
-    chat = Scripted(SCRIPT)
-    result = evaluate_digital(chat, ASKED, tmp_path, train_questions=TRAIN, model="script")
+    result = examine(Scripted(SCRIPT), tmp_path)
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert [row["correct"] for row in result["rows"]] == [True, False, True, False, True]
     assert result["rows"][0]["raw"] == "<think>hm</think>Red." and result["rows"][0]["parsed"] == "Red."
@@ -444,47 +439,34 @@ def test_digital_scores_every_item_beside_the_baselines(tmp_path: Path) -> None:
 
 def test_digital_resumes_and_batches(tmp_path: Path) -> None:
     chat = Scripted(SCRIPT)
-    first = evaluate_digital(chat, ASKED, tmp_path, train_questions=TRAIN, model="script")
-    again = evaluate_digital(chat, ASKED, tmp_path, train_questions=TRAIN, model="script")
+    first, again = (examine(chat, tmp_path) for _ in range(2))
     assert chat.asked == 5 and again["rows"] == first["rows"]
-    evaluate_digital(chat, ASKED, tmp_path, train_questions=TRAIN, model="other weights")
+    examine(chat, tmp_path, model="other weights")
     assert chat.asked == 10
 
     class Batched(Scripted):
-        def answer_batch(
-            self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 64
-        ) -> list[str]:
+        def answer_batch(self, conversations: Sequence[Sequence[Message]], *, max_tokens: int) -> list[str]:
             assert max_tokens == 7 and conversations[0][0] == Message("system", ("Be brief.",))
             return [self.answer(messages) for messages in conversations]
 
-    batched = evaluate_digital(
-        Batched(SCRIPT),
-        ASKED,
-        tmp_path / "batched",
-        train_questions=TRAIN,
-        model="script",
-        max_tokens=7,
-        prompt="Be brief.",
-    )
+    batched = examine(Batched(SCRIPT), tmp_path / "batched", max_tokens=7, prompt="Be brief.")
     assert batched["rows"] == first["rows"]
     with pytest.raises(ContractError, match=r"max_tokens: 7 here, 32 there(.|\n)*prompt: 'Be brief.' here"):
         compare(batched, first)
 
 
 def test_digital_protocol_names_the_items(tmp_path: Path) -> None:
-    base = evaluate_digital(Scripted(SCRIPT), ASKED, tmp_path / "a", train_questions=TRAIN, model="m")
+    base = examine(Scripted(SCRIPT), tmp_path / "a")
     assert DigitalProtocol(**base["protocol"]).count == 5
     repainted = [*ASKED[:4], question(4, "count", "How many cubes?", "2", 103)]
-    other = evaluate_digital(Scripted(SCRIPT), repainted, tmp_path / "b", train_questions=TRAIN, model="m")
+    other = examine(Scripted(SCRIPT), tmp_path / "b", repainted)
     assert other["protocol"]["items"] != base["protocol"]["items"]
     on_disk = replace(ASKED[0], messages=(Message("user", (Image(path="x.png"), "What?")),))
     with pytest.raises(BlmError, match="not in memory"):
-        evaluate_digital(Scripted(SCRIPT), [on_disk], tmp_path / "c", train_questions=TRAIN, model="m")
+        examine(Scripted(SCRIPT), tmp_path / "c", [on_disk])
 
 
 def test_compare_digital_clusters_by_scene(tmp_path: Path) -> None:
-    good = evaluate_digital(Scripted(SCRIPT), ASKED, tmp_path / "a", train_questions=TRAIN, model="a")
-    worse = {**SCRIPT, "How many cubes?": "9"}
-    bad = evaluate_digital(Scripted(worse), ASKED, tmp_path / "b", train_questions=TRAIN, model="b")
-    gain = compare(good, bad)
+    worse = Scripted({**SCRIPT, "How many cubes?": "9"})
+    gain = compare(examine(Scripted(SCRIPT), tmp_path / "a"), examine(worse, tmp_path / "b"))
     assert gain.difference == pytest.approx(0.2) and gain.p_value is None and gain.low < 0 < gain.high

@@ -42,14 +42,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     for name, policy in (("model", RandomPolicy), ("still", ZeroPolicy)):
         evaluate_physical(partial(policy, CONTRACT), protocol, out / name, workers=0)
-    question = Question(
-        id="q",
-        kind="point_base",
-        messages=(Message("user", (Image(np.zeros((2, 2, 3), np.uint8)), "Where?")),),
-        answer="(1, 2)",
-        group="g",
-        scorer="point",
-    )
+    messages = (Message("user", (Image(np.zeros((2, 2, 3), np.uint8)), "Where?")),)
+    about = {"id": "q", "kind": "point_base", "group": "g", "scorer": "point"}
+    question = Question(messages=messages, answer="(1, 2)", **about)
     evaluate_digital(Shout(), [question], out / "digital", train_questions=[question], model="m")
     rows = [{"step": step, "loss": 2.0 / (1 + step), "lr": 1e-3} for step in range(30)]
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -88,12 +83,8 @@ class Balance(HTMLParser):
         self.loads: list[str] = []
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.loads += [
-            value or "" for name, value in attributes if name in ("src", "srcset", "data", "poster")
-        ]
-        self.loads += [
-            value or "" for name, value in attributes if name == "href" and tag in ("link", "image")
-        ]
+        loading = {"src", "srcset", "data", "poster", *(["href"] if tag in ("link", "image") else [])}
+        self.loads += [value or "" for name, value in attributes if name in loading]
         if tag not in self.void:
             self.open.append(tag)
 
@@ -114,10 +105,9 @@ def test_page_is_well_formed_and_loads_nothing(run: Path, tmp_path: Path) -> Non
 def test_page_shows_what_the_files_say(run: Path, tmp_path: Path) -> None:
     text = page(full(run), tmp_path)
     for shown in [
-        "Run &lt;7&gt;", "blm collect", "4711", "1 h 01 min", "1 min 05 s", "1,234",
-        "98,765", "56 unreachable",
-        "5,000", "Franka Emika Panda", "0 of 6 episodes", "0 of 1 questions", "holds still", "p = 1",
-        "&lt;script&gt;alert(1)&lt;/script&gt;", "3 episodes per cell", "mujoco 3", "0–39 %",
+        "Run &lt;7&gt;", "blm collect", "4711", "1 h 01 min", "1 min 05 s", "1,234", "98,765",
+        "56 unreachable", "5,000", "Franka Emika Panda", "0 of 6 episodes", "0 of 1 questions", "holds still",
+        "p = 1", "&lt;script&gt;alert(1)&lt;/script&gt;", "3 episodes per cell", "mujoco 3", "0–39 %",
     ]:  # fmt: skip
         assert shown in text, shown
     assert "with one seed, in simulation only" in text
@@ -139,10 +129,8 @@ def test_curves_follow_the_theme(run: Path, tmp_path: Path) -> None:
 
 
 def test_missing_parts_are_called_not_run(tmp_path: Path) -> None:
-    data = ReportData(
-        title="Empty", physical={"ours": tmp_path / "nothing.json"}, collection=tmp_path / "no.json"
-    )
-    text = page(data, tmp_path)
+    absent = tmp_path / "absent.json"
+    text = page(ReportData(title="Empty", physical={"ours": absent}, collection=absent), tmp_path)
     assert text.count("not run") == 9
     assert not re.search(r"\d+ %", text[text.index("<main>") :])
 

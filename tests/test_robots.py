@@ -29,10 +29,8 @@ def tool_pose(robot: RobotSpec, model: mujoco.MjModel, data: mujoco.MjData, angl
     data.qpos[: len(angles)] = angles
     mujoco.mj_kinematics(model, data)
     pose = np.eye(4)
-    pose[:3, :3], pose[:3, 3] = (
-        data.site("tcp").xmat.reshape(3, 3),
-        data.site("tcp").xpos - robot.base_position,
-    )
+    site = data.site("tcp")
+    pose[:3, :3], pose[:3, 3] = site.xmat.reshape(3, 3), site.xpos - robot.base_position
     return pose
 
 

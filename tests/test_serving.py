@@ -22,6 +22,7 @@ import uvicorn
 from openpi_client import msgpack_numpy
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from PIL import Image as Pillow
+from PIL.ExifTags import Base
 
 from blm.serving import wire
 from blm.serving.app import create_app, server_config
@@ -41,6 +42,7 @@ from blm.types import (
 )
 
 SIDE = 8
+PNG = "data:image/png;base64,"
 uses_openpi_client = pytest.mark.filterwarnings("ignore:connect.. must be used as a context manager")
 """openpi-client 0.1.2 calls websockets in a way that websockets 17.1 calls deprecated; ours must not."""
 
@@ -143,6 +145,14 @@ def png(color: tuple[int, ...], mode: str = "RGB", size: tuple[int, int] = (4, 4
     return base64.b64encode(buffer.getvalue()).decode()
 
 
+def body(content: object, **others: object) -> dict[str, object]:
+    return {"model": "BLM", "messages": [{"role": "user", "content": content}], **others}
+
+
+def picture(url: str, **others: str) -> list[dict[str, object]]:
+    return [{"type": "image_url", "image_url": {"url": url, **others}}]
+
+
 # --- the wire ---
 
 DTYPES = ["<f4", ">f8", "<f2", "|u1", "<i8", "|b1", "<U5", "|S3", "<M8[s]", ">i2"]
@@ -153,11 +163,8 @@ def test_codec_equals_openpi_client_both_ways() -> None:
     for dtype in DTYPES:
         for shape in [(), (0,), (3,), (2, 3), (1, 0, 2), (2, 2, 2, 2)]:
             array = rng.integers(0, 2, shape).astype(dtype)
-            message = {
-                "a": array,
-                "nested": {"list": [array, 1, "x", None]},
-                "strided": np.repeat(array, 2)[::2],
-            }
+            nested = {"list": [array, 1, "x", None]}
+            message = {"a": array, "nested": nested, "strided": np.repeat(array, 2)[::2]}
             packed = wire.pack(message)
             assert packed == msgpack_numpy.packb(message)
             for decode in (wire.unpack, msgpack_numpy.unpackb):
@@ -227,10 +234,7 @@ BROKEN = {
     "state words": ({"observation/state": "home"}, "could not convert"),
     "state nan": ({"observation/state": np.full(8, np.nan)}, "not finite"),
     "unknown robot": ({"robot": "pandas"}, "unknown robot 'pandas'.*'panda'"),
-    "image size": (
-        {"observation/images/base": np.zeros((3, 3, 3), np.uint8)},
-        r"camera 'base'.*needed: uint8",
-    ),
+    "image size": ({"observation/images/base": np.zeros((3, 3, 3), np.uint8)}, "'base'.*needed: uint8"),
     "image type": ({"observation/images/wrist": np.zeros((8, 8, 3))}, "camera 'wrist': image is float64"),
     "no camera": ({"observation/images/wrist": None}, "observation/images/wrist.*observation/wrist_image"),
     "no prompt": ({"prompt": None}, "lacks 'prompt'; accepted"),
@@ -239,21 +243,15 @@ BROKEN = {
 }
 
 
-def broken_request(change: dict[str, object]) -> dict[str, object]:
-    request = {**wire.to_request(observation()), **change}
-    return {key: value for key, value in request.items() if value is not None}
-
-
 @uses_openpi_client
 @pytest.mark.parametrize("change, message", BROKEN.values(), ids=BROKEN)
-def test_bad_observation_is_refused_and_others_go_on(
-    server: str, change: dict[str, object], message: str
-) -> None:
+def test_bad_observation_is_refused_and_others_go_on(server: str, change: dict, message: str) -> None:
     neighbour = RemotePolicy(f"ws://{server}")
     before = neighbour.act(observation()).actions
     bad = WebsocketClientPolicy(f"ws://{server}")
     with pytest.raises(RuntimeError, match=message):
-        bad.infer(broken_request(change))
+        request = {**wire.to_request(observation()), **change}
+        bad.infer({key: value for key, value in request.items() if value is not None})
     assert (neighbour.act(observation()).actions == before).all()
     bad._ws.close()
     neighbour.close()
@@ -356,25 +354,17 @@ def test_chat_with_text_and_pictures(client: openai.OpenAI) -> None:
     assert done.choices[0].message.content == "user: how many cubes"
     assert done.choices[0].finish_reason == "stop" and done.object == "chat.completion"
     assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.total_tokens) == (3, 4, 7)
-    for head in ("data:image/png;base64,", "data:image;base64,"):
-        parts = [
-            {"type": "image_url", "image_url": {"url": head + png((200, 10, 30)), "detail": "auto"}},
-            {"type": "text", "text": "colour?"},
-        ]
+    for head in (PNG, "data:image;base64,"):
+        parts = [*picture(head + png((200, 10, 30)), detail="auto"), {"type": "text", "text": "colour?"}]
         assert ask(client, parts).choices[0].message.content == "user: colour? (200, 10, 30)"
-    turned = io.BytesIO()
-    Pillow.fromarray(np.array([[[255] * 3, [0] * 3]], np.uint8)).save(
-        turned, "PNG", exif=b"Exif\0\0" + EXIF_TURN
-    )
-    url = "data:image;base64," + base64.b64encode(turned.getvalue()).decode()
-    assert (
-        "(0, 0, 0)"
-        in ask(client, [{"type": "image_url", "image_url": {"url": url}}]).choices[0].message.content
-    )
 
 
-EXIF_TURN = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x03\0\0\0\0\0\0"
-"""A TIFF header with one field: orientation 3, turned by 180 degrees."""
+def test_pictures_are_turned_as_their_exif_says(client: openai.OpenAI) -> None:
+    turned, exif = io.BytesIO(), Pillow.Exif()
+    exif[Base.Orientation] = 3  # by 180 degrees
+    Pillow.fromarray(np.array([[[255] * 3, [0] * 3]], np.uint8)).save(turned, "PNG", exif=exif)
+    content = picture(PNG + base64.b64encode(turned.getvalue()).decode())
+    assert "(0, 0, 0)" in ask(client, content).choices[0].message.content
 
 
 def test_chat_stops_and_limits(client: openai.OpenAI) -> None:
@@ -395,55 +385,36 @@ def test_chat_streams(client: openai.OpenAI) -> None:
 
 
 def test_raw_stream_ends_with_done(server: str) -> None:
-    body = {"model": "BLM", "messages": [{"role": "user", "content": "x"}], "stream": True}
-    reply = httpx.post(f"http://{server}/v1/chat/completions", json=body)
+    reply = httpx.post(f"http://{server}/v1/chat/completions", json=body("x", stream=True))
     assert reply.headers["content-type"].startswith("text/event-stream")
     assert reply.text.endswith("data: [DONE]\n\n")
 
 
-def picture(url: str) -> list[dict[str, object]]:
-    return [{"type": "image_url", "image_url": {"url": url}}]
-
-
-REFUSED = {
-    "url": (picture("http://169.254.169.254/latest"), {}, 400, "only 'data:image"),
-    "file": (picture("file:///etc/passwd"), {}, 400, "only 'data:image"),
-    "not base64": (picture("data:image/png;base64,???"), {}, 400, "not an image"),
-    "not an image": (
-        picture("data:image/png;base64," + base64.b64encode(b"hello").decode()),
-        {},
-        400,
-        "not an image",
-    ),
-    "cut image": (
-        picture("data:image/png;base64," + png((1, 2, 3), size=(64, 64))[:100]),
-        {},
-        400,
-        "not an image",
-    ),
-    "part type": (
-        [{"type": "video_url", "video_url": {"url": "x"}}],
-        {},
-        400,
-        "messages.0.content.0: Input tag 'video_url'",
-    ),
-    "image without url": ([{"type": "image_url", "image_url": {}}], {}, 400, "url: Field required"),
-    "n": ("hi", {"n": 2}, 400, "n: "),
-    "max_tokens": ("hi", {"max_tokens": 10**9}, 400, "max_tokens"),
-    "model": ("hi", {"model": "gpt"}, 404, "this server has 'BLM'"),
-    "role": ("hi", {"messages": [{"role": "robot", "content": "hi"}]}, 400, "messages.0.role"),
-    "empty": ("hi", {"messages": []}, 400, "messages"),
-    "context": ("long", {}, 400, "the model reads 4096"),
-    "failure": ("break", {}, 500, "the weights are gone"),
+REFUSED_CONTENT = {
+    "url": (picture("http://169.254.169.254/latest"), 400, "only 'data:image"),
+    "file": (picture("file:///etc/passwd"), 400, "only 'data:image"),
+    "not base64": (picture(PNG + "???"), 400, "not an image"),
+    "not an image": (picture(PNG + base64.b64encode(b"hello").decode()), 400, "not an image"),
+    "cut image": (picture(PNG + png((1, 2, 3), size=(64, 64))[:100]), 400, "not an image"),
+    "part type": ([{"type": "video_url"}], 400, "messages.0.content.0: Input tag 'video_url'"),
+    "image without url": ([{"type": "image_url", "image_url": {}}], 400, "url: Field required"),
+    "context": ("long", 400, "the model reads 4096"),
+    "failure": ("break", 500, "the weights are gone"),
 }
+REFUSED_FIELDS = {
+    "n": ({"n": 2}, 400, "n: "),
+    "max_tokens": ({"max_tokens": 10**9}, 400, "max_tokens"),
+    "model": ({"model": "gpt"}, 404, "this server has 'BLM'"),
+    "role": ({"messages": [{"role": "robot", "content": "hi"}]}, 400, "messages.0.role"),
+    "empty": ({"messages": []}, 400, "messages"),
+}
+REFUSED = {name: (body(content), *why) for name, (content, *why) in REFUSED_CONTENT.items()}
+REFUSED |= {name: (body("hi", **change), *why) for name, (change, *why) in REFUSED_FIELDS.items()}
 
 
-@pytest.mark.parametrize("content, change, status, message", REFUSED.values(), ids=REFUSED)
-def test_bad_chat_requests_say_why(
-    server: str, content: object, change: dict[str, object], status: int, message: str
-) -> None:
-    body = {"model": "BLM", "messages": [{"role": "user", "content": content}], **change}
-    reply = httpx.post(f"http://{server}/v1/chat/completions", json=body)
+@pytest.mark.parametrize("asked, status, message", REFUSED.values(), ids=REFUSED)
+def test_bad_chat_requests_say_why(server: str, asked: dict[str, object], status: int, message: str) -> None:
+    reply = httpx.post(f"http://{server}/v1/chat/completions", json=asked)
     assert reply.status_code == status
     error = reply.json()["error"]
     assert message in error["message"] and set(error) == {"message", "type", "param", "code"}
@@ -455,8 +426,8 @@ def test_size_limits() -> None:
         url = f"http://{address}/v1/chat/completions"
         assert httpx.post(url, content=b"{" + b" " * 3000).status_code == 413
         assert httpx.post(url, content=b"not json").status_code == 400
-        content = picture("data:image/png;base64," + png((0, 0, 0), size=(11, 10)))
-        reply = httpx.post(url, json={"model": "BLM", "messages": [{"role": "user", "content": content}]})
+        content = picture(PNG + png((0, 0, 0), size=(11, 10)))
+        reply = httpx.post(url, json=body(content))
         assert reply.status_code == 400 and "more than 100 pixels" in reply.json()["error"]["message"]
         assert httpx.get(f"http://{address}/version").json()["policy"] is None
 
@@ -471,11 +442,12 @@ def test_full_queue_is_503_with_retry_after_and_control_still_served() -> None:
 
     with running(EchoPolicy(), StuckChat(), limits=Limits(waiting=1)) as address:
         url = f"http://{address}/v1/chat/completions"
-        body = {"model": "BLM", "messages": [{"role": "user", "content": "hi"}]}
         replies: list[httpx.Response] = []
-        asking = [
-            threading.Thread(target=lambda: replies.append(httpx.post(url, json=body))) for _ in range(4)
-        ]
+
+        def post() -> None:
+            replies.append(httpx.post(url, json=body("hi")))
+
+        asking = [threading.Thread(target=post) for _ in range(4)]
         for thread in asking:
             thread.start()
         while len(replies) < 2:  # one runs, one waits, two are turned away

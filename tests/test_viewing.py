@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,7 +29,7 @@ EPISODE = Episode(
 )
 
 
-def test_mp4_has_all_frames_and_cameras_side_by_side(tmp_path: Path) -> None:
+def test_mp4_has_all_frames_and_cameras_side_by_side(tmp_path):
     path = viewing.write_mp4(EPISODE, tmp_path / "e.mp4")
     assert count_frames(path) == T
     frame = VideoFile(path).read(T - 1)
@@ -41,7 +40,7 @@ def test_mp4_has_all_frames_and_cameras_side_by_side(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["e.mp4"]
 
 
-def test_contact_sheet_has_a_row_for_each_episode(tmp_path: Path) -> None:
+def test_contact_sheet_has_a_row_for_each_episode(tmp_path):
     failed = dataclasses.replace(EPISODE, success=False, images={"base": EPISODE.images["base"][:3]})
     path = viewing.contact_sheet([EPISODE, failed], tmp_path / "sheet.png", moments=4)
     with Image.open(path) as sheet:
@@ -50,12 +49,12 @@ def test_contact_sheet_has_a_row_for_each_episode(tmp_path: Path) -> None:
     assert (pixels[SIDE + viewing.CAPTION : -viewing.CAPTION, : 4 * SIDE] == 200).all()
 
 
-def test_an_episode_without_pictures_is_refused(tmp_path: Path) -> None:
+def test_an_episode_without_pictures_is_refused(tmp_path):
     with pytest.raises(BlmError, match="no pictures"):
         viewing.write_mp4(dataclasses.replace(EPISODE, images={}), tmp_path / "e.mp4")
 
 
-def test_rerun_recording_or_the_command_that_installs_it(tmp_path: Path) -> None:
+def test_rerun_recording_or_the_command_that_installs_it(tmp_path):
     if importlib.util.find_spec("rerun") is None:
         with pytest.raises(BlmError, match="pip install"):
             viewing.write_rerun(EPISODE, tmp_path / "e.rrd")

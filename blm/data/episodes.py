@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,15 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from blm.data.video import VideoCache, count_frames
+from blm.data.video import VideoFile, count_frames
 from blm.data.writing import (
     CODEBASE_VERSION,
+    DATA_FILE,
     EPISODES_FILE,
     FORMAT,
-    VIDEO_PATH,
     finalize_dataset,
     stage_episode,
-    video_key,
+    video_file,
 )
 from blm.types import ActionSpace, BlmError, ContractError, Episode, FloatArray, ImageArray, Stats
 
@@ -48,12 +48,9 @@ class EpisodeDataset:
     stats: Mapping[str, Stats]
     """Of "observation.state" and "action", over all N frames."""
     states: FloatArray
-    """[N, D] float32."""
     actions: FloatArray
-    """[N, D] float32."""
+    """Both [N, D] float32."""
     episode_index: IndexArray
-    frame_index: IndexArray
-    """[N], from 0 in each episode."""
     instructions: tuple[str, ...]
     """All instructions; frame i has `instructions[task_index[i]]`."""
     task_index: IndexArray
@@ -64,14 +61,10 @@ class EpisodeDataset:
     starts: IndexArray
     """[E + 1] first frame of each episode."""
     tasks: tuple[str, ...]
-    """[E]."""
     seeds: tuple[int, ...]
-    """[E]."""
     metrics: tuple[Mapping[str, float], ...]
-    """[E]."""
-    videos: Mapping[str, tuple[tuple[Path, int], ...]]
-    """Camera -> for each episode its file and the number of its first frame in that file."""
-    _open: VideoCache = field(default_factory=VideoCache, repr=False)
+    """[E], like tasks and seeds."""
+    _videos: dict[str, VideoFile] = field(default_factory=dict, repr=False)
 
     @property
     def num_episodes(self) -> int:
@@ -87,17 +80,12 @@ class EpisodeDataset:
         Increasing numbers are fastest. Raises ContractError for a camera that the dataset lacks.
         """
         self._require_cameras([camera])
-        wanted = np.asarray(indices, dtype=np.int64)
-        images = np.empty((len(wanted), self.image_size, self.image_size, 3), np.uint8)
-        for place in np.argsort(wanted, kind="stable"):
-            path, first = self.videos[camera][self.episode_index[wanted[place]]]
-            images[place] = self._open[path].read(first + int(self.frame_index[wanted[place]]))
+        if camera not in self._videos:
+            self._videos[camera] = VideoFile(self.folder / video_file(camera))
+        images = np.empty((len(indices), self.image_size, self.image_size, 3), np.uint8)
+        for place in np.argsort(indices, kind="stable"):
+            images[place] = self._videos[camera].read(int(indices[place]))
         return images
-
-    def iter_frames(self, camera: str, batch: int = 64) -> Iterator[ImageArray]:
-        """Yield all N frames of one camera in order, `batch` at a time."""
-        for start in range(0, self.num_frames, batch):
-            yield self.frames(np.arange(start, min(start + batch, self.num_frames)), camera)
 
     def episode(self, i: int, cameras: Sequence[str] | None = None) -> Episode:
         """Return episode `i` with the pictures of `cameras` (default: all; an empty list loads none)."""
@@ -110,7 +98,7 @@ class EpisodeDataset:
             states=self.states[rows],
             actions=self.actions[rows],
             images={name: self.frames(rows, name) for name in (self.cameras if cameras is None else cameras)},
-            primitives=tuple(str(name) for name in self.primitives[rows]),
+            primitives=tuple(self.primitives[rows].tolist()),
             success=bool(self.success[rows[-1]]),
             metrics=self.metrics[i],
         )
@@ -119,10 +107,8 @@ class EpisodeDataset:
         """Raise ContractError, printing both sides, unless the dataset offers exactly what is needed."""
         space.require_same(self.space, f"dataset '{self.folder}'")
         self._require_cameras(cameras)
-        for name, need, have in (
-            ("image size", image_size, self.image_size),
-            ("rate [Hz]", rate_hz, self.info["fps"]),
-        ):
+        needs = {"image size": (image_size, self.image_size), "rate [Hz]": (rate_hz, self.info["fps"])}
+        for name, (need, have) in needs.items():
             if need != have:
                 raise ContractError(f"dataset '{self.folder}': {name} is {have}, {need} is needed")
 
@@ -137,10 +123,9 @@ class EpisodeDataset:
     def content_hash(self) -> str:
         """Hash of the description, the vectors, and the names and sizes of the videos."""
         digest = hashlib.sha256((self.folder / "meta/info.json").read_bytes())
-        for path in sorted(self.folder.glob("data/*/*.parquet")):
-            digest.update(path.read_bytes())
-        for path in sorted(self.folder.glob("videos/*/*/*.mp4")):
-            digest.update(f"{path.relative_to(self.folder)} {path.stat().st_size}".encode())
+        digest.update((self.folder / DATA_FILE).read_bytes())
+        for name in sorted(video_file(camera) for camera in self.cameras):
+            digest.update(f"{name} {(self.folder / name).stat().st_size}".encode())
         return digest.hexdigest()
 
 
@@ -160,49 +145,36 @@ def open_dataset(folder: Path | str) -> EpisodeDataset:
             f"dataset '{folder}' has LeRobot version and blm format {versions}, this program reads "
             f"{(CODEBASE_VERSION, FORMAT)}; collect it again or use the matching program version"
         )
-    table = pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("data/*/*.parquet"))])
+    table = pq.read_table(folder / DATA_FILE)
     columns = {name: _from_arrow(table[name]) for name in table.column_names}
     episodes = pq.read_table(folder / EPISODES_FILE).to_pydict()
-    subtasks = np.array(own["primitives"])
+    stats = json.loads((folder / "meta/stats.json").read_text())
+    vectors = {name: stats[name] for name in ("observation.state", "action")}
     dataset = EpisodeDataset(
         folder=folder,
         info=info,
         space=ActionSpace.from_json(own["action_space"]),
         cameras=tuple(own["cameras"]),
         image_size=own["image_size"],
-        stats={name: _read_stats(folder)[name] for name in ("observation.state", "action")},
+        stats={k: Stats.from_json({**v, "count": v["count"][0]}) for k, v in vectors.items()},
         states=columns["observation.state"],
         actions=columns["action"],
         episode_index=columns["episode_index"],
-        frame_index=columns["frame_index"],
         instructions=tuple(pq.read_table(folder / "meta/tasks.parquet")["__index_level_0__"].to_pylist()),
         task_index=columns["task_index"],
-        primitives=subtasks[columns["subtask_index"]],
+        primitives=np.array(own["primitives"])[columns["subtask_index"]],
         success=columns["next.success"],
         starts=np.array([*episodes["dataset_from_index"], len(table)]),
         tasks=tuple(episodes["blm/task"]),
         seeds=tuple(episodes["blm/seed"]),
         metrics=tuple(json.loads(text) for text in episodes["blm/metrics"]),
-        videos={camera: _positions(folder, camera, episodes, info["fps"]) for camera in own["cameras"]},
     )
     _check(dataset)
     return dataset
 
 
-def _positions(
-    folder: Path, camera: str, episodes: Mapping[str, list[Any]], fps: int
-) -> tuple[tuple[Path, int], ...]:
-    prefix = f"videos/{video_key(camera)}"
-    keys = ("chunk_index", "file_index", "from_timestamp")
-    rows = zip(*(episodes[f"{prefix}/{key}"] for key in keys), strict=True)
-    return tuple(
-        (folder / VIDEO_PATH.format(video_key=video_key(camera), chunk_index=c, file_index=f), round(t * fps))
-        for c, f, t in rows
-    )
-
-
 def _check(dataset: EpisodeDataset) -> None:
-    """Raise BlmError for values that are not finite or videos shorter than the episodes in them."""
+    """Raise BlmError for values that are not finite, foreign statistics, or videos of another length."""
     for name, array in (("observation.state", dataset.states), ("action", dataset.actions)):
         if array.shape[1] != dataset.space.dim:
             raise ContractError(
@@ -217,24 +189,15 @@ def _check(dataset: EpisodeDataset) -> None:
         stats = dataset.stats[name]
         if stats.count != len(array) or not np.allclose([stats.min, stats.max], [array.min(0), array.max(0)]):
             raise BlmError(f"dataset '{dataset.folder}': stats.json is not of these frames; collect it again")
-    lengths = np.diff(dataset.starts)
-    for positions in dataset.videos.values():
-        needed = {path: first + int(n) for (path, first), n in zip(positions, lengths, strict=True)}
-        for path, frames in needed.items():
-            if (have := count_frames(path)) != frames:
-                raise BlmError(
-                    f"video '{path}' has {have} frames, its episodes need {frames}; restore the file, "
-                    "or delete the dataset folder and collect again"
-                )
+    for path in (dataset.folder / video_file(camera) for camera in dataset.cameras):
+        if (have := count_frames(path)) != (need := dataset.num_frames):
+            raise BlmError(
+                f"video '{path}' has {have} frames, its episodes need {need}; restore the file, or delete "
+                "the dataset folder and collect again"
+            )
 
 
 def _from_arrow(column: pa.ChunkedArray) -> NDArray[Any]:
-    array = column.combine_chunks()
-    if pa.types.is_fixed_size_list(array.type):
-        return array.flatten().to_numpy(zero_copy_only=False).reshape(len(array), -1)
-    return array.to_numpy(zero_copy_only=False)
-
-
-def _read_stats(folder: Path) -> dict[str, Stats]:
-    stored = json.loads((folder / "meta/stats.json").read_text())
-    return {name: Stats.from_json(value | {"count": value["count"][0]}) for name, value in stored.items()}
+    if pa.types.is_fixed_size_list(column.type):
+        return column.combine_chunks().flatten().to_numpy().reshape(len(column), -1)
+    return column.to_numpy()

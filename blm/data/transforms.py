@@ -21,24 +21,6 @@ MIN_HALF_RANGE = 0.01
 """Smallest half range [rad or opening] stretched to 1: a joint that never moves is not blown up to noise."""
 
 
-@dataclass(frozen=True)
-class RelativeJoints:
-    """Arm targets minus current joint positions [rad]; the gripper, the last dimension, stays absolute."""
-
-    def forward(self, actions: FloatArray, state: FloatArray) -> FloatArray:
-        """Map actions [.., H, D], taken at raw state [.., D], towards the network."""
-        return actions - _arm(state)
-
-    def inverse(self, actions: FloatArray, state: FloatArray) -> FloatArray:
-        return actions + _arm(state)
-
-
-def _arm(state: FloatArray) -> FloatArray:
-    arm = np.array(state, dtype=np.float64)
-    arm[..., -1] = 0
-    return arm[..., None, :]
-
-
 @dataclass(frozen=True, eq=False)
 class Normalize:
     """Affine map of [low, high] to [-1, 1]; `low` and `high` are [D], or [H, D] for one range per step."""
@@ -50,11 +32,11 @@ class Normalize:
     def _centre_and_half(self) -> tuple[FloatArray, FloatArray]:
         return (self.high + self.low) / 2, np.maximum((self.high - self.low) / 2, MIN_HALF_RANGE)
 
-    def forward(self, values: FloatArray, state: FloatArray | None = None) -> FloatArray:
+    def forward(self, values: FloatArray) -> FloatArray:
         centre, half = self._centre_and_half
         return (values - centre) / half
 
-    def inverse(self, values: FloatArray, state: FloatArray | None = None) -> FloatArray:
+    def inverse(self, values: FloatArray) -> FloatArray:
         centre, half = self._centre_and_half
         return values * half + centre
 
@@ -67,20 +49,24 @@ class Normalize:
 
 
 @dataclass(frozen=True)
-class Compose:
-    """Transforms applied in order; the inverse undoes them in the opposite order."""
+class ActionTransform:
+    """Make chunks [.., H, D] relative to the raw state [.., D] at which they begin, then normalise them."""
 
-    steps: tuple[RelativeJoints | Normalize, ...]
+    normalize: Normalize
+    relative: bool
 
     def forward(self, actions: FloatArray, state: FloatArray) -> FloatArray:
-        for step in self.steps:
-            actions = step.forward(actions, state)
-        return actions
+        return self.normalize.forward(actions - _origin(state, self.relative))
 
-    def inverse(self, actions: FloatArray, state: FloatArray) -> FloatArray:
-        for step in reversed(self.steps):
-            actions = step.inverse(actions, state)
-        return actions
+    def inverse(self, values: FloatArray, state: FloatArray) -> FloatArray:
+        return self.normalize.inverse(values) + _origin(state, self.relative)
+
+
+def _origin(state: FloatArray, relative: bool) -> FloatArray:
+    """What actions are relative to, [.., 1, D]: the joints [rad], 0 for the gripper, which comes last."""
+    arm = np.array(state, dtype=np.float64)
+    arm[..., -1 if relative else slice(None)] = 0
+    return arm[..., None, :]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,10 +76,11 @@ class RobotTransforms:
     state: Normalize
     normalize_actions: Normalize
     relative: bool
+    """Whether the network predicts arm targets minus present joint positions."""
 
     @property
-    def actions(self) -> Compose:
-        return Compose((*([RelativeJoints()] if self.relative else []), self.normalize_actions))
+    def actions(self) -> ActionTransform:
+        return ActionTransform(self.normalize_actions, self.relative)
 
     def to_json(self) -> dict[str, Any]:
         ranges = {"state": self.state.to_json(), "actions": self.normalize_actions.to_json()}
@@ -131,14 +118,11 @@ def fit_transforms(
     if not inside_NH.any(0).all():
         steps = inside_NH.shape[1]
         raise BlmError(f"'{space.robot}': no training episode has {steps} steps; shorten the horizon")
-    moved = RelativeJoints().forward(chunks_NHD, states_ND) if relative else chunks_NHD
-    steps = [np.quantile(moved[inside_NH[:, h], h], QUANTILES, axis=0) for h in range(moved.shape[1])]
-    ranges = np.stack(steps, axis=1), np.quantile(states_ND, QUANTILES, axis=0)
-    for low_high in ranges:
-        low_high[0, ..., -1], low_high[1, ..., -1] = space.low[-1], space.high[-1]
-    (action_low, action_high), (state_low, state_high) = ranges
-    return RobotTransforms(
-        state=Normalize(state_low, state_high),
-        normalize_actions=Normalize(action_low, action_high),
-        relative=relative,
-    )
+    moved = chunks_NHD - _origin(states_ND, relative)
+    each_step = zip(moved.swapaxes(0, 1), inside_NH.T, strict=True)
+    actions = np.stack([np.quantile(step[inside], QUANTILES, axis=0) for step, inside in each_step], axis=1)
+    ranges = np.quantile(states_ND, QUANTILES, axis=0), actions
+    for low, high in ranges:
+        low[..., -1], high[..., -1] = space.low[-1], space.high[-1]
+    state, normalize_actions = (Normalize(low, high) for low, high in ranges)
+    return RobotTransforms(state=state, normalize_actions=normalize_actions, relative=relative)

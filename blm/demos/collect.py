@@ -1,8 +1,7 @@
 """Collects demonstrations: every robot and task, many seeds, several processes, through any number of kills.
 
-One attempt is one work unit, keyed robot/task/seed. A successful one stages its episode before it returns,
-a failed one returns its reason. A robot and task that lack episodes get the next seeds.
-The same configuration gives the same vectors, bit for bit, on the same machine and versions.
+One attempt is one work unit, keyed robot/task/seed: it stages its episode, or returns why it failed, and the
+next seed is tried. The same configuration gives the same vectors, bit for bit, on one machine.
 """
 
 from __future__ import annotations
@@ -16,13 +15,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from blm.data.episodes import finalize_dataset, stage_episode
+from blm.data.writing import write_json
 from blm.demos.expert import HOLD_STEPS, Expert
 from blm.demos.planner import PlanError
 from blm.demos.primitives import DECOMPOSITIONS
@@ -75,121 +75,88 @@ class CollectConfig:
                 f"{self.episodes}, {self.noise}, {self.image_size}"
             )
 
-    @property
-    def greatest_attempts(self) -> int:
-        """Seeds tried for one cell before giving up."""
-        return 3 * self.episodes + 10
 
+def collect(config: CollectConfig, out: Path) -> dict[str, Any]:
+    """Collect into `out/<robot>/`, one LeRobotDataset v3.0 each; return, and write, `out/summary.json`.
 
-@dataclass(frozen=True, kw_only=True)
-class CollectSummary:
-    """What a collection did; `summary.json` in its folder."""
-
-    robots: Mapping[str, Mapping[str, Mapping[str, Any]]]
-    """robot -> task -> {"kept", "rejected": {reason: count}, "frames"}."""
-    seconds: float
-    """Wall-clock time of the run that finished the collection."""
-    versions: Mapping[str, str]
-    seeds: tuple[int, int]
-    """First and last seed tried."""
-    config: Mapping[str, Any]
-
-
-def collect(config: CollectConfig, out: Path) -> CollectSummary:
-    """Collect into `out/<robot>/`, one LeRobotDataset v3.0 each, and write `out/summary.json`.
-
-    Called again after a kill, it goes on; called again when finished, it returns the summary. Raises BlmError
-    when `out` holds a collection of another configuration, or a cell fails too often.
+    The summary has "robots" (robot -> task -> kept, rejected by reason, frames), "seconds" of the run that
+    finished, "versions", "seeds" (first and last tried) and "config". Called again after a kill, it goes on;
+    called again when finished, it returns the summary. Raises BlmError when `out` holds a collection of
+    another configuration, or a cell fails too often.
     """
     began = time.monotonic()
     wanted = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k != "workers"}))
-    finished = _claim(out, wanted)
-    if finished is not None:
-        return finished
-    staging = out / ".staging"
-    results = _attempt_all(config, out, staging)
-    versions = {name: version(name) for name in ("blm", "mujoco", "mink", "toppra", "numpy")}
-    cells: dict[str, dict[str, Any]] = {}
-    for robot in config.robots:
-        rows = {key: result for key, result in results.items() if key.startswith(f"{robot}/")}
-        cells[robot] = {task: _count(task, rows) for task in config.tasks}
-        finalize_dataset(
-            [staging / key for key, result in rows.items() if result["kept"]],
-            out / robot,
-            space=ROBOTS[robot].action_space,
-            cameras=config.cameras,
-            image_size=config.image_size,
-            provenance={"versions": versions, "collect": wanted},
-        )
-    seeds = [int(key.split("/")[2]) for key in results]
-    summary = CollectSummary(
-        robots=cells,
-        seconds=round(time.monotonic() - began, 1),
-        versions=versions,
-        seeds=(min(seeds), max(seeds)),
-        config=wanted,
-    )
-    _write_json(out / "summary.json", asdict(summary))
-    _clean(out)
-    return summary
+    _claim(out, wanted)
+    summary_file, staging, journal = out / "summary.json", out / ".staging", out / "journal.jsonl"
+    if not summary_file.exists():
+        results = _attempt_all(config, journal, staging)
+        versions = {name: version(name) for name in ("blm", "mujoco", "mink", "toppra", "numpy")}
+        for robot in config.robots:
+            kept = [k for k, result in results.items() if k.startswith(f"{robot}/") and result["kept"]]
+            finalize_dataset(
+                [staging / key for key in kept],
+                out / robot,
+                space=ROBOTS[robot].action_space,
+                cameras=config.cameras,
+                image_size=config.image_size,
+                provenance={"versions": versions, "collect": wanted},
+            )
+        seeds = [int(key.split("/")[2]) for key in results]
+        summary = {
+            "robots": {r: {t: _count(results, r, t) for t in config.tasks} for r in config.robots},
+            "seconds": round(time.monotonic() - began, 1),
+            "versions": versions,
+            "seeds": [min(seeds), max(seeds)],
+            "config": wanted,
+        }
+        write_json(summary_file, summary)
+    shutil.rmtree(staging, ignore_errors=True)
+    journal.unlink(missing_ok=True)
+    return dict(json.loads(summary_file.read_text()))
 
 
-def _claim(out: Path, wanted: dict[str, Any]) -> CollectSummary | None:
-    """Make `out` ours; return the summary of a finished collection. Raises BlmError if it is another's."""
+def _claim(out: Path, wanted: dict[str, Any]) -> None:
+    """Make `out` ours. Raises BlmError if it is another collection's."""
     out.mkdir(parents=True, exist_ok=True)
     claim = out / "collect.json"
     if not claim.exists():
-        _write_json(claim, wanted)
+        write_json(claim, wanted)
     have = json.loads(claim.read_text())
-    if have != wanted:
-        rows = [
-            f"  {k}: {have.get(k)!r} there, {v!r} asked for" for k, v in wanted.items() if have.get(k) != v
-        ]
+    rows = [f"  {k}: {have.get(k)!r} there, {v!r} asked for" for k, v in wanted.items() if have.get(k) != v]
+    if rows:
         raise BlmError(
             f"'{out}' holds a collection with another configuration; use another folder or delete it:\n"
             + "\n".join(rows)
         )
-    if not (out / "summary.json").exists():
-        return None
-    _clean(out)
-    stored = json.loads((out / "summary.json").read_text())
-    return CollectSummary(**stored | {"seeds": tuple(stored["seeds"])})
 
 
-def _clean(out: Path) -> None:
-    """Remove what only an unfinished collection needs."""
-    shutil.rmtree(out / ".staging", ignore_errors=True)
-    (out / "journal.jsonl").unlink(missing_ok=True)
-
-
-def _attempt_all(config: CollectConfig, out: Path, staging: Path) -> dict[str, Result]:
+def _attempt_all(config: CollectConfig, journal: Path, staging: Path) -> dict[str, Result]:
     """Run attempts until every cell has its episodes; return key -> result of all of them."""
-    tried = dict.fromkeys(((r, t) for r in config.robots for t in config.tasks), config.episodes)
+    limit = 3 * config.episodes + 10
+    tried = dict.fromkeys(product(config.robots, config.tasks), config.episodes)
     while True:
         units = [
             Unit(f"{robot}/{task}/{seed}", (config, robot, task, seed, staging))
             for (robot, task), count in tried.items()
             for seed in range(config.first_seed, config.first_seed + count)
         ]
-        journal = out / "journal.jsonl"
         results = run_units(_attempt, units, journal=journal, workers=config.workers, title="collecting")
-        short = False
-        for (robot, task), count in tried.items():
-            rows = {key: result for key, result in results.items() if key.startswith(f"{robot}/{task}/")}
-            missing = config.episodes - sum(result["kept"] for result in rows.values())
-            if missing and count >= config.greatest_attempts:
-                raise BlmError(
-                    f"{robot} {task}: {count} attempts gave {config.episodes - missing} of {config.episodes} "
-                    f"episodes; rejected: {_count(task, rows)['rejected']}; lower noise or disturbed"
-                )
-            tried[robot, task] = min(count + missing, config.greatest_attempts)
-            short = short or missing > 0
-        if not short:
+        counts = {cell: _count(results, *cell) for cell in tried}
+        missing = {cell: config.episodes - count["kept"] for cell, count in counts.items()}
+        if not any(missing.values()):
             return results
+        for (robot, task), lacking in missing.items():
+            if lacking and tried[robot, task] >= limit:
+                raise BlmError(
+                    f"{robot} {task}: {limit} attempts gave {config.episodes - lacking} of {config.episodes} "
+                    f"episodes; rejected: {counts[robot, task]['rejected']}; lower noise or disturbed"
+                )
+            tried[robot, task] = min(tried[robot, task] + lacking, limit)
 
 
-def _count(task: str, rows: Mapping[str, Result]) -> dict[str, Any]:
-    mine = [result for key, result in rows.items() if key.split("/")[1] == task]
+def _count(results: Mapping[str, Result], robot: str, task: str) -> dict[str, Any]:
+    """What became of the attempts at one robot and task."""
+    mine = [result for key, result in results.items() if key.startswith(f"{robot}/{task}/")]
     return {
         "kept": sum(result["kept"] for result in mine),
         "rejected": dict(sorted(Counter(r["reason"] for r in mine if not r["kept"]).items())),
@@ -200,8 +167,7 @@ def _count(task: str, rows: Mapping[str, Result]) -> dict[str, Any]:
 def _attempt(payload: tuple[CollectConfig, str, str, int, Path]) -> Result:
     """One work unit: make, check and stage one episode."""
     config, robot, task, seed, staging = payload
-    expert = _expert(robot, task, config.cameras, config.image_size, config.distractors)
-    episode, reason = demonstrate(expert, seed, config)
+    episode, reason = demonstrate(_expert(config, robot, task), seed, config)
     if episode is None:
         return {"kept": False, "reason": reason}
     stage_episode(staging, f"{robot}/{task}/{seed}", episode)
@@ -209,15 +175,15 @@ def _attempt(payload: tuple[CollectConfig, str, str, int, Path]) -> Result:
 
 
 @cache
-def _expert(robot: str, task: str, cameras: tuple[str, ...], image_size: int, distractors: int) -> Expert:
+def _expert(config: CollectConfig, robot: str, task: str) -> Expert:
     """One environment for each cell and process: making one costs as much as several episodes."""
     env = Env(
         robot,
         task,
-        cameras=cameras,
-        image_size=image_size,
+        cameras=config.cameras,
+        image_size=config.image_size,
         terminate_on_success=False,
-        distractors=distractors,
+        distractors=config.distractors,
     )
     return Expert(env, np.random.default_rng(0))
 
@@ -235,11 +201,8 @@ def demonstrate(expert: Expert, seed: int, config: CollectConfig) -> tuple[Episo
     observation, _ = env.reset(seed=seed, options={"arm": start})
     expert.reset(rng)
     noise = np.zeros(env.contract_space.dim - 1)
-    seen: list[dict[str, Any]] = []
-    actions: list[NDArray[np.float32]] = []
-    names: list[str] = []
-    success: list[bool] = []
-    while not expert.done and len(actions) < env._max_episode_steps:
+    steps: list[tuple[dict[str, Any], Any, str, bool]] = []
+    while not expert.done and len(steps) < env._max_episode_steps:
         try:
             action, name = expert.act()
         except PlanError as error:
@@ -247,17 +210,15 @@ def demonstrate(expert: Expert, seed: int, config: CollectConfig) -> tuple[Episo
         noise = NOISE_MEMORY * noise + math.sqrt(1 - NOISE_MEMORY**2) * sigma * rng.normal(size=len(noise))
         executed = action.copy()
         executed[:-1] += noise * NOISY.get(name, 0.0) * min(1.0, expert.remaining / SETTLE)
-        if pulse <= len(actions) < pulse + PULSE:
+        if pulse <= len(steps) < pulse + PULSE:
             executed[-1] = 1 - executed[-1]
-        seen.append(observation)
-        actions.append(action)
-        names.append(name)
-        observation, _, _, _, info = env.step(executed)
-        success.append(info["success"])
+        following, _, _, _, info = env.step(executed)
+        steps.append((observation, action, name, info["success"]))
+        observation = following
+    seen, actions, names, success = zip(*steps, strict=True)
     if not expert.done or not all(success[-HOLD_STEPS:]):
-        return None, _reason(names, expert.drops)
-    last_failure = max((t for t, ok in enumerate(success) if not ok), default=-1)
-    images = {camera: np.stack([o["pixels"][camera] for o in seen]) for camera in env.cameras}
+        missed = names[-1] in ("approach", "descend", "grasp") and "grasp" in names
+        return None, "dropped" if expert.drops else "missed_grasp" if missed else "no_success"
     return Episode(
         robot=env.robot.name,
         task=env.task,
@@ -265,10 +226,10 @@ def demonstrate(expert: Expert, seed: int, config: CollectConfig) -> tuple[Episo
         instruction=env.task_description,
         states=np.stack([o["agent_pos"] for o in seen]),
         actions=np.stack(actions),
-        images=images,
-        primitives=tuple(names),
+        images={camera: np.stack([o["pixels"][camera] for o in seen]) for camera in env.cameras},
+        primitives=names,
         metrics={
-            "success_step": last_failure + 1,
+            "success_step": 1 + max((t for t, ok in enumerate(success) if not ok), default=-1),
             "noise": sigma,
             "disturbed": float(pulse >= 0),
             "random_start": float(start == "random"),
@@ -277,20 +238,10 @@ def demonstrate(expert: Expert, seed: int, config: CollectConfig) -> tuple[Episo
     ), ""
 
 
-def _reason(names: list[str], drops: int) -> str:
-    """Why an episode ran out of time."""
-    if drops:
-        return "dropped"
-    return (
-        "missed_grasp" if names[-1] in ("approach", "descend", "grasp") and "grasp" in names else "no_success"
-    )
-
-
 def replay(env: Env, episode: Episode) -> bool:
     """Whether the recorded actions give, bit for bit, the recorded states, and the same success.
 
-    `env` must be of the same robot and task. Raises BlmError for an episode with noise or a disturbance: what
-    was executed is not what was recorded.
+    Raises BlmError for an episode with noise or a disturbance: what was executed is not what was recorded.
     """
     if episode.metrics["noise"] or episode.metrics["disturbed"]:
         raise BlmError(
@@ -303,9 +254,3 @@ def replay(env: Env, episode: Episode) -> bool:
             return False
         observation, _, _, _, info = env.step(action)
     return bool(info["success"]) == episode.success
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)

@@ -26,8 +26,7 @@ SLACK = 0.1
 class Expert:
     """State feedback: the primitive due is decided from the measured state, its motion planned from there.
 
-    A plan is given up when its object moves, its grasp is lost, or the arm is somewhere else, for instance
-    because another policy moves it.
+    A plan is given up when its object moves, its grasp is lost, or something else moved the arm.
     """
 
     def __init__(self, env: Env, rng: np.random.Generator) -> None:
@@ -39,10 +38,9 @@ class Expert:
     def reset(self, rng: np.random.Generator) -> None:
         """Forget the episode so far; the planner's model stays."""
         self._rng = rng
-        self._step: Step | None = None
+        self._step = Step(primitive="none", opening=1.0)
         self._plan: Vector = np.empty((0, self.planner.dof))
-        self._next = 0
-        self._held = 0
+        self._next = self._held = 0
         self.drops = 0
         """Grasps that were lost."""
 
@@ -58,20 +56,20 @@ class Expert:
 
     def act(self) -> tuple[NDArray[np.float32], str]:
         """Return the action for this step and the primitive that it belongs to. Raises PlanError."""
-        view = self._measure()
+        env = self.env
+        position, rotation = env.tcp()
+        tool = Pose.from_rotation_and_translation(mink.SO3.from_matrix(rotation), position)
+        view = View(env.robot, tool, env.gripper_opening, env.objects(), env.is_grasping)
         if not self._follows(view):
             self._begin(self._decide(view))
-        step = self._step
-        assert step is not None
-        target = self._plan[self._next]
+        target, step = self._plan[self._next], self._step
         self._next += 1
-        still = np.abs(self.env.data.qvel[: self.planner.dof]).max() < STILL
+        still = np.abs(self._speeds()).max() < STILL
         self._held = self._held + 1 if still and step.primitive == "hold" else 0
         return np.append(target, step.opening).astype(np.float32), step.primitive
 
     def _begin(self, step: Step) -> None:
-        previous = self._step
-        if previous is not None and previous.primitive in ("lift", "move") and step.primitive == "approach":
+        if self._step.primitive in ("lift", "move") and step.primitive == "approach":
             self.drops += 1
         last, self._plan = self._plan[-1:], self._plan[:0]
         self._step, self._next = step, 0
@@ -99,9 +97,9 @@ class Expert:
 
     def _follows(self, view: View) -> bool:
         """Whether the current plan still stands."""
-        if self._step is None or self._next >= len(self._plan) or not self._step.valid(view):
+        if self._next >= len(self._plan) or not self._step.valid(view):
             return False
-        ahead = self._joints() + LAG * self.env.data.qvel[: self.planner.dof]
+        ahead = self._joints() + LAG * self._speeds()
         return bool(np.abs(ahead - self._plan[self._next - 1]).max() < OFF_PLAN)
 
     def _start(self) -> Vector:
@@ -113,8 +111,5 @@ class Expert:
     def _joints(self) -> Vector:
         return self.env.data.qpos[: self.planner.dof].copy()
 
-    def _measure(self) -> View:
-        position, rotation = self.env.tcp()
-        tool = Pose.from_rotation_and_translation(mink.SO3.from_matrix(rotation), position)
-        env = self.env
-        return View(env.robot, tool, env.gripper_opening, env.objects(), env.is_grasping)
+    def _speeds(self) -> Vector:
+        return self.env.data.qvel[: self.planner.dof]

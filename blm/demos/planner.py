@@ -1,10 +1,8 @@
 """From a tool pose to a joint trajectory: inverse kinematics, reachability, time parameterisation.
 
-Inverse kinematics is a sequence of quadratic programs with joint limits (`mink`, solver daqp). Collisions
-are MuJoCo contacts of the arm with itself and the table, on a model of the arm alone. Trajectories are the
-fastest on their path within joint velocity and acceleration limits (`toppra`; Pham and Pham, "A New Approach
-to Time-Optimal Path Parameterization Based on Reachability Analysis", IEEE T-RO 2018), then slowed down
-evenly where the tool must not exceed a speed.
+Inverse kinematics is a sequence of quadratic programs (`mink`). Collisions are MuJoCo contacts of the arm
+with itself and the table. Trajectories are the fastest within joint velocity and acceleration limits
+(`toppra`; Pham and Pham, IEEE T-RO 2018), then slowed down evenly to keep to a tool speed.
 
 Poses are those of the site "tcp" in the world: z along the approach direction, y along the closing axis.
 """
@@ -76,7 +74,6 @@ class ArmPlanner:
         self._posture = mink.PostureTask(self._model, cost=1e-3)
         self._limits = [mink.ConfigurationLimit(self._model)]
         self._low, self._high = self._model.jnt_range[: self.dof].T
-        self._opening = 1.0
         velocity, acceleration = (
             LIMIT_SHARE * np.array(limits)[:, None] * [-1, 1]
             for limits in (robot.velocity_limits, robot.acceleration_limits)
@@ -106,7 +103,8 @@ class ArmPlanner:
             self._posture.set_target_from_configuration(self._arm)
             for _ in range(STEPS):
                 error = self._tool.compute_error(self._arm)
-                if self._close(error):
+                position, rotation = np.linalg.norm(error[:3]), np.linalg.norm(error[3:])
+                if position < POSITION_TOLERANCE and rotation < ROTATION_TOLERANCE:
                     q: Vector = self._arm.q[: self.dof].copy()
                     if self.collides(q):
                         break
@@ -142,9 +140,7 @@ class ArmPlanner:
         """
         goal = self.solve(pose, start, rng)
         if goal is None:
-            raise PlanError(
-                "unreachable", f"no joints reach the tool pose at {np.round(pose.translation(), 3)}"
-            )
+            raise PlanError("unreachable", f"no joints reach {np.round(pose.translation(), 3)}")
         home = np.array(self.robot.home)
         for stops in ([start, goal], [start, home, goal]):
             waypoints = np.concatenate([_joint_line(a, b) for a, b in pairwise(stops)])
@@ -161,11 +157,11 @@ class ArmPlanner:
         Raises PlanError "retiming_failed".
         """
         distances = np.linalg.norm(np.diff(waypoints, axis=0), axis=1)
-        keep = np.concatenate([[True], distances > 1e-6])
-        waypoints = waypoints[keep]
-        if len(waypoints) == 1:
-            return waypoints
-        places = np.concatenate([[0.0], np.cumsum(distances[keep[1:]])])
+        moving = distances > 1e-6
+        if not moving.any():
+            return waypoints[:1]
+        waypoints = waypoints[np.append(True, moving)]
+        places = np.append(0.0, np.cumsum(distances[moving]))
         path = toppra.SplineInterpolator(places, waypoints, bc_type="natural")
         grid = np.linspace(0, places[-1], max(4 * len(waypoints), 20))
         trajectory = TOPPRA(self._constraints, path, gridpoints=grid).compute_trajectory(0, 0)
@@ -188,11 +184,6 @@ class ArmPlanner:
         full = np.full(self._model.nq, self.robot.gripper.stroke)
         full[: self.dof] = np.clip(q, self._low, self._high)
         self._arm.update(full)
-
-    @staticmethod
-    def _close(error: Vector) -> bool:
-        position, rotation = np.linalg.norm(error[:3]), np.linalg.norm(error[3:])
-        return bool(position < POSITION_TOLERANCE and rotation < ROTATION_TOLERANCE)
 
 
 def _joint_line(one: Vector, other: Vector) -> Vector:

@@ -1,8 +1,7 @@
 """Task decomposition: which primitive is due in a measured state, and which tool poses would do it.
 
-Every function here is a pure function of the `View`, so the expert can take over in any state: after a missed
-grasp or a drop nothing is held, so an approach is due again. The tool frame has z along the approach and y
-along the closing axis; positions and unit vectors are in the world [m].
+All are pure functions of the `View`, so the expert can take over in any state: after a missed grasp or a drop
+nothing is held, so an approach is due again. Poses are as in the planner, positions in the world [m].
 """
 
 from __future__ import annotations
@@ -33,6 +32,7 @@ ON_SPOT = 0.012
 MOVED = 0.008
 """A plan is given up when its object has moved by this [m]."""
 ALIGNED = np.radians(10)
+UP = np.array([0.0, 0.0, 1.0])
 FAST, CAREFUL = 0.35, 0.20
 """Mean tool speeds in free space and near objects [m/s]."""
 Path = tuple[Sequence[Pose], Sequence[Pose]]
@@ -51,7 +51,6 @@ class View:
 
     @property
     def place(self) -> Vector:
-        """Position of the tool."""
         return self.tool.translation()
 
 
@@ -119,7 +118,7 @@ def carry(view: View, cube: ObjectState, goal: Vector) -> Step:
     if np.linalg.norm(cube.position - goal) < CARRY_NEAR:
         return Step(primitive="hold", opening=0.0)
     if cube.position[2] < cube.size[2] + 0.03 and np.linalg.norm((cube.position - goal)[:2]) > 0.03:
-        return Step(primitive="lift", opening=0.0, paths=to(_raised(cube.position, 0.05)), valid=held)
+        return Step(primitive="lift", opening=0.0, paths=to(cube.position + 0.05 * UP), valid=held)
     return Step(primitive="move", opening=0.0, paths=to(goal), valid=held, free=True, speed=FAST)
 
 
@@ -156,15 +155,14 @@ def push_towards(view: View, cube: ObjectState, goal: Vector) -> Step:
     if ready and np.linalg.norm((view.place - stand)[:2]) < ON_SPOT:
         paths = [([pose], []) for pose in nearest]
         return Step(primitive="descend", opening=0.0, paths=paths, valid=_unmoved(cube))
-    above = _raised(stand, HOVER)
+    above = stand + HOVER * UP
     paths = [([*_clear(view), _at(pose, above)], [pose, _at(pose, end)]) for pose in poses]
     return _approach(0.0, paths, cube)
 
 
 def _approach(opening: float, paths: list[Path], thing: ObjectState) -> Step:
-    return Step(
-        primitive="approach", opening=opening, paths=paths, free=True, speed=FAST, valid=_unmoved(thing)
-    )
+    valid = _unmoved(thing)
+    return Step(primitive="approach", opening=opening, paths=paths, free=True, speed=FAST, valid=valid)
 
 
 def _unmoved(thing: ObjectState) -> Callable[[View], bool]:
@@ -204,12 +202,8 @@ def _turn(one: Pose, other: Pose) -> float:
 
 def _clear(view: View) -> list[Pose]:
     """Straight up first, when the tool is down among the objects."""
-    low = view.place[2] <= HOVER
-    return [_at(view.tool, np.array([*view.place[:2], HOVER + 0.02]))] if low else []
-
-
-def _raised(position: Vector, height: float) -> Vector:
-    return np.array([position[0], position[1], position[2] + height])
+    up = np.array([*view.place[:2], HOVER + 0.02])
+    return [_at(view.tool, up)] if view.place[2] <= HOVER else []
 
 
 def _at(pose: Pose, position: Vector) -> Pose:

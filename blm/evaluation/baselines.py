@@ -1,4 +1,7 @@
-"""Policies that know nothing: what a score must beat before it means anything."""
+"""Policies that know nothing: what a score must beat before it means anything.
+
+They take the contract of the policy under test, so that both run under one protocol.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ REACH_RAD = 0.2
 """A random target lies within this of the present joint position [rad]."""
 
 
-class _Baseline:
-    """Same contract as the policy under test, so that both run under one protocol."""
+class ZeroPolicy:
+    """Holds still."""
 
-    name: str
+    name = "zero"
 
     def __init__(self, contract: PolicyContract) -> None:
         self.contract = replace(contract, revision=self.name)
@@ -23,24 +26,15 @@ class _Baseline:
     def reset(self) -> None: ...
 
     def act(self, observation: Observation) -> ActionChunk:
-        target = self.target(observation)
-        return ActionChunk(actions=np.tile(target, (self.contract.horizon, 1)), rate_hz=self.contract.rate_hz)
+        actions = np.tile(self.target(observation), (self.contract.horizon, 1))
+        return ActionChunk(actions=actions, rate_hz=self.contract.rate_hz)
 
     def target(self, observation: Observation) -> FloatArray:
         """[D] where to go and stay for one chunk."""
-        raise NotImplementedError
-
-
-class ZeroPolicy(_Baseline):
-    """Holds still."""
-
-    name = "zero"
-
-    def target(self, observation: Observation) -> FloatArray:
         return observation.state
 
 
-class RandomPolicy(_Baseline):
+class RandomPolicy(ZeroPolicy):
     """Moves every joint to a random place nearby, and the gripper to a random opening."""
 
     name = "random"

@@ -92,7 +92,7 @@ def paired_difference(
     a, b = success_rate(first, groups), success_rate(second, groups)
     x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     spread = float(x.std() * y.std())
-    phi = float((x * y).mean() - x.mean() * y.mean()) / spread if spread > 0 else 0.0
+    phi = float(np.mean(x * y) - a.rate * b.rate) / spread if spread > 0 else 0.0
 
     def combine(one: float, other: float) -> float:
         return math.sqrt(max(0.0, one**2 + other**2 - 2 * phi * one * other))

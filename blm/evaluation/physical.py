@@ -1,8 +1,4 @@
-"""Closed-loop evaluation of any `Policy`: our checkpoint, a socket, a baseline, an expert.
-
-The policy sees a fresh observation after every `execute` steps and says the next chunk. The seed of its
-sampling noise follows from the scene's seed and the step, so an episode is the same wherever the policy runs.
-"""
+"""Closed-loop evaluation of any `Policy`: our checkpoint, a socket, a baseline, an expert."""
 
 from __future__ import annotations
 
@@ -20,9 +16,9 @@ import numpy as np
 from blm.engine import Unit, run_units
 from blm.evaluation.intervals import success_rate
 from blm.evaluation.protocol import PhysicalProtocol, digest, protocol_hash
-from blm.evaluation.results import machine, write_result
+from blm.evaluation.results import atomically, machine, write_result
 from blm.tasks import TASKS, Env, gl_backend
-from blm.types import ContractError, FloatArray, ImageArray, Observation, Policy, PolicyContract
+from blm.types import ContractError, FloatArray, ImageArray, Observation, Policy
 
 VIDEO_CAMERA, VIDEO_SIZE = "base", 240
 
@@ -48,53 +44,39 @@ def evaluate_physical(
     continues from `out`/journal.jsonl. Raises ContractError when the policy does not fit the protocol.
     """
     start = time.monotonic()
-    contract = _contract_of(make_policy)
+    policy = make_policy()
+    contract = policy.contract
+    _close(policy)
     protocol.require_fits(contract)
     run = f"{protocol_hash(protocol)}/{contract.revision}/{videos_per_cell}"
     cells = list(itertools.product(protocol.robots, protocol.tasks))
     units = [
-        Unit(
-            f"{run}/{robot}/{task}/{seed}", (robot, task, seed, seed < protocol.first_seed + videos_per_cell)
-        )
+        Unit(f"{run}/{robot}/{task}/{seed}", (robot, task, seed, index < videos_per_cell))
         for robot, task in cells
-        for seed in range(protocol.first_seed, protocol.first_seed + protocol.episodes)
+        for index, seed in enumerate(protocol.seeds)
     ]
-    results = run_units(
-        run_episode,
-        units,
-        journal=out / "journal.jsonl",
-        workers=workers,
-        title="episodes",
-        setup=_set_up,
-        setup_args=(make_policy, protocol, out),
-    )
+    setup: dict[str, Any] = {"setup": _set_up, "setup_args": (make_policy, protocol, out)}
+    journal = out / "journal.jsonl"
+    results = run_units(run_episode, units, journal=journal, workers=workers, title="episodes", **setup)
     _close(_worker)  # of this process, when workers is 0
     rows = list(results.values())
     of_cell = {cell: [row for row in rows if (row["robot"], row["task"]) == cell] for cell in cells}
-    result = {
-        "kind": "physical",
-        "score": "success_once",
-        "model": contract.revision,
-        "protocol": asdict(protocol),
-        "protocol_hash": protocol_hash(protocol),
-        "overall": _summary(rows),
-        "cells": [{"robot": cell[0], "task": cell[1], **_summary(part)} for cell, part in of_cell.items()],
-        "machine": {**machine(), "rendering": gl_backend()},
-        "seconds": time.monotonic() - start,
-        "rows": rows,
-    }
-    return write_result(out / "result.json", result)
-
-
-def _contract_of(make_policy: Callable[[], Policy]) -> PolicyContract:
-    policy = make_policy()
-    contract = policy.contract
-    _close(policy)
-    return contract
+    return write_result(
+        out,
+        protocol,
+        start,
+        kind="physical",
+        score="success_once",
+        model=contract.revision,
+        overall=_summary(rows),
+        cells=[{"robot": cell[0], "task": cell[1], **_summary(part)} for cell, part in of_cell.items()],
+        machine={**machine(), "rendering": gl_backend()},
+        rows=rows,
+    )
 
 
 def decision_seed(seed: int, step: int) -> int:
-    """Seed of the policy's noise at one step of one episode."""
+    """Seed of the policy's noise at one step of one episode: the same wherever the policy runs."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 
@@ -162,7 +144,7 @@ def run_episode(unit: tuple[str, str, int, bool]) -> dict[str, Any]:
         write_video(_worker.out / video, frames, protocol.rate_hz)
     row = {"id": f"{robot}/{task}/{seed}", "robot": robot, "task": task, "seed": seed, "scene": scene}
     row |= {"instruction": env.task_description, "act_ms": 1000 * float(np.median(waits)), "video": video}
-    return {**row, **_outcome(infos)}
+    return row | _outcome(infos)
 
 
 def _actions(
@@ -191,8 +173,12 @@ def _actions(
 
 def _outcome(infos: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = _first_success(infos)
-    flags = [name for name, value in infos[0].items() if isinstance(value, bool | np.bool_)]
-    never = [flag for flag in flags if "success" not in flag and not any(info[flag] for info in infos)]
+    flags = [
+        name
+        for name, value in infos[0].items()
+        if isinstance(value, bool | np.bool_) and "success" not in name
+    ]
+    never = [flag for flag in flags if not any(info[flag] for info in infos)]
     missed = "never: " + ", ".join(never) if never else "never all at once"
     return {
         "success_once": first > 0,
@@ -216,13 +202,11 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def write_video(path: Path, frames: Sequence[ImageArray], rate_hz: float) -> None:
     """Write H.264 that browsers play, small enough to embed (about 100 kB for ten seconds)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with av.open(str(temporary), "w", format="mp4", options={"movflags": "faststart"}) as container:
+    faststart = {"movflags": "faststart"}
+    with atomically(path) as file, av.open(str(file), "w", format="mp4", options=faststart) as container:
         stream = container.add_stream("libx264", rate=round(rate_hz), options={"crf": "30"})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
-    temporary.replace(path)

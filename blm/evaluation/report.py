@@ -1,7 +1,6 @@
-"""One self-contained HTML page about one run: what ran, on what, how well, how sure, what it does not show.
+"""One HTML page about one run: what ran, on what, how well, how sure, what it does not show.
 
-The page needs no network: styles, curves (SVG) and rollout videos (H.264) are inside. Whatever is missing is
-shown as "not run"; no number on it is written by hand.
+Styles, curves (SVG) and videos are inside the page. What is missing is shown as "not run".
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import base64
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -21,7 +20,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from blm.evaluation.results import compare
+from blm.evaluation.results import atomically, compare
 from blm.robots import ROBOTS
 from blm.tasks import TASKS
 from blm.types import BlmError, ContractError
@@ -57,44 +56,38 @@ class ReportData:
 def build_report(data: ReportData, out: Path) -> None:
     """Write the page to `out`, atomically."""
     physical, digital = _results(data.physical), _results(data.digital)
-    logs = {stage: _read_log(path) for stage, path in data.logs.items()}
+    failures = {name: [row["reason"] for row in result["rows"]] for name, result in physical.items()}
     machines = [result["machine"] for result in (*physical.values(), *digital.values())]
     page = _template().render(
         data=data,
         physical=physical,
         digital=digital,
         differences={name: _difference(physical, name) for name in physical},
-        reasons={
-            name: Counter(r["reason"] for r in p["rows"] if r["reason"]) for name, p in physical.items()
-        },
+        reasons={name: Counter(filter(None, reasons)) for name, reasons in failures.items()},
         videos=_videos(data.physical, physical),
         collection=_read(data.collection).get("robots", {}),
-        curves={stage: _curve(stage, rows) for stage, rows in logs.items()},
+        curves={stage: _curve(stage, path) for stage, path in data.logs.items()},
         machine=machines[0] if machines else {},
         robots=ROBOTS,
         tasks=TASKS,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
-    temporary.write_text(page)
-    temporary.replace(out)
+    with atomically(out) as temporary:
+        temporary.write_text(page)
 
 
 def _template() -> Any:
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["percent"] = lambda share: f"{100 * share:.0f} %"
-    environment.filters["duration"] = _duration
+    options: Any = {"autoescape": True, "undefined": StrictUndefined}
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, **options)
+    environment.filters |= {"percent": lambda share: f"{100 * share:.0f} %", "duration": _duration}
     return environment.from_string(files("blm.evaluation").joinpath("report.html.jinja").read_text())
 
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-    )
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _read(path: Path | None) -> dict[str, Any]:
@@ -117,10 +110,11 @@ def _difference(results: Mapping[str, dict[str, Any]], name: str) -> dict[str, A
 def _videos(paths: Mapping[str, Path], results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """The first model's filmed episodes, with the film as a data URI."""
     name = next(iter(results), None)
-    filmed = [row for row in results[name]["rows"] if row["video"]] if name else []
+    if name is None:
+        return []
     films = []
-    for row in filmed[:MAX_VIDEOS]:
-        film = paths[str(name)].parent / row["video"]
+    for row in [row for row in results[name]["rows"] if row["video"]][:MAX_VIDEOS]:
+        film = paths[name].parent / row["video"]
         if not film.exists():
             raise BlmError(f"video '{film}' of the result is missing; keep it beside result.json")
         uri = "data:video/mp4;base64," + base64.b64encode(film.read_bytes()).decode()
@@ -128,23 +122,15 @@ def _videos(paths: Mapping[str, Path], results: Mapping[str, dict[str, Any]]) ->
     return films
 
 
-def _read_log(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _curve(stage: str, rows: Iterable[Mapping[str, float]]) -> str:
+def _curve(stage: str, log: Path) -> str:
     """Losses over steps as inline SVG; empty for no rows. Colours follow the page's theme."""
-    rows = list(rows)
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     names = [name for name in dict.fromkeys(k for row in rows for k in row) if "loss" in name]
-    if not rows or not names:
+    if not names:
         return ""
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": stage,
-        "font.size": 11,
-        **dict.fromkeys(inked, _INK),
-    }
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": stage, "font.size": 11}
+    style |= dict.fromkeys(inked, _INK)
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(5.6, 3.0), layout="constrained")
         axes = figure.subplots()

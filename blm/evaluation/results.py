@@ -9,22 +9,37 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from blm.evaluation.intervals import Difference, paired_difference
+from blm.evaluation.protocol import DigitalProtocol, PhysicalProtocol, protocol_hash, require_equal
 from blm.types import ContractError
 
 
-def write_result(path: Path, result: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a result file atomically; return what reading it gives."""
+@contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary path; when all went well, it becomes `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    text = json.dumps({"format": 1, **result}, indent=1, allow_nan=False)
-    temporary.write_text(text)
+    yield temporary
     temporary.replace(path)
+
+
+def write_result(
+    out: Path, protocol: PhysicalProtocol | DigitalProtocol, start: float, **parts: Any
+) -> dict[str, Any]:
+    """Write `out`/result.json; return what reading it gives. `start` is when the run began (monotonic)."""
+    head = {"format": 1, "protocol": asdict(protocol), "protocol_hash": protocol_hash(protocol)}
+    head |= {"machine": machine(), "seconds": time.monotonic() - start}
+    text = json.dumps(head | parts, indent=1, allow_nan=False)
+    with atomically(out / "result.json") as temporary:
+        temporary.write_text(text)
     return json.loads(text)
 
 
@@ -47,19 +62,13 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> Difference:
 
     Raises ContractError that prints both sides for unlike protocols, items or scenes.
     """
-    ours, theirs = first["protocol"], second["protocol"]
-    unlike = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
-    if unlike:
-        rows = [f"  {key}: {ours.get(key)!r} here, {theirs.get(key)!r} there" for key in unlike]
-        raise ContractError("results of unlike protocols cannot be compared:\n" + "\n".join(rows))
-    score, others = first["score"], {row["id"]: row for row in second["rows"]}
-    for row in first["rows"]:
-        other = others.get(row["id"], {})
+    problem = "results of unlike protocols cannot be compared"
+    require_equal(first["protocol"], second["protocol"], problem, "there")
+    score, ours, by_id = first["score"], first["rows"], {row["id"]: row for row in second["rows"]}
+    theirs = [by_id.get(row["id"], {}) for row in ours]
+    for row, other in zip(ours, theirs, strict=True):
         if not other or row.get("scene") != other.get("scene"):
-            raise ContractError(
-                f"item '{row['id']}' started from another scene, or is missing; evaluate again"
-            )
-    groups = [row["group"] for row in first["rows"]] if "group" in first["rows"][0] else None
-    return paired_difference(
-        [row[score] for row in first["rows"]], [others[row["id"]][score] for row in first["rows"]], groups
-    )
+            name = f"item '{row['id']}'"
+            raise ContractError(f"{name} started from another scene, or is missing; evaluate again")
+    groups = [row["group"] for row in ours] if "group" in ours[0] else None
+    return paired_difference([row[score] for row in ours], [row[score] for row in theirs], groups)

@@ -1,9 +1,4 @@
-"""Writes a RobotSpec into a MuJoCo model.
-
-The settings are those that make grasps hold, measured on these arms: gravity compensation on every link,
-joint armature, no contact between neighbouring links (a welded base belongs to the world, so MuJoCo does not
-exclude it by itself), one box pad per finger, and a firm grip.
-"""
+"""Writes a RobotSpec into a MuJoCo model, with settings that make grasps hold, measured on these arms."""
 
 from __future__ import annotations
 
@@ -57,6 +52,7 @@ def add_robot(spec: mujoco.MjSpec, robot: RobotSpec) -> None:
     chain.append("hand")
     pairs = [(one, other) for i, one in enumerate(chain) for other in chain[i + 1 : i + 3]]
     pairs += [(part, finger) for part in chain[-3:] for finger in FINGERS] + [FINGERS]
+    # neighbours never touch; MuJoCo does not see to it for the base, which is welded to the world
     for one, other in pairs:
         spec.add_exclude(bodyname1=one, bodyname2=other)
 
@@ -68,7 +64,7 @@ def look_at(eye: Sequence[float], target: Sequence[float], up: Sequence[float]) 
     axes = np.stack([right, np.cross(back, right), back], axis=1)
     quaternion = np.zeros(4)
     mujoco.mju_mat2Quat(quaternion, (axes / np.linalg.norm(axes, axis=0)).ravel())
-    return [float(value) for value in quaternion]
+    return quaternion.tolist()
 
 
 def _add_link(parent: mujoco.MjsBody, link: Link, name: str) -> mujoco.MjsBody:
@@ -110,9 +106,8 @@ def _add_gripper(spec: mujoco.MjSpec, wrist: mujoco.MjsBody, robot: RobotSpec) -
     gripper, mount = robot.gripper, robot.wrist_camera
     hand = _add_link(wrist, gripper.hand, "hand")
     hand.add_site(name="tcp", pos=(0, 0, gripper.tcp), group=4)  # groups above 2 are not drawn
-    hand.add_camera(
-        name="wrist", pos=mount.eye, quat=look_at(mount.eye, mount.target, (1, 0, 0)), fovy=mount.fovy
-    )
+    view = look_at(mount.eye, mount.target, (1, 0, 0))
+    hand.add_camera(name="wrist", pos=mount.eye, quat=view, fovy=mount.fovy)
     tendon = spec.add_tendon(name="gripper")
     for name, turn in zip(FINGERS, ((1, 0, 0, 0), (0, 0, 0, 1)), strict=True):
         finger = hand.add_body(name=name, pos=gripper.finger.position, quat=turn, gravcomp=1)

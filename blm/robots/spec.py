@@ -1,9 +1,8 @@
 """What a robot arm is, as data: a chain of links, a two-finger gripper, limits, a home pose, a wrist camera.
 
-Frames: the chain starts at `base_position` in the world (x forward, y left, z up; table top z = 0). A link's
-frame is given in its parent's frame; its joint turns about `axis` through the link's origin. The hand's
-frame has z along the approach direction and y along the closing axis; at home its x points forward. Units:
-m, rad, kg, N.
+The chain starts at `base_position` in the world (x forward, y left, z up; table top z = 0). A link's frame
+is in its parent's; its joint turns about `axis` through the link's origin. The hand's z is the approach
+direction and y the closing axis; at home its x points forward. Units: m, rad, kg, N.
 """
 
 from __future__ import annotations

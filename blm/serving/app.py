@@ -48,7 +48,7 @@ def create_app(
         yield
         app.state.model.close()
 
-    app = FastAPI(title=name, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(title=name, openapi_url=None, lifespan=lifespan)
     app.add_exception_handler(RequestError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
     _add_status(app, policy, chat, name, api_key)
@@ -160,8 +160,8 @@ async def _converse(socket: WebSocket, policy: Policy, model: ModelThread) -> No
             return
         observation = wire.to_observation(wire.unpack(frame.get("bytes") or b""), policy.contract)
         actions, infer_ms = await model.run(partial(_act, policy, observation), Priority.CONTROL)
-        server_timing = {"infer_ms": _milliseconds_since(start), **previous}
-        reply = {"actions": actions, "policy_timing": {"infer_ms": infer_ms}, "server_timing": server_timing}
+        timing = {"infer_ms": _milliseconds_since(start), **previous}
+        reply = {"actions": actions, "policy_timing": {"infer_ms": infer_ms}, "server_timing": timing}
         await socket.send_bytes(wire.pack(reply))
         previous = {"prev_total_ms": _milliseconds_since(start)}
 

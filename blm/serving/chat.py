@@ -124,19 +124,19 @@ def _message(turn: _Turn, index: int, limits: Limits) -> Message:
 
 
 def _pixels(url: str, where: str, limits: Limits) -> ImageArray:
+    def refusal(reason: str) -> RequestError:
+        return RequestError(400, f"{where}: {reason}", where)
+
     found = _DATA_URI.fullmatch(url)
     if found is None:
-        message = f"{where}: only 'data:image/...;base64,' URIs are accepted, got '{url[:40]}'"
-        raise RequestError(400, message, where)
+        raise refusal(f"only 'data:image/...;base64,' URIs are accepted, got '{url[:40]}'")
     try:
         image = Pillow.open(io.BytesIO(base64.b64decode(found[1], validate=True)), formats=_FORMATS)
         if image.width * image.height <= limits.pixels:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Pillow.DecompressionBombError) as error:
-        message = f"{where}: not an image ({error}); accepted: {', '.join(_FORMATS)} in base64"
-        raise RequestError(400, message, where) from error
-    message = f"{where}: {image.width} x {image.height} is more than {limits.pixels} pixels"
-    raise RequestError(400, message, where)
+        raise refusal(f"not an image ({error}); accepted: {', '.join(_FORMATS)} in base64") from error
+    raise refusal(f"{image.width} x {image.height} is more than {limits.pixels} pixels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +149,9 @@ class Completion:
     usage: dict[str, int] | None
 
     def to_json(self) -> dict[str, Any]:
-        choice = {"message": {"role": "assistant", "content": self.text}, "finish_reason": self.finish_reason}
-        return {**self._head("chat.completion"), "choices": [{"index": 0, **choice}], "usage": self.usage}
+        message = {"role": "assistant", "content": self.text}
+        choice = {"index": 0, "message": message, "finish_reason": self.finish_reason}
+        return {**self._head("chat.completion"), "choices": [choice], "usage": self.usage}
 
     def events(self, include_usage: bool) -> Iterator[str]:
         """Server-sent events. The answer is made whole and then sent, so it comes as one delta."""
@@ -164,12 +165,8 @@ class Completion:
         yield "data: [DONE]\n\n"
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": self.model,
-        }
+        id_ = f"chatcmpl-{uuid.uuid4().hex}"
+        return {"id": id_, "object": kind, "created": int(time.time()), "model": self.model}
 
 
 def complete(chat: Chat, request: ChatRequest, messages: tuple[Message, ...]) -> Completion:

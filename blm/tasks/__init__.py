@@ -3,17 +3,6 @@
 from blm.tasks.env import Env, EnvState
 from blm.tasks.registry import TASKS
 from blm.tasks.rendering import gl_backend
-from blm.tasks.spec import Item, ObjectState, Part, Placement, TaskSpec, World
+from blm.tasks.spec import ObjectState, TaskSpec, World
 
-__all__ = [
-    "TASKS",
-    "Env",
-    "EnvState",
-    "Item",
-    "ObjectState",
-    "Part",
-    "Placement",
-    "TaskSpec",
-    "World",
-    "gl_backend",
-]
+__all__ = ["TASKS", "Env", "EnvState", "ObjectState", "TaskSpec", "World", "gl_backend"]

@@ -96,18 +96,17 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         """
         super().reset(seed=seed)
         chosen: dict[str, Any] = {"arm": "home", "phrasing": None}
-        for option, value in (options or {}).items():
+        for option in options or {}:
             lookup("reset option", option, chosen)
-            chosen[option] = value
+        chosen |= options or {}
         lookup("arm start", chosen["arm"], {"home": 0, "random": 0})
         if seed is None:
             seed = int(self.np_random.integers(10_000_000, 2**31))  # beyond every named range of seeds
         place, words, extras, pose = (np.random.default_rng((seed, stream)) for stream in range(4))
-        drawn = int(words.integers(len(self.task_spec.phrasings)))
-        self.task_description = self.task_spec.instruction(
-            drawn if chosen["phrasing"] is None else chosen["phrasing"]
-        )
-        self._steps = 0
+        phrasing = chosen["phrasing"]
+        if phrasing is None:
+            phrasing = int(words.integers(len(self.task_spec.phrasings)))
+        self.task_description, self._steps = self.task_spec.instruction(phrasing), 0
         mujoco.mj_resetData(self.model, self.data)
         placement = self.task_spec.sample(place, self.robot)
         self._distractors = draw_distractors(extras, self.robot, self.items, placement, self._extra)
@@ -133,10 +132,8 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     def observe(self) -> dict[str, Any]:
         """Return the observation of this moment."""
-        return {
-            "pixels": {camera: self.picture(camera) for camera in self.cameras},
-            "agent_pos": self.state(),
-        }
+        pixels = {camera: self.picture(camera) for camera in self.cameras}
+        return {"pixels": pixels, "agent_pos": self.state()}
 
     def observation(self, seed: int = 0) -> Observation:
         """Return the same as a `types.Observation`; `seed` is the policy's sampling seed."""
@@ -162,17 +159,19 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
                 f"a state of {state.physics.size} numbers and {len(state.distractors)} distractors is not of "
                 f"'{self.embodiment}' in '{self.task}' with {self._extra} distractors ({size} numbers)"
             )
-        self._steps, self.task_description = state.steps, state.instruction
-        self._distractors = state.distractors
+        self._steps, self.task_description, self._distractors = (
+            state.steps,
+            state.instruction,
+            state.distractors,
+        )
         dress(self.model, self._distractors)
         mujoco.mj_setState(self.model, self.data, state.physics, _PHYSICS)
         self._refresh()
 
     def objects(self) -> dict[str, ObjectState]:
         """Every item and distractor by name, as it is now."""
-        return {
-            item.name: self._object(item) for item in (*self.items, *(item for item, _ in self._distractors))
-        }
+        items = (*self.items, *(item for item, _ in self._distractors))
+        return {item.name: self._object(item) for item in items}
 
     def tcp(self) -> tuple[FloatArray, FloatArray]:
         """Position [3] and rotation [3, 3] of the tool; column z approaches, column y is the closing axis."""
@@ -226,15 +225,11 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     def mask(self, name: str, camera: str) -> NDArray[np.bool_]:
         """[image_size, image_size]: which pixels show this object."""
-        lookup("camera", camera, CAMERAS)
-        geoms = self._draw().geoms(self.data, camera, self.image_size)
-        return np.append(self.model.geom_bodyid, -1)[geoms] == self._body(name).id
+        return self._bodies(camera) == self._body(name).id
 
     def visible_pixels(self, camera: str) -> dict[str, int]:
         """How many pixels of the camera's image show each object of `objects()`; one rendering for all."""
-        lookup("camera", camera, dict.fromkeys(CAMERAS))
-        geoms = self._draw().geoms(self.data, camera, self.image_size)
-        counts = np.bincount(np.append(self.model.geom_bodyid, 0)[geoms].ravel(), minlength=self.model.nbody)
+        counts = np.bincount(self._bodies(camera).ravel(), minlength=self.model.nbody)
         return {name: int(counts[self._body(name).id]) for name in self.objects()}
 
     def close(self) -> None:
@@ -247,17 +242,21 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             self._renderer = Renderer(self.model, max(self.image_size, _RENDER_SIZE))
         return self._renderer
 
+    def _bodies(self, camera: str) -> NDArray[np.int64]:
+        """[image_size, image_size]: id of the body that each pixel shows, 0 (the world) for none."""
+        lookup("camera", camera, CAMERAS)
+        geoms = self._draw().geoms(self.data, camera, self.image_size)
+        return np.append(self.model.geom_bodyid, 0)[geoms]
+
     def _body(self, name: str) -> Any:
         names = [*(item.name for item in self.items), *(f"distractor{i}" for i in range(self._extra))]
         lookup("object", name, dict.fromkeys(names))
         return self.data.body(name)
 
     def _object(self, item: Item) -> ObjectState:
-        body, velocity = self.data.body(item.name), np.zeros(6)
-        mujoco.mj_objectVelocity(self.model, self.data, mujoco.mjtObj.mjOBJ_BODY, body.id, velocity, 0)
-        spin, speed = float(np.linalg.norm(velocity[:3])), float(np.linalg.norm(velocity[3:]))
-        looks, size = (item.name, item.kind, item.color), item.parts[0].size
-        return ObjectState(*looks, body.xpos.copy(), body.xquat.copy(), size, speed, spin)
+        body = self.data.body(item.name)
+        pose = body.xpos.copy(), body.xquat.copy()
+        return ObjectState(item.name, item.kind, item.color, *pose, item.parts[0].size)
 
     def _place(self, placement: Placement) -> None:
         for name, (position, quaternion) in placement.items():
@@ -277,8 +276,8 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     def _randomise_arm(self, rng: np.random.Generator) -> None:
         """Draw poses near home until the tool is above the workspace, steep, and nothing is touched."""
         area, home = self.robot.workspace, np.array(self.robot.home)
-        robot_geoms = self.model.geom_bodyid <= self.model.body(FINGERS[1]).id
-        robot_geoms &= self.model.geom_bodyid > 0
+        owners = self.model.geom_bodyid
+        robot_geoms = (owners > 0) & (owners <= self.model.body(FINGERS[1]).id)
         for _ in range(_ATTEMPTS):
             self._set_arm(home + rng.uniform(-0.7, 0.7, len(home)), opening=float(rng.uniform()))
             mujoco.mj_kinematics(self.model, self.data)
@@ -298,5 +297,5 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     def _info(self) -> dict[str, Any]:
         flags = self.evaluate()
-        text = {"task": self.task, "instruction": self.task_description}
-        return {**text, "is_success": flags["success"], **flags}
+        head = {"task": self.task, "instruction": self.task_description, "is_success": flags["success"]}
+        return head | flags

@@ -31,13 +31,8 @@ def _sample(rng: np.random.Generator, robot: RobotSpec) -> Placement:
 
 def _success(world: World) -> dict[str, bool]:
     near = bool(np.linalg.norm(world.offset("cube", "goal")) <= goal_tolerance(world.robot))
-    static = world.robot_speed <= STATIC_SPEED
-    return {
-        "is_at_goal": near,
-        "is_robot_static": static,
-        "is_grasped": "cube" in world.grasped,
-        "success": near and static,
-    }
+    static, grasped = world.robot_speed <= STATIC_SPEED, "cube" in world.grasped
+    return {"is_at_goal": near, "is_robot_static": static, "is_grasped": grasped, "success": near and static}
 
 
 PICK_CUBE = TaskSpec(

@@ -1,7 +1,6 @@
-"""Offscreen pictures of a MuJoCo model.
+"""Offscreen pictures of a MuJoCo model. No environment variable is needed before `import mujoco`.
 
-The OpenGL context is made here, so that no environment variable is needed before `import mujoco`. MUJOCO_GL
-is obeyed when set (egl, osmesa, glfw, cgl); otherwise it is set to the choice made, for MuJoCo's own loader.
+MUJOCO_GL is obeyed when set (egl, osmesa, glfw, cgl), else set to the choice made, for MuJoCo's own loader.
 """
 
 from __future__ import annotations

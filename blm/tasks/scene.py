@@ -1,8 +1,7 @@
 """Builds the MuJoCo model of a robot, a task's items and distractors on a table, with light and cameras.
 
-Contact settings are those with which scripted grasps held in 100 of 100 trials on each arm: elliptic cones,
-impratio 10, condim 4, stiff contacts (solref .01), 2 ms steps. Friction and density of items are
-ManiSkill's.
+With these contact settings scripted grasps held in 100 of 100 trials on each arm. Friction and density of
+items are ManiSkill's.
 """
 
 from __future__ import annotations
@@ -33,14 +32,12 @@ Base and side stand 100 deg apart in azimuth: together they give depth. The wris
 _SKY, _TABLE = (0.55, 0.60, 0.66), (0.78, 0.70, 0.60, 1.0)
 
 
-def build_model(
-    robot: RobotSpec, items: Sequence[Item], distractors: int, view_shift: float
-) -> mujoco.MjModel:
+def build_model(robot: RobotSpec, items: Sequence[Item], distractors: int, shift: float) -> mujoco.MjModel:
     """Compile the scene. Bodies are named after items; distractors, unseen at first, "distractor0"..."""
     spec = mujoco.MjSpec()
     _set_options(spec)
     _add_room(spec)
-    x, y = robot.workspace.centre[0] + view_shift, robot.workspace.centre[1]
+    x, y = robot.workspace.centre[0] + shift, robot.workspace.centre[1]
     for name, view in CAMERAS.items():
         if view is not None:
             eye, target = ((point[0] + x, point[1] + y, point[2]) for point in view[:2])
@@ -60,10 +57,7 @@ def _set_options(spec: mujoco.MjSpec) -> None:
     option.jacobian = mujoco.mjtJacobian.mjJAC_DENSE  # MuJoCo 4.0.0 solves sparse ones wrongly
     geom.solref, geom.solimp = (0.01, 1), (0.95, 0.99, 0.001, 0.5, 2)
     geom.friction, geom.density = (0.3, 0.005, 0.0001), 1000
-    visual.quality.shadowsize, visual.quality.offsamples = (
-        0,
-        0,
-    )  # each costs more than all the rest in software
+    visual.quality.shadowsize = visual.quality.offsamples = 0  # each costs more than all the rest in software
     visual.quality.numslices, visual.quality.numstacks = 12, 6
     visual.headlight.ambient = visual.headlight.diffuse = (0.35, 0.35, 0.35)
     visual.headlight.specular = (0.05, 0.05, 0.05)

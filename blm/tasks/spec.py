@@ -1,8 +1,7 @@
 """What a task is, as data: its objects, where they start, when it is solved, how to ask for it.
 
-A task file defines one `TaskSpec`; sizes and regions come from `robot.workspace`, so it serves every robot.
-A success rule sees a `World` of plain numbers, so it can be tested without a simulator. World frame, m, rad,
-quaternions wxyz.
+Sizes and regions come from `robot.workspace`, so that a task serves every robot. A success rule sees plain
+numbers and needs no simulator. World frame, m, rad, quaternions wxyz.
 """
 
 from __future__ import annotations
@@ -71,10 +70,6 @@ class ObjectState:
     quaternion: FloatArray
     size: Vector = (0.0, 0.0, 0.0)
     """Size of its first part; see `Part.size`."""
-    speed: float = 0.0
-    """[m/s]"""
-    spin: float = 0.0
-    """[rad/s]"""
 
 
 @dataclass(frozen=True, eq=False)

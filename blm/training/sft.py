@@ -187,7 +187,7 @@ def _end_of_pictures(tokens: np.ndarray, placeholder: int) -> int:
 
 
 def _separated(messages: Messages) -> list[Messages]:
-    """Return each turn as a conversation of its own that repeats the pictures, which must all be in the first."""
+    """Return each turn as a conversation of its own, with all the pictures, which must be in the first turn."""
     system = tuple(message for message in messages if message.role == "system")
     users = [message for message in messages if message.role == "user"]
     answers = [message for message in messages if message.role == "assistant"]
@@ -275,7 +275,7 @@ def _separation(backbone: Backbone, inputs: Inputs, branch: np.ndarray) -> Input
 
 
 def _packed(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """Return normalised pixels as uint8, a quarter of the memory; as they are where that would change them."""
+    """Return normalised pixels as uint8, a quarter of the memory; unchanged where that would lose something."""
     mean, std = _normalisation(backbone, pixels)
     raw = ((pixels.reshape(len(pixels), 3, -1) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     raw = raw.reshape(pixels.shape)
@@ -290,7 +290,7 @@ def _unpacked(backbone: Backbone, pixels: Tensor) -> Tensor:
 
 
 def _normalisation(backbone: Backbone, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation per colour [3, 1]; colour is the slowest axis of a picture or Qwen patch."""
+    """Mean and deviation per colour [3, 1]; colour is the slowest axis of a picture and of a Qwen patch."""
     settings = backbone.processor.image_processor
     values = (settings.image_mean, settings.image_std)
     mean, std = (torch.tensor(value, device=pixels.device)[:, None] for value in values)

@@ -13,11 +13,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from blm.engine import Unit, run_units
-from blm.evaluation.digital.scoring import PARSER, normalise, parse_point, score
+from blm.evaluation.digital.scoring import normalise, parse_point, score
 from blm.evaluation.intervals import paired_difference, success_rate
 from blm.evaluation.protocol import DigitalProtocol, digest, protocol_hash
-from blm.evaluation.results import machine, write_result
-from blm.types import BlmError, Chat, Image, Message, Question
+from blm.evaluation.results import write_result
+from blm.types import BlmError, Chat, Message, Question
 
 BATCH = 16
 Row = dict[str, Any]
@@ -45,47 +45,28 @@ def evaluate_digital(
     """Ask every question, score, compare with the baselines; write `out`/result.json and return it.
 
     `train_questions` feed the baselines only. `model` names the weights: a killed run continues from
-    `out`/journal.jsonl only under the same name. `prompt`, if any, is the system message. Pictures must be in
-    memory.
+    `out`/journal.jsonl only under the same name. `prompt` is the system message. Pictures must be in memory.
     """
     start = time.monotonic()
-    protocol = DigitalProtocol(
-        benchmark="scene",
-        items=digest([_key(question) for question in questions]),
-        count=len(questions),
-        max_tokens=max_tokens,
-        prompt=prompt,
-        parser=PARSER,
-        point_radius=50.0,
-    )
+    items = digest([_key(question) for question in questions])
+    protocol = DigitalProtocol(items=items, count=len(questions), max_tokens=max_tokens, prompt=prompt)
     raw = _ask(chat, questions, protocol, out, model)
     rows = [_judge(question, text, protocol) for question, text in zip(questions, raw, strict=True)]
-    result = {
-        "kind": "digital",
-        "score": "correct",
-        "model": model,
-        "protocol": asdict(protocol),
-        "protocol_hash": protocol_hash(protocol),
-        **_summary(rows),
-        "baselines": {
-            name: _versus(rows, [_judge(question, guess(question), protocol) for question in questions])
-            for name, guess in _baselines(train_questions).items()
-        },
-        "machine": machine(),
-        "seconds": time.monotonic() - start,
-        "rows": rows,
+    baselines = {
+        name: _versus(rows, [_judge(question, guess(question), protocol) for question in questions])
+        for name, guess in _baselines(train_questions).items()
     }
-    return write_result(out / "result.json", result)
+    parts = {"kind": "digital", "score": "correct", "model": model, **_summary(rows)}
+    return write_result(out, protocol, start, **parts, baselines=baselines, rows=rows)
 
 
 def _key(question: Question) -> list[str]:
     """What identifies a question: its words, its pictures, its answer."""
-    parts = [part for message in question.messages for part in message.content]
-    pixels = [part.pixels for part in parts if isinstance(part, Image)]
+    pixels = [image.pixels for message in question.messages for image in message.images]
     if any(picture is None for picture in pixels):
         raise BlmError(f"question '{question.id}' has a picture that is not in memory; load it first")
     pictures = [hashlib.sha256(np.asarray(picture).tobytes()).hexdigest() for picture in pixels]
-    words = [part for part in parts if isinstance(part, str)]
+    words = [part for message in question.messages for part in message.content if isinstance(part, str)]
     return [question.id, question.kind, question.answer, question.group, question.scorer, *words, *pictures]
 
 
@@ -107,26 +88,15 @@ def _ask(
 
 
 def _judge(question: Question, raw: str, protocol: DigitalProtocol) -> Row:
-    verdict = score(question, raw, protocol.point_radius)
-    return {
-        "id": question.id,
-        "kind": question.kind,
-        "group": question.group,
-        "scorer": question.scorer,
-        "question": question.messages[-1].text,
-        "reference": question.answer,
-        "raw": raw,
-        "parsed": verdict.parsed,
-        "correct": verdict.correct,
-        "error": verdict.error,
-    }
+    row = {name: getattr(question, name) for name in ("id", "kind", "group", "scorer")}
+    row |= {"question": question.messages[-1].text, "reference": question.answer, "raw": raw}
+    return row | asdict(score(question, raw, protocol.point_radius))
 
 
 def _summary(rows: Sequence[Row]) -> dict[str, Any]:
-    kinds = {
-        kind: [row for row in rows if row["kind"] == kind] for kind in sorted({row["kind"] for row in rows})
-    }
-    return {"overall": _accuracy(rows), "kinds": {kind: _accuracy(part) for kind, part in kinds.items()}}
+    kinds = sorted({row["kind"] for row in rows})
+    of_kind = {kind: _accuracy([row for row in rows if row["kind"] == kind]) for kind in kinds}
+    return {"overall": _accuracy(rows), "kinds": of_kind}
 
 
 def _accuracy(rows: Sequence[Row]) -> dict[str, Any]:
@@ -149,16 +119,19 @@ def _versus(rows: Sequence[Row], guessed: Sequence[Row]) -> dict[str, Any]:
 
 def _baselines(train: Sequence[Question]) -> dict[str, Callable[[Question], str]]:
     """Guess from the training answers: the usual one of the kind, or of the very same question text."""
-    by_kind, by_text = defaultdict(list), defaultdict(list)
+    alike: dict[tuple[str, ...], list[Question]] = defaultdict(list)
     for question in train:
-        by_kind[question.kind].append(question)
-        by_text[question.kind, question.messages[-1].text].append(question)
-    kinds = {kind: _usual(part) for kind, part in by_kind.items()}
-    texts = {key: _usual(part) for key, part in by_text.items()}
-    return {
-        "majority": lambda q: kinds.get(q.kind, ""),
-        "question_only": lambda q: texts.get((q.kind, q.messages[-1].text), kinds.get(q.kind, "")),
-    }
+        alike[(question.kind,)].append(question)
+        alike[question.kind, question.messages[-1].text].append(question)
+    usual = {key: _usual(part) for key, part in alike.items()}
+
+    def majority(question: Question) -> str:
+        return usual.get((question.kind,), "")
+
+    def question_only(question: Question) -> str:
+        return usual.get((question.kind, question.messages[-1].text), majority(question))
+
+    return {"majority": majority, "question_only": question_only}
 
 
 def _usual(questions: Sequence[Question]) -> str:

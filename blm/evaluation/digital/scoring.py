@@ -1,4 +1,4 @@
-"""From a model's words to right or wrong. Every rule that decides a score is in this file.
+"""From a model's words to right or wrong. A change of rule raises `DigitalProtocol.parser`.
 
 What cannot be read counts as wrong. The answer is what follows the reasoning: the last <answer> tag, else
 the last line "Answer: ...", else everything. Equality is of words: lower case, no punctuation, no articles,
@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 from blm.types import Question
 
-PARSER = "1"
-"""Version of the rules in this file; part of every protocol."""
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 _POINT = re.compile(r"[(\[]\s*(\d+)\s*,\s*(\d+)\s*[)\]]")
@@ -51,9 +49,8 @@ def extract(raw: str) -> str:
         return ""
     text = re.split(r"</think>", text, flags=re.IGNORECASE)[-1]  # the prompt may have opened the tag
     tagged = re.findall(r"<answer>(.*?)</answer>", text, re.DOTALL | re.IGNORECASE)
-    labelled = re.findall(
-        r"^[\s*_#]*(?:final )?answer[\s*_]*:[\s*_]*(.+)$", text, re.MULTILINE | re.IGNORECASE
-    )
+    label = r"^[\s*_#]*(?:final )?answer[\s*_]*:[\s*_]*(.+)$"
+    labelled = re.findall(label, text, re.MULTILINE | re.IGNORECASE)
     return [text, *labelled[-1:], *tagged[-1:]][-1].strip(" \t\n*_")
 
 
