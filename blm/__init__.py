@@ -3,7 +3,7 @@
 The flow, one artifact per arrow:
 
     robots x tasks --planner--> episodes/ (LeRobotDataset v3.0)
-    scenes + episodes --questions--> corpora/ (messages JSONL) --Stage I--> backbone/ (stock HF folder), frozen
+    scenes + episodes --questions--> corpora/ (messages JSONL) --Stage I--> backbone/ (stock folder), frozen
     episodes + backbone --tap H_k--> intents/ (cached) --Stage II: bridge + DiT--> checkpoint/
     checkpoint/ --> eval digital, eval physical --> results/*.json --> report.html
     checkpoint/ --> serve (chat + actions)

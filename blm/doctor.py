@@ -64,7 +64,7 @@ def _torch() -> Iterator[Check]:
 
     yield Check("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     if importlib.util.find_spec("torchvision") and not torch.cuda.is_available():
-        fix = "pip uninstall torchvision: its CUDA build breaks transformers on CPU torch, and blm does not need it"
+        fix = "pip uninstall torchvision: its CUDA build breaks transformers on CPU torch; blm needs none"
         yield Check("torchvision", version("torchvision"), fix)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield Check("gpu", ", ".join(gpus) or "none: everything runs on the CPU, large recipes need a GPU")

@@ -83,15 +83,13 @@ def train_stage1(
     root: Path | None = None,
     on_eval: Callable[[int], Mapping[str, float]] | None = None,
 ) -> Counter[str]:
-    """Train `backbone` in place and save it to `out/backbone`; return how many rows were kept, cut or dropped.
+    """Train `backbone` in place and save it to `out/backbone`; return how many rows it kept, cut and dropped.
 
     Image paths are relative to `root`. Raises BlmError naming the conversation that cannot be used.
     """
     counts: Counter[str] = Counter()
     rows = []
-    for index, messages in enumerate(
-        track(conversations, "reading conversations", console=Console(stderr=True))
-    ):
+    for index, messages in enumerate(track(conversations, "reading", console=Console(stderr=True))):
         try:
             row = make_row(backbone, tuple(messages), config, root, counts)
         except BlmError as error:
@@ -187,7 +185,7 @@ def _end_of_pictures(tokens: np.ndarray, placeholder: int) -> int:
 
 
 def _separated(messages: Messages) -> list[Messages]:
-    """Return each turn as a conversation of its own, with all the pictures, which must be in the first turn."""
+    """Return each turn as its own conversation, with all the pictures, which must be in the first turn."""
     system = tuple(message for message in messages if message.role == "system")
     users = [message for message in messages if message.role == "user"]
     answers = [message for message in messages if message.role == "assistant"]
@@ -275,7 +273,7 @@ def _separation(backbone: Backbone, inputs: Inputs, branch: np.ndarray) -> Input
 
 
 def _packed(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """Return normalised pixels as uint8, a quarter of the memory; unchanged where that would lose something."""
+    """Return normalised pixels as uint8, a quarter of the memory; unchanged where that would lose any."""
     mean, std = _normalisation(backbone, pixels)
     raw = ((pixels.reshape(len(pixels), 3, -1) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     raw = raw.reshape(pixels.shape)
