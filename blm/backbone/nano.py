@@ -7,7 +7,8 @@ is registered with transformers' Auto classes on import. Processor, chat templat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 IMAGE_SIZE, GRID = 112, 4
-POS_STD, INIT = 0.02, 0.02
-"""Every picture is resized to 112 x 112 px and becomes 4 x 4 tokens."""
+"""Every picture is resized to 112 x 112 px and becomes GRID * GRID tokens."""
+FREQUENCIES = (1, 2, 4, 5, 10)
+"""Half periods of the position code over the picture. 5 and 10 tell apart what decimal digits need."""
 IMAGE_TOKEN, PAD_TOKEN, END_TOKEN = "<image>", "<pad>", "<|end|>"
 SPECIAL_TOKENS = (PAD_TOKEN, IMAGE_TOKEN, END_TOKEN, "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -52,13 +54,9 @@ class ConvVisionConfig(PretrainedConfig):
     model_type = "blm_conv_vision"
 
     def __init__(
-        self,
-        channels: Sequence[int] = (32, 64, 128, 192),
-        blocks: Sequence[int] = (0, 1, 1, 1),
-        **kwargs: Any,
+        self, channels: int = 64, blocks: int = 1, heads: int = 4, hidden_size: int = 192, **kwargs: Any
     ) -> None:
-        self.channels, self.blocks = list(channels), list(blocks)
-        self.hidden_size = self.channels[-1]
+        self.channels, self.blocks, self.heads, self.hidden_size = channels, blocks, heads, hidden_size
         self.image_size, self.patch_size = IMAGE_SIZE, IMAGE_SIZE // GRID
         super().__init__(**kwargs)
 
@@ -66,19 +64,20 @@ class ConvVisionConfig(PretrainedConfig):
 class ResidualBlock(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(8, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.silu(self.conv1(F.silu(self.norm(x)))))
+        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
 
 
 class ConvVision(PreTrainedModel):
-    """[N, 3, 112, 112] normalised pixels -> [N, 16, C] tokens in reading order.
+    """[N, 3, 112, 112] normalised pixels -> [N, 16, C] tokens, each a thing looked for and where it is.
 
-    A 4 x 4 stem of stride 4 and three 3 x 3 convolutions of stride 2: 28, 14, 7, 4 tokens a side. Two
-    channels of coordinates and a learned position per token say where things are, which pointing needs.
+    Convolutions at stride 4, then a softmax over all cells for every (token, head): the weighted mean of
+    features and of a Fourier position code. This is the spatial softmax of "Deep Spatial Autoencoders for
+    Visuomotor Learning" (Finn et al., 2016) with a code in place of two coordinates. The scores start large,
+    so some head looks at each colour from the beginning; normalisation slows the start and is left out.
     """
 
     config_class = ConvVisionConfig
@@ -86,33 +85,46 @@ class ConvVision(PreTrainedModel):
 
     def __init__(self, config: ConvVisionConfig) -> None:
         super().__init__(config)
-        layers: list[nn.Module] = [nn.Conv2d(5, config.channels[0], 4, stride=4)]
-        for stage, blocks in enumerate(config.blocks):
-            if stage:
-                before, after = config.channels[stage - 1 : stage + 1]
-                layers += [nn.GroupNorm(8, before), nn.SiLU(), nn.Conv2d(before, after, 3, 2, padding=1)]
-            layers += [ResidualBlock(config.channels[stage]) for _ in range(blocks)]
-        self.layers = nn.Sequential(*layers)
-        self.norm = nn.LayerNorm(config.hidden_size)
-        self.position = nn.Parameter(torch.zeros(GRID * GRID, config.hidden_size))
+        channels, width, self.heads = config.channels, config.hidden_size, config.heads
+        blocks = [ResidualBlock(channels) for _ in range(config.blocks)]
+        self.features = nn.Sequential(nn.Conv2d(3, channels, 4, stride=4), *blocks, nn.ReLU())
+        self.score = nn.Linear(channels, GRID * GRID * self.heads)
+        self.value = nn.Linear(channels, width)
+        self.place = nn.Linear(2 + 4 * len(FREQUENCIES), width)
+        self.norm = nn.LayerNorm(width)
+        self.name = nn.Parameter(torch.zeros(GRID * GRID, width))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        if isinstance(module, ConvVision):
-            nn.init.normal_(module.position, std=POS_STD)
+        if isinstance(module, ConvVision):  # transformers visits modules with parameters of their own only
+            for block in module.features:
+                if isinstance(block, ResidualBlock):
+                    nn.init.zeros_(block.conv2.weight)
+            for linear in (module.value, module.place):
+                nn.init.kaiming_uniform_(linear.weight, a=5**0.5)
+            nn.init.normal_(module.score.weight, std=1.0)
+            nn.init.normal_(module.name, std=0.5)
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
-        n, _, height, width = pixel_values.shape
-        rows = torch.linspace(-1, 1, height, dtype=pixel_values.dtype, device=pixel_values.device)
-        columns = torch.linspace(-1, 1, width, dtype=pixel_values.dtype, device=pixel_values.device)
-        y, x = rows.view(1, 1, -1, 1), columns.view(1, 1, 1, -1)
-        where = [axis.expand(n, 1, height, width) for axis in (x, y)]
-        tokens = self.layers(torch.cat([pixel_values, *where], 1)).flatten(2).transpose(1, 2)
-        tokens = self.norm(tokens) + self.position
+        grid = self.features(pixel_values)
+        cells = grid.flatten(2).transpose(1, 2)
+        weights = self.score(cells).softmax(dim=1).unflatten(2, (GRID * GRID, self.heads))
+        values = self.value(cells) + self.place(position_code(grid))
+        tokens = torch.einsum("npth,nphd->nthd", weights, values.unflatten(2, (self.heads, -1))).flatten(2)
+        tokens = self.norm(tokens) + self.name
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
+
+
+def position_code(grid: Tensor) -> Tensor:
+    """Return [height * width, 2 + 4 F]: x, y in -1 .. 1; sin, cos of pi f x, pi f y for F frequencies f."""
+    lines = [(torch.arange(n, device=grid.device) + 0.5) / n * 2 - 1 for n in grid.shape[-2:]]
+    y, x = torch.meshgrid(*lines, indexing="ij")
+    place = torch.stack([x, y], dim=-1).reshape(-1, 2)
+    phase = (place[:, :, None] * torch.tensor(FREQUENCIES, device=grid.device) * math.pi).flatten(1)
+    return torch.cat([place, phase.sin(), phase.cos()], dim=1).to(grid.dtype)
 
 
 AutoConfig.register(ConvVisionConfig.model_type, ConvVisionConfig)
@@ -182,7 +194,7 @@ def make_nano(
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=4096,
-        initializer_range=INIT,
+        initializer_range=0.06,  # about 1 / sqrt(width); 0.02 is for wide models
         tie_word_embeddings=True,
         bos_token_id=None,
         **ids,

@@ -47,7 +47,7 @@ class IntentConfig:
     """Frames in one forward pass."""
     workers: int = 2
     """Processes that fill a cache; 0: this process."""
-    shard_frames: int = 1024
+    shard_frames: int = 256
     """A shard ends with the episode that reaches this number of kept frames."""
 
     def __post_init__(self) -> None:

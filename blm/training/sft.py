@@ -7,7 +7,8 @@ positions only, which are few beside the picture tokens. Shapes: B rows, L posit
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -88,14 +89,8 @@ def train_stage1(
     Image paths are relative to `root`. Raises BlmError naming the conversation that cannot be used.
     """
     counts: Counter[str] = Counter()
-    rows = []
-    for index, messages in enumerate(track(conversations, "reading", console=Console(stderr=True))):
-        try:
-            row = make_row(backbone, tuple(messages), config, root, counts)
-        except BlmError as error:
-            raise BlmError(f"conversation {index}: {error}") from error
-        if row is not None:
-            rows.append(row)
+    with _one_thread():
+        rows = _read(backbone, conversations, config, root, counts)
     if not rows:
         raise BlmError(f"no conversation can be trained on: {dict(counts)}")
     model, size = backbone.model, config.loop.batch_size
@@ -124,6 +119,35 @@ def train_stage1(
     model.eval()
     backbone.save(out / "backbone")
     return counts
+
+
+def _read(
+    backbone: Backbone,
+    conversations: Sequence[Sequence[Message]],
+    config: Stage1Config,
+    root: Path | None,
+    counts: Counter[str],
+) -> list[Row]:
+    rows = []
+    for index, messages in enumerate(track(conversations, "reading", console=Console(stderr=True))):
+        try:
+            row = make_row(backbone, tuple(messages), config, root, counts)
+        except BlmError as error:
+            raise BlmError(f"conversation {index}: {error}") from error
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of tiny tensors: handing each to a second thread costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def answer_loss(backbone: Backbone, batch: RowBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
