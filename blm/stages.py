@@ -17,6 +17,7 @@ from blm.evaluation import (
     STAGE1_HELD_OUT_SEEDS,
     TRAINING_SEEDS,
     PhysicalProtocol,
+    ZeroPolicy,
     evaluate_digital,
     evaluate_physical,
 )
@@ -126,18 +127,24 @@ def run_eval_digital(recipe: Recipe, run: Path) -> None:
 
 
 def run_eval_physical(recipe: Recipe, run: Path) -> None:
-    """Let the checkpoint drive every robot through every task."""
+    """Let the checkpoint drive every robot through every task; holding still is the baseline."""
     folder = run / "stage2/checkpoint"
+    contract = CheckpointPolicy.load(folder).contract
     protocol = PhysicalProtocol.for_policy(
-        CheckpointPolicy.load(folder).contract,
+        contract,
         robots=recipe.robots,
         tasks=recipe.tasks,
         episodes=recipe.evaluation.episodes,
         max_steps=recipe.evaluation.max_steps,
     )
-    evaluate_physical(
-        partial(CheckpointPolicy.load, folder), protocol, run / "results/physical", workers=recipe.workers
-    )
+    for name, make in (
+        ("physical", partial(CheckpointPolicy.load, folder)),
+        ("zero", partial(ZeroPolicy, contract)),
+    ):
+        videos = int(name == "physical")
+        evaluate_physical(
+            make, protocol, run / "results" / name, workers=recipe.workers, videos_per_cell=videos
+        )
 
 
 def load_questions(folder: Path, *, limit: int | None = None, pixels: bool = True) -> list[Question]:
@@ -149,6 +156,9 @@ def load_questions(folder: Path, *, limit: int | None = None, pixels: bool = Tru
         return questions
     return [replace(q, messages=with_pixels(folder, q.messages)) for q in questions]
 
+
+PHYSICAL = {"BLM": "physical", "hold still": "zero"}
+"""Policy in the report -> its folder below results/."""
 
 _SUITE = ("robots", "tasks", "cameras", "image_size")
 
@@ -190,7 +200,7 @@ def write_report(run: Path, command: str) -> Path:
             for name, folder in (("Stage I", "stage1"), ("Stage II", "stage2"))
         },
         digital={"BLM": run / "results/digital/result.json"},
-        physical={"BLM": run / "results/physical/result.json"},
+        physical={name: run / "results" / part / "result.json" for name, part in PHYSICAL.items()},
     )
     build_report(data, run / "report.html")
     return run / "report.html"
