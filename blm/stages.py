@@ -12,7 +12,8 @@ from pathlib import Path
 
 from blm.backbone import Backbone, build_nano
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus, with_pixels
-from blm.demos.collect import CollectConfig, collect
+from blm.data.episodes import open_dataset
+from blm.demos import CollectConfig, collect
 from blm.evaluation import (
     STAGE1_HELD_OUT_SEEDS,
     TRAINING_SEEDS,
@@ -26,6 +27,7 @@ from blm.hub import BLM
 from blm.pipeline import Stage, read_json, read_ledger, to_json, write_json
 from blm.policy.policy import CheckpointPolicy
 from blm.recipes import Recipe
+from blm.robots import ROBOTS
 from blm.training.imitate import ImitateConfig, train_stage2
 from blm.training.intents import IntentConfig
 from blm.training.sft import train_stage1
@@ -98,8 +100,12 @@ def run_stage1(recipe: Recipe, run: Path) -> None:
 def run_stage2(recipe: Recipe, run: Path) -> None:
     """Cache H_k of every frame, then train bridge and policy; the backbone is proved unchanged."""
     stage2 = recipe.stage2
+    datasets = {robot: run / "episodes" / robot for robot in recipe.robots}
+    for robot, folder in datasets.items():
+        space = ROBOTS[robot].action_space
+        open_dataset(folder).require(space, recipe.cameras, recipe.image_size, space.rate_hz)
     config = ImitateConfig(
-        datasets=tuple(run / "episodes" / robot for robot in recipe.robots),
+        datasets=tuple(datasets.values()),
         backbone=str(run / "stage1/backbone"),
         intents=IntentConfig(
             layer=stage2.layer, cameras=recipe.cameras, stride=stage2.stride, workers=recipe.workers

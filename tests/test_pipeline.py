@@ -184,3 +184,22 @@ def test_damaged_checkpoints_are_refused(run, tmp_path, name, damage):
 def test_the_recipe_of_other_robots_is_refused(run):
     with pytest.raises(BlmError, match="made with other settings"):
         run_stages(STAGES, ["collect"], replace(tiny(), image_size=64), run)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda own: own["action_space"].update(rate_hz=10.0), "rate_hz: 20.0 here, 10.0 in"),
+        (lambda own: own["action_space"]["names"].__setitem__(0, "elbow"), "names: .*'elbow'"),
+        (lambda own: own.update(image_size=64), "image size is 64, 112 is needed"),
+        (lambda own: own.update(cameras=["base"]), "lacks wrist"),
+    ],
+)
+def test_a_dataset_that_differs_from_the_recipe_is_refused(run, tmp_path, change, complaint):
+    shutil.copytree(run / "episodes", tmp_path / "episodes")
+    file = tmp_path / "episodes/panda/meta/info.json"
+    info = json.loads(file.read_text())
+    change(info["blm"])
+    file.write_text(json.dumps(info))
+    with pytest.raises(BlmError, match=complaint):
+        STAGES["stage2"].run(tiny(), tmp_path)
