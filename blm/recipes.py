@@ -120,7 +120,7 @@ def demo() -> Recipe:
         demonstrations=Demonstrations(episodes=16, held_out_episodes=2),
         corpus=Corpus(scenes=2000, held_out_scenes=120, turns=6),
         stage1=stage1(steps=250),
-        stage2=stage2(steps=800),
+        stage2=stage2(steps=600),
         evaluation=Evaluation(episodes=6),
     )
 
