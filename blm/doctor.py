@@ -72,9 +72,8 @@ def _torch() -> Iterator[Check]:
 
 def _mujoco() -> Check:
     found = version("mujoco")
-    bad = found == "4.0.0"
     fix = "pip install 'mujoco>=3.17,!=4.0.0': 4.0.0 has a wrong Newton Hessian for sparse Jacobians"
-    return Check("mujoco", found, fix if bad else "")
+    return Check("mujoco", found, fix if found == "4.0.0" else "")
 
 
 def _rendering() -> Check:

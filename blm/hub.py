@@ -25,8 +25,7 @@ class BLM:
 
         Raises UnknownNameError for what is neither, BlmError for a missing or altered file.
         """
-        folder = RELEASES.get(str(name_or_folder), Path(name_or_folder))
-        if not folder.is_dir():
+        if not (folder := RELEASES.get(str(name_or_folder), Path(name_or_folder))).is_dir():
             raise UnknownNameError("checkpoint", str(name_or_folder), [*RELEASES, "<a folder from Stage II>"])
         return cls(CheckpointPolicy.load(folder, device=device))
 

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field, replace
 from blm.policy.network import PolicyConfig
 from blm.robots import ROBOTS
 from blm.tasks import TASKS
+from blm.tasks.scene import CAMERAS
 from blm.training.loop import LoopConfig
 from blm.training.sft import Stage1Config
 from blm.types import BlmError, lookup
-
-CAMERAS = ("base", "side", "wrist")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,7 @@ class Recipe:
             for name in names:
                 lookup(kind, name, registry)
         for camera in self.cameras:
-            lookup("camera", camera, dict.fromkeys(CAMERAS))
+            lookup("camera", camera, CAMERAS)
 
 
 def stage1(*, steps: int, batch_size: int = 8) -> Stage1:

@@ -158,9 +158,7 @@ def load_questions(folder: Path, *, limit: int | None = None, pixels: bool = Tru
     questions = [q for row in read_corpus(folder) for q in row.questions() if q.kind != "control"]
     if limit is not None and limit < len(questions):
         questions = [questions[i * len(questions) // limit] for i in range(limit)]
-    if not pixels:
-        return questions
-    return [replace(q, messages=with_pixels(folder, q.messages)) for q in questions]
+    return [replace(q, messages=with_pixels(folder, q.messages)) for q in questions] if pixels else questions
 
 
 PHYSICAL = {"BLM": "physical", "hold still": "zero"}

@@ -6,6 +6,7 @@ depends on the configuration only.
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,7 +23,6 @@ from blm.corpora.questions import (
     ask_next,
     control_turn,
     observe_scene,
-    robot_and_task,
     scene_turns,
     to_messages,
 )
@@ -92,6 +92,7 @@ def write_shard(payload: tuple[str, SceneCorpusConfig, Any, Path]) -> dict[str, 
 
 
 def _random_scenes(config: SceneCorpusConfig, start: int) -> Iterator[Conversation]:
+    cells = list(itertools.product(config.robots, config.tasks))
     with ExitStack() as stack:
 
         @cache  # an environment costs as much as ten scenes
@@ -103,7 +104,7 @@ def _random_scenes(config: SceneCorpusConfig, start: int) -> Iterator[Conversati
 
         for index in range(start, min(start + SCENES_PER_SHARD, config.scenes)):
             rng = np.random.default_rng(config.first_seed + index)
-            robot, task = robot_and_task(index, config.robots, config.tasks)
+            robot, task = cells[index % len(cells)]
             env = environment(robot, task, int(rng.integers(config.max_distractors + 1)))
             yield _random_scene(config, env, config.first_seed + index, rng)
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from blm.backbone.prompt import control_question
-from blm.robots import ROBOTS
-from blm.tasks import TASKS, Env
+from blm.tasks import Env
 from blm.tasks.spec import PALETTE, ObjectState
 from blm.types import Image, ImageArray, Message
 
@@ -235,9 +234,3 @@ def to_messages(images: Sequence[ImageArray], turns: Sequence[Turn]) -> tuple[Me
 def solid(scene: Scene) -> list[Thing]:
     """The objects that can be counted and compared: goal markers are no objects."""
     return [t for t in scene.things if t.kind in KINDS]
-
-
-def robot_and_task(index: int, robots: Sequence[str], tasks: Sequence[str]) -> tuple[str, str]:
-    """Walk over robots x tasks so that every cell gets its share."""
-    assert set(robots) <= set(ROBOTS) and set(tasks) <= set(TASKS)
-    return robots[index % len(robots)], tasks[(index // len(robots)) % len(tasks)]
