@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from blm.data.writing import write_json
 from blm.recipes import Recipe
 from blm.types import BlmError
 
@@ -84,13 +85,6 @@ def read_ledger(folder: Path) -> dict[str, Any]:
 def read_json(path: Path) -> Any:
     """Read a JSON file."""
     return json.loads(path.read_text())
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=1, default=str) + "\n")
-    temporary.replace(path)
 
 
 def to_json(value: Any) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 from blm.backbone import Backbone, build_nano
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus, with_pixels
 from blm.data.episodes import open_dataset
+from blm.data.writing import write_json
 from blm.demos import CollectConfig, collect
 from blm.evaluation import (
     STAGE1_HELD_OUT_SEEDS,
@@ -24,7 +25,7 @@ from blm.evaluation import (
 )
 from blm.evaluation.report import ReportData, build_report
 from blm.hub import BLM
-from blm.pipeline import Stage, read_json, read_ledger, to_json, write_json
+from blm.pipeline import Stage, read_json, read_ledger, to_json
 from blm.policy.policy import CheckpointPolicy
 from blm.recipes import Recipe
 from blm.robots import ROBOTS

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from blm.cli import COMMANDS, find_command, main, parse_recipe
-from blm.pipeline import Stage, read_ledger, run_stages, stage_key, write_json
+from blm.data.writing import write_json
+from blm.pipeline import Stage, read_ledger, run_stages, stage_key
 from blm.recipes import RECIPES
 from blm.types import BlmError
 

@@ -27,6 +27,7 @@ from blm.backbone.backbone import Backbone
 from blm.backbone.prompt import control_prompt
 from blm.data.episodes import EpisodeDataset, open_dataset
 from blm.data.mixture import IndexArray, kept_frames
+from blm.data.writing import write_json
 from blm.engine import Result, Unit, run_units
 from blm.policy.policy import prompt_version, sha256_of
 from blm.types import BlmError, ImageArray
@@ -130,7 +131,7 @@ def cache_intents(
             setup_args=(source, str(backbone.model.device), backbone.model.dtype, dataset.folder, config),
         )
         _worker.clear()
-        _write_json(manifest, results)
+        write_json(manifest, results)
     shards: dict[str, Result] = json.loads(manifest.read_text())
     for name, shard in shards.items():
         if not (folder / name).exists() or sha256_of(folder / name) != shard["sha256"]:
@@ -160,16 +161,10 @@ def claim(path: Path, facts: Mapping[str, Any], complaint: str) -> None:
     mine = {**json.loads(text), "key": hashlib.sha256(text.encode()).hexdigest()}
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(path, mine)
+        write_json(path, mine)
     elif (there := json.loads(path.read_text())) != mine:
         other = ", ".join(name for name in facts if there.get(name) != mine[name])
         raise BlmError(f"{complaint}: made from another {other}; delete the folder or name another")
-
-
-def _write_json(path: Path, value: object) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(path)
 
 
 def _announce(live: LiveIntents, folder: Path) -> None:
