@@ -15,6 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from blm import commands
 from blm.types import BlmError, Message, UnknownNameError, lookup
 
 if TYPE_CHECKING:
@@ -129,6 +130,19 @@ def _report(command: str, arguments: list[str]) -> None:
     tyro.cli(report, args=arguments, prog=f"blm {command}")
 
 
+def _of_run(arguments: list[str]) -> bool:
+    """Whether a command is meant for a run folder."""
+    return any(argument.split("=")[0] in ("--run", "--recipe") for argument in arguments)
+
+
+def _collect(command: str, arguments: list[str]) -> None:
+    (_stage("collect") if _of_run(arguments) else commands.collect)(command, arguments)
+
+
+def _evaluate(command: str, arguments: list[str]) -> None:
+    (_stage("physical") if _of_run(arguments) else commands.evaluate)(command, arguments)
+
+
 # --- one model ----------------------------------------------------------------------------------------------
 
 
@@ -193,30 +207,22 @@ def _view(command: str, arguments: list[str]) -> None:
     def view(
         dataset: tyro.conf.Positional[Path],
         episode: int = 0,
-        form: Literal["mp4", "sheet", "rerun"] = "mp4",
+        form: Literal["mp4", "sheet", "rerun", "suite"] = "mp4",
         out: Path | None = None,
     ) -> None:
-        """Write one episode as a video, a contact sheet or a Rerun recording.
+        """Write one episode as a video, a contact sheet or a Rerun recording; or one picture of a collection.
 
         Args:
-            dataset: Folder of one robot's dataset.
+            dataset: Folder of one robot's dataset; for the form suite, of a collection of several robots.
             episode: Number of the episode.
-            form: A video, a picture with frames side by side, or a recording (needs the extra `viewer`).
+            form: A video, a picture with frames side by side, a recording (needs the extra `viewer`), or the
+                first episode of every robot and task in one picture.
             out: File to write; by default in the working folder, named after the episode.
         """
-        from blm.data.episodes import open_dataset
-        from blm.viewing import contact_sheet, write_mp4, write_rerun
-
-        data = open_dataset(dataset)
-        if not 0 <= episode < data.num_episodes:
-            raise BlmError(f"episode {episode} is not in '{dataset}': valid are 0..{data.num_episodes - 1}")
-        suffix = {"mp4": "mp4", "sheet": "png", "rerun": "rrd"}[form]
-        path = out or Path(f"{data.space.robot}-{episode:05d}.{suffix}")
-        seen = data.episode(episode)
-        if form == "sheet":
-            contact_sheet([seen], path)
+        if form == "suite":
+            path = commands.picture_suite(dataset, out or Path("suite.png"))
         else:
-            (write_mp4 if form == "mp4" else write_rerun)(seen, path)
+            path = commands.picture_episode(dataset, episode, form, out)
         console.print(f"wrote {path}", soft_wrap=True)
 
     tyro.cli(view, args=arguments, prog=f"blm {command}")
@@ -231,8 +237,10 @@ def _doctor(command: str, arguments: list[str]) -> None:
         """
         from blm.doctor import examine_machine, examine_path
 
-        checks = [*examine_machine(), *(examine_path(path) for path in paths)]
+        checks = [*examine_machine(), *(check for path in paths for check in examine_path(path))]
         table = Table(box=None, show_header=False)
+        for style in (None, None, "fold"):
+            table.add_column(overflow=style or "ellipsis")
         for check in checks:
             table.add_row("[red]FAULT[/red]" if check.fix else "[green]ok[/green]", check.name, check.found)
             if check.fix:
@@ -245,12 +253,13 @@ def _doctor(command: str, arguments: list[str]) -> None:
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("the whole loop at small scale, ends with a report", _demo),
-    "collect": Command("record demonstrations (LeRobotDataset v3.0)", _stage("collect")),
+    "collect": Command("record demonstrations (LeRobotDataset v3.0), or replay them (--verify)", _collect),
     "corpus": Command("make questions about scenes and episodes", _stage("corpus")),
     "train stage1": Command("fine-tune the backbone on the corpus", _stage("stage1")),
     "train stage2": Command("train bridge and policy on the frozen backbone", _stage("stage2")),
     "eval digital": Command("ask the held-out questions", _stage("digital")),
-    "eval physical": Command("drive the robots, closed loop, on held-out scenes", _stage("physical")),
+    "eval physical": Command("drive the robots, closed loop, on held-out scenes", _evaluate),
+    "compare": Command("the paired difference of two results", commands.compare),
     "report": Command("write one HTML page from a run folder", _report),
     "serve": Command("chat and actions from one checkpoint", _serve),
     "chat": Command("ask one question about pictures", _chat),

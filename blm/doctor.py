@@ -6,12 +6,18 @@ import importlib.util
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from blm.data.checks import unreadable, vector_faults, video_faults
+from blm.data.episodes import load_dataset, verify_files
+from blm.data.files import MANIFEST, DamagedError, read_json
+from blm.robots import ROBOTS
 from blm.types import BlmError
+
+AGAIN = "run the same collect command again: it goes on from there"
 
 MIN_FREE_GIB = 5.0
 """`make demo` writes less than 1 GiB beside an environment of about 3 GiB."""
@@ -39,24 +45,102 @@ def examine_machine() -> Iterator[Check]:
     yield Check("free disk", f"{free:.1f} GiB in {Path.cwd()}", fix)
 
 
-def examine_path(path: Path) -> Check:
-    """Open a dataset or a checkpoint the way training and serving do; a fault comes with its fix."""
-    from blm.data.episodes import open_dataset
+def examine_path(path: Path) -> Iterator[Check]:
+    """Check a dataset, a collection (a folder of datasets), or a checkpoint; one line for each fault."""
+    if (path / "meta/info.json").exists():
+        yield from _dataset(path)
+    elif (path / "manifest.json").exists():
+        yield _checkpoint(path)
+    elif (path / "collect.json").exists() or _datasets(path):
+        yield from _collection(path)
+    else:
+        what = "neither a dataset nor a checkpoint" if path.is_dir() else "no such folder"
+        markers = "meta/info.json, collect.json or manifest.json"
+        yield Check(str(path), what, f"name a folder that has {markers}")
+
+
+def _checkpoint(path: Path) -> Check:
     from blm.policy.policy import CheckpointPolicy
 
-    readers: dict[str, tuple[str, Callable[[Path], object]]] = {
-        "dataset": ("meta/info.json", open_dataset),
-        "checkpoint": ("manifest.json", CheckpointPolicy.load),
-    }
-    for kind, (marker, reader) in readers.items():
-        if (path / marker).exists():
-            try:
-                reader(path)
-            except BlmError as error:
-                return Check(str(path), f"{kind}: damaged", str(error))
-            return Check(str(path), f"{kind}: good")
-    markers = " or ".join(marker for marker, _ in readers.values())
-    return Check(str(path), "neither a dataset nor a checkpoint", f"name a folder that has {markers}")
+    try:
+        CheckpointPolicy.load(path)
+    except BlmError as error:
+        return Check(str(path), "checkpoint: damaged", str(error))
+    return Check(str(path), "checkpoint: good")
+
+
+def _collection(path: Path) -> Iterator[Check]:
+    """Each dataset of a collection, and what an unfinished one still lacks."""
+    yield from _unfinished(path)
+    folders = _datasets(path)
+    if (path / "collect.json").exists():
+        try:
+            wanted = read_json(path / "collect.json")["robots"]
+        except (BlmError, KeyError) as error:
+            yield Check(str(path / "collect.json"), "damaged", f"restore it from a copy ({error})")
+            wanted = ()
+        for robot in wanted:
+            if path / robot not in folders:
+                yield Check(str(path / robot), "dataset: missing", AGAIN)
+    for folder in folders:
+        yield from _dataset(folder)
+
+
+def _datasets(path: Path) -> list[Path]:
+    """Folders of finished datasets below `path`; those that are being written start with a dot."""
+    return sorted(p.parent.parent for p in path.glob("[!.]*/meta/info.json"))
+
+
+def _unfinished(path: Path) -> Iterator[Check]:
+    if not (path / "summary.json").exists() and (path / "collect.json").exists():
+        count = len(list((path / ".staging").glob("*/*/*/episode.json")))
+        yield Check(str(path), f"unfinished collection, {count} episodes are kept", AGAIN)
+    elif (path / ".staging").exists():
+        yield Check(str(path / ".staging"), "left over from a collection that was stopped at its end", AGAIN)
+
+
+def _dataset(folder: Path) -> Iterator[Check]:
+    """Every fault of one dataset, or one line that says what was found good."""
+    said: set[str] = set()
+    for error in _dataset_faults(folder):
+        if str(error) not in said:
+            what, fix = (
+                (error.what, error.fix) if isinstance(error, DamagedError) else ("refused", str(error))
+            )
+            yield Check(str(folder), f"dataset: {what}", fix)
+        said.add(str(error))
+    if not said:
+        data = load_dataset(folder)
+        known = "all files as the manifest says" if data.manifest else "no manifest: another program wrote it"
+        counts = f"{data.num_episodes} episodes, {data.num_frames} frames, {len(data.cameras)} cameras"
+        yield Check(str(folder), f"dataset: good ({data.space.robot}: {counts}; {known})")
+
+
+def _dataset_faults(folder: Path) -> Iterator[BlmError]:
+    for left in (folder.with_name(f".{folder.name}{suffix}") for suffix in (".writing", ".old")):
+        if left.exists():
+            yield DamagedError(f"'{left}' is left over from a run that was stopped", AGAIN)
+    try:
+        yield from verify_files(folder) if (folder / MANIFEST).exists() else unreadable(folder)
+    except BlmError as error:
+        yield error
+        yield from unreadable(folder)
+    try:
+        data = load_dataset(folder)
+    except BlmError as error:
+        yield error
+        return
+    if "blm" in data.info and not data.manifest:
+        yield DamagedError(f"'{folder / MANIFEST}' is missing")
+    yield from vector_faults(data, every=True)
+    yield from video_faults(data, every=True)
+    if "blm" in data.info and data.space.robot in ROBOTS:
+        try:
+            ROBOTS[data.space.robot].action_space.require_same(data.space, f"dataset '{folder}'")
+        except BlmError as error:
+            yield DamagedError(
+                str(error), "collect again with this version, or use the version that wrote it"
+            )
 
 
 def _torch() -> Iterator[Check]:

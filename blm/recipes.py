@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from blm.policy.network import PolicyConfig
 from blm.robots import ROBOTS
 from blm.tasks import TASKS
+from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.scene import CAMERAS
 from blm.training.loop import LoopConfig
 from blm.training.sft import Stage1Config
@@ -26,6 +28,12 @@ class Demonstrations:
     """Kept demonstrations per robot and task."""
     held_out_episodes: int
     """The same on Stage I's held-out scenes, for questions about episodes; never trained on."""
+    noise: tuple[float, ...] = (0.0, 0.01, 0.02)
+    disturbed: float = 0.15
+    random_starts: float = 0.3
+    distractors: int = 0
+    appearance: Appearance = PLAIN
+    """These are the fields of `CollectConfig` with the same names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +93,8 @@ class Recipe:
     image_size: int = 112
     workers: int = 2
     """Worker processes for collection, questions, the intent cache and evaluation; 0: this process."""
+    engine: Literal["local", "ray"] = "local"
+    """Where collection and closed-loop evaluation run: on this machine, or on a Ray cluster."""
     demonstrations: Demonstrations
     corpus: Corpus
     stage1: Stage1
@@ -113,9 +123,10 @@ def stage2(*, steps: int, batch_size: int = 64) -> Stage2:
 
 
 def demo() -> Recipe:
-    """What `make demo` runs: all robots and tasks, minutes on two CPU cores; too small for high success."""
+    """What `make demo` runs: all robots, two tasks, minutes on two CPU cores; too small for high success."""
     return Recipe(
         name="demo",
+        tasks=("push_cube", "pick_cube"),
         demonstrations=Demonstrations(episodes=16, held_out_episodes=2),
         corpus=Corpus(scenes=2000, held_out_scenes=120, turns=6),
         stage1=stage1(steps=250),
@@ -129,6 +140,7 @@ def ci() -> Recipe:
     return replace(
         demo(),
         name="ci",
+        tasks=tuple(TASKS),
         demonstrations=Demonstrations(episodes=1, held_out_episodes=1),
         corpus=Corpus(scenes=40, held_out_scenes=8, turns=4),
         stage1=stage1(steps=10, batch_size=4),

@@ -40,9 +40,10 @@ EPISODE_SEEDS = 500_000
 
 def run_collect(recipe: Recipe, run: Path) -> None:
     """Record demonstrations for training, and a few on held-out scenes for questions about episodes."""
+    made = recipe.demonstrations
     parts = {
-        "episodes": (recipe.demonstrations.episodes, TRAINING_SEEDS),
-        "episodes_held_out": (recipe.demonstrations.held_out_episodes, STAGE1_HELD_OUT_SEEDS),
+        "episodes": (made.episodes, TRAINING_SEEDS),
+        "episodes_held_out": (made.held_out_episodes, STAGE1_HELD_OUT_SEEDS),
     }
     for name, (episodes, seeds) in parts.items():
         config = CollectConfig(
@@ -52,7 +53,13 @@ def run_collect(recipe: Recipe, run: Path) -> None:
             first_seed=seeds.start + EPISODE_SEEDS,
             cameras=recipe.cameras,
             image_size=recipe.image_size,
+            noise=made.noise,
+            disturbed=made.disturbed,
+            random_starts=made.random_starts,
+            distractors=made.distractors,
+            appearance=made.appearance,
             workers=recipe.workers,
+            engine=recipe.engine,
         )
         collect(config, run / name)
 

@@ -31,6 +31,10 @@ class UnknownNameError(BlmError):
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         super().__init__(f"unknown {kind} '{name}'.{hint} Valid: {', '.join(names)}.")
+        self._made_of = kind, name, names
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._made_of  # so that it comes whole from a worker process
 
 
 class ContractError(BlmError):
@@ -59,7 +63,8 @@ class ActionSpace:
     low: tuple[float, ...]
     high: tuple[float, ...]
     rate_hz: float = 20.0
-    kind: Literal["absolute_joint_position"] = "absolute_joint_position"
+    kind: Literal["absolute_joint_position", "unknown"] = "absolute_joint_position"
+    """"unknown" in datasets of other programs, which do not say it."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.names), len(self.units), len(self.low), len(self.high)}
@@ -191,7 +196,9 @@ class Episode:
     states: FloatArray
     """[T, D] float32."""
     actions: FloatArray
-    """[T, D] float32."""
+    """[T, D] float32: what should be done in this state, the label to learn."""
+    executed: FloatArray | None = None
+    """[T, D] float32: what was done, where noise or another policy moved the arm; None: the actions."""
     images: Mapping[str, ImageArray]
     """Camera -> [T, height, width, 3]; empty when loaded without video."""
     primitives: tuple[str, ...] = ()

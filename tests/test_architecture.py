@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "blm"
 FILES = sorted(SOURCE.rglob("*.py"))
-COMPOSITION = {"__init__", "recipes", "stages", "pipeline", "cli", "hub", "doctor"}
+COMPOSITION = {"__init__", "recipes", "stages", "pipeline", "cli", "commands", "policies", "hub", "doctor"}
 """Composition only: these files may import everything; nothing else may import them."""
 
 ALLOWED = {
@@ -31,8 +31,11 @@ ALLOWED = {
     "viewing": "types data",
 }
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
-LIBRARY_LINES = 6_300
-"""Of code, without docstrings, comments and blank lines. May only go down for the same features."""
+LIBRARY_LINES = 9_450
+"""Of code, without docstrings, comments and blank lines. May only go down for the same features.
+
+6,300 for the whole loop, and 3,100 for the physical suite: four tasks, planning among obstacles, corrections,
+replay, datasets of others and their faults, Ray, suite24 with batched and live inference, ManiSkill."""
 
 
 def module_of(path: Path) -> str:

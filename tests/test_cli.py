@@ -42,7 +42,13 @@ def test_dotted_overrides_reach_the_recipe(tmp_path):
         (["collect", "--robots", "pandas"], "unknown robot 'pandas'. Did you mean 'panda'?"),
         (["collect", "--tasks", "pickcube"], "unknown task 'pickcube'. Did you mean 'pick_cube'?"),
         (["collect", "--cameras", "bas"], "unknown camera 'bas'. Did you mean 'base'?"),
-        (["collect", "--stage2.loop.stepps", "3"], "--stage2.loop.steps"),
+        (["collect", "--episodes", "3"], "name the folder to write first: blm collect OUT"),
+        (["collect", "OUT", "--correct"], "--policy CHECKPOINT and --correct belong together"),
+        (["collect", "no/such", "--verify"], "'no/such' holds no finished collection"),
+        (["train", "stage2", "--stage2.loop.stepps", "3"], "--stage2.loop.steps"),
+        (["eval", "physical", "--model", "exprt", "--out", "x"], "no policy 'exprt': give a checkpoint"),
+        (["eval", "physical", "--model", "zero", "--out", "x", "--protocol", "suite"], "Valid: suite24"),
+        (["compare", "no/such", "no/such"], "no result at 'no/such'"),
         (["serve", "no/such/folder"], "unknown checkpoint 'no/such/folder'"),
         (["view", "no/such/folder"], "no dataset at 'no/such/folder'"),
     ],
@@ -112,3 +118,28 @@ def test_a_stage_key_follows_its_inputs():
 def test_json_is_written_whole(tmp_path):
     write_json(tmp_path / "x.json", {"a": 1})
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_collect_verify_evaluate_and_compare(tmp_path, capsys):
+    """The suite's commands, one small cell: what they write, print and answer the second time."""
+    cell = ["--robots", "widowxai", "--tasks", "push_cube", "--episodes", "1", "--workers", "0"]
+    data = str(tmp_path / "data")
+    main(["collect", data, *cell, "--cameras", "base", "--image-size", "48"])
+    table = capsys.readouterr().out
+    assert "push_cube" in table and "100%" in table and "episodes/min" in table and "planning" in table
+    with pytest.raises(SystemExit) as stop:
+        main(["collect", data, "--verify", "--workers", "0"])
+    assert stop.value.code == 0 and "1 of 1 episodes replayed bit for bit" in capsys.readouterr().out
+    for model in ("expert", "zero"):
+        small = ["--cameras", "base", "--image-size", "48", "--execute", "1", "--videos", "0"]
+        main(["eval", "physical", "--model", model, "--out", str(tmp_path / model), *cell, *small])
+        assert (tmp_path / model / "report.html").exists()
+    output = capsys.readouterr().out
+    assert "never_touched 1" in output
+    main(["compare", str(tmp_path / "expert"), str(tmp_path / "zero")])
+    assert "widowxai push_cube" in capsys.readouterr().out
+    main(["eval", "physical", "--model", f"replay:{data}/widowxai", "--out", str(tmp_path / "replay"), *cell])
+    assert "100%" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path / "replay"), str(tmp_path / "replay")])
+    assert "replay check" in " ".join(capsys.readouterr().err.split())

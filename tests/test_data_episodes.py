@@ -47,6 +47,7 @@ def make_episode(seed, length, task="push", instruction="push it"):
         instruction=instruction,
         states=rng.normal(size=(length, 3)).astype(np.float32),
         actions=rng.normal(size=(length, 3)).astype(np.float32),
+        executed=None if seed == 1 else rng.normal(size=(length, 3)).astype(np.float32),
         images={"base": numbered_frames(numbers), "wrist": numbered_frames(numbers)[:, ::-1]},
         primitives=("approach",) * (length - 3) + ("push",) * 3,
         metrics={"success_step": length - 4, "return": 1.5},
@@ -152,6 +153,8 @@ def test_episodes_come_back_ordered_by_task_and_seed(dataset):
         episode = dataset.episode(i)
         np.testing.assert_array_equal(episode.states, original.states)
         np.testing.assert_array_equal(episode.actions, original.actions)
+        done = original.actions if original.executed is None else original.executed
+        np.testing.assert_array_equal(episode.executed, done)
         same = ("robot", "task", "seed", "instruction", "primitives", "success", "metrics")
         assert [getattr(episode, k) for k in same] == [getattr(original, k) for k in same]
         assert read_numbers(episode.images["base"]) == [original.seed * 100 + t for t in range(len(original))]
@@ -173,6 +176,8 @@ def test_columns_describe_each_frame(dataset):
     assert dataset.primitives[:7].tolist() == ["approach"] * 4 + ["push"] * 3
     assert dataset.success[:7].tolist() == [False] * 3 + [True] * 4
     np.testing.assert_allclose(dataset.stats["action"].q99, np.quantile(dataset.actions, 0.99, axis=0))
+    executed = np.quantile(dataset.executed, 0.1, axis=0)
+    np.testing.assert_allclose(dataset.stats["executed_action"].q10, executed)
 
 
 def test_same_episodes_give_the_same_bytes_in_any_order_and_again(written, tmp_path):
@@ -231,6 +236,12 @@ def test_bad_episodes_are_refused(tmp_path):
         stage_episode(tmp_path, "a", dataclasses.replace(good, states=states))
     with pytest.raises(ContractError, match="differ in length"):
         stage_episode(tmp_path, "a", dataclasses.replace(good, actions=good.actions[:-1]))
+    with pytest.raises(ContractError, match="differ in length"):
+        stage_episode(tmp_path, "a", dataclasses.replace(good, executed=good.actions[:-1]))
+    with pytest.raises(ContractError, match="differ in shape"):
+        stage_episode(tmp_path, "a", dataclasses.replace(good, executed=good.actions[:, :2]))
+    with pytest.raises(ContractError, match="executed hold a value that is not finite"):
+        stage_episode(tmp_path, "a", dataclasses.replace(good, executed=states))
     with pytest.raises(ContractError, match="robot 'other'"):
         write(tmp_path, [dataclasses.replace(good, robot="other")])
     with pytest.raises(BlmError, match="no episode"):
@@ -282,7 +293,7 @@ def test_not_finite_values_and_foreign_statistics_are_found(folder):
     data, value = path.read_bytes(), open_dataset(folder).states[20].tobytes()
     assert data.count(value) == 1
     path.write_bytes(data.replace(value, np.full(3, np.nan, np.float32).tobytes()))
-    with pytest.raises(BlmError, match="not finite in 1 frames, first in episode 2"):
+    with pytest.raises(BlmError, match="not finite in 1 frames, in episodes 2"):
         open_dataset(folder)
 
 

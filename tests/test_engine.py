@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import resource
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +18,7 @@ from typing import Any
 import pytest
 
 from blm.engine import Unit, read_journal, run_units
-from blm.types import BlmError
+from blm.types import BlmError, UnknownNameError
 
 _SETTING: list[str] = []
 
@@ -38,6 +44,16 @@ def die_once(payload: tuple[int, str]) -> dict[str, Any]:
 def die_always(payload: tuple[int, str]) -> dict[str, Any]:
     os.kill(os.getpid(), signal.SIGKILL)
     return {}
+
+
+def slow(payload: tuple[int, str]) -> dict[str, Any]:
+    Path(payload[1], f"{os.getpid()}.pid").write_text(str(os.getpid()))
+    time.sleep(0.5)
+    return square(payload)
+
+
+def find_no_space(payload: tuple[int, str]) -> dict[str, Any]:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def fail_on_two(payload: tuple[int, str]) -> dict[str, Any]:
@@ -85,9 +101,96 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
     assert len((tmp_path / "j.jsonl").read_text().splitlines()) == 5
 
 
-def test_units_that_keep_killing_workers_end_the_run(tmp_path: Path) -> None:
+def test_units_that_keep_killing_workers_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("blm.engine.ATTEMPTS", 2)
     with pytest.raises(BlmError, match=r"died 2 times in a row.*'u0'.*workers=0"):
-        run_units(die_always, units(tmp_path, 2), journal=tmp_path / "j.jsonl", workers=1, attempts=2)
+        run_units(die_always, units(tmp_path, 2), journal=tmp_path / "j.jsonl", workers=1)
+
+
+def start(name: str, folder: Path) -> subprocess.Popen[str]:
+    """Call a function of this file in a new process."""
+    code = f"import sys, pathlib, test_engine as t; t.{name}(pathlib.Path(sys.argv[1]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run_slowly(folder: Path) -> None:
+    run_units(slow, units(folder), journal=folder / "j.jsonl", workers=2)
+
+
+def run_on_a_full_disk(folder: Path) -> None:
+    """There is room for two lines and a half; the last write takes what fits, and the next one fails."""
+    line = len(json.dumps({"key": "u0", "result": {"square": 0}})) + 1
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * line + line // 2, resource.RLIM_INFINITY))
+    run_units(square, units(folder), journal=folder / "j.jsonl", workers=0)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_killed_run_leaves_no_workers_and_continues(tmp_path: Path, how: signal.Signals) -> None:
+    journal = tmp_path / "j.jsonl"
+    process = start("run_slowly", tmp_path)
+    while not read_journal(journal):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.send_signal(how)
+    process.communicate(timeout=120)
+    assert process.returncode == -how
+    workers = {int(p.read_text()) for p in tmp_path.glob("*.pid")}
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, f"workers {workers} are left"
+        time.sleep(0.05)
+    done = read_journal(journal)
+    results = run_units(square, units(tmp_path), journal=journal, workers=0)
+    assert len(workers) == 2 and 0 < len(done) < 5
+    assert len(journal.read_text().splitlines()) == 5
+    assert all(results[key] == result for key, result in done.items())
+
+
+def test_a_full_disk_ends_the_run_and_keeps_whole_lines(tmp_path: Path) -> None:
+    errors = start("run_on_a_full_disk", tmp_path).communicate(timeout=120)[1]
+    assert "BlmError: cannot write to the journal" in errors
+    assert "what is finished is kept" in errors
+    text = (tmp_path / "j.jsonl").read_text()
+    assert [json.loads(line)["key"] for line in text.splitlines()] == ["u0", "u1"]
+    assert text.endswith("\n")
+    run_units(square, units(tmp_path), journal=tmp_path / "j.jsonl", workers=0)
+    assert runs(tmp_path) == [1, 1, 2, 1, 1]
+
+
+def test_a_full_disk_under_a_unit_is_no_fault_of_the_program(tmp_path: Path) -> None:
+    with pytest.raises(BlmError, match=r"work unit 'u0' failed: .*No space left"):
+        run_units(find_no_space, units(tmp_path), journal=tmp_path / "j.jsonl", workers=0)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BlmError, match=r"cannot write the journal '.*file/j.jsonl'"):
+        run_units(square, units(tmp_path), journal=tmp_path / "file" / "j.jsonl", workers=0)
+
+
+def test_a_journal_in_use_is_left_alone(tmp_path: Path) -> None:
+    journal = tmp_path / "j.jsonl"
+    with journal.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(BlmError, match="another run is using"):
+            run_units(square, units(tmp_path), journal=journal, workers=0)
+    assert run_units(square, units(tmp_path), journal=journal, workers=0)["u2"] == {"square": 4}
+
+
+def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "j.jsonl").write_bytes(b"\0\0\0\n")
+    with pytest.raises(BlmError, match="is damaged"):
+        run_units(square, units(tmp_path), journal=tmp_path / "j.jsonl", workers=0)
+
+
+def test_an_unknown_engine_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown engine 'rey'. Did you mean 'ray'\?"):
+        run_units(square, units(tmp_path), journal=tmp_path / "j.jsonl", workers=0, engine="rey")
 
 
 def test_a_cut_last_line_is_removed_and_its_unit_runs_again(tmp_path: Path) -> None:

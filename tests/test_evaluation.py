@@ -1,82 +1,19 @@
-"""Evaluation: intervals against known values and simulation, protocols, closed-loop episodes, scoring."""
+"""Evaluation: intervals against known values and simulation, scoring, digital runs, comparisons."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import subprocess
-import sys
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
-import uvicorn
 
-from blm.evaluation import (
-    DigitalProtocol,
-    PhysicalProtocol,
-    RandomPolicy,
-    ZeroPolicy,
-    compare,
-    evaluate_digital,
-    evaluate_physical,
-)
+from blm.evaluation import DigitalProtocol, compare, evaluate_digital, format_comparison, load_result
 from blm.evaluation.digital.scoring import extract, normalise, parse_point, score
-from blm.evaluation.intervals import effective_size, mcnemar, paired_difference, success_rate, wilson
-from blm.evaluation.physical import decision_seed
-from blm.evaluation.protocol import (
-    EVALUATION_SEEDS,
-    STAGE1_HELD_OUT_SEEDS,
-    TRAINING_SEEDS,
-    protocol_hash,
-)
-from blm.robots import ROBOTS
-from blm.serving.app import create_app, server_config
-from blm.serving.client import RemotePolicy
-from blm.tasks import TASKS, Env
-from blm.types import (
-    ActionChunk,
-    BlmError,
-    ContractError,
-    Image,
-    Message,
-    Observation,
-    PolicyContract,
-    Question,
-)
-
-CONTRACT = PolicyContract(
-    action_spaces={name: robot.action_space for name, robot in ROBOTS.items()},
-    cameras=("base",),
-    image_size=32,
-    horizon=6,
-    execute=4,
-)
-make_random = partial(RandomPolicy, CONTRACT)
-
-
-def protocol(**changes: object) -> PhysicalProtocol:
-    options = {"robots": ["panda"], "tasks": ["push_cube"], "episodes": 2, "max_steps": 14, **changes}
-    return PhysicalProtocol.for_policy(CONTRACT, **options)
-
-
-def run(
-    policy: type[ZeroPolicy], out: Path, *, contract: PolicyContract = CONTRACT, **changes: object
-) -> dict:
-    """Evaluate in this process, without videos."""
-    make = partial(policy, contract)
-    return evaluate_physical(make, protocol(**changes), out, workers=0, videos_per_cell=0)
-
-
-def without_times(rows: Sequence[dict]) -> list[dict]:
-    return [{key: value for key, value in row.items() if key != "act_ms"} for row in rows]
-
+from blm.evaluation.intervals import effective_size, holm, mcnemar, paired_difference, success_rate, wilson
+from blm.types import BlmError, ContractError, Image, Message, Question
 
 # --- intervals ---
 
@@ -143,178 +80,10 @@ def test_paired_difference() -> None:
     assert paired_difference([True] * 4, [False] * 4, list("aabb")).p_value is None
 
 
-# --- protocols ---
-
-
-def test_seed_ranges_are_disjoint() -> None:
-    ranges = [EVALUATION_SEEDS, TRAINING_SEEDS, STAGE1_HELD_OUT_SEEDS]
-    assert all(a.stop <= b.start for a, b in itertools.pairwise(ranges))
-
-
-def test_protocol_refuses_seeds_of_training() -> None:
-    protocol(first_seed=9_998, episodes=2)
-    for first, count in [(9_999, 2), (10_000, 1), (-1, 2), (0, 0)]:
-        with pytest.raises(BlmError, match=r"within 0\.\.9999"):
-            protocol(first_seed=first, episodes=count)
-
-
-def test_every_field_changes_the_hash() -> None:
-    base = protocol()
-    assert protocol_hash(base) == protocol_hash(protocol())
-    for name, value in vars(base).items():
-        other = value + 1 if isinstance(value, int | float) else f"{value}x" if isinstance(value, str) else ()
-        assert protocol_hash(replace(base, **{name: other})) != protocol_hash(base), name
-
-
-def test_suite_hash_follows_the_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = protocol().suite
-    reworded = replace(TASKS["push_cube"], phrasings=("Push it.",) * 4)
-    monkeypatch.setitem(TASKS, "push_cube", reworded)
-    assert protocol().suite != before
-
-
-def test_policy_that_does_not_fit_is_refused_before_the_start(tmp_path: Path) -> None:
-    other = replace(CONTRACT, cameras=("wrist",), image_size=64)
-    both = r"cameras: \('base',\) here, \('wrist',\) in the policy(.|\n)*32 here"
-    with pytest.raises(ContractError, match=both):
-        run(ZeroPolicy, tmp_path, contract=other)
-    space = ROBOTS["panda"].action_space
-    fast = replace(CONTRACT, action_spaces={"panda": replace(space, rate_hz=30.0)})
-    with pytest.raises(ContractError, match=r"rate_hz: 20.0 here, 30.0 in the policy"):
-        run(ZeroPolicy, tmp_path, contract=fast)
-    with pytest.raises(BlmError, match="unknown robot of this policy 'xarm6'"):
-        run(
-            ZeroPolicy, tmp_path, contract=replace(CONTRACT, action_spaces={"panda": space}), robots=["xarm6"]
-        )
-    assert list(tmp_path.iterdir()) == []
-
-
-# --- closed loop ---
-
-
-class Cheat(ZeroPolicy):
-    """Puts the cube onto the target at once, and takes it away again at its third decision if told to."""
-
-    spoil = False
-
-    def attach(self, env: Env) -> None:
-        self.env, self.decisions = env, 0
-        self._put(0.0)
-
-    def act(self, observation: Observation) -> ActionChunk:
-        self.decisions += 1
-        if self.spoil and self.decisions == 3:
-            self._put(0.2)
-        return super().act(observation)
-
-    def _put(self, aside: float) -> None:
-        target = self.env.objects()["target"].position
-        self.env.data.joint("cube").qpos[:2] = target[:2] + np.array([0, aside])
-
-
-class Spoiler(Cheat):
-    spoil = True
-
-
-def test_success_once_and_at_end(tmp_path: Path) -> None:
-    done = run(Cheat, tmp_path / "a")
-    row = done["rows"][0]
-    assert row["success_once"] and row["success_at_end"] and row["first_success"] == 1 and row["reason"] == ""
-    assert row["steps"] == 11  # the first success, then ten steps to settle
-    assert row["video"] is None and not (tmp_path / "a" / "videos").exists()
-    lost = run(Spoiler, tmp_path / "b")
-    assert lost["overall"]["success_once"]["hits"] == 2 and lost["overall"]["success_at_end"]["hits"] == 0
-
-
-def test_result_file_is_complete_and_rows_name_the_failure(tmp_path: Path) -> None:
-    result = evaluate_physical(make_random, protocol(robots=["panda", "xarm6"]), tmp_path, workers=0)
-    assert result == json.loads((tmp_path / "result.json").read_text())
-    ids = [f"{robot}/push_cube/{seed}" for robot in ("panda", "xarm6") for seed in (0, 1)]
-    assert [row["id"] for row in result["rows"]] == ids
-    assert [(c["robot"], c["n"]) for c in result["cells"]] == [("panda", 2), ("xarm6", 2)]
-    assert result["overall"]["success_once"]["high"] == pytest.approx(wilson(0, 4)[1])
-    assert {row["reason"] for row in result["rows"]} == {"never: is_at_target"}
-    assert result["protocol"]["simulator"].startswith("mujoco") and result["machine"]["cores"] >= 1
-    for row in result["rows"]:
-        assert (row["video"] is not None) == (row["seed"] == 0)
-    with av.open(str(tmp_path / result["rows"][0]["video"])) as video:
-        stream = video.streams.video[0]
-        assert stream.codec_context.name == "h264" and stream.frames == 14
-
-
-def test_a_finished_run_is_not_repeated_and_a_longer_one_is(tmp_path: Path) -> None:
-    calls = []
-
-    class Counting(RandomPolicy):
-        def act(self, observation: Observation) -> ActionChunk:
-            calls.append(observation.seed)
-            return super().act(observation)
-
-    first = run(Counting, tmp_path)
-    assert calls == [decision_seed(seed, step) for seed in (0, 1) for step in (0, 4, 8, 12)]
-    assert run(Counting, tmp_path)["rows"] == first["rows"] and len(calls) == 8
-    run(Counting, tmp_path, max_steps=8)
-    assert len(calls) == 12
-
-
-def test_worker_processes_and_a_socket_give_the_same_episodes(tmp_path: Path) -> None:
-    local = evaluate_physical(make_random, protocol(), tmp_path / "local", workers=0)
-    spawned = evaluate_physical(make_random, protocol(), tmp_path / "spawned", workers=2)
-    server = uvicorn.Server(server_config(create_app(RandomPolicy(CONTRACT)), port=0))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    uri = f"ws://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    remote = evaluate_physical(partial(RemotePolicy, uri), protocol(), tmp_path / "remote", workers=0)
-    server.should_exit = True
-    thread.join()
-    assert without_times(local["rows"]) == without_times(spawned["rows"]) == without_times(remote["rows"])
-    assert compare(local, remote).difference == 0
-
-
-def test_held_out_phrasings(tmp_path: Path) -> None:
-    seen = run(RandomPolicy, tmp_path, max_steps=1)
-    unseen = run(RandomPolicy, tmp_path, max_steps=1, phrasing="held_out")
-    task = TASKS["push_cube"]
-    assert {row["instruction"] for row in seen["rows"]} <= set(task.phrasings)
-    assert {row["instruction"] for row in unseen["rows"]} <= set(task.held_out_phrasings)
-
-
-def test_policy_that_breaks_its_promise_is_named(tmp_path: Path) -> None:
-    class Short(ZeroPolicy):
-        def act(self, observation: Observation) -> ActionChunk:
-            return ActionChunk(actions=super().act(observation).actions[:3])
-
-    with pytest.raises(BlmError, match=r"promised finite actions \(6, 8\), gave \(3, 8\)"):
-        run(Short, tmp_path)
-
-
-def test_compare_refuses_unlike_runs(tmp_path: Path) -> None:
-    solved, still = run(Cheat, tmp_path / "a", max_steps=3), run(ZeroPolicy, tmp_path / "b", max_steps=3)
-    gain = compare(solved, still)
-    assert (gain.difference, gain.only_first, gain.p_value) == (1.0, 2, 0.5)
-    with pytest.raises(ContractError, match="max_steps: 3 here, 4 there"):
-        compare(solved, run(ZeroPolicy, tmp_path / "c", max_steps=4))
-    still["rows"][0]["scene"] = "elsewhere"
-    with pytest.raises(ContractError, match="'panda/push_cube/0' started from another scene"):
-        compare(solved, still)
-
-
-def test_baselines_hold_still_and_stay_within_limits() -> None:
-    rng = np.random.default_rng(0)
-    for robot, space in CONTRACT.action_spaces.items():
-        state = rng.uniform(space.low, space.high).astype(np.float32)
-        seen = Observation(images={}, state=state, instruction="", robot=robot, seed=5)
-        assert (ZeroPolicy(CONTRACT).act(seen).actions == state).all()
-        moved, again = (RandomPolicy(CONTRACT).act(seen).actions for _ in range(2))
-        assert (moved == again).all() and moved.shape == (6, space.dim) and moved.dtype == np.float32
-        assert (moved >= np.float32(space.low)).all() and (moved <= np.float32(space.high)).all()
-
-
-def test_evaluation_imports_no_torch() -> None:
-    code = "import sys, blm.evaluation; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+def test_holm_corrects_for_the_number_of_tests() -> None:
+    """Holm 1979: the smallest p times n, the next times n - 1, and never less than one before."""
+    assert holm([0.04, 0.01, None, 0.03]) == pytest.approx([0.06, 0.03, None, 0.06])
+    assert holm([0.9, 0.5]) == [1.0, 1.0] and holm([]) == []
 
 
 # --- scoring ---
@@ -470,3 +239,5 @@ def test_compare_digital_clusters_by_scene(tmp_path: Path) -> None:
     worse = Scripted({**SCRIPT, "How many cubes?": "9"})
     gain = compare(examine(Scripted(SCRIPT), tmp_path / "a"), examine(worse, tmp_path / "b"))
     assert gain.difference == pytest.approx(0.2) and gain.p_value is None and gain.low < 0 < gain.high
+    text = format_comparison(examine(Scripted(SCRIPT), tmp_path / "a"), load_result(tmp_path / "b"))
+    assert "correct on the same 5 items" in text and "No p: items share scenes" in text and "count" in text

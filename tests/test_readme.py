@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from blm.cli import find_command, parse_recipe
+from blm.commands import parse_collect, parse_evaluate
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -34,15 +35,11 @@ def test_commands_exist(line):
         assert words[1] in targets
     elif words[0].endswith("blm"):
         name, _, rest = find_command(words[1:])
-        if name in (
-            "demo",
-            "collect",
-            "corpus",
-            "train stage1",
-            "train stage2",
-            "eval digital",
-            "eval physical",
-        ):
+        if name == "collect" and "--run" not in rest:
+            parse_collect(name, rest)
+        elif name == "eval physical" and "--run" not in rest:
+            parse_evaluate(name, rest)
+        elif name == "demo" or "--run" in rest:
             parse_recipe(name, rest)
     elif words[0].endswith("python"):
         assert (ROOT / words[1]).is_file()

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import time
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,8 +16,13 @@ import numpy as np
 import pytest
 
 from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy, evaluate_digital, evaluate_physical
+from blm.evaluation.outcome import REASONS
+from blm.evaluation.physical import summarise
+from blm.evaluation.protocol import digest, phrasing_of
 from blm.evaluation.report import ReportData, build_report
+from blm.evaluation.results import machine, write_result
 from blm.robots import ROBOTS
+from blm.tasks import TASKS
 from blm.types import BlmError, Image, Message, PolicyContract, Question
 
 CONTRACT = PolicyContract(
@@ -138,6 +144,7 @@ def test_missing_parts_are_called_not_run(tmp_path: Path) -> None:
 def test_unlike_protocols_are_shown_but_not_compared(run: Path, tmp_path: Path) -> None:
     other = json.loads((run / "still/result.json").read_text())
     other["protocol"]["max_steps"] = 6
+    other["protocol_hash"] = digest(other["protocol"])
     (tmp_path / "result.json").write_text(json.dumps(other))
     data = ReportData(title="x", physical={"a": run / "model/result.json", "b": tmp_path / "result.json"})
     assert "p = " not in page(data, tmp_path)
@@ -147,3 +154,85 @@ def test_lost_video_is_an_error(run: Path, tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text((run / "model/result.json").read_text())
     with pytest.raises(BlmError, match=r"panda-push_cube-0.mp4' of the result is missing"):
         page(ReportData(title="x", physical={"a": tmp_path / "result.json"}), tmp_path)
+
+
+# --- the table of 24 cells ---
+
+
+def synthetic(out: Path, model: str, rate: float) -> Path:
+    """A made-up result of suite24: cell c has about rate * (1 + c) / 24 solved, failures take turns."""
+    protocol, rows = PhysicalProtocol.named("suite24", CONTRACT), []
+    cells = list(dict.fromkeys((robot, task) for robot, task, _ in protocol.scenes))
+    for robot, task, seed in protocol.scenes:
+        solved = seed < 50 * rate * (1 + cells.index((robot, task))) / len(cells)
+        row = {"id": f"{robot}/{task}/{seed}", "robot": robot, "task": task, "seed": seed, "scene": "s"}
+        row |= {
+            "phrasing": phrasing_of(protocol, seed),
+            "instruction": "Do it.",
+            "video": None,
+            "act_ms": 9.0,
+        }
+        row |= {"success_once": solved, "success_at_end": solved, "steps": 200, "first_success": None}
+        rows.append(row | {"reason": "" if solved else REASONS[seed % 5]})
+    times = {f"seconds_{part}": 60.0 for part in ("policy", "physics", "rendering")}
+    parts = {"kind": "physical", "score": "success_once", "model": model, **summarise(rows), **times}
+    served = {"calls": 100, "observations": 250}
+    write_result(
+        out,
+        protocol,
+        time.monotonic(),
+        **parts,
+        machine=machine(),
+        shared_policy=served,
+        workers=2,
+        rows=rows,
+    )
+    return out / "result.json"
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("suite")
+    rates = {"BLM": 0.8, "expert": 1.0, "hold still": 0.0}
+    physical = {name: synthetic(out / name, name, rate) for name, rate in rates.items()}
+    return page(ReportData(title="Suite", physical=physical), out)
+
+
+def table(text: str, kind: str) -> list[list[str]]:
+    """Rows of cells of one table, without tags."""
+    body = text[text.index(f'<table class="{kind}">') :]
+    rows = body[: body.index("</table>")].split("<tr>")[1:]
+    tags = re.compile(r"<[^>]+>")
+    return [[" ".join(tags.sub(" ", cell).split()) for cell in re.split(r"<t[dh]", row)[1:]] for row in rows]
+
+
+def test_heat_map_has_every_cell_with_count_and_interval(suite: str) -> None:
+    rows = table(suite, "heat")
+    assert len(rows) == 1 + len(ROBOTS) + 1 and {len(row) for row in rows} == {1 + len(TASKS) + 1}
+    head = [cell.rpartition(">")[2].strip() for cell in rows[0]]
+    assert head[1:-1] == [TASKS[task].title for task in TASKS] and head[-1] == "All tasks"
+    cells = [cell for row in rows[1:-1] for cell in row[1:-1]]
+    assert "4 % 1–13 % · 2/50 expert 6 % hold still 0 %" in cells[0]
+    assert "80 % 67–89 % · 40/50 expert 100 % hold still 0 %" in cells[-1]
+    assert re.search(r"\d+ % \d+–\d+ % \d+/1200", rows[-1][-1])
+    shades = [float(rate) for rate in re.findall(r"--rate:([\d.]+)\" title", suite)]
+    assert len(shades) == 24 and shades == sorted(shades) and shades[-1] == 0.8
+
+
+def test_every_cell_says_how_its_episodes_ended(suite: str) -> None:
+    rows = table(suite, "heat why")
+    assert [len(row) for row in rows] == [7] * 5
+    assert all(re.search(r"\d+ (never|dropped|missed|timeout)", cell) for row in rows[1:] for cell in row[1:])
+    for reason in REASONS:
+        assert f"--{reason}:" in suite and f"<i></i>{reason.replace('_', ' ')} (" in suite
+    assert suite.count('class="stack"') == 24 and "2.5</td>" in suite  # observations per call
+    assert "worded as never in training" in suite and "the world waits for the policy" in suite
+
+
+def test_a_replay_check_is_no_result(run: Path, tmp_path: Path) -> None:
+    result = json.loads((run / "still/result.json").read_text())
+    result["protocol"]["purpose"] = "replay check"
+    result["protocol_hash"] = digest(result["protocol"])
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with pytest.raises(BlmError, match="'replay' is a replay check on training scenes, no score"):
+        page(ReportData(title="x", physical={"replay": tmp_path / "result.json"}), tmp_path)

@@ -16,7 +16,10 @@ from gymnasium.utils.env_checker import check_env
 
 from blm.robots import ROBOTS
 from blm.tasks import TASKS, Env, ObjectState, World, gl_backend
+from blm.tasks.appearance import Appearance
 from blm.tasks.distractors import draw_distractors
+from blm.tasks.spec import Region
+from blm.tasks.suite import suite_version
 from blm.types import BlmError, ContractError, UnknownNameError
 
 CELLS = [(robot, task) for robot in ROBOTS for task in TASKS]
@@ -46,26 +49,28 @@ def world(robot: str, speed: float = 0.0, **positions: tuple[float, float, float
 @pytest.mark.parametrize(("robot", "task"), CELLS)
 def test_every_cell_starts_in_a_valid_unsolved_state(robot, task):
     env = Env(robot, task, cameras=())
-    area = env.robot.workspace
+    name, region = env.task_spec.object, env.task_spec.region(env.robot)
+    spread = np.array(region.half) * (2, 3) if task == "stack_cube" else np.array(region.half)
     for seed in range(20):
         obs, info = env.reset(seed=seed)
         assert np.isfinite(env.data.qpos).all() and np.isfinite(obs["agent_pos"]).all()
         assert not info["success"] and info["is_success"] is info["success"]
-        cube = env.objects()["cube"]
-        assert (np.abs(cube.position[:2] - area.centre) <= area.half + 1e-9).all()
-        assert cube.position[2] == pytest.approx(area.cube_half)
+        thing = env.objects()[name]
+        assert (np.abs(thing.position[:2] - region.centre) <= spread + 1e-9).all()
+        assert thing.position[2] == pytest.approx(thing.size[2] or thing.size[0])
         low = env.data.contact.dist.min(initial=0.0)
         assert low > -1e-3, "something starts inside something"
-    start = env.objects()["cube"].position
+    start = env.objects()[name].position
     for _ in range(20):
         env.step(np.array([*env.robot.home, 1.0], dtype=np.float32))
-    assert np.linalg.norm(env.objects()["cube"].position - start) < 1e-3, "the cube does not rest"
+    assert np.linalg.norm(env.objects()[name].position - start) < 1e-3, "it does not rest"
+    assert env.objects()[name].is_static
 
 
 def test_pick_cube_follows_maniskill_ranges_and_sizes():
     for robot, (half, reach, height) in {"panda": (0.02, 0.1, 0.3), "widowxai": (0.018, 0.05, 0.2)}.items():
         spec, arm = TASKS["pick_cube"], ROBOTS[robot]
-        draws = [spec.sample(np.random.default_rng(seed), arm) for seed in range(2000)]
+        draws = [spec.sample(np.random.default_rng(seed), arm, spec.region(arm)) for seed in range(2000)]
         goals = np.array([draw["goal"][0] for draw in draws])
         goals[:, :2] -= arm.workspace.centre
         np.testing.assert_allclose(goals.min(0), [-reach, -reach, half], atol=0.01)
@@ -92,6 +97,131 @@ def test_push_cube_succeeds_inside_the_circle_on_the_table():
     assert not rule(world("panda", cube=(0.08, 0.08, 0.02), target=(0, 0, 0)))["success"]
     lifted = rule(world("panda", cube=(0, 0, 0.0251), target=(0, 0, 0)))
     assert lifted["is_at_target"] and not lifted["success"]
+
+
+def test_pull_cube_succeeds_inside_the_circle():
+    rule = TASKS["pull_cube"].success
+    assert rule(world("panda", cube=(0.0999, 0, 0.02), target=(0, 0, 0)))["success"]
+    assert not rule(world("panda", cube=(0.1, 0, 0.02), target=(0, 0, 0)))["success"]
+    draw = TASKS["pull_cube"].sample(np.random.default_rng(0), ROBOTS["panda"], Region((0, 0), (0.1, 0.1)))
+    np.testing.assert_allclose(np.subtract(draw["target"][0], draw["cube"][0])[:2], (-0.2, 0))
+
+
+def put_down(robot, task, name, position, speed=0.0, spin=0.0, grasped=(), **others):
+    """What the rule says of a thing that lies here."""
+    upright = np.array([1.0, 0, 0, 0])
+    objects = {other: ObjectState(other, "", "", np.array(at), upright) for other, at in others.items()}
+    objects[name] = ObjectState(name, "", "", np.array(position), upright, speed=speed, spin=spin)
+    return TASKS[task].success(World(ROBOTS[robot], objects, 0.0, frozenset(grasped)))
+
+
+@pytest.mark.parametrize(
+    ("state", "success"),
+    [
+        ({"position": (0.0332, 0, 0.06)}, True),
+        ({"position": (0.0334, 0, 0.06)}, False),
+        ({"position": (0, 0, 0.0649)}, True),
+        ({"position": (0, 0, 0.0651)}, False),
+        ({"position": (0, 0, 0.06), "speed": 0.011}, False),
+        ({"position": (0, 0, 0.06), "spin": 0.51}, False),
+        ({"position": (0, 0, 0.06), "speed": 0.0099, "spin": 0.49}, True),
+        ({"position": (0, 0, 0.06), "grasped": ("cube",)}, False),
+    ],
+)
+def test_stack_cube_needs_a_cube_at_rest_on_the_other(state, success):
+    assert put_down("panda", "stack_cube", "cube", lower=(0, 0, 0.02), **state)["success"] is success
+
+
+@pytest.mark.parametrize(
+    ("state", "success"),
+    [
+        ({"position": (0.0049, 0, 0.025)}, True),
+        ({"position": (0.0051, 0, 0.025)}, False),
+        ({"position": (0, 0, 0.0299)}, True),
+        ({"position": (0, 0, 0.0301)}, False),
+        ({"position": (0, 0, 0.025), "speed": 0.011}, False),
+        ({"position": (0, 0, 0.025), "grasped": ("ball",)}, False),
+    ],
+)
+def test_place_sphere_needs_a_ball_at_rest_in_the_bin(state, success):
+    bin_at = {"bin": (0, 0, 0.0025)}
+    assert put_down("xarm6", "place_sphere", "ball", **state, **bin_at)["success"] is success
+
+
+@pytest.mark.parametrize(
+    ("lean", "height", "success"),
+    [(0.0, 0.12, True), (0.079, 0.12, True), (0.081, 0.12, False), (0.0, 0.1249, True), (0.0, 0.1251, False)],
+)
+@pytest.mark.parametrize("end", [1, -1])
+def test_lift_peg_needs_a_peg_on_either_end(lean, height, success, end):
+    """The peg lies along its x; a turn by -90 or 90 deg about y sets it up."""
+    angle = end * (np.pi / 2 - lean)
+    turned = np.array([np.cos(angle / 2), 0, np.sin(angle / 2), 0])
+    peg = ObjectState("peg", "", "", np.array([0, 0, height]), turned)
+    flags = TASKS["lift_peg_upright"].success(World(ROBOTS["panda"], {"peg": peg}, 0.0, frozenset()))
+    assert flags["success"] is success
+
+
+def test_place_sphere_and_peg_have_maniskills_sizes():
+    ball, tray = TASKS["place_sphere"].items(ROBOTS["panda"])
+    assert ball.parts[0].size[0] == 0.02
+    assert {part.size for part in tray.parts} == {
+        (0.025, 0.025, 0.0025), (0.0025, 0.025, 0.005), (0.025, 0.0025, 0.005),
+    }  # fmt: skip
+    env = Env("panda", "lift_peg_upright", cameras=())
+    assert env.model.body("peg").mass[0] == pytest.approx(0.6)
+
+
+def test_a_ball_comes_to_rest_and_fits_the_bin():
+    env = Env("panda", "place_sphere", cameras=(), terminate_on_success=False)
+    env.reset(seed=0)
+    hold = np.array([*env.robot.home, 1.0], dtype=np.float32)
+    env.data.joint("ball").qvel[0] = 0.3
+    for _ in range(100):
+        env.step(hold)
+    assert env.objects()["ball"].is_static
+    env.data.joint("ball").qpos[:3] = env.objects()["bin"].position + np.array([0.002, -0.002, 0.03])
+    for _ in range(30):
+        info = env.step(hold)[4]
+    assert info["success"]
+
+
+def test_speeds_are_those_of_the_simulator():
+    env = Env("panda", "stack_cube", cameras=())
+    env.reset(seed=0)
+    env.data.joint("cube").qvel[:] = (0.3, 0, 0.4, 0, 1.2, 0.5)
+    cube, lower = env.objects()["cube"], env.objects()["lower"]
+    assert (cube.speed, cube.spin) == (pytest.approx(0.5), pytest.approx(1.3))
+    assert not cube.is_static and lower.is_static
+
+
+def test_looks_change_with_the_seed_and_come_back():
+    vivid = Appearance(colors=0.3, light=0.3, camera=0.03)
+    env = Env("panda", "pick_cube", cameras=("base", "wrist"), appearance=vivid, distractors=1)
+    plain = Env("panda", "pick_cube", cameras=("base", "wrist"), distractors=1)
+    pictures = [env.reset(seed=seed)[0]["pixels"] for seed in (1, 2, 1)]
+    assert equal([*pictures[0].values()], [*pictures[2].values()])
+    assert not np.array_equal(pictures[0]["base"], pictures[1]["base"])
+    assert not np.array_equal(pictures[0]["base"], plain.reset(seed=1)[0]["pixels"]["base"])
+    np.testing.assert_array_equal(env.data.qpos, plain.data.qpos)
+    before, state = env.picture("base"), env.get_state()
+    env.reset(seed=3)
+    env.set_state(state)
+    np.testing.assert_array_equal(env.picture("base"), before)
+    cube = env.project(env.objects()["cube"].position[None], "base")[0]
+    mask = np.argwhere(env.mask("cube", "base"))
+    assert np.abs(mask.mean(0) + 0.5 - cube[1::-1]).max() < 3, "the projection does not follow the camera"
+    with pytest.raises(BlmError, match="colors and light in 0"):
+        Appearance(colors=2.0)
+
+
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_the_suite_version_follows_regions_and_words(robot, monkeypatch):
+    before = suite_version([robot], ["pull_cube"])
+    assert before == suite_version([robot], ["pull_cube"]) != suite_version([robot], ["push_cube"])
+    moved = dataclasses.replace(TASKS["pull_cube"], regions={robot: Region((0.01, 0), (0.1, 0.1))})
+    monkeypatch.setitem(TASKS, "pull_cube", moved)
+    assert suite_version([robot], ["pull_cube"]) != before
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -144,7 +274,7 @@ def test_a_restored_state_continues_exactly(robot, task):
     wander(env, 9)
     saved, before = env.get_state(), env.observe()
     expected = wander(env, 6, seed=7)
-    grasping, text = env.is_grasping("cube"), env.task_description
+    grasping, text = env.is_grasping(env.task_spec.object), env.task_description
     other = Env(robot, task, cameras=("wrist",), image_size=48, terminate_on_success=False, distractors=2)
     other.reset(seed=11)
     for continued in (env, other):
@@ -152,7 +282,7 @@ def test_a_restored_state_continues_exactly(robot, task):
         assert equal([continued.observe()["agent_pos"]], [before["agent_pos"]])
         assert equal([continued.observe()["pixels"]["wrist"]], [before["pixels"]["wrist"]])
         assert equal(wander(continued, 6, seed=7), expected)
-        assert (continued.is_grasping("cube"), continued.task_description) == (grasping, text)
+        assert (continued.is_grasping(env.task_spec.object), continued.task_description) == (grasping, text)
         assert continued.step(env.action_space.sample())[3] == (15 + 1 >= 200)
 
 
@@ -247,8 +377,8 @@ def test_distractors_are_apart_told_apart_and_touch_nothing(robot, task):
         env.reset(seed=seed)
         plain.reset(seed=seed)
         things = env.objects()
-        assert len(things) == 8
-        assert len({(thing.kind, thing.color) for thing in things.values()}) == 8
+        assert len(things) == len(env.items) + 6
+        assert len({(thing.kind, thing.color) for thing in things.values()}) == len(things)
         solids = [thing for thing in things.values() if thing.kind not in ("sphere", "disc")]
         for i, one in enumerate(solids):
             for other in solids[:i]:
@@ -364,7 +494,7 @@ def test_a_new_task_is_one_spec(monkeypatch):
         push,
         name="walled",
         items=lambda robot: (*push.items(robot), wall),
-        sample=lambda rng, robot: {**push.sample(rng, robot), "wall": ((0.2, 0, 0.05), (1.0, 0.0, 0.0, 0.0))},
+        sample=lambda *where: {**push.sample(*where), "wall": ((0.2, 0, 0.05), (1.0, 0.0, 0.0, 0.0))},
     )
     monkeypatch.setitem(TASKS, "walled", spec)
     env = Env("panda", "walled", cameras=())

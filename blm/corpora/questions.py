@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -24,7 +25,9 @@ MIN_VISIBLE_PX = 6
 MIN_GAP_M = 0.03
 """Relations are asked only when two objects differ by at least this along the axis [m]."""
 KINDS = ("cube", "ball", "cylinder")
-"""What counts as an object; goal markers (a sphere in the air, a disc) are pointed at by name only."""
+"""Kinds that come in every colour: those that are asked about by kind."""
+MARKERS = ("sphere", "disc")
+"""Goals that are no objects: they are pointed at by name only."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,8 @@ class Thing:
     color: str
     position: np.ndarray
     """World frame [m], shape [3]."""
-    distractor: bool = False
-    """Whether it has no part in the task."""
+    role: Literal["object", "goal", "distractor"] = "goal"
+    """Its part in the task: what has to be moved, what it has to be moved to, or none."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ class Turn:
 def observe_scene(env: Env, cameras: Sequence[str]) -> Scene:
     """Read the facts of the environment's present state."""
     things = tuple(
-        Thing(key, label(state), state.kind, state.color, state.position, key.startswith("distractor"))
+        Thing(key, label(state), state.kind, state.color, state.position, _role(env, key))
         for key, state in env.objects().items()
     )
     tcp = np.asarray(env.tcp()[0])
@@ -89,9 +92,15 @@ def observe_scene(env: Env, cameras: Sequence[str]) -> Scene:
     return Scene(things, tcp, points, dict(env.observe()["pixels"]))
 
 
+def _role(env: Env, key: str) -> Literal["object", "goal", "distractor"]:
+    if key == env.task_spec.object:
+        return "object"
+    return "distractor" if key.startswith("distractor") else "goal"
+
+
 def label(state: ObjectState) -> str:
     """What people call it: colour and kind for an object, its name for a goal marker."""
-    return f"{state.color} {state.kind}" if state.kind in KINDS else state.name
+    return state.name if state.kind in MARKERS else f"{state.color} {state.kind}"
 
 
 def format_point(fraction: tuple[float, float]) -> str:
@@ -194,7 +203,7 @@ def control_turn(scene: Scene, instruction: str, robot: str) -> Turn:
     Stage II taps the backbone at exactly this prompt, so Stage I teaches what has to be known there. In a
     random scene nothing is under way, so the first primitive comes next.
     """
-    roles = {t.label: "object" if t.kind in KINDS else "goal" for t in scene.things if not t.distractor}
+    roles: dict[str, str] = {t.label: t.role for t in scene.things if t.role != "distractor"}
     roles["gripper"] = "gripper"
     views = []
     for camera, points in scene.points.items():
@@ -233,4 +242,4 @@ def to_messages(images: Sequence[ImageArray], turns: Sequence[Turn]) -> tuple[Me
 
 def solid(scene: Scene) -> list[Thing]:
     """The objects that can be counted and compared: goal markers are no objects."""
-    return [t for t in scene.things if t.kind in KINDS]
+    return [t for t in scene.things if t.kind not in MARKERS]

@@ -6,17 +6,22 @@ frame, and packets of one file can follow those of another. The round trip errs 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.video.reformatter import VideoReformatter
 
+from blm.data.files import DamagedError
 from blm.types import BlmError, ImageArray
 
 CODEC_OPTIONS = {"crf": "23", "g": "2", "bf": "0", "preset": "veryfast"}
-LOOKAHEAD = 4
-"""Reading at most this many frames ahead decodes onwards; a larger step seeks."""
 
 
 def encode(path: Path, frames: ImageArray, fps: int) -> None:
@@ -51,48 +56,119 @@ def concatenate(sources: Sequence[Path], out: Path) -> None:
                         packet.dts += offset
                         packet.stream = target
                         container.mux(packet)
-                offset += stream.frames * _ticks_per_frame(stream)
+                offset += round(stream.frames * _ticks_per_frame(stream))
+
+
+class Probe(NamedTuple):
+    """What the header of a video file says."""
+
+    frames: int
+    rate: float
+    """Frames per second."""
+    shape: tuple[int, int]
+    """Height and width [px]."""
+
+
+def probe(path: Path) -> Probe:
+    """Return what the file's index lists, without decoding. Raises BlmError for an unreadable file."""
+    with _video(path) as (_, stream):
+        assert stream.average_rate is not None
+        return Probe(int(stream.frames), float(stream.average_rate), (stream.height, stream.width))
 
 
 def count_frames(path: Path) -> int:
     """Return the number of frames that the file's index lists. Raises BlmError for an unreadable file."""
+    return probe(path).frames
+
+
+def decodable_frames(path: Path) -> int:
+    """Return the number of frames before the first one that cannot be decoded; reads the whole file."""
+    with _video(path) as (container, stream):
+        stream.codec_context.options = {"err_detect": "explode"}  # by default damaged pictures are concealed
+        number = 0
+        try:
+            for frame in container.decode(stream):
+                if frame.is_corrupt:
+                    break
+                number += 1
+        except av.FFmpegError:
+            pass
+        return number
+
+
+@contextmanager
+def _video(path: Path) -> Iterator[tuple[InputContainer, av.VideoStream]]:
     try:
         with av.open(str(path)) as container:
-            return int(container.streams.video[0].frames)
-    except (av.FFmpegError, IndexError) as error:
-        raise BlmError(
-            f"video '{path}' cannot be read ({error}): it is missing, truncated or not a video; "
-            "restore the file, or delete the dataset folder and collect again"
+            stream = container.streams.video[0]
+            if stream.codec_context is None or not stream.average_rate or not stream.time_base:
+                raise IndexError("it holds no video in a known form")
+            yield container, stream
+    except (av.FFmpegError, IndexError, UnicodeError) as error:
+        raise DamagedError(
+            f"video '{path}' cannot be read ({error}): it is missing, truncated or not a video"
         ) from error
 
 
-def _ticks_per_frame(stream: av.VideoStream) -> int:
+def _ticks_per_frame(stream: av.VideoStream) -> Fraction:
     assert stream.average_rate is not None and stream.time_base is not None
-    return round(1 / (stream.average_rate * stream.time_base))
+    return 1 / (stream.average_rate * stream.time_base)
 
 
 class VideoFile:
-    """One open video with random access to exact frames; sequential reads do not seek."""
+    """One open video of constant rate with random access to exact frames.
+
+    It seeks only when a key frame lies between the present place and the frame asked for.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        count_frames(path)  # names the file if it is damaged
         self._container = av.open(str(path))
         self._stream = self._container.streams.video[0]
         self._stream.codec_context.thread_count = 1
+        self._to_rgb = VideoReformatter()  # a frame's own to_ndarray sets one up each time: 1/2 to 1 ms
         self._ticks = _ticks_per_frame(self._stream)
+        self._start = self._stream.start_time or 0
+        keys = [self._number(entry.timestamp) for entry in self._stream.index_entries if entry.is_keyframe]
+        self._keys = keys or [0]
         self._decoded: Iterator[av.VideoFrame] = self._container.decode(self._stream)
         self._next = 0
 
     def read(self, index: int) -> ImageArray:
         """Return frame `index` as [H, W, 3] RGB. Raises BlmError when the file has no such frame."""
-        if not self._next <= index < self._next + LOOKAHEAD:
-            self._container.seek(index * self._ticks, stream=self._stream)
-            self._decoded = self._container.decode(self._stream)
+        try:
+            frame = self._find(index)
+        except av.FFmpegError as error:
+            raise DamagedError(f"video '{self._path}': frame {index} cannot be read ({error})") from error
+        if frame is None:
+            raise DamagedError(f"video '{self._path}' has no frame {index}: it is cut or altered")
+        return np.asarray(self._to_rgb.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
+
+    def _number(self, pts: int) -> int:
+        return round((pts - self._start) / self._ticks)
+
+    def _find(self, index: int) -> av.VideoFrame | None:
+        at = bisect_right(self._keys, index) - 1
+        if self._keys[max(at, 0)] <= self._next <= index:
+            return self._advance(index)
+        # With B-frames a frame may need the key frame before: frames are stored in order of decoding.
+        for key in (at, at - 1):
+            self._seek(self._keys[max(key, 0)])
+            if (frame := self._advance(index)) is not None:
+                return frame
+        return None
+
+    def _seek(self, index: int) -> None:
+        self._container.seek(self._start + round(index * self._ticks), stream=self._stream)
+        self._decoded = self._container.decode(self._stream)
+
+    def _advance(self, index: int) -> av.VideoFrame | None:
+        """Decode onwards to frame `index`; None if it does not come."""
         for frame in self._decoded:
             assert frame.pts is not None
-            self._next = frame.pts // self._ticks + 1
-            if self._next == index + 1:
-                return np.asarray(frame.to_ndarray(format="rgb24"), np.uint8)
-            if self._next > index:
-                break
-        raise BlmError(f"video '{self._path}' has no frame {index}; it is damaged: collect the dataset again")
+            number = self._number(frame.pts)
+            self._next = number + 1
+            if number >= index:
+                return frame if number == index else None
+        return None

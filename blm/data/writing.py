@@ -6,6 +6,7 @@ by (task, seed): the same episodes give the same bytes. Import both from `blm.da
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,27 +19,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from blm.data.files import reading, write_json, write_manifest, writing
 from blm.data.stats import compute_stats, histogram_stats, image_histogram
 from blm.data.video import concatenate, encode
 from blm.types import ActionSpace, BlmError, ContractError, Episode, Stats
 
-FORMAT = 1
-"""Version of the "blm" key of info.json. LeRobot's own version is `codebase_version`."""
+FORMAT = 2
+"""Of the "blm" key of info.json; 2 added executed actions and a manifest. LeRobot has `codebase_version`."""
 CODEBASE_VERSION = "v3.0"
 CHUNK = "chunk-000/file-000"
 """One data file, and one video file for each camera, hold all episodes."""
+SUBTASK = "subtask_index"
+"""Column with the number of the primitive in progress; texts are in meta/subtasks.parquet, as in LeRobot."""
 DATA_FILE, EPISODES_FILE = f"data/{CHUNK}.parquet", f"meta/episodes/{CHUNK}.parquet"
 
 Row = dict[str, Any]
 """A staged episode: its description, vectors and histograms."""
 Columns = dict[str, NDArray[Any]]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write atomically."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
 
 
 def video_key(camera: str) -> str:
@@ -52,15 +49,25 @@ def video_file(camera: str) -> str:
 def stage_episode(folder: Path, key: str, episode: Episode, fps: int = 20) -> Path:
     """Write one episode to `folder/key` atomically, replacing it if it is there; return that folder.
 
-    Raises ContractError for arrays that disagree in length or are not finite.
+    Raises ContractError for arrays that disagree in length or are not finite, BlmError when the disk refuses;
+    then nothing of the episode is left.
     """
     _check_episode(key, episode)
     target = folder / key
     work = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    vectors = {"states": episode.states, "actions": episode.actions}
-    arrays: Columns = {name: np.asarray(array, np.float32) for name, array in vectors.items()}
+    with writing(folder):
+        shutil.rmtree(work, ignore_errors=True)
+        try:
+            work.mkdir(parents=True)
+            _stage(work, key, episode, fps)
+            shutil.rmtree(target, ignore_errors=True)
+            return work.rename(target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _stage(work: Path, key: str, episode: Episode, fps: int) -> None:
+    arrays: Columns = {name: np.asarray(array, np.float32) for name, array in _vectors(episode).items()}
     for camera, frames in episode.images.items():
         arrays[f"histogram.{camera}"] = image_histogram(frames)
         encode(work / f"{camera}.mp4", frames, fps)
@@ -76,23 +83,26 @@ def stage_episode(folder: Path, key: str, episode: Episode, fps: int = 20) -> Pa
         "image_shapes": {camera: frames.shape[1:] for camera, frames in episode.images.items()},
     }
     (work / "episode.json").write_text(json.dumps(description))
-    shutil.rmtree(target, ignore_errors=True)
-    return work.rename(target)
+
+
+def _vectors(episode: Episode) -> Columns:
+    """States, actions and executed actions, [T, D] each; undisturbed, the last two are the same."""
+    executed = episode.actions if episode.executed is None else episode.executed
+    return {"states": episode.states, "actions": episode.actions, "executed": executed}
 
 
 def _check_episode(key: str, episode: Episode) -> None:
-    columns = [
-        episode.states,
-        episode.actions,
-        *episode.images.values(),
-        episode.primitives or episode.states,
-    ]
+    vectors = _vectors(episode)
+    columns = [*vectors.values(), *episode.images.values(), episode.primitives or episode.states]
     lengths = {len(column) for column in columns}
     if len(lengths) != 1 or not len(episode):
         raise ContractError(
-            f"episode '{key}': states, actions, images, primitives differ in length: {lengths}"
+            f"episode '{key}': states, actions, executed, images, primitives differ in length: {lengths}"
         )
-    for name, array in (("states", episode.states), ("actions", episode.actions)):
+    if len({array.shape for array in vectors.values()}) != 1:
+        shapes = {name: array.shape for name, array in vectors.items()}
+        raise ContractError(f"episode '{key}': vectors differ in shape: {shapes}")
+    for name, array in vectors.items():
         if not np.isfinite(array).all():
             raise ContractError(f"episode '{key}': {name} hold a value that is not finite; drop this episode")
 
@@ -108,7 +118,9 @@ def finalize_dataset(
 ) -> Path:
     """Assemble staged episodes into the dataset folder `out`, replacing it in one rename. Idempotent.
 
-    Raises BlmError without episodes, ContractError for an episode of another robot, camera or image size.
+    `provenance` (versions, seeds, configuration) goes into the manifest. Raises BlmError without episodes, or
+    when the disk refuses (what was at `out` and the staged episodes stay), ContractError for an episode of
+    another robot, camera or image size.
     """
     if not staged:
         raise BlmError(
@@ -129,22 +141,32 @@ def finalize_dataset(
         "cameras": list(cameras),
         "image_size": image_size,
         "primitives": sorted({name for row in rows for name in row["primitives"]}),
-        "provenance": dict(provenance),
+        "primitive_column": SUBTASK,
     }
     work, old = out.with_name(f".{out.name}.writing"), out.with_name(f".{out.name}.old")
-    for leftover in (work, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    _write(work, rows, round(space.rate_hz), own)
-    if out.exists():
-        out.rename(old)
-    work.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    with writing(out):
+        if out.exists() and not out.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(out))
+        if old.exists() and not out.exists():
+            old.rename(out)  # a kill came between the two renames below
+        for leftover in (work, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        try:
+            _write(work, rows, round(space.rate_hz), own)
+            write_manifest(work, FORMAT, provenance)
+            if out.exists():
+                out.rename(old)
+            work.rename(out)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     return out
 
 
 def _read_staged(folder: Path) -> Row:
-    description = json.loads((folder / "episode.json").read_text())
-    return description | dict(np.load(folder / "vectors.npz")) | {"folder": folder}
+    with reading(folder):
+        description = json.loads((folder / "episode.json").read_text())
+        return dict(description | dict(np.load(folder / "vectors.npz")) | {"folder": folder})
 
 
 def _write(folder: Path, rows: list[Row], fps: int, own: Mapping[str, Any]) -> None:
@@ -161,7 +183,7 @@ def _write(folder: Path, rows: list[Row], fps: int, own: Mapping[str, Any]) -> N
     entries = [_entry(row, i, columns, fps, own["cameras"]) for i, row in enumerate(rows)]
     pq.write_table(pa.Table.from_pylist(entries), folder / EPISODES_FILE)
     pq.write_table(_text_index("task_index", tasks), folder / "meta/tasks.parquet")
-    pq.write_table(_text_index("subtask_index", own["primitives"]), folder / "meta/subtasks.parquet")
+    pq.write_table(_text_index(SUBTASK, own["primitives"]), folder / "meta/subtasks.parquet")
     write_json(folder / "meta/stats.json", {name: _stats_json(value) for name, value in stats.items()})
     write_json(folder / "meta/modality.json", _modality(own))
     write_json(folder / "meta/info.json", _info(rows, columns, fps, own))
@@ -178,13 +200,14 @@ def _columns(rows: list[Row], fps: int, tasks: list[str], primitives: list[str])
     return {
         "observation.state": np.concatenate([row["states"] for row in rows]),
         "action": np.concatenate([row["actions"] for row in rows]),
+        "executed_action": np.concatenate([row["executed"] for row in rows]),
         "timestamp": (frame / fps).astype(np.float32),
         "frame_index": frame,
         "episode_index": np.repeat(np.arange(len(rows)), lengths),
         "index": np.arange(len(frame)),
         "task_index": np.repeat([tasks.index(row["instruction"]) for row in rows], lengths),
         "next.success": frame >= np.repeat(success_from, lengths),
-        "subtask_index": np.array([primitives.index(name) for row in rows for name in row["primitives"]]),
+        SUBTASK: np.array([primitives.index(name) for row in rows for name in row["primitives"]]),
     }
 
 
@@ -250,7 +273,10 @@ def _modality(own: Mapping[str, Any]) -> dict[str, Any]:
         "state": parts,
         "action": parts,
         "video": {camera: {"original_key": video_key(camera)} for camera in own["cameras"]},
-        "annotation": {"human.task_description": {"original_key": "task_index"}},
+        "annotation": {
+            "human.task_description": {"original_key": "task_index"},
+            "human.subtask_description": {"original_key": SUBTASK},
+        },
     }
 
 

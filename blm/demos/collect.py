@@ -7,46 +7,45 @@ next seed is tried. The same configuration gives the same vectors, bit for bit, 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from blm.data.episodes import finalize_dataset, stage_episode
+from blm.data.files import writing
 from blm.data.writing import write_json
-from blm.demos.expert import HOLD_STEPS, Expert
-from blm.demos.planner import PlanError
-from blm.demos.primitives import DECOMPOSITIONS
+from blm.demos.decompositions import DECOMPOSITIONS
+from blm.demos.expert import Expert
+from blm.demos.rollout import TAKE_OVER, Demonstrator, Perturbation, demonstrate
 from blm.engine import Result, Unit, run_units
 from blm.robots import ROBOTS
 from blm.tasks import Env
-from blm.types import BlmError, Episode, lookup
+from blm.tasks.appearance import PLAIN, Appearance
+from blm.tasks.scene import CAMERAS
+from blm.tasks.suite import suite_version
+from blm.types import BlmError, Policy, lookup
 
-NOISY = {"approach": 1.0, "lift": 1.0, "move": 1.0, "push": 0.3}
-"""Primitives that are executed with noise, and their share of it; near contact there is none."""
-SETTLE = 6
-"""The noise fades out over the last steps of each motion, or it would never arrive."""
-NOISE_MEMORY = 0.9
-"""Correlation of the execution noise from step to step."""
-PULSE = 8
-"""Steps for which a disturbance works the gripper the wrong way."""
+MakePolicy = Callable[[], Policy]
+"""Picklable; called once in each worker process."""
+_NOT_DATA = ("workers", "engine")
+"""Fields that say how to collect, not what: a run may be continued with other ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
     """What to collect."""
 
-    robots: tuple[str, ...] = ("panda", "xarm6", "xarm7", "widowxai")
-    tasks: tuple[str, ...] = ("push_cube", "pick_cube")
+    robots: tuple[str, ...] = tuple(ROBOTS)
+    tasks: tuple[str, ...] = tuple(DECOMPOSITIONS)
     episodes: int = 50
     """Successful episodes to keep for each robot and task."""
     first_seed: int = 10_000
@@ -61,14 +60,26 @@ class CollectConfig:
     random_starts: float = 0.3
     """Share of episodes that start away from home."""
     distractors: int = 0
+    """Coloured things without a part in the task."""
+    appearance: Appearance = PLAIN
+    """How much colours, light and cameras vary."""
+    simulator: Literal["mujoco", "maniskill"] = "mujoco"
+    """"maniskill" needs its own environment (docs/maniskill.md)."""
     workers: int = 2
     """Processes; 0 runs in this one."""
+    engine: Literal["local", "ray"] = "local"
 
     def __post_init__(self) -> None:
         for robot in self.robots:
             lookup("robot", robot, ROBOTS)
         for task in self.tasks:
-            lookup("task with an expert", task, DECOMPOSITIONS)
+            lookup("task", task, DECOMPOSITIONS)
+        for camera in self.cameras:
+            lookup("camera", camera, CAMERAS)
+        if self.simulator == "maniskill" and (self.random_starts or self.disturbed or max(self.noise) > 0.01):
+            raise BlmError(
+                "ManiSkill's scripts do not react: set random_starts 0, disturbed 0, noise up to 0.01"
+            )
         if self.episodes < 1 or not self.noise or min(self.noise) < 0 or self.image_size % 2:
             raise BlmError(
                 "collecting needs episodes >= 1, at least one noise level >= 0 and an even image_size; got "
@@ -76,21 +87,32 @@ class CollectConfig:
             )
 
 
-def collect(config: CollectConfig, out: Path) -> dict[str, Any]:
+def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -> dict[str, Any]:
     """Collect into `out/<robot>/`, one LeRobotDataset v3.0 each; return, and write, `out/summary.json`.
 
-    The summary has "robots" (robot -> task -> kept, rejected by reason, frames), "seconds" of the run that
-    finished, "versions", "seeds" (first and last tried) and "config". Called again after a kill, it goes on;
+    With a `pilot`, that policy drives the first steps of every episode and the expert, whose actions are the
+    labels from the first step on, then finishes it: corrections on states that the policy visits.
+
+    The summary has "robots" (robot -> task -> attempts, kept, rejected by reason, frames), "seconds" of the
+    run that finished, "seconds_in" (summed over attempts: planning, physics, rendering, encoding),
+    "versions", "suite", "seeds" (first and last tried) and "config". Called again after a kill, it goes on;
     called again when finished, it returns the summary. Raises BlmError when `out` holds a collection of
     another configuration, or a cell fails too often.
     """
     began = time.monotonic()
-    wanted = json.loads(json.dumps({k: v for k, v in asdict(config).items() if k != "workers"}))
+    wanted = {k: v for k, v in json.loads(json.dumps(asdict(config))).items() if k not in _NOT_DATA}
+    wanted["pilot"] = pilot().contract.revision if pilot else None
     _claim(out, wanted)
     summary_file, staging, journal = out / "summary.json", out / ".staging", out / "journal.jsonl"
     if not summary_file.exists():
-        results = _attempt_all(config, journal, staging)
-        versions = {name: version(name) for name in ("blm", "mujoco", "mink", "toppra", "numpy")}
+        results = _attempt_all(config, journal, staging, pilot)
+        seeds = [int(key.split("/")[2]) for key in results]
+        provenance = {
+            "versions": {name: version(name) for name in _packages(config)},
+            "suite": suite_version(config.robots, config.tasks),
+            "seeds": [min(seeds), max(seeds)],
+            "collect": wanted,
+        }
         for robot in config.robots:
             kept = [k for k, result in results.items() if k.startswith(f"{robot}/") and result["kept"]]
             finalize_dataset(
@@ -99,14 +121,16 @@ def collect(config: CollectConfig, out: Path) -> dict[str, Any]:
                 space=ROBOTS[robot].action_space,
                 cameras=config.cameras,
                 image_size=config.image_size,
-                provenance={"versions": versions, "collect": wanted},
+                provenance=provenance,
             )
-        seeds = [int(key.split("/")[2]) for key in results]
+        parts: Counter[str] = Counter()
+        for result in results.values():
+            parts.update(result["seconds"])
         summary = {
             "robots": {r: {t: _count(results, r, t) for t in config.tasks} for r in config.robots},
             "seconds": round(time.monotonic() - began, 1),
-            "versions": versions,
-            "seeds": [min(seeds), max(seeds)],
+            "seconds_in": {part: round(seconds, 1) for part, seconds in parts.items()},
+            **{key: provenance[key] for key in ("versions", "suite", "seeds")},
             "config": wanted,
         }
         write_json(summary_file, summary)
@@ -115,12 +139,18 @@ def collect(config: CollectConfig, out: Path) -> dict[str, Any]:
     return dict(json.loads(summary_file.read_text()))
 
 
+def _packages(config: CollectConfig) -> tuple[str, ...]:
+    simulator = "mujoco" if config.simulator == "mujoco" else "mani_skill"
+    return ("blm", simulator, "mink", "toppra", "ompl", "numpy")
+
+
 def _claim(out: Path, wanted: dict[str, Any]) -> None:
-    """Make `out` ours. Raises BlmError if it is another collection's."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Make `out` ours. Raises BlmError if it is another collection's, or not a folder to write to."""
     claim = out / "collect.json"
-    if not claim.exists():
-        write_json(claim, wanted)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if not claim.exists():
+            write_json(claim, wanted)
     have = json.loads(claim.read_text())
     rows = [f"  {k}: {have.get(k)!r} there, {v!r} asked for" for k, v in wanted.items() if have.get(k) != v]
     if rows:
@@ -130,127 +160,121 @@ def _claim(out: Path, wanted: dict[str, Any]) -> None:
         )
 
 
-def _attempt_all(config: CollectConfig, journal: Path, staging: Path) -> dict[str, Result]:
+def _attempt_all(
+    config: CollectConfig, journal: Path, staging: Path, pilot: MakePolicy | None
+) -> dict[str, Result]:
     """Run attempts until every cell has its episodes; return key -> result of all of them."""
     limit = 3 * config.episodes + 10
     tried = dict.fromkeys(product(config.robots, config.tasks), config.episodes)
     while True:
         units = [
-            Unit(f"{robot}/{task}/{seed}", (config, robot, task, seed, staging))
+            Unit(f"{robot}/{task}/{seed}", (config, robot, task, seed, staging, pilot))
             for (robot, task), count in tried.items()
             for seed in range(config.first_seed, config.first_seed + count)
         ]
-        results = run_units(_attempt, units, journal=journal, workers=config.workers, title="collecting")
+        how: Any = {"workers": config.workers, "engine": config.engine, "title": "collecting"}
+        results = run_units(_attempt, units, journal=journal, **how)
         counts = {cell: _count(results, *cell) for cell in tried}
         missing = {cell: config.episodes - count["kept"] for cell, count in counts.items()}
         if not any(missing.values()):
             return results
-        for (robot, task), lacking in missing.items():
-            if lacking and tried[robot, task] >= limit:
-                raise BlmError(
-                    f"{robot} {task}: {limit} attempts gave {config.episodes - lacking} of {config.episodes} "
-                    f"episodes; rejected: {counts[robot, task]['rejected']}; lower noise or disturbed"
-                )
-            tried[robot, task] = min(tried[robot, task] + lacking, limit)
+        for cell, lacking in missing.items():
+            if lacking and tried[cell] >= limit:
+                raise BlmError(_why(*cell, counts[cell], config.episodes))
+            tried[cell] = min(tried[cell] + lacking, limit)
+
+
+def _why(robot: str, task: str, count: Mapping[str, Any], wanted: int) -> str:
+    """What to say when a cell does not get its episodes."""
+    reasons: Mapping[str, int] = count["rejected"]
+    worst = max(reasons, key=lambda reason: reasons[reason])
+    advice = (
+        f"the spawn region is out of the arm's reach: change TaskSpec.regions['{robot}'] of '{task}'"
+        if worst == "unreachable"
+        else "lower noise or disturbed"
+    )
+    return (
+        f"{robot} {task}: {count['attempts']} attempts gave {count['kept']} of {wanted} episodes; "
+        f"rejected: {reasons}; {advice}"
+    )
 
 
 def _count(results: Mapping[str, Result], robot: str, task: str) -> dict[str, Any]:
     """What became of the attempts at one robot and task."""
     mine = [result for key, result in results.items() if key.startswith(f"{robot}/{task}/")]
     return {
+        "attempts": len(mine),
         "kept": sum(result["kept"] for result in mine),
         "rejected": dict(sorted(Counter(r["reason"] for r in mine if not r["kept"]).items())),
         "frames": sum(result.get("frames", 0) for result in mine),
     }
 
 
-def _attempt(payload: tuple[CollectConfig, str, str, int, Path]) -> Result:
+def _attempt(payload: tuple[CollectConfig, str, str, int, Path, MakePolicy | None]) -> Result:
     """One work unit: make, check and stage one episode."""
-    config, robot, task, seed, staging = payload
-    episode, reason = demonstrate(_expert(config, robot, task), seed, config)
+    config, robot, task, seed, staging, make_pilot = payload
+    expert, pilot = _expert(config, robot, task), _pilot(make_pilot) if make_pilot else None
+    if pilot is not None:
+        pilot.contract.check(expert.env.observation())
+    rng = np.random.default_rng((seed, 1))
+    draw = draw_perturbation(config, rng, piloted=pilot is not None)
+    before = dict(expert.env.seconds)
+    episode, reason = demonstrate(expert, seed, draw, rng, pilot)
+    seconds = {part: total - before[part] for part, total in expert.env.seconds.items()}
+    seconds["planning"] = expert.planning_seconds
     if episode is None:
-        return {"kept": False, "reason": reason}
+        return {"kept": False, "reason": reason, "seconds": seconds}
+    began = time.perf_counter()
     stage_episode(staging, f"{robot}/{task}/{seed}", episode)
-    return {"kept": True, "frames": len(episode)}
+    seconds["encoding"] = time.perf_counter() - began
+    return {"kept": True, "frames": len(episode), "seconds": seconds}
+
+
+def draw_perturbation(config: CollectConfig, rng: np.random.Generator, piloted: bool = False) -> Perturbation:
+    """Draw what befalls one episode; a policy that drives it is disturbance enough."""
+    sigma = float(rng.choice(config.noise))
+    pulse = int(rng.integers(5, 40)) if rng.random() < config.disturbed else None
+    start = rng.random() < config.random_starts
+    if piloted:
+        take_over = int(rng.integers(*TAKE_OVER))
+        return Perturbation(sigma=0.0, pulse=None, random_start=False, take_over=take_over)
+    return Perturbation(sigma=sigma, pulse=pulse, random_start=bool(start), take_over=0)
 
 
 @cache
-def _expert(config: CollectConfig, robot: str, task: str) -> Expert:
+def _expert(config: CollectConfig, robot: str, task: str) -> Demonstrator:
     """One environment for each cell and process: making one costs as much as several episodes."""
-    env = Env(
+    return make_expert(config, robot, task)
+
+
+@cache
+def _pilot(make: MakePolicy) -> Policy:
+    return make()
+
+
+def make_env(config: CollectConfig, robot: str, task: str, cameras: tuple[str, ...]) -> Env:
+    """The environment that this configuration records, with these cameras only."""
+    world = Env
+    if config.simulator == "maniskill":
+        from blm.tasks.maniskill import ManiSkillEnv
+
+        world = ManiSkillEnv
+    return world(
         robot,
         task,
-        cameras=config.cameras,
+        cameras=cameras,
         image_size=config.image_size,
         terminate_on_success=False,
         distractors=config.distractors,
+        appearance=config.appearance,
     )
-    return Expert(env, np.random.default_rng(0))
 
 
-def demonstrate(expert: Expert, seed: int, config: CollectConfig) -> tuple[Episode | None, str]:
-    """Let the expert solve scene `seed`; return the episode, or None and the reason of its rejection.
+def make_expert(config: CollectConfig, robot: str, task: str) -> Demonstrator:
+    """Who demonstrates one cell, in the environment that it records."""
+    env, rng = make_env(config, robot, task, config.cameras), np.random.default_rng(0)
+    if config.simulator == "maniskill":
+        from blm.demos.maniskill import ManiSkillExpert
 
-    Noise and disturbances act on what is executed, while the recorded action is the expert's own: the data
-    show how to come back, not how to go astray (as in DART, Laskey et al., CoRL 2017).
-    """
-    env, rng = expert.env, np.random.default_rng((seed, 1))
-    sigma = float(rng.choice(config.noise))
-    pulse = int(rng.integers(5, 40)) if rng.random() < config.disturbed else -PULSE
-    start = "random" if rng.random() < config.random_starts else "home"
-    observation, _ = env.reset(seed=seed, options={"arm": start})
-    expert.reset(rng)
-    noise = np.zeros(env.contract_space.dim - 1)
-    steps: list[tuple[dict[str, Any], Any, str, bool]] = []
-    while not expert.done and len(steps) < env._max_episode_steps:
-        try:
-            action, name = expert.act()
-        except PlanError as error:
-            return None, error.reason
-        noise = NOISE_MEMORY * noise + math.sqrt(1 - NOISE_MEMORY**2) * sigma * rng.normal(size=len(noise))
-        executed = action.copy()
-        executed[:-1] += noise * NOISY.get(name, 0.0) * min(1.0, expert.remaining / SETTLE)
-        if pulse <= len(steps) < pulse + PULSE:
-            executed[-1] = 1 - executed[-1]
-        following, _, _, _, info = env.step(executed)
-        steps.append((observation, action, name, info["success"]))
-        observation = following
-    seen, actions, names, success = zip(*steps, strict=True)
-    if not expert.done or not all(success[-HOLD_STEPS:]):
-        missed = names[-1] in ("approach", "descend", "grasp") and "grasp" in names
-        return None, "dropped" if expert.drops else "missed_grasp" if missed else "no_success"
-    return Episode(
-        robot=env.robot.name,
-        task=env.task,
-        seed=seed,
-        instruction=env.task_description,
-        states=np.stack([o["agent_pos"] for o in seen]),
-        actions=np.stack(actions),
-        images={camera: np.stack([o["pixels"][camera] for o in seen]) for camera in env.cameras},
-        primitives=names,
-        metrics={
-            "success_step": 1 + max((t for t, ok in enumerate(success) if not ok), default=-1),
-            "noise": sigma,
-            "disturbed": float(pulse >= 0),
-            "random_start": float(start == "random"),
-            "drops": expert.drops,
-        },
-    ), ""
-
-
-def replay(env: Env, episode: Episode) -> bool:
-    """Whether the recorded actions give, bit for bit, the recorded states, and the same success.
-
-    Raises BlmError for an episode with noise or a disturbance: what was executed is not what was recorded.
-    """
-    if episode.metrics["noise"] or episode.metrics["disturbed"]:
-        raise BlmError(
-            f"episode of seed {episode.seed} was executed with noise; only clean ones can be replayed"
-        )
-    start = "random" if episode.metrics["random_start"] else "home"
-    observation, info = env.reset(seed=episode.seed, options={"arm": start})
-    for state, action in zip(episode.states, episode.actions, strict=True):
-        if not np.array_equal(observation["agent_pos"], state):
-            return False
-        observation, _, _, _, info = env.step(action)
-    return bool(info["success"]) == episode.success
+        return ManiSkillExpert(env, rng)  # type: ignore[arg-type,return-value]  # its env is narrower
+    return Expert(env, rng)

@@ -16,6 +16,7 @@ from mink import SO3
 from blm.demos.planner import Pose, Vector, make_pose
 from blm.robots import RobotSpec
 from blm.tasks import ObjectState
+from blm.tasks.place_sphere import REST
 
 TILTS = np.radians((0, 20, 40, 60))
 """How far the tool may lean: a short arm reaches more with a tilted tool."""
@@ -27,14 +28,22 @@ GAP, FINGER = 0.02, 0.011
 """Free space between finger and cube before a push; half the thickness of a finger [m]."""
 PUSH_NEAR, CARRY_NEAR = 0.03, 0.008
 """A push, a carry is over when the cube is this near its goal [m]."""
+LIFT = 0.05
+"""How far a thing is lifted before it is carried, and above its place before it is put down [m]."""
 ON_SPOT = 0.012
 """The tool has arrived when it is this near [m]."""
 MOVED = 0.008
 """A plan is given up when its object has moved by this [m]."""
 ALIGNED = np.radians(10)
 UP = np.array([0.0, 0.0, 1.0])
-FAST, CAREFUL = 0.35, 0.20
-"""Mean tool speeds in free space and near objects [m/s]."""
+FAST, CAREFUL, SLOW = 0.35, 0.20, 0.10
+"""Mean tool speeds in free space, near objects, and when putting something down [m/s]."""
+RELEASE_HEIGHT = 0.004
+"""A thing is let go when it is this near its place [m]."""
+CLEAR_OF = 0.03
+"""A thing that was put down is left alone when the tool is this far away [m]."""
+BALL_GRIP = 0.006
+"""Height of the tool above a ball's centre when it grasps it [m]."""
 Path = tuple[Sequence[Pose], Sequence[Pose]]
 """Tool poses to go through in straight lines; those of the next primitive, which must be possible too."""
 
@@ -66,60 +75,151 @@ class Step:
     free: bool = False
     """The way does not matter, so a motion in joint space will do where straight lines are not possible."""
     speed: float = CAREFUL
+    touches: tuple[str, ...] = ()
+    """Items that the arm may touch on the way: the thing to be grasped or pushed."""
+    carried: str = ""
+    """Item in the hand: it moves with the tool and must not hit anything."""
     valid: Callable[[View], bool] = lambda view: False
     """False: decide again at once."""
 
 
 def pick(view: View) -> Step:
     """Grasp the cube and hold it at the goal."""
-    cube, goal = view.objects["cube"], view.objects["goal"]
-    return carry(view, cube, goal.position) if _in_hand(view, cube.name) else grasp(view, cube)
+    cube, goal = view.objects["cube"], view.objects["goal"].position
+    if not _in_hand(view, cube):
+        return grasp(view, cube)
+    if np.linalg.norm(cube.position - goal) < CARRY_NEAR:
+        return Step(primitive="hold", opening=0.0)
+    return carry(view, cube, goal)
 
 
 def push(view: View) -> Step:
-    """Push the cube until it is well inside the target."""
+    """Push, or pull, the cube until it is well inside the target."""
     return push_towards(view, view.objects["cube"], view.objects["target"].position)
 
 
-DECOMPOSITIONS: dict[str, Callable[[View], Step]] = {"pick_cube": pick, "push_cube": push}
-"""Task -> what to do now. To teach the expert a task, add a function of the measured state."""
+def stack(view: View) -> Step:
+    """Put the cube on the lower one and let go."""
+    cube, lower = view.objects["cube"], view.objects["lower"]
+    return put(view, cube, lower, rise=cube.size[2] + lower.size[2], within=0.02)
 
 
-def grasp(view: View, cube: ObjectState) -> Step:
-    """Hover above the cube with open fingers, close in, close the fingers; again when they missed it."""
-    width = cube.size[1] / view.robot.gripper.stroke  # opening at which the fingers touch it
-    x, y, z = view.tool.inverse() @ cube.position
-    above = max(abs(x), abs(y)) < ON_SPOT and _turn_to(cube, view.tool.rotation()) < ALIGNED
+def place(view: View) -> Step:
+    """Put the ball into the bin and let go."""
+    return put(view, view.objects["ball"], view.objects["bin"], rise=REST, within=0.005)
+
+
+Stages = list[list[Pose]]
+"""What the tool has to reach, in order; of each stage any one pose will do."""
+
+
+def push_stages(view: View) -> Stages:
+    """Before the cube, and at the end of the push."""
+    cube, target = view.objects["cube"], view.objects["target"].position
+    way = (target - cube.position)[:2]
+    unit = way / np.linalg.norm(way)
+    back = cube.size[0] + FINGER + GAP
+    spots = cube.position[:2] - back * unit, target[:2] - (back + PUSH_NEAR / 2) * unit
+    return [_push_poses(np.array([*spot, PUSH_HEIGHT]), unit) for spot in spots]
+
+
+def carry_stages(view: View, thing: ObjectState, goal: Vector) -> Stages:
+    """At the thing, and where it has to go, with any attitude."""
+    away = goal - view.robot.base_position
+    yaw = float(np.arctan2(away[1], away[0])) + np.radians(np.arange(0, 360, 30))
+    poses = grasp_poses(view, thing)
+    return [
+        poses,
+        [_at(pose, goal) for pose in poses] + [make_pose(goal, y, t) for y, t in product(yaw, TILTS)],
+    ]
+
+
+def grasp(view: View, thing: ObjectState, goal: Vector | None = None) -> Step:
+    """Hover above a cube or ball with open fingers, close in, close the fingers; again when they missed it.
+
+    With a `goal`, attitudes of the tool that can carry the thing there unturned come first.
+    """
+    width = thing.size[0] / view.robot.gripper.stroke  # opening at which the fingers touch it
+    spot = _grip_point(thing)
+    x, y, z = view.tool.inverse() @ spot
+    above = max(abs(x), abs(y)) < ON_SPOT and _turn_to(thing, view.tool.rotation()) < ALIGNED
     if above and abs(z) < ON_SPOT and view.opening > 0.8 * width:
         return Step(primitive="grasp", opening=0.0)
-    turns = product(_headings(cube), TILTS)
-    poses = _nearest(view, [make_pose(cube.position, yaw, tilt) for yaw, tilt in turns])
+    poses = grasp_poses(view, thing)
     if above and 0 < z < 1.5 * HOVER and view.opening > min(1.3 * width, 0.95):
-        paths: list[Path] = [([pose], []) for pose in poses]
-        return Step(primitive="descend", opening=1.0, paths=paths, valid=_unmoved(cube))
-    back = [_at(pose, pose.translation() - HOVER * pose.rotation().as_matrix()[:, 2]) for pose in poses]
-    paths = [([*_clear(view), hover], [pose]) for hover, pose in zip(back, poses, strict=True)]
-    return _approach(1.0, paths, cube)
+        down: list[Path] = [([pose], []) for pose in poses]
+        valid = _unmoved(thing)
+        return Step(primitive="descend", opening=1.0, paths=down, valid=valid, touches=(thing.name,))
+    up = [[*_clear(view), _back(pose)] for pose in poses]
+    paths = [(hover, [pose]) for hover, pose in zip(up, poses, strict=True)]
+    if goal is not None:
+        ends = [
+            [pose, _at(pose, spot + LIFT * UP), _at(pose, goal - thing.position + spot)] for pose in poses
+        ]
+        paths = [*zip(up, ends, strict=True), *paths]
+    return _approach(1.0, paths, thing)
 
 
-def carry(view: View, cube: ObjectState, goal: Vector) -> Step:
-    """Bring the held cube to `goal`; it hangs in the hand where it was measured, not where it was planned."""
-    offset = view.tool.inverse() @ cube.position
-    away = view.place - view.robot.base_position
-    yaw = float(np.arctan2(away[1], away[0]))
-    turns = [view.tool.rotation(), *(make_pose(goal, yaw, tilt).rotation() for tilt in TILTS)]
+def grasp_poses(view: View, thing: ObjectState) -> list[Pose]:
+    """Ranked tool poses that grasp it: least turn of the tool first."""
+    spot = _grip_point(thing)
+    turns = product(_headings(thing), TILTS)
+    return _nearest(view, [make_pose(spot, yaw, tilt) for yaw, tilt in turns])
 
-    def to(point: Vector) -> list[Path]:
-        return [([Pose.from_rotation_and_translation(r, point - r.apply(offset))], []) for r in turns]
 
-    def held(now: View) -> bool:
-        return _in_hand(now, cube.name)
+def carry(view: View, thing: ObjectState, goal: Vector) -> Step:
+    """Bring the held thing to `goal`; it hangs in the hand as measured, not as planned."""
+    held = _still_held(thing)
+    low = thing.position[2] < thing.size[0] + 0.03
+    if low and np.linalg.norm((thing.position - goal)[:2]) > 0.03:
+        paths = _carrying(view, thing, thing.position + LIFT * UP, _carry_turns(view, goal))
+        return Step(primitive="lift", opening=0.0, paths=paths, valid=held, carried=thing.name)
+    paths = _carrying(view, thing, goal, _carry_turns(view, goal))
+    return Step(
+        primitive="move", opening=0.0, paths=paths, valid=held, free=True, speed=FAST, carried=thing.name
+    )
 
-    if np.linalg.norm(cube.position - goal) < CARRY_NEAR:
-        return Step(primitive="hold", opening=0.0)
-    if cube.position[2] < cube.size[2] + 0.03 and np.linalg.norm((cube.position - goal)[:2]) > 0.03:
-        return Step(primitive="lift", opening=0.0, paths=to(cube.position + 0.05 * UP), valid=held)
-    return Step(primitive="move", opening=0.0, paths=to(goal), valid=held, free=True, speed=FAST)
+
+def put(view: View, thing: ObjectState, base: ObjectState, rise: float, within: float) -> Step:
+    """Bring a thing to rest `rise` [m] above the centre of its base, let go and draw back.
+
+    Seen from above, `within` [m] of it is near enough.
+    """
+    spot = base.position + rise * UP
+    off = thing.position - spot
+    sideways, away = float(np.linalg.norm(off[:2])), float(np.linalg.norm(view.place - thing.position))
+    if sideways < within and abs(off[2]) < RELEASE_HEIGHT:
+        width = thing.size[0] / view.robot.gripper.stroke
+        if away < CLEAR_OF and view.opening < min(1.4 * width, 0.95):
+            return Step(primitive="release", opening=1.0)
+        if away < CLEAR_OF:
+            back: list[Path] = [([_back(view.tool, by)], []) for by in (HOVER, LIFT, 1.2 * CLEAR_OF)]
+            touches = (thing.name, base.name)
+            return Step(
+                primitive="retreat",
+                opening=1.0,
+                paths=back,
+                free=True,
+                touches=touches,
+                valid=lambda now: True,
+            )
+        return Step(primitive="hold" if thing.is_static else "retreat", opening=1.0)
+    above = spot + LIFT * UP
+    if not _in_hand(view, thing):
+        return grasp(view, thing, above)
+    if sideways > within / 2:
+        return carry(view, thing, above)
+    paths = _carrying(view, thing, spot + 0.5 * RELEASE_HEIGHT * UP, [view.tool.rotation()])
+    held = _still_held(thing)
+    return Step(
+        primitive="place",
+        opening=0.0,
+        paths=paths,
+        valid=held,
+        speed=SLOW,
+        carried=thing.name,
+        touches=(base.name,),
+    )
 
 
 def push_towards(view: View, cube: ObjectState, goal: Vector) -> Step:
@@ -143,51 +243,89 @@ def push_towards(view: View, cube: ObjectState, goal: Vector) -> Step:
         return along < -0.8 * cube.size[0] and side < 1.25 * ON_SPOT
 
     stand, end = at(-contact - GAP), at(distance - PUSH_NEAR / 2 - contact)
-    heading = np.arctan2(unit[1], unit[0]) + np.array([0, np.pi / 2])
-    yaws = heading - np.pi * np.round(heading / np.pi)  # the closed fingers are the same from both sides
-    poses = [make_pose(stand, yaw, tilt) for yaw, tilt in product(yaws, TILTS)]
+    poses = _push_poses(stand, unit)
     nearest = _nearest(view, poses)
     ready = view.opening < 0.15 and _turn(view.tool, nearest[0]) < ALIGNED
     low = abs(view.place[2] - PUSH_HEIGHT) < ON_SPOT
     if ready and low and behind(view) and offset(view)[0] > -contact - 2 * GAP:
         paths: list[Path] = [([_at(pose, end)], []) for pose in nearest]
-        return Step(primitive="push", opening=0.0, paths=paths, valid=behind)
+        return Step(primitive="push", opening=0.0, paths=paths, valid=behind, touches=(cube.name,))
     if ready and np.linalg.norm((view.place - stand)[:2]) < ON_SPOT:
         paths = [([pose], []) for pose in nearest]
-        return Step(primitive="descend", opening=0.0, paths=paths, valid=_unmoved(cube))
+        valid = _unmoved(cube)
+        return Step(primitive="descend", opening=0.0, paths=paths, valid=valid, touches=(cube.name,))
     above = stand + HOVER * UP
     paths = [([*_clear(view), _at(pose, above)], [pose, _at(pose, end)]) for pose in poses]
     return _approach(0.0, paths, cube)
 
 
-def _approach(opening: float, paths: list[Path], thing: ObjectState) -> Step:
+def _push_poses(point: Vector, unit: Vector) -> list[Pose]:
+    """Tool poses at `point` for a push along `unit` [2]: the closed fingers are the same from both sides."""
+    heading = np.arctan2(unit[1], unit[0]) + np.array([0, np.pi / 2])
+    yaws = heading - np.pi * np.round(heading / np.pi)
+    return [make_pose(point, yaw, tilt) for yaw, tilt in product(yaws, TILTS)]
+
+
+def _approach(opening: float, paths: Sequence[Path], thing: ObjectState) -> Step:
     valid = _unmoved(thing)
     return Step(primitive="approach", opening=opening, paths=paths, free=True, speed=FAST, valid=valid)
+
+
+def _carry_turns(view: View, goal: Vector) -> list[SO3]:
+    """Attitudes of the tool for carrying: as it is, then turned about the vertical: nothing tips over."""
+    turns = np.radians((0, 30, -30, 60, -60, 90, -90, 135, -135, 180))
+    kept = [SO3.from_z_radians(turn) @ view.tool.rotation() for turn in turns]
+    away = goal - view.robot.base_position
+    yaw = float(np.arctan2(away[1], away[0]))
+    return kept + [make_pose(goal, yaw, tilt).rotation() for tilt in TILTS]
+
+
+def _carrying(view: View, thing: ObjectState, point: Vector, turns: Sequence[SO3]) -> list[Path]:
+    """Paths that bring the held thing to `point`, one for each attitude of the tool."""
+    offset = view.tool.inverse() @ thing.position
+    return [([Pose.from_rotation_and_translation(turn, point - turn.apply(offset))], []) for turn in turns]
 
 
 def _unmoved(thing: ObjectState) -> Callable[[View], bool]:
     return lambda now: bool(np.linalg.norm(now.objects[thing.name].position - thing.position) < MOVED)
 
 
-def _in_hand(view: View, name: str) -> bool:
+def _in_hand(view: View, thing: ObjectState) -> bool:
     """Whether a thing is grasped, or off the table at the tool: the measured grip can fail for an instant."""
-    thing = view.objects[name]
     near = np.linalg.norm(thing.position - view.place) < thing.size[0]
-    return bool(view.held(name) or (near and thing.position[2] > thing.size[2] + 0.005))
+    return bool(view.held(thing.name) or (near and thing.position[2] > thing.size[0] + 0.005))
 
 
-def _headings(cube: ObjectState) -> list[float]:
-    """Headings of the cube's four sides, whichever face it lies on [rad]."""
-    axes = SO3(np.asarray(cube.quaternion)).as_matrix()
+def _still_held(thing: ObjectState) -> Callable[[View], bool]:
+    return lambda now: _in_hand(now, now.objects[thing.name])
+
+
+def _grip_point(thing: ObjectState) -> Vector:
+    """Where the tool grasps it: a ball a little above its centre, so that the fingers stay above the bin."""
+    return thing.position + (BALL_GRIP * UP if thing.kind == "ball" else 0.0)
+
+
+def _headings(thing: ObjectState) -> list[float]:
+    """Headings of the cube's four sides, whichever face it lies on; any will do for a ball [rad]."""
+    if thing.kind == "ball":
+        return [float(turn) for turn in np.arange(8) * np.pi / 4]
+    axes = SO3(np.asarray(thing.quaternion)).as_matrix()
     level = axes[:, np.argmin(abs(axes[2]))]
     return [float(np.arctan2(level[1], level[0]) + k * np.pi / 2) for k in range(4)]
 
 
-def _turn_to(cube: ObjectState, tool: SO3) -> float:
-    """Angle between the closing axis and the nearest side of the cube, seen from above [rad]."""
+def _turn_to(thing: ObjectState, tool: SO3) -> float:
+    """Angle between the closing axis and the nearest side of the thing, seen from above [rad]."""
+    if thing.kind == "ball":
+        return 0.0
     closing = tool.as_matrix()[:, 1]
-    difference = np.arctan2(closing[1], closing[0]) - _headings(cube)[0]
+    difference = np.arctan2(closing[1], closing[0]) - _headings(thing)[0]
     return float(abs((difference + np.pi / 4) % (np.pi / 2) - np.pi / 4))
+
+
+def _back(pose: Pose, by: float = HOVER) -> Pose:
+    """The pose so far [m] back along its approach direction."""
+    return _at(pose, pose.translation() - by * pose.rotation().as_matrix()[:, 2])
 
 
 def _nearest(view: View, poses: Sequence[Pose]) -> list[Pose]:

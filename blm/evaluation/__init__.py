@@ -1,27 +1,35 @@
 """Judge any Policy and any Chat: protocols as data, every row kept, every score with n and an interval."""
 
-from blm.evaluation.baselines import RandomPolicy, ZeroPolicy
+from blm.evaluation.baselines import RandomPolicy, ReplayPolicy, ZeroPolicy
 from blm.evaluation.digital import BENCHMARKS, evaluate_digital
 from blm.evaluation.physical import evaluate_physical
 from blm.evaluation.protocol import (
     EVALUATION_SEEDS,
+    PROTOCOLS,
     STAGE1_HELD_OUT_SEEDS,
     TRAINING_SEEDS,
     DigitalProtocol,
     PhysicalProtocol,
 )
-from blm.evaluation.results import compare
+from blm.evaluation.results import compare, compare_cells, format_comparison, load_result
+from blm.evaluation.rollout import Privileged
 
 __all__ = [
     "BENCHMARKS",
     "EVALUATION_SEEDS",
+    "PROTOCOLS",
     "STAGE1_HELD_OUT_SEEDS",
     "TRAINING_SEEDS",
     "DigitalProtocol",
     "PhysicalProtocol",
+    "Privileged",
     "RandomPolicy",
+    "ReplayPolicy",
     "ZeroPolicy",
     "compare",
+    "compare_cells",
     "evaluate_digital",
     "evaluate_physical",
+    "format_comparison",
+    "load_result",
 ]

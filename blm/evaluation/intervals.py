@@ -35,6 +35,9 @@ class Difference:
     """First minus second on the same items, with the 95 % interval."""
 
     n: int
+    first: float
+    """Rate of the first."""
+    second: float
     difference: float
     low: float
     high: float
@@ -100,10 +103,22 @@ def paired_difference(
     gap = a.rate - b.rate
     low, high = gap - combine(a.rate - a.low, b.high - b.rate), gap + combine(a.high - a.rate, b.rate - b.low)
     ours, theirs = int((x > y).sum()), int((y > x).sum())
-    return Difference(a.n, gap, low, high, ours, theirs, mcnemar(ours, theirs) if groups is None else None)
+    p_value = mcnemar(ours, theirs) if groups is None else None
+    return Difference(a.n, a.rate, b.rate, gap, low, high, ours, theirs, p_value)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """Exact two-sided p-value: would fair coins split the disagreements at least so unevenly?"""
     n, fewer = only_first + only_second, min(only_first, only_second)
     return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """The p-values corrected for their number (Holm 1979, Scandinavian J. Statistics 6:65); None stays."""
+    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    worst = 0.0
+    for rank, (p, place) in enumerate(known):
+        worst = max(worst, min(1.0, (len(known) - rank) * p))
+        corrected[place] = worst
+    return corrected

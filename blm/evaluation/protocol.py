@@ -7,38 +7,85 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, Literal, Required, TypedDict, Unpack, get_args
 
 from blm.robots import ROBOTS
-from blm.tasks import TASKS
-from blm.types import BlmError, ContractError, PolicyContract, lookup
+from blm.tasks.suite import suite_version
+from blm.types import BlmError, ContractError, Episode, PolicyContract, lookup
 
 EVALUATION_SEEDS = range(10_000)
 TRAINING_SEEDS = range(10_000, 1_000_000)
 STAGE1_HELD_OUT_SEEDS = range(1_000_000, 2_000_000)
 
 _OF_POLICY = ("cameras", "image_size", "rate_hz", "execute")
-SUITE_VERSION = "1"
-"""Raise it when a success rule or the physics changes; sizes, regions and wordings are hashed anyway."""
+Phrasing = Literal["seen", "held_out", "both"]
+Latency = Literal["none", "measured"] | float
+
+
+class Open(TypedDict, total=False):
+    """Fields of a `PhysicalProtocol` that a policy leaves open; all may be changed in a named protocol."""
+
+    robots: Sequence[str]
+    tasks: Sequence[str]
+    episodes: int
+    first_seed: int
+    max_steps: int
+    settle_steps: int
+    phrasing: Phrasing
+    latency: Latency
+    simulator: str
+
+
+class Settings(Open, total=False):
+    """The same where robots, tasks and episodes have to be given."""
+
+    robots: Required[Sequence[str]]  # type: ignore[misc]
+    tasks: Required[Sequence[str]]  # type: ignore[misc]
+    episodes: Required[int]  # type: ignore[misc]
+
+
+PROTOCOLS: dict[str, Settings] = {
+    "suite24": {
+        "robots": ("panda", "xarm6", "xarm7", "widowxai"),
+        "tasks": ("push_cube", "pull_cube", "pick_cube", "stack_cube", "place_sphere", "lift_peg_upright"),
+        "episodes": 50,
+        "first_seed": 0,
+        "max_steps": 200,
+        "phrasing": "both",
+    },
+}
+"""Named protocols: the fields that a policy leaves open."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhysicalProtocol:
-    """Closed-loop episodes: every robot x task x seed once. Build it with `for_policy`."""
+    """Closed-loop episodes. Build it with `for_policy`, `named` or `for_replay`."""
 
+    name: str = ""
+    """Of the entry of PROTOCOLS that it is, unchanged; empty for none."""
+    purpose: Literal["evaluation", "replay check"] = "evaluation"
+    """A replay check plays recorded training episodes again: it tests data and simulator, it is no score."""
     robots: tuple[str, ...]
     tasks: tuple[str, ...]
     first_seed: int = 0
     episodes: int
     """Per robot and task; their seeds follow `first_seed`."""
+    recorded: tuple[tuple[str, str, int], ...] = ()
+    """Robot, task and seed of each episode of a replay check, which replace the seeds above."""
     max_steps: int = 200
     settle_steps: int = 10
     """An episode goes on for so many steps after its first success; then success_at_end is judged."""
-    phrasing: Literal["seen", "held_out"] = "seen"
-    """Instructions as in training (drawn by the scene's seed), or worded as never in training."""
+    phrasing: Phrasing = "seen"
+    """Instructions as in training (drawn by the scene's seed), or worded as never in training; both: even
+    seeds the former, odd seeds the latter."""
+    latency: Latency = "none"
+    """"none": the world waits for the policy. Else it moves on, and the answer to an observation arrives so
+    many seconds later: a fixed number, or what the call took ("measured": depends on machine and load)."""
     rate_hz: float
     cameras: tuple[str, ...]
     image_size: int
@@ -52,22 +99,78 @@ class PhysicalProtocol:
     def seeds(self) -> range:
         return range(self.first_seed, self.first_seed + self.episodes)
 
+    @property
+    def scenes(self) -> list[tuple[str, str, int]]:
+        """Robot, task and seed of every episode, cell after cell."""
+        every = [(robot, task, seed) for robot in self.robots for task in self.tasks for seed in self.seeds]
+        return list(self.recorded) or every
+
     def __post_init__(self) -> None:
-        seeds = self.seeds
-        if not seeds or seeds[0] not in EVALUATION_SEEDS or seeds[-1] not in EVALUATION_SEEDS:
-            raise BlmError(
-                f"{self.episodes} evaluation seeds from {self.first_seed} on: need one or more, all within "
-                f"0..{EVALUATION_SEEDS.stop - 1}; the others belong to training"
-            )
+        if (self.purpose == "replay check") != bool(self.recorded):
+            raise BlmError("a replay check, and nothing else, names its recorded episodes; use for_replay")
+        if not self.recorded:
+            seeds = self.seeds
+            if not seeds or seeds[0] not in EVALUATION_SEEDS or seeds[-1] not in EVALUATION_SEEDS:
+                raise BlmError(
+                    f"{self.episodes} evaluation seeds from {self.first_seed} on: need one or more, all "
+                    f"within 0..{EVALUATION_SEEDS.stop - 1}; the others belong to training"
+                )
+        fixed = isinstance(self.latency, int | float) and 0 <= self.latency < math.inf
+        if not fixed and self.latency not in ("none", "measured"):
+            raise BlmError(f"latency {self.latency!r} must be 'none', 'measured' or seconds from 0 on")
+        if self.phrasing not in get_args(Phrasing):
+            raise BlmError(f"phrasing {self.phrasing!r} must be seen, held_out or both")
+        for option, least in (("max_steps", 1), ("execute", 1), ("settle_steps", 0)):
+            if (value := getattr(self, option)) < least:
+                raise BlmError(f"{option} is {value}, must be {least} or more")
 
     @classmethod
-    def for_policy(
-        cls, contract: PolicyContract, *, robots: Sequence[str], tasks: Sequence[str], **others: Any
+    def for_policy(cls, contract: PolicyContract, **settings: Unpack[Settings]) -> PhysicalProtocol:
+        """The protocol that suits a policy; `settings` are fields that the policy leaves open."""
+        return cls._make(contract, "", settings)
+
+    @classmethod
+    def named(cls, name: str, contract: PolicyContract, **changes: Unpack[Open]) -> PhysicalProtocol:
+        """The entry `name` of PROTOCOLS for a policy. With changes it is another protocol, without a name.
+
+        Raises UnknownNameError with the valid names.
+        """
+        standard = cls._make(contract, name, lookup("protocol", name, PROTOCOLS))
+        changed = cls._make(contract, "", {**PROTOCOLS[name], **changes})
+        return standard if replace(changed, name=name) == standard else changed
+
+    @classmethod
+    def for_replay(cls, contract: PolicyContract, episodes: Sequence[Episode]) -> PhysicalProtocol:
+        """The replay check of these recorded episodes. Raises BlmError for none, or two of one scene."""
+        recorded = tuple((e.robot, e.task, e.seed) for e in episodes)
+        if not recorded or len(set(recorded)) != len(recorded):
+            raise BlmError(f"a replay check needs recorded episodes, each scene once; got {len(recorded)}")
+        settings: Settings = {
+            "robots": tuple(dict.fromkeys(robot for robot, _, _ in recorded)),
+            "tasks": tuple(dict.fromkeys(task for _, task, _ in recorded)),
+            "episodes": max(Counter(scene[:2] for scene in recorded).values()),
+            "first_seed": min(seed for _, _, seed in recorded),
+            "max_steps": max(len(episode) for episode in episodes),
+        }
+        return cls._make(contract, "", settings, purpose="replay check", recorded=recorded)
+
+    @classmethod
+    def _make(
+        cls, contract: PolicyContract, name: str, settings: Settings, **others: Any
     ) -> PhysicalProtocol:
-        """The protocol that suits a policy; `others` are fields that the policy leaves open."""
-        fitting = {name: getattr(contract, name) for name in _OF_POLICY}
-        suite = f"{SUITE_VERSION}-{_suite_digest(robots, tasks)}"
-        return cls(robots=tuple(robots), tasks=tuple(tasks), suite=suite, **fitting, **others)
+        robots, tasks = tuple(settings["robots"]), tuple(settings["tasks"])
+        fitting = {field: getattr(contract, field) for field in _OF_POLICY}
+        return cls(
+            **{
+                **settings,
+                "robots": robots,
+                "tasks": tasks,
+                "suite": suite_version(robots, tasks),
+                **fitting,
+                "name": name,
+                **others,
+            }
+        )
 
     def require_fits(self, contract: PolicyContract) -> None:
         """Raise ContractError that prints both sides unless a policy with this contract can be evaluated."""
@@ -76,6 +179,13 @@ class PhysicalProtocol:
             lookup("robot", robot, ROBOTS).action_space.require_same(space, "the policy")
         ours, theirs = ({name: getattr(side, name) for name in _OF_POLICY} for side in (self, contract))
         require_equal(ours, theirs, "protocol and policy differ", "in the policy")
+
+
+def phrasing_of(protocol: PhysicalProtocol, seed: int) -> Literal["seen", "held_out"]:
+    """How the instruction of one episode is worded."""
+    if protocol.phrasing == "both":
+        return "held_out" if seed % 2 else "seen"
+    return protocol.phrasing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +220,3 @@ def require_equal(ours: Mapping[str, Any], theirs: Mapping[str, Any], problem: s
     if unlike:
         rows = [f"\n  {key}: {ours.get(key)!r} here, {theirs.get(key)!r} {there}" for key in unlike]
         raise ContractError(f"{problem}:{''.join(rows)}")
-
-
-def _suite_digest(robots: Sequence[str], tasks: Sequence[str]) -> str:
-    arms = [lookup("robot", name, ROBOTS) for name in robots]
-    specs = [lookup("task", name, TASKS) for name in tasks]
-    words = [[spec.phrasings, spec.held_out_phrasings] for spec in specs]
-    return digest([words, repr(arms), [repr(spec.items(arm)) for spec in specs for arm in arms]])[:8]

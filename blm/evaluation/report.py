@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
@@ -20,7 +19,9 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from blm.evaluation.results import atomically, compare
+from blm.evaluation.intervals import success_rate
+from blm.evaluation.outcome import REASONS
+from blm.evaluation.results import atomically, compare, load_result
 from blm.robots import ROBOTS
 from blm.tasks import TASKS
 from blm.types import BlmError, ContractError
@@ -56,14 +57,19 @@ class ReportData:
 def build_report(data: ReportData, out: Path) -> None:
     """Write the page to `out`, atomically."""
     physical, digital = _results(data.physical), _results(data.digital)
-    failures = {name: [row["reason"] for row in result["rows"]] for name, result in physical.items()}
+    for name, result in physical.items():
+        if result["protocol"]["purpose"] != "evaluation":
+            raise BlmError(
+                f"'{name}' is a {result['protocol']['purpose']} on training scenes, no score; leave it out"
+            )
     machines = [result["machine"] for result in (*physical.values(), *digital.values())]
     page = _template().render(
         data=data,
         physical=physical,
         digital=digital,
         differences={name: _difference(physical, name) for name in physical},
-        reasons={name: Counter(filter(None, reasons)) for name, reasons in failures.items()},
+        grid=_grid(physical),
+        reasons=REASONS,
         videos=_videos(data.physical, physical),
         collection=_read(data.collection).get("robots", {}),
         curves={stage: _curve(stage, path) for stage, path in data.logs.items()},
@@ -95,7 +101,29 @@ def _read(path: Path | None) -> dict[str, Any]:
 
 
 def _results(paths: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    return {name: result for name, path in paths.items() if (result := _read(path))}
+    return {name: load_result(path) for name, path in paths.items() if path.exists()}
+
+
+def _grid(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The first model's cells by robot and task, with its rates over rows and columns of the table.
+
+    "others" has, for every cell, the rates of the other policies that were evaluated there.
+    """
+    if not results:
+        return {}
+    (_, model), *others = results.items()
+    outcomes = [(row["robot"], row["task"], row["success_once"]) for row in model["rows"]]
+    marginal = {
+        name: asdict(success_rate([success for *place, success in outcomes if name in place]))
+        for name in (*model["protocol"]["robots"], *model["protocol"]["tasks"])
+    }
+    beside: dict[str, dict[str, Any]] = {}
+    for name, result in others:
+        for cell in result["cells"]:
+            key = f"{cell['robot']}/{cell['task']}"
+            beside.setdefault(key, {})[name] = cell["success_once"]
+    cells = {f"{cell['robot']}/{cell['task']}": cell for cell in model["cells"]}
+    return {"cells": cells, "marginal": marginal, "others": beside}
 
 
 def _difference(results: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from blm.backbone.backbone import Backbone
 from blm.backbone.prompt import control_prompt, to_chat
 from blm.bridge import BridgeConfig
+from blm.data.files import sha256_of
 from blm.data.transforms import RobotTransforms
 from blm.policy.flow import seeded_noise
 from blm.policy.network import PolicyConfig, PolicyNetwork
@@ -178,11 +179,6 @@ def prompt_version(backbone: Backbone, cameras: Sequence[str]) -> str:
     chat = to_chat(control_prompt("{instruction}", "{robot}", dict.fromkeys(cameras, blank)))
     text = json.dumps([chat, backbone.processor.chat_template])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hashes(folder: Path) -> dict[str, str]:

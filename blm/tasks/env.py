@@ -9,6 +9,7 @@ z = 0.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from blm.robots import ROBOTS
 from blm.robots.build import FINGERS
+from blm.tasks.appearance import PLAIN, Appearance, Look
 from blm.tasks.distractors import Extras, draw_distractors, dress
 from blm.tasks.registry import TASKS
 from blm.tasks.rendering import Renderer
@@ -44,6 +46,8 @@ class EnvState:
     steps: int
     instruction: str
     distractors: Extras
+    look_seed: int
+    """Seed of the episode's appearance."""
 
 
 class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
@@ -62,6 +66,7 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         max_steps: int | None = None,
         terminate_on_success: bool = True,
         distractors: int = 0,
+        appearance: Appearance = PLAIN,
     ) -> None:
         self.robot, self.task, self.embodiment = lookup("robot", robot, ROBOTS), task, robot
         self.task_spec = lookup("task", task, TASKS)
@@ -72,8 +77,11 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         if not 16 <= image_size <= 1024 or not 0 <= distractors <= 20:
             raise BlmError(f"image_size {image_size} must be 16..1024, distractors {distractors} 0..20")
         self.items = self.task_spec.items(self.robot)
-        self.model = build_model(self.robot, self.items, distractors, self.task_spec.view_shift)
+        self.model = build_model(self.robot, self.task_spec, distractors)
         self.data = mujoco.MjData(self.model)
+        self._look, self._look_seed = Look(self.model, appearance), 0
+        self.seconds = {"physics": 0.0, "rendering": 0.0}
+        """Time spent since the environment was made [s]."""
         self._max_episode_steps = self.task_spec.max_steps if max_steps is None else max_steps
         self._terminate, self._extra, self._steps = terminate_on_success, distractors, 0
         self._distractors: Extras = ()
@@ -108,9 +116,11 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             phrasing = int(words.integers(len(self.task_spec.phrasings)))
         self.task_description, self._steps = self.task_spec.instruction(phrasing), 0
         mujoco.mj_resetData(self.model, self.data)
-        placement = self.task_spec.sample(place, self.robot)
+        placement = self.task_spec.sample(place, self.robot, self.task_spec.region(self.robot))
         self._distractors = draw_distractors(extras, self.robot, self.items, placement, self._extra)
         dress(self.model, self._distractors)
+        self._look_seed = seed
+        self._look.change(seed)
         self._place({**placement, **{item.name: where for item, where in self._distractors}})
         home = np.array(self.robot.home)
         self._set_arm(home + pose.normal(0, self.robot.reset_noise, len(home)), opening=1.0)
@@ -123,7 +133,9 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         """Hold the targets for one control step. Raises ContractError on a wrong shape or a NaN."""
         target = np.clip(self.contract_space.check_state(action, "action"), self._low, self._high)
         self.data.ctrl[:] = (*target[:-1], target[-1] * self.robot.gripper.stroke)
+        began = time.perf_counter()
         mujoco.mj_step(self.model, self.data, nstep=SUBSTEPS)
+        self.seconds["physics"] += time.perf_counter() - began
         self._steps += 1
         self._refresh()
         info = self._info()
@@ -149,7 +161,7 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     def get_state(self) -> EnvState:
         physics = np.empty(mujoco.mj_stateSize(self.model, _PHYSICS))
         mujoco.mj_getState(self.model, self.data, physics, _PHYSICS)
-        return EnvState(physics, self._steps, self.task_description, self._distractors)
+        return EnvState(physics, self._steps, self.task_description, self._distractors, self._look_seed)
 
     def set_state(self, state: EnvState) -> None:
         """Continue from `state`, taken from an Env of the same robot, task and number of distractors."""
@@ -165,6 +177,8 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             state.distractors,
         )
         dress(self.model, self._distractors)
+        self._look_seed = state.look_seed
+        self._look.change(state.look_seed)
         mujoco.mj_setState(self.model, self.data, state.physics, _PHYSICS)
         self._refresh()
 
@@ -209,7 +223,10 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     def picture(self, camera: str, size: int | None = None) -> ImageArray:
         """Return uint8 [size, size, 3] (default: image_size) from any camera of the scene."""
         lookup("camera", camera, CAMERAS)
-        return self._draw().rgb(self.data, camera, size or self.image_size)
+        began = time.perf_counter()
+        picture = self._draw().rgb(self.data, camera, size or self.image_size)
+        self.seconds["rendering"] += time.perf_counter() - began
+        return picture
 
     def render(self) -> ImageArray:
         """Return a larger picture from the camera "base", for people."""
@@ -256,7 +273,11 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
     def _object(self, item: Item) -> ObjectState:
         body = self.data.body(item.name)
         pose = body.xpos.copy(), body.xquat.copy()
-        return ObjectState(item.name, item.kind, item.color, *pose, item.parts[0].size)
+        speed = spin = 0.0
+        if item.role == "free":
+            velocity = self.data.joint(item.name).qvel  # linear in the world frame, angular in the body's
+            speed, spin = float(np.linalg.norm(velocity[:3])), float(np.linalg.norm(velocity[3:]))
+        return ObjectState(item.name, item.kind, item.color, *pose, item.parts[0].size, speed, spin)
 
     def _place(self, placement: Placement) -> None:
         for name, (position, quaternion) in placement.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from blm.robots import RobotSpec
-from blm.tasks.spec import STATIC_SPEED, Item, Part, Placement, TaskSpec, World, cube, pose, spawn
+from blm.tasks.spec import STATIC_SPEED, Item, Part, Placement, Region, TaskSpec, World, cube, pose
 
 
 def goal_tolerance(robot: RobotSpec) -> float:
@@ -22,9 +22,9 @@ def _items(robot: RobotSpec) -> tuple[Item, ...]:
     return red, Item("goal", "sphere", "green", (ball,), role="marker")
 
 
-def _sample(rng: np.random.Generator, robot: RobotSpec) -> Placement:
+def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Placement:
     half = robot.workspace.cube_half
-    start, yaw, goal = spawn(rng, robot), float(rng.uniform(0, 2 * np.pi)), spawn(rng, robot)
+    start, yaw, goal = region.draw(rng), float(rng.uniform(0, 2 * np.pi)), region.draw(rng)
     height = half + float(rng.uniform(0, robot.workspace.height))
     return {"cube": pose(*start, half, yaw), "goal": pose(*goal, height)}
 
@@ -47,5 +47,6 @@ PICK_CUBE = TaskSpec(
         "Lift the cube to the green ball.",
         "Take the red block and bring it to the green target in the air.",
     ),
+    object="cube",
     held_out_phrasings=("Carry the red cube to where the green sphere floats.",),
 )

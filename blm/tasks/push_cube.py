@@ -5,30 +5,30 @@ from __future__ import annotations
 import numpy as np
 
 from blm.robots import RobotSpec
-from blm.tasks.spec import Item, Part, Placement, TaskSpec, World, cube, pose, spawn
+from blm.tasks.spec import Item, Part, Placement, Region, TaskSpec, World, cube, pose
 
-_RADIUS = 0.1
-_AHEAD = 0.2
-"""The target's centre lies this far in front of the cube [m]."""
+TARGET_RADIUS, TARGET_DISTANCE = 0.1, 0.2
+"""The target's radius; how far its centre lies from the cube [m]."""
 _RINGS = ("red", "white", "red", "white", "red")
 
 
-def _items(robot: RobotSpec) -> tuple[Item, ...]:
+def cube_and_target(robot: RobotSpec) -> tuple[Item, ...]:
+    """A blue cube and a flat round target."""
     rings = tuple(
-        Part("cylinder", (_RADIUS * (1 - index / len(_RINGS)), 0.0004 * (index + 1), 0.0), color)
+        Part("cylinder", (TARGET_RADIUS * (1 - index / len(_RINGS)), 0.0004 * (index + 1), 0.0), color)
         for index, color in enumerate(_RINGS)
     )
     blue = cube("cube", "blue", robot.workspace.cube_half)
     return blue, Item("target", "disc", "red and white", rings, role="marker")
 
 
-def _sample(rng: np.random.Generator, robot: RobotSpec) -> Placement:
-    x, y = spawn(rng, robot)
-    return {"cube": pose(x, y, robot.workspace.cube_half), "target": pose(x + _AHEAD, y, 0)}
+def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Placement:
+    x, y = region.draw(rng)
+    return {"cube": pose(x, y, robot.workspace.cube_half), "target": pose(x + TARGET_DISTANCE, y, 0)}
 
 
 def _success(world: World) -> dict[str, bool]:
-    near = bool(np.linalg.norm(world.offset("cube", "target")[:2]) < _RADIUS)
+    near = bool(np.linalg.norm(world.offset("cube", "target")[:2]) < TARGET_RADIUS)
     low = bool(world.objects["cube"].position[2] < world.robot.workspace.cube_half + 0.005)
     return {"is_at_target": near, "is_on_table": low, "success": near and low}
 
@@ -36,7 +36,7 @@ def _success(world: World) -> dict[str, bool]:
 PUSH_CUBE = TaskSpec(
     name="push_cube",
     title="Push a cube to a target",
-    items=_items,
+    items=cube_and_target,
     sample=_sample,
     success=_success,
     phrasings=(
@@ -46,5 +46,7 @@ PUSH_CUBE = TaskSpec(
         "Shove the cube ahead until it is on the target.",
     ),
     held_out_phrasings=("Get the blue cube to the bullseye by pushing it.",),
+    object="cube",
+    prehensile=False,
     view_shift=0.1,
 )

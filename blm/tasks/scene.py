@@ -6,12 +6,10 @@ items are ManiSkill's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import mujoco
 
 from blm.robots import RobotSpec, add_robot, look_at
-from blm.tasks.spec import PALETTE, Item, Part, Vector
+from blm.tasks.spec import PALETTE, Item, Part, TaskSpec, Vector
 
 SUBSTEPS = 25
 """Physics steps of 2 ms in a control step of 50 ms."""
@@ -29,15 +27,18 @@ CAMERAS: dict[str, tuple[Vector, Vector, float] | None] = {
 
 Fitted to show PickCube's space and most of PushCube's targets at less than 5 mm a pixel (table, 112 px).
 Base and side stand 100 deg apart in azimuth: together they give depth. The wrist camera is the robot's."""
+ROLLING = (0.3, 0.005, 0.0005)
+"""Sliding, torsional, rolling friction of a ball: without the last it would never come to rest."""
 _SKY, _TABLE = (0.55, 0.60, 0.66), (0.78, 0.70, 0.60, 1.0)
 
 
-def build_model(robot: RobotSpec, items: Sequence[Item], distractors: int, shift: float) -> mujoco.MjModel:
+def build_model(robot: RobotSpec, task: TaskSpec, distractors: int) -> mujoco.MjModel:
     """Compile the scene. Bodies are named after items; distractors, unseen at first, "distractor0"..."""
     spec = mujoco.MjSpec()
     _set_options(spec)
     _add_room(spec)
-    x, y = robot.workspace.centre[0] + shift, robot.workspace.centre[1]
+    x, y = task.region(robot).centre
+    x += task.view_shift
     for name, view in CAMERAS.items():
         if view is not None:
             eye, target = ((point[0] + x, point[1] + y, point[2]) for point in view[:2])
@@ -45,7 +46,10 @@ def build_model(robot: RobotSpec, items: Sequence[Item], distractors: int, shift
             spec.worldbody.add_camera(name=name, pos=eye, quat=pose, fovy=view[2])
     add_robot(spec, robot)
     unseen = (Part("box", (0.02, 0.02, 0.02), "white", position=(0, 0, -1)),)
-    for item in (*items, *(Item(f"distractor{i}", "", "", unseen, "marker") for i in range(distractors))):
+    for item in (
+        *task.items(robot),
+        *(Item(f"distractor{i}", "", "", unseen, "marker") for i in range(distractors)),
+    ):
         _add_item(spec, item)
     return spec.compile()
 
@@ -82,3 +86,5 @@ def _add_item(spec: mujoco.MjSpec, item: Item) -> None:
         geom = body.add_geom(type=SHAPES[part.shape], size=part.size, pos=part.position)
         geom.rgba, geom.condim = PALETTE[part.color], 4
         geom.contype = geom.conaffinity = int(item.role != "marker")
+        if part.shape == "sphere":
+            geom.condim, geom.friction = 6, ROLLING

@@ -7,7 +7,7 @@ numbers and needs no simulator. World frame, m, rad, quaternions wxyz.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -59,6 +59,20 @@ class Item:
     """free: moves under physics; fixed: collides but stays; marker: seen only, nothing touches it."""
 
 
+@dataclass(frozen=True)
+class Region:
+    """A rectangle on the table."""
+
+    centre: tuple[float, float]
+    half: tuple[float, float]
+    """Half extents along x and y [m]."""
+
+    def draw(self, rng: np.random.Generator) -> tuple[float, float]:
+        """Return x, y, uniform in the rectangle."""
+        x, y = np.array(self.centre) + np.array(self.half) * rng.uniform(-1, 1, size=2)
+        return float(x), float(y)
+
+
 @dataclass(frozen=True, eq=False)
 class ObjectState:
     """One thing in the scene, now."""
@@ -70,6 +84,15 @@ class ObjectState:
     quaternion: FloatArray
     size: Vector = (0.0, 0.0, 0.0)
     """Size of its first part; see `Part.size`."""
+    speed: float = 0.0
+    """Of its centre [m/s]."""
+    spin: float = 0.0
+    """Angular speed [rad/s]."""
+
+    @property
+    def is_static(self) -> bool:
+        """Whether it rests, by ManiSkill's thresholds (.01 m/s, .5 rad/s)."""
+        return self.speed <= 0.01 and self.spin <= 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,17 +118,29 @@ class TaskSpec:
     name: str
     title: str
     items: Callable[[RobotSpec], tuple[Item, ...]]
-    sample: Callable[[np.random.Generator, RobotSpec], Placement]
+    sample: Callable[[np.random.Generator, RobotSpec, Region], Placement]
+    """Draws where things start, the movable ones within the region."""
     success: Callable[[World], dict[str, bool]]
     """Named conditions; one of them is "success"."""
     phrasings: tuple[str, ...]
     """Instructions used in training and by default."""
     held_out_phrasings: tuple[str, ...]
     """Instructions kept for evaluation; their indices follow those of `phrasings`."""
+    object: str
+    """Name of the item that has to be moved."""
+    prehensile: bool = True
+    """Whether that item has to be grasped."""
+    regions: Mapping[str, Region] = field(default_factory=dict)
+    """Robot name -> where objects spawn, for arms that cannot do the task over their whole workspace."""
     view_shift: float = 0.0
     """How far the third-person cameras move along x, away from the robot, to keep the task in view [m]."""
     max_steps: int = 200
     """ManiSkill registers 50, shorter than its own demonstrations."""
+
+    def region(self, robot: RobotSpec) -> Region:
+        """Where this robot's objects spawn: its own entry, or the workspace of the robot."""
+        area = robot.workspace
+        return self.regions.get(robot.name, Region(area.centre, (area.half, area.half)))
 
     def instruction(self, index: int) -> str:
         """Return phrasing `index`, held-out ones counted last. Raises BlmError when out of range."""
@@ -116,13 +151,6 @@ class TaskSpec:
                 f"{seen}..{len(every) - 1} (held out)"
             )
         return every[index]
-
-
-def spawn(rng: np.random.Generator, robot: RobotSpec) -> tuple[float, float]:
-    """Draw x, y uniformly from the robot's spawn square."""
-    area = robot.workspace
-    x, y = rng.uniform(-area.half, area.half, size=2)
-    return float(area.centre[0] + x), float(area.centre[1] + y)
 
 
 def pose(x: float, y: float, z: float, yaw: float = 0.0) -> Pose:

@@ -1,0 +1,108 @@
+"""Policies by name, for evaluation: a checkpoint, a server, the expert, a baseline, a replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from blm.data.episodes import open_dataset
+from blm.demos.expert import Expert
+from blm.demos.planner import PlanError
+from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy
+from blm.evaluation.baselines import ReplayPolicy
+from blm.policy.policy import CheckpointPolicy
+from blm.robots import ROBOTS
+from blm.serving.client import RemotePolicy
+from blm.tasks import Env
+from blm.types import ActionChunk, BlmError, Episode, Observation, Policy, PolicyContract
+
+SCHEMES = ("ws://", "wss://")
+HELP = "a checkpoint folder, expert, zero, random, replay:DATASET, or ws://HOST:PORT of an OpenPI server"
+
+
+class ExpertPolicy:
+    """The planning expert as a policy: it looks into the simulator, and is asked anew at every step.
+
+    When it finds no plan it holds still to the end, and the episode counts as what it then is: a failure.
+    """
+
+    def __init__(self, contract: PolicyContract) -> None:
+        self.contract = contract
+        self._expert: Expert | None = None
+        self._stuck = False
+
+    def reset(self) -> None: ...
+
+    def attach(self, env: Env) -> None:
+        """Start an episode in this environment, from its present state."""
+        rng = np.random.default_rng((env.np_random_seed, 1))
+        if self._expert is None or self._expert.env is not env:
+            self._expert = Expert(env, rng)
+        self._expert.reset(rng)
+        self._stuck = False
+
+    def act(self, observation: Observation) -> ActionChunk:
+        assert self._expert is not None, "attach comes before act"
+        if not self._stuck:
+            try:
+                action, _ = self._expert.act()
+                return ActionChunk(actions=action[None], rate_hz=self.contract.rate_hz)
+            except PlanError:
+                self._stuck = True
+        return ActionChunk(actions=observation.state[None], rate_hz=self.contract.rate_hz)
+
+
+def contract_without_model(
+    name: str, *, cameras: tuple[str, ...], image_size: int, execute: int
+) -> PolicyContract:
+    """What a policy without weights promises: all robots, the pictures that it is to be given."""
+    return PolicyContract(
+        action_spaces={robot: spec.action_space for robot, spec in ROBOTS.items()},
+        cameras=cameras,
+        image_size=image_size,
+        horizon=execute,
+        execute=execute,
+        revision=name,
+    )
+
+
+def find_policy(
+    name: str, *, cameras: tuple[str, ...], image_size: int, execute: int, api_key: str | None = None
+) -> Callable[[], Policy]:
+    """Return a picklable maker of the policy that `name` means (see HELP), checked as far as that is cheap.
+
+    `cameras`, `image_size` and `execute` are for policies that have no contract of their own. Raises BlmError
+    with the valid forms for anything else.
+    """
+    look: Any = {"cameras": cameras, "image_size": image_size}
+    if name == "expert":
+        return partial(ExpertPolicy, contract_without_model(name, **look, execute=1))
+    if name in ("zero", "random"):
+        kind = ZeroPolicy if name == "zero" else RandomPolicy
+        return partial(kind, contract_without_model(name, **look, execute=execute))
+    if name.startswith(SCHEMES):
+        return partial(RemotePolicy, name, api_key=api_key)
+    if (Path(name) / "manifest.json").is_file():
+        return partial(CheckpointPolicy.load, Path(name))
+    raise BlmError(f"no policy '{name}': give {HELP}")
+
+
+def contract_of(make: Callable[[], Policy]) -> PolicyContract:
+    """What the policy promises; a connection that this opens is closed again."""
+    policy = make()
+    contract = policy.contract
+    if isinstance(policy, RemotePolicy):
+        policy.close()
+    return contract
+
+
+def load_replay(folder: Path) -> tuple[Callable[[], Policy], PhysicalProtocol]:
+    """Return the maker of a policy that replays a dataset, and the protocol that it is for."""
+    dataset = open_dataset(folder)
+    episodes: list[Episode] = [dataset.episode(i, cameras=()) for i in range(dataset.num_episodes)]
+    make = partial(ReplayPolicy, episodes)
+    return make, PhysicalProtocol.for_replay(make().contract, episodes)

@@ -1,0 +1,62 @@
+"""PlaceSphere: put the blue ball into the shallow bin and let go. After ManiSkill 3.0.1 PlaceSphere-v1."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from blm.robots import RobotSpec
+from blm.tasks.spec import Item, Part, Placement, Region, TaskSpec, World, pose
+
+RADIUS = 0.02
+_WALL, _RIM = 0.0025, 0.005
+"""Half thickness of the bin's floor and walls; half height of its walls [m]. The ball just fits inside."""
+REST = RADIUS + _WALL
+"""Height of the ball's centre above the bin's when it lies inside [m]."""
+_BALL_X, _BIN_X = (-1.0, -0.5), (0.0, 1.0)
+"""Where along the region's half extent ball and bin start; both start anywhere across it."""
+
+
+def _items(robot: RobotSpec) -> tuple[Item, ...]:
+    outer, off, up = RADIUS + 2 * _WALL, RADIUS + _WALL, _WALL + _RIM
+    parts = (
+        Part("box", (outer, outer, _WALL), "white"),
+        Part("box", (_WALL, outer, _RIM), "white", (-off, 0.0, up)),
+        Part("box", (_WALL, outer, _RIM), "white", (off, 0.0, up)),
+        Part("box", (outer, _WALL, _RIM), "white", (0.0, -off, up)),
+        Part("box", (outer, _WALL, _RIM), "white", (0.0, off, up)),
+    )
+    ball = Item("ball", "ball", "blue", (Part("sphere", (RADIUS, 0.0, 0.0), "blue"),))
+    return ball, Item("bin", "bin", "white", parts, role="fixed")
+
+
+def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Placement:
+    (x, y), (dx, dy) = region.centre, region.half
+    ball = x + dx * rng.uniform(*_BALL_X), y + dy * rng.uniform(-1, 1)
+    bin_at = x + dx * rng.uniform(*_BIN_X), y + dy * rng.uniform(-1, 1)
+    return {"ball": pose(*ball, RADIUS), "bin": pose(*bin_at, _WALL)}
+
+
+def _success(world: World) -> dict[str, bool]:
+    offset = world.offset("ball", "bin")
+    on = bool(np.linalg.norm(offset[:2]) <= 0.005 and abs(offset[2] - REST) <= 0.005)
+    static, grasped = world.objects["ball"].is_static, "ball" in world.grasped
+    done = on and static and not grasped
+    return {"is_in_bin": on, "is_ball_static": static, "is_grasped": grasped, "success": done}
+
+
+PLACE_SPHERE = TaskSpec(
+    name="place_sphere",
+    title="Place a ball in a bin",
+    items=_items,
+    sample=_sample,
+    success=_success,
+    phrasings=(
+        "Place the blue ball in the white bin.",
+        "Pick up the sphere and put it into the shallow bin.",
+        "Drop the blue ball into the small white tray.",
+        "Put the ball in the bin and let go.",
+    ),
+    held_out_phrasings=("The blue sphere belongs in the white box: bring it there.",),
+    object="ball",
+    regions={"widowxai": Region((-0.25, 0.0), (0.1, 0.05))},  # ball and bin stay apart
+)

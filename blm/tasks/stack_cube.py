@@ -1,0 +1,57 @@
+"""StackCube: put the red cube on the green one and let go. After ManiSkill 3.0.1 StackCube-v1."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from blm.robots import RobotSpec
+from blm.tasks.spec import Item, Placement, Region, TaskSpec, World, cube, pose
+
+_SPREAD = (1.0, 2.0)
+"""The cubes lie within the region's half extents times this of a common centre drawn from the region."""
+
+
+def _items(robot: RobotSpec) -> tuple[Item, ...]:
+    half = robot.workspace.cube_half
+    return cube("cube", "red", half), cube("lower", "green", half)
+
+
+def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Placement:
+    half = robot.workspace.cube_half
+    apart = 2 * (np.sqrt(2) * half + 0.001)  # discs around the cubes do not overlap, however they are turned
+    centre, spread = np.array(region.draw(rng)), np.array(region.half) * _SPREAD
+    while True:
+        (x, y), (u, v) = centre + spread * rng.uniform(-1, 1, size=(2, 2))
+        if np.hypot(x - u, y - v) > apart:
+            break
+    yaws = rng.uniform(0, 2 * np.pi, size=2)
+    return {"cube": pose(x, y, half, yaws[0]), "lower": pose(u, v, half, yaws[1])}
+
+
+def _success(world: World) -> dict[str, bool]:
+    half, offset = world.robot.workspace.cube_half, world.offset("cube", "lower")
+    level = abs(offset[2] - 2 * half) <= 0.005
+    on = bool(np.linalg.norm(offset[:2]) <= np.sqrt(2) * half + 0.005 and level)
+    static, grasped = world.objects["cube"].is_static, "cube" in world.grasped
+    done = on and static and not grasped
+    return {"is_on_lower": on, "is_cube_static": static, "is_grasped": grasped, "success": done}
+
+
+STACK_CUBE = TaskSpec(
+    name="stack_cube",
+    title="Stack a cube on another",
+    items=_items,
+    sample=_sample,
+    success=_success,
+    phrasings=(
+        "Stack the red cube on the green cube.",
+        "Put the red cube on top of the green one and let go.",
+        "Pick up the red block and set it on the green block.",
+        "Place the red cube onto the green cube.",
+    ),
+    held_out_phrasings=("Build a tower: red cube above, green cube below.",),
+    object="cube",
+    # Half of ManiSkill's spread: from .3 m to the side no camera of ours would see the cubes.
+    regions=dict.fromkeys(("panda", "xarm6", "xarm7"), Region((0.0, 0.0), (0.05, 0.05)))
+    | {"widowxai": Region((-0.25, 0.0), (0.025, 0.025))},
+)

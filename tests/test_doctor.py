@@ -1,0 +1,223 @@
+"""`blm doctor` on datasets: every fault is named, with its fix, also when there are several at once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from test_data_episodes import EPISODES, SIDE, SPACE, numbered_frames, write
+from test_data_foreign import write_v2, write_v3
+
+from blm.data import video
+from blm.data.episodes import finalize_dataset, open_dataset, stage_episode
+from blm.data.files import MANIFEST, write_manifest
+from blm.doctor import examine_path
+from blm.robots import ROBOTS
+from blm.types import BlmError
+
+
+def faults(folder):
+    """What is found wrong; each line must come with a fix."""
+    return [check.found for check in examine_path(folder) if check.fix]
+
+
+def found(folder, *reasons):
+    """Whether exactly these things are found wrong, in any order."""
+    said = faults(folder)
+    assert len(said) == len(reasons), said
+    return all(any(reason in line for line in said) for reason in reasons)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "out", EPISODES)
+
+
+def sign_again(folder):
+    """Write the manifest anew, as a program that made the fault would have done."""
+    (folder / MANIFEST).unlink()
+    write_manifest(folder, 2, {})
+
+
+def edit(folder, **columns):
+    """Change columns of the data file."""
+    path = folder / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    for name, change in columns.items():
+        values = change(np.array(table[name].to_pylist()))
+        kind = table.schema.field(name).type
+        table = table.set_column(table.column_names.index(name), name, pa.array(values.tolist(), kind))
+    pq.write_table(table, path)
+    sign_again(folder)
+
+
+def at(place, value):
+    def change(values):
+        values[place] = value
+        return values
+
+    return change
+
+
+def test_good_datasets_say_what_is_in_them(folder, tmp_path):
+    (check,) = examine_path(folder)
+    assert check.fix == "" and "arm: 3 episodes, 28 frames, 2 cameras; all files as the" in check.found
+    for writer in (write_v2, write_v3):
+        (check,) = examine_path(writer(tmp_path / writer.__name__))
+        assert check.fix == "" and "gantry: 4 episodes, 27 frames, 2 cameras; no manifest" in check.found
+
+
+def test_all_faults_of_vectors_are_listed_at_once(folder):
+    edit(
+        folder,
+        **{
+            "observation.state": at(([2, 20, 21], 1), np.nan),
+            "executed_action": at((5, 0), np.inf),
+            "action": at((3, 2), 9.0),
+            "timestamp": at([10], 0.4),
+        },
+    )
+    assert found(
+        folder,
+        "observation.state is not finite in 3 frames, in episodes 0, 2",
+        "executed_action is not finite in 1 frames, in episodes 0",
+        "stats.json is not of these frames: max, mean, std",
+        "timestamps are not those of 20 Hz in 1 frames, in episodes 1",
+    )
+
+
+def test_statistics_are_compared_in_full(folder):
+    path = folder / "meta/stats.json"
+    stats = json.loads(path.read_text())
+    stats["action"]["q99"][0] += 0.01
+    path.write_text(json.dumps(stats))
+    sign_again(folder)
+    assert found(folder, "stats.json is not of these frames: q99 of action")
+
+
+def test_frames_in_a_wrong_order_are_found(folder):
+    edit(folder, episode_index=at([8], 0))
+    assert found(folder, "frames are not ordered by episode")
+
+
+def test_all_damaged_files_are_named(folder):
+    base, wrist = sorted(folder.glob("videos/*/*/*.mp4"))
+    base.write_bytes(base.read_bytes()[:-500])
+    wrist.unlink()
+    assert found(
+        folder,
+        f"'{base}' has",
+        f"'{wrist}' is missing",
+        f"video '{base}' cannot be read",
+        f"video '{wrist}' is missing",
+    )
+    data = folder / "data/chunk-000/file-000.parquet"
+    data.write_bytes(data.read_bytes()[:100])
+    (folder / "meta/stats.json").write_text("{}")
+    assert found(
+        folder, f"'{base}'", f"'{wrist}'", f"'{data}' has 100 bytes", "stats.json' has 2 bytes", "cannot be"
+    )
+
+
+def test_videos_of_another_length_or_rate_are_found(folder):
+    base, wrist = sorted(folder.glob("videos/*/*/*.mp4"))
+    video.encode(base, numbered_frames([1, 2]), 20)
+    video.encode(wrist, numbered_frames(range(28)), 30)
+    sign_again(folder)
+    assert found(
+        folder, "base/chunk-000/file-000.mp4' has 2 frames, its episodes need 28", "has 30 frames per second"
+    )
+
+
+def test_a_lost_or_broken_manifest_is_a_fault(folder):
+    (folder / MANIFEST).write_text("{")
+    assert found(folder, "manifest.json' cannot be read")
+    (folder / MANIFEST).unlink()
+    assert found(folder, "manifest.json' is missing")
+
+
+def test_without_a_manifest_every_file_is_read_to_its_end(tmp_path):
+    write_v2(tmp_path)
+    cut = next(tmp_path.glob("videos/chunk-001/*top/*.mp4"))
+    video.encode(cut, np.random.default_rng(0).integers(0, 256, (6, 48, 64, 3)).astype(np.uint8), 10)
+    content = bytearray(cut.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 300] = b"\xaa" * 300
+    cut.write_bytes(content)
+    empty = [tmp_path / f"data/chunk-000/episode_00000{i}.parquet" for i in (0, 2)]
+    for path in empty:
+        path.write_bytes(b"")
+    said = "\n".join(faults(tmp_path))
+    assert f"video '{cut}': only" in said and all(f"'{path}' cannot be read" in said for path in empty), said
+
+
+def test_an_action_space_that_this_version_does_not_have(tmp_path):
+    panda = ROBOTS["panda"].action_space
+    other = dataclasses.replace(SPACE, robot="panda")
+    episodes = [dataclasses.replace(episode, robot="panda") for episode in EPISODES]
+    staged = [stage_episode(tmp_path / "staging", f"{e.task}/{e.seed}", e) for e in episodes]
+    layout = {"cameras": ("base",), "image_size": SIDE, "provenance": {}}
+    folder = finalize_dataset(staged, tmp_path / "panda", space=other, **layout)
+    (line,) = faults(folder)
+    assert "action spaces of 'panda' differ" in line and str(panda.names) in line and str(SPACE.names) in line
+
+
+def test_a_collection_is_examined_robot_by_robot(folder, tmp_path):
+    out = tmp_path / "out"
+    assert not faults(out)
+    (out / "collect.json").write_text(json.dumps({"robots": ["arm", "panda"]}))
+    (out / "summary.json").write_text("{}")
+    next(folder.glob("videos/*/*/*.mp4")).unlink()
+    lines = list(examine_path(out))
+    assert {check.name for check in lines} == {str(out / "arm"), str(out / "panda")}
+    assert any(check.found == "dataset: missing" for check in lines)
+    assert sum("is missing" in check.found for check in lines) == 2
+
+
+def test_an_unfinished_collection_says_how_to_finish_it(tmp_path):
+    out = tmp_path / "out"
+    stage_episode(out / ".staging", "arm/push/1", EPISODES[0])
+    stage_episode(out / ".staging", "arm/push/2", EPISODES[1])
+    (out / "collect.json").write_text(json.dumps({"robots": ["arm"]}))
+    unfinished, missing = examine_path(out)
+    assert unfinished.found == "unfinished collection, 2 episodes are kept"
+    assert missing.found == "dataset: missing"
+    assert all("run the same collect command again" in check.fix for check in (unfinished, missing))
+
+
+def test_leftovers_of_a_stopped_writing_are_named(folder):
+    (folder.parent / ".arm.writing").mkdir()
+    assert found(folder, ".arm.writing' is left over")
+
+
+def test_other_folders_are_refused_with_what_is_expected(tmp_path):
+    (check,) = examine_path(tmp_path)
+    assert check.found == "neither a dataset nor a checkpoint" and "meta/info.json" in check.fix
+    (check,) = examine_path(tmp_path / "nothing")
+    assert check.found == "no such folder"
+
+
+def test_any_changed_byte_is_found(folder):
+    """Damages one file at a time at random; nothing but a clear error may come of it."""
+    rng = np.random.default_rng(0)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    for trial in range(40):
+        path = files[rng.integers(len(files))]
+        whole = path.read_bytes()
+        damaged = bytearray(whole)
+        place = int(rng.integers(len(damaged)))
+        if trial % 2:
+            damaged = damaged[:place]
+        else:
+            damaged[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        assert any(str(path) in line for line in faults(folder)), (path, place)
+        with contextlib.suppress(BlmError):
+            open_dataset(folder)
+        path.write_bytes(whole)
+    assert not faults(folder)
