@@ -1,0 +1,48 @@
+#!/bin/sh
+# Make .venv-lerobot, in which the official LeRobot package reads our datasets (tests/test_lerobot.py).
+# Usage: scripts/lerobot.sh [python]. About 1.7 GB; three minutes.
+#
+# lerobot 0.4.4, the newest for Python 3.11, asks for torch < 2.11 and for a dozen packages that reading a
+# dataset does not need, so it is installed without its dependencies and those that it imports are named here.
+set -eu
+python=${1:-python3}
+venv=.venv-lerobot
+[ -x $venv/bin/python ] || "$python" -m venv $venv
+echo "lerobot: installing packages into $venv (a few minutes the first time)"
+$venv/bin/python -m pip install -q torch==2.13.0
+$venv/bin/python -m pip install -q --no-deps lerobot==0.4.4 torchvision==0.28.0 torchcodec==0.13.0
+# pip complains here that lerobot's dependencies are not all there: that is meant so.
+$venv/bin/python -m pip install -q 'datasets>=4,<5' 'huggingface-hub<0.36' 'av>=15,<16' 'packaging<26' \
+  'deepdiff<9' draccus==0.10.0 accelerate jsonlines einops termcolor imageio pandas
+# torchvision may be a build for another torch, whose compiled operators do not load. Declaring the two that
+# its import asks for is enough: LeRobot's datasets use none of them.
+site=$($venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+cat >"$site/torchvision_operators.py" <<'PY'
+"""Declare the operators that torchvision looks up when it is imported."""
+
+import torch
+
+library = torch.library.Library("torchvision", "FRAGMENT")
+for schema in (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+):
+    if not hasattr(torch.ops.torchvision, schema.split("(")[0]):
+        library.define(schema)
+PY
+# torchcodec reads videos with the system's FFmpeg libraries.
+if ! $venv/bin/python -c 'import torch, torchcodec.decoders' >/dev/null 2>&1; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "lerobot: installing ffmpeg"
+    apt-get update -q >/dev/null && apt-get install -y -q --no-install-recommends ffmpeg >/dev/null
+  else
+    echo "lerobot: torchcodec needs FFmpeg; run this, then the same command again:" >&2
+    echo "  sudo apt-get update && sudo apt-get install -y ffmpeg" >&2
+    exit 1
+  fi
+fi
+$venv/bin/python -c '
+import torchvision_operators
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+import importlib.metadata as m
+print("lerobot:", ", ".join(f"{n} {m.version(n)}" for n in ("lerobot", "torch", "torchcodec")), "ready")'
