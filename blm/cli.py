@@ -220,7 +220,9 @@ def _view(command: str, arguments: list[str]) -> None:
             out: File to write; by default in the working folder, named after the episode.
         """
         if form == "suite":
-            path = commands.picture_suite(dataset, out or Path("suite.png"))
+            from blm.viewing import collection_sheet
+
+            path = collection_sheet(dataset, out or Path("suite.png"))
         else:
             path = commands.picture_episode(dataset, episode, form, out)
         console.print(f"wrote {path}", soft_wrap=True)

@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from blm.types import BlmError, Episode, Policy
+from blm.types import BlmError, Policy
 
 if TYPE_CHECKING:
     from blm.demos import CollectConfig
@@ -131,8 +131,10 @@ class Evaluate:
     """Pictures for policies that have no contract of their own."""
     image_size: int = 112
     """Their side [px]."""
+    horizon: int = 16
+    """Actions in a chunk of such a policy."""
     execute: int = 8
-    """Actions of a chunk that zero and random carry out before they are asked again."""
+    """How many of them are carried out before it is asked again."""
     videos: int = 1
     """Episodes of each cell that are filmed."""
     api_key: str | None = None
@@ -157,6 +159,7 @@ def evaluate(command: str, arguments: list[str]) -> None:
             chosen.model,
             cameras=chosen.cameras,
             image_size=chosen.image_size,
+            horizon=chosen.horizon,
             execute=chosen.execute,
             api_key=chosen.api_key,
         )
@@ -238,19 +241,3 @@ def picture_episode(
     if form == "mp4":
         return write_mp4(seen, path)
     return write_rerun(seen, path, names=data.space.names)
-
-
-def picture_suite(collection: Path, out: Path) -> Path:
-    """Write one picture of a collection: the first episode of every robot and task."""
-    from blm.data.episodes import open_dataset
-    from blm.viewing import suite_sheet
-
-    datasets = [open_dataset(info.parents[1]) for info in sorted(collection.glob("*/meta/info.json"))]
-    if not datasets:
-        raise BlmError(f"'{collection}' holds no datasets; name the folder that 'blm collect' wrote")
-    first: dict[tuple[str, str], Episode] = {}
-    for data in datasets:
-        for number, task in enumerate(data.tasks):
-            if (data.space.robot, task) not in first:
-                first[data.space.robot, task] = data.episode(number)
-    return suite_sheet(first, out)

@@ -57,35 +57,35 @@ class ExpertPolicy:
 
 
 def contract_without_model(
-    name: str, *, cameras: tuple[str, ...], image_size: int, execute: int
+    name: str, *, cameras: tuple[str, ...], image_size: int, horizon: int, execute: int
 ) -> PolicyContract:
     """What a policy without weights promises: all robots, the pictures that it is to be given."""
     return PolicyContract(
         action_spaces={robot: spec.action_space for robot, spec in ROBOTS.items()},
         cameras=cameras,
         image_size=image_size,
-        horizon=execute,
+        horizon=horizon,
         execute=execute,
         revision=name,
     )
 
 
 def find_policy(
-    name: str, *, cameras: tuple[str, ...], image_size: int, execute: int, api_key: str | None = None
+    name: str, *, cameras: tuple[str, ...], image_size: int, horizon: int, execute: int, api_key: str | None
 ) -> Callable[[], Policy]:
     """Return a picklable maker of the policy that `name` means (see HELP), checked as far as that is cheap.
 
-    `cameras`, `image_size` and `execute` are for policies that have no contract of their own. Raises BlmError
-    with the valid forms for anything else.
+    The other arguments but the key are for policies that have no contract of their own. Raises BlmError with
+    the valid forms for anything else.
     """
     look: Any = {"cameras": cameras, "image_size": image_size}
     if name == "expert":
-        return partial(ExpertPolicy, contract_without_model(name, **look, execute=1))
+        return partial(ExpertPolicy, contract_without_model(name, **look, horizon=1, execute=1))
+    contract = contract_without_model(name, **look, horizon=horizon, execute=execute)
     if name in ("zero", "random"):
-        kind = ZeroPolicy if name == "zero" else RandomPolicy
-        return partial(kind, contract_without_model(name, **look, execute=execute))
+        return partial(ZeroPolicy if name == "zero" else RandomPolicy, contract)
     if name.startswith(SCHEMES):
-        return partial(RemotePolicy, name, api_key=api_key)
+        return partial(RemotePolicy, name, api_key=api_key, contract=contract)
     if (Path(name) / "manifest.json").is_file():
         return partial(CheckpointPolicy.load, Path(name))
     raise BlmError(f"no policy '{name}': give {HELP}")

@@ -33,6 +33,7 @@ from blm.training.imitate import ImitateConfig, train_stage2
 from blm.training.intents import IntentConfig
 from blm.training.sft import train_stage1
 from blm.types import BlmError, Question
+from blm.viewing import collection_sheet
 
 EPISODE_SEEDS = 500_000
 """Demonstrations start this far into a seed range, scene questions at its beginning: no scene is shared."""
@@ -198,12 +199,16 @@ def write_report(run: Path, command: str) -> Path:
     corpora = {name: run / "corpora" / name for name in ("train", "held_out")}
     ledger = read_ledger(run)
     recipe = read_json(run / "recipe.json")
+    sheet = run / "episodes.png"
+    if (run / "episodes/summary.json").exists():
+        collection_sheet(run / "episodes", sheet)
     data = ReportData(
         title=f"Boundless: run '{recipe['name']}'",
         commands=[command],
         recipe=recipe,
         seconds={STAGES[name].title: entry["seconds"] for name, entry in ledger.items()},
         collection=run / "episodes/summary.json",
+        sheet=sheet,
         questions={
             name: len(load_questions(path, pixels=False)) for name, path in corpora.items() if path.exists()
         },

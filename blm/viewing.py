@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from blm.data.episodes import open_dataset
 from blm.data.video import encode
 from blm.types import BlmError, Episode, ImageArray
 
@@ -155,6 +156,19 @@ def suite_sheet(episodes: Mapping[tuple[str, str], Episode], path: Path, moments
         words = "\n".join(_wrapped(task.replace("_", " "), 22, label - 4 * GAP))
         draw.multiline_text((2 * GAP, y), words, _INK, _font(22), anchor="lm")
     return _save(sheet, path)
+
+
+def collection_sheet(collection: Path, path: Path) -> Path:
+    """Write the suite sheet of a collection: the first episode of every robot and task in its datasets."""
+    datasets = [open_dataset(info.parents[1]) for info in sorted(collection.glob("*/meta/info.json"))]
+    if not datasets:
+        raise BlmError(f"'{collection}' holds no datasets; name the folder that 'blm collect' wrote")
+    first: dict[tuple[str, str], Episode] = {}
+    for data in datasets:
+        for number, task in enumerate(data.tasks):
+            if (data.space.robot, task) not in first:
+                first[data.space.robot, task] = data.episode(number)
+    return suite_sheet(first, path)
 
 
 def _episode_block(episode: Episode, moments: int, fps: int) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from blm.cli import COMMANDS, find_command, main, parse_recipe
+from blm.data.video import count_frames
 from blm.data.writing import write_json
 from blm.pipeline import Stage, read_ledger, run_stages, stage_key
 from blm.recipes import RECIPES
@@ -130,8 +131,22 @@ def test_collect_verify_evaluate_and_compare(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["collect", data, "--verify", "--workers", "0"])
     assert stop.value.code == 0 and "1 of 1 episodes replayed bit for bit" in capsys.readouterr().out
+    main(["view", data, "--form", "suite", "--out", str(tmp_path / "suite.png")])
+    main(["view", f"{data}/widowxai", "--out", str(tmp_path / "episode.mp4")])
+    assert (tmp_path / "suite.png").stat().st_size > 1000 and count_frames(tmp_path / "episode.mp4") > 20
     for model in ("expert", "zero"):
-        small = ["--cameras", "base", "--image-size", "48", "--execute", "1", "--videos", "0"]
+        small = [
+            "--cameras",
+            "base",
+            "--image-size",
+            "48",
+            "--horizon",
+            "1",
+            "--execute",
+            "1",
+            "--videos",
+            "0",
+        ]
         main(["eval", "physical", "--model", model, "--out", str(tmp_path / model), *cell, *small])
         assert (tmp_path / model / "report.html").exists()
     output = capsys.readouterr().out

@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     evaluate_digital(Shout(), [question], out / "digital", train_questions=[question], model="m")
     rows = [{"step": step, "loss": 2.0 / (1 + step), "lr": 1e-3} for step in range(30)]
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    cell = {"kept": 1234, "rejected": {"unreachable": 56}, "frames": 98765}
+    cell = {"attempts": 9, "kept": 1234, "rejected": {"unreachable": 56}, "frames": 98765}
     (out / "summary.json").write_text(json.dumps({"robots": {"panda": {"push_cube": cell}}, "seconds": 3.0}))
     return out
 

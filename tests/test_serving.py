@@ -316,6 +316,38 @@ def test_no_server_and_slow_server_raise_blm_errors() -> None:
             remote.act(observation())
 
 
+@contextmanager
+def foreign_openpi_server(seen: list[dict]) -> Iterator[str]:
+    """As in OpenPI's own repository: some metadata first, then a chunk for each observation."""
+    from websockets.sync.server import serve
+
+    def talk(socket) -> None:
+        socket.send(msgpack_numpy.packb({"policy": "pi0"}))
+        for frame in socket:
+            seen.append(msgpack_numpy.unpackb(frame))
+            actions = np.tile(seen[-1]["observation/state"], (4, 1))
+            socket.send(msgpack_numpy.packb({"actions": actions, "server_timing": {"infer_ms": 1.0}}))
+
+    with serve(talk, "127.0.0.1", 0) as running_server:
+        thread = threading.Thread(target=running_server.serve_forever)
+        thread.start()
+        yield f"127.0.0.1:{running_server.socket.getsockname()[1]}"
+        running_server.shutdown()
+        thread.join()
+
+
+def test_a_server_without_our_contract_is_driven_when_the_user_states_it() -> None:
+    seen: list[dict] = []
+    with foreign_openpi_server(seen) as address:
+        with pytest.raises(ContractError, match=r"sends no policy contract .*; say what it needs"):
+            RemotePolicy(f"ws://{address}")
+        remote = RemotePolicy(f"ws://{address}", contract=EchoPolicy().contract)
+        chunk = remote.act(observation())
+        remote.close()
+    np.testing.assert_allclose(chunk.actions, np.tile(observation().state, (4, 1)))
+    assert "observation/image" in seen[0] and seen[0]["prompt"] == observation().instruction
+
+
 def test_client_imports_no_torch() -> None:
     code = "import sys, blm.serving.client as c; print({'torch', 'fastapi', 'mujoco'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -44,6 +44,8 @@ class ReportData:
     """Stage -> wall time [s], in order."""
     collection: Path | None = None
     """summary.json of the collector."""
+    sheet: Path | None = None
+    """Picture of the demonstrations, PNG."""
     questions: Mapping[str, int] = field(default_factory=dict)
     """Name of a question set -> how many."""
     logs: Mapping[str, Path] = field(default_factory=dict)
@@ -72,6 +74,7 @@ def build_report(data: ReportData, out: Path) -> None:
         reasons=REASONS,
         videos=_videos(data.physical, physical),
         collection=_read(data.collection).get("robots", {}),
+        sheet=_embedded(data.sheet, "image/png") if data.sheet and data.sheet.exists() else "",
         curves={stage: _curve(stage, path) for stage, path in data.logs.items()},
         machine=machines[0] if machines else {},
         robots=ROBOTS,
@@ -145,9 +148,13 @@ def _videos(paths: Mapping[str, Path], results: Mapping[str, dict[str, Any]]) ->
         film = paths[name].parent / row["video"]
         if not film.exists():
             raise BlmError(f"video '{film}' of the result is missing; keep it beside result.json")
-        uri = "data:video/mp4;base64," + base64.b64encode(film.read_bytes()).decode()
-        films.append({**row, "uri": uri})
+        films.append({**row, "uri": _embedded(film, "video/mp4")})
     return films
+
+
+def _embedded(file: Path, kind: str) -> str:
+    """The file as a data URI."""
+    return f"data:{kind};base64," + base64.b64encode(file.read_bytes()).decode()
 
 
 def _curve(stage: str, log: Path) -> str:

@@ -19,8 +19,19 @@ MAX_FRAME = 64 * 2**20
 class RemotePolicy:
     """A `Policy` over an OpenPI socket. Nothing is retried: a lost connection raises BlmError."""
 
-    def __init__(self, uri: str, *, api_key: str | None = None, timeout_s: float = 60.0) -> None:
-        """`uri` like 'ws://127.0.0.1:8000'. Raises BlmError when nobody answers or the key is refused."""
+    def __init__(
+        self,
+        uri: str,
+        *,
+        api_key: str | None = None,
+        timeout_s: float = 60.0,
+        contract: PolicyContract | None = None,
+    ) -> None:
+        """`uri` like 'ws://127.0.0.1:8000'. Raises BlmError when nobody answers or the key is refused.
+
+        A server of ours sends its contract. For one that sends none, `contract` says what it needs and gives;
+        its pictures then go by OpenPI's own names (observation/image, observation/wrist_image).
+        """
         self._uri, self._timeout_s, self._opened = uri, timeout_s, ExitStack()
         options: dict[str, Any] = {"compression": None, "max_size": MAX_FRAME, "open_timeout": timeout_s}
         if api_key is not None:
@@ -32,11 +43,17 @@ class RemotePolicy:
             raise BlmError(f"{uri} refused the connection: {error}{hint}") from error
         except OSError as error:
             raise BlmError(f"no policy server at {uri}: {error}; start one with 'blm serve'") from error
+        metadata = self._receive()
+        self._foreign = False
         try:
-            self._contract = PolicyContract.from_json(self._receive())
+            self._contract = PolicyContract.from_json(metadata)
         except (AttributeError, KeyError, TypeError) as error:
-            self.close()
-            raise ContractError(f"{uri} sends no policy contract when a client connects") from error
+            if contract is None:
+                self.close()
+                raise ContractError(
+                    f"{uri} sends no policy contract when a client connects; say what it needs and gives"
+                ) from error
+            self._contract, self._foreign = contract, True
 
     @property
     def contract(self) -> PolicyContract:
@@ -44,7 +61,8 @@ class RemotePolicy:
 
     def act(self, observation: Observation) -> ActionChunk:
         """Ask for the next chunk. An observation that breaks the contract is refused before it is sent."""
-        request = wire.pack(wire.to_request(self._contract.check(observation)))
+        checked = self._contract.check(observation)
+        request = wire.pack(wire.to_request(checked, plain=self._foreign))
         try:
             self._socket.send(request)
         except ConnectionClosed as error:

@@ -68,9 +68,10 @@ def _plain(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return dtype
 
 
-def to_request(observation: Observation) -> dict[str, Any]:
-    """The flat map that a client sends for one observation."""
-    images = {IMAGES + camera: image for camera, image in observation.images.items()}
+def to_request(observation: Observation, plain: bool = False) -> dict[str, Any]:
+    """The flat map that a client sends for one observation; `plain` prefers OpenPI's own picture names."""
+    names = OPENPI_IMAGES if plain else {}
+    images = {names.get(camera, IMAGES + camera): image for camera, image in observation.images.items()}
     words = {PROMPT: observation.instruction, ROBOT: observation.robot, SEED: observation.seed}
     return {STATE: observation.state, **images, **words}
 
