@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from blm.demos import CollectConfig
 
 console = Console()
+WIDTH = 130
+"""Characters that the tables need."""
 COLLECT_HELP = """Record demonstrations of the expert into OUT/<robot>, one LeRobotDataset v3.0 a robot.
 The same command again continues what was interrupted. With --verify: record nothing, replay every episode of
 OUT and compare states bit for bit. With --policy CHECKPOINT --correct: that policy drives the first steps of
@@ -68,6 +70,11 @@ def load_checkpoint(folder: Path) -> Policy:
     return CheckpointPolicy.load(folder)
 
 
+def _print_wide(table: Table) -> None:
+    """A terminal narrower than the table wraps its lines; its cells are not cut."""
+    console.print(table, width=max(console.width, WIDTH), crop=False)
+
+
 def print_summary(summary: Mapping[str, Any]) -> None:
     """Print what a collection kept and rejected, cell by cell, and where the time went."""
     table = Table(box=None)
@@ -92,7 +99,7 @@ def print_summary(summary: Mapping[str, Any]) -> None:
             numbers = (cell["kept"], cell["attempts"], far, share, cell["frames"], reasons or "-")
             table.add_row(robot, task, *map(str, numbers))
             kept, frames = kept + cell["kept"], frames + cell["frames"]
-    console.print(table)
+    _print_wide(table)
     total = sum(summary["seconds_in"].values())
     parts = ", ".join(f"{part} {s / total:.0%}" for part, s in summary["seconds_in"].items())
     minutes = summary["seconds"] / 60
@@ -201,7 +208,7 @@ def print_result(result: Mapping[str, Any]) -> None:
         interval = f"{once['low']:.0%} to {once['high']:.0%}"
         shares = f"{once['rate']:.0%}", interval, f"{end['rate']:.0%}"
         table.add_row(robot, task, str(part["n"]), *shares, failures or "-")
-    console.print(table)
+    _print_wide(table)
     spent = {k.removeprefix("seconds_"): v for k, v in result.items() if k.startswith("seconds_")}
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in spent.items())
     console.print(f"{result['seconds'] / 60:.1f} min in all; summed over workers: {parts}", soft_wrap=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from blm.backbone import Backbone, build_nano
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus, with_pixels
@@ -151,15 +152,15 @@ def run_eval_physical(recipe: Recipe, run: Path) -> None:
         tasks=recipe.tasks,
         episodes=recipe.evaluation.episodes,
         max_steps=recipe.evaluation.max_steps,
+        phrasing="both",
     )
     for name, make in (
         ("physical", partial(CheckpointPolicy.load, folder)),
         ("zero", partial(ZeroPolicy, contract)),
     ):
         videos = int(name == "physical")
-        evaluate_physical(
-            make, protocol, run / "results" / name, workers=recipe.workers, videos_per_cell=videos
-        )
+        how: Any = {"workers": recipe.workers, "engine": recipe.engine, "videos_per_cell": videos}
+        evaluate_physical(make, protocol, run / "results" / name, **how)
 
 
 def load_questions(folder: Path, *, limit: int | None = None, pixels: bool = True) -> list[Question]:

@@ -17,6 +17,7 @@ from blm.demos.primitives import (
     carry_stages,
     pick,
     place,
+    pull,
     push,
     push_stages,
     stack,
@@ -24,7 +25,7 @@ from blm.demos.primitives import (
 
 DECOMPOSITIONS: dict[str, Callable[[View], Step]] = {
     "push_cube": push,
-    "pull_cube": push,
+    "pull_cube": pull,
     "pick_cube": pick,
     "stack_cube": stack,
     "place_sphere": place,

@@ -29,7 +29,7 @@ _SOLVER = "PandaArmMotionPlanningSolver"
 _PICK = ("approach", "descend", "grasp")
 SEGMENTS = {
     "push_cube": ("close", "approach", "push"),
-    "pull_cube": ("close", "approach", "push"),
+    "pull_cube": ("close", "approach", "pull"),
     "pick_cube": (*_PICK, "move"),
     "stack_cube": (*_PICK, "lift", "move", "release"),
     "place_sphere": (*_PICK, "lift", "move", "release"),

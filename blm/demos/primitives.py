@@ -94,8 +94,13 @@ def pick(view: View) -> Step:
 
 
 def push(view: View) -> Step:
-    """Push, or pull, the cube until it is well inside the target."""
-    return push_towards(view, view.objects["cube"], view.objects["target"].position)
+    """Push the cube until it is well inside the target."""
+    return push_towards(view, view.objects["cube"], view.objects["target"].position, "push")
+
+
+def pull(view: View) -> Step:
+    """The same with the target on this side: from behind the cube, towards the arm."""
+    return push_towards(view, view.objects["cube"], view.objects["target"].position, "pull")
 
 
 def stack(view: View) -> Step:
@@ -222,7 +227,7 @@ def put(view: View, thing: ObjectState, base: ObjectState, rise: float, within: 
     )
 
 
-def push_towards(view: View, cube: ObjectState, goal: Vector) -> Step:
+def push_towards(view: View, cube: ObjectState, goal: Vector, primitive: str) -> Step:
     """Go behind the cube with closed fingers and push it in a straight line to `goal`."""
     distance = float(np.linalg.norm((goal - cube.position)[:2]))
     if distance <= PUSH_NEAR:
@@ -249,7 +254,7 @@ def push_towards(view: View, cube: ObjectState, goal: Vector) -> Step:
     low = abs(view.place[2] - PUSH_HEIGHT) < ON_SPOT
     if ready and low and behind(view) and offset(view)[0] > -contact - 2 * GAP:
         paths: list[Path] = [([_at(pose, end)], []) for pose in nearest]
-        return Step(primitive="push", opening=0.0, paths=paths, valid=behind, touches=(cube.name,))
+        return Step(primitive=primitive, opening=0.0, paths=paths, valid=behind, touches=(cube.name,))
     if ready and np.linalg.norm((view.place - stand)[:2]) < ON_SPOT:
         paths = [([pose], []) for pose in nearest]
         valid = _unmoved(cube)

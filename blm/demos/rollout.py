@@ -19,7 +19,7 @@ from blm.demos.planner import PlanError
 from blm.tasks import Env
 from blm.types import Episode, FloatArray, Policy
 
-NOISY = {"approach": 1.0, "lift": 1.0, "move": 1.0, "push": 0.3}
+NOISY = {"approach": 1.0, "lift": 1.0, "move": 1.0, "push": 0.3, "pull": 0.3}
 """Primitives that are executed with noise, and their share of it; near contact there is none."""
 SETTLE = 6
 """The noise fades out over the last steps of each motion, or it would never arrive."""
