@@ -72,7 +72,7 @@ def load_checkpoint(folder: Path) -> Policy:
 
 def _print_wide(table: Table) -> None:
     """A terminal narrower than the table wraps its lines; its cells are not cut."""
-    console.print(table, width=max(console.width, WIDTH), crop=False)
+    Console(width=max(console.width, WIDTH)).print(table)
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
@@ -205,7 +205,7 @@ def print_result(result: Mapping[str, Any]) -> None:
     for robot, task, part in [*rows, ("all", "all", result["overall"])]:
         once, end = part["success_once"], part["success_at_end"]
         failures = ", ".join(f"{reason} {n}" for reason, n in part["reasons"].items() if reason and n)
-        interval = f"{once['low']:.0%} to {once['high']:.0%}"
+        interval = f"{once['low']:.1%} to {once['high']:.1%}"
         shares = f"{once['rate']:.0%}", interval, f"{end['rate']:.0%}"
         table.add_row(robot, task, str(part["n"]), *shares, failures or "-")
     _print_wide(table)

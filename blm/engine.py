@@ -43,7 +43,7 @@ ATTEMPTS = 3
 """How often a unit may cost a worker its life before the run gives up."""
 START_SECONDS = 600.0
 """How long to wait for the first worker of a Ray cluster; one that grows on demand takes minutes."""
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "LP_NUM_THREADS")
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _ONE_THREAD = dict.fromkeys(_THREAD_VARIABLES, "1")
 """For workers: two busy two-thread processes on two cores stall both."""
 _MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)

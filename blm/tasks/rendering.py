@@ -41,6 +41,8 @@ def gl_backend() -> str:
 
 def _new_context(size: int) -> Any:
     backend = os.environ["MUJOCO_GL"] = gl_backend()
+    # Mesa's software renderer draws our small pictures a quarter faster without threads of its own.
+    os.environ.setdefault("LP_NUM_THREADS", "0")
     try:
         context = importlib.import_module(_BACKENDS[backend]).GLContext(size, size)
         context.make_current()
