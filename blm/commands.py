@@ -132,8 +132,10 @@ class Evaluate:
     """maniskill: the Panda's tasks as ManiSkill has them; needs its own environment (docs/maniskill.md)."""
     engine: Literal["local", "ray"] = "local"
     """Where episodes run: on this machine, or on a Ray cluster."""
+    device: str = "cpu"
+    """Torch device of a checkpoint. On another than the CPU one model answers all workers, in batches."""
     max_batch: int = 64
-    """Observations that one call of the model may hold; with 1 it gives the same bits every time."""
+    """Observations that one such call may hold; with 1 the model gives the same bits every time."""
     cameras: tuple[str, ...] = ("base", "wrist")
     """Pictures for policies that have no contract of their own."""
     image_size: int = 112
@@ -169,6 +171,7 @@ def evaluate(command: str, arguments: list[str]) -> None:
             horizon=chosen.horizon,
             execute=chosen.execute,
             api_key=chosen.api_key,
+            device=chosen.device,
         )
         wanted = {name: getattr(chosen, name) for name in ("robots", "tasks", "episodes")}
         changes: Any = {name: value for name, value in wanted.items() if value}

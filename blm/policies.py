@@ -71,12 +71,19 @@ def contract_without_model(
 
 
 def find_policy(
-    name: str, *, cameras: tuple[str, ...], image_size: int, horizon: int, execute: int, api_key: str | None
+    name: str,
+    *,
+    cameras: tuple[str, ...],
+    image_size: int,
+    horizon: int,
+    execute: int,
+    api_key: str | None,
+    device: str,
 ) -> Callable[[], Policy]:
     """Return a picklable maker of the policy that `name` means (see HELP), checked as far as that is cheap.
 
-    The other arguments but the key are for policies that have no contract of their own. Raises BlmError with
-    the valid forms for anything else.
+    `cameras` to `execute` are for policies that have no contract of their own, `device` for checkpoints.
+    Raises BlmError with the valid forms for anything else.
     """
     look: Any = {"cameras": cameras, "image_size": image_size}
     if name == "expert":
@@ -87,7 +94,7 @@ def find_policy(
     if name.startswith(SCHEMES):
         return partial(RemotePolicy, name, api_key=api_key, contract=contract)
     if (Path(name) / "manifest.json").is_file():
-        return partial(CheckpointPolicy.load, Path(name))
+        return partial(CheckpointPolicy.load, Path(name), device=device)
     raise BlmError(f"no policy '{name}': give {HELP}")
 
 

@@ -419,6 +419,8 @@ class Batched(RandomPolicy):
     """A random policy that decides on many at once, slowly enough for others to queue up."""
 
     sizes: list[int]
+    device = "cuda"
+    """What an evaluation shares between its workers without being told."""
 
     def act_batch(self, observations: Sequence[Observation]) -> list[ActionChunk]:
         time.sleep(0.02)

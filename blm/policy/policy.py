@@ -75,6 +75,11 @@ class CheckpointPolicy:
         digest = hashlib.sha256(save(network.state_dict()) + frozen.fingerprint.encode())
         self.contract = replace(contract, revision=digest.hexdigest()[:16])
 
+    @property
+    def device(self) -> str:
+        """Kind of device that it runs on: cpu, cuda, mps."""
+        return str(self.backbone.model.device.type)
+
     def reset(self) -> None:
         """Nothing to forget: a decision depends on its observation alone."""
 
