@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from blm.data.writing import write_json
+from blm.data.files import read_json, write_json
 from blm.recipes import Recipe
 from blm.types import BlmError
 
@@ -80,11 +80,6 @@ def read_ledger(folder: Path) -> dict[str, Any]:
     """Return stage name -> {key, done, seconds} of a run folder."""
     path = folder / LEDGER
     return read_json(path) if path.exists() else {}
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text())
 
 
 def to_json(value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from blm.backbone import Backbone, build_nano
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus, with_pixels
 from blm.data.episodes import open_dataset
-from blm.data.writing import write_json
+from blm.data.files import read_json, write_json
 from blm.demos import CollectConfig, collect
 from blm.evaluation import (
     STAGE1_HELD_OUT_SEEDS,
@@ -26,7 +26,7 @@ from blm.evaluation import (
 )
 from blm.evaluation.report import ReportData, build_report
 from blm.hub import BLM
-from blm.pipeline import Stage, read_json, read_ledger, to_json
+from blm.pipeline import Stage, read_ledger, to_json
 from blm.policy.policy import CheckpointPolicy
 from blm.recipes import Recipe
 from blm.robots import ROBOTS

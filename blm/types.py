@@ -125,6 +125,11 @@ class Observation:
     """Seed of the sampling noise for this decision; the same observation and seed give the same chunk."""
 
 
+def decision_seed(seed: int, step: int) -> int:
+    """Seed of the policy's noise at one step of one episode: the same wherever the policy runs."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+
+
 @dataclass(frozen=True, kw_only=True)
 class ActionChunk:
     """H consecutive actions, the first of them for the step at which the observation was taken."""

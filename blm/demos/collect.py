@@ -21,8 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from blm.data.episodes import finalize_dataset, stage_episode
-from blm.data.files import writing
-from blm.data.writing import write_json
+from blm.data.files import read_json, write_json, writing
 from blm.demos.decompositions import DECOMPOSITIONS
 from blm.demos.expert import Expert
 from blm.demos.rollout import TAKE_OVER, Demonstrator, Perturbation, demonstrate
@@ -36,6 +35,8 @@ from blm.types import BlmError, Policy, lookup
 
 MakePolicy = Callable[[], Policy]
 """Picklable; called once in each worker process."""
+PLANNING = ("mink", "toppra", "ompl", "numpy")
+"""Packages whose versions decide what the expert does."""
 _NOT_DATA = ("workers", "engine")
 """Fields that say how to collect, not what: a run may be continued with other ones."""
 
@@ -68,6 +69,11 @@ class CollectConfig:
     workers: int = 2
     """Processes; 0 runs in this one."""
     engine: Literal["local", "ray"] = "local"
+
+    @property
+    def package(self) -> str:
+        """Distribution name of the simulator."""
+        return "mani_skill" if self.simulator == "maniskill" else "mujoco"
 
     def __post_init__(self) -> None:
         for robot in self.robots:
@@ -108,7 +114,7 @@ def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -
         results = _attempt_all(config, journal, staging, pilot)
         seeds = [int(key.split("/")[2]) for key in results]
         provenance = {
-            "versions": {name: version(name) for name in _packages(config)},
+            "versions": {name: version(name) for name in ("blm", config.package, *PLANNING)},
             "suite": suite_version(config.robots, config.tasks),
             "seeds": [min(seeds), max(seeds)],
             "collect": wanted,
@@ -136,12 +142,7 @@ def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -
         write_json(summary_file, summary)
     shutil.rmtree(staging, ignore_errors=True)
     journal.unlink(missing_ok=True)
-    return dict(json.loads(summary_file.read_text()))
-
-
-def _packages(config: CollectConfig) -> tuple[str, ...]:
-    simulator = "mujoco" if config.simulator == "mujoco" else "mani_skill"
-    return ("blm", simulator, "mink", "toppra", "ompl", "numpy")
+    return dict(read_json(summary_file))
 
 
 def _claim(out: Path, wanted: dict[str, Any]) -> None:
@@ -151,7 +152,7 @@ def _claim(out: Path, wanted: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if not claim.exists():
             write_json(claim, wanted)
-    have = json.loads(claim.read_text())
+    have = read_json(claim)
     rows = [f"  {k}: {have.get(k)!r} there, {v!r} asked for" for k, v in wanted.items() if have.get(k) != v]
     if rows:
         raise BlmError(
@@ -214,8 +215,8 @@ def _attempt(payload: tuple[CollectConfig, str, str, int, Path, MakePolicy | Non
     """One work unit: make, check and stage one episode."""
     config, robot, task, seed, staging, make_pilot = payload
     expert, pilot = _expert(config, robot, task), _pilot(make_pilot) if make_pilot else None
-    if pilot is not None:
-        pilot.contract.check(expert.env.observation())
+    if make_pilot:
+        _check_pilot(make_pilot, config, robot, task)
     rng = np.random.default_rng((seed, 1))
     draw = draw_perturbation(config, rng, piloted=pilot is not None)
     before = dict(expert.env.seconds)
@@ -250,6 +251,12 @@ def _expert(config: CollectConfig, robot: str, task: str) -> Demonstrator:
 @cache
 def _pilot(make: MakePolicy) -> Policy:
     return make()
+
+
+@cache
+def _check_pilot(make: MakePolicy, config: CollectConfig, robot: str, task: str) -> None:
+    """Raise ContractError, once for each cell and process, where the pilot needs other pictures."""
+    _pilot(make).contract.check(_expert(config, robot, task).env.observation())
 
 
 def make_env(config: CollectConfig, robot: str, task: str, cameras: tuple[str, ...]) -> Env:

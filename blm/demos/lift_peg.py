@@ -7,17 +7,29 @@ its torque. What lean is left then is measured and taken out by turning the tool
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import product
 
 import numpy as np
 from mink import SO3
 
 from blm.demos.planner import Pose, Vector, make_pose
-from blm.demos.primitives import FAST, HOVER, MOVED, ON_SPOT, UP, Path, Step, View
+from blm.demos.primitives import (
+    FAST,
+    HOVER,
+    ON_SPOT,
+    UP,
+    Path,
+    Step,
+    View,
+    angle_between,
+    at_place,
+    drawn_back,
+    unmoved,
+)
 from blm.robots import RobotSpec
 from blm.tasks import ObjectState
 from blm.tasks.lift_peg_upright import HALF_LENGTH, HALF_WIDTH
+from blm.tasks.lift_peg_upright import lean as lean_of
 
 NAME = "peg"
 GRIP = 0.095
@@ -72,10 +84,10 @@ def _grasp(view: View, peg: ObjectState) -> Step:
     if over and 0 < z < 1.5 * HOVER and view.opening > 0.95:
         chains.sort(key=lambda chain: _far(view.tool, chain[0]))
         paths: list[Path] = [([chain[0]], []) for chain in chains]
-        return Step(primitive="descend", opening=1.0, paths=paths, touches=(NAME,), valid=_unmoved(peg))
-    clear = [_at(view.tool, np.array([*view.place[:2], HOVER + 0.02]))] if view.place[2] <= HOVER else []
-    paths = [([*clear, _back(grasp, HOVER)], [grasp, *rest]) for grasp, *rest in chains]
-    return Step(primitive="approach", opening=1.0, paths=paths, free=True, speed=FAST, valid=_unmoved(peg))
+        return Step(primitive="descend", opening=1.0, paths=paths, touches=(NAME,), valid=unmoved(peg))
+    clear = [at_place(view.tool, np.array([*view.place[:2], HOVER + 0.02]))] if view.place[2] <= HOVER else []
+    paths = [([*clear, drawn_back(grasp, HOVER)], [grasp, *rest]) for grasp, *rest in chains]
+    return Step(primitive="approach", opening=1.0, paths=paths, free=True, speed=FAST, valid=unmoved(peg))
 
 
 def _raise(view: View, peg: ObjectState) -> Step:
@@ -100,7 +112,7 @@ def _raise(view: View, peg: ObjectState) -> Step:
         )
 
     if lean < STRAIGHT and peg.spin < SWINGING:
-        return step("place", FIRM, [[_at(view.tool, view.place - (lowest - 0.001) * UP)]])
+        return step("place", FIRM, [[at_place(view.tool, view.place - (lowest - 0.001) * UP)]])
     hang = np.array([*view.place[:2], height + SLACK])
     if lean < 1.0 and lowest > 0.5 * SLACK and peg.spin < SWINGING:
         turn = _onto(axis, UP)
@@ -153,7 +165,7 @@ def _ways_up(robot: RobotSpec, tool: Pose, hang: Vector) -> list[list[Pose]]:
     away = hang - robot.base_position
     mid = np.array([*hang[:2], 0.6 * hang[2]])
     forward = make_pose(hang, float(np.arctan2(away[1], away[0])), np.radians(35))
-    return [[_at(tool, mid), _at(tool, hang)], [_at(tool, mid), forward]]
+    return [[at_place(tool, mid), at_place(tool, hang)], [at_place(tool, mid), forward]]
 
 
 def _in_peg(view: View, peg: ObjectState) -> Vector:
@@ -185,17 +197,12 @@ def _in_hand(view: View, peg: ObjectState) -> bool:
     return bool(between and view.opening < _opening(view.robot, -0.004))
 
 
-def _unmoved(peg: ObjectState) -> Callable[[View], bool]:
-    return lambda now: bool(np.linalg.norm(now.objects[NAME].position - peg.position) < MOVED)
-
-
 def _axis(peg: ObjectState) -> Vector:
     return SO3(np.asarray(peg.quaternion)).as_matrix()[:, 0]
 
 
 def _lean(peg: ObjectState) -> float:
-    """Angle between peg and vertical, either way up."""
-    return float(np.arccos(min(abs(_axis(peg)[2]), 1.0)))
+    return lean_of(_axis(peg))
 
 
 def _lowest(peg: ObjectState) -> float:
@@ -218,14 +225,4 @@ def _opening(robot: RobotSpec, inside: float) -> float:
 
 def _far(one: Pose, other: Pose) -> float:
     """Distance between poses, a radian counting as .2 m."""
-    turn = np.linalg.norm((one.rotation().inverse() @ other.rotation()).log())
-    return float(np.linalg.norm(one.translation() - other.translation()) + 0.2 * turn)
-
-
-def _back(pose: Pose, distance: float) -> Pose:
-    """The pose, moved back along its approach direction."""
-    return _at(pose, pose.translation() - distance * pose.rotation().as_matrix()[:, 2])
-
-
-def _at(pose: Pose, position: Vector) -> Pose:
-    return Pose.from_rotation_and_translation(pose.rotation(), position)
+    return float(np.linalg.norm(one.translation() - other.translation()) + 0.2 * angle_between(one, other))

@@ -135,7 +135,7 @@ def carry_stages(view: View, thing: ObjectState, goal: Vector) -> Stages:
     poses = grasp_poses(view, thing)
     return [
         poses,
-        [_at(pose, goal) for pose in poses] + [make_pose(goal, y, t) for y, t in product(yaw, TILTS)],
+        [at_place(pose, goal) for pose in poses] + [make_pose(goal, y, t) for y, t in product(yaw, TILTS)],
     ]
 
 
@@ -153,13 +153,14 @@ def grasp(view: View, thing: ObjectState, goal: Vector | None = None) -> Step:
     poses = grasp_poses(view, thing)
     if above and 0 < z < 1.5 * HOVER and view.opening > min(1.3 * width, 0.95):
         down: list[Path] = [([pose], []) for pose in poses]
-        valid = _unmoved(thing)
+        valid = unmoved(thing)
         return Step(primitive="descend", opening=1.0, paths=down, valid=valid, touches=(thing.name,))
-    up = [[*_clear(view), _back(pose)] for pose in poses]
+    up = [[*_clear(view), drawn_back(pose)] for pose in poses]
     paths = [(hover, [pose]) for hover, pose in zip(up, poses, strict=True)]
     if goal is not None:
         ends = [
-            [pose, _at(pose, spot + LIFT * UP), _at(pose, goal - thing.position + spot)] for pose in poses
+            [pose, at_place(pose, spot + LIFT * UP), at_place(pose, goal - thing.position + spot)]
+            for pose in poses
         ]
         paths = [*zip(up, ends, strict=True), *paths]
     return _approach(1.0, paths, thing)
@@ -198,7 +199,7 @@ def put(view: View, thing: ObjectState, base: ObjectState, rise: float, within: 
         if away < CLEAR_OF and view.opening < min(1.4 * width, 0.95):
             return Step(primitive="release", opening=1.0)
         if away < CLEAR_OF:
-            back: list[Path] = [([_back(view.tool, by)], []) for by in (HOVER, LIFT, 1.2 * CLEAR_OF)]
+            back: list[Path] = [([drawn_back(view.tool, by)], []) for by in (HOVER, LIFT, 1.2 * CLEAR_OF)]
             touches = (thing.name, base.name)
             return Step(
                 primitive="retreat",
@@ -250,17 +251,17 @@ def push_towards(view: View, cube: ObjectState, goal: Vector, primitive: str) ->
     stand, end = at(-contact - GAP), at(distance - PUSH_NEAR / 2 - contact)
     poses = _push_poses(stand, unit)
     nearest = _nearest(view, poses)
-    ready = view.opening < 0.15 and _turn(view.tool, nearest[0]) < ALIGNED
+    ready = view.opening < 0.15 and angle_between(view.tool, nearest[0]) < ALIGNED
     low = abs(view.place[2] - PUSH_HEIGHT) < ON_SPOT
     if ready and low and behind(view) and offset(view)[0] > -contact - 2 * GAP:
-        paths: list[Path] = [([_at(pose, end)], []) for pose in nearest]
+        paths: list[Path] = [([at_place(pose, end)], []) for pose in nearest]
         return Step(primitive=primitive, opening=0.0, paths=paths, valid=behind, touches=(cube.name,))
     if ready and np.linalg.norm((view.place - stand)[:2]) < ON_SPOT:
         paths = [([pose], []) for pose in nearest]
-        valid = _unmoved(cube)
+        valid = unmoved(cube)
         return Step(primitive="descend", opening=0.0, paths=paths, valid=valid, touches=(cube.name,))
     above = stand + HOVER * UP
-    paths = [([*_clear(view), _at(pose, above)], [pose, _at(pose, end)]) for pose in poses]
+    paths = [([*_clear(view), at_place(pose, above)], [pose, at_place(pose, end)]) for pose in poses]
     return _approach(0.0, paths, cube)
 
 
@@ -272,7 +273,7 @@ def _push_poses(point: Vector, unit: Vector) -> list[Pose]:
 
 
 def _approach(opening: float, paths: Sequence[Path], thing: ObjectState) -> Step:
-    valid = _unmoved(thing)
+    valid = unmoved(thing)
     return Step(primitive="approach", opening=opening, paths=paths, free=True, speed=FAST, valid=valid)
 
 
@@ -291,7 +292,8 @@ def _carrying(view: View, thing: ObjectState, point: Vector, turns: Sequence[SO3
     return [([Pose.from_rotation_and_translation(turn, point - turn.apply(offset))], []) for turn in turns]
 
 
-def _unmoved(thing: ObjectState) -> Callable[[View], bool]:
+def unmoved(thing: ObjectState) -> Callable[[View], bool]:
+    """A test of later states: whether the thing is still where it is now."""
     return lambda now: bool(np.linalg.norm(now.objects[thing.name].position - thing.position) < MOVED)
 
 
@@ -328,17 +330,17 @@ def _turn_to(thing: ObjectState, tool: SO3) -> float:
     return float(abs((difference + np.pi / 4) % (np.pi / 2) - np.pi / 4))
 
 
-def _back(pose: Pose, by: float = HOVER) -> Pose:
+def drawn_back(pose: Pose, by: float = HOVER) -> Pose:
     """The pose so far [m] back along its approach direction."""
-    return _at(pose, pose.translation() - by * pose.rotation().as_matrix()[:, 2])
+    return at_place(pose, pose.translation() - by * pose.rotation().as_matrix()[:, 2])
 
 
 def _nearest(view: View, poses: Sequence[Pose]) -> list[Pose]:
     """The poses by how little the tool has to turn for them."""
-    return sorted(poses, key=lambda pose: _turn(view.tool, pose))
+    return sorted(poses, key=lambda pose: angle_between(view.tool, pose))
 
 
-def _turn(one: Pose, other: Pose) -> float:
+def angle_between(one: Pose, other: Pose) -> float:
     """Angle between two attitudes [rad]."""
     return float(np.linalg.norm((one.rotation().inverse() @ other.rotation()).log()))
 
@@ -346,8 +348,9 @@ def _turn(one: Pose, other: Pose) -> float:
 def _clear(view: View) -> list[Pose]:
     """Straight up first, when the tool is down among the objects."""
     up = np.array([*view.place[:2], HOVER + 0.02])
-    return [_at(view.tool, up)] if view.place[2] <= HOVER else []
+    return [at_place(view.tool, up)] if view.place[2] <= HOVER else []
 
 
-def _at(pose: Pose, position: Vector) -> Pose:
+def at_place(pose: Pose, position: Vector) -> Pose:
+    """The same attitude somewhere else."""
     return Pose.from_rotation_and_translation(pose.rotation(), position)

@@ -6,9 +6,8 @@ back, not how to go astray (as in DART, Laskey et al., CoRL 2017; DAgger, Ross e
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ import numpy as np
 from blm.demos.expert import HOLD_STEPS
 from blm.demos.planner import PlanError
 from blm.tasks import Env
-from blm.types import Episode, FloatArray, Policy
+from blm.types import Episode, FloatArray, Observation, Policy, decision_seed
 
 NOISY = {"approach": 1.0, "lift": 1.0, "move": 1.0, "push": 0.3, "pull": 0.3}
 """Primitives that are executed with noise, and their share of it; near contact there is none."""
@@ -29,6 +28,10 @@ PULSE = 8
 """Steps for which a disturbance works the gripper the wrong way."""
 TAKE_OVER = (8, 100)
 """A piloting policy drives for a number of steps drawn from this range, then the expert takes over."""
+
+
+Moment = tuple[dict[str, Any], FloatArray, FloatArray, str, bool]
+"""What was seen, the expert's action, the executed one, the primitive, whether the rule held afterwards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +84,11 @@ def demonstrate(
         expert.check()
     except PlanError as error:
         return None, error.reason
-    piloted = _piloted(pilot, env, seed) if pilot is not None else None
+    if pilot is not None:
+        pilot.reset()
+    chunk: Iterator[FloatArray] = iter(())
     noise = np.zeros(env.contract_space.dim - 1)
-    steps: list[tuple[dict[str, Any], FloatArray, FloatArray, str, bool]] = []
+    steps: list[Moment] = []
     while not expert.done and len(steps) < env._max_episode_steps + draw.take_over:
         try:
             action, name = expert.act()
@@ -93,8 +98,10 @@ def demonstrate(
             size=len(noise)
         )
         executed = action.copy()
-        if piloted is not None and len(steps) < draw.take_over:
-            executed = next(piloted)
+        if pilot is not None and len(steps) < draw.take_over:
+            if len(steps) % pilot.contract.execute == 0:
+                chunk = _decide(pilot, env, observation, seed, len(steps))
+            executed = next(chunk)
         else:
             executed[:-1] += noise * NOISY.get(name, 0.0) * min(1.0, expert.remaining / SETTLE)
         if draw.pulse is not None and draw.pulse <= len(steps) < draw.pulse + PULSE:
@@ -102,9 +109,15 @@ def demonstrate(
         following, _, _, _, info = env.step(executed)
         steps.append((observation, action, executed, name, info["success"]))
         observation = following
+    if not expert.done or not all(step[-1] for step in steps[-HOLD_STEPS:]):
+        return None, _failure(expert, tuple(step[3] for step in steps))
+    return _record(expert, seed, draw, steps), ""
+
+
+def _record(expert: Demonstrator, seed: int, draw: Perturbation, steps: Sequence[Moment]) -> Episode:
+    """The episode that these steps make."""
+    env = expert.env
     seen, actions, done, names, success = zip(*steps, strict=True)
-    if not expert.done or not all(success[-HOLD_STEPS:]):
-        return None, _failure(expert, names)
     return Episode(
         robot=env.robot.name,
         task=env.task,
@@ -124,7 +137,7 @@ def demonstrate(
             "drops": expert.drops,
             **expert.metrics(),
         },
-    ), ""
+    )
 
 
 def _failure(expert: Demonstrator, names: tuple[str, ...]) -> str:
@@ -135,14 +148,17 @@ def _failure(expert: Demonstrator, names: tuple[str, ...]) -> str:
     return "missed_grasp" if "grasp" in names and names[-1] in ("approach", "descend", "grasp") else "timeout"
 
 
-def _piloted(policy: Policy, env: Env, seed: int) -> Iterator[FloatArray]:
-    """Actions of a policy that drives the environment, asked anew after every `execute` of them."""
-    policy.reset()
-    for step in itertools.count(0, policy.contract.execute):
-        draw = int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
-        actions = policy.act(env.observation(draw)).actions
-        for action in actions[: policy.contract.execute]:
-            yield np.asarray(action, dtype=np.float32)
+def _decide(policy: Policy, env: Env, seen: dict[str, Any], seed: int, step: int) -> Iterator[FloatArray]:
+    """The actions that the policy carries out before it is asked again, for what is seen now."""
+    observation = Observation(
+        images=seen["pixels"],
+        state=seen["agent_pos"],
+        instruction=env.task_description,
+        robot=env.embodiment,
+        seed=decision_seed(seed, step),
+    )
+    actions = policy.act(observation).actions[: policy.contract.execute]
+    return iter(np.asarray(actions, dtype=np.float32))
 
 
 def replay(env: Env, episode: Episode) -> str:

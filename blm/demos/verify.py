@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from importlib.metadata import version
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blm.data.episodes import open_dataset
-from blm.data.writing import write_json
+from blm.data.files import read_json, write_json
 from blm.demos.collect import CollectConfig, make_env
 from blm.demos.rollout import replay
 from blm.engine import Result, Unit, run_units
@@ -30,7 +29,7 @@ def verify(out: Path, *, workers: int = 2, engine: Literal["local", "ray"] = "lo
     """
     if not (out / "summary.json").is_file():
         raise BlmError(f"'{out}' holds no finished collection (no summary.json); collect it, or finish it")
-    summary = json.loads((out / "summary.json").read_text())
+    summary = read_json(out / "summary.json")
     config = read_config(summary["config"])
     _require_same_world(summary, config)
     units = []
@@ -63,7 +62,7 @@ def read_config(stored: Mapping[str, Any]) -> CollectConfig:
 
 
 def _require_same_world(summary: Mapping[str, Any], config: CollectConfig) -> None:
-    simulator = "mujoco" if config.simulator == "mujoco" else "mani_skill"
+    simulator = config.package
     recorded = {simulator: summary["versions"][simulator], "suite": summary["suite"]}
     here = {simulator: version(simulator), "suite": suite_version(config.robots, config.tasks)}
     if recorded != here:

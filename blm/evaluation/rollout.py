@@ -19,7 +19,7 @@ from blm.evaluation.outcome import Moment, first_success, judge, observe_moment
 from blm.evaluation.protocol import PhysicalProtocol, digest, phrasing_of
 from blm.evaluation.results import atomically
 from blm.tasks import TASKS, Env
-from blm.types import ContractError, FloatArray, ImageArray, Observation, Policy
+from blm.types import ContractError, FloatArray, ImageArray, Observation, Policy, decision_seed
 
 VIDEO_CAMERA, VIDEO_SIZE = "base", 240
 
@@ -29,11 +29,6 @@ class Privileged(Protocol):
     """A policy that looks into the simulator, such as the planning expert; told of each new episode."""
 
     def attach(self, env: Env) -> None: ...
-
-
-def decision_seed(seed: int, step: int) -> int:
-    """Seed of the policy's noise at one step of one episode: the same wherever the policy runs."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 
 class Worker:

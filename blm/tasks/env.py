@@ -68,6 +68,19 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         distractors: int = 0,
         appearance: Appearance = PLAIN,
     ) -> None:
+        self._describe(robot, task, cameras, image_size, distractors)
+        self.model = build_model(self.robot, self.task_spec, distractors)
+        self.data = mujoco.MjData(self.model)
+        self._look, self._look_seed = Look(self.model, appearance), 0
+        self._max_episode_steps = self.task_spec.max_steps if max_steps is None else max_steps
+        self._terminate, self._extra, self._steps = terminate_on_success, distractors, 0
+        self._distractors: Extras = ()
+        self._renderer: Renderer | None = None
+
+    def _describe(
+        self, robot: str, task: str, cameras: Iterable[str], image_size: int, distractors: int
+    ) -> None:
+        """Set what does not depend on the simulator. Raises BlmError for unknown names and bad numbers."""
         self.robot, self.task, self.embodiment = lookup("robot", robot, ROBOTS), task, robot
         self.task_spec = lookup("task", task, TASKS)
         self.task_description = self.task_spec.instruction(0)
@@ -77,15 +90,8 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         if not 16 <= image_size <= 1024 or not 0 <= distractors <= 20:
             raise BlmError(f"image_size {image_size} must be 16..1024, distractors {distractors} 0..20")
         self.items = self.task_spec.items(self.robot)
-        self.model = build_model(self.robot, self.task_spec, distractors)
-        self.data = mujoco.MjData(self.model)
-        self._look, self._look_seed = Look(self.model, appearance), 0
         self.seconds = {"physics": 0.0, "rendering": 0.0}
         """Time spent since the environment was made [s]."""
-        self._max_episode_steps = self.task_spec.max_steps if max_steps is None else max_steps
-        self._terminate, self._extra, self._steps = terminate_on_success, distractors, 0
-        self._distractors: Extras = ()
-        self._renderer: Renderer | None = None
         space = self.contract_space = self.robot.action_space
         self._low, self._high, self._arm = np.array(space.low), np.array(space.high), slice(0, space.dim - 1)
         self.action_space = spaces.Box(self._low.astype(np.float32), self._high.astype(np.float32))

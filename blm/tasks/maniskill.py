@@ -19,13 +19,11 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium import spaces
 from numpy.typing import NDArray
 
 from blm.robots import ROBOTS
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.env import Env
-from blm.tasks.registry import TASKS
 from blm.tasks.scene import CAMERAS
 from blm.tasks.spec import Item, ObjectState, World
 from blm.types import BlmError, FloatArray, ImageArray, lookup
@@ -118,35 +116,18 @@ class ManiSkillEnv(Env):
         distractors: int = 0,
         appearance: Appearance = PLAIN,
     ) -> None:
-        self.robot = lookup("robot in ManiSkill", robot, {"panda": ROBOTS["panda"]})
-        self.task, self.embodiment = task, robot
+        lookup("robot in ManiSkill", robot, {"panda": ROBOTS["panda"]})
         self._counterpart = lookup("task in ManiSkill", task, COUNTERPARTS)
-        self.task_spec = lookup("task", task, TASKS)
-        self.task_description = self.task_spec.instruction(0)
-        self.cameras, self.image_size = tuple(cameras), image_size
-        for camera in self.cameras:
-            lookup("camera", camera, CAMERAS)
-        if not 16 <= image_size <= 1024:
-            raise BlmError(f"image_size {image_size} must be 16..1024")
+        self._describe(robot, task, cameras, image_size, distractors)
         if distractors or appearance != PLAIN:
             raise BlmError(
                 "ManiSkill's scenes are as they are: distractors must be 0 and the appearance plain"
             )
-        self.items = self.task_spec.items(self.robot)
         self._max_episode_steps = MAX_STEPS if max_steps is None else max_steps
         self._terminate, self._steps = terminate_on_success, 0
-        self.seconds = {"physics": 0.0, "rendering": 0.0}
         self._views: dict[tuple[str, int], Any] = {}
         self.simulation = self._make()
         """ManiSkill's own environment; `blm.demos.maniskill` runs its scripts on it."""
-        space = self.contract_space = self.robot.action_space
-        self._low, self._high, self._arm = np.array(space.low), np.array(space.high), slice(0, space.dim - 1)
-        self.action_space = spaces.Box(self._low.astype(np.float32), self._high.astype(np.float32))
-        picture = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.observation_space = spaces.Dict({
-            "pixels": spaces.Dict(dict.fromkeys(self.cameras, picture)),
-            "agent_pos": spaces.Box(-np.inf, np.inf, (space.dim,), np.float32),
-        })  # fmt: skip
 
     def _make(self) -> Any:
         require_maniskill()

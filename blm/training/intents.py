@@ -26,9 +26,8 @@ from torch import Tensor
 from blm.backbone.backbone import Backbone
 from blm.backbone.prompt import control_prompt
 from blm.data.episodes import EpisodeDataset, open_dataset
-from blm.data.files import sha256_of
+from blm.data.files import sha256_of, write_json
 from blm.data.mixture import IndexArray, kept_frames
-from blm.data.writing import write_json
 from blm.engine import Result, Unit, run_units
 from blm.policy.policy import prompt_version
 from blm.types import BlmError, ImageArray
