@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from blm import commands
+from blm.commands import physical
 from blm.types import BlmError, Message, UnknownNameError, lookup
 
 if TYPE_CHECKING:
@@ -136,11 +136,11 @@ def _of_run(arguments: list[str]) -> bool:
 
 
 def _collect(command: str, arguments: list[str]) -> None:
-    (_stage("collect") if _of_run(arguments) else commands.collect)(command, arguments)
+    (_stage("collect") if _of_run(arguments) else physical.collect)(command, arguments)
 
 
 def _evaluate(command: str, arguments: list[str]) -> None:
-    (_stage("physical") if _of_run(arguments) else commands.evaluate)(command, arguments)
+    (_stage("physical") if _of_run(arguments) else physical.evaluate)(command, arguments)
 
 
 # --- one model ----------------------------------------------------------------------------------------------
@@ -191,8 +191,9 @@ def _chat(command: str, arguments: list[str]) -> None:
             image: Picture file; give the flag once per camera, in the checkpoint's camera order.
             max_tokens: Longest answer.
         """
-        from blm.backbone.prompt import question_prompt, read_pixels
+        from blm.backbone.prompt import question_prompt
         from blm.hub import BLM
+        from blm.media import read_pixels
 
         messages: tuple[Message, ...] = question_prompt(question, [read_pixels(path) for path in image])
         print(BLM.from_pretrained(checkpoint).answer(messages, max_tokens=max_tokens))
@@ -224,7 +225,7 @@ def _view(command: str, arguments: list[str]) -> None:
 
             path = collection_sheet(dataset, out or Path("suite.png"))
         else:
-            path = commands.picture_episode(dataset, episode, form, out)
+            path = physical.picture_episode(dataset, episode, form, out)
         console.print(f"wrote {path}", soft_wrap=True)
 
     tyro.cli(view, args=arguments, prog=f"blm {command}")
@@ -261,7 +262,7 @@ COMMANDS: dict[str, Command] = {
     "train stage2": Command("train bridge and policy on the frozen backbone", _stage("stage2")),
     "eval digital": Command("ask the held-out questions", _stage("digital")),
     "eval physical": Command("drive the robots, closed loop, on held-out scenes", _evaluate),
-    "compare": Command("the paired difference of two results", commands.compare),
+    "compare": Command("the paired difference of two results", physical.compare),
     "report": Command("write one HTML page from a run folder", _report),
     "serve": Command("chat and actions from one checkpoint", _serve),
     "chat": Command("ask one question about pictures", _chat),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blm.backbone import Backbone, build_nano
-from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus, with_pixels
+from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus
 from blm.data.episodes import open_dataset
 from blm.data.files import read_json, write_json
 from blm.demos import CollectConfig, collect
@@ -26,6 +26,7 @@ from blm.evaluation import (
 )
 from blm.evaluation.report import ReportData, build_report
 from blm.hub import BLM
+from blm.media import with_pixels
 from blm.pipeline import Stage, read_ledger, to_json
 from blm.policy.policy import CheckpointPolicy
 from blm.recipes import Recipe
@@ -168,7 +169,7 @@ def load_questions(folder: Path, *, limit: int | None = None, pixels: bool = Tru
     questions = [q for row in read_corpus(folder) for q in row.questions() if q.kind != "control"]
     if limit is not None and limit < len(questions):
         questions = [questions[i * len(questions) // limit] for i in range(limit)]
-    return [replace(q, messages=with_pixels(folder, q.messages)) for q in questions] if pixels else questions
+    return [replace(q, messages=with_pixels(q.messages, folder)) for q in questions] if pixels else questions
 
 
 PHYSICAL = {"BLM": "physical", "hold still": "zero"}

@@ -263,6 +263,12 @@ class Message:
         return tuple(part for part in self.content if isinstance(part, Image))
 
 
+Scorer = Literal["exact", "choice", "point", "points", "box", "metric", "judge"]
+"""How an answer is judged. exact: normalised string equality. choice: the letter of an option. point:
+distance to "(x, y)". points: share of the points inside the mask. box: overlap with "(x1, y1, x2, y2)".
+metric: distance to a length or a vector in cm. judge: a language model compares it with the reference."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Question:
     """One question with its reference answer; what corpora make and the digital evaluation asks."""
@@ -275,8 +281,11 @@ class Question:
     answer: str
     group: str
     """Questions that share a picture share a group: intervals are clustered by it."""
-    scorer: Literal["exact", "point"] = "exact"
-    """'exact': normalised string equality; 'point': distance in the stated coordinate convention."""
+    scorer: Scorer = "exact"
+    options: tuple[str, ...] = ()
+    """Of a multiple choice, in order; the answer is the letter of one (A, B, ..)."""
+    mask: Image | None = None
+    """Where points are right: the white pixels of this picture."""
 
 
 @runtime_checkable

@@ -17,21 +17,22 @@ COMPOSITION = {"__init__", "recipes", "stages", "pipeline", "cli", "commands", "
 ALLOWED = {
     "types": "",
     "engine": "types",
+    "media": "types",
     "robots": "types",
     "tasks": "types robots",
     "data": "types",
     "demos": "types engine robots tasks data",
-    "corpora": "types engine robots tasks data backbone",
-    "backbone": "types",
+    "corpora": "types engine media robots tasks data backbone",
+    "backbone": "types media",
     "bridge": "types",
     "policy": "types data backbone bridge",
-    "training": "types engine data corpora backbone bridge policy",
-    "evaluation": "types engine robots tasks",
+    "training": "types engine media data corpora backbone bridge policy",
+    "evaluation": "types engine media robots tasks",
     "serving": "types robots tasks",
     "viewing": "types data",
 }
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
-LIBRARY_LINES = 9_460
+LIBRARY_LINES = 13_000
 """Of code, without docstrings, comments and blank lines. May only go down for the same features.
 
 6,300 for the whole loop, and 3,100 for the physical suite: four tasks, planning among obstacles, corrections,

@@ -23,7 +23,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from blm.backbone import Backbone, build_nano, control_prompt, question_prompt, video_prompt
 from blm.backbone.backbone import without_video
 from blm.backbone.nano import train_tokenizer
-from blm.backbone.prompt import load_pixels
+from blm.media import load_pixels
 from blm.types import BlmError, Image, Message, UnknownNameError
 
 QWEN_TEMPLATE = (

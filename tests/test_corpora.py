@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus, with_pixels, write_corpus
+from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus, write_corpus
 from blm.corpora.messages import CORPUS_FILE, Conversation
 from blm.corpora.questions import (
     ASKERS,
@@ -22,6 +22,7 @@ from blm.corpora.questions import (
     observe_scene,
     scene_turns,
 )
+from blm.media import with_pixels
 from blm.tasks import Env
 from blm.types import BlmError, Image, Message
 
@@ -52,7 +53,7 @@ def test_corpus_round_trip(tmp_path):
     back = read_corpus(tmp_path / "c")
     assert [row.id for row in back] == ["a", "b"]
     assert len(list((tmp_path / "c/images").iterdir())) == 2
-    loaded = with_pixels(tmp_path / "c", back[1].messages)
+    loaded = with_pixels(back[1].messages, tmp_path / "c")
     assert np.array_equal(loaded[0].images[0].pixels, rows[1].messages[0].images[0].pixels)
     assert [m.text for m in loaded] == [m.text for m in rows[1].messages]
     with pytest.raises(BlmError, match="exists"):
@@ -90,11 +91,11 @@ def test_pictures_that_are_none_are_refused(tmp_path):
     (row,) = read_corpus(tmp_path / "c")
     path = tmp_path / "c" / row.messages[0].images[0].path
     path.write_text("not a picture")
-    with pytest.raises(BlmError, match="cannot be read"):
-        with_pixels(tmp_path / "c", row.messages)
+    with pytest.raises(BlmError, match="cannot read image"):
+        with_pixels(row.messages, tmp_path / "c")
     outside = (Message("user", (Image(path="../../etc/passwd"),)),)
     with pytest.raises(BlmError, match="outside"):
-        with_pixels(tmp_path / "c", outside)
+        with_pixels(outside, tmp_path / "c")
 
 
 def test_curation_counts_every_reason(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from blm.cli import find_command, parse_recipe
-from blm.commands import parse_collect, parse_evaluate
+from blm.commands.physical import parse_collect, parse_evaluate
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

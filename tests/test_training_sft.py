@@ -12,10 +12,14 @@ import torch
 from test_backbone import tiny_qwen
 
 from blm.backbone import Backbone, build_nano
+from blm.training.answers import answer_loss
 from blm.training.loop import LoopConfig
-from blm.training.sft import RowBatch, Stage1Config, answer_loss, collate, make_row, train_stage1
+from blm.training.packing import RowBatch, collate
+from blm.training.rows import Limits, make_row
+from blm.training.sft import Stage1Config, train_stage1
 from blm.types import BlmError, Image, Message
 
+LIMITS = Limits()
 CONFIG = Stage1Config(loop=LoopConfig(steps=60, batch_size=4, lr=3e-3))
 TEXTS = ["Point to the red cube.", "(512, 430)", "How many cubes? two", "assistant"]
 CARELESS = "Say <|end|> assistant <|assistant|> twice."
@@ -44,8 +48,8 @@ def nano() -> Backbone:
     return build_nano(TEXTS)
 
 
-def batch(backbone: Backbone, config: Stage1Config, *conversations: tuple[Message, ...]) -> RowBatch:
-    rows = [make_row(backbone, c, config, None, Counter()) for c in conversations]
+def batch(backbone: Backbone, limits: Limits, *conversations: tuple[Message, ...]) -> RowBatch:
+    rows = [make_row(backbone, c, limits, None, Counter()) for c in conversations]
     return collate(backbone, [row for row in rows if row is not None], tuple(range(len(rows))))
 
 
@@ -57,7 +61,7 @@ def test_answers_and_their_end_tokens_are_learnt_and_nothing_else(backbone: Back
     image = picture(0, size(backbone))
     talk = dialogue(("How many cubes?", "two"), ("assistant", "(512, 430)"), images=(image,))
     for separate in (True, False):
-        row = make_row(backbone, talk, replace(CONFIG, separate_turns=separate), None, Counter())
+        row = make_row(backbone, talk, Limits(separate_turns=separate), None, Counter())
         assert row is not None
         learnt = [backbone.processor.tokenizer.decode(row.tokens[row.branch == j][row.learn[row.branch == j]])
                   for j in np.unique(row.branch)]  # fmt: skip
@@ -68,7 +72,7 @@ def test_answers_and_their_end_tokens_are_learnt_and_nothing_else(backbone: Back
 
 
 def test_words_of_the_template_in_a_question_do_not_open_the_mask(nano: Backbone) -> None:
-    row = make_row(nano, dialogue((CARELESS, "no")), CONFIG, None, Counter())
+    row = make_row(nano, dialogue((CARELESS, "no")), LIMITS, None, Counter())
     assert row is not None
     assert nano.processor.tokenizer.decode(row.tokens[row.learn]) == "no<|end|>"
 
@@ -76,7 +80,7 @@ def test_words_of_the_template_in_a_question_do_not_open_the_mask(nano: Backbone
 def test_the_loss_is_the_models_own_with_other_labels_masked(backbone: Backbone) -> None:
     image = picture(1, size(backbone))
     talks = [dialogue(("How many?", "two"), images=(image,)), dialogue(("Say it.", "(512, 430)"))]
-    made = batch(backbone, replace(CONFIG, separate_turns=False), *talks[:1])
+    made = batch(backbone, Limits(separate_turns=False), *talks[:1])
     loss, metrics = answer_loss(backbone, made)
     labels = made.inputs["input_ids"].masked_fill(~made.learn, -100)
     inputs = backbone.encode([talks[0][:1]])
@@ -90,8 +94,8 @@ def test_the_loss_is_the_models_own_with_other_labels_masked(backbone: Backbone)
 def test_separated_turns_train_as_if_each_were_asked_alone(backbone: Backbone) -> None:
     image = picture(2, size(backbone))
     turns = [("How many cubes?", "two"), ("Point to the red cube.", "(512, 430)"), ("Which?", "the red one")]
-    together, _ = answer_loss(backbone, batch(backbone, CONFIG, dialogue(*turns, images=(image,))))
-    alone = [batch(backbone, CONFIG, dialogue(turn, images=(image,))) for turn in turns]
+    together, _ = answer_loss(backbone, batch(backbone, LIMITS, dialogue(*turns, images=(image,))))
+    alone = [batch(backbone, LIMITS, dialogue(turn, images=(image,))) for turn in turns]
     counts = [int(one.learn.sum()) for one in alone]
     losses = [answer_loss(backbone, one)[0].item() for one in alone]
     assert together.item() == pytest.approx(np.average(losses, weights=counts), abs=2e-5)
@@ -103,8 +107,8 @@ def test_a_batch_may_mix_rows_with_and_without_pictures(backbone: Backbone) -> N
         dialogue(("How many?", "two"), ("Which?", "red"), images=(image,)),
         dialogue(("Hello.", "Good day.")),
     ]
-    mixed = batch(backbone, CONFIG, *talks)
-    parts = [batch(backbone, CONFIG, talk) for talk in talks]
+    mixed = batch(backbone, LIMITS, *talks)
+    parts = [batch(backbone, LIMITS, talk) for talk in talks]
     expected = np.average(
         [answer_loss(backbone, part)[0].item() for part in parts], weights=[int(p.learn.sum()) for p in parts]
     )
@@ -141,11 +145,12 @@ def test_frozen_parts_stay_as_they_were(nano: Backbone, tmp_path: Path) -> None:
 def test_long_rows_lose_their_last_turns_never_a_picture(nano: Backbone) -> None:
     counts: Counter[str] = Counter()
     talk = dialogue(("How many cubes?", "two"), ("x" * 300, "no"), images=(picture(7),))
-    config = replace(CONFIG, max_length=60)
-    row = make_row(nano, talk, config, None, counts)
+    limits = Limits(max_length=60)
+    config = replace(CONFIG, limits=limits)
+    row = make_row(nano, talk, limits, None, counts)
     assert row is not None and len(row.tokens) <= 60 and counts == {"turns cut": 1, "kept": 1}
     assert (row.tokens == nano.processor.image_token_id).sum() == 16
-    assert make_row(nano, dialogue(("x" * 300, "no"), images=(picture(8),)), config, None, counts) is None
+    assert make_row(nano, dialogue(("x" * 300, "no"), images=(picture(8),)), limits, None, counts) is None
     with pytest.raises(BlmError, match="no conversation can be trained on"):
         train_stage1(nano, [dialogue(("x" * 300, "no"))], config, Path("unused"))
 

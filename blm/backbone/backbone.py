@@ -27,7 +27,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 from blm.backbone.nano import SAMPLE_TEXTS, make_nano
-from blm.backbone.prompt import load_pixels, question_prompt, to_chat
+from blm.backbone.prompt import question_prompt, to_chat
+from blm.media import load_pixels
 from blm.types import BlmError, Message, lookup
 
 Inputs = dict[str, Tensor]

@@ -7,12 +7,9 @@ the same prefix in a question and in a control prompt.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 
 from blm.types import BlmError, Image, ImageArray, Message
 
@@ -58,29 +55,6 @@ def video_prompt(
     picked = np.unique(np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int))
     times = ", ".join(f"{index / rate_hz:.1f}" for index in picked)
     return question_prompt(f"Frames at {times} s. {question}", [frames[index] for index in picked])
-
-
-def load_pixels(image: Image, root: Path | None = None) -> ImageArray:
-    """Return uint8 RGB [height, width, 3]; a path is read below `root`. Raises BlmError for anything else."""
-    if image.pixels is None:
-        if image.path is None:
-            raise BlmError("an image has neither pixels nor a path")
-        if root is None:
-            raise BlmError(f"image '{image.path}' is a path; say which corpus folder it is relative to")
-        return read_pixels(root / image.path)
-    pixels = np.asarray(image.pixels)
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
-        raise BlmError(f"an image is {pixels.dtype} {pixels.shape}; needed: uint8 (height, width, 3), RGB")
-    return pixels
-
-
-def read_pixels(file: Path) -> ImageArray:
-    """Read any picture file as upright RGB; transparency is dropped. Raises BlmError naming the file."""
-    try:
-        with PIL.Image.open(file) as picture:
-            return np.asarray(PIL.ImageOps.exif_transpose(picture).convert("RGB"))
-    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-        raise BlmError(f"cannot read image {file}: {error}") from error
 
 
 def to_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from blm.corpora.build import SceneCorpusConfig, build_scene_corpus
 from blm.corpora.curation import CurationReport, curate
-from blm.corpora.messages import Conversation, load_image, read_corpus, with_pixels, write_corpus
+from blm.corpora.messages import Conversation, read_corpus, write_corpus
 
 __all__ = [
     "Conversation",
@@ -10,8 +10,6 @@ __all__ = [
     "SceneCorpusConfig",
     "build_scene_corpus",
     "curate",
-    "load_image",
     "read_corpus",
-    "with_pixels",
     "write_corpus",
 ]

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from blm.corpora.messages import Conversation, read_corpus, with_pixels, write_corpus
+from blm.corpora.messages import Conversation, read_corpus, write_corpus
 from blm.corpora.questions import (
     ask_done,
     ask_next,
@@ -28,6 +28,7 @@ from blm.corpora.questions import (
 )
 from blm.data.episodes import open_dataset
 from blm.engine import Unit, run_units
+from blm.media import with_pixels
 from blm.tasks import Env
 from blm.types import BlmError
 
@@ -157,4 +158,4 @@ def _balanced_rows(rows: np.ndarray, done: np.ndarray, count: int, rng: np.rando
 def _merge(folders: list[Path]) -> Iterator[Conversation]:
     for folder in folders:
         for conversation in read_corpus(folder):
-            yield replace(conversation, messages=with_pixels(folder, conversation.messages))
+            yield replace(conversation, messages=with_pixels(conversation.messages, folder))

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from blm.corpora.messages import Conversation, load_image
+from blm.corpora.messages import Conversation
+from blm.media import load_pixels
 from blm.types import BlmError
 
 
@@ -61,7 +62,7 @@ def _fault(
     try:
         for message in conversation.messages:
             for image in message.images:
-                load_image(folder, image)
+                load_pixels(image, folder)
     except BlmError:
         return "picture missing or unreadable"
     return None

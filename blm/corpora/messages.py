@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import numpy as np
 import PIL.Image
 
-from blm.types import BlmError, Image, ImageArray, Message, Question
+from blm.types import BlmError, Image, Message, Question, Scorer
 
 CORPUS_FILE = "corpus.jsonl"
 ROLES = ("system", "user", "assistant")
@@ -49,8 +49,22 @@ class Conversation:
                 messages=(Message("user", (*pictures, text)),),
                 answer=answer,
                 group=self.group,
-                scorer="point" if kind.startswith("point") else "exact",
+                scorer=scorer_of(kind),
+                options=options_of(text) if scorer_of(kind) == "choice" else (),
             )
+
+
+def scorer_of(kind: str) -> Scorer:
+    """How answers of a question kind are judged: told by its name."""
+    for beginning in ("point", "box", "metric"):
+        if kind.startswith(beginning):
+            return beginning
+    return "choice" if kind.endswith("_choice") else "exact"
+
+
+def options_of(question: str) -> tuple[str, ...]:
+    """The options of a multiple choice: its lines "(A) ...", "(B) ..."."""
+    return tuple(re.findall(r"^\([A-Z]\) (.+)$", question, re.MULTILINE))
 
 
 def write_corpus(folder: Path, conversations: Iterable[Conversation]) -> int:
@@ -87,28 +101,6 @@ def read_corpus(folder: Path) -> list[Conversation]:
         except (KeyError, TypeError, json.JSONDecodeError, BlmError) as error:
             raise BlmError(f"{path}:{number}: not a valid conversation: {error!r}") from error
     return rows
-
-
-def load_image(folder: Path, image: Image) -> ImageArray:
-    """Return the pixels [H, W, 3]. Raises BlmError for a file that is missing, outside `folder`, no image."""
-    if image.pixels is not None:
-        return image.pixels
-    path = (folder / str(image.path)).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise BlmError(f"picture '{image.path}' lies outside its corpus folder '{folder}'")
-    try:
-        with PIL.Image.open(path) as picture:
-            return np.asarray(picture.convert("RGB"), dtype=np.uint8)
-    except (OSError, SyntaxError) as error:
-        raise BlmError(f"picture '{path}' cannot be read: {error}; generate the corpus again") from error
-
-
-def with_pixels(folder: Path, messages: Sequence[Message]) -> tuple[Message, ...]:
-    """Return the messages with every picture loaded."""
-    return tuple(
-        Message(m.role, tuple(p if isinstance(p, str) else Image(load_image(folder, p)) for p in m.content))
-        for m in messages
-    )
 
 
 def _to_row(conversation: Conversation, folder: Path) -> dict[str, Any]:

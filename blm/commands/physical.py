@@ -1,4 +1,4 @@
-"""Commands of the suite that need no run folder: collect, verify, evaluate any policy, compare results."""
+"""Commands of the physical suite: collect, verify, evaluate any policy, compare results, look at episodes."""
 
 from __future__ import annotations
 

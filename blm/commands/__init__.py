@@ -1,0 +1,1 @@
+"""Commands that need no run folder, one file a subject; `cli.py` lists them."""
