@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from blm.commands import physical
+from blm.commands import corpus, digital, physical, sharerobot, training
 from blm.types import BlmError, Message, UnknownNameError, lookup
 
 if TYPE_CHECKING:
@@ -130,17 +130,14 @@ def _report(command: str, arguments: list[str]) -> None:
     tyro.cli(report, args=arguments, prog=f"blm {command}")
 
 
-def _of_run(arguments: list[str]) -> bool:
-    """Whether a command is meant for a run folder."""
-    return any(argument.split("=")[0] in ("--run", "--recipe") for argument in arguments)
+def _either(stage: str, command: Callable[[str, list[str]], None]) -> Callable[[str, list[str]], None]:
+    """With --run or --recipe the stage of a run folder, else the command that needs none."""
 
+    def run(name: str, arguments: list[str]) -> None:
+        of_run = any(argument.split("=")[0] in ("--run", "--recipe") for argument in arguments)
+        (_stage(stage) if of_run else command)(name, arguments)
 
-def _collect(command: str, arguments: list[str]) -> None:
-    (_stage("collect") if _of_run(arguments) else physical.collect)(command, arguments)
-
-
-def _evaluate(command: str, arguments: list[str]) -> None:
-    (_stage("physical") if _of_run(arguments) else physical.evaluate)(command, arguments)
+    return run
 
 
 # --- one model ----------------------------------------------------------------------------------------------
@@ -256,12 +253,24 @@ def _doctor(command: str, arguments: list[str]) -> None:
 
 COMMANDS: dict[str, Command] = {
     "demo": Command("the whole loop at small scale, ends with a report", _demo),
-    "collect": Command("record demonstrations (LeRobotDataset v3.0), or replay them (--verify)", _collect),
-    "corpus": Command("make questions about scenes and episodes", _stage("corpus")),
-    "train stage1": Command("fine-tune the backbone on the corpus", _stage("stage1")),
+    "collect": Command(
+        "record demonstrations (LeRobotDataset v3.0), or replay them (--verify)",
+        _either("collect", physical.collect),
+    ),
+    "corpus build": Command("make questions about scenes and episodes", _either("corpus", corpus.build)),
+    "corpus convert": Command("published corpora -> messages JSONL", corpus.convert),
+    "corpus curate": Command("drop faults, doubles and leaks, balance answers; with a report", corpus.curate),
+    "corpus validate": Command("check a whole corpus before training", corpus.validate),
+    "corpus sharerobot": Command(
+        "split ShareRobot by episode: evaluation, training", sharerobot.split_sharerobot
+    ),
+    "train stage1": Command("fine-tune a backbone on corpora", _either("stage1", training.stage1)),
     "train stage2": Command("train bridge and policy on the frozen backbone", _stage("stage2")),
-    "eval digital": Command("ask the held-out questions", _stage("digital")),
-    "eval physical": Command("drive the robots, closed loop, on held-out scenes", _evaluate),
+    "eval digital": Command("ask the questions of a benchmark", _either("digital", digital.evaluate)),
+    "eval table": Command("digital results beside the published ones", digital.table),
+    "eval physical": Command(
+        "drive the robots, closed loop, on held-out scenes", _either("physical", physical.evaluate)
+    ),
     "compare": Command("the paired difference of two results", physical.compare),
     "report": Command("write one HTML page from a run folder", _report),
     "serve": Command("chat and actions from one checkpoint", _serve),

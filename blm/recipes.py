@@ -15,6 +15,7 @@ from blm.robots import ROBOTS
 from blm.tasks import TASKS
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.scene import CAMERAS
+from blm.training.eye import Schooling
 from blm.training.loop import LoopConfig
 from blm.training.sft import Stage1Config
 from blm.types import BlmError, lookup
@@ -54,6 +55,8 @@ class Stage1:
 
     backbone: str = "nano"
     """A name of BACKBONES, or a folder."""
+    schooling: Schooling = field(default_factory=Schooling)
+    """nano only: what it learns first."""
     training: Stage1Config
 
 
@@ -111,10 +114,13 @@ class Recipe:
             lookup("camera", camera, CAMERAS)
 
 
-def stage1(*, steps: int, batch_size: int = 8) -> Stage1:
-    """Stage I of the nano backbone: everything is trained from scratch at one rate."""
+def stage1(*, eye: int, drill: int, steps: int, batch_size: int = 8) -> Stage1:
+    """Stage I of the nano backbone from scratch, in steps: its eye, the drill, then everything."""
+    basis = Schooling()
+    schooling = Schooling(eye=replace(basis.eye, steps=eye), drill=replace(basis.drill, steps=drill))
     loop = LoopConfig(steps=steps, batch_size=batch_size, lr=1.5e-3, title="Stage I")
-    return Stage1(training=Stage1Config(loop=loop))
+    training = Stage1Config(loop=loop, vision_scale=0.0, cache_features=True)
+    return Stage1(schooling=schooling, training=training)
 
 
 def stage2(*, steps: int, batch_size: int = 64) -> Stage2:
@@ -129,7 +135,7 @@ def demo() -> Recipe:
         tasks=("push_cube", "pick_cube"),
         demonstrations=Demonstrations(episodes=16, held_out_episodes=2),
         corpus=Corpus(scenes=2000, held_out_scenes=120, turns=6),
-        stage1=stage1(steps=250),
+        stage1=stage1(eye=300, drill=300, steps=300),
         stage2=stage2(steps=600),
         evaluation=Evaluation(episodes=6),
     )
@@ -143,7 +149,7 @@ def ci() -> Recipe:
         tasks=tuple(TASKS),
         demonstrations=Demonstrations(episodes=1, held_out_episodes=1),
         corpus=Corpus(scenes=40, held_out_scenes=8, turns=4),
-        stage1=stage1(steps=10, batch_size=4),
+        stage1=stage1(eye=10, drill=10, steps=10, batch_size=4),
         stage2=stage2(steps=10, batch_size=8),
         evaluation=Evaluation(episodes=1, max_steps=60, max_questions=60),
     )
@@ -156,7 +162,7 @@ def nano() -> Recipe:
         name="nano",
         demonstrations=Demonstrations(episodes=200, held_out_episodes=10),
         corpus=Corpus(scenes=60_000, held_out_scenes=1000),
-        stage1=stage1(steps=20_000),
+        stage1=stage1(eye=2000, drill=3000, steps=30_000),
         stage2=stage2(steps=60_000),
         evaluation=Evaluation(episodes=50),
     )

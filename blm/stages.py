@@ -1,17 +1,17 @@
 """The stages of the loop: what each reads, what it writes, and under which name in the run folder.
 
-run/  recipe.json stages.json  episodes/<robot>  episodes_held_out/<robot>  corpora/{train,held_out}
-      stage1/backbone  intents/<robot>  stage2/checkpoint  results/{digital,physical}  report.html
+run/  recipe.json stages.json  episodes/<robot>  episodes_held_out/<robot>  corpora/{train,held_out,..}
+      stage1/{eye,drill,backbone}  intents/<robot>  stage2/checkpoint  results/  report.html
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from blm.backbone import Backbone, build_nano
+from blm.backbone import Backbone
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus
 from blm.data.episodes import open_dataset
 from blm.data.files import read_json, write_json
@@ -24,16 +24,17 @@ from blm.evaluation import (
     evaluate_digital,
     evaluate_physical,
 )
+from blm.evaluation.digital.runner import Asking
 from blm.evaluation.report import ReportData, build_report
 from blm.hub import BLM
-from blm.media import with_pixels
 from blm.pipeline import Stage, read_ledger, to_json
 from blm.policy.policy import CheckpointPolicy
 from blm.recipes import Recipe
 from blm.robots import ROBOTS
+from blm.training.eye import taught_nano
 from blm.training.imitate import ImitateConfig, train_stage2
 from blm.training.intents import IntentConfig
-from blm.training.sft import train_stage1
+from blm.training.sft import TrainingSource, train_stage1
 from blm.types import BlmError, Question
 from blm.viewing import collection_sheet
 
@@ -69,8 +70,10 @@ def run_collect(recipe: Recipe, run: Path) -> None:
 
 def run_corpus(recipe: Recipe, run: Path) -> None:
     """Ask questions about random scenes and recorded frames, for training and held out."""
+    held_out = (recipe.corpus.held_out_scenes, STAGE1_HELD_OUT_SEEDS, "episodes_held_out")
     parts = {
-        "held_out": (recipe.corpus.held_out_scenes, STAGE1_HELD_OUT_SEEDS, "episodes_held_out"),
+        "held_out": held_out,
+        "held_out_wording": held_out,
         "train": (recipe.corpus.scenes, TRAINING_SEEDS, "episodes"),
     }
     for name, (scenes, seeds, episodes) in parts.items():
@@ -84,6 +87,7 @@ def run_corpus(recipe: Recipe, run: Path) -> None:
             turns=recipe.corpus.turns,
             max_distractors=recipe.corpus.max_distractors,
             control=name == "train",
+            wording="held_out" if name == "held_out_wording" else "seen",
             episodes=run / episodes,
             frames_per_episode=recipe.corpus.frames_per_episode,
         )
@@ -94,17 +98,16 @@ def run_corpus(recipe: Recipe, run: Path) -> None:
 
 def run_stage1(recipe: Recipe, run: Path) -> None:
     """Fine-tune the backbone on the curated corpus."""
-    folder = run / "corpora/train"
+    folder, stage1 = run / "corpora/train", recipe.stage1
     held_out = {row.group for row in read_corpus(run / "corpora/held_out")}
     kept, report = curate(read_corpus(folder), folder, evaluation_groups=held_out)
-    if recipe.stage1.backbone == "nano":
-        texts = [message.text for row in kept for message in row.messages]
-        backbone = build_nano(texts, seed=recipe.stage1.training.loop.seed)
+    if stage1.backbone == "nano":
+        seed = stage1.training.loop.seed
+        backbone = taught_nano([(kept, folder)], stage1.schooling, run / "stage1", seed=seed)
     else:
-        backbone = Backbone.load(recipe.stage1.backbone)
-    counts = train_stage1(
-        backbone, [row.messages for row in kept], recipe.stage1.training, run / "stage1", root=folder
-    )
+        backbone = Backbone.load(stage1.backbone)
+    source = TrainingSource(name="scenes", conversations=[row.messages for row in kept], root=folder)
+    counts = train_stage1(backbone, [source], stage1.training, run / "stage1")
     write_json(run / "stage1/corpus.json", {**asdict(report), "rows": dict(counts)})
 
 
@@ -130,17 +133,19 @@ def run_stage2(recipe: Recipe, run: Path) -> None:
 
 
 def run_eval_digital(recipe: Recipe, run: Path) -> None:
-    """Ask the checkpoint the held-out questions."""
+    """Ask the checkpoint the held-out questions, in the wordings of training and in others."""
     model = BLM.from_pretrained(run / "stage2/checkpoint")
-    questions = load_questions(run / "corpora/held_out", limit=recipe.evaluation.max_questions)
-    known = load_questions(run / "corpora/train", pixels=False)
-    evaluate_digital(
-        model.backbone,
-        questions,
-        run / "results/digital",
-        train_questions=known,
-        model=model.contract.revision,
-    )
+    known = load_questions(run / "corpora/train")
+    for corpus, name in (("held_out", "digital"), ("held_out_wording", "digital_wording")):
+        folder = run / "corpora" / corpus
+        evaluate_digital(
+            model.backbone,
+            load_questions(folder, limit=recipe.evaluation.max_questions),
+            run / "results" / name,
+            train_questions=known,
+            model=model.contract.revision,
+            asking=Asking(root=folder),
+        )
 
 
 def run_eval_physical(recipe: Recipe, run: Path) -> None:
@@ -164,14 +169,20 @@ def run_eval_physical(recipe: Recipe, run: Path) -> None:
         evaluate_physical(make, protocol, run / "results" / name, **how)
 
 
-def load_questions(folder: Path, *, limit: int | None = None, pixels: bool = True) -> list[Question]:
+def load_questions(folder: Path, *, limit: int | None = None) -> list[Question]:
     """Return a corpus's questions, each asked alone; with `limit`, evenly spread over the corpus."""
-    questions = [q for row in read_corpus(folder) for q in row.questions() if q.kind != "control"]
+    rows = read_corpus(folder)
+    questions = [q for row in rows for q in row.questions() if not q.kind.startswith(TEACHING)]
     if limit is not None and limit < len(questions):
         questions = [questions[i * len(questions) // limit] for i in range(limit)]
-    return [replace(q, messages=with_pixels(q.messages, folder)) for q in questions] if pixels else questions
+    return questions
 
 
+TEACHING = ("control", "scan")
+"""Kinds of turns that teach, and are no questions of an evaluation."""
+
+DIGITAL = {"BLM": "digital", "BLM, held-out wordings": "digital_wording"}
+"""Name in the report -> folder below results/."""
 PHYSICAL = {"BLM": "physical", "hold still": "zero"}
 """Policy in the report -> its folder below results/."""
 
@@ -211,14 +222,12 @@ def write_report(run: Path, command: str) -> Path:
         seconds={STAGES[name].title: entry["seconds"] for name, entry in ledger.items()},
         collection=run / "episodes/summary.json",
         sheet=sheet,
-        questions={
-            name: len(load_questions(path, pixels=False)) for name, path in corpora.items() if path.exists()
-        },
+        questions={name: len(load_questions(path)) for name, path in corpora.items() if path.exists()},
         logs={
             name: run / folder / "log.jsonl"
             for name, folder in (("Stage I", "stage1"), ("Stage II", "stage2"))
         },
-        digital={"BLM": run / "results/digital/result.json"},
+        digital={name: run / "results" / part / "result.json" for name, part in DIGITAL.items()},
         physical={name: run / "results" / part / "result.json" for name, part in PHYSICAL.items()},
     )
     build_report(data, run / "report.html")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -8,17 +9,25 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from test_smol import tiny_smol
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from blm.backbone import Backbone, build_nano, control_prompt, question_prompt, video_prompt
 from blm.backbone.backbone import without_video
@@ -86,10 +95,64 @@ def tiny_qwen(version: str) -> Backbone:
     return Backbone(model, kind(pictures, tokenizer, chat_template=QWEN_TEMPLATE))
 
 
+SMOLVLM_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+"""As on the hub."""
+SMOLVLM_TOKENS = ("<|im_start|>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+
+
+def tiny_smolvlm(name: str) -> Backbone:
+    """A random model of the real classes: 4 blocks, pictures of 32 px -> 4 tokens, tiles switched off."""
+    tokenizer = train_tokenizer(["What is in the picture?"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", *SMOLVLM_TOKENS]})
+    tokenizer.eos_token = "<end_of_utterance>"
+    text = {
+        "model_type": "llama",
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 4096,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 8}
+    settings = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "scale_factor": 2}
+    settings |= {"pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(0)
+    model: torch.nn.Module
+    pictures: SmolVLMImageProcessorPil | Idefics3ImageProcessorPil
+    sizes = {"size": {"longest_edge": 128}, "max_image_size": {"longest_edge": 32}}
+    if name == "smolvlm2":
+        model = SmolVLMForConditionalGeneration(
+            SmolVLMConfig(text_config=text, vision_config=vision, **settings)
+        )
+        pictures = SmolVLMImageProcessorPil(**sizes, do_image_splitting=False)
+    else:
+        model = Idefics3ForConditionalGeneration(
+            Idefics3Config(text_config=text, vision_config=vision, **settings)
+        )
+        pictures = Idefics3ImageProcessorPil(**sizes, do_image_splitting=False)
+    return Backbone(
+        model, Idefics3Processor(pictures, tokenizer, image_seq_len=4, chat_template=SMOLVLM_TEMPLATE)
+    )
+
+
 MAKERS: dict[str, Callable[[], Backbone]] = {
     "nano": build_nano,
     "qwen2.5": lambda: tiny_qwen("2.5"),
     "qwen3": lambda: tiny_qwen("3"),
+    "smolvlm": lambda: tiny_smolvlm("smolvlm"),
+    "smolvlm2": lambda: tiny_smolvlm("smolvlm2"),
+    "smol": tiny_smol,
 }
 
 
@@ -260,17 +323,55 @@ def test_nano_tells_places_apart(nano: Backbone) -> None:
     assert (hidden[0] - hidden[2]).abs().max() > 1e-2
 
 
-def test_freeze_and_fingerprint(tmp_path: Path) -> None:
-    backbone = build_nano()
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_freeze_and_fingerprint(name: str) -> None:
+    backbone = MAKERS[name]()
     backbone.model.train()
     backbone.freeze()
-    assert not backbone.model.training
+    assert not any(module.training for module in backbone.model.modules())
     assert not any(p.requires_grad for p in backbone.model.parameters())
     before, logits = backbone.fingerprint(), backbone.probe_logits()
     with torch.no_grad():
-        backbone.model.lm_head.weight[3, 5] += 1e-3
+        backbone.model.get_output_embeddings().weight[3] += 1e-2
     assert backbone.fingerprint() != before
     assert not torch.equal(backbone.probe_logits(), logits)
+
+
+def test_placeholders_equal_features_and_a_missing_one_is_named(backbone: Backbone) -> None:
+    inputs = backbone.encode([question_prompt("a", [picture(0, 90, 40), picture(1)]), question_prompt("b")])
+    placeholder = backbone.processor.image_token_id
+    where = inputs["input_ids"][0] == placeholder
+    count = int(where.sum())
+    assert count > 0
+    inputs["input_ids"][0, where.nonzero()[0]] = backbone.processor.tokenizer.pad_token_id
+    with pytest.raises(BlmError, match=f"{count - 1} image placeholders but {count} image features"):
+        backbone.check(inputs)
+
+
+def test_pictures_of_a_batch_are_rows_whatever_conversation_they_are_in(backbone: Backbone) -> None:
+    """So rows of several conversations can be joined along the first axis, whatever the model."""
+    pictures = [picture(i) for i in range(3)]
+    prompts = [question_prompt("a", pictures[:2]), question_prompt("b"), question_prompt("c", pictures[2:])]
+    whole = backbone.encode(prompts)["pixel_values"]
+    parts = [backbone.encode([prompts[i]])["pixel_values"] for i in (0, 2)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+def test_a_smolvlm2_folder_as_on_the_hub_loads_without_tiles(tmp_path: Path) -> None:
+    """The hub's folder names the processor that needs num2words and torchvision, and cuts pictures up."""
+    backbone = tiny_smolvlm("smolvlm2")
+    backbone.save(tmp_path / "model")
+    saved = tmp_path / "model" / "processor_config.json"
+    settings = json.loads(saved.read_text())
+    pictures = settings.pop("image_processor") | {"image_processor_type": "SmolVLMImageProcessor"}
+    pictures |= {"do_image_splitting": True, "processor_class": "SmolVLMProcessor"}
+    (saved.parent / "preprocessor_config.json").write_text(json.dumps(pictures))
+    saved.write_text(json.dumps({"image_seq_len": 4, "processor_class": "SmolVLMProcessor"}))
+    again = Backbone.load(tmp_path / "model")
+    prompt = question_prompt("What is it?", [picture(0, 300, 200)])
+    mine, theirs = backbone.encode([prompt]), again.encode([prompt])
+    assert all(torch.equal(theirs[name], mine[name]) for name in mine)
+    assert int((theirs["input_ids"] == again.processor.image_token_id).sum()) == 4
 
 
 def test_bad_input_is_refused_before_the_forward(nano: Backbone, tmp_path: Path) -> None:

@@ -8,10 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from blm.evaluation import DigitalProtocol, compare, evaluate_digital, format_comparison, load_result
-from blm.evaluation.digital.scoring import extract, normalise, parse_point, score
+from blm.evaluation.digital import summary
+from blm.evaluation.digital.coordinates import Coordinates
+from blm.evaluation.digital.runner import Asking
+from blm.evaluation.digital.scene_questions import SCENE
+from blm.evaluation.digital.scoring import Rules, Scored, overlap, score
 from blm.evaluation.intervals import effective_size, holm, mcnemar, paired_difference, success_rate, wilson
 from blm.types import BlmError, ContractError, Image, Message, Question
 
@@ -60,6 +65,41 @@ def test_effective_size_limits() -> None:
         success_rate([])
 
 
+def test_interval_of_graded_scores_covers_the_truth() -> None:
+    """Scores 0, 0.5 and 1, mean 0.55: narrower than for right-or-wrong answers, and still honest."""
+    rng, widths = np.random.default_rng(3), []
+    for clustered in (False, True):
+        covered = []
+        for _ in range(1500):
+            scores = rng.choice([0.0, 0.5, 1.0], 60, p=[0.2, 0.5, 0.3])
+            groups = [str(i // 3) for i in range(60)] if clustered else None
+            rate = success_rate(list(scores), groups)
+            covered.append(rate.low <= 0.55 <= rate.high)
+            widths.append(rate.high - rate.low)
+        assert 0.93 <= np.mean(covered) <= 0.985, clustered
+    low, high = wilson(0.55, 60)
+    assert np.mean(widths) < 0.85 * (high - low)
+    assert success_rate([0.5] * 9).low == wilson(0.5, 9)[0]  # no variance seen: as for right-or-wrong
+
+
+def test_mean_over_strata() -> None:
+    """Closed form, and coverage where the strata differ in size and share groups."""
+    rate = success_rate([1, 1, 0, 0, 0, 1], strata=list("aaaabb"))
+    assert rate.rate == pytest.approx((2 / 4 + 1 / 2) / 2) and (rate.hits, rate.n) == (3, 6)
+    same = success_rate([1, 0, 1, 1], strata=list("aaaa"))
+    assert (same.low, same.high) == pytest.approx(wilson(0.75, 4))
+    always_yes = success_rate([1] * 30 + [0] * 10, strata=["yes"] * 30 + ["no"] * 10)
+    assert always_yes.rate == 0.5
+    rng, covered = np.random.default_rng(4), []
+    strata, groups = ["a"] * 80 + ["b"] * 20, [str(i % 20) for i in range(100)]
+    for _ in range(1500):
+        scene = rng.normal(0, 0.1, 20)[[i % 20 for i in range(100)]]
+        hits = rng.random(100) < np.repeat([0.8, 0.4], [80, 20]) + scene
+        rate = success_rate(list(hits), groups, strata)
+        covered.append(rate.low <= 0.6 <= rate.high)
+    assert 0.92 <= np.mean(covered) <= 0.985
+
+
 def test_paired_difference() -> None:
     assert mcnemar(1, 8) == pytest.approx(2 * (1 + 9) / 2**9)
     assert mcnemar(0, 0) == mcnemar(5, 5) == 1.0
@@ -84,59 +124,6 @@ def test_holm_corrects_for_the_number_of_tests() -> None:
     """Holm 1979: the smallest p times n, the next times n - 1, and never less than one before."""
     assert holm([0.04, 0.01, None, 0.03]) == pytest.approx([0.06, 0.03, None, 0.06])
     assert holm([0.9, 0.5]) == [1.0, 1.0] and holm([]) == []
-
-
-# --- scoring ---
-
-
-@pytest.mark.parametrize(
-    "raw, text",
-    [
-        ("red", "red"),
-        ("<think>Maybe blue? Answer: blue</think> red", "red"),
-        ("the prompt opened the tag </think>red", "red"),
-        ("<think>I keep thinking about red", ""),
-        ("<think>x</think><answer> red </answer> I hope so", "red"),
-        ("<answer>blue</answer> no: <answer>red</answer>", "red"),
-        ("The cube is near.\n**Answer:** red", "red"),
-        ("Final answer: (376, 309)", "(376, 309)"),
-        ("**red**", "red"),
-        ("", ""),
-    ],
-)
-def test_extract(raw: str, text: str) -> None:
-    assert extract(raw) == text
-
-
-def test_normalise() -> None:
-    assert normalise("The Red  cube.") == normalise("red cube") == "red cube"
-    assert normalise("Three") == normalise("3.") == "3"
-    assert normalise("A") == "a" and normalise("an apple") == "apple"
-    assert normalise("-5") != normalise("5") and normalise("0.5") != normalise("5")
-    assert normalise("?!") == ""
-
-
-@pytest.mark.parametrize(
-    "text, point",
-    [
-        ("(376, 309)", (376, 309)),
-        ("The cube is at [12,1000]", (12, 1000)),
-        ("(0.376, 0.309)", None),
-        ("(1200, 3)", None),
-        ("376 309", None),
-        ("(1, 2) or (3, 4)", (1, 2)),
-    ],
-)
-def test_parse_point(text: str, point: tuple[int, int] | None) -> None:
-    assert parse_point(text) == point
-
-
-def test_point_score_is_a_distance() -> None:
-    asked = Question(id="p", kind="point_base", messages=(), answer="(500, 500)", group="g", scorer="point")
-    assert score(asked, "(530, 540)", 50.0).error == pytest.approx(50)
-    assert score(asked, "(530, 540)", 50.0).correct and not score(asked, "(531, 540)", 50.0).correct
-    unread = score(asked, "to the left", 50.0)
-    assert not unread.correct and unread.parsed is None and unread.error is None
 
 
 # --- digital ---
@@ -191,7 +178,7 @@ def examine(chat: Scripted, out: Path, asked: Sequence[Question] = ASKED, **opti
 def test_digital_scores_every_item_beside_the_baselines(tmp_path: Path) -> None:
     result = examine(Scripted(SCRIPT), tmp_path)
     assert result == json.loads((tmp_path / "result.json").read_text())
-    assert [row["correct"] for row in result["rows"]] == [True, False, True, False, True]
+    assert [row["score"] for row in result["rows"]] == [1, 0, 1, 0, 1]
     assert result["rows"][0]["raw"] == "<think>hm</think>Red." and result["rows"][0]["parsed"] == "Red."
     assert (result["overall"]["hits"], result["overall"]["n"], result["overall"]["unread"]) == (3, 5, 1)
     kinds = result["kinds"]
@@ -218,7 +205,8 @@ def test_digital_resumes_and_batches(tmp_path: Path) -> None:
             assert max_tokens == 7 and conversations[0][0] == Message("system", ("Be brief.",))
             return [self.answer(messages) for messages in conversations]
 
-    batched = examine(Batched(SCRIPT), tmp_path / "batched", max_tokens=7, prompt="Be brief.")
+    brief = replace(SCENE, max_tokens=7, system="Be brief.")
+    batched = examine(Batched(SCRIPT), tmp_path / "batched", benchmark=brief)
     assert batched["rows"] == first["rows"]
     with pytest.raises(ContractError, match=r"max_tokens: 7 here, 32 there(.|\n)*prompt: 'Be brief.' here"):
         compare(batched, first)
@@ -235,9 +223,158 @@ def test_digital_protocol_names_the_items(tmp_path: Path) -> None:
         examine(Scripted(SCRIPT), tmp_path / "c", [on_disk])
 
 
+def test_pictures_come_from_the_folder(tmp_path: Path) -> None:
+    """Loaded when they are asked about; the item hash is that of the file, without decoding it."""
+    (tmp_path / "images").mkdir()
+    paths = [f"images/{index}.png" for index in range(3)]
+    for index, path in enumerate(paths):
+        PIL.Image.fromarray(np.full((2, 2, 3), index, np.uint8)).save(tmp_path / path)
+
+    class Sees:
+        def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+            return str(messages[-1].images[0].pixels[0, 0, 0])
+
+    asked = [
+        Question(id=p, kind="k", group=p, answer=str(i), messages=(Message("user", (Image(path=p), "?")),))
+        for i, p in enumerate(paths)
+    ]
+    asking = Asking(root=tmp_path, batch=2)
+    result = evaluate_digital(Sees(), asked, tmp_path / "a", model="m", asking=asking)
+    assert result["overall"]["rate"] == 1 and result["baselines"] == {}
+    PIL.Image.fromarray(np.full((2, 2, 3), 9, np.uint8)).save(tmp_path / paths[0])
+    other = evaluate_digital(Sees(), asked, tmp_path / "b", model="m", asking=asking)
+    assert other["protocol"]["items"] != result["protocol"]["items"] and other["overall"]["hits"] == 2
+    (tmp_path / paths[0]).unlink()
+    with pytest.raises(BlmError, match=r"question 'images/0.png': cannot read picture .*0.png"):
+        evaluate_digital(Sees(), asked, tmp_path / "c", model="m", asking=asking)
+
+
+def letter(index: int, kind: str = "k", answer: str = "B") -> Question:
+    options = ("red", "blue")
+    text = Message("user", (f"question {index}\n(A) red\n(B) blue",))
+    about = {"id": str(index), "kind": kind, "answer": answer, "group": str(index // 2)}
+    return Question(**about, messages=(text,), options=options, scorer="choice")
+
+
+class Constant:
+    def __init__(self, text: str) -> None:
+        self.text, self.limits = text, []
+
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+        self.limits.append(max_tokens)
+        return self.text
+
+
+def test_another_parser_asks_nothing_again(tmp_path: Path) -> None:
+    chat, questions = Constant("The answer is (B)."), [letter(index) for index in range(4)]
+    ours = evaluate_digital(chat, questions, tmp_path, model="m")
+    compat = Asking(compat="cosmos_letter")
+    theirs = evaluate_digital(chat, questions, tmp_path, model="m", asking=compat)
+    assert (ours["overall"]["rate"], theirs["overall"]["rate"], len(chat.limits)) == (1, 0, 4)
+    assert theirs["rows"][0]["parsed"] == "T"
+    with pytest.raises(ContractError, match="compat: '' here, 'cosmos_letter' there"):
+        compare(ours, theirs)
+    with pytest.raises(BlmError, match=r"unknown compat parser 'cosmos'.*cosmos_letter"):
+        evaluate_digital(chat, questions, tmp_path, model="m", asking=Asking(compat="cosmos"))
+    with pytest.raises(BlmError, match="'egothink' reads judge answers; here are choice"):
+        evaluate_digital(chat, questions, tmp_path, model="m", asking=Asking(compat="egothink"))
+
+
+def test_benchmark_says_how_long_and_what_mean(tmp_path: Path) -> None:
+    questions = [letter(0), letter(1), letter(2), letter(3, "plan", "A"), letter(4)]
+    chat, benchmark = Constant("B"), replace(SCENE, long={"plan": 300}, average="kinds", max_tokens=5)
+    result = evaluate_digital(chat, questions, tmp_path, model="m", benchmark=benchmark)
+    assert sorted(chat.limits) == [5, 5, 5, 5, 300]
+    assert [row["id"] for row in result["rows"]] == ["0", "1", "2", "3", "4"]
+    assert result["overall"]["rate"] == 0.8 and result["headline"]["rate"] == 0.5
+    assert load_result(tmp_path) == result
+    with pytest.raises(BlmError, match="no questions"):
+        evaluate_digital(chat, [], tmp_path, model="m")
+    with pytest.raises(BlmError, match="'0' occurs more than once"):
+        evaluate_digital(chat, [letter(0), letter(0)], tmp_path, model="m")
+
+
+def test_balanced_accuracy_shows_what_the_mean_hides(tmp_path: Path) -> None:
+    """A model that always says no is right on 3 of 4 questions and no better than a coin."""
+    answers = ["no"] * 6 + ["yes"] * 2
+    kinds = ["success_negative"] * 6 + ["success_positive"] * 2
+    questions = [
+        Question(id=str(i), kind=kind, answer=answer, group=str(i), messages=(Message("user", ("?",)),))
+        for i, (kind, answer) in enumerate(zip(kinds, answers, strict=True))
+    ]
+    result = evaluate_digital(Constant("No, it does not."), questions, tmp_path, model="m")
+    assert result["overall"]["rate"] == 0.75
+    part = result["balanced"]["success"]
+    assert (part["rate"], part["yes"]["rate"], part["no"]["rate"], part["said_yes"]) == (0.5, 0, 1, 0)
+    assert [*result["balanced"]] == ["success"]
+    assert summary.balanced([row for row in result["rows"] if row["reference"] == "no"]) == {}
+
+
+# --- scorers ---
+
+
+def scored(scorer: str, answer: str, raw: str, coordinates: str = "thousandths", **more: object) -> Scored:
+    asked = Question(id="q", kind="k", messages=(), answer=answer, group="g", scorer=scorer, **more)  # type: ignore[arg-type]
+    protocol = DigitalProtocol(items="", count=1, max_tokens=8, prompt="")
+    return score(asked, raw, Rules(protocol, Coordinates.parse(coordinates)))
+
+
+def test_distances() -> None:
+    hit = scored("point", "(500, 500)", "(530, 540)")
+    assert hit.error == pytest.approx(50) and hit.score == 1
+    assert scored("point", "(500, 500)", "(531, 540)").score == 0
+    unread = scored("point", "(500, 500)", "to the left")
+    assert (unread.score, unread.parsed, unread.error) == (0, None, None)
+    assert scored("point", "(500, 500)", "(1200, 3)").parsed is None
+    assert scored("metric", "12 cm", "0.14 m").score == 1 and scored("metric", "12 cm", "14.1 cm").score == 0
+    vector = scored("metric", "(12, -3, 20) cm", "(12, -3, 21) cm")
+    assert vector.score == 1 and vector.error == pytest.approx(1)
+    assert scored("metric", "(12, -3, 20) cm", "12 cm").parsed is None  # another form
+    with pytest.raises(BlmError, match="reference 'left' is no point"):
+        scored("point", "left", "(1, 2)")
+
+
+@pytest.mark.parametrize("shift, right", [(0, 1), (100, 1), (150, 0), (600, 0)])
+def test_boxes(shift: int, right: int) -> None:
+    """Two boxes 400 wide, moved by s along x: IoU (400 - s) / (400 + s), 0.6 and 0.45."""
+    found = scored("box", "(0, 0, 400, 300)", f"({shift}, 0, {400 + shift}, 300)")
+    assert found.score == right
+    assert overlap((0, 0, 400, 300), (100, 0, 500, 300)) == pytest.approx(300 / 500)
+    assert scored("box", "(0, 0, 400, 300)", "(400, 0, 0, 300)").parsed is None
+
+
+def test_points_on_a_mask(rng: np.random.Generator) -> None:
+    """The share on white equals a slow count over pixels; outside is a miss; edges belong to the picture."""
+    white = rng.random((30, 50)) < 0.4
+    mask = Image(np.repeat((white * 255).astype(np.uint8)[..., None], 3, axis=2))
+    places = rng.integers(0, 1001, (40, 2))
+    text = ", ".join(f"({x}, {y})" for x, y in places)
+    slow = [white[min(y * 30 // 1000, 29), min(x * 50 // 1000, 49)] for x, y in places]
+    found = scored("points", "", text, mask=mask)
+    assert found.score == pytest.approx(np.mean(slow)) and found.points == 40
+    pixels = " ".join(f"({x}, {y})" for y, x in np.argwhere(white))
+    assert scored("points", "", pixels, "pixels", mask=mask).score == 1
+    n, more = int(white.sum()), f"{pixels} (900, 900)"
+    assert scored("points", "", more, "pixels:50x30", mask=mask).score == pytest.approx(n / (n + 1))
+    none = scored("points", "", "there", mask=mask)
+    assert (none.score, none.parsed, none.points) == (0, None, 0)
+    with pytest.raises(BlmError, match="has no mask"):
+        scored("points", "", "(1, 2)")
+
+
+def test_words() -> None:
+    assert scored("exact", "red cube", "The red cube.").score == 1
+    assert scored("exact", "3", "three").score == 1 and scored("exact", "3", "").parsed is None
+    assert (
+        scored("exact", "yes", "Yes, it is.").score == 1
+        and scored("exact", "yes", "Yes or no").parsed is None
+    )
+    assert scored("choice", "(b)", "blue", options=("red", "blue")).score == 1
+
+
 def test_compare_digital_clusters_by_scene(tmp_path: Path) -> None:
     worse = Scripted({**SCRIPT, "How many cubes?": "9"})
     gain = compare(examine(Scripted(SCRIPT), tmp_path / "a"), examine(worse, tmp_path / "b"))
     assert gain.difference == pytest.approx(0.2) and gain.p_value is None and gain.low < 0 < gain.high
     text = format_comparison(examine(Scripted(SCRIPT), tmp_path / "a"), load_result(tmp_path / "b"))
-    assert "correct on the same 5 items" in text and "No p: items share scenes" in text and "count" in text
+    assert "score on the same 5 items" in text and "No p: items share scenes" in text and "count" in text

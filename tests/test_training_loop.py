@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from torch import Tensor, nn
 
-from blm.training.loop import Ema, LoopConfig, run_loop
+from blm.training.checkpoint import checkpoints
+from blm.training.loop import Ema, LoopConfig, Piece, run_loop
+from blm.training.parallel import Part
 from blm.types import BlmError
 
 CONFIG = LoopConfig(steps=12, batch_size=4, lr=1e-2, log_every=4, save_every=5, seed=3)
@@ -22,9 +25,10 @@ class Points:
     ids: tuple[int, ...]
 
 
-def batch_of(step: int) -> Points:
+def batch_of(step: int, part: Part) -> Piece[Points]:
     rng = np.random.default_rng((CONFIG.seed, step))
-    return Points(torch.from_numpy(rng.normal(size=(4, 3)).astype(np.float32)), (step, step + 1))
+    points = part.of(torch.from_numpy(rng.normal(size=(4, 3)).astype(np.float32)))
+    return Piece(Points(points, (step, step + 1)), (step, step + 1), weight=len(points))
 
 
 class Noisy(nn.Module):
@@ -104,7 +108,8 @@ def test_first_step_is_adamw_by_the_textbook(tmp_path: Path) -> None:
     weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
     config = LoopConfig(steps=1, batch_size=1, lr=0.1, weight_decay=0.5, warmup_fraction=0.0, clip=1e9)
     batch = Points(torch.tensor([[1.0, -2.0]]), (0,))
-    run_loop(module, lambda b: (module(b.x).sum(), {}), lambda step: batch, config, tmp_path)
+    piece = Piece(batch, batch.ids)
+    run_loop(module, lambda b: (module(b.x).sum(), {}), lambda step, part: piece, config, tmp_path)
     # Adam's first step is lr * sign(gradient); decay multiplies matrices by 1 - lr * decay, not biases.
     expected = weight * (1 - 0.1 * 0.5) - 0.1 * batch.x.sign()
     assert torch.allclose(module.weight, expected, atol=1e-5)
@@ -160,11 +165,78 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_error_in_a_batch_reaches_the_caller(tmp_path: Path) -> None:
-    def broken(step: int) -> Points:
+    def broken(step: int, part: Part) -> Piece[Points]:
         if step == 2:
             raise BlmError("corpus row 7 has no picture")
-        return batch_of(step)
+        return batch_of(step, part)
 
     module = Noisy()
     with pytest.raises(BlmError, match="row 7"):
         run_loop(module, module.loss, broken, CONFIG, tmp_path)
+
+
+def test_a_step_in_parts_is_the_step_in_one(tmp_path: Path) -> None:
+    """Parts of unlike weight: the loss is the mean over all samples, not the mean of means."""
+    weights = []
+    for accumulate in (1, 3):
+        module = nn.Linear(3, 1)
+        nn.init.ones_(module.weight)
+        nn.init.zeros_(module.bias)
+        config = replace(CONFIG, accumulate=accumulate, log_every=1)
+
+        def loss(batch: Points, module: nn.Module = module) -> tuple[Tensor, dict[str, float]]:
+            return module(batch.x).square().mean(), {"half": 0.5}
+
+        run_loop(module, loss, batch_of, config, tmp_path / str(accumulate))
+        weights.append(torch.cat([value.flatten() for value in module.state_dict().values()]))
+    for one, other in zip(rows(tmp_path / "1"), rows(tmp_path / "3"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-5)
+        assert other["half"] == pytest.approx(0.5)
+    assert torch.allclose(*weights, atol=1e-6)
+    with pytest.raises(BlmError, match="batch_size is 4, but a step has 1 processes x 5 parts"):
+        run_loop(
+            nn.Linear(3, 1), lambda b: (b.x.sum(), {}), batch_of, replace(CONFIG, accumulate=5), tmp_path
+        )
+
+
+def test_the_log_tells_tokens_and_padding_and_old_checkpoints_go(tmp_path: Path) -> None:
+    def padded(step: int, part: Part) -> Piece[Points]:
+        return replace(batch_of(step, part), tokens=30, positions=40)
+
+    module = Noisy()
+    run_loop(module, module.loss, padded, replace(CONFIG, save_every=2, keep=3), tmp_path)
+    row = rows(tmp_path)[-1]
+    assert row["padding_share"] == pytest.approx(0.25)
+    assert row["tokens_per_s"] == pytest.approx(15 * row["samples_per_s"])
+    assert [int(file.stem.removeprefix("state-")) for file in checkpoints(tmp_path)] == [8, 10, 12]
+
+
+def test_trackers_get_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tracker:
+        requires_logging_directory = True
+
+        def __init__(self, name: str, logging_dir: str) -> None:
+            calls.append((name, logging_dir))
+
+        def start(self) -> None:
+            calls.append("start")
+
+        def store_init_configuration(self, values: dict[str, str]) -> None:
+            calls.append(values["steps"])
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            calls.append((step, values["loss"]))
+
+        def finish(self) -> None:
+            calls.append("finish")
+
+    calls: list[object] = []
+    config, module = replace(CONFIG, trackers=("trackio",)), Noisy()
+    monkeypatch.setattr("blm.training.record.get_available_trackers", lambda: ["trackio"])
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", Tracker)
+    run_loop(module, module.loss, batch_of, config, tmp_path)
+    logged = [(row["step"], row["loss"]) for row in rows(tmp_path)]
+    assert calls == [(tmp_path.name, str(tmp_path)), "start", "12", *logged, "finish"]
+    with pytest.raises(BlmError, match="'wandb' is not installed"):
+        run_loop(module, module.loss, batch_of, replace(CONFIG, trackers=("wandb",)), tmp_path / "no")

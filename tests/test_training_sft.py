@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
-from test_backbone import tiny_qwen
+from test_backbone import MAKERS, tiny_qwen
 
 from blm.backbone import Backbone, build_nano
+from blm.data.files import read_json
 from blm.training.answers import answer_loss
 from blm.training.loop import LoopConfig
+from blm.training.lora import Lora, add_adapters
 from blm.training.packing import RowBatch, collate
+from blm.training.parallel import Part
+from blm.training.parts import freeze_parts, part_of
 from blm.training.rows import Limits, make_row
-from blm.training.sft import Stage1Config, train_stage1
+from blm.training.sft import Stage1Config, TrainingSource, train_stage1
 from blm.types import BlmError, Image, Message
 
 LIMITS = Limits()
@@ -36,6 +43,10 @@ def dialogue(*turns: tuple[str, str], images: tuple[Image, ...] = ()) -> tuple[M
         messages.append(Message("user", (*(images if index == 0 else ()), question)))
         messages.append(Message("assistant", (answer,)))
     return tuple(messages)
+
+
+def source(*talks: tuple[Message, ...], root: Path | None = None, **fields: Any) -> TrainingSource:
+    return TrainingSource(**{"name": "made", "conversations": talks, "root": root, **fields})
 
 
 @pytest.fixture(scope="module", params=["nano", "qwen2.5"])
@@ -121,9 +132,8 @@ def test_trained_answers_are_given_back(nano: Backbone, tmp_path: Path) -> None:
         dialogue(("How many cubes?", "one"), ("Point.", "(512, 430)"), images=(picture(5),)),
         dialogue(("Who are you?", "a robot")),
     ]
-    counts = train_stage1(
-        nano, talks, replace(CONFIG, loop=replace(CONFIG.loop, steps=250, batch_size=3)), tmp_path
-    )
+    config = replace(CONFIG, loop=replace(CONFIG.loop, steps=100, batch_size=3))
+    counts = train_stage1(nano, [source(*talks)], config, tmp_path)
     assert counts == {"kept": 3}
     again = Backbone.load(tmp_path / "backbone")
     for talk in talks:
@@ -132,14 +142,107 @@ def test_trained_answers_are_given_back(nano: Backbone, tmp_path: Path) -> None:
             assert again.answer([Message("user", (*pictures, question.text))]) == answer.text
 
 
-def test_frozen_parts_stay_as_they_were(nano: Backbone, tmp_path: Path) -> None:
-    before = {name: value.clone() for name, value in nano.model.state_dict().items()}
-    config = replace(CONFIG, vision_scale=0.0, loop=replace(CONFIG.loop, steps=2))
-    train_stage1(nano, [dialogue(("How many?", "two"), images=(picture(6),))], config, tmp_path)
-    changed = {
-        name for name, value in nano.model.state_dict().items() if not torch.equal(value, before[name])
-    }
-    assert changed and not any("vision_tower" in name for name in changed)
+@pytest.mark.parametrize("part", ["vision", "projector", "language"])
+@pytest.mark.parametrize("name", ["nano", "qwen3"])
+def test_frozen_parts_stay_as_they_were_and_the_others_move(name: str, part: str, tmp_path: Path) -> None:
+    backbone = MAKERS[name]()
+    before = {key: value.clone() for key, value in backbone.model.named_parameters()}
+    config = replace(CONFIG, loop=replace(CONFIG.loop, steps=2), **{f"{part}_scale": 0.0})
+    talk = dialogue(("How many?", "two"), images=(picture(6, size(backbone)),))
+    train_stage1(backbone, [source(talk)], config, tmp_path)
+    after = dict(backbone.model.named_parameters())
+    same = {key for key, value in before.items() if torch.equal(value, after[key])}
+    frozen = {key for key in before if part_of(key) == part}
+    assert frozen and frozen <= same
+    moved = {part_of(key) for key in before.keys() - same}
+    assert moved == {"vision", "projector", "language"} - {part}
+    assert all(value.requires_grad == (key not in frozen) for key, value in after.items())
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_every_parameter_of_every_architecture_has_a_part(name: str) -> None:
+    numbers = freeze_parts(MAKERS[name]().model, {"vision": 1.0, "projector": 0.5, "language": 2.0})
+    assert all(count > 0 for count in numbers.values())
+
+
+def test_a_switch_for_nothing_is_refused() -> None:
+    model = torch.nn.ModuleDict({"language_model": torch.nn.Linear(2, 2)})
+    with pytest.raises(BlmError, match=r"vision_scale is 0.0, but .* no vision"):
+        freeze_parts(model, {"vision": 0.0, "projector": 1.0, "language": 1.0})
+    with pytest.raises(BlmError, match=r"'strange.weight' .* belongs to none"):
+        freeze_parts(torch.nn.ModuleDict({"strange": torch.nn.Linear(2, 2)}), {"vision": 1.0})
+    with pytest.raises(BlmError, match="vision_scale=0"):
+        Stage1Config(loop=CONFIG.loop, lora=Lora(rank=2), vision_scale=1.0)
+    with pytest.raises(BlmError, match=r"\['w_proj'\] .* valid: .*'q_proj'"):
+        add_adapters(build_nano(TEXTS), Lora(rank=2, targets=("w_proj",)), projector=False, seed=0)
+
+
+@pytest.mark.parametrize("name", ["nano", "qwen3"])
+def test_merged_adapters_answer_as_adapters_beside_the_base_do(name: str, tmp_path: Path) -> None:
+    backbone, base = MAKERS[name](), MAKERS[name]()
+    talk = dialogue(("How many?", "two"), images=(picture(6, size(backbone)),))
+    inputs = backbone.encode([talk[:1]])
+    before = backbone.model(**inputs).logits
+    config = replace(CONFIG, loop=replace(CONFIG.loop, steps=5), lora=Lora(rank=4, dropout=0.1))
+    train_stage1(backbone, [source(talk)], config, tmp_path)
+    merged = backbone.model(**inputs).logits
+    again = Backbone.load(tmp_path / "backbone").model(**inputs).logits
+    with warnings.catch_warnings(action="ignore"):  # peft asks transformers by an old name
+        beside = peft.PeftModel.from_pretrained(base.model, tmp_path / "adapter").eval()(**inputs).logits
+    assert not torch.allclose(merged, before, atol=1e-3)
+    assert torch.equal(merged, again) and torch.allclose(merged, beside, atol=1e-4)
+    assert not any("lora" in key or "modules_to_save" in key for key in backbone.model.state_dict())
+    kept = [key for key, value in MAKERS[name]().model.named_parameters() if part_of(key) == "vision"]
+    weights = dict(backbone.model.named_parameters())
+    assert all(
+        torch.equal(weights[key], dict(MAKERS[name]().model.named_parameters())[key]) for key in kept[:9]
+    )
+
+
+def test_recomputed_blocks_give_the_same_gradients(tmp_path: Path) -> None:
+    talk = dialogue(("How many?", "two"), ("Which?", "the red one"), images=(picture(6, 56),))
+    weights = []
+    for recompute in (False, True):
+        backbone = tiny_qwen("2.5")
+        config = replace(CONFIG, loop=replace(CONFIG.loop, steps=2), checkpoint_blocks=recompute)
+        train_stage1(backbone, [source(talk)], config, tmp_path / str(recompute))
+        assert not backbone.model.is_activation_checkpointing
+        weights.append(backbone.model.state_dict())
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-6) for name in weights[0])
+
+
+def test_cached_features_train_as_pictures_do(tmp_path: Path) -> None:
+    talks = [dialogue(("How many?", "two"), images=(picture(6),)), dialogue(("Who?", "a robot"))]
+    weights = []
+    for cached in (False, True):
+        backbone = build_nano(TEXTS)
+        config = replace(CONFIG, loop=replace(CONFIG.loop, steps=3), vision_scale=0.0, cache_features=cached)
+        counts = train_stage1(backbone, [source(*talks)], config, tmp_path / str(cached))
+        assert counts["distinct pictures"] == cached
+        weights.append(backbone.model.state_dict())
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-4) for name in weights[0])
+
+
+@pytest.mark.parametrize("pack_length", [0, 200])
+def test_the_mixture_has_the_weights_asked_for(pack_length: int, tmp_path: Path, nano: Backbone) -> None:
+    seen: Counter[str] = Counter()
+
+    def count(*arguments: Any, **options: Any) -> None:
+        next_batch = arguments[2]
+        for step in range(50):
+            seen.update(str(name).split()[0] for name in next_batch(step, Part()).ids)
+
+    config = replace(CONFIG, pack_length=pack_length)
+    rare, often = dialogue(("How many?", "two")), dialogue(("Who?", "a robot"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blm.training.sft.run_loop", count)
+        train_stage1(
+            nano,
+            [source(rare, name="own", weight=1.0), source(*[often] * 9, name="replay", weight=3.0)],
+            config,
+            tmp_path,
+        )
+    assert sum(seen.values()) == 50 * 4 and abs(seen["own"] - 50) <= 2
 
 
 def test_long_rows_lose_their_last_turns_never_a_picture(nano: Backbone) -> None:
@@ -151,14 +254,29 @@ def test_long_rows_lose_their_last_turns_never_a_picture(nano: Backbone) -> None
     assert row is not None and len(row.tokens) <= 60 and counts == {"turns cut": 1, "kept": 1}
     assert (row.tokens == nano.processor.image_token_id).sum() == 16
     assert make_row(nano, dialogue(("x" * 300, "no"), images=(picture(8),)), limits, None, counts) is None
-    with pytest.raises(BlmError, match="no conversation can be trained on"):
-        train_stage1(nano, [dialogue(("x" * 300, "no"))], config, Path("unused"))
+    with pytest.raises(BlmError, match="no conversation of 'made' can be trained on"):
+        train_stage1(nano, [source(dialogue(("x" * 300, "no")))], config, Path("unused"))
 
 
 def test_unusable_conversations_are_named(nano: Backbone, tmp_path: Path) -> None:
     good = dialogue(("How many?", "two"))
     broken = (Message("user", (Image(path="nowhere.png"), "How many?")), Message("assistant", ("two",)))
-    with pytest.raises(BlmError, match=r"conversation 1: .*nowhere.png"):
-        train_stage1(nano, [good, broken], CONFIG, tmp_path, root=tmp_path)
-    with pytest.raises(BlmError, match=r"conversation 0: .*reserved"):
-        train_stage1(nano, [dialogue(("What is <image>?", "a word"))], CONFIG, tmp_path)
+    with pytest.raises(BlmError, match=r"made, conversation 1: .*nowhere.png"):
+        train_stage1(nano, [source(good, broken, root=tmp_path)], CONFIG, tmp_path)
+    with pytest.raises(BlmError, match=r"made, conversation 0: .*reserved"):
+        train_stage1(nano, [source(dialogue(("What is <image>?", "a word")))], CONFIG, tmp_path)
+
+
+def test_bad_rows_are_skipped_only_when_asked_and_then_printed(
+    nano: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = (Message("user", (Image(path="nowhere.png"), "How many?")), Message("assistant", ("two",)))
+    talks = source(dialogue(("How many?", "two")), broken, places=["a.jsonl:1", "a.jsonl:2"])
+    with pytest.raises(BlmError, match=r"a.jsonl:2: .*nowhere.png.*; skip_bad"):
+        train_stage1(nano, [talks], CONFIG, tmp_path)
+    config = replace(CONFIG, skip_bad=True, loop=replace(CONFIG.loop, steps=1))
+    counts = train_stage1(nano, [talks], config, tmp_path)
+    assert counts == {"kept": 1, "skipped, bad": 1} == read_json(tmp_path / "rows.json")
+    assert "skipped a.jsonl:2" in capsys.readouterr().err
+    with pytest.raises(BlmError, match="another backbone, source made"):
+        train_stage1(nano, [source(dialogue(("How many?", "one")))], config, tmp_path)

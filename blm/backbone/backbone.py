@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -20,14 +21,16 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    AutoProcessor,
+    Idefics3Processor,
     PreTrainedModel,
+    SmolVLMProcessor,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
 from blm.backbone.nano import SAMPLE_TEXTS, make_nano
 from blm.backbone.prompt import question_prompt, to_chat
+from blm.backbone.smol import make_smol
 from blm.media import load_pixels
 from blm.types import BlmError, Message, lookup
 
@@ -115,21 +118,23 @@ class Backbone:
                     return_tensors="pt",
                 )
             )
+        if "pixel_values" in inputs and inputs["pixel_values"].ndim == 5:
+            inputs["pixel_values"] = _one_picture_a_row(inputs["pixel_values"])
+            inputs.pop("pixel_attention_mask", None)  # all ones: each picture fills its square
         self.check(inputs)
         return inputs
 
     def check(self, inputs: Inputs) -> None:
-        """Raise BlmError unless there are as many placeholders as picture features."""
+        """Raise BlmError unless placeholders are as many as picture features, and the context holds all."""
         config = self.model.config
         placeholders = int((inputs["input_ids"] == self.processor.image_token_id).sum())
         if "image_grid_thw" in inputs:
             merged = config.vision_config.spatial_merge_size**2
             features = int(inputs["image_grid_thw"].prod(-1).sum()) // merged
         elif "pixel_values" in inputs:
-            n, _, height, width = inputs["pixel_values"].shape
-            features = (
-                n * (height // config.vision_config.patch_size) * (width // config.vision_config.patch_size)
-            )
+            *count, _, height, width = inputs["pixel_values"].shape
+            side, merged = config.vision_config.patch_size, getattr(config, "scale_factor", 1) ** 2
+            features = math.prod(count) * ((height // side) * (width // side) // merged)
         else:
             features = 0
         if placeholders != features:
@@ -157,13 +162,7 @@ class Backbone:
         """
         texts = [self.render(messages, prompt=True) for messages in conversations]
         images = [load_pixels(image, root) for c in conversations for m in c for image in m.images]
-        inputs = self.process(texts, images, side=side)
-        length, limit = inputs["input_ids"].shape[1], self.decoder.config.max_position_embeddings
-        if length > limit:
-            raise BlmError(
-                f"a prompt has {length} tokens, the context holds {limit}: use fewer pictures or words"
-            )
-        return self.place(inputs)
+        return self.place(self.process(texts, images, side=side))
 
     def place(self, inputs: Inputs) -> Inputs:
         """Move inputs to the model's device, and pictures to its precision."""
@@ -176,16 +175,33 @@ class Backbone:
         """Return the greedy answer to one conversation."""
         return self.answer_batch([messages], max_tokens=max_tokens)[0]
 
-    @torch.no_grad()
     def answer_batch(self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 64) -> list[str]:
         """Return the greedy answers; each stops at the model's end token or after `max_tokens`."""
+        return [text for text, _ in self.complete(conversations, max_tokens=max_tokens)]
+
+    @torch.no_grad()
+    def complete(
+        self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 64, seed: int | None = None
+    ) -> list[tuple[str, bool]]:
+        """Return the answers, and whether each came to its end within `max_tokens`.
+
+        Greedy; with a seed drawn from the model's own distribution, which then depends on the whole batch.
+        """
         inputs = self.encode(conversations)
-        with self._generating:  # some models keep per-call state (the M-RoPE offset) on themselves
-            tokens = self.model.generate(
-                **inputs, max_new_tokens=max_tokens, do_sample=False, temperature=None, top_p=None, top_k=None
-            )
+        how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if seed is not None:
+            how = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        # one at a time: some models keep per-call state (the M-RoPE offset) on themselves
+        with self._generating, torch.random.fork_rng(devices, enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            tokens = self.model.generate(**inputs, max_new_tokens=max_tokens, **how)
         new = tokens[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        ends = torch.tensor(self.model.generation_config.eos_token_id, device=new.device)
+        ended = torch.isin(new, ends).any(1).tolist()
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        return [(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
 
     @torch.no_grad()
     def tap(self, inputs: Inputs, layer: int) -> Tapped:
@@ -236,18 +252,32 @@ class Backbone:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def build_nano(texts: Iterable[str] = SAMPLE_TEXTS, *, seed: int = 0) -> Backbone:
-    """Return an untrained nano; its tokenizer is trained on `texts`, best those that it will be taught."""
-    return Backbone(*make_nano(texts, seed=seed))
+def build_nano(texts: Iterable[str] = SAMPLE_TEXTS, *, seed: int = 0, things: Sequence[str] = ()) -> Backbone:
+    """Return an untrained nano; its tokenizer is trained on `texts`, best those that it will be taught.
+
+    Its eye has maps for `things`.
+    """
+    return Backbone(*make_nano(texts, seed=seed, things=things))
+
+
+def build_smol(*, image_size: Literal[128, 224] = 128, seed: int = 0) -> Backbone:
+    """Return smol with its pretrained parts and a fresh projector. Raises BlmError without its packages."""
+    return Backbone(*make_smol(image_size, seed=seed))
 
 
 BACKBONES: dict[str, str | Callable[[], Backbone]] = {
     "nano": build_nano,
+    "smol": build_smol,
     "qwen2_5_vl_3b": "Qwen/Qwen2.5-VL-3B-Instruct",
     "qwen2_5_vl_7b": "Qwen/Qwen2.5-VL-7B-Instruct",
     "qwen3_vl_2b": "Qwen/Qwen3-VL-2B-Instruct",
     "qwen3_vl_4b": "Qwen/Qwen3-VL-4B-Instruct",
     "qwen3_vl_8b": "Qwen/Qwen3-VL-8B-Instruct",
+    "smolvlm_256m": "HuggingFaceTB/SmolVLM-256M-Instruct",
+    "smolvlm_500m": "HuggingFaceTB/SmolVLM-500M-Instruct",
+    "smolvlm2_256m": "HuggingFaceTB/SmolVLM2-256M-Video-Instruct",
+    "smolvlm2_500m": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
+    "smolvlm2_2b": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
 }
 """Name -> builder, or Hugging Face hub id."""
 
@@ -284,15 +314,32 @@ def _shallow(module: nn.Module) -> nn.Module:
     return view
 
 
-def _load_processor(source: str) -> Any:
-    """Load a processor; without torchvision, one that has no video part (its video processors need it).
+def _one_picture_a_row(pixels: Tensor) -> Tensor:
+    """[B, most pictures, 3, height, width], zeros where a conversation has fewer -> [N, 1, 3, height, width].
 
-    We give videos as frames, so nothing is lost but the video settings of a folder saved again.
+    Idefics3 and SmolVLM drop such zeros themselves; without them batches are alike for all models.
+    """
+    flat = pixels.flatten(0, 1)
+    return flat[flat.flatten(1).any(1)][:, None]
+
+
+def _load_processor(source: str) -> Any:
+    """Load a processor that reads pictures; without torchvision, one that has no video part, which needs it.
+
+    We give videos as frames, so nothing is lost but the video settings of a folder saved again. SmolVLM gets
+    the processor of Idefics3, which it descends from: they read pictures alike, but SmolVLM's own asks for
+    num2words and a video part. Both would cut a picture into up to 17 tiles of 64 or more tokens; that is
+    switched off, as for frames of videos, so a picture costs the same whatever its size.
     """
     kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source))]
-    if is_torchvision_available() or "video_processor" not in kind.get_attributes():
-        return AutoProcessor.from_pretrained(source)
-    return without_video(kind).from_pretrained(source)
+    if kind is SmolVLMProcessor:
+        kind = Idefics3Processor
+    if "video_processor" in kind.get_attributes() and not is_torchvision_available():
+        kind = without_video(kind)
+    processor = kind.from_pretrained(source)
+    if hasattr(processor.image_processor, "do_image_splitting"):
+        processor.image_processor.do_image_splitting = False
+    return processor
 
 
 def without_video(kind: Any) -> Any:

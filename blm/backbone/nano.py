@@ -1,20 +1,15 @@
 """`nano`: a 2 M-parameter image-text-to-text model of a stock class, small enough to train on two CPU cores.
 
-`LlavaForConditionalGeneration` with a convolutional eye. A patch-14 transformer eye trained from scratch
-does not learn to localise within minutes; a convolution stem of the same size does. Only the eye is ours; it
-is registered with transformers' Auto classes on import. Processor, chat template and folder are stock.
+`LlavaForConditionalGeneration` with a convolutional eye (`eye.py`). Only the eye is ours; it is registered
+with transformers' Auto classes on import. Processor, chat template and folder are stock.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -22,17 +17,12 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-IMAGE_SIZE, GRID = 112, 4
-"""Every picture is resized to 112 x 112 px and becomes GRID * GRID tokens."""
-FREQUENCIES = (1, 2, 4, 5, 10)
-"""Half periods of the position code over the picture. 5 and 10 tell apart what decimal digits need."""
+from blm.backbone.eye import GRID, IMAGE_SIZE, ConvVision, ConvVisionConfig
+
 IMAGE_TOKEN, PAD_TOKEN, END_TOKEN = "<image>", "<pad>", "<|end|>"
 SPECIAL_TOKENS = (PAD_TOKEN, IMAGE_TOKEN, END_TOKEN, "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -48,83 +38,6 @@ SAMPLE_TEXTS = (
     "Is there a red cube on the table? yes no What colour is the sphere? green How many objects are there?",
 )
 """What the tokenizer is trained on when no corpus is given."""
-
-
-class ConvVisionConfig(PretrainedConfig):
-    model_type = "blm_conv_vision"
-
-    def __init__(
-        self, channels: int = 64, blocks: int = 1, heads: int = 4, hidden_size: int = 192, **kwargs: Any
-    ) -> None:
-        self.channels, self.blocks, self.heads, self.hidden_size = channels, blocks, heads, hidden_size
-        self.image_size, self.patch_size = IMAGE_SIZE, IMAGE_SIZE // GRID
-        super().__init__(**kwargs)
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(F.relu(self.conv1(F.relu(x))))
-
-
-class ConvVision(PreTrainedModel):
-    """[N, 3, 112, 112] normalised pixels -> [N, 16, C] tokens, each a thing looked for and where it is.
-
-    Convolutions at stride 4, then a softmax over all cells for every (token, head): the weighted mean of
-    features and of a Fourier position code. This is the spatial softmax of "Deep Spatial Autoencoders for
-    Visuomotor Learning" (Finn et al., 2016) with a code in place of two coordinates. The scores start large,
-    so some head looks at each colour from the beginning; normalisation slows the start and is left out.
-    """
-
-    config_class = ConvVisionConfig
-    main_input_name = "pixel_values"
-
-    def __init__(self, config: ConvVisionConfig) -> None:
-        super().__init__(config)
-        channels, width, self.heads = config.channels, config.hidden_size, config.heads
-        blocks = [ResidualBlock(channels) for _ in range(config.blocks)]
-        self.features = nn.Sequential(nn.Conv2d(3, channels, 4, stride=4), *blocks, nn.ReLU())
-        self.score = nn.Linear(channels, GRID * GRID * self.heads)
-        self.value = nn.Linear(channels, width)
-        self.place = nn.Linear(2 + 4 * len(FREQUENCIES), width)
-        self.norm = nn.LayerNorm(width)
-        self.name = nn.Parameter(torch.zeros(GRID * GRID, width))
-        self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        if isinstance(module, ConvVision):  # transformers visits modules with parameters of their own only
-            for block in module.features:
-                if isinstance(block, ResidualBlock):
-                    nn.init.zeros_(block.conv2.weight)
-            for linear in (module.value, module.place):
-                nn.init.kaiming_uniform_(linear.weight, a=5**0.5)
-            nn.init.normal_(module.score.weight, std=1.0)
-            nn.init.normal_(module.name, std=0.5)
-
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
-        grid = self.features(pixel_values)
-        cells = grid.flatten(2).transpose(1, 2)
-        weights = self.score(cells).softmax(dim=1).unflatten(2, (GRID * GRID, self.heads))
-        values = self.value(cells) + self.place(position_code(grid))
-        tokens = torch.einsum("npth,nphd->nthd", weights, values.unflatten(2, (self.heads, -1))).flatten(2)
-        tokens = self.norm(tokens) + self.name
-        return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
-
-
-def position_code(grid: Tensor) -> Tensor:
-    """Return [height * width, 2 + 4 F]: x, y in -1 .. 1; sin, cos of pi f x, pi f y for F frequencies f."""
-    lines = [(torch.arange(n, device=grid.device) + 0.5) / n * 2 - 1 for n in grid.shape[-2:]]
-    y, x = torch.meshgrid(*lines, indexing="ij")
-    place = torch.stack([x, y], dim=-1).reshape(-1, 2)
-    phase = (place[:, :, None] * torch.tensor(FREQUENCIES, device=grid.device) * math.pi).flatten(1)
-    return torch.cat([place, phase.sin(), phase.cos()], dim=1).to(grid.dtype)
 
 
 AutoConfig.register(ConvVisionConfig.model_type, ConvVisionConfig)
@@ -159,26 +72,35 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTo
     )
 
 
-def make_nano(
-    texts: Iterable[str] = SAMPLE_TEXTS,
-    *,
-    seed: int = 0,
-    layers: int = 4,
-    width: int = 192,
-    vocab_size: int = 768,
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Return an untrained model and its processor, with a tokenizer trained on `texts`."""
-    tokenizer = train_tokenizer(texts, vocab_size)
-    pictures = CLIPImageProcessorPil(
-        size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+def picture_processor(side: int) -> CLIPImageProcessorPil:
+    """Return the stock processor that stretches every picture to `side` x `side` px, values in -1 .. 1."""
+    size = {"height": side, "width": side}
+    return CLIPImageProcessorPil(
+        size=size,
         resample=2,
-        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        crop_size=size,
         do_center_crop=False,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
+
+
+def make_nano(
+    texts: Iterable[str] = SAMPLE_TEXTS,
+    *,
+    seed: int = 0,
+    things: Sequence[str] = (),
+    layers: int = 4,
+    width: int = 192,
+    vocab_size: int = 768,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Return an untrained model and its processor, with a tokenizer trained on `texts`.
+
+    `things` are what its eye has maps for.
+    """
+    tokenizer = train_tokenizer(texts, vocab_size)
     processor = LlavaProcessor(
-        pictures,
+        picture_processor(IMAGE_SIZE),
         tokenizer,
         patch_size=IMAGE_SIZE // GRID,
         vision_feature_select_strategy="full",
@@ -200,7 +122,7 @@ def make_nano(
         **ids,
     )
     config = LlavaConfig(
-        vision_config=ConvVisionConfig(),
+        vision_config=ConvVisionConfig(things=things),
         text_config=text,
         image_token_index=processor.image_token_id,
         vision_feature_select_strategy="full",

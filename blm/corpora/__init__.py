@@ -1,15 +1,36 @@
-"""Corpora for Stage I: the messages format, curation, and questions about our own scenes."""
+"""Corpora for Stage I: the messages format, converters, curation, validation, questions about our scenes."""
 
 from blm.corpora.build import SceneCorpusConfig, build_scene_corpus
-from blm.corpora.curation import CurationReport, curate
-from blm.corpora.messages import Conversation, read_corpus, write_corpus
+from blm.corpora.converters import CONVERTERS, Settings, convert
+from blm.corpora.curation import (
+    CurationConfig,
+    EvaluationSet,
+    Source,
+    curate,
+    curate_sources,
+    write_curated,
+)
+from blm.corpora.curation_report import CurationReport
+from blm.corpora.messages import Conversation, read_corpus, scan_corpus, write_corpus
+from blm.corpora.validate import clean_corpus, validate_corpus
 
 __all__ = [
+    "CONVERTERS",
     "Conversation",
+    "CurationConfig",
     "CurationReport",
+    "EvaluationSet",
     "SceneCorpusConfig",
+    "Settings",
+    "Source",
     "build_scene_corpus",
+    "clean_corpus",
+    "convert",
     "curate",
+    "curate_sources",
     "read_corpus",
+    "scan_corpus",
+    "validate_corpus",
     "write_corpus",
+    "write_curated",
 ]

@@ -1,6 +1,6 @@
-"""Build the scene-question corpus: random scenes, and frames of recorded episodes.
+"""Build the scene-question corpus: random scenes, and moments of recorded episodes.
 
-Work is cut into shards that run in parallel and survive a kill; the shards are merged in order, so the corpus
+Work is cut into shards that run in parallel and survive a kill; the shards are merged in turn, so the corpus
 depends on the configuration only.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,22 +17,23 @@ from typing import Any
 
 import numpy as np
 
+from blm.corpora.facts import Drawer, by_kind, to_messages
 from blm.corpora.messages import Conversation, read_corpus, write_corpus
-from blm.corpora.questions import (
-    ask_done,
-    ask_next,
-    control_turn,
-    observe_scene,
-    scene_turns,
-    to_messages,
-)
+from blm.corpora.questions import control_turn, scan_turns, scene_turns
+from blm.corpora.scene_view import Observer, stage
+from blm.corpora.steps import moment_facts, read_steps
+from blm.corpora.templates import Wording
+from blm.data.dataset import EpisodeDataset
 from blm.data.episodes import open_dataset
 from blm.engine import Unit, run_units
 from blm.media import with_pixels
 from blm.tasks import Env
-from blm.types import BlmError
+from blm.types import BlmError, ImageArray
 
 SCENES_PER_SHARD = 400
+EPISODES_PER_SHARD = 60
+FRAME_GAP = 3
+"""Frames between two pictures of a sequence: .15 s."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +50,38 @@ class SceneCorpusConfig:
     """Scene i has seed first_seed + i; training and held-out corpora use disjoint ranges."""
     turns: int = 8
     """Questions about each scene."""
+    pointing: float = 0.3
+    """Share of points and boxes among them, a quarter of it boxes: learnt slowest, and needed by a policy."""
+    metric: float = 0.2
+    """Share of positions, ways and distances in cm."""
+    choice: float = 0.25
+    """Share of multiple choice among the questions that allow it."""
+    wording: Wording = "seen"
+    """Which wordings to use; the held-out ones are for evaluation."""
     max_distractors: int = 3
     control: bool = True
-    """Ask the policy's own prompt too. Off for held-out corpora: its long answer is no benchmark item."""
+    """Ask the policy's own prompt too, and what each view shows. Off for held-out corpora: such long answers
+    are no benchmark items."""
     episodes: Path | None = None
     """Folder with one dataset per robot whose frames are asked about too."""
     frames_per_episode: int = 6
+    """Moments of each episode that are asked about."""
+    frame_turns: int = 5
+    """Questions about each moment."""
 
     def __post_init__(self) -> None:
-        if self.scenes < 1 or self.turns < 1:
+        if not (self.robots and self.tasks and self.cameras):
+            raise BlmError("a corpus needs robots and tasks and cameras, at least one of each")
+        if self.scenes < 1 or min(self.turns, self.frame_turns) < 1:
             raise BlmError(
-                f"a corpus needs scenes and turns of at least 1, got {self.scenes} and {self.turns}"
+                f"a corpus needs scenes, turns and frame turns of at least 1, got {self.scenes}, "
+                f"{self.turns} and {self.frame_turns}"
+            )
+        shares = (self.pointing, self.metric, 1 - self.pointing - self.metric, self.choice)
+        if min(shares) < 0 or self.choice > 1:
+            raise BlmError(
+                f"shares of pointing {self.pointing} and metric {self.metric} must add up to at most 1, "
+                f"and multiple choice {self.choice} must be within 0..1"
             )
 
 
@@ -69,52 +91,78 @@ def build_scene_corpus(config: SceneCorpusConfig, out: Path, *, workers: int = 2
         raise BlmError(f"corpus folder '{out}' exists; remove it or name another one")
     shards = out.with_name(out.name + ".shards")
     units = [
-        Unit(f"scenes-{start:07d}", ("scenes", config, start, shards / f"scenes-{start:07d}"))
-        for start in range(0, config.scenes, SCENES_PER_SHARD)
+        Unit(name, (source, config, part, shards / name))
+        for source, name, part in itertools.chain(_scene_shards(config), _episode_shards(config))
     ]
-    if config.episodes is not None:
-        units += [
-            Unit(f"frames-{robot}", ("frames", config, robot, shards / f"frames-{robot}"))
-            for robot in config.robots
-        ]
     run_units(write_shard, units, journal=shards / "journal.jsonl", workers=workers, title="scene questions")
     count = write_corpus(out, _merge([unit.payload[3] for unit in units]))
     shutil.rmtree(shards)
     return count
 
 
+Part = tuple[str, str, Sequence[int]]
+"""Robot, task (none for episodes), numbers of the scenes or episodes."""
+
+
+def _scene_shards(config: SceneCorpusConfig) -> Iterator[tuple[str, str, Part]]:
+    """One arm and task a shard: an environment costs as much as fifty scenes."""
+    cells = list(itertools.product(config.robots, config.tasks))
+    for number, (robot, task) in enumerate(cells):
+        for start in range(number, config.scenes, len(cells) * SCENES_PER_SHARD):
+            stop = min(start + len(cells) * SCENES_PER_SHARD, config.scenes)
+            yield (
+                "scenes",
+                f"scenes-{robot}-{task}-{start:07d}",
+                (robot, task, range(start, stop, len(cells))),
+            )
+
+
+def _episode_shards(config: SceneCorpusConfig) -> Iterator[tuple[str, str, Part]]:
+    if config.episodes is None:
+        return
+    for robot in config.robots:
+        count = open_dataset(config.episodes / robot).num_episodes
+        shards = -(-count // EPISODES_PER_SHARD)
+        for first in range(shards):  # every n-th episode: a shard holds all tasks
+            yield "frames", f"frames-{robot}-{first:04d}", (robot, "", range(first, count, shards))
+
+
 def write_shard(payload: tuple[str, SceneCorpusConfig, Any, Path]) -> dict[str, Any]:
     """Write one shard as a small corpus of its own (a work unit: running it twice changes nothing)."""
     source, config, part, folder = payload
-    conversations = _random_scenes(config, part) if source == "scenes" else _episode_frames(config, part)
+    conversations = _random_scenes(config, part) if source == "scenes" else _moments(config, part)
     if not folder.exists():
         write_corpus(folder, conversations)
     return {"folder": str(folder)}
 
 
-def _random_scenes(config: SceneCorpusConfig, start: int) -> Iterator[Conversation]:
-    cells = list(itertools.product(config.robots, config.tasks))
+def _drawer(config: SceneCorpusConfig, *stream: int) -> Drawer:
+    return Drawer(np.random.default_rng((config.first_seed, *stream)), config.wording, config.choice)
+
+
+def _random_scenes(config: SceneCorpusConfig, part: Part) -> Iterator[Conversation]:
+    robot, task, numbers = part
+    drawer = _drawer(config, numbers[0])
     with ExitStack() as stack:
 
-        @cache  # an environment costs as much as ten scenes
-        def environment(robot: str, task: str, distractors: int) -> Env:
-            size = config.image_size
-            return stack.enter_context(
-                Env(robot, task, cameras=config.cameras, image_size=size, distractors=distractors)
-            )
+        @cache
+        def observer(distractors: int) -> Observer:
+            env = Env(robot, task, cameras=(), image_size=config.image_size, distractors=distractors)
+            return stack.enter_context(closing(Observer(env, config.cameras)))
 
-        for index in range(start, min(start + SCENES_PER_SHARD, config.scenes)):
-            rng = np.random.default_rng(config.first_seed + index)
-            robot, task = cells[index % len(cells)]
-            env = environment(robot, task, int(rng.integers(config.max_distractors + 1)))
-            yield _random_scene(config, env, config.first_seed + index, rng)
+        for number in numbers:
+            yield _random_scene(config, observer, config.first_seed + number, drawer)
 
 
-def _random_scene(config: SceneCorpusConfig, env: Env, seed: int, rng: np.random.Generator) -> Conversation:
+def _random_scene(config: SceneCorpusConfig, observer: Any, seed: int, drawer: Drawer) -> Conversation:
+    rng = np.random.default_rng(seed)
+    look: Observer = observer(int(rng.integers(config.max_distractors + 1)))
+    env = look.env
     env.reset(seed=seed, options={"arm": "random"})
-    scene = observe_scene(env, config.cameras)
-    turns = scene_turns(scene, config.turns, rng)
-    if config.control:
+    scene = look.scene(stage(env, rng))
+    turns = scene_turns(scene, config.turns, drawer, pointing=config.pointing, metric=config.metric)
+    turns += scan_turns(scene) if config.control else []
+    if config.control and (env.task_spec.prehensile or scene.staging != "held"):
         turns.append(control_turn(scene, env.task_description, env.embodiment))
     group = f"scene/{env.embodiment}/{env.task}/{seed}"
     return Conversation(
@@ -126,36 +174,58 @@ def _random_scene(config: SceneCorpusConfig, env: Env, seed: int, rng: np.random
     )
 
 
-def _episode_frames(config: SceneCorpusConfig, robot: str) -> Iterator[Conversation]:
+def _moments(config: SceneCorpusConfig, part: Part) -> Iterator[Conversation]:
+    """Questions about moments of recorded episodes, as many in one step as in another."""
     assert config.episodes is not None
+    robot, _, episodes = part
     dataset = open_dataset(config.episodes / robot)
-    rng = np.random.default_rng(config.first_seed)
-    for episode in range(dataset.num_episodes):
-        rows = np.flatnonzero(dataset.episode_index == episode)
-        for row in _balanced_rows(rows, dataset.success[rows], config.frames_per_episode, rng):
-            instruction = dataset.instructions[dataset.task_index[row]]
-            turns = [
-                ask_done(instruction, bool(dataset.success[row])),
-                ask_next(instruction, str(dataset.primitives[row])),
-            ]
-            images = [dataset.frames([row], camera)[0] for camera in config.cameras]
+    drawer = _drawer(config, episodes[0], 1)
+    for episode in episodes:
+        first, stop = dataset.starts[episode : episode + 2]
+        steps = read_steps(
+            dataset.tasks[episode], dataset.primitives[first:stop], dataset.success[first:stop]
+        )
+        moments = [(index, frame) for index in range(len(steps.names)) for frame in steps.moments(index)]
+        for index, frame in _spread(moments, config.frames_per_episode, drawer.rng):
+            instruction = dataset.instructions[dataset.task_index[first + frame]]
+            turns = drawer.ask(by_kind(moment_facts(steps, index, frame, instruction)), config.frame_turns)
             yield Conversation(
-                id=f"episode/{robot}/{episode}/{row}",
+                id=f"episode/{robot}/{episode}/{frame}",
                 group=f"episode/{robot}/{dataset.tasks[episode]}/{dataset.seeds[episode]}",
                 source="episode",
                 kinds=tuple(turn.kind for turn in turns),
-                messages=to_messages(images, turns),
+                messages=to_messages(_pictures(dataset, config.cameras, first, frame, drawer.rng), turns),
             )
 
 
-def _balanced_rows(rows: np.ndarray, done: np.ndarray, count: int, rng: np.random.Generator) -> list[int]:
-    """Draw frames, half of them after the task was done, so that 'no' is not the safe answer."""
-    after, before = rows[done], rows[~done]
-    picked = [rng.choice(part, min(len(part), count // 2), replace=False) for part in (after, before)]
-    return sorted(int(row) for part in picked for row in part)
+def _spread(
+    moments: Sequence[tuple[int, int]], count: int, rng: np.random.Generator
+) -> list[tuple[int, int]]:
+    """Draw moments, a step as often as any other."""
+    steps = {index: [m for m in moments if m[0] == index] for index, _ in moments}
+    drawn = [
+        (index, int(turn), steps[index][place])
+        for index in steps
+        for turn, place in enumerate(rng.permutation(len(steps[index])))
+    ]
+    order = rng.permutation(len(drawn))  # ties between steps are broken by chance
+    return [m for _, _, m in sorted((drawn[i] for i in order), key=lambda d: d[1])[:count]]
 
 
-def _merge(folders: list[Path]) -> Iterator[Conversation]:
-    for folder in folders:
-        for conversation in read_corpus(folder):
+def _pictures(
+    dataset: EpisodeDataset, cameras: Sequence[str], first: int, frame: int, rng: np.random.Generator
+) -> list[ImageArray]:
+    """The moment in all views, or what led to it: two frames in all views, three in the first view."""
+    form = int(rng.integers(4))
+    frames, views = {2: (2, cameras), 3: (3, cameras[:1])}.get(form, (1, cameras))
+    rows = [int(first) + max(0, frame - FRAME_GAP * back) for back in reversed(range(frames))]
+    shown = [dataset.frames(rows, camera) for camera in views]
+    return [pictures[time] for time in range(frames) for pictures in shown]
+
+
+def _merge(folders: Sequence[Path]) -> Iterator[Conversation]:
+    """Take from each shard in turn: any beginning of the corpus is a fair sample of it."""
+    shards = [iter([(folder, row) for row in read_corpus(folder)]) for folder in folders]
+    for taken in itertools.zip_longest(*shards):
+        for folder, conversation in filter(None, taken):
             yield replace(conversation, messages=with_pixels(conversation.messages, folder))

@@ -1,28 +1,37 @@
-"""The corpus format: one folder with `corpus.jsonl` and the pictures it names.
+"""The corpus format: one folder with `corpus.jsonl` and the media that it names.
 
 A line is one conversation in the OpenAI content-part form:
 `{"id", "group", "source", "kinds": [...], "messages": [{"role", "content": [{"type": "text", "text"} |
-{"type": "image_url", "image_url": {"url": "images/ab12.png"}}]}, ...]}`. Urls are paths relative to the
-folder. `kinds` names the question type of each assistant turn. Only this module reads and writes the format.
+{"type": "image_url", "image_url": {"url": "images/ab12.png"}}]}, ...]}`. A content may be a plain string.
+Urls are media references below the folder: a picture, or a video frame `clips/a.mp4#t=1.25` (see blm.media).
+An optional system turn comes first, then user and assistant turns alternate, and the last is an answer.
+
+Only "messages" is required, so that rows of other programs are valid too. Defaults: id "row-<line>"; source
+"messages"; group "<source>/<first media file>", or else the id; kinds the source's name for each answer.
+Only this module reads and writes the format. A row that breaks it is a `RowError` (see blm.corpora.faults).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import PIL.Image
 
+from blm.corpora.faults import RowError
+from blm.media import locate, split_time
 from blm.types import BlmError, Image, Message, Question, Scorer
 
 CORPUS_FILE = "corpus.jsonl"
 ROLES = ("system", "user", "assistant")
+MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,21 +46,51 @@ class Conversation:
     """One per assistant turn."""
     messages: tuple[Message, ...]
 
+    @property
+    def media(self) -> tuple[Image, ...]:
+        return tuple(image for message in self.messages for image in message.images)
+
+    def turns(self) -> Iterator[tuple[str, Message, Message]]:
+        """Yield kind, question and answer of each turn; a question has all pictures shown so far."""
+        shown: tuple[str | Image, ...] = ()
+        body = [message for message in self.messages if message.role != "system"]
+        for kind, asked, answer in zip(self.kinds, body[::2], body[1::2], strict=True):
+            yield kind, Message("user", (*shown, *asked.content)), answer
+            shown = (*shown, *asked.content[: end_of_pictures(asked)])
+
+    def select(self, turns: Sequence[int]) -> Conversation:
+        """Return the conversation with these turns only, in order; the first of them gets the pictures."""
+        wanted, kept = set(turns), [m for m in self.messages if m.role == "system"]
+        pending: tuple[str | Image, ...] = ()
+        body = [message for message in self.messages if message.role != "system"]
+        for turn, (asked, answer) in enumerate(zip(body[::2], body[1::2], strict=True)):
+            if turn in wanted:
+                kept += [Message("user", (*pending, *asked.content)), answer]
+                pending = ()
+            else:
+                pending = (*pending, *asked.content[: end_of_pictures(asked)])
+        kinds = tuple(kind for turn, kind in enumerate(self.kinds) if turn in wanted)
+        return replace(self, kinds=kinds, messages=tuple(kept))
+
     def questions(self) -> Iterator[Question]:
-        """Ask every turn on its own: the first turn's pictures, that turn's text, no earlier answers."""
-        pictures = next(m for m in self.messages if m.role == "user").images
-        asked = [m.text for m in self.messages if m.role == "user"]
-        answers = [m.text for m in self.messages if m.role == "assistant"]
-        for turn, (kind, text, answer) in enumerate(zip(self.kinds, asked, answers, strict=True)):
+        """Ask every turn on its own: system turn, pictures so far, that turn's text, no earlier answers."""
+        system = tuple(message for message in self.messages if message.role == "system")
+        for turn, (kind, asked, answer) in enumerate(self.turns()):
+            scorer = scorer_of(kind)
             yield Question(
                 id=f"{self.id}/{turn}",
                 kind=kind,
-                messages=(Message("user", (*pictures, text)),),
-                answer=answer,
+                messages=(*system, asked),
+                answer=answer.text,
                 group=self.group,
-                scorer=scorer_of(kind),
-                options=options_of(text) if scorer_of(kind) == "choice" else (),
+                scorer=scorer,
+                options=options_of(asked.text) if scorer == "choice" else (),
             )
+
+
+def end_of_pictures(message: Message) -> int:
+    """Return the number of content parts up to the last picture."""
+    return 1 + max((i for i, part in enumerate(message.content) if isinstance(part, Image)), default=-1)
 
 
 def scorer_of(kind: str) -> Scorer:
@@ -67,90 +106,212 @@ def options_of(question: str) -> tuple[str, ...]:
     return tuple(re.findall(r"^\([A-Z]\) (.+)$", question, re.MULTILINE))
 
 
-def write_corpus(folder: Path, conversations: Iterable[Conversation]) -> int:
-    """Write a corpus folder in one step and return the number of conversations.
+# --- reading ------------------------------------------------------------------------------------------------
 
-    Pictures in memory are stored as PNG under a name made of their content, so equal ones are stored once.
-    Raises BlmError when `folder` exists: a corpus is never overwritten.
+
+def scan_corpus(folder: Path) -> Iterator[tuple[int, Conversation | RowError]]:
+    """Yield line number and conversation, or what is wrong with that line, one at a time. Media stay closed.
+
+    Blank lines hold nothing and are passed over. Raises BlmError for a folder that is no corpus.
     """
-    if folder.exists():
-        raise BlmError(f"corpus folder '{folder}' exists; remove it or name another one")
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "images").mkdir(parents=True)
-    count = 0
-    with (temporary / CORPUS_FILE).open("w") as file:
-        for conversation in conversations:
-            file.write(json.dumps(_to_row(conversation, temporary)) + "\n")
-            count += 1
-    temporary.replace(folder)
-    return count
+    path = folder / CORPUS_FILE
+    if not path.is_file():
+        raise BlmError(
+            f"'{folder}' is not a corpus folder: {CORPUS_FILE} is missing; make one with `blm corpus`"
+        )
+    lines: dict[str, int] = {}
+    with path.open("rb") as file:  # bytes: texts may hold U+2028, at which a text file would be split too
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = parse_row(_decode(line), number)
+                if (first := lines.setdefault(row.id, number)) != number:
+                    raise RowError("duplicate id", f"'{row.id}' is also line {first}")
+                yield number, row
+            except RowError as error:
+                yield number, error
 
 
 def read_corpus(folder: Path) -> list[Conversation]:
     """Read a corpus. Raises BlmError naming file, line and rule for a row that breaks the format."""
-    path = folder / CORPUS_FILE
-    if not path.exists():
-        raise BlmError(
-            f"'{folder}' is not a corpus folder: {CORPUS_FILE} is missing; make one with `blm corpus`"
-        )
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            rows.append(_from_row(json.loads(line)))
-        except (KeyError, TypeError, json.JSONDecodeError, BlmError) as error:
-            raise BlmError(f"{path}:{number}: not a valid conversation: {error!r}") from error
+    for number, row in scan_corpus(folder):
+        if isinstance(row, RowError):
+            raise BlmError(f"{folder / CORPUS_FILE}:{number}: {row}") from row
+        rows.append(row)
     return rows
 
 
-def _to_row(conversation: Conversation, folder: Path) -> dict[str, Any]:
-    messages = [
-        {"role": m.role, "content": [_part_to_json(part, folder) for part in m.content]}
-        for m in conversation.messages
-    ]
+def _decode(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = "malformed JSON" if line.endswith(b"\n") else "truncated last line"
+        raise RowError(reason, str(error).splitlines()[0]) from None
+
+
+def parse_row(row: Any, number: int) -> Conversation:
+    """Return the conversation of one row of the format. Raises RowError; `number` names a row without id."""
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+        raise RowError("malformed row", "it is no object with a list 'messages'")
+    if beside := [key for key in MEDIA_KEYS if row.get(key)]:
+        raise RowError(
+            "wrong media count", f"media beside the messages ({', '.join(beside)}): `blm corpus convert` it"
+        )
+    messages = tuple(_message(message) for message in row["messages"])
+    check_turns(messages)
+    identity, source = _text(row, "id", f"row-{number}"), _text(row, "source", "messages")
+    answers = sum(message.role == "assistant" for message in messages)
+    kinds = row.get("kinds", [source] * answers)
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind for kind in kinds):
+        raise RowError("malformed row", f"'kinds' is {kinds!r}, no list of names")
+    if len(kinds) != answers:
+        raise RowError("wrong number of kinds", f"{len(kinds)} kinds for {answers} assistant turns")
+    files = [split_time(str(image.path))[0] for message in messages for image in message.images]
+    group = _text(row, "group", f"{source}/{files[0]}" if files else identity)
+    return Conversation(id=identity, group=group, source=source, kinds=tuple(kinds), messages=messages)
+
+
+def check_turns(messages: Sequence[Message]) -> None:
+    """Raise RowError unless the turns are in order and none is empty."""
+    roles = [message.role for message in messages]
+    body = roles[1:] if roles[:1] == ["system"] else roles
+    if not body or body != ["user", "assistant"] * (len(body) // 2):
+        raise RowError("roles out of order", ", ".join(roles) or "no turns")
+    for turn, message in enumerate(messages):
+        blank = not message.text.strip()
+        if message.role == "assistant" and (blank or message.images):
+            raise RowError("empty answer", f"turn {turn}" + (" holds a picture" if message.images else ""))
+        if message.role == "user" and blank and not message.images:
+            raise RowError("empty question", f"turn {turn}")
+
+
+def _message(message: Any) -> Message:
+    if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        raise RowError("malformed row", f"a message is {str(message)[:60]!r}, no role with content")
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise RowError("unknown role", f"role {role!r}")
+    if not isinstance(content, str | list):
+        raise RowError("malformed row", f"a content is {type(content).__name__}, neither text nor list")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return Message(role, tuple(_part(part) for part in parts))
+
+
+def _part(part: Any) -> str | Image:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        return check_text(part.get("text"))
+    if kind == "image_url":
+        holder = part.get("image_url")
+        url = holder.get("url") if isinstance(holder, dict) else None
+        if not isinstance(url, str) or not url:
+            raise RowError("malformed row", f"an image_url is {holder!r}, it needs a 'url'")
+        return Image(path=url)
+    raise RowError("unsupported content", f"a part of type {kind!r}; valid: text, image_url")
+
+
+def check_text(text: Any) -> str:
+    """Return `text`. Raises RowError for another type, and for half a character (a lone surrogate)."""
+    if not isinstance(text, str):
+        raise RowError("malformed row", f"a text is {type(text).__name__}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RowError("malformed row", f"a text holds half a character: {text[:40]!a}") from None
+    return text
+
+
+def _text(row: dict[str, Any], key: str, default: str) -> str:
+    value = row.get(key, default)
+    if not isinstance(value, str) or not value:
+        raise RowError("malformed row", f"'{key}' is {value!r}, no text")
+    return check_text(value)
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+def write_corpus(folder: Path, conversations: Iterable[Conversation], *, media: Path | None = None) -> int:
+    """Write a corpus folder in one step and return the number of conversations.
+
+    Pictures in memory are stored as PNG under a name made of their content, so equal ones are stored once.
+    Media that are paths below the folder `media` get a hard link in the new one, or a copy on another disk;
+    without `media` paths are written as they are. What a killed run had stored is used again. Raises BlmError
+    when `folder` exists: a corpus is never overwritten.
+    """
+    if folder.exists():
+        raise BlmError(f"corpus folder '{folder}' exists; remove it or name another one")
+    temporary = folder.with_name(folder.name + ".tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    stored: set[Path] = {temporary / CORPUS_FILE}
+    count = 0
+    with (temporary / CORPUS_FILE).open("w", encoding="utf-8") as file:
+        for conversation in conversations:
+            file.write(json.dumps(_to_row(conversation, temporary, media, stored)) + "\n")
+            count += 1
+    for path in (path for path in temporary.rglob("*") if path.is_file() and path not in stored):
+        path.unlink()  # of a run that was given up
+    temporary.replace(folder)
+    return count
+
+
+def _to_row(
+    conversation: Conversation, folder: Path, media: Path | None, stored: set[Path]
+) -> dict[str, Any]:
+    def part_to_json(part: str | Image) -> dict[str, Any]:
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        return {"type": "image_url", "image_url": {"url": _store(part, folder, media, stored)}}
+
     return {
         "id": conversation.id,
         "group": conversation.group,
         "source": conversation.source,
         "kinds": list(conversation.kinds),
-        "messages": messages,
+        "messages": [
+            {"role": m.role, "content": [part_to_json(part) for part in m.content]}
+            for m in conversation.messages
+        ],
     }
 
 
-def _part_to_json(part: str | Image, folder: Path) -> dict[str, Any]:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    if part.pixels is None:
-        return {"type": "image_url", "image_url": {"url": str(part.path)}}
-    name = f"images/{hashlib.sha256(part.pixels.tobytes()).hexdigest()[:16]}.png"
-    if not (folder / name).exists():
-        PIL.Image.fromarray(part.pixels).save(folder / name, compress_level=1)
-    return {"type": "image_url", "image_url": {"url": name}}
+def _store(image: Image, folder: Path, media: Path | None, stored: set[Path]) -> str:
+    """Store one picture or video below `folder`; return the reference to it."""
+    if image.pixels is None and media is None:
+        return str(image.path)
+    if image.pixels is not None:
+        name = f"images/{hashlib.sha256(image.pixels.tobytes()).hexdigest()[:16]}.png"
+        reference = name
+    else:
+        assert media is not None
+        file = locate(str(image.path), media)
+        name = file.relative_to(os.path.normpath(media)).as_posix()
+        reference = name + str(image.path)[len(split_time(str(image.path))[0]) :]
+    target = folder / name
+    if target not in stored:
+        stored.add(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if image.pixels is None:
+            _link(file, target)
+        else:
+            PIL.Image.fromarray(image.pixels).save(target, compress_level=1)
+    return reference
 
 
-def _from_row(row: dict[str, Any]) -> Conversation:
-    messages = []
-    for message in row["messages"]:
-        if message["role"] not in ROLES:
-            raise BlmError(f"role '{message['role']}' is not one of {', '.join(ROLES)}")
-        content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        messages.append(Message(message["role"], tuple(_part_from_json(part) for part in parts)))
-    turns = sum(m.role == "assistant" for m in messages)
-    if len(row["kinds"]) != turns:
-        raise BlmError(f"{len(row['kinds'])} kinds for {turns} assistant turns")
-    return Conversation(
-        id=row["id"],
-        group=row["group"],
-        source=row["source"],
-        kinds=tuple(row["kinds"]),
-        messages=tuple(messages),
-    )
-
-
-def _part_from_json(part: dict[str, Any]) -> str | Image:
-    if part["type"] == "text":
-        return str(part["text"])
-    if part["type"] == "image_url":
-        return Image(path=part["image_url"]["url"])
-    raise BlmError(f"content part of type '{part['type']}'; valid: text, image_url")
+def _link(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise BlmError(f"cannot store '{source}': the file is missing")
+    source, there = source.resolve(), target.stat() if target.exists() else None
+    have = source.stat()
+    if there and (there.st_size, there.st_mtime_ns) == (have.st_size, have.st_mtime_ns):
+        return
+    temporary = target.with_name(f".{target.name}.part")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # another disk, or one without links
+        shutil.copy2(source, temporary)
+    temporary.replace(target)

@@ -1,207 +1,251 @@
 """Questions about simulated scenes, with answers computed from the simulator's state.
 
 Directions are seen from the robot, which looks along +x: left is +y, behind is farther from the robot (+x),
-in front is nearer. Pointing uses the project's one convention: integers 0..1000 of image width and height,
-"(x, y)", x to the right, y down. Yes/no kinds draw positive and negative cases equally often.
+in front is nearer. Pointing and boxes are integers 0..1000 of image width and height, x to the right, y down.
+Metric answers are whole cm in the frame of the robot's base (x forward, y left, z up). What could be answered
+either way (a small gap, a hidden object) is not asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import re
+from collections.abc import Iterator
+from itertools import permutations
 
 import numpy as np
 
 from blm.backbone.prompt import control_question
-from blm.tasks import Env
-from blm.tasks.spec import PALETTE, ObjectState
-from blm.types import Image, ImageArray, Message
+from blm.corpora.facts import OPEN, Drawer, Fact, Turn, by_kind
+from blm.corpora.scene_view import Box, Scene, Thing
+from blm.tasks.spec import PALETTE
 
 POINT_SCALE = 1000
 """Pointing coordinates run from 0 to this over the image's width and height."""
-MIN_VISIBLE_PX = 6
-"""An object is asked about in a picture only when it covers at least this many pixels [px]."""
-MIN_GAP_M = 0.03
-"""Relations are asked only when two objects differ by at least this along the axis [m]."""
+POINT_STEP = 10
+"""They are given to the nearest multiple of this: a pixel of 112."""
+MIN_GAP, AIR_GAP = 0.04, 0.06
+"""Relations are asked only when two things differ by at least this along the axis [m]; the second where one
+of them may be in the air."""
+SIDE = (0.03, 0.07)
+"""The middle of the table is within the first of its centre line; left and right begin at the second [m]."""
+DOMINANT = 2.0
+"""A direction is the main one when it is this many times as far as any other."""
+MIN_BOX = 0.07
+"""Smallest side of a box that is asked about, as a share of the image: 8 px of 112."""
+ON_DISC = 0.03
+"""A push is over when the cube is this near the centre of the target [m]."""
 KINDS = ("cube", "ball", "cylinder")
 """Kinds that come in every colour: those that are asked about by kind."""
-MARKERS = ("sphere", "disc")
-"""Goals that are no objects: they are pointed at by name only."""
+WAYS = ("forward", "back", "left", "right", "down", "up")
 
 
-@dataclass(frozen=True)
-class Thing:
-    """One object of a scene as questions speak of it."""
-
-    key: str
-    """Its key in `Env.objects()`."""
-    label: str
-    """What people call it, e.g. 'red cube'."""
-    kind: str
-    color: str
-    position: np.ndarray
-    """World frame [m], shape [3]."""
-    role: Literal["object", "goal", "distractor"] = "goal"
-    """Its part in the task: what has to be moved, what it has to be moved to, or none."""
+def scene_facts(scene: Scene) -> Iterator[Fact]:
+    """Everything that may be asked about a scene."""
+    for facts in (_objects, _states, _relations, _comparisons, _directions, _pictures, _metric):
+        yield from facts(scene)
 
 
-@dataclass(frozen=True)
-class Scene:
-    """The facts of one moment: what the questions are computed from."""
-
-    things: tuple[Thing, ...]
-    tcp: np.ndarray
-    """World position of the tool centre point [m], shape [3]."""
-    points: dict[str, dict[str, tuple[float, float]]]
-    """Camera -> label -> image position as fractions of width and height, for what is visible there.
-
-    The gripper is left out of the wrist view: it never moves in it.
-    """
-    images: dict[str, ImageArray]
+def solids(scene: Scene) -> list[Thing]:
+    return [t for t in scene.things if t.solid and t.seen]
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One question and its answer."""
-
-    kind: str
-    question: str
-    answer: str
-
-
-def observe_scene(env: Env, cameras: Sequence[str]) -> Scene:
-    """Read the facts of the environment's present state."""
-    things = tuple(
-        Thing(key, label(state), state.kind, state.color, state.position, _role(env, key))
-        for key, state in env.objects().items()
-    )
-    tcp = np.asarray(env.tcp()[0])
-    size = env.image_size
-    points: dict[str, dict[str, tuple[float, float]]] = {}
-    for camera in cameras:
-        visible = env.visible_pixels(camera)
-        seen = [t for t in things if visible[t.key] >= MIN_VISIBLE_PX]
-        where = env.project(np.stack([t.position for t in seen] + [tcp]), camera)[:, :2] / size
-        named = [*(t.label for t in seen), "gripper"]
-        points[camera] = {
-            label: (float(u), float(v))
-            for label, (u, v) in zip(named, where, strict=True)
-            if 0 <= u < 1 and 0 <= v < 1 and not (label == "gripper" and camera == "wrist")
-        }
-    return Scene(things, tcp, points, dict(env.observe()["pixels"]))
-
-
-def _role(env: Env, key: str) -> Literal["object", "goal", "distractor"]:
-    if key == env.task_spec.object:
-        return "object"
-    return "distractor" if key.startswith("distractor") else "goal"
+def _objects(scene: Scene) -> Iterator[Fact]:
+    """Existence, attributes, counting: asked of what is to be seen, when nothing is hidden."""
+    things = solids(scene)
+    if len(things) < sum(t.solid for t in scene.things):
+        return
+    there = {t.label: t.role for t in things}
+    for color in PALETTE:
+        for kind in KINDS:
+            role = there.get(f"{color} {kind}")
+            if role in (None, "distractor"):  # of the task's own objects it would always be yes
+                yield Fact("existence", "yes" if role else "no", {"thing": f"{color} {kind}"})
+    for thing in things:
+        if thing.kind in KINDS and sum(t.kind == thing.kind for t in things) == 1:
+            wrong = tuple(set(PALETTE) - {thing.color})
+            yield Fact("attribute_color", thing.color, {"thing": thing.kind}, wrong)
+        alone = sum(thing.color in t.color for t in scene.things) == 1
+        if thing.role == "distractor" and alone:  # the task's own have always one shape
+            wrong = tuple(set(KINDS) - {thing.kind})
+            yield Fact("attribute_shape", thing.kind, {"thing": thing.color}, wrong)
+    balls = [t.label for t in things if t.kind == "ball"]
+    if len(balls) == 1:
+        wrong = tuple(t.label for t in things if t.kind != "ball")
+        yield Fact("affordance_roll", balls[0], {}, wrong)
+    if scene.staging != "held":
+        for kind in (*KINDS, "object"):
+            number = sum(kind in ("object", t.kind) for t in things)
+            wrong = tuple(str(n) for n in (number - 1, number + 1, number + 2) if n >= 0)
+            yield Fact("counting", str(number), {"thing": kind}, wrong)
 
 
-def label(state: ObjectState) -> str:
-    """What people call it: colour and kind for an object, its name for a goal marker."""
-    return state.name if state.kind in MARKERS else f"{state.color} {state.kind}"
+def _states(scene: Scene) -> Iterator[Fact]:
+    """Where the task's object is, and what that allows."""
+    thing, goal = scene.object, scene.goal
+    held, done = scene.staging == "held", scene.staging == "done"
+    if thing.kind != "peg" and thing.seen:
+        yield Fact("affordance_held", "yes" if held else "no", {"thing": thing.label})
+    if goal is not None and goal.solid and goal.seen:
+        yield Fact("affordance_room", "no" if done else "yes", {"thing": goal.label})
+    if goal is not None and goal.kind == "sphere" and goal.seen:
+        height = float(goal.position[2])
+        if not 0.035 < height < 0.07:
+            place = ("in the air", "on the table")
+            answer = place[height < 0.05]
+            yield Fact("location_goal", answer, {"thing": goal.label}, tuple({*place} - {answer}))
+    if goal is None or not thing.seen:
+        return
+    places = ["on the table", "in the gripper"]
+    if goal.kind != "sphere":
+        places.append(f"{'in' if goal.kind == 'bin' else 'on'} the {goal.label}")
+    near = float(np.linalg.norm((thing.position - goal.position)[:2]))
+    if goal.kind == "disc" and not held and 0.07 < near < 0.13:
+        return
+    on = done or (goal.kind == "disc" and near <= 0.07)
+    answer = places[1] if held else places[2] if on else places[0]
+    yield Fact("location_state", answer, {"thing": thing.label}, tuple({*places} - {answer}))
+
+
+def _relations(scene: Scene) -> Iterator[Fact]:
+    """Left or right, in front or behind; parts of the table; above or below."""
+    for a, b in permutations(solids(scene), 2):
+        for kind, axis, words in _AXES:
+            answer = _side(a.position - b.position, axis, words)
+            if answer and a.label != b.label:
+                yield Fact(kind, answer, {"thing": a.label, "other": b.label}, _other(answer, words))
+    for thing in (t for t in scene.things if t.seen):
+        offset = thing.position - scene.tcp
+        for kind, axis, words in _AXES:
+            answer = _side(offset, axis, words, AIR_GAP)
+            if answer:
+                name = "situated_" + kind
+                yield Fact(name, answer, {"thing": thing.label}, _other(answer, words))
+        side = float(thing.position[1] - scene.middle[1])
+        lies = thing.kind not in ("peg", "sphere") and (scene.staging != "held" or thing.role != "object")
+        if lies and not SIDE[0] < abs(side) < SIDE[1]:
+            parts = ("left", "middle", "right")
+            answer = parts[1] if abs(side) < SIDE[1] else parts[0] if side > 0 else parts[2]
+            yield Fact("location_table", answer, {"thing": thing.label}, tuple({*parts} - {answer}))
+        if thing.kind == "sphere" and (answer := _side(-offset, 2, ("above", "below"), AIR_GAP)):
+            yield Fact("above", answer, {"thing": thing.label}, _other(answer, ("above", "below")))
+
+
+_AXES = (("left_right", 1, ("left", "right")), ("front_behind", 0, ("behind", "front")))
+
+
+def _side(offset: np.ndarray, axis: int, words: tuple[str, str], gap: float = MIN_GAP) -> str:
+    """The word for an offset along an axis; none when it is small."""
+    return "" if abs(offset[axis]) < gap else words[0] if offset[axis] > 0 else words[1]
+
+
+def _other(answer: str, words: tuple[str, str]) -> tuple[str, ...]:
+    return tuple({*words} - {answer})
+
+
+def _comparisons(scene: Scene) -> Iterator[Fact]:
+    """Nearest, farthest, and which of two is nearer."""
+    things, goal = solids(scene), scene.goal
+    if len(things) < sum(t.solid for t in scene.things):
+        return
+    places = {"gripper": scene.tcp, **({goal.label: goal.position} if goal and goal.seen else {})}
+    for name, place in places.items():
+        ranked = sorted(
+            (float(np.linalg.norm(t.position - place)), t.label) for t in things if t.label != name
+        )
+        labels = [word for _, word in ranked]
+        if len(ranked) < 2:
+            continue
+        if ranked[1][0] - ranked[0][0] >= AIR_GAP and scene.staging != "held":
+            yield Fact("comparing_nearest", labels[0], {"thing": name}, tuple(labels[1:]))
+        if ranked[-1][0] - ranked[-2][0] >= AIR_GAP:
+            yield Fact("comparing_farthest", labels[-1], {"thing": name}, tuple(labels[:-1]))
+        for (far, a), (away, b) in permutations(ranked, 2):
+            if abs(far - away) >= AIR_GAP:
+                words = {"goal": name, "thing": a, "other": b}
+                yield Fact("comparing_closer", a if far < away else b, words)
+
+
+def _directions(scene: Scene) -> Iterator[Fact]:
+    """The main direction from the gripper to a thing, and from the object to its goal."""
+    thing, goal = scene.object, scene.goal
+    for other in (t for t in scene.things if t.seen):
+        if way := main_direction(other.position - scene.tcp):
+            yield Fact("situated_move", way, {"thing": other.label}, tuple({*WAYS} - {way}))
+    if goal is not None and goal.seen and thing.seen and scene.staging != "done":
+        way = main_direction((goal.position - thing.position) * (1, 1, 0))
+        if way:
+            words = {"thing": thing.label, "goal": goal.label}
+            yield Fact("forecasting_direction", way, words, tuple({*WAYS[:4]} - {way}))
+
+
+def main_direction(offset: np.ndarray) -> str:
+    """The word for the largest part of an offset [3]; none when no part is large, or two are."""
+    size = np.abs(offset)
+    axis, second = (int(index) for index in np.argsort(size)[[2, 1]])
+    if size[axis] < MIN_GAP or size[axis] < DOMINANT * size[second]:
+        return ""
+    return (("forward", "back"), ("left", "right"), ("up", "down"))[axis][int(offset[axis] < 0)]
+
+
+def _pictures(scene: Scene) -> Iterator[Fact]:
+    """Points and boxes in every view."""
+    for camera, points in scene.points.items():
+        for name, point in points.items():
+            words = {"thing": name, "camera": camera}
+            yield Fact(f"point_{camera}", format_point(point), words)
+            box = scene.boxes[camera].get(name)
+            if box is not None and min(box[2] - box[0], box[3] - box[1]) >= MIN_BOX:
+                yield Fact(f"box_{camera}", format_box(box), words)
+
+
+def _metric(scene: Scene) -> Iterator[Fact]:
+    """Positions, ways and distances of the task's object, its goal and the gripper."""
+    thing, goal = scene.object, scene.goal
+    asked = [t for t in (thing, goal) if t is not None and t.seen]
+    for name, place in (("gripper", scene.tcp), *((t.label, t.position) for t in asked)):
+        yield Fact("metric_position", format_vector(place - scene.base), {"thing": name})
+        if name in ("gripper", "goal"):
+            yield Fact("metric_height", format_length(place[2]), {"thing": name})
+    for t in asked:
+        offset = t.position - scene.tcp
+        yield Fact("metric_gripper_to_object", format_vector(offset), {"thing": t.label})
+        yield Fact("metric_gripper_distance", format_length(offset), {"thing": t.label})
+    if goal is not None and len(asked) == 2:
+        way, words = goal.position - thing.position, {"thing": thing.label, "goal": goal.label}
+        yield Fact("metric_object_to_goal", format_vector(way), words)
+        yield Fact("metric_goal_distance", format_length(way), words)
 
 
 def format_point(fraction: tuple[float, float]) -> str:
     """Write an image position in the pointing convention."""
-    x, y = (round(value * POINT_SCALE) for value in fraction)
-    return f"({x}, {y})"
+    return f"({', '.join(str(_thousandths(value)) for value in fraction)})"
 
 
-def ask_existence(scene: Scene, rng: np.random.Generator) -> Turn | None:
-    """Is there such an object? Half of the questions name one that is not there."""
-    present = {t.label for t in solid(scene)}
-    absent = [f"{c} {k}" for c in PALETTE for k in KINDS if f"{c} {k}" not in present]
-    yes = bool(rng.integers(2)) and bool(present)
-    named = str(rng.choice(sorted(present) if yes else absent))
-    return Turn("existence", f"Is there a {named} on the table?", "yes" if yes else "no")
+def format_box(box: Box) -> str:
+    """Write a box as (left, top, right, bottom) in the pointing convention."""
+    return f"({', '.join(str(_thousandths(value)) for value in box)})"
 
 
-def ask_color(scene: Scene, rng: np.random.Generator) -> Turn | None:
-    """What colour is the only object of its kind?"""
-    alone = [t for t in solid(scene) if sum(o.kind == t.kind for o in solid(scene)) == 1]
-    if not alone:
-        return None
-    thing = alone[rng.integers(len(alone))]
-    return Turn("color", f"What colour is the {thing.kind}?", thing.color)
+def _thousandths(fraction: float) -> int:
+    return POINT_STEP * round(fraction * POINT_SCALE / POINT_STEP)
 
 
-def ask_count(scene: Scene, rng: np.random.Generator) -> Turn | None:
-    """How many objects of a kind, or in all?"""
-    kind = str(rng.choice([*KINDS, "object"]))
-    number = sum(kind in ("object", t.kind) for t in solid(scene))
-    return Turn("count", f"How many {kind}s are on the table?", str(number))
+def format_vector(offset: np.ndarray) -> str:
+    """Write a vector [m] in whole cm."""
+    return f"({', '.join(str(round(100 * float(value))) for value in offset)}) cm"
 
 
-def ask_relation(scene: Scene, rng: np.random.Generator) -> Turn | None:
-    """Left or right, in front or behind, as the robot sees it."""
-    lateral = bool(rng.integers(2))
-    axis, words = (1, ("left", "right")) if lateral else (0, ("behind", "front"))
-    pairs = [
-        (a, b)
-        for a in solid(scene)
-        for b in solid(scene)
-        if a.label != b.label and abs(a.position[axis] - b.position[axis]) >= MIN_GAP_M
-    ]
-    if not pairs:
-        return None
-    a, b = pairs[rng.integers(len(pairs))]
-    options = "left or right of" if lateral else "in front of or behind"
-    answer = words[0] if a.position[axis] > b.position[axis] else words[1]
-    return Turn(
-        "left_right" if lateral else "front_behind", f"Is the {a.label} {options} the {b.label}?", answer
-    )
-
-
-def ask_nearest(scene: Scene, rng: np.random.Generator) -> Turn | None:
-    """Which object is nearest to the gripper? Asked when the runner-up is clearly farther."""
-    ranked = sorted(solid(scene), key=lambda t: float(np.linalg.norm(t.position - scene.tcp)))
-    if len(ranked) < 2:
-        return None
-    first, second = (float(np.linalg.norm(t.position - scene.tcp)) for t in ranked[:2])
-    if second - first < MIN_GAP_M:
-        return None
-    return Turn("nearest", "Which object is nearest to the gripper?", ranked[0].label)
-
-
-def ask_point(scene: Scene, rng: np.random.Generator) -> Turn | None:
-    """Where is it in a picture?"""
-    cameras = [camera for camera, points in scene.points.items() if points]
-    if not cameras:
-        return None
-    camera = cameras[0] if rng.random() < 0.7 else cameras[rng.integers(len(cameras))]
-    labels = sorted(scene.points[camera])
-    named = labels[rng.integers(len(labels))]
-    answer = format_point(scene.points[camera][named])
-    return Turn(f"point_{camera}", f"Point to the {named} in the {camera} view.", answer)
-
-
-ASKERS: dict[str, Callable[[Scene, np.random.Generator], Turn | None]] = {
-    "point": ask_point,
-    "existence": ask_existence,
-    "color": ask_color,
-    "count": ask_count,
-    "relation": ask_relation,
-    "nearest": ask_nearest,
-}
-
-
-def ask_done(instruction: str, done: bool) -> Turn:
-    """Is the instruction fulfilled in this frame?"""
-    return Turn("task_done", f"Task: {instruction} Is the task done?", "yes" if done else "no")
-
-
-def ask_next(instruction: str, primitive: str) -> Turn:
-    """Which primitive does the robot carry out next?"""
-    return Turn("next_primitive", f"Task: {instruction} What is the next primitive?", primitive)
+def format_length(offset: np.ndarray | float) -> str:
+    """Write the length of a vector [m] in whole cm."""
+    return f"{round(100 * float(np.linalg.norm(offset)))} cm"
 
 
 def control_turn(scene: Scene, instruction: str, robot: str) -> Turn:
     """The policy's own prompt, answered: where object, goal and gripper are, and what comes next.
 
     Stage II taps the backbone at exactly this prompt, so Stage I teaches what has to be known there. In a
-    random scene nothing is under way, so the first primitive comes next.
+    random scene nothing is under way, so the first primitive comes next; a thing in the hand is moved,
+    and one that is where it belongs is left there.
     """
     roles: dict[str, str] = {t.label: t.role for t in scene.things if t.role != "distractor"}
     roles["gripper"] = "gripper"
@@ -210,36 +254,49 @@ def control_turn(scene: Scene, instruction: str, robot: str) -> Turn:
         spots = [f"{role} {format_point(points[name])}" for name, role in roles.items() if name in points]
         views.append(f"{camera}: {', '.join(spots) or 'nothing'}.")
     question = control_question(instruction, robot, list(scene.points))
-    return Turn("control", question, f"{' '.join(views)} next: approach")
+    return Turn("control", question, f"{' '.join(views)} next: {_next_primitive(scene)}")
 
 
-def scene_turns(scene: Scene, turns: int, rng: np.random.Generator) -> list[Turn]:
-    """Draw different questions about one scene: half of them pointing, the rest over the other kinds.
+def scan_turns(scene: Scene) -> list[Turn]:
+    """One turn a view that lists all that it shows, in order of names; nano's eye is taught with them."""
+    turns = []
+    for camera, points in scene.points.items():
+        spots = ", ".join(f"{name} {format_point(points[name])}" for name in sorted(points))
+        turns.append(Turn(f"scan_{camera}", f"List all in the {camera} view.", spots or "nothing"))
+    return turns
 
-    Pointing gets half because a policy needs it most and it is learnt slowest.
+
+def read_scan(answer: str) -> dict[str, tuple[int, int]]:
+    """Read the answer of a scan turn: name -> place in thousandths."""
+    found = re.findall(r"([a-z][a-z ]*) \((\d+), (\d+)\)", answer)
+    return {name: (int(x), int(y)) for name, x, y in found}
+
+
+def _next_primitive(scene: Scene) -> str:
+    goal = scene.goal
+    if scene.staging == "held":
+        return "move"
+    if goal is not None and goal.kind == "disc":  # the expert pushes on until the cube is well inside
+        far = np.linalg.norm((goal.position - scene.object.position)[:2]) > ON_DISC
+        return "approach" if far else "hold"
+    return "hold" if scene.staging == "done" else "approach"
+
+
+def scene_turns(scene: Scene, turns: int, drawer: Drawer, *, pointing: float, metric: float) -> list[Turn]:
+    """Draw different questions about one scene: these shares pointing and metric, the rest over all others.
+
+    Points and boxes, and metric questions, may be asked several times, of different things.
     """
-    others = [kind for kind in ASKERS if kind != "point"]
-    drawn: dict[str, Turn] = {}
-    for index in range(4 * turns):
-        kind = "point" if index % 2 == 0 else str(rng.choice(others))
-        turn = ASKERS[kind](scene, rng)
-        if turn is not None:
-            drawn.setdefault(turn.question, turn)
-        if len(drawn) == turns:
-            break
-    return list(drawn.values())
-
-
-def to_messages(images: Sequence[ImageArray], turns: Sequence[Turn]) -> tuple[Message, ...]:
-    """One conversation: the pictures come with the first question."""
-    pictures = tuple(Image(image) for image in images)
-    messages: list[Message] = []
-    for index, turn in enumerate(turns):
-        messages.append(Message("user", (*pictures, turn.question) if index == 0 else (turn.question,)))
-        messages.append(Message("assistant", (turn.answer,)))
-    return tuple(messages)
-
-
-def solid(scene: Scene) -> list[Thing]:
-    """The objects that can be counted and compared: goal markers are no objects."""
-    return [t for t in scene.things if t.kind not in MARKERS]
+    groups = by_kind(scene_facts(scene))
+    shares = {("point", "box"): pointing, ("metric",): metric}
+    counts = [*drawer.rng.multinomial(turns, [pointing, metric, 1 - pointing - metric])]
+    drawn: list[Turn] = []
+    for families, count in zip(shares, counts, strict=False):
+        for _ in range(count):
+            family = families[int(len(families) > 1 and drawer.rng.random() < 0.25)]
+            kinds = [kind for kind in sorted(groups) if kind.startswith(family) and groups[kind]]
+            if kinds and (fact := drawer.draw(groups[kinds[drawer.rng.integers(len(kinds))]])):
+                groups[fact.kind].remove(fact)
+                drawn.append(drawer.word(fact))
+    rest = {kind: facts for kind, facts in groups.items() if not kind.startswith(OPEN)}
+    return drawn + drawer.ask(rest, turns - len(drawn))

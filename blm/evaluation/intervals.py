@@ -21,9 +21,10 @@ Z95 = NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True)
 class Rate:
-    """Hits among n, with the 95 % interval."""
+    """The mean of n scores from 0 to 1, with its 95 % interval."""
 
-    hits: int
+    hits: float
+    """Sum of the scores: how many are right, where each is right or wrong."""
     n: int
     rate: float
     low: float
@@ -42,10 +43,10 @@ class Difference:
     low: float
     high: float
     only_first: int
-    """Items that only the first got right."""
+    """Items that the first did better."""
     only_second: int
     p_value: float | None
-    """McNemar's exact two-sided test; None when items share groups, as it assumes they are independent."""
+    """McNemar's exact two-sided (sign) test; None when items share groups: it assumes independent ones."""
 
 
 def wilson(rate: float, n: float) -> tuple[float, float]:
@@ -56,25 +57,48 @@ def wilson(rate: float, n: float) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def success_rate(outcomes: Sequence[bool], groups: Sequence[str] | None = None) -> Rate:
-    """Rate with its interval, clustered by `groups` when given. Raises BlmError for no outcomes."""
+def success_rate(
+    outcomes: Sequence[float], groups: Sequence[str] | None = None, strata: Sequence[str] | None = None
+) -> Rate:
+    """Mean of scores in [0, 1] with its interval, clustered by `groups` when given.
+
+    With `strata` it is the unweighted mean over the strata's means (balanced accuracy, mean over kinds).
+    Raises BlmError for no outcomes.
+    """
     if not outcomes:
         raise BlmError("no outcomes: a rate needs at least one")
-    hits = np.asarray(outcomes, dtype=np.float64)
-    size = len(hits) if groups is None else effective_size(hits, groups)
-    return Rate(int(hits.sum()), len(hits), float(hits.mean()), *wilson(float(hits.mean()), size))
+    values = np.asarray(outcomes, dtype=np.float64)
+    rate = float(_stratum_means(values, strata)[0].mean())
+    size = effective_size(values, groups or [str(index) for index in range(len(values))], strata)
+    total = math.fsum(values)
+    return Rate(int(total) if total.is_integer() else total, len(values), rate, *wilson(rate, size))
 
 
-def effective_size(values: np.ndarray, groups: Sequence[str]) -> float:
-    """How many independent trials tell as much about the mean as these [n], which are alike within groups."""
+def _stratum_means(values: np.ndarray, strata: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of each stratum [K], and which one each item belongs to [n]."""
+    index = np.unique(np.asarray(strata or [""] * len(values)), return_inverse=True)[1]
+    return np.bincount(index, values) / np.bincount(index), index
+
+
+def effective_size(values: np.ndarray, groups: Sequence[str], strata: Sequence[str] | None = None) -> float:
+    """How many independent right-or-wrong trials tell as much about the mean as these [n].
+
+    Items of one group are alike; scores between 0 and 1 vary less than right-or-wrong ones.
+    """
     index = np.unique(np.asarray(groups), return_inverse=True)[1]
-    n, clusters, mean = len(values), int(index.max()) + 1, float(values.mean())
-    if clusters in (1, n) or mean in (0.0, 1.0):
+    n, clusters = len(values), int(index.max()) + 1
+    means, stratum = _stratum_means(values, strata)
+    centred, mean = values - means[stratum], float(means.mean())
+    plain = clusters == n and strata is None and bool(np.isin(values, (0, 1)).all())
+    if plain or clusters == 1 or not centred.any():
         return float(clusters)  # without variance the design effect is unknown: assume the worst
-    sums = np.bincount(index, weights=values - mean)
-    robust = clusters / (clusters - 1) * float(sums @ sums) / n**2
-    effect = max(1.0, robust / (mean * (1 - mean) / n))
-    return max(1.0, n / effect * (Z95 / _t95(clusters - 1)) ** 2)
+    parts = centred / (len(means) * np.bincount(stratum))[stratum]
+    variance, correction = float(parts @ parts), 1.0
+    if clusters < n:
+        sums = np.bincount(index, weights=parts)
+        variance = max(variance, clusters / (clusters - 1) * float(sums @ sums))
+        correction = (Z95 / _t95(clusters - 1)) ** 2
+    return max(1.0, mean * (1 - mean) / variance * correction)
 
 
 def _t95(freedom: int) -> float:
@@ -86,9 +110,9 @@ def _t95(freedom: int) -> float:
 
 
 def paired_difference(
-    first: Sequence[bool], second: Sequence[bool], groups: Sequence[str] | None = None
+    first: Sequence[float], second: Sequence[float], groups: Sequence[str] | None = None
 ) -> Difference:
-    """Difference of two rates on the same items (Newcombe 1998, Statistics in Medicine 17:2635, method 8).
+    """Difference of two means on the same items (Newcombe 1998, Statistics in Medicine 17:2635, method 8).
 
     It combines the two rates' intervals with the correlation of the outcomes, so it holds at 0 and 100 % too.
     """

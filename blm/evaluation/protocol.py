@@ -197,12 +197,26 @@ class DigitalProtocol:
     """Hash of the questions, pictures and reference answers."""
     count: int
     max_tokens: int
+    long: Mapping[str, int] = field(default_factory=dict)
+    """Kinds of questions that may have longer answers."""
     prompt: str
     """System message put before each question; empty for none."""
-    parser: str = "1"
-    """Version of the rules in digital/scoring.py."""
+    average: Literal["items", "kinds"] = "items"
+    """What the headline is: the mean over questions, or the unweighted mean over the kinds."""
+    parser: str = "2"
+    """Version of the rules in digital/extraction.py and digital/scoring.py."""
+    compat: str = ""
+    """Upstream parser that read the answers instead of ours (digital/compat.py)."""
     point_radius: float = 50.0
     """A point is correct within this distance of the reference, in thousandths of the image's sides."""
+    box_overlap: float = 0.5
+    """A box is correct when it overlaps the reference at least so much (intersection over union)."""
+    metric_radius: float = 2.0
+    """A length or vector is correct within this distance of the reference [cm]."""
+    judge: str = ""
+    """Model that graded free-form answers; empty for none."""
+    judge_prompt: str = ""
+    """Hash of the prompt that it was given."""
 
 
 def protocol_hash(protocol: PhysicalProtocol | DigitalProtocol) -> str:

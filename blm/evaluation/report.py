@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from blm.evaluation.digital.table import PaperTable
 from blm.evaluation.intervals import success_rate
 from blm.evaluation.outcome import REASONS
 from blm.evaluation.results import atomically, compare, load_result
@@ -52,6 +53,10 @@ class ReportData:
     """Training stage -> log.jsonl."""
     digital: Mapping[str, Path] = field(default_factory=dict)
     """Model -> result.json; the first is the model that the report is about."""
+    papers: Sequence[PaperTable] = ()
+    """Tables of the paper with our rows in them."""
+    retention: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Training run -> what it kept of the base model's language, name -> number."""
     physical: Mapping[str, Path] = field(default_factory=dict)
     """The same for closed-loop results; the others are baselines and the expert."""
 

@@ -1,12 +1,13 @@
 """The form of a result file, and what two of them say about each other.
 
 Both spaces write {"kind", "score", "model", "protocol", "protocol_hash", "rows", ...}. `score` names the
-field of a row that is judged (success_once, correct); rows of two results pair by their "id".
+field of a row that is judged (success_once; score, from 0 to 1); rows of two results pair by their "id".
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import time
@@ -80,7 +81,7 @@ def load_result(path: Path) -> dict[str, Any]:
             )
         score, rows, overall = result["score"], result["rows"], result["overall"]
         counted = [overall["n"], overall.get(score, overall)["hits"]]
-        found = [len({row["id"] for row in rows}), sum(bool(row[score]) for row in rows)]
+        found = [len({row["id"] for row in rows}), math.fsum(row[score] for row in rows)]
         hashes = (result["protocol_hash"], digest(result["protocol"]))
         sums: dict[str, tuple[Any, Any]] = {"n and hits": (counted, found), "hash of the protocol": hashes}
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
@@ -178,5 +179,6 @@ def _pairs(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Pair]:
 
 
 def _difference(score: str, pairs: Sequence[Pair]) -> Difference:
-    groups = [row["group"] for row, _ in pairs] if "group" in pairs[0][0] else None
+    names = [row["group"] for row, _ in pairs if "group" in row]
+    groups = names if len(set(names)) < len(names) else None
     return paired_difference([row[score] for row, _ in pairs], [row[score] for _, row in pairs], groups)

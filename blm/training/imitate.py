@@ -32,7 +32,8 @@ from blm.training.intents import (
     collate,
     describe,
 )
-from blm.training.loop import Ema, LoopConfig, run_loop
+from blm.training.loop import Ema, LoopConfig, Piece, run_loop
+from blm.training.parallel import Part
 from blm.types import BlmError, PolicyContract
 
 
@@ -203,8 +204,16 @@ def _run(
         rows = [teacher.loss(batch.to(config.device), teacher) for batch in batches]
         return {f"val_{name}": sum(float(row[name]) for row in rows) / len(rows) for name in names}
 
+    sampler = Sampler(robots, config)
+
+    def next_batch(step: int, part: Part) -> Piece[PolicyBatch]:
+        if part.count > 1:
+            raise BlmError("Stage II trains in one process, with loop.accumulate=1")
+        batch = sampler(step)
+        return Piece(batch, batch.ids)
+
     evaluate = validate if config.held_out and config.validation_batches else None
-    run_loop(network, loss, Sampler(robots, config), config.loop, out, ema=ema, on_eval=evaluate)
+    run_loop(network, loss, next_batch, config.loop, out, ema=ema, on_eval=evaluate)
 
 
 def _load_backbone(config: ImitateConfig) -> Backbone:

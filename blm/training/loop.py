@@ -1,40 +1,52 @@
-"""The one training loop: AdamW, cosine schedule, log, checkpoints and exact resume.
+"""The one training loop: AdamW, cosine schedule, log, checkpoints and exact resume, in one process or many.
 
-A run is a pure function of the initial weights, the batches and the config; a killed run continues from
-`out/state.safetensors` to the same weights, bit for bit on a CPU. `out/log.jsonl` gets rows of step, loss and
-metrics (means since the last row), grad_norm, lr, samples_per_s, data_share (time spent waiting for batches)
-and seconds.
+A run is a pure function of the initial weights, the batches and the config; a killed run continues from its
+last checkpoint to the same weights, bit for bit on a CPU. The work of a step is cut into parts (processes
+times `accumulate`); the loss is the mean over all of them, so how many there are changes only the rounding.
+`out/log.jsonl` gets rows of step, loss and metrics (means since the last row), grad_norm, lr, samples_per_s,
+tokens_per_s, padding_share, data_share (time spent waiting for batches) and seconds.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from blm.training.checkpoint import cut_log, restore, save
+from blm.training.parallel import (
+    Part,
+    Processes,
+    full,
+    is_sharded,
+    spread,
+    unsynced,
+    wants_shards,
+    whole,
+)
+from blm.training.record import Log, Meter
 from blm.types import BlmError
 
-_MAY_CHANGE = ("log_every", "save_every", "eval_every", "title")
+_MAY_CHANGE = ("log_every", "save_every", "eval_every", "title", "keep", "shard", "accumulate", "trackers")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     steps: int
     batch_size: int
+    """Samples of a step, over all processes and parts."""
     lr: float = 1e-3
     """Peak learning rate: linear warm-up, then half a cosine to zero."""
     weight_decay: float = 0.01
@@ -43,28 +55,45 @@ class LoopConfig:
     warmup_fraction: float = 0.03
     clip: float = 1.0
     """Largest norm of the whole gradient."""
+    accumulate: int = 1
+    """Parts that a process works on one after the other in a step: memory for time, with the same result."""
+    shard: bool = False
+    """Split weights and moments over the processes (FSDP2) instead of copying them (DDP); the flag --use_fsdp
+    of `accelerate launch` does the same."""
     log_every: int = 10
     save_every: int = 500
+    keep: int = 1
+    """Checkpoints that stay: the last ones."""
     eval_every: int = 0
     """Steps between calls of `on_eval`; 0: at the end only."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Also send the log there, through accelerate; the package must be installed."""
     seed: int = 0
-    """For `next_batch`."""
+    """For `next_batch`, and for what the model draws (dropout)."""
     title: str = "training"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lr", "clip", "log_every", "save_every"):
+        for name in ("steps", "batch_size", "lr", "clip", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) <= 0:
                 raise BlmError(f"{name} is {getattr(self, name)}; it must be positive")
 
 
-class Batch(Protocol):
-    """What `next_batch` returns; `ids` name its samples in error messages."""
-
-    @property
-    def ids(self) -> Sequence[object]: ...
+B = TypeVar("B")
 
 
-B = TypeVar("B", bound=Batch)
+@dataclass(frozen=True)
+class Piece(Generic[B]):
+    """What a process reads at once."""
+
+    batch: B
+    ids: Sequence[object]
+    """Names of its samples, for error messages and samples_per_s."""
+    weight: float = 1.0
+    """How many things (answer tokens, for instance) its loss is the mean of."""
+    tokens: int = 0
+    """Real tokens, for tokens_per_s."""
+    positions: int = 0
+    """Tokens and padding, for padding_share."""
 
 
 class Ema:
@@ -89,7 +118,7 @@ class Ema:
 def run_loop(
     module: nn.Module,
     loss_fn: Callable[[B], tuple[Tensor, Mapping[str, Tensor | float]]],
-    next_batch: Callable[[int], B],
+    next_batch: Callable[[int, Part], Piece[B]],
     config: LoopConfig,
     out: Path,
     *,
@@ -99,59 +128,157 @@ def run_loop(
 ) -> None:
     """Train the parameters of `module` that require gradients; continue the run in `out`, if there is one.
 
-    `next_batch(step)`, step = 0, 1, .., must depend on the step (and the seed) alone: it runs one step ahead
-    in its own thread, so it may not use torch's global generator. `loss_fn(batch)` gives the scalar loss and
-    metrics to log, under bfloat16 autocast on CUDA. `learning_rate(name)` replaces `config.lr` for a
-    parameter. `on_eval(steps done)` adds its numbers to a log row. Raises BlmError at a loss or gradient that
-    is not finite, before the weights are touched, and when `out` holds a run of another config or module.
+    `next_batch(step, part)`, step = 0, 1, .., must depend on its arguments (and the seed) alone: it runs one
+    step ahead in its own thread, so it may not use torch's global generator; the parts of a step together
+    are its batch. `loss_fn(batch)` gives the mean loss of a piece and metrics to log, means too, under
+    bfloat16 autocast on CUDA. `learning_rate(name)` replaces `config.lr` for a parameter. `on_eval(steps
+    done)` adds its numbers to a log row; every process calls it, with all weights at hand. Raises BlmError at
+    a loss or gradient that is not finite, before the weights are touched, and when `out` holds a run of
+    another config or module.
     """
     out.mkdir(parents=True, exist_ok=True)
-    optimizer = _optimizer(module, config, learning_rate)
-    start, seconds = _restore(out, config, _tensors(module, optimizer, ema))
-    device = next(module.parameters()).device.type
-    values, waited, mark = defaultdict[str, list[float]](list), 0.0, time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with (out / "log.jsonl").open("a") as log, Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(config.title, total=config.steps, completed=start)
-        for step, batch, wait in _batches(next_batch, range(start, config.steps)):
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                loss, metrics = loss_fn(batch)
-            value, norm = _update(optimizer, loss, config, step, batch.ids)
-            if ema is not None:
-                ema.update(module, step)
-            for name, metric in {"loss": value, **metrics, "grad_norm": norm}.items():
-                values[name].append(metric.item() if isinstance(metric, Tensor) else metric)
-            waited, done, last = waited + wait, step + 1, step + 1 == config.steps
-            evaluate = on_eval is not None and (last or _due(done, config.eval_every))
-            if last or evaluate or _due(done, config.log_every):
-                elapsed = time.perf_counter() - mark
-                seconds += elapsed
-                row = {"step": done, **{name: sum(group) / len(group) for name, group in values.items()}}
-                row["lr"] = max(group["lr"] for group in optimizer.param_groups)
-                row["samples_per_s"] = len(values["loss"]) * config.batch_size / elapsed
-                row |= {"data_share": waited / elapsed, "seconds": seconds}
-                if on_eval is not None and evaluate:
-                    row |= on_eval(done)
-                print(json.dumps(row), file=log, flush=True)
-                values, waited, mark = defaultdict(list), 0.0, time.perf_counter()
-            if last or _due(done, config.save_every):
-                _save(out, config, _tensors(module, optimizer, ema), done, seconds)
-            bar.update(task, advance=1, description=f"{config.title}  loss {value:.4f}")
+    kind = next(module.parameters()).device.type
+    processes = Processes.join(kind)
+    if config.batch_size < processes.count * config.accumulate:
+        parts = f"{processes.count} processes x {config.accumulate} parts"
+        raise BlmError(f"batch_size is {config.batch_size}, but a step has {parts}; each needs a sample")
+    wrapped, undo = spread(module, loss_fn, processes, config.shard or wants_shards())
+    if ema is not None and is_sharded(wrapped):
+        raise BlmError("a moving average needs whole weights: train with shard=False")
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if kind == "cuda" else []):
+        torch.manual_seed(config.seed * 65_537 + processes.rank)
+        optimizer = _optimizer(module, config, learning_rate)
+        _Run[B](wrapped, module, config, out, processes, optimizer, ema).train(next_batch, on_eval)
+    undo()
+
+
+@dataclass
+class _Run(Generic[B]):
+    step: nn.Module
+    """Its forward is the loss; wrapped for several processes."""
+    module: nn.Module
+    config: LoopConfig
+    out: Path
+    processes: Processes
+    optimizer: torch.optim.Optimizer
+    ema: Ema | None
+
+    def train(
+        self,
+        next_batch: Callable[[int, Part], Piece[B]],
+        on_eval: Callable[[int], Mapping[str, float]] | None,
+    ) -> None:
+        config, first = self.config, self.processes.first
+        start, before = restore(self.out, asdict(config), self.tensors(), self.processes, _MAY_CHANGE)
+        if first:
+            cut_log(self.out / "log.jsonl", start)
+        meter, done = Meter(before), start
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with (
+            Progress(*columns, console=Console(stderr=True), disable=not first) as bar,
+            Log(self.out, config.trackers, asdict(config), on=first) as log,
+        ):
+            task = bar.add_task(config.title, total=config.steps, completed=start)
+            ahead = _ahead(next_batch, range(start, config.steps), self.processes.parts(config.accumulate))
+            for step, (pieces, wait) in enumerate(ahead, start):
+                values, sizes = self.update(step, pieces)
+                meter.add(values, sizes, wait)
+                done, last = step + 1, step + 1 == config.steps
+                evaluate = on_eval is not None and (last or _due(done, config.eval_every))
+                if last or evaluate or _due(done, config.log_every):
+                    row = {"step": done, **meter.row(max(g["lr"] for g in self.optimizer.param_groups))}
+                    if on_eval is not None and evaluate:
+                        with whole(self.step):
+                            found = dict(on_eval(done))
+                        row |= found
+                        if first:
+                            text = "  ".join(f"{name} {value:.4g}" for name, value in found.items())
+                            bar.console.print(f"step {done}: {text}", highlight=False, soft_wrap=True)
+                    log.write(row)
+                    meter = Meter(meter.seconds)
+                if last or _due(done, config.save_every):
+                    header = {"done": done, "seconds": meter.seconds, "config": asdict(config)}
+                    save(self.out, header, self.tensors(), self.processes, config.keep)
+                bar.update(task, advance=1, description=f"{config.title}  loss {values['loss']:.4f}")
+
+    def update(self, step: int, pieces: Sequence[Piece[B]]) -> tuple[dict[str, float], dict[str, float]]:
+        """Make one optimizer step; return loss, metrics and gradient norm before clipping, and sizes."""
+        schedule = _schedule(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule
+        self.optimizer.zero_grad()
+        kind = self.processes.device.type
+        sizes = self.processes.sum(
+            {
+                "weight": sum(piece.weight for piece in pieces),
+                "samples": sum(len(piece.ids) for piece in pieces),
+                "tokens": sum(piece.tokens for piece in pieces),
+                "positions": sum(piece.positions for piece in pieces),
+            }
+        )
+        sums = defaultdict[str, Any](float)
+        for piece in pieces:
+            share = piece.weight / max(sizes["weight"], 1.0e-9)
+            with unsynced(self.step) if piece is not pieces[-1] else nullcontext():
+                with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+                    loss, metrics = self.step(piece.batch)
+                (loss * (share * self.processes.count)).backward()  # the processes' gradients are averaged
+            for name, metric in {"loss": loss.detach(), **metrics}.items():
+                sums[name] = sums[name] + metric * share
+        values = self.processes.sum(sums)
+        values["grad_norm"] = self.clip()
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            mine = [name for piece in pieces for name in piece.ids]
+            ids = [name for part in self.processes.gather_objects(mine) for name in part]
+            raise BlmError(
+                f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}, samples {ids}: "
+                "not finite. Lower the learning rate or look at these samples; the last checkpoint is intact"
+            )
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.module, step)
+        return values, sizes
+
+    def clip(self) -> float:
+        """Clip the whole gradient; return its norm before. What no row needed gets a gradient of zero."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        return full(nn.utils.clip_grad_norm_(parameters, self.config.clip)).item()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds; frozen parameters belong to whoever froze them."""
+        tensors = {f"buffer/{name}": value for name, value in self.module.named_buffers()}
+        for name, p in self.module.named_parameters():
+            if p.requires_grad:
+                tensors |= {f"weight/{name}": p.detach()}
+                tensors |= {f"adam/{name}/{key}": value for key, value in self.optimizer.state[p].items()}
+        if self.ema is not None:
+            state = self.ema.module.state_dict(keep_vars=True)
+            tensors |= {f"ema/{name}": value for name, value in state.items()}
+        return tensors
 
 
 def _due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
 
 
-def _batches(next_batch: Callable[[int], B], steps: range) -> Iterator[tuple[int, B, float]]:
-    """Yield step, batch and seconds waited for it, making one batch ahead."""
+def _ahead(
+    next_batch: Callable[[int, Part], Piece[B]], steps: range, parts: Sequence[Part]
+) -> Iterator[tuple[list[Piece[B]], float]]:
+    """Yield the pieces of a step and the seconds waited for them, making those of one step ahead."""
+
+    def make(step: int) -> list[Piece[B]]:
+        return [next_batch(step, part) for part in parts]
+
     with ThreadPoolExecutor(1, "batches") as pool:
-        ahead = [pool.submit(next_batch, step) for step in steps[:1]]
+        ahead = [pool.submit(make, step) for step in steps[:1]]
         for step in steps:
             begin = time.perf_counter()
-            batch = ahead.pop().result()
-            ahead = [pool.submit(next_batch, step + 1)] if step + 1 in steps else []
-            yield step, batch, time.perf_counter() - begin
+            pieces = ahead.pop().result()
+            ahead = [pool.submit(make, step + 1)] if step + 1 in steps else []
+            yield pieces, time.perf_counter() - begin
 
 
 def _optimizer(
@@ -173,74 +300,8 @@ def _optimizer(
     return optimizer
 
 
-def _update(
-    optimizer: torch.optim.Optimizer, loss: Tensor, config: LoopConfig, step: int, ids: Sequence[object]
-) -> tuple[float, float]:
-    """One optimizer step at its scheduled rate; returns the loss and the gradient norm before clipping."""
+def _schedule(config: LoopConfig, step: int) -> float:
+    """Return the share of its peak that every rate has at a step."""
     warmup = max(1, round(config.warmup_fraction * config.steps))
     fall = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / max(1, config.steps - warmup))
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * min(1.0, (step + 1) / warmup) * fall
-    optimizer.zero_grad()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], config.clip)
-    value, size = loss.item(), norm.item()
-    if not (math.isfinite(value) and math.isfinite(size)):
-        raise BlmError(
-            f"loss {value}, gradient norm {size} at step {step}, samples {list(ids)}: not finite. "
-            "Lower the learning rate or look at these samples; the last checkpoint is intact"
-        )
-    optimizer.step()
-    return value, size
-
-
-def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer, ema: Ema | None) -> dict[str, Tensor]:
-    """Everything that a checkpoint holds; frozen parameters belong to whoever froze them and are left out."""
-    tensors = {f"buffer/{name}": value for name, value in module.named_buffers()}
-    for name, p in module.named_parameters():
-        if p.requires_grad:
-            tensors |= {f"weight/{name}": p.detach()}
-            tensors |= {f"adam/{name}/{key}": value for key, value in optimizer.state[p].items()}
-    if ema is not None:
-        tensors |= {f"ema/{name}": value for name, value in ema.module.state_dict(keep_vars=True).items()}
-    return tensors
-
-
-def _save(out: Path, config: LoopConfig, tensors: dict[str, Tensor], done: int, seconds: float) -> None:
-    header = json.dumps({"done": done, "seconds": seconds, "config": asdict(config)})
-    copies = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
-    copies["rng/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        copies["rng/cuda"] = torch.cuda.get_rng_state()
-    temporary = out / "state.safetensors.tmp"
-    save_file(copies, temporary, metadata={"run": header})
-    temporary.replace(out / "state.safetensors")
-
-
-def _restore(out: Path, config: LoopConfig, tensors: dict[str, Tensor]) -> tuple[int, float]:
-    """Copy the checkpoint of `out`, if any, into `tensors` and cut the log to it; (steps done, seconds)."""
-    done, seconds = 0, 0.0
-    if (out / "state.safetensors").exists():
-        with safe_open(out / "state.safetensors", "pt") as saved:
-            header = json.loads(saved.metadata()["run"])
-            done, seconds = header["done"], header["seconds"]
-            there = {**header["config"], **{key: getattr(config, key) for key in _MAY_CHANGE}}
-            mine = json.loads(json.dumps(asdict(config)))
-            if there != mine:
-                raise BlmError(f"{out} holds a run of another config; use a new folder.\n  {there}\n  {mine}")
-            names = {name for name in saved.keys() if not name.startswith("rng/")}  # noqa: SIM118
-            if names != tensors.keys():
-                strange = sorted(names ^ tensors.keys())[:5]
-                raise BlmError(f"{out} holds a run of another module: {strange} are in one of them only")
-            with torch.no_grad():
-                for name, value in tensors.items():
-                    value.copy_(saved.get_tensor(name))
-            torch.set_rng_state(saved.get_tensor("rng/cpu"))
-            if torch.cuda.is_available() and "rng/cuda" in saved.keys():  # noqa: SIM118
-                torch.cuda.set_rng_state(saved.get_tensor("rng/cuda"))
-    log = out / "log.jsonl"
-    rows = log.read_text().splitlines() if log.exists() else []
-    whole = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= done]
-    log.with_suffix(".tmp").write_text("".join(row + "\n" for row in whole))
-    log.with_suffix(".tmp").replace(log)
-    return done, seconds
+    return min(1.0, (step + 1) / warmup) * fall

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from blm.backbone import Backbone
+from blm.backbone import Backbone, Inputs
 from blm.media import load_pixels
-from blm.types import BlmError, Image, Message
+from blm.types import BlmError, Image, ImageArray, Message
 
 Messages = tuple[Message, ...]
+Media = Mapping[str, tuple[Tensor, ...]]
+"""What a model reads beside tokens ("pixel_values", Qwen's "image_grid_thw", ..), in reading order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +30,16 @@ class Limits:
 
     separate_turns: bool = True
     """Let a turn see the pictures and its own question, not the other turns: each is then trained exactly as
-    it is asked alone, while the pictures are read once. Set it to False for dialogues that refer back."""
+    it is asked alone, while the pictures are read once. Set it to False for dialogues about pictures that
+    refer back; conversations without pictures, and those with pictures in later turns, always stay whole."""
     max_length: int = 2048
     """Rows longer than this [tokens] lose their last turns; pictures are never cut."""
+    max_pixels: int | None = None
+    """Larger pictures are shrunk to this many pixels before the model's own processing."""
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2 or (self.max_pixels is not None and self.max_pixels < 1):
+            raise BlmError(f"limits {self}: lengths and pixels must be positive")
 
 
 @dataclass(frozen=True)
@@ -42,10 +52,13 @@ class Row:
     """[L] bool: the tokens of answers and their end tokens."""
     branch: np.ndarray
     """[L] int64: 0 is seen by all later positions, j > 0 by turn j only."""
-    pixels: Tensor | None
-    """uint8 if that loses nothing, else as the processor made it."""
-    grid: Tensor | None
-    """Qwen's `image_grid_thw`, one line per picture."""
+    positions: np.ndarray
+    """[1 or 3, L] int64: a turn counts on from the end of what is shared; three rows are M-RoPE's."""
+    media: Media
+    """Pixels are uint8 if that loses nothing, else as the processor made them."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 def read_rows(
@@ -81,22 +94,11 @@ def make_row(
     backbone: Backbone, messages: Messages, limits: Limits, root: Path | None, counts: Counter[str]
 ) -> Row | None:
     """Tokenise one conversation; None if even its first turn is too long. `counts` says what happened."""
-    turns = _separated(messages) if limits.separate_turns else [messages]
-    images = [load_pixels(image, root) for message in turns[0] for image in message.images]
+    turns = separated(messages) if limits.separate_turns else [messages]
+    loaded = [load_pixels(image, root) for message in turns[0] for image in message.images]
+    images = [shrunk(pixels, limits.max_pixels) for pixels in loaded]
     read = backbone.process([backbone.render(turns[0], prompt=False)], images)
-    placeholder = backbone.processor.image_token_id
-    plain = [
-        _answers(backbone, turn) for turn in turns
-    ]  # with one placeholder a picture; `first` has them all
-    first = read["input_ids"][0].numpy()
-    learn = np.zeros(len(first), dtype=bool)
-    learn[first != placeholder] = plain[0][1][plain[0][0] != placeholder]
-    shared = _end_of_pictures(first, placeholder)
-    tails = [(first[shared:], learn[shared:])]
-    for tokens, answers in plain[1:]:
-        cut = _end_of_pictures(tokens, placeholder)
-        tails.append((tokens[cut:], answers[cut:]))
-    tokens = np.concatenate([first[:shared], *(tail for tail, _ in tails)])
+    tokens, learn, branch = _branches(backbone, read["input_ids"][0].numpy(), turns)
     if len(tokens) > limits.max_length:
         counts["turns cut"] += 1
         last = max(index for index, message in enumerate(messages) if message.role == "user")
@@ -105,14 +107,88 @@ def make_row(
         counts["dropped, too long"] += 1
         return None
     counts["kept"] += 1
-    numbers = [np.full(len(tail), number) for number, (tail, _) in enumerate(tails, start=len(tails) > 1)]
-    return Row(
-        tokens,
-        np.concatenate([learn[:shared], *(answers for _, answers in tails)]),
+    if changed := sum(small is not pixels for small, pixels in zip(images, loaded, strict=True)):
+        counts["pictures shrunk"] += changed
+    media = media_of(backbone, read) if images else {}
+    return Row(tokens, learn, branch, _positions(backbone, tokens, branch, media), media)
+
+
+def shrunk(pixels: ImageArray, most: int | None) -> ImageArray:
+    """Return a picture of at most `most` pixels in the same proportions; itself if it is no larger."""
+    height, width = pixels.shape[:2]
+    if most is None or height * width <= most:
+        return pixels
+    scale = (most / (height * width)) ** 0.5
+    size = (max(1, int(width * scale)), max(1, int(height * scale)))
+    return np.asarray(PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BICUBIC))
+
+
+def media_of(backbone: Backbone, read: Inputs) -> Media:
+    """Return what a processor made of the pictures of one conversation."""
+    words = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+    media = {name: (value,) for name, value in read.items() if name not in words}
+    return {**media, "pixel_values": (pack_pixels(backbone, read["pixel_values"]),)}
+
+
+def _branches(
+    backbone: Backbone, first: np.ndarray, turns: Sequence[Messages]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return tokens, learn and branch of turns behind one prefix; `first` is turn 0 with its pictures.
+
+    What all turns begin with is shared, but a turn's answer never begins right after it: the token before
+    each learnt one must be of the same turn.
+    """
+    placeholder = backbone.processor.image_token_id
+    plain = [_answers(backbone, turn) for turn in turns]  # with one placeholder a picture
+    learn = _spread(first, *plain[0], placeholder)
+    if len(turns) == 1:
+        return first, learn, np.zeros(len(first), dtype=np.int64)
+    tails = []
+    for tokens, answers in plain:
+        cut = _end_of_pictures(tokens, placeholder)
+        tails.append((tokens[cut:], answers[cut:]))
+    same = min(int(answers.argmax()) - 1 for _, answers in tails)
+    starts = np.stack([tail[:same] for tail, _ in tails])
+    different = np.flatnonzero((starts != starts[0]).any(axis=0))
+    same = int(different[0]) if len(different) else same
+    shared = len(first) - len(tails[0][0]) + same
+    numbers = [np.full(len(tail) - same, number) for number, (tail, _) in enumerate(tails, start=1)]
+    return (
+        np.concatenate([first[:shared], *(tail[same:] for tail, _ in tails)]),
+        np.concatenate([learn[:shared], *(answers[same:] for _, answers in tails)]),
         np.concatenate([np.zeros(shared, dtype=np.int64), *numbers]),
-        pack_pixels(backbone, read["pixel_values"]) if images else None,
-        read.get("image_grid_thw"),
     )
+
+
+def _spread(tokens: np.ndarray, plain: np.ndarray, learn: np.ndarray, placeholder: int) -> np.ndarray:
+    """Carry `learn` from `plain`, with one placeholder a picture, to `tokens`, with pictures written out.
+
+    How a picture is written out is the processor's secret; the text between pictures is the same in both.
+    """
+    wide, end, stop = np.zeros(len(tokens), dtype=bool), len(tokens), len(plain)
+    for cut in (*np.flatnonzero(plain == placeholder)[::-1].tolist(), -1):
+        piece, mine = plain[cut + 1 : stop], learn[cut + 1 : stop]
+        if mine.any():
+            starts = np.lib.stride_tricks.sliding_window_view(tokens[:end], len(piece))
+            end = int(np.flatnonzero((starts == piece).all(axis=1))[-1])
+            wide[end : end + len(piece)] = mine
+        stop = cut
+    return wide
+
+
+def _positions(backbone: Backbone, tokens: np.ndarray, branch: np.ndarray, media: Media) -> np.ndarray:
+    at = np.arange(len(tokens))
+    positions = at[None]
+    if "image_grid_thw" in media:
+        ids = torch.from_numpy(tokens)[None]
+        three, _ = backbone.model.base_model.get_rope_index(
+            input_ids=ids,
+            mm_token_type_ids=(ids == backbone.processor.image_token_id).long(),
+            image_grid_thw=torch.cat(media["image_grid_thw"]),
+        )
+        positions = three[:, 0].numpy()
+    begin = np.maximum.accumulate(np.where(np.diff(branch, prepend=0) != 0, at, 0))
+    return positions - np.where(branch > 0, begin - np.argmax(branch > 0), 0)
 
 
 def _end_of_pictures(tokens: np.ndarray, placeholder: int) -> int:
@@ -120,16 +196,17 @@ def _end_of_pictures(tokens: np.ndarray, placeholder: int) -> int:
     return int(where[-1]) + 1 if len(where) else 0
 
 
-def _separated(messages: Messages) -> list[Messages]:
-    """Return each turn as its own conversation, with all the pictures, which must be in the first turn."""
+def separated(messages: Messages) -> list[Messages]:
+    """Return each turn as its own conversation, with all the pictures, if they are in the first turn."""
     system = tuple(message for message in messages if message.role == "system")
     users = [message for message in messages if message.role == "user"]
     answers = [message for message in messages if message.role == "assistant"]
-    if len(users) != len(answers) or any(message.images for message in users[1:]):
+    turns = [message.role for message in messages[len(system) :]]
+    seen = [message.role for message in messages if message.images]
+    if turns != ["user", "assistant"] * len(users) or seen != ["user"] or not users[0].images:
         return [messages]
-    pictures = users[0].content[
-        : 1 + max((i for i, p in enumerate(users[0].content) if isinstance(p, Image)), default=-1)
-    ]
+    last = max(index for index, part in enumerate(users[0].content) if isinstance(part, Image))
+    pictures = users[0].content[: last + 1]
     asked = [users[0], *(Message("user", (*pictures, *message.content)) for message in users[1:])]
     return [(*system, question, answer) for question, answer in zip(asked, answers, strict=True)]
 
@@ -167,7 +244,7 @@ def _end_tokens(backbone: Backbone) -> list[int]:
 def pack_pixels(backbone: Backbone, pixels: Tensor) -> Tensor:
     """Return normalised pixels as uint8, a quarter of the memory; unchanged where that would lose any."""
     mean, std = _normalisation(backbone, pixels)
-    raw = ((pixels.reshape(len(pixels), 3, -1) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    raw = ((_by_colour(pixels) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     raw = raw.reshape(pixels.shape)
     return raw if torch.allclose(unpack_pixels(backbone, raw), pixels, atol=1e-5) else pixels
 
@@ -176,11 +253,30 @@ def unpack_pixels(backbone: Backbone, pixels: Tensor) -> Tensor:
     if pixels.dtype != torch.uint8:
         return pixels
     mean, std = _normalisation(backbone, pixels)
-    return ((pixels.reshape(len(pixels), 3, -1) / 255 - mean) / std).reshape(pixels.shape)
+    return ((_by_colour(pixels) / 255 - mean) / std).reshape(pixels.shape)
+
+
+def join(media: Sequence[Media]) -> Inputs:
+    """Concatenate media in order."""
+    names = dict.fromkeys(name for one in media for name in one)
+    return {name: torch.cat([piece for one in media for piece in one.get(name, ())]) for name in names}
+
+
+def ready(backbone: Backbone, inputs: Inputs) -> Inputs:
+    """Return inputs on the model's device, pictures normalised and in its precision."""
+    inputs = {name: value.to(backbone.model.device, non_blocking=True) for name, value in inputs.items()}
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = unpack_pixels(backbone, inputs["pixel_values"])
+    return backbone.place(inputs)
+
+
+def _by_colour(pixels: Tensor) -> Tensor:
+    """[n, 3, rest]: colour is the slowest axis of a picture and of a Qwen patch."""
+    return pixels.reshape(pixels.shape[:2].numel() if pixels.ndim == 5 else len(pixels), 3, -1)
 
 
 def _normalisation(backbone: Backbone, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation per colour [3, 1]; colour is the slowest axis of a picture and of a Qwen patch."""
+    """Mean and deviation per colour [3, 1]."""
     settings = backbone.processor.image_processor
     values = (settings.image_mean, settings.image_std)
     mean, std = (torch.tensor(value, device=pixels.device)[:, None] for value in values)

@@ -1,87 +1,241 @@
 """Stage I: supervised fine-tuning of a backbone on conversations, with loss on the assistant's tokens only.
 
-Everything is tokenised once, before training; pictures wait as uint8. The language head runs on answer
-positions only, which are few beside the picture tokens. Shapes: B rows, L positions.
+A weighted mixture of sources (own questions, general replay) is tokenised once, before training; pictures
+wait as uint8, or as features if the eye is frozen. The language head runs on answer positions only.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 
 from blm.backbone import Backbone
-from blm.training.answers import answer_loss
-from blm.training.loop import LoopConfig, run_loop
-from blm.training.packing import RowBatch, collate
-from blm.training.rows import Limits, one_thread, read_rows
+from blm.data.files import write_json
+from blm.training.answers import AnswerModel
+from blm.training.features import cache_features
+from blm.training.intents import claim
+from blm.training.loop import LoopConfig, Piece, run_loop
+from blm.training.lora import Lora, add_adapters, merge_adapters
+from blm.training.packing import RowBatch, collate, pack, require_exact
+from blm.training.parallel import Part, Processes, wants_shards
+from blm.training.parts import PartName, freeze_parts, part_of
+from blm.training.rows import Limits, Row, make_row, one_thread
+from blm.training.schedule import Place, Schedule, Source
 from blm.types import BlmError, Message
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSource:
+    """Conversations of one kind."""
+
+    name: str
+    conversations: Sequence[Sequence[Message]]
+    root: Path | None = None
+    """Folder below which their pictures lie."""
+    weight: float = 1.0
+    """Its share of the rows trained on, relative to the other sources."""
+    places: Sequence[str] = ()
+    """Where each conversation stands ("file:line"), for messages."""
+
+    def place(self, index: int) -> str:
+        return self.places[index] if self.places else f"{self.name}, conversation {index}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage1Config:
     loop: LoopConfig
-    vision_scale: float = 1.0
-    """Times `loop.lr` is the rate of the vision tower; 0 freezes it. The same for the two below."""
+    vision_scale: float | None = None
+    """Times `loop.lr` is the rate of the vision tower; 0 freezes it. By default 1, with LoRA 0."""
     projector_scale: float = 1.0
+    """The same for what turns vision features into tokens."""
     language_scale: float = 1.0
-    """Language model, embeddings and head."""
+    """The same for language model, embeddings and head; with LoRA for the adapters."""
+    lora: Lora = field(default_factory=Lora)
+    """Train adapters of the language model instead of its weights."""
     limits: Limits = field(default_factory=Limits)
+    pack_length: int = 0
+    """Rows share a sequence up to this length [tokens], once that is proved exact for the model; 0: each row
+    has one for itself, padded."""
+    cache_features: bool = False
+    """See each picture once, before training; needs a frozen vision tower."""
+    checkpoint_blocks: bool = False
+    """Recompute blocks in the backward pass: less memory, the same gradients."""
+    skip_bad: bool = False
+    """Leave out conversations that cannot be used, and print each; else the first of them ends the run."""
+
+    def __post_init__(self) -> None:
+        if any(scale < 0 for scale in self.scales.values()):
+            raise BlmError(f"the scales of learning rates are {self.scales}; they may not be negative")
+        if self.lora.rank and self.vision_scale:
+            raise BlmError("LoRA leaves the vision tower as it is; set vision_scale=0")
+
+    @property
+    def scales(self) -> dict[PartName, float]:
+        vision = self.vision_scale if self.vision_scale is not None else float(not self.lora.rank)
+        return {"vision": vision, "projector": self.projector_scale, "language": self.language_scale}
 
     def rate(self, name: str) -> float:
-        """Return the peak learning rate of a parameter, by its name in any Llava- or Qwen-VL-like model."""
-        if "projector" in name or "merger" in name:
-            return self.loop.lr * self.projector_scale
-        vision = "vision_tower" in name or "visual" in name
-        return self.loop.lr * (self.vision_scale if vision else self.language_scale)
+        """Return the peak learning rate of a parameter."""
+        part = part_of(name)
+        assert part is not None, name
+        return self.loop.lr * self.scales[part]
 
 
 def train_stage1(
     backbone: Backbone,
-    conversations: Sequence[Sequence[Message]],
+    sources: Sequence[TrainingSource],
     config: Stage1Config,
     out: Path,
     *,
-    root: Path | None = None,
     on_eval: Callable[[int], Mapping[str, float]] | None = None,
 ) -> Counter[str]:
-    """Train `backbone` in place and save it to `out/backbone`; return how many rows it kept, cut and dropped.
+    """Train `backbone` in place and save it to `out/backbone`; return what happened to the conversations.
 
-    Image paths are relative to `root`. Raises BlmError naming the conversation that cannot be used.
+    The counts are in `out/rows.json` too. With LoRA the adapters are in `out/adapter`, and merged into the
+    backbone. `on_eval(steps done)` is called with the model in evaluation mode. Raises BlmError naming the
+    conversation that cannot be used.
     """
+    processes, model = Processes.join(backbone.model.device.type), backbone.model
+    adapted = _choose_trained(backbone, config)
     counts: Counter[str] = Counter()
-    with one_thread():
-        rows = read_rows(backbone, conversations, config.limits, root, counts)
-    if not rows:
-        raise BlmError(f"no conversation can be trained on: {dict(counts)}")
-    model, size = backbone.model, config.loop.batch_size
+    read = _read(backbone, sources, config, counts, processes)
+    schedule = Schedule(
+        read,
+        rows_per_step=config.loop.batch_size,
+        pack_length=config.pack_length,
+        seed=config.loop.seed,
+        world=processes.count * config.loop.accumulate,
+    )
+    if processes.first:
+        claim(out / "inputs.json", _inputs(backbone, read, config), f"'{out}' holds another run")
+        write_json(out / "rows.json", dict(counts))
+    sharded = processes.count > 1 and (config.loop.shard or wants_shards())
+    answers = AnswerModel(backbone, sharded=sharded, cached=config.cache_features)
+    if config.checkpoint_blocks:
+        model.activation_checkpointing_enable()
 
-    @lru_cache(2)
-    def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng((config.loop.seed, epoch)).permutation(len(rows))
-
-    def next_batch(step: int) -> RowBatch:
-        places = range(step * size, (step + 1) * size)
-        ids = tuple(int(order(place // len(rows))[place % len(rows)]) for place in places)
-        return collate(backbone, [rows[index] for index in ids], ids)
-
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(config.rate(name) > 0)
+    def next_batch(step: int, part: Part) -> Piece[RowBatch]:
+        return _piece(backbone, read, schedule.groups(step, part.index))
 
     def loss(batch: RowBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        model.train()
-        return answer_loss(backbone, batch)
+        found = answers.train()(batch)
+        return found.loss_sum / found.tokens, {"token_accuracy": found.correct / found.tokens}
 
     def evaluate(step: int) -> Mapping[str, float]:
-        model.eval()
+        answers.eval()
         return on_eval(step) if on_eval is not None else {}
 
-    run_loop(model, loss, next_batch, config.loop, out, learning_rate=config.rate, on_eval=evaluate)
-    model.eval()
-    backbone.save(out / "backbone")
+    run_loop(
+        model, loss, next_batch, config.loop, out, learning_rate=config.rate, on_eval=on_eval and evaluate
+    )
+    if config.checkpoint_blocks:
+        model.activation_checkpointing_disable()
+    if adapted is not None:
+        merge_adapters(backbone, adapted, out / "adapter" if processes.first else None)
+    backbone.model.eval()
+    if processes.first:
+        backbone.save(out / "backbone")
+    processes.wait()
     return counts
+
+
+def _choose_trained(backbone: Backbone, config: Stage1Config) -> PeftModel | None:
+    """Freeze what shall not train; return adapters, if wanted. Raises BlmError if rows cannot be packed."""
+    adapted = None
+    if config.lora.rank:
+        projector = config.projector_scale > 0
+        adapted = add_adapters(backbone, config.lora, projector=projector, seed=config.loop.seed)
+    else:
+        freeze_parts(backbone.model, config.scales)
+    if config.pack_length:
+        require_exact(backbone)
+    return adapted
+
+
+def _piece(backbone: Backbone, read: Sequence[Source], groups: Sequence[Sequence[Place]]) -> Piece[RowBatch]:
+    rows = [[read[source].rows[row] for source, row in group] for group in groups]
+    ids = [f"{read[source].name} {row}" for group in groups for source, row in group]
+    batch = pack(backbone, rows, tuple(range(len(ids))))
+    return Piece(batch, ids, float(batch.learn.sum()), batch.tokens, batch.learn.numel())
+
+
+def _read(
+    backbone: Backbone,
+    sources: Sequence[TrainingSource],
+    config: Stage1Config,
+    counts: Counter[str],
+    processes: Processes,
+) -> list[Source]:
+    """Tokenise all sources, and see their pictures if features are wanted; the first process tells."""
+    console = Console(stderr=True, quiet=not processes.first)
+    with one_thread():
+        read = [read_source(backbone, source, config, counts, console) for source in sources]
+        if config.cache_features:
+            read = [replace(s, rows=cache_features(backbone, s.rows, counts)) for s in read]
+    return read
+
+
+def read_source(
+    backbone: Backbone,
+    source: TrainingSource,
+    config: Stage1Config,
+    counts: Counter[str],
+    console: Console | None = None,
+) -> Source:
+    """Tokenise a source; `counts` says what happened. Raises BlmError naming a conversation of no use."""
+    rows: list[Row] = []
+    console = console or Console(stderr=True)
+    for index, messages in enumerate(track(source.conversations, f"reading {source.name}", console=console)):
+        try:
+            row = make_row(backbone, tuple(messages), config.limits, source.root, counts)
+        except BlmError as error:
+            if not config.skip_bad:
+                raise BlmError(f"{source.place(index)}: {error}; skip_bad leaves such rows out") from error
+            console.print(f"skipped {source.place(index)}: {error}", highlight=False, soft_wrap=True)
+            counts["skipped, bad"] += 1
+            continue
+        if row is not None:
+            rows.append(row)
+    if not rows:
+        raise BlmError(f"no conversation of '{source.name}' can be trained on: {dict(counts)}")
+    return Source(name=source.name, rows=rows, weight=source.weight)
+
+
+def _inputs(backbone: Backbone, sources: Sequence[Source], config: Stage1Config) -> dict[str, object]:
+    """What a run is made from, beside the loop's own config."""
+    facts = asdict(config)
+    for name in ("loop", "skip_bad", "checkpoint_blocks", "limits"):  # the loop compares its own; rows tell
+        del facts[name]
+    digest = hashlib.sha256()
+    for name, parameter in sorted(backbone.model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, len(flat) // 256)].float().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    facts["backbone"] = digest.hexdigest()
+    for source in sources:
+        digest = hashlib.sha256()
+        for row in source.rows:
+            digest.update(row.tokens.tobytes())
+        facts[f"source {source.name}"] = [len(source.rows), source.weight, digest.hexdigest()]
+    return facts
+
+
+@torch.no_grad()
+def held_out_loss(backbone: Backbone, rows: Sequence[Row], batch_size: int) -> dict[str, float]:
+    """Return the mean loss [nats] and accuracy per answer token of rows, each right after true words only."""
+    answers, sums = AnswerModel(backbone).eval(), torch.zeros(3, dtype=torch.float64)
+    for begin in range(0, len(rows), batch_size):
+        some = rows[begin : begin + batch_size]
+        made = answers(collate(backbone, some, tuple(range(len(some)))))
+        sums += torch.stack([value.cpu().double() for value in made])
+    loss, tokens, correct = sums.tolist()
+    return {"held_out_loss": loss / tokens, "held_out_accuracy": correct / tokens}

@@ -1,0 +1,209 @@
+"""What each trick of Stage I is worth: ratios of speed, both ways measured in turn on the same rows.
+
+    python benchmarks/stage1.py [--repeats 5] [--steps 6] [--batch-size 32] [--threads 1]
+
+Rows are scene questions made on the spot and as many texts of unlike lengths in place of replay; the
+model is an untrained nano, whose speed does not depend on its weights. A step is loss, gradients and AdamW.
+packing: rows sharing sequences over one padded row a sequence, in tokens/s that are no padding. logits: the
+head on learnt tokens over all tokens, with nano's vocabulary and with one of 49,152. prefix: the questions
+about a picture behind one copy of it over each with its own. features: a frozen eye run once over in each
+step. data_share: time to make a batch over time of a step, were they not done side by side. Intervals are
+95 % t-intervals of the mean logarithm over the repeats.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from intents import T_975, processor
+from torch.nn import functional as F
+
+from blm.backbone import Backbone, build_nano
+from blm.corpora.build import SceneCorpusConfig, build_scene_corpus
+from blm.corpora.messages import read_corpus
+from blm.training.answers import AnswerModel
+from blm.training.features import cache_features, eye_of
+from blm.training.packing import RowBatch, pack
+from blm.training.rows import Limits, Messages, Row, make_row, ready, separated
+from blm.training.schedule import Schedule, Source
+from blm.types import Message
+
+Loss = Callable[[RowBatch], torch.Tensor]
+LARGE_VOCABULARY = 49_152
+"""SmolLM2's; Qwen's is three times as large."""
+WORDS = ("the", "robot", "moves", "its", "gripper", "over", "a", "table", "with", "cubes", "and", "asks")
+
+
+def scene_talks(folder: Path, scenes: int) -> list[Messages]:
+    """Write a corpus of questions about random scenes and return its conversations."""
+    config = SceneCorpusConfig(
+        robots=("panda",),
+        tasks=("pick_cube",),
+        cameras=("base", "side"),
+        image_size=112,
+        scenes=scenes,
+        first_seed=0,
+    )
+    build_scene_corpus(config, folder, workers=0)
+    return [conversation.messages for conversation in read_corpus(folder)]
+
+
+def text_talks(count: int, rng: np.random.Generator) -> list[Messages]:
+    """Return texts of 10 to 1000 words, half of them below 120, as in instruction data."""
+    lengths = np.clip(rng.lognormal(np.log(120), 1.0, count), 10, 1000).astype(int)
+    texts = [" ".join(rng.choice(WORDS, length)) for length in lengths]
+    return [(Message("user", ("Go on, please.",)), Message("assistant", (text,))) for text in texts]
+
+
+def rows_of(backbone: Backbone, talks: Sequence[Messages], root: Path, *, share: bool = True) -> list[Row]:
+    limits = Limits(max_length=4096)
+    parts = talks if share else [turn for talk in talks for turn in separated(talk)]
+    rows = [make_row(backbone, talk, limits, root, Counter()) for talk in parts]
+    return [row for row in rows if row is not None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    repeats: int = 5
+    steps: int = 6
+    """Batches in each measurement."""
+    batch_size: int = 32
+    pack_length: int = 1024
+    threads: int = 1
+    scenes: int = 96
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train: whose model, on which batches."""
+
+    loss: Loss
+    parameters: Sequence[torch.nn.Parameter]
+    batches: Sequence[RowBatch]
+    work: Sequence[float]
+    """What a batch counts, the same in both ways of a pair."""
+
+    def speed(self) -> float:
+        """Return work per second over all batches."""
+        optimizer = torch.optim.AdamW(self.parameters, 1e-5, fused=True)
+        begin = time.perf_counter()
+        for batch in self.batches:
+            optimizer.zero_grad()
+            self.loss(batch).backward()
+            optimizer.step()
+        return sum(self.work) / (time.perf_counter() - begin)
+
+
+def way(
+    backbone: Backbone, batches: Sequence[RowBatch], *, loss: Loss | None = None, cached: bool = False
+) -> Way:
+    model = AnswerModel(backbone, cached=cached).train()
+    trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
+    work = [float(batch.tokens) for batch in batches]
+    return Way(loss or (lambda batch: model(batch).loss_sum), trained, batches, work)
+
+
+def full_logits(backbone: Backbone) -> Loss:
+    def loss(batch: RowBatch) -> torch.Tensor:
+        inputs = ready(backbone, batch.inputs)
+        logits = backbone.model(**inputs, use_cache=False).logits.float()
+        labels = inputs["input_ids"].masked_fill(~batch.learn, -100)
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+
+    return loss
+
+
+def batches_of(
+    backbone: Backbone, sources: Sequence[Source], size: int, length: int, steps: int
+) -> list[RowBatch]:
+    schedule = Schedule(sources, rows_per_step=size, pack_length=length, seed=0)
+    made = []
+    for step in range(steps):
+        groups = [[sources[s].rows[row] for s, row in group] for group in schedule.groups(step)]
+        made.append(pack(backbone, groups, ()))
+    return made
+
+
+def compare(fast: Way, slow: Way, repeats: int) -> dict[str, object]:
+    """Return the ratio of speeds, its interval, and both speeds."""
+    fast.speed(), slow.speed()
+    pairs = np.array([(fast.speed(), slow.speed()) for _ in range(repeats)])
+    logs = np.log(pairs[:, 0] / pairs[:, 1])
+    half = T_975[repeats] * logs.std(ddof=1) / repeats**0.5
+    interval = [float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half))]
+    return {
+        "ratio": float(np.exp(logs.mean())),
+        "interval_95": interval,
+        "tokens_per_s": pairs.mean(0).tolist(),
+    }
+
+
+def measure(
+    backbone: Backbone, folder: Path, talks: list[Messages], texts: list[Messages], options: Options
+) -> dict[str, object]:
+    size, length, repeats = options.batch_size, options.pack_length, options.repeats
+    scene, text = rows_of(backbone, talks, folder), rows_of(backbone, texts, folder)
+    mixture = [Source(name="scene", rows=scene), Source(name="text", rows=text)]
+    begin = time.perf_counter()
+    packed = batches_of(backbone, mixture, size, length, options.steps)
+    making = time.perf_counter() - begin
+    padded = batches_of(backbone, mixture, size, 0, options.steps)
+    fast = way(backbone, packed)
+    found: dict[str, object] = {"packing": compare(fast, way(backbone, padded), repeats)}
+    found["padding"] = {"packed": packed[0].padding, "padded": padded[0].padding}
+    found["data_share"] = making / (sum(fast.work) / fast.speed())
+
+    found["logits"] = compare(fast, way(backbone, packed, loss=full_logits(backbone)), repeats)
+    large = Backbone(copy.deepcopy(backbone.model), backbone.processor)
+    large.model.resize_token_embeddings(LARGE_VOCABULARY)
+    slow = way(large, packed, loss=full_logits(large))
+    found["logits of 49,152"] = compare(way(large, packed), slow, repeats)
+
+    few = max(1, size // 4)
+    alone = rows_of(backbone, talks[:few], folder, share=False)
+    sources = [[Source(name="scene", rows=rows)] for rows in (scene[:few], alone)]
+    shared, apart = (batches_of(backbone, one, len(one[0].rows), length, 1) for one in sources)
+    work = [float(batch.learn.sum()) for batch in shared]
+    together, each = (replace(way(backbone, batches), work=work) for batches in (shared, apart))
+    found["prefix"] = compare(together, each, repeats)
+
+    for part in eye_of(backbone):
+        part.requires_grad_(False)
+    seen = [Source(name="scene", rows=cache_features(backbone, scene, Counter()))]
+    kept = way(backbone, batches_of(backbone, seen, size, length, options.steps), cached=True)
+    live = way(backbone, batches_of(backbone, mixture[:1], size, length, options.steps))
+    found["features"] = compare(kept, live, repeats)
+    return found
+
+
+def main(options: Options) -> None:
+    """Print one JSON object."""
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "scenes"
+        talks = scene_talks(folder, options.scenes)
+        texts = text_talks(options.scenes, np.random.default_rng(0))
+        backbone = build_nano([message.text for talk in talks + texts for message in talk])
+        result = measure(backbone, folder, talks, texts, options)
+    result |= {
+        "options": asdict(options),
+        "hardware": {"cpu": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
+        "software": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options))

@@ -1,0 +1,155 @@
+"""Commands of training: fine-tune a backbone on corpora, and show what it learnt and what it kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from blm.training.eye import Schooling, taught_nano
+from blm.training.sft import Stage1Config
+from blm.types import BlmError
+
+if TYPE_CHECKING:
+    from blm.backbone import Backbone
+    from blm.training.sft import TrainingSource
+
+console = Console()
+WIDTH = 120
+"""Characters that the table needs."""
+KEPT = ("kl", "kl_low", "kl_high", "perplexity_base", "perplexity")
+"""Of what retention measures, what is shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStage1(Stage1Config):
+    """Fine-tune a backbone on corpora; write OUT/backbone, a stock transformers folder, and OUT/log.jsonl.
+
+    The same command again continues what was interrupted. `accelerate launch` starts it in several processes.
+    """
+
+    out: tyro.conf.Positional[Path]
+    """Folder to write."""
+    corpus: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
+    """Corpus folder, or FOLDER:WEIGHT with its share of the rows trained on (1); give it once per corpus."""
+    replay: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """The same for general data that keep what the backbone knows (`blm corpus replay`)."""
+    backbone: str = "nano"
+    """nano (made fresh, with a tokenizer of these corpora), another name of BACKBONES, or a folder."""
+    schooling: Schooling = field(default_factory=Schooling)
+    """What a fresh nano learns first."""
+    held_out: Path | None = None
+    """Corpus folder for the held-out loss."""
+    held_out_rows: int = 500
+    """Of it, this many are read."""
+    retention_text: Path | None = None
+    """Text file on which to measure what the backbone kept; by default part of Python's own manual."""
+    device: str = "cpu"
+    """cpu or cuda."""
+
+
+def stage1(command: str, arguments: list[str]) -> None:
+    """`blm train stage1 OUT --corpus FOLDER`: train, evaluating held-out loss and retention on the way."""
+    chosen = tyro.cli(TrainStage1, args=arguments, prog=f"blm {command}")
+    from blm.data.files import write_json
+    from blm.training.parallel import Processes
+    from blm.training.retention import Retention, read_texts
+    from blm.training.sft import held_out_loss, train_stage1
+
+    config = Stage1Config(**{field.name: getattr(chosen, field.name) for field in fields(Stage1Config)})
+    processes = Processes.join(chosen.device)
+    backbone, sources, held_out = _open(chosen, config, processes.device)
+    retention = Retention(backbone, read_texts(chosen.retention_text) if chosen.retention_text else ())
+
+    def evaluate(step: int) -> dict[str, float]:
+        found = held_out_loss(backbone, held_out, config.loop.batch_size) if held_out else {}
+        return found | {name: value for name, value in retention.measure(backbone).items() if name in KEPT}
+
+    if processes.first:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        write_json(chosen.out / "command.json", json.loads(json.dumps(asdict(chosen), default=str)))
+    before = evaluate(0)
+    counts = train_stage1(backbone, sources, config, chosen.out, on_eval=evaluate)
+    if processes.first:
+        console.print(", ".join(f"{name}: {count}" for name, count in counts.items()), soft_wrap=True)
+        rows = [json.loads(line) for line in (chosen.out / "log.jsonl").read_text().splitlines()]
+        print_training([{"step": 0, **before}, *rows])
+        console.print(f"backbone: {chosen.out / 'backbone'}", soft_wrap=True)
+    processes.leave()
+
+
+def _open(
+    chosen: TrainStage1, config: Stage1Config, device: Any
+) -> tuple[Backbone, list[TrainingSource], list[Any]]:
+    """Return the backbone, the corpora without faults, and held-out rows."""
+    from collections import Counter
+
+    from blm.backbone import Backbone
+    from blm.corpora.validate import clean_corpus
+    from blm.training.sft import TrainingSource, read_source
+
+    parts = [split_weight(text) for text in (*chosen.corpus, *chosen.replay)]
+    made = None if chosen.backbone == "nano" else Backbone.load(chosen.backbone, device=str(device))
+    rows = [clean_corpus(folder, backbone=made, skip_bad=config.skip_bad) for folder, _ in parts]
+    if made is None:
+        corpora = [(part, folder) for (folder, _), part in zip(parts, rows, strict=True)]
+        made = taught_nano(corpora, chosen.schooling, chosen.out, seed=config.loop.seed)
+        made.model.to(device)
+    sources = [
+        TrainingSource(
+            name=folder.name,
+            conversations=[row.messages for row in part],
+            root=folder,
+            weight=weight,
+            places=[f"{folder}, {row.id}" for row in part],
+        )
+        for (folder, weight), part in zip(parts, rows, strict=True)
+    ]
+    if chosen.held_out is None:
+        return made, sources, []
+    asked = [row.messages for row in clean_corpus(chosen.held_out, skip_bad=config.skip_bad)]
+    asked = asked[:: max(1, len(asked) // chosen.held_out_rows)][: chosen.held_out_rows]
+    held_out = TrainingSource(name="held out", conversations=asked, root=chosen.held_out)
+    return made, sources, list(read_source(made, held_out, config, Counter()).rows)
+
+
+def split_weight(text: str) -> tuple[Path, float]:
+    """Return folder and weight of FOLDER or FOLDER:WEIGHT. Raises BlmError for a weight that is no number."""
+    if Path(text).is_dir():
+        return Path(text), 1.0
+    folder, colon, weight = text.rpartition(":")
+    try:
+        return (Path(folder), float(weight)) if colon else (Path(text), 1.0)
+    except ValueError:
+        raise BlmError(
+            f"'{text}' is no folder; give FOLDER or FOLDER:WEIGHT, as corpora/scenes:2.5"
+        ) from None
+
+
+def print_training(rows: Sequence[Mapping[str, float]]) -> None:
+    """Print the rows of a log that hold an evaluation, and how fast training was."""
+    table = Table(box=None)
+    for heading in ("step", "loss", "held-out loss", "accuracy", "KL to base [nats]", "95 %", "perplexity"):
+        table.add_column(heading, justify="right")
+    for row in (row for row in rows if "kl" in row or "held_out_loss" in row):
+        number = {name: f"{value:.4g}" for name, value in row.items()}
+        table.add_row(
+            str(row["step"]),
+            number.get("loss", "-"),
+            number.get("held_out_loss", "-"),
+            f"{row['held_out_accuracy']:.1%}" if "held_out_accuracy" in row else "-",
+            number.get("kl", "-"),
+            f"{number['kl_low']} to {number['kl_high']}" if "kl_low" in row else "-",
+            f"{number['perplexity']} (base {number['perplexity_base']})" if "perplexity" in row else "-",
+        )
+    Console(width=max(console.width, WIDTH)).print(table)
+    if timed := [row for row in rows if "seconds" in row]:
+        share = {n: sum(row[n] for row in timed) / len(timed) for n in ("data_share", "padding_share")}
+        speed = f"{timed[-1]['tokens_per_s']:.0f} tokens/s, {share['data_share']:.1%} of the time for data"
+        console.print(f"{timed[-1]['seconds'] / 60:.1f} min, {speed}, {share['padding_share']:.0%} padding")

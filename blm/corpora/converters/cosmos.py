@@ -1,0 +1,84 @@
+"""Cosmos-Reason1 rows (RoboVQA, BridgeV2, HoloAssist, AgiBot), as NVIDIA publishes them on the hub.
+
+A folder for each set with JSON arrays of {"video": "clips/<name>.mp4", "conversations": [role/content]} (the
+SFT sets: system, user, assistant) or {"video", "qa_pairs": {"question", "index2ans", "answer"}} (RL and
+benchmark sets: multiple choice). Texts have no media tags: the clip belongs to the first question. Only the
+RoboVQA clips are in the hub's repository, so clips are found by their path or, as upstream does, by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from blm.corpora.converters.rows import (
+    Rows,
+    Settings,
+    conversation,
+    field,
+    media_root,
+    read_json_rows,
+    read_turns,
+    tagged_messages,
+)
+from blm.corpora.faults import RowError
+from blm.media import VIDEOS
+
+SYSTEM = "Answer the questions."
+ASK = "Answer with the option's letter from the given choices directly."
+
+
+def cosmos_reason1(source: Path, settings: Settings) -> Rows:
+    root, name = media_root(source, settings), settings.source or "cosmos_reason1"
+    untagged = replace(settings, untagged="first")
+
+    @cache
+    def clips() -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for path in sorted(path for path in root.rglob("*") if path.suffix.lower() in VIDEOS):
+            found.setdefault(path.name, []).append(path.relative_to(root).as_posix())
+        return found
+
+    for where, identity, row in read_json_rows(source):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            video = field(row, "video", str)
+            clip = video if (root / video).is_file() else _by_name(video, clips())
+            part = Path(where).parent.name  # the set: a folder of the hub's repository
+            for number, (kind, turns) in enumerate(_dialogues(row, part)):
+                messages = tagged_messages(turns, {"image": [], "video": [clip]}, root, untagged)
+                key = f"cosmos_reason1/{identity}" + (f".{number}" if number else "")
+                yield where, conversation(key, messages, name, group=f"{part}/{video}", kind=kind)
+        except RowError as error:
+            yield where, error
+
+
+def _by_name(video: str, clips: Mapping[str, list[str]]) -> str:
+    found = clips.get(Path(video).name, [])
+    if len(found) != 1:
+        detail = f"also called so: {', '.join(found[:3])}" if found else "nor is a clip of that name"
+        raise RowError("media missing", f"{video} is not there; {detail}")
+    return found[0]
+
+
+def _dialogues(row: Mapping[str, Any], part: str) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return kind and turns of each dialogue of a row; multiple choices become one each."""
+    if "qa_pairs" not in row:
+        turns = read_turns(field(row, "conversations", list))
+        thinks = any("<think>" in str(text) for role, text in turns if role == "assistant")
+        return [(f"{part}_reasoning" if thinks else part, turns)]
+    pairs = field(row, "qa_pairs", (list, dict))
+    return [(f"{part}_choice", _choice(pair)) for pair in (pairs if isinstance(pairs, list) else [pairs])]
+
+
+def _choice(pair: Any) -> list[tuple[str, str]]:
+    options, question = field(pair, "index2ans", dict), field(pair, "question", str)
+    answer = field(pair, "answer" if "answer" in pair else "correct_answer", str)
+    if answer not in options:
+        raise RowError("malformed row", f"answer {answer!r} is no option; there are {', '.join(options)}")
+    lines = [question, *(f"({letter}) {text}" for letter, text in sorted(options.items())), ASK]
+    return [("system", SYSTEM), ("user", "\n".join(lines)), ("assistant", answer)]

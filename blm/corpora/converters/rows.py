@@ -1,0 +1,197 @@
+"""What all converters share: rows of JSON files, and texts whose media tags stand for files.
+
+A tag `<image>` or `<video>` in a question stands for the next file of its list. A video becomes evenly spaced
+frame references. Nothing is guessed: another number of tags than files is a fault of that row.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from blm.corpora.faults import RowError
+from blm.corpora.messages import Conversation, check_text, check_turns
+from blm.corpora.pictures import find_media
+from blm.media import frame_references, split_time
+from blm.types import BlmError, Image, Message
+
+ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
+"""Names that published rows have for the three roles."""
+_TAG = re.compile(r"<(image|video)>")
+Rows = Iterator[tuple[str, Conversation | RowError]]
+"""Where a row stands ("file.json:17"), and what it became."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How rows become conversations."""
+
+    frames: int = 8
+    """Frames that a video becomes, from the middles of equal parts. Of longer lists of frames (ShareRobot)
+    so many are used, evenly spaced, the first and the last among them; 0 uses all of such a list."""
+    media: Path | None = None
+    """Folder that media references are relative to; default: the source folder, or that of the file."""
+    source: str = ""
+    """Name of the source in the rows; default: the converter's. Kinds are named after it where rows do not
+    tell the kind of their questions."""
+    untagged: Literal["refuse", "first"] = "refuse"
+    """Rows that have media but no tag at all: name them as faults, or show the media first."""
+    cameras: tuple[str, ...] = ()
+    """Of a robot dataset; default: the first camera."""
+
+    def __post_init__(self) -> None:
+        if self.frames < 0:
+            raise BlmError(f"a video becomes at least one frame, got {self.frames}; 0 means all of a list")
+
+
+def read_json_rows(source: Path) -> Iterator[tuple[str, str, Any | RowError]]:
+    """Yield place, a name for an id, and row, of a JSON array, a JSONL file, or a folder of such.
+
+    Raises BlmError for a source that is missing or a file that holds no rows.
+    """
+    if not source.exists():
+        raise BlmError(f"'{source}' does not exist; name the JSON or JSONL file, or the folder of them")
+    files = (
+        [source] if source.is_file() else sorted(f for s in ("json", "jsonl") for f in source.rglob(f"*.{s}"))
+    )
+    if not files:
+        raise BlmError(f"'{source}' holds no .json or .jsonl file")
+    for file in files:
+        name = file.name if file == source else file.relative_to(source).as_posix()
+        for number, row in _lines(file) if file.suffix == ".jsonl" else _array(file):
+            yield f"{file}:{number}", f"{name}:{number}", row
+
+
+def _lines(file: Path) -> Iterator[tuple[int, Any | RowError]]:
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    reason = "malformed JSON" if line.endswith(b"\n") else "truncated last line"
+                    yield number, RowError(reason, str(error))
+
+
+def _array(file: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        rows = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BlmError(f"'{file}' cannot be read as JSON ({error}): it is truncated or altered") from error
+    if not isinstance(rows, list):
+        raise BlmError(f"'{file}' holds a {type(rows).__name__}, no list of rows; name the files that do")
+    yield from enumerate(rows, start=1)
+
+
+def media_root(source: Path, settings: Settings) -> Path:
+    return (settings.media or (source if source.is_dir() else source.parent)).absolute()
+
+
+def field(row: Any, key: str, kind: type | tuple[type, ...]) -> Any:
+    """Return `row[key]`. Raises RowError unless it is there and of that type."""
+    if not isinstance(row, Mapping) or not isinstance(row.get(key), kind):
+        found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+        raise RowError("malformed row", f"'{key}' is missing or of another type; it has {found}")
+    return row[key]
+
+
+def media_list(row: Mapping[str, Any], *keys: str) -> list[str]:
+    """Return the references under the first of `keys` that the row has: a text, or a list of texts."""
+    value: Any = next((row[key] for key in keys if row.get(key)), [])
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
+        raise RowError("malformed row", f"media under {' or '.join(keys)} are {str(value)[:60]!r}, no paths")
+    return values
+
+
+def read_turns(turns: Any) -> list[tuple[str, Any]]:
+    """Return (role, content) of turns with "from" and "value" or with "role" and "content"."""
+    found = []
+    for turn in turns:
+        if not isinstance(turn, Mapping) or not (
+            {"from", "value"} <= set(turn) or {"role", "content"} <= set(turn)
+        ):
+            raise RowError("malformed row", f"a turn is {str(turn)[:60]!r}: from/value or role/content")
+        keys = ("from", "value") if "from" in turn else ("role", "content")
+        name, content = (turn[key] for key in keys)
+        if name not in ROLES:
+            raise RowError("unknown role", f"role {name!r}; valid: {', '.join(ROLES)}")
+        found.append((ROLES[name], content))
+    return found
+
+
+def tagged_messages(
+    turns: Sequence[tuple[str, str]],
+    media: Mapping[str, Sequence[str]],
+    root: Path,
+    settings: Settings,
+) -> tuple[Message, ...]:
+    """Return messages with each tag replaced by the next file of `media` ("image" and "video" -> references).
+
+    Raises RowError for tags and files that do not match, and for media that are missing or unreadable.
+    """
+    queues = {kind: list(files) for kind, files in media.items()}
+    texts = [(role, check_text(text)) for role, text in turns]
+    tags = [tag for role, text in texts if role == "user" for tag in _TAG.findall(text)]
+    if not tags and settings.untagged == "first":
+        lead = "".join(f"<{kind}>" for kind, files in queues.items() for _ in files)
+        first = next((i for i, (role, _) in enumerate(texts) if role == "user"), 0)
+        texts[first : first + 1] = [(role, lead + text) for role, text in texts[first : first + 1]]
+        tags = _TAG.findall(lead)
+    for kind, files in queues.items():
+        if tags.count(kind) != len(files):
+            hint = "; --untagged first shows them first" if not tags else ""
+            raise RowError(
+                "wrong media count", f"{tags.count(kind)} tags <{kind}> for {len(files)} files{hint}"
+            )
+    messages = []
+    for role, text in texts:
+        if role != "user" and _TAG.search(text):
+            raise RowError("wrong media count", f"a media tag in the text of the {role}")
+        parts: list[str | Image] = []
+        for place, piece in enumerate(_TAG.split(text)):
+            if place % 2:
+                parts += show(piece, queues[piece].pop(0), root, settings)
+            elif piece.strip():
+                parts.append(piece.strip() if tags else piece)
+        messages.append(Message(role, tuple(parts)))  # type: ignore[arg-type]
+    check_turns(messages)
+    return tuple(messages)
+
+
+def show(kind: str, reference: str, root: Path, settings: Settings) -> list[Image]:
+    """Return a picture, or the frames of a video, as references. Raises RowError for what is not there."""
+    file = find_media(reference, root)
+    if kind == "image":
+        return [Image(path=reference)]
+    try:
+        return [Image(path=path) for path in frame_references(reference, root, settings.frames or 8)]
+    except BlmError as error:
+        raise RowError("media unreadable", f"{file}: {error}") from None
+
+
+def conversation(
+    identity: str,
+    messages: tuple[Message, ...],
+    source: str,
+    *,
+    group: str = "",
+    kind: str = "",
+) -> Conversation:
+    """Return a conversation; by default grouped by its first media file, of the source's kind."""
+    media = [image.path for message in messages for image in message.images]
+    first = f"{source}/{split_time(str(media[0]))[0]}" if media else identity
+    answers = sum(message.role == "assistant" for message in messages)
+    kinds = (kind or source,) * answers
+    return Conversation(id=identity, group=group or first, source=source, kinds=kinds, messages=messages)

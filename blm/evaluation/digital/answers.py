@@ -1,0 +1,76 @@
+"""What the evaluation knows of a model beyond `Chat`: batches, refusals, and answers kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from blm.types import BlmError, Chat, Message
+
+
+class AnswerError(BlmError):
+    """This one conversation has no answer (refused, too long); it counts as wrong, others may go well."""
+
+
+@runtime_checkable
+class AnswersBatches(Protocol):
+    """A Chat that answers several conversations at once."""
+
+    def answer_batch(
+        self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 64
+    ) -> Sequence[str | AnswerError]: ...
+
+
+def answer_all(
+    chat: Chat, conversations: Sequence[Sequence[Message]], max_tokens: int
+) -> list[str | AnswerError]:
+    """Ask every conversation, together where the model can."""
+    if isinstance(chat, AnswersBatches):
+        return list(chat.answer_batch(conversations, max_tokens=max_tokens))
+    return [_one(chat, messages, max_tokens) for messages in conversations]
+
+
+def _one(chat: Chat, messages: Sequence[Message], max_tokens: int) -> str | AnswerError:
+    try:
+        return chat.answer(messages, max_tokens=max_tokens)
+    except AnswerError as error:
+        return error
+
+
+class AnswerCache:
+    """One small file for each answer, named by the hash of all that it depends on. Safe between threads."""
+
+    def __init__(self, folder: Path | None) -> None:
+        """Without a folder nothing is kept."""
+        self.folder = folder
+
+    @staticmethod
+    def key(*parts: object) -> str:
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def get(self, key: str) -> str | None:
+        """The kept answer, or None. Raises BlmError for a damaged file."""
+        if self.folder is None or not (file := self._file(key)).exists():
+            return None
+        try:
+            return str(json.loads(file.read_text())["answer"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise BlmError(f"kept answer '{file}' is damaged ({error!r}); delete it and run again") from error
+
+    def put(self, key: str, answer: str) -> None:
+        if self.folder is None:
+            return
+        file = self._file(key)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        temporary.write_text(json.dumps({"answer": answer}))
+        temporary.replace(file)
+
+    def _file(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / key[:2] / f"{key}.json"

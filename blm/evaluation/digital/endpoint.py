@@ -1,0 +1,196 @@
+"""Any OpenAI-compatible endpoint as a Chat: concurrent, cached on disk, patient with the network only.
+
+An answer is asked for once. What is tried again are requests that got no answer: a dropped connection, 408,
+429 (for as long as Retry-After says) and 5xx. A request that the server refuses for its content (400, 413,
+422, a content filter) is an `AnswerError` for that question alone; a wrong key, an unknown model and a server
+that stays away end the run, which continues from there when it is started again.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import PIL.Image
+
+from blm.evaluation.digital.answers import AnswerCache, AnswerError
+from blm.media import load_pixels
+from blm.types import BlmError, Image, Message
+
+REFUSED = (400, 413, 422)
+"""The request's content is at fault: prompt too long, a picture refused, a filter."""
+PATIENT = (408, 429)
+"""Tried again, as are all 5xx."""
+LONGEST_WAIT = 60.0
+"""Between two tries [s]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to ask, and how long to try."""
+
+    temperature: float = 0.0
+    seed: int | None = 0
+    """Passed on; None for servers that refuse it."""
+    token_field: str = "max_tokens"
+    """Some models want max_completion_tokens."""
+    concurrency: int = 8
+    """Requests at the same time."""
+    attempts: int = 6
+    timeout: float = 300.0
+    """Of one request [s]."""
+    first_wait: float = 1.0
+    """Before the second try; it doubles from try to try [s]."""
+
+
+class Endpoint:
+    """A model behind `url` (which ends in /v1). It is a `Chat`, and answers batches concurrently."""
+
+    def __init__(
+        self,
+        model: str,
+        url: str,
+        *,
+        api_key: str | None = None,
+        cache: Path | None = None,
+        settings: Settings | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.model, self.url, self.settings = model, url.rstrip("/"), settings or Settings()
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits(max_connections=self.settings.concurrency)
+        self._client = httpx.Client(headers=headers, timeout=self.settings.timeout, limits=limits)
+        self._cache, self._sleep = AnswerCache(cache), sleep
+
+    @property
+    def name(self) -> str:
+        """Model and place, for results and caches."""
+        return f"{self.model}@{self.url}"
+
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+        """Return the answer. Raises AnswerError for a refused conversation, BlmError for a failing server."""
+        body = self._body(messages, max_tokens)
+        key = AnswerCache.key(self.url, body)
+        kept = self._cache.get(key)
+        if kept is not None:
+            return kept
+        text = _text(self._post(body))
+        self._cache.put(key, text)
+        return text
+
+    def answer_batch(
+        self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 64
+    ) -> list[str | AnswerError]:
+        """Ask all at once; a refused one has its AnswerError in its place. Raises BlmError as `answer`."""
+
+        def ask(messages: Sequence[Message]) -> str | AnswerError:
+            try:
+                return self.answer(messages, max_tokens=max_tokens)
+            except AnswerError as error:
+                return error
+
+        with ThreadPoolExecutor(self.settings.concurrency) as pool:
+            futures = [pool.submit(ask, messages) for messages in conversations]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _body(self, messages: Sequence[Message], max_tokens: int) -> dict[str, Any]:
+        settings = self.settings
+        body: dict[str, Any] = {"model": self.model, "temperature": settings.temperature}
+        body |= {"messages": [_message(message) for message in messages], settings.token_field: max_tokens}
+        return body if settings.seed is None else {**body, "seed": settings.seed}
+
+    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        trouble, wait = "", 0.0
+        for attempt in range(self.settings.attempts):
+            if attempt:
+                self._sleep(wait)
+            wait = min(self.settings.first_wait * 2**attempt, LONGEST_WAIT)
+            try:
+                response = self._client.post(f"{self.url}/chat/completions", json=body)
+                if response.status_code == 200:
+                    reply: dict[str, Any] = response.json()
+                    return reply
+            except (httpx.TransportError, ValueError) as error:  # a body cut short is no JSON
+                trouble = f"{type(error).__name__}: {error}"
+                continue
+            trouble = f"status {response.status_code}: {_reason(response)}"
+            if response.status_code not in PATIENT and response.status_code < 500:
+                raise self._refusal(response.status_code, trouble)
+            wait = min(max(wait, _seconds(response.headers.get("Retry-After"))), LONGEST_WAIT)
+        raise BlmError(
+            f"no answer from '{self.name}' in {self.settings.attempts} tries; last: {trouble}. What was "
+            "answered is kept: run the same command again when the server is back"
+        )
+
+    def _refusal(self, status: int, trouble: str) -> BlmError:
+        if status in REFUSED:
+            return AnswerError(f"refused with {trouble}")
+        if status in (401, 403):
+            return BlmError(f"'{self.url}' refuses the API key ({trouble}); set OPENAI_API_KEY or --api-key")
+        if status == 404:
+            return BlmError(f"'{self.url}' has no model '{self.model}' ({trouble}); it has: {self._models()}")
+        return BlmError(f"'{self.name}' answers {trouble}")
+
+    def _models(self) -> str:
+        try:
+            names = [str(entry["id"]) for entry in self._client.get(f"{self.url}/models").json()["data"]]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            names = []
+        return ", ".join(names) or "(it does not say; does the address end in /v1?)"
+
+
+def _message(message: Message) -> dict[str, Any]:
+    return {"role": message.role, "content": [_part(part) for part in message.content]}
+
+
+def _part(part: str | Image) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(load_pixels(part)).save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+
+
+def _text(reply: dict[str, Any]) -> str:
+    """The words of a reply. Raises AnswerError where a filter left none, BlmError for another form."""
+    try:
+        choice = reply["choices"][0]
+        message = choice["message"]
+        text = message.get("content")
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise BlmError(f"a reply is not of the OpenAI form ({error!r}): {str(reply)[:200]}") from error
+    if text is None:
+        why = message.get("refusal") or f"finish reason {choice.get('finish_reason')}"
+        raise AnswerError(f"no words in the reply ({why})")
+    return str(text)
+
+
+def _reason(response: httpx.Response) -> str:
+    try:
+        error = response.json()["error"]
+        return str(error["message"] if isinstance(error, dict) else error)[:300]
+    except (ValueError, KeyError, TypeError):
+        return response.text[:300]
+
+
+def _seconds(header: str | None) -> float:
+    """Retry-After as a number of seconds; dates, and nothing, are 0."""
+    try:
+        return max(0.0, float(header or 0))
+    except ValueError:
+        return 0.0

@@ -1,0 +1,192 @@
+"""Verifiable instructions: does a model still do as it is told? A program judges, strictly.
+
+In the manner of IFEval (Zhou et al. 2023, arXiv:2311.07911): each prompt holds one rule that its answer keeps
+or breaks, whatever else it says. Nothing is forgiven: no preamble is stripped, no emphasis removed. A few
+prompts check knowledge instead. All are text; compare a tuned model with its base, probe by probe.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from blm.evaluation.digital.answers import answer_all
+from blm.evaluation.intervals import success_rate
+from blm.types import Chat, Message, Question
+
+MAX_TOKENS, BATCH = 128, 20
+Rule = Callable[[str], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """One instruction and the program that says whether an answer keeps it."""
+
+    question: Question
+    keeps: Rule
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[A-Za-z0-9']+(?:-[A-Za-z0-9']+)*", text)
+
+
+def sentences(text: str) -> int:
+    """Number of sentences: runs that end in . ! or ? before a space or the end. 3.5 is no end."""
+    parts = re.split(r"(?<=[.!?])[\"')\]]*\s+", text.strip())
+    return sum(bool(words(part)) for part in parts)
+
+
+def lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def bullets(count: int) -> Rule:
+    """Exactly `count` lines begin with * or -, and no other line exists."""
+    return lambda text: len(lines(text)) == count == sum(line[:2] in ("* ", "- ") for line in lines(text))
+
+
+def numbered(count: int) -> Rule:
+    return lambda text: [line[:2] for line in lines(text)] == [f"{i}." for i in range(1, count + 1)]
+
+
+def mentions(*wanted: str) -> Rule:
+    """Every one of these words occurs, in any case."""
+    return lambda text: {word.lower() for word in wanted} <= {word.lower() for word in words(text)}
+
+
+def avoids(*letters_or_words: str) -> Rule:
+    """None of these strings occurs, in any case, and there is an answer at all."""
+    return lambda text: bool(words(text)) and not any(s.lower() in text.lower() for s in letters_or_words)
+
+
+def word_count(low: int, high: int) -> Rule:
+    return lambda text: low <= len(words(text)) <= high
+
+
+def is_json(kind: type, *keys: str) -> Rule:
+    """The whole answer is JSON of this kind; an object has exactly these keys."""
+
+    def keeps(text: str) -> bool:
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            return False
+        return isinstance(value, kind) and (not isinstance(value, dict) or set(value) == set(keys))
+
+    return keeps
+
+
+def equals(answer: str) -> Rule:
+    return lambda text: text.strip() == answer
+
+
+def _upper(text: str) -> bool:
+    return text.isupper()
+
+
+def _lower(text: str) -> bool:
+    return text.islower()
+
+
+_RULES: tuple[tuple[str, str, Rule], ...] = (
+    ("case", "What is the sea? Answer in capital letters only.", _upper),
+    ("case", "Name a colour of the rainbow. Write your whole answer in capital letters.", _upper),
+    ("case", "Describe a cat. Use lower-case letters only, no capital letters at all.", _lower),
+    ("case", "Where do fish live? Write everything in lower case.", _lower),
+    ("length", "Describe the moon in exactly two sentences.", lambda text: sentences(text) == 2),
+    ("length", "Why do people sleep? Answer in exactly one sentence.", lambda text: sentences(text) == 1),
+    ("length", "What is a bridge? Use exactly three sentences.", lambda text: sentences(text) == 3),
+    ("length", "Describe a forest in at most 12 words.", word_count(1, 12)),
+    ("length", "Explain what a robot is in at least 40 words.", word_count(40, 10_000)),
+    ("length", "What is the opposite of hot? Answer with a single word.", word_count(1, 1)),
+    ("length", "Tell me about bread in 20 to 40 words.", word_count(20, 40)),
+    ("end", "Tell me about rain. End your answer with the words: That is all.",
+     lambda text: text.rstrip().endswith("That is all.")),
+    ("end", "What is a chair for? End your answer with a question mark.",
+     lambda text: text.rstrip().endswith("?")),
+    ("start", "Tell me about the sun. Begin your answer with the word Certainly.",
+     lambda text: text.startswith("Certainly")),
+    ("start", "What do bees make? Begin your answer with: My answer is",
+     lambda text: text.startswith("My answer is")),
+    ("quote", "Give me a good title for a story. Put your whole answer in double quotation marks.",
+     lambda text: len(text) > 2 and text[0] == text[-1] == '"'),
+    ("letters", "Name an animal, without using the letter e.", avoids("e")),
+    ("letters", "Describe winter without using the word snow.", avoids("snow")),
+    ("letters", "Write one sentence about dogs, and use no comma.", avoids(",")),
+    ("words", "Write a sentence about a kitchen that uses the words spoon and window.",
+     mentions("spoon", "window")),
+    ("words", "Write about the sea. Use the word blue at least twice.",
+     lambda text: [word.lower() for word in words(text)].count("blue") >= 2),
+    ("list", "Give 3 bullet points about water, each on a line that begins with '* '. Write nothing else.",
+     bullets(3)),
+    ("list", "Give 2 reasons to read, each on a line that begins with '- '. Write nothing else.",
+     bullets(2)),
+    ("list", "Name four fruits as a numbered list: 1. 2. 3. 4. Write nothing else.", numbered(4)),
+    ("list", "Name three colours, separated by commas. Write nothing else.",
+     lambda text: len(text.split(",")) == 3 and len(lines(text)) == 1 and len(words(text)) <= 6),
+    ("json", 'Give the name and the age of a person as JSON with the keys "name" and "age". Write only JSON.',
+     is_json(dict, "name", "age")),
+    ("json", "Give the numbers one to three as a JSON list. Write only JSON.", is_json(list)),
+    ("repeat", "Repeat this sentence exactly and write nothing else: The red cube is on the table.",
+     equals("The red cube is on the table.")),
+    ("repeat", "Write the word hello three times, separated by spaces, and nothing else.",
+     equals("hello hello hello")),
+    ("choice", "Is fire hot? Answer with yes or no only, in lower case, without a full stop.", equals("yes")),
+    ("format", "Write two short paragraphs about trees, separated by one blank line.",
+     lambda text: len([part for part in re.split(r"\n\s*\n", text.strip()) if words(part)]) == 2),
+    ("knowledge", "What is the capital of France?", mentions("Paris")),
+    ("knowledge", "What is the capital of Japan?", mentions("Tokyo")),
+    ("knowledge", "What is the capital of Italy?", mentions("Rome")),
+    ("knowledge", "What is 2 + 3?", mentions("5")),
+    ("knowledge", "What is 7 - 4? Give the number.", mentions("3")),
+    ("knowledge", "How many days does a week have? Give a number in digits.", mentions("7")),
+    ("knowledge", "Which planet do we live on?", mentions("Earth")),
+    ("knowledge", "At how many degrees Celsius does water boil? Give a number in digits.", mentions("100")),
+    ("knowledge", "What is the chemical formula of water?", lambda text: "H2O" in text or "H₂O" in text),
+)  # fmt: skip
+"""Family, prompt, rule. A change makes results of before and after incomparable."""
+
+
+def instruction_probes() -> list[Probe]:
+    """All probes, in a fixed order."""
+    probes = []
+    for number, (family, prompt, keeps) in enumerate(_RULES):
+        question = Question(
+            id=f"instruction/{number:02d}",
+            kind=f"instruction_{family}",
+            messages=(Message("user", (prompt,)),),
+            answer="",
+            group=f"instruction/{number:02d}",
+        )
+        probes.append(Probe(question=question, keeps=keeps))
+    return probes
+
+
+def score(probe: Probe, answer: str) -> bool:
+    """Whether the answer, as the model gave it, keeps the rule."""
+    return bool(answer.strip()) and probe.keeps(answer.strip())
+
+
+def run_probes(chat: Chat, probes: Sequence[Probe] | None = None) -> list[dict[str, Any]]:
+    """Ask every probe; one row each: id, kind, group, question, raw answer, correct. No answer is wrong."""
+    chosen = instruction_probes() if probes is None else probes
+    rows = []
+    for start in range(0, len(chosen), BATCH):
+        part = chosen[start : start + BATCH]
+        answers = answer_all(chat, [probe.question.messages for probe in part], MAX_TOKENS)
+        for probe, answer in zip(part, answers, strict=True):
+            row: dict[str, Any] = {name: getattr(probe.question, name) for name in ("id", "kind", "group")}
+            row |= {"question": probe.question.messages[-1].text, "raw": str(answer)}
+            rows.append(row | {"correct": isinstance(answer, str) and score(probe, answer)})
+    return rows
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Rates with their 95 % intervals: over all, for the instructions, for the knowledge."""
+    knowledge = [row["correct"] for row in rows if row["kind"] == "instruction_knowledge"]
+    told = [row["correct"] for row in rows if row["kind"] != "instruction_knowledge"]
+    parts = {"all": [*told, *knowledge], "instructions": told, "knowledge": knowledge}
+    return {name: asdict(success_rate(part)) for name, part in parts.items() if part}

@@ -1,0 +1,145 @@
+"""A language model compares a free answer with the reference: 0, 0.5 or 1, as EgoThink and ShareRobot do.
+
+The judge sees words only. Its reply must hold exactly one rating, [[0]], [[0.5]] or [[1]]; any other reply is
+a failed judgement: the answer scores 0 and is counted as failed, never asked again and never left out. The
+prompt is ours (EgoThink's rubric, other words); its hash and the judge's name are part of the protocol.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import track
+
+from blm.evaluation.digital.answers import AnswerCache, AnswerError, answer_all
+from blm.evaluation.digital.calibration import CALIBRATION
+from blm.evaluation.digital.compat import COMPAT
+from blm.evaluation.digital.extraction import normalise, without_reasoning
+from blm.evaluation.protocol import digest
+from blm.types import Chat, Message
+
+SYSTEM = (
+    "You grade short answers to questions about pictures and robot videos. You are strict, fair and brief."
+)
+PROMPT = """Compare the answer with the reference. You cannot see the picture: the reference is the truth.
+
+Question: {question}
+
+Reference answer: {reference}
+
+Answer to grade: {answer}
+
+Give 1 if the answer means the same as the reference, in whatever words and at whatever length.
+Give 0.5 if it is partly right: it has part of what the reference says, or is right but vague, and nothing
+in it is wrong in a way that matters.
+Give 0 if it is wrong, contradicts the reference, refuses, names no answer, or hedges between several.
+Length and style do not count. Say in one sentence why, then the rating on a line of its own, exactly so:
+Rating: [[1]] or Rating: [[0.5]] or Rating: [[0]]"""
+MAX_TOKENS = 512
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One answer to grade."""
+
+    question: str
+    reference: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge made of it."""
+
+    score: float | None
+    """0, 0.5 or 1; None for a failed judgement."""
+    reply: str
+
+
+class Judge(Protocol):
+    """Anything that grades answers."""
+
+    @property
+    def name(self) -> str:
+        """Of the model; part of the protocol."""
+        ...
+
+    @property
+    def prompt(self) -> str:
+        """Hash of the prompt; part of the protocol."""
+        ...
+
+    def grade(self, answers: Sequence[Asked]) -> list[Verdict]: ...
+
+
+class LanguageJudge:
+    """Any Chat as judge; give it temperature 0. Replies are kept in `cache` by all that they depend on."""
+
+    def __init__(self, chat: Chat, name: str, *, cache: Path | None = None, compat: str = "") -> None:
+        """`compat`: an entry of COMPAT that reads the ratings in the upstream way."""
+        self.chat, self.name, self.prompt = chat, name, digest([SYSTEM, PROMPT, MAX_TOKENS])
+        self._cache = AnswerCache(cache)
+        self._read = (compat and COMPAT[compat].rating) or read_rating
+
+    def grade(self, answers: Sequence[Asked]) -> list[Verdict]:
+        """Grade all; what is already known is not asked. Raises BlmError when the judge cannot be reached."""
+        keys = {self._key(asked): asked for asked in answers}
+        todo = [key for key in keys if self._cache.get(key) is None]
+        fresh: dict[str, str] = {}
+        batches = [todo[start : start + BATCH] for start in range(0, len(todo), BATCH)]
+        for batch in track(batches, "judging", console=Console(stderr=True), disable=not batches):
+            prompts = [_messages(keys[key]) for key in batch]
+            for key, reply in zip(batch, answer_all(self.chat, prompts, MAX_TOKENS), strict=True):
+                fresh[key] = f"(no reply: {reply})" if isinstance(reply, AnswerError) else reply
+                if isinstance(reply, str):
+                    self._cache.put(key, reply)
+        replies = [fresh.get(key) or self._cache.get(key) or "" for key in map(self._key, answers)]
+        return [Verdict(self._read(reply), reply) for reply in replies]
+
+    def _key(self, asked: Asked) -> str:
+        return AnswerCache.key(self.prompt, self.name, asked.question, asked.reference, asked.answer)
+
+
+class MatchJudge:
+    """No language model: 1 where the answer contains the reference's words. Not the paper's metric."""
+
+    name = "exact-or-contained match (not the paper's metric)"
+    prompt = ""
+
+    def grade(self, answers: Sequence[Asked]) -> list[Verdict]:
+        return [Verdict(float(_contained(asked.reference, asked.answer)), "") for asked in answers]
+
+
+def _contained(reference: str, answer: str) -> bool:
+    words = normalise(reference)
+    return bool(words) and re.search(rf"\b{re.escape(words)}\b", normalise(answer)) is not None
+
+
+def _messages(asked: Asked) -> tuple[Message, ...]:
+    return Message("system", (SYSTEM,)), Message("user", (PROMPT.format(**asdict(asked)),))
+
+
+def read_rating(reply: str) -> float | None:
+    """The rating in a reply after its reasoning; None unless there is exactly one value of the three."""
+    found = {float(value) for value in re.findall(r"\[\[(-?\d+(?:\.\d+)?)\]\]", without_reasoning(reply))}
+    return found.pop() if len(found) == 1 and found <= {0.0, 0.5, 1.0} else None
+
+
+def calibrate(judge: Judge) -> dict[str, Any]:
+    """Let the judge grade answers whose grades are known; return how often it agrees."""
+    asked = [Asked(question, reference, answer) for question, reference, answer, _ in CALIBRATION]
+    verdicts = judge.grade(asked)
+    pairs = [(verdict.score, label) for verdict, (*_, label) in zip(verdicts, CALIBRATION, strict=True)]
+    gaps = [abs((given if given is not None else 0.0) - label) for given, label in pairs]
+    return {
+        "n": len(pairs),
+        "agree": sum(given == label for given, label in pairs),
+        "failed": sum(given is None for given, _ in pairs),
+        "mean_gap": sum(gaps) / len(gaps),
+    }

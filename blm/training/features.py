@@ -1,0 +1,219 @@
+"""Frozen vision features, computed once per distinct picture and fed in place of pixels.
+
+What is kept depends on what is trained. If the whole eye is frozen, its output: any model. If only the
+projector behind the tower is trained, what enters the projector: LLaVA- and SmolVLM-type models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from blm.backbone import Backbone, Inputs
+from blm.training.rows import Media, Row, join, ready
+from blm.types import BlmError
+
+PROJECTORS = ("multi_modal_projector", "connector")
+"""Names of projectors that are modules of their own, behind the tower."""
+SHARD = 512 * 2**20
+"""Features are written to disk in files of about this size [bytes]."""
+Features = dict[str, Tensor]
+"""Of one picture or several: "tower_features" [units, tokens, width], or "picture_features" [tokens, width]
+with, for Qwen3-VL, "deepstack_features" [tokens, blocks, width]."""
+
+
+def eye_of(backbone: Backbone) -> list[nn.Module]:
+    """Return the modules that see: those beside the decoder. An empty list for a model of text only."""
+    parts = backbone.model.base_model.children()
+    return [part for part in parts if not any(module is backbone.decoder for module in part.modules())]
+
+
+def is_frozen(part: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in part.parameters())
+
+
+def cache_features(
+    backbone: Backbone, rows: Sequence[Row], counts: Counter[str], folder: Path | None = None
+) -> list[Row]:
+    """Return the rows with features in place of pixels; `counts` gets 'pictures' and 'distinct pictures'.
+
+    With `folder` the features lie in files below it, mapped into memory, and are found again there by the
+    next run with the same eye and pictures. Raises BlmError unless the tower is frozen.
+    """
+    projector = _trained_projector(backbone)
+    store = _Store(folder and folder / _fingerprint(backbone, projector))
+    keys = []
+    for row in track(rows, "seeing", console=Console(stderr=True)):
+        units = [(_key(unit), unit) for unit in _units(row.media)]
+        keys.append([key for key, _ in units])
+        counts["pictures"] += len(units)
+        for key, unit in units:
+            if key not in store.names:
+                store.add(key, encode(backbone, unit))
+    counts["distinct pictures"] += len({key for group in keys for key in group})
+    features = store.read()
+    return [
+        replace(row, media=_gather([features[key] for key in group]))
+        for row, group in zip(rows, keys, strict=True)
+    ]
+
+
+@torch.no_grad()
+def encode(backbone: Backbone, media: Inputs) -> Features:
+    """Return the features of one picture, on the CPU. Raises BlmError unless the tower is frozen."""
+    projector, entered = _trained_projector(backbone), list[Tensor]()
+    eye = eye_of(backbone)
+    modes = [part.training for part in eye]
+    for part in eye:
+        part.eval()
+    hook = projector and projector.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+    try:
+        seen = see(backbone, ready(backbone, media))
+    finally:
+        if hook:
+            hook.remove()
+        for part, mode in zip(eye, modes, strict=True):
+            part.train(mode)
+    if projector is not None:
+        return {"tower_features": entered[0].cpu()}
+    features = {"picture_features": torch.cat(list(seen.pooler_output)).cpu()}
+    if deep := getattr(seen, "deepstack_features", None):
+        layers = [torch.cat(list(layer)) for layer in deep]
+        features["deepstack_features"] = torch.stack(layers, dim=1).cpu()
+    return features
+
+
+def see(backbone: Backbone, inputs: Inputs) -> Any:
+    """Return what the model's eye makes of the pictures, or cached features, among `inputs`.
+
+    It has `pooler_output` and, for Qwen3-VL, `deepstack_features`, as transformers' own output has.
+    """
+    base: Any = backbone.model.base_model
+    if "tower_features" in inputs:
+        projected = projector_of(backbone)(inputs["tower_features"])
+        return SimpleNamespace(pooler_output=[projected.flatten(0, -2)])
+    if "picture_features" in inputs:
+        deep = inputs.get("deepstack_features")
+        layers = [[layer] for layer in deep.unbind(1)] if deep is not None else None
+        return SimpleNamespace(pooler_output=[inputs["picture_features"]], deepstack_features=layers)
+    words = ("input_ids", "attention_mask", "position_ids")
+    pictures = {name: value for name, value in inputs.items() if name not in words}
+    return base.get_image_features(**pictures, return_dict=True)
+
+
+def merged(backbone: Backbone, inputs: Inputs) -> dict[str, Any]:
+    """Return the arguments of the model's forward: cached features become what its eye would give."""
+    if not any(name.endswith("_features") for name in inputs):
+        return dict(inputs)
+    words = {name: value for name, value in inputs.items() if not name.endswith("_features")}
+    return {**words, "mm_encoder_outputs": {"image": see(backbone, inputs)}}
+
+
+class _Store:
+    """Features by key, in memory, or in safetensors files named 00000, 00001, .. of a folder."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.waiting: dict[str, Features] = {}
+        self.size = 0
+        files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+        self.kept = [load_file(file) for file in files]
+        self.names = {name.split("/")[0] for tensors in self.kept for name in tensors}
+
+    def add(self, key: str, features: Features) -> None:
+        self.names.add(key)
+        self.waiting[key] = features
+        self.size += sum(value.nbytes for value in features.values())
+        if self.folder is not None and self.size >= SHARD:
+            self._write(self.folder)
+
+    def read(self) -> dict[str, Features]:
+        if self.folder is not None and self.waiting:
+            self._write(self.folder)
+        found: dict[str, Features] = dict(self.waiting)
+        for tensors in self.kept:
+            for name, value in tensors.items():
+                key, _, kind = name.partition("/")
+                found.setdefault(key, {})[kind] = value
+        return found
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / f"{len(self.kept):05d}.safetensors"
+        tensors = {
+            f"{key}/{kind}": value.contiguous()
+            for key, features in self.waiting.items()
+            for kind, value in features.items()
+        }
+        save_file(tensors, f"{file}.tmp")
+        Path(f"{file}.tmp").replace(file)
+        self.kept.append(load_file(file))  # mapped into memory, not read
+        self.waiting, self.size = {}, 0
+
+
+def _trained_projector(backbone: Backbone) -> nn.Module | None:
+    """Return the projector if it alone of the eye is trained; None if nothing is. Raises BlmError else."""
+    trained = [part for part in eye_of(backbone) if not is_frozen(part)]
+    if not trained:
+        return None
+    projector = projector_of(backbone)
+    if trained != [projector]:
+        raise BlmError(
+            f"the vision features of this {type(backbone.model).__name__} cannot be cached: its "
+            f"{', '.join(type(part).__name__ for part in trained)} is trained. Freeze the vision tower"
+            + ("" if projector is not None else " and the merger, which is a part of it")
+        )
+    return projector
+
+
+def projector_of(backbone: Backbone) -> Any:
+    """Return the projector, if it is a module of its own; None if not."""
+    parts = dict(backbone.model.base_model.named_children())
+    return next((parts[name] for name in PROJECTORS if name in parts), None)
+
+
+def _units(media: Media) -> list[Inputs]:
+    """Split media into single pictures (SmolVLM: tiles)."""
+    if not media:
+        return []
+    whole = join([media])
+    if "image_grid_thw" in whole:
+        grids = whole["image_grid_thw"]
+        patches = whole["pixel_values"].split(grids.prod(-1).tolist())
+        return [{"pixel_values": p, "image_grid_thw": g[None]} for p, g in zip(patches, grids, strict=True)]
+    pieces = {name: value.split(1) for name, value in whole.items()}
+    return [dict(zip(pieces, unit, strict=True)) for unit in zip(*pieces.values(), strict=True)]
+
+
+def _gather(pictures: Sequence[Features]) -> Media:
+    names = pictures[0] if pictures else ()
+    return {name: tuple(picture[name] for picture in pictures) for name in names}
+
+
+def _key(unit: Inputs) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(unit):
+        value = unit[name].contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _fingerprint(backbone: Backbone, projector: nn.Module | None) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in eye_of(backbone):
+        if part is not projector:
+            weights = {name: value.detach().cpu() for name, value in part.state_dict().items()}
+            digest.update(_key(weights).encode())
+    return digest.hexdigest()

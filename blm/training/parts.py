@@ -1,0 +1,51 @@
+"""Which part of an image-text-to-text model a parameter belongs to, by its name in transformers' models."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import nn
+
+from blm.types import BlmError
+
+PartName = Literal["vision", "projector", "language"]
+PARTS: dict[PartName, tuple[str, ...]] = {
+    "projector": (
+        "multi_modal_projector",  # LLaVA, PaliGemma, Gemma 3, InternVL, nano, smol
+        "merger",  # Qwen-VL, inside `visual`
+        "deepstack_merger_list",  # Qwen3-VL
+        "connector",  # Idefics3, SmolVLM
+    ),
+    "vision": ("vision_tower", "visual", "vision_model"),
+    "language": ("language_model", "text_model", "lm_head"),
+}
+"""Part -> names of its modules; the first part that has one wins."""
+
+
+def part_of(name: str) -> PartName | None:
+    """Return the part of a parameter or module, None if none has its name."""
+    words = set(name.split("."))
+    return next((part for part, modules in PARTS.items() if words & set(modules)), None)
+
+
+def freeze_parts(model: nn.Module, scales: Mapping[PartName, float]) -> dict[str, int]:
+    """Let those parts train whose scale is above 0; return how many numbers of each part do.
+
+    Raises BlmError for a parameter of no known part, and for a scale other than 1 of a part that the model
+    does not have: what was meant would not happen.
+    """
+    trained: Counter[str] = Counter(dict.fromkeys(scales, 0))
+    seen: set[str] = set()
+    for name, parameter in model.named_parameters():
+        part = part_of(name)
+        if part is None:
+            raise BlmError(f"'{name}' of {type(model).__name__} belongs to none of {list(PARTS)} (see PARTS)")
+        seen.add(part)
+        parameter.requires_grad_(scales[part] > 0)
+        trained[part] += parameter.numel() * parameter.requires_grad
+    for part, scale in scales.items():
+        if part not in seen and scale != 1.0:
+            raise BlmError(f"{part}_scale is {scale}, but {type(model).__name__} has no {part} parameters")
+    return dict(trained)

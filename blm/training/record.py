@@ -1,0 +1,75 @@
+"""What a training run records: rows of means and rates in `log.jsonl`, and in trackers if wanted."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from blm.types import BlmError
+
+
+class Meter:
+    """What goes into the next row of the log."""
+
+    def __init__(self, seconds: float) -> None:
+        """`seconds` were spent before."""
+        self.seconds, self.begin, self.waited, self.steps = seconds, time.perf_counter(), 0.0, 0
+        self.values, self.sizes = defaultdict[str, float](float), defaultdict[str, float](float)
+
+    def add(self, values: Mapping[str, float], sizes: Mapping[str, float], wait: float) -> None:
+        for into, what in ((self.values, values), (self.sizes, sizes)):
+            for name, value in what.items():
+                into[name] += value
+        self.waited, self.steps = self.waited + wait, self.steps + 1
+
+    def row(self, lr: float) -> dict[str, float]:
+        elapsed = time.perf_counter() - self.begin
+        self.seconds += elapsed
+        row = {name: value / self.steps for name, value in self.values.items()}
+        row |= {"lr": lr, "samples_per_s": self.sizes["samples"] / elapsed}
+        if positions := self.sizes["positions"]:
+            row["tokens_per_s"] = self.sizes["tokens"] / elapsed
+            row["padding_share"] = 1.0 - self.sizes["tokens"] / positions
+        return row | {"data_share": self.waited / elapsed, "seconds": self.seconds}
+
+
+class Log:
+    """`out/log.jsonl` and trackers."""
+
+    def __init__(self, out: Path, trackers: Sequence[str], config: Mapping[str, Any], *, on: bool) -> None:
+        """`on`: False in all processes but the first, which writes for all."""
+        self.trackers = [_tracker(name, out, config) for name in trackers] if on else []
+        self.file = (out / "log.jsonl").open("a") if on else None
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for tracker in self.trackers:
+            tracker.finish()
+        if self.file:
+            self.file.close()
+
+    def write(self, row: Mapping[str, float]) -> None:
+        if self.file:
+            print(json.dumps(row), file=self.file, flush=True)
+        for tracker in self.trackers:
+            tracker.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+
+def _tracker(name: str, out: Path, config: Mapping[str, Any]) -> Any:
+    available = [str(tracker) for tracker in get_available_trackers()]
+    if name not in available:
+        raise BlmError(f"tracker '{name}' is not installed (pip install {name}); installed: {available}")
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    folder = {"logging_dir": str(out)} if kind.requires_logging_directory else {}
+    tracker = kind(out.name, **folder)
+    tracker.start()
+    tracker.store_init_configuration({key: str(value) for key, value in config.items()})
+    return tracker

@@ -1,0 +1,146 @@
+"""Two processes (gloo) train as one does: DDP, FSDP2, and going on from each other's checkpoints.
+
+This file is also what `accelerate launch` runs in each process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
+from test_backbone import tiny_qwen
+
+from blm.backbone import build_nano
+from blm.training.loop import LoopConfig
+from blm.training.sft import Stage1Config, TrainingSource, train_stage1
+from blm.types import Image, Message
+
+TEXTS = ["How many cubes are there?", "two", "Hello.", "Good day to you, robot."]
+STEPS, ROWS = 4, 4
+MODELS = {"nano": lambda: build_nano(TEXTS), "qwen3": lambda: tiny_qwen("3")}
+"""The eye of Qwen3-VL is sharded by block: a process that did not run it would leave the other waiting."""
+LAUNCH = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+
+
+def sources() -> list[TrainingSource]:
+    """About one row in four has a picture: with two processes, one of them often has rows of text only."""
+    pixels = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
+    seen = (Message("user", (Image(pixels), "How many cubes are there?")), Message("assistant", ("two",)))
+    said = (Message("user", ("Hello.",)), Message("assistant", ("Good day to you, robot.",)))
+    return [
+        TrainingSource(name="scenes", conversations=[seen], weight=1.0),
+        TrainingSource(name="replay", conversations=[said, said[:1] + seen[1:]], weight=3.0),
+    ]
+
+
+def train(out: Path, model: str = "nano", *, shard: bool = False, accumulate: int = 1) -> None:
+    backbone = MODELS[model]()
+    loop = LoopConfig(
+        steps=STEPS,
+        batch_size=ROWS,
+        lr=1e-3,
+        log_every=1,
+        save_every=2,
+        keep=9,
+        eval_every=2,
+        shard=shard,
+        accumulate=accumulate,
+    )
+
+    def evaluate(step: int) -> dict[str, float]:
+        return {"letters": float(len(backbone.answer([Message("user", ("Hello.",))], max_tokens=4)))}
+
+    train_stage1(backbone, sources(), Stage1Config(loop=loop), out, on_eval=evaluate)
+
+
+def log(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def require_same(out: Path, other: Path) -> None:
+    for row, same in zip(log(out), log(other), strict=True):
+        for name in ("loss", "grad_norm", "token_accuracy", "lr"):
+            assert row[name] == pytest.approx(same[name], rel=1e-5), (row["step"], name)
+        assert row.get("letters") == same.get("letters")
+    weights, expected = (load_file(folder / "backbone/model.safetensors") for folder in (out, other))
+    apart = torch.cat([(weights[name] - value).abs().flatten() for name, value in expected.items()])
+    # AdamW divides by the gradient's size: where that is all rounding, a weight may differ by a part of lr
+    assert apart.max() < 1e-3 and (apart > 1e-5).float().mean() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of runs of one process, by model."""
+    out = tmp_path_factory.mktemp("alone")
+    for model in MODELS:
+        train(out / model, model)
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folders of runs of two processes."""
+    out = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH.split()]
+    command += ["--main_process_port", str(port), __file__, str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return out
+
+
+@pytest.mark.parametrize("model", ["nano", "qwen3"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one_does(alone: Path, two: Path, kind: str, model: str) -> None:
+    require_same(two / kind / model, alone / model)
+
+
+@pytest.mark.parametrize("kind", ["ddp-from-fsdp2", "fsdp2-from-ddp"])
+def test_ddp_and_fsdp2_go_on_from_each_other(alone: Path, two: Path, kind: str) -> None:
+    require_same(two / kind, alone / "nano")
+
+
+def test_one_process_with_parts_trains_as_without(alone: Path, tmp_path: Path) -> None:
+    train(tmp_path, accumulate=2)
+    require_same(tmp_path, alone / "nano")
+
+
+def go_on(old: Path, new: Path, step: int) -> Path:
+    """Copy a run as it was after a step."""
+    new.mkdir()
+    for name in ("log.jsonl", f"state-{step:08d}.safetensors"):
+        shutil.copy(old / name, new / name)
+    return new
+
+
+def work(out: Path) -> None:
+    state = PartialState(cpu=True)
+    assert state.num_processes == 2
+    for model in MODELS:
+        train(out / "ddp" / model, model)
+        train(out / "fsdp2" / model, model, shard=True)
+    if state.is_main_process:
+        go_on(out / "fsdp2/nano", out / "ddp-from-fsdp2", 2)
+        go_on(out / "ddp/nano", out / "fsdp2-from-ddp", 2)
+    state.wait_for_everyone()
+    train(out / "ddp-from-fsdp2")
+    train(out / "fsdp2-from-ddp", shard=True)
+    state.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    work(Path(sys.argv[1]))
