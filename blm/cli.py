@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from blm.commands import corpus, digital, physical, sharerobot, training
+from blm.commands import corpus, digital, physical, retention, sharerobot, training
 from blm.types import BlmError, Message, UnknownNameError, lookup
 
 if TYPE_CHECKING:
@@ -260,6 +260,8 @@ COMMANDS: dict[str, Command] = {
     "corpus build": Command("make questions about scenes and episodes", _either("corpus", corpus.build)),
     "corpus convert": Command("published corpora -> messages JSONL", corpus.convert),
     "corpus curate": Command("drop faults, doubles and leaks, balance answers; with a report", corpus.curate),
+    "corpus replay": Command("general dialogues by the base model itself", corpus.replay),
+    "corpus report": Command("kinds of questions, and what needs no picture", corpus.report),
     "corpus validate": Command("check a whole corpus before training", corpus.validate),
     "corpus sharerobot": Command(
         "split ShareRobot by episode: evaluation, training", sharerobot.split_sharerobot
@@ -267,6 +269,7 @@ COMMANDS: dict[str, Command] = {
     "train stage1": Command("fine-tune a backbone on corpora", _either("stage1", training.stage1)),
     "train stage2": Command("train bridge and policy on the frozen backbone", _stage("stage2")),
     "eval digital": Command("ask the questions of a benchmark", _either("digital", digital.evaluate)),
+    "eval retention": Command("what a tuned backbone kept of its base's language", retention.retention),
     "eval table": Command("digital results beside the published ones", digital.table),
     "eval physical": Command(
         "drive the robots, closed loop, on held-out scenes", _either("physical", physical.evaluate)

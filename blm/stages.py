@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from blm.backbone import Backbone
-from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus
+from blm.commands.digital import spread
+from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus, read_questions
 from blm.data.episodes import open_dataset
 from blm.data.files import read_json, write_json
 from blm.demos import CollectConfig, collect
@@ -35,7 +36,7 @@ from blm.training.eye import taught_nano
 from blm.training.imitate import ImitateConfig, train_stage2
 from blm.training.intents import IntentConfig
 from blm.training.sft import TrainingSource, train_stage1
-from blm.types import BlmError, Question
+from blm.types import BlmError
 from blm.viewing import collection_sheet
 
 EPISODE_SEEDS = 500_000
@@ -135,12 +136,12 @@ def run_stage2(recipe: Recipe, run: Path) -> None:
 def run_eval_digital(recipe: Recipe, run: Path) -> None:
     """Ask the checkpoint the held-out questions, in the wordings of training and in others."""
     model = BLM.from_pretrained(run / "stage2/checkpoint")
-    known = load_questions(run / "corpora/train")
+    known = read_questions(run / "corpora/train")
     for corpus, name in (("held_out", "digital"), ("held_out_wording", "digital_wording")):
         folder = run / "corpora" / corpus
         evaluate_digital(
             model.backbone,
-            load_questions(folder, limit=recipe.evaluation.max_questions),
+            spread(read_questions(folder), recipe.evaluation.max_questions),
             run / "results" / name,
             train_questions=known,
             model=model.contract.revision,
@@ -168,18 +169,6 @@ def run_eval_physical(recipe: Recipe, run: Path) -> None:
         how: Any = {"workers": recipe.workers, "engine": recipe.engine, "videos_per_cell": videos}
         evaluate_physical(make, protocol, run / "results" / name, **how)
 
-
-def load_questions(folder: Path, *, limit: int | None = None) -> list[Question]:
-    """Return a corpus's questions, each asked alone; with `limit`, evenly spread over the corpus."""
-    rows = read_corpus(folder)
-    questions = [q for row in rows for q in row.questions() if not q.kind.startswith(TEACHING)]
-    if limit is not None and limit < len(questions):
-        questions = [questions[i * len(questions) // limit] for i in range(limit)]
-    return questions
-
-
-TEACHING = ("control", "scan")
-"""Kinds of turns that teach, and are no questions of an evaluation."""
 
 DIGITAL = {"BLM": "digital", "BLM, held-out wordings": "digital_wording"}
 """Name in the report -> folder below results/."""
@@ -222,7 +211,7 @@ def write_report(run: Path, command: str) -> Path:
         seconds={STAGES[name].title: entry["seconds"] for name, entry in ledger.items()},
         collection=run / "episodes/summary.json",
         sheet=sheet,
-        questions={name: len(load_questions(path)) for name, path in corpora.items() if path.exists()},
+        questions={name: len(read_questions(path)) for name, path in corpora.items() if path.exists()},
         logs={
             name: run / folder / "log.jsonl"
             for name, folder in (("Stage I", "stage1"), ("Stage II", "stage2"))

@@ -34,11 +34,13 @@ ALLOWED = {
     "viewing": "types data",
 }
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
-LIBRARY_LINES = 13_000
+LIBRARY_LINES = 15_850
 """Of code, without docstrings, comments and blank lines. May only go down for the same features.
 
-6,300 for the whole loop, and 3,100 for the physical suite: four tasks, planning among obstacles, corrections,
-replay, datasets of others and their faults, Ray, suite24 with batched and live inference, ManiSkill."""
+6,300 for the whole loop; 3,100 for the physical suite: four tasks, planning among obstacles, corrections,
+replay, datasets of others and their faults, Ray, suite24 with batched and live inference, ManiSkill; 6,300
+for the digital space: converters, curation and validation, questions, Stage I at scale (packing, LoRA, FSDP2,
+cached features), smol, retention, ten benchmarks in their published layouts, parsers, judge, endpoints."""
 
 
 def module_of(path: Path) -> str:

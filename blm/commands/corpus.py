@@ -258,3 +258,60 @@ def print_validation(result: Validation, shown: int = SHOWN) -> None:
             table.add_row("", "", f".. and {count - shown} more")
     if result.faults:
         console.print(table)
+
+
+# --- replay and report --------------------------------------------------------------------------------------
+
+
+def replay(command: str, arguments: list[str]) -> None:
+    """`blm corpus replay OUT`: general dialogues, answered by the base model itself."""
+
+    def run(
+        out: tyro.conf.Positional[Path],
+        backbone: str = "smol",
+        count: int = 200,
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> None:
+        """Write a replay corpus: what the base model says, so that training on it changes little.
+
+        Args:
+            out: Corpus folder to write; the same command again continues what was interrupted.
+            backbone: The base: a name of BACKBONES, or a folder.
+            count: Conversations.
+            seed: Of the prompts and of the sampling.
+            device: Torch device.
+        """
+        from blm.backbone import Backbone
+        from blm.corpora.replay import build_replay
+
+        unused = build_replay(Backbone.load(backbone, device=device), out, count, seed=seed)
+        console.print(f"{count} conversations ({unused} answers were not whole): {out}", soft_wrap=True)
+
+    tyro.cli(run, args=arguments, prog=f"blm {command}")
+
+
+def report(command: str, arguments: list[str]) -> None:
+    """`blm corpus report TRAIN HELD_OUT`: every kind of question, and how much of it needs no picture."""
+
+    def run(train: tyro.conf.Positional[Path], held_out: tyro.conf.Positional[Path | None] = None) -> None:
+        """Print every kind of question; "blind" is what the question's text alone gets right.
+
+        Args:
+            train: Corpus folder.
+            held_out: Corpus folder that is answered from the texts of the first.
+        """
+        from blm.corpora import read_corpus
+        from blm.corpora.scene_report import describe
+
+        table = Table(box=None)
+        for heading in ("kind", "questions", "texts", "answers", "blind", "commonest"):
+            table.add_column(heading, justify="left" if heading in ("kind", "commonest") else "right")
+        for kind in describe(read_corpus(train), read_corpus(held_out) if held_out else ()):
+            common = ", ".join(f"{answer} {number}" for answer, number in [*kind.answers.items()][:SHOWN])
+            blind = "-" if kind.blind is None else f"{kind.blind:.0%}"
+            numbers = (kind.questions, kind.texts, len(kind.answers))
+            table.add_row(kind.kind, *map(str, numbers), blind, common[:48])
+        Console(width=max(console.width, 120)).print(table)
+
+    tyro.cli(run, args=arguments, prog=f"blm {command}")

@@ -103,12 +103,11 @@ def evaluate(command: str, arguments: list[str]) -> None:
 
 def load_questions(benchmark: str, folder: Path) -> list[Question]:
     """The questions of a benchmark's folder; those of `scene` come from a corpus. Raises BlmError."""
-    from blm.corpora import read_corpus
+    from blm.corpora import read_questions
     from blm.evaluation.digital import BENCHMARKS
 
     if benchmark == "scene":
-        rows = read_corpus(folder)
-        return [question for row in rows for question in row.questions() if question.kind != "control"]
+        return read_questions(folder)
     return lookup("benchmark", benchmark, BENCHMARKS).questions(folder)
 
 

@@ -11,7 +11,7 @@ from blm.corpora.curation import (
     write_curated,
 )
 from blm.corpora.curation_report import CurationReport
-from blm.corpora.messages import Conversation, read_corpus, scan_corpus, write_corpus
+from blm.corpora.messages import Conversation, read_corpus, read_questions, scan_corpus, write_corpus
 from blm.corpora.validate import clean_corpus, validate_corpus
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "curate",
     "curate_sources",
     "read_corpus",
+    "read_questions",
     "scan_corpus",
     "validate_corpus",
     "write_corpus",

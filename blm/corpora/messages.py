@@ -143,6 +143,15 @@ def read_corpus(folder: Path) -> list[Conversation]:
     return rows
 
 
+TEACHING = ("control", "scan")
+"""Kinds of turns that only teach: their long answers are no questions of an evaluation."""
+
+
+def read_questions(folder: Path) -> list[Question]:
+    """The questions of a corpus, each asked alone, without those that only teach; raises as `read_corpus`."""
+    return [q for row in read_corpus(folder) for q in row.questions() if not q.kind.startswith(TEACHING)]
+
+
 def _decode(line: bytes) -> Any:
     try:
         return json.loads(line)
