@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 
 from blm.cli import find_command, parse_recipe
+from blm.commands import digital
 from blm.commands.physical import parse_collect, parse_evaluate
+from blm.commands.training import parse_stage1
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [README, *((ROOT / "docs" / name).read_text() for name in ("stage1.md", "digital.md"))]
 COMMANDS = [
-    line
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
+    line.replace("\\\n", " ")
+    for page in PAGES
+    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    for line in re.findall(r"(?:[^\\\n]|\\\n)+", block)
     if line and not line.startswith("#")
 ]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -39,6 +43,10 @@ def test_commands_exist(line):
             parse_collect(name, rest)
         elif name == "eval physical" and "--run" not in rest:
             parse_evaluate(name, rest)
+        elif name == "eval digital" and "--run" not in rest:
+            digital.parse_evaluate(name, rest)
+        elif name == "train stage1" and "--run" not in rest:
+            parse_stage1(name, rest)
         elif name == "demo" or "--run" in rest:
             parse_recipe(name, rest)
     elif words[0].endswith("python"):

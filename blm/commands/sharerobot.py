@@ -1,4 +1,4 @@
-"""`blm sharerobot FOLDER`: hold out part of ShareRobot's planning questions for evaluation."""
+"""`blm corpus sharerobot FOLDER`: hold out part of ShareRobot's planning questions for evaluation."""
 
 from __future__ import annotations
 

@@ -54,9 +54,13 @@ class TrainStage1(Stage1Config):
     """cpu or cuda."""
 
 
+def parse_stage1(command: str, arguments: list[str]) -> TrainStage1:
+    return tyro.cli(TrainStage1, args=arguments, prog=f"blm {command}")
+
+
 def stage1(command: str, arguments: list[str]) -> None:
     """`blm train stage1 OUT --corpus FOLDER`: train, evaluating held-out loss and retention on the way."""
-    chosen = tyro.cli(TrainStage1, args=arguments, prog=f"blm {command}")
+    chosen = parse_stage1(command, arguments)
     from blm.data.files import write_json
     from blm.training.parallel import Processes
     from blm.training.retention import Retention, read_texts

@@ -4,10 +4,10 @@ Layout: FOLDER/planning/test/*.json, lists of {"id": ".../rt_frames_success/<epi
 "Future_Prediction_Task", "selected_step", "conversations", "image"}. The conversations are {"from": "human",
 "value": "<image> <image> ..\\n<the question>"} and {"from": "gpt", "value": "<the answer>"}; the images
 "rt_frames_success/<episode>/frame_0.png", .. lie below FOLDER/planning/images. With FOLDER/split.json, which
-`blm sharerobot` writes, planning/heldout is asked instead. Checked against the README of FlagOpen/ShareRobot,
-the listings of the hub (planning/jsons, train and test with ten files each) and three public programs that
-read them. Assumed: the place of the frames after unpacking (three are tried), and that the published test
-rows are what papers score.
+`blm corpus sharerobot` writes, planning/heldout is asked instead. Checked against the README of
+FlagOpen/ShareRobot, the listings of the hub (planning/jsons, train and test with ten files each) and three
+public programs that read them. Assumed: the place of the frames after unpacking (three are tried), and
+that the published test rows are what papers score.
 
 What differs on purpose: at most 8 frames of up to 30, evenly spaced, the last included; questions whose
 reference is yes or no ask for just that and are compared, not judged; the others go to the judge.
@@ -34,7 +34,8 @@ GET = (
     "(2.4 GB of questions, 510 GB of frames in 95 parts), then `cat "
     "FOLDER/planning/images/rt_frames_success.tar.gz.part.* | "
     "tar xz --strip-components=6 -C FOLDER/planning/images`. Expected: FOLDER/planning/test/*.json (or "
-    "FOLDER/split.json of `blm sharerobot`) and FOLDER/planning/images/rt_frames_success/*/*/frame_*.png."
+    "FOLDER/split.json of `blm corpus sharerobot`) and "
+    "FOLDER/planning/images/rt_frames_success/*/*/frame_*.png."
 )
 
 

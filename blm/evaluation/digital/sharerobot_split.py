@@ -35,7 +35,7 @@ KINDS = (
     "success_negative",
     "success_positive",
 )
-_MAKE = "make the split anew: delete split.json and training.json, then run `blm sharerobot FOLDER`"
+_MAKE = "make the split anew: delete split.json and training.json, then run `blm corpus sharerobot FOLDER`"
 
 
 @dataclass(frozen=True, kw_only=True)
