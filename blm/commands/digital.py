@@ -60,13 +60,18 @@ def evaluate(command: str, arguments: list[str]) -> None:
     from blm.chats import find_chat
     from blm.evaluation.digital import BENCHMARKS
     from blm.evaluation.digital.endpoint import Endpoint, Settings
+    from blm.evaluation.digital.pointing import asked_in
     from blm.evaluation.digital.runner import Asking, evaluate_digital
     from blm.evaluation.digital.table import paper_tables
     from blm.evaluation.report import ReportData, build_report
 
     chosen = parse_evaluate(command, arguments)
     benchmark = lookup("benchmark", chosen.benchmark, BENCHMARKS)
-    questions = spread(load_questions(chosen.benchmark, chosen.data), chosen.limit)
+    convention = chosen.coordinates.partition(":")[0]
+    questions = [
+        asked_in(question, convention) if question.scorer == "points" else question
+        for question in spread(load_questions(chosen.benchmark, chosen.data), chosen.limit)
+    ]
     known = load_questions("scene", chosen.baseline_corpus) if chosen.baseline_corpus else []
     judge = find_judge(chosen)
     asking = Asking(

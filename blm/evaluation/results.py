@@ -81,7 +81,8 @@ def load_result(path: Path) -> dict[str, Any]:
             )
         score, rows, overall = result["score"], result["rows"], result["overall"]
         counted = [overall["n"], overall.get(score, overall)["hits"]]
-        found = [len({row["id"] for row in rows}), math.fsum(row[score] for row in rows)]
+        hits = math.fsum(row[score] for row in rows)
+        found = [len({row["id"] for row in rows}), int(hits) if hits.is_integer() else hits]
         hashes = (result["protocol_hash"], digest(result["protocol"]))
         sums: dict[str, tuple[Any, Any]] = {"n and hits": (counted, found), "hash of the protocol": hashes}
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:

@@ -71,7 +71,9 @@ def taught_nano(
             for rows, root in corpora
             if (drilled := [row.select(turns).messages for row in rows if (turns := finding(row))])
         ]
-        config = Stage1Config(loop=schooling.drill, vision_scale=0.0, cache_features=True)
+        seen = schooling.drill.steps * schooling.drill.batch_size
+        often = seen > sum(len(source.conversations) for source in sources)
+        config = Stage1Config(loop=schooling.drill, vision_scale=0.0, cache_features=often)
         train_stage1(backbone, sources, config, out / "drill")
     return backbone
 
