@@ -134,10 +134,10 @@ def demo() -> Recipe:
         name="demo",
         tasks=("push_cube", "pick_cube"),
         demonstrations=Demonstrations(episodes=16, held_out_episodes=2),
-        corpus=Corpus(scenes=2000, held_out_scenes=120, turns=6),
-        stage1=stage1(eye=200, drill=300, steps=250),
+        corpus=Corpus(scenes=1200, held_out_scenes=120, turns=6),
+        stage1=stage1(eye=200, drill=150, steps=180),
         stage2=stage2(steps=600),
-        evaluation=Evaluation(episodes=6),
+        evaluation=Evaluation(episodes=6, max_questions=400),
     )
 
 
