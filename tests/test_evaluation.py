@@ -378,3 +378,17 @@ def test_compare_digital_clusters_by_scene(tmp_path: Path) -> None:
     assert gain.difference == pytest.approx(0.2) and gain.p_value is None and gain.low < 0 < gain.high
     text = format_comparison(examine(Scripted(SCRIPT), tmp_path / "a"), load_result(tmp_path / "b"))
     assert "score on the same 5 items" in text and "No p: items share scenes" in text and "count" in text
+
+
+def test_the_name_of_a_pair_does_not_tell_a_baseline_the_answer() -> None:
+    from blm.evaluation.digital.runner import _baselines
+
+    def ask(kind: str, answer: str, number: int) -> Question:
+        words = (Message("user", ("Is it done?",)),)
+        return Question(id=f"{kind}{number}", kind=kind, messages=words, answer=answer, group="g")
+
+    train = [ask("success_positive", "yes", n) for n in range(3)] + [
+        ask("success_negative", "no", n) for n in range(2)
+    ]
+    for guess in _baselines(train).values():
+        assert guess(train[0]) == guess(train[-1]) == "yes"

@@ -22,7 +22,7 @@ from blm.evaluation.digital.extraction import normalise
 from blm.evaluation.digital.judge import Asked, Judge, calibrate
 from blm.evaluation.digital.scene_questions import SCENE
 from blm.evaluation.digital.scoring import Rules, score
-from blm.evaluation.digital.summary import Row, summarise, versus
+from blm.evaluation.digital.summary import Row, stem_of, summarise, versus
 from blm.evaluation.protocol import DigitalProtocol, digest
 from blm.evaluation.results import write_result
 from blm.media import locate, split_time, with_pixels
@@ -216,18 +216,21 @@ def _grade(rows: Sequence[Row], judge: Judge) -> None:
 
 
 def _baselines(train: Sequence[Question]) -> dict[str, Callable[[Question], str]]:
-    """Guess from the training answers: the usual one of the kind, or of the very same question text."""
+    """Guess from the training answers: the usual one of the kind, or of the very same question text.
+
+    The yes and the no of a pair are one kind: its name would give the answer away.
+    """
     alike: dict[tuple[str, ...], list[Question]] = defaultdict(list)
     for question in train:
-        alike[(question.kind,)].append(question)
-        alike[question.kind, question.messages[-1].text].append(question)
+        alike[(stem_of(question.kind),)].append(question)
+        alike[stem_of(question.kind), question.messages[-1].text].append(question)
     usual = {key: _usual(part) for key, part in alike.items()}
 
     def majority(question: Question) -> str:
-        return usual.get((question.kind,), "")
+        return usual.get((stem_of(question.kind),), "")
 
     def question_only(question: Question) -> str:
-        return usual.get((question.kind, question.messages[-1].text), majority(question))
+        return usual.get((stem_of(question.kind), question.messages[-1].text), majority(question))
 
     return {"majority": majority, "question_only": question_only}
 
