@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from blm.commands import corpus, digital, physical, retention, sharerobot, training
+from blm.commands import corpus, digital, physical, retention, sharerobot
 from blm.types import BlmError, Message, UnknownNameError, lookup
 
 if TYPE_CHECKING:
@@ -138,6 +138,12 @@ def _either(stage: str, command: Callable[[str, list[str]], None]) -> Callable[[
         (_stage(stage) if of_run else command)(name, arguments)
 
     return run
+
+
+def _train_stage1(command: str, arguments: list[str]) -> None:
+    from blm.commands.training import stage1  # its flags are those of the trainer: it loads torch
+
+    stage1(command, arguments)
 
 
 # --- one model ----------------------------------------------------------------------------------------------
@@ -266,7 +272,7 @@ COMMANDS: dict[str, Command] = {
     "corpus sharerobot": Command(
         "split ShareRobot by episode: evaluation, training", sharerobot.split_sharerobot
     ),
-    "train stage1": Command("fine-tune a backbone on corpora", _either("stage1", training.stage1)),
+    "train stage1": Command("fine-tune a backbone on corpora", _either("stage1", _train_stage1)),
     "train stage2": Command("train bridge and policy on the frozen backbone", _stage("stage2")),
     "eval digital": Command("ask the questions of a benchmark", _either("digital", digital.evaluate)),
     "eval retention": Command("what a tuned backbone kept of its base's language", retention.retention),

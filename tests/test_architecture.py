@@ -108,7 +108,7 @@ def test_no_wildcard_pickle_or_remote_code():
             assert "trust_remote_code" not in {k.arg for k in keywords}, path
 
 
-@pytest.mark.parametrize("module", ["blm", "blm.types", "blm.evaluation", "blm.serving.client"])
+@pytest.mark.parametrize("module", ["blm", "blm.cli", "blm.types", "blm.evaluation", "blm.serving.client"])
 def test_loads_without_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,7 +12,7 @@ import torch
 from blm.backbone import build_nano
 from blm.backbone.eye import CELLS, FOUND, NAME_SCALE, QUARTERS, WORDS, ConvVision, ConvVisionConfig
 from blm.corpora.messages import Conversation
-from blm.training.eye import Schooling, finding, scanned, target, taught_nano
+from blm.training.eye import Schooling, finding, places, scanned, target, taught_nano
 from blm.training.loop import LoopConfig
 from blm.types import BlmError, Image, Message
 
@@ -48,6 +48,7 @@ def test_targets_are_distributions_with_their_mean_at_the_point():
     grid = made[0, 0, :-1].unflatten(0, (CELLS, CELLS))
     assert torch.isclose((grid.sum(0) * cells).sum(), torch.tensor(0.5), atol=1e-3)
     assert torch.isclose((grid.sum(1) * cells).sum(), torch.tensor(0.25), atol=1e-3)
+    assert torch.allclose(places(made.clamp_min(1e-12).log())[0, 0], points[0, 0], atol=1e-3)
 
 
 def test_scans_belong_to_their_pictures_and_drills_are_what_finds():
@@ -91,14 +92,13 @@ def test_schooling_finds_things_in_new_pictures(tmp_path):
     backbone = taught_nano([(rows, tmp_path)], schooling, tmp_path / "run")
     eye = backbone.model.base_model.vision_tower
     assert eye.config.things == ["blue square", "green square", "red square"]
-    cells, errors = (torch.arange(CELLS) + 0.5) / CELLS, []
+    errors = []
     for seed in range(1000, 1030):
         (view,) = scanned(scene(seed), tmp_path)
         inputs = backbone.processor.image_processor([view.image.pixels], return_tensors="pt")
         with torch.no_grad():
-            logs = eye.maps(inputs["pixel_values"])[1][0]
+            found = places(eye.maps(inputs["pixel_values"])[1])[0]
         for name, (x, y) in view.points.items():
-            grid = logs[eye.config.things.index(name), :-1].softmax(-1).unflatten(0, (CELLS, CELLS))
-            found = float((grid.sum(0) * cells).sum()), float((grid.sum(1) * cells).sum())
-            errors.append(112 * math.hypot(found[0] - x / 1000, found[1] - y / 1000))
+            u, v = found[eye.config.things.index(name)].tolist()
+            errors.append(112 * math.hypot(u - x / 1000, v - y / 1000))
     assert np.median(errors) < 3.0  # px; chance is above 30

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -111,19 +112,20 @@ class ConvVision(PreTrainedModel):
         coarse = self.coarse(self.down(F.relu(fine)))
         features = F.relu(fine + F.pixel_shuffle(self.up(F.relu(coarse)), 2))
         scores = self.score(features).flatten(2)
-        scores = torch.einsum("mk,nkp->nmp", self._mixing(scores), scores)
+        scores = torch.einsum("mk,nkp->nmp", self.mixing.to(scores), scores)
         nowhere = self.nowhere.expand(len(scores), -1)[..., None]
         return features.flatten(2), torch.cat([scores, nowhere], dim=-1).log_softmax(-1)
 
-    def _mixing(self, like: Tensor) -> Tensor:
-        """[M, scores] of 0 and 1: which scores a map is the sum of."""
+    @cached_property
+    def mixing(self) -> Tensor:
+        """[M, scores] of 0 and 1, on the CPU: which scores a map is the sum of."""
         mixing = torch.zeros(self.maps_made, self.score.out_channels)
         for place, thing in enumerate(self.config.things):
             for word in words_of(thing):
                 mixing[place, self.words.index(word)] = 1
         rest = self.maps_made - len(self.config.things)
         mixing[len(self.config.things) :, len(self.words) :] = torch.eye(rest)
-        return mixing.to(like)
+        return mixing
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
         features, logs = self.maps(pixel_values)
@@ -142,7 +144,7 @@ class ConvVision(PreTrainedModel):
 
     def _names(self, found: Tensor) -> Tensor:
         """[N, 16, W]: the words of what was found, and which quarter a token is."""
-        words = self._mixing(self.nowhere)[found]
+        words = self.mixing.to(self.nowhere)[found]
         words = F.pad(words, (0, WORDS - words.shape[-1], 0, QUARTERS))
         quarter = torch.eye(QUARTERS).to(words).expand(len(found), -1, -1)
         return torch.cat([words, F.pad(quarter, (0, 0, FOUND, 0))], dim=-1)

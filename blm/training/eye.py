@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blm.backbone import Backbone, build_nano
-from blm.backbone.eye import CELLS, ConvVision
+from blm.backbone.eye import CELLS, IMAGE_SIZE, ConvVision
 from blm.corpora import Conversation
 from blm.corpora.questions import POINT_SCALE, read_scan
 from blm.media import load_pixels
@@ -43,8 +43,8 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Schooling:
-    """What a new nano learns before Stage I proper. Finding comes first: mixed with all other questions, it
-    takes ten times as long until a word leads to its place in the picture (docs/LOG.md)."""
+    """What a new nano learns before Stage I proper. Finding comes first: mixed with all other questions from
+    the beginning it was not learnt within the runs in docs/LOG.md."""
 
     eye: LoopConfig = EYE
     """The eye alone."""
@@ -131,9 +131,13 @@ def target(points: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pixels_off(logs: Tensor, points: Tensor) -> Tensor:
-    """Median distance of what is there from where its map points to [px of 112]."""
-    cells = (torch.arange(CELLS, device=points.device) + 0.5) / CELLS
+    """Median distance of what is there from where its map points to [px]."""
+    distance = (places(logs) - points).norm(dim=-1)[points[..., 0] >= 0]
+    return IMAGE_SIZE * distance.median() if len(distance) else torch.zeros(())
+
+
+def places(logs: Tensor) -> Tensor:
+    """[N, M, P + 1] log-probabilities of cells and nowhere -> [N, M, 2] fractions, if anywhere."""
+    cells = (torch.arange(CELLS, device=logs.device) + 0.5) / CELLS
     weights = logs[..., :-1].softmax(-1).unflatten(-1, (CELLS, CELLS))
-    found = torch.stack([(weights.sum(-2) * cells).sum(-1), (weights.sum(-1) * cells).sum(-1)], dim=-1)
-    distance = (found - points).norm(dim=-1)[points[..., 0] >= 0]
-    return 112 * distance.median() if len(distance) else torch.zeros(())
+    return torch.stack([(weights.sum(-2) * cells).sum(-1), (weights.sum(-1) * cells).sum(-1)], dim=-1)
