@@ -87,7 +87,7 @@ def run_corpus(recipe: Recipe, run: Path) -> None:
             first_seed=seeds.start,
             turns=recipe.corpus.turns,
             max_distractors=recipe.corpus.max_distractors,
-            control=name == "train",
+            teach=name == "train",
             wording="held_out" if name == "held_out_wording" else "seen",
             episodes=run / episodes,
             frames_per_episode=recipe.corpus.frames_per_episode,

@@ -10,33 +10,74 @@ import pytest
 import torch
 
 from blm.backbone import build_nano
-from blm.backbone.eye import CELLS, FOUND, NAME_SCALE, QUARTERS, WORDS, ConvVision, ConvVisionConfig
+from blm.backbone.eye import (
+    CELLS,
+    FOUND,
+    NAME_SCALE,
+    PERIODS,
+    QUARTERS,
+    REACH,
+    STEPS,
+    WORDS,
+    ConvVision,
+    ConvVisionConfig,
+    metric_code,
+)
 from blm.corpora.messages import Conversation
-from blm.training.eye import Schooling, finding, places, scanned, target, taught_nano
+from blm.corpora.questions import read_scan
+from blm.training.eye import (
+    Lessons,
+    Schooling,
+    _lessons,
+    eye_loss,
+    finding,
+    places,
+    scanned,
+    target,
+    taught_nano,
+)
 from blm.training.loop import LoopConfig
 from blm.types import BlmError, Image, Message
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (30, 60, 220)}
 
 
+def where(x: float, y: float) -> list[int]:
+    """Place from the robot of what is at this pixel [cm]."""
+    return [round(60 - 40 * y / 112), round(30 - 60 * x / 112), 2]
+
+
+def row(seed: int, pixels: np.ndarray, *turns: tuple[str, str]) -> Conversation:
+    """A picture, a turn of this kind and answer, and a question that is none."""
+    messages = []
+    for index, (_, answer) in enumerate(turns):
+        messages.append(Message("user", (*([Image(pixels)] if index == 0 else []), f"Ask {index}.")))
+        messages.append(Message("assistant", (answer,)))
+    kinds = tuple(kind for kind, _ in turns)
+    return Conversation(id=f"s{seed}", group=f"s{seed}", source="t", kinds=kinds, messages=tuple(messages))
+
+
 def scene(seed: int) -> Conversation:
     """Two squares of unlike colours on grey, with a scan turn and a question that is none."""
     rng = np.random.default_rng(seed)
     pixels = np.full((112, 112, 3), 128, np.uint8)
-    names = [str(name) for name in rng.choice(sorted(COLORS), 2, replace=False)]
     spots = []
-    for side, name in enumerate(names):  # one in each half, so that they do not overlap
+    for side, name in enumerate(rng.choice(sorted(COLORS), 2, replace=False)):  # they do not overlap
         x, y = int(rng.integers(8, 48)) + 56 * side, int(rng.integers(8, 104))
-        pixels[y - 5 : y + 5, x - 5 : x + 5] = COLORS[name]
-        spots.append(f"{name} square ({round(x / 112 * 1000)}, {round(y / 112 * 1000)})")
-    turns = (("List all in the base view.", ", ".join(sorted(spots))), ("Is it day?", "yes"))
-    messages = []
-    for index, (question, answer) in enumerate(turns):
-        messages.append(Message("user", (*([Image(pixels)] if index == 0 else []), question)))
-        messages.append(Message("assistant", (answer,)))
-    return Conversation(
-        id=f"s{seed}", group=f"s{seed}", source="t", kinds=("scan_base", "day"), messages=tuple(messages)
-    )
+        pixels[y - 5 : y + 5, x - 5 : x + 5] = COLORS[str(name)]
+        point, place = (round(x / 112 * 1000), round(y / 112 * 1000)), tuple(where(x, y))
+        spots.append(f"{name} square {point} at {place}")
+    return row(seed, pixels, ("scan_base", ", ".join(sorted(spots))), ("day", "yes"))
+
+
+def moment(seed: int) -> Conversation:
+    """A light bar in the upper half of a grey picture is one step, in the lower half another."""
+    rng = np.random.default_rng(seed)
+    pixels = np.full((112, 112, 3), 128, np.uint8)
+    low = int(rng.integers(2))
+    top = int(rng.integers(0, 40)) + 56 * low
+    pixels[top : top + 16] = 250
+    return row(seed, pixels, ("day", "no"), ("scan_step", ("lift", "lower")[low]))
 
 
 def test_targets_are_distributions_with_their_mean_at_the_point():
@@ -52,10 +93,74 @@ def test_targets_are_distributions_with_their_mean_at_the_point():
 
 
 def test_scans_belong_to_their_pictures_and_drills_are_what_finds():
-    row = scene(0)
-    (view,) = scanned(row, Path())
-    assert view.image is row.messages[0].images[0] and len(view.points) == 2
-    assert finding(row) == [0]
+    both = scene(0)
+    (view,) = scanned(both, Path())
+    assert view.image is both.messages[0].images[0] and len(view.places) == 2 and not view.step
+    for x, y, *place in view.places.values():
+        assert np.abs(np.subtract(place, where(0.112 * x, 0.112 * y))).max() <= 1
+    assert finding(both) == [0]
+    (view,) = scanned(moment(0), Path())
+    assert view.places is None and view.step in ("lift", "lower") and finding(moment(0)) == [1]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scans_are_read_as_they_are_written(seed):
+    rng = np.random.default_rng(seed)
+    names = ["gripper", "goal", "red cube", "white bin"]
+    told = {name: tuple(rng.integers(-999, 999, 5 if rng.random() < 0.5 else 2).tolist()) for name in names}
+    spots = [f"{name} {place[:2]}" + f" at {place[2:]}" * (len(place) == 5) for name, place in told.items()]
+    assert read_scan(", ".join(spots)) == told
+    assert read_scan("nothing") == {}
+
+
+def test_the_metric_code_is_the_place_and_its_phases():
+    metres = torch.rand(7, 3) * 2 - 1
+    code = metric_code(metres / REACH)
+    place, sines, cosines = code.split([3, 3 * len(PERIODS), 3 * len(PERIODS)], dim=-1)
+    phases = 2 * math.pi * metres[..., None] / torch.tensor(PERIODS)
+    assert torch.allclose(place, metres / REACH)
+    assert torch.allclose(sines.unflatten(-1, (3, -1)), phases.sin(), atol=1e-4)
+    assert torch.allclose(cosines.unflatten(-1, (3, -1)), phases.cos(), atol=1e-4)
+    turned = metric_code((metres + PERIODS[0]) / REACH)  # the longest period holds whole ones of all others
+    assert torch.allclose(turned[..., 3:], code[..., 3:], atol=1e-4)
+
+
+def lessons(count: int = 4) -> tuple[ConvVision, torch.Tensor, Lessons]:
+    torch.manual_seed(0)
+    eye = ConvVision(ConvVisionConfig(things=["red cube", "goal"], steps=["lift", "lower"]))
+    told = Lessons(torch.rand(count, 2, 2), torch.rand(count, 2, 3), torch.arange(count) % 2)
+    return eye, torch.randn(count, 3, 112, 112), told
+
+
+def reached(eye: ConvVision, pixels: torch.Tensor, told: Lessons) -> tuple[float, set[str]]:
+    """The loss, and which heads get a gradient from it."""
+    eye.zero_grad()
+    loss, _ = eye_loss(eye, pixels, told)
+    loss.backward()
+    heads = ("score", "metric", "fixed", "doing")
+    grads = {name: [p.grad for p in getattr(eye, name).parameters()] for name in heads}
+    return loss.item(), {name for name in heads if any(g is not None and g.any() for g in grads[name])}
+
+
+def test_what_is_not_told_teaches_nothing():
+    eye, pixels, told = lessons()
+    _, heads = reached(eye, pixels, told)
+    assert heads == {"score", "metric", "fixed", "doing"}
+    unknown = Lessons(*(torch.full_like(value, torch.nan) for value in told[:2]), told.step * 0 - 1)
+    for name, without in {"metres": "metric", "step": "doing"}.items():
+        loss, heads = reached(eye, pixels, told._replace(**{name: getattr(unknown, name)}))
+        assert math.isfinite(loss) and without not in heads and len(heads) == 3
+    loss, heads = reached(eye, pixels, unknown._replace(step=told.step))
+    assert math.isfinite(loss) and heads == {"doing"}
+
+
+def test_the_loss_is_the_mean_over_pictures():
+    eye, pixels, told = lessons()
+    told.points[0], told.metres[0], told.metres[1, 1], told.step[1] = torch.nan, torch.nan, torch.nan, -1
+    told.points[2, 0] = -1
+    told.metres[2, 0] = torch.nan
+    each = [reached(eye, pixels[i : i + 1], Lessons(*(v[i : i + 1] for v in told)))[0] for i in range(4)]
+    assert reached(eye, pixels, told)[0] == pytest.approx(np.mean(each), rel=1e-4)
 
 
 def test_tokens_name_what_they_are_about():
@@ -70,9 +175,11 @@ def test_tokens_name_what_they_are_about():
     assert (tokens[0, FOUND:, WORDS : WORDS + QUARTERS] / NAME_SCALE).allclose(torch.eye(QUARTERS))
 
 
-def test_too_many_words_are_refused():
+def test_too_many_words_or_steps_are_refused():
     with pytest.raises(BlmError, match=f"at most {WORDS - FOUND} words"):
         ConvVisionConfig(things=[f"thing{index}" for index in range(WORDS)])
+    with pytest.raises(BlmError, match=f"at most {STEPS} steps"):
+        ConvVisionConfig(steps=[f"step{index}" for index in range(STEPS + 1)])
 
 
 def test_an_untaught_eye_still_sees():
@@ -84,7 +191,7 @@ def test_an_untaught_eye_still_sees():
 
 def test_schooling_finds_things_in_new_pictures(tmp_path):
     torch.set_num_threads(1)
-    rows = [scene(seed) for seed in range(120)]
+    rows = [make(seed) for seed in range(120) for make in (scene, moment)]
     schooling = Schooling(
         eye=LoopConfig(steps=120, batch_size=16, lr=3e-3, clip=5.0, save_every=1000),
         drill=LoopConfig(steps=2, batch_size=4),
@@ -92,13 +199,16 @@ def test_schooling_finds_things_in_new_pictures(tmp_path):
     backbone = taught_nano([(rows, tmp_path)], schooling, tmp_path / "run")
     eye = backbone.model.base_model.vision_tower
     assert eye.config.things == ["blue square", "green square", "red square"]
-    errors = []
-    for seed in range(1000, 1030):
-        (view,) = scanned(scene(seed), tmp_path)
-        inputs = backbone.processor.image_processor([view.image.pixels], return_tensors="pt")
-        with torch.no_grad():
-            found = places(eye.maps(inputs["pixel_values"])[1])[0]
-        for name, (x, y) in view.points.items():
-            u, v = found[eye.config.things.index(name)].tolist()
-            errors.append(112 * math.hypot(u - x / 1000, v - y / 1000))
-    assert np.median(errors) < 3.0  # px; chance is above 30
+    assert eye.config.steps == ["lift", "lower"]
+
+    views = [view for seed in range(1000, 1030) for view in scanned(scene(seed), tmp_path)]
+    views += [view for seed in range(1000, 1030) for view in scanned(moment(seed), tmp_path)]
+    pictures = [view.image.pixels for view in views]
+    inputs = backbone.processor.image_processor(pictures, return_tensors="pt")
+    with torch.no_grad():
+        _, log = eye_loss(eye, inputs["pixel_values"], _lessons(views, eye.config.things, eye.config.steps))
+    told = [place[2:] for view in views for place in (view.places or {}).values()]
+    guess = np.median([math.dist(where(56, 56), place) for place in told])
+    assert log["pixels_off"] < 3.0  # chance is above 30
+    assert log["mm_off"] < 10 * 0.5 * guess  # always to guess the middle of all places gives 10 * guess
+    assert log["steps_right"] > 0.8

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from test_data_episodes import write
+from test_steps import recorded
 
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, read_corpus
 from blm.corpora.build import _moments
-from blm.corpora.facts import EVEN, LETTERS, Drawer, Fact, by_kind, stem_of
-from blm.corpora.messages import CORPUS_FILE, Conversation, options_of
+from blm.corpora.facts import LETTERS, Drawer, Fact, by_kind, stem_of
+from blm.corpora.messages import CORPUS_FILE, Conversation, options_of, read_questions, spoken
 from blm.corpora.questions import (
     POINT_SCALE,
     control_turn,
@@ -28,10 +30,9 @@ from blm.corpora.questions import (
 )
 from blm.corpora.scene_report import describe
 from blm.corpora.scene_view import Observer, Scene, Thing, box_of, stage
-from blm.corpora.steps import AFTER, BEFORE, IN_TASK, moment_facts, read_steps
-from blm.corpora.templates import TEMPLATES
-from blm.demos.decompositions import DECOMPOSITIONS
-from blm.tasks import TASKS, Env
+from blm.corpora.steps import read_steps
+from blm.corpora.templates import TEMPLATES, expansions
+from blm.tasks import Env
 from blm.types import BlmError, Episode
 
 PAIRS = {"left": "right", "right": "left", "front": "behind", "behind": "front"}
@@ -43,7 +44,8 @@ def thing(color, kind, x, y, role="distractor"):
 
 
 def flat_scene(*things, tcp=(0.1, -0.1, 0.1)):
-    return Scene(things, np.array(tcp), {}, {}, {}, np.zeros(3), np.zeros(2))
+    points = {"base": {"gripper": (0.5, 0.5)}}
+    return Scene(things, np.array(tcp), points, {}, {"base": {}}, np.zeros(3), np.zeros(2))
 
 
 SCENE = flat_scene(thing("red", "cube", 0.0, 0.1, "object"), thing("blue", "ball", 0.1, -0.1))
@@ -151,11 +153,13 @@ def test_formats():
 
 
 def test_what_is_hidden_is_not_asked():
-    from dataclasses import replace
-
     hidden = replace(SCENE, things=(SCENE.things[0], replace(SCENE.things[1], seen=False)))
     kinds = {fact.kind for fact in scene_facts(hidden)}
     assert not kinds & {"existence", "counting", "left_right", "comparing_nearest"}
+    assert any("gripper" in fact.thought for fact in scene_facts(SCENE))
+    for points in ({}, {"base": {}}):
+        facts = list(scene_facts(replace(SCENE, points=points)))
+        assert not [fact for fact in facts if "gripper" in (fact.thought, *fact.words.values())]
 
 
 def test_no_answer_is_much_commoner_than_the_others(rng):
@@ -194,90 +198,6 @@ def test_options_are_in_random_order(rng):
     for count in (2, 3, 4):
         letters = Counter(t.answer for t in turns if len(options_of(t.question)) == count)
         assert max(letters.values()) / letters.total() < 1 / count + 0.1
-
-
-def test_wordings_are_complete_and_disjoint():
-    for kind, wordings in TEMPLATES.items():
-        fields = [{f for _, f, _, _ in string.Formatter().parse(text) if f} for text in sum(wordings, ())]
-        assert all(found == fields[0] for found in fields), kind
-        assert len(wordings.seen) >= 3 and 1 <= len(wordings.held_out) <= 2
-        assert not {*wordings.seen} & {*wordings.held_out}
-    words = [
-        {word for w in TEMPLATES.values() for text in texts(w) for word in re.findall(r"\w+", text.lower())}
-        for texts in (lambda w: w.seen, lambda w: w.held_out)
-    ]
-    assert words[1] <= words[0], "held-out wordings use words that are trained on"
-
-
-def test_every_primitive_has_a_step():
-    assert IN_TASK.keys() == DECOMPOSITIONS.keys() == TASKS.keys()
-    with pytest.raises(BlmError, match="juggle"):
-        read_steps("pick_cube", ["juggle"] * 5, np.zeros(5, bool))
-    with pytest.raises(BlmError, match="unknown"):
-        read_steps("unknown", ["approach"], np.zeros(1, bool))
-
-
-def recorded():
-    runs = [
-        ("approach", 8),
-        ("descend", 9),
-        ("grasp", 2),
-        ("lift", 1),
-        ("grasp", 1),
-        ("lift", 6),
-        ("move", 10),
-    ]
-    labels = [name for name, count in [*runs, ("hold", 10)] for _ in range(count)]
-    return labels, np.arange(len(labels)) >= 40
-
-
-def test_steps_of_an_episode():
-    labels, solved = recorded()
-    steps = read_steps("pick_cube", labels, solved)
-    assert steps.names == ("approach", "grasp", "move", "hold") and steps.regular
-    assert steps.starts == (0, 8, 21, 37, 47)
-    assert (steps.contact, steps.done) == (17, 40)
-    assert list(steps.moments(0)) == list(range(8 - BEFORE))
-    assert list(steps.moments(1)) == list(range(8 + AFTER, 21 - BEFORE))
-    assert list(steps.moments(3)) == list(range(37 + AFTER, 47))
-    assert read_steps("pick_cube", labels, solved & False).done == len(labels)
-    peg = (
-        "approach",
-        "descend",
-        "grasp",
-        "lift",
-        "turn",
-        "lift",
-        "turn",
-        "place",
-        "release",
-        "retreat",
-        "hold",
-    )
-    labels = [name for name in peg for _ in range(5)]
-    names = read_steps("lift_peg_upright", labels, np.zeros(55, bool)).names
-    assert names == ("approach", "grasp", "lift", "place", "release", "hold")
-
-
-def test_questions_about_a_moment():
-    labels, solved = recorded()
-    steps = read_steps("pick_cube", labels, solved)
-    facts = list(moment_facts(steps, 2, 30, "Lift it."))
-    answers = {(fact.kind, *fact.words.values()): fact.answer for fact in facts}
-    assert answers["generative_affordance",] == "move the red cube to the goal"
-    assert answers["future_prediction",] == "hold still"
-    assert answers["past_description",] == "grasp the red cube"
-    assert answers["remaining_steps",] == "hold"
-    assert answers["planning", "Lift it."] == "move, hold"
-    assert answers["planning_with_context", "Lift it.", "approach"] == "move the red cube to the goal"
-    assert answers["success_positive", "grasp the red cube"] == "yes"
-    assert answers["discriminative_affordance_negative", "approach the red cube"] == "no"
-    assert ("success_positive", "Lift it") not in answers, "the task is about to be done: not asked"
-    assert {f.answer for f in facts if f.kind == "forecasting_touch"} == set()
-    early = {(f.kind, *f.words.values()): f.answer for f in moment_facts(steps, 0, 3, "Lift it.")}
-    assert early["forecasting_touch", "red cube"] == "no"
-    assert early["success_negative", "Lift it"] == "no"
-    assert early["past_description",] == "nothing"
 
 
 def config(**changes):
@@ -321,8 +241,21 @@ def episodes(folder):
 def corpora(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpora")
     for name, first, wording in (("train", 10_000, "seen"), ("new_words", 20_000, "held_out")):
-        build_scene_corpus(config(first_seed=first, wording=wording), folder / name, workers=0)
+        made = config(first_seed=first, wording=wording, teach=name == "train")
+        build_scene_corpus(made, folder / name, workers=0)
     return folder
+
+
+def test_only_what_teaches_has_thoughts_scans_and_prompts(corpora):
+    for name, teaches in (("train", True), ("new_words", False)):
+        rows = read_corpus(corpora / name)
+        kinds = {kind for row in rows for kind in row.kinds}
+        assert ("<think>" in (corpora / name / CORPUS_FILE).read_text()) == teaches
+        assert {"control", "scan_base", "scan_wrist"} <= kinds or not teaches
+        assert any(kind.startswith(("control", "scan")) for kind in kinds) == teaches
+        questions = read_questions(corpora / name)
+        assert len(questions) > 300 and not any(q.kind.startswith(("control", "scan")) for q in questions)
+        assert not any("think>" in q.answer + q.messages[0].text for q in questions)
 
 
 def test_corpus_depends_on_the_configuration_only(corpora, tmp_path):
@@ -341,7 +274,10 @@ def pattern_of(template):
 
 
 def test_held_out_wordings_are_never_trained_on(corpora):
-    patterns = {kind: [pattern_of(text) for text in w.held_out] for kind, w in TEMPLATES.items()}
+    patterns = {
+        kind: [pattern_of(t) for held in w.held_out for t in expansions(held)]
+        for kind, w in TEMPLATES.items()
+    }
     counts = Counter()
     for name in ("train", "new_words"):
         for row in read_corpus(corpora / name):
@@ -375,14 +311,20 @@ def test_moments_show_one_to_three_frames_and_their_questions(tmp_path):
     rows = list(_moments(made, ("arm", "", range(3))))
     assert len(rows) == 18
     for row in rows:
-        assert isinstance(row, Conversation) and len(row.kinds) == made.frame_turns == len({*row.kinds})
+        *kinds, last = row.kinds
+        assert isinstance(row, Conversation) and len(kinds) == made.frame_turns == len({*kinds})
+        assert last == "scan_step" and row.messages[-1].text in read_steps("pick_cube", *recorded()).names
         pictures = row.messages[0].images
         frame = int(row.id.split("/")[-1])
         values = [round(float(image.pixels.mean()) / 4) for image in pictures]
         assert len(pictures) in (2, 3, 4) and values == sorted(values), "frames are in order of time"
         assert abs(values[-1] - frame) <= 1, "the moment comes last"
-    yes_no = Counter(m.text for row in rows for m in row.messages[1::2] if m.text in EVEN)
+    yes_no = Counter(spoken(m.text) for row in rows for m in row.messages[1::2])
     assert abs(yes_no["yes"] - yes_no["no"]) <= 6
+
+
+def test_the_middle_of_the_table_is_straight_ahead(observed):
+    assert all(abs(scene.middle[1] - scene.base[1]) < 0.005 for scene, *_ in observed)
 
 
 def test_control_prompt_says_where_things_are(observed):
@@ -392,8 +334,14 @@ def test_control_prompt_says_where_things_are(observed):
     following = {"sampled": "approach", "displaced": "approach", "held": "move", "done": "hold"}
     assert turn.answer.split()[-1] == following[scene.staging]
     for camera, scan in zip(CAMERAS, scan_turns(scene), strict=True):
-        places = {name: format_point(point) for name, point in scene.points[camera].items()}
-        assert {name: str(place) for name, place in read_scan(scan.answer).items()} == places
+        named = {t.label: t.position for t in scene.things} | {"gripper": scene.tcp}
+        found = read_scan(scan.answer)
+        assert found.keys() == scene.points[camera].keys()
+        for name, told in found.items():
+            assert format_point(scene.points[camera][name]) == str(told[:2])
+            assert len(told) == (2 if camera == "wrist" else 5)
+            where = format_vector(named[name] - scene.base)
+            assert camera == "wrist" or f"{told[2:]} cm" == where
     turns = scene_turns(scene, 10, Drawer(np.random.default_rng(0)), pointing=0.5, metric=0.2)
     assert len(turns) == 10
 

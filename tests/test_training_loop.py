@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from blm.training.checkpoint import checkpoints
 from blm.training.loop import Ema, LoopConfig, Piece, run_loop
+from blm.training.optimizers import Optimizers
 from blm.training.parallel import Part
 from blm.types import BlmError
 
@@ -135,6 +136,88 @@ def test_own_rates_and_frozen_parameters(tmp_path: Path) -> None:
     assert moved == pytest.approx([1e-3, 0.0, 1e-2], rel=1e-3)
     with pytest.raises(BlmError, match="nothing to train"):
         run_loop(module.requires_grad_(False), lambda b: (b.x.sum(), {}), batch_of, config, tmp_path / "no")
+
+
+MUON = replace(CONFIG, muon=0.02)
+HIDDEN = ["blocks.0.weight", "blocks.1.weight"]
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is of torch 2.9")
+
+
+class Deep(Noisy):
+    """Two hidden layers in blocks, as in a transformer, between one before and one after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 8)
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.head = nn.Linear(8, 1)
+        self.noise = nn.Dropout(0.1)
+
+    def loss(self, batch: Points) -> tuple[Tensor, Mapping[str, float]]:
+        if batch.ids[0] == self.kill_at:
+            raise KeyboardInterrupt
+        hidden = self.net(batch.x)
+        for block in self.blocks:
+            hidden = hidden + self.noise(block(hidden).relu())
+        return (self.head(hidden).sum(-1) - batch.x.prod(-1)).square().mean(), {}
+
+
+def deep(out: Path, config: LoopConfig, kill_at: int = -1) -> Deep:
+    module = Deep()
+    module.kill_at = kill_at
+    run_loop(module, module.loss, batch_of, config, out)
+    return module
+
+
+@needs_muon
+def test_a_killed_run_with_muon_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    whole = deep(tmp_path / "whole", MUON)
+    with pytest.raises(KeyboardInterrupt):
+        deep(tmp_path / "cut", MUON, kill_at=9)
+    cut = deep(tmp_path / "cut", MUON)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, cut.state_dict()[name]), name
+    assert not torch.equal(whole.blocks[0].weight, deep(tmp_path / "without", CONFIG).blocks[0].weight)
+
+
+@needs_muon
+def test_muon_gets_the_matrices_in_blocks_and_nothing_else() -> None:
+    for muon, expected in ((0.02, HIDDEN), (0.0, [])):
+        optimizers = Optimizers(
+            Deep(), lambda name: 1e-3, lr=1e-2, muon=muon, betas=(0.9, 0.95), weight_decay=0.1
+        )
+        state = optimizers.state()
+        assert sorted(key.rsplit("/")[0] for key in state if key.endswith("momentum_buffer")) == expected
+        adam = {key.rsplit("/")[0] for key in state if key.endswith("exp_avg")}
+        assert adam == optimizers.names.keys() - {*expected}
+        peaks = {type(part).__name__: {g["peak"] for g in part.param_groups} for part in optimizers.parts}
+        assert peaks == {"AdamW": {1e-3}} | ({"Muon": {0.02 * 1e-3 / 1e-2}} if muon else {})
+
+
+@needs_muon
+def test_the_first_step_of_muon_moves_in_all_directions_alike(tmp_path: Path) -> None:
+    """The update is orthogonal: all singular values are about the rate, whatever the gradient's are."""
+    module = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(6, 6, bias=False)])})
+    weight = module["blocks"][0].weight
+    before, slope = weight.detach().clone(), torch.diag(torch.tensor([1.0, 2, 4, 8, 16, 32]))
+    config = LoopConfig(steps=1, batch_size=4, muon=0.02, weight_decay=0.0, warmup_fraction=0.0, clip=1e9)
+    run_loop(module, lambda b: ((weight * slope).sum(), {}), batch_of, config, tmp_path)
+    moved = torch.linalg.svdvals(before - weight.detach()) / 0.02
+    assert moved.min() > 0.5 and moved.max() < 1.5
+
+
+@needs_muon
+def test_a_run_with_muon_learns(tmp_path: Path) -> None:
+    deep(tmp_path, replace(MUON, steps=150, log_every=1))
+    losses = [row["loss"] for row in rows(tmp_path)]
+    assert np.mean(losses[-30:]) < 0.5 * np.mean(losses[:10])
+
+
+def test_muon_needs_a_torch_that_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(BlmError, match="muon needs torch"):
+        deep(tmp_path / "a", MUON)
+    deep(tmp_path / "b", CONFIG)
 
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])

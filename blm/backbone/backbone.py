@@ -68,7 +68,10 @@ class Backbone:
         if not Path(name_or_folder).is_dir():
             source = lookup("backbone", str(name_or_folder), BACKBONES)
         if isinstance(source, str):
-            backbone = cls(AutoModelForImageTextToText.from_pretrained(source), _load_processor(source))
+            model = AutoModelForImageTextToText.from_pretrained(source)
+            for p in model.parameters():  # tensors of a file lie as they come; aligned, their sums are
+                p.data = p.data.clone()  # the same bits in every process
+            backbone = cls(model, _load_processor(source))
         else:
             backbone = source()
         backbone.model.to(device=device, dtype=dtype)
@@ -252,12 +255,18 @@ class Backbone:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def build_nano(texts: Iterable[str] = SAMPLE_TEXTS, *, seed: int = 0, things: Sequence[str] = ()) -> Backbone:
+def build_nano(
+    texts: Iterable[str] = SAMPLE_TEXTS,
+    *,
+    seed: int = 0,
+    things: Sequence[str] = (),
+    steps: Sequence[str] = (),
+) -> Backbone:
     """Return an untrained nano; its tokenizer is trained on `texts`, best those that it will be taught.
 
-    Its eye has maps for `things`.
+    Its eye has maps for `things`, and tells `steps` apart.
     """
-    return Backbone(*make_nano(texts, seed=seed, things=things))
+    return Backbone(*make_nano(texts, seed=seed, things=things, steps=steps))
 
 
 def build_smol(*, image_size: Literal[128, 224] = 128, seed: int = 0) -> Backbone:

@@ -1,9 +1,10 @@
 """nano's eye: a small convolutional network that looks for named things.
 
 It has one map for each thing that it was taught to find (`training/eye.py`): a distribution over 28 x 28
-cells and "nowhere". The things that are most surely there become tokens that say what, where, and how it
-looks, as region features did in early vision-language models (UNITER, Chen et al., 2020); the quarters of the
-picture are the other tokens. Shapes: N pictures, M maps, P = 784 cells, F features.
+cells and "nowhere". The things that are most surely there become tokens that say what, where in the picture,
+where from the robot, and how it looks, as region features did in early vision-language models (UNITER, Chen
+et al., 2020); the quarters of the picture are the other tokens. All of them say which step the picture looks
+like. Shapes: N pictures, M maps, T tokens, P = 784 cells, F features, S steps.
 """
 
 from __future__ import annotations
@@ -34,21 +35,35 @@ NAME_SCALE, LOOK_SCALE = 4.0, 0.3
 """Make the few numbers that say what a token is about as large as the many that say how it looks."""
 FREQUENCIES = (1, 2, 4, 5, 10)
 """Half periods of the position code over the picture. 5 and 10 tell apart what decimal digits need."""
+REACH = 0.5
+"""Places from the robot are given in this [m], so that most lie within -1 .. 1 or 0 .. 2."""
+PERIODS = (2.0, 1.0, 0.2, 0.1)
+"""Periods of their code [m]. 1 and 0.1 tell apart what decimal digits of centimetres need."""
+STEPS = 16
+"""Steps are told apart up to this number."""
 
 
 class ConvVisionConfig(PretrainedConfig):
     model_type = "blm_conv_vision"
 
     def __init__(
-        self, channels: int = 48, width: int = 96, things: Sequence[str] = (), **kwargs: Any
+        self,
+        channels: int = 48,
+        width: int = 96,
+        things: Sequence[str] = (),
+        steps: Sequence[str] = (),
+        **kwargs: Any,
     ) -> None:
-        """`things`: names of what is looked for, of at most WORDS - FOUND words."""
+        """`things`: what is looked for, of at most WORDS - FOUND words; `steps`: at most STEPS names."""
         words = sorted({word for thing in things for word in words_of(thing)})
         if len(words) > WORDS - FOUND:
             raise BlmError(f"nano's eye knows at most {WORDS - FOUND} words, not {len(words)}: {words}")
-        self.channels, self.width, self.things = channels, width, list(things)
+        if len(steps) > STEPS:
+            raise BlmError(f"nano's eye tells at most {STEPS} steps apart, not {len(steps)}: {steps}")
+        self.channels, self.width, self.things, self.steps = channels, width, list(things), list(steps)
         self.image_size, self.patch_size = IMAGE_SIZE, IMAGE_SIZE // GRID
-        self.hidden_size = WORDS + QUARTERS + 1 + 2 + 4 * len(FREQUENCIES) + 2 * channels
+        places = 2 + 4 * len(FREQUENCIES) + 3 + 6 * len(PERIODS)
+        self.hidden_size = WORDS + QUARTERS + 1 + places + 2 * channels + STEPS
         super().__init__(**kwargs)
 
 
@@ -91,6 +106,10 @@ class ConvVision(PreTrainedModel):
         self.up = nn.Conv2d(w, 4 * c, 1)
         self.score = nn.Conv2d(c, len(self.words) + self.maps_made - len(config.things), 1)
         self.nowhere = nn.Parameter(torch.zeros(self.maps_made))
+        seen = WORDS + QUARTERS + 2 + 4 * len(FREQUENCIES) + 2 * c + 4 * w
+        self.metric = nn.Sequential(nn.Linear(seen, 192), nn.ReLU(), nn.Linear(192, 3))
+        self.fixed = nn.Linear(c, 1)
+        self.doing = nn.Sequential(nn.Linear(4 * w, 96), nn.ReLU(), nn.Linear(96, STEPS))
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -106,15 +125,35 @@ class ConvVision(PreTrainedModel):
             nn.init.normal_(module.score.weight, std=0.05)
             nn.init.constant_(module.nowhere, 6.0)  # about log P: nothing is anywhere yet
 
-    def maps(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features [N, F, P] and the log-probabilities [N, M, P + 1] of cells, and of nowhere."""
+    def features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the cells look like [N, F, P], and a summary of the picture [N, 4 W]."""
         fine = self.fine(self.stem(pixel_values))
-        coarse = self.coarse(self.down(F.relu(fine)))
-        features = F.relu(fine + F.pixel_shuffle(self.up(F.relu(coarse)), 2))
-        scores = self.score(features).flatten(2)
+        coarse = F.relu(self.coarse(self.down(F.relu(fine))))
+        features = F.relu(fine + F.pixel_shuffle(self.up(coarse), 2)).flatten(2)
+        halves = coarse.unflatten(2, (2, -1)).flatten(3)  # [N, W, 2, P / 8]: upper and lower half
+        return features, torch.cat([halves.mean(-1), halves.amax(-1)], dim=-1).flatten(1)
+
+    def maps(self, features: Tensor) -> Tensor:
+        """[N, F, P] -> the log-probabilities [N, M, P + 1] of cells, and of nowhere."""
+        scores = F.conv1d(features, self.score.weight.flatten(2), self.score.bias)
         scores = torch.einsum("mk,nkp->nmp", self.mixing.to(scores), scores)
         nowhere = self.nowhere.expand(len(scores), -1)[..., None]
-        return features.flatten(2), torch.cat([scores, nowhere], dim=-1).log_softmax(-1)
+        return torch.cat([scores, nowhere], dim=-1).log_softmax(-1)
+
+    def looks(
+        self, features: Tensor, summary: Tensor, weights: Tensor, names: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What things with these weights over cells [N, T, P] and names [N, T, W] are like.
+
+        Returns [N, T, ...]: the code of their place in the picture, their looks and those of the whole
+        picture, and their places from the robot [REACH m].
+        """
+        looks = F.layer_norm(weights @ features.transpose(1, 2), features.shape[1:2])
+        whole = F.layer_norm(features.mean(-1), features.shape[1:2])[:, None].expand_as(looks)
+        place = weights @ position_code(CELLS, CELLS).to(weights)
+        both = torch.cat([looks, whole], dim=-1)
+        around = summary[:, None].expand(-1, weights.shape[1], -1)
+        return place, both, self.metric(torch.cat([names, place, both, around], dim=-1))
 
     @cached_property
     def mixing(self) -> Tensor:
@@ -128,26 +167,28 @@ class ConvVision(PreTrainedModel):
         return mixing
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
-        features, logs = self.maps(pixel_values)
+        features, summary = self.features(pixel_values)
+        logs = self.maps(features)
         there = 1 - logs[..., -1].exp()
         found = there.topk(FOUND, dim=1).indices.sort(dim=1).values
         rows = torch.arange(len(found), device=found.device)[:, None]
         weights = torch.cat([logs[rows, found, :-1].softmax(-1), _quarters(logs)], dim=1)
         sure = torch.cat([there[rows, found], there.new_ones(len(there), QUARTERS)], dim=1)[..., None]
-        looks = F.layer_norm(weights @ features.transpose(1, 2), features.shape[1:2])
-        whole = F.layer_norm(features.mean(-1), features.shape[1:2])[:, None].expand_as(looks)
-        place = weights @ position_code(CELLS, CELLS).to(weights)
-        what = NAME_SCALE * self._names(found)
-        parts = (what * sure, sure, place * sure, LOOK_SCALE * looks * sure, LOOK_SCALE * whole)
-        tokens = torch.cat(parts, dim=-1)
+        names = self.names(found)
+        place, looks, metres = self.looks(features, summary, weights, names)
+        fixed = self.fixed(looks[..., -features.shape[1] :]).sigmoid()
+        metres = metric_code(metres) * fixed * (sure * (torch.arange(GRID * GRID) < FOUND).to(sure)[:, None])
+        doing = self.doing(summary).softmax(-1)[:, None].expand(-1, GRID * GRID, -1)
+        looks = LOOK_SCALE * looks * sure
+        tokens = torch.cat([NAME_SCALE * names * sure, sure, place * sure, metres, looks, doing], dim=-1)
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
 
-    def _names(self, found: Tensor) -> Tensor:
-        """[N, 16, W]: the words of what was found, and which quarter a token is."""
+    def names(self, found: Tensor) -> Tensor:
+        """[N, K] numbers of maps -> [N, K + 4, WORDS + QUARTERS]: words of each, then the quarters."""
         words = self.mixing.to(self.nowhere)[found]
         words = F.pad(words, (0, WORDS - words.shape[-1], 0, QUARTERS))
         quarter = torch.eye(QUARTERS).to(words).expand(len(found), -1, -1)
-        return torch.cat([words, F.pad(quarter, (0, 0, FOUND, 0))], dim=-1)
+        return torch.cat([words, F.pad(quarter, (0, 0, found.shape[1], 0))], dim=-1)
 
 
 def _quarters(like: Tensor) -> Tensor:
@@ -162,6 +203,14 @@ def position_code(height: int, width: int) -> Tensor:
     """Return [height * width, 2 + 4 F]: x, y in -1 .. 1; sin, cos of pi f x, pi f y for F frequencies f."""
     lines = [(torch.arange(n) + 0.5) / n * 2 - 1 for n in (height, width)]
     y, x = torch.meshgrid(*lines, indexing="ij")
-    place = torch.stack([x, y], dim=-1).reshape(-1, 2)
-    phase = (place[:, :, None] * torch.tensor(FREQUENCIES) * math.pi).flatten(1)
-    return torch.cat([place, phase.sin(), phase.cos()], dim=1)
+    return _fourier(torch.stack([x, y], dim=-1).reshape(-1, 2), FREQUENCIES)
+
+
+def metric_code(place: Tensor) -> Tensor:
+    """[..., 3] places from the robot [REACH m] -> [..., 3 + 6 P]: the same, and sin, cos for P periods."""
+    return _fourier(place, [2 * REACH / period for period in PERIODS])
+
+
+def _fourier(place: Tensor, frequencies: Sequence[float]) -> Tensor:
+    phase = (place[..., None] * place.new_tensor(frequencies) * math.pi).flatten(-2)
+    return torch.cat([place, phase.sin(), phase.cos()], dim=-1)

@@ -25,6 +25,7 @@ from blm.backbone.eye import GRID, IMAGE_SIZE, ConvVision, ConvVisionConfig
 
 IMAGE_TOKEN, PAD_TOKEN, END_TOKEN = "<image>", "<pad>", "<|end|>"
 SPECIAL_TOKENS = (PAD_TOKEN, IMAGE_TOKEN, END_TOKEN, "<|system|>", "<|user|>", "<|assistant|>")
+THOUGHT_TOKENS = ("<think>", "</think>")
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{ '<|' + message.role + '|>' }}"
     "{%- if message.content is string -%}{{ message.content }}{%- else -%}"
@@ -62,6 +63,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTo
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens(list(THOUGHT_TOKENS))  # not special: what was thought is shown
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD_TOKEN,
@@ -90,13 +92,14 @@ def make_nano(
     *,
     seed: int = 0,
     things: Sequence[str] = (),
+    steps: Sequence[str] = (),
     layers: int = 4,
     width: int = 192,
     vocab_size: int = 768,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Return an untrained model and its processor, with a tokenizer trained on `texts`.
 
-    `things` are what its eye has maps for.
+    `things` are what its eye has maps for, `steps` those that it tells apart.
     """
     tokenizer = train_tokenizer(texts, vocab_size)
     processor = LlavaProcessor(
@@ -122,7 +125,7 @@ def make_nano(
         **ids,
     )
     config = LlavaConfig(
-        vision_config=ConvVisionConfig(things=things),
+        vision_config=ConvVisionConfig(things=things, steps=steps),
         text_config=text,
         image_token_index=processor.image_token_id,
         vision_feature_select_strategy="full",

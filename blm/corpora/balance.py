@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-from blm.corpora.messages import Conversation, end_of_pictures
+from blm.corpora.messages import Conversation, end_of_pictures, spoken
 
 Balance = Literal["none", "kind", "question"]
 Turn = tuple[int, int]
@@ -84,7 +84,7 @@ def _turns(rows: Sequence[Conversation]) -> Iterator[tuple[Turn, str, str]]:
     for number, row in enumerate(rows):
         answers = (message for message in row.messages if message.role == "assistant")
         for turn, (kind, answer) in enumerate(zip(row.kinds, answers, strict=True)):
-            yield (number, turn), kind, answer.text
+            yield (number, turn), kind, spoken(answer.text)
 
 
 def _surplus(rows: Sequence[Conversation], parts: Iterable[tuple[list[Turn], int]], seed: int) -> set[Turn]:

@@ -10,7 +10,7 @@ import itertools
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,13 @@ import numpy as np
 
 from blm.corpora.facts import Drawer, by_kind, to_messages
 from blm.corpora.messages import Conversation, read_corpus, write_corpus
-from blm.corpora.questions import control_turn, scan_turns, scene_turns
+from blm.corpora.questions import control_turn, scan_step, scan_turns, scene_turns
 from blm.corpora.scene_view import Observer, stage
 from blm.corpora.steps import moment_facts, read_steps
 from blm.corpora.templates import Wording
 from blm.data.dataset import EpisodeDataset
 from blm.data.episodes import open_dataset
 from blm.engine import Unit, run_units
-from blm.media import with_pixels
 from blm.tasks import Env
 from blm.types import BlmError, ImageArray
 
@@ -59,9 +58,9 @@ class SceneCorpusConfig:
     wording: Wording = "seen"
     """Which wordings to use; the held-out ones are for evaluation."""
     max_distractors: int = 3
-    control: bool = True
-    """Ask the policy's own prompt too, and what each view shows. Off for held-out corpora: such long answers
-    are no benchmark items."""
+    teach: bool = True
+    """Add turns that only teach, the policy's own prompt and what each view shows, and the thoughts that
+    answers follow from. Off for held-out corpora: none of it is a benchmark item."""
     episodes: Path | None = None
     """Folder with one dataset per robot whose frames are asked about too."""
     frames_per_episode: int = 6
@@ -95,7 +94,8 @@ def build_scene_corpus(config: SceneCorpusConfig, out: Path, *, workers: int = 2
         for source, name, part in itertools.chain(_scene_shards(config), _episode_shards(config))
     ]
     run_units(write_shard, units, journal=shards / "journal.jsonl", workers=workers, title="scene questions")
-    count = write_corpus(out, _merge([unit.payload[3] for unit in units]))
+    folders = [unit.payload[3] for unit in units]
+    count = write_corpus(out, _merge(folders), media=_pool(folders, shards / "pool"))
     shutil.rmtree(shards)
     return count
 
@@ -161,8 +161,8 @@ def _random_scene(config: SceneCorpusConfig, observer: Any, seed: int, drawer: D
     env.reset(seed=seed, options={"arm": "random"})
     scene = look.scene(stage(env, rng))
     turns = scene_turns(scene, config.turns, drawer, pointing=config.pointing, metric=config.metric)
-    turns += scan_turns(scene) if config.control else []
-    if config.control and (env.task_spec.prehensile or scene.staging != "held"):
+    turns += scan_turns(scene) if config.teach else []
+    if config.teach and (env.task_spec.prehensile or scene.staging != "held"):
         turns.append(control_turn(scene, env.task_description, env.embodiment))
     group = f"scene/{env.embodiment}/{env.task}/{seed}"
     return Conversation(
@@ -170,7 +170,9 @@ def _random_scene(config: SceneCorpusConfig, observer: Any, seed: int, drawer: D
         group=group,
         source="scene",
         kinds=tuple(turn.kind for turn in turns),
-        messages=to_messages([scene.images[camera] for camera in config.cameras], turns),
+        messages=to_messages(
+            [scene.images[camera] for camera in config.cameras], turns, thoughts=config.teach
+        ),
     )
 
 
@@ -189,12 +191,14 @@ def _moments(config: SceneCorpusConfig, part: Part) -> Iterator[Conversation]:
         for index, frame in _spread(moments, config.frames_per_episode, drawer.rng):
             instruction = dataset.instructions[dataset.task_index[first + frame]]
             turns = drawer.ask(by_kind(moment_facts(steps, index, frame, instruction)), config.frame_turns)
+            turns += [scan_step(steps.names[index])] if config.teach else []
+            images = _pictures(dataset, config.cameras, first, frame, drawer.rng)
             yield Conversation(
                 id=f"episode/{robot}/{episode}/{frame}",
                 group=f"episode/{robot}/{dataset.tasks[episode]}/{dataset.seeds[episode]}",
                 source="episode",
                 kinds=tuple(turn.kind for turn in turns),
-                messages=to_messages(_pictures(dataset, config.cameras, first, frame, drawer.rng), turns),
+                messages=to_messages(images, turns, thoughts=config.teach),
             )
 
 
@@ -223,9 +227,15 @@ def _pictures(
     return [pictures[time] for time in range(frames) for pictures in shown]
 
 
+def _pool(folders: Sequence[Path], pool: Path) -> Path:
+    """Move the pictures of all shards into one folder: their names are made of their content."""
+    (pool / "images").mkdir(parents=True, exist_ok=True)
+    for picture in (picture for folder in folders for picture in (folder / "images").glob("*.png")):
+        picture.replace(pool / "images" / picture.name)
+    return pool
+
+
 def _merge(folders: Sequence[Path]) -> Iterator[Conversation]:
     """Take from each shard in turn: any beginning of the corpus is a fair sample of it."""
-    shards = [iter([(folder, row) for row in read_corpus(folder)]) for folder in folders]
-    for taken in itertools.zip_longest(*shards):
-        for folder, conversation in filter(None, taken):
-            yield replace(conversation, messages=with_pixels(conversation.messages, folder))
+    for taken in itertools.zip_longest(*(read_corpus(folder) for folder in folders)):
+        yield from filter(None, taken)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from blm.corpora.templates import TEMPLATES, Wording
+from blm.corpora.messages import spoken_after
+from blm.corpora.templates import TEMPLATES, Wording, expansions
 from blm.types import Image, ImageArray, Message
 
 OPEN = ("point", "box", "metric")
@@ -32,6 +33,8 @@ class Turn:
     kind: str
     question: str
     answer: str
+    thought: str = ""
+    """What a model may write before its answer: what the answer follows from."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Fact:
     """What fills the wording: "thing" -> "red cube"."""
     wrong: tuple[str, ...] = ()
     """Wrong answers that a multiple choice may offer; none: it is asked freely only."""
+    thought: str = ""
+    """What the answer follows from; none: it is seen at once."""
 
     @property
     def subject(self) -> tuple[str, ...]:
@@ -98,16 +103,18 @@ class Drawer:
 
     def word(self, fact: Fact) -> Turn:
         """Put a fact into words, as a multiple choice now and then."""
-        wordings = getattr(TEMPLATES[fact.kind], self.wording)
-        question = re.sub(r"\ba (?=[aeiou])", "an ", str(self.rng.choice(wordings)).format(**fact.words))
+        pattern = str(self.rng.choice(getattr(TEMPLATES[fact.kind], self.wording)))
+        wording = str(self.rng.choice(expansions(pattern)))
+        question = re.sub(r"\ba (?=[aeiou])", "an ", wording.format(**fact.words))
         if not fact.wrong or self.rng.random() >= self.choice:
-            return Turn(fact.kind, question, fact.answer)
+            return Turn(fact.kind, question, fact.answer, fact.thought)
         count = min(len(fact.wrong), int(self.rng.integers(1, len(LETTERS))))
         options = [*map(str, self.rng.choice(sorted(fact.wrong), count, replace=False))]
         right = int(self.rng.integers(count + 1))
         options.insert(right, fact.answer)
         lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
-        return Turn(f"{fact.kind}_choice", "\n".join([question, *lines]), LETTERS[right])
+        thought = "; ".join(filter(None, (fact.thought, fact.answer)))
+        return Turn(f"{fact.kind}_choice", "\n".join([question, *lines]), LETTERS[right], thought)
 
     def ask(self, groups: Mapping[str, Sequence[Fact]], count: int) -> list[Turn]:
         """Ask one question of each of `count` kinds at most."""
@@ -131,11 +138,14 @@ def by_kind(facts: Iterable[Fact]) -> dict[str, list[Fact]]:
     return groups
 
 
-def to_messages(images: Sequence[ImageArray], turns: Sequence[Turn]) -> tuple[Message, ...]:
-    """One conversation: the pictures come with the first question."""
+def to_messages(
+    images: Sequence[ImageArray], turns: Sequence[Turn], *, thoughts: bool
+) -> tuple[Message, ...]:
+    """One conversation, with or without thoughts: the pictures come with the first question."""
     pictures = tuple(Image(image) for image in images)
     messages: list[Message] = []
     for index, turn in enumerate(turns):
         messages.append(Message("user", (*pictures, turn.question) if index == 0 else (turn.question,)))
-        messages.append(Message("assistant", (turn.answer,)))
+        answer = spoken_after(turn.thought, turn.answer) if thoughts else turn.answer
+        messages.append(Message("assistant", (answer,)))
     return tuple(messages)

@@ -81,7 +81,7 @@ class Conversation:
                 id=f"{self.id}/{turn}",
                 kind=kind,
                 messages=(*system, asked),
-                answer=answer.text,
+                answer=spoken(answer.text),
                 group=self.group,
                 scorer=scorer,
                 options=options_of(asked.text) if scorer == "choice" else (),
@@ -91,6 +91,19 @@ class Conversation:
 def end_of_pictures(message: Message) -> int:
     """Return the number of content parts up to the last picture."""
     return 1 + max((i for i, part in enumerate(message.content) if isinstance(part, Image)), default=-1)
+
+
+THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
+
+
+def spoken(answer: str) -> str:
+    """An answer without the thought before it: what it is judged by."""
+    return THOUGHT.sub("", answer, count=1)
+
+
+def spoken_after(thought: str, answer: str) -> str:
+    """An answer with a thought before it, if there is one."""
+    return f"<think>{thought}</think>{answer}" if thought else answer
 
 
 def scorer_of(kind: str) -> Scorer:
@@ -189,7 +202,7 @@ def check_turns(messages: Sequence[Message]) -> None:
     if not body or body != ["user", "assistant"] * (len(body) // 2):
         raise RowError("roles out of order", ", ".join(roles) or "no turns")
     for turn, message in enumerate(messages):
-        blank = not message.text.strip()
+        blank = not spoken(message.text).strip()
         if message.role == "assistant" and (blank or message.images):
             raise RowError("empty answer", f"turn {turn}" + (" holds a picture" if message.images else ""))
         if message.role == "user" and blank and not message.images:

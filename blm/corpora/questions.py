@@ -9,7 +9,7 @@ either way (a small gap, a hidden object) is not asked.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import permutations
 
 import numpy as np
@@ -74,9 +74,10 @@ def _objects(scene: Scene) -> Iterator[Fact]:
         yield Fact("affordance_roll", balls[0], {}, wrong)
     if scene.staging != "held":
         for kind in (*KINDS, "object"):
-            number = sum(kind in ("object", t.kind) for t in things)
+            counted = sorted(t.label for t in things if kind in ("object", t.kind))
+            number, thought = len(counted), ", ".join(counted) or "nothing"
             wrong = tuple(str(n) for n in (number - 1, number + 1, number + 2) if n >= 0)
-            yield Fact("counting", str(number), {"thing": kind}, wrong)
+            yield Fact("counting", str(number), {"thing": kind}, wrong, thought)
 
 
 def _states(scene: Scene) -> Iterator[Fact]:
@@ -86,7 +87,8 @@ def _states(scene: Scene) -> Iterator[Fact]:
     if thing.kind != "peg" and thing.seen:
         yield Fact("affordance_held", "yes" if held else "no", {"thing": thing.label})
     if goal is not None and goal.solid and goal.seen:
-        yield Fact("affordance_room", "no" if done else "yes", {"thing": goal.label})
+        thought = _where(scene, thing, goal)
+        yield Fact("affordance_room", "no" if done else "yes", {"thing": goal.label}, thought=thought)
     if goal is not None and goal.kind == "sphere" and goal.seen:
         height = float(goal.position[2])
         if not 0.035 < height < 0.07:
@@ -112,22 +114,29 @@ def _relations(scene: Scene) -> Iterator[Fact]:
         for kind, axis, words in _AXES:
             answer = _side(a.position - b.position, axis, words)
             if answer and a.label != b.label:
-                yield Fact(kind, answer, {"thing": a.label, "other": b.label}, _other(answer, words))
+                asked, thought = {"thing": a.label, "other": b.label}, _where(scene, a, b, axis=axis)
+                yield Fact(kind, answer, asked, _other(answer, words), thought)
     for thing in (t for t in scene.things if t.seen):
         offset = thing.position - scene.tcp
         for kind, axis, words in _AXES:
             answer = _side(offset, axis, words, AIR_GAP)
-            if answer:
-                name = "situated_" + kind
-                yield Fact(name, answer, {"thing": thing.label}, _other(answer, words))
+            if answer and scene.gripper_seen:
+                name, thought = "situated_" + kind, _where(scene, thing, None, axis=axis)
+                yield Fact(name, answer, {"thing": thing.label}, _other(answer, words), thought)
         side = float(thing.position[1] - scene.middle[1])
         lies = thing.kind not in ("peg", "sphere") and (scene.staging != "held" or thing.role != "object")
         if lies and not SIDE[0] < abs(side) < SIDE[1]:
             parts = ("left", "middle", "right")
             answer = parts[1] if abs(side) < SIDE[1] else parts[0] if side > 0 else parts[2]
-            yield Fact("location_table", answer, {"thing": thing.label}, tuple({*parts} - {answer}))
-        if thing.kind == "sphere" and (answer := _side(-offset, 2, ("above", "below"), AIR_GAP)):
-            yield Fact("above", answer, {"thing": thing.label}, _other(answer, ("above", "below")))
+            wrong, thought = tuple({*parts} - {answer}), _where(scene, thing, axis=1)
+            yield Fact("location_table", answer, {"thing": thing.label}, wrong, thought)
+        if (
+            thing.kind == "sphere"
+            and scene.gripper_seen
+            and (answer := _side(-offset, 2, ("above", "below"), AIR_GAP))
+        ):
+            wrong, thought = _other(answer, ("above", "below")), _where(scene, thing, None, axis=2)
+            yield Fact("above", answer, {"thing": thing.label}, wrong, thought)
 
 
 _AXES = (("left_right", 1, ("left", "right")), ("front_behind", 0, ("behind", "front")))
@@ -147,35 +156,69 @@ def _comparisons(scene: Scene) -> Iterator[Fact]:
     things, goal = solids(scene), scene.goal
     if len(things) < sum(t.solid for t in scene.things):
         return
-    places = {"gripper": scene.tcp, **({goal.label: goal.position} if goal and goal.seen else {})}
-    for name, place in places.items():
+    gripper: list[Thing | None] = [None] if scene.gripper_seen else []
+    for mark in (*gripper, *([goal] if goal and goal.seen else [])):
+        name, place = _named(scene, mark)
         ranked = sorted(
-            (float(np.linalg.norm(t.position - place)), t.label) for t in things if t.label != name
+            ((float(np.linalg.norm(t.position - place)), t.label, t) for t in things if t is not mark),
+            key=lambda item: item[:2],
         )
-        labels = [word for _, word in ranked]
+        labels = [word for _, word, _ in ranked]
         if len(ranked) < 2:
             continue
+        thought = _ranking(scene, mark, [t for *_, t in ranked])
         if ranked[1][0] - ranked[0][0] >= AIR_GAP and scene.staging != "held":
-            yield Fact("comparing_nearest", labels[0], {"thing": name}, tuple(labels[1:]))
+            yield Fact("comparing_nearest", labels[0], {"thing": name}, tuple(labels[1:]), thought)
         if ranked[-1][0] - ranked[-2][0] >= AIR_GAP:
-            yield Fact("comparing_farthest", labels[-1], {"thing": name}, tuple(labels[:-1]))
-        for (far, a), (away, b) in permutations(ranked, 2):
+            yield Fact("comparing_farthest", labels[-1], {"thing": name}, tuple(labels[:-1]), thought)
+        for (far, a, one), (away, b, two) in permutations(ranked, 2):
             if abs(far - away) >= AIR_GAP:
                 words = {"goal": name, "thing": a, "other": b}
-                yield Fact("comparing_closer", a if far < away else b, words)
+                thought = _ranking(scene, mark, [one, two])
+                yield Fact("comparing_closer", a if far < away else b, words, thought=thought)
+
+
+def _ranking(scene: Scene, mark: Thing | None, things: Sequence[Thing]) -> str:
+    """Where things are, and how far each is from the mark."""
+    place = _named(scene, mark)[1]
+    ordered = sorted(things, key=lambda t: t.label)
+    far = (f"{_where(scene, t)} {format_length(t.position - place)}" for t in ordered)
+    return ", ".join([_where(scene, mark), *far])
+
+
+def _named(scene: Scene, thing: Thing | None) -> tuple[str, np.ndarray]:
+    """Name and place [m] of a thing; of the gripper for none."""
+    return ("gripper", scene.tcp) if thing is None else (thing.label, thing.position)
+
+
+def _where(scene: Scene, *things: Thing | None, axis: int | None = None) -> str:
+    """Where things are from the robot in cm, along one axis or all; none of them is the gripper."""
+    spots = []
+    for name, place in (_named(scene, thing) for thing in things):
+        place = place - scene.base
+        spot = _vector(place) if axis is None else f"{'xyz'[axis]} {round(100 * float(place[axis]))}"
+        spots.append(f"{name} {spot}")
+    return ", ".join(spots)
 
 
 def _directions(scene: Scene) -> Iterator[Fact]:
     """The main direction from the gripper to a thing, and from the object to its goal."""
     thing, goal = scene.object, scene.goal
-    for other in (t for t in scene.things if t.seen):
+    for other in (t for t in scene.things if t.seen and scene.gripper_seen):
         if way := main_direction(other.position - scene.tcp):
-            yield Fact("situated_move", way, {"thing": other.label}, tuple({*WAYS} - {way}))
+            wrong, thought = tuple({*WAYS} - {way}), _way(scene, None, other)
+            yield Fact("situated_move", way, {"thing": other.label}, wrong, thought)
     if goal is not None and goal.seen and thing.seen and scene.staging != "done":
         way = main_direction((goal.position - thing.position) * (1, 1, 0))
         if way:
             words = {"thing": thing.label, "goal": goal.label}
-            yield Fact("forecasting_direction", way, words, tuple({*WAYS[:4]} - {way}))
+            wrong, thought = tuple({*WAYS[:4]} - {way}), _way(scene, thing, goal)
+            yield Fact("forecasting_direction", way, words, wrong, thought)
+
+
+def _way(scene: Scene, start: Thing | None, end: Thing) -> str:
+    """Where both are, and the way between them."""
+    return f"{_where(scene, start, end)}: {_vector(end.position - _named(scene, start)[1])}"
 
 
 def main_direction(offset: np.ndarray) -> str:
@@ -202,18 +245,21 @@ def _metric(scene: Scene) -> Iterator[Fact]:
     """Positions, ways and distances of the task's object, its goal and the gripper."""
     thing, goal = scene.object, scene.goal
     asked = [t for t in (thing, goal) if t is not None and t.seen]
-    for name, place in (("gripper", scene.tcp), *((t.label, t.position) for t in asked)):
+    places = [_named(scene, t) for t in (*([None] if scene.gripper_seen else []), *asked)]
+    for name, place in places:
         yield Fact("metric_position", format_vector(place - scene.base), {"thing": name})
         if name in ("gripper", "goal"):
             yield Fact("metric_height", format_length(place[2]), {"thing": name})
-    for t in asked:
-        offset = t.position - scene.tcp
-        yield Fact("metric_gripper_to_object", format_vector(offset), {"thing": t.label})
-        yield Fact("metric_gripper_distance", format_length(offset), {"thing": t.label})
+    for t in asked if scene.gripper_seen else ():
+        offset, words = t.position - scene.tcp, {"thing": t.label}
+        thought = _where(scene, None, t)
+        yield Fact("metric_gripper_to_object", format_vector(offset), words, thought=thought)
+        yield Fact("metric_gripper_distance", format_length(offset), words, thought=_way(scene, None, t))
     if goal is not None and len(asked) == 2:
         way, words = goal.position - thing.position, {"thing": thing.label, "goal": goal.label}
-        yield Fact("metric_object_to_goal", format_vector(way), words)
-        yield Fact("metric_goal_distance", format_length(way), words)
+        thought = _where(scene, thing, goal)
+        yield Fact("metric_object_to_goal", format_vector(way), words, thought=thought)
+        yield Fact("metric_goal_distance", format_length(way), words, thought=_way(scene, thing, goal))
 
 
 def format_point(fraction: tuple[float, float]) -> str:
@@ -232,7 +278,11 @@ def _thousandths(fraction: float) -> int:
 
 def format_vector(offset: np.ndarray) -> str:
     """Write a vector [m] in whole cm."""
-    return f"({', '.join(str(round(100 * float(value))) for value in offset)}) cm"
+    return f"{_vector(offset)} cm"
+
+
+def _vector(offset: np.ndarray) -> str:
+    return f"({', '.join(str(round(100 * float(value))) for value in offset)})"
 
 
 def format_length(offset: np.ndarray | float) -> str:
@@ -258,18 +308,31 @@ def control_turn(scene: Scene, instruction: str, robot: str) -> Turn:
 
 
 def scan_turns(scene: Scene) -> list[Turn]:
-    """One turn a view that lists all that it shows, in order of names; nano's eye is taught with them."""
+    """One turn a view that lists all that it shows, in order of names; nano's eye is taught with them.
+
+    A view that does not move with the arm also tells where things are from the robot.
+    """
     turns = []
     for camera, points in scene.points.items():
-        spots = ", ".join(f"{name} {format_point(points[name])}" for name in sorted(points))
+        named = dict(_named(scene, thing) for thing in (None, *scene.things))
+        places = {} if camera == "wrist" else {n: f" at {_vector(p - scene.base)}" for n, p in named.items()}
+        spots = ", ".join(
+            f"{name} {format_point(points[name])}{places.get(name, '')}" for name in sorted(points)
+        )
         turns.append(Turn(f"scan_{camera}", f"List all in the {camera} view.", spots or "nothing"))
     return turns
 
 
-def read_scan(answer: str) -> dict[str, tuple[int, int]]:
-    """Read the answer of a scan turn: name -> place in thousandths."""
-    found = re.findall(r"([a-z][a-z ]*) \((\d+), (\d+)\)", answer)
-    return {name: (int(x), int(y)) for name, x, y in found}
+def read_scan(answer: str) -> dict[str, tuple[int, ...]]:
+    """Read the answer of a scan turn: name -> place in thousandths, and in cm from the robot if told."""
+    vector = r"\((-?\d+(?:, -?\d+)*)\)"
+    found = re.findall(rf"([a-z][a-z ]*) {vector}(?: at {vector})?", answer)
+    return {name: tuple(map(int, f"{at}, {xyz}".rstrip(", ").split(", "))) for name, at, xyz in found}
+
+
+def scan_step(name: str) -> Turn:
+    """A turn that names the step under way; nano's eye is taught with it too."""
+    return Turn("scan_step", "Name the robot's step.", name)
 
 
 def _next_primitive(scene: Scene) -> str:

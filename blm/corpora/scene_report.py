@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from blm.corpora.facts import stem_of
-from blm.corpora.messages import Conversation
+from blm.corpora.messages import Conversation, spoken
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def _triples(conversations: Iterable[Conversation]) -> Sequence[tuple[str, str, 
     found = []
     for row in conversations:
         asked = [message.text for message in row.messages if message.role == "user"]
-        answers = [message.text for message in row.messages if message.role == "assistant"]
+        answers = [spoken(message.text) for message in row.messages if message.role == "assistant"]
         for kind, text, answer in zip(row.kinds, asked, answers, strict=True):
             found.append((kind if kind.endswith("_choice") else stem_of(kind), text, answer))
     return found

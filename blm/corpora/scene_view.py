@@ -81,6 +81,11 @@ class Scene:
         return next(t for t in self.things if t.role == "object")
 
     @property
+    def gripper_seen(self) -> bool:
+        """Whether a camera that does not move with the arm shows the tool centre point."""
+        return any("gripper" in points for points in self.points.values())
+
+    @property
     def goal(self) -> Thing | None:
         """What the object has to be moved to; the peg's task has none."""
         return next((t for t in self.things if t.role == "goal"), None)

@@ -114,36 +114,40 @@ def moment_facts(steps: Steps, index: int, frame: int, instruction: str) -> Iter
     """Everything that may be asked about a frame in step `index`."""
     phrases = [steps.phrase(name) for name in steps.names]
     now = phrases[index]
+    thought = f"now {now}"
+    if steps.regular:
+        thought = f"{', '.join(steps.names)}; {thought}"
+        yield from _ordered(steps, index, phrases, instruction, thought)
     others = tuple(sorted({*phrases} - {now}))
     yield Fact("generative_affordance", now, {}, others)
-    yield Fact("discriminative_affordance_positive", "yes", {"step": now})
+    yield Fact("discriminative_affordance_positive", "yes", {"step": now}, thought=thought)
     thing = PHRASES[steps.task][0]
     if frame + SOON >= steps.contact > frame:
-        yield Fact("forecasting_touch", "yes", {"thing": thing})
+        yield Fact("forecasting_touch", "yes", {"thing": thing}, thought=f"now {now}")
     elif frame + LATER < steps.contact or (now == "hold still" and "release" in steps.names):
-        yield Fact("forecasting_touch", "no", {"thing": thing})
+        yield Fact("forecasting_touch", "no", {"thing": thing}, thought=f"now {now}")
+    task = {"step": instruction.rstrip(".")}
     if steps.done > frame + LATER:
-        yield Fact("success_negative", "no", {"step": instruction.rstrip(".")})
+        yield Fact("success_negative", "no", task, thought=thought)
     elif frame >= steps.done + AFTER:
-        yield Fact("success_positive", "yes", {"step": instruction.rstrip(".")})
-    if steps.regular:
-        yield from _ordered(steps, index, phrases, instruction)
+        yield Fact("success_positive", "yes", task, thought=thought)
 
 
-def _ordered(steps: Steps, index: int, phrases: list[str], instruction: str) -> Iterator[Fact]:
+def _ordered(steps: Steps, index: int, phrases: list[str], instruction: str, thought: str) -> Iterator[Fact]:
     """What follows from the order of the steps."""
     for other, phrase in enumerate(phrases):
         if abs(other - index) >= 2:
-            yield Fact("discriminative_affordance_negative", "no", {"step": phrase})
+            yield Fact("discriminative_affordance_negative", "no", {"step": phrase}, thought=thought)
         if 0 < other < len(phrases) - 1 and other != index:
             kind, answer = ("success_positive", "yes") if other < index else ("success_negative", "no")
-            yield Fact(kind, answer, {"step": phrase})
+            yield Fact(kind, answer, {"step": phrase}, thought=thought)
     for kind, other in (("future_prediction", index + 1), ("past_description", index - 1)):
         answer = phrases[other] if 0 <= other < len(phrases) else "nothing"
-        yield Fact(kind, answer, {}, tuple(sorted({*phrases, "nothing"} - {answer, phrases[index]})))
+        wrong = tuple(sorted({*phrases, "nothing"} - {answer, phrases[index]}))
+        yield Fact(kind, answer, {}, wrong, thought)
     names = steps.names
-    yield Fact("remaining_steps", ", ".join(names[index + 1 :]) or "nothing")
-    yield Fact("planning", ", ".join(names[index:]), {"task": instruction})
+    yield Fact("remaining_steps", ", ".join(names[index + 1 :]) or "nothing", thought=thought)
+    yield Fact("planning", ", ".join(names[index:]), {"task": instruction}, thought=thought)
     for known in range(index + 1):
         wrong = tuple({*phrases[known:]} - {phrases[index]})
         words = {"task": instruction, "done": ", ".join(names[:known]) or "nothing"}

@@ -1,22 +1,25 @@
 """nano's eye learns to find named things before Stage I, as the eye of any larger backbone was pretrained.
 
-It learns from the corpus's own "scan" questions, which list all that a view shows: the map of each thing
-becomes a distribution over the cells of the picture, and "nowhere" where it is not. Shapes: N pictures,
-M things.
+It learns from the corpus's own "scan" turns. Some list all that a view shows: the map of each thing becomes a
+distribution over the cells of the picture, and "nowhere" where it is not; views that do not move with the arm
+also tell where things are from the robot. Others name the step under way. Shapes: N pictures, M things.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from blm.backbone import Backbone, build_nano
-from blm.backbone.eye import CELLS, IMAGE_SIZE, ConvVision
+from blm.backbone.eye import CELLS, IMAGE_SIZE, REACH, ConvVision
 from blm.corpora import Conversation
 from blm.corpora.questions import POINT_SCALE, read_scan
 from blm.media import load_pixels
@@ -25,10 +28,12 @@ from blm.training.parallel import Part
 from blm.training.sft import Stage1Config, TrainingSource, train_stage1
 from blm.types import Image
 
-EYE = LoopConfig(steps=1800, batch_size=32, lr=3e-3, clip=5.0, title="nano's eye")
-DRILL = LoopConfig(steps=2000, batch_size=8, lr=1.5e-3, title="nano's drill")
+EYE = LoopConfig(steps=3000, batch_size=32, lr=3e-3, clip=5.0, title="nano's eye")
+DRILL = LoopConfig(steps=1000, batch_size=8, lr=2e-3, muon=0.02, title="nano's drill")
 SPREAD = 0.5
 """Standard deviation of a target around its point [cells]."""
+METRIC_WEIGHT, MILLIMETRES = 20.0, 0.005
+"""Loss per metre of error in a place from the robot, rounded below the second [m]: corpora tell whole cm."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,10 @@ class View:
 
     image: Image
     root: Path
-    points: dict[str, tuple[int, int]]
-    """In thousandths of the picture's sides."""
+    places: dict[str, tuple[int, ...]] | None
+    """Where: thousandths of the picture's sides, and where it is known cm from the robot. None: not told."""
+    step: str = ""
+    """Which step is under way, if told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,62 +68,125 @@ def taught_nano(
     Continues a killed schooling in `out`.
     """
     views = [view for rows, root in corpora for row in rows for view in scanned(row, root)]
-    things = sorted({name for view in views for name in view.points})
+    things = sorted({name for view in views for name in view.places or ()})
+    steps = sorted({view.step for view in views} - {""})
     texts = (m.text for rows, _ in corpora for row in rows for m in row.messages)
-    backbone = build_nano(texts, seed=seed, things=things)
+    backbone = build_nano(texts, seed=seed, things=things, steps=steps)
     if views:
         teach_eye(backbone, views, schooling.eye, out / "eye")
+        drills = [(row.select(turns).messages, root) for row, root, turns in _finding(corpora)]
+        seen = schooling.drill.steps * schooling.drill.batch_size
         sources = [
             TrainingSource(name=root.name, conversations=drilled, root=root, weight=float(len(drilled)))
-            for rows, root in corpora
-            if (drilled := [row.select(turns).messages for row in rows if (turns := finding(row))])
+            for _, root in corpora
+            if (drilled := [messages for messages, place in drills[:seen] if place == root])
         ]
-        seen = schooling.drill.steps * schooling.drill.batch_size
-        often = seen > sum(len(source.conversations) for source in sources)
-        config = Stage1Config(loop=schooling.drill, vision_scale=0.0, cache_features=often)
+        config = Stage1Config(loop=schooling.drill, vision_scale=0.0, cache_features=seen > len(drills))
         train_stage1(backbone, sources, config, out / "drill")
     return backbone
 
 
+def _finding(
+    corpora: Sequence[tuple[Sequence[Conversation], Path]],
+) -> Iterator[tuple[Conversation, Path, list[int]]]:
+    """Conversations with turns that say where things are, of each corpus in turn."""
+    placed = [[(row, root) for row in rows] for rows, root in corpora]
+    for row, root in (one for taken in zip_longest(*placed) for one in taken if one is not None):
+        if turns := finding(row):
+            yield row, root, turns
+
+
 def finding(row: Conversation) -> list[int]:
-    """The turns of a conversation that say where things are in a picture."""
-    return [turn for turn, kind in enumerate(row.kinds) if kind.startswith(("scan", "point", "box"))]
+    """The turns of a conversation that say what and where things are."""
+    return [
+        turn for turn, kind in enumerate(row.kinds) if kind.startswith(("scan", "point", "box", "metric_pos"))
+    ]
 
 
 def scanned(row: Conversation, root: Path) -> list[View]:
-    """The views of a conversation that it scans: its n-th scan is about its n-th picture."""
+    """The views of a conversation that it scans: its n-th scan is about its n-th picture.
+
+    A named step is that of all its pictures.
+    """
     images = [image for message in row.messages for image in message.images]
     answers = [message.text for message in row.messages if message.role == "assistant"]
-    scans = [text for kind, text in zip(row.kinds, answers, strict=True) if kind.startswith("scan")]
-    return [View(image, root, read_scan(text)) for image, text in zip(images, scans, strict=False)]
+    told = {kind: text for kind, text in zip(row.kinds, answers, strict=True) if kind.startswith("scan")}
+    if step := told.pop("scan_step", ""):
+        return [View(image, root, None, step) for image in images]
+    return [View(image, root, read_scan(text)) for image, text in zip(images, told.values(), strict=False)]
 
 
 def teach_eye(backbone: Backbone, views: Sequence[View], loop: LoopConfig, out: Path) -> None:
     """Train the eye of a nano in place; its log is `out/log.jsonl`."""
     eye = backbone.model.base_model.vision_tower
     assert isinstance(eye, ConvVision)
-    names = list(eye.config.things)
-    where = torch.full((len(views), len(names), 2), -1.0)
-    for place, view in enumerate(views):
-        for name, point in view.points.items():
-            where[place, names.index(name)] = torch.tensor(point) / POINT_SCALE
+    lessons = _lessons(views, eye.config.things, eye.config.steps)
     pictures = np.stack([load_pixels(view.image, view.root) for view in views])
 
-    def next_batch(step: int, part: Part) -> Piece[tuple[Tensor, Tensor]]:
+    def next_batch(step: int, part: Part) -> Piece[tuple[Tensor, Lessons]]:
         drawn = np.random.default_rng((loop.seed, step)).integers(0, len(views), loop.batch_size)
         mine = part.of(drawn.tolist())
         inputs = backbone.processor.image_processor(list(pictures[mine]), return_tensors="pt")
-        return Piece((inputs["pixel_values"], where[mine]), mine, weight=len(mine))
+        batch = inputs["pixel_values"], Lessons(*(value[mine] for value in lessons))
+        return Piece(batch, mine, weight=len(mine))
 
-    def loss(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
-        pixels, points = (value.to(eye.device) for value in batch)
-        logs = eye.maps(pixels)[1][:, : len(names)]
-        error = -(target(points) * logs).sum(-1)
-        return error.sum() / len(points), {"pixels_off": pixels_off(logs, points)}
+    def loss(batch: tuple[Tensor, Lessons]) -> tuple[Tensor, dict[str, Tensor | float]]:
+        return eye_loss(eye, batch[0].to(eye.device), Lessons(*(v.to(eye.device) for v in batch[1])))
 
     eye.train()
     run_loop(eye, loss, next_batch, loop, out)
     eye.eval()
+
+
+class Lessons(NamedTuple):
+    """What N pictures show. Not-a-number, or -1 for a step: not told."""
+
+    points: Tensor
+    """[N, M, 2] fractions of the picture; negative: the thing is not there."""
+    metres: Tensor
+    """[N, M, 3] places from the robot [m]."""
+    step: Tensor
+    """[N]."""
+
+
+def _lessons(views: Sequence[View], things: Sequence[str], steps: Sequence[str]) -> Lessons:
+    count = len(views)
+    points, metres = torch.full((count, len(things), 2), -1.0), torch.full((count, len(things), 3), torch.nan)
+    for row, view in enumerate(views):
+        if view.places is None:
+            points[row] = torch.nan
+        for name, place in (view.places or {}).items():
+            points[row, things.index(name)] = torch.tensor(place[:2]) / POINT_SCALE
+            if len(place) == 5:
+                metres[row, things.index(name)] = torch.tensor(place[2:]) / 100
+    step = torch.tensor([steps.index(view.step) if view.step else -1 for view in views])
+    return Lessons(points, metres, step)
+
+
+def eye_loss(eye: ConvVision, pixels: Tensor, lessons: Lessons) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """Mean loss over N pictures [N, 3, 112, 112], and how far off the eye is in them."""
+    points, metres, step = lessons
+    features, summary = eye.features(pixels)
+    logs = eye.maps(features)[:, : points.shape[1]]
+    told = ~points[:, 0, 0].isnan()
+    error = -(target(points[told]) * logs[told]).sum()
+    log: dict[str, Tensor | float] = {"pixels_off": pixels_off(logs[told], points[told])}
+    rows, things = (~metres[..., 0].isnan()).nonzero(as_tuple=True)
+    if len(rows):
+        weights, names = logs[rows, things, None, :-1].softmax(-1), eye.names(things[:, None])[:, :1]
+        _, _, found = eye.looks(features[rows], summary[rows], weights, names)
+        off = REACH * found[:, 0] - metres[rows, things]
+        error = error + METRIC_WEIGHT * (off.square() + MILLIMETRES**2).sqrt().sum()
+        log["mm_off"] = 1000 * off.detach().norm(dim=-1).median()
+    if told.any():
+        whole = F.layer_norm(features.mean(-1), features.shape[1:2])[told]
+        fixed = (~metres[told][..., 0].isnan()).any(-1, keepdim=True).to(whole)
+        error = error + F.binary_cross_entropy_with_logits(eye.fixed(whole), fixed, reduction="sum")
+    if (step >= 0).any():
+        doing = eye.doing(summary[step >= 0])
+        error = error + F.cross_entropy(doing, step[step >= 0], reduction="sum")
+        log["steps_right"] = (doing.argmax(-1) == step[step >= 0]).float().mean()
+    return error / len(pixels), log
 
 
 def target(points: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one training loop: AdamW, cosine schedule, log, checkpoints and exact resume, in one process or many.
+"""The one training loop: cosine schedule, log, checkpoints and exact resume, in one process or many.
 
 A run is a pure function of the initial weights, the batches and the config; a killed run continues from its
 last checkpoint to the same weights, bit for bit on a CPU. The work of a step is cut into parts (processes
@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from blm.training.checkpoint import cut_log, restore, save
+from blm.training.optimizers import Optimizers
 from blm.training.parallel import (
     Part,
     Processes,
@@ -49,6 +50,8 @@ class LoopConfig:
     """Samples of a step, over all processes and parts."""
     lr: float = 1e-3
     """Peak learning rate: linear warm-up, then half a cosine to zero."""
+    muon: float = 0.0
+    """Peak rate of Muon for matrices inside blocks (see optimizers.py); 0: AdamW for all. About 0.02."""
     weight_decay: float = 0.01
     """Of parameters with two or more dimensions."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -147,7 +150,14 @@ def run_loop(
         raise BlmError("a moving average needs whole weights: train with shard=False")
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if kind == "cuda" else []):
         torch.manual_seed(config.seed * 65_537 + processes.rank)
-        optimizer = _optimizer(module, config, learning_rate)
+        optimizer = Optimizers(
+            module,
+            learning_rate or (lambda name: config.lr),
+            lr=config.lr,
+            muon=config.muon,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+        )
         _Run[B](wrapped, module, config, out, processes, optimizer, ema).train(next_batch, on_eval)
     undo()
 
@@ -160,7 +170,7 @@ class _Run(Generic[B]):
     config: LoopConfig
     out: Path
     processes: Processes
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizers
     ema: Ema | None
 
     def train(
@@ -186,7 +196,7 @@ class _Run(Generic[B]):
                 done, last = step + 1, step + 1 == config.steps
                 evaluate = on_eval is not None and (last or _due(done, config.eval_every))
                 if last or evaluate or _due(done, config.log_every):
-                    row = {"step": done, **meter.row(max(g["lr"] for g in self.optimizer.param_groups))}
+                    row = {"step": done, **meter.row(config.lr * _schedule(config, step))}
                     if on_eval is not None and evaluate:
                         with whole(self.step):
                             found = dict(on_eval(done))
@@ -203,9 +213,6 @@ class _Run(Generic[B]):
 
     def update(self, step: int, pieces: Sequence[Piece[B]]) -> tuple[dict[str, float], dict[str, float]]:
         """Make one optimizer step; return loss, metrics and gradient norm before clipping, and sizes."""
-        schedule = _schedule(self.config, step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * schedule
         self.optimizer.zero_grad()
         kind = self.processes.device.type
         sizes = self.processes.sum(
@@ -234,14 +241,14 @@ class _Run(Generic[B]):
                 f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}, samples {ids}: "
                 "not finite. Lower the learning rate or look at these samples; the last checkpoint is intact"
             )
-        self.optimizer.step()
+        self.optimizer.step(_schedule(self.config, step))
         if self.ema is not None:
             self.ema.update(self.module, step)
         return values, sizes
 
     def clip(self) -> float:
         """Clip the whole gradient; return its norm before. What no row needed gets a gradient of zero."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = list(self.optimizer.names.values())
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
@@ -250,10 +257,8 @@ class _Run(Generic[B]):
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds; frozen parameters belong to whoever froze them."""
         tensors = {f"buffer/{name}": value for name, value in self.module.named_buffers()}
-        for name, p in self.module.named_parameters():
-            if p.requires_grad:
-                tensors |= {f"weight/{name}": p.detach()}
-                tensors |= {f"adam/{name}/{key}": value for key, value in self.optimizer.state[p].items()}
+        tensors |= {f"weight/{name}": p.detach() for name, p in self.optimizer.names.items()}
+        tensors |= {f"moment/{name}": value for name, value in self.optimizer.state().items()}
         if self.ema is not None:
             state = self.ema.module.state_dict(keep_vars=True)
             tensors |= {f"ema/{name}": value for name, value in state.items()}
@@ -279,25 +284,6 @@ def _ahead(
             pieces = ahead.pop().result()
             ahead = [pool.submit(make, step + 1)] if step + 1 in steps else []
             yield pieces, time.perf_counter() - begin
-
-
-def _optimizer(
-    module: nn.Module, config: LoopConfig, learning_rate: Callable[[str], float] | None
-) -> torch.optim.Optimizer:
-    """AdamW, one group per (rate, decay); moments exist from the start, so a checkpoint can be copied in."""
-    groups = defaultdict[tuple[float, float], list[nn.Parameter]](list)
-    for name, p in module.named_parameters():
-        if p.requires_grad:
-            rate = learning_rate(name) if learning_rate else config.lr
-            groups[rate, config.weight_decay if p.ndim >= 2 else 0.0].append(p)
-    if not groups:
-        raise BlmError("nothing to train: every parameter of the module is frozen")
-    options = [{"params": ps, "peak": rate, "weight_decay": decay} for (rate, decay), ps in groups.items()]
-    optimizer = torch.optim.AdamW(options, lr=config.lr, betas=config.betas, fused=True)
-    for p in (p for ps in groups.values() for p in ps):
-        step = torch.zeros((), dtype=torch.float32, device=p.device)
-        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    return optimizer
 
 
 def _schedule(config: LoopConfig, step: int) -> float:

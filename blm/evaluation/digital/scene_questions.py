@@ -24,4 +24,5 @@ SCENE = Benchmark(
     get=GET,
     licence="Apache-2.0, as this package",
     load=_load,
+    max_tokens=128,
 )

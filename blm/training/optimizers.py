@@ -1,0 +1,93 @@
+"""The optimizers of a run: AdamW, and if wanted Muon for the matrices inside a network's blocks.
+
+Muon (Jordan et al., 2024, "Muon: An optimizer for hidden layers in neural networks") orthogonalises the
+moment of each matrix; docs/LOG.md tells what that gives here. It is torch's own, of torch 2.9 and later.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from blm.types import BlmError
+
+BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks)\.\d+\.")
+"""Names of parameters inside a network's blocks."""
+
+
+class Optimizers:
+    """What steps all trained parameters of a module; moments exist from the start, to be filled by `restore`.
+
+    `rate(name)` is the peak rate of AdamW for a parameter. With `muon` above 0 matrices in blocks are
+    Muon's, at `muon * rate(name) / lr`. Weight decay is for parameters of two or more dimensions. Raises
+    BlmError when nothing is to be trained, and for Muon without torch 2.9 or on sharded weights.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        rate: Callable[[str], float],
+        *,
+        lr: float,
+        muon: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ) -> None:
+        self.names = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if not self.names:
+            raise BlmError("nothing to train: every parameter of the module is frozen")
+        groups = defaultdict[tuple[bool, float, float], list[nn.Parameter]](list)
+        for name, p in self.names.items():
+            inner = muon > 0 and p.ndim == 2 and BLOCK.search(name) is not None
+            peak = rate(name) * (muon / lr if inner else 1.0)
+            groups[inner, peak, weight_decay if p.ndim >= 2 else 0.0].append(p)
+        options: dict[bool, list[dict[str, object]]] = {True: [], False: []}
+        for (inner, peak, decay), ps in groups.items():
+            options[inner].append({"params": ps, "peak": peak, "weight_decay": decay})
+        self.parts: list[torch.optim.Optimizer] = []
+        if options[False]:
+            self.parts.append(torch.optim.AdamW(options[False], lr=lr, betas=betas, fused=True))
+        if options[True]:
+            self.parts.append(_muon(options[True]))
+        for part in self.parts:
+            for p in (p for group in part.param_groups for p in group["params"]):
+                part.state[p] = _moments(part, p)
+
+    def step(self, schedule: float) -> None:
+        """Step every parameter at this share of its peak rate."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = group["peak"] * schedule
+            part.step()
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad()
+
+    def state(self) -> dict[str, Tensor]:
+        """The moments, by parameter and name."""
+        found: dict[str, Tensor] = {}
+        for name, p in self.names.items():
+            part = next(part for part in self.parts if p in part.state)
+            found |= {f"{name}/{key}": value for key, value in part.state[p].items()}
+        return found
+
+
+def _muon(options: list[dict[str, object]]) -> torch.optim.Optimizer:
+    made = getattr(torch.optim, "Muon", None)
+    if made is None:
+        raise BlmError(f"muon needs torch 2.9 or later, this is {torch.__version__}; set loop.muon=0")
+    if any(hasattr(p, "full_tensor") for group in options for p in group["params"]):  # type: ignore[attr-defined]
+        raise BlmError("muon needs whole matrices: train with shard=False, or set loop.muon=0")
+    return made(options)
+
+
+def _moments(part: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
+    if not isinstance(part, torch.optim.AdamW):
+        return {"momentum_buffer": torch.zeros_like(p)}
+    step = torch.zeros((), dtype=torch.float32, device=p.device)
+    return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
