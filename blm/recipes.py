@@ -118,7 +118,7 @@ def stage1(*, eye: int, drill: int, steps: int, batch_size: int = 8, cache_featu
     """Stage I of the nano backbone from scratch, in steps: its eye, the drill, then everything."""
     basis = Schooling()
     schooling = Schooling(eye=replace(basis.eye, steps=eye), drill=replace(basis.drill, steps=drill))
-    loop = LoopConfig(steps=steps, batch_size=batch_size, lr=1.5e-3, title="Stage I")
+    loop = LoopConfig(steps=steps, batch_size=batch_size, lr=2e-3, muon=0.02, title="Stage I")
     training = Stage1Config(loop=loop, vision_scale=0.0, cache_features=cache_features)
     return Stage1(schooling=schooling, training=training)
 
@@ -162,7 +162,7 @@ def nano() -> Recipe:
         name="nano",
         demonstrations=Demonstrations(episodes=200, held_out_episodes=10),
         corpus=Corpus(scenes=60_000, held_out_scenes=1000),
-        stage1=stage1(eye=2000, drill=3000, steps=30_000, cache_features=True),
+        stage1=stage1(eye=6000, drill=2000, steps=60_000, batch_size=4, cache_features=True),
         stage2=stage2(steps=60_000),
         evaluation=Evaluation(episodes=50),
     )

@@ -32,7 +32,7 @@ from blm.pipeline import Stage, read_ledger, to_json
 from blm.policy.policy import CheckpointPolicy
 from blm.recipes import Recipe
 from blm.robots import ROBOTS
-from blm.training.eye import taught_nano
+from blm.training.eye import taught_nano, without_scans
 from blm.training.imitate import ImitateConfig, train_stage2
 from blm.training.intents import IntentConfig
 from blm.training.sft import TrainingSource, train_stage1
@@ -105,6 +105,7 @@ def run_stage1(recipe: Recipe, run: Path) -> None:
     if stage1.backbone == "nano":
         seed = stage1.training.loop.seed
         backbone = taught_nano([(kept, folder)], stage1.schooling, run / "stage1", seed=seed)
+        kept = [without_scans(row) for row in kept]
     else:
         backbone = Backbone.load(stage1.backbone)
     source = TrainingSource(name="scenes", conversations=[row.messages for row in kept], root=folder)

@@ -35,6 +35,7 @@ from blm.training.eye import (
     scanned,
     target,
     taught_nano,
+    without_scans,
 )
 from blm.training.loop import LoopConfig
 from blm.types import BlmError, Image, Message
@@ -212,3 +213,13 @@ def test_schooling_finds_things_in_new_pictures(tmp_path):
     assert log["pixels_off"] < 3.0  # chance is above 30
     assert log["mm_off"] < 10 * 0.5 * guess  # always to guess the middle of all places gives 10 * guess
     assert log["steps_right"] > 0.8
+
+
+def test_stage_one_proper_leaves_out_what_the_drill_taught():
+    row = scene(0)
+    assert any(kind.startswith("scan") for kind in row.kinds)
+    rest = without_scans(row)
+    assert rest.kinds == tuple(kind for kind in row.kinds if not kind.startswith("scan"))
+    assert rest.media == row.media, "the pictures come with the first turn that is left"
+    only = row.select([turn for turn, kind in enumerate(row.kinds) if kind.startswith("scan")])
+    assert without_scans(only) == only, "a conversation keeps at least one turn"

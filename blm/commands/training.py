@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from blm.training.eye import Schooling, taught_nano
+from blm.training.eye import Schooling, taught_nano, without_scans
 from blm.training.sft import Stage1Config
 from blm.types import BlmError
 
@@ -104,6 +104,7 @@ def _open(
     if made is None:
         corpora = [(part, folder) for (folder, _), part in zip(parts, rows, strict=True)]
         made = taught_nano(corpora, chosen.schooling, chosen.out, seed=config.loop.seed)
+        rows = [[without_scans(row) for row in part] for part in rows]
         made.model.to(device)
     sources = [
         TrainingSource(

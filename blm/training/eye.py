@@ -7,9 +7,8 @@ also tell where things are from the robot. Others name the step under way. Shape
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,26 +73,20 @@ def taught_nano(
     backbone = build_nano(texts, seed=seed, things=things, steps=steps)
     if views:
         teach_eye(backbone, views, schooling.eye, out / "eye")
-        drills = [(row.select(turns).messages, root) for row, root, turns in _finding(corpora)]
         seen = schooling.drill.steps * schooling.drill.batch_size
-        sources = [
-            TrainingSource(name=root.name, conversations=drilled, root=root, weight=float(len(drilled)))
-            for _, root in corpora
-            if (drilled := [messages for messages, place in drills[:seen] if place == root])
+        drills = [
+            (root, [row.select(turns).messages for row in rows if (turns := finding(row))])
+            for rows, root in corpora
         ]
-        config = Stage1Config(loop=schooling.drill, vision_scale=0.0, cache_features=seen > len(drills))
+        sources = [
+            TrainingSource(name=root.name, conversations=drill[:seen], root=root, weight=float(len(drill)))
+            for root, drill in drills
+            if drill
+        ]
+        often = seen > sum(len(drill) for _, drill in drills)
+        config = Stage1Config(loop=schooling.drill, vision_scale=0.0, cache_features=often)
         train_stage1(backbone, sources, config, out / "drill")
     return backbone
-
-
-def _finding(
-    corpora: Sequence[tuple[Sequence[Conversation], Path]],
-) -> Iterator[tuple[Conversation, Path, list[int]]]:
-    """Conversations with turns that say where things are, of each corpus in turn."""
-    placed = [[(row, root) for row in rows] for rows, root in corpora]
-    for row, root in (one for taken in zip_longest(*placed) for one in taken if one is not None):
-        if turns := finding(row):
-            yield row, root, turns
 
 
 def finding(row: Conversation) -> list[int]:
@@ -101,6 +94,12 @@ def finding(row: Conversation) -> list[int]:
     return [
         turn for turn, kind in enumerate(row.kinds) if kind.startswith(("scan", "point", "box", "metric_pos"))
     ]
+
+
+def without_scans(row: Conversation) -> Conversation:
+    """What is left for Stage I proper: the drill has taught the scans, a fifth of all tokens."""
+    rest = [turn for turn, kind in enumerate(row.kinds) if not kind.startswith("scan")]
+    return row.select(rest) if rest else row
 
 
 def scanned(row: Conversation, root: Path) -> list[View]:
