@@ -184,7 +184,7 @@ def _chat(command: str, arguments: list[str]) -> None:
         checkpoint: tyro.conf.Positional[Path],
         question: str,
         image: Annotated[list[Path], tyro.conf.UseAppendAction],
-        max_tokens: int = 64,
+        max_tokens: int = 128,
     ) -> None:
         """Ask a checkpoint one question about pictures.
 

@@ -37,7 +37,7 @@ class BLM:
     def contract(self) -> PolicyContract:
         return self.policy.contract
 
-    def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
         """Return the greedy answer to a conversation; all blocks of the backbone run."""
         return self.backbone.answer(messages, max_tokens=max_tokens)
 

@@ -109,14 +109,14 @@ class Oracle:
         )
         return message.text, *pictures
 
-    def answer(self, messages, *, max_tokens: int = 64) -> str:
+    def answer(self, messages, *, max_tokens: int = 128) -> str:
         self.systems.add("".join(m.text for m in messages if m.role == "system"))
         self.limits.add(max_tokens)
         return self.answers[self.key(messages[-1])]
 
 
 class Silent(Oracle):
-    def answer(self, messages, *, max_tokens: int = 64) -> str:
+    def answer(self, messages, *, max_tokens: int = 128) -> str:
         return ""
 
 

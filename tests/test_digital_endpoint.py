@@ -246,7 +246,7 @@ def test_evaluation_over_an_endpoint_survives_an_outage(server: Server, tmp_path
 
 
 class Echo:
-    def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
         return f"{messages[-1].text} {[image.pixels.shape for image in messages[-1].images]} {max_tokens}"
 
 
@@ -375,7 +375,7 @@ def as_benchmark(result: Path, out: Path, name: str) -> Path:
 
 def test_table_in_the_papers_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Half:
-        def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+        def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
             return str(int(messages[-1].text.split()[-1]) % 5)
 
     evaluate_digital(Half(), QUESTIONS, tmp_path / "r", model="mine")

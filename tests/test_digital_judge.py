@@ -51,7 +51,7 @@ class Oracle:
         labels[wrong : wrong + silent] = ["I would rather not say."] * silent
         self.known = {entry[:3]: label for entry, label in zip(CALIBRATION, labels, strict=True)}
 
-    def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
         self.asked += 1
         found = re.search(
             r"Question: (.*)\n\nReference answer: (.*)\n\nAnswer to grade: (.*)", messages[-1].text
@@ -107,7 +107,7 @@ class Says:
     def __init__(self, *answers: str) -> None:
         self.answers = answers
 
-    def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
         return self.answers[int(messages[-1].text.split()[-1])]
 
 

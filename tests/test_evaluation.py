@@ -158,7 +158,7 @@ class Scripted:
     def __init__(self, answers: dict[str, str]) -> None:
         self.answers, self.asked = answers, 0
 
-    def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
         self.asked += 1
         return self.answers[messages[-1].text]
 
@@ -231,7 +231,7 @@ def test_pictures_come_from_the_folder(tmp_path: Path) -> None:
         PIL.Image.fromarray(np.full((2, 2, 3), index, np.uint8)).save(tmp_path / path)
 
     class Sees:
-        def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+        def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
             return str(messages[-1].images[0].pixels[0, 0, 0])
 
     asked = [
@@ -260,7 +260,7 @@ class Constant:
     def __init__(self, text: str) -> None:
         self.text, self.limits = text, []
 
-    def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
         self.limits.append(max_tokens)
         return self.text
 

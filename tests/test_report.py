@@ -35,7 +35,7 @@ CONTRACT = PolicyContract(
 
 
 class Shout:
-    def answer(self, messages: object, *, max_tokens: int = 64) -> str:
+    def answer(self, messages: object, *, max_tokens: int = 128) -> str:
         return "<script>alert(1)</script>"
 
 

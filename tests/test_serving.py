@@ -83,7 +83,7 @@ class EchoPolicy:
 class EchoChat:
     """Says what it got: words and picture colours."""
 
-    def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
         last = messages[-1]
         if last.text == "break":
             raise RuntimeError("the weights are gone")
@@ -468,7 +468,7 @@ def test_full_queue_is_503_with_retry_after_and_control_still_served() -> None:
     gate = threading.Event()
 
     class StuckChat(EchoChat):
-        def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+        def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
             gate.wait(10)
             return "free"
 

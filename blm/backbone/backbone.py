@@ -174,17 +174,17 @@ class Backbone:
             for name, value in inputs.items()
         }
 
-    def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
         """Return the greedy answer to one conversation."""
         return self.answer_batch([messages], max_tokens=max_tokens)[0]
 
-    def answer_batch(self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 64) -> list[str]:
+    def answer_batch(self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 128) -> list[str]:
         """Return the greedy answers; each stops at the model's end token or after `max_tokens`."""
         return [text for text, _ in self.complete(conversations, max_tokens=max_tokens)]
 
     @torch.no_grad()
     def complete(
-        self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 64, seed: int | None = None
+        self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 128, seed: int | None = None
     ) -> list[tuple[str, bool]]:
         """Return the answers, and whether each came to its end within `max_tokens`.
 

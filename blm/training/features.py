@@ -7,8 +7,8 @@ projector behind the tower is trained, what enters the projector: LLaVA- and Smo
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +26,8 @@ from blm.types import BlmError
 
 PROJECTORS = ("multi_modal_projector", "connector")
 """Names of projectors that are modules of their own, behind the tower."""
+AT_ONCE = 64
+"""Pictures that a tower sees in one pass."""
 SHARD = 512 * 2**20
 """Features are written to disk in files of about this size [bytes]."""
 Features = dict[str, Tensor]
@@ -53,14 +55,16 @@ def cache_features(
     """
     projector = _trained_projector(backbone)
     store = _Store(folder and folder / _fingerprint(backbone, projector))
-    keys = []
+    keys, unseen = [], dict[str, Inputs]()
+    together = AT_ONCE if projector is not None else 1
     for row in track(rows, "seeing", console=Console(stderr=True)):
         units = [(_key(unit), unit) for unit in _units(row.media)]
         keys.append([key for key, _ in units])
         counts["pictures"] += len(units)
-        for key, unit in units:
-            if key not in store.names:
-                store.add(key, encode(backbone, unit))
+        unseen |= {key: unit for key, unit in units if key not in store.names}
+        if len(unseen) >= together or row is rows[-1]:
+            _see_all(backbone, unseen, store, together)
+            unseen = {}
     counts["distinct pictures"] += len({key for group in keys for key in group})
     features = store.read()
     return [
@@ -69,9 +73,26 @@ def cache_features(
     ]
 
 
+def _see_all(backbone: Backbone, units: Mapping[str, Inputs], store: _Store, together: int) -> None:
+    """Store the features of units; those of one shape are seen in one pass if several may be."""
+    shapes = defaultdict[object, list[str]](list)
+    for place, (key, unit) in enumerate(units.items()):
+        alike = tuple((name, value.shape) for name, value in unit.items())
+        shapes[alike if together > 1 and "image_grid_thw" not in unit else place].append(key)
+    for keys in shapes.values():
+        joined = {name: torch.cat([units[key][name] for key in keys]) for name in units[keys[0]]}
+        features = encode(backbone, joined)
+        pieces = {n: v.split(1) if len(keys) > 1 else (v,) for n, v in features.items()}
+        for place, key in enumerate(keys):
+            store.add(key, {name: parts[place] for name, parts in pieces.items()})
+
+
 @torch.no_grad()
 def encode(backbone: Backbone, media: Inputs) -> Features:
-    """Return the features of one picture, on the CPU. Raises BlmError unless the tower is frozen."""
+    """Return the features of a picture, or of pictures for a projector, on the CPU.
+
+    Raises BlmError unless the tower is frozen.
+    """
     projector, entered = _trained_projector(backbone), list[Tensor]()
     eye = eye_of(backbone)
     modes = [part.training for part in eye]

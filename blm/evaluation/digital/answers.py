@@ -22,7 +22,7 @@ class AnswersBatches(Protocol):
     """A Chat that answers several conversations at once."""
 
     def answer_batch(
-        self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 64
+        self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 128
     ) -> Sequence[str | AnswerError]: ...
 
 

@@ -74,7 +74,7 @@ class Endpoint:
         """Model and place, for results and caches."""
         return f"{self.model}@{self.url}"
 
-    def answer(self, messages: Sequence[Message], *, max_tokens: int = 64) -> str:
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
         """Return the answer. Raises AnswerError for a refused conversation, BlmError for a failing server."""
         body = self._body(messages, max_tokens)
         key = AnswerCache.key(self.url, body)
@@ -86,7 +86,7 @@ class Endpoint:
         return text
 
     def answer_batch(
-        self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 64
+        self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 128
     ) -> list[str | AnswerError]:
         """Ask all at once; a refused one has its AnswerError in its place. Raises BlmError as `answer`."""
 
