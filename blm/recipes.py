@@ -134,10 +134,10 @@ def demo() -> Recipe:
         name="demo",
         tasks=("push_cube", "pick_cube"),
         demonstrations=Demonstrations(episodes=16, held_out_episodes=2),
-        corpus=Corpus(scenes=1200, held_out_scenes=120, turns=6),
-        stage1=stage1(eye=200, drill=150, steps=180),
-        stage2=stage2(steps=600),
-        evaluation=Evaluation(episodes=6, max_questions=400),
+        corpus=Corpus(scenes=800, held_out_scenes=120, turns=6),
+        stage1=stage1(eye=150, drill=60, steps=80),
+        stage2=stage2(steps=450),
+        evaluation=Evaluation(episodes=4, max_questions=300),
     )
 
 

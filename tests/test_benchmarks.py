@@ -26,7 +26,7 @@ from benchmark_fixtures import (
 
 from blm.commands.sharerobot import split_sharerobot as command
 from blm.evaluation.digital import BENCHMARKS, evaluate_digital
-from blm.evaluation.digital.easy_vqa import installed_folder, load_split
+from blm.evaluation.digital.easy_vqa import load_split
 from blm.evaluation.digital.erqa import options_in
 from blm.evaluation.digital.judge import MatchJudge
 from blm.evaluation.digital.pointing import asked_in
@@ -301,12 +301,12 @@ def test_folder_that_takes_no_pictures(tmp_path):
 
 
 def test_easy_vqa_of_the_package():
-    pytest.importorskip("easy_vqa")
-    questions = load("easy_vqa", installed_folder())
+    folder = Path(pytest.importorskip("easy_vqa").__file__).parent
+    questions = load("easy_vqa", folder)
     assert len(questions) == 9673 and len({question.group for question in questions}) == 1000
     assert {question.kind for question in questions} == {"yes_no", "shape", "colour"}
     assert len({question.answer for question in questions}) == 13
-    assert len(load_split(installed_folder(), "train")) == 38575
+    assert len(load_split(folder, "train")) == 38575
 
 
 # ----------------------------------------------------------------------------------------------- bad data

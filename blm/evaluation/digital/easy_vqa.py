@@ -9,7 +9,6 @@ A model that sees no picture reaches 67 %: the usual answer to the same words in
 from __future__ import annotations
 
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 from blm.evaluation.digital.benchmark import Benchmark
@@ -23,14 +22,6 @@ GET = (
     "`python -c 'import easy_vqa; print(easy_vqa.__path__[0])'`. Expected: FOLDER/data/test/questions.json, "
     "FOLDER/data/test/images/*.png and FOLDER/data/answers.txt."
 )
-
-
-def installed_folder() -> Path:
-    """Folder of the installed package. Raises BlmError that says how to install it."""
-    spec = find_spec("easy_vqa")
-    if spec is None or spec.origin is None:
-        raise BlmError(f"package easy-vqa is not installed. {GET}")
-    return Path(spec.origin).parent
 
 
 def load_split(folder: Path, split: str) -> list[Question]:
