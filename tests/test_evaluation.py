@@ -208,7 +208,7 @@ def test_digital_resumes_and_batches(tmp_path: Path) -> None:
     brief = replace(SCENE, max_tokens=7, system="Be brief.")
     batched = examine(Batched(SCRIPT), tmp_path / "batched", benchmark=brief)
     assert batched["rows"] == first["rows"]
-    with pytest.raises(ContractError, match=r"max_tokens: 7 here, 32 there(.|\n)*prompt: 'Be brief.' here"):
+    with pytest.raises(ContractError, match=r"max_tokens: 7 here, 128 there(.|\n)*prompt: 'Be brief.' here"):
         compare(batched, first)
 
 
