@@ -323,3 +323,8 @@ def test_trackers_get_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert calls == [(tmp_path.name, str(tmp_path)), "start", "12", *logged, "finish"]
     with pytest.raises(BlmError, match="'wandb' is not installed"):
         run_loop(module, module.loss, batch_of, replace(CONFIG, trackers=("wandb",)), tmp_path / "no")
+
+
+def test_a_negative_rate_of_muon_is_refused():
+    with pytest.raises(BlmError, match=r"muon is -0\.02"):
+        LoopConfig(steps=1, batch_size=1, muon=-0.02)

@@ -79,6 +79,8 @@ class LoopConfig:
         for name in ("steps", "batch_size", "lr", "clip", "accumulate", "log_every", "save_every", "keep"):
             if getattr(self, name) <= 0:
                 raise BlmError(f"{name} is {getattr(self, name)}; it must be positive")
+        if self.muon < 0:
+            raise BlmError(f"muon is {self.muon}; it must be a rate, or 0 for AdamW alone")
 
 
 B = TypeVar("B")
