@@ -149,11 +149,15 @@ class ConvVision(PreTrainedModel):
         picture, and their places from the robot [REACH m].
         """
         looks = F.layer_norm(weights @ features.transpose(1, 2), features.shape[1:2])
-        whole = F.layer_norm(features.mean(-1), features.shape[1:2])[:, None].expand_as(looks)
+        whole = self.whole(features)[:, None].expand_as(looks)
         place = weights @ position_code(CELLS, CELLS).to(weights)
         both = torch.cat([looks, whole], dim=-1)
         around = summary[:, None].expand(-1, weights.shape[1], -1)
         return place, both, self.metric(torch.cat([names, place, both, around], dim=-1))
+
+    def whole(self, features: Tensor) -> Tensor:
+        """[N, F, P] -> [N, F]: the looks of the whole picture."""
+        return F.layer_norm(features.mean(-1), features.shape[1:2])
 
     @cached_property
     def mixing(self) -> Tensor:

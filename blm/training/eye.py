@@ -29,6 +29,8 @@ from blm.types import Image
 
 EYE = LoopConfig(steps=3000, batch_size=32, lr=3e-3, clip=5.0, title="nano's eye")
 DRILL = LoopConfig(steps=1000, batch_size=8, lr=2e-3, muon=0.02, title="nano's drill")
+FINDING = ("scan", "point", "box", "metric_position")
+"""Kinds that say what and where things are."""
 SPREAD = 0.5
 """Standard deviation of a target around its point [cells]."""
 METRIC_WEIGHT, MILLIMETRES = 20.0, 0.005
@@ -91,9 +93,7 @@ def taught_nano(
 
 def finding(row: Conversation) -> list[int]:
     """The turns of a conversation that say what and where things are."""
-    return [
-        turn for turn, kind in enumerate(row.kinds) if kind.startswith(("scan", "point", "box", "metric_pos"))
-    ]
+    return [turn for turn, kind in enumerate(row.kinds) if kind.startswith(FINDING)]
 
 
 def without_scans(row: Conversation) -> Conversation:
@@ -149,8 +149,8 @@ class Lessons(NamedTuple):
 
 
 def _lessons(views: Sequence[View], things: Sequence[str], steps: Sequence[str]) -> Lessons:
-    count = len(views)
-    points, metres = torch.full((count, len(things), 2), -1.0), torch.full((count, len(things), 3), torch.nan)
+    points = torch.full((len(views), len(things), 2), -1.0)
+    metres = torch.full((*points.shape[:2], 3), torch.nan)
     for row, view in enumerate(views):
         if view.places is None:
             points[row] = torch.nan
@@ -158,8 +158,7 @@ def _lessons(views: Sequence[View], things: Sequence[str], steps: Sequence[str])
             points[row, things.index(name)] = torch.tensor(place[:2]) / POINT_SCALE
             if len(place) == 5:
                 metres[row, things.index(name)] = torch.tensor(place[2:]) / 100
-    step = torch.tensor([steps.index(view.step) if view.step else -1 for view in views])
-    return Lessons(points, metres, step)
+    return Lessons(points, metres, torch.tensor([steps.index(v.step) if v.step else -1 for v in views]))
 
 
 def eye_loss(eye: ConvVision, pixels: Tensor, lessons: Lessons) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -178,7 +177,7 @@ def eye_loss(eye: ConvVision, pixels: Tensor, lessons: Lessons) -> tuple[Tensor,
         error = error + METRIC_WEIGHT * (off.square() + MILLIMETRES**2).sqrt().sum()
         log["mm_off"] = 1000 * off.detach().norm(dim=-1).median()
     if told.any():
-        whole = F.layer_norm(features.mean(-1), features.shape[1:2])[told]
+        whole = eye.whole(features)[told]
         fixed = (~metres[told][..., 0].isnan()).any(-1, keepdim=True).to(whole)
         error = error + F.binary_cross_entropy_with_logits(eye.fixed(whole), fixed, reduction="sum")
     if (step >= 0).any():
