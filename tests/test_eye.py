@@ -96,7 +96,8 @@ def test_targets_are_distributions_with_their_mean_at_the_point():
 def test_scans_belong_to_their_pictures_and_drills_are_what_finds():
     both = scene(0)
     (view,) = scanned(both, Path())
-    assert view.image is both.messages[0].images[0] and len(view.places) == 2 and not view.step
+    assert view.image is both.messages[0].images[0] and len(view.places) == 2
+    assert view.name == "base" and not view.step
     for x, y, *place in view.places.values():
         assert np.abs(np.subtract(place, where(0.112 * x, 0.112 * y))).max() <= 1
     assert finding(both) == [0]
@@ -128,8 +129,10 @@ def test_the_metric_code_is_the_place_and_its_phases():
 
 def lessons(count: int = 4) -> tuple[ConvVision, torch.Tensor, Lessons]:
     torch.manual_seed(0)
-    eye = ConvVision(ConvVisionConfig(things=["red cube", "goal"], steps=["lift", "lower"]))
-    told = Lessons(torch.rand(count, 2, 2), torch.rand(count, 2, 3), torch.arange(count) % 2)
+    eye = ConvVision(
+        ConvVisionConfig(things=["red cube", "goal"], steps=["lift", "lower"], views=["base", "wrist"])
+    )
+    told = Lessons(*(torch.rand(count, 2, n) for n in (2, 3)), *[torch.arange(count) % 2] * 2)
     return eye, torch.randn(count, 3, 112, 112), told
 
 
@@ -138,7 +141,7 @@ def reached(eye: ConvVision, pixels: torch.Tensor, told: Lessons) -> tuple[float
     eye.zero_grad()
     loss, _ = eye_loss(eye, pixels, told)
     loss.backward()
-    heads = ("score", "metric", "fixed", "doing")
+    heads = ("score", "metric", "fixed", "doing", "view")
     grads = {name: [p.grad for p in getattr(eye, name).parameters()] for name in heads}
     return loss.item(), {name for name in heads if any(g is not None and g.any() for g in grads[name])}
 
@@ -146,11 +149,12 @@ def reached(eye: ConvVision, pixels: torch.Tensor, told: Lessons) -> tuple[float
 def test_what_is_not_told_teaches_nothing():
     eye, pixels, told = lessons()
     _, heads = reached(eye, pixels, told)
-    assert heads == {"score", "metric", "fixed", "doing"}
-    unknown = Lessons(*(torch.full_like(value, torch.nan) for value in told[:2]), told.step * 0 - 1)
-    for name, without in {"metres": "metric", "step": "doing"}.items():
+    assert heads == {"score", "metric", "fixed", "doing", "view"}
+    none = told.step * 0 - 1
+    unknown = Lessons(*(torch.full_like(value, torch.nan) for value in told[:2]), none, none)
+    for name, without in {"metres": "metric", "step": "doing", "view": "view"}.items():
         loss, heads = reached(eye, pixels, told._replace(**{name: getattr(unknown, name)}))
-        assert math.isfinite(loss) and without not in heads and len(heads) == 3
+        assert math.isfinite(loss) and without not in heads and len(heads) == 4
     loss, heads = reached(eye, pixels, unknown._replace(step=told.step))
     assert math.isfinite(loss) and heads == {"doing"}
 
@@ -207,7 +211,7 @@ def test_schooling_finds_things_in_new_pictures(tmp_path):
     pictures = [view.image.pixels for view in views]
     inputs = backbone.processor.image_processor(pictures, return_tensors="pt")
     with torch.no_grad():
-        _, log = eye_loss(eye, inputs["pixel_values"], _lessons(views, eye.config.things, eye.config.steps))
+        _, log = eye_loss(eye, inputs["pixel_values"], _lessons(views, eye.config))
     told = [place[2:] for view in views for place in (view.places or {}).values()]
     guess = np.median([math.dist(where(56, 56), place) for place in told])
     assert log["pixels_off"] < 3.0  # chance is above 30

@@ -261,12 +261,13 @@ def build_nano(
     seed: int = 0,
     things: Sequence[str] = (),
     steps: Sequence[str] = (),
+    views: Sequence[str] = (),
 ) -> Backbone:
     """Return an untrained nano; its tokenizer is trained on `texts`, best those that it will be taught.
 
-    Its eye has maps for `things`, and tells `steps` apart.
+    Its eye has maps for `things`, and tells `steps` and `views` apart.
     """
-    return Backbone(*make_nano(texts, seed=seed, things=things, steps=steps))
+    return Backbone(*make_nano(texts, seed=seed, things=things, steps=steps, views=views))
 
 
 def build_smol(*, image_size: Literal[128, 224] = 128, seed: int = 0) -> Backbone:

@@ -4,7 +4,7 @@ It has one map for each thing that it was taught to find (`training/eye.py`): a 
 cells and "nowhere". The things that are most surely there become tokens that say what, where in the picture,
 where from the robot, and how it looks, as region features did in early vision-language models (UNITER, Chen
 et al., 2020); the quarters of the picture are the other tokens. All of them say which step the picture looks
-like. Shapes: N pictures, M maps, T tokens, P = 784 cells, F features, S steps.
+like, and which camera took it. Shapes: N pictures, M maps, T tokens, P = 784 cells, F features, S steps.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ REACH = 0.5
 """Places from the robot are given in this [m], so that most lie within -1 .. 1 or 0 .. 2."""
 PERIODS = (2.0, 1.0, 0.2, 0.1)
 """Periods of their code [m]. 1 and 0.1 tell apart what decimal digits of centimetres need."""
-STEPS = 16
-"""Steps are told apart up to this number."""
+STEPS, VIEWS = 16, 4
+"""Steps, and cameras, are told apart up to these numbers."""
 
 
 class ConvVisionConfig(PretrainedConfig):
@@ -52,18 +52,21 @@ class ConvVisionConfig(PretrainedConfig):
         width: int = 96,
         things: Sequence[str] = (),
         steps: Sequence[str] = (),
+        views: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        """`things`: what is looked for, of at most WORDS - FOUND words; `steps`: at most STEPS names."""
+        """`things`: what is looked for, of at most WORDS - FOUND words; at most STEPS, VIEWS others."""
         words = sorted({word for thing in things for word in words_of(thing)})
         if len(words) > WORDS - FOUND:
             raise BlmError(f"nano's eye knows at most {WORDS - FOUND} words, not {len(words)}: {words}")
-        if len(steps) > STEPS:
-            raise BlmError(f"nano's eye tells at most {STEPS} steps apart, not {len(steps)}: {steps}")
-        self.channels, self.width, self.things, self.steps = channels, width, list(things), list(steps)
+        for kind, names, most in (("steps", steps, STEPS), ("views", views, VIEWS)):
+            if len(names) > most:
+                raise BlmError(f"nano's eye tells at most {most} {kind} apart, not {len(names)}: {names}")
+        self.channels, self.width = channels, width
+        self.things, self.steps, self.views = list(things), list(steps), list(views)
         self.image_size, self.patch_size = IMAGE_SIZE, IMAGE_SIZE // GRID
         places = 2 + 4 * len(FREQUENCIES) + 3 + 6 * len(PERIODS)
-        self.hidden_size = WORDS + QUARTERS + 1 + places + 2 * channels + STEPS
+        self.hidden_size = WORDS + QUARTERS + 1 + places + 2 * channels + STEPS + VIEWS
         super().__init__(**kwargs)
 
 
@@ -99,8 +102,13 @@ class ConvVision(PreTrainedModel):
         c, w = config.channels, config.width
         self.maps_made = max(len(config.things), FOUND)  # untaught, it looks for things without a name
         self.words = list(dict.fromkeys(word for thing in config.things for word in words_of(thing)))
-        self.stem = nn.Conv2d(3, c, 4, stride=4)
-        self.fine = ResidualBlock(c)
+        self.stem = nn.Sequential(  # half resolution tells a cube of 7 px from a cylinder
+            nn.Conv2d(3, c // 2, 4, stride=2, padding=1),
+            ResidualBlock(c // 2),
+            nn.ReLU(),
+            nn.Conv2d(c // 2, c, 4, stride=2, padding=1),
+        )
+        self.fine, self.both = ResidualBlock(c), ResidualBlock(c)
         self.down = nn.Conv2d(c, w, 3, stride=2, padding=1)
         self.coarse = nn.Sequential(ResidualBlock(w), ResidualBlock(w, 2))
         self.up = nn.Conv2d(w, 4 * c, 1)
@@ -108,7 +116,7 @@ class ConvVision(PreTrainedModel):
         self.nowhere = nn.Parameter(torch.zeros(self.maps_made))
         seen = WORDS + QUARTERS + 2 + 4 * len(FREQUENCIES) + 2 * c + 4 * w
         self.metric = nn.Sequential(nn.Linear(seen, 192), nn.ReLU(), nn.Linear(192, 3))
-        self.fixed = nn.Linear(c, 1)
+        self.fixed, self.view = nn.Linear(c, 1), nn.Linear(4 * w, VIEWS)
         self.doing = nn.Sequential(nn.Linear(4 * w, 96), nn.ReLU(), nn.Linear(96, STEPS))
         self.post_init()
 
@@ -129,7 +137,7 @@ class ConvVision(PreTrainedModel):
         """Return what the cells look like [N, F, P], and a summary of the picture [N, 4 W]."""
         fine = self.fine(self.stem(pixel_values))
         coarse = F.relu(self.coarse(self.down(F.relu(fine))))
-        features = F.relu(fine + F.pixel_shuffle(self.up(coarse), 2)).flatten(2)
+        features = F.relu(self.both(fine + F.pixel_shuffle(self.up(coarse), 2))).flatten(2)
         halves = coarse.unflatten(2, (2, -1)).flatten(3)  # [N, W, 2, P / 8]: upper and lower half
         return features, torch.cat([halves.mean(-1), halves.amax(-1)], dim=-1).flatten(1)
 
@@ -181,10 +189,11 @@ class ConvVision(PreTrainedModel):
         names = self.names(found)
         place, looks, metres = self.looks(features, summary, weights, names)
         fixed = self.fixed(looks[..., -features.shape[1] :]).sigmoid()
-        metres = metric_code(metres) * fixed * (sure * (torch.arange(GRID * GRID) < FOUND).to(sure)[:, None])
-        doing = self.doing(summary).softmax(-1)[:, None].expand(-1, GRID * GRID, -1)
-        looks = LOOK_SCALE * looks * sure
-        tokens = torch.cat([NAME_SCALE * names * sure, sure, place * sure, metres, looks, doing], dim=-1)
+        metres = metric_code(metres) * fixed * (torch.arange(GRID * GRID) < FOUND).to(sure)[:, None]
+        view = NAME_SCALE * self.view(summary).softmax(-1)
+        whole = torch.cat([self.doing(summary).softmax(-1), view], dim=-1)[:, None]
+        told = [NAME_SCALE * names, torch.ones_like(sure), place, metres, LOOK_SCALE * looks]
+        tokens = torch.cat([sure * torch.cat(told, dim=-1), whole.expand(-1, GRID * GRID, -1)], dim=-1)
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
 
     def names(self, found: Tensor) -> Tensor:

@@ -93,13 +93,14 @@ def make_nano(
     seed: int = 0,
     things: Sequence[str] = (),
     steps: Sequence[str] = (),
+    views: Sequence[str] = (),
     layers: int = 4,
     width: int = 192,
     vocab_size: int = 768,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Return an untrained model and its processor, with a tokenizer trained on `texts`.
 
-    `things` are what its eye has maps for, `steps` those that it tells apart.
+    `things` are what its eye has maps for, `steps` and `views` those that it tells apart.
     """
     tokenizer = train_tokenizer(texts, vocab_size)
     processor = LlavaProcessor(
@@ -125,7 +126,7 @@ def make_nano(
         **ids,
     )
     config = LlavaConfig(
-        vision_config=ConvVisionConfig(things=things, steps=steps),
+        vision_config=ConvVisionConfig(things=things, steps=steps, views=views),
         text_config=text,
         image_token_index=processor.image_token_id,
         vision_feature_select_strategy="full",

@@ -112,9 +112,8 @@ class Drawer:
         options = [*map(str, self.rng.choice(sorted(fact.wrong), count, replace=False))]
         right = int(self.rng.integers(count + 1))
         options.insert(right, fact.answer)
-        lines = [f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
-        thought = "; ".join(filter(None, (fact.thought, fact.answer)))
-        return Turn(f"{fact.kind}_choice", "\n".join([question, *lines]), LETTERS[right], thought)
+        thought = "; ".join(filter(None, (fact.thought, f"{fact.answer} ({LETTERS[right]})")))
+        return Turn(f"{fact.kind}_choice", _with_options(question, options), LETTERS[right], thought)
 
     def ask(self, groups: Mapping[str, Sequence[Fact]], count: int) -> list[Turn]:
         """Ask one question of each of `count` kinds at most."""
@@ -123,6 +122,18 @@ class Drawer:
         facts = (self.draw(groups[kinds[index]]) for index in order)
         drawn = [fact for _, fact in zip(range(count), (f for f in facts if f is not None), strict=False)]
         return [self.word(fact) for fact in drawn]
+
+
+def letters_turn(names: Iterable[str], rng: np.random.Generator) -> Turn:
+    """A turn that only teaches: which letter each option of a multiple choice has."""
+    options = [*map(str, rng.permutation(sorted({*names}))[: len(LETTERS)])]
+    answer = ", ".join(f"{options[i]} ({LETTERS[i]})" for i in rng.permutation(len(options)))
+    return Turn("letters", _with_options("Name the letter of each.", options), answer)
+
+
+def _with_options(question: str, options: Sequence[str]) -> str:
+    lines = (f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
+    return "\n".join([question, *lines])
 
 
 def _levels(fact: Fact) -> set[tuple[str, ...]]:

@@ -120,7 +120,8 @@ def moment_facts(steps: Steps, index: int, frame: int, instruction: str) -> Iter
         yield from _ordered(steps, index, phrases, instruction, thought)
     others = tuple(sorted({*phrases} - {now}))
     yield Fact("generative_affordance", now, {}, others)
-    yield Fact("discriminative_affordance_positive", "yes", {"step": now}, thought=thought)
+    asked = f"{thought}; asked {now}"
+    yield Fact("discriminative_affordance_positive", "yes", {"step": now}, thought=asked)
     thing = PHRASES[steps.task][0]
     if frame + SOON >= steps.contact > frame:
         yield Fact("forecasting_touch", "yes", {"thing": thing}, thought=f"now {now}")
@@ -137,7 +138,8 @@ def _ordered(steps: Steps, index: int, phrases: list[str], instruction: str, tho
     """What follows from the order of the steps."""
     for other, phrase in enumerate(phrases):
         if abs(other - index) >= 2:
-            yield Fact("discriminative_affordance_negative", "no", {"step": phrase}, thought=thought)
+            asked = f"{thought}; asked {phrase}"
+            yield Fact("discriminative_affordance_negative", "no", {"step": phrase}, thought=asked)
         if 0 < other < len(phrases) - 1 and other != index:
             kind, answer = ("success_positive", "yes") if other < index else ("success_negative", "no")
             yield Fact(kind, answer, {"step": phrase}, thought=thought)

@@ -2,7 +2,8 @@
 
 It learns from the corpus's own "scan" turns. Some list all that a view shows: the map of each thing becomes a
 distribution over the cells of the picture, and "nowhere" where it is not; views that do not move with the arm
-also tell where things are from the robot. Others name the step under way. Shapes: N pictures, M things.
+also tell where things are from the robot. Each names its view; others name the step under way. Shapes: N
+pictures, M things.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blm.backbone import Backbone, build_nano
-from blm.backbone.eye import CELLS, IMAGE_SIZE, REACH, ConvVision
+from blm.backbone.eye import CELLS, IMAGE_SIZE, REACH, ConvVision, ConvVisionConfig
 from blm.corpora import Conversation
 from blm.corpora.questions import POINT_SCALE, read_scan
 from blm.media import load_pixels
@@ -47,6 +48,8 @@ class View:
     """Where: thousandths of the picture's sides, and where it is known cm from the robot. None: not told."""
     step: str = ""
     """Which step is under way, if told."""
+    name: str = ""
+    """Which camera took it, if told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +73,9 @@ def taught_nano(
     """
     views = [view for rows, root in corpora for row in rows for view in scanned(row, root)]
     things = sorted({name for view in views for name in view.places or ()})
-    steps = sorted({view.step for view in views} - {""})
+    steps, names = (sorted({getattr(view, kind) for view in views} - {""}) for kind in ("step", "name"))
     texts = (m.text for rows, _ in corpora for row in rows for m in row.messages)
-    backbone = build_nano(texts, seed=seed, things=things, steps=steps)
+    backbone = build_nano(texts, seed=seed, things=things, steps=steps, views=names)
     if views:
         teach_eye(backbone, views, schooling.eye, out / "eye")
         seen = schooling.drill.steps * schooling.drill.batch_size
@@ -112,14 +115,17 @@ def scanned(row: Conversation, root: Path) -> list[View]:
     told = {kind: text for kind, text in zip(row.kinds, answers, strict=True) if kind.startswith("scan")}
     if step := told.pop("scan_step", ""):
         return [View(image, root, None, step) for image in images]
-    return [View(image, root, read_scan(text)) for image, text in zip(images, told.values(), strict=False)]
+    return [
+        View(image, root, read_scan(text), name=kind.removeprefix("scan_"))
+        for image, (kind, text) in zip(images, told.items(), strict=False)
+    ]
 
 
 def teach_eye(backbone: Backbone, views: Sequence[View], loop: LoopConfig, out: Path) -> None:
     """Train the eye of a nano in place; its log is `out/log.jsonl`."""
     eye = backbone.model.base_model.vision_tower
-    assert isinstance(eye, ConvVision)
-    lessons = _lessons(views, eye.config.things, eye.config.steps)
+    assert isinstance(eye, ConvVision) and isinstance(eye.config, ConvVisionConfig)
+    lessons = _lessons(views, eye.config)
     pictures = np.stack([load_pixels(view.image, view.root) for view in views])
 
     def next_batch(step: int, part: Part) -> Piece[tuple[Tensor, Lessons]]:
@@ -138,7 +144,7 @@ def teach_eye(backbone: Backbone, views: Sequence[View], loop: LoopConfig, out: 
 
 
 class Lessons(NamedTuple):
-    """What N pictures show. Not-a-number, or -1 for a step: not told."""
+    """What N pictures show. Not-a-number, or -1 for a step or view: not told."""
 
     points: Tensor
     """[N, M, 2] fractions of the picture; negative: the thing is not there."""
@@ -146,10 +152,12 @@ class Lessons(NamedTuple):
     """[N, M, 3] places from the robot [m]."""
     step: Tensor
     """[N]."""
+    view: Tensor
+    """[N]."""
 
 
-def _lessons(views: Sequence[View], things: Sequence[str], steps: Sequence[str]) -> Lessons:
-    points = torch.full((len(views), len(things), 2), -1.0)
+def _lessons(views: Sequence[View], known: ConvVisionConfig) -> Lessons:
+    things, points = known.things, torch.full((len(views), len(known.things), 2), -1.0)
     metres = torch.full((*points.shape[:2], 3), torch.nan)
     for row, view in enumerate(views):
         if view.places is None:
@@ -158,12 +166,14 @@ def _lessons(views: Sequence[View], things: Sequence[str], steps: Sequence[str])
             points[row, things.index(name)] = torch.tensor(place[:2]) / POINT_SCALE
             if len(place) == 5:
                 metres[row, things.index(name)] = torch.tensor(place[2:]) / 100
-    return Lessons(points, metres, torch.tensor([steps.index(v.step) if v.step else -1 for v in views]))
+    steps = [known.steps.index(view.step) if view.step else -1 for view in views]
+    names = [known.views.index(view.name) if view.name else -1 for view in views]
+    return Lessons(points, metres, torch.tensor(steps), torch.tensor(names))
 
 
 def eye_loss(eye: ConvVision, pixels: Tensor, lessons: Lessons) -> tuple[Tensor, dict[str, Tensor | float]]:
     """Mean loss over N pictures [N, 3, 112, 112], and how far off the eye is in them."""
-    points, metres, step = lessons
+    points, metres, *_ = lessons
     features, summary = eye.features(pixels)
     logs = eye.maps(features)[:, : points.shape[1]]
     told = ~points[:, 0, 0].isnan()
@@ -180,10 +190,11 @@ def eye_loss(eye: ConvVision, pixels: Tensor, lessons: Lessons) -> tuple[Tensor,
         whole = eye.whole(features)[told]
         fixed = (~metres[told][..., 0].isnan()).any(-1, keepdim=True).to(whole)
         error = error + F.binary_cross_entropy_with_logits(eye.fixed(whole), fixed, reduction="sum")
-    if (step >= 0).any():
-        doing = eye.doing(summary[step >= 0])
-        error = error + F.cross_entropy(doing, step[step >= 0], reduction="sum")
-        log["steps_right"] = (doing.argmax(-1) == step[step >= 0]).float().mean()
+    for name, head, label in (("steps", eye.doing, lessons.step), ("views", eye.view, lessons.view)):
+        if (told := label >= 0).any():
+            guess = head(summary[told])
+            error = error + F.cross_entropy(guess, label[told], reduction="sum")
+            log[f"{name}_right"] = (guess.argmax(-1) == label[told]).float().mean()
     return error / len(pixels), log
 
 
