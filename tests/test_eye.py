@@ -38,6 +38,7 @@ from blm.training.eye import (
     without_scans,
 )
 from blm.training.loop import LoopConfig
+from blm.training.record import Meter
 from blm.types import BlmError, Image, Message
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (30, 60, 220)}
@@ -157,6 +158,20 @@ def test_what_is_not_told_teaches_nothing():
         assert math.isfinite(loss) and without not in heads and len(heads) == 4
     loss, heads = reached(eye, pixels, unknown._replace(step=told.step))
     assert math.isfinite(loss) and heads == {"doing"}
+
+
+def test_metrics_have_the_same_names_whatever_is_told():
+    eye, pixels, told = lessons()
+    _, every = eye_loss(eye, pixels, told)
+    none = Lessons(*(torch.full_like(value, torch.nan) for value in told[:2]), *[told.step * 0 - 1] * 2)
+    _, nothing = eye_loss(eye, pixels, none)
+    assert nothing.keys() == every.keys() and all(math.isfinite(value) for value in every.values())
+    assert all(math.isnan(value) for value in nothing.values())
+    meter = Meter(0.0)
+    for log in (every, nothing):
+        meter.add({name: float(value) for name, value in log.items()}, {"samples": 4.0}, 0.0)
+    row = meter.row(1e-3)
+    assert all(row[name] == pytest.approx(float(value)) for name, value in every.items())
 
 
 def test_the_loss_is_the_mean_over_pictures():

@@ -103,10 +103,10 @@ class ConvVision(PreTrainedModel):
         self.maps_made = max(len(config.things), FOUND)  # untaught, it looks for things without a name
         self.words = list(dict.fromkeys(word for thing in config.things for word in words_of(thing)))
         self.stem = nn.Sequential(  # half resolution tells a cube of 7 px from a cylinder
-            nn.Conv2d(3, c // 2, 4, stride=2, padding=1),
-            ResidualBlock(c // 2),
+            nn.Conv2d(3, c // 3, 4, stride=2, padding=1),
+            ResidualBlock(c // 3),
             nn.ReLU(),
-            nn.Conv2d(c // 2, c, 4, stride=2, padding=1),
+            nn.Conv2d(c // 3, c, 4, stride=2, padding=1),
         )
         self.fine, self.both = ResidualBlock(c), ResidualBlock(c)
         self.down = nn.Conv2d(c, w, 3, stride=2, padding=1)

@@ -8,6 +8,7 @@ pictures, M things.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,13 +173,17 @@ def _lessons(views: Sequence[View], known: ConvVisionConfig) -> Lessons:
 
 
 def eye_loss(eye: ConvVision, pixels: Tensor, lessons: Lessons) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """Mean loss over N pictures [N, 3, 112, 112], and how far off the eye is in them."""
+    """Mean loss over N pictures [N, 3, 112, 112], and how far off the eye is in them.
+
+    Not-a-number where they tell nothing about it: all processes of a training must name the same metrics.
+    """
     points, metres, *_ = lessons
     features, summary = eye.features(pixels)
     logs = eye.maps(features)[:, : points.shape[1]]
     told = ~points[:, 0, 0].isnan()
     error = -(target(points[told]) * logs[told]).sum()
-    log: dict[str, Tensor | float] = {"pixels_off": pixels_off(logs[told], points[told])}
+    log: dict[str, Tensor | float] = dict.fromkeys(("mm_off", "steps_right", "views_right"), math.nan)
+    log["pixels_off"] = pixels_off(logs[told], points[told])
     rows, things = (~metres[..., 0].isnan()).nonzero(as_tuple=True)
     if len(rows):
         weights, names = logs[rows, things, None, :-1].softmax(-1), eye.names(things[:, None])[:, :1]
@@ -210,9 +215,9 @@ def target(points: Tensor) -> Tensor:
 
 @torch.no_grad()
 def pixels_off(logs: Tensor, points: Tensor) -> Tensor:
-    """Median distance of what is there from where its map points to [px]."""
+    """Median distance of what is there from where its map points to [px]; of nothing it is not a number."""
     distance = (places(logs) - points).norm(dim=-1)[points[..., 0] >= 0]
-    return IMAGE_SIZE * distance.median() if len(distance) else torch.zeros(())
+    return IMAGE_SIZE * distance.median() if len(distance) else torch.tensor(math.nan)
 
 
 def places(logs: Tensor) -> Tensor:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -19,19 +21,21 @@ class Meter:
 
     def __init__(self, seconds: float) -> None:
         """`seconds` were spent before."""
-        self.seconds, self.begin, self.waited, self.steps = seconds, time.perf_counter(), 0.0, 0
-        self.values, self.sizes = defaultdict[str, float](float), defaultdict[str, float](float)
+        self.seconds, self.begin, self.waited = seconds, time.perf_counter(), 0.0
+        self.values, self.sizes = defaultdict[str, list[float]](list), defaultdict[str, float](float)
 
     def add(self, values: Mapping[str, float], sizes: Mapping[str, float], wait: float) -> None:
-        for into, what in ((self.values, values), (self.sizes, sizes)):
-            for name, value in what.items():
-                into[name] += value
-        self.waited, self.steps = self.waited + wait, self.steps + 1
+        """Not-a-number: this step has no such value."""
+        for name, value in values.items():
+            self.values[name] += [] if math.isnan(value) else [value]
+        for name, size in sizes.items():
+            self.sizes[name] += size
+        self.waited += wait
 
     def row(self, lr: float) -> dict[str, float]:
         elapsed = time.perf_counter() - self.begin
         self.seconds += elapsed
-        row = {name: value / self.steps for name, value in self.values.items()}
+        row = {name: fmean(values) for name, values in self.values.items() if values}
         row |= {"lr": lr, "samples_per_s": self.sizes["samples"] / elapsed}
         if positions := self.sizes["positions"]:
             row["tokens_per_s"] = self.sizes["tokens"] / elapsed
