@@ -19,8 +19,12 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import load_file
 from test_backbone import tiny_qwen
+from test_intents import make_backbone, make_dataset
+from test_training_imitate import POLICY
 
 from blm.backbone import build_nano
+from blm.training.imitate import ImitateConfig, train_stage2
+from blm.training.intents import IntentConfig
 from blm.training.loop import LoopConfig
 from blm.training.sft import Stage1Config, TrainingSource, train_stage1
 from blm.types import Image, Message
@@ -63,16 +67,39 @@ def train(out: Path, model: str = "nano", *, shard: bool = False, accumulate: in
     train_stage1(backbone, sources(), Stage1Config(loop=loop), out, on_eval=evaluate)
 
 
+def train_policy(out: Path, data: Path, *, shard: bool = False) -> None:
+    """Stage II, on the datasets of two robots in the folder `data`."""
+    config = ImitateConfig(
+        datasets=(data / "arm", data / "leg"),
+        backbone=str(data / "backbone"),
+        intents=IntentConfig(layer=1, cameras=("base",), workers=0, stride=2),
+        loop=LoopConfig(steps=STEPS, batch_size=2 * ROWS, lr=1e-3, log_every=1, shard=shard),
+        policy=POLICY,
+        cache=out / "cache",
+        execute=3,
+        held_out=0.3,
+        validation_batches=2,
+    )
+    train_stage2(config, out, {})
+
+
 def log(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
-def require_same(out: Path, other: Path) -> None:
+def make_data(folder: Path) -> None:
+    folder.mkdir()
+    make_backbone(folder / "backbone")
+    for robot, joints in (("arm", 2), ("leg", 3)):
+        make_dataset(folder, robot, joints)
+
+
+def require_same(out: Path, other: Path, weights_file: str = "backbone/model.safetensors") -> None:
     for row, same in zip(log(out), log(other), strict=True):
-        for name in ("loss", "grad_norm", "token_accuracy", "lr"):
+        assert row.keys() == same.keys()
+        for name in row.keys() - {"seconds", "samples_per_s", "tokens_per_s", "data_share", "padding_share"}:
             assert row[name] == pytest.approx(same[name], rel=1e-5), (row["step"], name)
-        assert row.get("letters") == same.get("letters")
-    weights, expected = (load_file(folder / "backbone/model.safetensors") for folder in (out, other))
+    weights, expected = (load_file(folder / weights_file) for folder in (out, other))
     apart = torch.cat([(weights[name] - value).abs().flatten() for name, value in expected.items()])
     # AdamW divides by the gradient's size: where that is all rounding, a weight may differ by a part of lr
     assert apart.max() < 1e-3 and (apart > 1e-5).float().mean() < 1e-3
@@ -84,6 +111,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone")
     for model in MODELS:
         train(out / model, model)
+    make_data(out / "data")
+    train_policy(out / "policy", out / "data")
     return out
 
 
@@ -94,6 +123,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    make_data(out / "data")
     command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH.split()]
     command += ["--main_process_port", str(port), __file__, str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -106,6 +136,12 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one_does(alone: Path, two: Path, kind: str, model: str) -> None:
     require_same(two / kind / model, alone / model)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_imitate_as_one_does(alone: Path, two: Path, kind: str) -> None:
+    """The parts of a step, with unlike numbers of real values, give the gradient of the whole."""
+    require_same(two / kind / "policy", alone / "policy", "checkpoint/policy.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["ddp-from-fsdp2", "fsdp2-from-ddp"])
@@ -132,6 +168,8 @@ def work(out: Path) -> None:
     for model in MODELS:
         train(out / "ddp" / model, model)
         train(out / "fsdp2" / model, model, shard=True)
+    train_policy(out / "ddp/policy", out / "data")
+    train_policy(out / "fsdp2/policy", out / "data", shard=True)
     if state.is_main_process:
         go_on(out / "fsdp2/nano", out / "ddp-from-fsdp2", 2)
         go_on(out / "ddp/nano", out / "fsdp2-from-ddp", 2)

@@ -16,6 +16,7 @@ from blm.training import imitate
 from blm.training.imitate import ImitateConfig, Sampler, open_robot, train_stage2
 from blm.training.intents import IntentConfig
 from blm.training.loop import LoopConfig
+from blm.training.parallel import Part
 from blm.types import BlmError, Observation
 
 POLICY = PolicyConfig(
@@ -88,6 +89,34 @@ def test_a_batch_holds_what_its_frames_say(config):
         assert torch.equal(batch.future_hidden[i][batch.future_mask[i]], torch.from_numpy(np.array(later)))
 
 
+def test_the_parts_of_a_step_are_the_samples_of_the_whole(config):
+    torch.manual_seed(0)
+    network, sampler = PolicyNetwork(POLICY, 32, 2), Sampler(open_robots(config), config)
+    whole = sampler(3)
+    parts = [sampler(3, Part(index, 3)) for index in range(3)]
+    for index, part in enumerate(parts):
+        assert part.ids == whole.ids[index::3] and torch.equal(part.noise, whole.noise[index::3])
+    assert {len(part.ids) for part in parts} == {5, 6}
+    for name, value in network.loss(whole, network).items():
+        added = sum(network.loss(part, network)[name] * len(part.ids) for part in parts) / 16
+        torch.testing.assert_close(added, value, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_say_how_often_robots_and_tasks_are_drawn(config):
+    robots = open_robots(config)
+
+    def legs(**weights: float) -> float:
+        sampler = Sampler(robots, replace(config, weights=weights))
+        return np.mean([robot == "leg" for step in range(40) for robot, _ in sampler(step).ids])
+
+    even = len(robots[1].train) / (len(robots[0].train) + len(robots[1].train))
+    assert legs() == pytest.approx(even, abs=0.06)
+    assert legs(leg=3.0) == pytest.approx(3 * even / (1 + 2 * even), abs=0.06)
+    assert legs(arm=0.0) == 1.0 and legs(leg=0.0) == 0.0
+    with pytest.raises(BlmError, match=r"weights for \['foot'\], which no dataset holds; valid: arm, leg"):
+        legs(foot=2.0)
+
+
 def test_statistics_come_from_training_episodes_only(config):
     robot = open_robots(config)[0]
     dataset = robot.dataset
@@ -138,7 +167,7 @@ def test_a_finished_run_is_repeated_by_nothing_and_other_inputs_are_refused(conf
     train_stage2(config, trained, {"command": "again"})
     assert (trained / "checkpoint/policy.safetensors").read_bytes() == before
     with pytest.raises(BlmError, match="holds another run: made from another weights;"):
-        train_stage2(replace(config, weights=(1.0, 2.0)), trained, {})
+        train_stage2(replace(config, weights={"leg": 2.0}), trained, {})
 
 
 def test_a_killed_run_continues_to_the_same_checkpoint(config, tmp_path, monkeypatch):
@@ -146,10 +175,10 @@ def test_a_killed_run_continues_to_the_same_checkpoint(config, tmp_path, monkeyp
     whole = train_stage2(config, tmp_path / "whole", {})
     original = Sampler.__call__
 
-    def killed(self, step):
+    def killed(self, step, part):
         if step == 8:
             raise KeyboardInterrupt
-        return original(self, step)
+        return original(self, step, part)
 
     with monkeypatch.context() as patch:
         patch.setattr(Sampler, "__call__", killed)

@@ -87,6 +87,9 @@ class PolicyBatch:
     """[B] flow time."""
     ids: Sequence[object] = ()
     """Names of the samples, for error messages."""
+    values: float = 0.0
+    """Real values of a sample, on average over the whole step; 0: over this batch. Makes the losses of the
+    parts of a step, weighted by their samples, add up to the loss of the whole."""
 
     def to(self, device: torch.device | str) -> PolicyBatch:
         tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -95,6 +98,9 @@ class PolicyBatch:
 
 class PolicyNetwork(nn.Module):
     """Bridge, transformer and heads for `embodiments` robots on hidden states of size `hidden_size`."""
+
+    _no_split_modules = ("PerceiverBlock", "Block")
+    """Units of FSDP, named as transformers models name theirs."""
 
     def __init__(self, config: PolicyConfig, hidden_size: int, embodiments: int) -> None:
         super().__init__()
@@ -132,7 +138,7 @@ class PolicyNetwork(nn.Module):
         intent = self.bridge(batch.hidden, batch.mask)
         velocity, predicted = self.velocity(noised, batch.tau, intent, batch.state, batch.embodiment)
         error = (velocity - flow.target(actions, noise)).square() * batch.real
-        loss_flow = error.sum() / batch.real.sum()
+        loss_flow = error.sum() / (batch.values * len(error) or batch.real.sum())
         if self.config.future_weight == 0:
             return {"loss": loss_flow, "loss_flow": loss_flow, "loss_future": torch.zeros_like(loss_flow)}
         with torch.no_grad():

@@ -6,8 +6,8 @@ cache of intents the backbone is in memory only before the first step and after 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -33,7 +33,7 @@ from blm.training.intents import (
     describe,
 )
 from blm.training.loop import Ema, LoopConfig, Piece, run_loop
-from blm.training.parallel import Part
+from blm.training.parallel import Part, Processes
 from blm.types import BlmError, PolicyContract
 
 
@@ -50,8 +50,8 @@ class ImitateConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     cache: Path | None = None
     """Folder for the intent caches, one a robot, shared by runs; None: compute H_k for every batch anew."""
-    weights: tuple[float, ...] = ()
-    """Share of each dataset in a batch, any scale; empty: every frame counts the same."""
+    weights: Mapping[str, float] = field(default_factory=dict)
+    """Robot or task -> how many times as often as others its frames are drawn; 0: never."""
     execute: int = 8
     """Actions of a chunk to execute before asking again; stored in the contract."""
     held_out: float = 0.05
@@ -100,24 +100,42 @@ def open_robot(backbone: Backbone, dataset: EpisodeDataset, config: ImitateConfi
     )
 
 
+WHOLE = Part()
+
+
 class Sampler:
     """Makes the batch of a step: a function of (seed, step) alone, noise and flow times included."""
 
     def __init__(self, robots: Sequence[RobotData], config: ImitateConfig, *, train: bool = True) -> None:
         self.robots, self.policy = robots, config.policy
-        self.frames = [robot.train if train else robot.held_out for robot in robots]
-        sizes = tuple(len(frames) for frames in self.frames)
-        weights, seed = config.weights or tuple(map(float, sizes)), 2 * config.loop.seed + (not train)
-        self.mixture = Mixture(sizes=sizes, weights=weights, batch_size=config.loop.batch_size, seed=seed)
+        groups = list(_groups(robots, config.weights, train=train))
+        self.robot = np.array([robot for robot, _, _ in groups])
+        self.frames = [frames for _, frames, _ in groups]
+        self.mixture = Mixture(
+            sizes=tuple(map(len, self.frames)),
+            weights=tuple(weight for _, _, weight in groups),
+            batch_size=config.loop.batch_size,
+            seed=2 * config.loop.seed + (not train),
+        )
 
-    def __call__(self, step: int) -> PolicyBatch:
-        which, chosen = self.mixture.batch(step)
-        frames = {i: self.frames[i][chosen[which == i]] for i in np.unique(which)}
-        states, actions, real, now, later = zip(*(self._part(i, f) for i, f in frames.items()), strict=True)
-        hidden, mask = collate([row for rows in now for row in rows])
-        future_hidden, future_mask = collate([row for rows in later for row in rows])
+    def __call__(self, step: int, part: Part = WHOLE) -> PolicyBatch:
+        """Return one part of the batch; the parts of a step together are the same samples as the whole."""
+        group, chosen = self.mixture.batch(step)
+        frames, which = (
+            np.array([self.frames[g][i] for g, i in zip(group, chosen, strict=True)]),
+            self.robot[group],
+        )
         seed = np.random.SeedSequence([self.mixture.seed, step]).generate_state(1)[0]
         generator = torch.Generator().manual_seed(int(seed))
+        noise = torch.randn((len(which), self.policy.horizon, self.policy.max_dim), generator=generator)
+        tau = sample_time(len(which), generator)
+        values = [self._values(i, frames[which == i]) for i in np.unique(which)]
+        mine = np.arange(len(which))[part.index :: part.count]
+        frames, which = frames[mine], which[mine]
+        parts = [self._part(i, frames[which == i]) for i in np.unique(which)]
+        states, actions, real, now, later = zip(*parts, strict=True)
+        hidden, mask = collate([row for rows in now for row in rows])
+        future_hidden, future_mask = collate([row for rows in later for row in rows])
         return PolicyBatch(
             hidden=hidden,
             mask=mask,
@@ -127,10 +145,20 @@ class Sampler:
             actions=torch.cat(actions),
             real=torch.cat(real).bool(),
             embodiment=torch.from_numpy(which),
-            noise=torch.randn(torch.cat(actions).shape, generator=generator),
-            tau=sample_time(len(which), generator),
-            ids=[(self.robots[i].dataset.space.robot, int(frame)) for i, f in frames.items() for frame in f],
+            noise=noise[mine],
+            tau=tau[mine],
+            ids=[
+                (self.robots[i].dataset.space.robot, int(frame))
+                for i, frame in zip(which, frames, strict=True)
+            ],
+            values=sum(values) / len(noise),
         )
+
+    def _values(self, index: int, frames: IndexArray) -> float:
+        """Real values in the action chunks of one robot's frames."""
+        data = self.robots[index].dataset
+        left = data.starts[data.episode_index[frames] + 1] - frames
+        return float(np.minimum(left, self.policy.horizon).sum() * data.space.dim)
 
     def _part(self, index: int, frames: IndexArray) -> tuple[Tensor, Tensor, Tensor, Rows, Rows]:
         """State, actions, what is real in them, and hidden states now and later, of one robot's frames."""
@@ -149,12 +177,31 @@ class Sampler:
         return state, actions, real, rows[: len(frames)], rows[-len(frames) :]
 
 
+def _groups(
+    robots: Sequence[RobotData], weights: Mapping[str, float], *, train: bool
+) -> Iterator[tuple[int, IndexArray, float]]:
+    """Yield number of the robot, frames and weight of each robot and task; robots come in order."""
+    known = {robot.dataset.space.robot for robot in robots} | {t for r in robots for t in r.dataset.tasks}
+    if unknown := sorted({*weights} - known):
+        raise BlmError(f"weights for {unknown}, which no dataset holds; valid: {', '.join(sorted(known))}")
+    for number, robot in enumerate(robots):
+        data, frames = robot.dataset, robot.train if train else robot.held_out
+        tasks = np.asarray(data.tasks)[data.episode_index[frames]]
+        for task in sorted({*tasks.tolist()}):
+            mine = frames[tasks == task]
+            weight = len(mine) * weights.get(data.space.robot, 1.0) * weights.get(task, 1.0)
+            if weight > 0:
+                yield number, mine, weight
+
+
 def train_stage2(config: ImitateConfig, out: Path, provenance: Mapping[str, Any]) -> Path:
     """Train, log to `out/log.jsonl`, write and return the folder `out/checkpoint`; a killed run continues.
 
     `provenance` (the command, for instance) is stored in the checkpoint. Raises BlmError if datasets and
     config do not fit together, and if the backbone is not bit for bit what it was.
     """
+    processes = Processes.join(torch.device(config.device).type)
+    config = replace(config, device=str(processes.device))
     backbone = _load_backbone(config)
     frozen = FrozenProof.of(backbone)
     datasets = [open_dataset(folder) for folder in config.datasets]
@@ -163,11 +210,15 @@ def train_stage2(config: ImitateConfig, out: Path, provenance: Mapping[str, Any]
         "robots": list(contract.action_spaces),
         "intents": [describe(backbone, data, config.intents) for data in datasets],
         "policy": asdict(config.policy),
-        "weights": list(config.weights),
+        "weights": dict(config.weights),
         "held_out": config.held_out,
     }
-    claim(out / "inputs.json", inputs, f"'{out}' holds another run")
-    robots = [open_robot(backbone, data, config) for data in datasets]
+    if processes.first:
+        claim(out / "inputs.json", inputs, f"'{out}' holds another run")
+        robots = [open_robot(backbone, data, config) for data in datasets]  # fills the caches
+    processes.wait()
+    if not processes.first:
+        robots = [open_robot(backbone, data, config) for data in datasets]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.loop.seed)
         network = PolicyNetwork(config.policy, backbone.hidden_size, len(robots)).to(config.device)
@@ -186,7 +237,9 @@ def train_stage2(config: ImitateConfig, out: Path, provenance: Mapping[str, Any]
         transforms={robot.dataset.space.robot: robot.transforms for robot in robots},
         contract=contract,
     )
-    policy.save(out / "checkpoint", {**provenance, "loop": asdict(config.loop), "inputs": inputs})
+    if processes.first:
+        policy.save(out / "checkpoint", {**provenance, "loop": asdict(config.loop), "inputs": inputs})
+    processes.wait()
     return out / "checkpoint"
 
 
@@ -207,10 +260,8 @@ def _run(
     sampler = Sampler(robots, config)
 
     def next_batch(step: int, part: Part) -> Piece[PolicyBatch]:
-        if part.count > 1:
-            raise BlmError("Stage II trains in one process, with loop.accumulate=1")
-        batch = sampler(step)
-        return Piece(batch, batch.ids)
+        batch = sampler(step, part)
+        return Piece(batch, batch.ids, weight=len(batch.ids))
 
     evaluate = validate if config.held_out and config.validation_batches else None
     run_loop(network, loss, next_batch, config.loop, out, ema=ema, on_eval=evaluate)

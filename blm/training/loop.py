@@ -31,7 +31,6 @@ from blm.training.parallel import (
     Part,
     Processes,
     full,
-    is_sharded,
     spread,
     unsynced,
     wants_shards,
@@ -104,6 +103,7 @@ class Piece(Generic[B]):
 class Ema:
     """A copy of a module whose weights w follow the trained ones v: w <- d w + (1 - d) v.
 
+    It is whole in every process, also when the trained weights are split.
     d = min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage.
     """
 
@@ -115,7 +115,7 @@ class Ema:
     def update(self, module: nn.Module, step: int) -> None:
         weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
         for average, trained in zip(self.module.parameters(), module.parameters(), strict=True):
-            average.lerp_(trained, weight)
+            average.lerp_(full(trained.detach()), weight)
         for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
             mine.copy_(theirs)
 
@@ -148,8 +148,6 @@ def run_loop(
         parts = f"{processes.count} processes x {config.accumulate} parts"
         raise BlmError(f"batch_size is {config.batch_size}, but a step has {parts}; each needs a sample")
     wrapped, undo = spread(module, loss_fn, processes, config.shard or wants_shards())
-    if ema is not None and is_sharded(wrapped):
-        raise BlmError("a moving average needs whole weights: train with shard=False")
     with torch.random.fork_rng(devices=[torch.cuda.current_device()] if kind == "cuda" else []):
         torch.manual_seed(config.seed * 65_537 + processes.rank)
         optimizer = Optimizers(

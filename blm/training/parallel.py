@@ -163,10 +163,6 @@ def unsynced(step: nn.Module) -> AbstractContextManager[None]:
     return step.no_sync() if isinstance(step, DistributedDataParallel) else nullcontext()
 
 
-def is_sharded(module: nn.Module) -> bool:
-    return any(isinstance(part, FSDPModule) for part in module.modules())
-
-
 @contextmanager
 def whole(step: nn.Module) -> Iterator[None]:
     """Have all weights in every process for a while, so that a model can be used as if there were one."""
