@@ -146,6 +146,12 @@ def _train_stage1(command: str, arguments: list[str]) -> None:
     stage1(command, arguments)
 
 
+def _train_stage2(command: str, arguments: list[str]) -> None:
+    from blm.commands.training import stage2
+
+    stage2(command, arguments)
+
+
 # --- one model ----------------------------------------------------------------------------------------------
 
 
@@ -273,7 +279,9 @@ COMMANDS: dict[str, Command] = {
         "split ShareRobot by episode: evaluation, training", sharerobot.split_sharerobot
     ),
     "train stage1": Command("fine-tune a backbone on corpora", _either("stage1", _train_stage1)),
-    "train stage2": Command("train bridge and policy on the frozen backbone", _stage("stage2")),
+    "train stage2": Command(
+        "train bridge and policy on the frozen backbone", _either("stage2", _train_stage2)
+    ),
     "eval digital": Command("ask the questions of a benchmark", _either("digital", digital.evaluate)),
     "eval retention": Command("what a tuned backbone kept of its base's language", retention.retention),
     "eval table": Command("digital results beside the published ones", digital.table),

@@ -72,6 +72,8 @@ class Stage2:
     """Cache every n-th frame."""
     execute: int = 8
     """Actions of a chunk that are carried out before the policy is asked again."""
+    drive: int = 0
+    """Episodes of each robot and task at every evaluation (`loop.eval_every`), on seeds for validation."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 from blm.backbone import Backbone
 from blm.commands.digital import spread
+from blm.commands.training import driver
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus, read_questions
 from blm.data.episodes import open_dataset
 from blm.data.files import read_json, write_json
@@ -131,7 +132,8 @@ def run_stage2(recipe: Recipe, run: Path) -> None:
         cache=run / "intents",
         execute=stage2.execute,
     )
-    train_stage2(config, run / "stage2", provenance={"recipe": to_json(recipe)})
+    drive = driver(run / "stage2", recipe.tasks, stage2.drive, recipe.workers) if stage2.drive else None
+    train_stage2(config, run / "stage2", {"recipe": to_json(recipe)}, drive=drive)
 
 
 def run_eval_digital(recipe: Recipe, run: Path) -> None:

@@ -188,6 +188,33 @@ def test_a_killed_run_continues_to_the_same_checkpoint(config, tmp_path, monkeyp
     assert (whole / "policy.safetensors").read_bytes() == (parts / "policy.safetensors").read_bytes()
 
 
+def test_the_best_checkpoint_is_that_of_the_best_evaluation(config, tmp_path):
+    config = replace(config, loop=replace(config.loop, steps=12, eval_every=3, save_every=3))
+    scores, seen = iter([0.2, 0.8, 0.5, 0.8]), []
+
+    def drive(step: int, policy: CheckpointPolicy) -> dict[str, float]:
+        seen.append((step, policy.contract.revision))
+        if len(seen) == 4 and len({step for step, _ in seen}) == 4:
+            raise KeyboardInterrupt
+        return {"success": next(scores)}
+
+    with pytest.raises(KeyboardInterrupt):
+        train_stage2(config, tmp_path, {}, drive=drive)
+    train_stage2(config, tmp_path, {}, drive=drive)
+    revisions = dict(seen)
+    assert [step for step, _ in seen] == [3, 6, 9, 12, 12]
+    assert CheckpointPolicy.load(tmp_path / "best").contract.revision == revisions[6], "of equals the first"
+    assert CheckpointPolicy.load(tmp_path / "checkpoint").contract.revision == revisions[12]
+    stored = json.loads((tmp_path / "best/config.json").read_text())["provenance"]
+    assert (stored["step"], stored["score"]) == ("6", "0.8")
+
+
+def test_without_driving_the_validation_loss_chooses(config, trained):
+    rows = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    stored = json.loads((trained / "best/config.json").read_text())["provenance"]
+    assert stored["step"] == "120" and float(stored["score"]) == -rows[-1]["val_loss_flow"]
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_a_backbone_that_changes_during_stage_two_is_noticed(config, tmp_path, monkeypatch, cached):
     backbone = Backbone.load(config.backbone)
@@ -197,7 +224,7 @@ def test_a_backbone_that_changes_during_stage_two_is_noticed(config, tmp_path, m
     def disturb(model: torch.nn.Module) -> None:
         next(model.parameters()).data.flatten()[0] += 1e-3
 
-    def run(network, ema, robots, config, out):
+    def run(network, ema, robots, config, out, drive):
         if cached:
             disturb(backbone.model)
             backbone.save(tmp_path / "backbone")

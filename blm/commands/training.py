@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blm.training.eye import Schooling, taught_nano, without_scans
+from blm.training.imitate import Drive, ImitateConfig
 from blm.training.sft import Stage1Config
 from blm.types import BlmError
 
@@ -86,6 +88,65 @@ def stage1(command: str, arguments: list[str]) -> None:
         print_training([{"step": 0, **before}, *rows])
         console.print(f"backbone: {chosen.out / 'backbone'}", soft_wrap=True)
     processes.leave()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStage2(ImitateConfig):
+    """Train bridge and policy on datasets of demonstrations, with the backbone frozen.
+
+    Writes OUT/checkpoint and OUT/best. The same command again continues what was interrupted; `accelerate
+    launch` starts it in several processes.
+    """
+
+    out: tyro.conf.Positional[Path]
+    """Folder to write."""
+    drive: int = 0
+    """Episodes that the policy drives in each robot and task at every evaluation (`loop.eval-every`), on
+    seeds for validation; 0: the validation loss alone chooses the best checkpoint."""
+
+
+def parse_stage2(command: str, arguments: list[str]) -> TrainStage2:
+    return tyro.cli(TrainStage2, args=arguments, prog=f"blm {command}")
+
+
+def stage2(command: str, arguments: list[str]) -> None:
+    """`blm train stage2 OUT --datasets FOLDER ..`: bridge and policy on any datasets."""
+    chosen = parse_stage2(command, arguments)
+    from blm.data.episodes import open_dataset
+    from blm.training.imitate import train_stage2
+    from blm.training.parallel import Processes
+
+    config = ImitateConfig(**{field.name: getattr(chosen, field.name) for field in fields(ImitateConfig)})
+    tasks = sorted({task for folder in config.datasets for task in open_dataset(folder).tasks})
+    drive = driver(chosen.out, tasks, chosen.drive, config.intents.workers) if chosen.drive else None
+    facts = {
+        "command": ["blm", command, *arguments],
+        "config": json.loads(json.dumps(asdict(chosen), default=str)),
+    }
+    checkpoint = train_stage2(config, chosen.out, facts, drive=drive)
+    processes = Processes.join(chosen.device)
+    if processes.first:
+        console.print(f"checkpoint: {checkpoint}, best: {chosen.out / 'best'}", soft_wrap=True)
+    processes.leave()
+
+
+def driver(out: Path, tasks: Sequence[str], episodes: int, workers: int) -> Drive:
+    """Return what lets a policy in training drive so many validation episodes of each robot and task."""
+    from functools import partial
+
+    from blm.evaluation import PhysicalProtocol, evaluate_physical
+    from blm.policy.policy import CheckpointPolicy
+
+    def drive(step: int, policy: CheckpointPolicy) -> dict[str, float]:
+        folder = out / "driven" / f"{step:08d}"
+        policy.save(folder / "policy", {})
+        protocol = PhysicalProtocol.for_validation(policy.contract, tasks=tasks, episodes=episodes)
+        make = partial(CheckpointPolicy.load, folder / "policy")
+        result = evaluate_physical(make, protocol, folder, workers=workers, videos_per_cell=0)
+        shutil.rmtree(folder / "policy")
+        return {"success": result["overall"]["success_once"]["rate"]}
+
+    return drive
 
 
 def _open(

@@ -1,6 +1,7 @@
 """What a score was measured with, as data. Two results compare only when their protocols are equal.
 
-The three ranges of scene seeds are stated only here. They are disjoint: no evaluation scene was trained on.
+The ranges of scene seeds are stated only here. They are disjoint: no evaluation scene was trained on, and
+none helped to choose a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from blm.types import BlmError, ContractError, Episode, PolicyContract, lookup
 EVALUATION_SEEDS = range(10_000)
 TRAINING_SEEDS = range(10_000, 1_000_000)
 STAGE1_HELD_OUT_SEEDS = range(1_000_000, 2_000_000)
+VALIDATION_SEEDS = range(2_000_000, 2_010_000)
+"""Of the episodes that a policy drives during its training."""
 
 _OF_POLICY = ("cameras", "image_size", "rate_hz", "execute")
 Phrasing = Literal["seen", "held_out", "both"]
@@ -68,8 +71,9 @@ class PhysicalProtocol:
 
     name: str = ""
     """Of the entry of PROTOCOLS that it is, unchanged; empty for none."""
-    purpose: Literal["evaluation", "replay check"] = "evaluation"
-    """A replay check plays recorded training episodes again: it tests data and simulator, it is no score."""
+    purpose: Literal["evaluation", "validation", "replay check"] = "evaluation"
+    """A validation chooses among the checkpoints of a training. A replay check plays recorded training
+    episodes again: it tests data and simulator, it is no score."""
     robots: tuple[str, ...]
     tasks: tuple[str, ...]
     first_seed: int = 0
@@ -109,11 +113,11 @@ class PhysicalProtocol:
         if (self.purpose == "replay check") != bool(self.recorded):
             raise BlmError("a replay check, and nothing else, names its recorded episodes; use for_replay")
         if not self.recorded:
-            seeds = self.seeds
-            if not seeds or seeds[0] not in EVALUATION_SEEDS or seeds[-1] not in EVALUATION_SEEDS:
+            seeds, valid = self.seeds, VALIDATION_SEEDS if self.purpose == "validation" else EVALUATION_SEEDS
+            if not seeds or seeds[0] not in valid or seeds[-1] not in valid:
                 raise BlmError(
-                    f"{self.episodes} evaluation seeds from {self.first_seed} on: need one or more, all "
-                    f"within 0..{EVALUATION_SEEDS.stop - 1}; the others belong to training"
+                    f"{self.episodes} {self.purpose} seeds from {self.first_seed} on: need one or more, all "
+                    f"within {valid.start}..{valid.stop - 1}; the others belong to training"
                 )
         fixed = isinstance(self.latency, int | float) and 0 <= self.latency < math.inf
         if not fixed and self.latency not in ("none", "measured"):
@@ -138,6 +142,15 @@ class PhysicalProtocol:
         standard = cls._make(contract, name, lookup("protocol", name, PROTOCOLS))
         changed = cls._make(contract, "", {**PROTOCOLS[name], **changes})
         return standard if replace(changed, name=name) == standard else changed
+
+    @classmethod
+    def for_validation(
+        cls, contract: PolicyContract, *, tasks: Sequence[str], episodes: int
+    ) -> PhysicalProtocol:
+        """So many episodes of each robot of a policy in each of these tasks, on seeds for validation."""
+        settings: Settings = {"robots": tuple(contract.action_spaces), "tasks": tasks, "episodes": episodes}
+        settings["first_seed"] = VALIDATION_SEEDS.start
+        return cls._make(contract, "", settings, purpose="validation")
 
     @classmethod
     def for_replay(cls, contract: PolicyContract, episodes: Sequence[Episode]) -> PhysicalProtocol:

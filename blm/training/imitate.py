@@ -6,14 +6,17 @@ cache of intents the backbone is in memory only before the first step and after 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from blm.backbone.backbone import Backbone
 from blm.data.episodes import EpisodeDataset, open_dataset
@@ -194,11 +197,19 @@ def _groups(
                 yield number, mine, weight
 
 
-def train_stage2(config: ImitateConfig, out: Path, provenance: Mapping[str, Any]) -> Path:
+Drive = Callable[[int, CheckpointPolicy], Mapping[str, float]]
+"""What a policy does after so many steps: "success" (0..1), and what else shall be logged."""
+
+
+def train_stage2(
+    config: ImitateConfig, out: Path, provenance: Mapping[str, Any], *, drive: Drive | None = None
+) -> Path:
     """Train, log to `out/log.jsonl`, write and return the folder `out/checkpoint`; a killed run continues.
 
-    `provenance` (the command, for instance) is stored in the checkpoint. Raises BlmError if datasets and
-    config do not fit together, and if the backbone is not bit for bit what it was.
+    `out/best` is the checkpoint of the evaluation with the highest success of `drive`, which then needs the
+    backbone in memory, or without it with the lowest validation loss. `provenance` (the command, for
+    instance) is stored in both. Raises BlmError if datasets and config do not fit together, and if the
+    backbone is not bit for bit what it was.
     """
     processes = Processes.join(torch.device(config.device).type)
     config = replace(config, device=str(processes.device))
@@ -222,40 +233,83 @@ def train_stage2(config: ImitateConfig, out: Path, provenance: Mapping[str, Any]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.loop.seed)
         network = PolicyNetwork(config.policy, backbone.hidden_size, len(robots)).to(config.device)
-    if config.cache is not None:
+
+    def policy(weights: PolicyNetwork) -> CheckpointPolicy:
+        return CheckpointPolicy(
+            backbone=backbone,
+            frozen=frozen,
+            layer=config.intents.layer,
+            network=weights,
+            transforms={robot.dataset.space.robot: robot.transforms for robot in robots},
+            contract=contract,
+        )
+
+    ema, driven = Ema(network, config.policy.ema), drive if processes.first else None
+    if config.cache is not None and drive is None:
         del backbone
-    ema = Ema(network, config.policy.ema)
-    _run(network, ema, robots, config, out)
-    if config.cache is not None:
+    _run(network, ema, robots, config, out, driven and (lambda step, now: driven(step, policy(now))))
+    if config.cache is not None and drive is None:
         backbone = _load_backbone(config)
     frozen.require(backbone, "after Stage II")
-    policy = CheckpointPolicy(
-        backbone=backbone,
-        frozen=frozen,
-        layer=config.intents.layer,
-        network=cast(PolicyNetwork, ema.module),
-        transforms={robot.dataset.space.robot: robot.transforms for robot in robots},
-        contract=contract,
-    )
     if processes.first:
-        policy.save(out / "checkpoint", {**provenance, "loop": asdict(config.loop), "inputs": inputs})
+        facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs}
+        policy(cast(PolicyNetwork, ema.module)).save(out / "checkpoint", facts)
+        best = Best(out)
+        if best.facts:
+            best.load(network)
+            policy(network).save(out / "best", {**facts, **best.facts})
     processes.wait()
     return out / "checkpoint"
 
 
+class Best:
+    """The weights of the best evaluation of a run, in `out/best.safetensors`."""
+
+    def __init__(self, out: Path) -> None:
+        self.file, self.facts = out / "best.safetensors", dict[str, str]()
+        if self.file.exists():
+            with safe_open(self.file, "pt") as stored:
+                self.facts = stored.metadata()
+
+    def keep(self, weights: nn.Module, step: int, found: Mapping[str, float]) -> None:
+        """Keep these weights if they are the best so far: by success, or without it by validation loss."""
+        score = found.get("success", -found.get("val_loss_flow", math.inf))
+        if score > float(self.facts.get("score", -math.inf)):
+            self.facts = {"score": str(score), "step": str(step)}
+            temporary = self.file.with_suffix(".tmp")
+            save_file(weights.state_dict(), temporary, self.facts)
+            temporary.replace(self.file)
+
+    def load(self, network: nn.Module) -> None:
+        network.load_state_dict(load_file(self.file))
+
+
 def _run(
-    network: PolicyNetwork, ema: Ema, robots: Sequence[RobotData], config: ImitateConfig, out: Path
+    network: PolicyNetwork,
+    ema: Ema,
+    robots: Sequence[RobotData],
+    config: ImitateConfig,
+    out: Path,
+    drive: Callable[[int, PolicyNetwork], Mapping[str, float]] | None,
 ) -> None:
     teacher, names = cast(PolicyNetwork, ema.module), ("loss_flow", "loss_future")
+    best, first = Best(out), Processes.join(torch.device(config.device).type).first
 
     def loss(batch: PolicyBatch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         losses = network.loss(batch.to(config.device), teacher)
         return losses["loss"], {name: losses[name].detach() for name in names}
 
-    def validate(step: int) -> Mapping[str, float]:
-        batches = map(Sampler(robots, config, train=False), range(config.validation_batches))
-        rows = [teacher.loss(batch.to(config.device), teacher) for batch in batches]
-        return {f"val_{name}": sum(float(row[name]) for row in rows) / len(rows) for name in names}
+    def evaluate(step: int) -> Mapping[str, float]:
+        found = dict[str, float]()
+        if config.held_out and config.validation_batches:
+            batches = map(Sampler(robots, config, train=False), range(config.validation_batches))
+            rows = [teacher.loss(batch.to(config.device), teacher) for batch in batches]
+            found |= {f"val_{name}": sum(float(row[name]) for row in rows) / len(rows) for name in names}
+        if drive is not None:
+            found |= drive(step, teacher)
+        if first:
+            best.keep(teacher, step, found)
+        return found
 
     sampler = Sampler(robots, config)
 
@@ -263,7 +317,6 @@ def _run(
         batch = sampler(step, part)
         return Piece(batch, batch.ids, weight=len(batch.ids))
 
-    evaluate = validate if config.held_out and config.validation_batches else None
     run_loop(network, loss, next_batch, config.loop, out, ema=ema, on_eval=evaluate)
 
 
