@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_intents import make_backbone, make_dataset
 
 from blm.backbone.backbone import Backbone
@@ -13,6 +14,7 @@ from blm.data.episodes import open_dataset
 from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
 from blm.training import imitate
+from blm.training.adapt import fresh
 from blm.training.imitate import ImitateConfig, Sampler, open_robot, train_stage2
 from blm.training.intents import IntentConfig
 from blm.training.loop import LoopConfig
@@ -50,7 +52,8 @@ def config(tmp_path_factory) -> ImitateConfig:
 
 def open_robots(config: ImitateConfig) -> list[imitate.RobotData]:
     backbone = Backbone.load(config.backbone)
-    return [open_robot(backbone, open_dataset(folder), config) for folder in config.datasets]
+    start = fresh(config.policy, 32, ["arm", "leg"], 0)
+    return [open_robot(backbone, open_dataset(folder), config, start) for folder in config.datasets]
 
 
 def test_losses_from_the_cache_equal_those_without_within_half_precision(config):
@@ -124,7 +127,10 @@ def test_statistics_come_from_training_episodes_only(config):
     assert len(held) == 1 and not set(held) & set(dataset.episode_index[robot.train])
     poisoned = np.where(np.isin(dataset.episode_index, held)[:, None], 99.0, dataset.actions)
     other = open_robot(
-        Backbone.load(config.backbone), replace(dataset, actions=poisoned), replace(config, cache=None)
+        Backbone.load(config.backbone),
+        replace(dataset, actions=poisoned),
+        replace(config, cache=None),
+        fresh(config.policy, 32, ["arm"], 0),
     )
     assert other.transforms.to_json() == robot.transforms.to_json()
 
@@ -213,6 +219,53 @@ def test_without_driving_the_validation_loss_chooses(config, trained):
     rows = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     stored = json.loads((trained / "best/config.json").read_text())["provenance"]
     assert stored["step"] == "120" and float(stored["score"]) == -rows[-1]["val_loss_flow"]
+
+
+def acts(checkpoint: Path, folder: Path) -> np.ndarray:
+    """What a checkpoint does at the fourth frame of a dataset."""
+    data = open_dataset(folder)
+    observation = Observation(
+        images={"base": data.frames([3], "base")[0]},
+        state=data.states[3],
+        instruction=data.instructions[data.task_index[3]],
+        robot=data.space.robot,
+    )
+    return CheckpointPolicy.load(checkpoint).act(observation).actions
+
+
+def test_a_further_robot_is_new_rows_and_nothing_else(config, trained, tmp_path):
+    make_dataset(tmp_path, "tail", 3)
+    grown = replace(
+        config,
+        datasets=(tmp_path / "tail",),
+        start=trained / "checkpoint",
+        only_new=True,
+        loop=replace(config.loop, steps=60),
+    )
+    made = train_stage2(grown, tmp_path / "run", {})
+    before, after = (load_file(folder / "policy.safetensors") for folder in (trained / "checkpoint", made))
+    rows = {name for name, value in before.items() if after[name].shape != value.shape}
+    assert rows and all("first" in name or "second" in name or "third" in name for name in rows)
+    for name, value in before.items():
+        assert torch.equal(after[name][:2] if name in rows else after[name], value), name
+    assert list(CheckpointPolicy.load(made).contract.action_spaces) == ["arm", "leg", "tail"]
+    for folder in config.datasets:
+        np.testing.assert_allclose(acts(made, folder), acts(trained / "checkpoint", folder), atol=1e-6)
+    data = open_dataset(tmp_path / "tail")
+    assert np.abs(acts(made, tmp_path / "tail") - data.actions[3:9]).mean() < 0.2
+
+
+def test_a_start_that_does_not_fit_is_refused(config, trained):
+    go_on = replace(config, start=trained / "checkpoint")
+    with pytest.raises(BlmError, match="only_new needs a checkpoint"):
+        replace(config, only_new=True)
+    with pytest.raises(BlmError, match=r"the checkpoint knows \['arm', 'leg'\]"):
+        train_stage2(replace(go_on, only_new=True), trained.parent / "none", {})
+    with pytest.raises(BlmError, match=r"layer of the checkpoint to start from is 1, here it is 2"):
+        train_stage2(replace(go_on, intents=replace(config.intents, layer=2)), trained.parent / "none", {})
+    with pytest.raises(BlmError, match="policy of the checkpoint to start from"):
+        train_stage2(replace(go_on, policy=replace(POLICY, width=64)), trained.parent / "none", {})
+    assert not (trained.parent / "none").exists()
 
 
 @pytest.mark.parametrize("cached", [True, False])

@@ -25,6 +25,7 @@ from blm.data.transforms import RobotTransforms, action_chunks, fit_transforms
 from blm.policy.flow import sample_time
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, FrozenProof, pad_dims
+from blm.training.adapt import Start, continued, fresh
 from blm.training.intents import (
     CachedIntents,
     IntentConfig,
@@ -53,6 +54,10 @@ class ImitateConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     cache: Path | None = None
     """Folder for the intent caches, one a robot, shared by runs; None: compute H_k for every batch anew."""
+    start: Path | None = None
+    """Checkpoint to go on from, with its robots or with further ones; None: random weights."""
+    only_new: bool = False
+    """Train nothing but the rows of robots that the checkpoint does not know."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Robot or task -> how many times as often as others its frames are drawn; 0: never."""
     execute: int = 8
@@ -65,6 +70,8 @@ class ImitateConfig:
     """Precision of the backbone."""
 
     def __post_init__(self) -> None:
+        if self.only_new and self.start is None:
+            raise BlmError("only_new needs a checkpoint to start from")
         if not 1 <= self.execute <= self.policy.horizon:
             raise BlmError(f"execute {self.execute} must lie in 1..horizon = {self.policy.horizon}")
         stride, steps = self.intents.stride, self.policy.future_steps
@@ -83,9 +90,11 @@ class RobotData:
     """Frame numbers."""
     held_out: IndexArray
     """Frame numbers, of other episodes."""
+    embodiment: int
+    """Number of its row in the indexed weights."""
 
 
-def open_robot(backbone: Backbone, dataset: EpisodeDataset, config: ImitateConfig) -> RobotData:
+def open_robot(backbone: Backbone, dataset: EpisodeDataset, config: ImitateConfig, start: Start) -> RobotData:
     """Split the episodes of one robot, fit its transforms, and fill its cache of intents, if wanted."""
     _, held = split_episodes(dataset.num_episodes, config.held_out, config.loop.seed)
     kept = kept_frames(dataset.starts, config.intents.stride)
@@ -93,13 +102,20 @@ def open_robot(backbone: Backbone, dataset: EpisodeDataset, config: ImitateConfi
     train = kept[~is_held]
     ends = dataset.starts[dataset.episode_index[train] + 1]
     chunks, inside = action_chunks(dataset.actions, train, ends, config.policy.horizon)
-    transforms = fit_transforms(dataset.space, dataset.states[train], chunks, inside, config.policy.relative)
+    name = dataset.space.robot
+    transforms = start.transforms().get(name) or fit_transforms(
+        dataset.space, dataset.states[train], chunks, inside, config.policy.relative
+    )
     intents: CachedIntents | LiveIntents = LiveIntents(backbone, dataset, config.intents)
     if config.cache is not None:
-        folder = config.cache / dataset.space.robot
-        intents = cache_intents(backbone, config.backbone, dataset, config.intents, folder)
+        intents = cache_intents(backbone, config.backbone, dataset, config.intents, config.cache / name)
     return RobotData(
-        dataset=dataset, intents=intents, transforms=transforms, train=train, held_out=kept[is_held]
+        dataset=dataset,
+        intents=intents,
+        transforms=transforms,
+        train=train,
+        held_out=kept[is_held],
+        embodiment=start.robots.index(name),
     )
 
 
@@ -147,7 +163,7 @@ class Sampler:
             state=torch.cat(states),
             actions=torch.cat(actions),
             real=torch.cat(real).bool(),
-            embodiment=torch.from_numpy(which),
+            embodiment=torch.tensor([self.robots[i].embodiment for i in which]),
             noise=noise[mine],
             tau=tau[mine],
             ids=[
@@ -217,37 +233,32 @@ def train_stage2(
     frozen = FrozenProof.of(backbone)
     datasets = [open_dataset(folder) for folder in config.datasets]
     contract = _contract(datasets, config)
-    inputs = {
-        "robots": list(contract.action_spaces),
-        "intents": [describe(backbone, data, config.intents) for data in datasets],
-        "policy": asdict(config.policy),
-        "weights": dict(config.weights),
-        "held_out": config.held_out,
-    }
+    start = _start(backbone, contract, config)
+    inputs = _inputs(backbone, datasets, start, config)
     if processes.first:
         claim(out / "inputs.json", inputs, f"'{out}' holds another run")
-        robots = [open_robot(backbone, data, config) for data in datasets]  # fills the caches
+        robots = [open_robot(backbone, data, config, start) for data in datasets]  # fills the caches
     processes.wait()
     if not processes.first:
-        robots = [open_robot(backbone, data, config) for data in datasets]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.loop.seed)
-        network = PolicyNetwork(config.policy, backbone.hidden_size, len(robots)).to(config.device)
+        robots = [open_robot(backbone, data, config, start) for data in datasets]
 
     def policy(weights: PolicyNetwork) -> CheckpointPolicy:
+        start.restore(weights)
+        spaces = {**start.spaces(), **contract.action_spaces}
+        fitted = {robot.dataset.space.robot: robot.transforms for robot in robots}
         return CheckpointPolicy(
             backbone=backbone,
             frozen=frozen,
             layer=config.intents.layer,
             network=weights,
-            transforms={robot.dataset.space.robot: robot.transforms for robot in robots},
-            contract=contract,
+            transforms={**start.transforms(), **fitted},
+            contract=replace(contract, action_spaces={name: spaces[name] for name in start.robots}),
         )
 
-    ema, driven = Ema(network, config.policy.ema), drive if processes.first else None
+    ema, driven = Ema(start.network, config.policy.ema), drive if processes.first else None
     if config.cache is not None and drive is None:
         del backbone
-    _run(network, ema, robots, config, out, driven and (lambda step, now: driven(step, policy(now))))
+    _run(start.network, ema, robots, config, out, driven and (lambda step, now: driven(step, policy(now))))
     if config.cache is not None and drive is None:
         backbone = _load_backbone(config)
     frozen.require(backbone, "after Stage II")
@@ -256,10 +267,42 @@ def train_stage2(
         policy(cast(PolicyNetwork, ema.module)).save(out / "checkpoint", facts)
         best = Best(out)
         if best.facts:
-            best.load(network)
-            policy(network).save(out / "best", {**facts, **best.facts})
+            best.load(start.network)
+            policy(start.network).save(out / "best", {**facts, **best.facts})
     processes.wait()
     return out / "checkpoint"
+
+
+def _start(backbone: Backbone, contract: PolicyContract, config: ImitateConfig) -> Start:
+    if config.start is None:
+        start = fresh(config.policy, backbone.hidden_size, list(contract.action_spaces), config.loop.seed)
+    else:
+        start = continued(
+            CheckpointPolicy.load(config.start),
+            backbone=backbone,
+            layer=config.intents.layer,
+            config=config.policy,
+            contract=contract,
+            only_new=config.only_new,
+        )
+    start.network.to(config.device)
+    start.freeze()
+    return start
+
+
+def _inputs(
+    backbone: Backbone, datasets: Sequence[EpisodeDataset], start: Start, config: ImitateConfig
+) -> dict[str, Any]:
+    """Everything that a run depends on, beside the loop's own config."""
+    return {
+        "robots": list(start.robots),
+        "intents": [describe(backbone, data, config.intents) for data in datasets],
+        "policy": asdict(config.policy),
+        "weights": dict(config.weights),
+        "held_out": config.held_out,
+        "start": start.before.contract.revision if start.before is not None else "",
+        "only_new": config.only_new,
+    }
 
 
 class Best:
