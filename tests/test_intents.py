@@ -10,7 +10,15 @@ from blm.backbone.backbone import Backbone
 from blm.backbone.nano import make_nano
 from blm.data.episodes import EpisodeDataset, finalize_dataset, open_dataset, stage_episode
 from blm.data.mixture import kept_frames
-from blm.training.intents import IntentConfig, LiveIntents, cache_intents, collate
+from blm.training.intents import (
+    IntentConfig,
+    LiveIntents,
+    augmented,
+    cache_intents,
+    collate,
+    packed,
+    unpacked,
+)
 from blm.types import ActionSpace, BlmError, Episode
 
 SIDE = 32
@@ -149,3 +157,59 @@ def test_workers_write_the_same_bytes_and_a_stride_keeps_fewer_frames(world, tmp
         np.testing.assert_allclose(mine, theirs, rtol=2e-3, atol=2e-3)
     with pytest.raises(AssertionError, match="without intents"):
         stores[0].rows(np.array([1]))
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_views_and_precisions_hold_what_a_direct_tap_gives(world, tmp_path, precision):
+    backbone, source, dataset = world
+    config = replace(CONFIG, precision=precision, views=2)
+    made = cache_intents(backbone, str(source), dataset, config, tmp_path)
+    frames, views = np.array([45, 0, 19, 60, 0]), np.array([1, 2, 0, 2, 0])
+    live = LiveIntents(backbone, dataset, config)
+    for row, slow in zip(made.rows(frames, views), live.rows(frames, views), strict=True):
+        slack = np.abs(slow).max(-1, keepdims=True) / (230 if precision == "int8" else 1000)
+        assert row.dtype == np.float16 and (np.abs(row - slow) <= slack).all()
+    plain, seen = live.rows(frames), made.rows(frames)
+    assert np.abs(plain[0] - live.rows(frames, views)[0]).max() > 1e-3, "a view is another picture"
+    np.testing.assert_allclose(seen[0], plain[0], atol=np.abs(plain[0]).max() / 200)
+    shards = json.loads((tmp_path / "manifest.json").read_text()).values()
+    assert all(("error" in shard) == (precision == "int8") for shard in shards)
+    assert all(0 < shard["error"] < 0.01 for shard in shards if "error" in shard)
+    size = sum(
+        (tmp_path / name).stat().st_size for name in json.loads((tmp_path / "manifest.json").read_text())
+    )
+    tokens = sum(sum(shard["lengths"]) for shard in shards)
+    assert size == pytest.approx(tokens * (32 + 4 if precision == "int8" else 64), rel=0.05)
+    other = replace(config, precision={"float16": "int8", "int8": "float16"}[precision])
+    with pytest.raises(BlmError, match="is stale: made from another precision"):
+        cache_intents(backbone, str(source), dataset, other, tmp_path)
+
+
+def test_int8_is_exact_where_it_can_be():
+    values = np.array(
+        [[127.0, -127.0, 0.0, 64.0], [0.0, 0.0, 0.0, 0.0], [1e-3, -5e-4, 0.0, 1e-3]], np.float32
+    )
+    stored = packed(values)
+    assert stored.dtype == np.uint8 and stored.shape == (3, 8)
+    np.testing.assert_allclose(unpacked(stored)[:2], values[:2])
+    assert np.abs(unpacked(stored)[2] - values[2]).max() <= 1e-3 / 254 + 1e-6
+
+
+def test_views_are_made_of_frame_and_number_alone():
+    rng = np.random.default_rng(0)
+    images = {name: rng.integers(0, 256, (4, 32, 32, 3), np.uint8) for name in ("base", "wrist")}
+    frames, views = np.array([7, 8, 7, 9]), np.array([1, 1, 1, 0])
+    before = {name: pictures.copy() for name, pictures in images.items()}
+    made = augmented(images, frames, views)
+    assert all(np.array_equal(images[name], before[name]) for name in images), "its input stays as it is"
+    same = augmented(
+        {name: pictures[[0, 0]] for name, pictures in images.items()}, frames[[0, 2]], views[[0, 2]]
+    )
+    for name, pictures in made.items():
+        assert np.array_equal(pictures[3], images[name][3]) and not np.array_equal(
+            pictures[0], images[name][0]
+        )
+        assert np.array_equal(same[name][0], same[name][1]) and np.array_equal(same[name][0], pictures[0])
+    flat = {"base": np.full((1, 32, 32, 3), 100, np.uint8)}
+    shades = [augmented(flat, np.array([frame]), np.array([1]))["base"].mean() for frame in range(200)]
+    assert 63 <= min(shades) < 80 and 125 < max(shades) <= 143, "100 times 0.7 * 0.9 to 1.3 * 1.1"

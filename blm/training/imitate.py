@@ -127,6 +127,7 @@ class Sampler:
 
     def __init__(self, robots: Sequence[RobotData], config: ImitateConfig, *, train: bool = True) -> None:
         self.robots, self.policy = robots, config.policy
+        self.views = config.intents.views if train else 0
         groups = list(_groups(robots, config.weights, train=train))
         self.robot = np.array([robot for robot, _, _ in groups])
         self.frames = [frames for _, frames, _ in groups]
@@ -148,10 +149,11 @@ class Sampler:
         generator = torch.Generator().manual_seed(int(seed))
         noise = torch.randn((len(which), self.policy.horizon, self.policy.max_dim), generator=generator)
         tau = sample_time(len(which), generator)
+        views = np.random.default_rng((self.mixture.seed, step, 1)).integers(self.views + 1, size=len(which))
         values = [self._values(i, frames[which == i]) for i in np.unique(which)]
         mine = np.arange(len(which))[part.index :: part.count]
-        frames, which = frames[mine], which[mine]
-        parts = [self._part(i, frames[which == i]) for i in np.unique(which)]
+        frames, which, views = frames[mine], which[mine], views[mine]
+        parts = [self._part(i, frames[which == i], views[which == i]) for i in np.unique(which)]
         states, actions, real, now, later = zip(*parts, strict=True)
         hidden, mask = collate([row for rows in now for row in rows])
         future_hidden, future_mask = collate([row for rows in later for row in rows])
@@ -179,8 +181,13 @@ class Sampler:
         left = data.starts[data.episode_index[frames] + 1] - frames
         return float(np.minimum(left, self.policy.horizon).sum() * data.space.dim)
 
-    def _part(self, index: int, frames: IndexArray) -> tuple[Tensor, Tensor, Tensor, Rows, Rows]:
-        """State, actions, what is real in them, and hidden states now and later, of one robot's frames."""
+    def _part(
+        self, index: int, frames: IndexArray, views: IndexArray
+    ) -> tuple[Tensor, Tensor, Tensor, Rows, Rows]:
+        """State, actions, what is real in them, and hidden states now and later, of one robot's frames.
+
+        The present is seen in these views, the future as it is.
+        """
         robot, policy = self.robots[index], self.policy
         data = robot.dataset
         ends, states = data.starts[data.episode_index[frames] + 1], data.states[frames]
@@ -192,8 +199,8 @@ class Sampler:
         )
         state, actions, real = (pad_dims(value, policy.max_dim) for value in values)
         later = np.minimum(frames + policy.future_steps, ends - 1)
-        rows = robot.intents.rows(np.concatenate([frames, later]) if policy.future_weight else frames)
-        return state, actions, real, rows[: len(frames)], rows[-len(frames) :]
+        now = robot.intents.rows(frames, views)
+        return state, actions, real, now, robot.intents.rows(later) if policy.future_weight else now
 
 
 def _groups(

@@ -2,9 +2,10 @@
 
     cache/  spec.json  journal.jsonl  00000.npy 00001.npy ..  manifest.json
 
-A shard holds the hidden states of some whole episodes, float16 [tokens, d], prompts one after another,
-unpadded. spec.json names everything that H_k depends on; a cache of another spec, or with a changed shard, is
-refused. The frame that the future loss looks at is a row of the same store and costs no pass of its own.
+A shard holds the hidden states of some whole episodes, [tokens, d], prompts one after another, unpadded: in
+float16, or in int8 with one scale a token. spec.json names everything that H_k depends on; a cache of another
+spec, or with a changed shard, is refused. The frame that the future loss looks at is a row of the same store
+and costs no pass of its own. Augmented views of a frame follow the frame itself.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from blm.engine import Result, Unit, run_units
 from blm.policy.policy import prompt_version
 from blm.types import BlmError, ImageArray
 
-FORMAT = 1
+FORMAT = 2
 Rows = list[NDArray[np.floating[Any]]]
 """Hidden states [L_i, d] of some frames; prompts differ in length."""
 
@@ -50,9 +51,14 @@ class IntentConfig:
     """Processes that fill a cache; 0: this process."""
     shard_frames: int = 256
     """A shard ends with the episode that reaches this number of kept frames."""
+    precision: Literal["float16", "int8"] = "float16"
+    """Of cached values. int8 takes half the space; its error is measured and stored in the manifest."""
+    views: int = 0
+    """Augmented views of each frame (other light, shifted pictures) that are cached beside the frame."""
 
     def __post_init__(self) -> None:
-        if min(self.layer, self.stride, self.batch_size, self.shard_frames) < 1 or not self.cameras:
+        sizes = (self.layer, self.stride, self.batch_size, self.shard_frames, self.views + 1)
+        if min(sizes) < 1 or not self.cameras:
             raise BlmError(f"intents: need a layer, cameras and positive sizes, got {self}")
 
 
@@ -62,9 +68,11 @@ class LiveIntents:
     def __init__(self, backbone: Backbone, dataset: EpisodeDataset, config: IntentConfig) -> None:
         self.backbone, self.dataset, self.config = backbone, dataset, config
 
-    def rows(self, frames: IndexArray) -> Rows:
-        """Return H_k of the given dataset frames."""
+    def rows(self, frames: IndexArray, views: IndexArray | None = None) -> Rows:
+        """Return H_k of the given dataset frames, each in the view of this number; 0 is the frame itself."""
         images = {camera: self.dataset.frames(frames, camera) for camera in self.config.cameras}
+        if views is not None:
+            images = augmented(images, frames, views)
         return self.tap([self.dataset.instructions[t] for t in self.dataset.task_index[frames]], images)
 
     def tap(self, instructions: Sequence[str], images: Mapping[str, ImageArray]) -> Rows:
@@ -83,21 +91,62 @@ class LiveIntents:
 
 
 class CachedIntents:
-    """Reads H_k from a cache; rows are float16 views of memory-mapped files."""
+    """Reads H_k from a cache of memory-mapped files, as float16."""
 
-    def __init__(self, folder: Path, shards: Mapping[str, Result]) -> None:
-        self._files = [np.load(folder / name, mmap_mode="r") for name in shards]
+    def __init__(self, folder: Path, shards: Mapping[str, Result], config: IntentConfig) -> None:
+        self.config, self._files = config, [np.load(folder / name, mmap_mode="r") for name in shards]
         lengths = [np.asarray(shard["lengths"]) for shard in shards.values()]
         self._frames = np.concatenate([np.asarray(shard["frames"]) for shard in shards.values()])
         self._shard = np.repeat(np.arange(len(lengths)), [len(x) for x in lengths])
         self._length = np.concatenate(lengths)
         self._stop = np.concatenate([np.cumsum(x) for x in lengths])
 
-    def rows(self, frames: IndexArray) -> Rows:
-        """Return H_k of the given dataset frames, which must be kept ones."""
+    def rows(self, frames: IndexArray, views: IndexArray | None = None) -> Rows:
+        """Return H_k of the given dataset frames, which must be kept ones; see `LiveIntents.rows`."""
         at = np.searchsorted(self._frames, frames)
         assert np.array_equal(self._frames[at], frames), "a frame without intents was asked for"
-        return [self._files[self._shard[i]][self._stop[i] - self._length[i] : self._stop[i]] for i in at]
+        at = at * (self.config.views + 1) + (views if views is not None else 0)
+        stored = (self._files[self._shard[i]][self._stop[i] - self._length[i] : self._stop[i]] for i in at)
+        return [unpacked(row) if self.config.precision == "int8" else row for row in stored]
+
+
+def packed(hidden: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
+    """[tokens, d] -> bytes [tokens, d + 4]: values in 254 equal steps of the token's range, its scale.
+
+    The error of a value is at most 1/254 of the largest one of its token.
+    """
+    scale = np.maximum(np.abs(hidden).max(-1, keepdims=True), 1e-12).astype(np.float32) / 127
+    values = np.round(hidden / scale).astype(np.int8)
+    return np.concatenate([values.view(np.uint8), scale.view(np.uint8)], axis=-1)
+
+
+def unpacked(stored: NDArray[np.uint8]) -> NDArray[np.float16]:
+    """Undo `packed`."""
+    values, scale = stored[:, :-4].view(np.int8), np.ascontiguousarray(stored[:, -4:]).view(np.float32)
+    return (values * scale).astype(np.float16)
+
+
+def augmented(
+    images: Mapping[str, ImageArray], frames: IndexArray, views: IndexArray
+) -> dict[str, ImageArray]:
+    """Change the pictures of frames whose view is not 0, each as its frame and view say.
+
+    Light and contrast by up to 30 %, each colour by up to 10 %, and a shift by up to 3 % of the side, the
+    border repeated (about the choices of GR00T N1.5, without what would hide small things).
+    """
+    changed = {camera: pictures.copy() for camera, pictures in images.items()}
+    for place in np.flatnonzero(views):
+        rng = np.random.default_rng((int(frames[place]), int(views[place])))
+        gain, contrast = rng.uniform(0.7, 1.3) * rng.uniform(0.9, 1.1, 3), rng.uniform(0.7, 1.3)
+        for pictures in changed.values():
+            picture = pictures[place].astype(np.float32)
+            picture = ((picture - picture.mean()) * contrast + picture.mean()) * gain
+            most = round(0.03 * picture.shape[0])
+            down, right = rng.integers(0, 2 * most + 1, 2)
+            padded = np.pad(picture, ((most, most), (most, most), (0, 0)), mode="edge")
+            shifted = padded[down : down + picture.shape[0], right : right + picture.shape[1]]
+            pictures[place] = shifted.clip(0, 255).round().astype(np.uint8)
+    return changed
 
 
 def collate(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -138,7 +187,9 @@ def cache_intents(
             raise BlmError(
                 f"intent cache '{folder}': {name} is missing or altered; delete the folder, run again"
             )
-    return CachedIntents(folder, shards)
+    if errors := [shard["error"] for shard in shards.values() if "error" in shard]:
+        Console(stderr=True).print(f"int8 intents: RMS error {np.mean(errors):.2%} of the values' own RMS")
+    return CachedIntents(folder, shards, config)
 
 
 def describe(backbone: Backbone, dataset: EpisodeDataset, config: IntentConfig) -> dict[str, Any]:
@@ -151,6 +202,8 @@ def describe(backbone: Backbone, dataset: EpisodeDataset, config: IntentConfig) 
         "layer": config.layer,
         "cameras": list(config.cameras),
         "stride": config.stride,
+        "precision": config.precision,
+        "views": config.views,
         "dataset": dataset.content_hash,
     }
 
@@ -174,8 +227,11 @@ def _announce(live: LiveIntents, folder: Path) -> None:
     prompts = live.tap(dataset.instructions, dict.fromkeys(live.config.cameras, blank))
     kept = dataset.task_index[kept_frames(dataset.starts, live.config.stride)]
     tokens, width = np.array([len(row) for row in prompts])[kept], prompts[0].shape[1]
-    size, free = tokens.sum() * width * 2 / 1e9, shutil.disk_usage(folder).free / 1e9
-    plan = f"{len(kept)} frames x {tokens.mean():.0f} tokens x {width}: {size:.3g} GB ({free:.3g} GB free)"
+    bytes_each = width + 4 if live.config.precision == "int8" else 2 * width
+    copies = live.config.views + 1
+    size, free = copies * tokens.sum() * bytes_each / 1e9, shutil.disk_usage(folder).free / 1e9
+    frames = f"{len(kept)} frames" + (f" x {copies} views" if copies > 1 else "")
+    plan = f"{frames} x {tokens.mean():.0f} tokens x {width}: {size:.3g} GB ({free:.3g} GB free)"
     Console(stderr=True).print(f"intent cache {folder}: {plan}", soft_wrap=True)
     if size > free:
         raise BlmError(f"intent cache '{folder}' does not fit: {plan}; use a larger stride or another disk")
@@ -205,16 +261,26 @@ def _set_up_worker(source: str, device: str, dtype: torch.dtype, dataset: Path, 
 
 def _write_shard(payload: tuple[Path, list[IndexArray]]) -> Result:
     path, episodes = payload
-    rows = [row for frames in episodes for row in _worker[0].rows(frames)]
-    with np.errstate(over="ignore"):
-        packed = np.concatenate(rows).astype(np.float16)
-    if not np.isfinite(packed).all():
-        raise BlmError(
-            f"hidden states at layer {_worker[0].config.layer} exceed float16; train without a cache"
-        )
+    live = _worker[0]
+    copies = live.config.views + 1
+    rows = [
+        row
+        for frames in episodes
+        for row in live.rows(np.repeat(frames, copies), np.tile(np.arange(copies), len(frames)))
+    ]
+    values, result = np.concatenate(rows), dict[str, Any]()
+    if live.config.precision == "int8":
+        stored: NDArray[Any] = packed(values)
+        off = unpacked(stored).astype(np.float32) - values
+        result["error"] = float(np.sqrt(np.mean(off**2) / np.mean(values.astype(np.float32) ** 2)))
+    else:
+        with np.errstate(over="ignore"):
+            stored = values.astype(np.float16)
+    if not np.isfinite(stored).all() or not np.isfinite(values).all():
+        raise BlmError(f"hidden states at layer {live.config.layer} exceed float16; train without a cache")
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
-        np.save(file, packed)
+        np.save(file, stored)
     temporary.replace(path)
     frames = np.concatenate(episodes).tolist()
-    return {"frames": frames, "lengths": [len(row) for row in rows], "sha256": sha256_of(path)}
+    return {"frames": frames, "lengths": [len(row) for row in rows], "sha256": sha256_of(path), **result}
