@@ -26,6 +26,7 @@ import tyro
 from blm.backbone.backbone import Backbone, build_nano
 from blm.data.episodes import finalize_dataset, open_dataset, stage_episode
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
+from blm.training.adapt import fresh
 from blm.training.imitate import ImitateConfig, Sampler, open_robot
 from blm.training.intents import IntentConfig
 from blm.training.loop import LoopConfig
@@ -108,10 +109,11 @@ def main(repeats: int = 5, steps: int = 4, batch_size: int = 32, threads: int = 
             cache=folder / "cache",
         )
         dataset, begin = open_dataset(folder / "arm"), time.perf_counter()
-        samplers = {"cached": Sampler([open_robot(backbone, dataset, cached)], cached)}
+        start = fresh(cached.policy, backbone.hidden_size, ["arm"], seed=0)
+        samplers = {"cached": Sampler([open_robot(backbone, dataset, cached, start)], cached)}
         filling = time.perf_counter() - begin
         live = replace(cached, cache=None)
-        samplers["live"] = Sampler([open_robot(backbone, dataset, live)], live)
+        samplers["live"] = Sampler([open_robot(backbone, dataset, live, start)], live)
         step, rates = trainer(backbone.hidden_size), {name: [] for name in samplers}
         for repeat in range(-1, repeats):  # the first one warms up
             for name, sampler in samplers.items():

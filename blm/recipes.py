@@ -162,11 +162,13 @@ def nano() -> Recipe:
     return replace(
         demo(),
         name="nano",
-        demonstrations=Demonstrations(episodes=200, held_out_episodes=10),
-        corpus=Corpus(scenes=60_000, held_out_scenes=1000),
-        stage1=stage1(eye=6000, drill=2000, steps=60_000, batch_size=4, cache_features=True),
+        tasks=tuple(TASKS),
+        cameras=("base", "side", "wrist"),
+        demonstrations=Demonstrations(episodes=60, held_out_episodes=4),
+        corpus=Corpus(scenes=24_000, held_out_scenes=600, turns=10, frames_per_episode=6),
+        stage1=stage1(eye=3000, drill=1000, steps=4800, cache_features=True),
         stage2=stage2(steps=60_000),
-        evaluation=Evaluation(episodes=50),
+        evaluation=Evaluation(episodes=50, max_questions=3000),
     )
 
 
