@@ -186,7 +186,9 @@ def _moments(config: SceneCorpusConfig, part: Part) -> Iterator[Conversation]:
     robot, _, episodes = part
     dataset = open_dataset(config.episodes / robot)
     drawer = _drawer(config, episodes[0], 1)
-    for episode in episodes:
+    for episode in drawer.rng.permutation(
+        episodes
+    ):  # tasks mixed: any beginning of a corpus is a fair sample
         first, stop = dataset.starts[episode : episode + 2]
         steps = read_steps(
             dataset.tasks[episode], dataset.primitives[first:stop], dataset.success[first:stop]
