@@ -116,6 +116,21 @@ def _demo(command: str, arguments: list[str]) -> None:
     )
 
 
+def _study(command: str, arguments: list[str]) -> None:
+    from blm.studies import STUDIES, run_study
+
+    names = [name for name in arguments[:1] if not name.startswith("-")]
+    for name in names:
+        lookup("study", name, STUDIES)
+    if not names:
+        console.print(f"blm study NAME --run FOLDER ..: {', '.join(STUDIES)}; flags as those of `blm demo`")
+        raise SystemExit(0 if "--help" in arguments or "-h" in arguments else 2)
+    recipe, folder = parse_recipe(command, arguments[1:])
+    report = run_study(names[0], recipe, folder)
+    console.print(report.read_text(), markup=False, soft_wrap=True)
+    console.print(f"report: {report}", soft_wrap=True)
+
+
 def _report(command: str, arguments: list[str]) -> None:
     from blm.stages import write_report
 
@@ -288,6 +303,7 @@ COMMANDS: dict[str, Command] = {
     "eval physical": Command(
         "drive the robots, closed loop, on held-out scenes", _either("physical", physical.evaluate)
     ),
+    "study": Command("what an idea buys: variants of Stage II on the same budget and scenes", _study),
     "compare": Command("the paired difference of two results", physical.compare),
     "report": Command("write one HTML page from a run folder", _report),
     "serve": Command("chat and actions from one checkpoint", _serve),

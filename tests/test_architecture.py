@@ -12,7 +12,8 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "blm"
 FILES = sorted(SOURCE.rglob("*.py"))
 COMPOSITION = {
-    "__init__", "recipes", "stages", "pipeline", "cli", "commands", "policies", "chats", "hub", "doctor",
+    "__init__", "recipes", "stages", "studies", "pipeline", "cli", "commands", "policies", "chats", "hub",
+    "doctor",
 }  # fmt: skip
 """Composition only: these files may import everything; nothing else may import them."""
 
@@ -34,7 +35,7 @@ ALLOWED = {
     "viewing": "types data",
 }
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
-LIBRARY_LINES = 16_450
+LIBRARY_LINES = 16_650
 """Of code, without docstrings, comments and blank lines. May only go down for the same features.
 
 6,300 for the whole loop; 3,100 for the physical suite: four tasks, planning among obstacles, corrections,

@@ -21,16 +21,17 @@ from blm import BLM, Image, Message, Observation
 from blm.backbone import Backbone
 from blm.corpora import read_corpus
 from blm.data.episodes import open_dataset
-from blm.data.files import write_manifest
+from blm.data.files import read_json, write_manifest
 from blm.data.writing import FORMAT
 from blm.evaluation import EVALUATION_SEEDS, PhysicalProtocol, evaluate_physical
-from blm.evaluation.results import without_times
+from blm.evaluation.results import load_result, without_times
 from blm.pipeline import read_ledger, run_stages
 from blm.policy.policy import CheckpointPolicy
 from blm.recipes import RECIPES, Demonstrations
 from blm.serving import RemotePolicy
 from blm.serving.app import create_app, server_config
 from blm.stages import STAGES, write_report
+from blm.studies import changed, run_study
 from blm.types import BlmError
 
 ROBOTS, TASKS = ("panda", "widowxai"), ("push_cube",)
@@ -207,3 +208,41 @@ def test_a_dataset_that_differs_from_the_recipe_is_refused(run, tmp_path, change
     write_manifest(file.parents[1], FORMAT, {})
     with pytest.raises(BlmError, match=complaint):
         STAGES["stage2"].run(tiny(), tmp_path)
+
+
+def test_a_study_gives_all_variants_the_same_budget_and_scenes(run):
+    recipe = replace(tiny(), cameras=("base", "wrist"))
+    report = run_study("models", recipe, run)
+    made = read_json(report.with_name("report.json"))["variants"]
+    assert [(row["variant"], row["models"]) for row in made] == [
+        ("joint", 1),
+        ("per robot", 2),
+        ("per task", 1),
+        ("per robot and task", 2),
+    ]
+    assert {row["samples"] for row in made} == {80}, "10 steps of 8, or two models of 5 steps each"
+    results = [load_result(run / "studies/models" / row["variant"].replace(" ", "_")) for row in made]
+    assert len({result["protocol_hash"] for result in results}) == 1
+    assert all([row["id"] for row in r["rows"]] == [row["id"] for row in results[0]["rows"]] for r in results)
+    alone = CheckpointPolicy.load(run / "studies/models/per_robot/widowxai-push_cube/checkpoint")
+    assert list(alone.contract.action_spaces) == ["widowxai"]
+    assert report.read_text().count("|\n") == 6 and "per robot and task | 2 | 80" in report.read_text()
+    before = report.read_text()
+    assert run_study("models", recipe, run).read_text() == before, "a finished study is only told again"
+
+
+def test_the_untrained_backbone_of_a_study_is_another_one_behind_the_same_words(run):
+    report = run_study("backbone", tiny(), run)
+    made = Backbone.load(run / "studies/untrained/backbone")
+    trained = Backbone.load(run / "stage1/backbone")
+    assert made.fingerprint() != trained.fingerprint()
+    assert made.processor.tokenizer.get_vocab() == trained.processor.tokenizer.get_vocab()
+    assert "untrained" in report.read_text()
+
+
+def test_a_study_needs_a_run_and_fields_that_a_recipe_has(run, tmp_path):
+    with pytest.raises(BlmError, match=r"has no episodes; a study needs"):
+        run_study("models", tiny(), tmp_path)
+    with pytest.raises(BlmError, match=r"a recipe has no field 'layers'"):
+        changed(tiny(), "stage2.layers", 2)
+    assert changed(tiny(), "stage2.policy.bridge.latents", 3).stage2.policy.bridge.latents == 3

@@ -11,7 +11,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -96,13 +96,14 @@ def load_result(path: Path) -> dict[str, Any]:
     return result
 
 
-def compare(first: Mapping[str, Any], second: Mapping[str, Any]) -> Difference:
+def compare(first: Mapping[str, Any], second: Mapping[str, Any], *, but: Collection[str] = ()) -> Difference:
     """Paired difference of two results, first minus second.
 
+    `but` names fields of the protocol that may differ, because they are what is compared.
     Raises ContractError that prints both sides for unlike protocols, items or scenes, and BlmError for a
     replay check: it is no score.
     """
-    return _difference(first["score"], _pairs(first, second))
+    return _difference(first["score"], _pairs(first, second, but))
 
 
 def compare_cells(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Difference]:
@@ -157,7 +158,7 @@ Pair = tuple[Mapping[str, Any], Mapping[str, Any]]
 """The rows of two results about one item."""
 
 
-def _pairs(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Pair]:
+def _pairs(first: Mapping[str, Any], second: Mapping[str, Any], but: Collection[str] = ()) -> list[Pair]:
     for side in (first, second):
         if side["protocol"].get("purpose", "evaluation") != "evaluation":
             raise BlmError(
@@ -165,11 +166,12 @@ def _pairs(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Pair]:
                 "training episodes and is no score; compare evaluations on evaluation seeds"
             )
     problem = "results of unlike protocols cannot be compared"
-    require_equal(first["protocol"], second["protocol"], problem, "there")
-    theirs = {row["id"]: row for row in second["rows"]}
-    if len(theirs) != len(first["rows"]):
-        raise ContractError(f"{problem}: {len(first['rows'])} items here, {len(theirs)} there")
-    pairs = [(row, theirs.get(row["id"], {})) for row in first["rows"]]
+    ours, theirs = ({k: v for k, v in r["protocol"].items() if k not in but} for r in (first, second))
+    require_equal(ours, theirs, problem, "there")
+    others = {row["id"]: row for row in second["rows"]}
+    if len(others) != len(first["rows"]):
+        raise ContractError(f"{problem}: {len(first['rows'])} items here, {len(others)} there")
+    pairs = [(row, others.get(row["id"], {})) for row in first["rows"]]
     for row, other in pairs:
         if not other or row.get("scene") != other.get("scene"):
             raise ContractError(

@@ -1,0 +1,240 @@
+"""Studies: what each idea buys. Variants of Stage II with the same budget, on the same scenes, paired.
+
+    runs/NAME/studies/STUDY/  VARIANT/{PART/.., result.json}  report.json  report.md
+
+A variant changes a few fields of the recipe, or splits one joint model into several. All variants of a study
+see the same number of samples in all, their models together; evaluation seeds are the same, so the variants
+are compared episode by episode. Caches of intents are shared where backbone, layer and cameras are.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForImageTextToText
+
+from blm.backbone import Backbone
+from blm.data.episodes import open_dataset
+from blm.data.files import write_json
+from blm.evaluation import PhysicalProtocol, compare, evaluate_physical
+from blm.evaluation.intervals import Difference, holm
+from blm.evaluation.physical import summarise
+from blm.evaluation.results import load_result, write_result
+from blm.pipeline import to_json
+from blm.policy.policy import CheckpointPolicy
+from blm.recipes import Recipe
+from blm.training.imitate import ImitateConfig, train_stage2
+from blm.training.intents import IntentConfig
+from blm.types import BlmError
+
+Part = tuple[tuple[str, ...], tuple[str, ...]]
+"""Robots and tasks of one model."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train Stage II."""
+
+    name: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted names of recipe fields -> values."""
+    models: Literal["joint", "robot", "task", "cell"] = "joint"
+    """One model; one for each robot (the paper's dagger), each task, or each of both together (its star)."""
+    backbone: Literal["stage1", "untrained"] = "stage1"
+    """What Stage I made, or what it began with; nano begins with random weights."""
+
+    def parts(self, recipe: Recipe) -> list[Part]:
+        if self.models == "joint":
+            return [(recipe.robots, recipe.tasks)]
+        if self.models == "robot":
+            return [((robot,), recipe.tasks) for robot in recipe.robots]
+        if self.models == "task":
+            return [(recipe.robots, (task,)) for task in recipe.tasks]
+        return [((robot,), (task,)) for robot in recipe.robots for task in recipe.tasks]
+
+
+def _values(title: str, path: str, values: Sequence[Any]) -> tuple[Variant, ...]:
+    return tuple(Variant(title.format(value), {path: value}) for value in values)
+
+
+STUDIES: dict[str, tuple[Variant, ...]] = {
+    "models": (
+        Variant("joint"),
+        Variant("per robot", models="robot"),
+        Variant("per task", models="task"),
+        Variant("per robot and task", models="cell"),
+    ),
+    "future": _values("lambda {}", "stage2.policy.future_weight", (0.2, 0.0)),
+    "backbone": (Variant("after Stage I"), Variant("untrained", backbone="untrained")),
+    "layer": _values("layer {}", "stage2.layer", (3, 1, 2, 4)),
+    "latents": _values("{} latents", "stage2.policy.bridge.latents", (8, 2, 4, 16)),
+    "cameras": (
+        Variant("base, side, wrist", {"cameras": ("base", "side", "wrist")}),
+        Variant("base, wrist", {"cameras": ("base", "wrist")}),
+        Variant("base", {"cameras": ("base",)}),
+    ),
+    "actions": (
+        Variant("relative", {"stage2.policy.relative": True}),
+        Variant("absolute", {"stage2.policy.relative": False}),
+    ),
+}
+"""Name -> variants; the others are compared with the first."""
+
+
+def changed(value: Any, path: str, new: Any) -> Any:
+    """Return a copy of nested dataclasses in which the field with this dotted name is `new`."""
+    first, _, rest = path.partition(".")
+    if not hasattr(value, first):
+        raise BlmError(f"a recipe has no field '{path}'")
+    return replace(value, **{first: changed(getattr(value, first), rest, new) if rest else new})
+
+
+def run_study(name: str, recipe: Recipe, run: Path) -> Path:
+    """Train and evaluate all variants on the data and backbone of a run; return report.md.
+
+    The same call again continues what was interrupted. Raises BlmError without episodes or Stage I in `run`.
+    """
+    for needed in ("episodes", "stage1/backbone"):
+        if not (run / needed).exists():
+            raise BlmError(f"'{run}' has no {needed}; a study needs a run with demonstrations and Stage I")
+    folder, rows = run / "studies" / name, []
+    for variant in STUDIES[name]:
+        Console(stderr=True).print(f"[bold]study {name}: {variant.name}[/bold]")
+        rows.append(run_variant(variant, recipe, run, folder / variant.name.replace(" ", "_")))
+    reference = load_result(Path(rows[0]["result"]))
+    others = [compare(load_result(Path(row["result"])), reference, but=("cameras",)) for row in rows[1:]]
+    for row, gap, p in zip(rows[1:], others, holm([gap.p_value for gap in others]), strict=True):
+        row |= {"gap": asdict(gap), "p_corrected": p}
+    write_json(folder / "report.json", {"study": name, "recipe": to_json(recipe), "variants": rows})
+    report = folder / "report.md"
+    report.write_text(table(name, rows, others))
+    return report
+
+
+def run_variant(variant: Variant, recipe: Recipe, run: Path, out: Path) -> dict[str, Any]:
+    """Train and evaluate the models of a variant; return what its row of the table says."""
+    for path, new in variant.changes.items():
+        recipe = changed(recipe, path, new)
+    backbone = run / "stage1/backbone"
+    if variant.backbone == "untrained":
+        backbone = untrained(recipe, backbone, run / "studies/untrained")
+    parts, begin = variant.parts(recipe), time.monotonic()
+    made: list[dict[str, Any]] = []
+    trained = 0.0
+    for robots, tasks in parts:
+        work = out / "-".join((*robots, *tasks)) if len(parts) > 1 else out / "joint"
+        config = training_of(recipe, run, backbone, (robots, tasks), models=len(parts))
+        checkpoint = train_stage2(config, work, {"study": variant.name, "recipe": to_json(recipe)})
+        trained += last_row(work / "log.jsonl")["seconds"]
+        made += evaluated(checkpoint, recipe, (robots, tasks), work / "physical")["rows"]
+    contract = CheckpointPolicy.load(checkpoint).contract
+    protocol = protocol_of(recipe, contract, (recipe.robots, recipe.tasks))
+    order = {f"{robot}/{task}/{seed}": i for i, (robot, task, seed) in enumerate(protocol.scenes)}
+    made.sort(key=lambda row: order[row["id"]])
+    about = {"kind": "physical", "score": "success_once", "model": f"study {variant.name}"}
+    result = write_result(out, protocol, begin, **about, **summarise(made), rows=made)
+    return {
+        "variant": variant.name,
+        "models": len(parts),
+        "samples": recipe.stage2.loop.batch_size * (recipe.stage2.loop.steps // len(parts)) * len(parts),
+        "training_seconds": trained,
+        "success": result["overall"]["success_once"],
+        "result": str(out),
+    }
+
+
+def training_of(recipe: Recipe, run: Path, backbone: Path, part: Part, *, models: int) -> ImitateConfig:
+    """Stage II of one model of `models`, which share the budget of the recipe."""
+    robots, tasks = part
+    stage2, loop = recipe.stage2, recipe.stage2.loop
+    folders = tuple(run / "episodes" / robot for robot in robots)
+    known = {task for folder in folders for task in open_dataset(folder).tasks}
+    intents = IntentConfig(
+        layer=stage2.layer, cameras=recipe.cameras, stride=stage2.stride, workers=recipe.workers
+    )
+    cache = f"{backbone.parent.name}-{stage2.layer}-{stage2.stride}-{'-'.join(recipe.cameras)}"
+    return ImitateConfig(
+        datasets=folders,
+        backbone=str(backbone),
+        intents=intents,
+        loop=replace(loop, steps=max(1, loop.steps // models), eval_every=0),
+        policy=stage2.policy,
+        weights=dict.fromkeys(sorted(known - {*tasks}), 0.0),
+        cache=run / "studies/intents" / cache,
+        execute=stage2.execute,
+    )
+
+
+def protocol_of(recipe: Recipe, contract: Any, part: Part) -> PhysicalProtocol:
+    return PhysicalProtocol.for_policy(
+        contract,
+        robots=part[0],
+        tasks=part[1],
+        episodes=recipe.evaluation.episodes,
+        max_steps=recipe.evaluation.max_steps,
+        phrasing="both",
+    )
+
+
+def evaluated(checkpoint: Path, recipe: Recipe, part: Part, out: Path) -> dict[str, Any]:
+    """Evaluate one model on its own robots and tasks."""
+    protocol = protocol_of(recipe, CheckpointPolicy.load(checkpoint).contract, part)
+    make = partial(CheckpointPolicy.load, checkpoint)
+    how: Any = {"workers": recipe.workers, "engine": recipe.engine, "videos_per_cell": 0}
+    return evaluate_physical(make, protocol, out, **how)
+
+
+def untrained(recipe: Recipe, backbone: Path, folder: Path) -> Path:
+    """Return the folder of what Stage I began with: for nano, random weights behind the same tokenizer."""
+    if not (folder / "backbone").exists():
+        if recipe.stage1.backbone == "nano":
+            made = Backbone.load(backbone)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(recipe.stage1.training.loop.seed)
+                made.model = AutoModelForImageTextToText.from_config(made.model.config)
+        else:
+            made = Backbone.load(recipe.stage1.backbone)
+        made.save(folder / "backbone")
+    return folder / "backbone"
+
+
+def last_row(log: Path) -> dict[str, float]:
+    row: dict[str, float] = json.loads(log.read_text().splitlines()[-1])
+    return row
+
+
+def table(name: str, rows: Sequence[Mapping[str, Any]], gaps: Sequence[Difference]) -> str:
+    """A table in Markdown: success of each variant with its interval, and the paired difference."""
+    lines = [
+        f"# Study: {name}",
+        "",
+        f"n = {rows[0]['success']['n']} episodes on the same scenes; 95 % intervals; p: McNemar's exact "
+        "test, corrected for the number of variants (Holm).",
+        "",
+        "| variant | models | samples seen | training | success | against the first | p |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        won, gap, p = row["success"], row.get("gap"), row.get("p_corrected")
+        success = f"{won['rate']:.1%} ({won['low']:.1%} to {won['high']:.1%})"
+        against = "-"
+        if gap is not None:
+            against = f"{100 * gap['difference']:+.1f} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
+        cells = (
+            row["variant"],
+            row["models"],
+            f"{row['samples']:,}",
+            f"{row['training_seconds'] / 60:.1f} min",
+        )
+        lines.append(
+            f"| {' | '.join(map(str, cells))} | {success} | {against} | {'-' if p is None else f'{p:.2g}'} |"
+        )
+    return "\n".join(lines) + "\n"
