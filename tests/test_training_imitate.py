@@ -15,7 +15,8 @@ from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
 from blm.training import imitate
 from blm.training.adapt import fresh
-from blm.training.imitate import ImitateConfig, Sampler, open_robot, train_stage2
+from blm.training.demonstrations import RobotData, Sampler
+from blm.training.imitate import ImitateConfig, open_robot, sampler_of, train_stage2
 from blm.training.intents import IntentConfig
 from blm.training.loop import LoopConfig
 from blm.training.parallel import Part
@@ -50,7 +51,7 @@ def config(tmp_path_factory) -> ImitateConfig:
     )
 
 
-def open_robots(config: ImitateConfig) -> list[imitate.RobotData]:
+def open_robots(config: ImitateConfig) -> list[RobotData]:
     backbone = Backbone.load(config.backbone)
     start = fresh(config.policy, 32, ["arm", "leg"], 0)
     return [open_robot(backbone, open_dataset(folder), config, start) for folder in config.datasets]
@@ -59,7 +60,7 @@ def open_robots(config: ImitateConfig) -> list[imitate.RobotData]:
 def test_losses_from_the_cache_equal_those_without_within_half_precision(config):
     torch.manual_seed(0)
     network = PolicyNetwork(POLICY, 32, 2)
-    cached, live = (Sampler(open_robots(c), c) for c in (config, replace(config, cache=None)))
+    cached, live = (sampler_of(open_robots(c), c) for c in (config, replace(config, cache=None)))
     for step in (0, 5):
         a, b = cached(step), live(step)
         for name in ("mask", "future_mask", "state", "actions", "real", "embodiment", "noise", "tau"):
@@ -71,10 +72,10 @@ def test_losses_from_the_cache_equal_those_without_within_half_precision(config)
 
 def test_a_batch_holds_what_its_frames_say(config):
     robots = open_robots(config)
-    batch = Sampler(robots, config)(3)
-    again = Sampler(robots, config)(3)
+    batch = sampler_of(robots, config)(3)
+    again = sampler_of(robots, config)(3)
     assert torch.equal(batch.noise, again.noise) and batch.ids == again.ids
-    assert not torch.equal(batch.noise, Sampler(robots, config)(4).noise)
+    assert not torch.equal(batch.noise, sampler_of(robots, config)(4).noise)
     names = [robot.dataset.space.robot for robot in robots]
     for i, (name, frame) in enumerate(batch.ids):
         robot = robots[names.index(name)]
@@ -94,7 +95,7 @@ def test_a_batch_holds_what_its_frames_say(config):
 
 def test_the_parts_of_a_step_are_the_samples_of_the_whole(config):
     torch.manual_seed(0)
-    network, sampler = PolicyNetwork(POLICY, 32, 2), Sampler(open_robots(config), config)
+    network, sampler = PolicyNetwork(POLICY, 32, 2), sampler_of(open_robots(config), config)
     whole = sampler(3)
     parts = [sampler(3, Part(index, 3)) for index in range(3)]
     for index, part in enumerate(parts):
@@ -109,7 +110,7 @@ def test_weights_say_how_often_robots_and_tasks_are_drawn(config):
     robots = open_robots(config)
 
     def legs(**weights: float) -> float:
-        sampler = Sampler(robots, replace(config, weights=weights))
+        sampler = sampler_of(robots, replace(config, weights=weights))
         return np.mean([robot == "leg" for step in range(40) for robot, _ in sampler(step).ids])
 
     even = len(robots[1].train) / (len(robots[0].train) + len(robots[1].train))

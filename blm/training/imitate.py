@@ -7,7 +7,7 @@ cache of intents the backbone is in memory only before the first step and after 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,20 +20,18 @@ from torch import Tensor, nn
 
 from blm.backbone.backbone import Backbone
 from blm.data.episodes import EpisodeDataset, open_dataset
-from blm.data.mixture import IndexArray, Mixture, kept_frames, split_episodes
-from blm.data.transforms import RobotTransforms, action_chunks, fit_transforms
-from blm.policy.flow import sample_time
+from blm.data.mixture import kept_frames, split_episodes
+from blm.data.transforms import action_chunks, fit_transforms
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
-from blm.policy.policy import CheckpointPolicy, FrozenProof, pad_dims
+from blm.policy.policy import CheckpointPolicy, FrozenProof
 from blm.training.adapt import Start, continued, fresh
+from blm.training.demonstrations import RobotData, Sampler
 from blm.training.intents import (
     CachedIntents,
     IntentConfig,
     LiveIntents,
-    Rows,
     cache_intents,
     claim,
-    collate,
     describe,
 )
 from blm.training.loop import Ema, LoopConfig, Piece, run_loop
@@ -79,21 +77,6 @@ class ImitateConfig:
             raise BlmError(f"stride {stride} of the intents must divide future_steps = {steps}")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class RobotData:
-    """What one robot contributes; its episodes are split, its transforms fitted to the training part."""
-
-    dataset: EpisodeDataset
-    intents: CachedIntents | LiveIntents
-    transforms: RobotTransforms
-    train: IndexArray
-    """Frame numbers."""
-    held_out: IndexArray
-    """Frame numbers, of other episodes."""
-    embodiment: int
-    """Number of its row in the indexed weights."""
-
-
 def open_robot(backbone: Backbone, dataset: EpisodeDataset, config: ImitateConfig, start: Start) -> RobotData:
     """Split the episodes of one robot, fit its transforms, and fill its cache of intents, if wanted."""
     _, held = split_episodes(dataset.num_episodes, config.held_out, config.loop.seed)
@@ -119,105 +102,16 @@ def open_robot(backbone: Backbone, dataset: EpisodeDataset, config: ImitateConfi
     )
 
 
-WHOLE = Part()
-
-
-class Sampler:
-    """Makes the batch of a step: a function of (seed, step) alone, noise and flow times included."""
-
-    def __init__(self, robots: Sequence[RobotData], config: ImitateConfig, *, train: bool = True) -> None:
-        self.robots, self.policy = robots, config.policy
-        self.views = config.intents.views if train else 0
-        groups = list(_groups(robots, config.weights, train=train))
-        self.robot = np.array([robot for robot, _, _ in groups])
-        self.frames = [frames for _, frames, _ in groups]
-        self.mixture = Mixture(
-            sizes=tuple(map(len, self.frames)),
-            weights=tuple(weight for _, _, weight in groups),
-            batch_size=config.loop.batch_size,
-            seed=2 * config.loop.seed + (not train),
-        )
-
-    def __call__(self, step: int, part: Part = WHOLE) -> PolicyBatch:
-        """Return one part of the batch; the parts of a step together are the same samples as the whole."""
-        group, chosen = self.mixture.batch(step)
-        frames, which = (
-            np.array([self.frames[g][i] for g, i in zip(group, chosen, strict=True)]),
-            self.robot[group],
-        )
-        seed = np.random.SeedSequence([self.mixture.seed, step]).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(seed))
-        noise = torch.randn((len(which), self.policy.horizon, self.policy.max_dim), generator=generator)
-        tau = sample_time(len(which), generator)
-        views = np.random.default_rng((self.mixture.seed, step, 1)).integers(self.views + 1, size=len(which))
-        values = [self._values(i, frames[which == i]) for i in np.unique(which)]
-        mine = np.arange(len(which))[part.index :: part.count]
-        frames, which, views = frames[mine], which[mine], views[mine]
-        parts = [self._part(i, frames[which == i], views[which == i]) for i in np.unique(which)]
-        states, actions, real, now, later = zip(*parts, strict=True)
-        hidden, mask = collate([row for rows in now for row in rows])
-        future_hidden, future_mask = collate([row for rows in later for row in rows])
-        return PolicyBatch(
-            hidden=hidden,
-            mask=mask,
-            future_hidden=future_hidden,
-            future_mask=future_mask,
-            state=torch.cat(states),
-            actions=torch.cat(actions),
-            real=torch.cat(real).bool(),
-            embodiment=torch.tensor([self.robots[i].embodiment for i in which]),
-            noise=noise[mine],
-            tau=tau[mine],
-            ids=[
-                (self.robots[i].dataset.space.robot, int(frame))
-                for i, frame in zip(which, frames, strict=True)
-            ],
-            values=sum(values) / len(noise),
-        )
-
-    def _values(self, index: int, frames: IndexArray) -> float:
-        """Real values in the action chunks of one robot's frames."""
-        data = self.robots[index].dataset
-        left = data.starts[data.episode_index[frames] + 1] - frames
-        return float(np.minimum(left, self.policy.horizon).sum() * data.space.dim)
-
-    def _part(
-        self, index: int, frames: IndexArray, views: IndexArray
-    ) -> tuple[Tensor, Tensor, Tensor, Rows, Rows]:
-        """State, actions, what is real in them, and hidden states now and later, of one robot's frames.
-
-        The present is seen in these views, the future as it is.
-        """
-        robot, policy = self.robots[index], self.policy
-        data = robot.dataset
-        ends, states = data.starts[data.episode_index[frames] + 1], data.states[frames]
-        chunks, inside = action_chunks(data.actions, frames, ends, policy.horizon)
-        values = (
-            robot.transforms.state.forward(states),
-            robot.transforms.actions.forward(chunks, states),
-            np.broadcast_to(inside[..., None], chunks.shape).astype(np.float32),
-        )
-        state, actions, real = (pad_dims(value, policy.max_dim) for value in values)
-        later = np.minimum(frames + policy.future_steps, ends - 1)
-        now = robot.intents.rows(frames, views)
-        return state, actions, real, now, robot.intents.rows(later) if policy.future_weight else now
-
-
-def _groups(
-    robots: Sequence[RobotData], weights: Mapping[str, float], *, train: bool
-) -> Iterator[tuple[int, IndexArray, float]]:
-    """Yield number of the robot, frames and weight of each robot and task; robots come in order."""
-    known = {robot.dataset.space.robot for robot in robots} | {t for r in robots for t in r.dataset.tasks}
-    if unknown := sorted({*weights} - known):
-        raise BlmError(f"weights for {unknown}, which no dataset holds; valid: {', '.join(sorted(known))}")
-    for number, robot in enumerate(robots):
-        data, frames = robot.dataset, robot.train if train else robot.held_out
-        tasks = np.asarray(data.tasks)[data.episode_index[frames]]
-        for task in sorted({*tasks.tolist()}):
-            mine = frames[tasks == task]
-            weight = len(mine) * weights.get(data.space.robot, 1.0) * weights.get(task, 1.0)
-            if weight > 0:
-                yield number, mine, weight
+def sampler_of(robots: Sequence[RobotData], config: ImitateConfig, *, train: bool = True) -> Sampler:
+    return Sampler(
+        robots,
+        config.policy,
+        batch_size=config.loop.batch_size,
+        seed=config.loop.seed,
+        weights=config.weights,
+        views=config.intents.views,
+        train=train,
+    )
 
 
 Drive = Callable[[int, CheckpointPolicy], Mapping[str, float]]
@@ -352,7 +246,7 @@ def _run(
     def evaluate(step: int) -> Mapping[str, float]:
         found = dict[str, float]()
         if config.held_out and config.validation_batches:
-            batches = map(Sampler(robots, config, train=False), range(config.validation_batches))
+            batches = map(sampler_of(robots, config, train=False), range(config.validation_batches))
             rows = [teacher.loss(batch.to(config.device), teacher) for batch in batches]
             found |= {f"val_{name}": sum(float(row[name]) for row in rows) / len(rows) for name in names}
         if drive is not None:
@@ -361,7 +255,7 @@ def _run(
             best.keep(teacher, step, found)
         return found
 
-    sampler = Sampler(robots, config)
+    sampler = sampler_of(robots, config)
 
     def next_batch(step: int, part: Part) -> Piece[PolicyBatch]:
         batch = sampler(step, part)
