@@ -161,6 +161,12 @@ def _train_stage1(command: str, arguments: list[str]) -> None:
     stage1(command, arguments)
 
 
+def _train_baseline(command: str, arguments: list[str]) -> None:
+    from blm.commands.training import baseline
+
+    baseline(command, arguments)
+
+
 def _train_stage2(command: str, arguments: list[str]) -> None:
     from blm.commands.training import stage2
 
@@ -297,6 +303,7 @@ COMMANDS: dict[str, Command] = {
     "train stage2": Command(
         "train bridge and policy on the frozen backbone", _either("stage2", _train_stage2)
     ),
+    "train baseline": Command("train a Diffusion Policy on the same demonstrations", _train_baseline),
     "eval digital": Command("ask the questions of a benchmark", _either("digital", digital.evaluate)),
     "eval retention": Command("what a tuned backbone kept of its base's language", retention.retention),
     "eval table": Command("digital results beside the published ones", digital.table),

@@ -14,6 +14,7 @@ from blm.demos.expert import Expert
 from blm.demos.planner import PlanError
 from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy
 from blm.evaluation.baselines import ReplayPolicy
+from blm.policy.checkpoint import kind_of
 from blm.policy.policy import CheckpointPolicy
 from blm.robots import ROBOTS
 from blm.serving.client import RemotePolicy
@@ -94,8 +95,17 @@ def find_policy(
     if name.startswith(SCHEMES):
         return partial(RemotePolicy, name, api_key=api_key, contract=contract)
     if (Path(name) / "manifest.json").is_file():
-        return partial(CheckpointPolicy.load, Path(name), device=device)
+        return partial(load_checkpoint, Path(name), device=device)
     raise BlmError(f"no policy '{name}': give {HELP}")
+
+
+def load_checkpoint(folder: Path, *, device: str = "cpu") -> Policy:
+    """Read a checkpoint of any kind."""
+    if kind_of(folder) == "diffusion_policy":
+        from blm.baselines.diffusion_policy import DiffusionPolicy
+
+        return DiffusionPolicy.load(folder, device=device)
+    return CheckpointPolicy.load(folder, device=device)
 
 
 def contract_of(make: Callable[[], Policy]) -> PolicyContract:

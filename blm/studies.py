@@ -22,6 +22,7 @@ from rich.console import Console
 from transformers import AutoModelForImageTextToText
 
 from blm.backbone import Backbone
+from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
 from blm.data.episodes import open_dataset
 from blm.data.files import write_json
 from blm.evaluation import PhysicalProtocol, compare, evaluate_physical
@@ -29,7 +30,7 @@ from blm.evaluation.intervals import Difference, holm
 from blm.evaluation.physical import summarise
 from blm.evaluation.results import load_result, write_result
 from blm.pipeline import to_json
-from blm.policy.policy import CheckpointPolicy
+from blm.policies import load_checkpoint
 from blm.recipes import Recipe
 from blm.training.imitate import ImitateConfig, train_stage2
 from blm.training.intents import IntentConfig
@@ -50,6 +51,7 @@ class Variant:
     """One model; one for each robot (the paper's dagger), each task, or each of both together (its star)."""
     backbone: Literal["stage1", "untrained"] = "stage1"
     """What Stage I made, or what it began with; nano begins with random weights."""
+    policy: Literal["blm", "diffusion policy"] = "blm"
 
     def parts(self, recipe: Recipe) -> list[Part]:
         if self.models == "joint":
@@ -71,6 +73,12 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         Variant("per robot", models="robot"),
         Variant("per task", models="task"),
         Variant("per robot and task", models="cell"),
+    ),
+    "baseline": (
+        Variant("BLM"),
+        Variant("Diffusion Policy", policy="diffusion policy"),
+        Variant("Diffusion Policy, per robot", policy="diffusion policy", models="robot"),
+        Variant("Diffusion Policy, per robot and task", policy="diffusion policy", models="cell"),
     ),
     "future": _values("lambda {}", "stage2.policy.future_weight", (0.2, 0.0)),
     "backbone": (Variant("after Stage I"), Variant("untrained", backbone="untrained")),
@@ -132,10 +140,14 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path, out: Path) -> dict[
     for robots, tasks in parts:
         work = out / "-".join((*robots, *tasks)) if len(parts) > 1 else out / "joint"
         config = training_of(recipe, run, backbone, (robots, tasks), models=len(parts))
-        checkpoint = train_stage2(config, work, {"study": variant.name, "recipe": to_json(recipe)})
+        facts = {"study": variant.name, "recipe": to_json(recipe)}
+        if variant.policy == "blm":
+            checkpoint = train_stage2(config, work, facts)
+        else:
+            checkpoint = train_baseline(baseline_of(config), work, facts)
         trained += last_row(work / "log.jsonl")["seconds"]
         made += evaluated(checkpoint, recipe, (robots, tasks), work / "physical")["rows"]
-    contract = CheckpointPolicy.load(checkpoint).contract
+    contract = load_checkpoint(checkpoint).contract
     protocol = protocol_of(recipe, contract, (recipe.robots, recipe.tasks))
     order = {f"{robot}/{task}/{seed}": i for i, (robot, task, seed) in enumerate(protocol.scenes)}
     made.sort(key=lambda row: order[row["id"]])
@@ -173,6 +185,19 @@ def training_of(recipe: Recipe, run: Path, backbone: Path, part: Part, *, models
     )
 
 
+def baseline_of(config: ImitateConfig) -> BaselineConfig:
+    """The same budget and data for a Diffusion Policy."""
+    return BaselineConfig(
+        datasets=config.datasets,
+        cameras=config.intents.cameras,
+        loop=config.loop,
+        actions=config.policy,
+        weights=config.weights,
+        execute=config.execute,
+        stride=config.intents.stride,
+    )
+
+
 def protocol_of(recipe: Recipe, contract: Any, part: Part) -> PhysicalProtocol:
     return PhysicalProtocol.for_policy(
         contract,
@@ -186,8 +211,8 @@ def protocol_of(recipe: Recipe, contract: Any, part: Part) -> PhysicalProtocol:
 
 def evaluated(checkpoint: Path, recipe: Recipe, part: Part, out: Path) -> dict[str, Any]:
     """Evaluate one model on its own robots and tasks."""
-    protocol = protocol_of(recipe, CheckpointPolicy.load(checkpoint).contract, part)
-    make = partial(CheckpointPolicy.load, checkpoint)
+    protocol = protocol_of(recipe, load_checkpoint(checkpoint).contract, part)
+    make = partial(load_checkpoint, checkpoint)
     how: Any = {"workers": recipe.workers, "engine": recipe.engine, "videos_per_cell": 0}
     return evaluate_physical(make, protocol, out, **how)
 

@@ -30,12 +30,13 @@ ALLOWED = {
     "bridge": "types",
     "policy": "types data backbone bridge",
     "training": "types engine media data corpora backbone bridge policy",
+    "baselines": "types data policy training",
     "evaluation": "types engine media robots tasks",
     "serving": "types robots tasks",
     "viewing": "types data",
 }
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
-LIBRARY_LINES = 16_650
+LIBRARY_LINES = 17_000
 """Of code, without docstrings, comments and blank lines. May only go down for the same features.
 
 6,300 for the whole loop; 3,100 for the physical suite: four tasks, planning among obstacles, corrections,

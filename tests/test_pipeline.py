@@ -26,12 +26,13 @@ from blm.data.writing import FORMAT
 from blm.evaluation import EVALUATION_SEEDS, PhysicalProtocol, evaluate_physical
 from blm.evaluation.results import load_result, without_times
 from blm.pipeline import read_ledger, run_stages
+from blm.policies import load_checkpoint
 from blm.policy.policy import CheckpointPolicy
 from blm.recipes import RECIPES, Demonstrations
 from blm.serving import RemotePolicy
 from blm.serving.app import create_app, server_config
 from blm.stages import STAGES, write_report
-from blm.studies import changed, run_study
+from blm.studies import STUDIES, changed, run_study
 from blm.types import BlmError
 
 ROBOTS, TASKS = ("panda", "widowxai"), ("push_cube",)
@@ -229,6 +230,15 @@ def test_a_study_gives_all_variants_the_same_budget_and_scenes(run):
     assert report.read_text().count("|\n") == 6 and "per robot and task | 2 | 80" in report.read_text()
     before = report.read_text()
     assert run_study("models", recipe, run).read_text() == before, "a finished study is only told again"
+
+
+def test_the_baseline_of_a_study_drives_the_same_scenes(run, monkeypatch):
+    two = (STUDIES["baseline"][0], STUDIES["baseline"][1])
+    monkeypatch.setitem(STUDIES, "baseline", two)
+    report = run_study("baseline", tiny(), run).read_text()
+    assert "| BLM | 1 | 80 " in report and "| Diffusion Policy | 1 | 80 " in report
+    policy = load_checkpoint(run / "studies/baseline/Diffusion_Policy/joint/checkpoint")
+    assert type(policy).__name__ == "DiffusionPolicy" and list(policy.contract.action_spaces) == [*ROBOTS]
 
 
 def test_the_untrained_backbone_of_a_study_is_another_one_behind_the_same_words(run):

@@ -12,6 +12,7 @@ from blm.backbone.backbone import Backbone
 from blm.backbone.nano import make_nano
 from blm.bridge import BridgeConfig
 from blm.data.transforms import Normalize, RobotTransforms
+from blm.policy import checkpoint as checkpoint_module
 from blm.policy import flow
 from blm.policy import policy as policy_module
 from blm.policy.heads import IndexedLinear, with_embodiments
@@ -351,7 +352,7 @@ def test_an_altered_or_missing_file_is_named(copied, name):
 
 
 def rewrite_manifest(folder: Path) -> None:
-    (folder / "manifest.json").write_text(json.dumps(policy_module._hashes(folder)))
+    (folder / "manifest.json").write_text(json.dumps(checkpoint_module._hashes(folder)))
 
 
 def test_another_backbone_is_refused_even_with_a_matching_manifest(copied):

@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
 from blm.training.eye import Schooling, taught_nano, without_scans
 from blm.training.imitate import Drive, ImitateConfig
 from blm.training.sft import Stage1Config
@@ -128,6 +129,25 @@ def stage2(command: str, arguments: list[str]) -> None:
     if processes.first:
         console.print(f"checkpoint: {checkpoint}, best: {chosen.out / 'best'}", soft_wrap=True)
     processes.leave()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainBaseline(BaselineConfig):
+    """Train a Diffusion Policy, eyes and all, on datasets of demonstrations: the baseline.
+
+    Writes OUT/checkpoint. The same command again continues what was interrupted.
+    """
+
+    out: tyro.conf.Positional[Path]
+    """Folder to write."""
+
+
+def baseline(command: str, arguments: list[str]) -> None:
+    """`blm train baseline OUT --datasets FOLDER .. --cameras base ..`."""
+    chosen = tyro.cli(TrainBaseline, args=arguments, prog=f"blm {command}")
+    config = BaselineConfig(**{field.name: getattr(chosen, field.name) for field in fields(BaselineConfig)})
+    checkpoint = train_baseline(config, chosen.out, {"command": ["blm", command, *arguments]})
+    console.print(f"checkpoint: {checkpoint}", soft_wrap=True)
 
 
 def driver(out: Path, tasks: Sequence[str], episodes: int, workers: int) -> Drive:

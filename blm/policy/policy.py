@@ -1,16 +1,13 @@
 """The trained policy: observation -> intent tokens -> action chunk; sole reader and writer of its folder.
 
-    checkpoint/  config.json  policy.safetensors  stats.json  backbone/ (a stock folder)  manifest.json
-
-manifest.json holds the sha256 of every other file. Loading refuses a missing or altered file, a foreign
-format, and a backbone that is not, bit for bit, the one that the policy was trained on.
+Beside what every checkpoint has (checkpoint.py) the folder holds the backbone, a stock folder. Loading
+refuses a backbone that is not, bit for bit, the one that the policy was trained on.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,13 +21,11 @@ from torch import Tensor
 from blm.backbone.backbone import Backbone
 from blm.backbone.prompt import control_prompt, to_chat
 from blm.bridge import BridgeConfig
-from blm.data.files import sha256_of
 from blm.data.transforms import RobotTransforms
+from blm.policy.checkpoint import read_config, read_transforms, write_checkpoint
 from blm.policy.flow import seeded_noise
 from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.types import ActionChunk, BlmError, FloatArray, Observation, PolicyContract
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -117,14 +112,8 @@ class CheckpointPolicy:
 
     def save(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         """Write the checkpoint folder whole, then put it in the place of one that is there."""
-        work, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
-        for leftover in (work, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        work.mkdir(parents=True)
-        self.backbone.save(work / "backbone")
-        (work / "policy.safetensors").write_bytes(save(self.network.state_dict()))
         config = {
-            "format": FORMAT,
+            "kind": "blm",
             "policy": asdict(self.network.config),
             "contract": self.contract.to_json(),
             "layer": self.layer,
@@ -133,20 +122,17 @@ class CheckpointPolicy:
             "frozen": asdict(self.frozen),
             "provenance": dict(provenance),
         }
-        stats = {robot: transforms.to_json() for robot, transforms in self.transforms.items()}
-        (work / "config.json").write_text(json.dumps(config, indent=1))
-        (work / "stats.json").write_text(json.dumps(stats, indent=1))
-        (work / "manifest.json").write_text(json.dumps(_hashes(work), indent=1))
-        if folder.exists():
-            folder.rename(old)
-        work.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+
+        def add_backbone(work: Path) -> None:
+            self.backbone.save(work / "backbone")
+
+        write_checkpoint(folder, config, self.network.state_dict(), self.transforms, add_backbone)
 
     @classmethod
     def load(cls, folder: Path | str, *, device: str = "cpu") -> CheckpointPolicy:
         """Read a checkpoint. Raises BlmError, naming file and fix, unless it is whole and unaltered."""
         folder = Path(folder)
-        config = _verified_config(folder)
+        config = read_config(folder)
         contract = PolicyContract.from_json(config["contract"])
         backbone = Backbone.load(folder / "backbone", device=device, dtype=getattr(torch, config["dtype"]))
         backbone.freeze()
@@ -161,13 +147,12 @@ class CheckpointPolicy:
         with torch.device("meta"):  # no time, memory or random numbers for weights that are replaced
             network = PolicyNetwork(PolicyConfig(**policy), backbone.hidden_size, len(contract.action_spaces))
         network.load_state_dict(load_file(folder / "policy.safetensors", device), assign=True)
-        stats = json.loads((folder / "stats.json").read_text())
         return cls(
             backbone=backbone,
             frozen=frozen,
             layer=config["layer"],
             network=network,
-            transforms={robot: RobotTransforms.from_json(value) for robot, value in stats.items()},
+            transforms=read_transforms(folder),
             contract=contract,
         )
 
@@ -184,26 +169,3 @@ def prompt_version(backbone: Backbone, cameras: Sequence[str]) -> str:
     chat = to_chat(control_prompt("{instruction}", "{robot}", dict.fromkeys(cameras, blank)))
     text = json.dumps([chat, backbone.processor.chat_template])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file in `folder` except the manifest, by relative name."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
-
-
-def _verified_config(folder: Path) -> dict[str, Any]:
-    if not (folder / "manifest.json").is_file():
-        raise BlmError(f"no checkpoint at '{folder}' (no manifest.json); give the folder that Stage II wrote")
-    stored, found = json.loads((folder / "manifest.json").read_text()), _hashes(folder)
-    for name in stored:
-        if found.get(name) != stored[name]:
-            what = "altered" if name in found else "missing"
-            raise BlmError(f"checkpoint '{folder}': {name} is {what}; copy the folder again or train again")
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    if config["format"] != FORMAT:
-        raise BlmError(
-            f"checkpoint '{folder}' has format {config['format']}, this program reads {FORMAT}; "
-            "use the program version that wrote it"
-        )
-    return config

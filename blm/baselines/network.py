@@ -1,0 +1,166 @@
+"""The networks of Diffusion Policy (Chi et al., RSS 2023, arXiv 2303.04137), its convolutional form.
+
+An image encoder for each camera, trained end to end: residual blocks with group norm, then a spatial softmax.
+The denoiser is a U-Net over the action steps, conditioned by FiLM. Ours in place of ResNet-18: a smaller
+encoder, for pictures of 112 px. Added for several robots and tasks: a table of robots, a bag of words.
+
+Shape legend: B batch, C channels, H action steps, D padded action dimension, K keypoints, c condition width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blm.policy.dit import sinusoid
+from blm.types import BlmError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """Sizes; those of the denoiser in the paper are (256, 512, 1024)."""
+
+    widths: tuple[int, ...] = (64, 128, 192)
+    """Channels of the U-Net, level by level; each level but the last halves the number of action steps."""
+    image_width: int = 64
+    """Keypoints of a picture."""
+    words: int = 1024
+    """Buckets of the bag of words."""
+    text_width: int = 64
+    robot_width: int = 16
+    train_steps: int = 100
+    """Diffusion steps of training."""
+    sampler_steps: int = 10
+    """Steps of the DDIM sampler."""
+
+    def __post_init__(self) -> None:
+        if not self.widths or any(width % 8 for width in self.widths) or self.image_width % 16:
+            raise BlmError(
+                f"widths {self.widths} need multiples of 8, image_width {self.image_width} one of 16"
+            )
+
+
+class GroupNormBlock(nn.Module):
+    """Two 3 x 3 convolutions with group norm around a residual connection."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1),
+            nn.GroupNorm(outputs // 16, outputs),
+            nn.ReLU(),
+            nn.Conv2d(outputs, outputs, 3, 1, 1),
+            nn.GroupNorm(outputs // 16, outputs),
+        )
+        self.skip = nn.Conv2d(inputs, outputs, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.body(x) + self.skip(x))
+
+
+class ImageEncoder(nn.Module):
+    """Pictures [B, 3, side, side] in -1 .. 1 -> keypoints [B, 2 K]: where each channel is strongest."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width // 2, 4, 4),
+            nn.ReLU(),
+            GroupNormBlock(width // 2, width, 1),
+            GroupNormBlock(width, width, 2),
+        )
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        maps = self.body(pictures)
+        weights = maps.flatten(2).softmax(-1).unflatten(-1, maps.shape[2:])
+        rows, columns = (torch.linspace(-1, 1, n, device=maps.device) for n in maps.shape[2:])
+        return torch.cat([(weights.sum(3) * rows).sum(-1), (weights.sum(2) * columns).sum(-1)], dim=-1)
+
+
+class FilmBlock(nn.Module):
+    """Two convolutions over action steps; the condition scales and shifts what is between them."""
+
+    def __init__(self, inputs: int, outputs: int, condition: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(
+            nn.Conv1d(inputs, outputs, 5, padding=2), nn.GroupNorm(8, outputs), nn.Mish()
+        )
+        self.second = nn.Sequential(
+            nn.Conv1d(outputs, outputs, 5, padding=2), nn.GroupNorm(8, outputs), nn.Mish()
+        )
+        self.film = nn.Linear(condition, 2 * outputs)
+        self.skip = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x_BCH: Tensor, condition_Bc: Tensor) -> Tensor:
+        scale, shift = self.film(F.mish(condition_Bc))[..., None].chunk(2, dim=1)
+        made = self.second(self.first(x_BCH) * (1 + scale) + shift)
+        return made + self.skip(x_BCH)
+
+
+class UNet(nn.Module):
+    """Noisy actions [B, H, D] -> the noise in them."""
+
+    def __init__(self, dim: int, widths: Sequence[int], condition: int) -> None:
+        super().__init__()
+        self.step = nn.Sequential(nn.Linear(128, 256), nn.Mish(), nn.Linear(256, 128))
+        condition += 128
+        downs = zip((dim, *widths[:-1]), widths, strict=True)
+        ups = zip(widths[::-1][1:], widths[::-1][:-1], strict=True)
+        self.downs = nn.ModuleList(FilmBlock(a, b, condition) for a, b in downs)
+        self.shrink = nn.ModuleList(nn.Conv1d(width, width, 3, 2, 1) for width in widths[:-1])
+        self.middle = FilmBlock(widths[-1], widths[-1], condition)
+        self.grow = nn.ModuleList(nn.ConvTranspose1d(w, w, 4, 2, 1) for w in widths[:0:-1])
+        self.ups = nn.ModuleList(FilmBlock(a + b, a, condition) for a, b in ups)
+        self.out = nn.Sequential(
+            nn.Conv1d(widths[0], widths[0], 5, padding=2), nn.Mish(), nn.Conv1d(widths[0], dim, 1)
+        )
+
+    def forward(self, noisy_BHD: Tensor, step_B: Tensor, condition_Bc: Tensor) -> Tensor:
+        time_Bc = self.step(sinusoid(step_B / 1000, 128))
+        condition_Bc = torch.cat([time_Bc, condition_Bc], dim=-1)
+        x, kept = noisy_BHD.transpose(1, 2), list[Tensor]()
+        for level, block in enumerate(self.downs):
+            x = block(x if level == 0 else self.shrink[level - 1](kept[-1]), condition_Bc)
+            kept.append(x)
+        x = self.middle(x, condition_Bc)
+        for grow, block, before in zip(self.grow, self.ups, kept[-2::-1], strict=True):
+            x = block(torch.cat([grow(x), before], dim=1), condition_Bc)
+        return self.out(x).transpose(1, 2)
+
+
+class DiffusionNetwork(nn.Module):
+    """Pictures, state, words and robot -> condition; noisy actions -> noise."""
+
+    def __init__(self, config: DiffusionConfig, cameras: Sequence[str], robots: int, dim: int) -> None:
+        super().__init__()
+        self.config, self.dim = config, dim
+        self.eyes = nn.ModuleDict({camera: ImageEncoder(config.image_width) for camera in cameras})
+        self.robot = nn.Embedding(robots, config.robot_width)
+        self.text = nn.EmbeddingBag(config.words, config.text_width)
+        width = 2 * config.image_width * len(cameras) + dim + config.robot_width + config.text_width
+        self.condition = nn.Sequential(nn.Linear(width, 256), nn.Mish(), nn.Linear(256, 256))
+        self.unet = UNet(dim, config.widths, 256)
+
+    def look(
+        self, pictures: Sequence[Tensor], state: Tensor, words: Sequence[Tensor], robot: Tensor
+    ) -> Tensor:
+        """Return the condition [B, c] of pictures of each camera, in order, and what else is known."""
+        seen = [eye(pixels) for eye, pixels in zip(self.eyes.values(), pictures, strict=True)]
+        starts = torch.tensor([0, *(len(row) for row in words[:-1])], device=state.device).cumsum(0)
+        text = self.text(torch.cat(list(words)).to(state.device), starts)
+        return self.condition(torch.cat([*seen, state, self.robot(robot), text], dim=-1))
+
+
+def words_of(instruction: str, buckets: int) -> Tensor:
+    """Return the buckets of the words of an instruction and of their pairs, in whatever order they come."""
+    words = re.findall(r"[a-z]+", instruction.lower()) or ["nothing"]
+    terms = [*words, *(" ".join(pair) for pair in itertools.pairwise(words))]
+    digests = (hashlib.blake2b(term.encode(), digest_size=4).digest() for term in terms)
+    return torch.tensor([int.from_bytes(digest, "big") % buckets for digest in digests])

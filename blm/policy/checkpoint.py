@@ -1,0 +1,84 @@
+"""Checkpoint folders: written whole, read only if unaltered.
+
+    checkpoint/  config.json  policy.safetensors  stats.json  manifest.json  (backbone/)
+
+manifest.json holds the sha256 of every other file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from blm.data.files import sha256_of
+from blm.data.transforms import RobotTransforms
+from blm.types import BlmError
+
+FORMAT = 1
+
+
+def write_checkpoint(
+    folder: Path,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    transforms: Mapping[str, RobotTransforms],
+    more: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Write a checkpoint folder whole, then put it in the place of one that is there.
+
+    `more` adds files to the folder that it is given.
+    """
+    work, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
+    for leftover in (work, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    work.mkdir(parents=True)
+    more(work)
+    (work / "policy.safetensors").write_bytes(save(dict(weights)))
+    stats = {robot: values.to_json() for robot, values in transforms.items()}
+    (work / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=1))
+    (work / "stats.json").write_text(json.dumps(stats, indent=1))
+    (work / "manifest.json").write_text(json.dumps(_hashes(work), indent=1))
+    if folder.exists():
+        folder.rename(old)
+    work.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json. Raises BlmError, naming file and fix, unless the folder is whole and unaltered."""
+    if not (folder / "manifest.json").is_file():
+        raise BlmError(f"no checkpoint at '{folder}' (no manifest.json); give the folder that Stage II wrote")
+    stored, found = json.loads((folder / "manifest.json").read_text()), _hashes(folder)
+    for name in stored:
+        if found.get(name) != stored[name]:
+            what = "altered" if name in found else "missing"
+            raise BlmError(f"checkpoint '{folder}': {name} is {what}; copy the folder again or train again")
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    if config["format"] != FORMAT:
+        raise BlmError(
+            f"checkpoint '{folder}' has format {config['format']}, this program reads {FORMAT}; "
+            "use the program version that wrote it"
+        )
+    return config
+
+
+def read_transforms(folder: Path) -> dict[str, RobotTransforms]:
+    stats = json.loads((folder / "stats.json").read_text())
+    return {robot: RobotTransforms.from_json(value) for robot, value in stats.items()}
+
+
+def kind_of(folder: Path) -> str:
+    """What a checkpoint is: "blm", or a baseline; those from before kinds are BLM's."""
+    return str(read_config(folder).get("kind", "blm"))
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file in `folder` except the manifest, by relative name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
