@@ -60,10 +60,10 @@ def examine_path(path: Path) -> Iterator[Check]:
 
 
 def _checkpoint(path: Path) -> Check:
-    from blm.policy.policy import CheckpointPolicy
+    from blm.policies import load_checkpoint
 
     try:
-        CheckpointPolicy.load(path)
+        load_checkpoint(path)
     except BlmError as error:
         return Check(str(path), "checkpoint: damaged", str(error))
     return Check(str(path), "checkpoint: good")

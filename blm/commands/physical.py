@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from blm.types import BlmError, Policy
+from blm.types import BlmError
 
 if TYPE_CHECKING:
     from blm.demos import CollectConfig
@@ -60,14 +60,10 @@ def collect(command: str, arguments: list[str]) -> None:
         for key, what in outcome["differing"].items():
             console.print(f"[red]differs:[/red] {key}: {what}")
         raise SystemExit(bool(outcome["differing"]))
+    from blm.policies import load_checkpoint
+
     pilot = partial(load_checkpoint, own.policy) if own.policy else None
     print_summary(run_collect(config, own.out, pilot))
-
-
-def load_checkpoint(folder: Path) -> Policy:
-    from blm.policy.policy import CheckpointPolicy
-
-    return CheckpointPolicy.load(folder)
 
 
 def _print_wide(table: Table) -> None:
