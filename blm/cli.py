@@ -131,6 +131,13 @@ def _study(command: str, arguments: list[str]) -> None:
     console.print(f"report: {report}", soft_wrap=True)
 
 
+def _memory(command: str, arguments: list[str]) -> None:
+    from blm.memory import describe
+
+    recipe, _ = parse_recipe(command, arguments)
+    console.print(describe(recipe), highlight=False, markup=False, soft_wrap=True)
+
+
 def _report(command: str, arguments: list[str]) -> None:
     from blm.stages import write_report
 
@@ -311,6 +318,7 @@ COMMANDS: dict[str, Command] = {
         "drive the robots, closed loop, on held-out scenes", _either("physical", physical.evaluate)
     ),
     "study": Command("what an idea buys: variants of Stage II on the same budget and scenes", _study),
+    "memory": Command("what a recipe needs in memory and on disk", _memory),
     "compare": Command("the paired difference of two results", physical.compare),
     "report": Command("write one HTML page from a run folder", _report),
     "serve": Command("chat and actions from one checkpoint", _serve),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from blm.bridge import BridgeConfig
 from blm.policy.network import PolicyConfig
 from blm.robots import ROBOTS
 from blm.tasks import TASKS
@@ -17,6 +18,7 @@ from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.scene import CAMERAS
 from blm.training.eye import Schooling
 from blm.training.loop import LoopConfig
+from blm.training.lora import Lora
 from blm.training.sft import Stage1Config
 from blm.types import BlmError, lookup
 
@@ -172,4 +174,52 @@ def nano() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"demo": demo, "ci": ci, "nano": nano}
+def smol() -> Recipe:
+    """Pretrained weights without a hub: adapters in Stage I, the nano policy behind them. Not run yet."""
+    loop = LoopConfig(steps=2000, batch_size=16, lr=1e-3, title="Stage I")
+    training = Stage1Config(loop=loop, lora=Lora(rank=16), cache_features=True)
+    base = nano()
+    return replace(
+        base,
+        name="smol",
+        image_size=128,
+        stage1=Stage1(backbone="smol", training=training),
+        stage2=replace(base.stage2, layer=20),
+    )
+
+
+def _qwen(name: str, layer: int, policy: PolicyConfig) -> Recipe:
+    """Full fine-tuning of language model and merger with a frozen eye, as the fine-tuning scripts of Qwen."""
+    loop = LoopConfig(steps=10_000, batch_size=128, lr=1e-5, weight_decay=0.0, title="Stage I")
+    training = Stage1Config(
+        loop=loop, vision_scale=0.0, pack_length=4096, cache_features=True, checkpoint_blocks=True
+    )
+    loop2 = LoopConfig(steps=80_000, batch_size=256, lr=1e-4, weight_decay=1e-5, title="Stage II")
+    base = nano()
+    return replace(
+        base,
+        name=name,
+        image_size=224,
+        demonstrations=Demonstrations(episodes=500, held_out_episodes=10),
+        stage1=Stage1(backbone=name, training=training),
+        stage2=Stage2(loop=loop2, policy=policy, layer=layer),
+    )
+
+
+def qwen2_5_vl_3b() -> Recipe:
+    """A GPU's recipe: half of the paper's depth in the policy. Not run yet."""
+    bridge = BridgeConfig(width=1024, latents=32, blocks=2, heads=16)
+    policy = PolicyConfig(bridge=bridge, width=1024, blocks=8, heads=16, max_dim=32, future_layer=6)
+    return _qwen("qwen2_5_vl_3b", 24, policy)
+
+
+def qwen2_5_vl_7b() -> Recipe:
+    """The paper's scale: its backbone, and the policy head of GR00T N1.5 (16 blocks of 1536). Not run yet."""
+    bridge = BridgeConfig(width=1024, latents=32, blocks=4, heads=16)
+    policy = PolicyConfig(bridge=bridge, width=1536, blocks=16, heads=32, max_dim=32, future_layer=12)
+    return _qwen("qwen2_5_vl_7b", 19, policy)
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    recipe.__name__: recipe for recipe in (demo, ci, nano, smol, qwen2_5_vl_3b, qwen2_5_vl_7b)
+}

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "blm"
 FILES = sorted(SOURCE.rglob("*.py"))
 COMPOSITION = {
     "__init__", "recipes", "stages", "studies", "pipeline", "cli", "commands", "policies", "chats", "hub",
-    "doctor",
+    "doctor", "memory",
 }  # fmt: skip
 """Composition only: these files may import everything; nothing else may import them."""
 
@@ -36,7 +36,7 @@ ALLOWED = {
     "viewing": "types data",
 }
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
-LIBRARY_LINES = 17_000
+LIBRARY_LINES = 17_250
 """Of code, without docstrings, comments and blank lines. May only go down for the same features.
 
 6,300 for the whole loop; 3,100 for the physical suite: four tasks, planning among obstacles, corrections,
