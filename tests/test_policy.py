@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from blm import bridge as bridge_module
 from blm.backbone.backbone import Backbone
 from blm.backbone.nano import make_nano
 from blm.bridge import BridgeConfig
@@ -385,3 +386,21 @@ def test_saving_again_replaces_the_folder(copied):
     make_policy(1).save(copied, {})
     assert not (copied / "note.txt").exists()
     assert CheckpointPolicy.load(copied).contract.revision == make_policy(1).contract.revision
+
+
+def test_keys_and_values_of_intent_tokens_are_made_once_per_chunk(monkeypatch):
+    network, batch = make_network().eval(), make_batch()
+    intent = network.bridge(batch.hidden, batch.mask)
+    arguments = (batch.noise, batch.tau, intent, batch.state, batch.embodiment)
+    memory = network.dit.remember(intent)
+    assert [kept is not None for kept in memory] == [True, False, True, False]
+    for made, slow in zip(network.velocity(*arguments, memory), network.velocity(*arguments), strict=True):
+        torch.testing.assert_close(made, slow, rtol=0, atol=0)
+    calls, original = [], bridge_module.Attention.keys_values
+    monkeypatch.setattr(
+        bridge_module.Attention, "keys_values", lambda self, x: calls.append(x) or original(self, x)
+    )
+    dims = batch.real.any(1)
+    network.sample(batch.hidden, batch.mask, batch.state, batch.embodiment, batch.noise, dims)
+    of_intent = [x for x in calls if x.shape == intent.shape and torch.equal(x, intent)]
+    assert len(of_intent) == 2, "once in each of two blocks, not in each of four steps"

@@ -15,6 +15,9 @@ from torch.nn import functional as F
 
 from blm.bridge import Attention, feed_forward
 
+Memory = list[tuple[Tensor, Tensor] | None]
+"""Keys and values of the intent tokens in each block that attends to them."""
+
 
 def sinusoid(tau_B: Tensor, width: int) -> Tensor:
     """Return [B, width] sines and cosines of 1000 tau at `width / 2` frequencies from 1 down to 1e-4."""
@@ -48,9 +51,10 @@ class Block(nn.Module):
         self.attention = Attention(width, intent_width or width, heads)
         self.feed_forward = feed_forward(width)
 
-    def forward(self, x_BSw: Tensor, intent_BMz: Tensor, time_Bw: Tensor) -> Tensor:
+    def forward(self, x_BSw: Tensor, intent: Tensor | tuple[Tensor, Tensor], time_Bw: Tensor) -> Tensor:
+        """`intent`: tokens [B, M, z], or their keys and values for this block."""
         normed = self.norm(x_BSw, time_Bw)
-        x_BSw = x_BSw + self.attention(normed, intent_BMz if self.crosses else normed)
+        x_BSw = x_BSw + self.attention(normed, intent if self.crosses else normed)
         return x_BSw + self.feed_forward(x_BSw)
 
 
@@ -66,13 +70,24 @@ class DiT(nn.Module):
         )
         self.norm = AdaptiveNorm(width)
 
-    def forward(self, x_BSw: Tensor, intent_BMz: Tensor, tau_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Return output tokens [B, S, w] and the last M tokens after block `future_layer` (from 1)."""
+    def remember(self, intent_BMz: Tensor) -> Memory:
+        """Return keys and values of the intent tokens for each block: the same at every flow time."""
+        blocks = (block for block in self.blocks if isinstance(block, Block))
+        return [block.attention.keys_values(intent_BMz) if block.crosses else None for block in blocks]
+
+    def forward(
+        self, x_BSw: Tensor, intent_BMz: Tensor, tau_B: Tensor, memory: Memory | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return output tokens [B, S, w] and the last M tokens after block `future_layer` (from 1).
+
+        `memory` is what `remember` made of the intent tokens.
+        """
         count = intent_BMz.shape[1]
         time_Bw = self.embed_time(sinusoid(tau_B, x_BSw.shape[-1]).to(x_BSw.dtype))
         future_BMw = x_BSw[:, -count:]
         for number, block in enumerate(self.blocks, start=1):
-            x_BSw = block(x_BSw, intent_BMz, time_Bw)
+            kept = memory[number - 1] if memory is not None else None
+            x_BSw = block(x_BSw, intent_BMz if kept is None else kept, time_Bw)
             if number == self.future_layer:
                 future_BMw = x_BSw[:, -count:]
         return self.norm(x_BSw, time_Bw), future_BMw

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from blm.bridge import BridgeConfig, Perceiver
 from blm.policy import flow
-from blm.policy.dit import DiT
+from blm.policy.dit import DiT, Memory
 from blm.policy.heads import ActionEncoder, IndexedMLP
 from blm.types import BlmError
 
@@ -116,7 +116,13 @@ class PolicyNetwork(nn.Module):
         self.predict_future = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, z))
 
     def velocity(
-        self, noised: Tensor, tau: Tensor, intent: Tensor, state: Tensor, embodiment: Tensor
+        self,
+        noised: Tensor,
+        tau: Tensor,
+        intent: Tensor,
+        state: Tensor,
+        embodiment: Tensor,
+        memory: Memory | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the velocity [B, H, D] at `noised` [B, H, D] and the predicted future tokens [B, M, z]."""
         tokens = [
@@ -124,7 +130,7 @@ class PolicyNetwork(nn.Module):
             self.encode_action(noised, tau, embodiment) + self.position,
             self.future.expand(len(noised), -1, -1),
         ]
-        out, future = self.dit(torch.cat(tokens, dim=1), intent, tau)
+        out, future = self.dit(torch.cat(tokens, dim=1), intent, tau, memory)
         actions_out = out[:, 1 : 1 + self.config.horizon]
         return self.decode_action(actions_out, embodiment), self.predict_future(future)
 
@@ -153,8 +159,9 @@ class PolicyNetwork(nn.Module):
     ) -> Tensor:
         """Return normalised actions [B, H, D] from `noise`; `dims` [B, D] is True where the robot has one."""
         intent, real = self.bridge(hidden, mask), dims[:, None]
+        memory = self.dit.remember(intent)
 
         def velocity(x: Tensor, tau: Tensor) -> Tensor:
-            return self.velocity(x, tau, intent, state, embodiment)[0] * real
+            return self.velocity(x, tau, intent, state, embodiment, memory)[0] * real
 
         return flow.euler(velocity, noise * real, self.config.sampler_steps)
