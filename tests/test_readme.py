@@ -11,11 +11,12 @@ import pytest
 from blm.cli import find_command, parse_recipe
 from blm.commands import digital
 from blm.commands.physical import parse_collect, parse_evaluate
-from blm.commands.training import parse_stage1
+from blm.commands.training import parse_baseline, parse_stage1, parse_stage2
+from blm.studies import STUDIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [README, *((ROOT / "docs" / name).read_text() for name in ("stage1.md", "digital.md"))]
+PAGES = [README, *((ROOT / "docs" / name).read_text() for name in ("stage1.md", "stage2.md", "digital.md"))]
 COMMANDS = [
     line.replace("\\\n", " ")
     for page in PAGES
@@ -47,7 +48,14 @@ def test_commands_exist(line):
             digital.parse_evaluate(name, rest)
         elif name == "train stage1" and "--run" not in rest:
             parse_stage1(name, rest)
-        elif name == "demo" or "--run" in rest:
+        elif name == "train stage2" and "--run" not in rest:
+            parse_stage2(name, rest)
+        elif name == "train baseline":
+            parse_baseline(name, rest)
+        elif name == "study":
+            assert rest[0] in STUDIES
+            parse_recipe(name, rest[1:])
+        elif name in ("demo", "memory") or "--run" in rest:
             parse_recipe(name, rest)
     elif words[0].endswith("python"):
         assert (ROOT / words[1]).is_file()

@@ -142,9 +142,13 @@ class TrainBaseline(BaselineConfig):
     """Folder to write."""
 
 
+def parse_baseline(command: str, arguments: list[str]) -> TrainBaseline:
+    return tyro.cli(TrainBaseline, args=arguments, prog=f"blm {command}")
+
+
 def baseline(command: str, arguments: list[str]) -> None:
     """`blm train baseline OUT --datasets FOLDER .. --cameras base ..`."""
-    chosen = tyro.cli(TrainBaseline, args=arguments, prog=f"blm {command}")
+    chosen = parse_baseline(command, arguments)
     config = BaselineConfig(**{field.name: getattr(chosen, field.name) for field in fields(BaselineConfig)})
     checkpoint = train_baseline(config, chosen.out, {"command": ["blm", command, *arguments]})
     console.print(f"checkpoint: {checkpoint}", soft_wrap=True)
