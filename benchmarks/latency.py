@@ -1,0 +1,190 @@
+"""How long one decision takes, by parts, and what shortens it. All ways are timed in turn, in one run.
+
+    python benchmarks/latency.py [--checkpoint FOLDER] [--repeats 50] [--threads 1] [--device cpu]
+    python benchmarks/latency.py --shape qwen2_5_vl_3b --device cuda   # random weights, two cameras of 224 px
+
+Parts: image processing and prompt, the tapped blocks of the backbone, the bridge, one denoising step, and what
+is left (transforms, copies). Ways: all blocks in place of the tapped ones; keys and values of the intent
+tokens made anew in each step; compiled networks (`--compile`); batches. Medians and 99th percentiles; a
+ratio is the median of the ratios of neighbouring repeats, with a 95 % bootstrap interval.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tyro
+from transformers import AutoModelForImageTextToText
+
+from blm.backbone.backbone import Backbone, build_nano
+from blm.backbone.prompt import control_prompt
+from blm.backbone.shapes import shape_of
+from blm.evaluation.results import machine
+from blm.policy.network import PolicyNetwork
+from blm.policy.policy import CheckpointPolicy
+from blm.recipes import RECIPES
+from blm.types import ImageArray
+
+BATCHES = (1, 8, 32)
+INSTRUCTION = "Pick up the red cube and move it to the green goal."
+
+
+class Decision:
+    """The parts of a decision of nano's shape, on pictures and states that do not matter for speed."""
+
+    def __init__(
+        self, backbone: Backbone, network: PolicyNetwork, layer: int, cameras: tuple[str, ...]
+    ) -> None:
+        self.backbone, self.network, self.layer, self.cameras = backbone, network.eval(), layer, cameras
+        self.side = 112
+
+    def prompts(self, count: int) -> dict[str, Any]:
+        rng = np.random.default_rng(0)
+
+        def picture() -> ImageArray:
+            return rng.integers(0, 256, (self.side, self.side, 3), np.uint8)
+
+        views = [{camera: picture() for camera in self.cameras} for _ in range(count)]
+        prompts = [control_prompt(INSTRUCTION, "panda", view) for view in views]
+        return self.backbone.encode(prompts, side="right")
+
+    @torch.no_grad()
+    def tap(self, inputs: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tapped = self.backbone.tap(inputs, layer)
+        return tapped.hidden, tapped.mask
+
+
+class RandomDecision(Decision):
+    """The same with random weights in a published shape; its pictures are ready-made patches."""
+
+    def __init__(self, name: str, device: str, dtype: torch.dtype, cameras: int = 2) -> None:
+        config, recipe = shape_of(name), RECIPES[name]()
+        with torch.device(device):
+            torch.set_default_dtype(dtype)
+            self.model = AutoModelForImageTextToText.from_config(config).eval()
+            torch.set_default_dtype(torch.float32)
+            network = PolicyNetwork(recipe.stage2.policy, config.text_config.hidden_size, 4)
+        self.network, self.layer = network.eval(), recipe.stage2.layer
+        self.count, self.device, self.dtype, self.config = cameras, device, dtype, config
+
+    def prompts(self, count: int) -> dict[str, Any]:
+        side = 224 // 14
+        tokens = (side // 2) ** 2
+        image = self.config.image_token_id
+        row = [151644, *([151652, *[image] * tokens, 151653] * self.count), *range(100, 160)]
+        ids = torch.tensor([row] * count, device=self.device)
+        patches = torch.randn(
+            count * self.count * side**2, 3 * 2 * 14 * 14, device=self.device, dtype=self.dtype
+        )
+        grid = torch.tensor([[1, side, side]] * (count * self.count), device=self.device)
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "pixel_values": patches,
+            "image_grid_thw": grid,
+            "mm_token_type_ids": (ids == image).int(),
+        }
+
+    @torch.no_grad()
+    def tap(self, inputs: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        decoder = self.model.model.language_model
+        blocks = decoder.layers
+        decoder.layers = blocks[:layer]
+        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
+        decoder.layers = blocks
+        return hidden, inputs["attention_mask"].bool()
+
+
+def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Milliseconds and result of a call."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    result = call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1000 * (time.perf_counter() - begin), result
+
+
+@torch.no_grad()
+def once(decision: Decision, count: int, device: str) -> dict[str, float]:
+    """Milliseconds of each part of one decision for `count` observations, and of each other way."""
+    network, config = decision.network, decision.network.config
+    parts = dict[str, float]()
+    parts["prompt and pictures"], inputs = timed(lambda: decision.prompts(count), device)
+    parts["tap"], (hidden, mask) = timed(lambda: decision.tap(inputs, decision.layer), device)
+    every = len(decision.backbone.decoder.layers) if hasattr(decision, "backbone") else 10**6
+    parts["tap, all blocks"], _ = timed(lambda: decision.tap(inputs, every), device)
+    parts["bridge"], intent = timed(lambda: network.bridge(hidden, mask), device)
+    state = torch.zeros(count, config.max_dim, device=device)
+    robot = torch.zeros(count, dtype=torch.long, device=device)
+    noise = torch.randn(count, config.horizon, config.max_dim, device=device)
+    tau = torch.zeros(count, device=device)
+    parts["keys and values"], memory = timed(lambda: network.dit.remember(intent), device)
+    step = lambda kept: network.velocity(noise, tau, intent, state, robot, kept)  # noqa: E731
+    parts["denoising step"], _ = timed(lambda: step(memory), device)
+    parts["denoising step, keys anew"], _ = timed(lambda: step(None), device)
+    dims = torch.ones(count, config.max_dim, dtype=torch.bool, device=device)
+    parts["policy"], _ = timed(lambda: network.sample(hidden, mask, state, robot, noise, dims), device)
+    parts["decision"] = parts["prompt and pictures"] + parts["tap"] + parts["policy"]
+    return parts
+
+
+def ratio(rows: list[dict[str, float]], over: str, under: str) -> dict[str, Any]:
+    values = np.array([row[over] / row[under] for row in rows])
+    rng = np.random.default_rng(0)
+    medians = np.median(values[rng.integers(0, len(values), (2000, len(values)))], axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return {"ratio": float(np.median(values)), "interval_95": [float(low), float(high)]}
+
+
+def main(
+    checkpoint: Path | None = None,
+    shape: str | None = None,
+    repeats: int = 50,
+    threads: int = 1,
+    device: str = "cpu",
+    compile: bool = False,
+) -> None:
+    """Print one JSON object."""
+    torch.set_num_threads(threads)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    if shape is not None:
+        decision: Decision = RandomDecision(shape, device, dtype)
+    elif checkpoint is not None:
+        policy = CheckpointPolicy.load(checkpoint, device=device)
+        decision = Decision(policy.backbone, policy.network, policy.layer, policy.contract.cameras)
+    else:
+        backbone, recipe = build_nano(), RECIPES["nano"]()
+        torch.manual_seed(0)
+        network = PolicyNetwork(recipe.stage2.policy, backbone.hidden_size, 4)
+        backbone.model.to(device)
+        decision = Decision(backbone, network.to(device), recipe.stage2.layer, recipe.cameras)
+    if compile:
+        decision.network.dit.compile(mode="reduce-overhead" if device == "cuda" else None)
+    found = {}
+    for count in BATCHES:
+        rows = [once(decision, count, device) for _ in range(repeats + 3)][3:]  # the first ones warm up
+        found[f"batch {count}"] = {
+            "median_ms": {name: float(np.median([row[name] for row in rows])) for name in rows[0]},
+            "p99_ms": {name: float(np.quantile([row[name] for row in rows], 0.99)) for name in rows[0]},
+            "all blocks over tapped": ratio(rows, "tap, all blocks", "tap"),
+            "keys anew over once": ratio(rows, "denoising step, keys anew", "denoising step"),
+        }
+    name = torch.cuda.get_device_name() if device == "cuda" else machine()["processor"]
+    about = {"device": name, "cores": os.cpu_count(), "threads": threads, "torch": torch.__version__}
+    weights = shape or str(checkpoint or "untrained nano")
+    print(
+        json.dumps({"weights": weights, "compiled": compile, "repeats": repeats, **about, **found}, indent=1)
+    )
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
