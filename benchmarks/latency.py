@@ -3,8 +3,8 @@
     python benchmarks/latency.py [--checkpoint FOLDER] [--repeats 50] [--threads 1] [--device cpu]
     python benchmarks/latency.py --shape qwen2_5_vl_3b --device cuda   # random weights, two cameras of 224 px
 
-Parts: image processing and prompt, the tapped blocks of the backbone, the bridge, one denoising step, and what
-is left (transforms, copies). Ways: all blocks in place of the tapped ones; keys and values of the intent
+Parts: image processing and prompt, the tapped blocks of the backbone, the bridge, one denoising step, and
+what is left (transforms, copies). Ways: all blocks in place of the tapped ones; keys and values of the intent
 tokens made anew in each step; compiled networks (`--compile`); batches. Medians and 99th percentiles; a
 ratio is the median of the ratios of neighbouring repeats, with a 95 % bootstrap interval.
 """
