@@ -15,7 +15,7 @@ from blm.demos.planner import PlanError
 from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy
 from blm.evaluation.baselines import ReplayPolicy
 from blm.policy.checkpoint import kind_of
-from blm.policy.policy import CheckpointPolicy
+from blm.policy.policy import CheckpointPolicy, ContinuingPolicy
 from blm.robots import ROBOTS
 from blm.serving.client import RemotePolicy
 from blm.tasks import Env
@@ -106,6 +106,16 @@ def load_checkpoint(folder: Path, *, device: str = "cpu") -> Policy:
 
         return DiffusionPolicy.load(folder, device=device)
     return CheckpointPolicy.load(folder, device=device)
+
+
+def continuing(make: Callable[[], Policy]) -> Policy:
+    """Make a policy that goes on from its own last chunk. Raises BlmError for one that cannot."""
+    policy = make()
+    if not isinstance(policy, CheckpointPolicy):
+        raise BlmError(
+            f"only a checkpoint of Stage II can go on from its last chunk, not a {type(policy).__name__}"
+        )
+    return ContinuingPolicy(policy)
 
 
 def contract_of(make: Callable[[], Policy]) -> PolicyContract:

@@ -123,6 +123,10 @@ class Observation:
     robot: str
     seed: int = 0
     """Seed of the sampling noise for this decision; the same observation and seed give the same chunk."""
+    chunk: FloatArray | None = None
+    """[P, D] what is left of the chunk in progress, from this step on: the policy shall go on from it."""
+    frozen: int = 0
+    """How many of these actions are carried out before the answer is there."""
 
 
 def decision_seed(seed: int, step: int) -> int:
@@ -187,7 +191,29 @@ class PolicyContract:
             instruction=observation.instruction,
             robot=observation.robot,
             seed=observation.seed,
+            chunk=self._check_chunk(observation, space.dim),
+            frozen=observation.frozen,
         )
+
+    def _check_chunk(self, observation: Observation, dim: int) -> FloatArray | None:
+        if observation.chunk is None:
+            return None
+        chunk = np.asarray(observation.chunk, np.float32)
+        if (
+            chunk.ndim != 2
+            or chunk.shape[1] != dim
+            or len(chunk) > self.horizon
+            or not np.isfinite(chunk).all()
+        ):
+            raise ContractError(
+                f"the chunk in progress is {chunk.shape}; needed: finite actions of {dim}, "
+                f"at most {self.horizon}"
+            )
+        if not 0 <= observation.frozen <= len(chunk):
+            raise ContractError(
+                f"frozen is {observation.frozen}; the chunk in progress has {len(chunk)} actions"
+            )
+        return chunk if len(chunk) else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from blm.policy import flow
 from blm.policy import policy as policy_module
 from blm.policy.heads import IndexedLinear, with_embodiments
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
-from blm.policy.policy import CheckpointPolicy, FrozenProof
-from blm.types import ActionSpace, BlmError, Message, Observation, Policy, PolicyContract
+from blm.policy.policy import CheckpointPolicy, ContinuingPolicy, FrozenProof
+from blm.types import ActionChunk, ActionSpace, BlmError, Message, Observation, Policy, PolicyContract
 
 HIDDEN = 12
 CONFIG = PolicyConfig(
@@ -404,3 +404,46 @@ def test_keys_and_values_of_intent_tokens_are_made_once_per_chunk(monkeypatch):
     network.sample(batch.hidden, batch.mask, batch.state, batch.embodiment, batch.noise, dims)
     of_intent = [x for x in calls if x.shape == intent.shape and torch.equal(x, intent)]
     assert len(of_intent) == 2, "once in each of two blocks, not in each of four steps"
+
+
+def test_the_chunk_in_progress_binds_less_and_less():
+    weights = flow.continuation_weights(left=6, frozen=2, horizon=8)
+    assert weights[:2].tolist() == [1.0, 1.0] and weights[6:].tolist() == [0.0, 0.0]
+    assert (weights[2:6].diff() < 0).all() and 0 < weights[5] < weights[2] < 1
+    c = (6 - 3) / (6 - 2 + 1)
+    assert weights[3].item() == pytest.approx(c * (np.exp(c) - 1) / (np.e - 1))
+    assert flow.continuation_weights(3, 3, 5).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_guidance_leads_where_it_is_wanted_and_only_there():
+    """The velocity of a point mass at 0: every path ends there unless it is guided elsewhere."""
+    noise, wanted = torch.randn(2, 8, 3), torch.full((2, 8, 3), 2.0)
+    weights = torch.tensor([[1.0] * 4 + [0.0] * 4] * 2)
+
+    def velocity(x: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        return -x / (1 - tau.view(-1, 1, 1)) * 0.5  # weak, so that clean actions depend on x
+
+    free = flow.euler(velocity, noise, 8)
+    led = flow.euler(flow.guided(velocity, wanted, weights), noise, 8)
+    assert (led[:, :4] - wanted[:, :4]).abs().mean() < 0.6 * (free[:, :4] - wanted[:, :4]).abs().mean()
+    torch.testing.assert_close(led[:, 4:], free[:, 4:])
+
+
+def test_a_policy_goes_on_from_its_last_chunk(saved):
+    policy, look = saved[0], make_observation("arm")
+    going_on = ContinuingPolicy(policy)
+    first = going_on.act(look)
+    np.testing.assert_array_equal(first.actions, policy.act(look).actions)
+    again = replace(look, seed=5)
+    left = first.actions[policy.contract.execute :]
+
+    def jump(chunk: ActionChunk) -> float:
+        return float(np.abs(chunk.actions[: len(left)] - left)[0].mean())
+
+    assert jump(going_on.act(again)) < 0.6 * jump(policy.act(again))
+    going_on.reset()
+    np.testing.assert_array_equal(going_on.act(again).actions, policy.act(again).actions)
+    with pytest.raises(BlmError, match="frozen is 9"):
+        policy.act(replace(look, chunk=left, frozen=9))
+    with pytest.raises(BlmError, match=r"the chunk in progress is \(40, "):
+        policy.act(replace(look, chunk=np.repeat(left, 40, axis=0)[:40]))

@@ -140,6 +140,8 @@ class Evaluate:
     """Actions in a chunk of such a policy."""
     execute: int = 8
     """How many of them are carried out before it is asked again."""
+    continued: bool = False
+    """Let a checkpoint go on from its own last chunk (real-time chunking): smoother, and slower."""
     videos: int = 1
     """Episodes of each cell that are filmed."""
     api_key: str | None = None
@@ -154,7 +156,7 @@ def evaluate(command: str, arguments: list[str]) -> None:
     """`blm eval physical --model X`: drive the robots with any policy, under a named protocol."""
     from blm.evaluation import PhysicalProtocol, evaluate_physical
     from blm.evaluation.report import ReportData, build_report
-    from blm.policies import contract_of, find_policy, load_replay
+    from blm.policies import continuing, contract_of, find_policy, load_replay
 
     chosen = parse_evaluate(command, arguments)
     if chosen.model.startswith("replay:"):
@@ -169,6 +171,7 @@ def evaluate(command: str, arguments: list[str]) -> None:
             api_key=chosen.api_key,
             device=chosen.device,
         )
+        make = partial(continuing, make) if chosen.continued else make
         wanted = {name: getattr(chosen, name) for name in ("robots", "tasks", "episodes")}
         changes: Any = {name: value for name, value in wanted.items() if value}
         if chosen.simulator == "maniskill":

@@ -7,6 +7,7 @@ This is the direction of GR00T N1.5 (openpi writes the same path with t = 1 - ta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -46,6 +47,46 @@ def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows)
+
+
+GUIDANCE = 5.0
+"""beta, the largest weight of guidance in real-time chunking."""
+
+
+def continuation_weights(left: int, frozen: int, horizon: int) -> Tensor:
+    """Return how much each of `horizon` actions is held to the chunk in progress, 1 .. 0.
+
+    All of the first `frozen`, nothing beyond the `left` ones that it still has, in between less and less:
+    eq. 5 of "Real-Time Execution of Action Chunking Flow Policies" (Black et al., 2025, arXiv 2506.07339).
+    """
+    steps = torch.arange(horizon, dtype=torch.float32)
+    share = ((left - steps) / (left - frozen + 1)).clamp(0, 1)
+    fading = share * torch.expm1(share) / math.expm1(1)
+    return torch.where(steps < frozen, torch.ones(()), fading) * (steps < left)
+
+
+def guided(
+    velocity: Callable[[Tensor, Tensor], Tensor], wanted: Tensor, weights: Tensor
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return a velocity that leads to actions near `wanted` [B, H, D] where `weights` [B, H] are not 0.
+
+    Guidance by the gradient of the distance of the predicted actions (Pokle et al., 2023, arXiv 2310.04432),
+    as real-time chunking uses it, eq. 2 to 4.
+    """
+
+    def moved(x: Tensor, tau_B: Tensor) -> Tensor:
+        tau = tau_B.view(-1, *[1] * (x.ndim - 1))
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            speed = velocity(x, tau_B)
+            clean = x + (1 - tau) * speed
+            error = ((wanted - clean) * weights[..., None]).detach()
+            (gradient,) = torch.autograd.grad(clean, x, error)
+        spread = (1 - tau) ** 2 / (tau**2 + (1 - tau) ** 2)
+        strength = ((1 - tau) / (tau * spread).clamp_min(1e-9)).clamp_max(GUIDANCE)
+        return speed.detach() + strength * gradient
+
+    return moved
 
 
 def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:

@@ -155,13 +155,24 @@ class PolicyNetwork(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, hidden: Tensor, mask: Tensor, state: Tensor, embodiment: Tensor, noise: Tensor, dims: Tensor
+        self,
+        hidden: Tensor,
+        mask: Tensor,
+        state: Tensor,
+        embodiment: Tensor,
+        noise: Tensor,
+        dims: Tensor,
+        going_on: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """Return normalised actions [B, H, D] from `noise`; `dims` [B, D] is True where the robot has one."""
+        """Return normalised actions [B, H, D] from `noise`; `dims` [B, D] is True where the robot has one.
+
+        `going_on`: actions [B, H, D] to go on from, and how much each is held to them [B, H].
+        """
         intent, real = self.bridge(hidden, mask), dims[:, None]
         memory = self.dit.remember(intent)
 
         def velocity(x: Tensor, tau: Tensor) -> Tensor:
             return self.velocity(x, tau, intent, state, embodiment, memory)[0] * real
 
-        return flow.euler(velocity, noise * real, self.config.sampler_steps)
+        field = velocity if going_on is None else flow.guided(velocity, *going_on)
+        return flow.euler(field, noise * real, self.config.sampler_steps)

@@ -23,7 +23,7 @@ from blm.backbone.prompt import control_prompt, to_chat
 from blm.bridge import BridgeConfig
 from blm.data.transforms import RobotTransforms
 from blm.policy.checkpoint import read_config, read_transforms, write_checkpoint
-from blm.policy.flow import seeded_noise
+from blm.policy.flow import continuation_weights, seeded_noise
 from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.types import ActionChunk, BlmError, FloatArray, Observation, PolicyContract
 
@@ -99,8 +99,29 @@ class CheckpointPolicy:
             torch.stack([pad_dims(np.ones_like(o.state), config.max_dim) > 0 for o in checked]),
         )
         device = tapped.hidden.device
-        actions = self.network.sample(tapped.hidden, tapped.mask, *(x.to(device) for x in inputs))
+        going_on = self._going_on(checked)
+        kept = going_on and (going_on[0].to(device), going_on[1].to(device))
+        state, robot, noise, dims = (x.to(device) for x in inputs)
+        actions = self.network.sample(tapped.hidden, tapped.mask, state, robot, noise, dims, kept)
         return [self._chunk(o, a) for o, a in zip(checked, actions.double().cpu().numpy(), strict=True)]
+
+    def _going_on(self, observations: Sequence[Observation]) -> tuple[Tensor, Tensor] | None:
+        """Normalised chunks in progress and their weights; None if nobody sent one."""
+        if all(o.chunk is None for o in observations):
+            return None
+        config = self.network.config
+        wanted = torch.zeros(len(observations), config.horizon, config.max_dim)
+        weights = torch.zeros(len(observations), config.horizon)
+        for row, o in enumerate(observations):
+            if o.chunk is not None:
+                whole = np.concatenate(
+                    [o.chunk, np.repeat(o.chunk[-1:], config.horizon - len(o.chunk), axis=0)]
+                )
+                wanted[row] = pad_dims(
+                    self.transforms[o.robot].actions.forward(whole, o.state), config.max_dim
+                )
+                weights[row] = continuation_weights(len(o.chunk), o.frozen, config.horizon)
+        return wanted, weights
 
     def _chunk(self, observation: Observation, normalised_HD: FloatArray) -> ActionChunk:
         space = self.contract.action_spaces[observation.robot]
@@ -155,6 +176,28 @@ class CheckpointPolicy:
             transforms=read_transforms(folder),
             contract=contract,
         )
+
+
+class ContinuingPolicy:
+    """A policy that goes on from its own last chunk: what was planned and not yet done binds what comes.
+
+    Real-time chunking without a delay: motion across chunks is smooth, at the price of a backward pass
+    through the policy in each denoising step.
+    """
+
+    def __init__(self, policy: CheckpointPolicy) -> None:
+        self.policy = policy
+        self.contract = replace(policy.contract, revision=f"{policy.contract.revision}+continued")
+        self._left: FloatArray | None = None
+
+    def reset(self) -> None:
+        self._left = None
+
+    def act(self, observation: Observation) -> ActionChunk:
+        chunk = self.policy.act(replace(observation, chunk=self._left))
+        left = chunk.actions[self.contract.execute :]
+        self._left = left if len(left) else None
+        return chunk
 
 
 def pad_dims(values: FloatArray, size: int) -> Tensor:
