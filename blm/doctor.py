@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+
 from blm.data.checks import unreadable, vector_faults, video_faults
 from blm.data.episodes import load_dataset, verify_files
 from blm.data.files import MANIFEST, DamagedError, read_json
+from blm.data.transforms import absurd_ranges
 from blm.robots import ROBOTS
 from blm.types import BlmError
 
@@ -134,6 +137,14 @@ def _dataset_faults(folder: Path) -> Iterator[BlmError]:
         yield DamagedError(f"'{folder / MANIFEST}' is missing")
     yield from vector_faults(data, every=True)
     yield from video_faults(data, every=True)
+    for what in absurd_ranges(data.space, data.states, data.actions):
+        yield DamagedError(what, "convert the dataset, or correct the units in its action space")
+    still = np.ptp(data.actions, axis=0)[:-1] == 0
+    for name, unmoved in zip(data.space.names, still, strict=False):
+        if unmoved:
+            yield DamagedError(
+                f"{name} has one target in all frames", "look at how it was recorded, or leave it out"
+            )
     if "blm" in data.info and data.space.robot in ROBOTS:
         try:
             ROBOTS[data.space.robot].action_space.require_same(data.space, f"dataset '{folder}'")

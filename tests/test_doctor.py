@@ -91,6 +91,16 @@ def test_all_faults_of_vectors_are_listed_at_once(folder):
     )
 
 
+def test_joints_that_never_move_and_foreign_units_are_named(folder):
+    def degrees(values):
+        values[:, 0] = 57.3 * values[:, 0] + 100
+        return values
+
+    edit(folder, **{"action": lambda values: values * [1, 0, 1], "observation.state": degrees})
+    statistics = "stats.json is not of these frames"
+    assert found(folder, "are these degrees", "has one target in all frames", statistics, statistics)
+
+
 def test_statistics_are_compared_in_full(folder):
     path = folder / "meta/stats.json"
     stats = json.loads(path.read_text())

@@ -8,6 +8,7 @@ from blm.data.transforms import (
     ActionTransform,
     Normalize,
     RobotTransforms,
+    absurd_ranges,
     action_chunks,
     fit_transforms,
 )
@@ -27,7 +28,9 @@ SPACE = ActionSpace(
 def data():
     rng = np.random.default_rng(0)
     states = rng.normal(size=(N, D)).astype(np.float32)
-    chunks = (states[:, None] + rng.normal(size=(N, H, D)) * np.arange(1, H + 1)[:, None]).astype(np.float32)
+    chunks = (states[:, None] + rng.normal(size=(N, H, D)) * np.arange(1, H + 1)[:, None] * 0.2).astype(
+        np.float32
+    )
     chunks[..., 2] = states[:, None, 2]  # a joint that never moves
     return states, chunks, np.ones((N, H), dtype=bool)
 
@@ -99,3 +102,15 @@ def test_action_chunks_stop_at_the_end_of_their_episode():
     chunks, inside = action_chunks(actions, frames, ends, 3)
     np.testing.assert_array_equal(chunks[..., 0], [[0, 1, 2], [2, 3, 3], [6, 6, 6]])
     np.testing.assert_array_equal(inside, [[1, 1, 1], [1, 1, 0], [1, 0, 0]])
+
+
+def test_degrees_and_percent_are_refused_by_name(data):
+    states, chunks, inside = data
+    degrees, percent = np.array([1.0, 57.3, 1.0, 1.0]), np.array([1.0, 1.0, 1.0, 100.0])
+    for scale, message in (
+        (degrees, r"b goes from -.* rad; are these degrees"),
+        (percent, r"gripper .* convert"),
+    ):
+        with pytest.raises(BlmError, match=message):
+            fit_transforms(SPACE, states * scale, chunks * scale, inside, True)
+    assert list(absurd_ranges(SPACE, states, chunks)) == []

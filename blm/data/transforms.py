@@ -6,7 +6,7 @@ so `inverse(forward(x)) == x` also outside of the range seen in training. Inputs
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,10 @@ QUANTILES = (0.002, 0.998)
 """Of the training frames, mapped to -1 and 1: the extremes, less a few outliers (choice)."""
 MIN_HALF_RANGE = 0.01
 """Smallest half range [rad or opening] stretched to 1: a joint that never moves is not blown up to noise."""
+
+
+MOST_TURNS, MOST_OPENING = 2.0, 10.0
+"""No joint turns further than the first [turns]; what is beyond the second counts in percent or steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +107,16 @@ def action_chunks(
     return actions_ND[np.minimum(rows, ends[:, None] - 1)], rows < ends[:, None]
 
 
+def absurd_ranges(space: ActionSpace, *values: FloatArray) -> Iterator[str]:
+    """Say which dimensions of arrays [.., D] hold values that cannot be radians, or openings of a gripper."""
+    for place, (name, unit) in enumerate(zip(space.names, space.units, strict=True)):
+        low, high = (float(f([f(array[..., place]) for array in values])) for f in (np.min, np.max))
+        if unit == "rad" and max(-low, high) > MOST_TURNS * 2 * np.pi:
+            yield f"{name} goes from {low:.3g} to {high:.3g} rad; are these degrees? Convert them to rad"
+        elif unit == "opening" and max(-low, high) > MOST_OPENING:
+            yield f"{name} goes from {low:.3g} to {high:.3g}; convert it to 0 (closed) .. 1 (open)"
+
+
 def fit_transforms(
     space: ActionSpace,
     states_ND: FloatArray,
@@ -113,8 +127,10 @@ def fit_transforms(
     """Fit the ranges to training frames: one per joint, for actions one per (step, joint).
 
     The gripper keeps the range of the action space: its opening is bounded and often constant for long.
-    Raises BlmError if no episode is as long as a chunk.
+    Raises BlmError if no episode is as long as a chunk, and for values that cannot be in these units.
     """
+    if absurd := list(absurd_ranges(space, states_ND, chunks_NHD[inside_NH])):
+        raise BlmError(f"'{space.robot}': {'; '.join(absurd)}")
     if not inside_NH.any(0).all():
         steps = inside_NH.shape[1]
         raise BlmError(f"'{space.robot}': no training episode has {steps} steps; shorten the horizon")
