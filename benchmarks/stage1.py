@@ -34,7 +34,7 @@ from blm.backbone import Backbone, build_nano
 from blm.corpora.build import SceneCorpusConfig, build_scene_corpus
 from blm.corpora.messages import read_corpus
 from blm.training.answers import AnswerModel
-from blm.training.features import cache_features, eye_of
+from blm.training.features import FeatureCache, eye_of
 from blm.training.packing import RowBatch, pack
 from blm.training.rows import Limits, Messages, Row, make_row, ready, separated
 from blm.training.schedule import Schedule, Source
@@ -181,7 +181,7 @@ def measure(
 
     for part in eye_of(backbone):
         part.requires_grad_(False)
-    seen = [Source(name="scene", rows=cache_features(backbone, scene, Counter()))]
+    seen = [Source(name="scene", rows=FeatureCache(backbone, Counter())(scene))]
     kept = way(backbone, batches_of(backbone, seen, size, length, options.steps), cached=True)
     live = way(backbone, batches_of(backbone, mixture[:1], size, length, options.steps))
     found["features"] = compare(kept, live, repeats)

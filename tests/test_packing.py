@@ -16,7 +16,7 @@ from blm.backbone import Backbone, build_nano
 from blm.media import load_pixels
 from blm.training import features, packing
 from blm.training.answers import AnswerModel, Answers
-from blm.training.features import cache_features, eye_of, is_frozen, projector_of
+from blm.training.features import FeatureCache, eye_of, is_frozen, projector_of
 from blm.training.packing import collate, pack, probe_rows, probe_talks, require_exact
 from blm.training.rows import Limits, Row, make_row, separated, shrunk
 from blm.training.schedule import Schedule, Source
@@ -275,7 +275,7 @@ def test_cached_features_give_the_same_loss_and_gradients(
     wanted = gradients(backbone, lambda: run(backbone, [rows]).loss_sum)
     counts: Counter[str] = Counter()
     folder = tmp_path if on_disk else None
-    cached = cache_features(backbone, rows, counts, folder)
+    cached = FeatureCache(backbone, counts, folder)(rows)
     assert counts == {"pictures": 3, "distinct pictures": 2}
     assert all("pixel_values" not in one.media for one in cached)
     found = gradients(backbone, lambda: run(backbone, [cached], cached=True).loss_sum)
@@ -283,14 +283,14 @@ def test_cached_features_give_the_same_loss_and_gradients(
     assert bool(found) and any("projector" in name or "connector" in name for name in found) == projector
     if on_disk:
         monkeypatch.setattr(features, "encode", None)  # all are found on disk
-        again = cache_features(backbone, rows, Counter(), folder)
+        again = FeatureCache(backbone, Counter(), folder)(rows)
         for name, pieces in cached[0].media.items():
             assert all(torch.equal(a, b) for a, b in zip(pieces, again[0].media[name], strict=True))
 
 
 def test_features_of_a_trained_eye_are_not_cached(backbone: Backbone) -> None:
     with pytest.raises(BlmError, match="cannot be cached"):
-        cache_features(backbone, probe_rows(backbone), Counter())
+        FeatureCache(backbone, Counter())
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -15,8 +15,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -45,32 +43,39 @@ def is_frozen(part: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in part.parameters())
 
 
-def cache_features(
-    backbone: Backbone, rows: Sequence[Row], counts: Counter[str], folder: Path | None = None
-) -> list[Row]:
-    """Return the rows with features in place of pixels; `counts` gets 'pictures' and 'distinct pictures'.
+class FeatureCache:
+    """Puts features in place of the pixels of rows, as many at a time as the caller likes.
 
     With `folder` the features lie in files below it, mapped into memory, and are found again there by the
-    next run with the same eye and pictures. Raises BlmError unless the tower is frozen.
+    next run with the same eye and pictures.
     """
-    projector = _trained_projector(backbone)
-    store = _Store(folder and folder / _fingerprint(backbone, projector))
-    keys, unseen = [], dict[str, Inputs]()
-    together = AT_ONCE if projector is not None else 1
-    for row in track(rows, "seeing", console=Console(stderr=True)):
-        units = [(_key(unit), unit) for unit in _units(row.media)]
-        keys.append([key for key, _ in units])
-        counts["pictures"] += len(units)
-        unseen |= {key: unit for key, unit in units if key not in store.names}
-        if len(unseen) >= together or row is rows[-1]:
-            _see_all(backbone, unseen, store, together)
-            unseen = {}
-    counts["distinct pictures"] += len({key for group in keys for key in group})
-    features = store.read()
-    return [
-        replace(row, media=_gather([features[key] for key in group]))
-        for row, group in zip(rows, keys, strict=True)
-    ]
+
+    def __init__(self, backbone: Backbone, counts: Counter[str], folder: Path | None = None) -> None:
+        """`counts` gets 'pictures' and 'distinct pictures'. Raises BlmError unless the tower is frozen."""
+        projector = _trained_projector(backbone)
+        self.backbone, self.counts, self.together = backbone, counts, AT_ONCE if projector is not None else 1
+        self.store = _Store(folder and folder / _fingerprint(backbone, projector))
+        self.seen: set[str] = set()
+
+    def __call__(self, rows: Sequence[Row]) -> list[Row]:
+        keys, unseen = [], dict[str, Inputs]()
+        for row in rows:
+            units = [(_key(unit), unit) for unit in _units(row.media)]
+            keys.append([key for key, _ in units])
+            self.counts["pictures"] += len(units)
+            unseen |= {key: unit for key, unit in units if key not in self.store.features}
+            if len(unseen) >= self.together or row is rows[-1]:
+                _see_all(self.backbone, unseen, self.store, self.together)
+                unseen = {}
+        new = {key for group in keys for key in group} - self.seen
+        self.seen |= new
+        self.counts["distinct pictures"] += len(new)
+        self.store.write()
+        features = self.store.features
+        return [
+            replace(row, media=_gather([features[key] for key in group]))
+            for row, group in zip(rows, keys, strict=True)
+        ]
 
 
 def _see_all(backbone: Backbone, units: Mapping[str, Inputs], store: _Store, together: int) -> None:
@@ -145,42 +150,40 @@ class _Store:
     """Features by key, in memory, or in safetensors files named 00000, 00001, .. of a folder."""
 
     def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
-        self.waiting: dict[str, Features] = {}
-        self.size = 0
-        files = sorted(folder.glob("*.safetensors")) if folder is not None else []
-        self.kept = [load_file(file) for file in files]
-        self.names = {name.split("/")[0] for tensors in self.kept for name in tensors}
+        self.folder, self.features = folder, dict[str, Features]()
+        self.waiting, self.size, self.files = list[str](), 0, 0
+        for file in sorted(folder.glob("*.safetensors")) if folder is not None else []:
+            self._open(file)
 
     def add(self, key: str, features: Features) -> None:
-        self.names.add(key)
-        self.waiting[key] = features
+        self.features[key] = features
+        self.waiting.append(key)
         self.size += sum(value.nbytes for value in features.values())
-        if self.folder is not None and self.size >= SHARD:
-            self._write(self.folder)
+        if self.size >= SHARD:
+            self.write()
 
-    def read(self) -> dict[str, Features]:
-        if self.folder is not None and self.waiting:
-            self._write(self.folder)
-        found: dict[str, Features] = dict(self.waiting)
-        for tensors in self.kept:
-            for name, value in tensors.items():
-                key, _, kind = name.partition("/")
-                found.setdefault(key, {})[kind] = value
-        return found
-
-    def _write(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"{len(self.kept):05d}.safetensors"
+    def write(self) -> None:
+        """Write what is not in a file yet, if there is a folder."""
+        if self.folder is None or not self.waiting:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{self.files:05d}.safetensors"
         tensors = {
             f"{key}/{kind}": value.contiguous()
-            for key, features in self.waiting.items()
-            for kind, value in features.items()
+            for key in self.waiting
+            for kind, value in self.features[key].items()
         }
         save_file(tensors, f"{file}.tmp")
         Path(f"{file}.tmp").replace(file)
-        self.kept.append(load_file(file))  # mapped into memory, not read
-        self.waiting, self.size = {}, 0
+        self._open(file)
+        self.waiting, self.size = [], 0
+
+    def _open(self, file: Path) -> None:
+        """Map a file into memory: what it holds is not read before it is needed."""
+        self.files += 1
+        for name, value in load_file(file).items():
+            key, _, kind = name.partition("/")
+            self.features.setdefault(key, {})[kind] = value
 
 
 def _trained_projector(backbone: Backbone) -> nn.Module | None:

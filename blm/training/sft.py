@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from blm.backbone import Backbone
 from blm.data.files import write_json
 from blm.training.answers import AnswerModel
-from blm.training.features import cache_features
+from blm.training.features import FeatureCache
 from blm.training.intents import claim
 from blm.training.loop import LoopConfig, Piece, run_loop
 from blm.training.lora import Lora, add_adapters, merge_adapters
@@ -31,6 +31,9 @@ from blm.training.parts import PartName, freeze_parts, part_of
 from blm.training.rows import Limits, Row, make_row, one_thread
 from blm.training.schedule import Place, Schedule, Source
 from blm.types import BlmError, Message
+
+SEEN_TOGETHER = 256
+"""Rows whose pictures wait for the eye at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,10 +181,8 @@ def _read(
     """Tokenise all sources, and see their pictures if features are wanted; the first process tells."""
     console = Console(stderr=True, quiet=not processes.first)
     with one_thread():
-        read = [read_source(backbone, source, config, counts, console) for source in sources]
-        if config.cache_features:
-            read = [replace(s, rows=cache_features(backbone, s.rows, counts)) for s in read]
-    return read
+        see = FeatureCache(backbone, counts) if config.cache_features else None
+        return [read_source(backbone, source, config, counts, console, see) for source in sources]
 
 
 def read_source(
@@ -190,9 +191,13 @@ def read_source(
     config: Stage1Config,
     counts: Counter[str],
     console: Console | None = None,
+    see: FeatureCache | None = None,
 ) -> Source:
-    """Tokenise a source; `counts` says what happened. Raises BlmError naming a conversation of no use."""
-    rows: list[Row] = []
+    """Tokenise a source; `counts` says what happened. Raises BlmError naming a conversation of no use.
+
+    With `see` the pixels of a few rows at a time become features: never are all in memory.
+    """
+    rows, pixels = list[Row](), list[Row]()
     console = console or Console(stderr=True)
     for index, messages in enumerate(track(source.conversations, f"reading {source.name}", console=console)):
         try:
@@ -204,7 +209,11 @@ def read_source(
             counts["skipped, bad"] += 1
             continue
         if row is not None:
-            rows.append(row)
+            pixels.append(row)
+        if see is not None and len(pixels) >= SEEN_TOGETHER:
+            rows += see(pixels)
+            pixels = []
+    rows += see(pixels) if see is not None else pixels
     if not rows:
         raise BlmError(f"no conversation of '{source.name}' can be trained on: {dict(counts)}")
     return Source(name=source.name, rows=rows, weight=source.weight)
