@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -10,18 +11,22 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import httpx
 import numpy as np
 import openai
+import PIL.Image
 import pytest
 import uvicorn
+from test_intents import make_dataset
 
 from blm import BLM, Image, Message, Observation
 from blm.backbone import Backbone
 from blm.corpora import read_corpus
 from blm.data.episodes import open_dataset
 from blm.data.files import read_json, write_manifest
+from blm.data.video import probe
 from blm.data.writing import FORMAT
 from blm.evaluation import EVALUATION_SEEDS, PhysicalProtocol, evaluate_physical
 from blm.evaluation.results import load_result, without_times
@@ -256,3 +261,48 @@ def test_a_study_needs_a_run_and_fields_that_a_recipe_has(run, tmp_path):
     with pytest.raises(BlmError, match=r"a recipe has no field 'layers'"):
         changed(tiny(), "stage2.layers", 2)
     assert changed(tiny(), "stage2.policy.bridge.latents", 3).stage2.policy.bridge.latents == 3
+
+
+def example(name):
+    """One of examples/, as a module."""
+    path = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_examples_ask_and_act(run, tmp_path, capsys):
+    checkpoint = str(run / "stage2/checkpoint")
+    example("ask").main(model=checkpoint, task="push_cube", out=tmp_path / "seen.png")
+    assert "panda, " in capsys.readouterr().out
+    with PIL.Image.open(tmp_path / "seen.png") as sheet:
+        assert sheet.size == (2 * 112, 112)
+    example("act").main(model=checkpoint, robot="widowxai", max_steps=10, out=tmp_path / "act.mp4")
+    assert re.search(r"(not )?solved after \d+ steps", capsys.readouterr().out)
+    assert probe(tmp_path / "act.mp4").frames >= 8
+
+
+def test_examples_train_on_a_dataset_and_add_its_robot(run, tmp_path, capsys):
+    make_dataset(tmp_path, "crane", 3, (30, 26, 28, 24))
+    small = {"steps": 6, "batch_size": 4}
+    backbone = str(run / "stage1/backbone")
+    cameras = ("base", "wrist")
+    example("train").main(tmp_path / "crane", backbone, cameras, out=tmp_path / "own", execute=4, **small)
+    shown = capsys.readouterr().out
+    assert "crane: 4 episodes, 108 frames" in shown and "gripper: " in shown
+    assert list(CheckpointPolicy.load(tmp_path / "own/checkpoint").contract.action_spaces) == ["crane"]
+    start = tmp_path / "own/checkpoint"
+    make_dataset(tmp_path, "boom", 2, (30, 26, 28, 24))
+    example("add_robot").main(start, tmp_path / "boom", out=tmp_path / "more", **small)
+    shown = capsys.readouterr().out
+    assert "robots: crane, boom" in shown and "all others unchanged: True" in shown
+
+
+def test_the_example_evaluates_a_server(model, tmp_path, capsys):
+    with served(model) as address:
+        example("evaluate_server").main(
+            f"ws://{address}", tasks=("push_cube",), episodes=1, max_steps=10, out=tmp_path
+        )
+    assert "panda  push_cube  1" in re.sub(" +", "  ", capsys.readouterr().out)
+    assert load_result(tmp_path)["overall"]["n"] == 1

@@ -1,0 +1,41 @@
+"""Evaluate your own server on the suite: anything that speaks the OpenPI protocol.
+
+    python examples/evaluate_server.py --address ws://127.0.0.1:8000 --robots panda --episodes 10
+
+Prints success with its interval, cell by cell, and why episodes failed. The same scenes, rules and limits for
+everybody: results compare (`blm compare`) when their protocols are equal.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import tyro
+
+from blm.commands.physical import print_result
+from blm.evaluation import PhysicalProtocol, evaluate_physical
+from blm.serving import RemotePolicy
+
+
+def main(
+    address: str,
+    robots: tuple[str, ...] = ("panda",),
+    tasks: tuple[str, ...] = ("push_cube", "pick_cube"),
+    episodes: int = 10,
+    max_steps: int = 200,
+    out: Path = Path("results/server"),
+) -> None:
+    """Write out/result.json and a video of each cell."""
+    make = partial(RemotePolicy, address)
+    policy = make()
+    protocol = PhysicalProtocol.named(
+        "suite24", policy.contract, robots=robots, tasks=tasks, episodes=episodes, max_steps=max_steps
+    )
+    policy.close()
+    print_result(evaluate_physical(make, protocol, out))
+    print(f"result: {out / 'result.json'}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
