@@ -4,7 +4,8 @@
 
 Rows are scene questions made on the spot and as many texts of unlike lengths in place of replay; the
 model is an untrained nano, whose speed does not depend on its weights. A step is loss, gradients and AdamW.
-packing: rows sharing sequences over one padded row a sequence, in tokens/s that are no padding. logits: the
+packing: rows sharing sequences over one padded row a sequence, in tokens/s that are no padding. turns: each
+position meets only those that it may see, over a dense mask. logits: the
 head on learnt tokens over all tokens, with nano's vocabulary and with one of 49,152. prefix: the questions
 about a picture behind one copy of it over each with its own. features: a frozen eye run once over in each
 step. data_share: time to make a batch over time of a step, were they not done side by side. Intervals are
@@ -38,6 +39,7 @@ from blm.training.features import FeatureCache, eye_of
 from blm.training.packing import RowBatch, pack
 from blm.training.rows import Limits, Messages, Row, make_row, ready, separated
 from blm.training.schedule import Schedule, Source
+from blm.training.turns import turned
 from blm.types import Message
 
 Loss = Callable[[RowBatch], torch.Tensor]
@@ -165,6 +167,10 @@ def measure(
     found["padding"] = {"packed": packed[0].padding, "padded": padded[0].padding}
     found["data_share"] = making / (sum(fast.work) / fast.speed())
 
+    dense = AnswerModel(backbone).train()
+    blind = way(backbone, packed, loss=lambda batch: dense(replace(batch, turns=None)).loss_sum)
+    found["turns"] = compare(fast, blind, repeats)
+
     found["logits"] = compare(fast, way(backbone, packed, loss=full_logits(backbone)), repeats)
     large = Backbone(copy.deepcopy(backbone.model), backbone.processor)
     large.model.resize_token_embeddings(LARGE_VOCABULARY)
@@ -196,7 +202,8 @@ def main(options: Options) -> None:
         talks = scene_talks(folder, options.scenes)
         texts = text_talks(options.scenes, np.random.default_rng(0))
         backbone = build_nano([message.text for talk in talks + texts for message in talk])
-        result = measure(backbone, folder, talks, texts, options)
+        with turned(backbone):
+            result = measure(backbone, folder, talks, texts, options)
     result |= {
         "options": asdict(options),
         "hardware": {"cpu": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},

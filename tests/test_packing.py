@@ -20,6 +20,7 @@ from blm.training.features import FeatureCache, eye_of, is_frozen, projector_of
 from blm.training.packing import collate, pack, probe_rows, probe_talks, require_exact
 from blm.training.rows import Limits, Row, make_row, separated, shrunk
 from blm.training.schedule import Schedule, Source
+from blm.training.turns import lay_out, turned
 from blm.types import BlmError, Image, Message
 
 LIMITS = Limits()
@@ -101,6 +102,41 @@ def test_packed_rows_give_the_loss_and_gradients_of_each_turn_alone(
     found = gradients(backbone, lambda: run(backbone, groups).loss_sum)
     assert_same(found, wanted)
     assert run(backbone, groups).tokens == sum(one.learn.sum() for one in rows)
+
+
+@pytest.mark.parametrize("order", [[[2, 1, 0]], [[0], [2, 1]]])
+def test_attending_by_turns_gives_the_loss_and_gradients_of_each_turn_alone(
+    backbone: Backbone, order: list[list[int]]
+) -> None:
+    """The mask says nothing here: all that is seen comes from the blocks."""
+    rows = probe_rows(backbone)
+    batch = pack(backbone, [[rows[index] for index in group] for group in order], ())
+    blind = {**batch.inputs, "attention_mask": torch.zeros_like(batch.inputs["attention_mask"])}
+    wanted = gradients(backbone, lambda: plain_loss(backbone))
+    with turned(backbone):
+        found = gradients(backbone, lambda: AnswerModel(backbone)(replace(batch, inputs=blind)).loss_sum)
+    assert_same(found, wanted)
+    assert backbone.decoder.config._attn_implementation == "sdpa"
+
+
+def test_blocks_hold_every_position_once_and_what_it_may_see() -> None:
+    rng = np.random.default_rng(0)
+    owner = np.array([[0] * 30 + [1] * 20, [0] * 38 + [-1] * 12])
+    branch = np.sort(rng.integers(0, 4, owner.shape), axis=1)
+    branch[0, 30:] = np.sort(rng.integers(0, 3, 20))
+    made, seen = lay_out(owner, branch), np.zeros((2, 100, 100), bool)[0]
+    rank = 0
+    for queries, keys, masks in zip(*made[:3], strict=True):
+        for block in range(len(queries)):
+            for place, query in enumerate(queries[block].tolist()):
+                if made.back[query] == rank:
+                    seen[query, keys[block][masks[block, 0, place]].numpy()] = True
+                rank += 1
+    flat = [part.reshape(-1) for part in (owner, branch, np.repeat([[0], [1]], 50, axis=1))]
+    same = (flat[0][:, None] == flat[0]) & (flat[2][:, None] == flat[2]) & np.tri(100, dtype=bool)
+    wanted = same & ((flat[1][:, None] == flat[1]) | (flat[1] == 0))
+    real = flat[0] >= 0
+    assert np.array_equal(seen[real], wanted[real])
 
 
 LEAKS: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] = {
@@ -236,12 +272,7 @@ def test_ranks_share_the_rows_of_a_step_in_sequences_that_fit(world: int, length
 
 def test_rows_of_one_length_are_packed_only_where_that_pays() -> None:
     sources = [Source(name="a", rows=rows_of(*[300] * 40))]
-    alone, packed = (
-        Schedule(sources, rows_per_step=8, pack_length=1200, seed=0, balance=balance).groups(0)
-        for balance in (1024, 1_000_000)
-    )
-    assert len(alone) == 8  # as many positions either way, and less attention
-    assert len(packed) == 8
+    assert len(Schedule(sources, rows_per_step=8, pack_length=1200, seed=0).groups(0)) == 8, "nothing to gain"
     sources.append(Source(name="b", rows=rows_of(900)))
     assert len(Schedule(sources, rows_per_step=8, pack_length=1, seed=0).groups(0)) == 6
 

@@ -23,12 +23,13 @@ from test_intents import make_dataset
 
 from blm import BLM, Image, Message, Observation
 from blm.backbone import Backbone
-from blm.corpora import read_corpus
+from blm.corpora import read_corpus, read_questions
 from blm.data.episodes import open_dataset
 from blm.data.files import read_json, write_manifest
 from blm.data.video import probe
 from blm.data.writing import FORMAT
-from blm.evaluation import EVALUATION_SEEDS, PhysicalProtocol, evaluate_physical
+from blm.evaluation import EVALUATION_SEEDS, PhysicalProtocol, evaluate_digital, evaluate_physical
+from blm.evaluation.digital.runner import Asking
 from blm.evaluation.results import load_result, without_times
 from blm.pipeline import read_ledger, run_stages
 from blm.policies import load_checkpoint
@@ -121,6 +122,17 @@ def test_stage_two_left_the_backbone_alone(run, model):
         Message("user", (Image(observation(model).images["base"]), "How many cubes are on the table?"))
     ]
     assert stage1.answer(question) == model.answer(question)
+
+
+def test_stage_two_changed_no_answer(run, model, tmp_path):
+    folder = run / "corpora/held_out"
+    questions, asking = read_questions(folder)[:20], Asking(root=folder)
+    before, after = (
+        evaluate_digital(chat, questions, tmp_path / name, model=name, asking=asking)
+        for name, chat in (("before", Backbone.load(run / "stage1/backbone")), ("after", model))
+    )
+    told = [(row["id"], row["raw"], row["score"]) for row in before["rows"]]
+    assert told == [(row["id"], row["raw"], row["score"]) for row in after["rows"]] and len(told) == 20
 
 
 def test_every_robot_acts_within_its_limits(model):

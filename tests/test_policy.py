@@ -447,3 +447,12 @@ def test_a_policy_goes_on_from_its_last_chunk(saved):
         policy.act(replace(look, chunk=left, frozen=9))
     with pytest.raises(BlmError, match=r"the chunk in progress is \(40, "):
         policy.act(replace(look, chunk=np.repeat(left, 40, axis=0)[:40]))
+
+
+def test_the_model_card_states_contract_proof_and_origin(saved):
+    policy, folder = saved
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: blm") and policy.frozen.fingerprint in card
+    for robot, space in policy.contract.action_spaces.items():
+        assert f"| {robot} | " in card and all(name in card for name in space.names)
+    assert '"command": "test"' in card and f"tapped after block {policy.layer}" in card

@@ -1,6 +1,6 @@
 """Checkpoint folders: written whole, read only if unaltered.
 
-    checkpoint/  config.json  policy.safetensors  stats.json  manifest.json  (backbone/)
+    checkpoint/  config.json  policy.safetensors  stats.json  README.md  manifest.json  (backbone/)
 
 manifest.json holds the sha256 of every other file.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from blm.data.files import sha256_of
 from blm.data.transforms import RobotTransforms
+from blm.policy.card import model_card
 from blm.types import BlmError
 
 FORMAT = 1
@@ -43,6 +44,7 @@ def write_checkpoint(
     stats = {robot: values.to_json() for robot, values in transforms.items()}
     (work / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=1))
     (work / "stats.json").write_text(json.dumps(stats, indent=1))
+    (work / "README.md").write_text(model_card(config))
     (work / "manifest.json").write_text(json.dumps(_hashes(work), indent=1))
     if folder.exists():
         folder.rename(old)

@@ -12,6 +12,7 @@ from blm.backbone import Backbone, Inputs
 from blm.training.features import encode, eye_of, is_frozen, merged, see
 from blm.training.packing import RowBatch, probe_rows
 from blm.training.rows import join, ready
+from blm.training.turns import is_turned
 
 
 class Answers(NamedTuple):
@@ -60,6 +61,8 @@ class AnswerModel(nn.Module):
         targets = inputs["input_ids"].roll(-1, dims=1)[learn]
         nothing = self._nothing(inputs)
         read = merged(self.backbone, inputs)
+        if batch.turns is not None and is_turned(self.backbone):
+            read["turns"] = batch.turns.to(learn.device)
         logits = self.model(**read, use_cache=False, logits_to_keep=learn).logits.float()
         loss = F.cross_entropy(logits, targets, reduction="sum")
         right = (logits.argmax(-1) == targets).sum()

@@ -18,6 +18,7 @@ from torch import Tensor
 from blm.backbone import Backbone, Inputs
 from blm.media import load_pixels
 from blm.training.rows import Limits, Messages, Row, join, make_row, ready, separated
+from blm.training.turns import Turns, lay_out
 from blm.types import BlmError, Image, Message
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -34,6 +35,8 @@ class RowBatch:
     """[G, L] bool."""
     tokens: int
     """Positions that are no padding."""
+    turns: Turns | None = None
+    """The same as the attention mask, for a decoder that is `turned`; None: a causal mask says it."""
 
     @property
     def padding(self) -> float:
@@ -70,7 +73,8 @@ def pack(backbone: Backbone, groups: Sequence[Sequence[Row]], ids: tuple[int, ..
     places = torch.from_numpy(positions if len(positions) > 1 else positions[0])
     inputs = {"input_ids": torch.from_numpy(tokens), "attention_mask": mask, "position_ids": places}
     inputs |= join([row.media for row in rows])
-    return RowBatch(ids, inputs, torch.from_numpy(learn), sum(map(len, rows)))
+    turns = None if alone else lay_out(owner, branch)
+    return RowBatch(ids, inputs, torch.from_numpy(learn), sum(map(len, rows)), turns)
 
 
 def _mask(backbone: Backbone, owner: np.ndarray, branch: np.ndarray) -> Tensor:

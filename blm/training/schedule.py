@@ -52,11 +52,9 @@ class Schedule:
         pack_length: int,
         seed: int,
         world: int = 1,
-        balance: int = 1024,
     ) -> None:
         """`pack_length` [tokens]: rows may share a sequence up to this, or the longest row of the step; 0:
-        one row a sequence. `world`: ranks. `balance`: the length at which attention costs as much as the
-        rest of a block, about five times the hidden size.
+        one row a sequence. `world`: ranks.
 
         Raises BlmError unless each rank gets the same number of rows.
         """
@@ -65,7 +63,7 @@ class Schedule:
         if rows_per_step < 1 or rows_per_step % world:
             raise BlmError(f"{rows_per_step} rows a step over {world} processes: give a multiple of {world}")
         self.sources, self.world, self.seed = list(sources), world, seed
-        self.rows_per_step, self.pack_length, self.balance = rows_per_step, pack_length, balance
+        self.rows_per_step, self.pack_length = rows_per_step, pack_length
         weights = np.array([source.weight for source in sources])
         self.shares = weights / weights.sum()
         self._first = np.random.default_rng(seed).random()
@@ -114,17 +112,16 @@ class Schedule:
         return {name: value / steps for name, value in total.items()}
 
     def _packed(self, places: list[Place]) -> list[list[Place]]:
-        """Pack rows up to the length that costs least.
-
-        All sequences of a step are padded to the longest, and with an explicit mask every position pays for
-        attending to the whole of its sequence: n of length L cost about n L (balance + L).
-        """
+        """Pack rows up to the length that wastes least: all sequences of a step are padded to the longest."""
         if not self.pack_length:
             return [[place] for place in places]
         longest = max(map(self.length, places))
         lengths = {longest, *np.linspace(longest, max(longest, self.pack_length), 8).astype(int).tolist()}
-        packings = [(length, self._best_fit(places, length)) for length in sorted(lengths)]
-        return min(packings, key=lambda made: len(made[1]) * made[0] * (self.balance + made[0]))[1]
+        packings = [(self._best_fit(places, length), length) for length in sorted(lengths)]
+        return min(packings, key=lambda made: len(made[0]) * max(map(self._tokens, made[0])))[0]
+
+    def _tokens(self, group: Sequence[Place]) -> int:
+        return sum(map(self.length, group))
 
     def _best_fit(self, places: list[Place], length: int) -> list[list[Place]]:
         """Pack the longest first, each into the fullest sequence that still has room."""

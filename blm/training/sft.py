@@ -30,6 +30,7 @@ from blm.training.parallel import Part, Processes, wants_shards
 from blm.training.parts import PartName, freeze_parts, part_of
 from blm.training.rows import Limits, Row, make_row, one_thread
 from blm.training.schedule import Place, Schedule, Source
+from blm.training.turns import turned
 from blm.types import BlmError, Message
 
 SEEN_TOGETHER = 256
@@ -137,9 +138,10 @@ def train_stage1(
         answers.eval()
         return on_eval(step) if on_eval is not None else {}
 
-    run_loop(
-        model, loss, next_batch, config.loop, out, learning_rate=config.rate, on_eval=on_eval and evaluate
-    )
+    with turned(backbone):
+        run_loop(
+            model, loss, next_batch, config.loop, out, learning_rate=config.rate, on_eval=on_eval and evaluate
+        )
     if config.checkpoint_blocks:
         model.activation_checkpointing_disable()
     if adapted is not None:

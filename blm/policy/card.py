@@ -1,0 +1,52 @@
+"""The model card of a checkpoint: what it is, what it promises, and what it was made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+HEADER = """---
+library_name: blm
+pipeline_tag: robotics
+tags: [robotics, vision-language-action, flow-matching]
+---
+"""
+TITLES = {"blm": "BLM: bridge and policy on a frozen backbone", "diffusion_policy": "Diffusion Policy"}
+
+
+def model_card(config: Mapping[str, Any]) -> str:
+    """Return README.md for a checkpoint with this config.json."""
+    contract, provenance = config["contract"], config["provenance"]
+    loop = provenance.get("loop") or {}
+    lines = [
+        HEADER,
+        f"# {TITLES[config['kind']]}",
+        "",
+        f"Cameras {', '.join(contract['cameras'])}, {contract['image_size']} px; {contract['rate_hz']:g} Hz; "
+        f"chunks of {contract['horizon']} actions, of which {contract['execute']} are carried out.",
+        "",
+        "| robot | state and action, in order |",
+        "|---|---|",
+    ]
+    for robot, space in contract["action_spaces"].items():
+        names = (f"{name} [{unit}]" for name, unit in zip(space["names"], space["units"], strict=True))
+        lines.append(f"| {robot} | {', '.join(names)} |")
+    if loop:
+        lines += [
+            "",
+            f"Trained for {loop['steps']:,} steps of {loop['batch_size']} samples, seed {loop['seed']}.",
+        ]
+    if "frozen" in config:
+        lines += [
+            "",
+            "## Frozen",
+            "",
+            "The backbone was hashed, and its logits on fixed prompts kept, before Stage II; both were the "
+            "same after it, and are compared at every load.",
+            "",
+            f"sha256 of all parameters: `{config['frozen']['fingerprint']}`; "
+            f"{len(config['frozen']['logits'])} logits in config.json; tapped after block {config['layer']}.",
+        ]
+    lines += ["", "## Made from", "", "```json", json.dumps(provenance, indent=1), "```", ""]
+    return "\n".join(lines)

@@ -1,0 +1,134 @@
+"""Attention of rows whose turns share a prefix: each turn attends to the prefix and to itself, nothing else.
+
+A dense mask says the same, but costs the square of the row. Here queries of a turn meet only the keys that
+they may see: positions are gathered in blocks of about one length, attended, and put back in order. It is an
+an attention function of transformers (AttentionInterface), so any of its decoders takes it unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from blm.backbone import Backbone
+
+NAME = "blm_turns"
+BUCKETS = 3
+"""Blocks are padded to the longest of about a third of them."""
+
+
+class Turns(NamedTuple):
+    """Which positions attend to which, in buckets of N blocks. FSDP looks for tensors in tuples only."""
+
+    queries: tuple[Tensor, ...]
+    """[N, Q] each: positions in the flattened batch; a short block repeats its last."""
+    keys: tuple[Tensor, ...]
+    """[N, K] each."""
+    masks: tuple[Tensor, ...]
+    """[N, 1, Q, K] each, True where attended."""
+    back: Tensor
+    """[G * L]: where each position's result is among those of all blocks; padding takes any."""
+
+    def to(self, device: torch.device) -> Turns:
+        moved = (tuple(part.to(device) for part in parts) for parts in self[:3])
+        return Turns(*moved, self.back.to(device))
+
+
+def lay_out(owner: np.ndarray, branch: np.ndarray) -> Turns:
+    """Return the blocks of sequences [G, L]: `owner` numbers rows, -1 is padding; `branch` as in Row."""
+    length, nothing = owner.shape[1], np.zeros(0, dtype=np.int64)
+    blocks: list[tuple[np.ndarray, np.ndarray]] = []
+    for line, (owners, branches) in enumerate(zip(owner, branch, strict=True)):
+        for number in range(int(owners.max()) + 1):
+            at = np.flatnonzero(owners == number)
+            of, at = branches[at], at + line * length
+            shared = at[of == 0]
+            blocks += [(shared, nothing)] if len(shared) else []
+            blocks += [(at[of == turn], shared) for turn in range(1, int(of.max()) + 1)]
+    blocks.sort(key=lambda block: len(block[0]))
+    back, count = np.zeros(owner.size, dtype=np.int64), 0
+    made: list[tuple[Tensor, Tensor, Tensor]] = []
+    for part in np.array_split(np.arange(len(blocks)), min(BUCKETS, len(blocks))):
+        bucket = [blocks[place] for place in part]
+        made.append(tuple(map(torch.from_numpy, _padded(bucket))))  # type: ignore[arg-type]
+        wide = made[-1][0].shape[1]
+        for own, _ in bucket:
+            back[own] = count + np.arange(len(own))
+            count += wide
+    queries, keys, masks = zip(*made, strict=True)
+    return Turns(queries, keys, masks, torch.from_numpy(back))
+
+
+def _padded(bucket: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Queries [N, Q], keys [N, S + Q] and mask [N, 1, Q, S + Q] of blocks (own positions, shared ones)."""
+    long, shares = (max(len(block[side]) for block in bucket) for side in (0, 1))
+    queries = np.stack([np.pad(own, (0, long - len(own)), mode="edge") for own, _ in bucket])
+    before = np.stack([np.pad(shared, (0, shares - len(shared))) for _, shared in bucket])
+    seen = np.arange(shares) < np.array([len(shared) for _, shared in bucket])[:, None]
+    causal = np.tri(long, dtype=bool)
+    own = np.broadcast_to(causal, (len(bucket), long, long))
+    prefix = np.broadcast_to(seen[:, None], (len(bucket), long, shares))
+    return queries, np.concatenate([before, queries], axis=1), np.concatenate([prefix, own], axis=2)[:, None]
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    turns: Turns | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention [G, heads, L, D] -> [G, L, heads, D]; without `turns` as the mask says."""
+    if turns is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    flat = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
+    made = []
+    for queries, keys, mask in zip(*turns[:3], strict=True):
+        parts = zip(flat, (queries, keys, keys), strict=True)
+        q, k, v = (_rows(rows, at).transpose(1, 2) for rows, at in parts)
+        shared_heads = query.shape[1] != key.shape[1]
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling, enable_gqa=shared_heads)
+        made.append(mixed.transpose(1, 2).flatten(0, 1))
+    out = torch.cat(made).index_select(0, turns.back)
+    return out.unflatten(0, (len(query), -1)), None
+
+
+def _rows(rows: Tensor, at: Tensor) -> Tensor:
+    """Gather rows at positions of any shape."""
+    return rows.index_select(0, at.flatten()).unflatten(0, at.shape)
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+@contextmanager
+def turned(backbone: Backbone) -> Iterator[None]:
+    """Let the decoder attend by turns where it is given them; it must have been loaded with "sdpa"."""
+    config = backbone.decoder.config
+    before = config._attn_implementation
+    if before == "sdpa":
+        config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def is_turned(backbone: Backbone) -> bool:
+    return bool(backbone.decoder.config._attn_implementation == NAME)
