@@ -98,7 +98,9 @@ def test_what_comes_before_and_after_follows_from_the_steps(task):
         for fact in moment_facts(steps, index, steps.starts[index] + 4, "Do it."):
             if not fact.thought or fact.kind == "forecasting_touch":
                 continue
-            listed, now = fact.thought.split("; now ")
+            thought, _, asked = fact.thought.partition("; asked ")
+            assert asked == (fact.words["step"] if fact.kind.startswith("discriminative") else "")
+            listed, now = thought.split("; now ")
             names = listed.split(", ")
             phrases = [steps.phrase(name) for name in names]
             at = phrases.index(now)
@@ -121,4 +123,5 @@ def test_steps_that_come_twice_are_not_listed():
     labels = [name for name in ("approach", "push", "approach", "push") for _ in range(10)]
     steps = read_steps("push_cube", labels, np.zeros(40, bool))
     thoughts = {fact.thought for fact in moment_facts(steps, 2, 25, "Do it.")}
-    assert thoughts == {"", f"now {steps.phrase('approach')}"}
+    now = steps.phrase("approach")
+    assert thoughts == {"", f"now {now}", f"now {now}; asked {now}"}

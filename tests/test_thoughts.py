@@ -106,8 +106,8 @@ def test_a_choice_thinks_the_free_answer_first(rng):
     for fact in (fact for fact in FACTS[::20] if fact.wrong):
         turn = drawer.word(fact)
         *before, last = turn.thought.split("; ")
-        assert "; ".join(before) == fact.thought and last == fact.answer
-        assert options_of(turn.question)[LETTERS.index(turn.answer)] == last
+        assert "; ".join(before) == fact.thought and last == f"{fact.answer} ({turn.answer})"
+        assert options_of(turn.question)[LETTERS.index(turn.answer)] == fact.answer
 
 
 # --- scenes ------------------------------------------------------------------------------------------------

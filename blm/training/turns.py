@@ -2,7 +2,7 @@
 
 A dense mask says the same, but costs the square of the row. Here queries of a turn meet only the keys that
 they may see: positions are gathered in blocks of about one length, attended, and put back in order. It is an
-an attention function of transformers (AttentionInterface), so any of its decoders takes it unchanged.
+attention function of transformers (AttentionInterface), so any of its decoders takes it unchanged.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Turns(NamedTuple):
     """[G * L]: where each position's result is among those of all blocks; padding takes any."""
 
     def to(self, device: torch.device) -> Turns:
-        moved = (tuple(part.to(device) for part in parts) for parts in self[:3])
-        return Turns(*moved, self.back.to(device))
+        queries, keys, masks = (tuple(part.to(device) for part in parts) for parts in self[:3])
+        return Turns(queries, keys, masks, self.back.to(device))
 
 
 def lay_out(owner: np.ndarray, branch: np.ndarray) -> Turns:
@@ -113,13 +113,11 @@ def _rows(rows: Tensor, at: Tensor) -> Tensor:
     return rows.index_select(0, at.flatten()).unflatten(0, at.shape)
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
 @contextmanager
 def turned(backbone: Backbone) -> Iterator[None]:
     """Let the decoder attend by turns where it is given them; it must have been loaded with "sdpa"."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
     config = backbone.decoder.config
     before = config._attn_implementation
     if before == "sdpa":
