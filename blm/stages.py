@@ -33,9 +33,9 @@ from blm.pipeline import Stage, read_ledger, to_json
 from blm.policy.policy import CheckpointPolicy
 from blm.recipes import Recipe
 from blm.robots import ROBOTS
-from blm.training.eye import taught_nano, without_scans
 from blm.training.imitate import ImitateConfig, train_stage2
 from blm.training.intents import IntentConfig
+from blm.training.schooling import for_nano, taught_nano
 from blm.training.sft import TrainingSource, train_stage1
 from blm.types import BlmError
 from blm.viewing import collection_sheet
@@ -106,11 +106,12 @@ def run_stage1(recipe: Recipe, run: Path) -> None:
     if stage1.backbone == "nano":
         seed = stage1.training.loop.seed
         backbone = taught_nano([(kept, folder)], stage1.schooling, run / "stage1", seed=seed)
-        kept = [without_scans(row) for row in kept]
+        sources = for_nano([(kept, folder, 1.0)])
     else:
         backbone = Backbone.load(stage1.backbone)
-    source = TrainingSource(name="scenes", conversations=[row.messages for row in kept], root=folder)
-    counts = train_stage1(backbone, [source], stage1.training, run / "stage1")
+        conversations = [row.messages for row in kept]
+        sources = [TrainingSource(name="scenes", conversations=conversations, root=folder)]
+    counts = train_stage1(backbone, sources, stage1.training, run / "stage1")
     write_json(run / "stage1/corpus.json", {**asdict(report), "rows": dict(counts)})
 
 

@@ -27,18 +27,24 @@ from blm.corpora.messages import Conversation
 from blm.corpora.questions import read_scan
 from blm.training.eye import (
     Lessons,
-    Schooling,
     _lessons,
     eye_loss,
-    finding,
     places,
     scanned,
     target,
-    taught_nano,
-    without_scans,
 )
 from blm.training.loop import LoopConfig
 from blm.training.record import Meter
+from blm.training.schooling import (
+    TOLD_SHARE,
+    Schooling,
+    finding,
+    for_nano,
+    is_nano,
+    taught_nano,
+    told,
+    without_scans,
+)
 from blm.types import BlmError, Image, Message
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (30, 60, 220)}
@@ -214,6 +220,7 @@ def test_schooling_finds_things_in_new_pictures(tmp_path):
     rows = [make(seed) for seed in range(120) for make in (scene, moment)]
     schooling = Schooling(
         eye=LoopConfig(steps=120, batch_size=16, lr=3e-3, clip=5.0, save_every=1000),
+        telling=LoopConfig(steps=2, batch_size=4),
         drill=LoopConfig(steps=2, batch_size=4),
     )
     backbone = taught_nano([(rows, tmp_path)], schooling, tmp_path / "run")
@@ -242,3 +249,32 @@ def test_stage_one_proper_leaves_out_what_the_drill_taught():
     assert rest.media == row.media, "the pictures come with the first turn that is left"
     only = row.select([turn for turn, kind in enumerate(row.kinds) if kind.startswith("scan")])
     assert without_scans(only) == only, "a conversation keeps at least one turn"
+
+
+def test_what_follows_from_places_is_told_without_pictures():
+    told_places = "gripper (10, 20) at (40, 3, 12), red cube (30, 40) at (50, -4, 2)"
+    seen = row(
+        0,
+        np.zeros((112, 112, 3), np.uint8),
+        ("point_base", "(10, 20)"),
+        (
+            "metric_gripper_distance",
+            "<think>gripper (40, 3, 12), red cube (50, -4, 2): (10, -7, -10)</think>16 cm",
+        ),
+        ("scan_base", told_places),
+        ("scan_wrist", "red cube (70, 80)"),
+        ("letters", "gripper (A)"),
+    )
+    words = told(seen)
+    assert words.kinds == ("metric_gripper_distance", "letters") and not words.media
+    assert words.messages[0].text == "gripper (40, 3, 12), red cube (50, -4, 2)\nAsk 1."
+    assert [m.text for m in words.messages[1::2]] == [seen.messages[n].text for n in (3, 9)]
+    assert told(seen.select([0, 2])) is None, "nothing follows"
+    blind = seen.select([1, 4])
+    assert told(blind).kinds == ("letters",), "what is not told cannot be thought of"
+
+    first, words = for_nano([([seen, seen.select([0])], Path("scenes"), 3.0)])
+    assert first.weight == 3.0 and words.weight == pytest.approx(3.0 * TOLD_SHARE / (1 - TOLD_SHARE))
+    assert len(first.conversations) == 2 and len(words.conversations) == 1
+    assert for_nano([([seen.select([0])], Path("scenes"), 3.0)])[0].weight == 3.0
+    assert is_nano(build_nano())

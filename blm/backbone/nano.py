@@ -7,6 +7,7 @@ with transformers' Auto classes on import. Processor, chat template and folder a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     LlamaConfig,
+    LlamaModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -21,6 +23,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from blm.backbone.copying import EMBEDDED, start_copying
 from blm.backbone.eye import GRID, IMAGE_SIZE, ConvVision, ConvVisionConfig
 
 IMAGE_TOKEN, PAD_TOKEN, END_TOKEN = "<image>", "<pad>", "<|end|>"
@@ -40,6 +43,7 @@ SAMPLE_TEXTS = (
 )
 """What the tokenizer is trained on when no corpus is given."""
 
+ROPE_BASE = 1e6
 
 AutoConfig.register(ConvVisionConfig.model_type, ConvVisionConfig)
 AutoModel.register(ConvVisionConfig, ConvVision)
@@ -120,7 +124,9 @@ def make_nano(
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=4096,
-        initializer_range=0.06,  # about 1 / sqrt(width); 0.02 is for wide models
+        initializer_range=EMBEDDED,
+        attention_bias=True,  # lets a head look at a fixed distance
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
         tie_word_embeddings=True,
         bos_token_id=None,
         **ids,
@@ -138,4 +144,5 @@ def make_nano(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
+        start_copying(cast(LlamaModel, model.base_model.language_model))
     return model, processor

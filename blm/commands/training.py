@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
-from blm.training.eye import Schooling, taught_nano, without_scans
 from blm.training.imitate import Drive, ImitateConfig
+from blm.training.schooling import Schooling, for_nano, is_nano, taught_nano
 from blm.training.sft import Stage1Config
 from blm.types import BlmError
 
@@ -189,18 +189,22 @@ def _open(
     if made is None:
         corpora = [(part, folder) for (folder, _), part in zip(parts, rows, strict=True)]
         made = taught_nano(corpora, chosen.schooling, chosen.out, seed=config.loop.seed)
-        rows = [[without_scans(row) for row in part] for part in rows]
         made.model.to(device)
-    sources = [
-        TrainingSource(
-            name=folder.name,
-            conversations=[row.messages for row in part],
-            root=folder,
-            weight=weight,
-            places=[f"{folder}, {row.id}" for row in part],
-        )
-        for (folder, weight), part in zip(parts, rows, strict=True)
-    ]
+    shares = [(part, folder, weight) for (folder, weight), part in zip(parts, rows, strict=True)]
+    sources = (
+        for_nano(shares)
+        if is_nano(made)
+        else [
+            TrainingSource(
+                name=folder.name,
+                conversations=[row.messages for row in part],
+                root=folder,
+                weight=weight,
+                places=[f"{folder}, {row.id}" for row in part],
+            )
+            for part, folder, weight in shares
+        ]
+    )
     if chosen.held_out is None:
         return made, sources, []
     asked = [row.messages for row in clean_corpus(chosen.held_out, skip_bad=config.skip_bad)]

@@ -162,6 +162,8 @@ def _random_scene(config: SceneCorpusConfig, observer: Any, seed: int, drawer: D
     env = look.env
     env.reset(seed=seed, options={"arm": "random"})
     scene = look.scene(stage(env, rng))
+    if config.teach:
+        scene = scene.in_centimetres()
     turns = scene_turns(scene, config.turns, drawer, pointing=config.pointing, metric=config.metric)
     turns += scan_turns(scene) if config.teach else []
     if config.teach and (env.task_spec.prehensile or scene.staging != "held"):

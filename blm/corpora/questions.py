@@ -179,10 +179,10 @@ def _comparisons(scene: Scene) -> Iterator[Fact]:
 
 
 def _ranking(scene: Scene, mark: Thing | None, things: Sequence[Thing]) -> str:
-    """Where things are, and how far each is from the mark."""
+    """Where things are, the way from the mark to each, and how far that is."""
     place = _named(scene, mark)[1]
-    ordered = sorted(things, key=lambda t: t.label)
-    far = (f"{_where(scene, t)} {format_length(t.position - place)}" for t in ordered)
+    ways = ((t, t.position - place) for t in sorted(things, key=lambda t: t.label))
+    far = (f"{_where(scene, t)}: {_vector(way)} {format_length(way)}" for t, way in ways)
     return ", ".join([_where(scene, mark), *far])
 
 
@@ -251,15 +251,14 @@ def _metric(scene: Scene) -> Iterator[Fact]:
         if name in ("gripper", "goal"):
             yield Fact("metric_height", format_length(place[2]), {"thing": name})
     for t in asked if scene.gripper_seen else ():
-        offset, words = t.position - scene.tcp, {"thing": t.label}
-        thought = _where(scene, None, t)
+        offset, words, thought = t.position - scene.tcp, {"thing": t.label}, _way(scene, None, t)
         yield Fact("metric_gripper_to_object", format_vector(offset), words, thought=thought)
-        yield Fact("metric_gripper_distance", format_length(offset), words, thought=_way(scene, None, t))
+        yield Fact("metric_gripper_distance", format_length(offset), words, thought=thought)
     if goal is not None and len(asked) == 2:
         way, words = goal.position - thing.position, {"thing": thing.label, "goal": goal.label}
-        thought = _where(scene, thing, goal)
+        thought = _way(scene, thing, goal)
         yield Fact("metric_object_to_goal", format_vector(way), words, thought=thought)
-        yield Fact("metric_goal_distance", format_length(way), words, thought=_way(scene, thing, goal))
+        yield Fact("metric_goal_distance", format_length(way), words, thought=thought)
 
 
 def format_point(fraction: tuple[float, float]) -> str:

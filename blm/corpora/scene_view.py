@@ -7,7 +7,7 @@ the goal in the air lower.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import mujoco
@@ -89,6 +89,16 @@ class Scene:
     def goal(self) -> Thing | None:
         """What the object has to be moved to; the peg's task has none."""
         return next((t for t in self.things if t.role == "goal"), None)
+
+    def in_centimetres(self) -> Scene:
+        """The same with every place at a whole cm from the robot: what is said about it follows exactly from
+        places that are told so."""
+
+        def rounded(place: np.ndarray) -> np.ndarray:
+            return self.base + np.round(place - self.base, 2)
+
+        things = tuple(replace(thing, position=rounded(thing.position)) for thing in self.things)
+        return replace(self, things=things, tcp=rounded(self.tcp))
 
 
 class Observer:

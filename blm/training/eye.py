@@ -19,20 +19,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blm.backbone import Backbone, build_nano
+from blm.backbone import Backbone
 from blm.backbone.eye import CELLS, IMAGE_SIZE, REACH, ConvVision, ConvVisionConfig
 from blm.corpora import Conversation
 from blm.corpora.questions import POINT_SCALE, read_scan
 from blm.media import load_pixels
 from blm.training.loop import LoopConfig, Piece, run_loop
 from blm.training.parallel import Part
-from blm.training.sft import Stage1Config, TrainingSource, train_stage1
 from blm.types import Image
 
-EYE = LoopConfig(steps=3000, batch_size=32, lr=3e-3, clip=5.0, title="nano's eye")
-DRILL = LoopConfig(steps=1000, batch_size=8, lr=2e-3, muon=0.02, title="nano's drill")
-FINDING = ("scan", "point", "box", "metric_position")
-"""Kinds that say what and where things are."""
 SPREAD = 0.5
 """Standard deviation of a target around its point [cells]."""
 METRIC_WEIGHT, MILLIMETRES = 20.0, 0.005
@@ -51,59 +46,6 @@ class View:
     """Which step is under way, if told."""
     name: str = ""
     """Which camera took it, if told."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schooling:
-    """What a new nano learns before Stage I proper. Finding comes first: mixed with all other questions from
-    the beginning it was not learnt within the runs in docs/LOG.md."""
-
-    eye: LoopConfig = EYE
-    """The eye alone."""
-    drill: LoopConfig = DRILL
-    """The language model: only the turns that say where things are."""
-
-
-def taught_nano(
-    corpora: Sequence[tuple[Sequence[Conversation], Path]], schooling: Schooling, out: Path, *, seed: int = 0
-) -> Backbone:
-    """Return a nano with a tokenizer of these corpora's texts, which finds the things that they scan.
-
-    `corpora` are conversations and the folder of their pictures; without scans in them it stays untrained.
-    Continues a killed schooling in `out`.
-    """
-    views = [view for rows, root in corpora for row in rows for view in scanned(row, root)]
-    things = sorted({name for view in views for name in view.places or ()})
-    steps, names = (sorted({getattr(view, kind) for view in views} - {""}) for kind in ("step", "name"))
-    texts = (m.text for rows, _ in corpora for row in rows for m in row.messages)
-    backbone = build_nano(texts, seed=seed, things=things, steps=steps, views=names)
-    if views:
-        teach_eye(backbone, views, schooling.eye, out / "eye")
-        seen = schooling.drill.steps * schooling.drill.batch_size
-        drills = [
-            (root, [row.select(turns).messages for row in rows if (turns := finding(row))])
-            for rows, root in corpora
-        ]
-        sources = [
-            TrainingSource(name=root.name, conversations=drill[:seen], root=root, weight=float(len(drill)))
-            for root, drill in drills
-            if drill
-        ]
-        often = seen > sum(len(drill) for _, drill in drills)
-        config = Stage1Config(loop=schooling.drill, vision_scale=0.0, cache_features=often)
-        train_stage1(backbone, sources, config, out / "drill")
-    return backbone
-
-
-def finding(row: Conversation) -> list[int]:
-    """The turns of a conversation that say what and where things are."""
-    return [turn for turn, kind in enumerate(row.kinds) if kind.startswith(FINDING)]
-
-
-def without_scans(row: Conversation) -> Conversation:
-    """What is left for Stage I proper: the drill has taught the scans, a fifth of all tokens."""
-    rest = [turn for turn, kind in enumerate(row.kinds) if not kind.startswith("scan")]
-    return row.select(rest) if rest else row
 
 
 def scanned(row: Conversation, root: Path) -> list[View]:
