@@ -68,10 +68,10 @@ class RandomDecision(Decision):
         config, recipe = shape_of(name), RECIPES[name]()
         with torch.device(device):
             torch.set_default_dtype(dtype)
-            self.model = AutoModelForImageTextToText.from_config(config).eval()
+            model = AutoModelForImageTextToText.from_config(config)
             torch.set_default_dtype(torch.float32)
             network = PolicyNetwork(recipe.stage2.policy, config.text_config.hidden_size, 4)
-        self.network, self.layer = network.eval(), recipe.stage2.layer
+        super().__init__(Backbone(model, None), network, recipe.stage2.layer, ())
         self.count, self.device, self.dtype, self.config = cameras, device, dtype, config
 
     def prompts(self, count: int) -> dict[str, Any]:
@@ -92,15 +92,6 @@ class RandomDecision(Decision):
             "mm_token_type_ids": (ids == image).int(),
         }
 
-    @torch.no_grad()
-    def tap(self, inputs: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        decoder = self.model.model.language_model
-        blocks = decoder.layers
-        decoder.layers = blocks[:layer]
-        hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
-        decoder.layers = blocks
-        return hidden, inputs["attention_mask"].bool()
-
 
 def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
     """Milliseconds and result of a call."""
@@ -120,8 +111,7 @@ def once(decision: Decision, count: int, device: str) -> dict[str, float]:
     parts = dict[str, float]()
     parts["prompt and pictures"], inputs = timed(lambda: decision.prompts(count), device)
     parts["tap"], (hidden, mask) = timed(lambda: decision.tap(inputs, decision.layer), device)
-    every = len(decision.backbone.decoder.layers) if hasattr(decision, "backbone") else 10**6
-    parts["tap, all blocks"], _ = timed(lambda: decision.tap(inputs, every), device)
+    parts["tap, all blocks"], _ = timed(lambda: decision.tap(inputs, decision.backbone.num_layers), device)
     parts["bridge"], intent = timed(lambda: network.bridge(hidden, mask), device)
     state = torch.zeros(count, config.max_dim, device=device)
     robot = torch.zeros(count, dtype=torch.long, device=device)

@@ -162,22 +162,13 @@ def _either(stage: str, command: Callable[[str, list[str]], None]) -> Callable[[
     return run
 
 
-def _train_stage1(command: str, arguments: list[str]) -> None:
-    from blm.commands.training import stage1  # its flags are those of the trainer: it loads torch
+def _train(what: Literal["stage1", "stage2", "baseline"]) -> Callable[[str, list[str]], None]:
+    def train(command: str, arguments: list[str]) -> None:
+        from blm.commands import training  # its flags are those of the trainers: it loads torch
 
-    stage1(command, arguments)
+        getattr(training, what)(command, arguments)
 
-
-def _train_baseline(command: str, arguments: list[str]) -> None:
-    from blm.commands.training import baseline
-
-    baseline(command, arguments)
-
-
-def _train_stage2(command: str, arguments: list[str]) -> None:
-    from blm.commands.training import stage2
-
-    stage2(command, arguments)
+    return train
 
 
 # --- one model ----------------------------------------------------------------------------------------------
@@ -306,11 +297,11 @@ COMMANDS: dict[str, Command] = {
     "corpus sharerobot": Command(
         "split ShareRobot by episode: evaluation, training", sharerobot.split_sharerobot
     ),
-    "train stage1": Command("fine-tune a backbone on corpora", _either("stage1", _train_stage1)),
+    "train stage1": Command("fine-tune a backbone on corpora", _either("stage1", _train("stage1"))),
     "train stage2": Command(
-        "train bridge and policy on the frozen backbone", _either("stage2", _train_stage2)
+        "train bridge and policy on the frozen backbone", _either("stage2", _train("stage2"))
     ),
-    "train baseline": Command("train a Diffusion Policy on the same demonstrations", _train_baseline),
+    "train baseline": Command("train a Diffusion Policy on the same demonstrations", _train("baseline")),
     "eval digital": Command("ask the questions of a benchmark", _either("digital", digital.evaluate)),
     "eval retention": Command("what a tuned backbone kept of its base's language", retention.retention),
     "eval table": Command("digital results beside the published ones", digital.table),

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from blm.data.checks import unreadable, vector_faults, video_faults
-from blm.data.episodes import load_dataset, verify_files
+from blm.data.episodes import EpisodeDataset, load_dataset, verify_files
 from blm.data.files import MANIFEST, DamagedError, read_json
 from blm.data.transforms import absurd_ranges
 from blm.robots import ROBOTS
@@ -135,8 +135,21 @@ def _dataset_faults(folder: Path) -> Iterator[BlmError]:
         return
     if "blm" in data.info and not data.manifest:
         yield DamagedError(f"'{folder / MANIFEST}' is missing")
-    yield from vector_faults(data, every=True)
+    vectors = list(vector_faults(data, every=True))
+    yield from vectors
     yield from video_faults(data, every=True)
+    yield from () if vectors else _range_faults(data)
+    if "blm" in data.info and data.space.robot in ROBOTS:
+        try:
+            ROBOTS[data.space.robot].action_space.require_same(data.space, f"dataset '{folder}'")
+        except BlmError as error:
+            yield DamagedError(
+                str(error), "collect again with this version, or use the version that wrote it"
+            )
+
+
+def _range_faults(data: EpisodeDataset) -> Iterator[BlmError]:
+    """Values of the wrong size, and joints that never move."""
     for what in absurd_ranges(data.space, data.states, data.actions):
         yield DamagedError(what, "convert the dataset, or correct the units in its action space")
     still = np.ptp(data.actions, axis=0)[:-1] == 0
@@ -144,13 +157,6 @@ def _dataset_faults(folder: Path) -> Iterator[BlmError]:
         if unmoved:
             yield DamagedError(
                 f"{name} has one target in all frames", "look at how it was recorded, or leave it out"
-            )
-    if "blm" in data.info and data.space.robot in ROBOTS:
-        try:
-            ROBOTS[data.space.robot].action_space.require_same(data.space, f"dataset '{folder}'")
-        except BlmError as error:
-            yield DamagedError(
-                str(error), "collect again with this version, or use the version that wrote it"
             )
 
 

@@ -6,7 +6,7 @@ run/  recipe.json stages.json  episodes/<robot>  episodes_held_out/<robot>  corp
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from blm.training.imitate import ImitateConfig, train_stage2
 from blm.training.intents import IntentConfig
 from blm.training.schooling import for_nano, taught_nano
 from blm.training.sft import TrainingSource, train_stage1
-from blm.types import BlmError
+from blm.types import BlmError, PolicyContract
 from blm.viewing import collection_sheet
 
 EPISODE_SEEDS = 500_000
@@ -117,24 +117,51 @@ def run_stage1(recipe: Recipe, run: Path) -> None:
 
 def run_stage2(recipe: Recipe, run: Path) -> None:
     """Cache H_k of every frame, then train bridge and policy; the backbone is proved unchanged."""
-    stage2 = recipe.stage2
-    datasets = {robot: run / "episodes" / robot for robot in recipe.robots}
-    for robot, folder in datasets.items():
+    for robot in recipe.robots:
         space = ROBOTS[robot].action_space
-        open_dataset(folder).require(space, recipe.cameras, recipe.image_size, space.rate_hz)
-    config = ImitateConfig(
-        datasets=tuple(datasets.values()),
-        backbone=str(run / "stage1/backbone"),
+        data = open_dataset(run / "episodes" / robot)
+        data.require(space, recipe.cameras, recipe.image_size, space.rate_hz)
+    config = stage2_of(recipe, run, run / "stage1/backbone", run / "intents", (recipe.robots, recipe.tasks))
+    drives = recipe.stage2.drive
+    drive = driver(run / "stage2", recipe.tasks, drives, recipe.workers) if drives else None
+    train_stage2(config, run / "stage2", {"recipe": to_json(recipe)}, drive=drive)
+
+
+Part = tuple[tuple[str, ...], tuple[str, ...]]
+"""Robots and tasks of one model."""
+
+
+def stage2_of(
+    recipe: Recipe, run: Path, backbone: Path, cache: Path, part: Part, *, models: int = 1
+) -> ImitateConfig:
+    """Stage II of one model of `models`, which share the budget of the recipe."""
+    stage2, (robots, tasks) = recipe.stage2, part
+    folders = tuple(run / "episodes" / robot for robot in robots)
+    known = {task for folder in folders for task in open_dataset(folder).tasks}
+    return ImitateConfig(
+        datasets=folders,
+        backbone=str(backbone),
         intents=IntentConfig(
             layer=stage2.layer, cameras=recipe.cameras, stride=stage2.stride, workers=recipe.workers
         ),
-        loop=stage2.loop,
+        loop=replace(stage2.loop, steps=max(1, stage2.loop.steps // models)),
         policy=stage2.policy,
-        cache=run / "intents",
+        weights=dict.fromkeys(sorted(known - {*tasks}), 0.0),
+        cache=cache,
         execute=stage2.execute,
     )
-    drive = driver(run / "stage2", recipe.tasks, stage2.drive, recipe.workers) if stage2.drive else None
-    train_stage2(config, run / "stage2", {"recipe": to_json(recipe)}, drive=drive)
+
+
+def protocol_of(recipe: Recipe, contract: PolicyContract, part: Part) -> PhysicalProtocol:
+    """The recipe's physical evaluation of one model."""
+    return PhysicalProtocol.for_policy(
+        contract,
+        robots=part[0],
+        tasks=part[1],
+        episodes=recipe.evaluation.episodes,
+        max_steps=recipe.evaluation.max_steps,
+        phrasing="both",
+    )
 
 
 def run_eval_digital(recipe: Recipe, run: Path) -> None:
@@ -157,14 +184,7 @@ def run_eval_physical(recipe: Recipe, run: Path) -> None:
     """Let the checkpoint drive every robot through every task; holding still is the baseline."""
     folder = run / "stage2/checkpoint"
     contract = CheckpointPolicy.load(folder).contract
-    protocol = PhysicalProtocol.for_policy(
-        contract,
-        robots=recipe.robots,
-        tasks=recipe.tasks,
-        episodes=recipe.evaluation.episodes,
-        max_steps=recipe.evaluation.max_steps,
-        phrasing="both",
-    )
+    protocol = protocol_of(recipe, contract, (recipe.robots, recipe.tasks))
     for name, make in (
         ("physical", partial(CheckpointPolicy.load, folder)),
         ("zero", partial(ZeroPolicy, contract)),

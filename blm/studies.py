@@ -23,7 +23,6 @@ from transformers import AutoModelForImageTextToText
 
 from blm.backbone import Backbone
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
-from blm.data.episodes import open_dataset
 from blm.data.files import write_json
 from blm.evaluation import PhysicalProtocol, compare, evaluate_physical
 from blm.evaluation.intervals import Difference, holm
@@ -31,13 +30,11 @@ from blm.evaluation.physical import summarise
 from blm.evaluation.results import load_result, write_result
 from blm.pipeline import to_json
 from blm.policies import load_checkpoint
+from blm.policy.checkpoint import read_contract
 from blm.recipes import Recipe
+from blm.stages import Part, protocol_of, stage2_of
 from blm.training.imitate import ImitateConfig, train_stage2
-from blm.training.intents import IntentConfig
 from blm.types import BlmError
-
-Part = tuple[tuple[str, ...], tuple[str, ...]]
-"""Robots and tasks of one model."""
 
 
 @dataclass(frozen=True)
@@ -134,20 +131,24 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path, out: Path) -> dict[
     backbone = run / "stage1/backbone"
     if variant.backbone == "untrained":
         backbone = untrained(recipe, backbone, run / "studies/untrained")
-    parts, begin = variant.parts(recipe), time.monotonic()
+    stage2, parts, begin = recipe.stage2, variant.parts(recipe), time.monotonic()
+    cache = f"{backbone.parent.name}-{stage2.layer}-{stage2.stride}-{'-'.join(recipe.cameras)}"
+    intents = run / "studies/intents" / cache
     made: list[dict[str, Any]] = []
     trained = 0.0
     for robots, tasks in parts:
         work = out / "-".join((*robots, *tasks)) if len(parts) > 1 else out / "joint"
-        config = training_of(recipe, run, backbone, (robots, tasks), models=len(parts))
+        config = stage2_of(recipe, run, backbone, intents, (robots, tasks), models=len(parts))
+        config = replace(config, loop=replace(config.loop, eval_every=0))
         facts = {"study": variant.name, "recipe": to_json(recipe)}
         if variant.policy == "blm":
             checkpoint = train_stage2(config, work, facts)
         else:
             checkpoint = train_baseline(baseline_of(config), work, facts)
         trained += last_row(work / "log.jsonl")["seconds"]
-        made += evaluated(checkpoint, recipe, (robots, tasks), work / "physical")["rows"]
-    contract = load_checkpoint(checkpoint).contract
+        contract = read_contract(checkpoint)
+        protocol = protocol_of(recipe, contract, (robots, tasks))
+        made += evaluated(checkpoint, protocol, recipe, work / "physical")["rows"]
     protocol = protocol_of(recipe, contract, (recipe.robots, recipe.tasks))
     order = {f"{robot}/{task}/{seed}": i for i, (robot, task, seed) in enumerate(protocol.scenes)}
     made.sort(key=lambda row: order[row["id"]])
@@ -156,33 +157,11 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path, out: Path) -> dict[
     return {
         "variant": variant.name,
         "models": len(parts),
-        "samples": recipe.stage2.loop.batch_size * (recipe.stage2.loop.steps // len(parts)) * len(parts),
+        "samples": stage2.loop.batch_size * (stage2.loop.steps // len(parts)) * len(parts),
         "training_seconds": trained,
         "success": result["overall"]["success_once"],
         "result": str(out),
     }
-
-
-def training_of(recipe: Recipe, run: Path, backbone: Path, part: Part, *, models: int) -> ImitateConfig:
-    """Stage II of one model of `models`, which share the budget of the recipe."""
-    robots, tasks = part
-    stage2, loop = recipe.stage2, recipe.stage2.loop
-    folders = tuple(run / "episodes" / robot for robot in robots)
-    known = {task for folder in folders for task in open_dataset(folder).tasks}
-    intents = IntentConfig(
-        layer=stage2.layer, cameras=recipe.cameras, stride=stage2.stride, workers=recipe.workers
-    )
-    cache = f"{backbone.parent.name}-{stage2.layer}-{stage2.stride}-{'-'.join(recipe.cameras)}"
-    return ImitateConfig(
-        datasets=folders,
-        backbone=str(backbone),
-        intents=intents,
-        loop=replace(loop, steps=max(1, loop.steps // models), eval_every=0),
-        policy=stage2.policy,
-        weights=dict.fromkeys(sorted(known - {*tasks}), 0.0),
-        cache=run / "studies/intents" / cache,
-        execute=stage2.execute,
-    )
 
 
 def baseline_of(config: ImitateConfig) -> BaselineConfig:
@@ -198,20 +177,8 @@ def baseline_of(config: ImitateConfig) -> BaselineConfig:
     )
 
 
-def protocol_of(recipe: Recipe, contract: Any, part: Part) -> PhysicalProtocol:
-    return PhysicalProtocol.for_policy(
-        contract,
-        robots=part[0],
-        tasks=part[1],
-        episodes=recipe.evaluation.episodes,
-        max_steps=recipe.evaluation.max_steps,
-        phrasing="both",
-    )
-
-
-def evaluated(checkpoint: Path, recipe: Recipe, part: Part, out: Path) -> dict[str, Any]:
+def evaluated(checkpoint: Path, protocol: PhysicalProtocol, recipe: Recipe, out: Path) -> dict[str, Any]:
     """Evaluate one model on its own robots and tasks."""
-    protocol = protocol_of(recipe, load_checkpoint(checkpoint).contract, part)
     make = partial(load_checkpoint, checkpoint)
     how: Any = {"workers": recipe.workers, "engine": recipe.engine, "videos_per_cell": 0}
     return evaluate_physical(make, protocol, out, **how)

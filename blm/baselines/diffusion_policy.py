@@ -19,20 +19,21 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from blm.baselines.network import DiffusionConfig, DiffusionNetwork, words_of
-from blm.data.episodes import EpisodeDataset, open_dataset
-from blm.data.mixture import kept_frames, split_episodes
-from blm.data.transforms import RobotTransforms, action_chunks, fit_transforms
+from blm.data.episodes import open_dataset
+from blm.data.transforms import RobotTransforms
 from blm.policy.checkpoint import read_config, read_transforms, write_checkpoint
 from blm.policy.flow import seeded_noise
 from blm.policy.network import PolicyConfig
-from blm.policy.policy import pad_dims
-from blm.training.demonstrations import RobotData, Sampler
+from blm.policy.policy import decode, pad_dims
+from blm.training.demonstrations import Sampler, joint_contract, split
 from blm.training.intents import claim
 from blm.training.loop import Ema, LoopConfig, Piece, run_loop
 from blm.training.parallel import Part
 from blm.types import ActionChunk, BlmError, ImageArray, Observation, PolicyContract
 
 KIND = "diffusion_policy"
+HELD_OUT = 0.05
+"""Fraction of the episodes that Stage II keeps from training by default; the same are kept here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,15 +122,7 @@ class DiffusionPolicy:
         for step in steps.timesteps.tolist():
             noise = self.network.unet(x, torch.full((len(x),), float(step), device=device), condition)
             x = steps.step(noise, step, x).prev_sample
-        return [self._chunk(o, a) for o, a in zip(seen, x.double().cpu().numpy(), strict=True)]
-
-    def _chunk(self, observation: Observation, normalised_HD: np.ndarray) -> ActionChunk:
-        space = self.contract.action_spaces[observation.robot]
-        undo = self.transforms[observation.robot].actions.inverse
-        actions = undo(normalised_HD[:, : space.dim], observation.state)
-        return ActionChunk(
-            actions=np.clip(actions, space.low, space.high).astype(np.float32), rate_hz=space.rate_hz
-        )
+        return decode(self.contract, self.transforms, seen, x)
 
     def save(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         config = {
@@ -161,8 +154,12 @@ def pixels(pictures: ImageArray) -> Tensor:
 def train_baseline(config: BaselineConfig, out: Path, provenance: Mapping[str, Any]) -> Path:
     """Train, log to `out/log.jsonl`, write and return the folder `out/checkpoint`; a killed run continues."""
     datasets = [open_dataset(folder) for folder in config.datasets]
-    contract, schedule = _contract(datasets, config), scheduler(config.network)
-    robots = [_open(data, config, number) for number, data in enumerate(datasets)]
+    contract = joint_contract(datasets, config.actions, cameras=config.cameras, execute=config.execute)
+    schedule, seed = scheduler(config.network), config.loop.seed
+    robots = [
+        split(data, config.actions, stride=config.stride, held_out=HELD_OUT, seed=seed, embodiment=number)
+        for number, data in enumerate(datasets)
+    ]
     facts = {"config": {**asdict(config), "loop": None}, "data": [data.content_hash for data in datasets]}
     claim(out / "inputs.json", {k: str(v) for k, v in facts.items()}, f"'{out}' holds another run")
     loop = config.loop
@@ -204,37 +201,3 @@ def train_baseline(config: BaselineConfig, out: Path, provenance: Mapping[str, A
     policy = DiffusionPolicy(cast(DiffusionNetwork, ema.module), fitted, contract)
     policy.save(out / "checkpoint", {**provenance, "loop": asdict(loop)})
     return out / "checkpoint"
-
-
-def _open(data: EpisodeDataset, config: BaselineConfig, number: int) -> RobotData:
-    train, _ = split_episodes(data.num_episodes, 0.05, config.loop.seed)
-    kept = kept_frames(data.starts, config.stride)
-    mine = np.isin(data.episode_index[kept], train)
-    frames = kept[mine]
-    ends = data.starts[data.episode_index[frames] + 1]
-    chunks, inside = action_chunks(data.actions, frames, ends, config.actions.horizon)
-    return RobotData(
-        dataset=data,
-        intents=None,
-        transforms=fit_transforms(data.space, data.states[frames], chunks, inside, config.actions.relative),
-        train=frames,
-        held_out=kept[~mine],
-        embodiment=number,
-    )
-
-
-def _contract(datasets: Sequence[EpisodeDataset], config: BaselineConfig) -> PolicyContract:
-    spaces = {data.space.robot: data.space for data in datasets}
-    if len(spaces) != len(datasets) or not datasets:
-        raise BlmError(f"give one dataset per robot; got {[data.space.robot for data in datasets]}")
-    first = datasets[0]
-    for data in datasets:
-        data.require(data.space, config.cameras, first.image_size, first.space.rate_hz)
-    return PolicyContract(
-        action_spaces=spaces,
-        cameras=config.cameras,
-        image_size=first.image_size,
-        horizon=config.actions.horizon,
-        execute=config.execute,
-        rate_hz=first.space.rate_hz,
-    )

@@ -41,6 +41,9 @@ def vector_faults(dataset: EpisodeDataset, every: bool = False) -> Iterator[Dama
     where, lengths = f"dataset '{dataset.folder}'", np.diff(dataset.starts)
     fix = RECOLLECT if dataset.manifest else MEND
     shape = (int(dataset.starts[-1]), dataset.space.dim)
+    if not shape[0]:
+        yield DamagedError(f"{where} has no frames", fix)
+        return
     arrays = (dataset.states, dataset.actions, dataset.executed)
     for name, array in zip(VECTORS, arrays, strict=True):
         if array.shape != shape:

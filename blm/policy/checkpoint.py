@@ -19,7 +19,7 @@ from torch import Tensor
 from blm.data.files import sha256_of
 from blm.data.transforms import RobotTransforms
 from blm.policy.card import model_card
-from blm.types import BlmError
+from blm.types import BlmError, PolicyContract
 
 FORMAT = 1
 
@@ -70,14 +70,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def read_contract(folder: Path) -> PolicyContract:
+    """The contract that a policy in this folder was trained for; raises as `read_config`."""
+    return PolicyContract.from_json(read_config(folder)["contract"])
+
+
 def read_transforms(folder: Path) -> dict[str, RobotTransforms]:
     stats = json.loads((folder / "stats.json").read_text())
     return {robot: RobotTransforms.from_json(value) for robot, value in stats.items()}
 
 
 def kind_of(folder: Path) -> str:
-    """What a checkpoint is: "blm", or a baseline; those from before kinds are BLM's."""
-    return str(read_config(folder).get("kind", "blm"))
+    """What a checkpoint calls itself, unchecked: "blm", or a baseline; those from before kinds are BLM's."""
+    file = folder / "config.json"
+    return str(json.loads(file.read_text()).get("kind", "blm")) if file.is_file() else "blm"
 
 
 def _hashes(folder: Path) -> dict[str, str]:

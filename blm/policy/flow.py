@@ -57,7 +57,7 @@ def continuation_weights(left: int, frozen: int, horizon: int) -> Tensor:
     """Return how much each of `horizon` actions is held to the chunk in progress, 1 .. 0.
 
     All of the first `frozen`, nothing beyond the `left` ones that it still has, in between less and less:
-    eq. 5 of "Real-Time Execution of Action Chunking Flow Policies" (Black et al., 2025, arXiv 2506.07339).
+    as in "Real-Time Execution of Action Chunking Flow Policies" (Black et al., 2025, arXiv 2506.07339).
     """
     steps = torch.arange(horizon, dtype=torch.float32)
     share = ((left - steps) / (left - frozen + 1)).clamp(0, 1)
@@ -71,7 +71,7 @@ def guided(
     """Return a velocity that leads to actions near `wanted` [B, H, D] where `weights` [B, H] are not 0.
 
     Guidance by the gradient of the distance of the predicted actions (Pokle et al., 2023, arXiv 2310.04432),
-    as real-time chunking uses it, eq. 2 to 4.
+    as real-time chunking uses it.
     """
 
     def moved(x: Tensor, tau_B: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class CheckpointPolicy:
         kept = going_on and (going_on[0].to(device), going_on[1].to(device))
         state, robot, noise, dims = (x.to(device) for x in inputs)
         actions = self.network.sample(tapped.hidden, tapped.mask, state, robot, noise, dims, kept)
-        return [self._chunk(o, a) for o, a in zip(checked, actions.double().cpu().numpy(), strict=True)]
+        return decode(self.contract, self.transforms, checked, actions)
 
     def _going_on(self, observations: Sequence[Observation]) -> tuple[Tensor, Tensor] | None:
         """Normalised chunks in progress and their weights; None if nobody sent one."""
@@ -122,14 +122,6 @@ class CheckpointPolicy:
                 )
                 weights[row] = continuation_weights(len(o.chunk), o.frozen, config.horizon)
         return wanted, weights
-
-    def _chunk(self, observation: Observation, normalised_HD: FloatArray) -> ActionChunk:
-        space = self.contract.action_spaces[observation.robot]
-        undo = self.transforms[observation.robot].actions.inverse
-        actions = undo(normalised_HD[:, : space.dim], observation.state)
-        assert np.isfinite(actions).all(), "the policy produced an action that is not finite"
-        clipped = np.clip(actions, space.low, space.high).astype(np.float32)
-        return ActionChunk(actions=clipped, rate_hz=space.rate_hz)
 
     def save(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         """Write the checkpoint folder whole, then put it in the place of one that is there."""
@@ -198,6 +190,23 @@ class ContinuingPolicy:
         left = chunk.actions[self.contract.execute :]
         self._left = left if len(left) else None
         return chunk
+
+
+def decode(
+    contract: PolicyContract,
+    transforms: Mapping[str, RobotTransforms],
+    observations: Sequence[Observation],
+    normalised: Tensor,
+) -> list[ActionChunk]:
+    """Return what normalised actions [B, H, D] tell each robot to do, within its limits."""
+    chunks = []
+    for o, actions_HD in zip(observations, normalised.double().cpu().numpy(), strict=True):
+        space = contract.action_spaces[o.robot]
+        actions = transforms[o.robot].actions.inverse(actions_HD[:, : space.dim], o.state)
+        assert np.isfinite(actions).all(), "the policy produced an action that is not finite"
+        clipped = np.clip(actions, space.low, space.high).astype(np.float32)
+        chunks.append(ActionChunk(actions=clipped, rate_hz=space.rate_hz))
+    return chunks
 
 
 def pad_dims(values: FloatArray, size: int) -> Tensor:

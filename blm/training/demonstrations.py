@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from blm.data.episodes import EpisodeDataset
-from blm.data.mixture import IndexArray, Mixture
-from blm.data.transforms import RobotTransforms, action_chunks
+from blm.data.mixture import IndexArray, Mixture, kept_frames, split_episodes
+from blm.data.transforms import RobotTransforms, action_chunks, fit_transforms
 from blm.policy.flow import sample_time
 from blm.policy.network import PolicyBatch, PolicyConfig
 from blm.policy.policy import pad_dims
 from blm.training.intents import Rows, collate
 from blm.training.parallel import Part
-from blm.types import BlmError
+from blm.types import BlmError, PolicyContract
 
 WHOLE = Part()
 
@@ -65,6 +65,56 @@ class Draw:
     """[B] flow times."""
     values: float
     """Real values of a sample, on average over the whole step."""
+
+
+def split(
+    dataset: EpisodeDataset,
+    policy: PolicyConfig,
+    *,
+    stride: int,
+    held_out: float,
+    seed: int,
+    embodiment: int,
+    transforms: RobotTransforms | None = None,
+) -> RobotData:
+    """Split a robot's episodes and fit its transforms, unless they are given; without intents."""
+    _, held = split_episodes(dataset.num_episodes, held_out, seed)
+    kept = kept_frames(dataset.starts, stride)
+    is_held = np.isin(dataset.episode_index[kept], held)
+    train = kept[~is_held]
+    ends = dataset.starts[dataset.episode_index[train] + 1]
+    chunks, inside = action_chunks(dataset.actions, train, ends, policy.horizon)
+    return RobotData(
+        dataset=dataset,
+        intents=None,
+        transforms=transforms
+        or fit_transforms(dataset.space, dataset.states[train], chunks, inside, policy.relative),
+        train=train,
+        held_out=kept[is_held],
+        embodiment=embodiment,
+    )
+
+
+def joint_contract(
+    datasets: Sequence[EpisodeDataset], policy: PolicyConfig, *, cameras: tuple[str, ...], execute: int
+) -> PolicyContract:
+    """Return the contract of one policy for all. Raises BlmError for datasets that do not go together."""
+    spaces = {data.space.robot: data.space for data in datasets}
+    if len(spaces) != len(datasets) or not datasets:
+        raise BlmError(f"give one dataset per robot; got {[data.space.robot for data in datasets]}")
+    side, rate = datasets[0].image_size, datasets[0].space.rate_hz
+    for data in datasets:
+        data.require(data.space, cameras, side, rate)
+        if data.space.dim > policy.max_dim:
+            raise BlmError(f"'{data.space.robot}' has {data.space.dim} dimensions, above policy.max_dim")
+    return PolicyContract(
+        action_spaces=spaces,
+        cameras=cameras,
+        image_size=side,
+        horizon=policy.horizon,
+        execute=execute,
+        rate_hz=rate,
+    )
 
 
 class Sampler:

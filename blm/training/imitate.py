@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,14 +19,11 @@ from torch import Tensor, nn
 
 from blm.backbone.backbone import Backbone
 from blm.data.episodes import EpisodeDataset, open_dataset
-from blm.data.mixture import kept_frames, split_episodes
-from blm.data.transforms import action_chunks, fit_transforms
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, FrozenProof
 from blm.training.adapt import Start, continued, fresh
-from blm.training.demonstrations import RobotData, Sampler
+from blm.training.demonstrations import RobotData, Sampler, joint_contract, split
 from blm.training.intents import (
-    CachedIntents,
     IntentConfig,
     LiveIntents,
     cache_intents,
@@ -79,27 +75,20 @@ class ImitateConfig:
 
 def open_robot(backbone: Backbone, dataset: EpisodeDataset, config: ImitateConfig, start: Start) -> RobotData:
     """Split the episodes of one robot, fit its transforms, and fill its cache of intents, if wanted."""
-    _, held = split_episodes(dataset.num_episodes, config.held_out, config.loop.seed)
-    kept = kept_frames(dataset.starts, config.intents.stride)
-    is_held = np.isin(dataset.episode_index[kept], held)
-    train = kept[~is_held]
-    ends = dataset.starts[dataset.episode_index[train] + 1]
-    chunks, inside = action_chunks(dataset.actions, train, ends, config.policy.horizon)
     name = dataset.space.robot
-    transforms = start.transforms().get(name) or fit_transforms(
-        dataset.space, dataset.states[train], chunks, inside, config.policy.relative
-    )
-    intents: CachedIntents | LiveIntents = LiveIntents(backbone, dataset, config.intents)
-    if config.cache is not None:
-        intents = cache_intents(backbone, config.backbone, dataset, config.intents, config.cache / name)
-    return RobotData(
-        dataset=dataset,
-        intents=intents,
-        transforms=transforms,
-        train=train,
-        held_out=kept[is_held],
+    robot = split(
+        dataset,
+        config.policy,
+        stride=config.intents.stride,
+        held_out=config.held_out,
+        seed=config.loop.seed,
         embodiment=start.robots.index(name),
+        transforms=start.transforms().get(name),
     )
+    if config.cache is None:
+        return replace(robot, intents=LiveIntents(backbone, dataset, config.intents))
+    cached = cache_intents(backbone, config.backbone, dataset, config.intents, config.cache / name)
+    return replace(robot, intents=cached)
 
 
 def sampler_of(robots: Sequence[RobotData], config: ImitateConfig, *, train: bool = True) -> Sampler:
@@ -133,7 +122,7 @@ def train_stage2(
     backbone = _load_backbone(config)
     frozen = FrozenProof.of(backbone)
     datasets = [open_dataset(folder) for folder in config.datasets]
-    contract = _contract(datasets, config)
+    contract = joint_contract(datasets, config.policy, cameras=config.intents.cameras, execute=config.execute)
     start = _start(backbone, contract, config)
     inputs = _inputs(backbone, datasets, start, config)
     if processes.first:
@@ -268,23 +257,3 @@ def _load_backbone(config: ImitateConfig) -> Backbone:
     backbone = Backbone.load(config.backbone, device=config.device, dtype=getattr(torch, config.dtype))
     backbone.freeze()
     return backbone
-
-
-def _contract(datasets: Sequence[EpisodeDataset], config: ImitateConfig) -> PolicyContract:
-    """Return the contract of the joint policy. Raises BlmError for datasets that do not go together."""
-    spaces = {data.space.robot: data.space for data in datasets}
-    if len(spaces) != len(datasets) or not datasets:
-        raise BlmError(f"give one dataset per robot; got {[data.space.robot for data in datasets]}")
-    side, rate = datasets[0].image_size, datasets[0].space.rate_hz
-    for data in datasets:
-        data.require(data.space, config.intents.cameras, side, rate)
-        if data.space.dim > config.policy.max_dim:
-            raise BlmError(f"'{data.space.robot}' has {data.space.dim} dimensions, above policy.max_dim")
-    return PolicyContract(
-        action_spaces=spaces,
-        cameras=config.intents.cameras,
-        image_size=side,
-        horizon=config.policy.horizon,
-        execute=config.execute,
-        rate_hz=rate,
-    )
