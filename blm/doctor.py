@@ -135,10 +135,11 @@ def _dataset_faults(folder: Path) -> Iterator[BlmError]:
         return
     if "blm" in data.info and not data.manifest:
         yield DamagedError(f"'{folder / MANIFEST}' is missing")
-    vectors = list(vector_faults(data, every=True))
-    yield from vectors
+    yield from vector_faults(data, every=True)
     yield from video_faults(data, every=True)
-    yield from () if vectors else _range_faults(data)
+    shape = (data.num_frames, data.space.dim)
+    if data.num_frames and data.states.shape == data.actions.shape == shape:
+        yield from _range_faults(data)
     if "blm" in data.info and data.space.robot in ROBOTS:
         try:
             ROBOTS[data.space.robot].action_space.require_same(data.space, f"dataset '{folder}'")
