@@ -12,6 +12,7 @@ import torch
 from blm.backbone import build_nano
 from blm.backbone.eye import (
     CELLS,
+    DECIMAL,
     FOUND,
     NAME_SCALE,
     PERIODS,
@@ -21,6 +22,7 @@ from blm.backbone.eye import (
     WORDS,
     ConvVision,
     ConvVisionConfig,
+    decimal_code,
     metric_code,
 )
 from blm.corpora.messages import Conversation
@@ -132,6 +134,21 @@ def test_the_metric_code_is_the_place_and_its_phases():
     assert torch.allclose(cosines.unflatten(-1, (3, -1)), phases.cos(), atol=1e-4)
     turned = metric_code((metres + PERIODS[0]) / REACH)  # the longest period holds whole ones of all others
     assert torch.allclose(turned[..., 3:], code[..., 3:], atol=1e-4)
+
+
+def test_numbers_are_spelt_as_answers_spell_them():
+    values = torch.tensor([[0.0, 7.0, -12.0, 85.0, 99.0, -3.0]])
+    code = decimal_code(values).unflatten(-1, (-1, DECIMAL))[0]
+    for value, spelt in zip(values[0].tolist(), code, strict=True):
+        sign, tens, ones = (part.argmax().item() for part in spelt.split([2, 10, 10]))
+        assert (-1) ** sign * (10 * tens + ones) == value and spelt.sum() == 3
+    between = decimal_code(torch.tensor([19.25]))
+    assert torch.allclose(
+        between, 0.75 * decimal_code(torch.tensor([19.0])) + 0.25 * decimal_code(torch.tensor([20.0]))
+    )
+    number = torch.tensor([4.5], requires_grad=True)
+    (decimal_code(number) @ torch.arange(float(DECIMAL))).backward()
+    assert number.grad.item() == 1.0, "more ones: the eye can learn through it"
 
 
 def lessons(count: int = 4) -> tuple[ConvVision, torch.Tensor, Lessons]:
@@ -263,15 +280,14 @@ def test_what_follows_from_places_is_told_without_pictures():
         ),
         ("scan_base", told_places),
         ("scan_wrist", "red cube (70, 80)"),
-        ("letters", "gripper (A)"),
+        ("counting", "<think>red cube</think>1"),
     )
     words = told(seen)
-    assert words.kinds == ("metric_gripper_distance", "letters") and not words.media
+    assert words.kinds == ("metric_gripper_distance", "counting") and not words.media
     assert words.messages[0].text == "gripper (40, 3, 12), red cube (50, -4, 2)\nAsk 1."
     assert [m.text for m in words.messages[1::2]] == [seen.messages[n].text for n in (3, 9)]
     assert told(seen.select([0, 2])) is None, "nothing follows"
-    blind = seen.select([1, 4])
-    assert told(blind).kinds == ("letters",), "what is not told cannot be thought of"
+    assert told(seen.select([1, 4])) is None, "nothing is told"
 
     first, words = for_nano([([seen, seen.select([0])], Path("scenes"), 3.0)])
     assert first.weight == 3.0 and words.weight == pytest.approx(3.0 * TOLD_SHARE / (1 - TOLD_SHARE))

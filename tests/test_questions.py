@@ -14,7 +14,7 @@ from test_steps import recorded
 
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, read_corpus
 from blm.corpora.build import _moments
-from blm.corpora.facts import LETTERS, Drawer, Fact, by_kind, letters_turn, stem_of
+from blm.corpora.facts import LETTERS, Drawer, Fact, by_kind, stem_of
 from blm.corpora.messages import CORPUS_FILE, options_of, read_questions, spoken
 from blm.corpora.questions import (
     POINT_SCALE,
@@ -194,18 +194,10 @@ def test_options_are_in_random_order(rng):
     for turn in turns:
         options = options_of(turn.question)
         assert turn.kind == "attribute_color_choice" and len({*options}) == len(options) in (2, 3, 4)
-        assert options[LETTERS.index(turn.answer)] == "red" and turn.thought == f"red ({turn.answer})"
+        assert options[LETTERS.index(turn.answer)] == "red"
     for count in (2, 3, 4):
         letters = Counter(t.answer for t in turns if len(options_of(t.question)) == count)
         assert max(letters.values()) / letters.total() < 1 / count + 0.1
-
-
-def test_letters_are_those_of_their_options(rng):
-    for count in (1, 2, 7):
-        turn = letters_turn([f"thing {i}" for i in range(count)] * 2, rng)
-        options = options_of(turn.question)
-        told = dict(re.fullmatch(r"(.*) \((.)\)", part).groups() for part in turn.answer.split(", "))
-        assert told == dict(zip(options, LETTERS, strict=False)) and len(options) == min(count, 4)
 
 
 def config(**changes):
@@ -291,7 +283,7 @@ def test_held_out_wordings_are_never_trained_on(corpora):
         for row in read_corpus(corpora / name):
             for question in row.questions():
                 kind = question.kind.removesuffix("_choice")
-                if not kind.startswith(("control", "letters", "scan_")):
+                if not kind.startswith(("control", "scan_")):
                     text = question.messages[0].text.split("\n(A)")[0].replace(" an ", " a ")
                     counts[name, any(p.match(text) for p in patterns[kind])] += 1
     assert counts["train", True] == counts["new_words", False] == 0
@@ -320,15 +312,13 @@ def test_moments_show_one_to_three_frames_and_their_questions(tmp_path):
     assert len(rows) == 18
     for row in rows:
         told = dict(zip(row.kinds, row.messages[1::2], strict=True))
-        letters = told.pop("letters", None)
         assert told.pop("scan_step").text in read_steps("pick_cube", *recorded()).names
-        assert len(told) == made.frame_turns == len(row.kinds) - 1 - (letters is not None)
+        assert len(told) == made.frame_turns == len(row.kinds) - 1
         pictures = row.messages[0].images
         frame = int(row.id.split("/")[-1])
         values = [round(float(image.pixels.mean()) / 4) for image in pictures]
         assert len(pictures) in (2, 3, 4) and values == sorted(values), "frames are in order of time"
         assert abs(values[-1] - frame) <= 1, "the moment comes last"
-    assert 1 <= sum("letters" in row.kinds for row in rows) <= 12
     yes_no = Counter(spoken(m.text) for row in rows for m in row.messages[1::2])
     assert abs(yes_no["yes"] - yes_no["no"]) <= 6
 

@@ -13,7 +13,7 @@ from blm.corpora.faults import RowError
 from blm.corpora.messages import Conversation, options_of, parse_row, spoken, spoken_after
 from blm.corpora.questions import KINDS, WAYS, scene_facts
 from blm.corpora.scene_view import STAGINGS, Scene, Thing
-from blm.evaluation.digital.extraction import final_answer
+from blm.evaluation.digital.extraction import final_answer, read_choice
 from blm.tasks.spec import PALETTE
 
 ANSWERS = ("yes", "A", "(12, -3, 20) cm", "7 cm", "approach, hold", "red cube", "two\nlines")
@@ -101,13 +101,16 @@ def test_only_a_corpus_that_teaches_shows_thoughts(rng):
         assert [question.answer for question in row.questions()] == [turn.answer for turn in turns]
 
 
-def test_a_choice_thinks_the_free_answer_first(rng):
-    drawer = Drawer(rng, choice=1.0)
+def test_a_choice_is_thought_of_as_the_free_question_is(rng):
+    asked, taught = (Drawer(rng, choice=1.0, letters=letters) for letters in (True, False))
     for fact in (fact for fact in FACTS[::20] if fact.wrong):
-        turn = drawer.word(fact)
-        *before, last = turn.thought.split("; ")
-        assert "; ".join(before) == fact.thought and last == f"{fact.answer} ({turn.answer})"
+        turn = asked.word(fact)
+        assert turn.thought == fact.thought
         assert options_of(turn.question)[LETTERS.index(turn.answer)] == fact.answer
+        turn = taught.word(fact)
+        assert turn.thought == fact.thought and turn.answer == fact.answer
+        letter = LETTERS[options_of(turn.question).index(fact.answer)]
+        assert read_choice(turn.answer, options_of(turn.question)) == letter, "extraction reads the words too"
 
 
 # --- scenes ------------------------------------------------------------------------------------------------
@@ -136,7 +139,7 @@ def test_comparisons_follow_from_distances():
     for fact, (mark, *two) in of(*pick):
         place = spots(fact.thought)
         assert next(iter(place)) == mark
-        far = dict(re.findall(r"([a-z][a-z ]*) \([^)]*\) (\d+) cm", fact.thought))
+        far = dict(re.findall(r"([a-z][a-z ]*) \([^)]*\): \([^)]*\) (\d+) cm", fact.thought))
         assert far.keys() == place.keys() - {mark} and (not two or far.keys() == {*two})
         for name, distance in far.items():
             assert abs(np.linalg.norm(place[name] - place[mark]) - int(distance)) < 2.3
@@ -161,13 +164,28 @@ def test_ways_and_distances_follow_from_places():
         start, end = words if len(words) == 2 else ["gripper", *words]
         place = spots(fact.thought)
         assert [*place] == [start, end]
-        way = place[end] - place[start]
+        way, told = place[end] - place[start], numbers(fact.thought.split(": ")[1])
+        assert np.abs(told - way).max() <= 1
         if fact.kind.endswith("distance"):
-            told = numbers(fact.thought.split(": ")[1])
-            assert np.abs(told - way).max() <= 1
             assert abs(np.linalg.norm(told) - numbers(fact.answer)[0]) < 1.4
         else:
-            assert np.abs(numbers(fact.answer) - way).max() <= 1
+            assert (numbers(fact.answer) == told).all()
+
+
+def test_in_centimetres_all_that_is_said_follows_exactly():
+    for seed in range(40):
+        scene = random_scene(seed)
+        told = scene.in_centimetres()
+        assert abs(told.tcp - scene.tcp).max() <= 0.005 + 1e-9
+        for fact in scene_facts(told):
+            if fact.kind.startswith("metric_") and fact.thought:
+                places, way = fact.thought.split(": ")
+                start, end = spots(places).values()
+                assert (numbers(way) == end - start).all()
+                distance = fact.kind.endswith("distance")
+                assert numbers(fact.answer).tolist() == (
+                    [round(float(np.linalg.norm(end - start)))] if distance else (end - start).tolist()
+                )
 
 
 def test_directions_follow_from_ways():

@@ -39,6 +39,8 @@ REACH = 0.5
 """Places from the robot are given in this [m], so that most lie within -1 .. 1 or 0 .. 2."""
 PERIODS = (2.0, 1.0, 0.2, 0.1)
 """Periods of their code [m]. 1 and 0.1 tell apart what decimal digits of centimetres need."""
+DECIMAL = 22
+"""Numbers that spell one: two for its sign, ten for its tens, ten for its ones."""
 STEPS, VIEWS = 16, 4
 """Steps, and cameras, are told apart up to these numbers."""
 
@@ -65,7 +67,7 @@ class ConvVisionConfig(PretrainedConfig):
         self.channels, self.width = channels, width
         self.things, self.steps, self.views = list(things), list(steps), list(views)
         self.image_size, self.patch_size = IMAGE_SIZE, IMAGE_SIZE // GRID
-        places = 2 + 4 * len(FREQUENCIES) + 3 + 6 * len(PERIODS)
+        places = 2 + 4 * len(FREQUENCIES) + 3 + 6 * len(PERIODS) + 5 * DECIMAL
         self.hidden_size = WORDS + QUARTERS + 1 + places + 2 * channels + STEPS + VIEWS
         super().__init__(**kwargs)
 
@@ -189,10 +191,12 @@ class ConvVision(PreTrainedModel):
         names = self.names(found)
         place, looks, metres = self.looks(features, summary, weights, names)
         fixed = self.fixed(looks[..., -features.shape[1] :]).sigmoid()
-        metres = metric_code(metres) * fixed * (torch.arange(GRID * GRID) < FOUND).to(sure)[:, None]
+        thing = (torch.arange(GRID * GRID) < FOUND).to(sure)[:, None]
+        spelt = decimal_code((place[..., :2] + 1) * 50) * thing
+        metres = torch.cat([metric_code(metres), decimal_code(100 * REACH * metres)], dim=-1) * fixed * thing
         view = NAME_SCALE * self.view(summary).softmax(-1)
         whole = torch.cat([self.doing(summary).softmax(-1), view], dim=-1)[:, None]
-        told = [NAME_SCALE * names, torch.ones_like(sure), place, metres, LOOK_SCALE * looks]
+        told = [NAME_SCALE * names, torch.ones_like(sure), place, spelt, metres, LOOK_SCALE * looks]
         tokens = torch.cat([sure * torch.cat(told, dim=-1), whole.expand(-1, GRID * GRID, -1)], dim=-1)
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
 
@@ -222,6 +226,20 @@ def position_code(height: int, width: int) -> Tensor:
 def metric_code(place: Tensor) -> Tensor:
     """[..., 3] places from the robot [REACH m] -> [..., 3 + 6 P]: the same, and sin, cos for P periods."""
     return _fourier(place, [2 * REACH / period for period in PERIODS])
+
+
+def decimal_code(number: Tensor) -> Tensor:
+    """[..., N] numbers -> [..., 22 N]: sign, tens and ones of each as answers spell it, so that reading it
+    is linear; in between two whole numbers a mean of both."""
+    whole = number.detach().floor()
+    share = (number - whole)[..., None]
+
+    def spelt(value: Tensor) -> Tensor:
+        size = value.abs().clamp(max=99).long()
+        digits = [F.one_hot((value < 0).long(), 2), F.one_hot(size // 10, 10), F.one_hot(size % 10, 10)]
+        return torch.cat(digits, dim=-1).to(number)
+
+    return ((1 - share) * spelt(whole) + share * spelt(whole + 1)).flatten(-2)
 
 
 def _fourier(place: Tensor, frequencies: Sequence[float]) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from blm.corpora.facts import Drawer, by_kind, letters_turn, to_messages
+from blm.corpora.facts import Drawer, by_kind, to_messages
 from blm.corpora.messages import Conversation, read_corpus, write_corpus
 from blm.corpora.questions import control_turn, scan_step, scan_turns, scene_turns
 from blm.corpora.scene_view import Observer, stage
@@ -29,8 +29,6 @@ from blm.engine import Unit, run_units
 from blm.tasks import Env
 from blm.types import BlmError, ImageArray
 
-LETTERS_SHARE = 1 / 3
-"""Share of the conversations that also teach which option of a multiple choice has which letter."""
 SCENES_PER_SHARD = 400
 EPISODES_PER_SHARD = 60
 FRAME_GAP = 3
@@ -139,7 +137,8 @@ def write_shard(payload: tuple[str, SceneCorpusConfig, Any, Path]) -> dict[str, 
 
 
 def _drawer(config: SceneCorpusConfig, *stream: int) -> Drawer:
-    return Drawer(np.random.default_rng((config.first_seed, *stream)), config.wording, config.choice)
+    rng = np.random.default_rng((config.first_seed, *stream))
+    return Drawer(rng, config.wording, config.choice, letters=not config.teach)
 
 
 def _random_scenes(config: SceneCorpusConfig, part: Part) -> Iterator[Conversation]:
@@ -168,8 +167,6 @@ def _random_scene(config: SceneCorpusConfig, observer: Any, seed: int, drawer: D
     turns += scan_turns(scene) if config.teach else []
     if config.teach and (env.task_spec.prehensile or scene.staging != "held"):
         turns.append(control_turn(scene, env.task_description, env.embodiment))
-    if config.teach and rng.random() < LETTERS_SHARE:
-        turns.append(letters_turn((thing.label for thing in scene.things), rng))
     group = f"scene/{env.embodiment}/{env.task}/{seed}"
     return Conversation(
         id=group,
@@ -200,8 +197,6 @@ def _moments(config: SceneCorpusConfig, part: Part) -> Iterator[Conversation]:
             instruction = dataset.instructions[dataset.task_index[first + frame]]
             turns = drawer.ask(by_kind(moment_facts(steps, index, frame, instruction)), config.frame_turns)
             turns += [scan_step(steps.names[index])] if config.teach else []
-            if config.teach and drawer.rng.random() < LETTERS_SHARE:
-                turns.append(letters_turn(map(steps.phrase, steps.names), drawer.rng))
             images = _pictures(dataset, config.cameras, first, frame, drawer.rng)
             yield Conversation(
                 id=f"episode/{robot}/{episode}/{frame}",

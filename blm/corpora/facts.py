@@ -69,6 +69,9 @@ class Drawer:
     wording: Wording = "seen"
     choice: float = 0.25
     """Share of multiple choice among the questions that allow it."""
+    letters: bool = True
+    """Answer a multiple choice by its letter, else by the option's words: extraction reads both. A small
+    model learns words long before it learns which letter stands before them (docs/LOG.md)."""
     answered: Counter[tuple[str, ...]] = field(default_factory=Counter)
 
     def draw(self, facts: Sequence[Fact]) -> Fact | None:
@@ -112,8 +115,9 @@ class Drawer:
         options = [*map(str, self.rng.choice(sorted(fact.wrong), count, replace=False))]
         right = int(self.rng.integers(count + 1))
         options.insert(right, fact.answer)
-        thought = "; ".join(filter(None, (fact.thought, f"{fact.answer} ({LETTERS[right]})")))
-        return Turn(f"{fact.kind}_choice", _with_options(question, options), LETTERS[right], thought)
+        lines = (f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
+        answer = LETTERS[right] if self.letters else fact.answer
+        return Turn(f"{fact.kind}_choice", "\n".join([question, *lines]), answer, fact.thought)
 
     def ask(self, groups: Mapping[str, Sequence[Fact]], count: int) -> list[Turn]:
         """Ask one question of each of `count` kinds at most."""
@@ -122,18 +126,6 @@ class Drawer:
         facts = (self.draw(groups[kinds[index]]) for index in order)
         drawn = [fact for _, fact in zip(range(count), (f for f in facts if f is not None), strict=False)]
         return [self.word(fact) for fact in drawn]
-
-
-def letters_turn(names: Iterable[str], rng: np.random.Generator) -> Turn:
-    """A turn that only teaches: which letter each option of a multiple choice has."""
-    options = [*map(str, rng.permutation(sorted({*names}))[: len(LETTERS)])]
-    answer = ", ".join(f"{options[i]} ({LETTERS[i]})" for i in rng.permutation(len(options)))
-    return Turn("letters", _with_options("Name the letter of each.", options), answer)
-
-
-def _with_options(question: str, options: Sequence[str]) -> str:
-    lines = (f"({letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))
-    return "\n".join([question, *lines])
 
 
 def _levels(fact: Fact) -> set[tuple[str, ...]]:

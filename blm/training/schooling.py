@@ -2,8 +2,8 @@
 
 A pretrained backbone can see, read a list and compute before it is fine-tuned; nano starts from nothing.
 First its eye learns to find things (`eye.py`). Then the language model learns, from conversations that show
-no picture but tell what is in it, what follows from that - ways, distances, letters of options - at a
-fraction of the cost; then to tell what the eye has found. Some told conversations stay in Stage I proper.
+no picture but tell what is in it, what follows from that - ways, distances, order - at a fraction of
+the cost; then to tell what the eye has found. Some told conversations stay in Stage I proper.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TELLING = LoopConfig(steps=700, batch_size=8, lr=2e-3, muon=0.02, title="nano's 
 DRILL = LoopConfig(steps=1000, batch_size=8, lr=2e-3, muon=0.02, title="nano's drill")
 FINDING = ("scan", "point", "box", "metric_position")
 """Kinds that say what and where things are."""
-TOLD_SHARE = 0.15
+TOLD_SHARE = 0.25
 """Share of told conversations among those of Stage I proper."""
 
 
@@ -121,15 +121,14 @@ def without_scans(row: Conversation) -> Conversation:
 
 
 def told(row: Conversation) -> Conversation | None:
-    """The turns whose answers follow from a thought, or teach letters, with what the scans say about places
-    from the robot in place of pictures; None if it has no such turn."""
+    """The turns whose answers follow from a thought, with what the scans say about places from the robot in
+    place of pictures; None if it has none."""
     answers = [message.text for message in row.messages if message.role == "assistant"]
     both = list(zip(row.kinds, answers, strict=True))
     scans = [read_scan(text) for kind, text in both if kind.startswith("scan_") and kind != "scan_step"]
     places = {name: place[2:] for scan in scans for name, place in scan.items() if len(place) == 5}
-    thought = [bool(places) and text.startswith("<think>") for _, text in both]
-    turns = [n for n, (kind, _) in enumerate(both) if kind == "letters" or thought[n]]
-    if not turns:
+    turns = [n for n, (_, text) in enumerate(both) if text.startswith("<think>")]
+    if not (places and turns):
         return None
     said = ", ".join(f"{name} {places[name]}" for name in sorted(places))
     chosen = row.select(turns)
