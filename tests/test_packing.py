@@ -226,7 +226,7 @@ def test_large_pictures_are_shrunk_in_proportion_and_counted(backbone: Backbone)
 
 def rows_of(*lengths: int) -> list[Row]:
     none = np.zeros(0, dtype=np.int64)
-    return [Row(np.zeros(n, dtype=np.int64), none, none, none, {}) for n in lengths]
+    return [Row(np.zeros(n, dtype=np.int64), none, none, none) for n in lengths]
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (3.0, 1.0), (0.7, 0.2, 0.1), (1.0, 100.0)])
@@ -308,15 +308,15 @@ def test_cached_features_give_the_same_loss_and_gradients(
     folder = tmp_path if on_disk else None
     cached = FeatureCache(backbone, counts, folder)(rows)
     assert counts == {"pictures": 3, "distinct pictures": 2}
-    assert all("pixel_values" not in one.media for one in cached)
+    assert all(one.shown is None for one in cached)
     found = gradients(backbone, lambda: run(backbone, [cached], cached=True).loss_sum)
     assert_same(found, wanted)
     assert bool(found) and any("projector" in name or "connector" in name for name in found) == projector
     if on_disk:
         monkeypatch.setattr(features, "encode", None)  # all are found on disk
         again = FeatureCache(backbone, Counter(), folder)(rows)
-        for name, pieces in cached[0].media.items():
-            assert all(torch.equal(a, b) for a, b in zip(pieces, again[0].media[name], strict=True))
+        for name, pieces in cached[0].features.items():
+            assert all(torch.equal(a, b) for a, b in zip(pieces, again[0].features[name], strict=True))
 
 
 def test_features_of_a_trained_eye_are_not_cached(backbone: Backbone) -> None:

@@ -46,7 +46,7 @@ class AnswerModel(nn.Module):
     @cached_property
     def dummy(self) -> Inputs:
         """What the eye reads for one picture."""
-        return join([probe_rows(self.backbone)[1].media])
+        return join([probe_rows(self.backbone)[1].media(self.backbone)])
 
     def train(self, mode: bool = True) -> AnswerModel:
         super().train(mode)

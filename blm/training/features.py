@@ -60,7 +60,7 @@ class FeatureCache:
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         keys, unseen = [], dict[str, Inputs]()
         for row in rows:
-            units = [(_key(unit), unit) for unit in _units(row.media)]
+            units = [(_key(unit), unit) for unit in _units(row.media(self.backbone))]
             keys.append([key for key, _ in units])
             self.counts["pictures"] += len(units)
             unseen |= {key: unit for key, unit in units if key not in self.store.features}
@@ -73,7 +73,7 @@ class FeatureCache:
         self.store.write()
         features = self.store.features
         return [
-            replace(row, media=_gather([features[key] for key in group]))
+            replace(row, shown=None, features=_gather([features[key] for key in group]))
             for row, group in zip(rows, keys, strict=True)
         ]
 

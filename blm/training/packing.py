@@ -72,7 +72,7 @@ def pack(backbone: Backbone, groups: Sequence[Sequence[Row]], ids: tuple[int, ..
     mask = torch.from_numpy((owner >= 0).astype(np.int64)) if alone else _mask(backbone, owner, branch)
     places = torch.from_numpy(positions if len(positions) > 1 else positions[0])
     inputs = {"input_ids": torch.from_numpy(tokens), "attention_mask": mask, "position_ids": places}
-    inputs |= join([row.media for row in rows])
+    inputs |= join([row.media(backbone) for row in rows])
     turns = None if alone else lay_out(owner, branch)
     return RowBatch(ids, inputs, torch.from_numpy(learn), sum(map(len, rows)), turns)
 

@@ -1,18 +1,19 @@
-"""Conversations -> rows: tokens, which of them are learnt, and the pictures. Shapes: L positions."""
+"""Conversations -> rows: tokens, which of them are learnt, and the pictures. Shapes: L positions.
+
+Pictures are read again whenever a row is used: a corpus of them does not fit in memory.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from blm.backbone import Backbone, Inputs
@@ -21,7 +22,8 @@ from blm.types import BlmError, Image, ImageArray, Message
 
 Messages = tuple[Message, ...]
 Media = Mapping[str, tuple[Tensor, ...]]
-"""What a model reads beside tokens ("pixel_values", Qwen's "image_grid_thw", ..), in reading order."""
+"""What a model reads beside tokens ("pixel_values", Qwen's "image_grid_thw", ..), or cached features, in
+reading order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,19 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """Pictures, and the text that has their placeholders."""
+
+    text: str
+    images: tuple[Image, ...]
+    root: Path | None
+    max_pixels: int | None
+
+    def pixels(self) -> list[ImageArray]:
+        return [shrunk(load_pixels(image, self.root), self.max_pixels) for image in self.images]
+
+
+@dataclass(frozen=True)
 class Row:
     """One conversation, ready to train on: all its turns behind one copy of its pictures."""
 
@@ -54,29 +69,19 @@ class Row:
     """[L] int64: 0 is seen by all later positions, j > 0 by turn j only."""
     positions: np.ndarray
     """[1 or 3, L] int64: a turn counts on from the end of what is shared; three rows are M-RoPE's."""
-    media: Media
-    """Pixels are uint8 if that loses nothing, else as the processor made them."""
+    shown: Shown | None = None
+    """None: no pictures, or their features are cached."""
+    features: Media = field(default_factory=dict)
+    """Cached features of its pictures."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-
-def read_rows(
-    backbone: Backbone,
-    conversations: Sequence[Sequence[Message]],
-    limits: Limits,
-    root: Path | None,
-    counts: Counter[str],
-) -> list[Row]:
-    rows = []
-    for index, messages in enumerate(track(conversations, "reading", console=Console(stderr=True))):
-        try:
-            row = make_row(backbone, tuple(messages), limits, root, counts)
-        except BlmError as error:
-            raise BlmError(f"conversation {index}: {error}") from error
-        if row is not None:
-            rows.append(row)
-    return rows
+    def media(self, backbone: Backbone) -> Media:
+        """Return the features of its pictures, or what the model's processor makes of them."""
+        if self.shown is None:
+            return self.features
+        return media_of(backbone.process([self.shown.text], self.shown.pixels()))
 
 
 @contextmanager
@@ -95,9 +100,10 @@ def make_row(
 ) -> Row | None:
     """Tokenise one conversation; None if even its first turn is too long. `counts` says what happened."""
     turns = separated(messages) if limits.separate_turns else [messages]
-    loaded = [load_pixels(image, root) for message in turns[0] for image in message.images]
-    images = [shrunk(pixels, limits.max_pixels) for pixels in loaded]
-    read = backbone.process([backbone.render(turns[0], prompt=False)], images)
+    images = tuple(image for message in turns[0] for image in message.images)
+    shown = Shown(backbone.render(turns[0], prompt=False), images, root, limits.max_pixels)
+    pixels = shown.pixels()
+    read = backbone.process([shown.text], pixels)
     tokens, learn, branch = _branches(backbone, read["input_ids"][0].numpy(), turns)
     if len(tokens) > limits.max_length:
         counts["turns cut"] += 1
@@ -107,10 +113,12 @@ def make_row(
         counts["dropped, too long"] += 1
         return None
     counts["kept"] += 1
-    if changed := sum(small is not pixels for small, pixels in zip(images, loaded, strict=True)):
-        counts["pictures shrunk"] += changed
-    media = media_of(backbone, read) if images else {}
-    return Row(tokens, learn, branch, _positions(backbone, tokens, branch, media), media)
+    if limits.max_pixels is not None:
+        full = replace(shown, max_pixels=None).pixels()
+        if changed := sum(a.shape != b.shape for a, b in zip(full, pixels, strict=True)):
+            counts["pictures shrunk"] += changed
+    positions = _positions(backbone, tokens, branch, media_of(read) if images else {})
+    return Row(tokens, learn, branch, positions, shown if images else None)
 
 
 def shrunk(pixels: ImageArray, most: int | None) -> ImageArray:
@@ -123,11 +131,10 @@ def shrunk(pixels: ImageArray, most: int | None) -> ImageArray:
     return np.asarray(PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BICUBIC))
 
 
-def media_of(backbone: Backbone, read: Inputs) -> Media:
+def media_of(read: Inputs) -> Media:
     """Return what a processor made of the pictures of one conversation."""
     words = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
-    media = {name: (value,) for name, value in read.items() if name not in words}
-    return {**media, "pixel_values": (pack_pixels(backbone, read["pixel_values"]),)}
+    return {name: (value,) for name, value in read.items() if name not in words}
 
 
 def _branches(
@@ -241,21 +248,6 @@ def _end_tokens(backbone: Backbone) -> list[int]:
     return list(np.atleast_1d(backbone.model.generation_config.eos_token_id))
 
 
-def pack_pixels(backbone: Backbone, pixels: Tensor) -> Tensor:
-    """Return normalised pixels as uint8, a quarter of the memory; unchanged where that would lose any."""
-    mean, std = _normalisation(backbone, pixels)
-    raw = ((_by_colour(pixels) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    raw = raw.reshape(pixels.shape)
-    return raw if torch.allclose(unpack_pixels(backbone, raw), pixels, atol=1e-5) else pixels
-
-
-def unpack_pixels(backbone: Backbone, pixels: Tensor) -> Tensor:
-    if pixels.dtype != torch.uint8:
-        return pixels
-    mean, std = _normalisation(backbone, pixels)
-    return ((_by_colour(pixels) / 255 - mean) / std).reshape(pixels.shape)
-
-
 def join(media: Sequence[Media]) -> Inputs:
     """Concatenate media in order."""
     names = dict.fromkeys(name for one in media for name in one)
@@ -263,21 +255,6 @@ def join(media: Sequence[Media]) -> Inputs:
 
 
 def ready(backbone: Backbone, inputs: Inputs) -> Inputs:
-    """Return inputs on the model's device, pictures normalised and in its precision."""
-    inputs = {name: value.to(backbone.model.device, non_blocking=True) for name, value in inputs.items()}
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = unpack_pixels(backbone, inputs["pixel_values"])
-    return backbone.place(inputs)
-
-
-def _by_colour(pixels: Tensor) -> Tensor:
-    """[n, 3, rest]: colour is the slowest axis of a picture and of a Qwen patch."""
-    return pixels.reshape(pixels.shape[:2].numel() if pixels.ndim == 5 else len(pixels), 3, -1)
-
-
-def _normalisation(backbone: Backbone, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation per colour [3, 1]."""
-    settings = backbone.processor.image_processor
-    values = (settings.image_mean, settings.image_std)
-    mean, std = (torch.tensor(value, device=pixels.device)[:, None] for value in values)
-    return mean, std
+    """Return inputs on the model's device, pictures in its precision."""
+    device = backbone.model.device
+    return backbone.place({name: value.to(device, non_blocking=True) for name, value in inputs.items()})

@@ -1,7 +1,8 @@
 """Stage I: supervised fine-tuning of a backbone on conversations, with loss on the assistant's tokens only.
 
 A weighted mixture of sources (own questions, general replay) is tokenised once, before training; pictures
-wait as uint8, or as features if the eye is frozen. The language head runs on answer positions only.
+are read one step ahead, or wait as features if the eye is frozen. The language head runs on answer positions
+only.
 """
 
 from __future__ import annotations
@@ -197,9 +198,9 @@ def read_source(
 ) -> Source:
     """Tokenise a source; `counts` says what happened. Raises BlmError naming a conversation of no use.
 
-    With `see` the pixels of a few rows at a time become features: never are all in memory.
+    With `see` the pictures of a few rows at a time become features.
     """
-    rows, pixels = list[Row](), list[Row]()
+    rows, unseen = list[Row](), list[Row]()
     console = console or Console(stderr=True)
     for index, messages in enumerate(track(source.conversations, f"reading {source.name}", console=console)):
         try:
@@ -211,11 +212,11 @@ def read_source(
             counts["skipped, bad"] += 1
             continue
         if row is not None:
-            pixels.append(row)
-        if see is not None and len(pixels) >= SEEN_TOGETHER:
-            rows += see(pixels)
-            pixels = []
-    rows += see(pixels) if see is not None else pixels
+            unseen.append(row)
+        if see is not None and len(unseen) >= SEEN_TOGETHER:
+            rows += see(unseen)
+            unseen = []
+    rows += see(unseen) if see is not None else unseen
     if not rows:
         raise BlmError(f"no conversation of '{source.name}' can be trained on: {dict(counts)}")
     return Source(name=source.name, rows=rows, weight=source.weight)
