@@ -118,12 +118,11 @@ class Recipe:
             lookup("camera", camera, CAMERAS)
 
 
-def stage1(*, eye: int, telling: int, drill: int, steps: int, batch_size: int = 8) -> Stage1:
-    """Stage I of the nano backbone from scratch, in steps: its eye, telling, the drill, then everything."""
+def stage1(*, eye: int, drill: int, steps: int, batch_size: int = 8) -> Stage1:
+    """Stage I of the nano backbone from scratch, in steps: its eye, the drill, then everything."""
     basis = Schooling()
     schooling = Schooling(
         eye=replace(basis.eye, steps=eye),
-        telling=replace(basis.telling, steps=telling),
         drill=replace(basis.drill, steps=drill),
     )
     loop = LoopConfig(steps=steps, batch_size=batch_size, lr=2e-3, muon=0.02, title="Stage I")
@@ -143,7 +142,7 @@ def demo() -> Recipe:
         tasks=("push_cube", "pick_cube"),
         demonstrations=Demonstrations(episodes=16, held_out_episodes=2),
         corpus=Corpus(scenes=800, held_out_scenes=120, turns=6),
-        stage1=stage1(eye=150, telling=30, drill=50, steps=80),
+        stage1=stage1(eye=150, drill=80, steps=80),
         stage2=stage2(steps=450),
         evaluation=Evaluation(episodes=4, max_questions=300),
     )
@@ -157,7 +156,7 @@ def ci() -> Recipe:
         tasks=tuple(TASKS),
         demonstrations=Demonstrations(episodes=1, held_out_episodes=1),
         corpus=Corpus(scenes=40, held_out_scenes=8, turns=4),
-        stage1=stage1(eye=10, telling=10, drill=10, steps=10, batch_size=4),
+        stage1=stage1(eye=10, drill=10, steps=10, batch_size=4),
         stage2=stage2(steps=10, batch_size=8),
         evaluation=Evaluation(episodes=1, max_steps=60, max_questions=60),
     )
@@ -172,7 +171,7 @@ def nano() -> Recipe:
         cameras=("base", "side", "wrist"),
         demonstrations=Demonstrations(episodes=60, held_out_episodes=4),
         corpus=Corpus(scenes=24_000, held_out_scenes=600, turns=10, frames_per_episode=6),
-        stage1=stage1(eye=2600, telling=700, drill=600, steps=5200),
+        stage1=stage1(eye=2600, drill=1500, steps=6000),
         stage2=stage2(steps=60_000),
         evaluation=Evaluation(episodes=50, max_questions=3000),
     )

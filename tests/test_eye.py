@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from blm.backbone import build_nano
 from blm.backbone.eye import (
     CELLS,
     DECIMAL,
+    DECIMAL_SCALE,
     FOUND,
     NAME_SCALE,
     PERIODS,
@@ -40,7 +42,7 @@ from blm.training.record import Meter
 from blm.training.schooling import (
     TOLD_SHARE,
     Schooling,
-    finding,
+    alone,
     for_nano,
     is_nano,
     taught_nano,
@@ -109,9 +111,31 @@ def test_scans_belong_to_their_pictures_and_drills_are_what_finds():
     assert view.name == "base" and not view.step
     for x, y, *place in view.places.values():
         assert np.abs(np.subtract(place, where(0.112 * x, 0.112 * y))).max() <= 1
-    assert finding(both) == [0]
     (view,) = scanned(moment(0), Path())
-    assert view.places is None and view.step in ("lift", "lower") and finding(moment(0)) == [1]
+    assert view.places is None and view.step in ("lift", "lower")
+
+
+def test_a_drill_shows_one_picture_at_a_time_and_asks_of_it_alone():
+    pixels = [np.full((112, 112, 3), level, np.uint8) for level in (10, 20, 30)]
+    turns = {
+        "point_side": "(1, 2)",
+        "counting": "2",
+        "scan_base": "gripper (1, 2) at (4, 5, 6)",
+        "scan_side": "gripper (1, 2)",
+        "scan_wrist": "nothing",
+        "point_base": "(3, 4)",
+        "scan_step": "lift",
+    }
+    made = row(0, pixels[0], *turns.items())
+    first = Message("user", (*map(Image, pixels), made.messages[0].text))
+    made = replace(made, messages=(first, *made.messages[1:]))
+    base, side = alone(made)
+    assert base.kinds == ("scan_base", "point_base") and side.kinds == ("point_side", "scan_side")
+    for view, level in ((base, 10), (side, 20)):
+        (image,) = view.media
+        assert image.pixels.mean() == level and view.messages[0].images == (image,)
+        assert [m.text for m in view.messages[1::2]] == [turns[kind] for kind in view.kinds]
+    assert not list(alone(made.select([1]))), "a conversation without scans has nothing to find"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -141,14 +165,14 @@ def test_numbers_are_spelt_as_answers_spell_them():
     code = decimal_code(values).unflatten(-1, (-1, DECIMAL))[0]
     for value, spelt in zip(values[0].tolist(), code, strict=True):
         sign, tens, ones = (part.argmax().item() for part in spelt.split([2, 10, 10]))
-        assert (-1) ** sign * (10 * tens + ones) == value and spelt.sum() == 3
+        assert (-1) ** sign * (10 * tens + ones) == value and spelt.sum() == 3 * DECIMAL_SCALE
     between = decimal_code(torch.tensor([19.25]))
     assert torch.allclose(
         between, 0.75 * decimal_code(torch.tensor([19.0])) + 0.25 * decimal_code(torch.tensor([20.0]))
     )
     number = torch.tensor([4.5], requires_grad=True)
     (decimal_code(number) @ torch.arange(float(DECIMAL))).backward()
-    assert number.grad.item() == 1.0, "more ones: the eye can learn through it"
+    assert number.grad.item() == DECIMAL_SCALE, "more ones: the eye can learn through it"
 
 
 def lessons(count: int = 4) -> tuple[ConvVision, torch.Tensor, Lessons]:
@@ -237,7 +261,6 @@ def test_schooling_finds_things_in_new_pictures(tmp_path):
     rows = [make(seed) for seed in range(120) for make in (scene, moment)]
     schooling = Schooling(
         eye=LoopConfig(steps=120, batch_size=16, lr=3e-3, clip=5.0, save_every=1000),
-        telling=LoopConfig(steps=2, batch_size=4),
         drill=LoopConfig(steps=2, batch_size=4),
     )
     backbone = taught_nano([(rows, tmp_path)], schooling, tmp_path / "run")

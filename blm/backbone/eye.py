@@ -31,8 +31,9 @@ QUARTERS = 4
 FOUND = GRID * GRID - QUARTERS
 WORDS = 64
 """Things are told apart by at most so many words."""
-NAME_SCALE, LOOK_SCALE = 4.0, 0.3
-"""Make the few numbers that say what a token is about as large as the many that say how it looks."""
+NAME_SCALE, LOOK_SCALE, DECIMAL_SCALE = 4.0, 0.3, 30.0
+"""Make the few numbers that say what and where a thing is count among the many that say how it looks. Spelt
+numbers were learnt the faster the larger they were: 1, 4, 10, 30 (docs/LOG.md)."""
 FREQUENCIES = (1, 2, 4, 5, 10)
 """Half periods of the position code over the picture. 5 and 10 tell apart what decimal digits need."""
 REACH = 0.5
@@ -237,7 +238,7 @@ def decimal_code(number: Tensor) -> Tensor:
     def spelt(value: Tensor) -> Tensor:
         size = value.abs().clamp(max=99).long()
         digits = [F.one_hot((value < 0).long(), 2), F.one_hot(size // 10, 10), F.one_hot(size % 10, 10)]
-        return torch.cat(digits, dim=-1).to(number)
+        return DECIMAL_SCALE * torch.cat(digits, dim=-1).to(number)
 
     return ((1 - share) * spelt(whole) + share * spelt(whole + 1)).flatten(-2)
 

@@ -1,15 +1,15 @@
 """What a new nano learns before Stage I proper, and what it learns beside it.
 
 A pretrained backbone can see, read a list and compute before it is fine-tuned; nano starts from nothing.
-First its eye learns to find things (`eye.py`). Then the language model learns, from conversations that show
-no picture but tell what is in it, what follows from that - ways, distances, order - at a fraction of
-the cost; then to tell what the eye has found. Some told conversations stay in Stage I proper.
+First its eye learns to find things (`eye.py`). Then the language model is drilled: it tells what the eye has
+found in one picture at a time, and, from conversations that show no picture but tell what is in it, what
+follows from that - ways, distances, order. Some of these stay in Stage I proper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from blm.backbone import Backbone, build_nano
@@ -22,12 +22,11 @@ from blm.training.sft import Stage1Config, TrainingSource, train_stage1
 from blm.types import Message
 
 EYE = LoopConfig(steps=3000, batch_size=32, lr=3e-3, clip=5.0, title="nano's eye")
-TELLING = LoopConfig(steps=700, batch_size=8, lr=2e-3, muon=0.02, title="nano's telling")
-DRILL = LoopConfig(steps=1000, batch_size=8, lr=2e-3, muon=0.02, title="nano's drill")
-FINDING = ("scan", "point", "box", "metric_position")
-"""Kinds that say what and where things are."""
+DRILL = LoopConfig(steps=1500, batch_size=8, lr=2e-3, muon=0.02, title="nano's drill")
+FINDING = ("scan", "point", "box")
+"""Kinds that say what and where things are in a view: NAME_VIEW."""
 TOLD_SHARE = 0.25
-"""Share of told conversations among those of Stage I proper."""
+"""Share of told conversations in the drill and in Stage I proper."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +36,8 @@ class Schooling:
 
     eye: LoopConfig = EYE
     """The eye alone."""
-    telling: LoopConfig = TELLING
-    """The language model: what follows from what is told."""
     drill: LoopConfig = DRILL
-    """The same: only the turns that say where things are."""
+    """The language model: one picture at a time, and what is told."""
 
 
 def taught_nano(
@@ -59,30 +56,33 @@ def taught_nano(
     if not views:
         return backbone
     teach_eye(backbone, views, schooling.eye, out / "eye")
-    if source := told_source([rows for rows, _ in corpora]):
-        train_stage1(
-            backbone, [source], Stage1Config(loop=schooling.telling, vision_scale=0.0), out / "telling"
-        )
-    drill, seen = schooling.drill, schooling.drill.steps * schooling.drill.batch_size
-    drills = [
-        (root, [row.select(turns).messages for row in rows if (turns := finding(row))])
-        for rows, root in corpora
-    ]
+    views_alone = [(root, [one.messages for row in rows for one in alone(row)]) for rows, root in corpora]
     sources = [
-        TrainingSource(name=root.name, conversations=found[:seen], root=root, weight=float(len(found)))
-        for root, found in drills
+        TrainingSource(name=root.name, conversations=found, root=root, weight=float(len(found)))
+        for root, found in views_alone
         if found
     ]
-    often = seen > sum(len(found) for _, found in drills)
-    train_stage1(
-        backbone, sources, Stage1Config(loop=drill, vision_scale=0.0, cache_features=often), out / "drill"
-    )
+    if not sources:
+        return backbone
+    sources = with_told(sources, [rows for rows, _ in corpora])
+    seen = schooling.drill.steps * schooling.drill.batch_size
+    sources = [replace(source, conversations=source.conversations[:seen]) for source in sources]
+    train_stage1(backbone, sources, Stage1Config(loop=schooling.drill, vision_scale=0.0), out / "drill")
     return backbone
 
 
-def finding(row: Conversation) -> list[int]:
-    """The turns of a conversation that say what and where things are."""
-    return [turn for turn, kind in enumerate(row.kinds) if kind.startswith(FINDING)]
+def alone(row: Conversation) -> Iterator[Conversation]:
+    """Each picture that shows something, with the turns that say what and where things are in it."""
+    images, answers = row.media, [m.text for m in row.messages if m.role == "assistant"]
+    scans = [turn for turn, kind in enumerate(row.kinds) if kind.startswith("scan_") and kind != "scan_step"]
+    for image, scan in zip(images, scans, strict=False):
+        view = row.kinds[scan].removeprefix("scan")
+        kinds = [f"{finding}{view}" for finding in FINDING]
+        turns = [turn for turn, kind in enumerate(row.kinds) if kind in kinds]
+        if read_scan(answers[scan]):
+            first, *rest = (Message(m.role, (m.text,)) for m in row.select(turns).messages)
+            shown = Message("user", (image, first.text))
+            yield replace(row, kinds=tuple(row.kinds[t] for t in turns), messages=(shown, *rest))
 
 
 def is_nano(backbone: Backbone) -> bool:
@@ -103,15 +103,17 @@ def for_nano(sources: Sequence[tuple[Sequence[Conversation], Path, float]]) -> l
         )
         for rows, root, weight in sources
     ]
-    weight = TOLD_SHARE / (1 - TOLD_SHARE) * sum(source.weight for source in rest)
-    said = told_source([rows for rows, _, _ in sources], weight)
-    return [*rest, said] if said else rest
+    return with_told(rest, [rows for rows, _, _ in sources])
 
 
-def told_source(corpora: Iterable[Iterable[Conversation]], weight: float = 1.0) -> TrainingSource | None:
-    """All that is told of these conversations; None if nothing is."""
+def with_told(
+    sources: Sequence[TrainingSource], corpora: Iterable[Iterable[Conversation]]
+) -> list[TrainingSource]:
+    """Add all that is told of these conversations, if anything is."""
     said = [found.messages for rows in corpora for row in rows if (found := told(row)) is not None]
-    return TrainingSource(name="told", conversations=said, weight=weight) if said else None
+    weight = TOLD_SHARE / (1 - TOLD_SHARE) * sum(source.weight for source in sources)
+    more = [TrainingSource(name="told", conversations=said, weight=weight)] if said else []
+    return [*sources, *more]
 
 
 def without_scans(row: Conversation) -> Conversation:
