@@ -52,7 +52,7 @@ def train(out: Path, model: str = "nano", *, shard: bool = False, accumulate: in
     loop = LoopConfig(
         steps=STEPS,
         batch_size=ROWS,
-        lr=1e-3,
+        lr=1e-4,
         log_every=1,
         save_every=2,
         keep=9,
@@ -98,7 +98,7 @@ def require_same(out: Path, other: Path, weights_file: str = "backbone/model.saf
     for row, same in zip(log(out), log(other), strict=True):
         assert row.keys() == same.keys()
         for name in row.keys() - {"seconds", "samples_per_s", "tokens_per_s", "data_share", "padding_share"}:
-            assert row[name] == pytest.approx(same[name], rel=1e-5), (row["step"], name)
+            assert row[name] == pytest.approx(same[name], rel=1e-4), (row["step"], name)
     weights, expected = (load_file(folder / weights_file) for folder in (out, other))
     apart = torch.cat([(weights[name] - value).abs().flatten() for name, value in expected.items()])
     # AdamW divides by the gradient's size: where that is all rounding, a weight may differ by a part of lr
