@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test test-slow check setup clean
+.PHONY: demo test test-slow docs setup clean
 demo: setup          ## the whole loop at small scale, ends with a report (DEMO_FLAGS="--recipe ci --run runs/ci" for the smallest)
 	$(BIN)/blm demo --run demo $(DEMO_FLAGS)
 
@@ -13,6 +13,9 @@ test: setup          ## lint, types and the test suite
 
 test-slow: setup     ## the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+docs: setup          ## the documentation as a web site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
 setup: $(STAMP)
 	@sh scripts/rendering.sh $(BIN)/python

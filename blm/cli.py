@@ -9,14 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from blm.commands import corpus, digital, physical, retention, sharerobot
-from blm.types import BlmError, Message, UnknownNameError, lookup
+from blm.commands import corpus, digital, export, model, physical, retention, sharerobot
+from blm.types import BlmError, UnknownNameError, lookup
 
 if TYPE_CHECKING:
     from blm.recipes import Recipe
@@ -171,64 +171,6 @@ def _train(what: Literal["stage1", "stage2", "baseline"]) -> Callable[[str, list
     return train
 
 
-# --- one model ----------------------------------------------------------------------------------------------
-
-
-def _serve(command: str, arguments: list[str]) -> None:
-    def serve(
-        checkpoint: tyro.conf.Positional[Path],
-        host: str = "127.0.0.1",
-        port: int = 8000,
-        name: str = "BLM",
-        api_key: str | None = None,
-        device: str = "cpu",
-    ) -> None:
-        """Serve chat (OpenAI protocol) and actions (OpenPI websocket) from one checkpoint on one port.
-
-        Args:
-            checkpoint: Folder that Stage II wrote.
-            host: Address to listen on; 0.0.0.0 opens the server to the network, set an API key then.
-            port: TCP port.
-            name: Model name that chat clients ask for.
-            api_key: If given, clients must send it.
-            device: Torch device.
-        """
-        from blm.hub import BLM
-        from blm.serving.app import create_app
-        from blm.serving.app import serve as run_server
-
-        model = BLM.from_pretrained(checkpoint, device=device)
-        console.print(f"chat on http://{host}:{port}/v1, actions on ws://{host}:{port}/")
-        run_server(create_app(model, model, name=name, api_key=api_key), host, port)
-
-    tyro.cli(serve, args=arguments, prog=f"blm {command}")
-
-
-def _chat(command: str, arguments: list[str]) -> None:
-    def chat(
-        checkpoint: tyro.conf.Positional[Path],
-        question: str,
-        image: Annotated[list[Path], tyro.conf.UseAppendAction],
-        max_tokens: int = 128,
-    ) -> None:
-        """Ask a checkpoint one question about pictures.
-
-        Args:
-            checkpoint: Folder that Stage II wrote.
-            question: What to ask.
-            image: Picture file; give the flag once per camera, in the checkpoint's camera order.
-            max_tokens: Longest answer.
-        """
-        from blm.backbone.prompt import question_prompt
-        from blm.hub import BLM
-        from blm.media import read_pixels
-
-        messages: tuple[Message, ...] = question_prompt(question, [read_pixels(path) for path in image])
-        print(BLM.from_pretrained(checkpoint).answer(messages, max_tokens=max_tokens))
-
-    tyro.cli(chat, args=arguments, prog=f"blm {command}")
-
-
 # --- looking ------------------------------------------------------------------------------------------------
 
 
@@ -312,8 +254,11 @@ COMMANDS: dict[str, Command] = {
     "memory": Command("what a recipe needs in memory and on disk", _memory),
     "compare": Command("the paired difference of two results", physical.compare),
     "report": Command("write one HTML page from a run folder", _report),
-    "serve": Command("chat and actions from one checkpoint", _serve),
-    "chat": Command("ask one question about pictures", _chat),
+    "serve": Command("chat and actions from one checkpoint", model.serve),
+    "chat": Command("ask one question about pictures", model.chat),
+    "export vllm": Command("a checkpoint's backbone as a folder that vLLM serves", export.vllm),
+    "export lerobot": Command("a data set with its card, for LeRobot and hubs", export.copied),
+    "export checkpoint": Command("a checkpoint, for others", export.copied),
     "view": Command("an episode as video or contact sheet", _view),
     "doctor": Command("what this machine can run; faults of datasets and checkpoints", _doctor),
 }

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from blm.backbone import Backbone
+from blm.backbone.generation import Generation
+from blm.backbone.sight import remember_sight
 from blm.policy.policy import CheckpointPolicy
 from blm.types import ActionChunk, Message, Observation, PolicyContract, UnknownNameError
 
@@ -14,10 +16,14 @@ RELEASES: dict[str, Path] = {}
 
 
 class BLM:
-    """Answers questions and drives robots from one loaded checkpoint. It is a `Policy` and a `Chat`."""
+    """Answers questions and drives robots from one loaded checkpoint. It is a `Policy` and a `Chat`.
+
+    A question about the frame that an action was just chosen for does not look at it again.
+    """
 
     def __init__(self, policy: CheckpointPolicy) -> None:
         self.policy = policy
+        remember_sight(policy.backbone)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, *, device: str = "cpu") -> BLM:
@@ -41,13 +47,17 @@ class BLM:
         """Return the greedy answer to a conversation; all blocks of the backbone run."""
         return self.backbone.answer(messages, max_tokens=max_tokens)
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Return the length of the prompt in tokens, pictures included."""
-        return int(self.backbone.encode([messages])["input_ids"].shape[1])
+    def speaker(self) -> Generation:
+        """Return what gives several answers at once, token by token."""
+        return Generation(self.backbone)
 
     def act(self, observation: Observation) -> ActionChunk:
         """Return the next action chunk; only blocks 1..k of the backbone run."""
         return self.policy.act(observation)
+
+    def act_batch(self, observations: Sequence[Observation]) -> list[ActionChunk]:
+        """Return a chunk for each observation, from one pass."""
+        return self.policy.act_batch(observations)
 
     def reset(self) -> None:
         self.policy.reset()

@@ -17,11 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
-from transformers import AutoModelForImageTextToText
 
-from blm.backbone import Backbone
+from blm.backbone import Backbone, nano
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
 from blm.data.files import write_json
 from blm.evaluation import PhysicalProtocol, compare, evaluate_physical
@@ -47,7 +45,7 @@ class Variant:
     models: Literal["joint", "robot", "task", "cell"] = "joint"
     """One model; one for each robot (the paper's dagger), each task, or each of both together (its star)."""
     backbone: Literal["stage1", "untrained"] = "stage1"
-    """What Stage I made, or what it began with; nano begins with random weights."""
+    """What Stage I made, or what it began with; nano begins untrained."""
     policy: Literal["blm", "diffusion policy"] = "blm"
 
     def parts(self, recipe: Recipe) -> list[Part]:
@@ -185,13 +183,11 @@ def evaluated(checkpoint: Path, protocol: PhysicalProtocol, recipe: Recipe, out:
 
 
 def untrained(recipe: Recipe, backbone: Path, folder: Path) -> Path:
-    """Return the folder of what Stage I began with: for nano, random weights behind the same tokenizer."""
+    """Return the folder of what Stage I began with: for nano, an untrained one behind the same tokenizer."""
     if not (folder / "backbone").exists():
         if recipe.stage1.backbone == "nano":
             made = Backbone.load(backbone)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(recipe.stage1.training.loop.seed)
-                made.model = AutoModelForImageTextToText.from_config(made.model.config)
+            made.model = nano.untrained(made.model.config, seed=recipe.stage1.training.loop.seed)
         else:
             made = Backbone.load(recipe.stage1.backbone)
         made.save(folder / "backbone")

@@ -41,6 +41,10 @@ class ContractError(BlmError):
     """Two parties disagree on action space, rate, cameras or shapes; the message prints both."""
 
 
+class LateError(BlmError):
+    """An action would come after its deadline; a late chunk is worse than none."""
+
+
 def lookup(kind: str, name: str, registry: Mapping[str, T]) -> T:
     """Return `registry[name]`. Raises UnknownNameError with the closest match."""
     if name not in registry:
@@ -333,3 +337,22 @@ class Chat(Protocol):
     """Anything that answers a conversation."""
 
     def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the tokens of an answer are chosen."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    """0: the likeliest token each time."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    repetition_penalty: float | None = None
+    """Of CTRL (Keskar et al., 2019); None: as the model's own generation_config says."""
+    seed: int = 0
+    """An answer is a function of its conversation and this, whatever else is answered beside it."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise BlmError(f"{self}: max_tokens >= 1, temperature >= 0 and top_p in (0, 1] are needed")

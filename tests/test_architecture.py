@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[1] / "blm"
 FILES = sorted(SOURCE.rglob("*.py"))
 COMPOSITION = {
     "__init__", "recipes", "stages", "studies", "pipeline", "cli", "commands", "policies", "chats", "hub",
-    "doctor", "memory",
+    "doctor", "memory", "export",
 }  # fmt: skip
 """Composition only: these files may import everything; nothing else may import them."""
 
@@ -36,13 +36,16 @@ ALLOWED = {
     "viewing": "types data",
 }
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
-LIBRARY_LINES = 17_700
+LIBRARY_LINES = 19_100
 """Of code, without docstrings, comments and blank lines. May only go down for the same features.
 
 6,300 for the whole loop; 3,100 for the physical suite: four tasks, planning among obstacles, corrections,
 replay, datasets of others and their faults, Ray, suite24 with batched and live inference, ManiSkill; 6,300
 for the digital space: converters, curation and validation, questions, Stage I at scale (packing, LoRA, FSDP2,
-cached features), smol, retention, ten benchmarks in their published layouts, parsers, judge, endpoints."""
+cached features), smol, retention, ten benchmarks in their published layouts, parsers, judge, endpoints; 2,000
+for Stage II in several processes, further arms, studies, the Diffusion Policy, memory; 1,000 for answers
+token by token, one engine for both spaces, the playground, the loop around a real arm; 400 for
+exports, GR00T's protocol, one look for both spaces, reading in several processes."""
 
 
 def module_of(path: Path) -> str:

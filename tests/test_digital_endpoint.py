@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
-import uvicorn
 from benchmark_fixtures import make_fixture
+from test_serving import EchoSpeaker, Words, running
 
 from blm.chats import find_chat, find_endpoint
 from blm.commands import digital as commands
@@ -29,8 +29,7 @@ from blm.evaluation.digital.answers import AnswerError
 from blm.evaluation.digital.endpoint import Endpoint, Settings
 from blm.evaluation.digital.runner import Asking, evaluate_digital
 from blm.evaluation.results import write_result
-from blm.serving.app import create_app, server_config
-from blm.types import BlmError, Image, Message, Question
+from blm.types import BlmError, Image, Message, Question, Sampling
 
 
 class Server(ThreadingHTTPServer):
@@ -245,25 +244,20 @@ def test_evaluation_over_an_endpoint_survives_an_outage(server: Server, tmp_path
     assert failed["rows"][0]["failure"] == "refused with status 400: refused"
 
 
-class Echo:
-    def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
-        return f"{messages[-1].text} {[image.pixels.shape for image in messages[-1].images]} {max_tokens}"
+class Echo(EchoSpeaker):
+    def begin(self, messages: Sequence[Message], sampling: Sampling) -> Words:
+        seen = [image.pixels.shape for image in messages[-1].images]
+        return Words(f"{messages[-1].text} {seen} {sampling.max_tokens}", 1, sampling.max_tokens)
 
 
 def test_our_own_server_is_such_an_endpoint() -> None:
-    served = uvicorn.Server(server_config(create_app(chat=Echo(), name="BLM", api_key="k"), port=0))
-    thread = threading.Thread(target=served.run)
-    thread.start()
-    while not served.started:
-        time.sleep(0.01)
-    port = served.servers[0].sockets[0].getsockname()[1]
-    name = f"openai:BLM@http://127.0.0.1:{port}/v1"
     messages = (Message("user", (Image(np.zeros((3, 5, 3), np.uint8)), "hi")),)
-    try:
+    with running(None, Echo(), name="BLM", api_key="k") as address:
+        name = f"openai:BLM@http://{address}/v1"
         named = find_chat(name, api_key="k")
         assert isinstance(named.chat, Endpoint)
         assert named.chat.answer(messages, max_tokens=5) == "hi [(3, 5, 3)] 5"
-        assert named.name == f"BLM@http://127.0.0.1:{port}/v1"
+        assert named.name == f"BLM@http://{address}/v1"
         named.chat.close()
         with (
             closing(find_endpoint(name, api_key="wrong")) as locked,
@@ -275,9 +269,6 @@ def test_our_own_server_is_such_an_endpoint() -> None:
             pytest.raises(BlmError, match=r"has no model 'other' .* it has: BLM"),
         ):
             unknown.answer(messages)
-    finally:
-        served.should_exit = True
-        thread.join()
 
 
 def test_names(tmp_path: Path) -> None:

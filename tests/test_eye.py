@@ -31,8 +31,8 @@ from blm.corpora.messages import Conversation
 from blm.corpora.questions import read_scan
 from blm.training.eye import (
     Lessons,
-    _lessons,
     eye_loss,
+    lessons_of,
     places,
     scanned,
     target,
@@ -273,7 +273,7 @@ def test_schooling_finds_things_in_new_pictures(tmp_path):
     pictures = [view.image.pixels for view in views]
     inputs = backbone.processor.image_processor(pictures, return_tensors="pt")
     with torch.no_grad():
-        _, log = eye_loss(eye, inputs["pixel_values"], _lessons(views, eye.config))
+        _, log = eye_loss(eye, inputs["pixel_values"], lessons_of(views, eye.config))
     told = [place[2:] for view in views for place in (view.places or {}).values()]
     guess = np.median([math.dist(where(56, 56), place) for place in told])
     assert log["pixels_off"] < 3.0  # chance is above 30

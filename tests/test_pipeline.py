@@ -6,9 +6,6 @@ import importlib.util
 import json
 import re
 import shutil
-import threading
-import time
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +15,8 @@ import numpy as np
 import openai
 import PIL.Image
 import pytest
-import uvicorn
 from test_intents import make_dataset
+from test_serving import running
 
 from blm import BLM, Image, Message, Observation
 from blm.backbone import Backbone
@@ -36,7 +33,6 @@ from blm.policies import load_checkpoint
 from blm.policy.policy import CheckpointPolicy
 from blm.recipes import RECIPES, Demonstrations
 from blm.serving import RemotePolicy
-from blm.serving.app import create_app, server_config
 from blm.stages import STAGES, write_report
 from blm.studies import STUDIES, changed, run_study
 from blm.types import BlmError
@@ -71,20 +67,9 @@ def model(run):
     return BLM.from_pretrained(run / "stage2/checkpoint")
 
 
-@contextmanager
 def served(model):
     """The address of a running server with this model."""
-    server = uvicorn.Server(server_config(create_app(model, model), port=0))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    host, port = server.servers[0].sockets[0].getsockname()[:2]
-    try:
-        yield f"{host}:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    return running(model, model.speaker())
 
 
 def observation(model, robot="panda", seed=0):

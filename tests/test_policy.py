@@ -13,6 +13,7 @@ from blm.backbone.backbone import Backbone
 from blm.backbone.nano import make_nano
 from blm.bridge import BridgeConfig
 from blm.data.transforms import Normalize, RobotTransforms
+from blm.policies import load_checkpoint
 from blm.policy import checkpoint as checkpoint_module
 from blm.policy import flow
 from blm.policy import policy as policy_module
@@ -345,11 +346,13 @@ def test_an_altered_or_missing_file_is_named(copied, name):
     data = bytearray((copied / name).read_bytes())
     data[-2] ^= 1
     (copied / name).write_bytes(data)
-    with pytest.raises(BlmError, match=f"{name} is altered; copy the folder again"):
-        CheckpointPolicy.load(copied)
+    for load in (CheckpointPolicy.load, load_checkpoint):
+        with pytest.raises(BlmError, match=f"{name} is altered; copy the folder again"):
+            load(copied)
     (copied / name).unlink()
-    with pytest.raises(BlmError, match=f"{name} is missing; copy the folder again"):
-        CheckpointPolicy.load(copied)
+    for load in (CheckpointPolicy.load, load_checkpoint):
+        with pytest.raises(BlmError, match=f"{name} is missing; copy the folder again"):
+            load(copied)
 
 
 def rewrite_manifest(folder: Path) -> None:

@@ -7,38 +7,42 @@ import base64
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Literal
 
 import httpx
 import numpy as np
 import openai
 import pytest
-import uvicorn
+from fastapi import FastAPI
 from openpi_client import msgpack_numpy
 from openpi_client.websocket_client_policy import WebsocketClientPolicy
 from PIL import Image as Pillow
 from PIL.ExifTags import Base
+from prometheus_client.parser import text_string_to_metric_families
 
 from blm.serving import wire
-from blm.serving.app import create_app, server_config
-from blm.serving.batching import BusyError, ModelThread, Priority
-from blm.serving.chat import Limits
+from blm.serving.app import Server, create_app, server_config
+from blm.serving.chat import Limits, Telling
 from blm.serving.client import RemotePolicy
+from blm.serving.engine import Acted, BusyError, Engine, Room, Speaker
 from blm.types import (
     ActionChunk,
     ActionSpace,
     BlmError,
-    Chat,
     ContractError,
+    LateError,
     Message,
     Observation,
     Policy,
     PolicyContract,
+    Sampling,
 )
 
 SIDE = 8
@@ -80,20 +84,59 @@ class EchoPolicy:
     def reset(self) -> None: ...
 
 
-class EchoChat:
-    """Says what it got: words and picture colours."""
+class Words:
+    """An answer in progress: each word with the space before it is a token."""
 
-    def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
+    def __init__(self, text: str, prompt_tokens: int, most: int) -> None:
+        self.words = re.findall(r"\s*\S+", text)
+        self.tokens, self.most, self.prompt_tokens = list[int](), most, prompt_tokens
+        self.ended: Literal["stop", "length"] | None = None
+
+    def go_on(self) -> None:
+        self.tokens.append(len(self.tokens))
+        if len(self.tokens) >= len(self.words):
+            self.ended = "stop"
+        elif len(self.tokens) >= self.most:
+            self.ended = "length"
+
+
+class EchoSpeaker:
+    """Says what it got, word by word: words, picture colours, and how it was to be drawn."""
+
+    def __init__(self) -> None:
+        self.running: list[Words] = []
+
+    def start(
+        self, conversations: Sequence[Sequence[Message]], samplings: Sequence[Sampling]
+    ) -> Sequence[Words]:
+        answers = [self.begin(*pair) for pair in zip(conversations, samplings, strict=True)]
+        self.running += answers
+        self.step()
+        return answers
+
+    def begin(self, messages: Sequence[Message], sampling: Sampling) -> Words:
         last = messages[-1]
         if last.text == "break":
             raise RuntimeError("the weights are gone")
         if last.text == "long":
             raise BlmError("the conversation has 9000 tokens, the model reads 4096")
         colours = [tuple(int(v) for v in image.pixels[0, 0]) for image in last.images]
-        return " ".join([f"{messages[0].role}: {last.text}", *map(str, colours)])
+        drawn = [f"seed {sampling.seed}"] if sampling.temperature else []
+        text = " ".join([f"{messages[0].role}: {last.text}", *map(str, colours), *drawn])
+        prompt = sum(len(message.text.split()) + 10 * len(message.images) for message in messages)
+        return Words(text, prompt, sampling.max_tokens)
 
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        return sum(len(message.text.split()) + 10 * len(message.images) for message in messages)
+    def step(self) -> None:
+        for answer in self.running:
+            answer.go_on()
+        self.running = [answer for answer in self.running if answer.ended is None]
+
+    def drop(self, answer: Words) -> None:
+        if answer in self.running:
+            self.running.remove(answer)
+
+    def text(self, answer: Words) -> str:
+        return "".join(answer.words[: len(answer.tokens)])
 
 
 def observation(robot: str = "panda", seed: int = 3, size: int = SIDE) -> Observation:
@@ -103,10 +146,14 @@ def observation(robot: str = "panda", seed: int = 3, size: int = SIDE) -> Observ
     return Observation(images=images, state=state, instruction="push the cube", robot=robot, seed=seed)
 
 
+def running(policy: Policy | None, speaker: Speaker | None, **options: object) -> AbstractContextManager[str]:
+    """A real server on a free port; gives 'host:port'."""
+    return running_app(create_app(policy, speaker, **options))
+
+
 @contextmanager
-def running(policy: Policy | None, chat: Chat | None, **options: object) -> Iterator[str]:
-    """A real server on a free port; yields 'host:port'."""
-    server = uvicorn.Server(server_config(create_app(policy, chat, **options), port=0))
+def running_app(app: FastAPI) -> Iterator[str]:
+    server = Server(server_config(app, port=0))
     for name in ("uvicorn", "uvicorn.access"):  # their handlers hold the stderr of one captured test
         logging.getLogger(name).handlers.clear()
     thread = threading.Thread(target=server.run)
@@ -123,7 +170,7 @@ def running(policy: Policy | None, chat: Chat | None, **options: object) -> Iter
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with running(EchoPolicy(), EchoChat()) as address:
+    with running(EchoPolicy(), EchoSpeaker()) as address:
         yield address
 
 
@@ -307,12 +354,12 @@ def test_no_server_and_slow_server_raise_blm_errors() -> None:
 
     class SlowPolicy(EchoPolicy):
         def act(self, observation: Observation) -> ActionChunk:
-            time.sleep(0.5)
+            time.sleep(1.5)
             return super().act(observation)
 
     with running(SlowPolicy(), None) as address:
-        remote = RemotePolicy(f"ws://{address}", timeout_s=0.2)
-        with pytest.raises(BlmError, match=r"no reply .* within 0.2 s"):
+        remote = RemotePolicy(f"ws://{address}", timeout_s=0.5)
+        with pytest.raises(BlmError, match=r"no reply .* within 0.5 s"):
             remote.act(observation())
 
 
@@ -355,7 +402,7 @@ def test_client_imports_no_torch() -> None:
 
 @uses_openpi_client
 def test_api_key_guards_both_spaces() -> None:
-    with running(EchoPolicy(), EchoChat(), api_key="sesame") as address:
+    with running(EchoPolicy(), EchoSpeaker(), api_key="sesame") as address:
         with pytest.raises(BlmError, match=r"401.*api_key"):
             RemotePolicy(f"ws://{address}")
         RemotePolicy(f"ws://{address}", api_key="sesame").close()
@@ -375,14 +422,14 @@ def test_api_key_guards_both_spaces() -> None:
 def test_status_routes(server: str, client: openai.OpenAI) -> None:
     assert httpx.get(f"http://{server}/healthz").text == "OK\n"
     about = httpx.get(f"http://{server}/version").json()
-    assert about["decoding"] == "greedy" and PolicyContract.from_json(about["policy"]) == CONTRACT
+    assert about["chat"] and PolicyContract.from_json(about["policy"]) == CONTRACT
     assert [model.id for model in client.models.list()] == ["BLM"]
     missing = httpx.get(f"http://{server}/v1/nothing")
     assert missing.status_code == 404 and "/v1/nothing" in missing.json()["error"]["message"]
 
 
 def test_chat_with_text_and_pictures(client: openai.OpenAI) -> None:
-    done = ask(client, "how many cubes", temperature=0.7, top_p=0.9, seed=1)
+    done = ask(client, "how many cubes", top_p=0.9)
     assert done.choices[0].message.content == "user: how many cubes"
     assert done.choices[0].finish_reason == "stop" and done.object == "chat.completion"
     assert (done.usage.prompt_tokens, done.usage.completion_tokens, done.usage.total_tokens) == (3, 4, 7)
@@ -434,7 +481,9 @@ REFUSED_CONTENT = {
     "failure": ("break", 500, "the weights are gone"),
 }
 REFUSED_FIELDS = {
-    "n": ({"n": 2}, 400, "n: "),
+    "n": ({"n": 9}, 400, "n: "),
+    "temperature": ({"temperature": -1}, 400, "temperature"),
+    "seed": ({"seed": 2**70}, 400, "seed"),
     "max_tokens": ({"max_tokens": 10**9}, 400, "max_tokens"),
     "model": ({"model": "gpt"}, 404, "this server has 'BLM'"),
     "role": ({"messages": [{"role": "robot", "content": "hi"}]}, 400, "messages.0.role"),
@@ -454,7 +503,7 @@ def test_bad_chat_requests_say_why(server: str, asked: dict[str, object], status
 
 
 def test_size_limits() -> None:
-    with running(None, EchoChat(), limits=Limits(body_bytes=2000, pixels=100)) as address:
+    with running(None, EchoSpeaker(), limits=Limits(body_bytes=2000, pixels=100)) as address:
         url = f"http://{address}/v1/chat/completions"
         assert httpx.post(url, content=b"{" + b" " * 3000).status_code == 413
         assert httpx.post(url, content=b"not json").status_code == 400
@@ -464,73 +513,288 @@ def test_size_limits() -> None:
         assert httpx.get(f"http://{address}/version").json()["policy"] is None
 
 
+class EndlessSpeaker(EchoSpeaker):
+    """Goes on until `enough` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enough, self.steps = threading.Event(), 0
+
+    def begin(self, messages: Sequence[Message], sampling: Sampling) -> Words:
+        short = messages[-1].text == "Hello"
+        return Words("Hello" if short else "word " * 100_000, 1, 100_000)
+
+    def step(self) -> None:
+        self.steps += 1
+        time.sleep(0.001)
+        if self.enough.is_set():
+            for answer in self.running:
+                answer.words = answer.words[: len(answer.tokens) + 1]
+        super().step()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it did not happen within 10 s"
+        time.sleep(0.005)
+
+
 def test_full_queue_is_503_with_retry_after_and_control_still_served() -> None:
-    gate = threading.Event()
-
-    class StuckChat(EchoChat):
-        def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
-            gate.wait(10)
-            return "free"
-
-    with running(EchoPolicy(), StuckChat(), limits=Limits(waiting=1)) as address:
+    speaker = EndlessSpeaker()
+    with running(EchoPolicy(), speaker, room=Room(chats_waiting=1, answers_together=1)) as address:
         url = f"http://{address}/v1/chat/completions"
         replies: list[httpx.Response] = []
 
         def post() -> None:
-            replies.append(httpx.post(url, json=body("hi")))
+            replies.append(httpx.post(url, json=body("hi", max_tokens=4096), timeout=20))
 
         asking = [threading.Thread(target=post) for _ in range(4)]
         for thread in asking:
             thread.start()
-        while len(replies) < 2:  # one runs, one waits, two are turned away
-            time.sleep(0.01)
+            time.sleep(0.1)
+        wait_for(lambda: len(replies) == 2)  # one is answered, one waits, two are turned away
         assert {reply.status_code for reply in replies} == {503}
         assert replies[0].headers["retry-after"] == "1"
         remote = RemotePolicy(f"ws://{address}")
-        gate.set()
         assert remote.act(observation()).actions.shape == (4, 8)
         remote.close()
+        speaker.enough.set()
         for thread in asking:
             thread.join()
         assert [reply.status_code for reply in replies[2:]] == [200, 200]
 
 
-# --- the line before the model ---
+def test_a_chat_ends_when_its_client_leaves() -> None:
+    speaker = EndlessSpeaker()
+    with running(None, speaker) as address:
+        url = f"http://{address}/v1/chat/completions"
+        with suppress(httpx.ReadTimeout):
+            httpx.post(url, json=body("hi", max_tokens=4096), timeout=0.3)
+        wait_for(lambda: not speaker.running)
+        asked = body("hi", max_tokens=4096, stream=True)
+        with httpx.stream("POST", url, json=asked, timeout=5) as reply:
+            for number, _ in enumerate(reply.iter_lines()):
+                if number > 20:
+                    break
+        wait_for(lambda: not speaker.running)
 
 
-def test_control_goes_before_chat_and_one_call_runs_at_a_time() -> None:
-    order: list[str] = []
-    running_now = 0
+class SlowSpeaker(EchoSpeaker):
+    def step(self) -> None:
+        time.sleep(0.02)
+        super().step()
+
+
+def test_a_stream_comes_in_pieces() -> None:
+    with running(None, SlowSpeaker()) as address:
+        client = openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0)
+        chunks = list(ask(client, "one two three four five", stream=True, n=2))
+        client.close()
+    for index in (0, 1):
+        mine = [chunk.choices[0] for chunk in chunks if chunk.choices[0].index == index]
+        pieces = [choice.delta.content for choice in mine if choice.delta.content]
+        assert "".join(pieces) == "user: one two three four five"
+        assert len(pieces) > 2
+        assert [choice.finish_reason for choice in mine if choice.finish_reason] == ["stop"]
+
+
+def test_draws_have_seeds_of_their_own(client: openai.OpenAI) -> None:
+    done = ask(client, "x", n=3, temperature=0.5, seed=7)
+    assert [choice.message.content for choice in done.choices] == [f"user: x seed {n}" for n in (7, 8, 9)]
+    assert [choice.index for choice in done.choices] == [0, 1, 2]
+    free = {ask(client, "x", temperature=0.5).choices[0].message.content for _ in range(3)}
+    assert len(free) == 3
+
+
+@pytest.mark.parametrize("stop", [[], ["lo w"], ["world", "o"], ["zzz"], ["d!"], ["l", "o"]])
+def test_what_is_sent_is_never_taken_back(stop: list[str]) -> None:
+    whole = "  hello  world of\n robots!  "
+    expected = whole.lstrip()
+    cuts = [cut for cut in map(expected.find, stop) if cut >= 0]
+    expected = expected[: min(cuts)] if cuts else expected.rstrip()
+    telling, sent = Telling(stop), ""
+    for length in range(1, len(whole) + 1):
+        if telling.finish is None:
+            sent += telling.add(whole[:length], length, "length" if length == len(whole) else None)
+            assert expected.startswith(sent)
+    assert sent == telling.sent == expected
+    assert telling.finish == ("stop" if cuts else "length")
+
+
+def test_half_a_character_waits_for_the_other_half() -> None:
+    telling = Telling([])
+    assert telling.add("a\ufffd", 1, None) == "a"
+    assert telling.add("aé", 2, None) == "é"
+
+
+# --- the model's thread ---
+
+
+def test_an_action_waits_for_one_token_and_not_for_an_answer() -> None:
+    speaker = EndlessSpeaker()
+
+    async def scenario() -> None:
+        engine = Engine(EchoPolicy(), speaker)
+        talk = engine.talk((Message("user", ("hi",)),), [Sampling(max_tokens=4096)])
+        await anext(aiter(talk))
+        for seed in range(5):
+            before = speaker.steps
+            acted = await engine.act(observation(seed=seed))
+            assert (acted.chunk.actions == EchoPolicy().act(observation(seed=seed)).actions).all()
+            assert speaker.steps <= before + 3
+        engine.leave(talk)
+        engine.close()
+        engine.join()
+        assert not speaker.running
+
+    asyncio.run(scenario())
+
+
+class BatchEcho(EchoPolicy):
+    """Waits for `go` and notes how many observations came together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go, self.sizes = threading.Event(), list[int]()
+
+    def act_batch(self, observations: Sequence[Observation]) -> list[ActionChunk]:
+        if observations[0].instruction != "hold still.":  # of the warm-up
+            self.go.wait(10)
+            self.sizes.append(len(observations))
+        return [self.act(one) for one in observations]
+
+
+def test_observations_that_wait_are_answered_together_each_its_own() -> None:
+    policy = BatchEcho()
+
+    async def scenario() -> None:
+        engine = Engine(policy, None, Room(actions_together=4))
+        seen = [observation(seed=seed) for seed in range(10)]
+        seen[5] = Observation(**{**vars(seen[5]), "instruction": "break"})
+        jobs = [asyncio.create_task(engine.act(one)) for one in seen]
+        await asyncio.sleep(0.1)
+        jobs[2].cancel()
+        policy.go.set()
+        done = await asyncio.gather(*jobs, return_exceptions=True)
+        for number, (acted, one) in enumerate(zip(done, seen, strict=True)):
+            if number == 2:
+                assert isinstance(acted, asyncio.CancelledError)
+            elif number == 5:
+                assert isinstance(acted, RuntimeError)
+            else:
+                assert (acted.chunk.actions == EchoPolicy().act(one).actions).all()
+        assert max(policy.sizes) == 4
+        engine.close()
+        engine.join()
+
+    asyncio.run(scenario())
+
+
+def test_a_late_chunk_is_not_sent_and_the_connection_stays() -> None:
+    policy = BatchEcho()
+    with running(policy, None) as address:
+        remote = RemotePolicy(f"ws://{address}", deadline_ms=50)
+        threading.Timer(0.3, policy.go.set).start()
+        with pytest.raises(LateError, match="while the model ran"):
+            remote.act(observation())
+        assert remote.act(observation()).actions.shape == (4, 8)
+        remote.close()
+
+
+def test_a_chunk_in_progress_reaches_the_policy() -> None:
+    got: list[Observation] = []
+
+    class Notes(EchoPolicy):
+        def act(self, observation: Observation) -> ActionChunk:
+            got.append(observation)
+            return super().act(observation)
+
+    left = np.arange(24, dtype=np.float32).reshape(3, 8)
+    with running(Notes(), None) as address:
+        remote = RemotePolicy(f"ws://{address}")
+        remote.act(Observation(**{**vars(observation()), "chunk": left, "frozen": 2}))
+        remote.close()
+    assert got[-1].frozen == 2 and (got[-1].chunk == left).all()
+
+
+def test_health_waits_for_the_first_run_and_tells_of_a_broken_model() -> None:
     gate = threading.Event()
 
-    def call(name: str) -> str:
-        nonlocal running_now
-        running_now += 1
-        assert running_now == 1
-        gate.wait(5)
-        order.append(name)
-        running_now -= 1
-        return name
+    class Slow(EchoPolicy):
+        def act(self, observation: Observation) -> ActionChunk:
+            gate.wait(10)
+            return super().act(observation)
 
-    async def scenario() -> list[str]:
-        model = ModelThread(limit=2)
-        jobs = []
-        for name, priority in [("c1", 1), ("c2", 1), ("c3", 1), ("a1", 0), ("a2", 0)]:
-            jobs.append(asyncio.create_task(model.run(lambda name=name: call(name), Priority(priority))))
-            await asyncio.sleep(0)
-        with pytest.raises(BusyError, match="2 chat requests are waiting"):
-            await model.run(lambda: "never", Priority.CHAT)
-        jobs[1].cancel()  # a caller that leaves gives up its place
+    with running(Slow(), None) as address:
+        assert httpx.get(f"http://{address}/health").status_code == 503
         gate.set()
-        done = await asyncio.gather(*jobs, return_exceptions=True)
-        assert isinstance(done[1], asyncio.CancelledError)
-        with pytest.raises(ZeroDivisionError):
-            await model.run(lambda: 1 / 0, Priority.CHAT)
-        assert await model.run(lambda: "alive", Priority.CHAT) == "alive"
-        model.close()
-        return order
+        wait_for(lambda: httpx.get(f"http://{address}/health").status_code == 200)
 
-    assert asyncio.run(scenario()) == ["c1", "a1", "a2", "c3"]
+    class Broken(EchoPolicy):
+        def act(self, observation: Observation) -> ActionChunk:
+            raise RuntimeError("no weights")
+
+    with running(Broken(), None) as address:
+        wait_for(lambda: httpx.get(f"http://{address}/health").status_code == 500)
+        assert "no weights" in httpx.get(f"http://{address}/health").text
+
+
+def test_what_has_begun_ends_well_when_the_server_is_told_to_stop() -> None:
+    speaker, replies = EndlessSpeaker(), list[str]()
+    with running(EchoPolicy(), speaker) as address:
+        url = f"http://{address}/v1/chat/completions"
+
+        def post() -> None:
+            replies.append(httpx.post(url, json=body("hi", max_tokens=4096, stream=True), timeout=20).text)
+
+        asking = threading.Thread(target=post)
+        asking.start()
+        wait_for(lambda: bool(speaker.running))
+        remote = RemotePolicy(f"ws://{address}")
+        start = time.monotonic()
+    assert time.monotonic() - start < 6
+    asking.join()
+    assert "going down" in replies[0].splitlines()[-2]
+    with pytest.raises(BlmError, match="closed"):
+        remote.act(observation())
+
+
+def test_metrics_are_what_prometheus_reads(server: str, client: openai.OpenAI) -> None:
+    ask(client, "count me")
+    remote = RemotePolicy(f"ws://{server}")
+    remote.act(observation())
+    remote.close()
+    families = {
+        sample.name: sample.value
+        for family in text_string_to_metric_families(httpx.get(f"http://{server}/metrics").text)
+        for sample in family.samples
+        if sample.labels in ({}, {"kind": "chat", "status": "200"})
+    }
+    assert families["blm_requests_total"] >= 1 and families["blm_action_seconds_count"] >= 1
+    assert families["blm_chat_tokens_total"] >= 3 and families["blm_waiting_chats"] == 0
+
+
+def test_the_line_is_bounded() -> None:
+    policy = BatchEcho()
+
+    async def scenario() -> None:
+        engine = Engine(policy, EchoSpeaker(), Room(actions_waiting=2, actions_together=1))
+        engine.ready.wait(5)
+        jobs = list[asyncio.Task[Acted]]()
+        for seed in range(3):  # one is worked on, two wait
+            jobs.append(asyncio.create_task(engine.act(observation(seed=seed))))
+            await asyncio.sleep(0.1)
+        with pytest.raises(BusyError, match="2 action requests are waiting"):
+            await engine.act(observation())
+        policy.go.set()
+        await asyncio.gather(*jobs)
+        engine.close()
+        engine.join()
+        with pytest.raises(BusyError, match="going down"):
+            await engine.act(observation())
+
+    asyncio.run(scenario())
 
 
 def test_json_contract_survives_the_wire() -> None:

@@ -31,6 +31,8 @@ from blm.types import Image, Message
 
 TEXTS = ["How many cubes are there?", "two", "Hello.", "Good day to you, robot."]
 STEPS, ROWS = 4, 4
+RATE = 2e-5
+"""Of Stage I. Copying heads are sharp: at larger ones a step enlarges rounding above what is compared."""
 MODELS = {"nano": lambda: build_nano(TEXTS), "qwen3": lambda: tiny_qwen("3")}
 """The eye of Qwen3-VL is sharded by block: a process that did not run it would leave the other waiting."""
 LAUNCH = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
@@ -52,7 +54,7 @@ def train(out: Path, model: str = "nano", *, shard: bool = False, accumulate: in
     loop = LoopConfig(
         steps=STEPS,
         batch_size=ROWS,
-        lr=1e-4,
+        lr=RATE,
         log_every=1,
         save_every=2,
         keep=9,
@@ -94,15 +96,17 @@ def make_data(folder: Path) -> None:
         make_dataset(folder, robot, joints)
 
 
-def require_same(out: Path, other: Path, weights_file: str = "backbone/model.safetensors") -> None:
+def require_same(
+    out: Path, other: Path, weights_file: str = "backbone/model.safetensors", lr: float = RATE
+) -> None:
     for row, same in zip(log(out), log(other), strict=True):
         assert row.keys() == same.keys()
         for name in row.keys() - {"seconds", "samples_per_s", "tokens_per_s", "data_share", "padding_share"}:
-            assert row[name] == pytest.approx(same[name], rel=1e-4), (row["step"], name)
+            assert row[name] == pytest.approx(same[name], rel=1e-5), (row["step"], name)
     weights, expected = (load_file(folder / weights_file) for folder in (out, other))
     apart = torch.cat([(weights[name] - value).abs().flatten() for name, value in expected.items()])
     # AdamW divides by the gradient's size: where that is all rounding, a weight may differ by a part of lr
-    assert apart.max() < 1e-3 and (apart > 1e-5).float().mean() < 1e-3
+    assert apart.max() < lr and (apart > lr / 100).float().mean() < 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +145,7 @@ def test_two_processes_train_as_one_does(alone: Path, two: Path, kind: str, mode
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_imitate_as_one_does(alone: Path, two: Path, kind: str) -> None:
     """The parts of a step, with unlike numbers of real values, give the gradient of the whole."""
-    require_same(two / kind / "policy", alone / "policy", "checkpoint/policy.safetensors")
+    require_same(two / kind / "policy", alone / "policy", "checkpoint/policy.safetensors", lr=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["ddp-from-fsdp2", "fsdp2-from-ddp"])

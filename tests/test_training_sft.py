@@ -216,12 +216,13 @@ def test_cached_features_train_as_pictures_do(tmp_path: Path) -> None:
     weights = []
     for cached in (False, True):
         backbone = build_nano(TEXTS)
-        config = replace(CONFIG, loop=replace(CONFIG.loop, steps=3), vision_scale=0.0, cache_features=cached)
+        loop = replace(CONFIG.loop, steps=3, lr=3e-4)
+        config = replace(CONFIG, loop=loop, vision_scale=0.0, cache_features=cached)
         counts = train_stage1(backbone, [source(*talks)], config, tmp_path / str(cached))
         assert counts["distinct pictures"] == cached
         weights.append(backbone.model.state_dict())
-    # Adam's first steps enlarge rounding where a gradient is about zero; the rate is twice this
-    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1.5e-3) for name in weights[0])
+    # Adam's first steps enlarge rounding where a gradient is about zero; the rate is six times this
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=5e-5) for name in weights[0])
 
 
 @pytest.mark.parametrize("pack_length", [0, 200])

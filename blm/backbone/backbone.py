@@ -11,7 +11,7 @@ import math
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,11 +28,12 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
+from blm.backbone.generation import Generation
 from blm.backbone.nano import SAMPLE_TEXTS, make_nano
 from blm.backbone.prompt import question_prompt, to_chat
 from blm.backbone.smol import make_smol
 from blm.media import load_pixels
-from blm.types import BlmError, Message, lookup
+from blm.types import BlmError, Message, Sampling, lookup
 
 Inputs = dict[str, Tensor]
 
@@ -54,7 +55,7 @@ class Backbone:
         self.model = model.eval()
         self.processor = processor
         self._path = _decoder_path(model)
-        self._processing, self._generating = threading.Lock(), threading.Lock()
+        self._processing = threading.Lock()
 
     @classmethod
     def load(
@@ -182,29 +183,23 @@ class Backbone:
         """Return the greedy answers; each stops at the model's end token or after `max_tokens`."""
         return [text for text, _ in self.complete(conversations, max_tokens=max_tokens)]
 
-    @torch.no_grad()
     def complete(
         self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 128, seed: int | None = None
     ) -> list[tuple[str, bool]]:
         """Return the answers, and whether each came to its end within `max_tokens`.
 
-        Greedy; with a seed drawn from the model's own distribution, which then depends on the whole batch.
+        Greedy; with a seed drawn from the model's own distribution.
         """
-        inputs = self.encode(conversations)
-        how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        sampling = Sampling(max_tokens=max_tokens)
+        how = [sampling] * len(conversations)
         if seed is not None:
-            how = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-        devices = [self.model.device] if self.model.device.type == "cuda" else []
-        # one at a time: some models keep per-call state (the M-RoPE offset) on themselves
-        with self._generating, torch.random.fork_rng(devices, enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            tokens = self.model.generate(**inputs, max_new_tokens=max_tokens, **how)
-        new = tokens[:, inputs["input_ids"].shape[1] :]
-        ends = torch.tensor(self.model.generation_config.eos_token_id, device=new.device)
-        ended = torch.isin(new, ends).any(1).tolist()
-        texts = self.processor.batch_decode(new, skip_special_tokens=True)
-        return [(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
+            seeds = np.random.default_rng(seed).integers(2**63, size=len(conversations)).tolist()
+            how = [replace(sampling, temperature=1.0, repetition_penalty=1.0, seed=own) for own in seeds]
+        generation = Generation(self)
+        answers = generation.start(conversations, how)
+        while generation.running:
+            generation.step()
+        return [(generation.text(answer).strip(), answer.ended == "stop") for answer in answers]
 
     @torch.no_grad()
     def tap(self, inputs: Inputs, layer: int) -> Tapped:
@@ -231,14 +226,21 @@ class Backbone:
             digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    @torch.no_grad()
-    def probe_logits(self) -> Tensor:
-        """Return the logits [2, V] after two fixed prompts, one with a picture: a proof of frozenness."""
+    @staticmethod
+    def probe_prompts() -> list[tuple[Message, ...]]:
+        """Return two fixed prompts, one with a picture."""
         ramp = np.arange(112, dtype=np.uint8)
         picture = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :] * 2, np.uint8(64)), axis=-1)
-        prompts = [question_prompt("What is in the picture?", [picture]), question_prompt("What can you do?")]
+        return [question_prompt("What is in the picture?", [picture]), question_prompt("What can you do?")]
+
+    @torch.no_grad()
+    def probe_logits(self) -> Tensor:
+        """Return the logits [2, V] after the two probe prompts: a proof of frozenness."""
         return torch.cat(
-            [self.model(**self.encode([prompt])).logits[:, -1].float().cpu() for prompt in prompts]
+            [
+                self.model(**self.encode([prompt])).logits[:, -1].float().cpu()
+                for prompt in self.probe_prompts()
+            ]
         )
 
     def save(self, folder: Path) -> None:

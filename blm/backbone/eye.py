@@ -31,9 +31,12 @@ QUARTERS = 4
 FOUND = GRID * GRID - QUARTERS
 WORDS = 64
 """Things are told apart by at most so many words."""
-NAME_SCALE, LOOK_SCALE, DECIMAL_SCALE = 4.0, 0.3, 30.0
+NAME_SCALE, LOOK_SCALE, DECIMAL_SCALE = 24.0, 0.3, 30.0
 """Make the few numbers that say what and where a thing is count among the many that say how it looks. Spelt
-numbers were learnt the faster the larger they were: 1, 4, 10, 30 (docs/LOG.md)."""
+numbers were learnt the faster the larger they were: 1, 4, 10, 30; names then had to grow too, to be about as
+long as all numbers together (docs/LOG.md)."""
+VIEW_SCALE = 4.0
+"""The same for which camera took the picture."""
 FREQUENCIES = (1, 2, 4, 5, 10)
 """Half periods of the position code over the picture. 5 and 10 tell apart what decimal digits need."""
 REACH = 0.5
@@ -195,7 +198,7 @@ class ConvVision(PreTrainedModel):
         thing = (torch.arange(GRID * GRID) < FOUND).to(sure)[:, None]
         spelt = decimal_code((place[..., :2] + 1) * 50) * thing
         metres = torch.cat([metric_code(metres), decimal_code(100 * REACH * metres)], dim=-1) * fixed * thing
-        view = NAME_SCALE * self.view(summary).softmax(-1)
+        view = VIEW_SCALE * self.view(summary).softmax(-1)
         whole = torch.cat([self.doing(summary).softmax(-1), view], dim=-1)[:, None]
         told = [NAME_SCALE * names, torch.ones_like(sure), place, spelt, metres, LOOK_SCALE * looks]
         tokens = torch.cat([sure * torch.cat(told, dim=-1), whole.expand(-1, GRID * GRID, -1)], dim=-1)

@@ -141,8 +141,13 @@ def make_nano(
         tie_word_embeddings=True,
         **ids,
     )
+    return untrained(config, seed=seed), processor
+
+
+def untrained(config: LlavaConfig, *, seed: int) -> LlavaForConditionalGeneration:
+    """Return the nano of this config that training starts from: random weights, but heads that copy."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
         start_copying(cast(LlamaModel, model.base_model.language_model))
-    return model, processor
+    return model

@@ -177,11 +177,10 @@ def _open(
     chosen: TrainStage1, config: Stage1Config, device: Any
 ) -> tuple[Backbone, list[TrainingSource], list[Any]]:
     """Return the backbone, the corpora without faults, and held-out rows."""
-    from collections import Counter
-
     from blm.backbone import Backbone
     from blm.corpora.validate import clean_corpus
-    from blm.training.sft import TrainingSource, read_source
+    from blm.training.parallel import Processes
+    from blm.training.reading import Reader, TrainingSource
 
     parts = [split_weight(text) for text in (*chosen.corpus, *chosen.replay)]
     made = None if chosen.backbone == "nano" else Backbone.load(chosen.backbone, device=str(device))
@@ -210,7 +209,10 @@ def _open(
     asked = [row.messages for row in clean_corpus(chosen.held_out, skip_bad=config.skip_bad)]
     asked = asked[:: max(1, len(asked) // chosen.held_out_rows)][: chosen.held_out_rows]
     held_out = TrainingSource(name="held out", conversations=asked, root=chosen.held_out)
-    return made, sources, list(read_source(made, held_out, config, Counter()).rows)
+    reader = Reader(
+        made, config.limits, Processes.join(made.model.device.type), skip_bad=False, features=False
+    )
+    return made, sources, list(reader.read(held_out).rows)
 
 
 def split_weight(text: str) -> tuple[Path, float]:

@@ -59,25 +59,36 @@ def _objects(scene: Scene) -> Iterator[Fact]:
         for kind in KINDS:
             role = there.get(f"{color} {kind}")
             if role in (None, "distractor"):  # of the task's own objects it would always be yes
-                yield Fact("existence", "yes" if role else "no", {"thing": f"{color} {kind}"})
+                asked, thought = {"thing": f"{color} {kind}"}, _listed(things, color)
+                yield Fact("existence", "yes" if role else "no", asked, thought=thought)
     for thing in things:
         if thing.kind in KINDS and sum(t.kind == thing.kind for t in things) == 1:
             wrong = tuple(set(PALETTE) - {thing.color})
-            yield Fact("attribute_color", thing.color, {"thing": thing.kind}, wrong)
+            thought = _listed(things, thing.kind)
+            yield Fact("attribute_color", thing.color, {"thing": thing.kind}, wrong, thought)
         alone = sum(thing.color in t.color for t in scene.things) == 1
         if thing.role == "distractor" and alone:  # the task's own have always one shape
             wrong = tuple(set(KINDS) - {thing.kind})
-            yield Fact("attribute_shape", thing.kind, {"thing": thing.color}, wrong)
+            thought = _listed(things, thing.color)
+            yield Fact("attribute_shape", thing.kind, {"thing": thing.color}, wrong, thought)
     balls = [t.label for t in things if t.kind == "ball"]
     if len(balls) == 1:
         wrong = tuple(t.label for t in things if t.kind != "ball")
-        yield Fact("affordance_roll", balls[0], {}, wrong)
+        yield Fact("affordance_roll", balls[0], {}, wrong, _listed(things, "ball"))
     if scene.staging != "held":
         for kind in (*KINDS, "object"):
-            counted = sorted(t.label for t in things if kind in ("object", t.kind))
-            number, thought = len(counted), ", ".join(counted) or "nothing"
+            number = sum(kind in ("object", t.kind) for t in things)
             wrong = tuple(str(n) for n in (number - 1, number + 1, number + 2) if n >= 0)
+            thought = _listed(things, "" if kind == "object" else kind)
             yield Fact("counting", str(number), {"thing": kind}, wrong, thought)
+
+
+def _listed(things: Sequence[Thing], word: str = "") -> str:
+    """What there is, then those of it that have a word in their name."""
+    names = sorted(t.label for t in things)
+    there = ", ".join(names)
+    picked = ", ".join(name for name in names if word in name.split())
+    return f"{there}; {word}: {picked or 'nothing'}" if word else there
 
 
 def _states(scene: Scene) -> Iterator[Fact]:
@@ -87,14 +98,15 @@ def _states(scene: Scene) -> Iterator[Fact]:
     if thing.kind != "peg" and thing.seen:
         yield Fact("affordance_held", "yes" if held else "no", {"thing": thing.label})
     if goal is not None and goal.solid and goal.seen:
-        thought = _where(scene, thing, goal)
+        thought = _way(scene, thing, goal)
         yield Fact("affordance_room", "no" if done else "yes", {"thing": goal.label}, thought=thought)
     if goal is not None and goal.kind == "sphere" and goal.seen:
         height = float(goal.position[2])
         if not 0.035 < height < 0.07:
             place = ("in the air", "on the table")
             answer = place[height < 0.05]
-            yield Fact("location_goal", answer, {"thing": goal.label}, tuple({*place} - {answer}))
+            wrong, thought = tuple({*place} - {answer}), _where(scene, goal, axis=2)
+            yield Fact("location_goal", answer, {"thing": goal.label}, wrong, thought)
     if goal is None or not thing.seen:
         return
     places = ["on the table", "in the gripper"]
@@ -166,24 +178,32 @@ def _comparisons(scene: Scene) -> Iterator[Fact]:
         labels = [word for _, word, _ in ranked]
         if len(ranked) < 2:
             continue
-        thought = _ranking(scene, mark, [t for *_, t in ranked])
+        all_of_them = [t for *_, t in ranked]
         if ranked[1][0] - ranked[0][0] >= AIR_GAP and scene.staging != "held":
+            thought = _ranking(scene, mark, all_of_them, "nearest")
             yield Fact("comparing_nearest", labels[0], {"thing": name}, tuple(labels[1:]), thought)
         if ranked[-1][0] - ranked[-2][0] >= AIR_GAP:
+            thought = _ranking(scene, mark, all_of_them, "farthest")
             yield Fact("comparing_farthest", labels[-1], {"thing": name}, tuple(labels[:-1]), thought)
         for (far, a, one), (away, b, two) in permutations(ranked, 2):
             if abs(far - away) >= AIR_GAP:
                 words = {"goal": name, "thing": a, "other": b}
-                thought = _ranking(scene, mark, [one, two])
+                thought = _ranking(scene, mark, [one, two], "nearest")
                 yield Fact("comparing_closer", a if far < away else b, words, thought=thought)
 
 
-def _ranking(scene: Scene, mark: Thing | None, things: Sequence[Thing]) -> str:
-    """Where things are, the way from the mark to each, and how far that is."""
+def _ranking(scene: Scene, mark: Thing | None, things: Sequence[Thing], word: str) -> str:
+    """Where things are, the way from the mark to each, how far that is; then which is nearest or farthest.
+
+    A name follows each distance, so that the last step is to choose a number and to read on.
+    """
     place = _named(scene, mark)[1]
-    ways = ((t, t.position - place) for t in sorted(things, key=lambda t: t.label))
-    far = (f"{_where(scene, t)}: {_vector(way)} {format_length(way)}" for t, way in ways)
-    return ", ".join([_where(scene, mark), *far])
+    ways = [(t, t.position - place) for t in sorted(things, key=lambda t: t.label)]
+    far = [f"{format_length(way)} {t.label}" for t, way in ways]
+    told = (f"{_where(scene, t)}: {_vector(way)} {end}" for (t, way), end in zip(ways, far, strict=True))
+    sizes = [float(np.linalg.norm(way)) for _, way in ways]
+    chosen = far[int(np.argmin(sizes) if word == "nearest" else np.argmax(sizes))]
+    return f"{', '.join([_where(scene, mark), *told])}; {word} {chosen}"
 
 
 def _named(scene: Scene, thing: Thing | None) -> tuple[str, np.ndarray]:

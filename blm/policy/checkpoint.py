@@ -82,8 +82,10 @@ def read_transforms(folder: Path) -> dict[str, RobotTransforms]:
 
 def kind_of(folder: Path) -> str:
     """What a checkpoint calls itself, unchecked: "blm", or a baseline; those from before kinds are BLM's."""
-    file = folder / "config.json"
-    return str(json.loads(file.read_text()).get("kind", "blm")) if file.is_file() else "blm"
+    try:
+        return str(json.loads((folder / "config.json").read_text()).get("kind", "blm"))
+    except (OSError, ValueError, AttributeError):  # reading the checkpoint will say what is wrong with it
+        return "blm"
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -6,22 +6,26 @@ import base64
 import io
 import json
 import re
+import secrets
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps
 from pydantic import BaseModel, Field, ValidationError
 
-from blm.types import BlmError, Chat, Image, ImageArray, Message
+from blm.types import BlmError, Image, ImageArray, Message, Sampling
 
 _DATA_URI = re.compile(r"data:image(?:/[\w.+-]+)?;base64,(.*)", re.DOTALL)
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_TOKENS = 4096
+MAX_ANSWERS = 8
+"""Answers to one request (`n`)."""
+Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +35,6 @@ class Limits:
     body_bytes: int = 32 * 2**20
     pixels: int = 16_000_000
     """Per picture."""
-    waiting: int = 16
-    """Requests of one kind (control, chat) that may wait for the model; more get 503."""
 
 
 class RequestError(BlmError):
@@ -71,33 +73,39 @@ class _StreamOptions(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """What we read of a request; other fields are ignored. Decoding is greedy whatever `temperature` says."""
+    """What we read of a request; other fields are ignored."""
 
     model: str
     messages: list[_Turn] = Field(min_length=1)
     max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    temperature: float | None = Field(None, ge=0, le=2)
+    """Without it greedy: questions about a scene have one answer."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
-    n: Literal[1] | None = None
+    n: int | None = Field(None, ge=1, le=MAX_ANSWERS)
     stream: bool = False
     stream_options: _StreamOptions | None = None
 
     @property
-    def token_limit(self) -> int:
-        return self.max_completion_tokens or self.max_tokens or 256
+    def samplings(self) -> list[Sampling]:
+        """How each of the `n` answers is drawn; the n-th has the n-th seed from `seed` on."""
+        limit = self.max_completion_tokens or self.max_tokens or 256
+        first = self.seed if self.seed is not None else secrets.randbits(62)
+        return [
+            Sampling(
+                max_tokens=limit,
+                temperature=self.temperature or 0.0,
+                top_p=self.top_p or 1.0,
+                seed=(first + number) % 2**63,
+            )
+            for number in range(self.n or 1)
+        ]
 
     @property
     def stops(self) -> list[str]:
         return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if stop]
-
-
-@runtime_checkable
-class CountsTokens(Protocol):
-    """A Chat that can say how long a conversation is; without it replies carry `usage: null`."""
-
-    def count_tokens(self, messages: Sequence[Message]) -> int:
-        """Tokens of the rendered conversation, pictures included."""
-        ...
 
 
 def parse_request(body: bytes, limits: Limits) -> tuple[ChatRequest, tuple[Message, ...]]:
@@ -139,46 +147,68 @@ def _pixels(url: str, where: str, limits: Limits) -> ImageArray:
     raise refusal(f"{image.width} x {image.height} is more than {limits.pixels} pixels")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """One finished answer."""
+class Telling:
+    """What of one answer may be sent: text that need not be taken back, up to the first stop string."""
 
-    model: str
-    text: str
-    finish_reason: Literal["stop", "length"]
-    usage: dict[str, int] | None
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops, self.sent, self.tokens = stops, "", 0
+        self.finish: Finish | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        message = {"role": "assistant", "content": self.text}
-        choice = {"index": 0, "message": message, "finish_reason": self.finish_reason}
-        return {**self._head("chat.completion"), "choices": [choice], "usage": self.usage}
+    def add(self, text: str, tokens: int, ended: Finish | None) -> str:
+        """Take all that was said so far; return what is new to send."""
+        self.tokens, text = tokens, text.lstrip()
+        if cuts := [cut for cut in map(text.find, self.stops) if cut >= 0]:
+            text, self.finish = text[: min(cuts)], "stop"
+        elif ended:
+            text, self.finish = text.rstrip(), ended
+        else:
+            text = text.rstrip("\ufffd").rstrip()  # half of a character, or space that may end the answer
+            text = text[: len(text) - max(_overlap(text, stop) for stop in ("", *self.stops))]
+        new = text[len(self.sent) :]
+        self.sent += new
+        return new
 
-    def events(self, include_usage: bool) -> Iterator[str]:
-        """Server-sent events. The answer is made whole and then sent, so it comes as one delta."""
-        head = self._head("chat.completion.chunk")
-        first = {"delta": {"role": "assistant", "content": self.text}, "finish_reason": None}
-        last: dict[str, Any] = {"delta": {}, "finish_reason": self.finish_reason}
-        chunks = [{**head, "choices": [{"index": 0, **choice}]} for choice in (first, last)]
-        if include_usage and self.usage is not None:
-            chunks.append({**head, "choices": [], "usage": self.usage})
-        yield from (f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
-        yield "data: [DONE]\n\n"
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class Reply:
+    """The JSON of one reply, whole or in chunks."""
+
+    def __init__(self, model: str) -> None:
+        self.id, self.created, self.model = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model
+
+    def whole(self, told: Sequence[Telling], prompt_tokens: int) -> dict[str, Any]:
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": one.sent},
+                "finish_reason": one.finish,
+            }
+            for index, one in enumerate(told)
+        ]
+        return {**self._head("chat.completion"), "choices": choices, "usage": usage(told, prompt_tokens)}
+
+    def chunk(self, index: int, delta: Mapping[str, str], finish: Finish | None = None) -> str:
+        """A server-sent event that adds to answer `index`."""
+        return self._event([{"index": index, "delta": delta, "finish_reason": finish}])
+
+    def usage_chunk(self, told: Sequence[Telling], prompt_tokens: int) -> str:
+        return self._event([], usage=usage(told, prompt_tokens))
+
+    def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        return f"data: {json.dumps({**self._head('chat.completion.chunk'), 'choices': choices, **more})}\n\n"
 
     def _head(self, kind: str) -> dict[str, Any]:
-        id_ = f"chatcmpl-{uuid.uuid4().hex}"
-        return {"id": id_, "object": kind, "created": int(time.time()), "model": self.model}
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 
-def complete(chat: Chat, request: ChatRequest, messages: tuple[Message, ...]) -> Completion:
-    """Ask `chat`, count tokens when it can, cut at the first stop string."""
-    text = chat.answer(messages, max_tokens=request.token_limit)
-    cuts = [cut for cut in (text.find(stop) for stop in request.stops) if cut >= 0]
-    usage, full = None, False
-    if isinstance(chat, CountsTokens):
-        prompt = chat.count_tokens(messages)
-        full_turn, empty_turn = (chat.count_tokens((Message("assistant", (words,)),)) for words in (text, ""))
-        made = full_turn - empty_turn
-        usage = {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
-        full = made >= request.token_limit and not cuts
-    text = text[: min(cuts)] if cuts else text
-    return Completion(model=request.model, text=text, finish_reason="length" if full else "stop", usage=usage)
+def usage(told: Sequence[Telling], prompt_tokens: int) -> dict[str, int]:
+    made = sum(one.tokens for one in told)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": made,
+        "total_tokens": prompt_tokens + made,
+    }

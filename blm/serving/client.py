@@ -10,7 +10,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from blm.serving import wire
-from blm.types import ActionChunk, BlmError, ContractError, Observation, PolicyContract
+from blm.types import ActionChunk, BlmError, ContractError, LateError, Observation, PolicyContract
 
 MAX_FRAME = 64 * 2**20
 """Largest frame that is accepted [bytes]."""
@@ -25,14 +25,19 @@ class RemotePolicy:
         *,
         api_key: str | None = None,
         timeout_s: float = 60.0,
+        deadline_ms: float | None = None,
         contract: PolicyContract | None = None,
     ) -> None:
         """`uri` like 'ws://127.0.0.1:8000'. Raises BlmError when nobody answers or the key is refused.
+
+        With `deadline_ms` a chunk that comes later than that after its request reached the server is not
+        sent: `act` raises LateError, and the connection stays.
 
         A server of ours sends its contract. For one that sends none, `contract` says what it needs and gives;
         its pictures then go by OpenPI's own names (observation/image, observation/wrist_image).
         """
         self._uri, self._timeout_s, self._opened = uri, timeout_s, ExitStack()
+        self._more = {} if deadline_ms is None else {wire.DEADLINE: deadline_ms}
         options: dict[str, Any] = {"compression": None, "max_size": MAX_FRAME, "open_timeout": timeout_s}
         if api_key is not None:
             options["additional_headers"] = {"Authorization": f"Api-Key {api_key}"}
@@ -62,12 +67,15 @@ class RemotePolicy:
     def act(self, observation: Observation) -> ActionChunk:
         """Ask for the next chunk. An observation that breaks the contract is refused before it is sent."""
         checked = self._contract.check(observation)
-        request = wire.pack(wire.to_request(checked, plain=self._foreign))
+        request = wire.pack({**wire.to_request(checked, plain=self._foreign), **self._more})
         try:
             self._socket.send(request)
         except ConnectionClosed as error:
             raise BlmError(f"the connection to {self._uri} is closed: {error}; connect anew") from error
-        actions = np.asarray(self._receive()["actions"], dtype=np.float32)
+        reply = self._receive()
+        if wire.LATE in reply:
+            raise LateError(f"{self._uri}: {reply[wire.LATE]}")
+        actions = np.asarray(reply["actions"], dtype=np.float32)
         return ActionChunk(actions=actions, rate_hz=self._contract.rate_hz)
 
     def reset(self) -> None:

@@ -6,6 +6,7 @@ the bytes keys `__ndarray__`, `data`, `dtype` and `shape`. Text keys, which some
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,11 @@ import numpy as np
 from blm.types import BlmError, ContractError, Observation, PolicyContract
 
 STATE, PROMPT, ROBOT, SEED = "observation/state", "prompt", "robot", "seed"
+CHUNK, FROZEN = "chunk", "frozen"
+"""Real-time chunking: what is left of the chunk in progress, and how much of it is carried out meanwhile."""
+DEADLINE = "deadline_ms"
+"""After this time from the arrival of a request a chunk is of no use; the reply then says LATE."""
+LATE = "late"
 IMAGES = "observation/images/"
 OPENPI_IMAGES = {"base": "observation/image", "wrist": "observation/wrist_image"}
 """Camera -> the name that OpenPI's own examples give it."""
@@ -73,7 +79,16 @@ def to_request(observation: Observation, plain: bool = False) -> dict[str, Any]:
     names = OPENPI_IMAGES if plain else {}
     images = {names.get(camera, IMAGES + camera): image for camera, image in observation.images.items()}
     words = {PROMPT: observation.instruction, ROBOT: observation.robot, SEED: observation.seed}
-    return {STATE: observation.state, **images, **words}
+    going_on = {} if observation.chunk is None else {CHUNK: observation.chunk, FROZEN: observation.frozen}
+    return {STATE: observation.state, **images, **words, **going_on}
+
+
+def deadline_s(request: Mapping[str, Any]) -> float:
+    """How long a client waits for its chunk [s]; for ever if it does not say. Raises ContractError."""
+    value = request.get(DEADLINE, math.inf)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ContractError(f"'{DEADLINE}' must be a positive number of milliseconds, got {value!r}")
+    return value / 1000
 
 
 def to_observation(request: Any, contract: PolicyContract) -> Observation:
@@ -91,18 +106,29 @@ def _read(request: Mapping[str, Any], contract: PolicyContract) -> Observation:
         raise TypeError(f"it must be a map, got {type(request).__name__}")
     only = next(iter(contract.action_spaces)) if len(contract.action_spaces) == 1 else None
     robot = request.get(ROBOT, only) or request[ROBOT]
-    seed = request.get(SEED, 0)
-    for key, value, kind in ((ROBOT, robot, str), (PROMPT, request[PROMPT], str), (SEED, seed, int)):
+    seed, frozen = request.get(SEED, 0), request.get(FROZEN, 0)
+    words = ((ROBOT, robot, str), (PROMPT, request[PROMPT], str), (SEED, seed, int), (FROZEN, frozen, int))
+    for key, value, kind in words:
         if not isinstance(value, kind):
             raise TypeError(f"'{key}' must be {kind.__name__}, got {value!r}")
-    if seed < 0:
-        raise ValueError(f"'{SEED}' must be >= 0, got {seed}")
+    for key, number in ((SEED, seed), (FROZEN, frozen)):
+        if number < 0:
+            raise ValueError(f"'{key}' must be >= 0, got {number}")
     images = {}
     for camera in contract.cameras:
         plain = OPENPI_IMAGES.get(camera, "")
         images[camera] = request[plain if plain in request else IMAGES + camera]
     state = np.asarray(request[STATE], dtype=np.float32)
-    return Observation(images=images, state=state, instruction=request[PROMPT], robot=robot, seed=seed)
+    chunk = request.get(CHUNK)
+    return Observation(
+        images=images,
+        state=state,
+        instruction=request[PROMPT],
+        robot=robot,
+        seed=seed,
+        chunk=None if chunk is None else np.asarray(chunk, dtype=np.float32),
+        frozen=frozen,
+    )
 
 
 def _accepted(contract: PolicyContract) -> str:
@@ -112,5 +138,6 @@ def _accepted(contract: PolicyContract) -> str:
     robots = ", ".join(contract.action_spaces)
     return (
         f"accepted: '{STATE}' (numbers), '{PROMPT}' (text), {images} ({side}), "
-        f"'{ROBOT}' (one of {robots}), '{SEED}' (whole number, optional)"
+        f"'{ROBOT}' (one of {robots}); optional: '{SEED}' (whole number), '{CHUNK}' (actions) with "
+        f"'{FROZEN}' (whole number), '{DEADLINE}' (number)"
     )

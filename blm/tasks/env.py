@@ -193,6 +193,15 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         items = (*self.items, *(item for item, _ in self._distractors))
         return {item.name: self._object(item) for item in items}
 
+    def shift_object(self, name: str, by: FloatArray) -> None:
+        """Move an item by [3] m, as a person would who reaches in; it comes to rest where it is put."""
+        body = self._body(name)
+        position, quaternion = body.xpos + by, body.xquat.copy()
+        if self.model.body(name).mocapid[0] < 0:
+            self.data.joint(name).qvel[:] = 0
+        self._place({name: ((*position.tolist(),), (*quaternion.tolist(),))})
+        self._refresh()
+
     def tcp(self) -> tuple[FloatArray, FloatArray]:
         """Position [3] and rotation [3, 3] of the tool; column z approaches, column y is the closing axis."""
         site = self.data.site("tcp")

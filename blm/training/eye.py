@@ -68,7 +68,7 @@ def teach_eye(backbone: Backbone, views: Sequence[View], loop: LoopConfig, out: 
     """Train the eye of a nano in place; its log is `out/log.jsonl`."""
     eye = backbone.model.base_model.vision_tower
     assert isinstance(eye, ConvVision) and isinstance(eye.config, ConvVisionConfig)
-    lessons = _lessons(views, eye.config)
+    lessons = lessons_of(views, eye.config)
     pictures = np.stack([load_pixels(view.image, view.root) for view in views])
 
     def next_batch(step: int, part: Part) -> Piece[tuple[Tensor, Lessons]]:
@@ -99,7 +99,8 @@ class Lessons(NamedTuple):
     """[N]."""
 
 
-def _lessons(views: Sequence[View], known: ConvVisionConfig) -> Lessons:
+def lessons_of(views: Sequence[View], known: ConvVisionConfig) -> Lessons:
+    """Return what views show, in the eye's order of things, steps and cameras."""
     things, points = known.things, torch.full((len(views), len(known.things), 2), -1.0)
     metres = torch.full((*points.shape[:2], 3), torch.nan)
     for row, view in enumerate(views):

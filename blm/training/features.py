@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blm.backbone import Backbone, Inputs
+from blm.backbone.sight import content_key
 from blm.training.rows import Media, Row, join, ready
 from blm.types import BlmError
 
@@ -60,7 +61,7 @@ class FeatureCache:
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         keys, unseen = [], dict[str, Inputs]()
         for row in rows:
-            units = [(_key(unit), unit) for unit in _units(row.media(self.backbone))]
+            units = [(content_key(unit), unit) for unit in _units(row.media(self.backbone))]
             keys.append([key for key, _ in units])
             self.counts["pictures"] += len(units)
             unseen |= {key: unit for key, unit in units if key not in self.store.features}
@@ -225,19 +226,10 @@ def _gather(pictures: Sequence[Features]) -> Media:
     return {name: tuple(picture[name] for picture in pictures) for name in names}
 
 
-def _key(unit: Inputs) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(unit):
-        value = unit[name].contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _fingerprint(backbone: Backbone, projector: nn.Module | None) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in eye_of(backbone):
         if part is not projector:
             weights = {name: value.detach().cpu() for name, value in part.state_dict().items()}
-            digest.update(_key(weights).encode())
+            digest.update(content_key(weights).encode())
     return digest.hexdigest()

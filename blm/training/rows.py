@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +53,6 @@ class Shown:
     root: Path | None
     max_pixels: int | None
 
-    def pixels(self) -> list[ImageArray]:
-        return [shrunk(load_pixels(image, self.root), self.max_pixels) for image in self.images]
-
 
 @dataclass(frozen=True)
 class Row:
@@ -81,7 +78,10 @@ class Row:
         """Return the features of its pictures, or what the model's processor makes of them."""
         if self.shown is None:
             return self.features
-        return media_of(backbone.process([self.shown.text], self.shown.pixels()))
+        loaded = (load_pixels(image, self.shown.root) for image in self.shown.images)
+        return media_of(
+            backbone.process([self.shown.text], [shrunk(pixels, self.shown.max_pixels) for pixels in loaded])
+        )
 
 
 @contextmanager
@@ -102,7 +102,8 @@ def make_row(
     turns = separated(messages) if limits.separate_turns else [messages]
     images = tuple(image for message in turns[0] for image in message.images)
     shown = Shown(backbone.render(turns[0], prompt=False), images, root, limits.max_pixels)
-    pixels = shown.pixels()
+    loaded = [load_pixels(image, root) for image in images]
+    pixels = [shrunk(whole, limits.max_pixels) for whole in loaded]
     read = backbone.process([shown.text], pixels)
     tokens, learn, branch = _branches(backbone, read["input_ids"][0].numpy(), turns)
     if len(tokens) > limits.max_length:
@@ -113,10 +114,8 @@ def make_row(
         counts["dropped, too long"] += 1
         return None
     counts["kept"] += 1
-    if limits.max_pixels is not None:
-        full = replace(shown, max_pixels=None).pixels()
-        if changed := sum(a.shape != b.shape for a, b in zip(full, pixels, strict=True)):
-            counts["pictures shrunk"] += changed
+    if changed := sum(small is not whole for small, whole in zip(pixels, loaded, strict=True)):
+        counts["pictures shrunk"] += changed
     positions = _positions(backbone, tokens, branch, media_of(read) if images else {})
     return Row(tokens, learn, branch, positions, shown if images else None)
 

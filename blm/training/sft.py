@@ -15,44 +15,22 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from blm.backbone import Backbone
 from blm.data.files import write_json
 from blm.training.answers import AnswerModel
-from blm.training.features import FeatureCache
 from blm.training.intents import claim
 from blm.training.loop import LoopConfig, Piece, run_loop
 from blm.training.lora import Lora, add_adapters, merge_adapters
 from blm.training.packing import RowBatch, collate, pack, require_exact
 from blm.training.parallel import Part, Processes, wants_shards
 from blm.training.parts import PartName, freeze_parts, part_of
-from blm.training.rows import Limits, Row, make_row, one_thread
+from blm.training.reading import Reader, TrainingSource
+from blm.training.rows import Limits, Row, one_thread
 from blm.training.schedule import Place, Schedule, Source
 from blm.training.turns import turned
-from blm.types import BlmError, Message
-
-SEEN_TOGETHER = 256
-"""Rows whose pictures wait for the eye at a time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSource:
-    """Conversations of one kind."""
-
-    name: str
-    conversations: Sequence[Sequence[Message]]
-    root: Path | None = None
-    """Folder below which their pictures lie."""
-    weight: float = 1.0
-    """Its share of the rows trained on, relative to the other sources."""
-    places: Sequence[str] = ()
-    """Where each conversation stands ("file:line"), for messages."""
-
-    def place(self, index: int) -> str:
-        return self.places[index] if self.places else f"{self.name}, conversation {index}"
+from blm.types import BlmError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +89,7 @@ def train_stage1(
     """
     processes, model = Processes.join(backbone.model.device.type), backbone.model
     adapted = _choose_trained(backbone, config)
-    counts: Counter[str] = Counter()
-    read = _read(backbone, sources, config, counts, processes)
+    read, counts = _read(backbone, sources, config, processes)
     schedule = Schedule(
         read,
         rows_per_step=config.loop.batch_size,
@@ -175,51 +152,18 @@ def _piece(backbone: Backbone, read: Sequence[Source], groups: Sequence[Sequence
 
 
 def _read(
-    backbone: Backbone,
-    sources: Sequence[TrainingSource],
-    config: Stage1Config,
-    counts: Counter[str],
-    processes: Processes,
-) -> list[Source]:
-    """Tokenise all sources, and see their pictures if features are wanted; the first process tells."""
-    console = Console(stderr=True, quiet=not processes.first)
+    backbone: Backbone, sources: Sequence[TrainingSource], config: Stage1Config, processes: Processes
+) -> tuple[list[Source], Counter[str]]:
+    """Tokenise all sources, and see their pictures if features are wanted; with counts of what happened."""
     with one_thread():
-        see = FeatureCache(backbone, counts) if config.cache_features else None
-        return [read_source(backbone, source, config, counts, console, see) for source in sources]
-
-
-def read_source(
-    backbone: Backbone,
-    source: TrainingSource,
-    config: Stage1Config,
-    counts: Counter[str],
-    console: Console | None = None,
-    see: FeatureCache | None = None,
-) -> Source:
-    """Tokenise a source; `counts` says what happened. Raises BlmError naming a conversation of no use.
-
-    With `see` the pictures of a few rows at a time become features.
-    """
-    rows, unseen = list[Row](), list[Row]()
-    console = console or Console(stderr=True)
-    for index, messages in enumerate(track(source.conversations, f"reading {source.name}", console=console)):
-        try:
-            row = make_row(backbone, tuple(messages), config.limits, source.root, counts)
-        except BlmError as error:
-            if not config.skip_bad:
-                raise BlmError(f"{source.place(index)}: {error}; skip_bad leaves such rows out") from error
-            console.print(f"skipped {source.place(index)}: {error}", highlight=False, soft_wrap=True)
-            counts["skipped, bad"] += 1
-            continue
-        if row is not None:
-            unseen.append(row)
-        if see is not None and len(unseen) >= SEEN_TOGETHER:
-            rows += see(unseen)
-            unseen = []
-    rows += see(unseen) if see is not None else unseen
-    if not rows:
-        raise BlmError(f"no conversation of '{source.name}' can be trained on: {dict(counts)}")
-    return Source(name=source.name, rows=rows, weight=source.weight)
+        reader = Reader(
+            backbone,
+            config.limits,
+            processes,
+            skip_bad=config.skip_bad,
+            features=config.cache_features,
+        )
+        return [reader.read(source) for source in sources], reader.total()
 
 
 def _inputs(backbone: Backbone, sources: Sequence[Source], config: Stage1Config) -> dict[str, object]:

@@ -1,0 +1,155 @@
+"""Nonsense on the wire and in chat requests: refused by name or served, never a crash, a hang or a leak."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+
+import httpx
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_serving import CONTRACT, EchoPolicy, EchoSpeaker, observation, running
+from websockets.sync.client import connect
+
+from blm.serving import wire
+from blm.serving.chat import Limits, RequestError, parse_request
+from blm.types import BlmError
+
+MANY = int(os.environ.get("BLM_FUZZ", "300"))
+"""Inputs for each test; the slow runs take 10,000."""
+QUICK = settings(max_examples=MANY, deadline=None, suppress_health_check=list(HealthCheck))
+
+scalars = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary()
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text() | st.binary(), inner, max_size=4),
+    max_leaves=12,
+)
+dtypes = (
+    st.sampled_from(["<f4", "|u1", "<i8", "|O", "<U4", "<M8[s]", "f4,f4", "(3", "<f999", "|V8", ""])
+    | st.text()
+)
+texts = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+jsons = st.recursive(
+    texts,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+arrays = st.fixed_dictionaries(
+    {
+        "__ndarray__": st.booleans(),
+        "data": st.binary(max_size=64) | st.integers(-(2**63), 2**64 - 1),
+        "dtype": dtypes | values,
+        "shape": st.lists(st.integers(-(2**31), 2**31), max_size=4) | values,
+    }
+).map(lambda found: {key.encode(): value for key, value in found.items()})
+KEYS = (*wire.to_request(observation()), wire.CHUNK, wire.FROZEN, wire.DEADLINE, "more")
+requests = st.fixed_dictionaries({}, optional=dict.fromkeys(KEYS, values | arrays))
+
+
+@QUICK
+@given(st.binary(max_size=400))
+def test_any_bytes(data: bytes) -> None:
+    try:
+        wire.to_observation(wire.unpack(data), CONTRACT)
+    except BlmError as error:
+        assert str(error)
+
+
+@QUICK
+@given(requests)
+def test_any_request_of_ours_with_anything_in_it(request: dict[str, object]) -> None:
+    whole = {**wire.to_request(observation()), **request}
+    try:
+        got = wire.unpack(msgpack.packb(whole, default=wire._encode))
+        wire.deadline_s(got)
+        wire.to_observation(got, CONTRACT)
+    except BlmError as error:
+        assert str(error)
+
+
+pictures = st.text() | st.binary(max_size=80).map(lambda b: "data:image/png;base64," + b.hex())
+parts = st.fixed_dictionaries(
+    {"type": st.sampled_from(["text", "image_url", "video_url"]) | jsons},
+    optional={"text": st.text() | jsons, "image_url": st.fixed_dictionaries({"url": pictures}) | jsons},
+)
+turns = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant", "developer"]) | st.text()},
+    optional={"content": st.text() | st.lists(parts, max_size=3) | jsons},
+)
+chats = st.fixed_dictionaries(
+    {"model": st.just("BLM") | jsons, "messages": st.lists(turns, max_size=3) | jsons},
+    optional={
+        name: st.integers(-3, 10) | jsons
+        for name in (
+            "n",
+            "max_tokens",
+            "max_completion_tokens",
+            "temperature",
+            "top_p",
+            "seed",
+            "stop",
+            "stream",
+            "stream_options",
+        )
+    },
+)
+
+
+def to_body(chat: object) -> bytes:
+    return json.dumps(chat).encode()
+
+
+@QUICK
+@given(chats.map(to_body) | st.binary(max_size=300))
+def test_any_chat_request(body: bytes) -> None:
+    try:
+        asked, _ = parse_request(body, Limits())
+        assert asked.samplings
+    except RequestError as error:
+        assert 400 <= error.status < 500 and str(error)
+
+
+@settings(max_examples=max(50, MANY // 4), deadline=None, suppress_health_check=list(HealthCheck))
+@given(chats.map(to_body) | st.binary(max_size=300))
+def test_a_server_never_says_500(live: str, body: bytes) -> None:
+    reply = httpx.post(f"http://{live}/v1/chat/completions", content=body, timeout=20)
+    assert reply.status_code < 500, reply.text
+    if reply.status_code >= 400:
+        assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@settings(max_examples=max(50, MANY // 4), deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.binary(max_size=200) | requests.map(lambda r: msgpack.packb(r, default=wire._encode)))
+def test_a_socket_tells_why_and_others_go_on(live: str, frame: bytes) -> None:
+    with connect(f"ws://{live}", compression=None) as socket:
+        socket.recv(timeout=10)
+        socket.send(frame)
+        said = socket.recv(timeout=10)
+        assert isinstance(said, str) and said and "the policy failed" not in said
+
+
+@pytest.fixture(scope="module")
+def live():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with running(EchoPolicy(), EchoSpeaker()) as address:
+        yield address
+        assert httpx.get(f"http://{address}/health").status_code == 200
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+def test_bombs_are_refused_before_they_are_unpacked() -> None:
+    huge = {b"__ndarray__": True, b"data": b"", b"dtype": "|u1", b"shape": [2**20, 2**20]}
+    nested: object = 1
+    for _ in range(2000):
+        nested = [nested]
+    for bomb in (msgpack.packb({"a": huge}), b"\x91" * 100_000 + b"\x00", b"\xdd\xff\xff\xff\xff"):
+        with pytest.raises(BlmError):
+            wire.unpack(bomb)
+    big = np.zeros((4096, 4096, 3), np.uint8)
+    with pytest.raises(BlmError, match="needed"):
+        wire.to_observation({**wire.to_request(observation()), "observation/images/base": big}, CONTRACT)

@@ -1,0 +1,109 @@
+"""Several processes read what one reads: the same rows in the same order, counts and complaints."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from blm.backbone import build_nano
+from blm.training import reading
+from blm.training.parallel import Processes
+from blm.training.reading import Reader, TrainingSource
+from blm.training.rows import Limits, Row
+from blm.types import BlmError, Image, Message
+
+
+class Meeting:
+    """Processes as threads: what `all_gather_object` does."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.table = count, [None] * count
+        self.barrier = threading.Barrier(count, timeout=60)
+
+    def of(self, rank: int) -> Processes:
+        meeting = self
+
+        class Thread(Processes):
+            def gather_objects(self, value: Any) -> list[Any]:
+                meeting.barrier.wait()
+                meeting.table[rank] = value
+                meeting.barrier.wait()
+                return list(meeting.table)
+
+        return Thread(rank, self.count, torch.device("cpu"))
+
+
+def conversations(count: int, bad: tuple[int, ...] = (), long: tuple[int, ...] = ()) -> list[Any]:
+    rng = np.random.default_rng(0)
+    pictures = [Image(rng.integers(0, 256, (112, 112, 3), np.uint8)) for _ in range(3)]
+    made = []
+    for number in range(count):
+        picture = (pictures[number % 3],) if number % 2 else ()
+        words = "word " * (80 if number in long else 1 + number % 5)
+        asked = Message("user", (*picture, f"Question {number}: {words}"))
+        made.append([asked] if number in bad else [asked, Message("assistant", (f"Answer {number}.",))])
+    return made
+
+
+def read(count: int, features: bool = False, skip_bad: bool = True, **made: Any) -> list[Any]:
+    """What each of `count` processes gets: rows and counts, or the complaint."""
+    meeting, limits = Meeting(count), Limits(max_length=60)
+    source = TrainingSource(name="some", conversations=conversations(23, **made))
+    backbones = [build_nano(["Question 0: word", "Answer 1."]) for _ in range(count)]
+
+    def work(rank: int) -> Any:
+        backbone = backbones[rank]
+        backbone.freeze()
+        processes = meeting.of(rank) if count > 1 else Processes(0, 1, torch.device("cpu"))
+        reader = Reader(backbone, limits, processes, skip_bad=skip_bad, features=features)
+        try:
+            return reader.read(source).rows, reader.total()
+        except BlmError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, range(count)))
+
+
+def same(one: Row, other: Row) -> bool:
+    media = one.features.keys() == other.features.keys() and all(
+        torch.equal(a, b)
+        for name in one.features
+        for a, b in zip(one.features[name], other.features[name], strict=True)
+    )
+    arrays = ("tokens", "learn", "branch", "positions")
+    return media and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays)
+
+
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_read_what_one_reads(count, features, monkeypatch, capsys):
+    made = {"bad": (4, 9, 17), "long": (2, 20)}
+    ((rows, counts),) = read(1, features, **made)
+    complaints = capsys.readouterr().err
+    assert counts["kept"] == len(rows) == 18 and counts["skipped, bad"] == 3
+    assert counts["dropped, too long"] == 2
+    assert counts["distinct pictures"] == (3 if features else 0)
+    monkeypatch.setattr(reading, "READ_TOGETHER", 4)
+    for others, total in read(count, features, **made):
+        assert len(others) == len(rows) and all(map(same, others, rows))
+        assert +total == +Counter(counts)
+    said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert said == [line for line in complaints.splitlines() if "skipped" in line] and len(said) == 3
+
+
+def test_the_first_conversation_of_no_use_ends_all_processes(monkeypatch):
+    monkeypatch.setattr(reading, "READ_TOGETHER", 4)
+    found = read(3, skip_bad=False, bad=(11, 8, 22))
+    assert len({*found}) == 1 and "some, conversation 8" in found[0]
+
+
+def test_nothing_to_train_on_is_said(monkeypatch):
+    (found,) = read(1, bad=tuple(range(23)))
+    assert "no conversation of 'some'" in found
