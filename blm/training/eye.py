@@ -69,12 +69,12 @@ def teach_eye(backbone: Backbone, views: Sequence[View], loop: LoopConfig, out: 
     eye = backbone.model.base_model.vision_tower
     assert isinstance(eye, ConvVision) and isinstance(eye.config, ConvVisionConfig)
     lessons = lessons_of(views, eye.config)
-    pictures = np.stack([load_pixels(view.image, view.root) for view in views])
 
     def next_batch(step: int, part: Part) -> Piece[tuple[Tensor, Lessons]]:
         drawn = np.random.default_rng((loop.seed, step)).integers(0, len(views), loop.batch_size)
         mine = part.of(drawn.tolist())
-        inputs = backbone.processor.image_processor(list(pictures[mine]), return_tensors="pt")
+        pictures = [load_pixels(views[row].image, views[row].root) for row in mine]
+        inputs = backbone.processor.image_processor(pictures, return_tensors="pt")
         batch = inputs["pixel_values"], Lessons(*(value[mine] for value in lessons))
         return Piece(batch, mine, weight=len(mine))
 

@@ -90,7 +90,8 @@ def _see_all(backbone: Backbone, units: Mapping[str, Inputs], store: _Store, tog
         features = encode(backbone, joined)
         pieces = {n: v.split(1) if len(keys) > 1 else (v,) for n, v in features.items()}
         for place, key in enumerate(keys):
-            store.add(key, {name: parts[place] for name, parts in pieces.items()})
+            # a copy: another process gets whole storages, of which a piece would be one picture in many
+            store.add(key, {name: parts[place].clone() for name, parts in pieces.items()})
 
 
 @torch.no_grad()
