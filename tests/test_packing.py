@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from test_backbone import MAKERS
 
 from blm.backbone import Backbone, build_nano
 from blm.media import load_pixels
-from blm.training import features, packing
+from blm.training import packing
 from blm.training.answers import AnswerModel, Answers
 from blm.training.features import FeatureCache, eye_of, is_frozen, projector_of
 from blm.training.packing import collate, pack, probe_rows, probe_talks, require_exact
@@ -295,28 +294,19 @@ def freeze_eye(backbone: Backbone, projector: bool) -> None:
 
 
 @pytest.mark.parametrize("projector", [False, True])
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_cached_features_give_the_same_loss_and_gradients(
-    backbone: Backbone, projector: bool, on_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_features_give_the_same_loss_and_gradients(backbone: Backbone, projector: bool) -> None:
     if projector and projector_of(backbone) is None:
         pytest.skip("its merger is a part of its tower")
     freeze_eye(backbone, projector)
     rows = probe_rows(backbone)
     wanted = gradients(backbone, lambda: run(backbone, [rows]).loss_sum)
     counts: Counter[str] = Counter()
-    folder = tmp_path if on_disk else None
-    cached = FeatureCache(backbone, counts, folder)(rows)
+    cached = FeatureCache(backbone, counts)(rows)
     assert counts == {"pictures": 3, "distinct pictures": 2}
     assert all(one.shown is None for one in cached)
     found = gradients(backbone, lambda: run(backbone, [cached], cached=True).loss_sum)
     assert_same(found, wanted)
     assert bool(found) and any("projector" in name or "connector" in name for name in found) == projector
-    if on_disk:
-        monkeypatch.setattr(features, "encode", None)  # all are found on disk
-        again = FeatureCache(backbone, Counter(), folder)(rows)
-        for name, pieces in cached[0].features.items():
-            assert all(torch.equal(a, b) for a, b in zip(pieces, again[0].features[name], strict=True))
 
 
 def test_features_of_a_trained_eye_are_not_cached(backbone: Backbone) -> None:

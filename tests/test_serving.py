@@ -8,12 +8,13 @@ import io
 import json
 import logging
 import re
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Literal
 
 import httpx
@@ -27,6 +28,7 @@ from PIL import Image as Pillow
 from PIL.ExifTags import Base
 from prometheus_client.parser import text_string_to_metric_families
 
+from blm.serving import app as app_module
 from blm.serving import wire
 from blm.serving.app import Server, create_app, server_config
 from blm.serving.chat import Limits, Telling
@@ -152,8 +154,11 @@ def running(policy: Policy | None, speaker: Speaker | None, **options: object) -
 
 
 @contextmanager
-def running_app(app: FastAPI) -> Iterator[str]:
-    server = Server(server_config(app, port=0))
+def running_app(app: FastAPI, **settings: object) -> Iterator[str]:
+    config = server_config(app, port=0)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    server = Server(config)
     for name in ("uvicorn", "uvicorn.access"):  # their handlers hold the stderr of one captured test
         logging.getLogger(name).handlers.clear()
     thread = threading.Thread(target=server.run)
@@ -533,6 +538,11 @@ class EndlessSpeaker(EchoSpeaker):
         super().step()
 
 
+def connected(address: str) -> socket.socket:
+    host, _, port = address.partition(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     end = time.monotonic() + 10
     while not condition():
@@ -758,6 +768,55 @@ def test_what_has_begun_ends_well_when_the_server_is_told_to_stop() -> None:
     assert "going down" in replies[0].splitlines()[-2]
     with pytest.raises(BlmError, match="closed"):
         remote.act(observation())
+
+
+HEADERS = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/ch", HEADERS])
+def test_who_never_asks_is_cut_off(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "PATIENCE_S", 0.5)
+    with running(EchoPolicy(), EchoSpeaker()) as address, connected(address) as half_open:
+        remote = RemotePolicy(f"ws://{address}")
+        half_open.sendall(sent)
+        start = time.monotonic()
+        assert half_open.recv(1000) == b"" and 0.4 < time.monotonic() - start < 5
+        assert remote.act(observation()).actions.shape == (4, 8), "a robot may be silent for longer"
+
+
+def test_a_body_that_drips_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "PATIENCE_S", 0.5)
+    with running(None, EchoSpeaker()) as address, connected(address) as slow:
+        slow.sendall(HEADERS + b"Content-Length: 1000\r\n\r\n")
+        for _ in range(20):
+            slow.sendall(b" ")
+            time.sleep(0.05)
+        assert b"408" in slow.recv(1000).splitlines()[0]
+        assert httpx.get(f"http://{address}/health").status_code == 200
+
+
+def test_more_connections_than_there_is_room_for_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app_module, "MOST_CONNECTIONS", 8)
+    with running(None, EchoSpeaker()) as address, ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(connected(address))
+        time.sleep(0.2)
+        assert httpx.get(f"http://{address}/v1/models").status_code == 503
+        stack.close()
+        wait_for(lambda: httpx.get(f"http://{address}/v1/models").status_code == 200)
+
+
+def test_a_robot_that_vanished_is_noticed() -> None:
+    """It answers no ping: a cable was pulled, no end of the connection arrives."""
+    app = create_app(EchoPolicy())
+    with running_app(app, ws_ping_interval=0.2, ws_ping_timeout=0.2) as address, connected(address) as gone:
+        upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+        key = "Sec-WebSocket-Key: " + base64.b64encode(bytes(16)).decode()
+        gone.sendall(f"GET / HTTP/1.1\r\nHost: x\r\n{upgrade}{key}\r\n\r\n".encode())
+        assert b"101" in gone.recv(100)
+        end = time.monotonic() + 5
+        while gone.recv(1000):
+            assert time.monotonic() < end
 
 
 def test_metrics_are_what_prometheus_reads(server: str, client: openai.OpenAI) -> None:

@@ -18,6 +18,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from blm.serving import wire
 from blm.serving.chat import ChatRequest, Finish, Limits, Reply, RequestError, Telling, parse_request
@@ -32,6 +33,10 @@ OPENPI_PATHS = ("/", "/v1/realtime/robot/openpi")
 News = AsyncGenerator[list[tuple[int, str, Finish | None]], None]
 GRACE_S = 4.0
 """What has begun may take this long to end when the server is told to stop."""
+PATIENCE_S = 20.0
+"""A client has this long to say what it wants, and then to send it."""
+MOST_CONNECTIONS = 1000
+"""Further ones get status 503; each may hold a request body."""
 
 
 def create_app(
@@ -68,6 +73,19 @@ def create_app(
     return app
 
 
+class Impatient(H11Protocol):
+    """Closes connections over which nothing is asked: half open, or so slow that headers never end."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(PATIENCE_S, self._close_unless_asked)
+
+    def _close_unless_asked(self) -> None:
+        upgraded = self.transport.get_protocol() is not self
+        if self.cycle is None and not upgraded:
+            self.transport.close()
+
+
 class Server(uvicorn.Server):
     """Told to stop, it takes nothing new and lets what has begun come to its end, for GRACE_S at most."""
 
@@ -83,6 +101,8 @@ def server_config(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> uv
         app,
         host,
         port,
+        http=Impatient,
+        limit_concurrency=MOST_CONNECTIONS,
         ws="websockets-sansio",
         ws_max_size=MAX_FRAME,
         ws_per_message_deflate=False,
@@ -157,10 +177,14 @@ def _add_chat(app: FastAPI, name: str, api_key: str | None, limits: Limits) -> N
 
 async def _body(request: Request, most: int) -> bytes:
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > most:
-            raise RequestError(413, f"the request body is larger than {most} bytes")
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > most:
+                    raise RequestError(413, f"the request body is larger than {most} bytes")
+    except TimeoutError:
+        raise RequestError(408, f"the request body did not arrive within {PATIENCE_S:g} s") from None
     return bytes(body)
 
 

@@ -6,16 +6,13 @@ projector behind the tower is trained, what enters the projector: LLaVA- and Smo
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blm.backbone import Backbone, Inputs
@@ -27,8 +24,6 @@ PROJECTORS = ("multi_modal_projector", "connector")
 """Names of projectors that are modules of their own, behind the tower."""
 AT_ONCE = 64
 """Pictures that a tower sees in one pass."""
-SHARD = 512 * 2**20
-"""Features are written to disk in files of about this size [bytes]."""
 Features = dict[str, Tensor]
 """Of one picture or several: "tower_features" [units, tokens, width], or "picture_features" [tokens, width]
 with, for Qwen3-VL, "deepstack_features" [tokens, blocks, width]."""
@@ -45,18 +40,13 @@ def is_frozen(part: nn.Module) -> bool:
 
 
 class FeatureCache:
-    """Puts features in place of the pixels of rows, as many at a time as the caller likes.
+    """Puts features in place of the pixels of rows, as many at a time as the caller likes."""
 
-    With `folder` the features lie in files below it, mapped into memory, and are found again there by the
-    next run with the same eye and pictures.
-    """
-
-    def __init__(self, backbone: Backbone, counts: Counter[str], folder: Path | None = None) -> None:
+    def __init__(self, backbone: Backbone, counts: Counter[str]) -> None:
         """`counts` gets 'pictures' and 'distinct pictures'. Raises BlmError unless the tower is frozen."""
         projector = _trained_projector(backbone)
         self.backbone, self.counts, self.together = backbone, counts, AT_ONCE if projector is not None else 1
-        self.store = _Store(folder and folder / _fingerprint(backbone, projector))
-        self.seen: set[str] = set()
+        self.features: dict[str, Features] = {}
 
     def __call__(self, rows: Sequence[Row]) -> list[Row]:
         keys, unseen = [], dict[str, Inputs]()
@@ -64,23 +54,20 @@ class FeatureCache:
             units = [(content_key(unit), unit) for unit in _units(row.media(self.backbone))]
             keys.append([key for key, _ in units])
             self.counts["pictures"] += len(units)
-            unseen |= {key: unit for key, unit in units if key not in self.store.features}
+            unseen |= {key: unit for key, unit in units if key not in self.features}
             if len(unseen) >= self.together or row is rows[-1]:
-                _see_all(self.backbone, unseen, self.store, self.together)
+                self.features |= _see_all(self.backbone, unseen, self.together)
+                self.counts["distinct pictures"] += len(unseen)
                 unseen = {}
-        new = {key for group in keys for key in group} - self.seen
-        self.seen |= new
-        self.counts["distinct pictures"] += len(new)
-        self.store.write()
-        features = self.store.features
         return [
-            replace(row, shown=None, features=_gather([features[key] for key in group]))
+            replace(row, shown=None, features=_gather([self.features[key] for key in group]))
             for row, group in zip(rows, keys, strict=True)
         ]
 
 
-def _see_all(backbone: Backbone, units: Mapping[str, Inputs], store: _Store, together: int) -> None:
-    """Store the features of units; those of one shape are seen in one pass if several may be."""
+def _see_all(backbone: Backbone, units: Mapping[str, Inputs], together: int) -> dict[str, Features]:
+    """Return the features of units; those of one shape are seen in one pass if several may be."""
+    made: dict[str, Features] = {}
     shapes = defaultdict[object, list[str]](list)
     for place, (key, unit) in enumerate(units.items()):
         alike = tuple((name, value.shape) for name, value in unit.items())
@@ -91,7 +78,8 @@ def _see_all(backbone: Backbone, units: Mapping[str, Inputs], store: _Store, tog
         pieces = {n: v.split(1) if len(keys) > 1 else (v,) for n, v in features.items()}
         for place, key in enumerate(keys):
             # a copy: another process gets whole storages, of which a piece would be one picture in many
-            store.add(key, {name: parts[place].clone() for name, parts in pieces.items()})
+            made[key] = {name: parts[place].clone() for name, parts in pieces.items()}
+    return made
 
 
 @torch.no_grad()
@@ -148,46 +136,6 @@ def merged(backbone: Backbone, inputs: Inputs) -> dict[str, Any]:
     return {**words, "mm_encoder_outputs": {"image": see(backbone, inputs)}}
 
 
-class _Store:
-    """Features by key, in memory, or in safetensors files named 00000, 00001, .. of a folder."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self.folder, self.features = folder, dict[str, Features]()
-        self.waiting, self.size, self.files = list[str](), 0, 0
-        for file in sorted(folder.glob("*.safetensors")) if folder is not None else []:
-            self._open(file)
-
-    def add(self, key: str, features: Features) -> None:
-        self.features[key] = features
-        self.waiting.append(key)
-        self.size += sum(value.nbytes for value in features.values())
-        if self.size >= SHARD:
-            self.write()
-
-    def write(self) -> None:
-        """Write what is not in a file yet, if there is a folder."""
-        if self.folder is None or not self.waiting:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"{self.files:05d}.safetensors"
-        tensors = {
-            f"{key}/{kind}": value.contiguous()
-            for key in self.waiting
-            for kind, value in self.features[key].items()
-        }
-        save_file(tensors, f"{file}.tmp")
-        Path(f"{file}.tmp").replace(file)
-        self._open(file)
-        self.waiting, self.size = [], 0
-
-    def _open(self, file: Path) -> None:
-        """Map a file into memory: what it holds is not read before it is needed."""
-        self.files += 1
-        for name, value in load_file(file).items():
-            key, _, kind = name.partition("/")
-            self.features.setdefault(key, {})[kind] = value
-
-
 def _trained_projector(backbone: Backbone) -> nn.Module | None:
     """Return the projector if it alone of the eye is trained; None if nothing is. Raises BlmError else."""
     trained = [part for part in eye_of(backbone) if not is_frozen(part)]
@@ -225,12 +173,3 @@ def _units(media: Media) -> list[Inputs]:
 def _gather(pictures: Sequence[Features]) -> Media:
     names = pictures[0] if pictures else ()
     return {name: tuple(picture[name] for picture in pictures) for name in names}
-
-
-def _fingerprint(backbone: Backbone, projector: nn.Module | None) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for part in eye_of(backbone):
-        if part is not projector:
-            weights = {name: value.detach().cpu() for name, value in part.state_dict().items()}
-            digest.update(content_key(weights).encode())
-    return digest.hexdigest()

@@ -68,7 +68,9 @@ class Reader:
         rows = list[Row]()
         for block in track(blocks, f"reading {source.name}", console=self.console):
             own = Part(self.processes.rank, count).of(block)
-            shares = self.processes.gather_objects(self._share(source, own))
+            mine = self._share(source, own)
+            shares = self.processes.gather_objects(mine)
+            shares[self.processes.rank] = mine  # and not a copy
             self._tell(source, sorted(fault for share in shares for fault in share.faults))
             mixed = (shares[place % count].rows[place // count] for place in range(len(block)))
             rows += [row for row in mixed if row is not None]
@@ -78,7 +80,7 @@ class Reader:
 
     def total(self) -> Counter[str]:
         """Return what happened in all processes."""
-        seen: set[str] = self.see.seen if self.see is not None else set()
+        seen = {*self.see.features} if self.see is not None else set[str]()
         parts = self.processes.gather_objects((self.counts, seen))
         counts = sum((part for part, _ in parts), Counter[str]())
         if self.see is not None:
