@@ -10,8 +10,10 @@ import httpx
 import msgpack
 import numpy as np
 import pytest
+import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 from test_serving import CONTRACT, EchoPolicy, EchoSpeaker, observation, running
 from websockets.sync.client import connect
 
@@ -121,6 +123,22 @@ def test_a_server_never_says_500(live: str, body: bytes) -> None:
     assert reply.status_code < 500, reply.text
     if reply.status_code >= 400:
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}
+
+
+@settings(max_examples=max(50, MANY // 4), deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_every_route_keeps_the_openapi_document(live: str, operations: list, data: st.DataObject) -> None:
+    case = data.draw(data.draw(st.sampled_from(operations)).as_strategy())
+    # No schema can say which base64 is a picture, or which model is served: 400 and 404 are right there.
+    case.call_and_validate(base_url=f"http://{live}", excluded_checks=[positive_data_acceptance])
+
+
+@pytest.fixture(scope="module")
+def operations(live: str) -> list:
+    schema = schemathesis.openapi.from_url(f"http://{live}/openapi.json")
+    found = [one.ok() for one in schema.get_all_operations()]
+    assert {"/v1/chat/completions", "/v1/models", "/health"} <= {one.path for one in found}
+    return found
 
 
 @settings(max_examples=max(50, MANY // 4), deadline=None, suppress_health_check=list(HealthCheck))

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from blm.serving import wire
-from blm.serving.chat import ChatRequest, Finish, Limits, Reply, RequestError, Telling, parse_request
+from blm.serving.chat import OPENAPI, ChatRequest, Finish, Limits, Reply, RequestError, Telling, parse_request
 from blm.serving.client import MAX_FRAME
 from blm.serving.engine import BusyError, Engine, Room, Speaker
 from blm.serving.metrics import Metrics
@@ -30,6 +30,15 @@ from blm.types import BlmError, LateError, Message, Policy
 log = logging.getLogger(__name__)
 OPENPI_PATHS = ("/", "/v1/realtime/robot/openpi")
 """OpenPI's own path, and the one that vLLM-Omni serves."""
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "the answer, or with `stream` its pieces", "content": {"text/event-stream": {}}},
+    400: {"description": "the field at fault, and why"},
+    401: {"description": "wrong or missing API key"},
+    404: {"description": "another model's name"},
+    408: {"description": "the body did not arrive in time"},
+    413: {"description": "the body is too large"},
+    503: {"description": "the line is full; see Retry-After"},
+}
 News = AsyncGenerator[list[tuple[int, str, Finish | None]], None]
 GRACE_S = 4.0
 """What has begun may take this long to end when the server is told to stop."""
@@ -61,7 +70,7 @@ def create_app(
         engine.close()
         await run_in_threadpool(engine.join)
 
-    app = FastAPI(title=name, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(title=name, version=version("blm"), docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.engine, app.state.metrics = engine, metrics
     app.add_exception_handler(RequestError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
@@ -130,8 +139,8 @@ def _add_status(
     contract = policy.contract.to_json() if policy is not None else None
     about = {"version": version("blm"), "chat": speaker is not None, "policy": contract}
 
-    @app.get("/healthz")
-    @app.get("/health")
+    @app.get("/healthz", response_class=PlainTextResponse)
+    @app.get("/health", response_class=PlainTextResponse)
     async def health() -> Response:
         if not app.state.engine.ready.is_set():
             return PlainTextResponse("warming up\n", 503, {"Retry-After": "1"})
@@ -143,7 +152,7 @@ def _add_status(
     async def get_version() -> dict[str, Any]:
         return about
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def get_metrics(request: Request) -> Response:
         _require_key(request.headers, api_key)
         return Response(app.state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -158,7 +167,7 @@ def _add_status(
 
 
 def _add_chat(app: FastAPI, name: str, api_key: str | None, limits: Limits) -> None:
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", openapi_extra=OPENAPI, responses=ANSWERS)
     async def completions(request: Request) -> Response:
         _require_key(request.headers, api_key)
         try:

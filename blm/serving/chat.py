@@ -108,6 +108,29 @@ class ChatRequest(BaseModel):
         return [stop for stop in ([self.stop] if isinstance(self.stop, str) else self.stop or []) if stop]
 
 
+def _inlined(schema: Any, parts: Mapping[str, Any]) -> Any:
+    """Put each part of a JSON schema where it is referred to: an operation of OpenAPI can hold no others."""
+    if isinstance(schema, list):
+        return [_inlined(value, parts) for value in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(parts[schema["$ref"].rpartition("/")[2]], parts)
+    return {
+        key: _inlined(value, parts) for key, value in schema.items() if key not in ("$defs", "discriminator")
+    }
+
+
+_SCHEMA = ChatRequest.model_json_schema()
+OPENAPI = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": _inlined(_SCHEMA, _SCHEMA["$defs"])}},
+    }
+}
+"""What the OpenAPI document says about a request."""
+
+
 def parse_request(body: bytes, limits: Limits) -> tuple[ChatRequest, tuple[Message, ...]]:
     """Read a request body. Raises RequestError with status 400, naming the field."""
     try:
