@@ -195,11 +195,11 @@ def _comparisons(scene: Scene) -> Iterator[Fact]:
 def _ranking(scene: Scene, mark: Thing | None, things: Sequence[Thing], word: str) -> str:
     """Where things are, the way from the mark to each, how far that is; then which is nearest or farthest.
 
-    A name follows each distance, so that the last step is to choose a number and to read on.
+    A name follows each distance at once, so that the last step is to choose a number and to read on.
     """
     place = _named(scene, mark)[1]
     ways = [(t, t.position - place) for t in sorted(things, key=lambda t: t.label)]
-    far = [f"{format_length(way)} {t.label}" for t, way in ways]
+    far = [f"{_centimetres(way)} {t.label}" for t, way in ways]
     told = (f"{_where(scene, t)}: {_vector(way)} {end}" for (t, way), end in zip(ways, far, strict=True))
     sizes = [float(np.linalg.norm(way)) for _, way in ways]
     chosen = far[int(np.argmin(sizes) if word == "nearest" else np.argmax(sizes))]
@@ -306,7 +306,11 @@ def _vector(offset: np.ndarray) -> str:
 
 def format_length(offset: np.ndarray | float) -> str:
     """Write the length of a vector [m] in whole cm."""
-    return f"{round(100 * float(np.linalg.norm(offset)))} cm"
+    return f"{_centimetres(offset)} cm"
+
+
+def _centimetres(offset: np.ndarray | float) -> int:
+    return round(100 * float(np.linalg.norm(offset)))
 
 
 def control_turn(scene: Scene, instruction: str, robot: str) -> Turn:
