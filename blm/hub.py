@@ -12,7 +12,7 @@ from blm.policy.policy import CheckpointPolicy
 from blm.types import ActionChunk, Message, Observation, PolicyContract, UnknownNameError
 
 RELEASES: dict[str, Path] = {}
-"""Name -> folder of the checkpoints that ship with the package. None is released yet."""
+"""Name -> folder of the checkpoints that ship with the package. None yet: `blm-nano` is only a backbone."""
 
 
 class BLM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -59,12 +60,13 @@ class Plan:
 def plan(recipe: Recipe) -> Plan:
     """Return the sizes of a recipe. Raises UnknownNameError for a backbone that is neither made nor known."""
     name = recipe.stage1.backbone
-    if callable(BACKBONES.get(name)):
+    source = BACKBONES.get(name, name)
+    if callable(source) or Path(source).is_dir():
         backbone = Backbone.load(name)
         model, hidden = backbone.model, backbone.hidden_size
         blank = np.zeros((recipe.image_size, recipe.image_size, 3), np.uint8)
         prompt = control_prompt(
-            "Pick up the red cube and move it to the green goal.",
+            INSTRUCTION,
             "panda",
             dict.fromkeys(recipe.cameras, blank),
         )

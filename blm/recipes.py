@@ -125,9 +125,12 @@ def stage1(*, eye: int, drill: int, steps: int, batch_size: int = 8) -> Stage1:
         eye=replace(basis.eye, steps=eye),
         drill=replace(basis.drill, steps=drill),
     )
-    loop = LoopConfig(steps=steps, batch_size=batch_size, lr=2e-3, muon=0.02, title="Stage I")
-    training = Stage1Config(loop=loop, vision_scale=0.0)
-    return Stage1(schooling=schooling, training=training)
+    return Stage1(schooling=schooling, training=_all_but_eye(steps=steps, batch_size=batch_size, lr=2e-3))
+
+
+def _all_but_eye(*, steps: int, batch_size: int, lr: float) -> Stage1Config:
+    loop = LoopConfig(steps=steps, batch_size=batch_size, lr=lr, muon=10 * lr, title="Stage I")
+    return Stage1Config(loop=loop, vision_scale=0.0)
 
 
 def stage2(*, steps: int, batch_size: int = 64) -> Stage2:
@@ -136,13 +139,17 @@ def stage2(*, steps: int, batch_size: int = 64) -> Stage2:
 
 
 def demo() -> Recipe:
-    """What `make demo` runs: all robots, two tasks, minutes on two CPU cores; too small for high success."""
+    """What `make demo` runs: all robots, two tasks, minutes on two CPU cores; too small for high success.
+
+    Its backbone is the released one, which goes on learning for a moment; its policy begins from nothing.
+    """
     return Recipe(
         name="demo",
         tasks=("push_cube", "pick_cube"),
+        cameras=("base", "side", "wrist"),
         demonstrations=Demonstrations(episodes=16, held_out_episodes=2),
         corpus=Corpus(scenes=800, held_out_scenes=120, turns=6),
-        stage1=stage1(eye=150, drill=80, steps=80),
+        stage1=Stage1(backbone="blm-nano", training=_all_but_eye(steps=60, batch_size=8, lr=2e-4)),
         stage2=stage2(steps=450),
         evaluation=Evaluation(episodes=4, max_questions=300),
     )
@@ -154,6 +161,7 @@ def ci() -> Recipe:
         demo(),
         name="ci",
         tasks=tuple(TASKS),
+        cameras=("base", "wrist"),
         demonstrations=Demonstrations(episodes=1, held_out_episodes=1),
         corpus=Corpus(scenes=40, held_out_scenes=8, turns=4),
         stage1=stage1(eye=10, drill=10, steps=10, batch_size=4),
@@ -163,7 +171,7 @@ def ci() -> Recipe:
 
 
 def nano() -> Recipe:
-    """The small model at full strength: hours on two CPU cores. Not yet released; see docs/LOG.md."""
+    """The small model at full strength: hours on two CPU cores. So far its backbone is released: blm-nano."""
     return replace(
         demo(),
         name="nano",

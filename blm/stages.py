@@ -35,7 +35,7 @@ from blm.recipes import Recipe
 from blm.robots import ROBOTS
 from blm.training.imitate import ImitateConfig, train_stage2
 from blm.training.intents import IntentConfig
-from blm.training.schooling import for_nano, taught_nano
+from blm.training.schooling import for_nano, is_nano, taught_nano
 from blm.training.sft import TrainingSource, train_stage1
 from blm.types import BlmError, PolicyContract
 from blm.viewing import collection_sheet
@@ -103,12 +103,14 @@ def run_stage1(recipe: Recipe, run: Path) -> None:
     folder, stage1 = run / "corpora/train", recipe.stage1
     held_out = {row.group for row in read_corpus(run / "corpora/held_out")}
     kept, report = curate(read_corpus(folder), folder, evaluation_groups=held_out)
+    seed = stage1.training.loop.seed
     if stage1.backbone == "nano":
-        seed = stage1.training.loop.seed
         backbone = taught_nano([(kept, folder)], stage1.schooling, run / "stage1", seed=seed)
-        sources = for_nano([(kept, folder, 1.0)])
     else:
         backbone = Backbone.load(stage1.backbone)
+    if is_nano(backbone):
+        sources = for_nano([(kept, folder, 1.0)])
+    else:
         conversations = [row.messages for row in kept]
         sources = [TrainingSource(name="scenes", conversations=conversations, root=folder)]
     counts = train_stage1(backbone, sources, stage1.training, run / "stage1")

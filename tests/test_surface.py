@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from blm.types import BlmError, UnknownNameError, lookup
 
+ROOT = Path(__file__).parents[1]
 PACKAGES = [
     "blm", "blm.robots", "blm.tasks", "blm.demos", "blm.corpora", "blm.backbone", "blm.policy",
     "blm.evaluation", "blm.serving",
@@ -29,3 +33,14 @@ def test_unknown_names_list_the_valid_ones_and_the_closest():
     ):
         lookup("robot", "xarm9", {"xarm6": 1, "panda": 2})
     assert issubclass(UnknownNameError, BlmError)
+
+
+def test_every_dependency_is_explained() -> None:
+    page = (ROOT / "docs/dependencies.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [
+        *project["dependencies"],
+        *(n for names in project["optional-dependencies"].values() for n in names),
+    ]
+    for name in {re.split(r"[<>=!\[ ]", text)[0] for text in wanted} - {"blm"}:
+        assert f"`{name}`" in page, name

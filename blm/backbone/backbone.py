@@ -36,6 +36,8 @@ from blm.media import load_pixels
 from blm.types import BlmError, Message, Sampling, lookup
 
 Inputs = dict[str, Tensor]
+RELEASED = Path(__file__).parents[1] / "releases"
+"""Weights that ship with the package."""
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,7 @@ def build_smol(*, image_size: Literal[128, 224] = 128, seed: int = 0) -> Backbon
 
 BACKBONES: dict[str, str | Callable[[], Backbone]] = {
     "nano": build_nano,
+    "blm-nano": str(RELEASED / "blm-nano/backbone"),
     "smol": build_smol,
     "qwen2_5_vl_3b": "Qwen/Qwen2.5-VL-3B-Instruct",
     "qwen2_5_vl_7b": "Qwen/Qwen2.5-VL-7B-Instruct",
@@ -291,7 +294,7 @@ BACKBONES: dict[str, str | Callable[[], Backbone]] = {
     "smolvlm2_500m": "HuggingFaceTB/SmolVLM2-500M-Video-Instruct",
     "smolvlm2_2b": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
 }
-"""Name -> builder, or Hugging Face hub id."""
+"""Name -> builder, folder of the package, or Hugging Face hub id."""
 
 
 def _decoder_path(model: PreTrainedModel) -> tuple[str, ...]:
