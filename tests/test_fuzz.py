@@ -74,6 +74,13 @@ def test_any_request_of_ours_with_anything_in_it(request: dict[str, object]) -> 
         assert str(error)
 
 
+def test_a_ragged_picture_is_refused() -> None:
+    with pytest.raises(BlmError, match="inhomogeneous"):
+        wire.to_observation(
+            {**wire.to_request(observation()), "observation/images/base": [None, []]}, CONTRACT
+        )
+
+
 pictures = st.text() | st.binary(max_size=80).map(lambda b: "data:image/png;base64," + b.hex())
 parts = st.fixed_dictionaries(
     {"type": st.sampled_from(["text", "image_url", "video_url"]) | jsons},
