@@ -52,6 +52,14 @@ def lookup(kind: str, name: str, registry: Mapping[str, T]) -> T:
     return registry[name]
 
 
+def _array(value: Any, what: str, dtype: Any = None) -> NDArray[Any]:
+    """Return `value` as an array. Raises ContractError that names `what` is none."""
+    try:
+        return np.asarray(value, dtype)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ContractError(f"{what} is not an array of numbers: {error}") from error
+
+
 @dataclass(frozen=True, kw_only=True)
 class ActionSpace:
     """What one action means for one robot: absolute joint-position targets, then the gripper opening.
@@ -101,7 +109,7 @@ class ActionSpace:
 
     def check_state(self, state: FloatArray, where: str) -> FloatArray:
         """Return `state` as float32 [D]. Raises ContractError on a wrong shape or a non-finite value."""
-        array = np.asarray(state, dtype=np.float32)
+        array = _array(state, f"{where}: state", np.float32)
         if array.shape != (self.dim,):
             raise ContractError(
                 f"{where}: state has shape {array.shape}, '{self.robot}' needs ({self.dim},): "
@@ -176,21 +184,21 @@ class PolicyContract:
     def check(self, observation: Observation) -> Observation:
         """Return the observation with a float32 state. Raises BlmError naming what does not fit."""
         space = lookup("robot", observation.robot, self.action_spaces)
-        state = space.check_state(observation.state, "observation")
+        state, images = space.check_state(observation.state, "observation"), dict[str, ImageArray]()
         for camera in self.cameras:
             if camera not in observation.images:
                 have = ", ".join(sorted(observation.images)) or "none"
                 raise ContractError(
                     f"observation lacks camera '{camera}'; needed: {', '.join(self.cameras)}; got: {have}"
                 )
-            image = np.asarray(observation.images[camera])
+            image = images[camera] = _array(observation.images[camera], f"camera '{camera}': image")
             if image.dtype != np.uint8 or image.shape != (self.image_size, self.image_size, 3):
                 raise ContractError(
                     f"camera '{camera}': image is {image.dtype} {image.shape}, "
                     f"needed: uint8 ({self.image_size}, {self.image_size}, 3)"
                 )
         return Observation(
-            images={camera: np.asarray(observation.images[camera]) for camera in self.cameras},
+            images=images,
             state=state,
             instruction=observation.instruction,
             robot=observation.robot,
@@ -202,7 +210,7 @@ class PolicyContract:
     def _check_chunk(self, observation: Observation, dim: int) -> FloatArray | None:
         if observation.chunk is None:
             return None
-        chunk = np.asarray(observation.chunk, np.float32)
+        chunk = _array(observation.chunk, "the chunk in progress", np.float32)
         if (
             chunk.ndim != 2
             or chunk.shape[1] != dim

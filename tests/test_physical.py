@@ -19,7 +19,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-import uvicorn
+from test_serving import running
 
 from blm.evaluation import (
     PROTOCOLS,
@@ -46,7 +46,6 @@ from blm.evaluation.protocol import (
 from blm.evaluation.results import without_times
 from blm.evaluation.rollout import Clock, decision_seed, drive
 from blm.robots import ROBOTS
-from blm.serving.app import create_app, server_config
 from blm.serving.client import RemotePolicy
 from blm.tasks import TASKS, Env
 from blm.tasks.spec import Region
@@ -440,17 +439,10 @@ def batched() -> Batched:
 def test_worker_processes_and_a_socket_give_the_same_episodes(tmp_path: Path) -> None:
     local = evaluate_physical(make_random, protocol(), tmp_path / "local", workers=0)
     spawned = evaluate_physical(make_random, protocol(), tmp_path / "spawned", workers=2)
-    server = uvicorn.Server(server_config(create_app(RandomPolicy(CONTRACT)), port=0))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    uri = f"ws://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    make_remote = partial(RemotePolicy, uri)
-    remote = evaluate_physical(make_remote, protocol(), tmp_path / "remote", workers=0)
-    shared = evaluate_physical(make_remote, protocol(), tmp_path / "shared", workers=2, share_policy=True)
-    server.should_exit = True
-    thread.join()
+    with running(RandomPolicy(CONTRACT), None) as address:
+        make_remote = partial(RemotePolicy, f"ws://{address}")
+        remote = evaluate_physical(make_remote, protocol(), tmp_path / "remote", workers=0)
+        shared = evaluate_physical(make_remote, protocol(), tmp_path / "shared", workers=2, share_policy=True)
     assert same(local, spawned) and same(local, remote) and same(local, shared)
     assert compare(local, remote).difference == 0
     assert spawned["shared_policy"] is None

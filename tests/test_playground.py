@@ -5,22 +5,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
-from test_serving import EchoSpeaker, Words
+from test_serving import EchoSpeaker, Words, running_app
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from blm.robots import ROBOTS
-from blm.serving.app import Server, create_app, server_config
+from blm.serving.app import create_app
 from blm.serving.playground import PATH, add_playground, read_beside
 from blm.tasks import Env
 from blm.types import ActionChunk, BlmError, Message, Observation, PolicyContract, Sampling
@@ -50,23 +48,12 @@ class StillPolicy:
     def reset(self) -> None: ...
 
 
-@contextmanager
-def serving(**options: Any) -> Iterator[str]:
+def serving(**options: Any) -> AbstractContextManager[str]:
     app = create_app(
         options.pop("policy", None) or StillPolicy(), EchoSpeaker(), api_key=options.get("api_key")
     )
     add_playground(app, CONTRACT, name="BLM", **options)
-    server = Server(server_config(app, port=0))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield "127.0.0.1:" + str(server.servers[0].sockets[0].getsockname()[1])
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive()
+    return running_app(app)
 
 
 def until(socket: ClientConnection, kind: str, side: int = 0, **wanted: Any) -> dict[str, Any]:
@@ -207,42 +194,32 @@ def test_the_page_in_a_browser(tmp_path: Path, width: int, height: int) -> None:
 
     app = create_app(StillPolicy(), Thinker())
     add_playground(app, CONTRACT, name="BLM")
-    server = Server(server_config(app, port=0))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    address = "127.0.0.1:" + str(server.servers[0].sockets[0].getsockname()[1])
-    try:
-        with sync_playwright() as tools:
-            browser = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": width, "height": height})
-            faults = list[str]()
-            page.on("pageerror", lambda error: faults.append(str(error)))
-            page.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
-            page.goto(f"http://{address}{PATH}")
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            page.get_by_label("Task").select_option("pick_cube")
-            page.get_by_role("button", name="Start").focus()
-            page.keyboard.press("Enter")
-            expect(page.get_by_text("under way")).to_be_visible(timeout=20_000)
-            expect(page.locator("#step-0")).to_have_text(re.compile(r"^([5-9]|\d\d+)$"), timeout=20_000)
-            expect(page.get_by_alt_text("BLM seen from the wrist")).to_have_attribute(
-                "src", re.compile("^data:image/jpeg;base64,")
-            )
-            page.get_by_role("button", name="towards the robot").click()
-            page.get_by_label("Question").fill("What is red?")
-            page.get_by_role("button", name="Ask", exact=True).click()
-            expect(page.get_by_text("I see a cube, and heard: What is red?")).to_be_visible(timeout=20_000)
-            expect(page.get_by_text("2 pictures")).to_be_visible()
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-            assert not faults
-            page.screenshot(path=tmp_path / f"page{width}.png", full_page=True)
-            assert (tmp_path / f"page{width}.png").stat().st_size > 10_000
-            page.get_by_label("Seed").evaluate("field => { field.removeAttribute('min'); field.value = -5; }")
-            page.get_by_role("button", name="Start").click()
-            expect(page.get_by_role("alert")).to_contain_text("the seed is -5")
-            browser.close()
-    finally:
-        server.should_exit = True
-        thread.join(20)
+    with running_app(app) as address, sync_playwright() as tools:
+        browser = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": height})
+        faults = list[str]()
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda line: faults.append(line.text) if line.type == "error" else None)
+        page.goto(f"http://{address}{PATH}")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        page.get_by_label("Task").select_option("pick_cube")
+        page.get_by_role("button", name="Start").focus()
+        page.keyboard.press("Enter")
+        expect(page.get_by_text("under way")).to_be_visible(timeout=20_000)
+        expect(page.locator("#step-0")).to_have_text(re.compile(r"^([5-9]|\d\d+)$"), timeout=20_000)
+        expect(page.get_by_alt_text("BLM seen from the wrist")).to_have_attribute(
+            "src", re.compile("^data:image/jpeg;base64,")
+        )
+        page.get_by_role("button", name="towards the robot").click()
+        page.get_by_label("Question").fill("What is red?")
+        page.get_by_role("button", name="Ask", exact=True).click()
+        expect(page.get_by_text("I see a cube, and heard: What is red?")).to_be_visible(timeout=20_000)
+        expect(page.get_by_text("2 pictures")).to_be_visible()
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert not faults
+        page.screenshot(path=tmp_path / f"page{width}.png", full_page=True)
+        assert (tmp_path / f"page{width}.png").stat().st_size > 10_000
+        page.get_by_label("Seed").evaluate("field => { field.removeAttribute('min'); field.value = -5; }")
+        page.get_by_role("button", name="Start").click()
+        expect(page.get_by_role("alert")).to_contain_text("the seed is -5")
+        browser.close()

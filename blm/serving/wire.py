@@ -117,7 +117,7 @@ def _read(request: Mapping[str, Any], contract: PolicyContract) -> Observation:
     images = {}
     for camera in contract.cameras:
         plain = OPENPI_IMAGES.get(camera, "")
-        images[camera] = np.asarray(request[plain if plain in request else IMAGES + camera])
+        images[camera] = request[plain if plain in request else IMAGES + camera]
     state = np.asarray(request[STATE], dtype=np.float32)
     chunk = request.get(CHUNK)
     return Observation(
