@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from blm.training.eye import (
 from blm.training.loop import LoopConfig
 from blm.training.record import Meter
 from blm.training.schooling import (
+    COMPARED,
     TOLD_SHARE,
     Schooling,
     alone,
@@ -289,6 +291,25 @@ def test_stage_one_proper_leaves_out_what_the_drill_taught():
     assert rest.media == row.media, "the pictures come with the first turn that is left"
     only = row.select([turn for turn, kind in enumerate(row.kinds) if kind.startswith("scan")])
     assert without_scans(only) == only, "a conversation keeps at least one turn"
+
+
+def test_told_places_are_compared_by_their_distances():
+    places = {"gripper": (40, 3, 12), "red cube": (50, -4, 2), "blue ball": (55, 20, 2), "bin": (30, -20, 0)}
+    scan = ", ".join(f"{name} (1, 2) at {place}" for name, place in places.items())
+    turns = ("scan_base", scan), ("counting", "<think>blue ball, red cube</think>2")
+    words = told(row(0, np.zeros((112, 112, 3), np.uint8), *turns))
+    again = told(row(0, np.zeros((112, 112, 3), np.uint8), *turns))
+    assert words == again, "drawn by the name"
+    assert words.kinds[0] == "counting" and len(words.kinds) == 1 + COMPARED
+    for kind, question, answer in zip(
+        words.kinds[1:], words.messages[2::2], words.messages[3::2], strict=True
+    ):
+        mark, *compared = re.findall(r"([a-z][a-z ]*) \(", answer.text.removeprefix("<think>"))
+        assert {*compared} == {"red cube", "blue ball"}, "what has no colour is no object"
+        assert mark in question.text
+        best = max if kind == "comparing_farthest" else min
+        far = {name: math.dist(places[name], places[mark]) for name in compared}
+        assert answer.text.split("</think>")[1] == best(far, key=far.__getitem__)
 
 
 def test_what_follows_from_places_is_told_without_pictures():

@@ -15,6 +15,7 @@ from itertools import permutations
 import numpy as np
 
 from blm.backbone.prompt import control_question
+from blm.corpora.comparing import AIR_GAP, comparisons, vector
 from blm.corpora.facts import OPEN, Drawer, Fact, Turn, by_kind
 from blm.corpora.scene_view import Box, Scene, Thing
 from blm.tasks.spec import PALETTE
@@ -23,9 +24,9 @@ POINT_SCALE = 1000
 """Pointing coordinates run from 0 to this over the image's width and height."""
 POINT_STEP = 10
 """They are given to the nearest multiple of this: a pixel of 112."""
-MIN_GAP, AIR_GAP = 0.04, 0.06
-"""Relations are asked only when two things differ by at least this along the axis [m]; the second where one
-of them may be in the air."""
+MIN_GAP = 0.04
+"""Relations are asked only when two things differ by at least this along the axis [m]; by `AIR_GAP` where
+one of them may be in the air."""
 SIDE = (0.03, 0.07)
 """The middle of the table is within the first of its centre line; left and right begin at the second [m]."""
 DOMINANT = 2.0
@@ -164,46 +165,16 @@ def _other(answer: str, words: tuple[str, str]) -> tuple[str, ...]:
 
 
 def _comparisons(scene: Scene) -> Iterator[Fact]:
-    """Nearest, farthest, and which of two is nearer."""
+    """Nearest, farthest, and which of two is nearer, to the gripper and to the goal."""
     things, goal = solids(scene), scene.goal
     if len(things) < sum(t.solid for t in scene.things):
         return
+    places = {t.label: t.position - scene.base for t in things}
     gripper: list[Thing | None] = [None] if scene.gripper_seen else []
     for mark in (*gripper, *([goal] if goal and goal.seen else [])):
         name, place = _named(scene, mark)
-        ranked = sorted(
-            ((float(np.linalg.norm(t.position - place)), t.label, t) for t in things if t is not mark),
-            key=lambda item: item[:2],
-        )
-        labels = [word for _, word, _ in ranked]
-        if len(ranked) < 2:
-            continue
-        all_of_them = [t for *_, t in ranked]
-        if ranked[1][0] - ranked[0][0] >= AIR_GAP and scene.staging != "held":
-            thought = _ranking(scene, mark, all_of_them, "nearest")
-            yield Fact("comparing_nearest", labels[0], {"thing": name}, tuple(labels[1:]), thought)
-        if ranked[-1][0] - ranked[-2][0] >= AIR_GAP:
-            thought = _ranking(scene, mark, all_of_them, "farthest")
-            yield Fact("comparing_farthest", labels[-1], {"thing": name}, tuple(labels[:-1]), thought)
-        for (far, a, one), (away, b, two) in permutations(ranked, 2):
-            if abs(far - away) >= AIR_GAP:
-                words = {"goal": name, "thing": a, "other": b}
-                thought = _ranking(scene, mark, [one, two], "nearest")
-                yield Fact("comparing_closer", a if far < away else b, words, thought=thought)
-
-
-def _ranking(scene: Scene, mark: Thing | None, things: Sequence[Thing], word: str) -> str:
-    """Where things are, the way from the mark to each, how far that is; then which is nearest or farthest.
-
-    A name follows each distance at once, so that the last step is to choose a number and to read on.
-    """
-    place = _named(scene, mark)[1]
-    ways = [(t, t.position - place) for t in sorted(things, key=lambda t: t.label)]
-    far = [f"{_centimetres(way)} {t.label}" for t, way in ways]
-    told = (f"{_where(scene, t)}: {_vector(way)} {end}" for (t, way), end in zip(ways, far, strict=True))
-    sizes = [float(np.linalg.norm(way)) for _, way in ways]
-    chosen = far[int(np.argmin(sizes) if word == "nearest" else np.argmax(sizes))]
-    return f"{', '.join([_where(scene, mark), *told])}; {word} {chosen}"
+        asked = {**places, name: place - scene.base}
+        yield from comparisons(name, asked, nearest=scene.staging != "held")
 
 
 def _named(scene: Scene, thing: Thing | None) -> tuple[str, np.ndarray]:
@@ -216,7 +187,7 @@ def _where(scene: Scene, *things: Thing | None, axis: int | None = None) -> str:
     spots = []
     for name, place in (_named(scene, thing) for thing in things):
         place = place - scene.base
-        spot = _vector(place) if axis is None else f"{'xyz'[axis]} {round(100 * float(place[axis]))}"
+        spot = vector(place) if axis is None else f"{'xyz'[axis]} {round(100 * float(place[axis]))}"
         spots.append(f"{name} {spot}")
     return ", ".join(spots)
 
@@ -238,7 +209,7 @@ def _directions(scene: Scene) -> Iterator[Fact]:
 
 def _way(scene: Scene, start: Thing | None, end: Thing) -> str:
     """Where both are, and the way between them."""
-    return f"{_where(scene, start, end)}: {_vector(end.position - _named(scene, start)[1])}"
+    return f"{_where(scene, start, end)}: {vector(end.position - _named(scene, start)[1])}"
 
 
 def main_direction(offset: np.ndarray) -> str:
@@ -297,11 +268,7 @@ def _thousandths(fraction: float) -> int:
 
 def format_vector(offset: np.ndarray) -> str:
     """Write a vector [m] in whole cm."""
-    return f"{_vector(offset)} cm"
-
-
-def _vector(offset: np.ndarray) -> str:
-    return f"({', '.join(str(round(100 * float(value))) for value in offset)})"
+    return f"{vector(offset)} cm"
 
 
 def format_length(offset: np.ndarray | float) -> str:
@@ -338,7 +305,7 @@ def scan_turns(scene: Scene) -> list[Turn]:
     turns = []
     for camera, points in scene.points.items():
         named = dict(_named(scene, thing) for thing in (None, *scene.things))
-        places = {} if camera == "wrist" else {n: f" at {_vector(p - scene.base)}" for n, p in named.items()}
+        places = {} if camera == "wrist" else {n: f" at {vector(p - scene.base)}" for n, p in named.items()}
         spots = ", ".join(
             f"{name} {format_point(points[name])}{places.get(name, '')}" for name in sorted(points)
         )

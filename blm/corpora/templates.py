@@ -64,9 +64,12 @@ _DISCRIMINATIVE = _wordings(
     "Is [this|this step] possible[ now|]: {step}?",
     "Can the robot {step}[ now|]?",
     "Step: {step}. [Is it what the robot can do|Is it possible|Can the robot do it|Can it be done] now?",
-    "Is it possible for the robot to {step}[ now|]?",
+    "[Is it|Now, is it] possible for the robot to {step}?",
+    "Is it possible for the robot to {step} now?",
     "Now, [is this possible|is this step possible|can this be done|can this step be done]: {step}?",
     "Can [this|this step] be done[ now|]: {step}?",
+    "[Now, is|Is] the robot able to {step}?",
+    "[Now, can|Can] the robot do [this|this step]: {step}?",
     held_out=("Now, can the robot {step}?", "Is it possible to {step} now?"),
 )
 _SUCCESS = _wordings(
@@ -324,6 +327,10 @@ TEMPLATES: dict[str, Wordings] = {
         "[Name|Tell|Give] [the|a] step that [is possible|can be done] now.",
         "Now, [which|what] step [is possible|can be done]?",
         "Now, what [can the robot|is it possible to] do?",
+        "[Which|What] step is [it|the robot] able to do now?",
+        "[Which|What] step is possible for the robot now?",
+        "[Name|Tell|Give] a step that the robot can do now.",
+        "Tell what the robot [can|is able to] do now.",
         held_out=("Which step can the robot do now?",),
     ),
     "future_prediction": _wordings(

@@ -8,13 +8,18 @@ follows from that - ways, distances, order. Some of these stay in Stage I proper
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from zlib import crc32
+
+import numpy as np
 
 from blm.backbone import Backbone, build_nano
 from blm.backbone.eye import ConvVision
 from blm.corpora import Conversation
+from blm.corpora.comparing import comparisons
+from blm.corpora.facts import Drawer, Turn, by_kind, to_messages
 from blm.corpora.questions import read_scan
 from blm.training.eye import scanned, teach_eye
 from blm.training.loop import LoopConfig
@@ -25,6 +30,9 @@ EYE = LoopConfig(steps=3000, batch_size=32, lr=3e-3, clip=5.0, title="nano's eye
 DRILL = LoopConfig(steps=1500, batch_size=8, lr=2e-3, muon=0.02, title="nano's drill")
 FINDING = ("scan", "point", "box")
 """Kinds that say what and where things are in a view: NAME_VIEW."""
+COMPARED = 4
+"""More comparisons in a told conversation: to choose the least of several numbers and say whose it is takes
+a small model from scratch far more examples than scenes hold questions (docs/LOG.md)."""
 TOLD_SHARE = 0.25
 """Share of told conversations in the drill and in Stage I proper."""
 
@@ -124,7 +132,7 @@ def without_scans(row: Conversation) -> Conversation:
 
 def told(row: Conversation) -> Conversation | None:
     """The turns whose answers follow from a thought, with what the scans say about places from the robot in
-    place of pictures; None if it has none."""
+    place of pictures, and more comparisons of these places; None if it has none."""
     answers = [message.text for message in row.messages if message.role == "assistant"]
     both = list(zip(row.kinds, answers, strict=True))
     scans = [read_scan(text) for kind, text in both if kind.startswith("scan_") and kind != "scan_step"]
@@ -133,8 +141,26 @@ def told(row: Conversation) -> Conversation | None:
     if not (places and turns):
         return None
     said = ", ".join(f"{name} {places[name]}" for name in sorted(places))
-    chosen = row.select(turns)
+    chosen, more = row.select(turns), _compared(row.id, places)
     words = [Message(m.role, (m.text,)) for m in chosen.messages]
     first = next(index for index, message in enumerate(words) if message.role == "user")
     words[first] = Message("user", ("\n".join(filter(None, (said, words[first].text))),))
-    return Conversation(id=row.id, group=row.group, source="told", kinds=chosen.kinds, messages=tuple(words))
+    messages, kinds = (*words, *to_messages((), more, thoughts=True)), tuple(turn.kind for turn in more)
+    return Conversation(
+        id=row.id, group=row.group, source="told", kinds=chosen.kinds + kinds, messages=messages
+    )
+
+
+def _compared(name: str, places: Mapping[str, tuple[int, ...]]) -> list[Turn]:
+    """Draw comparisons of places [cm], seeded by the conversation's name. What has no colour (the gripper,
+    a mark on the table) is no object: others are compared by their distance from it."""
+    metres = {thing: np.array(place) / 100 for thing, place in places.items()}
+    objects = {thing: place for thing, place in metres.items() if " " in thing}
+    marks = metres.items()
+    groups = by_kind(f for mark, place in marks for f in comparisons(mark, {**objects, mark: place}))
+    if not groups:
+        return []
+    rng = np.random.default_rng(crc32(name.encode()))
+    drawer = Drawer(rng, choice=0.0)
+    kinds = rng.choice(sorted(groups), COMPARED)
+    return [drawer.word(groups[kind][int(rng.integers(len(groups[kind])))]) for kind in kinds]
