@@ -109,7 +109,7 @@ def run_stage1(recipe: Recipe, run: Path) -> None:
     else:
         backbone = Backbone.load(stage1.backbone)
     if is_nano(backbone):
-        sources = for_nano([(kept, folder, 1.0)])
+        sources = for_nano([(kept, folder, 1.0)], stage1.training.loop)
     else:
         conversations = [row.messages for row in kept]
         sources = [TrainingSource(name="scenes", conversations=conversations, root=folder)]

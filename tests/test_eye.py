@@ -333,8 +333,11 @@ def test_what_follows_from_places_is_told_without_pictures():
     assert told(seen.select([0, 2])) is None, "nothing follows"
     assert told(seen.select([1, 4])) is None, "nothing is told"
 
-    first, words = for_nano([([seen, seen.select([0])], Path("scenes"), 3.0)])
+    loop = LoopConfig(steps=2, batch_size=4)
+    first, words = for_nano([([seen, seen.select([0])], Path("scenes"), 3.0)], loop)
     assert first.weight == 3.0 and words.weight == pytest.approx(3.0 * TOLD_SHARE / (1 - TOLD_SHARE))
     assert len(first.conversations) == 2 and len(words.conversations) == 1
-    assert for_nano([([seen.select([0])], Path("scenes"), 3.0)])[0].weight == 3.0
+    assert for_nano([([seen.select([0])], Path("scenes"), 3.0)], loop)[0].weight == 3.0
+    *_, words = for_nano([([seen] * 9, Path("a"), 1.0), ([seen] * 9, Path("b"), 1.0)], loop)
+    assert len(words.conversations) == TOLD_SHARE * 8, "no more than training will read"
     assert is_nano(build_nano())

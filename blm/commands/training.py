@@ -191,7 +191,7 @@ def _open(
         made.model.to(device)
     shares = [(part, folder, weight) for (folder, weight), part in zip(parts, rows, strict=True)]
     sources = (
-        for_nano(shares)
+        for_nano(shares, config.loop)
         if is_nano(made)
         else [
             TrainingSource(

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from math import ceil
 from pathlib import Path
 from zlib import crc32
 
@@ -72,7 +74,7 @@ def taught_nano(
     ]
     if not sources:
         return backbone
-    sources = with_told(sources, [rows for rows, _ in corpora])
+    sources = with_told(sources, [rows for rows, _ in corpora], schooling.drill)
     seen = schooling.drill.steps * schooling.drill.batch_size
     sources = [replace(source, conversations=source.conversations[:seen]) for source in sources]
     train_stage1(backbone, sources, Stage1Config(loop=schooling.drill, vision_scale=0.0), out / "drill")
@@ -98,7 +100,9 @@ def is_nano(backbone: Backbone) -> bool:
     return isinstance(getattr(backbone.model.base_model, "vision_tower", None), ConvVision)
 
 
-def for_nano(sources: Sequence[tuple[Sequence[Conversation], Path, float]]) -> list[TrainingSource]:
+def for_nano(
+    sources: Sequence[tuple[Sequence[Conversation], Path, float]], loop: LoopConfig
+) -> list[TrainingSource]:
     """What a taught nano learns in Stage I proper, of conversations, the folder of their pictures, and their
     weight: all but the scans, and what can be told as well."""
     rest = [
@@ -111,14 +115,17 @@ def for_nano(sources: Sequence[tuple[Sequence[Conversation], Path, float]]) -> l
         )
         for rows, root, weight in sources
     ]
-    return with_told(rest, [rows for rows, _, _ in sources])
+    return with_told(rest, [rows for rows, _, _ in sources], loop)
 
 
 def with_told(
-    sources: Sequence[TrainingSource], corpora: Iterable[Iterable[Conversation]]
+    sources: Sequence[TrainingSource], corpora: Iterable[Sequence[Conversation]], loop: LoopConfig
 ) -> list[TrainingSource]:
-    """Add all that is told of these conversations, if anything is."""
-    said = [found.messages for rows in corpora for row in rows if (found := told(row)) is not None]
+    """Add what is told of these conversations, if anything is: as much, drawn from all, as `loop` reads."""
+    rows = [row for rows in corpora for row in rows]
+    order = np.random.default_rng(loop.seed).permutation(len(rows))
+    found = (talk.messages for index in order if (talk := told(rows[index])) is not None)
+    said = list(islice(found, ceil(TOLD_SHARE * loop.steps * loop.batch_size)))
     weight = TOLD_SHARE / (1 - TOLD_SHARE) * sum(source.weight for source in sources)
     more = [TrainingSource(name="told", conversations=said, weight=weight)] if said else []
     return [*sources, *more]
