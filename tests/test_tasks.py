@@ -363,10 +363,10 @@ def test_objects_hide_each_other():
     env = Env("panda", "pick_cube", cameras=())
     env.reset(seed=0)
     goal = env.objects()["goal"].position
-    assert env.visible_pixels("base")["goal"] > 20
+    assert env.mask("goal", "base").sum() > 20
     env.data.joint("cube").qpos[:3] = goal + 0.06 * (env.data.cam("base").xpos - goal)
     env._refresh()
-    assert env.visible_pixels("base")["goal"] < 20 < env.visible_pixels("base")["cube"]
+    assert env.mask("goal", "base").sum() < 20 < env.mask("cube", "base").sum()
 
 
 @pytest.mark.parametrize("robot", ROBOTS)

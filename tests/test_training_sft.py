@@ -16,7 +16,7 @@ from test_backbone import MAKERS, tiny_qwen
 
 from blm.backbone import Backbone, build_nano
 from blm.data.files import read_json
-from blm.training.answers import answer_loss
+from blm.training.answers import AnswerModel
 from blm.training.loop import LoopConfig
 from blm.training.lora import Lora, add_adapters
 from blm.training.packing import RowBatch, collate
@@ -64,6 +64,11 @@ def batch(backbone: Backbone, limits: Limits, *conversations: tuple[Message, ...
     return collate(backbone, [row for row in rows if row is not None], tuple(range(len(rows))))
 
 
+def mean_loss(backbone: Backbone, batch: RowBatch) -> torch.Tensor:
+    answers = AnswerModel(backbone)(batch)
+    return answers.loss_sum / answers.tokens
+
+
 def size(backbone: Backbone) -> int:
     return 112 if "Llava" in type(backbone.model).__name__ else 56
 
@@ -92,23 +97,23 @@ def test_the_loss_is_the_models_own_with_other_labels_masked(backbone: Backbone)
     image = picture(1, size(backbone))
     talks = [dialogue(("How many?", "two"), images=(image,)), dialogue(("Say it.", "(512, 430)"))]
     made = batch(backbone, Limits(separate_turns=False), *talks[:1])
-    loss, metrics = answer_loss(backbone, made)
+    answers = AnswerModel(backbone)(made)
     labels = made.inputs["input_ids"].masked_fill(~made.learn, -100)
     inputs = backbone.encode([talks[0][:1]])
     pixels = {k: inputs[k] for k in ("pixel_values", "image_grid_thw") if k in inputs}
     rest = {k: v for k, v in made.inputs.items() if k not in ("pixel_values", "image_grid_thw")}
     own = backbone.model(**rest, **pixels, labels=labels).loss
-    assert torch.allclose(loss, own, atol=1e-5)
-    assert metrics["answer_tokens"] == made.learn.sum()
+    assert torch.allclose(answers.loss_sum / answers.tokens, own, atol=1e-5)
+    assert answers.tokens == made.learn.sum()
 
 
 def test_separated_turns_train_as_if_each_were_asked_alone(backbone: Backbone) -> None:
     image = picture(2, size(backbone))
     turns = [("How many cubes?", "two"), ("Point to the red cube.", "(512, 430)"), ("Which?", "the red one")]
-    together, _ = answer_loss(backbone, batch(backbone, LIMITS, dialogue(*turns, images=(image,))))
+    together = mean_loss(backbone, batch(backbone, LIMITS, dialogue(*turns, images=(image,))))
     alone = [batch(backbone, LIMITS, dialogue(turn, images=(image,))) for turn in turns]
     counts = [int(one.learn.sum()) for one in alone]
-    losses = [answer_loss(backbone, one)[0].item() for one in alone]
+    losses = [mean_loss(backbone, one).item() for one in alone]
     assert together.item() == pytest.approx(np.average(losses, weights=counts), abs=2e-5)
 
 
@@ -121,9 +126,9 @@ def test_a_batch_may_mix_rows_with_and_without_pictures(backbone: Backbone) -> N
     mixed = batch(backbone, LIMITS, *talks)
     parts = [batch(backbone, LIMITS, talk) for talk in talks]
     expected = np.average(
-        [answer_loss(backbone, part)[0].item() for part in parts], weights=[int(p.learn.sum()) for p in parts]
+        [mean_loss(backbone, part).item() for part in parts], weights=[int(p.learn.sum()) for p in parts]
     )
-    assert answer_loss(backbone, mixed)[0].item() == pytest.approx(expected, abs=2e-5)
+    assert mean_loss(backbone, mixed).item() == pytest.approx(expected, abs=2e-5)
 
 
 def test_trained_answers_are_given_back(nano: Backbone, tmp_path: Path) -> None:

@@ -257,12 +257,9 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     def mask(self, name: str, camera: str) -> NDArray[np.bool_]:
         """[image_size, image_size]: which pixels show this object."""
-        return self._bodies(camera) == self._body(name).id
-
-    def visible_pixels(self, camera: str) -> dict[str, int]:
-        """How many pixels of the camera's image show each object of `objects()`; one rendering for all."""
-        counts = np.bincount(self._bodies(camera).ravel(), minlength=self.model.nbody)
-        return {name: int(counts[self._body(name).id]) for name in self.objects()}
+        lookup("camera", camera, CAMERAS)
+        geoms = self._draw().geoms(self.data, camera, self.image_size)
+        return np.append(self.model.geom_bodyid, 0)[geoms] == self._body(name).id
 
     def close(self) -> None:
         if self._renderer is not None:
@@ -273,12 +270,6 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         if self._renderer is None:
             self._renderer = Renderer(self.model, max(self.image_size, _RENDER_SIZE))
         return self._renderer
-
-    def _bodies(self, camera: str) -> NDArray[np.int64]:
-        """[image_size, image_size]: id of the body that each pixel shows, 0 (the world) for none."""
-        lookup("camera", camera, CAMERAS)
-        geoms = self._draw().geoms(self.data, camera, self.image_size)
-        return np.append(self.model.geom_bodyid, 0)[geoms]
 
     def _body(self, name: str) -> Any:
         names = [*(item.name for item in self.items), *(f"distractor{i}" for i in range(self._extra))]

@@ -76,13 +76,3 @@ class AnswerModel(nn.Module):
         seen = see(self.backbone, ready(self.backbone, self.dummy))
         deep = getattr(seen, "deepstack_features", None) or []
         return sum((piece.float() * 0).sum() for group in (seen.pooler_output, *deep) for piece in group)
-
-
-def answer_loss(backbone: Backbone, batch: RowBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """Return the mean cross-entropy of the answers: the model's own loss with labels -100 elsewhere."""
-    answers = AnswerModel(backbone)(batch)
-    tokens = answers.tokens.item()
-    return answers.loss_sum / tokens, {
-        "token_accuracy": answers.correct / tokens,
-        "answer_tokens": float(tokens),
-    }
