@@ -29,6 +29,8 @@ import numpy as np
 import torch
 import tyro
 from intents import T_975, processor
+from rich.console import Console
+from rich.progress import track
 from torch.nn import functional as F
 
 from blm.backbone import Backbone, build_nano
@@ -138,10 +140,11 @@ def batches_of(
     return made
 
 
-def compare(fast: Way, slow: Way, repeats: int) -> dict[str, object]:
+def compare(name: str, fast: Way, slow: Way, repeats: int) -> dict[str, object]:
     """Return the ratio of speeds, its interval, and both speeds."""
     fast.speed(), slow.speed()
-    pairs = np.array([(fast.speed(), slow.speed()) for _ in range(repeats)])
+    times = track(range(repeats), name, console=Console(stderr=True))
+    pairs = np.array([(fast.speed(), slow.speed()) for _ in times])
     logs = np.log(pairs[:, 0] / pairs[:, 1])
     half = T_975[repeats] * logs.std(ddof=1) / repeats**0.5
     interval = [float(np.exp(logs.mean() - half)), float(np.exp(logs.mean() + half))]
@@ -163,19 +166,19 @@ def measure(
     making = time.perf_counter() - begin
     padded = batches_of(backbone, mixture, size, 0, options.steps)
     fast = way(backbone, packed)
-    found: dict[str, object] = {"packing": compare(fast, way(backbone, padded), repeats)}
+    found: dict[str, object] = {"packing": compare("packing", fast, way(backbone, padded), repeats)}
     found["padding"] = {"packed": packed[0].padding, "padded": padded[0].padding}
     found["data_share"] = making / (sum(fast.work) / fast.speed())
 
     dense = AnswerModel(backbone).train()
     blind = way(backbone, packed, loss=lambda batch: dense(replace(batch, turns=None)).loss_sum)
-    found["turns"] = compare(fast, blind, repeats)
+    found["turns"] = compare("turns", fast, blind, repeats)
 
-    found["logits"] = compare(fast, way(backbone, packed, loss=full_logits(backbone)), repeats)
+    found["logits"] = compare("logits", fast, way(backbone, packed, loss=full_logits(backbone)), repeats)
     large = Backbone(copy.deepcopy(backbone.model), backbone.processor)
     large.model.resize_token_embeddings(LARGE_VOCABULARY)
     slow = way(large, packed, loss=full_logits(large))
-    found["logits of 49,152"] = compare(way(large, packed), slow, repeats)
+    found["logits of 49,152"] = compare("logits of 49,152", way(large, packed), slow, repeats)
 
     few = max(1, size // 4)
     alone = rows_of(backbone, talks[:few], folder, share=False)
@@ -183,14 +186,14 @@ def measure(
     shared, apart = (batches_of(backbone, one, len(one[0].rows), length, 1) for one in sources)
     work = [float(batch.learn.sum()) for batch in shared]
     together, each = (replace(way(backbone, batches), work=work) for batches in (shared, apart))
-    found["prefix"] = compare(together, each, repeats)
+    found["prefix"] = compare("prefix", together, each, repeats)
 
     for part in eye_of(backbone):
         part.requires_grad_(False)
     seen = [Source(name="scene", rows=FeatureCache(backbone, Counter())(scene))]
     kept = way(backbone, batches_of(backbone, seen, size, length, options.steps), cached=True)
     live = way(backbone, batches_of(backbone, mixture[:1], size, length, options.steps))
-    found["features"] = compare(kept, live, repeats)
+    found["features"] = compare("features", kept, live, repeats)
     return found
 
 
