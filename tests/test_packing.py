@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from blm.training.features import FeatureCache, eye_of, is_frozen, projector_of
 from blm.training.packing import collate, pack, probe_rows, probe_talks, require_exact
 from blm.training.rows import Limits, Row, make_row, separated, shrunk
 from blm.training.schedule import Schedule, Source
-from blm.training.turns import lay_out, turned
+from blm.training.turns import Block, _buckets, lay_out, turned
 from blm.types import BlmError, Image, Message
 
 LIMITS = Limits()
@@ -351,3 +352,24 @@ def test_logits_of_other_tokens_are_not_made(nano: Backbone) -> None:
     answers = run(nano, [probe_rows(nano)])
     hook.remove()
     assert shapes == [(int(answers.tokens), head.out_features)]
+
+
+def test_turns_are_padded_in_the_cheapest_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against all ways to split a few blocks; a long one is not what the short ones are padded to."""
+    rng = np.random.default_rng(0)
+    for call in (1, 300, 10**6):
+        monkeypatch.setattr("blm.training.turns.CALL", call)
+        own = np.sort(rng.integers(1, 40, 7))
+        blocks = [(np.zeros(n, np.int64), np.zeros(int(rng.integers(0, 30)), np.int64)) for n in own]
+
+        def cost(parts: list[list[Block]], call: int = call) -> int:
+            sizes = [[tuple(map(len, block)) for block in part] for part in parts]
+            most = [tuple(map(max, zip(*part, strict=True))) for part in sizes]
+            return sum(call + len(part) * q * (q + s) for part, (q, s) in zip(parts, most, strict=True))
+
+        cuts = [c for k in range(len(blocks)) for c in combinations(range(1, len(blocks)), k)]
+        ways = [[blocks[a:b] for a, b in pairwise((0, *cut, len(blocks)))] for cut in cuts]
+        found = _buckets(blocks)
+        assert [block for part in found for block in part] == blocks
+        assert cost(found) == min(map(cost, ways))
+        assert len(found) == 1 or call < 10**6

@@ -22,8 +22,13 @@ from transformers.masking_utils import sdpa_mask
 from blm.backbone import Backbone
 
 NAME = "blm_turns"
-BUCKETS = 3
-"""Blocks are padded to the longest of about a third of them."""
+CALL = 2**14
+"""What one more call of attention costs, in products of a query and a key: about 0.3 ms of one core at nano's
+width. It decides how many lengths blocks are padded to."""
+
+
+Block = tuple[np.ndarray, np.ndarray]
+"""Positions of a turn, and those before it that it may see."""
 
 
 class Turns(NamedTuple):
@@ -46,7 +51,7 @@ class Turns(NamedTuple):
 def lay_out(owner: np.ndarray, branch: np.ndarray) -> Turns:
     """Return the blocks of sequences [G, L]: `owner` numbers rows, -1 is padding; `branch` as in Row."""
     length, nothing = owner.shape[1], np.zeros(0, dtype=np.int64)
-    blocks: list[tuple[np.ndarray, np.ndarray]] = []
+    blocks: list[Block] = []
     for line, (owners, branches) in enumerate(zip(owner, branch, strict=True)):
         for number in range(int(owners.max()) + 1):
             at = np.flatnonzero(owners == number)
@@ -57,8 +62,7 @@ def lay_out(owner: np.ndarray, branch: np.ndarray) -> Turns:
     blocks.sort(key=lambda block: len(block[0]))
     back, count = np.zeros(owner.size, dtype=np.int64), 0
     made: list[tuple[Tensor, Tensor, Tensor]] = []
-    for part in np.array_split(np.arange(len(blocks)), min(BUCKETS, len(blocks))):
-        bucket = [blocks[place] for place in part]
+    for bucket in _buckets(blocks):
         made.append(tuple(map(torch.from_numpy, _padded(bucket))))  # type: ignore[arg-type]
         wide = made[-1][0].shape[1]
         for own, _ in bucket:
@@ -68,7 +72,23 @@ def lay_out(owner: np.ndarray, branch: np.ndarray) -> Turns:
     return Turns(queries, keys, masks, torch.from_numpy(back))
 
 
-def _padded(bucket: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _buckets(blocks: list[Block]) -> list[list[Block]]:
+    """Split sorted blocks such that padding each part to its longest costs least, a call each included."""
+    own, shared = (np.array([len(block[side]) for block in blocks]) for side in (0, 1))
+    best, begins = np.zeros(len(blocks) + 1), np.zeros(len(blocks) + 1, dtype=np.int64)
+    for end in range(1, len(blocks) + 1):
+        wide = np.maximum.accumulate(shared[:end][::-1])[::-1] + own[end - 1]
+        costs = best[:end] + CALL + np.arange(end, 0, -1) * own[end - 1] * wide
+        begins[end] = costs.argmin()
+        best[end] = costs.min()
+    parts, end = [], len(blocks)
+    while end:
+        parts.append(blocks[begins[end] : end])
+        end = int(begins[end])
+    return parts[::-1]
+
+
+def _padded(bucket: list[Block]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Queries [N, Q], keys [N, S + Q] and mask [N, 1, Q, S + Q] of blocks (own positions, shared ones)."""
     long, shares = (max(len(block[side]) for block in bucket) for side in (0, 1))
     queries = np.stack([np.pad(own, (0, long - len(own)), mode="edge") for own, _ in bucket])
