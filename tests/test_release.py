@@ -29,7 +29,7 @@ def test_the_card_names_the_weights(nano: Backbone) -> None:
 
 
 def test_it_answers_about_new_scenes_of_every_robot_and_task(nano: Backbone, tmp_path: Path) -> None:
-    """Random scenes beyond those of the published number, which is 90 %."""
+    """Random scenes beyond those of the published number, asked about in wordings that were trained on."""
     config = SceneCorpusConfig(
         robots=tuple(ROBOTS),
         tasks=tuple(TASKS),

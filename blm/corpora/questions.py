@@ -273,11 +273,7 @@ def format_vector(offset: np.ndarray) -> str:
 
 def format_length(offset: np.ndarray | float) -> str:
     """Write the length of a vector [m] in whole cm."""
-    return f"{_centimetres(offset)} cm"
-
-
-def _centimetres(offset: np.ndarray | float) -> int:
-    return round(100 * float(np.linalg.norm(offset)))
+    return f"{round(100 * float(np.linalg.norm(offset)))} cm"
 
 
 def control_turn(scene: Scene, instruction: str, robot: str) -> Turn:

@@ -23,10 +23,8 @@ from blm.backbone import Backbone
 
 NAME = "blm_turns"
 CALL = 2**14
-"""What one more call of attention costs, in products of a query and a key: about 0.3 ms of one core at nano's
-width. It decides how many lengths blocks are padded to."""
-
-
+"""What one more call of attention is taken to cost, in products of a query and a key. It decides how many
+lengths blocks are padded to; the results do not depend on it."""
 Block = tuple[np.ndarray, np.ndarray]
 """Positions of a turn, and those before it that it may see."""
 
