@@ -16,7 +16,7 @@ from blm.policy.policy import CheckpointPolicy
 from blm.training import imitate
 from blm.training.adapt import fresh
 from blm.training.demonstrations import RobotData, Sampler
-from blm.training.imitate import ImitateConfig, open_robot, sampler_of, train_stage2
+from blm.training.imitate import ImitateConfig, open_robots, sampler_of, train_stage2
 from blm.training.intents import IntentConfig
 from blm.training.loop import LoopConfig
 from blm.training.parallel import Part
@@ -51,16 +51,16 @@ def config(tmp_path_factory) -> ImitateConfig:
     )
 
 
-def open_robots(config: ImitateConfig) -> list[RobotData]:
-    backbone = Backbone.load(config.backbone)
+def robots_of(config: ImitateConfig) -> list[RobotData]:
     start = fresh(config.policy, 32, ["arm", "leg"], 0)
-    return [open_robot(backbone, open_dataset(folder), config, start) for folder in config.datasets]
+    datasets = [open_dataset(folder) for folder in config.datasets]
+    return open_robots(Backbone.load(config.backbone), datasets, config, start)
 
 
 def test_losses_from_the_cache_equal_those_without_within_half_precision(config):
     torch.manual_seed(0)
     network = PolicyNetwork(POLICY, 32, 2)
-    cached, live = (sampler_of(open_robots(c), c) for c in (config, replace(config, cache=None)))
+    cached, live = (sampler_of(robots_of(c), c) for c in (config, replace(config, cache=None)))
     for step in (0, 5):
         a, b = cached(step), live(step)
         for name in ("mask", "future_mask", "state", "actions", "real", "embodiment", "noise", "tau"):
@@ -71,12 +71,12 @@ def test_losses_from_the_cache_equal_those_without_within_half_precision(config)
 
 
 def test_a_batch_holds_what_its_frames_say(config):
-    robots = open_robots(config)
+    robots = robots_of(config)
     batch = sampler_of(robots, config)(3)
     again = sampler_of(robots, config)(3)
     assert torch.equal(batch.noise, again.noise) and batch.ids == again.ids
     assert not torch.equal(batch.noise, sampler_of(robots, config)(4).noise)
-    names = [robot.dataset.space.robot for robot in robots]
+    names = [str(robot.dataset.folder) for robot in robots]
     for i, (name, frame) in enumerate(batch.ids):
         robot = robots[names.index(name)]
         data, e = robot.dataset, robot.dataset.episode_index[frame]
@@ -95,7 +95,7 @@ def test_a_batch_holds_what_its_frames_say(config):
 
 def test_the_parts_of_a_step_are_the_samples_of_the_whole(config):
     torch.manual_seed(0)
-    network, sampler = PolicyNetwork(POLICY, 32, 2), sampler_of(open_robots(config), config)
+    network, sampler = PolicyNetwork(POLICY, 32, 2), sampler_of(robots_of(config), config)
     whole = sampler(3)
     parts = [sampler(3, Part(index, 3)) for index in range(3)]
     for index, part in enumerate(parts):
@@ -107,11 +107,11 @@ def test_the_parts_of_a_step_are_the_samples_of_the_whole(config):
 
 
 def test_weights_say_how_often_robots_and_tasks_are_drawn(config):
-    robots = open_robots(config)
+    robots = robots_of(config)
 
     def legs(**weights: float) -> float:
         sampler = sampler_of(robots, replace(config, weights=weights))
-        return np.mean([robot == "leg" for step in range(40) for robot, _ in sampler(step).ids])
+        return np.mean([Path(folder).name == "leg" for step in range(40) for folder, _ in sampler(step).ids])
 
     even = len(robots[1].train) / (len(robots[0].train) + len(robots[1].train))
     assert legs() == pytest.approx(even, abs=0.06)
@@ -122,18 +122,39 @@ def test_weights_say_how_often_robots_and_tasks_are_drawn(config):
 
 
 def test_statistics_come_from_training_episodes_only(config):
-    robot = open_robots(config)[0]
+    robot = robots_of(config)[0]
     dataset = robot.dataset
     held = np.unique(dataset.episode_index[robot.held_out])
     assert len(held) == 1 and not set(held) & set(dataset.episode_index[robot.train])
     poisoned = np.where(np.isin(dataset.episode_index, held)[:, None], 99.0, dataset.actions)
-    other = open_robot(
+    (other,) = open_robots(
         Backbone.load(config.backbone),
-        replace(dataset, actions=poisoned),
+        [replace(dataset, actions=poisoned)],
         replace(config, cache=None),
         fresh(config.policy, 32, ["arm"], 0),
     )
     assert other.transforms.to_json() == robot.transforms.to_json()
+
+
+def test_several_datasets_of_a_robot_share_its_row_and_its_transforms(config, tmp_path):
+    make_dataset(tmp_path, "arm", 2, lengths=(31, 26))
+    both = replace(
+        config, datasets=(*config.datasets, tmp_path / "arm"), cache=tmp_path / "cache", held_out=0.0
+    )
+    demonstrations, leg, more = robots = robots_of(both)
+    assert [robot.embodiment for robot in robots] == [0, 1, 0]
+    assert sorted(path.name for path in both.cache.iterdir()) == ["arm", "arm-2", "leg"]
+    assert demonstrations.transforms is more.transforms is not leg.transforms
+    states = np.concatenate([robot.dataset.states[robot.train] for robot in (demonstrations, more)])
+    np.testing.assert_allclose(
+        demonstrations.transforms.state.low[:-1], np.quantile(states, 0.002, axis=0)[:-1], rtol=1e-6
+    )
+    sampler = sampler_of(robots, both)
+    drawn = [folder for step in range(60) for folder, _ in sampler(step).ids]
+    frames = [len(robot.train) for robot in robots]
+    for robot, count in zip(robots, frames, strict=True):
+        share = drawn.count(str(robot.dataset.folder)) / len(drawn)
+        assert share == pytest.approx(count / sum(frames), abs=0.06)
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +313,7 @@ def test_a_backbone_that_changes_during_stage_two_is_noticed(config, tmp_path, m
 
 
 def test_what_does_not_fit_together_is_refused(config, tmp_path):
-    with pytest.raises(BlmError, match=r"one dataset per robot; got \['arm', 'arm'\]"):
+    with pytest.raises(BlmError, match=r"each once; got \['.*arm', '.*arm'\]"):
         train_stage2(replace(config, datasets=config.datasets[:1] * 2), tmp_path, {})
     with pytest.raises(BlmError, match="lacks top"):
         train_stage2(replace(config, intents=replace(config.intents, cameras=("top",))), tmp_path, {})

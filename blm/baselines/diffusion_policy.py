@@ -41,7 +41,7 @@ class BaselineConfig:
     """Training of a Diffusion Policy."""
 
     datasets: tuple[Path, ...]
-    """One dataset folder per robot."""
+    """Dataset folders, one or several a robot."""
     cameras: tuple[str, ...]
     loop: LoopConfig
     network: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -156,10 +156,8 @@ def train_baseline(config: BaselineConfig, out: Path, provenance: Mapping[str, A
     datasets = [open_dataset(folder) for folder in config.datasets]
     contract = joint_contract(datasets, config.actions, cameras=config.cameras, execute=config.execute)
     schedule, seed = scheduler(config.network), config.loop.seed
-    robots = [
-        split(data, config.actions, stride=config.stride, held_out=HELD_OUT, seed=seed, embodiment=number)
-        for number, data in enumerate(datasets)
-    ]
+    names = list(contract.action_spaces)
+    robots = split(datasets, config.actions, stride=config.stride, held_out=HELD_OUT, seed=seed, robots=names)
     facts = {"config": {**asdict(config), "loop": None}, "data": [data.content_hash for data in datasets]}
     claim(out / "inputs.json", {k: str(v) for k, v in facts.items()}, f"'{out}' holds another run")
     loop = config.loop
@@ -168,7 +166,7 @@ def train_baseline(config: BaselineConfig, out: Path, provenance: Mapping[str, A
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(loop.seed)
-        network = DiffusionNetwork(config.network, config.cameras, len(robots), config.actions.max_dim)
+        network = DiffusionNetwork(config.network, config.cameras, len(names), config.actions.max_dim)
     ema = Ema(network, config.actions.ema)
 
     def next_batch(step: int, part: Part) -> Piece[Batch]:

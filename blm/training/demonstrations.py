@@ -22,7 +22,7 @@ from blm.policy.network import PolicyBatch, PolicyConfig
 from blm.policy.policy import pad_dims
 from blm.training.intents import Rows, collate
 from blm.training.parallel import Part
-from blm.types import BlmError, PolicyContract
+from blm.types import ActionSpace, BlmError, PolicyContract
 
 WHOLE = Part()
 
@@ -35,7 +35,7 @@ class Intents(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RobotData:
-    """What one robot contributes; its episodes are split, its transforms fitted to the training part."""
+    """What one dataset contributes: its episodes are split; its robot's transforms fit the training parts."""
 
     dataset: EpisodeDataset
     intents: Intents | None
@@ -68,43 +68,67 @@ class Draw:
 
 
 def split(
-    dataset: EpisodeDataset,
+    datasets: Sequence[EpisodeDataset],
     policy: PolicyConfig,
     *,
     stride: int,
     held_out: float,
     seed: int,
-    embodiment: int,
-    transforms: RobotTransforms | None = None,
-) -> RobotData:
-    """Split a robot's episodes and fit its transforms, unless they are given; without intents."""
+    robots: Sequence[str],
+    transforms: Mapping[str, RobotTransforms] | None = None,
+) -> list[RobotData]:
+    """Split the episodes of each dataset; fit a robot's transforms, unless they are given, to all of its.
+
+    `robots` are in the order of their rows in the indexed weights. The result has no intents.
+    """
+    parts = [(data, *_split_frames(data, stride, held_out, seed)) for data in datasets]
+    fitted = dict(transforms or {})
+    for robot in {data.space.robot for data in datasets} - {*fitted}:
+        mine = [(data, train) for data, train, _ in parts if data.space.robot == robot]
+        fitted[robot] = _fit(mine, policy)
+    return [
+        RobotData(
+            dataset=data,
+            intents=None,
+            transforms=fitted[data.space.robot],
+            train=train,
+            held_out=held,
+            embodiment=robots.index(data.space.robot),
+        )
+        for data, train, held in parts
+    ]
+
+
+def _split_frames(
+    dataset: EpisodeDataset, stride: int, held_out: float, seed: int
+) -> tuple[IndexArray, IndexArray]:
     _, held = split_episodes(dataset.num_episodes, held_out, seed)
     kept = kept_frames(dataset.starts, stride)
     is_held = np.isin(dataset.episode_index[kept], held)
-    train = kept[~is_held]
-    ends = dataset.starts[dataset.episode_index[train] + 1]
-    chunks, inside = action_chunks(dataset.actions, train, ends, policy.horizon)
-    return RobotData(
-        dataset=dataset,
-        intents=None,
-        transforms=transforms
-        or fit_transforms(dataset.space, dataset.states[train], chunks, inside, policy.relative),
-        train=train,
-        held_out=kept[is_held],
-        embodiment=embodiment,
-    )
+    return kept[~is_held], kept[is_held]
+
+
+def _fit(parts: Sequence[tuple[EpisodeDataset, IndexArray]], policy: PolicyConfig) -> RobotTransforms:
+    """Fit transforms to these frames of one robot's datasets."""
+    rows = []
+    for data, train in parts:
+        ends = data.starts[data.episode_index[train] + 1]
+        rows.append((data.states[train], *action_chunks(data.actions, train, ends, policy.horizon)))
+    states, chunks, inside = (np.concatenate(values) for values in zip(*rows, strict=True))
+    return fit_transforms(parts[0][0].space, states, chunks, inside, policy.relative)
 
 
 def joint_contract(
     datasets: Sequence[EpisodeDataset], policy: PolicyConfig, *, cameras: tuple[str, ...], execute: int
 ) -> PolicyContract:
     """Return the contract of one policy for all. Raises BlmError for datasets that do not go together."""
-    spaces = {data.space.robot: data.space for data in datasets}
-    if len(spaces) != len(datasets) or not datasets:
-        raise BlmError(f"give one dataset per robot; got {[data.space.robot for data in datasets]}")
+    if len({data.content_hash for data in datasets}) != len(datasets) or not datasets:
+        raise BlmError(f"give datasets, each once; got {[str(data.folder) for data in datasets]}")
+    spaces = dict[str, ActionSpace]()
     side, rate = datasets[0].image_size, datasets[0].space.rate_hz
     for data in datasets:
-        data.require(data.space, cameras, side, rate)
+        space = spaces.setdefault(data.space.robot, data.space)
+        data.require(space, cameras, side, rate)
         if data.space.dim > policy.max_dim:
             raise BlmError(f"'{data.space.robot}' has {data.space.dim} dimensions, above policy.max_dim")
     return PolicyContract(
@@ -168,7 +192,7 @@ class Sampler:
             "embodiment": torch.tensor([self.robots[i].embodiment for i in draw.robots]),
             "noise": draw.noise,
             "tau": draw.tau,
-            "ids": [(self.robots[i].dataset.space.robot, int(frame)) for i, frame in where],
+            "ids": [(str(self.robots[i].dataset.folder), int(frame)) for i, frame in where],
             "values": draw.values,
         }
 

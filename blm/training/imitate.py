@@ -1,7 +1,7 @@
 """Stage II: train bridge and policy on demonstrations, with the backbone frozen, and prove that it was.
 
-One joint model for several robots: one dataset a robot, and in the indexed weights one row a dataset. With a
-cache of intents the backbone is in memory only before the first step and after the last.
+One joint model for several robots, each with one row in the indexed weights. With a cache of intents the
+backbone is in memory only before the first step and after the last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from blm.data.episodes import EpisodeDataset, open_dataset
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, FrozenProof
 from blm.training.adapt import Start, continued, fresh
-from blm.training.demonstrations import RobotData, Sampler, joint_contract, split
+from blm.training.demonstrations import Intents, RobotData, Sampler, joint_contract, split
 from blm.training.intents import (
     IntentConfig,
     LiveIntents,
@@ -40,14 +40,14 @@ class ImitateConfig:
     """All of Stage II."""
 
     datasets: tuple[Path, ...]
-    """One dataset folder per robot."""
+    """Dataset folders, one or several a robot (demonstrations, corrections)."""
     backbone: str
     """Folder that Stage I wrote, or a name of BACKBONES."""
     intents: IntentConfig
     loop: LoopConfig
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     cache: Path | None = None
-    """Folder for the intent caches, one a robot, shared by runs; None: compute H_k for every batch anew."""
+    """Folder for the intent caches, one a dataset, shared by runs; None: compute H_k for every batch anew."""
     start: Path | None = None
     """Checkpoint to go on from, with its robots or with further ones; None: random weights."""
     only_new: bool = False
@@ -73,22 +73,36 @@ class ImitateConfig:
             raise BlmError(f"stride {stride} of the intents must divide future_steps = {steps}")
 
 
-def open_robot(backbone: Backbone, dataset: EpisodeDataset, config: ImitateConfig, start: Start) -> RobotData:
-    """Split the episodes of one robot, fit its transforms, and fill its cache of intents, if wanted."""
-    name = dataset.space.robot
-    robot = split(
-        dataset,
+def open_robots(
+    backbone: Backbone, datasets: Sequence[EpisodeDataset], config: ImitateConfig, start: Start
+) -> list[RobotData]:
+    """Split the episodes, fit the transforms, and fill the caches of intents, if wanted."""
+    robots = split(
+        datasets,
         config.policy,
         stride=config.intents.stride,
         held_out=config.held_out,
         seed=config.loop.seed,
-        embodiment=start.robots.index(name),
-        transforms=start.transforms().get(name),
+        robots=start.robots,
+        transforms=start.transforms(),
     )
+    return [
+        replace(robot, intents=_intents(backbone, robot.dataset, config, name))
+        for robot, name in zip(robots, cache_names(datasets), strict=True)
+    ]
+
+
+def _intents(backbone: Backbone, dataset: EpisodeDataset, config: ImitateConfig, name: str) -> Intents:
     if config.cache is None:
-        return replace(robot, intents=LiveIntents(backbone, dataset, config.intents))
-    cached = cache_intents(backbone, config.backbone, dataset, config.intents, config.cache / name)
-    return replace(robot, intents=cached)
+        return LiveIntents(backbone, dataset, config.intents)
+    return cache_intents(backbone, config.backbone, dataset, config.intents, config.cache / name)
+
+
+def cache_names(datasets: Sequence[EpisodeDataset]) -> list[str]:
+    """Return "panda" for the first dataset of a robot, then "panda-2", .."""
+    names = [data.space.robot for data in datasets]
+    counts = (names[: place + 1].count(name) for place, name in enumerate(names))
+    return [name if count == 1 else f"{name}-{count}" for name, count in zip(names, counts, strict=True)]
 
 
 def sampler_of(robots: Sequence[RobotData], config: ImitateConfig, *, train: bool = True) -> Sampler:
@@ -127,10 +141,10 @@ def train_stage2(
     inputs = _inputs(backbone, datasets, start, config)
     if processes.first:
         claim(out / "inputs.json", inputs, f"'{out}' holds another run")
-        robots = [open_robot(backbone, data, config, start) for data in datasets]  # fills the caches
+        robots = open_robots(backbone, datasets, config, start)  # fills the caches
     processes.wait()
     if not processes.first:
-        robots = [open_robot(backbone, data, config, start) for data in datasets]
+        robots = open_robots(backbone, datasets, config, start)
 
     def policy(weights: PolicyNetwork) -> CheckpointPolicy:
         start.restore(weights)
