@@ -459,3 +459,9 @@ def test_the_model_card_states_contract_proof_and_origin(saved):
     for robot, space in policy.contract.action_spaces.items():
         assert f"| {robot} | " in card and all(name in card for name in space.names)
     assert '"command": "test"' in card and f"tapped after block {policy.layer}" in card
+
+
+def test_people_may_add_to_the_card(copied):
+    with (copied / "README.md").open("a") as card:
+        card.write("It stacks cubes.\n")
+    CheckpointPolicy.load(copied)

@@ -2,7 +2,7 @@
 
     checkpoint/  config.json  policy.safetensors  stats.json  README.md  manifest.json  (backbone/)
 
-manifest.json holds the sha256 of every other file.
+manifest.json holds the sha256 of every other file but the model card, README.md: people add to it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "manifest.json").is_file():
         raise BlmError(f"no checkpoint at '{folder}' (no manifest.json); give the folder that Stage II wrote")
     stored, found = json.loads((folder / "manifest.json").read_text()), _hashes(folder)
-    for name in stored:
+    for name in {*stored} - {"README.md"}:  # which older manifests name
         if found.get(name) != stored[name]:
             what = "altered" if name in found else "missing"
             raise BlmError(f"checkpoint '{folder}': {name} is {what}; copy the folder again or train again")
@@ -89,6 +89,7 @@ def kind_of(folder: Path) -> str:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file in `folder` except the manifest, by relative name."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
-    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
+    """sha256 of every file in `folder` except the manifest and the card, by relative name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = (path.relative_to(folder).as_posix() for path in files)
+    return {name: sha256_of(folder / name) for name in names if name not in {"manifest.json", "README.md"}}
