@@ -8,7 +8,8 @@ from pathlib import Path
 
 from blm.backbone import BACKBONES, Backbone
 from blm.evaluation.digital.endpoint import Endpoint, Settings
-from blm.hub import BLM, RELEASES
+from blm.hub import BLM
+from blm.policy.checkpoint import RELEASES, folder_of
 from blm.types import BlmError, Chat, UnknownNameError
 
 HELP = "a checkpoint or backbone folder, a backbone's name, or openai:MODEL@URL (URL ends in /v1)"
@@ -41,7 +42,7 @@ def find_chat(
         endpoint = find_endpoint(name, api_key=api_key, cache=cache, settings=settings)
         return Named(endpoint, endpoint.name)
     folder = Path(name)
-    if name in RELEASES or (folder / "manifest.json").exists():
+    if (folder_of(name) / "manifest.json").exists():
         model = BLM.from_pretrained(name, device=device)
         return Named(model.backbone, model.contract.revision)
     if not folder.is_dir() and name not in BACKBONES:

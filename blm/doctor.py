@@ -50,9 +50,11 @@ def examine_machine() -> Iterator[Check]:
 
 def examine_path(path: Path) -> Iterator[Check]:
     """Check a dataset, a collection (a folder of datasets), or a checkpoint; one line for each fault."""
+    from blm.policy.checkpoint import folder_of
+
     if (path / "meta/info.json").exists():
         yield from _dataset(path)
-    elif (path / "manifest.json").exists():
+    elif (folder_of(path) / "manifest.json").exists():
         yield _checkpoint(path)
     elif (path / "collect.json").exists() or _datasets(path):
         yield from _collection(path)

@@ -102,10 +102,9 @@ def export_dataset(source: Path, out: Path) -> None:
 
 def export_checkpoint(source: str, out: Path) -> None:
     """Copy a checkpoint, unaltered; it has a card. Raises BlmError for one that is damaged."""
-    from blm.hub import RELEASES
-    from blm.policy.checkpoint import read_config
+    from blm.policy.checkpoint import folder_of, read_config
 
-    folder = RELEASES.get(source, Path(source))
+    folder = folder_of(source)
     read_config(folder)
     _whole(out, lambda work: shutil.copytree(folder, work))
 

@@ -8,11 +8,9 @@ from pathlib import Path
 from blm.backbone import Backbone
 from blm.backbone.generation import Generation
 from blm.backbone.sight import remember_sight
+from blm.policy.checkpoint import RELEASES, folder_of
 from blm.policy.policy import CheckpointPolicy
 from blm.types import ActionChunk, Message, Observation, PolicyContract, UnknownNameError
-
-RELEASES: dict[str, Path] = {}
-"""Name -> folder of the checkpoints that ship with the package. None yet: `blm-nano` is only a backbone."""
 
 
 class BLM:
@@ -31,7 +29,7 @@ class BLM:
 
         Raises UnknownNameError for what is neither, BlmError for a missing or altered file.
         """
-        if not (folder := RELEASES.get(str(name_or_folder), Path(name_or_folder))).is_dir():
+        if not (folder := folder_of(name_or_folder)).is_dir():
             raise UnknownNameError("checkpoint", str(name_or_folder), [*RELEASES, "<a folder from Stage II>"])
         return cls(CheckpointPolicy.load(folder, device=device))
 

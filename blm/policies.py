@@ -14,7 +14,7 @@ from blm.demos.expert import Expert
 from blm.demos.planner import PlanError
 from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy
 from blm.evaluation.baselines import ReplayPolicy
-from blm.policy.checkpoint import kind_of
+from blm.policy.checkpoint import folder_of, kind_of
 from blm.policy.policy import CheckpointPolicy, ContinuingPolicy
 from blm.robots import ROBOTS
 from blm.serving.client import RemotePolicy
@@ -22,7 +22,9 @@ from blm.tasks import Env
 from blm.types import ActionChunk, BlmError, Episode, Observation, Policy, PolicyContract
 
 SCHEMES = ("ws://", "wss://")
-HELP = "a checkpoint folder, expert, zero, random, replay:DATASET, or ws://HOST:PORT of an OpenPI server"
+HELP = (
+    "a checkpoint folder, blm-nano, expert, zero, random, replay:DATASET, or an OpenPI server ws://HOST:PORT"
+)
 
 
 class ExpertPolicy:
@@ -94,7 +96,7 @@ def find_policy(
         return partial(ZeroPolicy if name == "zero" else RandomPolicy, contract)
     if name.startswith(SCHEMES):
         return partial(RemotePolicy, name, api_key=api_key, contract=contract)
-    if (Path(name) / "manifest.json").is_file():
+    if (folder_of(name) / "manifest.json").is_file():
         return partial(load_checkpoint, Path(name), device=device)
     raise BlmError(f"no policy '{name}': give {HELP}")
 

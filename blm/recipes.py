@@ -135,7 +135,8 @@ def _all_but_eye(*, steps: int, batch_size: int, lr: float) -> Stage1Config:
 
 def stage2(*, steps: int, batch_size: int = 64) -> Stage2:
     """Stage II of the nano policy."""
-    return Stage2(loop=LoopConfig(steps=steps, batch_size=batch_size, lr=2e-3, title="Stage II"))
+    loop = LoopConfig(steps=steps, batch_size=batch_size, lr=2e-3, muon=0.02, title="Stage II")
+    return Stage2(loop=loop)
 
 
 def demo() -> Recipe:
@@ -171,16 +172,16 @@ def ci() -> Recipe:
 
 
 def nano() -> Recipe:
-    """The small model at full strength: hours on two CPU cores. So far its backbone is released: blm-nano."""
+    """The small model at full strength, hours on two CPU cores: how `blm-nano` is made (see its card)."""
     return replace(
         demo(),
         name="nano",
         tasks=tuple(TASKS),
         cameras=("base", "side", "wrist"),
-        demonstrations=Demonstrations(episodes=60, held_out_episodes=4),
+        demonstrations=Demonstrations(episodes=80, held_out_episodes=4),
         corpus=Corpus(scenes=24_000, held_out_scenes=600, turns=10, frames_per_episode=6),
         stage1=stage1(eye=2600, drill=1500, steps=6000),
-        stage2=stage2(steps=60_000),
+        stage2=stage2(steps=20_000),
         evaluation=Evaluation(episodes=50, max_questions=3000),
     )
 

@@ -11,6 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import PIL.Image
+from rich.console import Console
+from rich.markup import escape
+
 from blm.backbone import Backbone
 from blm.commands.digital import spread
 from blm.commands.training import driver
@@ -19,6 +24,7 @@ from blm.data.episodes import open_dataset
 from blm.data.files import read_json, write_json
 from blm.demos import CollectConfig, collect
 from blm.evaluation import (
+    EVALUATION_SEEDS,
     STAGE1_HELD_OUT_SEEDS,
     TRAINING_SEEDS,
     PhysicalProtocol,
@@ -30,14 +36,16 @@ from blm.evaluation.digital.runner import Asking
 from blm.evaluation.report import ReportData, build_report
 from blm.hub import BLM
 from blm.pipeline import Stage, read_ledger, to_json
+from blm.policy.checkpoint import folder_of, read_contract
 from blm.policy.policy import CheckpointPolicy
 from blm.recipes import Recipe
 from blm.robots import ROBOTS
+from blm.tasks import Env
 from blm.training.imitate import ImitateConfig, train_stage2
 from blm.training.intents import IntentConfig
 from blm.training.schooling import for_nano, is_nano, taught_nano
 from blm.training.sft import TrainingSource, train_stage1
-from blm.types import BlmError, PolicyContract
+from blm.types import BlmError, Image, Message, PolicyContract
 from blm.viewing import collection_sheet
 
 EPISODE_SEEDS = 500_000
@@ -196,9 +204,35 @@ def run_eval_physical(recipe: Recipe, run: Path) -> None:
         evaluate_physical(make, protocol, run / "results" / name, **how)
 
 
+def run_released(recipe: Recipe, run: Path) -> None:
+    """Let the released model drive on the scenes of this run's evaluation, and answer about another one."""
+    folder, out = folder_of("blm-nano"), run / "results/released"
+    protocol = protocol_of(recipe, read_contract(folder), (recipe.robots, recipe.tasks))
+    make = partial(CheckpointPolicy.load, folder)
+    evaluate_physical(make, protocol, out, workers=recipe.workers, engine=recipe.engine)
+    model = BLM.from_pretrained(folder)
+    env = Env("panda", "pick_cube", cameras=model.contract.cameras, image_size=model.contract.image_size)
+    env.reset(seed=EVALUATION_SEEDS.start)
+    views = list(env.observation().images.values())
+    lines = [(text, model.answer([Message("user", (*map(Image, views), text))])) for text in QUESTIONS]
+    for text, answer in lines:
+        Console(stderr=True).print(f"  {text}  [bold]{escape(answer)}[/bold]", soft_wrap=True)
+    PIL.Image.fromarray(np.concatenate(views, axis=1)).save(out / "dialogue.png")
+    write_json(out / "dialogue.json", {"picture": "dialogue.png", "lines": lines})
+    env.close()
+
+
+QUESTIONS = (
+    "Point to the red cube in the base view.",
+    "What is the position of the red cube in cm?",
+    "Where is the red cube: left or right of the gripper?",
+    "What can the robot do now?",
+    "What remains to be done after this step?",
+)
+"""Asked of the released model about a scene of Panda and pick_cube."""
 DIGITAL = {"BLM": "digital", "BLM, held-out wordings": "digital_wording"}
 """Name in the report -> folder below results/."""
-PHYSICAL = {"BLM": "physical", "hold still": "zero"}
+PHYSICAL = {"BLM": "physical", "blm-nano, released": "released", "hold still": "zero"}
 """Policy in the report -> its folder below results/."""
 
 _SUITE = ("robots", "tasks", "cameras", "image_size")
@@ -206,6 +240,7 @@ _SUITE = ("robots", "tasks", "cameras", "image_size")
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
+        Stage("released", "The released model drives and answers", (*_SUITE, "evaluation"), (), run_released),
         Stage("collect", "Demonstrations from the planner", (*_SUITE, "demonstrations"), (), run_collect),
         Stage("corpus", "Questions about scenes", (*_SUITE, "corpus"), ("collect",), run_corpus),
         Stage("stage1", "Stage I: teach the backbone", ("stage1",), ("corpus",), run_stage1),
@@ -244,6 +279,7 @@ def write_report(run: Path, command: str) -> Path:
         },
         digital={name: run / "results" / part / "result.json" for name, part in DIGITAL.items()},
         physical={name: run / "results" / part / "result.json" for name, part in PHYSICAL.items()},
+        dialogue=run / "results/released/dialogue.json",
     )
     build_report(data, run / "report.html")
     return run / "report.html"

@@ -16,7 +16,7 @@ from blm.tasks import Env
 
 
 def main(
-    model: str = "demo/stage2/checkpoint",
+    model: str = "blm-nano",
     robot: str = "panda",
     task: str = "push_cube",
     seed: int = 0,

@@ -16,7 +16,7 @@ from blm.tasks import Env
 
 def main(
     question: str = "What is the position of the red cube in cm?",
-    model: str = "demo/stage2/checkpoint",
+    model: str = "blm-nano",
     robot: str = "panda",
     task: str = "pick_cube",
     seed: int = 0,

@@ -133,7 +133,10 @@ def test_every_robot_acts_within_its_limits(model):
 def test_the_report_is_self_contained_and_true(run):
     page = (run / "report.html").read_text()
     assert not re.search(r"(src|href)=[\"']http", page) and "not run" not in page
-    assert page.count("data:video/mp4;base64,") == len(ROBOTS) * len(TASKS)
+    assert page.count("data:video/mp4;base64,") == 2 * len(ROBOTS) * len(TASKS)
+    assert "Rollouts: BLM<" in page and "Rollouts: blm-nano, released<" in page
+    for question, answer in read_json(run / "results/released/dialogue.json")["lines"]:
+        assert f"{question}</td>" in page and answer
     result = json.loads((run / "results/physical/result.json").read_text())
     assert f"of {len(result['rows'])} episodes" in page
 

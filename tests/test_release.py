@@ -1,4 +1,4 @@
-"""What ships with the package: it is what its card says, and it answers about scenes it never saw."""
+"""What ships with the package is what its card says; it answers and drives in scenes that it never saw."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import pytest
 from blm.backbone import Backbone
 from blm.backbone.backbone import RELEASED
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, read_questions
-from blm.evaluation import STAGE1_HELD_OUT_SEEDS, evaluate_digital
+from blm.evaluation import STAGE1_HELD_OUT_SEEDS, PhysicalProtocol, evaluate_digital, evaluate_physical
 from blm.evaluation.digital.runner import Asking
+from blm.policy.checkpoint import folder_of
+from blm.policy.policy import CheckpointPolicy
 from blm.robots import ROBOTS
 from blm.tasks import TASKS
 
@@ -26,6 +28,33 @@ def test_the_card_names_the_weights(nano: Backbone) -> None:
     assert f"`{nano.fingerprint()}`" in (NANO / "README.md").read_text()
     assert not [file for file in NANO.rglob("*") if file.suffix in {".bin", ".pt", ".pkl", ".py"}]
     assert sum(file.stat().st_size for file in NANO.rglob("*") if file.is_file()) < 40e6
+
+
+@pytest.fixture(scope="module")
+def policy() -> CheckpointPolicy:
+    return CheckpointPolicy.load("blm-nano")
+
+
+def test_the_policy_was_trained_on_the_released_backbone(nano: Backbone, policy: CheckpointPolicy) -> None:
+    assert policy.frozen.fingerprint == nano.fingerprint() == policy.backbone.fingerprint()
+    assert list(policy.contract.action_spaces) == list(ROBOTS)
+    for robot, space in policy.contract.action_spaces.items():
+        space.require_same(ROBOTS[robot].action_space, "the suite")
+
+
+def test_a_checkpoint_here_wins_over_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blm-nano").mkdir()
+    assert folder_of("blm-nano") == NANO
+    (tmp_path / "blm-nano/manifest.json").touch()
+    assert folder_of("blm-nano") == Path("blm-nano") and folder_of("other") == Path("other")
+
+
+def test_it_pushes_on_every_robot(policy: CheckpointPolicy, tmp_path: Path) -> None:
+    """On seeds for validation; suite24 keeps its own."""
+    protocol = PhysicalProtocol.for_validation(policy.contract, tasks=["push_cube"], episodes=2)
+    result = evaluate_physical(lambda: policy, protocol, tmp_path, workers=0, videos_per_cell=0)
+    assert result["overall"]["success_once"]["hits"] >= 4
 
 
 def test_it_answers_about_new_scenes_of_every_robot_and_task(nano: Backbone, tmp_path: Path) -> None:

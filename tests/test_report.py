@@ -7,12 +7,14 @@ import io
 import json
 import re
 import time
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
 import av
 import numpy as np
+import PIL.Image
 import pytest
 
 from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy, evaluate_digital, evaluate_physical
@@ -122,9 +124,19 @@ def test_page_shows_what_the_files_say(run: Path, tmp_path: Path) -> None:
 
 def test_videos_are_inside_and_play(run: Path, tmp_path: Path) -> None:
     films = re.findall(r"data:video/mp4;base64,([^\"]+)", page(full(run), tmp_path))
-    assert len(films) == 2  # one per cell of the first policy
+    assert len(films) == 4  # one per cell of each policy
     with av.open(io.BytesIO(base64.b64decode(films[0]))) as film:
         assert sum(1 for _ in film.decode(video=0)) == 5
+
+
+def test_a_conversation_is_shown_with_its_picture(run: Path, tmp_path: Path) -> None:
+    PIL.Image.new("RGB", (4, 2)).save(tmp_path / "seen.png")
+    lines = [["Where is <it>?", "(1, 2)"]]
+    (tmp_path / "dialogue.json").write_text(json.dumps({"picture": "seen.png", "lines": lines}))
+    text = page(replace(full(run), dialogue=tmp_path / "dialogue.json"), tmp_path)
+    assert "Where is &lt;it&gt;?</td>" in text and "<b>(1, 2)</b>" in text
+    (shown,) = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="What the model saw"', text)
+    assert base64.b64decode(shown) == (tmp_path / "seen.png").read_bytes()
 
 
 def test_curves_follow_the_theme(run: Path, tmp_path: Path) -> None:
@@ -145,6 +157,8 @@ def test_unlike_protocols_are_shown_but_not_compared(run: Path, tmp_path: Path) 
     other = json.loads((run / "still/result.json").read_text())
     other["protocol"]["max_steps"] = 6
     other["protocol_hash"] = digest(other["protocol"])
+    for row in other["rows"]:
+        row["video"] = None
     (tmp_path / "result.json").write_text(json.dumps(other))
     data = ReportData(title="x", physical={"a": run / "model/result.json", "b": tmp_path / "result.json"})
     assert "p = " not in page(data, tmp_path)

@@ -59,6 +59,8 @@ class ReportData:
     """Training run -> what it kept of the base model's language, name -> number."""
     physical: Mapping[str, Path] = field(default_factory=dict)
     """The same for closed-loop results; the others are baselines and the expert."""
+    dialogue: Path | None = None
+    """A conversation about a picture: {"picture": file beside it, "lines": [[question, answer], ..]}."""
 
 
 def build_report(data: ReportData, out: Path) -> None:
@@ -77,7 +79,8 @@ def build_report(data: ReportData, out: Path) -> None:
         differences={name: _difference(physical, name) for name in physical},
         grid=_grid(physical),
         reasons=REASONS,
-        videos=_videos(data.physical, physical),
+        videos={name: _videos(data.physical[name], result) for name, result in physical.items()},
+        dialogue=_dialogue(data.dialogue),
         collection=_read(data.collection).get("robots", {}),
         sheet=_embedded(data.sheet, "image/png") if data.sheet and data.sheet.exists() else "",
         curves={stage: _curve(stage, path) for stage, path in data.logs.items()},
@@ -143,18 +146,21 @@ def _difference(results: Mapping[str, dict[str, Any]], name: str) -> dict[str, A
         return None
 
 
-def _videos(paths: Mapping[str, Path], results: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The first model's filmed episodes, with the film as a data URI."""
-    name = next(iter(results), None)
-    if name is None:
-        return []
+def _videos(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The filmed episodes of a result, with the film as a data URI."""
     films = []
-    for row in [row for row in results[name]["rows"] if row["video"]][:MAX_VIDEOS]:
-        film = paths[name].parent / row["video"]
+    for row in [row for row in result["rows"] if row["video"]][:MAX_VIDEOS]:
+        film = path.parent / row["video"]
         if not film.exists():
             raise BlmError(f"video '{film}' of the result is missing; keep it beside result.json")
         films.append({**row, "uri": _embedded(film, "video/mp4")})
     return films
+
+
+def _dialogue(path: Path | None) -> dict[str, Any]:
+    """The conversation with its picture as a data URI; empty if there was none."""
+    found = _read(path)
+    return found and {**found, "uri": _embedded(path.parent / found["picture"], "image/png")} if path else {}
 
 
 def _embedded(file: Path, kind: str) -> str:

@@ -16,12 +16,21 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from blm.backbone.backbone import RELEASED
 from blm.data.files import sha256_of
 from blm.data.transforms import RobotTransforms
 from blm.policy.card import model_card
 from blm.types import BlmError, PolicyContract
 
 FORMAT = 1
+RELEASES: dict[str, Path] = {"blm-nano": RELEASED / "blm-nano"}
+"""Name -> folder of the checkpoints that ship with the package."""
+
+
+def folder_of(name_or_folder: str | Path) -> Path:
+    """Return the folder of a checkpoint or release; a checkpoint here that is called as a release wins."""
+    folder = Path(name_or_folder)
+    return folder if (folder / "manifest.json").is_file() else RELEASES.get(str(name_or_folder), folder)
 
 
 def write_checkpoint(
@@ -83,7 +92,7 @@ def read_transforms(folder: Path) -> dict[str, RobotTransforms]:
 def kind_of(folder: Path) -> str:
     """What a checkpoint calls itself, unchecked: "blm", or a baseline; those from before kinds are BLM's."""
     try:
-        return str(json.loads((folder / "config.json").read_text()).get("kind", "blm"))
+        return str(json.loads((folder_of(folder) / "config.json").read_text()).get("kind", "blm"))
     except (OSError, ValueError, AttributeError):  # reading the checkpoint will say what is wrong with it
         return "blm"
 

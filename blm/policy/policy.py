@@ -22,7 +22,7 @@ from blm.backbone.backbone import Backbone
 from blm.backbone.prompt import control_prompt, to_chat
 from blm.bridge import BridgeConfig
 from blm.data.transforms import RobotTransforms
-from blm.policy.checkpoint import read_config, read_transforms, write_checkpoint
+from blm.policy.checkpoint import folder_of, read_config, read_transforms, write_checkpoint
 from blm.policy.flow import continuation_weights, seeded_noise
 from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.types import ActionChunk, BlmError, FloatArray, Observation, PolicyContract
@@ -143,8 +143,11 @@ class CheckpointPolicy:
 
     @classmethod
     def load(cls, folder: Path | str, *, device: str = "cpu") -> CheckpointPolicy:
-        """Read a checkpoint. Raises BlmError, naming file and fix, unless it is whole and unaltered."""
-        folder = Path(folder)
+        """Read a checkpoint, or a release by name.
+
+        Raises BlmError, naming file and fix, unless it is whole and unaltered.
+        """
+        folder = folder_of(folder)
         config = read_config(folder)
         contract = PolicyContract.from_json(config["contract"])
         backbone = Backbone.load(folder / "backbone", device=device, dtype=getattr(torch, config["dtype"]))
