@@ -1,14 +1,16 @@
 """Studies: what each idea buys. Variants of Stage II with the same budget, on the same scenes, paired.
 
-    runs/NAME/studies/STUDY/  VARIANT/{PART/.., result.json}  report.json  report.md
+    runs/NAME/studies/  STUDY/{report.json, report.md}  variants/KEY/{PART/.., result.json}
 
 A variant changes a few fields of the recipe, or splits one joint model into several. All variants of a study
 see the same number of samples in all, their models together; evaluation seeds are the same, so the variants
-are compared episode by episode. Caches of intents are shared where backbone, layer and cameras are.
+are compared episode by episode. Caches of intents are shared where backbone, layer and cameras are, and so
+is a whole variant: what several studies compare with is trained once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -111,8 +113,9 @@ def run_study(name: str, recipe: Recipe, run: Path) -> Path:
     folder, rows = run / "studies" / name, []
     for variant in STUDIES[name]:
         Console(stderr=True).print(f"[bold]study {name}: {variant.name}[/bold]")
-        rows.append(run_variant(variant, recipe, run, folder / variant.name.replace(" ", "_")))
+        rows.append(run_variant(variant, recipe, run))
     reference = load_result(Path(rows[0]["result"]))
+    folder.mkdir(exist_ok=True)
     others = [compare(load_result(Path(row["result"])), reference, but=("cameras",)) for row in rows[1:]]
     for row, gap, p in zip(rows[1:], others, holm([gap.p_value for gap in others]), strict=True):
         row |= {"gap": asdict(gap), "p_corrected": p}
@@ -122,10 +125,11 @@ def run_study(name: str, recipe: Recipe, run: Path) -> Path:
     return report
 
 
-def run_variant(variant: Variant, recipe: Recipe, run: Path, out: Path) -> dict[str, Any]:
+def run_variant(variant: Variant, recipe: Recipe, run: Path) -> dict[str, Any]:
     """Train and evaluate the models of a variant; return what its row of the table says."""
     for path, new in variant.changes.items():
         recipe = changed(recipe, path, new)
+    out = run / "studies/variants" / key_of(variant, recipe)
     backbone = run / "stage1/backbone"
     if variant.backbone == "untrained":
         backbone = untrained(recipe, backbone, run / "studies/untrained")
@@ -138,7 +142,7 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path, out: Path) -> dict[
         work = out / "-".join((*robots, *tasks)) if len(parts) > 1 else out / "joint"
         config = stage2_of(recipe, run, backbone, intents, (robots, tasks), models=len(parts))
         config = replace(config, loop=replace(config.loop, eval_every=0))
-        facts = {"study": variant.name, "recipe": to_json(recipe)}
+        facts = {"variant": out.name, "recipe": to_json(recipe)}
         if variant.policy == "blm":
             checkpoint = train_stage2(config, work, facts)
         else:
@@ -150,7 +154,7 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path, out: Path) -> dict[
     protocol = protocol_of(recipe, contract, (recipe.robots, recipe.tasks))
     order = {f"{robot}/{task}/{seed}": i for i, (robot, task, seed) in enumerate(protocol.scenes)}
     made.sort(key=lambda row: order[row["id"]])
-    about = {"kind": "physical", "score": "success_once", "model": f"study {variant.name}"}
+    about = {"kind": "physical", "score": "success_once", "model": f"variant {out.name}"}
     result = write_result(out, protocol, begin, **about, **summarise(made), rows=made)
     return {
         "variant": variant.name,
@@ -160,6 +164,13 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path, out: Path) -> dict[
         "success": result["overall"]["success_once"],
         "result": str(out),
     }
+
+
+def key_of(variant: Variant, recipe: Recipe) -> str:
+    """Name of what this variant of an already changed recipe trains and evaluates, whatever study asks."""
+    made = [variant.models, variant.backbone, variant.policy]
+    made += [to_json(value) for name, value in vars(recipe).items() if name != "workers"]
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def baseline_of(config: ImitateConfig) -> BaselineConfig:

@@ -227,10 +227,10 @@ def test_a_study_gives_all_variants_the_same_budget_and_scenes(run):
         ("per robot and task", 2),
     ]
     assert {row["samples"] for row in made} == {80}, "10 steps of 8, or two models of 5 steps each"
-    results = [load_result(run / "studies/models" / row["variant"].replace(" ", "_")) for row in made]
+    results = [load_result(Path(row["result"])) for row in made]
     assert len({result["protocol_hash"] for result in results}) == 1
     assert all([row["id"] for row in r["rows"]] == [row["id"] for row in results[0]["rows"]] for r in results)
-    alone = CheckpointPolicy.load(run / "studies/models/per_robot/widowxai-push_cube/checkpoint")
+    alone = CheckpointPolicy.load(Path(made[1]["result"]) / "widowxai-push_cube/checkpoint")
     assert list(alone.contract.action_spaces) == ["widowxai"]
     assert report.read_text().count("|\n") == 6 and "per robot and task | 2 | 80" in report.read_text()
     before = report.read_text()
@@ -240,10 +240,22 @@ def test_a_study_gives_all_variants_the_same_budget_and_scenes(run):
 def test_the_baseline_of_a_study_drives_the_same_scenes(run, monkeypatch):
     two = (STUDIES["baseline"][0], STUDIES["baseline"][1])
     monkeypatch.setitem(STUDIES, "baseline", two)
-    report = run_study("baseline", tiny(), run).read_text()
-    assert "| BLM | 1 | 80 " in report and "| Diffusion Policy | 1 | 80 " in report
-    policy = load_checkpoint(run / "studies/baseline/Diffusion_Policy/joint/checkpoint")
+    report = run_study("baseline", tiny(), run)
+    assert "| BLM | 1 | 80 " in report.read_text() and "| Diffusion Policy | 1 | 80 " in report.read_text()
+    baseline = read_json(report.with_name("report.json"))["variants"][1]["result"]
+    policy = load_checkpoint(Path(baseline) / "joint/checkpoint")
     assert type(policy).__name__ == "DiffusionPolicy" and list(policy.contract.action_spaces) == [*ROBOTS]
+
+
+def test_what_several_studies_compare_with_is_trained_once(run, monkeypatch):
+    for name in ("future", "latents"):
+        monkeypatch.setitem(STUDIES, name, STUDIES[name][:1])
+    first, second = (
+        read_json(run_study(name, tiny(), run).with_name("report.json"))["variants"][0]
+        for name in ("future", "latents")
+    )
+    assert first.pop("variant") == "lambda 0.2" and second.pop("variant") == "8 latents"
+    assert first == second and first["training_seconds"] > 0
 
 
 def test_the_untrained_backbone_of_a_study_is_another_one_behind_the_same_words(run):
