@@ -22,7 +22,7 @@ import tyro
 
 from blm.backbone.backbone import Backbone, build_nano
 from blm.evaluation.digital.runner import Asking, evaluate_digital
-from blm.types import Image, Message, Question
+from blm.types import Chat, Image, Message, Question
 
 
 class OneByOne:
@@ -55,7 +55,7 @@ def main(repeats: int = 3, questions: int = 32, batch: int = 16, threads: int = 
         folder = Path(name)
         asked = make_questions(folder, questions)
         asking = Asking(root=folder, batch=batch)
-        chats = {"batched": backbone, "one by one": OneByOne(backbone)}
+        chats: dict[str, Chat] = {"batched": backbone, "one by one": OneByOne(backbone)}
         for repeat in range(repeats + 1):  # the first warms up
             raw = {}
             for way, chat in chats.items():

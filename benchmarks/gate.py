@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import tyro
 
 from blm.backbone import Backbone
-from blm.backbone.eye import IMAGE_SIZE, REACH, ConvVision
+from blm.backbone.eye import IMAGE_SIZE, REACH, ConvVision, ConvVisionConfig
 from blm.corpora import read_corpus
 from blm.media import load_pixels
 from blm.training.eye import View, lessons_of, places, scanned
@@ -39,7 +39,7 @@ def main(
         views += found
         robots += [row.id.split("/")[1]] * len(found)
     pixels, millimetres, missed = errors(model, views, robots)
-    result = {
+    result: dict[str, Any] = {
         "corpus": str(corpus),
         "pictures": len(views),
         "pixels": {name: summary(values) for name, values in sorted(pixels.items())},
@@ -67,7 +67,8 @@ def errors(
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, list[float]]]:
     """Errors in px by view and by robot, in mm by view and thing, and wrong things in a picture by view."""
     eye: ConvVision = model.model.base_model.vision_tower
-    lessons, things = lessons_of(views, eye.config), eye.config.things
+    config = cast(ConvVisionConfig, eye.config)
+    lessons, things = lessons_of(views, config), config.things
     pixels, millimetres, missed = (defaultdict[str, list[float]](list) for _ in range(3))
     for begin in range(0, len(views), 64):
         some = slice(begin, begin + 64)

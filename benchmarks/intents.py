@@ -28,7 +28,7 @@ from blm.data.episodes import finalize_dataset, open_dataset, stage_episode
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.training.adapt import fresh
 from blm.training.demonstrations import Sampler
-from blm.training.imitate import ImitateConfig, open_robot, sampler_of
+from blm.training.imitate import ImitateConfig, open_robots, sampler_of
 from blm.training.intents import IntentConfig
 from blm.training.loop import LoopConfig
 from blm.types import ActionSpace, Episode
@@ -111,11 +111,12 @@ def main(repeats: int = 5, steps: int = 4, batch_size: int = 32, threads: int = 
         )
         dataset, begin = open_dataset(folder / "arm"), time.perf_counter()
         start = fresh(cached.policy, backbone.hidden_size, ["arm"], seed=0)
-        samplers = {"cached": sampler_of([open_robot(backbone, dataset, cached, start)], cached)}
+        samplers = {"cached": sampler_of(open_robots(backbone, [dataset], cached, start), cached)}
         filling = time.perf_counter() - begin
         live = replace(cached, cache=None)
-        samplers["live"] = sampler_of([open_robot(backbone, dataset, live, start)], live)
-        step, rates = trainer(backbone.hidden_size), {name: [] for name in samplers}
+        samplers["live"] = sampler_of(open_robots(backbone, [dataset], live, start), live)
+        step = trainer(backbone.hidden_size)
+        rates: dict[str, list[float]] = {name: [] for name in samplers}
         for repeat in range(-1, repeats):  # the first one warms up
             for name, sampler in samplers.items():
                 value = rate(sampler, step, range(repeat * steps + steps, (repeat + 2) * steps), batch_size)

@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import numpy as np
@@ -104,7 +104,7 @@ async def load(port: int, robots: int, rate_hz: float, chats: int, seconds: floa
         questions = [f"What can a robot with {number + 2} arms do?" for number in range(chats)]
         known = [await ask(http, question) for question in questions]
         async with connect(address, compression=None, max_size=None) as first:
-            contract = PolicyContract.from_json(wire.unpack(await first.recv()))
+            contract = PolicyContract.from_json(wire.unpack(cast(bytes, await first.recv())))
             seen = observations(contract, robots)
             wanted, overhead = [], []
             for one in seen:
@@ -120,7 +120,7 @@ async def load(port: int, robots: int, rate_hz: float, chats: int, seconds: floa
                 for number, (one, chunk) in enumerate(zip(seen, wanted, strict=True))
             ]
             talking = [talk(http, q, a, end, tally) for q, a in zip(questions[:crowd], known, strict=False)]
-            *found, _ = await asyncio.gather(*driving, asyncio.gather(*talking))
+            found, _ = await asyncio.gather(asyncio.gather(*driving), asyncio.gather(*talking))
             phases[name] = percentiles([value for one in found for value in one])
         metrics = (await http.get("http://127.0.0.1:%d/metrics" % port)).text  # noqa: UP031
     together = {
@@ -163,7 +163,7 @@ async def drive(
     tally: dict[str, Any],
 ) -> list[float]:
     """One robot: ask at its rate; return latencies [ms]."""
-    latencies = []
+    latencies: list[float] = []
     async with connect(address, compression=None, max_size=None) as socket:
         await socket.recv()
         due = time.perf_counter() + phase / rate_hz

@@ -18,16 +18,20 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
+IndexArray = NDArray[np.int64]
+Read = Callable[[IndexArray], None]
 HORIZON, CAMERAS = 16, 2
 WARM_UP = 32
 OFFICIAL = Path(__file__).parents[1] / ".venv-lerobot/bin/python"
 
 
-def ours(folder: Path):
+def ours(folder: Path) -> tuple[Read, int]:
     """Return a function that reads the samples of an array of indices, and the number of frames."""
     from blm.data.episodes import open_dataset
     from blm.data.transforms import action_chunks
@@ -35,7 +39,7 @@ def ours(folder: Path):
     data = open_dataset(folder)
     ends = data.starts[data.episode_index + 1]
 
-    def read(indices):
+    def read(indices: IndexArray) -> None:
         for camera in data.cameras[:CAMERAS]:
             data.frames(indices, camera)
         data.states[indices]
@@ -44,7 +48,7 @@ def ours(folder: Path):
     return read, data.num_frames
 
 
-def lerobot(folder: Path):
+def lerobot(folder: Path) -> tuple[Read, int]:
     import torch
     import torchvision_operators  # noqa: F401  must come before torchvision, see scripts/lerobot.sh
     from lerobot.datasets.lerobot_dataset import LeRobotDataset, LeRobotDatasetMetadata
@@ -62,7 +66,7 @@ def lerobot(folder: Path):
     data.meta = meta
     assert sum(key in data[0] for key in meta.camera_keys) == CAMERAS and len(data[0]["action"]) == HORIZON
 
-    def read(indices):
+    def read(indices: IndexArray) -> None:
         for i in indices:
             data[int(i)]
 
@@ -89,23 +93,26 @@ class Reader:
     def __init__(self, name: str, python: Path, folder: Path) -> None:
         command = [str(python), __file__, "--serve", name, "--dataset", str(folder)]
         quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, text=True, env=os.environ | quiet, **pipes)
+        self.process = subprocess.Popen(
+            command, text=True, env=os.environ | quiet, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self.process.stdin and self.process.stdout
+        self.input, self.output = self.process.stdin, self.process.stdout
         self.count = int(self._answer())
 
     def _answer(self) -> str:
-        if not (line := self.process.stdout.readline()):
+        if not (line := self.output.readline()):
             raise SystemExit("a reader stopped; its error is above")
         return line
 
     def rate(self, batch: int, indices: np.ndarray) -> float:
         """Samples per second."""
-        self.process.stdin.write(json.dumps([batch, indices.tolist()]) + "\n")
-        self.process.stdin.flush()
+        self.input.write(json.dumps([batch, indices.tolist()]) + "\n")
+        self.input.flush()
         return len(indices) / float(self._answer())
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.input.close()
         self.process.wait()
 
 
