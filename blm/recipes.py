@@ -34,6 +34,7 @@ class Demonstrations:
     noise: tuple[float, ...] = (0.0, 0.01, 0.02)
     disturbed: float = 0.15
     random_starts: float = 0.3
+    hold: int = 10
     distractors: int = 0
     appearance: Appearance = PLAIN
     """These are the fields of `CollectConfig` with the same names."""

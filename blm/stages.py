@@ -70,6 +70,7 @@ def run_collect(recipe: Recipe, run: Path) -> None:
             noise=made.noise,
             disturbed=made.disturbed,
             random_starts=made.random_starts,
+            hold=made.hold,
             distractors=made.distractors,
             appearance=made.appearance,
             workers=recipe.workers,

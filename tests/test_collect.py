@@ -104,6 +104,18 @@ def test_corrections_are_labels_on_the_states_of_another_policy(tmp_path):
         collect(config, tmp_path / "out")
 
 
+def test_a_longer_hold_is_the_same_episode_with_more_of_its_end(tmp_path):
+    config = dataclasses.replace(SMALL, tasks=("push_cube",), episodes=1, noise=(0.0,), workers=0)
+    collect(config, tmp_path / "short")
+    collect(dataclasses.replace(config, hold=HOLD_STEPS + 14), tmp_path / "long")
+    short, long = (open_dataset(tmp_path / name / "widowxai").episode(0) for name in ("short", "long"))
+    assert len(long) == len(short) + 14
+    np.testing.assert_array_equal(long.states[: len(short)], short.states)
+    assert set(long.primitives[len(short) :]) == {"hold"}
+    with pytest.raises(BlmError, match="hold must be 10 or more"):
+        dataclasses.replace(config, hold=9)
+
+
 def test_a_pilot_that_needs_other_pictures_is_refused(tmp_path):
     config = dataclasses.replace(SMALL, cameras=("side",), workers=0)
     with pytest.raises(BlmError, match="lacks camera 'base'"):

@@ -23,7 +23,7 @@ import numpy as np
 from blm.data.episodes import finalize_dataset, stage_episode
 from blm.data.files import read_json, write_json, writing
 from blm.demos.decompositions import DECOMPOSITIONS
-from blm.demos.expert import Expert
+from blm.demos.expert import HOLD_STEPS, Expert
 from blm.demos.rollout import TAKE_OVER, Demonstrator, Perturbation, demonstrate
 from blm.engine import Result, Unit, run_units
 from blm.robots import ROBOTS
@@ -60,6 +60,9 @@ class CollectConfig:
     """Share of episodes in which the gripper works the wrong way for a moment: misses, drops, recoveries."""
     random_starts: float = 0.3
     """Share of episodes that start away from home."""
+    hold: int = HOLD_STEPS
+    """Steps of holding still at the goal that end an episode. A policy learns to stay there from those that
+    lie a chunk before the end."""
     distractors: int = 0
     """Coloured things without a part in the task."""
     appearance: Appearance = PLAIN
@@ -85,6 +88,10 @@ class CollectConfig:
         if self.simulator == "maniskill" and (self.random_starts or self.disturbed or max(self.noise) > 0.01):
             raise BlmError(
                 "ManiSkill's scripts do not react: set random_starts 0, disturbed 0, noise up to 0.01"
+            )
+        if self.hold < HOLD_STEPS or (self.hold > HOLD_STEPS and self.simulator == "maniskill"):
+            raise BlmError(
+                f"hold must be {HOLD_STEPS} or more, with ManiSkill's scripts just that: {self.hold}"
             )
         if self.episodes < 1 or not self.noise or min(self.noise) < 0 or self.image_size % 2:
             raise BlmError(
@@ -284,4 +291,4 @@ def make_expert(config: CollectConfig, robot: str, task: str) -> Demonstrator:
         from blm.demos.maniskill import ManiSkillExpert
 
         return ManiSkillExpert(env, rng)  # type: ignore[arg-type,return-value]  # its env is narrower
-    return Expert(env, rng)
+    return Expert(env, rng, config.hold)

@@ -17,7 +17,7 @@ from blm.tasks import Env
 from blm.types import lookup
 
 HOLD_STEPS = 10
-"""Steps of holding still at the goal after which a demonstration is over."""
+"""Steps of holding still at the goal after which a demonstration is over, if nothing else is said."""
 STILL = 0.15
 """Greatest joint speed of an arm that holds still [rad/s]; the tasks ask for .2."""
 LAG = 0.06
@@ -54,8 +54,8 @@ class Expert:
     motion does not come about, the choice of poses is rolled back.
     """
 
-    def __init__(self, env: Env, rng: np.random.Generator) -> None:
-        self.env = env
+    def __init__(self, env: Env, rng: np.random.Generator, hold: int = HOLD_STEPS) -> None:
+        self.env, self.hold = env, hold
         self.planner = ArmPlanner(env.robot, env.items)
         self._decide = lookup("task with an expert", env.task, DECOMPOSITIONS)
         self._solid = frozenset(item.name for item in env.items if item.role != "marker")
@@ -78,8 +78,8 @@ class Expert:
 
     @property
     def done(self) -> bool:
-        """Whether the goal has been held, standing still, for HOLD_STEPS steps."""
-        return self._held >= HOLD_STEPS
+        """Whether the goal has been held, standing still, for `hold` steps."""
+        return self._held >= self.hold
 
     @property
     def remaining(self) -> int:
