@@ -119,9 +119,7 @@ def once(decision: Decision, count: int, device: str) -> dict[str, float]:
     tau = torch.zeros(count, device=device)
     parts["keys and values"], memory = timed(lambda: network.dit.remember(intent), device)
     step = lambda kept: network.velocity(noise, tau, intent, state, robot, kept)  # noqa: E731
-    step(
-        memory
-    )  # the first of several steps finds its weights in no processor cache; both ways are timed warm
+    step(memory)  # the first step finds its weights in no processor cache; both ways are timed warm
     parts["denoising step"], _ = timed(lambda: step(memory), device)
     parts["denoising step, keys anew"], _ = timed(lambda: step(None), device)
     dims = torch.ones(count, config.max_dim, dtype=torch.bool, device=device)

@@ -206,7 +206,7 @@ def run_eval_physical(recipe: Recipe, run: Path) -> None:
 
 
 def run_released(recipe: Recipe, run: Path) -> None:
-    """Let the released model drive on the scenes of this run's evaluation, and answer about another one."""
+    """Let the released model drive on the scenes of this run's evaluation, and answer about one of them."""
     folder, out = folder_of("blm-nano"), run / "results/released"
     protocol = protocol_of(recipe, read_contract(folder), (recipe.robots, recipe.tasks))
     make = partial(CheckpointPolicy.load, folder)

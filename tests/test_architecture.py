@@ -45,7 +45,8 @@ for the digital space: converters, curation and validation, questions, Stage I a
 cached features), smol, retention, ten benchmarks in their published layouts, parsers, judge, endpoints; 2,000
 for Stage II in several processes, further arms, studies, the Diffusion Policy, memory; 1,000 for answers
 token by token, one engine for both spaces, the playground, the loop around a real arm; 400 for
-exports, GR00T's protocol, one look for both spaces, reading in several processes."""
+exports, GR00T's protocol, one look for both spaces, reading in several processes; 120 for several data sets
+of one robot, longer holds, what studies share, the released model by its name and in the demo."""
 
 
 def module_of(path: Path) -> str:

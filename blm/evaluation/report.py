@@ -159,8 +159,9 @@ def _videos(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _dialogue(path: Path | None) -> dict[str, Any]:
     """The conversation with its picture as a data URI; empty if there was none."""
-    found = _read(path)
-    return found and {**found, "uri": _embedded(path.parent / found["picture"], "image/png")} if path else {}
+    if path is None or not (found := _read(path)):
+        return {}
+    return {**found, "uri": _embedded(path.parent / found["picture"], "image/png")}
 
 
 def _embedded(file: Path, kind: str) -> str:
