@@ -5,7 +5,9 @@
 Starts `blm serve CHECKPOINT` as a process of its own. Every robot has its own observation and knows the chunk
 that it must get; every chat has its own question and knows the answer: both were asked once before, alone.
 Phases: actions alone, then actions with chat, half of the time each. Latency is from when a request was due
-to having its reply, in the client. Overhead is one robot's latency without the time of the model.
+to having its reply, in the client; a robot that waits asks again when it has its chunk, so that a server
+with too many robots makes all of them slower than their rate. Overhead is one robot's latency without the
+time of the model.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def main(
 ) -> None:
     """Print the table; exit status 1 if a reply was lost, crossed or refused."""
     port = free_port()
-    server = subprocess.Popen([sys.executable, "-m", "blm.cli", "serve", checkpoint, "--port", str(port)])
+    blm = str(Path(sys.executable).with_name("blm"))
+    server = subprocess.Popen([blm, "serve", checkpoint, "--port", str(port)], stderr=subprocess.DEVNULL)
     try:
         wait_until_ready(port, server)
         result = asyncio.run(load(port, robots, rate_hz, chats, seconds))
@@ -121,11 +124,11 @@ async def load(port: int, robots: int, rate_hz: float, chats: int, seconds: floa
             ]
             talking = [talk(http, q, a, end, tally) for q, a in zip(questions[:crowd], known, strict=False)]
             found, _ = await asyncio.gather(asyncio.gather(*driving), asyncio.gather(*talking))
-            phases[name] = percentiles([value for one in found for value in one])
-        metrics = (await http.get("http://127.0.0.1:%d/metrics" % port)).text  # noqa: UP031
-    together = {
-        line.split()[0]: float(line.split()[1]) for line in metrics.splitlines() if "together_" in line
-    }
+            values = [value for one in found for value in one]
+            phases[name] = percentiles(values) | {"rate_hz": round(len(values) / robots / (seconds / 2), 2)}
+        metrics = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
+    lines = [line.split() for line in metrics.splitlines() if line.startswith("blm_actions_together_")]
+    together = {words[0]: float(words[1]) for words in lines}
     return {
         "robots": robots,
         "rate_hz": rate_hz,
@@ -162,7 +165,7 @@ async def drive(
     end: float,
     tally: dict[str, Any],
 ) -> list[float]:
-    """One robot: ask at its rate; return latencies [ms]."""
+    """One robot: ask at its rate, or as fast as it is answered; return latencies [ms]."""
     latencies: list[float] = []
     async with connect(address, compression=None, max_size=None) as socket:
         await socket.recv()
@@ -178,7 +181,7 @@ async def drive(
             latencies.append(1000 * (time.perf_counter() - due))
             tally["actions"] += 1
             tally["wrong_actions"] += not np.allclose(reply["actions"], wanted, atol=1e-3)
-            due += 1 / rate_hz
+            due = max(due + 1 / rate_hz, time.perf_counter())
     return latencies
 
 

@@ -44,11 +44,14 @@ def serve(command: str, arguments: list[str]) -> None:
     from blm.hub import BLM
     from blm.serving.app import create_app
     from blm.serving.app import serve as run_server
+    from blm.serving.engine import Room
 
     host, port, key = chosen.host, chosen.port, chosen.api_key
     model = BLM.from_pretrained(chosen.checkpoint, device=chosen.device)
     console.print(f"chat on http://{host}:{port}/v1, actions on ws://{host}:{port}/")
-    app = create_app(model, model.speaker(), name=chosen.name, api_key=key)
+    # from 4 observations on, a processor takes as long for each; longer passes only keep the others waiting
+    room = Room(actions_together=8) if chosen.device == "cpu" else Room()
+    app = create_app(model, model.speaker(), name=chosen.name, api_key=key, room=room)
     if chosen.playground:
         from blm.serving.playground import PATH, add_playground, read_beside
 

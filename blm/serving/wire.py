@@ -94,7 +94,8 @@ def deadline_s(request: Mapping[str, Any]) -> float:
 def to_observation(request: Any, contract: PolicyContract) -> Observation:
     """Read a client's map and check it. Raises ContractError with the key at fault and what is accepted."""
     try:
-        observation = _read(request, contract)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite: the contract refuses it
+            observation = _read(request, contract)
     except (KeyError, TypeError, ValueError) as error:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"is wrong: {error}"
         raise ContractError(f"the observation {reason}; {_accepted(contract)}") from error

@@ -1,0 +1,35 @@
+"""Robots and people at one server, through `benchmarks/load.py`: every reply is the right one, and in time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def load(out: Path, *options: str) -> dict[str, Any]:
+    command = [sys.executable, str(ROOT / "benchmarks/load.py"), "blm-nano", "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result: dict[str, Any] = json.loads(out.read_text())
+    print(json.dumps({k: v for k, v in result.items() if k != "machine"}, indent=1))
+    assert result["wrong_actions"] == result["wrong_answers"] == result["failed"] == 0
+    return result
+
+
+def test_every_reply_is_that_of_its_question(tmp_path: Path) -> None:
+    result = load(tmp_path / "load.json", "--robots", "4", "--rate-hz", "2", "--chats", "2", "--seconds", "8")
+    assert result["actions"] >= 16 and result["answers"] >= 2
+
+
+@pytest.mark.slow
+def test_chat_does_not_hold_up_robots(tmp_path: Path) -> None:
+    result = load(tmp_path / "load.json")
+    assert result["actions"] > 1000 and result["answers"] > 16
+    assert result["p99_ratio"] <= 2.5 and result["overhead_ms"]["p50"] < 5
