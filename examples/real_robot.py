@@ -1,6 +1,6 @@
 """Drive an arm from a policy server, safely. Any object with the methods of LeRobot's `Robot` will do.
 
-    blm serve demo/stage2/checkpoint &
+    blm serve blm-nano &
     python examples/real_robot.py --address ws://127.0.0.1:8000 --robot panda --task push_cube
 
 Here the arm is simulated; for yours replace `SimulatedRobot` by, for instance,
@@ -56,6 +56,7 @@ def main(
     seconds: float = 10.0,
     drop: float = 0.05,
     speed: float = 1.5,
+    patience: float = 30.0,
 ) -> None:
     """Print what happened: chunks, clamped actions, lost frames, reconnections, latency."""
     connect = partial(RemotePolicy, address, timeout_s=5.0, deadline_ms=1000.0)
@@ -63,7 +64,8 @@ def main(
     size = policy.contract.image_size
     policy.close()
     arm = SimulatedRobot(robot, task, seed, size, drop)
-    driver = Driver(arm, connect, robot, arm.env.task_description, safety=Safety(speed=speed))
+    safety = Safety(speed=speed, patience_s=patience)
+    driver = Driver(arm, connect, robot, arm.env.task_description, safety=safety)
     try:
         report = driver.run(seconds)
         print("solved" if arm.solved else "not solved")

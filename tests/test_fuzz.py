@@ -84,7 +84,9 @@ def test_a_ragged_picture_is_refused() -> None:
 def test_a_number_beyond_float32_is_refused_by_the_joint_that_has_it() -> None:
     state = [0.0] * (CONTRACT.action_spaces["panda"].dim - 1)
     with pytest.raises(BlmError, match="gripper"):
-        wire.to_observation({**wire.to_request(observation()), "observation/state": [*state, 1e300]}, CONTRACT)
+        wire.to_observation(
+            {**wire.to_request(observation()), "observation/state": [*state, 1e300]}, CONTRACT
+        )
 
 
 pictures = st.text() | st.binary(max_size=80).map(lambda b: "data:image/png;base64," + b.hex())

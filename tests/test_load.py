@@ -1,4 +1,4 @@
-"""Robots and people at one server, through `benchmarks/load.py`: every reply is the right one, and in time."""
+"""Robots and people at one server, through `benchmarks/load.py`: all replies are right and in time."""
 
 from __future__ import annotations
 
