@@ -171,6 +171,8 @@ class PolicyContract:
     rate_hz: float = 20.0
     revision: str = ""
     """Hash of the weights, or the name of a policy that has none."""
+    statistics: str = ""
+    """Hash of the ranges that states and actions are normalised by; empty if there are none."""
 
     def to_json(self) -> dict[str, Any]:
         spaces = {name: space.to_json() for name, space in self.action_spaces.items()}

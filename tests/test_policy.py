@@ -17,6 +17,7 @@ from blm.policies import load_checkpoint
 from blm.policy import checkpoint as checkpoint_module
 from blm.policy import flow
 from blm.policy import policy as policy_module
+from blm.policy.checkpoint import identified
 from blm.policy.heads import IndexedLinear, with_embodiments
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, ContinuingPolicy, FrozenProof
@@ -337,6 +338,16 @@ def test_observations_that_do_not_fit_are_refused(saved):
 
 def test_the_revision_names_the_weights(saved):
     assert saved[0].contract.revision == make_policy().contract.revision != make_policy(1).contract.revision
+
+
+def test_the_contract_names_what_actions_are_normalised_by(saved):
+    policy, _ = saved
+    (robot, transforms), *_ = policy.transforms.items()
+    wider = replace(transforms.state, high=np.asarray(transforms.state.high) + 1)
+    transforms = {**policy.transforms, robot: replace(transforms, state=wider)}
+    other = identified(policy.contract, policy.network, transforms, policy.frozen.fingerprint)
+    assert other.revision == policy.contract.revision
+    assert policy.contract.statistics and other.statistics != policy.contract.statistics
 
 
 @pytest.mark.parametrize(

@@ -7,21 +7,20 @@ training, DDIM in control. Data, normalisation, action chunks, averaging of weig
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from blm.baselines.network import DiffusionConfig, DiffusionNetwork, words_of
 from blm.data.episodes import open_dataset
 from blm.data.transforms import RobotTransforms
-from blm.policy.checkpoint import read_config, read_transforms, write_checkpoint
+from blm.policy.checkpoint import identified, read_config, read_transforms, write_checkpoint
 from blm.policy.flow import seeded_noise
 from blm.policy.network import PolicyConfig
 from blm.policy.policy import decode, pad_dims
@@ -89,8 +88,7 @@ class DiffusionPolicy:
         self, network: DiffusionNetwork, transforms: Mapping[str, RobotTransforms], contract: PolicyContract
     ) -> None:
         self.network, self.transforms = network.eval().requires_grad_(False), dict(transforms)
-        digest = hashlib.sha256(save(network.state_dict()))
-        self.contract = replace(contract, revision=digest.hexdigest()[:16])
+        self.contract = identified(contract, network, self.transforms)
         self.scheduler = scheduler(network.config)
 
     @property

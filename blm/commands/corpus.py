@@ -130,11 +130,7 @@ class Curate:
 
 def curate(command: str, arguments: list[str]) -> None:
     """`blm corpus curate OUT SOURCE..`: the pipeline, its report, and the curated corpora."""
-    from blm.corpora import (
-        CurationConfig,
-        curate_sources,
-        write_curated,
-    )
+    from blm.corpora import CurationConfig, curate_sources, write_curated
 
     chosen = tyro.cli(Curate, args=arguments, prog=f"blm {command}")
     if chosen.out.exists():

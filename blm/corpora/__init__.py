@@ -2,14 +2,7 @@
 
 from blm.corpora.build import SceneCorpusConfig, build_scene_corpus
 from blm.corpora.converters import CONVERTERS, Settings, convert
-from blm.corpora.curation import (
-    CurationConfig,
-    EvaluationSet,
-    Source,
-    curate,
-    curate_sources,
-    write_curated,
-)
+from blm.corpora.curation import CurationConfig, EvaluationSet, Source, curate, curate_sources, write_curated
 from blm.corpora.curation_report import CurationReport
 from blm.corpora.messages import Conversation, read_corpus, read_questions, scan_corpus, write_corpus
 from blm.corpora.validate import clean_corpus, validate_corpus

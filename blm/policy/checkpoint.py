@@ -7,14 +7,16 @@ manifest.json holds the sha256 of every other file but the model card, README.md
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from blm.backbone.backbone import RELEASED
 from blm.data.files import sha256_of
@@ -50,9 +52,8 @@ def write_checkpoint(
     work.mkdir(parents=True)
     more(work)
     (work / "policy.safetensors").write_bytes(save(dict(weights)))
-    stats = {robot: values.to_json() for robot, values in transforms.items()}
     (work / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=1))
-    (work / "stats.json").write_text(json.dumps(stats, indent=1))
+    (work / "stats.json").write_text(json.dumps(_ranges(transforms), indent=1))
     (work / "README.md").write_text(model_card(config))
     (work / "manifest.json").write_text(json.dumps(_hashes(work), indent=1))
     if folder.exists():
@@ -87,6 +88,19 @@ def read_contract(folder: Path) -> PolicyContract:
 def read_transforms(folder: Path) -> dict[str, RobotTransforms]:
     stats = json.loads((folder / "stats.json").read_text())
     return {robot: RobotTransforms.from_json(value) for robot, value in stats.items()}
+
+
+def identified(
+    contract: PolicyContract, network: nn.Module, transforms: Mapping[str, RobotTransforms], frozen: str = ""
+) -> PolicyContract:
+    """Return the contract with hashes of the weights, `frozen` ones by fingerprint, and of all ranges."""
+    weights, ranges = save(network.state_dict()) + frozen.encode(), json.dumps(_ranges(transforms))
+    revision, statistics = (hashlib.sha256(of).hexdigest()[:16] for of in (weights, ranges.encode()))
+    return replace(contract, revision=revision, statistics=statistics)
+
+
+def _ranges(transforms: Mapping[str, RobotTransforms]) -> dict[str, Any]:
+    return {robot: values.to_json() for robot, values in transforms.items()}
 
 
 def kind_of(folder: Path) -> str:

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from blm.backbone.backbone import Backbone
 from blm.backbone.prompt import control_prompt, to_chat
 from blm.bridge import BridgeConfig
 from blm.data.transforms import RobotTransforms
-from blm.policy.checkpoint import folder_of, read_config, read_transforms, write_checkpoint
+from blm.policy.checkpoint import folder_of, identified, read_config, read_transforms, write_checkpoint
 from blm.policy.flow import continuation_weights, seeded_noise
 from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.types import ActionChunk, BlmError, FloatArray, Observation, PolicyContract
@@ -67,8 +67,7 @@ class CheckpointPolicy:
     ) -> None:
         self.backbone, self.frozen, self.layer, self.transforms = backbone, frozen, layer, transforms
         self.network = network.eval().requires_grad_(False)
-        digest = hashlib.sha256(save(network.state_dict()) + frozen.fingerprint.encode())
-        self.contract = replace(contract, revision=digest.hexdigest()[:16])
+        self.contract = identified(contract, network, transforms, frozen.fingerprint)
 
     @property
     def device(self) -> str:

@@ -18,16 +18,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from blm.types import (
-    ActionChunk,
-    BlmError,
-    LateError,
-    Message,
-    Observation,
-    Policy,
-    PolicyContract,
-    Sampling,
-)
+from blm.types import ActionChunk, BlmError, LateError, Message, Observation, Policy, PolicyContract, Sampling
 
 log = logging.getLogger(__name__)
 

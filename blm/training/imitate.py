@@ -23,13 +23,7 @@ from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, FrozenProof
 from blm.training.adapt import Start, continued, fresh
 from blm.training.demonstrations import Intents, RobotData, Sampler, joint_contract, split
-from blm.training.intents import (
-    IntentConfig,
-    LiveIntents,
-    cache_intents,
-    claim,
-    describe,
-)
+from blm.training.intents import IntentConfig, LiveIntents, cache_intents, claim, describe
 from blm.training.loop import Ema, LoopConfig, Piece, run_loop
 from blm.training.parallel import Part, Processes
 from blm.types import BlmError, PolicyContract

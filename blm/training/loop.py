@@ -27,15 +27,7 @@ from torch import Tensor, nn
 
 from blm.training.checkpoint import cut_log, restore, save
 from blm.training.optimizers import Optimizers
-from blm.training.parallel import (
-    Part,
-    Processes,
-    full,
-    spread,
-    unsynced,
-    wants_shards,
-    whole,
-)
+from blm.training.parallel import Part, Processes, full, spread, unsynced, wants_shards, whole
 from blm.training.record import Log, Meter
 from blm.types import BlmError
 
