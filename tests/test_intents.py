@@ -25,7 +25,13 @@ SIDE = 32
 CONFIG = IntentConfig(layer=1, cameras=("base", "wrist"), batch_size=8, workers=0, shard_frames=30)
 
 
-def make_dataset(folder: Path, robot: str = "arm", joints: int = 2, lengths: tuple[int, ...] = (19, 22, 20)):
+def make_dataset(
+    folder: Path,
+    robot: str = "arm",
+    joints: int = 2,
+    lengths: tuple[int, ...] = (19, 22, 20),
+    tasks: tuple[str, ...] = ("reach",),
+):
     """A robot whose joints go a quarter of the way, each step, to where its picture shows a dot."""
     space = ActionSpace(
         robot=robot,
@@ -46,7 +52,7 @@ def make_dataset(folder: Path, robot: str = "arm", joints: int = 2, lengths: tup
             images[t, 8:16, column : column + 8] = 230
         episode = Episode(
             robot=robot,
-            task="reach",
+            task=tasks[seed % len(tasks)],
             seed=seed,
             instruction=("reach the dot", "go to the bright dot now")[seed % 2],
             states=states[:-1].astype(np.float32),

@@ -15,7 +15,7 @@ from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
 from blm.training import imitate
 from blm.training.adapt import fresh
-from blm.training.demonstrations import RobotData, Sampler
+from blm.training.demonstrations import RobotData, Sampler, split
 from blm.training.imitate import ImitateConfig, open_robots, sampler_of, train_stage2
 from blm.training.intents import IntentConfig
 from blm.training.loop import LoopConfig
@@ -134,6 +134,22 @@ def test_statistics_come_from_training_episodes_only(config):
         fresh(config.policy, 32, ["arm"], 0),
     )
     assert other.transforms.to_json() == robot.transforms.to_json()
+
+
+def test_nothing_held_out_of_what_is_trained_is_said_and_training_ends_well(config, tmp_path, capsys):
+    make_dataset(tmp_path, "arm", 2, lengths=(31, 26), tasks=("reach", "wave"))
+    dataset = open_dataset(tmp_path / "arm")
+    few = replace(
+        config, datasets=(tmp_path / "arm",), cache=None, loop=replace(config.loop, steps=2, log_every=1)
+    )
+    (robot,) = split([dataset], POLICY, stride=2, held_out=0.3, seed=few.loop.seed, robots=["arm"])
+    (held,) = {dataset.tasks[i] for i in dataset.episode_index[robot.held_out]}
+    few = replace(few, weights={held: 0.0})
+    assert train_stage2(few, tmp_path / "run", {}).is_dir()
+    assert "there is no validation loss" in capsys.readouterr().err
+    assert "val_" not in (tmp_path / "run/log.jsonl").read_text() and not (tmp_path / "run/best").exists()
+    with pytest.raises(BlmError, match="nothing to learn from"):
+        train_stage2(replace(few, weights={"arm": 0.0}), tmp_path / "none", {})
 
 
 def test_several_datasets_of_a_robot_share_its_row_and_its_transforms(config, tmp_path):

@@ -158,6 +158,8 @@ class Sampler:
         """`weights` as in ImitateConfig; `views`: augmented ones of each frame; `train`: else held out."""
         self.robots, self.policy, self.views = robots, policy, views if train else 0
         groups = list(_groups(robots, weights, train=train))
+        if not groups:
+            raise BlmError("nothing to learn from: no robot and task in the data has a weight above zero")
         self.robot = np.array([robot for robot, _, _ in groups])
         self.frames = [frames for _, frames, _ in groups]
         self.mixture = Mixture(
@@ -236,6 +238,11 @@ class Sampler:
             np.broadcast_to(inside[..., None], chunks.shape).astype(np.float32),
         )
         return tuple(pad_dims(value, policy.max_dim) for value in values)
+
+
+def anything_held_out(robots: Sequence[RobotData], weights: Mapping[str, float]) -> bool:
+    """Whether any held-out frame has a weight: few episodes may hold out none of what is trained."""
+    return any(True for _ in _groups(robots, weights, train=False))
 
 
 def _groups(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from blm.data.episodes import EpisodeDataset, open_dataset
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, FrozenProof
 from blm.training.adapt import Start, continued, fresh
-from blm.training.demonstrations import Intents, RobotData, Sampler, joint_contract, split
+from blm.training.demonstrations import Intents, RobotData, Sampler, anything_held_out, joint_contract, split
 from blm.training.intents import IntentConfig, LiveIntents, cache_intents, claim, describe
 from blm.training.loop import Ema, LoopConfig, Piece, run_loop
 from blm.training.parallel import Part, Processes
@@ -240,9 +241,13 @@ def _run(
         losses = network.loss(batch.to(config.device), teacher)
         return losses["loss"], {name: losses[name].detach() for name in names}
 
+    held = anything_held_out(robots, config.weights)
+    if config.held_out and not held and first:
+        Console(stderr=True).print("no held-out episode is of what is trained: there is no validation loss")
+
     def evaluate(step: int) -> Mapping[str, float]:
         found = dict[str, float]()
-        if config.held_out and config.validation_batches:
+        if held and config.validation_batches:
             batches = map(sampler_of(robots, config, train=False), range(config.validation_batches))
             rows = [teacher.loss(batch.to(config.device), teacher) for batch in batches]
             found |= {f"val_{name}": sum(float(row[name]) for row in rows) / len(rows) for name in names}
