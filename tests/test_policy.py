@@ -348,6 +348,8 @@ def test_the_contract_names_what_actions_are_normalised_by(saved):
     other = identified(policy.contract, policy.network, transforms, policy.frozen.fingerprint)
     assert other.revision == policy.contract.revision
     assert policy.contract.statistics and other.statistics != policy.contract.statistics
+    turned = dict(reversed(policy.transforms.items()))
+    assert identified(policy.contract, policy.network, turned).statistics == policy.contract.statistics
 
 
 @pytest.mark.parametrize(

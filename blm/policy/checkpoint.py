@@ -94,7 +94,8 @@ def identified(
     contract: PolicyContract, network: nn.Module, transforms: Mapping[str, RobotTransforms], frozen: str = ""
 ) -> PolicyContract:
     """Return the contract with hashes of the weights, `frozen` ones by fingerprint, and of all ranges."""
-    weights, ranges = save(network.state_dict()) + frozen.encode(), json.dumps(_ranges(transforms))
+    ranges = json.dumps(_ranges(transforms), sort_keys=True)  # robots come in any order
+    weights = save(network.state_dict()) + frozen.encode()
     revision, statistics = (hashlib.sha256(of).hexdigest()[:16] for of in (weights, ranges.encode()))
     return replace(contract, revision=revision, statistics=statistics)
 
