@@ -46,7 +46,7 @@ def main(
     """Print the table; exit status 1 if a reply was lost, crossed or refused."""
     port = free_port()
     blm = str(Path(sys.executable).with_name("blm"))
-    server = subprocess.Popen([blm, "serve", checkpoint, "--port", str(port)], stderr=subprocess.DEVNULL)
+    server = subprocess.Popen([blm, "serve", checkpoint, "--port", str(port)])
     try:
         wait_until_ready(port, server)
         result = asyncio.run(load(port, robots, rate_hz, chats, seconds))

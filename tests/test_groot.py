@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
-from test_serving import CONTRACT, SIDE, EchoPolicy, observation, running_app
+from test_serving import CONTRACT, SIDE, EchoPolicy, free_port, observation, running_app
 
 from blm.serving.app import create_app
 from blm.serving.groot import add_groot, pack, to_observations, unpack
@@ -56,12 +55,6 @@ class Client:
     def close(self) -> None:
         self.socket.close()
         self.context.term()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

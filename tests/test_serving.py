@@ -153,6 +153,12 @@ def running(policy: Policy | None, speaker: Speaker | None, **options: object) -
     return running_app(create_app(policy, speaker, **options))
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
 def running_app(app: FastAPI, **settings: object) -> Iterator[str]:
     config = server_config(app, port=0)

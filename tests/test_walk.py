@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import pytest
 from benchmark_fixtures import make_cosmos, make_scene, make_sharerobot, picture, write_json, write_picture
 from test_backbone import tiny_qwen
 from test_readme import COMMANDS, ROOT
+from test_serving import free_port
 
 from blm.backbone.backbone import RELEASED
 
@@ -124,12 +124,6 @@ def run(line: str, place: Path) -> None:
         words += [str(path) for path in sorted(place.glob(word))] if "*" in word else [word]
     done = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 @contextmanager
