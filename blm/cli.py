@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -119,14 +120,16 @@ def _demo(command: str, arguments: list[str]) -> None:
 def _study(command: str, arguments: list[str]) -> None:
     from blm.studies import STUDIES, run_study
 
-    names = [name for name in arguments[:1] if not name.startswith("-")]
-    for name in names:
+    names = list(takewhile(lambda name: not name.startswith("-"), arguments))
+    for name in names[:1]:
         lookup("study", name, STUDIES)
     if not names:
-        console.print(f"blm study NAME --run FOLDER ..: {', '.join(STUDIES)}; flags as those of `blm demo`")
+        console.print(
+            f"blm study NAME [VARIANT ..] --run FOLDER ..: {', '.join(STUDIES)}; flags as those of `blm demo`"
+        )
         raise SystemExit(0 if "--help" in arguments or "-h" in arguments else 2)
-    recipe, folder = parse_recipe(command, arguments[1:])
-    report = run_study(names[0], recipe, folder)
+    recipe, folder = parse_recipe(command, arguments[len(names) :])
+    report = run_study(names[0], recipe, folder, names[1:])
     console.print(report.read_text(), markup=False, soft_wrap=True)
     console.print(f"report: {report}", soft_wrap=True)
 

@@ -34,7 +34,7 @@ from blm.policy.checkpoint import read_contract
 from blm.recipes import Recipe
 from blm.stages import Part, protocol_of, stage2_of
 from blm.training.imitate import ImitateConfig, train_stage2
-from blm.types import BlmError
+from blm.types import BlmError, lookup
 
 
 @dataclass(frozen=True)
@@ -102,26 +102,32 @@ def changed(value: Any, path: str, new: Any) -> Any:
     return replace(value, **{first: changed(getattr(value, first), rest, new) if rest else new})
 
 
-def run_study(name: str, recipe: Recipe, run: Path) -> Path:
-    """Train and evaluate all variants on the data and backbone of a run; return report.md.
+def run_study(name: str, recipe: Recipe, run: Path, only: Sequence[str] = ()) -> Path:
+    """Train and evaluate the variants of a study on the data and backbone of a run; return report.md.
 
-    The same call again continues what was interrupted. Raises BlmError without episodes or Stage I in `run`.
+    The same call again continues what was interrupted. `only` names variants to compare with the first, in
+    place of all: parts of a study can run beside each other, and a later call reports what they made.
+    Raises BlmError without episodes or Stage I in `run`, and for a name that is no variant of the study.
     """
+    first, *others = STUDIES[name]
+    for wanted in only:
+        lookup(f"variant of {name}", wanted, {variant.name: variant for variant in others})
+    variants = [first, *(variant for variant in others if not only or variant.name in only)]
     for needed in ("episodes", "stage1/backbone"):
         if not (run / needed).exists():
             raise BlmError(f"'{run}' has no {needed}; a study needs a run with demonstrations and Stage I")
     folder, rows = run / "studies" / name, []
-    for variant in STUDIES[name]:
+    for variant in variants:
         Console(stderr=True).print(f"[bold]study {name}: {variant.name}[/bold]")
         rows.append(run_variant(variant, recipe, run))
     reference = load_result(Path(rows[0]["result"]))
     folder.mkdir(exist_ok=True)
-    others = [compare(load_result(Path(row["result"])), reference, but=("cameras",)) for row in rows[1:]]
-    for row, gap, p in zip(rows[1:], others, holm([gap.p_value for gap in others]), strict=True):
+    gaps = [compare(load_result(Path(row["result"])), reference, but=("cameras",)) for row in rows[1:]]
+    for row, gap, p in zip(rows[1:], gaps, holm([gap.p_value for gap in gaps]), strict=True):
         row |= {"gap": asdict(gap), "p_corrected": p}
     write_json(folder / "report.json", {"study": name, "recipe": to_json(recipe), "variants": rows})
     report = folder / "report.md"
-    report.write_text(table(name, rows, others))
+    report.write_text(table(name, rows, gaps))
     return report
 
 

@@ -235,6 +235,10 @@ def test_a_study_gives_all_variants_the_same_budget_and_scenes(run):
     assert report.read_text().count("|\n") == 6 and "per robot and task | 2 | 80" in report.read_text()
     before = report.read_text()
     assert run_study("models", recipe, run).read_text() == before, "a finished study is only told again"
+    some = run_study("models", recipe, run, ["per robot"]).with_name("report.json")
+    assert [row["variant"] for row in read_json(some)["variants"]] == ["joint", "per robot"]
+    with pytest.raises(BlmError, match=r"'per arm'.*per robot and task"):
+        run_study("models", recipe, run, ["per arm"])
 
 
 def test_the_baseline_of_a_study_drives_the_same_scenes(run, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -58,8 +59,9 @@ def test_commands_exist(line):
         elif name == "train baseline":
             parse_baseline(name, rest)
         elif name == "study":
-            assert rest[0] in STUDIES
-            parse_recipe(name, rest[1:])
+            study, *variants = takewhile(lambda word: not word.startswith("-"), rest)
+            assert {*variants} <= {variant.name for variant in STUDIES[study]}
+            parse_recipe(name, rest[1 + len(variants) :])
         elif name in ("demo", "memory") or "--run" in rest:
             parse_recipe(name, rest)
     elif words[0].endswith("python"):
