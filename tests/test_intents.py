@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +118,27 @@ def test_reopening_computes_nothing_and_a_killed_run_continues(world, cached):
     cache_intents(backbone, str(source), dataset, CONFIG, cached[1])
     after = {path.name: path.stat().st_mtime_ns for path in cached[1].iterdir()}
     assert after["00000.npy"] == before["00000.npy"] and after["00001.npy"] != before["00001.npy"]
+
+
+def test_only_what_is_not_there_yet_must_fit_on_the_disk(world, tmp_path, monkeypatch, capsys):
+    backbone, source, dataset = world
+    made = cache_intents(backbone, str(source), dataset, CONFIG, tmp_path / "made")
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "made").glob("*.npy")}
+    missing = sizes["00001.npy"]
+    (tmp_path / "made/00001.npy").unlink()
+    (tmp_path / "made/manifest.json").unlink()
+    journal = tmp_path / "made/journal.jsonl"
+    journal.write_text(journal.read_text().splitlines()[0] + "\n")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=missing + 1000))
+    with pytest.raises(
+        BlmError, match=r"does not fit: 61 frames x .* GB free\); use a larger stride or another"
+    ):
+        cache_intents(backbone, str(source), dataset, CONFIG, tmp_path / "new")
+    assert not list((tmp_path / "new").glob("*.npy"))
+    again = cache_intents(backbone, str(source), dataset, CONFIG, tmp_path / "made")
+    frames = np.arange(61)
+    assert all(np.array_equal(a, b) for a, b in zip(made.rows(frames), again.rows(frames), strict=True))
 
 
 def test_a_stale_cache_is_refused_with_what_differs(world, cached, tmp_path):

@@ -335,6 +335,8 @@ def test_what_does_not_fit_together_is_refused(config, tmp_path):
         train_stage2(replace(config, intents=replace(config.intents, cameras=("top",))), tmp_path, {})
     with pytest.raises(BlmError, match="'leg' has 4 dimensions"):
         train_stage2(replace(config, policy=replace(POLICY, max_dim=3)), tmp_path, {})
+    with pytest.raises(BlmError, match=r"policy.horizon 30 is longer than the longest .*/arm', 22 steps"):
+        train_stage2(replace(config, policy=replace(POLICY, horizon=30)), tmp_path, {})
     with pytest.raises(BlmError, match=r"stride 4 .* must divide future_steps = 6"):
         replace(config, intents=replace(config.intents, stride=4))
     with pytest.raises(BlmError, match=r"execute 7 must lie in 1\.\.horizon = 6"):

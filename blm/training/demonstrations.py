@@ -131,6 +131,11 @@ def joint_contract(
         data.require(space, cameras, side, rate)
         if data.space.dim > policy.max_dim:
             raise BlmError(f"'{data.space.robot}' has {data.space.dim} dimensions, above policy.max_dim")
+        if (longest := np.diff(data.starts).max()) < policy.horizon:
+            raise BlmError(
+                f"policy.horizon {policy.horizon} is longer than the longest episode of '{data.folder}', "
+                f"{longest} steps: the last actions of a chunk would be taught by none"
+            )
     return PolicyContract(
         action_spaces=spaces,
         cameras=cameras,

@@ -221,7 +221,10 @@ def claim(path: Path, facts: Mapping[str, Any], complaint: str) -> None:
 
 
 def _announce(live: LiveIntents, folder: Path) -> None:
-    """Print the size on disk, from the prompt length per instruction. Raises BlmError if it does not fit."""
+    """Print the size on disk, from the prompt length per instruction.
+
+    Raises BlmError if what is not there yet does not fit.
+    """
     dataset, side = live.dataset, live.dataset.image_size
     blank = np.zeros((len(dataset.instructions), side, side, 3), np.uint8)
     prompts = live.tap(dataset.instructions, dict.fromkeys(live.config.cameras, blank))
@@ -233,7 +236,8 @@ def _announce(live: LiveIntents, folder: Path) -> None:
     frames = f"{len(kept)} frames" + (f" x {copies} views" if copies > 1 else "")
     plan = f"{frames} x {tokens.mean():.0f} tokens x {width}: {size:.3g} GB ({free:.3g} GB free)"
     Console(stderr=True).print(f"intent cache {folder}: {plan}", soft_wrap=True)
-    if size > free:
+    there = sum(path.stat().st_size for path in folder.glob("*.npy")) / 1e9
+    if size - there > free:
         raise BlmError(f"intent cache '{folder}' does not fit: {plan}; use a larger stride or another disk")
 
 
