@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -47,3 +52,16 @@ def test_the_paper_s_scale_trains_from_the_cache_in_16_gib():
     assert "8,292.2 M parameters" in describe(RECIPES["qwen2_5_vl_7b"]())
     with pytest.raises(UnknownNameError, match="qwen2_5_vl_7b"):
         shape_of("qwen2_5_vl_72b")
+
+
+def test_measured_memory_of_stage_two_holds_the_plan(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks/memory.py"
+    command = [sys.executable, str(script), "--recipes", "smol", "--batch-sizes", "1", "9"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout[done.stdout.index("\n") :])["recipes"]["smol"]
+    used = found["peak_gib"]["1"] - found["idle_gib"]
+    assert found["weights_moments_average_gib"] == pytest.approx(
+        plan(RECIPES["smol"]()).stage2 / 2**30, abs=1e-3
+    )
+    assert found["weights_moments_average_gib"] < used < 0.3
+    assert found["peak_gib"]["9"] > found["idle_gib"] and found["largest_batch_in_12_gib"] > 100

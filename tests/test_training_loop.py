@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from blm.training import checkpoint
 from blm.training.checkpoint import checkpoints
 from blm.training.loop import Ema, LoopConfig, Piece, run_loop
 from blm.training.optimizers import Optimizers
-from blm.training.parallel import Part
+from blm.training.parallel import Part, Processes
 from blm.types import BlmError
 
 CONFIG = LoopConfig(steps=12, batch_size=4, lr=1e-2, log_every=4, save_every=5, seed=3)
@@ -328,3 +330,18 @@ def test_trackers_get_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_negative_rate_of_muon_is_refused():
     with pytest.raises(BlmError, match=r"muon is -0\.02"):
         LoopConfig(steps=1, batch_size=1, muon=-0.02)
+
+
+def test_only_tensors_that_share_memory_are_copied_to_be_saved(tmp_path, monkeypatch):
+    matrix = torch.arange(12.0).reshape(3, 4)
+    tensors, seen = {"a": matrix, "again": matrix, "column": matrix[:, 1], "b": torch.ones(2)}, {}
+
+    def watch(written, path, metadata):
+        seen.update({name: value.data_ptr() for name, value in written.items()})
+        save_file(written, path, metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", watch)
+    checkpoint.save(tmp_path, {"done": 1}, tensors, Processes(0, 1, torch.device("cpu")), keep=1)
+    assert seen["a"] == matrix.data_ptr() != seen["again"] and seen["b"] == tensors["b"].data_ptr()
+    saved = load_file(checkpoints(tmp_path)[0])
+    assert all(torch.equal(saved[name], value) for name, value in tensors.items())

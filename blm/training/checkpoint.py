@@ -32,15 +32,19 @@ def save(
 
     Every process must call this; the first one writes.
     """
-    copies = {}
+    written, storages = {}, set[int]()
     for name, value in tensors.items():
-        copy = full(value.detach())
+        whole = full(value.detach())
         if processes.first:
-            copies[name] = copy.to("cpu", copy=True).contiguous()
-    copies |= _random_states(processes)
+            whole = whole.to("cpu").contiguous()
+            where = whole.untyped_storage().data_ptr()
+            # only what shares memory is copied: the format refuses it, and all of it may not fit twice
+            written[name] = whole.clone() if where in storages else whole
+            storages.add(where)
+    written |= _random_states(processes)
     if processes.first:
         temporary = out / "state.tmp"
-        save_file(copies, temporary, metadata={"run": json.dumps(run)})
+        save_file(written, temporary, metadata={"run": json.dumps(run)})
         temporary.replace(out / f"state-{run['done']:08d}.safetensors")
         for old in checkpoints(out)[:-keep]:
             old.unlink()

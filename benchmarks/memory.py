@@ -1,0 +1,118 @@
+"""Peak memory of Stage II from a cache of intents, and the largest batch that 12 GiB hold.
+
+    python benchmarks/memory.py [--recipes nano smol ..] [--batch-sizes 8 32] [--device cpu] [--budget 12]
+
+Each number is of a process of its own that makes two steps of the real training loop (AdamW, moving average,
+a save at the end) with a recipe's policy on random hidden states of its backbone's shape: memory does not
+depend on what they hold, and the backbone is not there. On a CPU it is the peak of the resident set, which
+includes the interpreter and its libraries (`idle`); on CUDA what torch had allocated at most. The largest
+batch is read off the line through the two sizes, for the memory of one device or process.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import multiprocessing
+import resource
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar, cast
+
+import torch
+import tyro
+
+from blm.evaluation.results import machine
+from blm.memory import GIB, plan
+from blm.policy.network import PolicyBatch, PolicyNetwork
+from blm.recipes import RECIPES, Recipe
+from blm.training.loop import Ema, LoopConfig, Piece, run_loop
+from blm.training.parallel import Part
+
+T = TypeVar("T")
+
+
+def random_batch(recipe: Recipe, size: int, tokens: int, hidden: int) -> PolicyBatch:
+    """Return a batch as Stage II reads it from a cache: now and `future_steps` later."""
+    policy, generator = recipe.stage2.policy, torch.Generator().manual_seed(0)
+    chunk, robots = (size, policy.horizon, policy.max_dim), len(recipe.robots)
+    seen = torch.ones(size, tokens, dtype=torch.bool)
+    return PolicyBatch(
+        hidden=torch.randn(size, tokens, hidden, generator=generator),
+        mask=seen,
+        future_hidden=torch.randn(size, tokens, hidden, generator=generator),
+        future_mask=seen,
+        state=torch.randn(size, policy.max_dim, generator=generator),
+        actions=torch.randn(chunk, generator=generator),
+        real=torch.ones(chunk, dtype=torch.bool),
+        embodiment=torch.arange(size) % robots,
+        noise=torch.randn(chunk, generator=generator),
+        tau=torch.rand(size, generator=generator),
+        ids=range(size),
+    )
+
+
+def resident() -> int:
+    """Return the most bytes of memory that this process has had so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak(name: str, tokens: int, hidden: int, batch_size: int, device: str) -> tuple[int, int]:
+    """Return the peak before there is a network, and that of two training steps, in bytes."""
+    torch.set_num_threads(1)
+    recipe, idle = RECIPES[name](), resident()
+    network = PolicyNetwork(recipe.stage2.policy, hidden, len(recipe.robots)).to(device)
+    ema = Ema(network, recipe.stage2.policy.ema)
+    teacher = cast(PolicyNetwork, ema.module)
+
+    def loss(batch: PolicyBatch) -> tuple[torch.Tensor, dict[str, float]]:
+        return network.loss(batch.to(device), teacher)["loss"], {}
+
+    def next_batch(step: int, part: Part) -> Piece[PolicyBatch]:
+        batch = random_batch(recipe, batch_size, tokens, hidden)
+        return Piece(batch, batch.ids, weight=batch_size)
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = LoopConfig(steps=2, batch_size=batch_size, title=f"{name} x {batch_size}")
+        run_loop(network, loss, next_batch, config, Path(folder), ema=ema)
+    return idle, torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident()
+
+
+def alone(function: Callable[..., T], *arguments: object) -> T:
+    """Call in a new process. What loads a model must: a child's peak begins with that of its parent."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def main(
+    recipes: tuple[str, ...] = ("nano", "smol", "qwen2_5_vl_3b", "qwen2_5_vl_7b"),
+    batch_sizes: tuple[int, int] = (8, 32),
+    device: str = "cpu",
+    budget: float = 12.0,
+) -> None:
+    """Print one JSON object: for each recipe peaks in GiB by batch size, what is fixed, and what fits."""
+    found = {}
+    for name in recipes:
+        made, peaks, idle = alone(plan, RECIPES[name]()), [], 0
+        for size in batch_sizes:
+            idle, most = alone(peak, name, made.tokens, made.hidden, size, device)
+            peaks.append(most / GIB)
+        slope = (peaks[1] - peaks[0]) / (batch_sizes[1] - batch_sizes[0])
+        room = budget - peaks[0] + slope * batch_sizes[0]
+        found[name] = {
+            "policy_parameters": made.policy,
+            "tokens_a_frame": made.tokens,
+            "weights_moments_average_gib": round(made.stage2 / GIB, 3),
+            "idle_gib": round(idle / GIB, 3),
+            "peak_gib": {size: round(most, 3) for size, most in zip(batch_sizes, peaks, strict=True)},
+            f"largest_batch_in_{budget:g}_gib": max(0, int(room / slope)) if slope > 0 else None,
+        }
+        print(json.dumps({name: found[name]}), flush=True)
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    print(json.dumps({"recipes": found, "gpu": gpu, "machine": machine()}, indent=1))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
