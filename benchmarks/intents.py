@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +23,7 @@ import tyro
 
 from blm.backbone.backbone import Backbone, build_nano
 from blm.data.episodes import finalize_dataset, open_dataset, stage_episode
+from blm.evaluation.results import machine
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.training.adapt import fresh
 from blm.training.demonstrations import Sampler
@@ -88,13 +87,6 @@ def rate(sampler: Sampler, step: Callable[[PolicyBatch], None], steps: range, ba
     return len(steps) * batch_size / (time.perf_counter() - begin)
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def main(repeats: int = 5, steps: int = 4, batch_size: int = 32, threads: int = 1, episodes: int = 8) -> None:
     """Print one JSON object with both rates, their ratio and its interval."""
     torch.set_num_threads(threads)
@@ -132,8 +124,8 @@ def main(repeats: int = 5, steps: int = 4, batch_size: int = 32, threads: int = 
         "repeats": repeats,
         "samples_per_repeat": steps * batch_size,
         "tokens_per_frame": tokens,
-        "hardware": {"cpu": processor(), "cores": os.cpu_count(), "threads": threads},
-        "software": {"torch": torch.__version__, "python": platform.python_version()},
+        "threads": threads,
+        "machine": machine(),
     }
     print(json.dumps(result, indent=1))
 

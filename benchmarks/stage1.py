@@ -17,7 +17,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import platform
 import tempfile
 import time
 from collections import Counter
@@ -28,7 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from intents import T_975, processor
+from intents import T_975
 from rich.console import Console
 from rich.progress import track
 from torch.nn import functional as F
@@ -36,6 +35,7 @@ from torch.nn import functional as F
 from blm.backbone import Backbone, build_nano
 from blm.corpora.build import SceneCorpusConfig, build_scene_corpus
 from blm.corpora.messages import read_corpus
+from blm.evaluation.results import machine
 from blm.training.answers import AnswerModel
 from blm.training.features import FeatureCache, eye_of
 from blm.training.packing import RowBatch, pack
@@ -209,8 +209,7 @@ def main(options: Options) -> None:
             result = measure(backbone, folder, talks, texts, options)
     result |= {
         "options": asdict(options),
-        "hardware": {"cpu": processor(), "cores": os.cpu_count(), "load": os.getloadavg()[0]},
-        "software": {"torch": torch.__version__, "python": platform.python_version()},
+        "machine": machine() | {"load": os.getloadavg()[0]},
     }
     print(json.dumps(result, indent=1))
 
