@@ -168,6 +168,7 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path) -> dict[str, Any]:
         "samples": stage2.loop.batch_size * (stage2.loop.steps // len(parts)) * len(parts),
         "training_seconds": trained,
         "success": result["overall"]["success_once"],
+        "solved": {f"{c['robot']}/{c['task']}": c["success_once"]["hits"] for c in result["cells"]},
         "result": str(out),
     }
 

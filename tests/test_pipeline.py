@@ -227,6 +227,8 @@ def test_a_study_gives_all_variants_the_same_budget_and_scenes(run):
         ("per robot and task", 2),
     ]
     assert {row["samples"] for row in made} == {80}, "10 steps of 8, or two models of 5 steps each"
+    assert all(sum(row["solved"].values()) == row["success"]["hits"] for row in made)
+    assert list(made[0]["solved"]) == ["panda/push_cube", "widowxai/push_cube"]
     results = [load_result(Path(row["result"])) for row in made]
     assert len({result["protocol_hash"] for result in results}) == 1
     assert all([row["id"] for row in r["rows"]] == [row["id"] for row in results[0]["rows"]] for r in results)
