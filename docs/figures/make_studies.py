@@ -1,0 +1,42 @@
+"""Draws docs/figures/studies.svg from results/studies/*.json: success of each variant with its interval."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parents[2]
+ORDER = ("models", "baseline", "backbone", "future", "layer", "latents", "cameras", "actions")
+INK, FIRST, OTHER = "#6b7280", "#2563eb", "#d97706"
+
+
+def main() -> None:
+    found = [ROOT / "results/studies" / f"{name}.json" for name in ORDER]
+    studies = [json.loads(file.read_text()) for file in found if file.exists()]
+    sizes = [len(study["variants"]) for study in studies]
+    mpl.rcParams.update({"svg.hashsalt": "blm", "font.size": 9, "text.color": INK, "axes.edgecolor": INK})
+    figure = Figure(figsize=(7.2, 0.27 * sum(sizes) + 0.22 * len(sizes) + 0.6), layout="constrained")
+    panels = figure.subplots(len(studies), 1, sharex=True, height_ratios=sizes, squeeze=False)[:, 0]
+    for panel, study in zip(panels, studies, strict=True):
+        for place, variant in enumerate(study["variants"]):
+            won, colour = variant["success"], OTHER if place else FIRST
+            left, right = won["rate"] - won["low"], won["high"] - won["rate"]
+            panel.errorbar(
+                100 * won["rate"], place, xerr=[[100 * left], [100 * right]], fmt="o", color=colour
+            )
+        panel.set_yticks(range(len(study["variants"])), [row["variant"] for row in study["variants"]])
+        panel.set_ylim(len(study["variants"]) - 0.5, -0.5)
+        panel.tick_params(colors=INK, length=0)
+        panel.grid(axis="x", color=INK, alpha=0.2)
+        panel.spines[["top", "right", "bottom"]].set_visible(False)
+        panel.set_title(study["study"], loc="left", fontsize=9, fontweight="bold", pad=2)
+    panels[-1].set_xlim(0, 100)
+    panels[-1].set_xlabel("episodes solved [%], 95 % interval", color=INK)
+    figure.savefig(ROOT / "docs/figures/studies.svg", transparent=True, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
