@@ -120,9 +120,9 @@ def run_study(name: str, recipe: Recipe, run: Path, only: Sequence[str] = ()) ->
     for variant in variants:
         Console(stderr=True).print(f"[bold]study {name}: {variant.name}[/bold]")
         rows.append(run_variant(variant, recipe, run))
-    reference = load_result(Path(rows[0]["result"]))
+    reference, *results = (load_result(run / "studies/variants" / row["result"]) for row in rows)
     folder.mkdir(exist_ok=True)
-    gaps = [compare(load_result(Path(row["result"])), reference, but=("cameras",)) for row in rows[1:]]
+    gaps = [compare(result, reference, but=("cameras",)) for result in results]
     for row, gap, p in zip(rows[1:], gaps, holm([gap.p_value for gap in gaps]), strict=True):
         row |= {"gap": asdict(gap), "p_corrected": p}
     write_json(folder / "report.json", {"study": name, "recipe": to_json(recipe), "variants": rows})
@@ -169,7 +169,7 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path) -> dict[str, Any]:
         "training_seconds": trained,
         "success": result["overall"]["success_once"],
         "solved": {f"{c['robot']}/{c['task']}": c["success_once"]["hits"] for c in result["cells"]},
-        "result": str(out),
+        "result": out.name,
     }
 
 

@@ -36,7 +36,7 @@ ALLOWED = {
     "viewing": "types data",
 }
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
-LIBRARY_LINES = 19_220
+LIBRARY_LINES = 19_224
 """Of code, without docstrings, comments and blank lines. May only go down for the same features.
 
 6,300 for the whole loop; 3,100 for the physical suite: four tasks, planning among obstacles, corrections,
@@ -45,8 +45,9 @@ for the digital space: converters, curation and validation, questions, Stage I a
 cached features), smol, retention, ten benchmarks in their published layouts, parsers, judge, endpoints; 2,000
 for Stage II in several processes, further arms, studies, the Diffusion Policy, memory; 1,000 for answers
 token by token, one engine for both spaces, the playground, the loop around a real arm; 400 for
-exports, GR00T's protocol, one look for both spaces, reading in several processes; 120 for several data sets
-of one robot, longer holds, what studies share, the released model by its name and in the demo."""
+exports, GR00T's protocol, one look for both spaces, reading in several processes; 130 for several data sets
+of one robot, longer holds, what studies share, the released model by its name and in the demo, what a
+checkpoint went on from, two names of one argument in transformers."""
 
 
 def module_of(path: Path) -> str:

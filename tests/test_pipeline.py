@@ -229,10 +229,11 @@ def test_a_study_gives_all_variants_the_same_budget_and_scenes(run):
     assert {row["samples"] for row in made} == {80}, "10 steps of 8, or two models of 5 steps each"
     assert all(sum(row["solved"].values()) == row["success"]["hits"] for row in made)
     assert list(made[0]["solved"]) == ["panda/push_cube", "widowxai/push_cube"]
-    results = [load_result(Path(row["result"])) for row in made]
+    folders = [run / "studies/variants" / row["result"] for row in made]
+    results = [load_result(folder) for folder in folders]
     assert len({result["protocol_hash"] for result in results}) == 1
     assert all([row["id"] for row in r["rows"]] == [row["id"] for row in results[0]["rows"]] for r in results)
-    alone = CheckpointPolicy.load(Path(made[1]["result"]) / "widowxai-push_cube/checkpoint")
+    alone = CheckpointPolicy.load(folders[1] / "widowxai-push_cube/checkpoint")
     assert list(alone.contract.action_spaces) == ["widowxai"]
     assert report.read_text().count("|\n") == 6 and "per robot and task | 2 | 80" in report.read_text()
     before = report.read_text()
@@ -249,7 +250,7 @@ def test_the_baseline_of_a_study_drives_the_same_scenes(run, monkeypatch):
     report = run_study("baseline", tiny(), run)
     assert "| BLM | 1 | 80 " in report.read_text() and "| Diffusion Policy | 1 | 80 " in report.read_text()
     baseline = read_json(report.with_name("report.json"))["variants"][1]["result"]
-    policy = load_checkpoint(Path(baseline) / "joint/checkpoint")
+    policy = load_checkpoint(run / "studies/variants" / baseline / "joint/checkpoint")
     assert type(policy).__name__ == "DiffusionPolicy" and list(policy.contract.action_spaces) == [*ROBOTS]
 
 

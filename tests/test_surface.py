@@ -35,12 +35,24 @@ def test_unknown_names_list_the_valid_ones_and_the_closest():
     assert issubclass(UnknownNameError, BlmError)
 
 
-def test_every_dependency_is_explained() -> None:
-    page = (ROOT / "docs/dependencies.md").read_text()
+def dependencies() -> set[str]:
+    """Names of all packages that pyproject.toml asks for, extras too."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = [
         *project["dependencies"],
         *(n for names in project["optional-dependencies"].values() for n in names),
     ]
-    for name in {re.split(r"[<>=!\[ ]", text)[0] for text in wanted} - {"blm"}:
+    return {re.split(r"[<>=!\[ ]", text)[0] for text in wanted} - {"blm"}
+
+
+def test_every_dependency_is_explained() -> None:
+    page = (ROOT / "docs/dependencies.md").read_text()
+    for name in dependencies():
         assert f"`{name}`" in page, name
+
+
+def test_a_fresh_clone_gets_the_versions_that_were_tested() -> None:
+    """A release of a package on any day may warn of something, and the tests take warnings for errors."""
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+", pin) for pin in pins)
+    assert {pin.partition("==")[0] for pin in pins} == dependencies() - {"mani-skill"}, "it has its own venv"

@@ -11,6 +11,7 @@ from test_intents import make_backbone, make_dataset
 from blm.backbone.backbone import Backbone
 from blm.bridge import BridgeConfig
 from blm.data.episodes import open_dataset
+from blm.policy.checkpoint import read_config
 from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
 from blm.training import imitate
@@ -281,6 +282,8 @@ def test_a_further_robot_is_new_rows_and_nothing_else(config, trained, tmp_path)
         loop=replace(config.loop, steps=60),
     )
     made = train_stage2(grown, tmp_path / "run", {})
+    origin = read_config(trained / "checkpoint")["provenance"]
+    assert read_config(made)["provenance"]["start"] == origin and "start" not in origin
     before, after = (load_file(folder / "policy.safetensors") for folder in (trained / "checkpoint", made))
     rows = {name for name, value in before.items() if after[name].shape != value.shape}
     assert rows and all("first" in name or "second" in name or "third" in name for name in rows)

@@ -5,6 +5,7 @@ Shapes: B answers in progress, L positions of the longest, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,6 +50,8 @@ class Generation:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone, self.running = backbone, list[Answer]()
         self._cache, self._mask = DynamicCache(), torch.zeros(0, 0)
+        takes = inspect.signature(backbone.model.forward).parameters
+        self._named = "cache" if "cache" in takes else "past_key_values"  # its name before transformers 5.24
         config = backbone.model.generation_config
         self._ends = set(np.atleast_1d(config.eos_token_id).tolist())
         self._penalty = config.repetition_penalty or 1.0
@@ -64,9 +67,8 @@ class Generation:
         inputs = self.backbone.encode(conversations)
         positions, mask = positions_of(self.backbone, inputs), inputs["attention_mask"]
         cache = DynamicCache()
-        out = self.backbone.model(
-            **inputs, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        kept = {self._named: cache, "use_cache": True, "logits_to_keep": 1}
+        out = self.backbone.model(**inputs, position_ids=positions, **kept)
         following = positions.reshape(-1, *mask.shape)[:, :, -1].amax(0) + 1
         answers = [
             Answer(tokens[seen.bool()], place, sampling)
@@ -95,8 +97,8 @@ class Generation:
             input_ids=torch.tensor([[answer.tokens[-1]] for answer in self.running], device=device),
             position_ids=torch.tensor([[answer.position] for answer in self.running], device=device),
             attention_mask=self._mask,
-            past_key_values=self._cache,
             use_cache=True,
+            **{self._named: self._cache},
         )
         for answer in self.running:
             answer.position += 1

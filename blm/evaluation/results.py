@@ -101,7 +101,7 @@ def compare(first: Mapping[str, Any], second: Mapping[str, Any], *, but: Collect
 
     `but` names fields of the protocol that may differ, because they are what is compared.
     Raises ContractError that prints both sides for unlike protocols, items or scenes, and BlmError for a
-    replay check: it is no score.
+    replay check or a validation: they are no scores.
     """
     return _difference(first["score"], _pairs(first, second, but))
 
@@ -162,8 +162,8 @@ def _pairs(first: Mapping[str, Any], second: Mapping[str, Any], but: Collection[
     for side in (first, second):
         if side["protocol"].get("purpose", "evaluation") != "evaluation":
             raise BlmError(
-                f"the result of '{side['model']}' is a {side['protocol']['purpose']}: it plays recorded "
-                "training episodes and is no score; compare evaluations on evaluation seeds"
+                f"the result of '{side['model']}' is a {side['protocol']['purpose']}: it is no score; "
+                "compare evaluations on evaluation seeds"
             )
     problem = "results of unlike protocols cannot be compared"
     ours, theirs = ({k: v for k, v in r["protocol"].items() if k not in but} for r in (first, second))

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from blm.backbone import Backbone, Inputs
 from blm.backbone.sight import content_key
@@ -27,6 +27,16 @@ AT_ONCE = 64
 Features = dict[str, Tensor]
 """Of one picture or several: "tower_features" [units, tokens, width], or "picture_features" [tokens, width]
 with, for Qwen3-VL, "deepstack_features" [tokens, blocks, width]."""
+
+
+@dataclass
+class Seen(BaseModelOutputWithPooling):
+    """Cached features in the form in which the models of transformers take what their own eye made."""
+
+    pooler_output: Any = None
+    """Tensors [tokens, width], one or several pictures each."""
+    deepstack_features: Any = None
+    """Of Qwen3-VL, alike for each of its blocks."""
 
 
 def eye_of(backbone: Backbone) -> list[nn.Module]:
@@ -118,11 +128,11 @@ def see(backbone: Backbone, inputs: Inputs) -> Any:
     base: Any = backbone.model.base_model
     if "tower_features" in inputs:
         projected = projector_of(backbone)(inputs["tower_features"])
-        return SimpleNamespace(pooler_output=[projected.flatten(0, -2)])
+        return Seen(pooler_output=[projected.flatten(0, -2)])
     if "picture_features" in inputs:
         deep = inputs.get("deepstack_features")
         layers = [[layer] for layer in deep.unbind(1)] if deep is not None else None
-        return SimpleNamespace(pooler_output=[inputs["picture_features"]], deepstack_features=layers)
+        return Seen(pooler_output=[inputs["picture_features"]], deepstack_features=layers)
     words = ("input_ids", "attention_mask", "position_ids")
     pictures = {name: value for name, value in inputs.items() if name not in words}
     return base.get_image_features(**pictures, return_dict=True)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from blm.backbone.backbone import Backbone
 from blm.data.episodes import EpisodeDataset, open_dataset
+from blm.policy.checkpoint import folder_of, read_config
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, FrozenProof
 from blm.training.adapt import Start, continued, fresh
@@ -123,8 +124,8 @@ def train_stage2(
 
     `out/best` is the checkpoint of the evaluation with the highest success of `drive`, which then needs the
     backbone in memory, or without it with the lowest validation loss. `provenance` (the command, for
-    instance) is stored in both. Raises BlmError if datasets and config do not fit together, and if the
-    backbone is not bit for bit what it was.
+    instance) is stored in both, and below "start" that of the checkpoint that training went on from. Raises
+    BlmError if datasets and config do not fit together, and if the backbone is not bit for bit what it was.
     """
     processes = Processes.join(torch.device(config.device).type)
     config = replace(config, device=str(processes.device))
@@ -134,6 +135,9 @@ def train_stage2(
     contract = joint_contract(datasets, config.policy, cameras=config.intents.cameras, execute=config.execute)
     start = _start(backbone, contract, config)
     inputs = _inputs(backbone, datasets, start, config)
+    facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs}
+    if config.start is not None:
+        facts["start"] = read_config(folder_of(config.start))["provenance"]
     if processes.first:
         claim(out / "inputs.json", inputs, f"'{out}' holds another run")
         robots = open_robots(backbone, datasets, config, start)  # fills the caches
@@ -162,7 +166,6 @@ def train_stage2(
         backbone = _load_backbone(config)
     frozen.require(backbone, "after Stage II")
     if processes.first:
-        facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs}
         policy(cast(PolicyNetwork, ema.module)).save(out / "checkpoint", facts)
         best = Best(out)
         if best.facts:
