@@ -21,6 +21,7 @@ from blm.types import BlmError, ContractError, Episode, PolicyContract, lookup
 
 EVALUATION_SEEDS = range(10_000)
 TRAINING_SEEDS = range(10_000, 1_000_000)
+"""What recipes use. Seeds beyond all these ranges are free for training too."""
 STAGE1_HELD_OUT_SEEDS = range(1_000_000, 2_000_000)
 VALIDATION_SEEDS = range(2_000_000, 2_010_000)
 """Of the episodes that a policy drives during its training."""
