@@ -9,13 +9,12 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
-ORDER = ("models", "baseline", "backbone", "future", "layer", "latents", "cameras", "actions")
+ORDER = ("models", "baseline", "backbone", "future", "layer", "latents", "cameras", "cameras_base_wrist", "actions")
 INK, FIRST, OTHER = "#6b7280", "#2563eb", "#d97706"
 
 
 def main() -> None:
-    found = [ROOT / "results/studies" / f"{name}.json" for name in ORDER]
-    studies = [json.loads(file.read_text()) for file in found if file.exists()]
+    studies = [json.loads((ROOT / f"results/studies/{name}.json").read_text()) for name in ORDER]
     sizes = [len(study["variants"]) for study in studies]
     mpl.rcParams.update({"svg.hashsalt": "blm", "font.size": 9, "text.color": INK, "axes.edgecolor": INK})
     figure = Figure(figsize=(7.2, 0.27 * sum(sizes) + 0.22 * len(sizes) + 0.6), layout="constrained")
