@@ -9,7 +9,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[2]
-ORDER = ("models", "baseline", "backbone", "future", "layer", "latents", "cameras", "cameras_base_wrist", "actions")
+ORDER = ("models", "baseline", "backbone", "future", "layer", "latents", "cameras", "side_view", "actions")
 INK, FIRST, OTHER = "#6b7280", "#2563eb", "#d97706"
 
 
