@@ -36,7 +36,7 @@ ALLOWED = {
     "viewing": "types data",
 }
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
-LIBRARY_LINES = 19_224
+LIBRARY_LINES = 19_230
 """Of code, without docstrings, comments and blank lines. May only go down for the same features.
 
 6,300 for the whole loop; 3,100 for the physical suite: four tasks, planning among obstacles, corrections,
