@@ -690,8 +690,10 @@ def test_replay_plays_what_was_executed(tmp_path: Path) -> None:
         assert np.array_equal(states, episode.states[::8])  # bit for bit
     assert result["protocol"]["purpose"] == "replay check" and result["overall"]["n"] == 2
     assert load_result(tmp_path) == result
-    with pytest.raises(BlmError, match=r"is a replay check: .* no score"):
-        compare(result, result)
+    for purpose in ("replay check", "validation"):
+        other = {**result, "protocol": {**result["protocol"], "purpose": purpose}}
+        with pytest.raises(BlmError, match=rf"is a {purpose}: it is no score; compare evaluations"):
+            compare(other, other)
 
 
 def test_replay_refuses_what_its_seed_does_not_give(tmp_path: Path) -> None:
