@@ -162,7 +162,7 @@ def test_a_command(line: str, place: Path) -> None:
             models = httpx.get(f"http://127.0.0.1:{port}/v1/models").json()
             assert [model["id"] for model in models["data"]] == ["BLM"]
     elif "ws://127.0.0.1:8000" in line:
-        ours = "demo/stage2/checkpoint" if bare.startswith("eval") else "blm-nano"  # results are compared later
+        ours = "demo/stage2/checkpoint" if bare.startswith("eval") else "blm-nano"
         with served(f"blm serve {ours}", place) as port:
             run(line.replace("127.0.0.1:8000", f"127.0.0.1:{port}"), place)
     else:
