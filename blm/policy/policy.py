@@ -64,7 +64,10 @@ class CheckpointPolicy:
         network: PolicyNetwork,
         transforms: Mapping[str, RobotTransforms],
         contract: PolicyContract,
+        provenance: Mapping[str, Any] | None = None,
     ) -> None:
+        """`provenance`: how it was made, if it was loaded."""
+        self.provenance = provenance or {}
         self.backbone, self.frozen, self.layer, self.transforms = backbone, frozen, layer, transforms
         self.network = network.eval().requires_grad_(False)
         self.contract = identified(contract, network, transforms, frozen.fingerprint)
@@ -169,6 +172,7 @@ class CheckpointPolicy:
             network=network,
             transforms=read_transforms(folder),
             contract=contract,
+            provenance=config["provenance"],
         )
 
 

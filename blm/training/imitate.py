@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from blm.backbone.backbone import Backbone
 from blm.data.episodes import EpisodeDataset, open_dataset
-from blm.policy.checkpoint import folder_of, read_config
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, FrozenProof
 from blm.training.adapt import Start, continued, fresh
@@ -135,9 +134,8 @@ def train_stage2(
     contract = joint_contract(datasets, config.policy, cameras=config.intents.cameras, execute=config.execute)
     start = _start(backbone, contract, config)
     inputs = _inputs(backbone, datasets, start, config)
-    facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs}
-    if config.start is not None:
-        facts["start"] = read_config(folder_of(config.start))["provenance"]
+    origin = {"start": start.before.provenance} if start.before is not None else {}
+    facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs, **origin}
     if processes.first:
         claim(out / "inputs.json", inputs, f"'{out}' holds another run")
         robots = open_robots(backbone, datasets, config, start)  # fills the caches
