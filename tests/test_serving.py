@@ -28,8 +28,8 @@ from PIL import Image as Pillow
 from PIL.ExifTags import Base
 from prometheus_client.parser import text_string_to_metric_families
 
+from blm.serving import access, wire
 from blm.serving import app as app_module
-from blm.serving import wire
 from blm.serving.app import Server, create_app, server_config
 from blm.serving.chat import Limits, Telling
 from blm.serving.client import RemotePolicy
@@ -781,7 +781,7 @@ HEADERS = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: appli
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/ch", HEADERS])
 def test_who_never_asks_is_cut_off(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app_module, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(access, "PATIENCE_S", 0.5)
     with running(EchoPolicy(), EchoSpeaker()) as address, connected(address) as half_open:
         remote = RemotePolicy(f"ws://{address}")
         half_open.sendall(sent)
@@ -791,7 +791,7 @@ def test_who_never_asks_is_cut_off(sent: bytes, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_body_that_drips_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app_module, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(access, "PATIENCE_S", 0.5)
     with running(None, EchoSpeaker()) as address, connected(address) as slow:
         slow.sendall(HEADERS + b"Content-Length: 1000\r\n\r\n")
         for _ in range(20):
