@@ -42,7 +42,7 @@ PIECE_TOKENS = {"cpu": 128}
 """Prompt tokens in one pass, by kind of device."""
 PIECE_TOKENS_ELSEWHERE = 512
 """On an accelerator: the prefill budget at which vLLM's chunked prefill starts (`max_num_batched_tokens`)."""
-STEP_TOKENS = {"cpu": 16_384}
+STEP_TOKENS = {"cpu": 8192}
 """Cached tokens in one pass that makes tokens: each of them is read, and copied once, for each new one."""
 STEP_TOKENS_ELSEWHERE = 262_144
 
@@ -152,7 +152,9 @@ class Generation:
 
         Raises whatever stands in the way; then nothing has changed but the prefill, which is of no more use.
         """
-        return self._enter(prefill) if prefill.advance() else None
+        if prefill.logits is None and not prefill.advance():
+            return None
+        return self._enter(prefill)
 
     def start(
         self, conversations: Sequence[Sequence[Message]], samplings: Sequence[Sampling]
@@ -170,7 +172,9 @@ class Generation:
         prompt = Prompt(inputs, positions_of(self.backbone, inputs), clamped, range(len(clamped)))
         prefill = Prefill(self._reader, prompt, None, self._cache_name)
         prefill.advance()
-        return self._enter(prefill)
+        while (answers := self._enter(prefill)) is None:
+            pass
+        return answers
 
     @torch.no_grad()
     def step(self) -> None:
@@ -204,8 +208,25 @@ class Generation:
         return answer.detokenizer.text(answer.tokens)
 
     @torch.no_grad()
-    def _enter(self, prefill: Prefill) -> list[Answer]:
-        """Choose first tokens, then take the answers among those running."""
+    def _enter(self, prefill: Prefill) -> list[Answer] | None:
+        """Choose first tokens, copy what was read for one batch of answers a call, then take them all on."""
+        if prefill.answers is None:
+            prefill.answers = self._first_tokens(prefill)
+        staying = [number for number, answer in enumerate(prefill.answers) if answer.goes_on]
+        together = max(1, self.step_tokens // prefill.prompt.tokens)
+        copied = sum(len(batch.answers) for batch in prefill.copied)
+        if some := staying[copied : copied + together]:
+            rows = RowCache(prefill.cache, prefill.mask).select([prefill.prompt.rows[n] for n in some])
+            prefill.copied.append(Batch([prefill.answers[number] for number in some], rows))
+        if copied + len(some) < len(staying):
+            return None
+        batches = list(self._batches)
+        for batch in prefill.copied:
+            self._place(batches, batch)
+        self._batches = batches
+        return prefill.answers
+
+    def _first_tokens(self, prefill: Prefill) -> list[Answer]:
         prompt, mask = prefill.prompt, prefill.mask
         assert prefill.logits is not None
         rows = torch.tensor(prompt.rows, device=mask.device)
@@ -217,14 +238,6 @@ class Generation:
         self._choose(answers, prefill.logits[rows])
         if errors := [answer.error for answer in answers if answer.error is not None]:
             raise errors[0]
-        staying = [number for number, answer in enumerate(answers) if answer.goes_on]
-        whole, batches = RowCache(prefill.cache, mask), list(self._batches)
-        together = max(1, self.step_tokens // prompt.tokens)
-        for start in range(0, len(staying), together):
-            some = staying[start : start + together]
-            rows_of_some = whole.select([prompt.rows[number] for number in some])
-            self._place(batches, Batch([answers[number] for number in some], rows_of_some))
-        self._batches = batches
         return answers
 
     def _place(self, batches: list[Batch], entering: Batch) -> None:

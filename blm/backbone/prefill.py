@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from blm.backbone.batch import Answer, Batch
 from blm.types import Sampling
 
 if TYPE_CHECKING:
@@ -98,6 +99,10 @@ class Prefill:
         self._done = 0
         self.logits: Tensor | None = None
         """[B, V] scores of the first token of each answer, once all is read."""
+        self.answers: list[Answer] | None = None
+        """With their first tokens."""
+        self.copied = list[Batch]()
+        """What was read, for each of the answers that go on."""
         self.ids: Tensor = reader.backbone.place({"ids": prompt.inputs["input_ids"]})["ids"]
         self.mask: Tensor = reader.backbone.place({"mask": prompt.inputs["attention_mask"]})["mask"]
         self._positions = prompt.positions.to(self.ids.device)
