@@ -49,8 +49,9 @@ __all__ = [
 ]
 log = logging.getLogger(__name__)
 YIELD_S = 2e-4
-"""Pause after each turn. A thread that waits for Python's lock is woken whenever torch lets go of it and seldom
-gets it in time: without a pause the event loop stood still for 4 s, on two busy cores, until a prompt was read."""
+"""Pause after each turn. A thread that waits for Python's lock is woken whenever torch lets go of it, and
+seldom gets it in time: without a pause the event loop stood still for 4 s, on two busy cores, until a prompt
+was read."""
 Room: TypeAlias = EngineLimits
 Speaker: TypeAlias = TokenGenerator
 
