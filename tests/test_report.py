@@ -228,7 +228,7 @@ def test_heat_map_has_every_cell_with_count_and_interval(suite: str) -> None:
     assert head[1:-1] == [TASKS[task].title for task in TASKS] and head[-1] == "All tasks"
     cells = [cell for row in rows[1:-1] for cell in row[1:-1]]
     assert "4 % 1–13 % · 2/50 at end 2, at step 200 1 expert 6 % hold still 0 %" in cells[0]
-    assert "80 % 67–89 % · 40/50 expert 100 % hold still 0 %" in cells[-1]
+    assert "80 % 67–89 % · 40/50 at end 40, at step 200 39 expert 100 % hold still 0 %" in cells[-1]
     assert re.search(r"\d+ % \d+–\d+ % \d+/1200", rows[-1][-1])
     shades = [float(rate) for rate in re.findall(r"--rate:([\d.]+)\" title", suite)]
     assert len(shades) == 24 and shades == sorted(shades) and shades[-1] == 0.8
