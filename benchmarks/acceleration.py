@@ -1,11 +1,12 @@
-"""Joint accelerations in the suite: of the targets that are sent, and of the simulated joints that follow them.
+"""Joint accelerations in the suite: of the targets that are sent, and of the simulated joints.
 
     python benchmarks/acceleration.py [--seeds 2]
 
-The planner's trajectories keep within the joints' acceleration limits. What an environment receives of them are
-targets at the control rate, each held for a whole step, so a stiff simulated servo jerks at every step. Prints,
-for each robot, the greatest ratio of acceleration to limit over the expert's episodes (all six tasks, validation
-seeds): of the targets, as second differences at the control rate, and of the joints, at the physics rate.
+The planner's trajectories keep within the joints' acceleration limits. What an environment receives of
+them are targets at the control rate, each held for a whole step, so a stiff simulated servo jerks at every
+step. Prints, for each robot, the greatest ratio of acceleration to limit over the expert's episodes (all six
+tasks, validation seeds): of the targets, as second differences at the control rate, and of the joints, at
+the physics rate.
 """
 
 from __future__ import annotations

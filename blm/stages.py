@@ -6,7 +6,7 @@ run/  recipe.json stages.json  episodes/<robot>  episodes_held_out/<robot>  corp
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,8 @@
 A variant changes a few fields of the recipe, or splits one joint model into several. Every model of every
 variant is trained for the same number of steps, so a variant of 24 models sees 24 times the samples: dividing
 one budget among them would compare a trained model with untrained ones. Evaluation seeds are the same, so the
-variants are compared episode by episode. Caches of intents are shared where backbone, layer and cameras are, and so
-is a whole variant: what several studies compare with is trained once.
+variants are compared episode by episode. Caches of intents are shared where backbone, layer and cameras are,
+and so is a whole variant: what several studies compare with is trained once.
 """
 
 from __future__ import annotations
