@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from typing import Literal
 
 import httpx
@@ -28,8 +28,7 @@ from PIL import Image as Pillow
 from PIL.ExifTags import Base
 from prometheus_client.parser import text_string_to_metric_families
 
-from blm.serving import access, wire
-from blm.serving import app as app_module
+from blm.serving import access, connections, wire
 from blm.serving.app import Server, create_app, server_config
 from blm.serving.chat import Limits, Telling
 from blm.serving.client import RemotePolicy
@@ -803,11 +802,11 @@ def test_a_body_that_drips_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_more_connections_than_there_is_room_for_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app_module, "MOST_CONNECTIONS", 8)
-    with running(None, EchoSpeaker()) as address, ExitStack() as stack:
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(connections, "ADDRESS_SHARE", 1.0)
+    with running(EchoPolicy(), EchoSpeaker()) as address, ExitStack() as stack:
         for _ in range(8):
-            stack.enter_context(connected(address))
-        time.sleep(0.2)
+            stack.enter_context(closing(RemotePolicy(f"ws://{address}")))
         assert httpx.get(f"http://{address}/v1/models").status_code == 503
         stack.close()
         wait_for(lambda: httpx.get(f"http://{address}/v1/models").status_code == 200)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import socket
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -17,9 +17,10 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
-from blm.serving import access as access_module
+from blm.serving import connections
 from blm.serving.access import Access, origin_text
 from blm.serving.chat import Limits, RequestError
 from blm.serving.client import MAX_FRAME
@@ -34,8 +35,6 @@ from blm.types import Policy
 log = logging.getLogger(__name__)
 GRACE_S = 4.0
 """What has begun may take this long to end when the server is told to stop."""
-MOST_CONNECTIONS = 1000
-"""Further ones get status 503; each may hold a request body."""
 
 
 def create_app(
@@ -65,8 +64,11 @@ def create_app(
 
     app = FastAPI(title=name, version=version("blm"), docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.engine, app.state.metrics, app.state.access = engine, metrics, access
+    app.state.connections = connections.ConnectionTable()
+    app.router.default = _not_found
     app.add_exception_handler(RequestError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
+    app.add_exception_handler(ClientDisconnect, _on_leaving)
     app.add_exception_handler(Exception, _on_error)
     if access.trust.origins:
         origins = [origin_text(origin) for origin in access.trust.origins]
@@ -81,19 +83,6 @@ def create_app(
     return app
 
 
-class Impatient(H11Protocol):
-    """Closes connections over which nothing is asked: half open, or so slow that headers never end."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.loop.call_later(access_module.PATIENCE_S, self._close_unless_asked)
-
-    def _close_unless_asked(self) -> None:
-        upgraded = self.transport.get_protocol() is not self
-        if self.cycle is None and not upgraded:
-            self.transport.close()
-
-
 class Server(uvicorn.Server):
     """Told to stop, it takes nothing new and lets what has begun come to its end, for GRACE_S at most."""
 
@@ -104,23 +93,56 @@ class Server(uvicorn.Server):
 
 
 def server_config(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> uvicorn.Config:
-    """The uvicorn settings that OpenPI clients need: large frames, no compression."""
+    """The uvicorn settings that OpenPI clients need (large frames, no compression), with our connections.
+
+    What a proxy claims in X-Forwarded-* is not believed: the client could have written it.
+    """
     return uvicorn.Config(
         app,
         host,
         port,
-        http=Impatient,
-        limit_concurrency=MOST_CONNECTIONS,
-        ws="websockets-sansio",
+        http=connections.HttpProtocol,
+        ws=connections.WebSocketProtocol,
         ws_max_size=MAX_FRAME,
         ws_per_message_deflate=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=int(connections.KEEP_ALIVE_S),
         timeout_graceful_shutdown=int(GRACE_S),
     )
 
 
-def serve(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Run until interrupted. `host='0.0.0.0'` opens the server to the network: set an api_key then."""
-    Server(server_config(app, host, port)).run()
+def serve(
+    app: FastAPI, host: str = "127.0.0.1", port: int = 8000, sockets: list[socket.socket] | None = None
+) -> None:
+    """Run until interrupted, on `sockets` if they are given (`blm.addresses.bind`).
+
+    `host='0.0.0.0'` opens the server to the network: give `create_app` keys then.
+    """
+    _allow_files(2 * connections.MAX_CONNECTIONS)
+    with suppress(KeyboardInterrupt):  # after a clean end
+        Server(server_config(app, host, port)).run(sockets)
+
+
+def _allow_files(most: int) -> None:
+    """Raise this process's own limit on open files, where the system lets it: each connection is one."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most if hard < 0 else min(most, hard), hard))
+
+
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer for paths without a route; Starlette's own answer to a websocket says nothing."""
+    error = RequestError(404, f"no such path: {scope['path'][:200]}")
+    await JSONResponse(error.to_json(), error.status)(scope, receive, send)
+
+
+async def _on_leaving(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
 
 
 async def _on_error(request: Request, error: Exception) -> Response:

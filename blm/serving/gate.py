@@ -19,11 +19,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from blm.addresses import read_authority
 from blm.serving.access import DEFAULT_PORTS, Access, Origin, read_origin
 from blm.serving.chat import RequestError
+from blm.serving.connections import Connection
 from blm.serving.login import FORM, LOGIN_PATH, LOGOUT_PATH, PAGE_PATH, login_page
 
 log = logging.getLogger(__name__)
-KEYLESS_PATHS = frozenset({"/health", "/healthz", "/ping", LOGIN_PATH})
-"""They answer without a key: status for orchestrators, and the place to show a key."""
+STATUS_PATHS = frozenset({"/health", "/healthz", "/ping"})
+"""They answer without a key, and when all places are taken: orchestrators ask here."""
+KEYLESS_PATHS = STATUS_PATHS | {LOGIN_PATH}
 SECURITY_HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'none'",
     "X-Frame-Options": "DENY",
@@ -53,16 +55,24 @@ class Gate:
                 secure(message)
             await send(message)
 
-        connection = HTTPConnection(scope)
+        request = HTTPConnection(scope)
+        place: Connection | None = scope.get("state", {}).get("connection")  # none without our own server
         refusal: Response | None = None
         try:
-            self.check(connection)
+            self.check(request)
+            if place is not None and scope["path"] not in STATUS_PATHS:
+                shown = self.access.shows_key(request)
+                place.table.enter(place, trusted=shown, keys=self.access.needs_key)
         except RequestError as error:
-            refusal = _refusal(connection, error)
+            refusal = _refusal(request, error)
         if refusal is not None:
             await _deny(refusal, scope, receive, send_secured)
-        else:
+            return
+        try:
             await self.app(scope, receive, send_secured)
+        finally:
+            if place is not None:
+                place.table.leave(place)
 
     def check(self, connection: HTTPConnection) -> None:
         """Raise RequestError 400, 421, 403, 401 or 415 for what may not pass."""
@@ -154,7 +164,7 @@ def _refusal(connection: HTTPConnection, error: RequestError) -> Response:
             getattr(route, "path", None) == PAGE_PATH for route in app.routes
         ):
             return login_page()
-    headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else None
+    headers = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(error.status)
     return JSONResponse(error.to_json(), error.status, headers)
 
 
