@@ -35,11 +35,11 @@ WAITING = 64
 """Connections beyond MAX_CONNECTIONS, on which requests are read: for /health, a key, or a refusal."""
 KEEP_ALIVE_S = 100.0
 """An idle connection stays open for this long [s]: longer than in the pools that may reuse it (httpx 5,
-aiohttp 15, AWS load balancers 60, nginx 75, Go 90), else a client sends into one that the server is closing."""
+aiohttp 15, AWS load balancers 60, nginx 75, Go 90), else a client sends into one that is being closed."""
 WRITE_TIMEOUT_S = 30.0
 """A client that takes nothing of what it asked for is dropped after this time [s]."""
 BODY_GRACE = 3.0
-"""The routes answer a late body with 408; who goes on sending is cut off after this many times their limit."""
+"""The routes answer a late body with 408; who goes on sending is cut off after this many times that."""
 MAX_FRAGMENTS = 1024
 """Frames of one websocket message; empty ones cost memory that a limit on bytes does not see."""
 
