@@ -249,8 +249,8 @@ def test_read_origin() -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        "text/plain", "text/plain; application/json", "application/x-www-form-urlencoded", "multipart/form-data",
-        "",
+        "text/plain", "text/plain; application/json", "application/x-www-form-urlencoded", 
+        "multipart/form-data", "",
         "application/json; charset=utf-16",
         "application/jsonp", "application/json, text/plain", "text/json",
     ],
