@@ -249,7 +249,7 @@ def test_read_origin() -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        "text/plain", "text/plain; application/json", "application/x-www-form-urlencoded", 
+        "text/plain", "text/plain; application/json", "application/x-www-form-urlencoded",
         "multipart/form-data", "",
         "application/json; charset=utf-16",
         "application/jsonp", "application/json, text/plain", "text/json",

@@ -154,7 +154,7 @@ class WriteWatch:
 
 
 def _unacknowledged(transport: asyncio.Transport) -> int:
-    """Bytes that the client has not taken yet: ours, and where the system tells (SIOCOUTQ) those of its socket.
+    """Bytes that the client has not taken yet: ours, and where the system tells (SIOCOUTQ) its socket's.
 
     A socket's own buffer holds megabytes, so ours alone may stand still while a slow client reads.
     """
