@@ -62,7 +62,9 @@ class Scene:
         lookup("task", task, TASKS)
         seed, instruction = command.get("seed"), command.get("instruction") or ""
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-            raise BlmError(f"the seed is {reprlib.repr(seed)}; it must be a whole number from 0 to 2147483647")
+            raise BlmError(
+                f"the seed is {reprlib.repr(seed)}; it must be a whole number from 0 to 2147483647"
+            )
         if not isinstance(instruction, str) or len(instruction) > MAX_INSTRUCTION:
             raise BlmError(f"an instruction is a text of at most {MAX_INSTRUCTION} characters")
         return cls(robot=robot, task=task, seed=seed, instruction=instruction.strip())
@@ -108,6 +110,7 @@ class Rollout(threading.Thread):
         self._commands: queue.Queue[Mapping[str, Any]] = queue.Queue(MAX_WAITING_COMMANDS)
         self._closing = threading.Event()
         self._policy: RemotePolicy | None = None
+        self._questions: list[str] | None = None
         self._status: dict[str, Any] = {"step": 0, "latency_ms": None, "solved_at": None, "holds": None}
 
     # --- called from other threads ---
@@ -157,6 +160,7 @@ class Rollout(threading.Thread):
             env.reset(seed=self.scene.seed)
             env.task_description = self.scene.instruction or env.task_description
             self.notify(describe(env))
+            self._suggest(env)
             self._show(env)
             steps: Iterator[float] | None = None
             while not self._closing.is_set():
@@ -256,17 +260,24 @@ class Rollout(threading.Thread):
             for index, camera in enumerate(env.cameras)
         }
         self.notify({"type": "frame", "images": images, "state": self.state, **self._status})
+        if self.state not in DRIVING:  # while a model drives they stay where a pointer may be
+            self._suggest(env)
+
+    def _suggest(self, env: Env) -> None:
+        questions = suggested_questions(env)
+        if questions != self._questions:
+            self._questions = questions
+            self.notify({"type": "questions", "questions": questions})
 
 
 def describe(env: Env) -> dict[str, Any]:
-    """The message that introduces a scene: its instruction, what can be moved, what to ask."""
+    """The message that introduces a scene: its instruction, its cameras, what can be moved."""
     objects = {name: f"{thing.color} {thing.kind}" for name, thing in env.objects().items()}
     return {
         "type": "scene",
         "instruction": env.task_description,
         "objects": objects,
         "cameras": list(env.cameras),
-        "questions": suggested_questions(env),
         "max_steps": MAX_STEPS,
     }
 

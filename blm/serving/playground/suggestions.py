@@ -92,7 +92,9 @@ def suggested_questions(env: Env) -> list[str]:
     }
     camera = env.cameras[0]
     return [
-        QUESTIONS[kind].format(**about, camera=camera) for kind, about in task if _is_clear(kind, about, places, env)
+        QUESTIONS[kind].format(**about, camera=camera)
+        for kind, about in task
+        if _is_clear(kind, about, places, env)
     ]
 
 
@@ -100,6 +102,8 @@ def _is_clear(kind: str, about: dict[str, str], places: dict[str, FloatArray], e
     if kind in ("side", "depth"):
         x, y, _ = abs(places[about["thing"]] - places[about["other"]])
         return bool((y if kind == "side" else x) >= MIN_GAP)
+    if kind == "way":  # there is one as long as it is not there
+        return bool(max(abs(places[about["thing"]] - places[about["other"]])[:2]) >= MIN_GAP)
     if kind == "table":
         off = abs(places[about["thing"]][1] - env.task_spec.region(env.robot).centre[1])
         return not MIDDLE < off < OUTSIDE
