@@ -242,9 +242,9 @@ class Rollout(threading.Thread):
             self._show(env)
         elif kind == "look":
             cameras = {camera: data_uri(env.picture(camera), "PNG") for camera in env.cameras}
-            self.notify({
-                "type": "look", "id": command.get("id"), "images": cameras, "step": self._status["step"],
-            })  # fmt: skip
+            number = command.get("id")
+            asked = number if isinstance(number, int) and abs(number) < 2**53 else None
+            self.notify({"type": "look", "id": asked, "images": cameras, "step": self._status["step"]})
         elif kind == "move":
             move_object(env, command)
             self._show(env)

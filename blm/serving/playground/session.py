@@ -24,6 +24,8 @@ MAX_WAITING_MESSAGES = 32
 """Messages besides pictures that a visitor may be behind by; a browser that is slower is let go."""
 SEND_TIMEOUT_S = 20.0
 """A browser that takes nothing for so long is let go."""
+GOODBYE_S = 1.0
+"""How long a browser may take to hear why it is let go; the server then drops the connection in its time."""
 IDLE_S = 600.0
 """A visitor who neither commands nor watches a run for so long is let go."""
 CLOSE_TIMEOUT_S = 5.0
@@ -70,6 +72,8 @@ class Outbox:
         side = message.get("side", 0)
         if message["type"] == "frame":
             self._frames[side] = message
+        elif message["type"] == "error" and message in self._others:
+            pass  # a flood of wrong commands gets one answer at a time
         elif len(self._others) < MAX_WAITING_MESSAGES:
             if message["type"] == "scene":
                 self._frames.pop(side, None)  # it shows the scene before
@@ -139,8 +143,9 @@ class Session:
             for task in done:
                 task.result()
         except CloseError as error:
-            with suppress(RuntimeError, WebSocketDisconnect):
-                await self.socket.close(error.code, error.reason)
+            with suppress(RuntimeError, WebSocketDisconnect, TimeoutError):
+                async with asyncio.timeout(GOODBYE_S):  # a browser that takes nothing does not take this either
+                    await self.socket.close(error.code, error.reason)
         except WebSocketDisconnect:
             pass
         finally:
