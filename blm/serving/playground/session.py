@@ -230,6 +230,7 @@ class Session:
 
     def _deliver(self, rollout: Rollout, message: dict[str, Any]) -> None:
         if message["type"] == "closed":
+            rollout.join(1.0)  # that was its last statement: this takes no longer than a switch of threads
             self.simulators.running.discard(rollout)
             self._some_closed.set()
         elif rollout in self.rollouts:
