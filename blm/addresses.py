@@ -6,7 +6,6 @@ import errno
 import ipaddress
 import re
 import socket
-from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -16,6 +15,8 @@ LOOPBACK_NAMES = frozenset({"localhost", "ip6-localhost", "ip6-loopback"})
 """Names that /etc/hosts gives to loopback; they have no dot, so nobody can register them."""
 _NAME = re.compile(r"(?!-)[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
 _AUTHORITY = re.compile(r"(?P<host>\[[0-9a-f:.]+(%[\w.-]+)?\]|[^:\[\]]*)(:(?P<port>\d{0,5}))?")
+BACKLOG = 2048
+"""Connections that wait to be accepted; the system may have a lower limit."""
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
@@ -96,8 +97,11 @@ def reaches_network(host: str) -> bool:
     return not all(address is not None and address.is_loopback for address in addresses)
 
 
-def bind(host: str, port: int, flag: str = "--port") -> list[socket.socket]:
-    """Return bound sockets, one for each address of `host`, all on one port. Raises BlmError in one line."""
+def listen(host: str, port: int, flag: str = "--port") -> list[socket.socket]:
+    """Return listening sockets, one for each address of `host`, all on one port.
+
+    Raises BlmError, in one line, for a port that is taken, forbidden or none, and a foreign address.
+    """
     check_port(port, flag)
     sockets = list[socket.socket]()
     try:
@@ -105,22 +109,18 @@ def bind(host: str, port: int, flag: str = "--port") -> list[socket.socket]:
             if sockets and port == 0:  # the port that the first address got
                 address = (address[0], sockets[0].getsockname()[1], *address[2:])
             sockets.append(_bound(family, address))
+            sockets[-1].listen(BACKLOG)
     except OSError as error:
-        _close(sockets)
-        raise BlmError(f"cannot listen on {host} {flag} {port}: {_reason(error, flag)}") from None
+        for one in sockets:
+            one.close()
+        raise BlmError(f"cannot listen on {host}, {flag} {port}: {_reason(error, flag)}") from None
     return sockets
 
 
 def check_free(host: str, port: int, flag: str = "--port") -> None:
     """Raise BlmError if a server could not listen there now: before a long load rather than after it."""
-    sockets = bind(host, port, flag)
-    try:
-        for one in sockets:
-            one.listen(1)  # with SO_REUSEADDR two sockets may be bound to a port, but only one may listen
-    except OSError as error:
-        raise BlmError(f"cannot listen on {host} {flag} {port}: {_reason(error, flag)}") from None
-    finally:
-        _close(sockets)
+    for one in listen(host, port, flag):
+        one.close()
 
 
 def _bound(family: socket.AddressFamily, address: Any) -> socket.socket:
@@ -144,8 +144,3 @@ def _reason(error: OSError, flag: str) -> str:
     if error.errno == errno.EADDRNOTAVAIL:
         return "the address belongs to no interface of this machine"
     return str(error)
-
-
-def _close(sockets: Sequence[socket.socket]) -> None:
-    for one in sockets:
-        one.close()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import secrets
+import shlex
+import stat
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from starlette.requests import HTTPConnection
 
@@ -24,6 +28,9 @@ MAX_SESSIONS = 256
 """Browsers signed in at a time; a further one ends the oldest session."""
 LOGIN_TRIES, LOGIN_REFILL_S = 10, 6.0
 """Wrong keys that one address may send at once, and the time until it may send one more [s]."""
+KEY_VARIABLE = "BLM_API_KEY"
+MAX_KEY_FILE = 65536
+"""Largest file of keys [bytes]."""
 DEFAULT_PORTS = {"http": 80, "https": 443}
 Origin = tuple[str, str, int]
 """Scheme, host in lower case, port."""
@@ -183,6 +190,47 @@ def check_key(key: str) -> str:
             "the API key has spaces or characters beyond ASCII; use letters, digits and punctuation"
         )
     return key
+
+
+def read_keys(
+    given: str | None, file: Path | None, environment: Mapping[str, str]
+) -> tuple[list[str], list[str]]:
+    """Return the keys of --api-key, else --api-key-file, else BLM_API_KEY; and warnings about them.
+
+    Without any of these there are none. Raises BlmError for an empty key, file or variable: a secret that
+    failed to arrive must not open the server.
+    """
+    if given is not None and file is not None:
+        raise BlmError("give --api-key-file or --api-key, not both")
+    if file is not None:
+        return _keys_of_file(file)
+    if given is not None:
+        warning = "everyone on this machine can read --api-key in `ps`; use BLM_API_KEY or --api-key-file"
+        return [check_key(given)], [warning]
+    if KEY_VARIABLE not in environment:
+        return [], []
+    if not environment[KEY_VARIABLE].strip():
+        raise BlmError(f"{KEY_VARIABLE} is set and empty; give it a key, or unset it to need none")
+    return [check_key(environment[KEY_VARIABLE])], []
+
+
+def _keys_of_file(file: Path) -> tuple[list[str], list[str]]:
+    try:
+        with file.open("rb") as opened:
+            mode, data = os.fstat(opened.fileno()).st_mode, opened.read(MAX_KEY_FILE + 1)
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise BlmError(f"cannot read --api-key-file '{file}': {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise BlmError(f"--api-key-file '{file}' is not a text file") from None
+    if len(data) > MAX_KEY_FILE:
+        raise BlmError(f"--api-key-file '{file}' has more than {MAX_KEY_FILE} bytes; give one key a line")
+    keys = [line.strip() for line in text.splitlines() if line.strip()]
+    if not keys:
+        raise BlmError(f"--api-key-file '{file}' has no key; write one a line")
+    shared = stat.S_ISREG(mode) and mode & 0o077 and os.name == "posix"
+    warning = f"other users may read or change '{file}'; run: chmod 600 {shlex.quote(str(file))}"
+    return [check_key(key) for key in keys], [warning] if shared else []
 
 
 def cookie_name(connection: HTTPConnection) -> str:
