@@ -54,7 +54,7 @@ class StillPolicy:
 
 
 def serving(**options: Any) -> AbstractContextManager[str]:
-    policy, key = options.pop("policy", None) or StillPolicy(), options.get("api_key")
+    policy, key = options.pop("policy", None) or StillPolicy(), options.pop("api_key", None)
     app = create_app(policy, EchoSpeaker(), api_key=key)
     add_playground(app, CONTRACT, name="BLM", **options)
     return running_app(app)
@@ -314,7 +314,7 @@ def test_the_address_at_which_a_server_reaches_itself(server: Any, address: str 
 @pytest.mark.parametrize("host, reached", [("::1", "[::1]"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]")])
 def test_a_server_on_other_addresses_drives_with_its_own_model(host: str, reached: str) -> None:
     app = create_app(StillPolicy(), api_key="sesame")
-    add_playground(app, CONTRACT, name="BLM", api_key="sesame")
+    add_playground(app, CONTRACT, name="BLM")
     try:
         sockets.create_server(("::1", 0), family=sockets.AF_INET6).close()
     except OSError:

@@ -228,7 +228,7 @@ def test_signing_in_with_a_browser() -> None:
     from playwright.sync_api import expect, sync_playwright
 
     app = create_app(StillPolicy(), Thinker(), api_key="sesame")
-    add_playground(app, CONTRACT, name="BLM", api_key="sesame")
+    add_playground(app, CONTRACT, name="BLM")
     with running_app(app) as address, sync_playwright() as tools:
         browser = tools.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page()

@@ -35,18 +35,18 @@ def add_playground(
     contract: PolicyContract | None,
     *,
     name: str,
-    api_key: str | None = None,
     beside: Mapping[str, str] | None = None,
+    beside_key: str | None = None,
 ) -> None:
     """Add the page to a server that `create_app` made.
 
     Without a `contract` (a model that has no policy) scenes can be looked at and asked about, not driven.
-    `beside`: name -> ws:// address of other servers to compare with; they are sent `api_key`. Raises BlmError
-    when one of them has this server's name.
+    `beside`: name -> ws:// address of other servers to compare with; they get `beside_key` and never a key of
+    this server. Raises BlmError when one of them has this server's name.
     """
     if name in (beside or {}):
         raise BlmError(f"--beside names another server '{name}', as this one is called; choose another name")
-    others = {other: ServedModel(uri=uri, api_key=api_key) for other, uri in (beside or {}).items()}
+    others = {other: ServedModel(uri=uri, api_key=beside_key) for other, uri in (beside or {}).items()}
     facts = page_facts(app, contract, name, list(others))
     template = files(__package__).joinpath("page.html").read_text("utf-8")
     template = template.replace("{{FACTS}}", json.dumps(facts).replace("<", "\\u003c"))

@@ -144,7 +144,9 @@ class Session:
                 task.result()
         except CloseError as error:
             with suppress(RuntimeError, WebSocketDisconnect, TimeoutError):
-                async with asyncio.timeout(GOODBYE_S):  # a browser that takes nothing does not take this either
+                async with asyncio.timeout(
+                    GOODBYE_S
+                ):  # a browser that takes nothing does not take this either
                     await self.socket.close(error.code, error.reason)
         except WebSocketDisconnect:
             pass
