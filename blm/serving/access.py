@@ -37,6 +37,16 @@ Origin = tuple[str, str, int]
 MAX_ADDRESSES = 4096
 """Addresses whose wrong keys are counted; the one that was quiet the longest is forgotten first."""
 
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "X-Frame-Options": "DENY",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+"""On every response, errors too. With the referrer policy no-referrer browsers would send 'Origin: null' with
+the login form (Fetch standard, "append a request Origin header")."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trust:

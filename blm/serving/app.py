@@ -21,12 +21,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from blm.serving import connections
-from blm.serving.access import Access, origin_text
+from blm.serving.access import SECURITY_HEADERS, Access, origin_text
 from blm.serving.chat import Limits, RequestError
 from blm.serving.client import MAX_FRAME
 from blm.serving.completions import add_chat
 from blm.serving.engine import Engine, Room, Speaker
-from blm.serving.gate import SECURITY_HEADERS, Gate
+from blm.serving.gate import Gate
 from blm.serving.login import add_login
 from blm.serving.metrics import Metrics
 from blm.serving.openpi import add_policy

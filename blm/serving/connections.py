@@ -10,6 +10,7 @@ opens sockets and says nothing, or half of something, keeps nobody out.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections import Counter
@@ -20,6 +21,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.frames import Frame
+from websockets.http11 import Request, Response
 
 from blm.serving import access
 from blm.serving.chat import RequestError
@@ -183,6 +185,22 @@ class HttpProtocol(H11Protocol):
         self._stop_watching()
         super().handle_websocket_upgrade(event)
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP in the same form as every other error."""
+        body = json.dumps(RequestError(400, msg).to_json()).encode()
+        headers = {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            "Connection": "close",
+        }
+        lines = [
+            (name.encode(), value.encode()) for name, value in (headers | access.SECURITY_HEADERS).items()
+        ]
+        response = h11.Response(status_code=400, headers=lines, reason=b"Bad Request")
+        for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._writes.start()
@@ -249,6 +267,17 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self._stop_timer()
         if partial and self._timer is None and not self.transport.is_closing():
             self._timer = self.loop.call_later(access.PATIENCE_S, self._overdue)
+
+    def handle_connect(self, event: Request) -> None:
+        send = self.conn.send_response
+
+        def send_secured(response: Response) -> None:
+            for name, value in access.SECURITY_HEADERS.items():
+                response.headers.setdefault(name, value)
+            send(response)
+
+        self.conn.send_response = send_secured  # type: ignore[method-assign]
+        super().handle_connect(event)
 
     def send_receive_event_to_app(self) -> None:
         self._finished = True

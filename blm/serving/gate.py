@@ -17,7 +17,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blm.addresses import read_authority
-from blm.serving.access import DEFAULT_PORTS, Access, Origin, read_origin
+from blm.serving.access import DEFAULT_PORTS, SECURITY_HEADERS, Access, Origin, read_origin
 from blm.serving.chat import RequestError
 from blm.serving.connections import Connection
 from blm.serving.login import FORM, LOGIN_PATH, LOGOUT_PATH, PAGE_PATH, login_page
@@ -26,15 +26,6 @@ log = logging.getLogger(__name__)
 STATUS_PATHS = frozenset({"/health", "/healthz", "/ping"})
 """They answer without a key, and when all places are taken: orchestrators ask here."""
 KEYLESS_PATHS = STATUS_PATHS | {LOGIN_PATH}
-SECURITY_HEADERS = {
-    "Content-Security-Policy": "frame-ancestors 'none'",
-    "X-Frame-Options": "DENY",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
-"""On every response, errors too. With the referrer policy no-referrer browsers would send 'Origin: null' with
-the login form (Fetch standard, "append a request Origin header")."""
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _BODY_METHODS = frozenset({"POST", "PUT", "PATCH"})
 
