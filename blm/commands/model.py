@@ -119,9 +119,8 @@ def _check_addresses(chosen: Serve) -> None:
 
 
 def _check_features(chosen: Serve, source: Source) -> None:
-    for flag, given in (("--groot-port", chosen.groot_port is not None), ("--playground", chosen.playground)):
-        if given and not source.has_policy:
-            raise BlmError(f"{flag} needs a policy, and '{chosen.checkpoint}' has chat only (Stage I)")
+    if chosen.groot_port is not None and not source.has_policy:
+        raise BlmError(f"--groot-port needs a policy, and '{chosen.checkpoint}' has chat only (Stage I)")
     if chosen.playground:
         from blm.serving.playground import read_beside
 
@@ -139,9 +138,8 @@ def _build(chosen: Serve, model: Model, access: Access) -> FastAPI:
     if chosen.playground:
         from blm.serving.playground import add_playground, read_beside
 
-        assert model.policy is not None
-        beside = read_beside(chosen.beside)
-        add_playground(app, model.policy.contract, name=chosen.name, api_key=inner_key, beside=beside)
+        contract = model.policy.contract if model.policy is not None else None
+        add_playground(app, contract, name=chosen.name, beside=read_beside(chosen.beside))
     if chosen.groot_port is not None:
         from blm.serving.groot import add_groot
 

@@ -1,86 +1,115 @@
 """One page to watch a served model drive a simulated robot, disturb it, and ask about what it sees.
 
 Everything goes through the protocols that any client uses: the simulated robot asks for actions over OpenPI's
-websocket, the page asks questions over chat completions.
+websocket, the page asks questions over chat completions. With an API key the server's gate lets in only
+browsers that have signed in, and a websocket only with their cookie or the key: nobody waits in here without.
 """
 
 from __future__ import annotations
 
-import asyncio
-import hmac
 import json
-import logging
+import secrets
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
-from urllib.parse import urlsplit
 
-from fastapi import FastAPI, WebSocket, WebSocketDisconnect
+from fastapi import FastAPI, WebSocket
 from fastapi.responses import HTMLResponse
 
 from blm.robots import ROBOTS
-from blm.serving.playground.rollout import Rollout, Scene
+from blm.serving.playground.rollout import ServedModel
+from blm.serving.playground.session import Session, Simulators, own_address
 from blm.tasks import TASKS
 from blm.types import BlmError, PolicyContract
 
-log = logging.getLogger(__name__)
-MOST_VISITORS = 4
-"""Visitors at a time; each needs a simulator."""
-FRAMES_WAITING = 20
-"""Pictures that a slow browser is behind, before newer ones are left out."""
 PATH = "/playground"
+CHAT_PATH = "/v1/chat/completions"
+MAX_VISITORS = 4
+"""Visitors at a time; each may hold two simulators."""
+EVICTABLE_S = 60.0
+"""When all places are taken, a visitor who was idle for so long gives his to a new one."""
 
 
 def add_playground(
     app: FastAPI,
-    contract: PolicyContract,
+    contract: PolicyContract | None,
     *,
     name: str,
-    api_key: str | None = None,
     beside: Mapping[str, str] | None = None,
+    beside_key: str | None = None,
 ) -> None:
-    """Add the page to a server. `beside`: name -> ws:// address of other servers to compare with."""
-    others = dict(beside or {})
-    robots = [robot for robot in contract.action_spaces if robot in ROBOTS]
-    facts = {
-        "model": name,
-        "models": [name, *others],
-        "revision": contract.revision,
-        "robots": robots,
-        "tasks": {task: spec.title for task, spec in TASKS.items()},
-        "cameras": list(contract.cameras),
-        "key": api_key is not None,
-    }
-    page = files(__package__).joinpath("page.html").read_text("utf-8")
-    page = page.replace("{{FACTS}}", json.dumps(facts).replace("<", "\\u003c"))
-    visitors = set[WebSocket]()
+    """Add the page to a server that `create_app` made.
+
+    Without a `contract` (a model that has no policy) scenes can be looked at and asked about, not driven.
+    `beside`: name -> ws:// address of other servers to compare with; they get `beside_key` and never a key of
+    this server. Raises BlmError when one of them has this server's name.
+    """
+    if name in (beside or {}):
+        raise BlmError(f"--beside names another server '{name}', as this one is called; choose another name")
+    others = {other: ServedModel(uri=uri, api_key=beside_key) for other, uri in (beside or {}).items()}
+    facts = page_facts(app, contract, name, list(others))
+    template = files(__package__).joinpath("page.html").read_text("utf-8")
+    template = template.replace("{{FACTS}}", json.dumps(facts).replace("<", "\\u003c"))
+    sessions, simulators = set[Session](), Simulators()
 
     @app.get(PATH)
     async def get_page() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY, "Cache-Control": "no-store"})
+        nonce = secrets.token_urlsafe(16)
+        headers = {"Content-Security-Policy": content_policy(nonce), "Cache-Control": "no-store"}
+        return HTMLResponse(template.replace("{{NONCE}}", nonce), headers=headers)
 
-    async def talk(socket: WebSocket) -> None:
-        if not same_origin(socket):
-            await socket.close(code=1008)
-            return
+    async def visit(socket: WebSocket) -> None:
         await socket.accept()
-        if len(visitors) >= MOST_VISITORS:
-            await socket.send_json({"type": "error", "message": f"{MOST_VISITORS} visitors are here already"})
-            await socket.close(code=1013)
-            return
-        visitors.add(socket)
-        host, port = socket.scope["server"]
+        if len(sessions) >= MAX_VISITORS:
+            idlest = max(sessions, key=lambda session: session.idle_s)
+            if idlest.idle_s < EVICTABLE_S:
+                message = f"{MAX_VISITORS} visitors are here already; try again later"
+                await socket.send_json({"type": "error", "message": message})
+                await socket.close(1013, message)
+                return
+            sessions.discard(idlest)
+            idlest.ask_to_leave(1000, "another visitor took the place of this idle page")
+        own = own_address(socket.scope.get("server")) if contract is not None else None
+        model = ServedModel(uri=own, contract=contract, api_key=app.state.access.internal_key)
+        session = Session(socket, {name: model, **others}, simulators)
+        sessions.add(session)
         try:
-            await Visit(socket, {name: f"ws://{host}:{port}", **others}, api_key).run()
-        except WebSocketDisconnect:
-            pass
+            await session.run()
         finally:
-            visitors.discard(socket)
+            sessions.discard(session)
 
-    app.add_api_websocket_route(f"{PATH}/ws", talk)
+    app.add_api_websocket_route(f"{PATH}/ws", visit)
 
 
-POLICY = "default-src 'self'; img-src 'self' data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+def page_facts(
+    app: FastAPI, contract: PolicyContract | None, name: str, others: Sequence[str]
+) -> dict[str, Any]:
+    """What the page needs to know about model, scenes and server."""
+    robots = [robot for robot in ROBOTS if contract is None or robot in contract.action_spaces]
+    return {
+        "model": name,
+        "models": [name, *others],
+        "revision": contract.revision if contract else "",
+        "policy": contract is not None,
+        "chat": any(getattr(route, "path", None) == CHAT_PATH for route in app.routes),
+        "robots": robots,
+        "tasks": {task: spec.title for task, spec in TASKS.items()},
+        "key": app.state.access.needs_key,
+    }
+
+
+def content_policy(nonce: str) -> str:
+    """The page runs its own script and style only, loads nothing from elsewhere, and stands in no frame."""
+    return "; ".join([
+        "default-src 'none'",
+        "connect-src 'self'",
+        "img-src data:",
+        f"script-src 'nonce-{nonce}'",
+        f"style-src 'nonce-{nonce}'",
+        "form-action 'self'",
+        "base-uri 'none'",
+        "frame-ancestors 'none'",
+    ])  # fmt: skip
 
 
 def read_beside(entries: Sequence[str]) -> dict[str, str]:
@@ -92,85 +121,3 @@ def read_beside(entries: Sequence[str]) -> dict[str, str]:
             raise BlmError(f"'{entry}' is not of the form NAME=ws://HOST:PORT with a name of its own")
         found[name] = address
     return found
-
-
-def same_origin(socket: WebSocket) -> bool:
-    """Whether a page of this server opened the socket: other pages of a visitor's browser must not."""
-    origin = socket.headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == socket.headers.get("host")
-
-
-class Visit:
-    """One browser and the robots that it watches."""
-
-    def __init__(self, socket: WebSocket, models: Mapping[str, str], api_key: str | None) -> None:
-        self.socket, self.models, self.api_key = socket, models, api_key
-        self.loop = asyncio.get_running_loop()
-        self.news: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self.rollouts = list[Rollout]()
-
-    async def run(self) -> None:
-        sending = asyncio.create_task(self._send())
-        try:
-            if self.api_key is not None:
-                await self._require_key()
-            while True:
-                self._obey(await self._receive())
-        finally:
-            self._stop()
-            sending.cancel()
-
-    async def _receive(self) -> Mapping[str, Any]:
-        try:
-            command = json.loads(await self.socket.receive_text())
-        except (ValueError, KeyError):
-            return {}
-        return command if isinstance(command, dict) else {}
-
-    async def _require_key(self) -> None:
-        given = str((await self._receive()).get("key"))
-        if not hmac.compare_digest(given.encode(), str(self.api_key).encode()):
-            await self.socket.send_json({"type": "error", "message": "wrong or missing API key"})
-            raise WebSocketDisconnect(1008)
-
-    def _obey(self, command: Mapping[str, Any]) -> None:
-        kind = command.get("type")
-        if kind == "start":
-            try:
-                self._start(command)
-            except BlmError as error:
-                self._tell({"type": "error", "message": str(error)})
-        elif kind == "stop":
-            self._stop()
-        else:
-            chosen = command.get("side")
-            for side, rollout in enumerate(self.rollouts):
-                if chosen in (None, side):
-                    rollout.commands.put(command if "type" in command else {"type": "nothing"})
-
-    def _start(self, command: Mapping[str, Any]) -> None:
-        self._stop()
-        scene, names = Scene.read(command), command.get("models") or list(self.models)[:1]
-        if not isinstance(names, list) or not 1 <= len(names) <= 2 or not set(names) <= set(self.models):
-            raise BlmError(f"models {names}: choose one or two of {', '.join(self.models)}")
-        for side, model in enumerate(names):
-
-            def tell(message: dict[str, Any], side: int = side) -> None:
-                self.loop.call_soon_threadsafe(self._tell, {**message, "side": side})
-
-            self.rollouts.append(Rollout(scene, self.models[model], self.api_key, tell))
-            self.rollouts[-1].start()
-
-    def _stop(self) -> None:
-        for rollout in self.rollouts:
-            rollout.stop()
-        self.rollouts = []
-
-    def _tell(self, message: dict[str, Any]) -> None:
-        behind = self.news.qsize() > FRAMES_WAITING
-        if not (behind and message["type"] == "frame" and not message.get("over")):
-            self.news.put_nowait(message)
-
-    async def _send(self) -> None:
-        while True:
-            await self.socket.send_json(await self.news.get())

@@ -1,167 +1,291 @@
-"""One simulated robot that a served model drives through the real protocol, in a thread of its own."""
+"""One simulated robot that a served model drives over the real protocol, in a thread of its own."""
 
 from __future__ import annotations
 
 import base64
 import io
+import logging
 import queue
+import reprlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image as Pillow
 
 from blm.robots import ROBOTS
 from blm.serving.client import RemotePolicy
+from blm.serving.playground.suggestions import suggested_questions
 from blm.tasks import TASKS, Env
 from blm.types import BlmError, ImageArray, Observation, PolicyContract, decision_seed, lookup
 
-SHOWN = ("base", "wrist")
-"""Cameras that people watch; the model sees those of its contract."""
-SHOWN_SIZE = 256
-MOST_STEPS = 200
-SETTLE = 10
-"""Steps that are still shown after a success."""
-FARTHEST = 0.3
-"""An object is pushed at most so far at a time [m]."""
-LONGEST_INSTRUCTION = 300
+log = logging.getLogger(__name__)
+LARGE, SMALL = 400, 240
+"""Sides of the pictures for people [px]: the first camera's, the others'."""
+MAX_STEPS = 200
+SETTLE_STEPS = 10
+"""Steps that are still driven after the task is solved: then the page says whether it stayed solved."""
+MAX_SHIFT = 0.3
+"""An object is moved at most so far by one command [m]."""
+TABLE_HALF = 0.5
+"""An object stays within this of the workspace's centre along x and y [m]: further out no camera shows it."""
+MAX_INSTRUCTION = 300
+MAX_WAITING_COMMANDS = 16
+POLICY_TIMEOUT_S = 30.0
+"""Longest wait for one reply of a model, and for a connection to it."""
+CHAT_CAMERAS, CHAT_IMAGE_SIZE = ("base", "side", "wrist"), 112
+"""What a model without a policy is shown: it has no contract that says it."""
+
+State = Literal["ready", "connecting", "driving", "paused", "solved", "unsolved", "stopped", "error"]
+DRIVING: tuple[State, ...] = ("connecting", "driving")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a visitor wants to see."""
+    """What a visitor chose to see."""
 
     robot: str
     task: str
     seed: int
     instruction: str = ""
-    """Instead of the task's own words."""
+    """Replaces the task's own instruction unless empty."""
 
     @classmethod
-    def read(cls, asked: Mapping[str, Any]) -> Scene:
-        """Raises BlmError naming what is wrong."""
-        robot, task = str(asked.get("robot")), str(asked.get("task"))
+    def read(cls, command: Mapping[str, Any]) -> Scene:
+        """Raises BlmError that names the field at fault."""
+        robot, task = (str(command.get(key))[:80] for key in ("robot", "task"))
         lookup("robot", robot, ROBOTS)
         lookup("task", task, TASKS)
-        seed, words = asked.get("seed"), asked.get("instruction") or ""
+        seed, instruction = command.get("seed"), command.get("instruction") or ""
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-            raise BlmError(f"the seed is {seed!r}; it must be a whole number from 0 to 2147483647")
-        if not isinstance(words, str) or len(words) > LONGEST_INSTRUCTION:
-            raise BlmError(f"an instruction is a text of at most {LONGEST_INSTRUCTION} characters")
-        return cls(robot=robot, task=task, seed=seed, instruction=words.strip())
+            raise BlmError(
+                f"the seed is {reprlib.repr(seed)}; it must be a whole number from 0 to 2147483647"
+            )
+        if not isinstance(instruction, str) or len(instruction) > MAX_INSTRUCTION:
+            raise BlmError(f"an instruction is a text of at most {MAX_INSTRUCTION} characters")
+        return cls(robot=robot, task=task, seed=seed, instruction=instruction.strip())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """A model that can drive, and how to reach it."""
+
+    uri: str | None
+    """ws:// address; None for a server that has no policy: its scenes can be looked at, not driven."""
+    contract: PolicyContract | None = None
+    """None: unknown until connected to."""
+    api_key: str | None = None
+
+    def connect(self) -> RemotePolicy:
+        """Raises BlmError when there is no policy, or nobody answers."""
+        if self.uri is None:
+            raise BlmError("this server has no policy: its model answers questions and cannot drive a robot")
+        return RemotePolicy(self.uri, api_key=self.api_key, timeout_s=POLICY_TIMEOUT_S)
+
+    def find_contract(self) -> PolicyContract | None:
+        if self.contract is None and self.uri is not None:
+            with closing(self.connect()) as policy:
+                return policy.contract
+        return self.contract
 
 
 class Rollout(threading.Thread):
-    """An episode that can be paused, disturbed and looked at; it stays to be looked at when it is over."""
+    """A scene that can be looked at, driven, paused and disturbed, until it is closed.
 
-    def __init__(
-        self, scene: Scene, uri: str, api_key: str | None, tell: Callable[[dict[str, Any]], None]
-    ) -> None:
-        """`tell` gets messages for the visitor; it is called from this thread."""
+    The thread owns the simulator and its OpenGL context: both are made and freed in it.
+    """
+
+    notify: Callable[[dict[str, Any]], None]
+    """Gets messages for the visitor, {"type": ..}, from this thread; set it before `start`. The last message
+    is {"type": "closed"}."""
+
+    def __init__(self, scene: Scene, model: ServedModel, *, drive: bool) -> None:
         super().__init__(name="blm-playground", daemon=True)
-        self.scene, self.uri, self.api_key, self.tell = scene, uri, api_key, tell
-        self.commands: queue.Queue[Mapping[str, Any]] = queue.Queue()
-        self.paused, self.stopped = False, False
+        self.scene, self.model = scene, model
+        self.state: State = "connecting" if drive else "ready"
+        self._commands: queue.Queue[Mapping[str, Any]] = queue.Queue(MAX_WAITING_COMMANDS)
+        self._closing = threading.Event()
+        self._policy: RemotePolicy | None = None
+        self._questions: list[str] | None = None
+        self._status: dict[str, Any] = {"step": 0, "latency_ms": None, "solved_at": None, "holds": None}
 
-    def stop(self) -> None:
-        self.stopped = True
-        self.commands.put({"type": "nothing"})
+    # --- called from other threads ---
+
+    def send(self, command: Mapping[str, Any]) -> None:
+        """Hand over a command. Raises BlmError when too many are waiting."""
+        try:
+            self._commands.put_nowait(command)
+        except queue.Full:
+            raise BlmError(f"{MAX_WAITING_COMMANDS} commands are waiting already; wait a moment") from None
+
+    def request_close(self) -> None:
+        """Ask the thread to end; it does so after the reply that it may be waiting for."""
+        self._closing.set()
+        with suppress(queue.Full):
+            self._commands.put_nowait({"type": "wake"})
+
+    # --- in the thread ---
 
     def run(self) -> None:
         try:
-            with closing(RemotePolicy(self.uri, api_key=self.api_key)) as policy:
-                lookup("robot of this model", self.scene.robot, policy.contract.action_spaces)
-                size = policy.contract.image_size
-                with closing(
-                    Env(
-                        self.scene.robot,
-                        self.scene.task,
-                        cameras=(),
-                        image_size=size,
-                        terminate_on_success=False,
-                    )
-                ) as env:
-                    self._play(env, policy)
+            self._simulate()
         except BlmError as error:
-            self.tell({"type": "error", "message": str(error)})
+            self._fail(str(error))
+        except Exception as error:
+            log.exception("a playground scene failed")
+            self._fail(f"the simulation failed: {reprlib.repr(error)}")
+        finally:
+            self.notify({"type": "closed"})
 
-    def _play(self, env: Env, policy: RemotePolicy) -> None:
-        env.reset(seed=self.scene.seed)
-        env.task_description = self.scene.instruction or env.task_description
-        self.tell({"type": "scene", "instruction": env.task_description, "objects": movable(env)})
-        self._show(env, {"step": 0})
-        steps = self._steps(env, policy)
-        while not self.stopped:
-            now = time.monotonic()
-            over = self.paused
-            if not self.paused and (state := next(steps, None)) is not None:
-                self._show(env, state)
-            elif not self.paused:
-                over = True
-            self._obey(env, policy.contract, wait_s=0.2 if over else 0.0)
-            time.sleep(max(0.0, 1 / policy.contract.rate_hz - (time.monotonic() - now)) * (not over))
+    def _fail(self, message: str) -> None:
+        self.state = "error"
+        if not self._closing.is_set():
+            self.notify({"type": "error", "message": message, "state": "error"})
 
-    def _steps(self, env: Env, policy: RemotePolicy) -> Iterator[dict[str, Any]]:
-        """Drive step by step; the simulation waits for the model, and the visitor is told for how long."""
-        step, success = 0, -1
-        while step < MOST_STEPS:
-            begin = time.perf_counter()
-            chunk = policy.act(look(env, policy.contract, decision_seed(self.scene.seed, step))).actions
-            latency_ms = 1000 * (time.perf_counter() - begin)
-            for action in chunk[: policy.contract.execute]:
-                info = env.step(action)[4]
-                step += 1
-                success = step if info["success"] and success < 0 else success
-                over = step >= MOST_STEPS or 0 <= success <= step - SETTLE
-                yield {
-                    "step": step,
-                    "latency_ms": round(latency_ms, 1),
-                    "success": success >= 0,
-                    "over": over,
-                }
-                if over:
-                    return
+    def _simulate(self) -> None:
+        contract = self.model.find_contract()
+        if contract is not None:
+            lookup("robot of this model", self.scene.robot, contract.action_spaces)
+        cameras = contract.cameras if contract else CHAT_CAMERAS
+        size = contract.image_size if contract else CHAT_IMAGE_SIZE
+        env = Env(
+            self.scene.robot, self.scene.task, cameras=cameras, image_size=size, terminate_on_success=False
+        )
+        with closing(env), ExitStack() as opened:
+            opened.callback(self._disconnect)
+            env.reset(seed=self.scene.seed)
+            env.task_description = self.scene.instruction or env.task_description
+            self.notify(describe(env))
+            self._suggest(env)
+            self._show(env)
+            steps: Iterator[float] | None = None
+            while not self._closing.is_set():
+                if self.state in DRIVING:
+                    steps = steps or self._drive(env)
+                    self._closing.wait(self._advance(env, steps))
+                else:
+                    steps = steps if self.state == "paused" else None
+                self._obey_waiting(env, block=self.state not in DRIVING)
 
-    def _obey(self, env: Env, contract: PolicyContract, wait_s: float) -> None:
-        """Carry out what the visitor wants."""
+    def _advance(self, env: Env, steps: Iterator[float]) -> float:
+        """Drive one step; return how long to wait before the next [s]."""
+        begin = time.monotonic()
         try:
-            command = self.commands.get(timeout=wait_s) if wait_s else self.commands.get_nowait()
-        except queue.Empty:
-            return
-        if command["type"] == "pause":
-            self.paused = bool(command.get("on", True))
-        elif command["type"] == "look":
-            images = {camera: env.picture(camera) for camera in contract.cameras}
-            pictures = {camera: data_uri(image, "PNG") for camera, image in images.items()}
-            self.tell({"type": "look", "id": command.get("id"), "images": pictures})
-        elif command["type"] == "move":
-            self._move(env, command)
+            period_s = next(steps)
+        except Exception as error:  # of the model or the connection to it: the scene stays to be looked at
+            message = str(error)
+            if not isinstance(error, BlmError):
+                log.exception("a model failed to drive")
+                message = f"the run failed: {reprlib.repr(error)}"
+            self._fail(message)
+            period_s = 0.0
+        self._show(env)
+        if self.state not in DRIVING:
+            self._disconnect()
+        return max(0.0, period_s - (time.monotonic() - begin))
 
-    def _move(self, env: Env, command: Mapping[str, Any]) -> None:
-        shift = np.asarray([command.get("dx"), command.get("dy")], dtype=object)
-        if not all(isinstance(v, int | float) and abs(v) <= FARTHEST for v in shift):
-            self.tell({"type": "error", "message": f"dx and dy are at most {FARTHEST} m, got {shift}"})
-            return
-        try:
-            env.shift_object(str(command.get("object")), np.array([*map(float, shift), 0.0]))
-        except BlmError as error:
-            self.tell({"type": "error", "message": str(error)})
-            return
-        self._show(env, {})
+    def _drive(self, env: Env) -> Iterator[float]:
+        """Drive step by step, yielding the control period [s]; the simulation waits for the model."""
+        self._show(env)
+        policy = self._policy = self.model.connect()
+        contract = policy.contract
+        period_s = 1 / float(np.clip(contract.rate_hz, 1, 100))
+        self.state = "driving"
+        while True:
+            step = self._status["step"]
+            observation = observe(env, contract, decision_seed(self.scene.seed, step))
+            begin = time.monotonic()
+            chunk = policy.act(observation).actions
+            self._status["latency_ms"] = round(1000 * (time.monotonic() - begin))
+            if len(chunk) == 0:
+                raise BlmError("the model sent a chunk without actions")
+            for action in chunk[: max(1, contract.execute)]:
+                self._count_step(bool(env.step(action)[4]["success"]))
+                yield period_s
 
-    def _show(self, env: Env, state: Mapping[str, Any]) -> None:
-        pictures = {camera: data_uri(env.picture(camera, SHOWN_SIZE), "JPEG") for camera in SHOWN}
-        self.tell({"type": "frame", "images": pictures, **state})
+    def _count_step(self, success: bool) -> None:
+        status = self._status
+        status["step"] += 1
+        if success and status["solved_at"] is None:
+            status["solved_at"] = status["step"]
+        solved_at = status["solved_at"]
+        if solved_at is not None and status["step"] >= min(solved_at + SETTLE_STEPS, MAX_STEPS):
+            self.state, status["holds"] = "solved", success
+        elif status["step"] >= MAX_STEPS:
+            self.state = "unsolved"
+
+    def _obey_waiting(self, env: Env, *, block: bool) -> None:
+        """Carry out all commands that wait; with `block`, wait for the first."""
+        with suppress(queue.Empty):
+            command = self._commands.get(block=block)
+            while not self._closing.is_set():
+                try:
+                    self._obey(env, command)
+                except BlmError as error:
+                    self.notify({"type": "error", "message": str(error)})
+                command = self._commands.get_nowait()
+
+    def _obey(self, env: Env, command: Mapping[str, Any]) -> None:
+        kind = command["type"]
+        if kind == "drive" and self.state == "ready":
+            self.state = "connecting"
+        elif kind == "pause" and self.state in (*DRIVING, "paused"):
+            self.state = "paused" if command.get("on", True) else "driving"
+            self._show(env)
+        elif kind == "stop" and self.state in (*DRIVING, "paused"):
+            self.state = "stopped"
+            self._disconnect()
+            self._show(env)
+        elif kind == "look":
+            cameras = {camera: data_uri(env.picture(camera), "PNG") for camera in env.cameras}
+            number = command.get("id")
+            asked = number if isinstance(number, int) and abs(number) < 2**53 else None
+            self.notify({"type": "look", "id": asked, "images": cameras, "step": self._status["step"]})
+        elif kind == "move":
+            move_object(env, command)
+            self._show(env)
+
+    def _disconnect(self) -> None:
+        if self._policy is not None:
+            self._policy.close()
+            self._policy = None
+
+    def _show(self, env: Env) -> None:
+        images = {
+            camera: data_uri(env.picture(camera, SMALL if index else LARGE), "JPEG")
+            for index, camera in enumerate(env.cameras)
+        }
+        self.notify({"type": "frame", "images": images, "state": self.state, **self._status})
+        if self.state not in DRIVING:  # while a model drives they stay where a pointer may be
+            self._suggest(env)
+
+    def _suggest(self, env: Env) -> None:
+        questions = suggested_questions(env)
+        if questions != self._questions:
+            self._questions = questions
+            self.notify({"type": "questions", "questions": questions})
 
 
-def look(env: Env, contract: PolicyContract, seed: int) -> Observation:
-    """What the model sees now."""
+def describe(env: Env) -> dict[str, Any]:
+    """The message that introduces a scene: its instruction, its cameras, what can be moved."""
+    objects = {name: f"{thing.color} {thing.kind}" for name, thing in env.objects().items()}
+    return {
+        "type": "scene",
+        "instruction": env.task_description,
+        "objects": objects,
+        "cameras": list(env.cameras),
+        "max_steps": MAX_STEPS,
+    }
+
+
+def observe(env: Env, contract: PolicyContract, seed: int) -> Observation:
+    """What the model gets of this moment."""
     return Observation(
-        images={camera: env.picture(camera) for camera in contract.cameras},
+        images={camera: env.picture(camera, contract.image_size) for camera in contract.cameras},
         state=env.state(),
         instruction=env.task_description,
         robot=env.embodiment,
@@ -169,12 +293,21 @@ def look(env: Env, contract: PolicyContract, seed: int) -> Observation:
     )
 
 
-def movable(env: Env) -> dict[str, str]:
-    """Name -> what to call it, of everything in the scene."""
-    return {name: f"{thing.color} {thing.kind}" for name, thing in env.objects().items()}
+def move_object(env: Env, command: Mapping[str, Any]) -> None:
+    """Shift an object by `dx`, `dy` [m]. Raises BlmError for an unknown one, and for a shift too far."""
+    shift = [command.get("dx"), command.get("dy")]
+    if not all(isinstance(value, int | float) and abs(value) <= MAX_SHIFT for value in shift):
+        raise BlmError(f"dx and dy are numbers of at most {MAX_SHIFT} m, got {reprlib.repr(shift)}")
+    name, objects = str(command.get("object"))[:80], env.objects()
+    by = np.array([float(shift[0] or 0), float(shift[1] or 0), 0.0])
+    offset = (lookup("object", name, objects).position + by)[:2] - env.task_spec.region(env.robot).centre
+    if np.abs(offset).max() > TABLE_HALF:
+        raise BlmError(f"the {name} would leave the table: it stays within {TABLE_HALF} m of the middle")
+    env.shift_object(name, by)
 
 
-def data_uri(image: ImageArray, form: str) -> str:
+def data_uri(image: ImageArray, image_format: Literal["PNG", "JPEG"]) -> str:
+    """Encode uint8 [height, width, 3] as a data URI."""
     buffer = io.BytesIO()
-    Pillow.fromarray(image).save(buffer, form, quality=85)
-    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    Pillow.fromarray(image).save(buffer, image_format, quality=85)
+    return f"data:image/{image_format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

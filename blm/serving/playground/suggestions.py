@@ -1,0 +1,110 @@
+"""Questions to suggest about a scene: in wordings that Stage I trains, about what is in the scene.
+
+Kinds and wordings are those of `blm.corpora`, which a server does not import; a test compares them.
+"""
+
+from __future__ import annotations
+
+from blm.tasks import Env
+from blm.types import FloatArray
+
+QUESTIONS = {
+    "next": "What can the robot do now?",
+    "colour": "What colour is the {thing}?",
+    "held": "Is the gripper holding the {thing}?",
+    "table": "In which part of the table is the {thing}: left, middle or right?",
+    "side": "Is the {thing} left or right of the {other}?",
+    "depth": "Is the {thing} in front of or behind the {other}?",
+    "roll": "Which object can roll?",
+    "air": "Is the {thing} in the air or on the table?",
+    "way": "Which way will the {thing} go when it is brought to the {other}?",
+    "height": "How high is the {thing} above the table?",
+    "distance": "How far is the {thing} from the {other}?",
+    "count": "How many {thing}s are on the table?",
+    "other": "Is there a {thing} on the table?",
+    "point": "Point to the {thing} in the {camera} view.",
+}
+"""Kind -> question; its fields are filled from the scene."""
+
+BY_TASK: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
+    "push_cube": (
+        ("next", {}),
+        ("point", {"thing": "blue cube"}),
+        ("way", {"thing": "blue cube", "other": "target"}),
+        ("table", {"thing": "blue cube"}),
+        ("distance", {"thing": "blue cube", "other": "target"}),
+        ("colour", {"thing": "cube"}),
+    ),
+    "pull_cube": (
+        ("next", {}),
+        ("point", {"thing": "blue cube"}),
+        ("way", {"thing": "blue cube", "other": "target"}),
+        ("table", {"thing": "blue cube"}),
+        ("distance", {"thing": "blue cube", "other": "target"}),
+        ("colour", {"thing": "cube"}),
+    ),
+    "pick_cube": (
+        ("next", {}),
+        ("point", {"thing": "red cube"}),
+        ("air", {"thing": "goal"}),
+        ("height", {"thing": "goal"}),
+        ("held", {"thing": "red cube"}),
+        ("other", {"thing": "green cube"}),
+    ),
+    "stack_cube": (
+        ("next", {}),
+        ("point", {"thing": "green cube"}),
+        ("side", {"thing": "red cube", "other": "green cube"}),
+        ("depth", {"thing": "red cube", "other": "green cube"}),
+        ("distance", {"thing": "red cube", "other": "green cube"}),
+        ("held", {"thing": "red cube"}),
+    ),
+    "place_sphere": (
+        ("next", {}),
+        ("roll", {}),
+        ("point", {"thing": "white bin"}),
+        ("side", {"thing": "blue ball", "other": "white bin"}),
+        ("table", {"thing": "blue ball"}),
+        ("held", {"thing": "blue ball"}),
+    ),
+    "lift_peg_upright": (
+        ("next", {}),
+        ("point", {"thing": "red and blue peg"}),
+        ("height", {"thing": "gripper"}),
+        ("count", {"thing": "cube"}),
+        ("other", {"thing": "red cube"}),
+    ),
+}
+"""Task -> kinds of its questions and what they are about, most telling first."""
+
+MIN_GAP = 0.05
+"""Sides are suggested for things that lie at least so far apart [m]: nearer, either answer would do."""
+MIDDLE, OUTSIDE = 0.02, 0.08
+"""The middle of the table is within the first of its centre line, left and right begin at the second [m]."""
+
+
+def suggested_questions(env: Env) -> list[str]:
+    """Questions that have one clear answer in the environment's present state."""
+    task = BY_TASK.get(env.task, (("next", {}),))
+    places = {
+        thing.name if thing.kind in ("sphere", "disc") else f"{thing.color} {thing.kind}": thing.position
+        for thing in env.objects().values()
+    }
+    camera = env.cameras[0]
+    return [
+        QUESTIONS[kind].format(**about, camera=camera)
+        for kind, about in task
+        if _is_clear(kind, about, places, env)
+    ]
+
+
+def _is_clear(kind: str, about: dict[str, str], places: dict[str, FloatArray], env: Env) -> bool:
+    if kind in ("side", "depth"):
+        x, y, _ = abs(places[about["thing"]] - places[about["other"]])
+        return bool((y if kind == "side" else x) >= MIN_GAP)
+    if kind == "way":  # there is one as long as it is not there
+        return bool(max(abs(places[about["thing"]] - places[about["other"]])[:2]) >= MIN_GAP)
+    if kind == "table":
+        off = abs(places[about["thing"]][1] - env.task_spec.region(env.robot).centre[1])
+        return not MIDDLE < off < OUTSIDE
+    return True
