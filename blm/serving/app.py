@@ -18,14 +18,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from blm.serving import access
+from blm.serving import access, wire
 from blm.serving.access import require_key
 from blm.serving.chat import Limits, RequestError
-from blm.serving.client import MAX_FRAME
 from blm.serving.completions import add_chat
 from blm.serving.engine import Engine, Room, Speaker
 from blm.serving.metrics import Metrics
 from blm.serving.openpi import add_policy
+from blm.serving.websocket import BoundedWebSocket
 from blm.types import Policy
 
 log = logging.getLogger(__name__)
@@ -92,15 +92,16 @@ class Server(uvicorn.Server):
 
 
 def server_config(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> uvicorn.Config:
-    """The uvicorn settings that OpenPI clients need: large frames, no compression."""
+    """The uvicorn settings that OpenPI clients need: frames as large as the contract's, no compression."""
+    policy = app.state.engine.policy
     return uvicorn.Config(
         app,
         host,
         port,
         http=Impatient,
         limit_concurrency=MOST_CONNECTIONS,
-        ws="websockets-sansio",
-        ws_max_size=MAX_FRAME,
+        ws=BoundedWebSocket,
+        ws_max_size=wire.SMALLEST_LIMIT if policy is None else wire.frame_limit(policy.contract),
         ws_per_message_deflate=False,
         timeout_graceful_shutdown=int(GRACE_S),
     )

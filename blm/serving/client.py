@@ -12,8 +12,8 @@ from websockets.sync.client import connect
 from blm.serving import wire
 from blm.types import ActionChunk, BlmError, ContractError, LateError, Observation, PolicyContract
 
-MAX_FRAME = 64 * 2**20
-"""Largest frame that is accepted [bytes]."""
+MAX_FRAME = 4 * 2**20
+"""Largest frame that is accepted from a server [bytes]: it sends contracts and chunks, no pictures."""
 
 
 class RemotePolicy:
