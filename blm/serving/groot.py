@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -174,16 +173,9 @@ class GrootServer:
         self, observations: Sequence[Observation], within_s: float, client: str
     ) -> Sequence[Acted]:
         """A chunk for each row. When one fails, or the client has gone, the others leave the engine."""
-        until = time.monotonic() + within_s
-        together = asyncio.Semaphore(max(1, self._engine.room.actions_together // 2))
-
-        async def act(observation: Observation) -> Acted:
-            async with together:  # half of a pass stays free for others
-                return await self._engine.act(observation, until - time.monotonic())
-
         try:
             async with asyncio.TaskGroup() as group:
-                rows = [group.create_task(act(observation)) for observation in observations]
+                rows = [group.create_task(self._engine.act(one, within_s, client)) for one in observations]
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
         return [row.result() for row in rows]

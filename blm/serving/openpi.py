@@ -58,7 +58,7 @@ async def _converse(socket: WebSocket, policy: Policy, engine: Engine, metrics: 
     One request of a socket is worked on at a time. The next one is awaited meanwhile: that shows when the
     client has gone, and its request then leaves the engine.
     """
-    contract, previous = policy.contract, dict[str, float]()
+    contract, previous, client = policy.contract, dict[str, float](), f"openpi {socket.client}"
     await socket.send_bytes(wire.pack(contract.to_json()))
     receiving = asyncio.create_task(_receive(socket))
     try:
@@ -70,7 +70,7 @@ async def _converse(socket: WebSocket, policy: Policy, engine: Engine, metrics: 
             observation = wire.to_observation(request, contract)
             within_s = wire.deadline_s(request)
             try:
-                acted = await while_connected(engine.act(observation, within_s), receiving)
+                acted = await while_connected(engine.act(observation, within_s, client), receiving)
             except LateError as error:
                 late = {wire.LATE: str(error), "waited_ms": _milliseconds_since(start)}
                 await socket.send_bytes(wire.pack(late))
