@@ -59,9 +59,9 @@ class Client:
 
 
 @contextmanager
-def running(policy: EchoPolicy, api_key: str | None = None) -> Iterator[int]:
+def running(policy: EchoPolicy, api_key: str | None = None, **options: Any) -> Iterator[int]:
     port = free_port()
-    app = create_app(policy)
+    app = create_app(policy, **options)
     add_groot(app, policy, port=port, api_key=api_key)
     with running_app(app):
         yield port

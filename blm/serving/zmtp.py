@@ -9,6 +9,7 @@ Sources: https://rfc.zeromq.org/spec/23/ (ZMTP 3.0), /37/ (3.1: PING), /28/ (env
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass
 
 from blm.types import BlmError
@@ -22,6 +23,8 @@ MAX_PARTS = 8
 """Of a message: its envelope, an empty part, the request."""
 MAX_COMMAND = 512
 """Bytes of a command; the longest that is expected is READY with an identity of 255 bytes."""
+MAX_COMMANDS = 100
+"""Commands a second; libzmq's heartbeats come a few times a second at most."""
 MAX_ENVELOPE = 256 * MAX_PARTS
 SMALL = 2 * 2**20
 """Messages up to this size [bytes] need no slot."""
@@ -45,6 +48,7 @@ class Peer:
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
+        self._second, self._commands = 0.0, 0
 
     async def shake_hands(self) -> None:
         """Exchange greetings. Raises ProtocolError, and EOFError when the peer leaves."""
@@ -119,11 +123,18 @@ class Peer:
         return flags, size
 
     async def _obey(self, command: bytes) -> None:
+        now = time.monotonic()
+        if now - self._second > 1:
+            self._second, self._commands = now, 0
+        self._commands += 1
+        if self._commands > MAX_COMMANDS:
+            raise ProtocolError(f"more than {MAX_COMMANDS} commands within a second")
         if command.startswith(b"\x04PING"):  # a time to live of two bytes, then what is to come back
             self._writer.write(_frame(_COMMAND, b"\x04PONG" + command[7:23]))
             await self._drain()
 
     async def _drain(self) -> None:
+        await asyncio.sleep(0)  # neither reading nor writing need let others in: a flood would keep them out
         async with asyncio.timeout(UNREAD_S):
             await self._writer.drain()
 
