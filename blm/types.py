@@ -6,59 +6,41 @@ Units: SI and radians. Gripper opening: 0 closed, 1 open. Images: uint8, HWC, RG
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from blm.errors import BlmError as BlmError
+from blm.errors import ContractError as ContractError
+from blm.errors import LateError as LateError
+from blm.errors import UnknownNameError as UnknownNameError
+from blm.errors import lookup as lookup
+from blm.errors import shorten as shorten
+
 FloatArray = NDArray[np.floating[Any]]
 ImageArray = NDArray[np.uint8]
-T = TypeVar("T")
+MAX_INSTRUCTION = 2000
+"""Characters. Instructions of open robot datasets stay below 300; each may cost a token per decision."""
 
 
-class BlmError(ValueError):
-    """Base of every error that a user can cause and mend. The message names value, rule and choices."""
-
-
-class UnknownNameError(BlmError):
-    """A name that a registry or a recipe does not have; lists the valid ones and the closest match."""
-
-    def __init__(self, kind: str, name: str, valid: Iterable[str]) -> None:
-        names = sorted(valid)
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f" Did you mean '{close[0]}'?" if close else ""
-        super().__init__(f"unknown {kind} '{name}'.{hint} Valid: {', '.join(names)}.")
-        self._made_of = kind, name, names
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._made_of  # so that it comes whole from a worker process
-
-
-class ContractError(BlmError):
-    """Two parties disagree on action space, rate, cameras or shapes; the message prints both."""
-
-
-class LateError(BlmError):
-    """An action would come after its deadline; a late chunk is worse than none."""
-
-
-def lookup(kind: str, name: str, registry: Mapping[str, T]) -> T:
-    """Return `registry[name]`. Raises UnknownNameError with the closest match."""
-    if name not in registry:
-        raise UnknownNameError(kind, name, registry)
-    return registry[name]
-
-
-def _array(value: Any, what: str, dtype: Any = None) -> NDArray[Any]:
-    """Return `value` as an array. Raises ContractError that names `what` is none."""
+def _array(value: Any, what: str) -> NDArray[Any]:
+    """Return `value` as an array of numbers, which text and booleans are not. Raises ContractError."""
     try:
-        return np.asarray(value, dtype)
+        array = np.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
-        raise ContractError(f"{what} is not an array of numbers: {error}") from error
+        raise ContractError(f"{what} is not an array of numbers: {shorten(error)}") from error
+    if array.dtype.kind not in "iuf":
+        raise ContractError(f"{what} is not an array of numbers: it is {array.dtype} {array.shape}")
+    return array
+
+
+def _float32(value: Any, what: str) -> FloatArray:
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which no caller accepts
+        return _array(value, what).astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +92,7 @@ class ActionSpace:
 
     def check_state(self, state: FloatArray, where: str) -> FloatArray:
         """Return `state` as float32 [D]. Raises ContractError on a wrong shape or a non-finite value."""
-        array = _array(state, f"{where}: state", np.float32)
+        array = _float32(state, f"{where}: state")
         if array.shape != (self.dim,):
             raise ContractError(
                 f"{where}: state has shape {array.shape}, '{self.robot}' needs ({self.dim},): "
@@ -186,6 +168,10 @@ class PolicyContract:
 
     def check(self, observation: Observation) -> Observation:
         """Return the observation with a float32 state. Raises BlmError naming what does not fit."""
+        text = observation.instruction
+        if not isinstance(text, str) or len(text) > MAX_INSTRUCTION:
+            limit = f"needed: text of at most {MAX_INSTRUCTION} characters"
+            raise ContractError(f"the instruction is {shorten(text, 40)}; {limit}")
         space = lookup("robot", observation.robot, self.action_spaces)
         state, images = space.check_state(observation.state, "observation"), dict[str, ImageArray]()
         for camera in self.cameras:
@@ -212,8 +198,10 @@ class PolicyContract:
 
     def _check_chunk(self, observation: Observation, dim: int) -> FloatArray | None:
         if observation.chunk is None:
+            if observation.frozen:
+                raise ContractError(f"frozen is {shorten(observation.frozen)} without a chunk in progress")
             return None
-        chunk = _array(observation.chunk, "the chunk in progress", np.float32)
+        chunk = _float32(observation.chunk, "the chunk in progress")
         if (
             chunk.ndim != 2
             or chunk.shape[1] != dim
@@ -226,7 +214,7 @@ class PolicyContract:
             )
         if not 0 <= observation.frozen <= len(chunk):
             raise ContractError(
-                f"frozen is {observation.frozen}; the chunk in progress has {len(chunk)} actions"
+                f"frozen is {shorten(observation.frozen)}; the chunk in progress has {len(chunk)} actions"
             )
         return chunk if len(chunk) else None
 

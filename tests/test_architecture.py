@@ -18,7 +18,8 @@ COMPOSITION = {
 """Composition only: these files may import everything; nothing else may import them."""
 
 ALLOWED = {
-    "types": "",
+    "errors": "",
+    "types": "errors",
     "addresses": "types",
     "engine": "types",
     "media": "types",

@@ -75,7 +75,7 @@ def test_any_request_of_ours_with_anything_in_it(request: dict[str, object]) -> 
 
 
 def test_a_ragged_picture_is_refused() -> None:
-    with pytest.raises(BlmError, match="inhomogeneous"):
+    with pytest.raises(BlmError, match="'observation/images/base' must be an array of uint8"):
         wire.to_observation(
             {**wire.to_request(observation()), "observation/images/base": [None, []]}, CONTRACT
         )

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from test_serving import CONTRACT, SIDE, EchoPolicy, free_port, observation, running_app
 
 from blm.serving.app import create_app
-from blm.serving.groot import add_groot, pack, to_observations, unpack
+from blm.serving.groot import add_groot
+from blm.serving.groot_codec import pack, to_observations, unpack
 from blm.types import BlmError, Observation
 
 
@@ -58,9 +59,9 @@ class Client:
 
 
 @contextmanager
-def running(policy: EchoPolicy, api_key: str | None = None) -> Iterator[int]:
+def running(policy: EchoPolicy, api_key: str | None = None, **options: Any) -> Iterator[int]:
     port = free_port()
-    app = create_app(policy)
+    app = create_app(policy, **options)
     add_groot(app, policy, port=port, api_key=api_key)
     with running_app(app):
         yield port

@@ -289,7 +289,7 @@ def test_robot_may_be_left_out_when_there_is_one() -> None:
 
 BROKEN = {
     "state shape": ({"observation/state": np.zeros(5, np.float32)}, r"\(5,\).*'panda' needs \(8,\)"),
-    "state words": ({"observation/state": "home"}, "could not convert"),
+    "state words": ({"observation/state": "home"}, "'observation/state' must be numbers, got 'home'"),
     "state nan": ({"observation/state": np.full(8, np.nan)}, "not finite"),
     "unknown robot": ({"robot": "pandas"}, "unknown robot 'pandas'.*'panda'"),
     "image size": ({"observation/images/base": np.zeros((3, 3, 3), np.uint8)}, "'base'.*needed: uint8"),

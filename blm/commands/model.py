@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -58,7 +57,7 @@ class Serve:
     beside: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """NAME=ws://HOST:PORT of a server to compare with on that page; give it once per server."""
     groot_port: int | None = None
-    """TCP port for clients of Isaac-GR00T, theirs is 5555; needs the extra `groot`."""
+    """TCP port for clients of Isaac-GR00T, theirs is 5555."""
 
 
 def serve(command: str, arguments: list[str]) -> None:
@@ -111,8 +110,6 @@ def _check_addresses(chosen: Serve) -> None:
     addresses.check_free(chosen.host, chosen.port)
     if chosen.groot_port is None:
         return
-    if find_spec("zmq") is None:
-        raise BlmError("pyzmq is not installed; run: pip install 'blm[groot]'")
     if chosen.groot_port in (0, chosen.port):
         raise BlmError(f"--groot-port {chosen.groot_port}: give a port of its own, other than 0 and --port")
     addresses.check_free(chosen.host, chosen.groot_port, "--groot-port")

@@ -20,10 +20,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from blm.serving import connections
+from blm.serving import connections, wire
 from blm.serving.access import SECURITY_HEADERS, Access, origin_text
 from blm.serving.chat import Limits, RequestError
-from blm.serving.client import MAX_FRAME
 from blm.serving.completions import add_chat
 from blm.serving.engine import Engine, Room, Speaker
 from blm.serving.gate import Gate
@@ -98,17 +97,19 @@ class Server(uvicorn.Server):
 
 
 def server_config(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> uvicorn.Config:
-    """The uvicorn settings that OpenPI clients need (large frames, no compression), with our connections.
+    """The uvicorn settings that OpenPI clients need, with our connections.
 
-    What a proxy claims in X-Forwarded-* is not believed: the client could have written it.
+    Frames may be as large as the contract's observations, and are not compressed. What a proxy claims in
+    X-Forwarded-* is not believed: the client could have written it.
     """
+    policy = app.state.engine.policy
     return uvicorn.Config(
         app,
         host,
         port,
         http=connections.HttpProtocol,
         ws=connections.WebSocketProtocol,
-        ws_max_size=MAX_FRAME,
+        ws_max_size=wire.SMALLEST_LIMIT if policy is None else wire.frame_limit(policy.contract),
         ws_per_message_deflate=False,
         proxy_headers=False,
         server_header=False,

@@ -27,8 +27,8 @@ from blm.types import (
     PolicyContract,
 )
 
-MAX_FRAME = 64 * 2**20
-"""Largest frame that is accepted [bytes]."""
+MAX_FRAME = 4 * 2**20
+"""Largest frame that is accepted from a server [bytes]: it sends contracts and chunks, no pictures."""
 CLOSE_TIMEOUT_S = 1.0
 """A server that does not answer a close is left after this time [s]."""
 MAX_STEPS = 1024

@@ -45,6 +45,12 @@ BODY_GRACE = 3.0
 """The routes answer a late body with 408; who goes on sending is cut off after this many times that."""
 MAX_FRAGMENTS = 1024
 """Frames of one websocket message; empty ones cost memory that a limit on bytes does not see."""
+MAX_AHEAD = 4096
+"""Messages that a websocket's client may have sent ahead of the one that is being answered."""
+MAX_PINGS = 100
+"""Pings a second; clients send one every 20 seconds."""
+PARSED_AT_ONCE = 16 * 1024
+"""Bytes of a websocket; up to 256 kB come in one piece, and 40,000 frames in them would take a second."""
 
 
 @dataclass(eq=False)
@@ -265,6 +271,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     _writes: WriteWatch
     _timer: asyncio.TimerHandle | None = None
     _finished = False
+    _second, _pings = 0.0, 0
+    """The second in which pings are counted, and how many came in it."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -279,7 +287,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._finished = not self.handshake_initiated  # the handshake itself comes in one piece
-        super().data_received(data)
+        for start in range(0, len(data), PARSED_AT_ONCE):
+            super().data_received(data[start : start + PARSED_AT_ONCE])
+            if self.queue.qsize() > MAX_AHEAD:
+                self._fail(1008, f"more than {MAX_AHEAD} messages were sent ahead")
+            if self.transport.is_closing():
+                break
         partial = bool(self.frames or self.conn.reader.buffer) or not self._finished
         if self._finished or not partial:
             self._stop_timer()
@@ -304,6 +317,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def handle_ping(self) -> None:
         self._finished = True
         super().handle_ping()
+        if (now := self.loop.time()) - self._second > 1:
+            self._second, self._pings = now, 0
+        self._pings += 1
+        if self._pings > MAX_PINGS:
+            self._fail(1008, f"more than {MAX_PINGS} pings within a second")
 
     def handle_pong(self, event: Frame) -> None:
         self._finished = True

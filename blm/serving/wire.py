@@ -2,6 +2,8 @@
 
 The codec is byte-for-byte that of `openpi_client.msgpack_numpy` (openpi-client 0.1.2): an array is a map with
 the bytes keys `__ndarray__`, `data`, `dtype` and `shape`. Text keys, which some clients send, are read too.
+A message is counted (`blm.serving.scan`) before anything of it is built, and no number in it decides how much
+memory is taken: an array is exactly as large as its data.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from blm.types import BlmError, ContractError, Observation, PolicyContract
+from blm.serving.scan import MAX_TEXT, scan
+from blm.types import BlmError, ContractError, Observation, PolicyContract, shorten
 
 STATE, PROMPT, ROBOT, SEED = "observation/state", "prompt", "robot", "seed"
 CHUNK, FROZEN = "chunk", "frozen"
@@ -25,7 +28,21 @@ LATE = "late"
 IMAGES = "observation/images/"
 OPENPI_IMAGES = {"base": "observation/image", "wrist": "observation/wrist_image"}
 """Camera -> the name that OpenPI's own examples give it."""
-_DTYPE = re.compile(r"[<>|=][a-zA-Z]\d*(\[\w+\])?")
+MAX_ITEMS = 16_384
+"""Items of a message from a server: a contract has about 60 for each robot."""
+MAX_SEED = 2**63 - 1
+"""Largest seed that torch and NumPy generators both take."""
+SMALLEST_LIMIT = 2 * 2**20
+"""A frame of two 640x480 pictures, the usual wrong size, must arrive to be told the right one."""
+MARGIN = 4
+"""How much larger than an observation a frame may be: pictures sent as float32 must arrive to be refused."""
+_DTYPE = re.compile(r"[<>|=][a-zA-Z]\d{0,9}(\[\w{1,9}\])?")
+_SCALARS: dict[str, type | tuple[type, ...]] = {
+    "b": bool, "i": int, "u": int, "f": (int, float), "U": str, "S": bytes,
+}  # fmt: skip
+"""What a NumPy scalar of each kind is sent as; NumPy's types take more, e.g. `bytes_(n)` makes n bytes."""
+_MAX_EMPTY = 2**16
+"""Longest side of an array without elements, whose data do not bound it."""
 
 
 def pack(message: Any) -> bytes:
@@ -33,14 +50,29 @@ def pack(message: Any) -> bytes:
     return msgpack.packb(message, default=_encode)
 
 
-def unpack(data: bytes) -> Any:
-    """Decode msgpack; arrays come out read-only. Raises BlmError for anything malformed."""
+def unpack(data: bytes, max_items: int = MAX_ITEMS) -> Any:
+    """Decode msgpack; arrays come out read-only. Raises BlmError for what is malformed or too much."""
+    scan(data, max_items)
     try:
         return msgpack.unpackb(data, object_hook=_decode)
     except BlmError:
         raise
     except (ValueError, TypeError, KeyError, OverflowError, msgpack.UnpackException) as error:
-        raise BlmError(f"the frame is not a valid msgpack message with NumPy arrays: {error!r}") from error
+        reason = f"{type(error).__name__}: {shorten(error)}"
+        raise BlmError(f"the frame is not a valid msgpack message with NumPy arrays: {reason}") from error
+
+
+def frame_limit(contract: PolicyContract) -> int:
+    """Largest frame that a client of this policy may send [bytes]: MARGIN times a whole observation."""
+    dim = max(space.dim for space in contract.action_spaces.values())
+    pictures = 3 * len(contract.cameras) * contract.image_size**2
+    return max(SMALLEST_LIMIT, MARGIN * (pictures + 8 * dim * (contract.horizon + 1) + 2 * MAX_TEXT))
+
+
+def item_limit(contract: PolicyContract) -> int:
+    """Most items of a request: a chunk in progress as lists of numbers, and room for keys of others."""
+    dim = max(space.dim for space in contract.action_spaces.values())
+    return 1024 + (contract.horizon + 1) * (dim + 1)
 
 
 def _encode(value: Any) -> Any:
@@ -55,16 +87,34 @@ def _encode(value: Any) -> Any:
 def _decode(value: dict[Any, Any]) -> Any:
     for key in (str, str.encode):
         if key("__ndarray__") in value:
-            dtype = _read_dtype(value[key("dtype")])
-            return np.ndarray(buffer=value[key("data")], dtype=dtype, shape=tuple(value[key("shape")]))
+            return _read_array(value[key("data")], value[key("dtype")], value[key("shape")])
         if key("__npgeneric__") in value:
-            return _read_dtype(value[key("dtype")]).type(value[key("data")])
+            dtype, data = _read_dtype(value[key("dtype")]), value[key("data")]
+            if not isinstance(data, _SCALARS.get(dtype.kind, ())) or (
+                isinstance(data, bool) != (dtype.kind == "b")
+            ):
+                raise ValueError(f"a scalar of {dtype} cannot be {shorten(data)}")
+            with np.errstate(over="ignore"):
+                return dtype.type(data)
     return value
 
 
-def _read_dtype(text: str) -> np.dtype[Any]:
-    if not _DTYPE.fullmatch(text):  # NumPy would evaluate parts of a longer string
-        raise ValueError(f"dtype {text!r}")
+def _read_array(data: Any, dtype: Any, shape: Any) -> np.ndarray[Any, Any]:
+    kind = _read_dtype(dtype)
+    if not isinstance(data, bytes):
+        raise ValueError(f"the data of an array must be bytes, got {shorten(data)}")
+    if not isinstance(shape, list) or len(shape) > 32 or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"the shape of an array must be a list of whole numbers >= 0, got {shorten(shape)}")
+    if not kind.itemsize or kind.itemsize * math.prod(shape) != len(data):
+        raise ValueError(f"an array of {kind.str} {shorten(shape)} does not have {len(data)} bytes")
+    if max(shape, default=0) > max(len(data), _MAX_EMPTY):
+        raise ValueError(f"an array without elements has at most {_MAX_EMPTY} rows, got {shorten(shape)}")
+    return np.ndarray(buffer=data, dtype=kind, shape=tuple(shape))
+
+
+def _read_dtype(text: Any) -> np.dtype[Any]:
+    if not isinstance(text, str) or not _DTYPE.fullmatch(text):  # NumPy would evaluate parts of a longer one
+        raise ValueError(f"dtype {shorten(text)}")
     return _plain(np.dtype(text))
 
 
@@ -86,19 +136,18 @@ def to_request(observation: Observation, plain: bool = False) -> dict[str, Any]:
 def deadline_s(request: Mapping[str, Any]) -> float:
     """How long a client waits for its chunk [s]; for ever if it does not say. Raises ContractError."""
     value = request.get(DEADLINE, math.inf)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ContractError(f"'{DEADLINE}' must be a positive number of milliseconds, got {value!r}")
-    return value / 1000
+    if not _is_number(value) or not value > 0:
+        raise ContractError(f"'{DEADLINE}' must be a positive number of milliseconds, got {shorten(value)}")
+    return float(value) / 1000
 
 
 def to_observation(request: Any, contract: PolicyContract) -> Observation:
     """Read a client's map and check it. Raises ContractError with the key at fault and what is accepted."""
     try:
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite: the contract refuses it
-            observation = _read(request, contract)
+        observation = _read(request, contract)
     except (KeyError, TypeError, ValueError) as error:
-        reason = f"lacks {error}" if isinstance(error, KeyError) else f"is wrong: {error}"
-        raise ContractError(f"the observation {reason}; {_accepted(contract)}") from error
+        reason = "lacks" if isinstance(error, KeyError) else "is wrong:"
+        raise ContractError(f"the observation {reason} {shorten(error)}; {_accepted(contract)}") from error
     return contract.check(observation)
 
 
@@ -106,30 +155,60 @@ def _read(request: Mapping[str, Any], contract: PolicyContract) -> Observation:
     if not isinstance(request, Mapping):
         raise TypeError(f"it must be a map, got {type(request).__name__}")
     only = next(iter(contract.action_spaces)) if len(contract.action_spaces) == 1 else None
-    robot = request.get(ROBOT, only) or request[ROBOT]
-    seed, frozen = request.get(SEED, 0), request.get(FROZEN, 0)
-    words = ((ROBOT, robot, str), (PROMPT, request[PROMPT], str), (SEED, seed, int), (FROZEN, frozen, int))
-    for key, value, kind in words:
-        if not isinstance(value, kind):
-            raise TypeError(f"'{key}' must be {kind.__name__}, got {value!r}")
-    for key, number in ((SEED, seed), (FROZEN, frozen)):
-        if number < 0:
-            raise ValueError(f"'{key}' must be >= 0, got {number}")
+    robot = only if request.get(ROBOT) is None else request[ROBOT]
+    if robot is None:
+        raise KeyError(ROBOT)
+    for key, value in ((ROBOT, robot), (PROMPT, request[PROMPT])):
+        if not isinstance(value, str):
+            raise TypeError(f"'{key}' must be str, got {shorten(value)}")
     images = {}
     for camera in contract.cameras:
         plain = OPENPI_IMAGES.get(camera, "")
-        images[camera] = request[plain if plain in request else IMAGES + camera]
-    state = np.asarray(request[STATE], dtype=np.float32)
+        key = plain if plain in request else IMAGES + camera
+        images[camera] = request[key]
+        if not isinstance(images[camera], np.ndarray):
+            raise TypeError(f"'{key}' must be an array of uint8, got {shorten(images[camera])}")
     chunk = request.get(CHUNK)
     return Observation(
         images=images,
-        state=state,
+        state=_numbers(STATE, request[STATE], levels=1),
         instruction=request[PROMPT],
         robot=robot,
-        seed=seed,
-        chunk=None if chunk is None else np.asarray(chunk, dtype=np.float32),
-        frozen=frozen,
+        seed=_whole(SEED, request),
+        chunk=None if chunk is None else _numbers(CHUNK, chunk, levels=2),
+        frozen=_whole(FROZEN, request),
     )
+
+
+def _whole(key: str, request: Mapping[str, Any]) -> int:
+    value = request.get(key, 0)
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"'{key}' must be int, got {shorten(value)}")
+    if not 0 <= value <= MAX_SEED:
+        raise ValueError(f"'{key}' must be >= 0 and < 2**63, got {value}")
+    return int(value)
+
+
+def _numbers(key: str, value: Any, levels: int) -> np.ndarray[Any, Any]:
+    """An array, or lists of numbers; the contract checks its shape and kind."""
+    if isinstance(value, np.ndarray):
+        return value
+    if not _is_nested(value, levels):
+        raise TypeError(f"'{key}' must be numbers, got {shorten(value)}")
+    return np.asarray(value, np.float64)
+
+
+def _is_nested(value: Any, levels: int) -> bool:
+    """Whether these are lists of numbers; NumPy would also read text, and pad it to the longest."""
+    if not levels:
+        return _is_number(value)
+    if isinstance(value, np.ndarray):
+        return value.ndim == levels and value.dtype.kind in "iuf"
+    return isinstance(value, list) and all(_is_nested(inner, levels - 1) for inner in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
 def _accepted(contract: PolicyContract) -> str:

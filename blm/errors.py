@@ -1,0 +1,58 @@
+"""Errors that a user can cause and mend, and how they repeat what somebody sent."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+def shorten(value: object, most: int = 160) -> str:
+    """Return `value` for an error: one printable line of about `most` characters, cheap for any size."""
+    if isinstance(value, np.ndarray):
+        return f"array of {value.dtype} {value.shape}"
+    size = ""
+    if isinstance(value, str | bytes) and len(value) > most:
+        value, size = value[:most], f" ({len(value)} long)"
+    short = str if isinstance(value, Exception) else repr if isinstance(value, str | bytes) else reprlib.repr
+    text = "".join(c if c.isprintable() else " " for c in short(value)[: most + 1])
+    return (text if len(text) <= most else text[:most] + "..") + size
+
+
+class BlmError(ValueError):
+    """Base of every error that a user can cause and mend. The message names value, rule and choices."""
+
+
+class UnknownNameError(BlmError):
+    """A name that a registry or a recipe does not have; lists the valid ones and the closest match."""
+
+    def __init__(self, kind: str, name: str, valid: Iterable[str]) -> None:
+        names = sorted(valid)
+        # The search is quadratic in the length: only what could be a slip of the keys is worth it.
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.5) if len(name) <= 80 else []
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        super().__init__(f"unknown {kind} {shorten(name)}.{hint} Valid: {', '.join(names)}.")
+        self._made_of = kind, name[:200], names
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), self._made_of  # so that it comes whole from a worker process
+
+
+class ContractError(BlmError):
+    """Two parties disagree on action space, rate, cameras or shapes; the message prints both."""
+
+
+class LateError(BlmError):
+    """An action would come after its deadline; a late chunk is worse than none."""
+
+
+def lookup(kind: str, name: str, registry: Mapping[str, T]) -> T:
+    """Return `registry[name]`. Raises UnknownNameError with the closest match."""
+    if name not in registry:
+        raise UnknownNameError(kind, name, registry)
+    return registry[name]

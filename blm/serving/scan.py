@@ -1,0 +1,80 @@
+"""Count what a msgpack message holds before any of it is built.
+
+One byte of msgpack can stand for an empty map, which takes 64 bytes in memory: a frame of 16 MiB became more
+than a gigabyte and 16 seconds. The scan reads type bytes and lengths only, steps over text and binary data,
+and ends at the first item beyond the limit, so that a refusal costs no more than an accepted message.
+Source of the type bytes: https://github.com/msgpack/msgpack/blob/master/spec.md
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from blm.types import MAX_INSTRUCTION, BlmError
+
+MAX_DEPTH = 8
+"""Maps and lists inside one another; an observation of GR00T needs five."""
+MAX_TEXT = 4 * MAX_INSTRUCTION
+"""Bytes of one text: UTF-8 takes up to four for a character."""
+_FIXED = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8} | {
+    0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8, 0xD4: 2, 0xD5: 3, 0xD6: 5, 0xD7: 9, 0xD8: 17,
+}  # fmt: skip
+"""Bytes after the type byte of nil, booleans, floats, integers, and extensions of fixed size."""
+_SIZED = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xC7: 1, 0xC8: 2, 0xC9: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
+"""Bytes of the length of binary data, extensions and text."""
+_NESTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
+"""Lists and maps: bytes of the length, and items for each entry."""
+
+
+def scan(data: bytes, max_items: int) -> list[slice]:
+    """Return where the keys and values of the outermost map lie, in turn; nothing if it is not a map.
+
+    Raises BlmError for more than `max_items` items (keys, values and elements on all levels), more than
+    MAX_DEPTH levels, a text of more than MAX_TEXT bytes, and for what is not exactly one msgpack value.
+    """
+    position, items, starts = 0, 1, list[int]()
+    missing = [1]
+    """Items that each open level still lacks; the first level is the message itself."""
+    while missing:
+        if not missing[-1]:
+            missing.pop()
+            continue
+        if len(missing) == 2:
+            starts.append(position)
+        missing[-1] -= 1
+        position, inside = _step(data, position)
+        items += inside
+        if items > max_items:
+            raise BlmError(f"the message has more than {max_items} items; send arrays, not lists of numbers")
+        missing.append(inside)
+        if inside and len(missing) > MAX_DEPTH + 1:
+            raise BlmError(f"the message has more than {MAX_DEPTH} levels of maps and lists")
+    if position != len(data):
+        raise BlmError(f"{len(data) - position} bytes follow the end of the message")
+    if not (data[0] & 0xF0 == 0x80 or data[0] in (0xDE, 0xDF)):
+        return []
+    return [slice(*ends) for ends in pairwise([*starts, position])]
+
+
+def _step(data: bytes, position: int) -> tuple[int, int]:
+    """Read one type byte: where the next one stands, and how many items are inside this one."""
+    kind, width, inside, length = data[position] if position < len(data) else -1, 0, 0, 0
+    position += 1
+    if 0x80 <= kind <= 0x9F:
+        inside = (kind & 0x0F) * (2 if kind < 0x90 else 1)
+    elif kind in _NESTED:
+        width, entry = _NESTED[kind]
+        inside = entry * int.from_bytes(data[position : position + width], "big")
+    elif kind in _SIZED or 0xA0 <= kind <= 0xBF:
+        width = _SIZED.get(kind, 0)
+        length = int.from_bytes(data[position : position + width], "big") if width else kind & 0x1F
+        if length > MAX_TEXT and 0xD9 <= kind <= 0xDB:
+            raise BlmError(f"a text has {length} bytes; at most {MAX_TEXT} ({MAX_INSTRUCTION} characters)")
+        length += 0xC7 <= kind <= 0xC9  # the type of an extension
+    elif kind == 0xC1:
+        raise BlmError("byte 0xc1 is not msgpack")
+    elif 0x80 <= kind < 0xE0:
+        length = _FIXED[kind]
+    if kind < 0 or position + width + length > len(data):
+        raise BlmError("the message ends before what it announces")
+    return position + width + length, inside
