@@ -15,8 +15,9 @@ import numpy as np
 
 from blm.data.checks import unreadable, vector_faults, video_faults
 from blm.data.episodes import EpisodeDataset, load_dataset, verify_files
-from blm.data.files import MANIFEST, DamagedError, read_json
+from blm.data.files import MANIFEST
 from blm.data.transforms import absurd_ranges
+from blm.io import DamagedError, read_json
 from blm.robots import ROBOTS
 from blm.types import BlmError
 

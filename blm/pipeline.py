@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from blm.data.files import read_json, write_json
+from blm.io import read_json, write_json
 from blm.recipes import Recipe
 from blm.types import BlmError
 

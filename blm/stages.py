@@ -20,8 +20,8 @@ from blm.backbone import Backbone
 from blm.commands.digital import spread
 from blm.commands.training import driver
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus, read_questions
+from blm.corpora.build import remove_parts
 from blm.data.episodes import open_dataset
-from blm.data.files import read_json, write_json
 from blm.demos import CollectConfig, collect
 from blm.evaluation import (
     EVALUATION_SEEDS,
@@ -35,6 +35,7 @@ from blm.evaluation import (
 from blm.evaluation.digital.runner import Asking
 from blm.evaluation.report import ReportData, build_report
 from blm.hub import BLM
+from blm.io import read_json, write_json
 from blm.pipeline import Stage, read_ledger, to_json
 from blm.policy.checkpoint import folder_of, read_contract
 from blm.policy.policy import CheckpointPolicy
@@ -103,7 +104,9 @@ def run_corpus(recipe: Recipe, run: Path) -> None:
             frames_per_episode=recipe.corpus.frames_per_episode,
         )
         folder = run / "corpora" / name
-        if not folder.exists():
+        if folder.exists():
+            remove_parts(folder)
+        else:
             build_scene_corpus(config, folder, workers=recipe.workers)
 
 

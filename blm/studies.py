@@ -24,11 +24,11 @@ from rich.console import Console
 
 from blm.backbone import Backbone, nano
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
-from blm.data.files import write_json
 from blm.evaluation import PhysicalProtocol, compare, evaluate_physical
 from blm.evaluation.intervals import Difference, holm
 from blm.evaluation.physical import summarise
 from blm.evaluation.results import load_result, write_result
+from blm.io import write_json
 from blm.pipeline import to_json
 from blm.policies import load_checkpoint
 from blm.policy.checkpoint import read_contract

@@ -273,7 +273,7 @@ def test_damaged_videos_are_named(folder):
     path = next(folder.glob("videos/*base/*/*.mp4"))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(BlmError, match=r"base.*cannot be read.*collect again"):
+    with pytest.raises(BlmError, match=r"base.*cannot be read.*restore the file"):
         open_dataset(folder)
     video.encode(path.with_suffix(".short.mp4"), numbered_frames([0, 1]), 20)
     path.with_suffix(".short.mp4").replace(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,14 @@ def remember_sight(backbone: Backbone, most: int = 8) -> None:
     """Let `backbone` keep the features of the last `most` sets of pictures that it was given together.
 
     For frozen weights only. A set is the pictures of one pass, so a question about the frame that an action
-    was just chosen for costs no second look if both came alone. Does nothing for a model without pictures.
+    was just chosen for costs no second look if both came alone. Safe between threads. Does nothing for a
+    model without pictures.
     """
     base: Any = backbone.model.base_model
     see = getattr(base, "get_image_features", None)
     if see is None:
         return
-    seen = OrderedDict[str, Any]()
+    seen, lock = OrderedDict[str, Any](), threading.Lock()
 
     def remembered(*given: Any, **named: Any) -> Any:
         if torch.is_grad_enabled() or base.training:
@@ -32,12 +34,17 @@ def remember_sight(backbone: Backbone, most: int = 8) -> None:
         asked = {str(place): value for place, value in enumerate(given)} | named
         asked.pop("use_cache", None)  # a tower has no cache
         key = content_key(asked)
-        if key not in seen:
-            seen[key] = see(*given, **named)
-        seen.move_to_end(key)
-        while len(seen) > most:
-            seen.popitem(last=False)
-        return seen[key]
+        with lock:
+            if key in seen:
+                seen.move_to_end(key)
+                return seen[key]
+        features = see(*given, **named)  # outside the lock: an action does not wait for a chat's pictures
+        with lock:
+            seen[key] = features
+            seen.move_to_end(key)
+            while len(seen) > most:
+                seen.popitem(last=False)
+        return features
 
     base.get_image_features = remembered
 

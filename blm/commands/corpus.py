@@ -134,7 +134,7 @@ def curate(command: str, arguments: list[str]) -> None:
 
     chosen = tyro.cli(Curate, args=arguments, prog=f"blm {command}")
     if chosen.out.exists():
-        raise BlmError(f"folder '{chosen.out}' exists; remove it or name another one")
+        raise BlmError(f"folder '{chosen.out}' exists; move it away or name another one")
     same = ("max_length", "max_pixels", "max_pictures", "hash_distance", "max_per_kind", "balance")
     config = CurationConfig(**{name: getattr(chosen, name) for name in (*same, "general", "replay", "seed")})
     evaluation = [_corpus_set(folder) for folder in chosen.evaluation]

@@ -34,7 +34,7 @@ def retention(command: str, arguments: list[str]) -> None:
             device: Torch device.
         """
         from blm.backbone import Backbone
-        from blm.data.files import write_json
+        from blm.io import write_json
         from blm.training.retention import Retention, read_texts
 
         before = Backbone.load(base, device=device)

@@ -64,7 +64,7 @@ def parse_stage1(command: str, arguments: list[str]) -> TrainStage1:
 def stage1(command: str, arguments: list[str]) -> None:
     """`blm train stage1 OUT --corpus FOLDER`: train, evaluating held-out loss and retention on the way."""
     chosen = parse_stage1(command, arguments)
-    from blm.data.files import write_json
+    from blm.io import write_json
     from blm.training.parallel import Processes
     from blm.training.retention import Retention, read_texts
     from blm.training.sft import held_out_loss, train_stage1

@@ -7,10 +7,9 @@ depends on the configuration only.
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from blm.corpora.facts import Drawer, by_kind, to_messages
-from blm.corpora.messages import Conversation, read_corpus, write_corpus
+from blm.corpora.messages import CORPUS_FILE, Conversation, read_corpus, write_corpus
 from blm.corpora.questions import control_turn, scan_step, scan_turns, scene_turns
 from blm.corpora.scene_view import Observer, stage
 from blm.corpora.steps import moment_facts, read_steps
@@ -26,6 +25,7 @@ from blm.corpora.templates import Wording
 from blm.data.dataset import EpisodeDataset
 from blm.data.episodes import open_dataset
 from blm.engine import Unit, run_units
+from blm.io import MARK, remove_own, work_folder
 from blm.tasks import Env
 from blm.types import BlmError, ImageArray
 
@@ -85,10 +85,13 @@ class SceneCorpusConfig:
 
 
 def build_scene_corpus(config: SceneCorpusConfig, out: Path, *, workers: int = 2) -> int:
-    """Write the corpus folder `out`; return the number of conversations. Resumes after a kill."""
+    """Write the corpus folder `out`; return the number of conversations. Resumes after a kill.
+
+    Raises BlmError when `out` exists, or when its unfinished work is of another configuration.
+    """
     if out.exists():
-        raise BlmError(f"corpus folder '{out}' exists; remove it or name another one")
-    shards = out.with_name(out.name + ".shards")
+        raise BlmError(f"corpus folder '{out}' exists; move it away or name another one")
+    shards = work_folder(parts_of(out), PARTS, asdict(config))
     units = [
         Unit(name, (source, config, part, shards / name))
         for source, name, part in itertools.chain(_scene_shards(config), _episode_shards(config))
@@ -96,8 +99,23 @@ def build_scene_corpus(config: SceneCorpusConfig, out: Path, *, workers: int = 2
     run_units(write_shard, units, journal=shards / "journal.jsonl", workers=workers, title="scene questions")
     folders = [unit.payload[3] for unit in units]
     count = write_corpus(out, _merge(folders), media=_pool(folders, shards / "pool"))
-    shutil.rmtree(shards)
+    remove_parts(out)
     return count
+
+
+PARTS = "parts of a corpus"
+
+
+def parts_of(out: Path) -> Path:
+    """Where the unfinished parts of a corpus lie."""
+    return out.with_name(out.name + ".shards")
+
+
+def remove_parts(out: Path) -> None:
+    """Remove what a run that was killed at its very end left beside a finished corpus; else do nothing."""
+    if out.exists() and (parts_of(out) / MARK).is_file():
+        names = (CORPUS_FILE, "journal.jsonl", MARK)
+        remove_own(parts_of(out), lambda name: name.name in names or name.parts[-2:-1] == ("images",))
 
 
 Part = tuple[str, str, Sequence[int]]

@@ -9,7 +9,6 @@ what was kept changes nothing.
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -31,7 +30,7 @@ from blm.corpora.curation_report import (
 from blm.corpora.faults import RowError
 from blm.corpora.messages import CORPUS_FILE, Conversation, scan_corpus, write_corpus
 from blm.corpora.pictures import Gallery, Look, NearIndex
-from blm.data.files import write_json
+from blm.io import new_folder, write_json
 from blm.types import BlmError, Question
 
 Length = Callable[[Conversation, Path], int]
@@ -226,16 +225,11 @@ def write_curated(entries: Sequence[Entry], report: CurationReport, out: Path) -
 
     Media are linked, or copied where the disk cannot link. Raises BlmError when `out` exists.
     """
-    if out.exists():
-        raise BlmError(f"folder '{out}' exists; remove it or name another one")
-    temporary = out.with_name(out.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for source in {entry.source.name: entry.source for entry in entries}.values():
-        rows = (entry.conversation for entry in entries if entry.source.name == source.name)
-        write_corpus(temporary / source.name, rows, media=source.folder)
-    write_json(temporary / "curation.json", asdict(report))
-    temporary.replace(out)
+    with new_folder(out) as work:
+        for source in {entry.source.name: entry.source for entry in entries}.values():
+            rows = (entry.conversation for entry in entries if entry.source.name == source.name)
+            write_corpus(work / source.name, rows, media=source.folder)
+        write_json(work / "curation.json", asdict(report))
 
 
 def _pipeline(

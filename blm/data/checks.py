@@ -11,10 +11,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from blm.data.dataset import VECTORS, EpisodeDataset
-from blm.data.files import MANIFEST, PARTS, DamagedError, manifest_faults, reading
+from blm.data.files import MANIFEST, PARTS, manifest_faults
 from blm.data.foreign import MEND
 from blm.data.stats import compute_stats
 from blm.data.video import decodable_frames, probe
+from blm.io import DamagedError, reading
 
 RECOLLECT = "delete the dataset folder and collect again"
 MANY_VIDEOS = 64

@@ -18,7 +18,7 @@ import numpy as np
 from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
 
-from blm.data.files import DamagedError
+from blm.io import DamagedError
 from blm.types import BlmError, ImageArray
 
 CODEC_OPTIONS = {"crf": "23", "g": "2", "bf": "0", "preset": "veryfast"}

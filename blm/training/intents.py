@@ -27,9 +27,9 @@ from torch import Tensor
 from blm.backbone.backbone import Backbone
 from blm.backbone.prompt import control_prompt
 from blm.data.episodes import EpisodeDataset, open_dataset
-from blm.data.files import sha256_of, write_json
 from blm.data.mixture import IndexArray, kept_frames
 from blm.engine import Result, Unit, run_units
+from blm.io import sha256_file, write_json
 from blm.policy.policy import prompt_version
 from blm.types import BlmError, ImageArray
 
@@ -183,7 +183,7 @@ def cache_intents(
         write_json(manifest, results)
     shards: dict[str, Result] = json.loads(manifest.read_text())
     for name, shard in shards.items():
-        if not (folder / name).exists() or sha256_of(folder / name) != shard["sha256"]:
+        if not (folder / name).exists() or sha256_file(folder / name) != shard["sha256"]:
             raise BlmError(
                 f"intent cache '{folder}': {name} is missing or altered; delete the folder, run again"
             )
@@ -287,4 +287,4 @@ def _write_shard(payload: tuple[Path, list[IndexArray]]) -> Result:
         np.save(file, stored)
     temporary.replace(path)
     frames = np.concatenate(episodes).tolist()
-    return {"frames": frames, "lengths": [len(row) for row in rows], "sha256": sha256_of(path), **result}
+    return {"frames": frames, "lengths": [len(row) for row in rows], "sha256": sha256_file(path), **result}

@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from blm.backbone import Backbone
-from blm.data.files import write_json
+from blm.io import write_json
 from blm.training.answers import AnswerModel
 from blm.training.intents import claim
 from blm.training.loop import LoopConfig, Piece, run_loop
