@@ -35,7 +35,7 @@ from blm.evaluation import (
 from blm.evaluation.digital.runner import Asking
 from blm.evaluation.report import ReportData, build_report
 from blm.hub import BLM
-from blm.io import read_json, write_json
+from blm.io import read_json, replacing, write_json
 from blm.pipeline import Stage, read_ledger, to_json
 from blm.policy.checkpoint import folder_of, read_contract
 from blm.policy.policy import CheckpointPolicy
@@ -219,7 +219,8 @@ def run_released(recipe: Recipe, run: Path) -> None:
     lines = [(text, model.answer([Message("user", (*map(Image, views), text))])) for text in QUESTIONS]
     for text, answer in lines:
         Console(stderr=True).print(f"  {text}  [bold]{escape(answer)}[/bold]", soft_wrap=True)
-    PIL.Image.fromarray(np.concatenate(views, axis=1)).save(out / "dialogue.png")
+    with replacing(out / "dialogue.png", ".png") as temporary:
+        PIL.Image.fromarray(np.concatenate(views, axis=1)).save(temporary)
     write_json(out / "dialogue.json", {"picture": "dialogue.png", "lines": lines})
     env.close()
 

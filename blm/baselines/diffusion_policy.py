@@ -20,11 +20,11 @@ from torch import Tensor
 from blm.baselines.network import DiffusionConfig, DiffusionNetwork, words_of
 from blm.data.episodes import open_dataset
 from blm.data.transforms import RobotTransforms
-from blm.policy.checkpoint import identified, read_config, read_transforms, write_checkpoint
+from blm.policy.checkpoint import identified, read_config, read_transforms, require_free, write_checkpoint
 from blm.policy.flow import seeded_noise
 from blm.policy.network import PolicyConfig
 from blm.policy.policy import decode, pad_dims
-from blm.training.demonstrations import Sampler, joint_contract, split
+from blm.training.demonstrations import Sampler, joint_contract, split, warn_of_reserved
 from blm.training.intents import claim
 from blm.training.loop import Ema, LoopConfig, Piece, run_loop
 from blm.training.parallel import Part
@@ -157,6 +157,8 @@ def train_baseline(config: BaselineConfig, out: Path, provenance: Mapping[str, A
     names = list(contract.action_spaces)
     robots = split(datasets, config.actions, stride=config.stride, held_out=HELD_OUT, seed=seed, robots=names)
     facts = {"config": {**asdict(config), "loop": None}, "data": [data.content_hash for data in datasets]}
+    provenance = {**provenance, **warn_of_reserved(datasets)}
+    require_free(out / "checkpoint")
     claim(out / "inputs.json", {k: str(v) for k, v in facts.items()}, f"'{out}' holds another run")
     loop = config.loop
     sampler = Sampler(

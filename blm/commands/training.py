@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -159,15 +158,17 @@ def driver(out: Path, tasks: Sequence[str], episodes: int, workers: int) -> Driv
     from functools import partial
 
     from blm.evaluation import PhysicalProtocol, evaluate_physical
+    from blm.io import remove_own, work_folder
     from blm.policy.policy import CheckpointPolicy
 
     def drive(step: int, policy: CheckpointPolicy) -> dict[str, float]:
         folder = out / "driven" / f"{step:08d}"
-        policy.save(folder / "policy", {})
+        weights = work_folder(out / "driven/.weights", "a policy in training", {})
+        policy.save(weights / "policy", {})
         protocol = PhysicalProtocol.for_validation(policy.contract, tasks=tasks, episodes=episodes)
-        make = partial(CheckpointPolicy.load, folder / "policy")
+        make = partial(CheckpointPolicy.load, weights / "policy")
         result = evaluate_physical(make, protocol, folder, workers=workers, videos_per_cell=0)
-        shutil.rmtree(folder / "policy")
+        remove_own(weights)
         return {"success": result["overall"]["success_once"]["rate"]}
 
     return drive

@@ -109,8 +109,8 @@ def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -
     With a `pilot`, that policy drives the first steps of every episode and the expert, whose actions are the
     labels from the first step on, then finishes it: corrections on states that the policy visits.
 
-    `out/summary.json` has "robots" (robot -> task -> attempts, kept, rejected by reason, frames), "seconds" of
-    the run that finished, "seconds_in" (summed over attempts: planning, physics, rendering, encoding),
+    `out/summary.json` has "robots" (robot -> task -> attempts, kept, rejected by reason, frames), "seconds"
+    of the run that finished, "seconds_in" (summed over attempts: planning, physics, rendering, encoding),
     "versions", "suite", "seeds" (first and last tried), "reserved_seeds" (episodes on scenes that are not for
     training) and "config". Called again after a kill, it goes on; called again when finished, it returns the
     summary. Raises BlmError when `out` holds a collection of another configuration, or anything that would

@@ -204,7 +204,7 @@ def is_stale(writer: str, changed: float | None = None, foreign_age: float = FOR
 
 
 def temporary_name(target: Path, suffix: str = "") -> Path:
-    """A hidden name beside `target` that nobody else uses, and that says who writes there, till `released`."""
+    """A hidden name beside `target` that says who writes there; this process's own until `released`."""
     path = target.with_name(f".{target.name[:_NAME_LENGTH]}.{owner()}-{next(_serial)}.part{suffix}")
     _used.add(path)
     return path

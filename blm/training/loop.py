@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from blm.io import hold
 from blm.training.checkpoint import cut_log, restore, save
 from blm.training.optimizers import Optimizers
 from blm.training.parallel import Part, Processes, full, spread, unsynced, wants_shards, whole
@@ -131,7 +132,7 @@ def run_loop(
     bfloat16 autocast on CUDA. `learning_rate(name)` replaces `config.lr` for a parameter. `on_eval(steps
     done)` adds its numbers to a log row; every process calls it, with all weights at hand. Raises BlmError at
     a loss or gradient that is not finite, before the weights are touched, and when `out` holds a run of
-    another config or module.
+    another config or module, or when another process trains there.
     """
     out.mkdir(parents=True, exist_ok=True)
     kind = next(module.parameters()).device.type
@@ -140,7 +141,8 @@ def run_loop(
         parts = f"{processes.count} processes x {config.accumulate} parts"
         raise BlmError(f"batch_size is {config.batch_size}, but a step has {parts}; each needs a sample")
     wrapped, undo = spread(module, loss_fn, processes, config.shard or wants_shards())
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if kind == "cuda" else []):
+    devices = [torch.cuda.current_device()] if kind == "cuda" else []
+    with hold(out) if processes.first else nullcontext(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed * 65_537 + processes.rank)
         optimizer = Optimizers(
             module,

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from blm.backbone import Backbone
+from blm.backbone.saving import save_folder
 from blm.training.parts import part_of
 from blm.types import BlmError
 
@@ -80,6 +81,6 @@ def _projectors(model: nn.Module) -> list[str]:
 def merge_adapters(backbone: Backbone, adapted: peft.PeftModel, folder: Path | None) -> None:
     """Save the adapters alone, in peft's format, then add them to the weights: the model is stock again."""
     if folder is not None:
-        adapted.save_pretrained(str(folder), safe_serialization=True)
+        save_folder(folder, lambda work: adapted.save_pretrained(str(work), safe_serialization=True))
     merged: Any = adapted.merge_and_unload()
     assert merged is backbone.model

@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from blm.backbone import Backbone
+from blm.backbone.saving import require_free
 from blm.io import write_json
 from blm.training.answers import AnswerModel
 from blm.training.intents import claim
@@ -99,6 +100,8 @@ def train_stage1(
     )
     if processes.first:
         claim(out / "inputs.json", _inputs(backbone, read, config), f"'{out}' holds another run")
+        for name in ("backbone", "adapter"):
+            require_free(out / name)
         write_json(out / "rows.json", dict(counts))
     sharded = processes.count > 1 and (config.loop.shard or wants_shards())
     answers = AnswerModel(backbone, sharded=sharded, cached=config.cache_features)
