@@ -49,6 +49,9 @@ def export_vllm(source: str, out: Path, *, images: int = 8, context: int = 8192)
     """
     from blm.backbone import Backbone
 
+    for name, value in (("images", images), ("context", context)):
+        if not 1 <= value <= 10**9:
+            raise BlmError(f"{name} is {value}; it must be 1 or more")
     inside = Path(source) / "backbone"
     backbone = Backbone.load(inside if inside.is_dir() else source)
     config = backbone.model.config

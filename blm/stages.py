@@ -243,16 +243,49 @@ _SUITE = ("robots", "tasks", "cameras", "image_size")
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("released", "The released model drives and answers", (*_SUITE, "evaluation"), (), run_released),
-        Stage("collect", "Demonstrations from the planner", (*_SUITE, "demonstrations"), (), run_collect),
-        Stage("corpus", "Questions about scenes", (*_SUITE, "corpus"), ("collect",), run_corpus),
-        Stage("stage1", "Stage I: teach the backbone", ("stage1",), ("corpus",), run_stage1),
-        Stage("stage2", "Stage II: bridge and policy", ("stage2",), ("collect", "stage1"), run_stage2),
         Stage(
-            "digital", "Evaluation, digital space", ("evaluation",), ("corpus", "stage2"), run_eval_digital
+            "released",
+            "The released model drives and answers",
+            (*_SUITE, "evaluation"),
+            (),
+            run_released,
+            ("results/released",),
         ),
         Stage(
-            "physical", "Evaluation, physical space", (*_SUITE, "evaluation"), ("stage2",), run_eval_physical
+            "collect",
+            "Demonstrations from the planner",
+            (*_SUITE, "demonstrations"),
+            (),
+            run_collect,
+            ("episodes", "episodes_held_out"),
+        ),
+        Stage(
+            "corpus", "Questions about scenes", (*_SUITE, "corpus"), ("collect",), run_corpus, ("corpora",)
+        ),
+        Stage("stage1", "Stage I: teach the backbone", ("stage1",), ("corpus",), run_stage1, ("stage1",)),
+        Stage(
+            "stage2",
+            "Stage II: bridge and policy",
+            ("stage2",),
+            ("collect", "stage1"),
+            run_stage2,
+            ("stage2", "intents"),
+        ),
+        Stage(
+            "digital",
+            "Evaluation, digital space",
+            ("evaluation",),
+            ("corpus", "stage2"),
+            run_eval_digital,
+            ("results/digital", "results/digital_wording"),
+        ),
+        Stage(
+            "physical",
+            "Evaluation, physical space",
+            (*_SUITE, "evaluation"),
+            ("stage2",),
+            run_eval_physical,
+            ("results/physical", "results/zero"),
         ),
     )
 }

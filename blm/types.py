@@ -52,6 +52,18 @@ def lookup(kind: str, name: str, registry: Mapping[str, T]) -> T:
     return registry[name]
 
 
+def require_numbers(owner: object, **limits: tuple[float, float]) -> None:
+    """Raise BlmError, naming field, value and limits, unless fields of `owner` lie within their limits.
+
+    A field is a number, several, or None, which passes. Not-a-number never does.
+    """
+    for name, (low, high) in limits.items():
+        value = getattr(owner, name)
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is not None and not low <= one <= high:
+                raise BlmError(f"{name} is {value}; it must be {low:,} to {high:,}")
+
+
 def _array(value: Any, what: str, dtype: Any = None) -> NDArray[Any]:
     """Return `value` as an array. Raises ContractError that names `what` is none."""
     try:
@@ -173,6 +185,11 @@ class PolicyContract:
     """Hash of the weights, or the name of a policy that has none."""
     statistics: str = ""
     """Hash of the ranges that states and actions are normalised by; empty if there are none."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, horizon=(1, 100_000), image_size=(1, 16_384), rate_hz=(1e-3, 1e6))
+        if not 1 <= self.execute <= self.horizon:
+            raise BlmError(f"execute is {self.execute}; it must be 1 to horizon = {self.horizon}")
 
     def to_json(self) -> dict[str, Any]:
         spaces = {name: space.to_json() for name, space in self.action_spaces.items()}

@@ -24,11 +24,11 @@ from blm.policy.checkpoint import identified, read_config, read_transforms, requ
 from blm.policy.flow import seeded_noise
 from blm.policy.network import PolicyConfig
 from blm.policy.policy import decode, pad_dims
-from blm.training.demonstrations import Sampler, joint_contract, split, warn_of_reserved
+from blm.training.demonstrations import Sampler, joint_contract, require_weights, split, warn_of_reserved
 from blm.training.intents import claim
 from blm.training.loop import Ema, LoopConfig, Piece, run_loop
 from blm.training.parallel import Part
-from blm.types import ActionChunk, BlmError, ImageArray, Observation, PolicyContract
+from blm.types import ActionChunk, BlmError, ImageArray, Observation, PolicyContract, require_numbers
 
 KIND = "diffusion_policy"
 HELD_OUT = 0.05
@@ -51,6 +51,12 @@ class BaselineConfig:
     execute: int = 8
     stride: int = 1
     """Learn from every n-th frame."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, stride=(1, 1_000_000))
+        require_weights(self.weights)
+        if not 1 <= self.execute <= self.actions.horizon:
+            raise BlmError(f"execute {self.execute} must lie in 1..horizon = {self.actions.horizon}")
 
 
 def scheduler(config: DiffusionConfig) -> Any:

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from blm.types import BlmError, lookup
+from blm.types import BlmError, lookup, require_numbers
 
 if TYPE_CHECKING:
     from blm.corpora import CurationReport, EvaluationSet, Source
@@ -224,6 +224,9 @@ class Validate:
     """Longest conversation, in tokens of the backbone."""
     shown: int = SHOWN
     """Places printed for each reason; 0: all."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, max_tokens=(1, 10**9), shown=(0, 10**9))
 
 
 def validate(command: str, arguments: list[str]) -> None:

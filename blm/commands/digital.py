@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from blm.io import write_text
-from blm.types import BlmError, Question, lookup
+from blm.types import BlmError, Question, lookup, require_numbers
 
 console = Console()
 MATCH = "match"
@@ -50,6 +50,9 @@ class Evaluate:
     """For endpoints; else OPENAI_API_KEY."""
     device: str = "cpu"
     """Torch device of a model that runs here."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, limit=(1, 10**9), batch=(1, 100_000), concurrency=(1, 1024))
 
 
 def parse_evaluate(command: str, arguments: list[str]) -> Evaluate:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -13,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
+from blm.seeds import VALIDATION_SEEDS
 from blm.training.imitate import Drive, ImitateConfig
 from blm.training.schooling import Schooling, for_nano, is_nano, taught_nano
 from blm.training.sft import Stage1Config
-from blm.types import BlmError
+from blm.types import BlmError, require_numbers
 
 if TYPE_CHECKING:
     from blm.backbone import Backbone
@@ -54,6 +56,10 @@ class TrainStage1(Stage1Config):
     """Text file on which to measure what the backbone kept; by default part of Python's own manual."""
     device: str = "cpu"
     """cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_numbers(self, held_out_rows=(1, 10**9))
 
 
 def parse_stage1(command: str, arguments: list[str]) -> TrainStage1:
@@ -103,6 +109,10 @@ class TrainStage2(ImitateConfig):
     drive: int = 0
     """Episodes that the policy drives in each robot and task at every evaluation (`loop.eval-every`), on
     seeds for validation; 0: the validation loss alone chooses the best checkpoint."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_numbers(self, drive=(0, len(VALIDATION_SEEDS)))
 
 
 def parse_stage2(command: str, arguments: list[str]) -> TrainStage2:
@@ -222,7 +232,11 @@ def split_weight(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
     folder, colon, weight = text.rpartition(":")
     try:
+        if colon and not 0 < float(weight) < math.inf:
+            raise BlmError(f"the weight of '{folder}' is {weight}; it must be a positive number")
         return (Path(folder), float(weight)) if colon else (Path(text), 1.0)
+    except BlmError:
+        raise
     except ValueError:
         raise BlmError(
             f"'{text}' is no folder; give FOLDER or FOLDER:WEIGHT, as corpora/scenes:2.5"

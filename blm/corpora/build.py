@@ -24,10 +24,10 @@ from blm.corpora.steps import moment_facts, read_steps
 from blm.corpora.templates import Wording
 from blm.data.dataset import EpisodeDataset
 from blm.data.episodes import open_dataset
-from blm.engine import Unit, run_units
+from blm.engine import MAX_WORKERS, Unit, run_units
 from blm.io import MARK, remove_own, work_folder
 from blm.tasks import Env
-from blm.types import BlmError, ImageArray
+from blm.types import BlmError, ImageArray, require_numbers
 
 SCENES_PER_SHARD = 400
 EPISODES_PER_SHARD = 60
@@ -71,11 +71,19 @@ class SceneCorpusConfig:
     def __post_init__(self) -> None:
         if not (self.robots and self.tasks and self.cameras):
             raise BlmError("a corpus needs robots and tasks and cameras, at least one of each")
-        if self.scenes < 1 or min(self.turns, self.frame_turns) < 1:
-            raise BlmError(
-                f"a corpus needs scenes, turns and frame turns of at least 1, got {self.scenes}, "
-                f"{self.turns} and {self.frame_turns}"
-            )
+        require_numbers(
+            self,
+            image_size=(16, 4096),
+            scenes=(1, 100_000_000),
+            first_seed=(0, 2**32 - 1),
+            turns=(1, 10_000),
+            frame_turns=(1, 10_000),
+            frames_per_episode=(0, 1_000_000),
+            max_distractors=(0, 100),
+            pointing=(0, 1),
+            metric=(0, 1),
+            choice=(0, 1),
+        )
         shares = (self.pointing, self.metric, 1 - self.pointing - self.metric, self.choice)
         if min(shares) < 0 or self.choice > 1:
             raise BlmError(
@@ -91,6 +99,8 @@ def build_scene_corpus(config: SceneCorpusConfig, out: Path, *, workers: int = 2
     """
     if out.exists():
         raise BlmError(f"corpus folder '{out}' exists; move it away or name another one")
+    if not 0 <= workers <= MAX_WORKERS:
+        raise BlmError(f"workers is {workers}; it must be 0 to {MAX_WORKERS:,}")
     shards = work_folder(parts_of(out), PARTS, asdict(config))
     units = [
         Unit(name, (source, config, part, shards / name))

@@ -96,8 +96,8 @@ def build_replay(backbone: Backbone, out: Path, count: int, *, seed: int = 0) ->
         raise BlmError(f"corpus folder '{out}' exists; move it away or name another one")
     if not 1 <= count <= MOST:
         raise BlmError(f"a replay corpus needs a count from 1 to {MOST:,}, got {count}")
-    if seed < 0:
-        raise BlmError(f"seed is {seed}, must be 0 or more")
+    if not 0 <= seed < 2**32:
+        raise BlmError(f"seed is {seed}; it must be 0 to {2**32 - 1:,}")
     revision = backbone.fingerprint()[:16]
     shards = work_folder(parts_of(out), PARTS, {"replay": revision, "seed": seed})
 

@@ -25,7 +25,7 @@ from blm.data.episodes import finalize_dataset, stage_episode
 from blm.demos.decompositions import DECOMPOSITIONS
 from blm.demos.expert import HOLD_STEPS, Expert
 from blm.demos.rollout import TAKE_OVER, Demonstrator, Perturbation, demonstrate
-from blm.engine import Result, Unit, run_units
+from blm.engine import MAX_WORKERS, Result, Unit, run_units
 from blm.io import MARK, hold, read_json, remove_own, work_folder, write_json
 from blm.robots import ROBOTS
 from blm.seeds import reserved, warning
@@ -33,7 +33,7 @@ from blm.tasks import Env
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.scene import CAMERAS
 from blm.tasks.suite import suite_version
-from blm.types import BlmError, Policy, lookup
+from blm.types import BlmError, Policy, lookup, require_numbers
 
 MakePolicy = Callable[[], Policy]
 """Picklable; called once in each worker process."""
@@ -88,19 +88,29 @@ class CollectConfig:
             lookup("task", task, DECOMPOSITIONS)
         for camera in self.cameras:
             lookup("camera", camera, CAMERAS)
+        require_numbers(
+            self,
+            episodes=(1, 1_000_000),
+            first_seed=(0, 2**32 - 1),
+            image_size=(16, 4096),
+            noise=(0, 1),
+            disturbed=(0, 1),
+            random_starts=(0, 1),
+            distractors=(0, 100),
+            workers=(0, MAX_WORKERS),
+            hold=(HOLD_STEPS, 100_000),
+        )
+        if not self.noise or self.image_size % 2:
+            raise BlmError(
+                "collecting needs at least one noise level and an even image_size; got "
+                f"{self.noise}, {self.image_size}"
+            )
         if self.simulator == "maniskill" and (self.random_starts or self.disturbed or max(self.noise) > 0.01):
             raise BlmError(
                 "ManiSkill's scripts do not react: set random_starts 0, disturbed 0, noise up to 0.01"
             )
-        if self.hold < HOLD_STEPS or (self.hold > HOLD_STEPS and self.simulator == "maniskill"):
-            raise BlmError(
-                f"hold must be {HOLD_STEPS} or more, with ManiSkill's scripts just that: {self.hold}"
-            )
-        if self.episodes < 1 or not self.noise or min(self.noise) < 0 or self.image_size % 2:
-            raise BlmError(
-                "collecting needs episodes >= 1, at least one noise level >= 0 and an even image_size; got "
-                f"{self.episodes}, {self.noise}, {self.image_size}"
-            )
+        if self.hold > HOLD_STEPS and self.simulator == "maniskill":
+            raise BlmError(f"with ManiSkill's scripts hold must be {HOLD_STEPS}: {self.hold}")
 
 
 def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -> dict[str, Any]:

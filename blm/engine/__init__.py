@@ -28,7 +28,7 @@ from blm.engine.ray import run_on_ray
 from blm.engine.unit import Job, Lost, Result, Runs, Unit
 from blm.types import BlmError, lookup
 
-__all__ = ["ENGINES", "Result", "Unit", "read_journal", "run_units"]
+__all__ = ["ENGINES", "MAX_WORKERS", "Result", "Unit", "read_journal", "run_units"]
 
 ATTEMPTS = 3
 """How often a unit may cost a worker its life before it is given up."""

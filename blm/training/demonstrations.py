@@ -6,6 +6,7 @@ processes or one after the other, are together the samples of the whole.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -278,3 +279,10 @@ def warn_of_reserved(datasets: Sequence[EpisodeDataset]) -> dict[str, Any]:
     for folder, counts in found.items():
         Console(stderr=True).print(f"warning: {warning(folder, counts)}", soft_wrap=True)
     return {"reserved_seeds": found} if found else {}
+
+
+def require_weights(weights: Mapping[str, float]) -> None:
+    """Raise BlmError for a weight that is not a number from 0 on."""
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise BlmError(f"the weight of '{name}' is {weight}; it must be 0 (never) or more")

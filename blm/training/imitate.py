@@ -31,13 +31,14 @@ from blm.training.demonstrations import (
     Sampler,
     anything_held_out,
     joint_contract,
+    require_weights,
     split,
     warn_of_reserved,
 )
 from blm.training.intents import IntentConfig, LiveIntents, cache_intents, claim, describe
 from blm.training.loop import Ema, LoopConfig, Piece, run_loop
 from blm.training.parallel import Part, Processes
-from blm.types import BlmError, PolicyContract
+from blm.types import BlmError, PolicyContract, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,8 @@ class ImitateConfig:
     """Precision of the backbone."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, held_out=(0, 0.9), validation_batches=(0, 1_000_000))
+        require_weights(self.weights)
         if self.only_new and self.start is None:
             raise BlmError("only_new needs a checkpoint to start from")
         if not 1 <= self.execute <= self.policy.horizon:

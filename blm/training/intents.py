@@ -28,10 +28,10 @@ from blm.backbone.backbone import Backbone
 from blm.backbone.prompt import control_prompt
 from blm.data.episodes import EpisodeDataset, open_dataset
 from blm.data.mixture import IndexArray, kept_frames
-from blm.engine import Result, Unit, run_units
+from blm.engine import MAX_WORKERS, Result, Unit, run_units
 from blm.io import read_json, replacing, sha256_file, write_json
 from blm.policy.policy import prompt_version
-from blm.types import BlmError, ImageArray
+from blm.types import BlmError, ImageArray, require_numbers
 
 FORMAT = 2
 Rows = list[NDArray[np.floating[Any]]]
@@ -57,6 +57,8 @@ class IntentConfig:
     """Augmented views of each frame (other light, shifted pictures) that are cached beside the frame."""
 
     def __post_init__(self) -> None:
+        most = dict.fromkeys(("layer", "stride", "batch_size", "shard_frames"), (1, 10**9))
+        require_numbers(self, **most, views=(0, 1000), workers=(0, MAX_WORKERS))
         sizes = (self.layer, self.stride, self.batch_size, self.shard_frames, self.views + 1)
         if min(sizes) < 1 or not self.cameras:
             raise BlmError(f"intents: need a layer, cameras and positive sizes, got {self}")
@@ -221,7 +223,9 @@ def claim(path: Path, facts: Mapping[str, Any], complaint: str) -> None:
     if path.exists():
         there = read_json(path)
         there = there if isinstance(there, dict) else {}
-        if there != mine and made:
+        if there == mine:
+            return
+        if made:
             other = ", ".join(name for name in facts if there.get(name) != mine[name])
             raise BlmError(
                 f"{complaint}: made from another {other}; name another folder, or move this one away"

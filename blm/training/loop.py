@@ -30,7 +30,7 @@ from blm.training.checkpoint import cut_log, restore, save
 from blm.training.optimizers import Optimizers
 from blm.training.parallel import Part, Processes, full, spread, unsynced, wants_shards, whole
 from blm.training.record import Log, Meter
-from blm.types import BlmError
+from blm.types import BlmError, require_numbers
 
 _MAY_CHANGE = ("log_every", "save_every", "eval_every", "title", "keep", "shard", "accumulate", "trackers")
 
@@ -68,11 +68,15 @@ class LoopConfig:
     title: str = "training"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lr", "clip", "accumulate", "log_every", "save_every", "keep"):
-            if getattr(self, name) <= 0:
+        counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep")
+        for name in (*counts, "lr", "clip"):
+            if not getattr(self, name) > 0:
                 raise BlmError(f"{name} is {getattr(self, name)}; it must be positive")
-        if self.muon < 0:
-            raise BlmError(f"muon is {self.muon}; it must be a rate, or 0 for AdamW alone")
+        require_numbers(self, **dict.fromkeys(counts, (1, 10**12)))
+        require_numbers(self, lr=(0, 1e3), clip=(0, 1e9), muon=(0, 1e3), weight_decay=(0, 1e3))
+        require_numbers(
+            self, betas=(0, 1), warmup_fraction=(0, 1), eval_every=(0, 10**12), seed=(0, 2**32 - 1)
+        )
 
 
 B = TypeVar("B")

@@ -19,7 +19,7 @@ from torch import nn
 from blm.backbone import Backbone
 from blm.backbone.saving import save_folder
 from blm.training.parts import part_of
-from blm.types import BlmError
+from blm.types import BlmError, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,7 @@ class Lora:
     """Last names of the layers of the language model that get adapters ("q_proj"), or all its linear ones."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, rank=(0, 65_536), alpha=(0, 10**9), dropout=(0, 1))
         if self.rank < 0 or self.alpha < 0 or not 0 <= self.dropout < 1:
             raise BlmError(f"{self}: rank and alpha may not be negative, dropout must lie in 0 .. 1")
 

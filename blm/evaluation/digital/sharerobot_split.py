@@ -20,7 +20,7 @@ import numpy as np
 
 from blm.evaluation.digital.layout import Row, find_files, read_rows
 from blm.io import write_json
-from blm.types import BlmError
+from blm.types import BlmError, require_numbers
 
 SPLIT, TRAINING, HELD = "split.json", "training.json", "planning/heldout"
 KINDS = (
@@ -54,8 +54,7 @@ class SplitConfig:
     """Folder of the JSON files to draw from, below the dataset's folder."""
 
     def __post_init__(self) -> None:
-        if self.episodes < 1 or self.templates < 1:
-            raise BlmError(f"{self.episodes} episodes x {self.templates} templates; both are at least 1")
+        require_numbers(self, episodes=(1, 10**9), templates=(1, 10**6), seed=(0, 2**32 - 1))
 
 
 def kind_of(row: Row) -> str:
