@@ -52,6 +52,7 @@ def run_stages(stages: dict[str, Stage], names: list[str], recipe: Recipe, folde
     with hold(folder) if folder.exists() else nullcontext():
         require_own(folder)
         require_settings(stages, names, recipe, folder)
+        require_inputs(stages, names, folder)
     with hold(folder):
         write_json(folder / RECIPE, to_json(recipe))
         for place, name in enumerate(names, start=1):
@@ -59,13 +60,8 @@ def run_stages(stages: dict[str, Stage], names: list[str], recipe: Recipe, folde
 
 
 def _run_stage(stages: dict[str, Stage], stage: Stage, recipe: Recipe, folder: Path, place: str) -> None:
-    console, ledger, key = Console(stderr=True), read_ledger(folder), stage_key(stages, stage, recipe)
-    entry = ledger.get(stage.name)
-    missing = [need for need in stage.needs if not ledger.get(need, {}).get("done")]
-    if missing:
-        raise BlmError(
-            f"'{stage.name}' needs the result of {', '.join(missing)} in '{folder}': run that first"
-        )
+    console, key = Console(stderr=True), stage_key(stages, stage, recipe)
+    entry = read_ledger(folder).get(stage.name)
     if entry and entry["done"]:
         console.print(f"[dim]{place} {stage.title}: done before, skipped[/dim]")
         return
@@ -117,6 +113,15 @@ def require_settings(stages: dict[str, Stage], names: list[str], recipe: Recipe,
             f"'{folder}' holds results made with other settings; nothing was changed. Name another --run "
             "folder, or give the settings of this one:\n" + "\n".join(lines[:SHOWN]) + more
         )
+
+
+def require_inputs(stages: dict[str, Stage], names: Sequence[str], folder: Path) -> None:
+    """Raise BlmError if a stage reads what neither is finished nor comes before it in `names`."""
+    there = {name for name, entry in read_ledger(folder).items() if entry["done"]}
+    for name in names:
+        if missing := [need for need in stages[name].needs if need not in there]:
+            raise BlmError(f"'{name}' needs the result of {', '.join(missing)} in '{folder}': run that first")
+        there.add(name)
 
 
 def _all_needed(stages: dict[str, Stage], names: Sequence[str]) -> list[str]:

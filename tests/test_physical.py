@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
-from test_serving import running
+from test_serving import foreign_openpi_server, running
 
 from blm.evaluation import (
     PROTOCOLS,
@@ -45,6 +46,7 @@ from blm.evaluation.protocol import (
 )
 from blm.evaluation.results import without_times
 from blm.evaluation.rollout import Clock, decision_seed, drive
+from blm.policies import contract_of, find_policy
 from blm.robots import ROBOTS
 from blm.serving.client import RemotePolicy
 from blm.tasks import TASKS, Env
@@ -292,9 +294,44 @@ def test_a_nameless_policy_does_not_continue_a_run(tmp_path: Path) -> None:
         def __init__(self, contract: PolicyContract) -> None:
             self.contract = contract
 
-    assert run(Nameless, tmp_path)["model"] == ""
+    assert run(Nameless, tmp_path)["model"] == "unnamed"
     with pytest.raises(BlmError, match="has no revision in its contract"):
         run(Nameless, tmp_path)
+
+
+def test_a_policy_of_another_contract_does_not_continue_a_run(tmp_path: Path) -> None:
+    class Longer(ZeroPolicy):
+        def __init__(self, contract: PolicyContract) -> None:
+            super().__init__(replace(contract, horizon=contract.horizon + 4))
+
+    run(ZeroPolicy, tmp_path)
+    before = len((tmp_path / "journal.jsonl").read_text().splitlines())
+    run(ZeroPolicy, tmp_path)
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == before
+    run(Longer, tmp_path)
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 2 * before
+
+
+def test_episodes_of_a_server_without_a_contract_are_never_taken_for_anothers(tmp_path: Path) -> None:
+    def evaluate(address: str, **how: Any) -> dict[str, Any]:
+        look: Any = {"cameras": CONTRACT.cameras, "image_size": CONTRACT.image_size}
+        make = find_policy(f"ws://{address}", **look, horizon=4, execute=4, api_key=None, device="cpu", **how)
+        protocol = PhysicalProtocol.for_policy(
+            contract_of(make), robots=("panda",), tasks=("push_cube",), episodes=1, max_steps=4
+        )
+        return evaluate_physical(make, protocol, tmp_path, workers=0, videos_per_cell=0)
+
+    seen: list[dict] = []
+    with foreign_openpi_server(seen) as address:
+        assert evaluate(address)["model"] == "unnamed" and len(seen) == 1
+        with pytest.raises(BlmError, match=r"no revision in its contract.*--server-name"):
+            evaluate(address)
+        named = evaluate(address, server_name="pi0-base")
+        assert named["model"] == f"pi0-base at ws://{address}" and len(seen) == 2
+        evaluate(address, server_name="pi0-base")
+        assert len(seen) == 2, "the same model goes on"
+        evaluate(address, server_name="pi0-tuned")
+        assert len(seen) == 3, "another one begins anew"
 
 
 def test_held_out_phrasings(tmp_path: Path) -> None:

@@ -146,6 +146,9 @@ class Evaluate:
     """Episodes of each cell that are filmed."""
     api_key: str | None = None
     """For an OpenPI server that wants one."""
+    server_name: str = ""
+    """Name and version of the model behind a server that sends no contract. Its address does not tell which
+    model it is: without a name an interrupted evaluation begins anew, in another folder."""
 
     def __post_init__(self) -> None:
         from blm.engine import MAX_WORKERS
@@ -180,6 +183,7 @@ def evaluate(command: str, arguments: list[str]) -> None:
             execute=chosen.execute,
             api_key=chosen.api_key,
             device=chosen.device,
+            server_name=chosen.server_name,
         )
         make = partial(continuing, make) if chosen.continued else make
         wanted = {name: getattr(chosen, name) for name in ("robots", "tasks", "episodes")}
