@@ -38,9 +38,6 @@ from blm.evaluation.batching import HostedPolicy, PolicyHost
 from blm.evaluation.intervals import wilson
 from blm.evaluation.outcome import REASONS, Moment, judge, observe_moment
 from blm.evaluation.protocol import (
-    EVALUATION_SEEDS,
-    STAGE1_HELD_OUT_SEEDS,
-    TRAINING_SEEDS,
     phrasing_of,
     protocol_hash,
 )
@@ -48,6 +45,7 @@ from blm.evaluation.results import without_times
 from blm.evaluation.rollout import Clock, decision_seed, drive
 from blm.policies import contract_of, find_policy
 from blm.robots import ROBOTS
+from blm.seeds import EVALUATION_SEEDS, STAGE1_HELD_OUT_SEEDS, TRAINING_SEEDS
 from blm.serving.client import RemotePolicy
 from blm.tasks import TASKS, Env
 from blm.tasks.spec import Region

@@ -106,7 +106,7 @@ def _require_name(contract: PolicyContract, journal: Path) -> None:
     if not contract.revision and journal.exists():
         raise BlmError(
             f"'{journal}' holds episodes, and this policy has no revision in its contract to tell whether "
-            "they are its own: choose another folder, or say which model a server holds (--server-name) each time"
+            "they are its own: choose another folder, or name the model of a server each time (--server-name)"
         )
 
 
