@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blm.io import RESTORE, DamagedError, read_json, reading, sha256_file, write_json
+from blm.io import RESTORE, DamagedError, read_json, reading, require_no_pointer, sha256_file, write_json
 from blm.types import BlmError
 
 MANIFEST = "meta/manifest.json"
@@ -37,11 +37,26 @@ def content_hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
-def manifest_faults(folder: Path, manifest: Mapping[str, Any], quick: bool = False) -> Iterator[DamagedError]:
+Watch = Callable[[Sequence[Any], str], Iterable[Any]]
+"""Goes through things as they are, and may show how far it is under a title."""
+
+
+def unwatched(things: Sequence[Any], title: str) -> Iterable[Any]:
+    return things
+
+
+def manifest_faults(
+    folder: Path, manifest: Mapping[str, Any], quick: bool = False, watch: Watch = unwatched
+) -> Iterator[DamagedError]:
     """Compare all files with the manifest, by size and content; `quick` compares videos by size only."""
     present = dict(_list(folder))
-    for name, entry in manifest["files"].items():
+    for name, entry in watch([*manifest["files"].items()], "files"):
         path = present.pop(name, None)
+        try:
+            require_no_pointer(folder / name)
+        except DamagedError as error:
+            yield error
+            continue
         if path is None:
             yield DamagedError(f"'{folder / name}' is missing")
         elif (size := path.stat().st_size) != entry["bytes"]:
@@ -75,7 +90,7 @@ def written_here(folder: Path, provenance: Mapping[str, Any]) -> set[str]:
     return {*files, MANIFEST}
 
 
-def verify_files(folder: Path | str) -> list[DamagedError]:
+def verify_files(folder: Path | str, watch: Watch = unwatched) -> list[DamagedError]:
     """Hash every file of a dataset that this program wrote; return an error for each damaged one.
 
     Raises BlmError when there is no manifest to compare with.
@@ -83,7 +98,7 @@ def verify_files(folder: Path | str) -> list[DamagedError]:
     path = Path(folder) / MANIFEST
     manifest = read_json(path)
     with reading(path):
-        return list(manifest_faults(Path(folder), manifest))
+        return list(manifest_faults(Path(folder), manifest, watch=watch))
 
 
 def _list(folder: Path) -> Iterator[tuple[str, Path]]:

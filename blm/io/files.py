@@ -22,7 +22,10 @@ from typing import Any
 
 from blm.types import BlmError
 
-RESTORE = "restore the file from a copy, or move the folder away and collect again"
+RESTORE = "restore the file from a copy, or move the folder away and make it again"
+LFS = b"version https://git-lfs.github.com/spec/v1"
+"""How a Git LFS pointer begins, a text below 1,024 bytes (github.com/git-lfs/git-lfs, docs/spec.md)."""
+PULL = "get the files themselves: `git lfs install`, then `git lfs pull` in that folder"
 FOREIGN_AGE = 24 * 3600.0
 """A temporary file that another machine (or this one, before it started anew) wrote counts as abandoned after
 so many seconds: whether its writer lives cannot be asked from here."""
@@ -59,6 +62,26 @@ class DamagedError(BlmError):
         return f"{self.what}; {self.fix}"
 
 
+class PointerError(DamagedError):
+    """A Git LFS pointer stands where a file should be: the repository was cloned without its large files."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"'{path}' is a Git LFS pointer, not the file itself", PULL)
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)
+
+
+def require_no_pointer(path: Path) -> None:
+    """Raise PointerError if a file is a Git LFS pointer."""
+    with suppress(OSError):
+        if path.is_file() and path.stat().st_size < 1024:
+            with path.open("rb") as file:
+                if file.read(len(LFS)) == LFS:
+                    raise PointerError(path)
+
+
 # --- reading ------------------------------------------------------------------------------------------------
 
 
@@ -78,6 +101,7 @@ def reading(path: Path) -> Iterator[Path]:
         LookupError,
         AttributeError,
     ) as error:  # of files, JSON, parquet and NumPy
+        require_no_pointer(path)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedError(
             f"'{path}' cannot be read ({reason}): it is missing, truncated or altered"

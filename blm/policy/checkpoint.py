@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from blm.backbone.backbone import RELEASED
 from blm.data.transforms import RobotTransforms
-from blm.io import MARK, new_folder, read_json, settled, sha256_file
+from blm.io import MARK, new_folder, read_json, require_no_pointer, settled, sha256_file
 from blm.policy.card import model_card
 from blm.types import BlmError, PolicyContract
 
@@ -83,6 +83,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BlmError(f"'{folder}' is no checkpoint: its manifest.json is of another program")
     for name in {*stored} - {"README.md"}:  # which older manifests name
         if found.get(name) != stored[name]:
+            require_no_pointer(folder / name)
             what = "altered" if name in found else "missing"
             raise BlmError(f"checkpoint '{folder}': {name} is {what}; copy the folder again or train again")
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
