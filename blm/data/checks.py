@@ -212,16 +212,16 @@ def _probe_faults(
             else ""
         )
         yield DamagedError(f"video '{path}' has {have.frames} frames, its episodes need {need}{extra}")
-    if every and have.frames:
-        times = frame_times(path) * have.rate
+    if abs(have.rate * need / rate - need) > 0.5:
+        yield DamagedError(f"video '{path}' has {have.rate:g} frames per second, its dataset has {rate:g}")
+    elif every and have.frames:
+        times = frame_times(path) * rate
         off = np.abs(times - np.arange(len(times))) > SLACK
         if off.any():
             yield DamagedError(
-                f"video '{path}' shows {off.sum()} frames at other times than {have.rate:g} Hz from 0 s on, "
+                f"video '{path}' shows {off.sum()} frames at other times than {rate:g} Hz from 0 s on, "
                 f"first frame {int(np.argmax(off))}"
             )
-    if abs(have.rate * need / rate - need) > 0.5:
-        yield DamagedError(f"video '{path}' has {have.rate:g} frames per second, its dataset has {rate:g}")
     if have.shape != shape:
         yield DamagedError(f"video '{path}' has pictures of {have.shape}, its dataset has {shape}")
 
