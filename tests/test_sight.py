@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -68,3 +71,35 @@ def test_training_looks_each_time():
     for _ in range(2):
         backbone.model(**inputs).logits.sum().backward()
     assert counted.looks == 2
+
+
+def test_two_threads_may_look_at_once():
+    """An action and a chat come from two threads; what one drops, the other may be taking."""
+    backbone = MAKERS["llava" if "llava" in MAKERS else sorted(MAKERS)[0]]()
+    base = backbone.model.base_model
+    base.get_image_features = lambda value: int(value[0])  # only the memory of it is tested
+    remember_sight(backbone, most=1)
+    backbone.model.eval()
+    wrong: list[object] = []
+
+    def look(offset: int) -> None:
+        with torch.no_grad():
+            for turn in range(3000):
+                asked = (turn + offset) % 3
+                try:
+                    if base.get_image_features(torch.tensor([asked])) != asked:
+                        wrong.append(asked)
+                except Exception as error:
+                    wrong.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=look, args=(offset,)) for offset in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not wrong

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
-from blm.seeds import VALIDATION_SEEDS
+from blm.seeds import VALIDATION_SEEDS, warning
 from blm.training.imitate import Drive, ImitateConfig
 from blm.training.schooling import Schooling, for_nano, is_nano, taught_nano
 from blm.training.sft import Stage1Config
@@ -189,6 +189,7 @@ def _open(
 ) -> tuple[Backbone, list[TrainingSource], list[Any]]:
     """Return the backbone, the corpora without faults, and held-out rows."""
     from blm.backbone import Backbone
+    from blm.corpora.messages import reserved_scenes
     from blm.corpora.validate import clean_corpus
     from blm.training.parallel import Processes
     from blm.training.reading import Reader, TrainingSource
@@ -196,6 +197,9 @@ def _open(
     parts = [split_weight(text) for text in (*chosen.corpus, *chosen.replay)]
     made = None if chosen.backbone == "nano" else Backbone.load(chosen.backbone, device=str(device))
     rows = [clean_corpus(folder, backbone=made, skip_bad=config.skip_bad) for folder, _ in parts]
+    for (folder, _), part in zip(parts, rows, strict=True):
+        if counts := reserved_scenes(part):
+            Console(stderr=True).print(f"warning: {warning(str(folder), counts)}", soft_wrap=True)
     if made is None:
         corpora = [(part, folder) for (folder, _), part in zip(parts, rows, strict=True)]
         made = taught_nano(corpora, chosen.schooling, chosen.out, seed=config.loop.seed)

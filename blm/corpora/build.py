@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from blm.corpora.facts import Drawer, by_kind, to_messages
 from blm.corpora.messages import CORPUS_FILE, Conversation, read_corpus, write_corpus
@@ -26,6 +27,7 @@ from blm.data.dataset import EpisodeDataset
 from blm.data.episodes import open_dataset
 from blm.engine import MAX_WORKERS, Unit, run_units
 from blm.io import MARK, remove_own, work_folder
+from blm.seeds import reserved, warning
 from blm.tasks import Env
 from blm.types import BlmError, ImageArray, require_numbers
 
@@ -101,6 +103,9 @@ def build_scene_corpus(config: SceneCorpusConfig, out: Path, *, workers: int = 2
         raise BlmError(f"corpus folder '{out}' exists; move it away or name another one")
     if not 0 <= workers <= MAX_WORKERS:
         raise BlmError(f"workers is {workers}; it must be 0 to {MAX_WORKERS:,}")
+    counts = reserved(range(config.first_seed, config.first_seed + config.scenes)) if config.teach else {}
+    if counts:
+        Console(stderr=True).print(f"warning: {warning(str(out), counts)}", soft_wrap=True)
     shards = work_folder(parts_of(out), PARTS, asdict(config))
     units = [
         Unit(name, (source, config, part, shards / name))

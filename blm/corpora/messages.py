@@ -28,6 +28,7 @@ import PIL.Image
 from blm.corpora.faults import RowError
 from blm.io import MARK, new_folder, replacing
 from blm.media import locate, split_time
+from blm.seeds import reserved
 from blm.types import BlmError, Image, Message, Question, Scorer
 
 CORPUS_FILE = "corpus.jsonl"
@@ -155,6 +156,13 @@ def read_corpus(folder: Path) -> list[Conversation]:
             raise BlmError(f"{folder / CORPUS_FILE}:{number}: {row}") from row
         rows.append(row)
     return rows
+
+
+def reserved_scenes(rows: Iterable[Conversation]) -> dict[str, int]:
+    """Return purpose -> number of our scenes in these rows that are reserved for it, and not for training."""
+    groups = {tuple(row.group.split("/")) for row in rows}
+    scenes = {group for group in groups if len(group) == 4 and group[0] in ("scene", "episode")}
+    return reserved(int(group[3]) for group in scenes if group[3].isdigit())
 
 
 TEACHING = ("control", "scan")
