@@ -332,6 +332,14 @@ def test_episodes_of_a_server_without_a_contract_are_never_taken_for_anothers(tm
         assert len(seen) == 3, "another one begins anew"
 
 
+@pytest.mark.parametrize("content", ['{"mine": 1}', "[]", "not JSON"])
+def test_a_result_of_another_program_is_kept(tmp_path: Path, content: str) -> None:
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(BlmError, match=r"result.json"):
+        run(ZeroPolicy, tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == [content]
+
+
 def test_held_out_phrasings(tmp_path: Path) -> None:
     seen = run(RandomPolicy, tmp_path, max_steps=1)
     unseen = run(RandomPolicy, tmp_path, max_steps=1, phrasing="held_out")

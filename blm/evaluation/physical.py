@@ -18,7 +18,7 @@ from blm.evaluation.batching import ActsInBatches, HostedPolicy, PolicyHost
 from blm.evaluation.intervals import success_rate
 from blm.evaluation.outcome import REASONS
 from blm.evaluation.protocol import PhysicalProtocol, digest, protocol_hash
-from blm.evaluation.results import TIMES, machine, write_result
+from blm.evaluation.results import TIMES, machine, require_free, write_result
 from blm.evaluation.rollout import Privileged, close, run_episode, set_up, tear_down
 from blm.tasks import gl_backend
 from blm.types import BlmError, Policy, PolicyContract
@@ -52,6 +52,7 @@ def evaluate_physical(
     Raises ContractError when the policy does not fit the protocol.
     """
     start, journal = time.monotonic(), out / "journal.jsonl"
+    require_free(out)
     with ExitStack() as stack:
         policy = make_policy()
         stack.callback(close, policy)

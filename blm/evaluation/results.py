@@ -19,7 +19,7 @@ from typing import Any
 
 from blm.evaluation.intervals import Difference, holm, paired_difference
 from blm.evaluation.protocol import DigitalProtocol, PhysicalProtocol, digest, protocol_hash, require_equal
-from blm.io import write_text
+from blm.io import read_json, write_text
 from blm.types import BlmError, ContractError
 
 FORMAT = 2
@@ -37,6 +37,15 @@ def write_result(
     text = json.dumps(head | parts, indent=1, allow_nan=False)
     write_text(out / "result.json", text)
     return json.loads(text)
+
+
+def require_free(out: Path) -> None:
+    """Raise BlmError, before anything is run, if `out` has a result.json of another program."""
+    file = out / "result.json"
+    if file.exists():
+        result = read_json(file)
+        if not isinstance(result, dict) or not {"protocol", "protocol_hash", "rows"} <= result.keys():
+            raise BlmError(f"'{file}' is of another program; name another folder")
 
 
 def machine() -> dict[str, Any]:

@@ -24,7 +24,7 @@ from blm.evaluation.digital.scene_questions import SCENE
 from blm.evaluation.digital.scoring import Rules, score
 from blm.evaluation.digital.summary import Row, stem_of, summarise, versus
 from blm.evaluation.protocol import DigitalProtocol, digest
-from blm.evaluation.results import write_result
+from blm.evaluation.results import require_free, write_result
 from blm.media import locate, split_time, with_pixels
 from blm.types import BlmError, Chat, Image, Message, Question, lookup, require_numbers
 
@@ -64,6 +64,7 @@ def evaluate_digital(
     picture, questions that need a judge where there is none, and a model that cannot be reached.
     """
     start = monotonic()
+    require_free(out)
     _check(questions, judge, asking)
     protocol = _protocol(questions, benchmark, judge, asking)
     rules = Rules(protocol, Coordinates.parse(asking.coordinates), asking.root)
