@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blm.types import BlmError
+from blm.types import BlmError, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,7 @@ class BridgeConfig:
     heads: int = 4
 
     def __post_init__(self) -> None:
+        require_numbers(self, **dict.fromkeys(("width", "latents", "blocks", "heads"), (1, 100_000)))
         if min(self.width, self.latents, self.blocks, self.heads) < 1 or self.width % self.heads:
             raise BlmError(f"bridge: all fields must be positive and width a multiple of heads, got {self}")
 

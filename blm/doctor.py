@@ -6,22 +6,29 @@ import importlib.util
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import track
 
-from blm.data.checks import unreadable, vector_faults, video_faults
+from blm.data.checks import picture_faults, pointers, shape_faults, unreadable, vector_faults, video_faults
 from blm.data.episodes import EpisodeDataset, load_dataset, verify_files
-from blm.data.files import MANIFEST, DamagedError, read_json
+from blm.data.files import MANIFEST
 from blm.data.transforms import absurd_ranges
+from blm.io import DamagedError, PointerError, leftovers, read_json
 from blm.robots import ROBOTS
+from blm.seeds import warning
 from blm.types import BlmError
 
 AGAIN = "run the same collect command again: it goes on from there"
 
+MANY = 200
+"""Things to check from which on progress is shown."""
 MIN_FREE_GIB = 5.0
 """`make demo` writes less than 1 GiB beside an environment of about 3 GiB."""
 
@@ -49,7 +56,26 @@ def examine_machine() -> Iterator[Check]:
 
 
 def examine_path(path: Path) -> Iterator[Check]:
-    """Check a dataset, a collection (a folder of datasets), or a checkpoint; one line for each fault."""
+    """Check a dataset, a collection (a folder of datasets), or a checkpoint; one line for each fault.
+
+    Whatever is there, this ends, and writes nothing: what cannot be examined is named.
+    """
+    try:
+        yield from _examine(path)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        found = f"cannot be examined ({type(error).__name__}: {reason[:200]})"
+        yield Check(str(path), found, "make it readable, restore it from a copy, or name another folder")
+
+
+def _watched(things: Sequence[Any], title: str) -> Iterable[Any]:
+    """Show how far it is, where that takes time; on stderr, so that the report stays clean."""
+    if len(things) < MANY:
+        return things
+    return track(things, f"checking {title}", console=Console(stderr=True), transient=True)
+
+
+def _examine(path: Path) -> Iterator[Check]:
     from blm.policy.checkpoint import folder_of
 
     if (path / "meta/info.json").exists():
@@ -60,6 +86,7 @@ def examine_path(path: Path) -> Iterator[Check]:
         yield from _collection(path)
     else:
         what = "neither a dataset nor a checkpoint" if path.is_dir() else "no such folder"
+        what = "a file, not a folder" if path.is_file() else what
         markers = "meta/info.json, collect.json or manifest.json"
         yield Check(str(path), what, f"name a folder that has {markers}")
 
@@ -69,6 +96,8 @@ def _checkpoint(path: Path) -> Check:
 
     try:
         load_checkpoint(path)
+    except PointerError as error:
+        return Check(str(path), f"checkpoint: {error.what}", error.fix)
     except BlmError as error:
         return Check(str(path), "checkpoint: damaged", str(error))
     return Check(str(path), "checkpoint: good")
@@ -118,18 +147,22 @@ def _dataset(folder: Path) -> Iterator[Check]:
         data = load_dataset(folder)
         known = "all files as the manifest says" if data.manifest else "no manifest: another program wrote it"
         counts = f"{data.num_episodes} episodes, {data.num_frames} frames, {len(data.cameras)} cameras"
-        yield Check(str(folder), f"dataset: good ({data.space.robot}: {counts}; {known})")
+        note = f". Note: {warning('it', data.reserved_seeds)}" if data.reserved_seeds else ""
+        yield Check(str(folder), f"dataset: good ({data.space.robot}: {counts}; {known}){note}")
 
 
 def _dataset_faults(folder: Path) -> Iterator[BlmError]:
-    for left in (folder.with_name(f".{folder.name}{suffix}") for suffix in (".writing", ".old")):
-        if left.exists():
-            yield DamagedError(f"'{left}' is left over from a run that was stopped", AGAIN)
+    for left in leftovers(folder):
+        yield DamagedError(f"'{left}' is left over from a run that was stopped", AGAIN)
+    if absent := [*pointers(folder)]:
+        yield from absent
+        return  # nothing else can be said of files that are not there
     try:
-        yield from verify_files(folder) if (folder / MANIFEST).exists() else unreadable(folder)
+        has_manifest = (folder / MANIFEST).exists()
+        yield from verify_files(folder, _watched) if has_manifest else unreadable(folder, _watched)
     except BlmError as error:
         yield error
-        yield from unreadable(folder)
+        yield from unreadable(folder, _watched)
     try:
         data = load_dataset(folder)
     except BlmError as error:
@@ -140,8 +173,10 @@ def _dataset_faults(folder: Path) -> Iterator[BlmError]:
     yield from vector_faults(data, every=True)
     yield from video_faults(data, every=True)
     shape = (data.num_frames, data.space.dim)
+    yield from shape_faults(data)
     if data.num_frames and data.states.shape == data.actions.shape == shape:
         yield from _range_faults(data)
+        yield from picture_faults(data, _watched)
     if "blm" in data.info and data.space.robot in ROBOTS:
         try:
             ROBOTS[data.space.robot].action_space.require_same(data.space, f"dataset '{folder}'")

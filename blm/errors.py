@@ -56,3 +56,15 @@ def lookup(kind: str, name: str, registry: Mapping[str, T]) -> T:
     if name not in registry:
         raise UnknownNameError(kind, name, registry)
     return registry[name]
+
+
+def require_numbers(owner: object, **limits: tuple[float, float]) -> None:
+    """Raise BlmError, naming field, value and limits, unless fields of `owner` lie within their limits.
+
+    A field is a number, several, or None, which passes. Not-a-number never does.
+    """
+    for name, (low, high) in limits.items():
+        value = getattr(owner, name)
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is not None and not low <= one <= high:
+                raise BlmError(f"{name} is {value}; it must be {low:,} to {high:,}")

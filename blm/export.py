@@ -8,10 +8,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from blm.io import new_folder
 from blm.types import BlmError
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ def export_vllm(source: str, out: Path, *, images: int = 8, context: int = 8192)
     """
     from blm.backbone import Backbone
 
+    for name, value in (("images", images), ("context", context)):
+        if not 1 <= value <= 10**9:
+            raise BlmError(f"{name} is {value}; it must be 1 or more")
     inside = Path(source) / "backbone"
     backbone = Backbone.load(inside if inside.is_dir() else source)
     config = backbone.model.config
@@ -59,8 +62,13 @@ def export_vllm(source: str, out: Path, *, images: int = 8, context: int = 8192)
             f"{', '.join(VLLM)} with their own towers. `blm serve` serves every checkpoint"
         )
 
-    def write(work: Path) -> None:
-        backbone.save(work)
+    limit = json.dumps({"image": images})
+    command = (
+        f"vllm serve {shlex.quote(str(out))} --served-model-name BLM --max-model-len {context} "
+        f"--limit-mm-per-prompt '{limit}'"
+    )
+    with new_folder(out) as work:
+        backbone.write_into(work)
         pictures = backbone.processor.image_processor.to_dict()
         (work / "preprocessor_config.json").write_text(json.dumps(pictures, indent=1))
         if kind in VIDEO:
@@ -69,13 +77,6 @@ def export_vllm(source: str, out: Path, *, images: int = 8, context: int = 8192)
             (work / "video_preprocessor_config.json").write_text(json.dumps(video, indent=1))
         _prove(backbone, work)
         (work / "README.md").write_text(_backbone_card(command, kind, source))
-
-    limit = json.dumps({"image": images})
-    command = (
-        f"vllm serve {shlex.quote(str(out))} --served-model-name BLM --max-model-len {context} "
-        f"--limit-mm-per-prompt '{limit}'"
-    )
-    _whole(out, write)
     return command
 
 
@@ -93,11 +94,9 @@ def export_dataset(source: Path, out: Path) -> None:
             raise fault
     info = json.loads((source / "meta/info.json").read_text())
 
-    def write(work: Path) -> None:
-        shutil.copytree(source, work)
+    with new_folder(out) as work:
+        shutil.copytree(source, work, dirs_exist_ok=True)
         (work / "README.md").write_text(_dataset_card(info, list(data.tasks)))
-
-    _whole(out, write)
 
 
 def export_checkpoint(source: str, out: Path) -> None:
@@ -106,7 +105,8 @@ def export_checkpoint(source: str, out: Path) -> None:
 
     folder = folder_of(source)
     read_config(folder)
-    _whole(out, lambda work: shutil.copytree(folder, work))
+    with new_folder(out) as work:
+        shutil.copytree(folder, work, dirs_exist_ok=True)
 
 
 def push_to_hub(folder: Path, repo: str, *, private: bool = False, endpoint: str | None = None) -> str:
@@ -143,20 +143,6 @@ def _remedy(error: Exception) -> str:
     if status in (401, 403):
         return "log in with `hf auth login` as one who may write there, or set HF_TOKEN"
     return "the folder is whole: run the same command again"
-
-
-def _whole(out: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a folder under a temporary name, then rename it. Raises BlmError if `out` is there."""
-    if out.exists():
-        raise BlmError(f"'{out}' exists; name a folder that does not")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.with_name(f".{out.name}.new")
-    shutil.rmtree(work, ignore_errors=True)
-    try:
-        write(work)
-        work.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _prove(backbone: Backbone, folder: Path) -> None:

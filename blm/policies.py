@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,12 @@ def find_policy(
     execute: int,
     api_key: str | None,
     device: str,
+    server_name: str = "",
 ) -> Callable[[], Policy]:
     """Return a picklable maker of the policy that `name` means (see HELP), checked as far as that is cheap.
 
     `cameras` to `execute` are for policies that have no contract of their own, `device` for checkpoints.
+    `server_name` says which model a server without a contract holds: its address does not tell.
     Raises BlmError with the valid forms for anything else.
     """
     look: Any = {"cameras": cameras, "image_size": image_size}
@@ -96,7 +99,8 @@ def find_policy(
     if name in ("zero", "random"):
         return partial(ZeroPolicy if name == "zero" else RandomPolicy, contract)
     if name.startswith(SCHEMES):
-        return partial(RemotePolicy, name, api_key=api_key, contract=contract)
+        identity = f"{server_name} at {name}" if server_name else ""
+        return partial(RemotePolicy, name, api_key=api_key, contract=replace(contract, revision=identity))
     if (folder_of(name) / "manifest.json").is_file():
         check_device(device)
         return partial(load_checkpoint, Path(name), device=device)

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from blm.bridge import BridgeConfig
+from blm.demos.expert import HOLD_STEPS
+from blm.engine import MAX_WORKERS
 from blm.policy.network import PolicyConfig
 from blm.robots import ROBOTS
+from blm.seeds import EVALUATION_SEEDS, VALIDATION_SEEDS
 from blm.tasks import TASKS
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.scene import CAMERAS
@@ -20,7 +23,7 @@ from blm.training.loop import LoopConfig
 from blm.training.lora import Lora
 from blm.training.schooling import Schooling
 from blm.training.sft import Stage1Config
-from blm.types import BlmError, lookup
+from blm.types import BlmError, lookup, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,11 @@ class Demonstrations:
     appearance: Appearance = PLAIN
     """These are the fields of `CollectConfig` with the same names."""
 
+    def __post_init__(self) -> None:
+        require_numbers(self, episodes=(1, 1_000_000), held_out_episodes=(1, 1_000_000))
+        require_numbers(self, noise=(0, 1), disturbed=(0, 1), random_starts=(0, 1), distractors=(0, 100))
+        require_numbers(self, hold=(HOLD_STEPS, 100_000))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus:
@@ -50,6 +58,10 @@ class Corpus:
     """Questions about one scene."""
     max_distractors: int = 3
     frames_per_episode: int = 8
+
+    def __post_init__(self) -> None:
+        require_numbers(self, scenes=(1, 100_000_000), held_out_scenes=(1, 1_000_000), turns=(1, 10_000))
+        require_numbers(self, max_distractors=(0, 100), frames_per_episode=(0, 1_000_000))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +90,11 @@ class Stage2:
     drive: int = 0
     """Episodes of each robot and task at every evaluation (`loop.eval_every`), on seeds for validation."""
 
+    def __post_init__(self) -> None:
+        require_numbers(self, layer=(1, 10_000), stride=(1, 100_000), drive=(0, len(VALIDATION_SEEDS)))
+        if not 1 <= self.execute <= self.policy.horizon:
+            raise BlmError(f"stage2.execute {self.execute} must lie in 1..horizon = {self.policy.horizon}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
@@ -88,6 +105,10 @@ class Evaluation:
     max_steps: int = 200
     max_questions: int = 600
     """Held-out questions asked, evenly over the scenes."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, episodes=(1, len(EVALUATION_SEEDS)), max_steps=(1, 1_000_000))
+        require_numbers(self, max_questions=(1, 10**9))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +136,13 @@ class Recipe:
                 raise BlmError(f"a recipe needs {kind}s, each once; got {names}")
             for name in names:
                 lookup(kind, name, registry)
+        if not self.cameras:
+            raise BlmError(f"a recipe needs cameras, of {', '.join(CAMERAS)}")
         for camera in self.cameras:
             lookup("camera", camera, CAMERAS)
+        require_numbers(self, image_size=(16, 4096), workers=(0, MAX_WORKERS))
+        if self.image_size % 2:
+            raise BlmError(f"image_size is {self.image_size}; videos need an even side")
 
 
 def stage1(*, eye: int, drill: int, steps: int, batch_size: int = 8) -> Stage1:

@@ -20,8 +20,8 @@ from blm.backbone import Backbone
 from blm.commands.digital import spread
 from blm.commands.training import driver
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus, read_questions
+from blm.corpora.build import remove_parts
 from blm.data.episodes import open_dataset
-from blm.data.files import read_json, write_json
 from blm.demos import CollectConfig, collect
 from blm.evaluation import (
     EVALUATION_SEEDS,
@@ -35,6 +35,7 @@ from blm.evaluation import (
 from blm.evaluation.digital.runner import Asking
 from blm.evaluation.report import ReportData, build_report
 from blm.hub import BLM
+from blm.io import read_json, replacing, write_json
 from blm.pipeline import Stage, read_ledger, to_json
 from blm.policy.checkpoint import folder_of, read_contract
 from blm.policy.policy import CheckpointPolicy
@@ -103,7 +104,9 @@ def run_corpus(recipe: Recipe, run: Path) -> None:
             frames_per_episode=recipe.corpus.frames_per_episode,
         )
         folder = run / "corpora" / name
-        if not folder.exists():
+        if folder.exists():
+            remove_parts(folder)
+        else:
             build_scene_corpus(config, folder, workers=recipe.workers)
 
 
@@ -216,7 +219,8 @@ def run_released(recipe: Recipe, run: Path) -> None:
     lines = [(text, model.answer([Message("user", (*map(Image, views), text))])) for text in QUESTIONS]
     for text, answer in lines:
         Console(stderr=True).print(f"  {text}  [bold]{escape(answer)}[/bold]", soft_wrap=True)
-    PIL.Image.fromarray(np.concatenate(views, axis=1)).save(out / "dialogue.png")
+    with replacing(out / "dialogue.png", ".png") as temporary:
+        PIL.Image.fromarray(np.concatenate(views, axis=1)).save(temporary)
     write_json(out / "dialogue.json", {"picture": "dialogue.png", "lines": lines})
     env.close()
 
@@ -239,16 +243,49 @@ _SUITE = ("robots", "tasks", "cameras", "image_size")
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("released", "The released model drives and answers", (*_SUITE, "evaluation"), (), run_released),
-        Stage("collect", "Demonstrations from the planner", (*_SUITE, "demonstrations"), (), run_collect),
-        Stage("corpus", "Questions about scenes", (*_SUITE, "corpus"), ("collect",), run_corpus),
-        Stage("stage1", "Stage I: teach the backbone", ("stage1",), ("corpus",), run_stage1),
-        Stage("stage2", "Stage II: bridge and policy", ("stage2",), ("collect", "stage1"), run_stage2),
         Stage(
-            "digital", "Evaluation, digital space", ("evaluation",), ("corpus", "stage2"), run_eval_digital
+            "released",
+            "The released model drives and answers",
+            (*_SUITE, "evaluation"),
+            (),
+            run_released,
+            ("results/released",),
         ),
         Stage(
-            "physical", "Evaluation, physical space", (*_SUITE, "evaluation"), ("stage2",), run_eval_physical
+            "collect",
+            "Demonstrations from the planner",
+            (*_SUITE, "demonstrations"),
+            (),
+            run_collect,
+            ("episodes", "episodes_held_out"),
+        ),
+        Stage(
+            "corpus", "Questions about scenes", (*_SUITE, "corpus"), ("collect",), run_corpus, ("corpora",)
+        ),
+        Stage("stage1", "Stage I: teach the backbone", ("stage1",), ("corpus",), run_stage1, ("stage1",)),
+        Stage(
+            "stage2",
+            "Stage II: bridge and policy",
+            ("stage2",),
+            ("collect", "stage1"),
+            run_stage2,
+            ("stage2", "intents"),
+        ),
+        Stage(
+            "digital",
+            "Evaluation, digital space",
+            ("evaluation",),
+            ("corpus", "stage2"),
+            run_eval_digital,
+            ("results/digital", "results/digital_wording"),
+        ),
+        Stage(
+            "physical",
+            "Evaluation, physical space",
+            (*_SUITE, "evaluation"),
+            ("stage2",),
+            run_eval_physical,
+            ("results/physical", "results/zero"),
         ),
     )
 }

@@ -24,11 +24,11 @@ from rich.console import Console
 
 from blm.backbone import Backbone, nano
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
-from blm.data.files import write_json
 from blm.evaluation import PhysicalProtocol, compare, evaluate_physical
 from blm.evaluation.intervals import Difference, holm
 from blm.evaluation.physical import summarise
 from blm.evaluation.results import load_result, write_result
+from blm.io import write_json, write_text
 from blm.pipeline import to_json
 from blm.policies import load_checkpoint
 from blm.policy.checkpoint import read_contract
@@ -128,7 +128,7 @@ def run_study(name: str, recipe: Recipe, run: Path, only: Sequence[str] = ()) ->
         row |= {"gap": asdict(gap), "p_corrected": p}
     write_json(folder / "report.json", {"study": name, "recipe": to_json(recipe), "variants": rows})
     report = folder / "report.md"
-    report.write_text(table(name, rows, gaps))
+    write_text(report, table(name, rows, gaps))
     return report
 
 

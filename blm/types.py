@@ -19,6 +19,7 @@ from blm.errors import ContractError as ContractError
 from blm.errors import LateError as LateError
 from blm.errors import UnknownNameError as UnknownNameError
 from blm.errors import lookup as lookup
+from blm.errors import require_numbers as require_numbers
 from blm.errors import shorten as shorten
 
 FloatArray = NDArray[np.floating[Any]]
@@ -156,6 +157,11 @@ class PolicyContract:
     """Hash of the weights, or the name of a policy that has none."""
     statistics: str = ""
     """Hash of the ranges that states and actions are normalised by; empty if there are none."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, horizon=(1, 100_000), image_size=(1, 16_384), rate_hz=(1e-3, 1e6))
+        if not 1 <= self.execute <= self.horizon:
+            raise BlmError(f"execute is {self.execute}; it must be 1 to horizon = {self.horizon}")
 
     def to_json(self) -> dict[str, Any]:
         spaces = {name: space.to_json() for name, space in self.action_spaces.items()}

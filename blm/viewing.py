@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from blm.data.episodes import open_dataset
 from blm.data.video import encode
+from blm.io import replacing
 from blm.types import BlmError, Episode, ImageArray
 
 PANEL = 256
@@ -42,9 +43,8 @@ def write_mp4(episode: Episode, path: Path, fps: int = 20) -> Path:
     """
     _require_pictures(episode)
     frames = np.stack([video_frame(episode, t, fps) for t in range(len(episode))])
-    temporary = path.with_name(f".{path.stem}.part.mp4")
-    encode(temporary, frames, fps)
-    temporary.replace(path)
+    with replacing(path, ".mp4") as temporary:
+        encode(temporary, frames, fps)
     return path
 
 
@@ -274,9 +274,8 @@ def _stacked(blocks: Sequence[Image.Image]) -> Image.Image:
 
 
 def _save(picture: Image.Image, path: Path) -> Path:
-    temporary = path.with_name(f".{path.stem}.part.png")
-    picture.save(temporary)
-    temporary.replace(path)
+    with replacing(path, ".png") as temporary:
+        picture.save(temporary)
     return path
 
 
@@ -300,11 +299,17 @@ def write_rerun(episode: Episode, path: Path, fps: int = 20, names: Sequence[str
         import rerun.blueprint as rrb
     except ModuleNotFoundError as error:
         raise BlmError("Rerun is not installed; run: pip install 'blm[viewer]'") from error
-    dim, frames = episode.states.shape[1], np.arange(len(episode))
+    dim = episode.states.shape[1]
     names = tuple(names) or (*(f"joint{i + 1}" for i in range(dim - 1)), "gripper")
     if len(names) != dim:
         raise BlmError(f"{len(names)} names for {dim} dimensions of '{episode.robot}': {', '.join(names)}")
-    temporary = path.with_name(f".{path.stem}.part.rrd")
+    with replacing(path, ".rrd") as temporary:
+        _record(rr, rrb, temporary, episode, names, fps)
+    return path
+
+
+def _record(rr: Any, rrb: Any, path: Path, episode: Episode, names: Sequence[str], fps: int) -> None:
+    frames = np.arange(len(episode))
     recording = rr.RecordingStream("blm", recording_id=f"{episode.robot}-{episode.task}-{episode.seed}")
     cameras = [rrb.Spatial2DView(origin=f"camera/{camera}", name=camera) for camera in episode.images]
     curves = [
@@ -315,7 +320,7 @@ def write_rerun(episode: Episode, path: Path, fps: int = 20, names: Sequence[str
     layout = rrb.Vertical(
         rrb.Horizontal(*cameras, rrb.Vertical(*texts)), rrb.Horizontal(*curves, column_shares=[2, 1])
     )
-    recording.save(temporary, default_blueprint=rrb.Blueprint(layout, collapse_panels=True))
+    recording.save(path, default_blueprint=rrb.Blueprint(layout, collapse_panels=True))
     recording.log("instruction", rr.TextDocument(episode.instruction), static=True)
 
     def times(chosen: Any) -> list[Any]:
@@ -341,5 +346,3 @@ def write_rerun(episode: Episode, path: Path, fps: int = 20, names: Sequence[str
         recording.send_columns(f"camera/{camera}", times(frames), column)
     recording.flush()
     recording.disconnect()
-    temporary.replace(path)
-    return path

@@ -18,6 +18,7 @@ from blm.demos.collect import CollectConfig, collect, draw_perturbation, make_ex
 from blm.demos.expert import HOLD_STEPS
 from blm.demos.rollout import TAKE_OVER, Perturbation, demonstrate, replay
 from blm.demos.verify import verify
+from blm.io import hold
 from blm.robots import ROBOTS
 from blm.tasks import Env
 from blm.tasks.appearance import Appearance
@@ -291,3 +292,97 @@ def test_what_befalls_an_episode_is_drawn_by_its_seed():
 def test_bad_configurations_are_refused(change, said):
     with pytest.raises(BlmError, match=said):
         CollectConfig(**change)
+
+
+# --- other people's data ---
+
+ONE = dataclasses.replace(CLEAN, robots=("panda",), tasks=("pick_cube",), episodes=2, workers=0)
+
+
+def foreign(folder):
+    """A dataset of another program, in LeRobot's form."""
+    (folder / "meta").mkdir(parents=True)
+    (folder / "meta/info.json").write_text('{"codebase_version": "v3.0"}')
+    (folder / "data.bin").write_text("months of work")
+
+
+@pytest.mark.parametrize("name", ["panda", "summary.json", "journal.jsonl", ".staging", "verified.json"])
+@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+def test_what_others_left_in_the_folder_is_refused_by_name_and_kept(tmp_path, name, kind):
+    out, place = tmp_path / "out", tmp_path / "out" / name
+    out.mkdir()
+    if kind == "file":
+        place.write_text("mine")
+    else:
+        foreign(place if kind == "folder" else tmp_path / "far")
+        if kind == "link":
+            place.symlink_to(tmp_path / "far")
+    before = files(tmp_path)
+    with pytest.raises(BlmError, match=rf"out' has {name}, which no collection.*name another folder"):
+        collect(ONE, out)
+    assert files(tmp_path) == before
+
+
+def test_files_beside_a_collection_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(collecting, "demonstrate", half_rejected)
+    foreign(tmp_path / "another_robot")
+    (tmp_path / "notes.txt").write_text("mine")
+    before = files(tmp_path)
+    collect(ONE, tmp_path)
+    assert before.items() <= files(tmp_path).items() and not (tmp_path / ".staging").exists()
+
+
+def test_a_dataset_that_appears_while_collecting_is_kept(tmp_path, monkeypatch):
+    def meanwhile(expert, seed, *_):
+        if not (tmp_path / "panda").exists():
+            foreign(tmp_path / "panda")
+        return half_rejected(expert, seed)
+
+    monkeypatch.setattr(collecting, "demonstrate", meanwhile)
+    with pytest.raises(BlmError, match=r"nothing in it shows that this program wrote it"):
+        collect(ONE, tmp_path)
+    assert (tmp_path / "panda/data.bin").read_text() == "months of work"
+    (tmp_path / "panda").rename(tmp_path / "theirs")
+    monkeypatch.setattr(collecting, "demonstrate", half_rejected)
+    assert collect(ONE, tmp_path)["robots"]["panda"]["pick_cube"]["kept"] == 2
+
+
+def test_a_note_among_the_staged_episodes_stays(tmp_path, monkeypatch):
+    def note(expert, seed, *_):
+        (tmp_path / ".staging/panda").mkdir(exist_ok=True)
+        (tmp_path / ".staging/panda/note.txt").write_text("mine")
+        return half_rejected(expert, seed)
+
+    monkeypatch.setattr(collecting, "demonstrate", note)
+    collect(ONE, tmp_path)
+    kept = [path.name for path in (tmp_path / ".staging").rglob("*") if path.is_file()]
+    assert sorted(kept) == [".blm-owner.json", "note.txt"]
+
+
+def test_a_flag_may_be_corrected_before_anything_was_collected(tmp_path, monkeypatch):
+    monkeypatch.setattr(collecting, "demonstrate", half_rejected)
+    monkeypatch.setattr(collecting, "_make", lambda *_: (_ for _ in ()).throw(BlmError("refused")))
+    with pytest.raises(BlmError, match="refused"):
+        collect(ONE, tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(collecting, "demonstrate", half_rejected)
+    assert collect(dataclasses.replace(ONE, episodes=3), tmp_path)["config"]["episodes"] == 3
+    with pytest.raises(BlmError, match="episodes: 3 there, 2 asked for"):
+        collect(ONE, tmp_path)
+
+
+def test_two_collections_into_one_folder_are_refused(tmp_path):
+    with hold(tmp_path), pytest.raises(BlmError, match="another process is using"):
+        collect(ONE, tmp_path)
+
+
+def test_evaluation_scenes_are_warned_of_and_marked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(collecting, "demonstrate", half_rejected)
+    summary = collect(dataclasses.replace(ONE, first_seed=9_998), tmp_path / "mixed")
+    assert "warning" in capsys.readouterr().err and summary["reserved_seeds"] == {"evaluation": 1}
+    data = open_dataset(tmp_path / "mixed/panda")
+    assert data.seeds == (9_999, 10_001) and data.reserved_seeds == {"evaluation": 1}
+    assert data.info["blm"]["reserved_seeds"] == {"evaluation": 1}
+    collect(ONE, tmp_path / "clean")
+    assert "warning" not in capsys.readouterr().err
+    assert open_dataset(tmp_path / "clean/panda").reserved_seeds == {}

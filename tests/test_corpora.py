@@ -22,7 +22,7 @@ from blm.corpora import (
 )
 from blm.corpora.balance import normalise, stem_of, yes_no_turns
 from blm.corpora.faults import RowError
-from blm.corpora.messages import CORPUS_FILE, Conversation, parse_row
+from blm.corpora.messages import CORPUS_FILE, Conversation, parse_row, reserved_scenes
 from blm.corpora.pictures import NearIndex, look_at
 from blm.media import with_pixels
 from blm.types import BlmError, Image, Message
@@ -100,7 +100,7 @@ def test_writing_goes_on_where_a_kill_stopped_it(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_corpus(tmp_path / "c", killed())
-    (picture,) = (tmp_path / "c.tmp/images").iterdir()
+    (picture,) = tmp_path.glob(".c.*.part/images/*")
     picture.write_bytes(picture.read_bytes()[:20])  # and in the middle of a file
     write_corpus(tmp_path / "c", [conversation("b", 7)])
     write_corpus(tmp_path / "fresh", [conversation("b", 7)])
@@ -428,3 +428,15 @@ def test_a_row_is_its_own_inverse(tmp_path):
     write_corpus(tmp_path / "c", [conversation("a", 3)])
     row = json.loads((tmp_path / "c" / CORPUS_FILE).read_text())
     assert parse_row(row, 1) == read_corpus(tmp_path / "c")[0]
+
+
+def test_scenes_reserved_for_evaluation_are_counted_by_group():
+    groups = (
+        "scene/panda/push_cube/7",
+        "scene/panda/push_cube/7",
+        "episode/panda/push_cube/12000",
+        "x/y",
+        "a/b/c/1",
+    )
+    rows = [replace(conversation(str(i), 0), group=group) for i, group in enumerate(groups)]
+    assert reserved_scenes(rows) == {"evaluation": 1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -15,7 +16,7 @@ from blm.corpora.converters.easy_vqa import package_folder
 from blm.corpora.converters.sharerobot import kind_of, pick
 from blm.corpora.messages import CORPUS_FILE
 from blm.data import video
-from blm.data.files import read_json
+from blm.io import read_json
 from blm.media import load_pixels
 from blm.types import BlmError, Message
 
@@ -373,9 +374,26 @@ def test_media_are_copied_where_the_disk_cannot_link(tmp_path, monkeypatch):
     file = write(tmp_path / "in/r.json", [good, bad])
     with pytest.raises(BlmError, match="media missing"):
         convert("llava", file, tmp_path / "out")
-    before = (tmp_path / "out.tmp/a.png").stat()
+    assert [path.name for path in tmp_path.iterdir()] == ["in"], "a failed conversion leaves nothing"
     assert convert("llava", file, tmp_path / "out", skip_bad=True).written == 1
-    after = (tmp_path / "out/a.png").stat()
-    assert before.st_ino == after.st_ino, "what was copied before is used again"
     assert (tmp_path / "out/a.png").read_bytes() == (tmp_path / "in/a.png").read_bytes()
-    assert not (tmp_path / "out.tmp").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_media_that_a_stopped_conversion_copied_are_used_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError("another disk")))
+    picture(tmp_path / "in/a.png", 7)
+    file = write(tmp_path / "in/r.json", [{"conversations": human("<image> What?"), "image": "a.png"}] * 2)
+
+    def stopped(source, target):
+        copied(source, target)
+        raise KeyboardInterrupt
+
+    copied = shutil.copy2
+    monkeypatch.setattr("shutil.copy2", stopped)
+    for _ in range(2):  # stopped in the middle of the first picture, twice
+        with pytest.raises(KeyboardInterrupt):
+            convert("llava", file, tmp_path / "out")
+    monkeypatch.setattr("shutil.copy2", copied)
+    assert convert("llava", file, tmp_path / "out").written == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]

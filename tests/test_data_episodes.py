@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -273,7 +274,7 @@ def test_damaged_videos_are_named(folder):
     path = next(folder.glob("videos/*base/*/*.mp4"))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(BlmError, match=r"base.*cannot be read.*collect again"):
+    with pytest.raises(BlmError, match=r"base.*cannot be read.*restore the file"):
         open_dataset(folder)
     video.encode(path.with_suffix(".short.mp4"), numbered_frames([0, 1]), 20)
     path.with_suffix(".short.mp4").replace(path)
@@ -306,3 +307,21 @@ def test_foreign_versions_and_missing_folders_are_refused(folder):
         path.write_text(json.dumps(info | change))
         with pytest.raises(BlmError, match="this program reads"):
             open_dataset(folder)
+
+
+def test_threads_that_read_one_video_get_their_own_frames(tmp_path):
+    """Training reads a batch ahead while an evaluation reads: one open file has one place."""
+    data = open_dataset(write(tmp_path, EPISODES))
+    expected = data.frames(range(data.num_frames), "base")
+    wrong = []
+
+    def read(seed):
+        rng = np.random.default_rng(seed)
+        for _ in range(40):
+            rows = rng.integers(0, data.num_frames, 4)
+            if not np.array_equal(data.frames(rows, "base"), expected[rows]):
+                wrong.append(rows)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(read, range(4)))
+    assert not wrong

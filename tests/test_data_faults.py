@@ -14,10 +14,13 @@ from pathlib import Path
 
 import pytest
 from test_data_episodes import EPISODES, SIDE, SPACE, make_episode, write
+from test_io import killed_at
 
 from blm.data import writing as writing_module
 from blm.data.episodes import finalize_dataset, open_dataset, stage_episode, verify_files
-from blm.data.files import MANIFEST, DamagedError, write_json
+from blm.data.files import MANIFEST
+from blm.data.writing import DATA_FILE
+from blm.io import DamagedError, settled, write_json
 from blm.types import BlmError
 
 LAYOUT = {"space": SPACE, "cameras": ("base", "wrist"), "image_size": SIDE, "provenance": {"suite": "1"}}
@@ -134,7 +137,7 @@ def test_errors_come_whole_from_a_worker_process():
 def test_a_full_disk_is_named_and_keeps_what_was_finished(small_disk):
     kept = stage_episode(small_disk, "push/1", make_episode(1, 9))
     with pytest.raises(
-        BlmError, match=r"cannot write to '.*disk': the disk is full.*run the same command again"
+        BlmError, match=r"cannot write to '.*disk/push/.*': the disk is full.*run the same command again"
     ):
         for seed in range(2, 60):
             stage_episode(small_disk, f"push/{seed}", make_episode(seed, 9))
@@ -172,7 +175,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused_and_kept(tmp_path, staged):
     (tmp_path / "arm").write_text("notes")
     with pytest.raises(BlmError, match=r"'.*arm'.*a file is where a folder should be"):
         finalize_dataset(staged, tmp_path / "arm", **LAYOUT)
-    with pytest.raises(BlmError, match=r"'.*arm'.*a file is where a folder should be"):
+    with pytest.raises(BlmError, match=r"'.*arm/push/1'.*a file is where a folder should be"):
         stage_episode(tmp_path / "arm", "push/1", EPISODES[0])
     assert (tmp_path / "arm").read_text() == "notes"
 
@@ -222,21 +225,54 @@ def test_killed_while_writing_a_rerun_gives_the_same_bytes(tmp_path):
             process.send_signal(signal.SIGKILL)
         states.add(frozenset(path.name for path in tmp_path.iterdir()))
         if out.exists():
-            assert contents(out) == expected, "what has the final name is whole"
+            assert contents(settled(out)) == expected, "what has the final name is whole"
         assert contents(finalize_dataset(staged, out, **LAYOUT)) == expected
         assert sorted(path.name for path in tmp_path.iterdir()) == ["arm", "calm", "staging"]
-    assert any(".arm.writing" in names for names in states), "no kill came in the middle"
+    hidden = {name for names in states for name in names if name.startswith(".arm.")}
+    assert hidden, "no kill came in the middle"
 
 
-def test_killed_between_the_two_renames_the_former_dataset_comes_back(tmp_path, staged, monkeypatch):
+def test_killed_between_two_renames_the_former_dataset_comes_back(tmp_path, staged):
     out = finalize_dataset(staged, tmp_path / "arm", **LAYOUT)
-    expected = contents(out)
-    out.rename(tmp_path / ".arm.old")
+    expected, missing = contents(out), 0
+    for step in range(1, 400):
+        if not killed_at(step, lambda: finalize_dataset(staged, out, **LAYOUT), exchange=False):
+            break
+        missing += not out.exists()
+        assert open_dataset(out).num_episodes == 3 and contents(out) == expected
+    assert missing and step > 30
+    finalize_dataset(staged, out, **LAYOUT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["arm", "staging"]
 
-    def refuse(*_):
-        raise OSError(errno.ENOSPC, "")
 
-    monkeypatch.setattr(writing_module, "concatenate", refuse)
-    with pytest.raises(BlmError, match="disk is full"):
-        finalize_dataset(staged, out, **LAYOUT)
-    assert contents(out) == expected
+# --- other people's data ---
+
+
+def test_only_the_same_collection_is_replaced(tmp_path, staged):
+    out = finalize_dataset(staged, tmp_path / "arm", **LAYOUT)
+    with pytest.raises(BlmError, match=r"arm' holds a dataset of another collection; choose another folder"):
+        finalize_dataset(staged, out, **LAYOUT | {"provenance": {"collect": {"episodes": 7}}})
+    (out / "notes.txt").write_text("mine")
+    (out / "README.md").write_text("mine too")
+    finalize_dataset(staged[:1], out, **LAYOUT)
+    assert open_dataset(out).num_episodes == 1 and (out / "notes.txt").read_text() == "mine"
+    for name in ("meta/info.json", DATA_FILE):
+        changed = finalize_dataset(staged, tmp_path / name.replace("/", "-"), **LAYOUT)
+        with (changed / name).open("ab") as file:
+            file.write(b" ")
+        before = contents(changed)
+        with pytest.raises(BlmError, match=r"is not replaced; choose another folder, or move it away"):
+            finalize_dataset(staged, changed, **LAYOUT)
+        assert contents(changed) == before
+
+
+@pytest.mark.parametrize("name", ["meta/info.json", "data/a.parquet", "thesis.tex"])
+def test_folders_of_other_programs_are_refused_and_kept(tmp_path, staged, name):
+    file = tmp_path / "arm" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    with pytest.raises(BlmError, match=r"nothing in it shows that this program wrote it; choose another"):
+        finalize_dataset(staged, tmp_path / "arm", **LAYOUT)
+    with pytest.raises(BlmError, match=r"cannot be read|not a staged episode"):
+        stage_episode(tmp_path, "arm", EPISODES[0])
+    assert contents(tmp_path / "arm") == {name: b"{}"}

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import re
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +20,7 @@ from blm.data import video
 from blm.data.episodes import finalize_dataset, open_dataset, stage_episode
 from blm.data.files import MANIFEST, write_manifest
 from blm.doctor import examine_path
+from blm.io import sha256_file
 from blm.robots import ROBOTS
 from blm.types import BlmError
 
@@ -201,8 +205,150 @@ def test_an_unfinished_collection_says_how_to_finish_it(tmp_path):
 
 
 def test_leftovers_of_a_stopped_writing_are_named(folder):
-    (folder.parent / ".arm.writing").mkdir()
-    assert found(folder, ".arm.writing' is left over")
+    left = folder.parent / ".arm.00000000-999999-1-1.part"
+    left.mkdir()
+    os.utime(left, (0, 0))  # of another machine, long ago
+    assert found(folder, f"{left.name}' is left over")
+
+
+def reencode(path, change, rate=20):
+    """Write a video anew, with its frames changed."""
+    frames = [video.VideoFile(path).read(i) for i in range(video.count_frames(path))]
+    video.encode(path, np.stack(change(frames)), rate)
+
+
+@pytest.mark.parametrize("place", [0, 10, 27])
+def test_extra_frames_are_a_misalignment_also_in_foreign_datasets(folder, tmp_path, place):
+    base = next(folder.glob("videos/*base/*/*.mp4"))
+    reencode(base, lambda frames: [*frames[:place], frames[place], *frames[place:]])
+    sign_again(folder)
+    assert found(folder, "has 29 frames, its episodes need 28: 1 too many, so pictures and rows")
+    write_v2(tmp_path / "foreign")
+    top = next((tmp_path / "foreign").glob("videos/chunk-001/*top/*.mp4"))
+    reencode(top, lambda frames: [*frames, frames[-1]], 10)
+    assert any("1 too many" in line for line in faults(tmp_path / "foreign"))
+
+
+def test_videos_shown_at_other_times_are_found(folder):
+    base = next(folder.glob("videos/*base/*/*.mp4"))
+    shifted = base.with_name("shifted.mp4")
+    with av.open(str(base)) as source, av.open(str(shifted), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for packet in source.demux(stream):
+            if packet.pts is not None:
+                tick = round(1 / (stream.average_rate * stream.time_base))
+                late = 3 * tick // 10 if packet.pts >= 10 * tick else 0
+                packet.pts, packet.dts, packet.stream = packet.pts + late, packet.dts + late, copy
+                target.mux(packet)
+    shifted.replace(base)
+    sign_again(folder)
+    assert found(folder, "shows 18 frames at other times than")
+
+
+def test_a_frozen_camera_is_found_where_the_arm_moves(folder):
+    base = next(folder.glob("videos/*base/*/*.mp4"))
+    data = open_dataset(folder)
+    first, stop = data.starts[1:3]
+    reencode(base, lambda frames: [*frames[:first], *[frames[first]] * (stop - first), *frames[stop:]])
+    sign_again(folder)
+    assert found(folder, "camera 'base' shows one picture all through episodes in which the arm moves")
+
+
+def test_a_still_arm_before_a_still_camera_is_no_fault(folder):
+    base = next(folder.glob("videos/*base/*/*.mp4"))
+    data = open_dataset(folder)
+    first, stop = data.starts[1:3]
+    reencode(base, lambda frames: [*frames[:first], *[frames[first]] * (stop - first), *frames[stop:]])
+
+    def still(values):
+        values[first:stop] = values[first]
+        return values
+
+    edit(folder, **{"observation.state": still})
+    assert found(folder, "stats.json is not of these frames")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("action", [4]), ("observation.images.base", [8, 8, 3]), ("extra", [1])]
+)
+def test_shapes_that_are_not_those_of_the_data_are_named(folder, name, shape):
+    path = folder / "meta/info.json"
+    info = json.loads(path.read_text())
+    info["features"].setdefault(name, {"dtype": "float32", "names": None})["shape"] = shape
+    path.write_text(json.dumps(info))
+    sign_again(folder)
+    assert found(folder, f"declares {name}")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + 64 * "a" + "\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    "pattern", ["data/**/*.parquet", "videos/**/*.mp4", "meta/**/*.parquet", "meta/stats.json"]
+)
+@pytest.mark.parametrize("own", [True, False])
+def test_git_lfs_pointers_are_named_as_such(folder, tmp_path, pattern, own):
+    if not own:
+        folder = write_v3(tmp_path / "foreign")
+    pointed = sorted(folder.glob(pattern))
+    for path in pointed:
+        path.write_text(POINTER)
+    lines = [check for check in examine_path(folder) if check.fix]
+    assert [line.found for line in lines] == [
+        f"dataset: '{p}' is a Git LFS pointer, not the file itself" for p in pointed
+    ]
+    assert all("git lfs pull" in line.fix for line in lines) and (lines or not own)
+    if pointed and (own or pattern != "meta/stats.json"):
+        with pytest.raises(BlmError, match=r"Git LFS pointer.*git lfs pull"):
+            open_dataset(folder)
+
+
+def test_pointers_in_a_checkpoint_are_named(tmp_path):
+    (tmp_path / "policy.safetensors").write_text(POINTER)
+    (tmp_path / "config.json").write_text("{}")
+    hashes = {"config.json": sha256_file(tmp_path / "config.json"), "policy.safetensors": "0"}
+    (tmp_path / "manifest.json").write_text(json.dumps(hashes))
+    (check,) = examine_path(tmp_path)
+    assert "Git LFS pointer" in check.found and "git lfs pull" in check.fix
+
+
+def test_no_fix_advises_to_delete(folder, tmp_path):
+    """Whatever is broken, nobody is told to remove data."""
+    rng, said = np.random.default_rng(1), []
+    for place in (folder, write_v2(tmp_path / "v2"), write_v3(tmp_path / "v3")):
+        for path in [path for path in place.rglob("*") if path.is_file()]:
+            whole = path.read_bytes()
+            for content in (b"", b"{}", whole[: len(whole) // 2], rng.bytes(64)):
+                path.write_bytes(content)
+                said += [f"{check.found} {check.fix}" for check in examine_path(place) if check.fix]
+            path.write_bytes(whole)
+    assert len(said) > 50
+    assert not [line for line in said if re.search(r"\b(delete|remove|rm)\b", line)], said
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", "null", '{"codebase_version": "v3.0"}', '{"blm": 3}', "\0"]
+)
+def test_any_folder_can_be_examined(tmp_path, content):
+    (tmp_path / "d/meta").mkdir(parents=True)
+    (tmp_path / "d/meta/info.json").write_text(content)
+    (tmp_path / "c").mkdir()
+    for name in ("manifest.json", "config.json", "collect.json"):
+        (tmp_path / "c" / name).write_text(content)
+    (tmp_path / "e/meta/info.json").mkdir(parents=True)
+    for place in ("d", "c", "e", "d/meta/info.json", "nothing"):
+        checks = list(examine_path(tmp_path / place))
+        assert checks and any(check.fix for check in checks), place
+    assert (tmp_path / "d/meta/info.json").read_text() == content
+
+
+def test_progress_is_shown_on_large_sets(folder, capsys, monkeypatch):
+    monkeypatch.setattr("blm.doctor.MANY", 1)
+    seen = []
+    monkeypatch.setattr("blm.doctor.track", lambda things, title, **_: seen.append(title) or things)
+    assert not faults(folder)
+    assert seen == ["checking files", "checking pictures"]
 
 
 def test_other_folders_are_refused_with_what_is_expected(tmp_path):

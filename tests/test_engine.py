@@ -46,6 +46,33 @@ def die_always(payload: tuple[int, str]) -> dict[str, Any]:
     return {}
 
 
+def die_on_two(payload: tuple[int, str]) -> dict[str, Any]:
+    if payload[0] == 2:
+        with Path(payload[1], "deaths").open("a") as trace:
+            trace.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return square(payload)
+
+
+def leave(status: int) -> None:
+    os._exit(status)
+
+
+def refuse() -> None:
+    raise RuntimeError("no such thing")
+
+
+def unpicklable_result(payload: Any) -> dict[str, Any]:
+    return {"function": lambda: 0}
+
+
+def unpicklable_error(payload: Any) -> dict[str, Any]:
+    class LocalError(Exception):
+        pass
+
+    raise LocalError("of its own kind")
+
+
 def slow(payload: tuple[int, str]) -> dict[str, Any]:
     Path(payload[1], f"{os.getpid()}.pid").write_text(str(os.getpid()))
     time.sleep(0.5)
@@ -103,8 +130,55 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
 
 def test_units_that_keep_killing_workers_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blm.engine.ATTEMPTS", 2)
-    with pytest.raises(BlmError, match=r"died 2 times in a row.*'u0'.*workers=0"):
+    with pytest.raises(
+        BlmError, match=r"2 of 2 work units were given up.*'u0' killed its worker \(signal 9\)"
+    ):
         run_units(die_always, units(tmp_path, 2), journal=tmp_path / "j.jsonl", workers=1)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_unit_that_kills_its_workers_is_given_up_and_the_others_finish(
+    tmp_path: Path, workers: int
+) -> None:
+    journal = tmp_path / "j.jsonl"
+    with pytest.raises(BlmError, match=r"1 of 5 work units .*'u2' killed its worker \(signal 9\), 3 times"):
+        run_units(die_on_two, units(tmp_path), journal=journal, workers=workers)
+    assert runs(tmp_path) == [1, 1, 0, 1, 1] and len((tmp_path / "deaths").read_text()) == 3
+    assert set(read_journal(journal)) == {"u0", "u1", "u3", "u4"}
+    (failure,) = [row for row in map(json.loads, journal.read_text().splitlines()) if "failure" in row]
+    assert failure["key"] == "u2" and "3 times" in failure["failure"]
+    results = run_units(square, units(tmp_path), journal=journal, workers=workers)
+    assert results["u2"] == {"square": 4} and runs(tmp_path) == [1, 1, 1, 1, 1]
+    assert run_units(die_always, units(tmp_path), journal=journal, workers=workers) == results
+
+
+def test_a_set_up_that_dies_ends_the_run(tmp_path: Path) -> None:
+    with pytest.raises(BlmError, match=r"the set-up of a worker failed.*exit status 3"):
+        run_units(square, units(tmp_path), journal=tmp_path / "j.jsonl", setup=leave, setup_args=(3,))
+    with pytest.raises(RuntimeError, match="the set-up of a worker failed: no such thing"):
+        run_units(square, units(tmp_path), journal=tmp_path / "j.jsonl", setup=refuse)
+
+
+@pytest.mark.parametrize("work", ["unpicklable_result", "unpicklable_error"])
+def test_what_cannot_travel_between_processes_is_told_in_words(tmp_path: Path, work: str) -> None:
+    with pytest.raises(RuntimeError, match="work unit 'u0' failed"):
+        run_units(globals()[work], units(tmp_path, 1), journal=tmp_path / "j.jsonl", workers=1)
+
+
+@pytest.mark.parametrize("workers", [-1, 10**9])
+def test_a_number_of_workers_out_of_range_is_refused(tmp_path: Path, workers: int) -> None:
+    with pytest.raises(BlmError, match=rf"workers is {workers}; it must be 0"):
+        run_units(square, units(tmp_path), journal=tmp_path / "j.jsonl", workers=workers)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"notes without an end", b"a\nb", b'{"mine": 1}\n{"half'])
+def test_a_file_of_others_in_the_journals_place_is_not_cut(tmp_path: Path, content: bytes) -> None:
+    journal = tmp_path / "journal.jsonl"
+    journal.write_bytes(content)
+    with pytest.raises(BlmError, match=r"is damaged.*move it away"):
+        run_units(square, units(tmp_path), journal=journal, workers=0)
+    assert journal.read_bytes() == content
 
 
 def start(name: str, folder: Path) -> subprocess.Popen[str]:

@@ -15,11 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
-from test_serving import running
+from test_serving import foreign_openpi_server, running
 
 from blm.evaluation import (
     PROTOCOLS,
@@ -37,15 +38,14 @@ from blm.evaluation.batching import HostedPolicy, PolicyHost
 from blm.evaluation.intervals import wilson
 from blm.evaluation.outcome import REASONS, Moment, judge, observe_moment
 from blm.evaluation.protocol import (
-    EVALUATION_SEEDS,
-    STAGE1_HELD_OUT_SEEDS,
-    TRAINING_SEEDS,
     phrasing_of,
     protocol_hash,
 )
 from blm.evaluation.results import without_times
 from blm.evaluation.rollout import Clock, decision_seed, drive
+from blm.policies import contract_of, find_policy
 from blm.robots import ROBOTS
+from blm.seeds import EVALUATION_SEEDS, STAGE1_HELD_OUT_SEEDS, TRAINING_SEEDS
 from blm.serving.client import RemotePolicy
 from blm.tasks import TASKS, Env
 from blm.tasks.spec import Region
@@ -292,9 +292,52 @@ def test_a_nameless_policy_does_not_continue_a_run(tmp_path: Path) -> None:
         def __init__(self, contract: PolicyContract) -> None:
             self.contract = contract
 
-    assert run(Nameless, tmp_path)["model"] == ""
+    assert run(Nameless, tmp_path)["model"] == "unnamed"
     with pytest.raises(BlmError, match="has no revision in its contract"):
         run(Nameless, tmp_path)
+
+
+def test_a_policy_of_another_contract_does_not_continue_a_run(tmp_path: Path) -> None:
+    class Longer(ZeroPolicy):
+        def __init__(self, contract: PolicyContract) -> None:
+            super().__init__(replace(contract, horizon=contract.horizon + 4))
+
+    run(ZeroPolicy, tmp_path)
+    before = len((tmp_path / "journal.jsonl").read_text().splitlines())
+    run(ZeroPolicy, tmp_path)
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == before
+    run(Longer, tmp_path)
+    assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 2 * before
+
+
+def test_episodes_of_a_server_without_a_contract_are_never_taken_for_anothers(tmp_path: Path) -> None:
+    def evaluate(address: str, **how: Any) -> dict[str, Any]:
+        look: Any = {"cameras": CONTRACT.cameras, "image_size": CONTRACT.image_size}
+        make = find_policy(f"ws://{address}", **look, horizon=4, execute=4, api_key=None, device="cpu", **how)
+        protocol = PhysicalProtocol.for_policy(
+            contract_of(make), robots=("panda",), tasks=("push_cube",), episodes=1, max_steps=4
+        )
+        return evaluate_physical(make, protocol, tmp_path, workers=0, videos_per_cell=0)
+
+    seen: list[dict] = []
+    with foreign_openpi_server(seen) as address:
+        assert evaluate(address)["model"] == "unnamed" and len(seen) == 1
+        with pytest.raises(BlmError, match=r"no revision in its contract.*--server-name"):
+            evaluate(address)
+        named = evaluate(address, server_name="pi0-base")
+        assert named["model"] == f"pi0-base at ws://{address}" and len(seen) == 2
+        evaluate(address, server_name="pi0-base")
+        assert len(seen) == 2, "the same model goes on"
+        evaluate(address, server_name="pi0-tuned")
+        assert len(seen) == 3, "another one begins anew"
+
+
+@pytest.mark.parametrize("content", ['{"mine": 1}', "[]", "not JSON"])
+def test_a_result_of_another_program_is_kept(tmp_path: Path, content: str) -> None:
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(BlmError, match=r"result.json"):
+        run(ZeroPolicy, tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == [content]
 
 
 def test_held_out_phrasings(tmp_path: Path) -> None:

@@ -22,12 +22,13 @@ from blm import BLM, Image, Message, Observation
 from blm.backbone import Backbone
 from blm.corpora import read_corpus, read_questions
 from blm.data.episodes import open_dataset
-from blm.data.files import read_json, write_manifest
+from blm.data.files import write_manifest
 from blm.data.video import probe
 from blm.data.writing import FORMAT
 from blm.evaluation import EVALUATION_SEEDS, PhysicalProtocol, evaluate_digital, evaluate_physical
 from blm.evaluation.digital.runner import Asking
 from blm.evaluation.results import load_result, without_times
+from blm.io import read_json
 from blm.pipeline import read_ledger, run_stages
 from blm.policies import load_checkpoint
 from blm.policy.policy import CheckpointPolicy
@@ -192,7 +193,10 @@ def test_damaged_checkpoints_are_refused(run, tmp_path, name, damage):
 
 
 def test_the_recipe_of_other_robots_is_refused(run):
-    with pytest.raises(BlmError, match="made with other settings"):
+    with pytest.raises(
+        BlmError,
+        match=r"'collect' is finished with image_size 112, asked for: 64",
+    ):
         run_stages(STAGES, ["collect"], replace(tiny(), image_size=64), run)
 
 

@@ -15,7 +15,7 @@ import torch
 from test_backbone import MAKERS, tiny_qwen
 
 from blm.backbone import Backbone, build_nano
-from blm.data.files import read_json
+from blm.io import read_json
 from blm.training.answers import AnswerModel
 from blm.training.loop import LoopConfig
 from blm.training.lora import Lora, add_adapters

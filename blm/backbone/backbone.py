@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,7 +30,9 @@ from blm.backbone.generation import Generation
 from blm.backbone.nano import SAMPLE_TEXTS, make_nano
 from blm.backbone.prefill import shallow
 from blm.backbone.prompt import question_prompt, to_chat
+from blm.backbone.saving import save_folder
 from blm.backbone.smol import make_smol
+from blm.io import settled
 from blm.media import load_pixels
 from blm.types import BlmError, Message, Sampling, lookup
 
@@ -68,7 +69,7 @@ class Backbone:
         Raises UnknownNameError for what is neither.
         """
         source: str | Callable[[], Backbone] = str(name_or_folder)
-        if not Path(name_or_folder).is_dir():
+        if not settled(Path(name_or_folder)).is_dir():
             source = lookup("backbone", str(name_or_folder), BACKBONES)
         if isinstance(source, str):
             model = AutoModelForImageTextToText.from_pretrained(source)
@@ -256,17 +257,13 @@ class Backbone:
         )
 
     def save(self, folder: Path) -> None:
-        """Write a stock transformers folder in one step, replacing what was there."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        self.model.save_pretrained(temporary)
-        self.processor.save_pretrained(temporary)
-        if folder.exists():
-            folder.replace(old)
-        temporary.replace(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        """Write a transformers folder in one step, in the place of one that this wrote. Raises BlmError."""
+        save_folder(folder, self.write_into)
+
+    def write_into(self, folder: Path) -> None:
+        """Write the stock transformers files into a folder that is there."""
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
 
 def build_nano(

@@ -20,15 +20,15 @@ from torch import Tensor
 from blm.baselines.network import DiffusionConfig, DiffusionNetwork, words_of
 from blm.data.episodes import open_dataset
 from blm.data.transforms import RobotTransforms
-from blm.policy.checkpoint import identified, read_config, read_transforms, write_checkpoint
+from blm.policy.checkpoint import identified, read_config, read_transforms, require_free, write_checkpoint
 from blm.policy.flow import seeded_noise
 from blm.policy.network import PolicyConfig
 from blm.policy.policy import decode, pad_dims
-from blm.training.demonstrations import Sampler, joint_contract, split
+from blm.training.demonstrations import Sampler, joint_contract, require_weights, split, warn_of_reserved
 from blm.training.intents import claim
 from blm.training.loop import Ema, LoopConfig, Piece, run_loop
 from blm.training.parallel import Part
-from blm.types import ActionChunk, BlmError, ImageArray, Observation, PolicyContract
+from blm.types import ActionChunk, BlmError, ImageArray, Observation, PolicyContract, require_numbers
 
 KIND = "diffusion_policy"
 HELD_OUT = 0.05
@@ -51,6 +51,12 @@ class BaselineConfig:
     execute: int = 8
     stride: int = 1
     """Learn from every n-th frame."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, stride=(1, 1_000_000))
+        require_weights(self.weights)
+        if not 1 <= self.execute <= self.actions.horizon:
+            raise BlmError(f"execute {self.execute} must lie in 1..horizon = {self.actions.horizon}")
 
 
 def scheduler(config: DiffusionConfig) -> Any:
@@ -157,6 +163,8 @@ def train_baseline(config: BaselineConfig, out: Path, provenance: Mapping[str, A
     names = list(contract.action_spaces)
     robots = split(datasets, config.actions, stride=config.stride, held_out=HELD_OUT, seed=seed, robots=names)
     facts = {"config": {**asdict(config), "loop": None}, "data": [data.content_hash for data in datasets]}
+    provenance = {**provenance, **warn_of_reserved(datasets)}
+    require_free(out / "checkpoint")
     claim(out / "inputs.json", {k: str(v) for k, v in facts.items()}, f"'{out}' holds another run")
     loop = config.loop
     sampler = Sampler(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blm.policy.dit import sinusoid
-from blm.types import BlmError
+from blm.types import BlmError, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ class DiffusionConfig:
     """Steps of the DDIM sampler."""
 
     def __post_init__(self) -> None:
+        sizes = ("widths", "image_width", "words", "text_width", "robot_width", "train_steps")
+        require_numbers(self, **dict.fromkeys((*sizes, "sampler_steps"), (1, 1_000_000)))
         if not self.widths or any(width % 8 for width in self.widths) or self.image_width % 16:
             raise BlmError(
                 f"widths {self.widths} need multiples of 8, image_width {self.image_width} one of 16"

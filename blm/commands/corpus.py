@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from blm.types import BlmError, lookup
+from blm.types import BlmError, lookup, require_numbers
 
 if TYPE_CHECKING:
     from blm.corpora import CurationReport, EvaluationSet, Source
@@ -134,7 +134,7 @@ def curate(command: str, arguments: list[str]) -> None:
 
     chosen = tyro.cli(Curate, args=arguments, prog=f"blm {command}")
     if chosen.out.exists():
-        raise BlmError(f"folder '{chosen.out}' exists; remove it or name another one")
+        raise BlmError(f"folder '{chosen.out}' exists; move it away or name another one")
     same = ("max_length", "max_pixels", "max_pictures", "hash_distance", "max_per_kind", "balance")
     config = CurationConfig(**{name: getattr(chosen, name) for name in (*same, "general", "replay", "seed")})
     evaluation = [_corpus_set(folder) for folder in chosen.evaluation]
@@ -224,6 +224,9 @@ class Validate:
     """Longest conversation, in tokens of the backbone."""
     shown: int = SHOWN
     """Places printed for each reason; 0: all."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, max_tokens=(1, 10**9), shown=(0, 10**9))
 
 
 def validate(command: str, arguments: list[str]) -> None:

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from blm.types import BlmError, Question, lookup
+from blm.io import write_text
+from blm.types import BlmError, Question, lookup, require_numbers
 
 console = Console()
 MATCH = "match"
@@ -49,6 +50,9 @@ class Evaluate:
     """For endpoints; else OPENAI_API_KEY."""
     device: str = "cpu"
     """Torch device of a model that runs here."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, limit=(1, 10**9), batch=(1, 100_000), concurrency=(1, 1024))
 
 
 def parse_evaluate(command: str, arguments: list[str]) -> Evaluate:
@@ -253,12 +257,10 @@ def show_tables(results: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
 def _write_tables(found: Sequence[_Labelled], out: Path) -> None:
     from blm.evaluation.digital.table import paper_tables, to_markdown
     from blm.evaluation.report import ReportData, build_report
-    from blm.evaluation.results import atomically
 
     papers = paper_tables([(entry.label, entry.result) for entry in found])
     if out.suffix == ".md":
-        with atomically(out) as temporary:
-            temporary.write_text("\n".join(map(to_markdown, papers)))
+        write_text(out, "\n".join(map(to_markdown, papers)))
         return
     digital = {f"{entry.label}: {entry.result['protocol']['benchmark']}": entry.path for entry in found}
     build_report(ReportData(title="Digital space", digital=digital, papers=papers), out)

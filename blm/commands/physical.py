@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from blm.types import BlmError
+from blm.types import BlmError, require_numbers
 
 if TYPE_CHECKING:
     from blm.demos import CollectConfig
@@ -146,6 +146,19 @@ class Evaluate:
     """Episodes of each cell that are filmed."""
     api_key: str | None = None
     """For an OpenPI server that wants one."""
+    server_name: str = ""
+    """Name and version of the model behind a server that sends no contract. Its address does not tell which
+    model it is: without a name an interrupted evaluation begins anew, in another folder."""
+
+    def __post_init__(self) -> None:
+        from blm.engine import MAX_WORKERS
+        from blm.seeds import EVALUATION_SEEDS
+
+        require_numbers(self, episodes=(1, len(EVALUATION_SEEDS)), videos=(0, 1_000_000))
+        require_numbers(self, workers=(0, MAX_WORKERS), max_batch=(1, 100_000), image_size=(16, 4096))
+        if self.latency not in ("none", "measured"):
+            require_numbers(self, latency=(0, 3600))
+        require_numbers(self, horizon=(1, 100_000), execute=(1, self.horizon))
 
 
 def parse_evaluate(command: str, arguments: list[str]) -> Evaluate:
@@ -170,6 +183,7 @@ def evaluate(command: str, arguments: list[str]) -> None:
             execute=chosen.execute,
             api_key=chosen.api_key,
             device=chosen.device,
+            server_name=chosen.server_name,
         )
         make = partial(continuing, make) if chosen.continued else make
         wanted = {name: getattr(chosen, name) for name in ("robots", "tasks", "episodes")}

@@ -34,8 +34,8 @@ def retention(command: str, arguments: list[str]) -> None:
             device: Torch device.
         """
         from blm.backbone import Backbone
-        from blm.data.files import write_json
         from blm.hub import check_device
+        from blm.io import write_json
         from blm.training.retention import Retention, read_texts
 
         check_device(device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
+from blm.seeds import VALIDATION_SEEDS, warning
 from blm.training.imitate import Drive, ImitateConfig
 from blm.training.schooling import Schooling, for_nano, is_nano, taught_nano
 from blm.training.sft import Stage1Config
-from blm.types import BlmError
+from blm.types import BlmError, require_numbers
 
 if TYPE_CHECKING:
     from blm.backbone import Backbone
@@ -56,6 +57,10 @@ class TrainStage1(Stage1Config):
     device: str = "cpu"
     """cpu or cuda."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_numbers(self, held_out_rows=(1, 10**9))
+
 
 def parse_stage1(command: str, arguments: list[str]) -> TrainStage1:
     return tyro.cli(TrainStage1, args=arguments, prog=f"blm {command}")
@@ -64,8 +69,8 @@ def parse_stage1(command: str, arguments: list[str]) -> TrainStage1:
 def stage1(command: str, arguments: list[str]) -> None:
     """`blm train stage1 OUT --corpus FOLDER`: train, evaluating held-out loss and retention on the way."""
     chosen = parse_stage1(command, arguments)
-    from blm.data.files import write_json
     from blm.hub import check_device
+    from blm.io import write_json
     from blm.training.parallel import Processes
     from blm.training.retention import Retention, read_texts
     from blm.training.sft import held_out_loss, train_stage1
@@ -106,6 +111,10 @@ class TrainStage2(ImitateConfig):
     drive: int = 0
     """Episodes that the policy drives in each robot and task at every evaluation (`loop.eval-every`), on
     seeds for validation; 0: the validation loss alone chooses the best checkpoint."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_numbers(self, drive=(0, len(VALIDATION_SEEDS)))
 
 
 def parse_stage2(command: str, arguments: list[str]) -> TrainStage2:
@@ -163,15 +172,17 @@ def driver(out: Path, tasks: Sequence[str], episodes: int, workers: int) -> Driv
     from functools import partial
 
     from blm.evaluation import PhysicalProtocol, evaluate_physical
+    from blm.io import remove_own, work_folder
     from blm.policy.policy import CheckpointPolicy
 
     def drive(step: int, policy: CheckpointPolicy) -> dict[str, float]:
         folder = out / "driven" / f"{step:08d}"
-        policy.save(folder / "policy", {})
+        weights = work_folder(out / "driven/.weights", "a policy in training", {})
+        policy.save(weights / "policy", {})
         protocol = PhysicalProtocol.for_validation(policy.contract, tasks=tasks, episodes=episodes)
-        make = partial(CheckpointPolicy.load, folder / "policy")
+        make = partial(CheckpointPolicy.load, weights / "policy")
         result = evaluate_physical(make, protocol, folder, workers=workers, videos_per_cell=0)
-        shutil.rmtree(folder / "policy")
+        remove_own(weights)
         return {"success": result["overall"]["success_once"]["rate"]}
 
     return drive
@@ -182,6 +193,7 @@ def _open(
 ) -> tuple[Backbone, list[TrainingSource], list[Any]]:
     """Return the backbone, the corpora without faults, and held-out rows."""
     from blm.backbone import Backbone
+    from blm.corpora.messages import reserved_scenes
     from blm.corpora.validate import clean_corpus
     from blm.training.parallel import Processes
     from blm.training.reading import Reader, TrainingSource
@@ -189,6 +201,9 @@ def _open(
     parts = [split_weight(text) for text in (*chosen.corpus, *chosen.replay)]
     made = None if chosen.backbone == "nano" else Backbone.load(chosen.backbone, device=str(device))
     rows = [clean_corpus(folder, backbone=made, skip_bad=config.skip_bad) for folder, _ in parts]
+    for (folder, _), part in zip(parts, rows, strict=True):
+        if counts := reserved_scenes(part):
+            Console(stderr=True).print(f"warning: {warning(str(folder), counts)}", soft_wrap=True)
     if made is None:
         corpora = [(part, folder) for (folder, _), part in zip(parts, rows, strict=True)]
         made = taught_nano(corpora, chosen.schooling, chosen.out, seed=config.loop.seed)
@@ -225,7 +240,11 @@ def split_weight(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
     folder, colon, weight = text.rpartition(":")
     try:
+        if colon and not 0 < float(weight) < math.inf:
+            raise BlmError(f"the weight of '{folder}' is {weight}; it must be a positive number")
         return (Path(folder), float(weight)) if colon else (Path(text), 1.0)
+    except BlmError:
+        raise
     except ValueError:
         raise BlmError(
             f"'{text}' is no folder; give FOLDER or FOLDER:WEIGHT, as corpora/scenes:2.5"

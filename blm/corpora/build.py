@@ -7,27 +7,29 @@ depends on the configuration only.
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.console import Console
 
 from blm.corpora.facts import Drawer, by_kind, to_messages
-from blm.corpora.messages import Conversation, read_corpus, write_corpus
+from blm.corpora.messages import CORPUS_FILE, Conversation, read_corpus, write_corpus
 from blm.corpora.questions import control_turn, scan_step, scan_turns, scene_turns
 from blm.corpora.scene_view import Observer, stage
 from blm.corpora.steps import moment_facts, read_steps
 from blm.corpora.templates import Wording
 from blm.data.dataset import EpisodeDataset
 from blm.data.episodes import open_dataset
-from blm.engine import Unit, run_units
+from blm.engine import MAX_WORKERS, Unit, run_units
+from blm.io import MARK, remove_own, work_folder
+from blm.seeds import reserved, warning
 from blm.tasks import Env
-from blm.types import BlmError, ImageArray
+from blm.types import BlmError, ImageArray, require_numbers
 
 SCENES_PER_SHARD = 400
 EPISODES_PER_SHARD = 60
@@ -71,11 +73,19 @@ class SceneCorpusConfig:
     def __post_init__(self) -> None:
         if not (self.robots and self.tasks and self.cameras):
             raise BlmError("a corpus needs robots and tasks and cameras, at least one of each")
-        if self.scenes < 1 or min(self.turns, self.frame_turns) < 1:
-            raise BlmError(
-                f"a corpus needs scenes, turns and frame turns of at least 1, got {self.scenes}, "
-                f"{self.turns} and {self.frame_turns}"
-            )
+        require_numbers(
+            self,
+            image_size=(16, 4096),
+            scenes=(1, 100_000_000),
+            first_seed=(0, 2**32 - 1),
+            turns=(1, 10_000),
+            frame_turns=(1, 10_000),
+            frames_per_episode=(0, 1_000_000),
+            max_distractors=(0, 100),
+            pointing=(0, 1),
+            metric=(0, 1),
+            choice=(0, 1),
+        )
         shares = (self.pointing, self.metric, 1 - self.pointing - self.metric, self.choice)
         if min(shares) < 0 or self.choice > 1:
             raise BlmError(
@@ -85,10 +95,18 @@ class SceneCorpusConfig:
 
 
 def build_scene_corpus(config: SceneCorpusConfig, out: Path, *, workers: int = 2) -> int:
-    """Write the corpus folder `out`; return the number of conversations. Resumes after a kill."""
+    """Write the corpus folder `out`; return the number of conversations. Resumes after a kill.
+
+    Raises BlmError when `out` exists, or when its unfinished work is of another configuration.
+    """
     if out.exists():
-        raise BlmError(f"corpus folder '{out}' exists; remove it or name another one")
-    shards = out.with_name(out.name + ".shards")
+        raise BlmError(f"corpus folder '{out}' exists; move it away or name another one")
+    if not 0 <= workers <= MAX_WORKERS:
+        raise BlmError(f"workers is {workers}; it must be 0 to {MAX_WORKERS:,}")
+    counts = reserved(range(config.first_seed, config.first_seed + config.scenes)) if config.teach else {}
+    if counts:
+        Console(stderr=True).print(f"warning: {warning(str(out), counts)}", soft_wrap=True)
+    shards = work_folder(parts_of(out), PARTS, asdict(config))
     units = [
         Unit(name, (source, config, part, shards / name))
         for source, name, part in itertools.chain(_scene_shards(config), _episode_shards(config))
@@ -96,8 +114,23 @@ def build_scene_corpus(config: SceneCorpusConfig, out: Path, *, workers: int = 2
     run_units(write_shard, units, journal=shards / "journal.jsonl", workers=workers, title="scene questions")
     folders = [unit.payload[3] for unit in units]
     count = write_corpus(out, _merge(folders), media=_pool(folders, shards / "pool"))
-    shutil.rmtree(shards)
+    remove_parts(out)
     return count
+
+
+PARTS = "parts of a corpus"
+
+
+def parts_of(out: Path) -> Path:
+    """Where the unfinished parts of a corpus lie."""
+    return out.with_name(out.name + ".shards")
+
+
+def remove_parts(out: Path) -> None:
+    """Remove what a run that was killed at its very end left beside a finished corpus; else do nothing."""
+    if out.exists() and (parts_of(out) / MARK).is_file():
+        names = (CORPUS_FILE, "journal.jsonl", MARK)
+        remove_own(parts_of(out), lambda name: name.name in names or name.parts[-2:-1] == ("images",))
 
 
 Part = tuple[str, str, Sequence[int]]

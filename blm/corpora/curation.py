@@ -9,7 +9,7 @@ what was kept changes nothing.
 
 from __future__ import annotations
 
-import shutil
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,9 +30,9 @@ from blm.corpora.curation_report import (
 )
 from blm.corpora.faults import RowError
 from blm.corpora.messages import CORPUS_FILE, Conversation, scan_corpus, write_corpus
-from blm.corpora.pictures import Gallery, Look, NearIndex
-from blm.data.files import write_json
-from blm.types import BlmError, Question
+from blm.corpora.pictures import SIDE, Gallery, Look, NearIndex
+from blm.io import new_folder, write_json
+from blm.types import BlmError, Question, require_numbers
 
 Length = Callable[[Conversation, Path], int]
 """Length of a conversation whose media are in a folder: tokens of a backbone, for example."""
@@ -64,6 +64,8 @@ class CurationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        most = dict.fromkeys(("max_length", "max_pixels", "max_pictures", "max_per_kind"), (1, 10**15))
+        require_numbers(self, **most, hash_distance=(0, SIDE - 1), seed=(0, 2**32 - 1))
         if not 0 <= self.replay < 1 or (self.replay > 0) != bool(self.general):
             raise BlmError(
                 f"replay {self.replay} is a share in [0, 1) of the general sources {self.general}: give both"
@@ -78,6 +80,10 @@ class Source:
     folder: Path
     weight: float = 1.0
     """How often its turns are drawn, beside those of a source of weight 1."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < math.inf:
+            raise BlmError(f"the weight of source '{self.folder}' is {self.weight}; it must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,16 +232,11 @@ def write_curated(entries: Sequence[Entry], report: CurationReport, out: Path) -
 
     Media are linked, or copied where the disk cannot link. Raises BlmError when `out` exists.
     """
-    if out.exists():
-        raise BlmError(f"folder '{out}' exists; remove it or name another one")
-    temporary = out.with_name(out.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for source in {entry.source.name: entry.source for entry in entries}.values():
-        rows = (entry.conversation for entry in entries if entry.source.name == source.name)
-        write_corpus(temporary / source.name, rows, media=source.folder)
-    write_json(temporary / "curation.json", asdict(report))
-    temporary.replace(out)
+    with new_folder(out) as work:
+        for source in {entry.source.name: entry.source for entry in entries}.values():
+            rows = (entry.conversation for entry in entries if entry.source.name == source.name)
+            write_corpus(work / source.name, rows, media=source.folder)
+        write_json(work / "curation.json", asdict(report))
 
 
 def _pipeline(

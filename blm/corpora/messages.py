@@ -26,7 +26,9 @@ from typing import Any
 import PIL.Image
 
 from blm.corpora.faults import RowError
+from blm.io import MARK, new_folder, replacing
 from blm.media import locate, split_time
+from blm.seeds import reserved
 from blm.types import BlmError, Image, Message, Question, Scorer
 
 CORPUS_FILE = "corpus.jsonl"
@@ -156,6 +158,13 @@ def read_corpus(folder: Path) -> list[Conversation]:
     return rows
 
 
+def reserved_scenes(rows: Iterable[Conversation]) -> dict[str, int]:
+    """Return purpose -> number of our scenes in these rows that are reserved for it, and not for training."""
+    groups = {tuple(row.group.split("/")) for row in rows}
+    scenes = {group for group in groups if len(group) == 4 and group[0] in ("scene", "episode")}
+    return reserved(int(group[3]) for group in scenes if group[3].isdigit())
+
+
 TEACHING = ("control", "scan")
 """Kinds of turns that only teach: their long answers are no questions of an evaluation."""
 
@@ -261,22 +270,18 @@ def write_corpus(folder: Path, conversations: Iterable[Conversation], *, media: 
 
     Pictures in memory are stored as PNG under a name made of their content, so equal ones are stored once.
     Media that are paths below the folder `media` get a hard link in the new one, or a copy on another disk;
-    without `media` paths are written as they are. What a killed run had stored is used again. Raises BlmError
-    when `folder` exists: a corpus is never overwritten.
+    without `media` paths are written as they are. What a killed run had stored is used again; an error leaves
+    nothing. Raises BlmError when `folder` exists: a corpus is never overwritten.
     """
-    if folder.exists():
-        raise BlmError(f"corpus folder '{folder}' exists; remove it or name another one")
-    temporary = folder.with_name(folder.name + ".tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    stored: set[Path] = {temporary / CORPUS_FILE}
     count = 0
-    with (temporary / CORPUS_FILE).open("w", encoding="utf-8") as file:
-        for conversation in conversations:
-            file.write(json.dumps(_to_row(conversation, temporary, media, stored)) + "\n")
-            count += 1
-    for path in (path for path in temporary.rglob("*") if path.is_file() and path not in stored):
-        path.unlink()  # of a run that was given up
-    temporary.replace(folder)
+    with new_folder(folder, resume=True) as work:
+        stored: set[Path] = {work / CORPUS_FILE, work / MARK}
+        with (work / CORPUS_FILE).open("w", encoding="utf-8") as file:
+            for conversation in conversations:
+                file.write(json.dumps(_to_row(conversation, work, media, stored)) + "\n")
+                count += 1
+        for path in (path for path in work.rglob("*") if path.is_file() and path not in stored):
+            path.unlink()  # of a run that was given up
     return count
 
 
@@ -330,10 +335,9 @@ def _link(source: Path, target: Path) -> None:
     have = source.stat()
     if there and (there.st_size, there.st_mtime_ns) == (have.st_size, have.st_mtime_ns):
         return
-    temporary = target.with_name(f".{target.name}.part")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # another disk, or one without links
-        shutil.copy2(source, temporary)
-    temporary.replace(target)
+    target.unlink(missing_ok=True)  # of a killed run; its permissions may be those of another file
+    with replacing(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:  # another disk, or one without links
+            shutil.copy2(source, temporary)

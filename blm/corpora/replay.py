@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -20,10 +19,14 @@ from typing import Any
 import numpy as np
 
 from blm.backbone import Backbone
+from blm.corpora.build import PARTS, parts_of, remove_parts
 from blm.corpora.messages import Conversation, write_corpus
 from blm.engine import Unit, run_units
+from blm.io import work_folder
 from blm.types import BlmError, Message
 
+MOST = 10_000_000
+"""Conversations of one replay corpus."""
 MAX_TOKENS = 64
 """Longest answer; longer ones are not kept, as their end would be a lie."""
 BATCH = 32
@@ -90,10 +93,13 @@ def build_replay(backbone: Backbone, out: Path, count: int, *, seed: int = 0) ->
     BlmError when `out` exists, or when the model leaves most prompts without a whole answer.
     """
     if out.exists():
-        raise BlmError(f"corpus folder '{out}' exists; remove it or name another one")
-    if count < 1:
-        raise BlmError(f"a replay corpus needs a count of at least 1, got {count}")
-    shards, revision = out.with_name(out.name + ".shards"), backbone.fingerprint()[:16]
+        raise BlmError(f"corpus folder '{out}' exists; move it away or name another one")
+    if not 1 <= count <= MOST:
+        raise BlmError(f"a replay corpus needs a count from 1 to {MOST:,}, got {count}")
+    if not 0 <= seed < 2**32:
+        raise BlmError(f"seed is {seed}; it must be 0 to {2**32 - 1:,}")
+    revision = backbone.fingerprint()[:16]
+    shards = work_folder(parts_of(out), PARTS, {"replay": revision, "seed": seed})
 
     def answer(payload: tuple[int, Sequence[tuple[str, str]]]) -> dict[str, Any]:
         number, asked = payload
@@ -114,7 +120,7 @@ def build_replay(backbone: Backbone, out: Path, count: int, *, seed: int = 0) ->
         answered, kept = len(answers), list(_conversations(asked, answers))
     unused = answered - len(kept)
     write_corpus(out, kept[:count])
-    shutil.rmtree(shards)
+    remove_parts(out)
     return unused
 
 

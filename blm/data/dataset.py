@@ -5,6 +5,7 @@ Shape legend: N frames, E episodes, D dimensions.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from blm.data.files import content_hash, describe_files
 from blm.data.video import VideoFile
+from blm.seeds import reserved
 from blm.types import ActionSpace, ContractError, Episode, FloatArray, ImageArray, Stats
 
 VECTORS: Final = ("observation.state", "action", "executed_action")
@@ -36,14 +38,19 @@ class Footage:
     shape: tuple[int, int]
     """Height and width [px]."""
     _open: dict[int, VideoFile] = field(default_factory=dict, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def video(self, number: int) -> VideoFile:
-        """Return the open file `number`; those not used for longest are closed."""
-        video = self._open.pop(number, None) or VideoFile(self.files[number])
-        self._open[number] = video
-        if len(self._open) > OPEN_FILES:
-            del self._open[next(iter(self._open))]
-        return video
+    def read(self, number: int, frame: int) -> ImageArray:
+        """Return a frame of file `number`; files not used for longest are closed. Safe between threads.
+
+        An open file has one place: two threads that seek in it would get each other's frames.
+        """
+        with self._lock:
+            video = self._open.pop(number, None) or VideoFile(self.files[number])
+            self._open[number] = video
+            if len(self._open) > OPEN_FILES:
+                del self._open[next(iter(self._open))]
+            return video.read(frame)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,6 +122,11 @@ class EpisodeDataset:
         """What the writer of the dataset stored about its origin: versions, configuration, seeds."""
         return dict(self.manifest.get("provenance", {}))
 
+    @property
+    def reserved_seeds(self) -> dict[str, int]:
+        """Purpose -> number of episodes whose scene is reserved for it, and not for training; often empty."""
+        return reserved(self.seeds)
+
     @cached_property
     def content_hash(self) -> str:
         """Hash of the content of all files, videos included; from the manifest, or computed if foreign."""
@@ -132,7 +144,7 @@ class EpisodeDataset:
         numbers = footage.first[episodes] + rows - self.starts[episodes]
         images = np.empty((len(rows), *footage.shape, 3), np.uint8)
         for place in np.lexsort((numbers, files)):
-            images[place] = footage.video(int(files[place])).read(int(numbers[place]))
+            images[place] = footage.read(int(files[place]), int(numbers[place]))
         return images
 
     def episode(self, i: int, cameras: Sequence[str] | None = None) -> Episode:

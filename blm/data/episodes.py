@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from blm.data.checks import opening_faults
 from blm.data.dataset import VECTORS, EpisodeDataset, Footage
-from blm.data.files import MANIFEST, read_json, reading, verify_files
+from blm.data.files import MANIFEST, verify_files
 from blm.data.foreign import load_foreign, matrix
 from blm.data.writing import (
     CODEBASE_VERSION,
@@ -27,6 +27,7 @@ from blm.data.writing import (
     stage_episode,
     video_file,
 )
+from blm.io import read_json, reading, settled
 from blm.types import ActionSpace, BlmError, Stats
 
 __all__ = [
@@ -54,7 +55,7 @@ def open_dataset(folder: Path | str) -> EpisodeDataset:
 
 def load_dataset(folder: Path | str) -> EpisodeDataset:
     """Read a dataset without checking what it holds. Raises BlmError for a file that cannot be read."""
-    folder = Path(folder)
+    folder = settled(Path(folder))
     info_path = folder / "meta/info.json"
     if not info_path.is_file():
         raise BlmError(

@@ -1,104 +1,28 @@
-"""Files on disk: atomic JSON, errors that say what to do, and the manifest that vouches for a dataset.
+"""The manifest that vouches for a dataset, `meta/manifest.json`, which is written last.
 
-The manifest, `meta/manifest.json`, is written last. It holds the format, the caller's provenance (versions,
-seeds, configuration), and the size and SHA-256 of every other file of the dataset.
+It holds the format, the caller's provenance (versions, seeds, configuration), and the size and SHA-256 of
+every other file of the dataset.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from blm.io import RESTORE, DamagedError, read_json, reading, require_no_pointer, sha256_file, write_json
 from blm.types import BlmError
 
 MANIFEST = "meta/manifest.json"
 PARTS = ("data", "meta", "videos")
 """Sub-folders that belong to a dataset; what lies beside them (a README, a .gitattributes) does not."""
-RESTORE = "restore the file from a copy, or delete the dataset folder and collect again"
-_REMEDIES = {
-    errno.ENOSPC: "the disk is full: free some space",
-    errno.EDQUOT: "the disk quota is used up: free some space",
-    errno.EROFS: "the file system is read-only: choose another folder",
-    errno.EACCES: "permission is denied: make it writable, or choose another folder",
-    errno.EPERM: "permission is denied: make it writable, or choose another folder",
-    errno.ENOTDIR: "a file is where a folder should be: choose another folder",
-    errno.EEXIST: "a file is where a folder should be: choose another folder",
-}
-
-
-class DamagedError(BlmError):
-    """One thing that is wrong with a file or a dataset, and how to mend it. Raised, or listed by a check."""
-
-    def __init__(self, what: str, fix: str = RESTORE) -> None:
-        super().__init__(what, fix)  # both, so that it comes whole from a worker process
-        self.what, self.fix = what, fix
-
-    def __str__(self) -> str:
-        return f"{self.what}; {self.fix}"
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn the errors of a disk into a BlmError that names the folder and says what to do."""
-    try:
-        yield
-    except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0, f"the system says: {error}")
-        raise BlmError(
-            f"cannot write to '{folder}': {remedy}; "
-            "then run the same command again, what was finished is kept"
-        ) from error
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[Path]:
-    """Turn whatever goes wrong in reading and parsing `path` into a BlmError that names it."""
-    try:
-        yield path
-    except BlmError:
-        raise
-    except KeyError as error:
-        raise DamagedError(f"'{path}' lacks {error}: it is of another program, or was altered") from error
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-    ) as error:  # of files, JSON, parquet and NumPy
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DamagedError(
-            f"'{path}' cannot be read ({reason}): it is missing, truncated or altered"
-        ) from error
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raises BlmError naming the file."""
-    with reading(path):
-        return json.loads(path.read_text())
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write atomically. Raises BlmError naming the folder if the disk refuses."""
-    temporary = path.with_name(f".{path.name}.part")
-    with writing(path.parent):
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        temporary.replace(path)
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def describe_files(folder: Path) -> dict[str, Any]:
     """Return name -> size and SHA-256 of every file of a dataset but the manifest."""
-    return {name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for name, path in _list(folder)}
+    return {name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for name, path in _list(folder)}
 
 
 def write_manifest(folder: Path, version: int, provenance: Mapping[str, Any]) -> None:
@@ -113,24 +37,60 @@ def content_hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
-def manifest_faults(folder: Path, manifest: Mapping[str, Any], quick: bool = False) -> Iterator[DamagedError]:
+Watch = Callable[[Sequence[Any], str], Iterable[Any]]
+"""Goes through things as they are, and may show how far it is under a title."""
+
+
+def unwatched(things: Sequence[Any], title: str) -> Iterable[Any]:
+    return things
+
+
+def manifest_faults(
+    folder: Path, manifest: Mapping[str, Any], quick: bool = False, watch: Watch = unwatched
+) -> Iterator[DamagedError]:
     """Compare all files with the manifest, by size and content; `quick` compares videos by size only."""
     present = dict(_list(folder))
-    for name, entry in manifest["files"].items():
+    for name, entry in watch([*manifest["files"].items()], "files"):
         path = present.pop(name, None)
+        try:
+            require_no_pointer(folder / name)
+        except DamagedError as error:
+            yield error
+            continue
         if path is None:
             yield DamagedError(f"'{folder / name}' is missing")
         elif (size := path.stat().st_size) != entry["bytes"]:
             yield DamagedError(
                 f"'{path}' has {size} bytes, the manifest says {entry['bytes']}: it was cut or altered"
             )
-        elif not (quick and name.startswith("videos/")) and sha256_of(path) != entry["sha256"]:
+        elif not (quick and name.startswith("videos/")) and sha256_file(path) != entry["sha256"]:
             yield DamagedError(f"'{path}' has another SHA-256 than the manifest says: it was altered")
     for path in present.values() if not quick else ():
         yield DamagedError(f"'{path}' is not in the manifest: it is not of this dataset", "move it elsewhere")
 
 
-def verify_files(folder: Path | str) -> list[DamagedError]:
+def written_here(folder: Path, provenance: Mapping[str, Any]) -> set[str]:
+    """Return the names of the files of a dataset that may be replaced: this very collection wrote them.
+
+    Raises BlmError, and says what to do, for a dataset of another program or collection, and for one that was
+    altered since: nothing of it can be made again.
+    """
+    remedy = "choose another folder, or move it away"
+    if not (folder / MANIFEST).is_file():
+        raise BlmError(f"'{folder}' exists, and nothing in it shows that this program wrote it; {remedy}")
+    manifest = read_json(folder / MANIFEST)
+    with reading(folder / MANIFEST):
+        theirs, files = dict(manifest["provenance"]), dict(manifest["files"])
+    ours = json.loads(json.dumps(dict(provenance)))
+    if theirs.get("collect", theirs) != ours.get("collect", ours):
+        raise BlmError(f"'{folder}' holds a dataset of another collection; {remedy}")
+    for fault in manifest_faults(folder, manifest):
+        if fault.fix == RESTORE:
+            raise BlmError(f"{fault.what}, so '{folder}' is not replaced; {remedy}")
+    return {*files, MANIFEST}
+
+
+def verify_files(folder: Path | str, watch: Watch = unwatched) -> list[DamagedError]:
     """Hash every file of a dataset that this program wrote; return an error for each damaged one.
 
     Raises BlmError when there is no manifest to compare with.
@@ -138,7 +98,7 @@ def verify_files(folder: Path | str) -> list[DamagedError]:
     path = Path(folder) / MANIFEST
     manifest = read_json(path)
     with reading(path):
-        return list(manifest_faults(Path(folder), manifest))
+        return list(manifest_faults(Path(folder), manifest, watch=watch))
 
 
 def _list(folder: Path) -> Iterator[tuple[str, Path]]:

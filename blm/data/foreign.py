@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from blm.data.dataset import VECTORS, EpisodeDataset, Footage, IndexArray
-from blm.data.files import DamagedError, reading
 from blm.data.stats import compute_stats
 from blm.data.video import probe
+from blm.io import DamagedError, reading
 from blm.types import ActionSpace, BlmError
 
 MEND = "mend it with the program that wrote it"

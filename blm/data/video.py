@@ -17,8 +17,9 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.video.reformatter import VideoReformatter
+from numpy.typing import NDArray
 
-from blm.data.files import DamagedError
+from blm.io import DamagedError, require_no_pointer
 from blm.types import BlmError, ImageArray
 
 CODEC_OPTIONS = {"crf": "23", "g": "2", "bf": "0", "preset": "veryfast"}
@@ -96,6 +97,14 @@ def decodable_frames(path: Path) -> int:
         return number
 
 
+def frame_times(path: Path) -> NDArray[np.float64]:
+    """Return when each frame is shown [s], in order, from the index alone. Raises BlmError as `probe`."""
+    with _video(path) as (container, stream):
+        assert stream.time_base is not None
+        shown = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
+        return np.sort(np.array(shown, np.float64)) * float(stream.time_base)
+
+
 @contextmanager
 def _video(path: Path) -> Iterator[tuple[InputContainer, av.VideoStream]]:
     try:
@@ -105,6 +114,7 @@ def _video(path: Path) -> Iterator[tuple[InputContainer, av.VideoStream]]:
                 raise IndexError("it holds no video in a known form")
             yield container, stream
     except (av.FFmpegError, IndexError, UnicodeError) as error:
+        require_no_pointer(path)
         raise DamagedError(
             f"video '{path}' cannot be read ({error}): it is missing, truncated or not a video"
         ) from error

@@ -6,11 +6,9 @@ by (task, seed): the same episodes give the same bytes. Import both from `blm.da
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from blm.data.files import reading, write_json, write_manifest, writing
+from blm.data.files import write_manifest, written_here
 from blm.data.stats import compute_stats, histogram_stats, image_histogram
 from blm.data.video import concatenate, encode
+from blm.io import new_folder, reading, write_json, writing
+from blm.seeds import reserved
 from blm.types import ActionSpace, BlmError, ContractError, Episode, Stats
 
 FORMAT = 2
@@ -47,23 +47,23 @@ def video_file(camera: str) -> str:
 
 
 def stage_episode(folder: Path, key: str, episode: Episode, fps: int = 20) -> Path:
-    """Write one episode to `folder/key` atomically, replacing it if it is there; return that folder.
+    """Write one episode to `folder/key` in one step, in the place of the same one; return that folder.
 
     Raises ContractError for arrays that disagree in length or are not finite, BlmError when the disk refuses;
     then nothing of the episode is left.
     """
     _check_episode(key, episode)
+
+    def written(target: Path) -> set[str]:
+        description = _read_staged(target)
+        if description.get("key") != key:
+            raise BlmError(f"'{target}' is not a staged episode '{key}'; move it away")
+        return {"episode.json", "vectors.npz", *(f"{name}.mp4" for name in description["image_shapes"])}
+
     target = folder / key
-    work = target.with_name(f".{target.name}.{os.getpid()}")
-    with writing(folder):
-        shutil.rmtree(work, ignore_errors=True)
-        try:
-            work.mkdir(parents=True)
-            _stage(work, key, episode, fps)
-            shutil.rmtree(target, ignore_errors=True)
-            return work.rename(target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    with writing(folder), new_folder(target, written=written) as work:
+        _stage(work, key, episode, fps)
+    return target
 
 
 def _stage(work: Path, key: str, episode: Episode, fps: int) -> None:
@@ -116,11 +116,12 @@ def finalize_dataset(
     image_size: int,
     provenance: Mapping[str, Any],
 ) -> Path:
-    """Assemble staged episodes into the dataset folder `out`, replacing it in one rename. Idempotent.
+    """Assemble staged episodes into the dataset folder `out`, which appears in one step. Idempotent.
 
-    `provenance` (versions, seeds, configuration) goes into the manifest. Raises BlmError without episodes, or
-    when the disk refuses (what was at `out` and the staged episodes stay), ContractError for an episode of
-    another robot, camera or image size.
+    `provenance` (versions, seeds, configuration) goes into the manifest. A dataset at `out` is replaced only
+    if it is of the same collection (equal `provenance["collect"]`) and unaltered; files that others put into
+    it are kept. Raises BlmError without episodes, for anything else at `out`, or when the disk refuses (what
+    was there and the staged episodes stay), ContractError for an episode of another robot, camera or size.
     """
     if not staged:
         raise BlmError(
@@ -143,23 +144,11 @@ def finalize_dataset(
         "primitives": sorted({name for row in rows for name in row["primitives"]}),
         "primitive_column": SUBTASK,
     }
-    work, old = out.with_name(f".{out.name}.writing"), out.with_name(f".{out.name}.old")
-    with writing(out):
-        if out.exists() and not out.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(out))
-        if old.exists() and not out.exists():
-            old.rename(out)  # a kill came between the two renames below
-        for leftover in (work, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        try:
-            _write(work, rows, round(space.rate_hz), own)
-            write_manifest(work, FORMAT, provenance)
-            if out.exists():
-                out.rename(old)
-            work.rename(out)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    if counts := reserved(row["seed"] for row in rows):
+        own["reserved_seeds"] = counts
+    with writing(out), new_folder(out, written=partial(written_here, provenance=provenance)) as work:
+        _write(work, rows, round(space.rate_hz), own)
+        write_manifest(work, FORMAT, provenance)
     return out
 
 

@@ -7,7 +7,7 @@ next seed is tried. The same configuration gives the same vectors, bit for bit, 
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -15,28 +15,31 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from itertools import product
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import numpy as np
+from rich.console import Console
 
 from blm.data.episodes import finalize_dataset, stage_episode
-from blm.data.files import read_json, write_json, writing
 from blm.demos.decompositions import DECOMPOSITIONS
 from blm.demos.expert import HOLD_STEPS, Expert
 from blm.demos.rollout import TAKE_OVER, Demonstrator, Perturbation, demonstrate
-from blm.engine import Result, Unit, run_units
+from blm.engine import MAX_WORKERS, Result, Unit, run_units
+from blm.io import MARK, hold, read_json, remove_own, work_folder, write_json
 from blm.robots import ROBOTS
+from blm.seeds import reserved, warning
 from blm.tasks import Env
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.scene import CAMERAS
 from blm.tasks.suite import suite_version
-from blm.types import BlmError, Policy, lookup
+from blm.types import BlmError, Policy, lookup, require_numbers
 
 MakePolicy = Callable[[], Policy]
 """Picklable; called once in each worker process."""
 PLANNING = ("mink", "toppra", "ompl", "numpy")
 """Packages whose versions decide what the expert does."""
+STAGING, JOURNAL = ".staging", "journal.jsonl"
 _NOT_DATA = ("workers", "engine")
 """Fields that say how to collect, not what: a run may be continued with other ones."""
 
@@ -85,87 +88,120 @@ class CollectConfig:
             lookup("task", task, DECOMPOSITIONS)
         for camera in self.cameras:
             lookup("camera", camera, CAMERAS)
+        require_numbers(
+            self,
+            episodes=(1, 1_000_000),
+            first_seed=(0, 2**32 - 1),
+            image_size=(16, 4096),
+            noise=(0, 1),
+            disturbed=(0, 1),
+            random_starts=(0, 1),
+            distractors=(0, 100),
+            workers=(0, MAX_WORKERS),
+            hold=(HOLD_STEPS, 100_000),
+        )
+        if not self.noise or self.image_size % 2:
+            raise BlmError(
+                "collecting needs at least one noise level and an even image_size; got "
+                f"{self.noise}, {self.image_size}"
+            )
         if self.simulator == "maniskill" and (self.random_starts or self.disturbed or max(self.noise) > 0.01):
             raise BlmError(
                 "ManiSkill's scripts do not react: set random_starts 0, disturbed 0, noise up to 0.01"
             )
-        if self.hold < HOLD_STEPS or (self.hold > HOLD_STEPS and self.simulator == "maniskill"):
-            raise BlmError(
-                f"hold must be {HOLD_STEPS} or more, with ManiSkill's scripts just that: {self.hold}"
-            )
-        if self.episodes < 1 or not self.noise or min(self.noise) < 0 or self.image_size % 2:
-            raise BlmError(
-                "collecting needs episodes >= 1, at least one noise level >= 0 and an even image_size; got "
-                f"{self.episodes}, {self.noise}, {self.image_size}"
-            )
+        if self.hold > HOLD_STEPS and self.simulator == "maniskill":
+            raise BlmError(f"with ManiSkill's scripts hold must be {HOLD_STEPS}: {self.hold}")
 
 
 def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -> dict[str, Any]:
-    """Collect into `out/<robot>/`, one LeRobotDataset v3.0 each; return, and write, `out/summary.json`.
+    """Collect into new folders `out/<robot>/`, a LeRobotDataset v3.0 each; write and return the summary.
 
     With a `pilot`, that policy drives the first steps of every episode and the expert, whose actions are the
     labels from the first step on, then finishes it: corrections on states that the policy visits.
 
-    The summary has "robots" (robot -> task -> attempts, kept, rejected by reason, frames), "seconds" of the
-    run that finished, "seconds_in" (summed over attempts: planning, physics, rendering, encoding),
-    "versions", "suite", "seeds" (first and last tried) and "config". Called again after a kill, it goes on;
-    called again when finished, it returns the summary. Raises BlmError when `out` holds a collection of
-    another configuration, or a cell fails too often.
+    `out/summary.json` has "robots" (robot -> task -> attempts, kept, rejected by reason, frames), "seconds"
+    of the run that finished, "seconds_in" (summed over attempts: planning, physics, rendering, encoding),
+    "versions", "suite", "seeds" (first and last tried), "reserved_seeds" (episodes on scenes that are not for
+    training) and "config". Called again after a kill, it goes on; called again when finished, it returns the
+    summary. Raises BlmError when `out` holds a collection of another configuration, or anything that would
+    be replaced, when another process collects there, or when a cell fails too often.
     """
-    began = time.monotonic()
     wanted = {k: v for k, v in json.loads(json.dumps(asdict(config))).items() if k not in _NOT_DATA}
     wanted["pilot"] = pilot().contract.revision if pilot else None
-    _claim(out, wanted)
-    summary_file, staging, journal = out / "summary.json", out / ".staging", out / "journal.jsonl"
-    if not summary_file.exists():
-        results = _attempt_all(config, journal, staging, pilot)
-        seeds = [int(key.split("/")[2]) for key in results]
-        provenance = {
-            "versions": {name: version(name) for name in ("blm", config.package, *PLANNING)},
-            "suite": suite_version(config.robots, config.tasks),
-            "seeds": [min(seeds), max(seeds)],
-            "collect": wanted,
-        }
-        for robot in config.robots:
-            kept = [k for k, result in results.items() if k.startswith(f"{robot}/") and result["kept"]]
-            finalize_dataset(
-                [staging / key for key in kept],
-                out / robot,
-                space=ROBOTS[robot].action_space,
-                cameras=config.cameras,
-                image_size=config.image_size,
-                provenance=provenance,
-            )
-        parts: Counter[str] = Counter()
-        for result in results.values():
-            parts.update(result["seconds"])
-        summary = {
-            "robots": {r: {t: _count(results, r, t) for t in config.tasks} for r in config.robots},
-            "seconds": round(time.monotonic() - began, 1),
-            "seconds_in": {part: round(seconds, 1) for part, seconds in parts.items()},
-            **{key: provenance[key] for key in ("versions", "suite", "seeds")},
-            "config": wanted,
-        }
-        write_json(summary_file, summary)
-    shutil.rmtree(staging, ignore_errors=True)
-    journal.unlink(missing_ok=True)
-    return dict(read_json(summary_file))
+    with hold(out):
+        _claim(out, config, wanted)
+        if not (out / "summary.json").exists():
+            _make(config, out, wanted, pilot)
+        if (out / STAGING).exists() and not remove_own(out / STAGING, _is_staged):
+            Console(stderr=True).print(f"'{out / STAGING}' has files of others: they stay", soft_wrap=True)
+        (out / JOURNAL).unlink(missing_ok=True)
+    return dict(read_json(out / "summary.json"))
 
 
-def _claim(out: Path, wanted: dict[str, Any]) -> None:
-    """Make `out` ours. Raises BlmError if it is another collection's, or not a folder to write to."""
+def _make(config: CollectConfig, out: Path, wanted: dict[str, Any], pilot: MakePolicy | None) -> None:
+    """Make all attempts that are still to be made, then the datasets, then the summary."""
+    began = time.monotonic()
+    staging = work_folder(out / STAGING, "staged episodes", wanted)
+    results = _attempt_all(config, out / JOURNAL, staging, pilot)
+    seeds = [int(key.split("/")[2]) for key in results]
+    provenance = {
+        "versions": {name: version(name) for name in ("blm", config.package, *PLANNING)},
+        "suite": suite_version(config.robots, config.tasks),
+        "seeds": [min(seeds), max(seeds)],
+        "collect": wanted,
+    }
+    for robot in config.robots:
+        kept = [k for k, result in results.items() if k.startswith(f"{robot}/") and result["kept"]]
+        finalize_dataset(
+            [staging / key for key in kept],
+            out / robot,
+            space=ROBOTS[robot].action_space,
+            cameras=config.cameras,
+            image_size=config.image_size,
+            provenance=provenance,
+        )
+    parts: Counter[str] = Counter()
+    for result in results.values():
+        parts.update(result["seconds"])
+    summary = {
+        "robots": {r: {t: _count(results, r, t) for t in config.tasks} for r in config.robots},
+        "seconds": round(time.monotonic() - began, 1),
+        "seconds_in": {part: round(seconds, 1) for part, seconds in parts.items()},
+        **{key: provenance[key] for key in ("versions", "suite", "seeds")},
+        "reserved_seeds": reserved(int(k.split("/")[2]) for k, result in results.items() if result["kept"]),
+        "config": wanted,
+    }
+    write_json(out / "summary.json", summary)
+
+
+def _is_staged(name: PurePath) -> bool:
+    """Whether a file below the staging folder is one that `stage_episode` writes."""
+    return name.suffix == ".mp4" or name.name in ("episode.json", "vectors.npz", MARK)
+
+
+def _claim(out: Path, config: CollectConfig, wanted: dict[str, Any]) -> None:
+    """Make `out` ours. Raises BlmError if it is another collection's, or holds what would be replaced."""
     claim = out / "collect.json"
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        if not claim.exists():
-            write_json(claim, wanted)
-    have = read_json(claim)
-    rows = [f"  {k}: {have.get(k)!r} there, {v!r} asked for" for k, v in wanted.items() if have.get(k) != v]
-    if rows:
+    ours = (*config.robots, "summary.json", "verified.json", JOURNAL, STAGING)
+    taken = [name for name in ours if os.path.lexists(out / name)]
+    if taken and not claim.exists():
         raise BlmError(
-            f"'{out}' holds a collection with another configuration; use another folder or delete it:\n"
+            f"'{out}' has {', '.join(taken)}, which no collection of this program left there (it has no "
+            "collect.json); nothing was written: name another folder, or move that away"
+        )
+    have = read_json(claim) if claim.exists() else {}
+    have = have if isinstance(have, dict) else {}
+    rows = [f"  {k}: {have.get(k)!r} there, {v!r} asked for" for k, v in wanted.items() if have.get(k) != v]
+    if rows and claim.exists() and (taken or {*have} - {*wanted}):
+        raise BlmError(
+            f"'{out}' holds a collection with another configuration; name another folder, or move it away:\n"
             + "\n".join(rows)
         )
+    if rows:  # nothing was collected yet
+        write_json(claim, wanted)
+    counts = reserved(range(config.first_seed, config.first_seed + config.episodes))
+    if {*counts} - {"held-out questions"}:  # which recipes collect, and never train on
+        Console(stderr=True).print(f"warning: {warning(str(out), counts)}", soft_wrap=True)
 
 
 def _attempt_all(

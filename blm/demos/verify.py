@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blm.data.episodes import open_dataset
-from blm.data.files import read_json, write_json
 from blm.demos.collect import CollectConfig, make_env
 from blm.demos.rollout import replay
 from blm.engine import Result, Unit, run_units
+from blm.io import read_json, write_json
 from blm.tasks.appearance import Appearance
 from blm.tasks.suite import suite_version
 from blm.types import BlmError, ContractError

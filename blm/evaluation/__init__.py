@@ -4,15 +4,13 @@ from blm.evaluation.baselines import RandomPolicy, ReplayPolicy, ZeroPolicy
 from blm.evaluation.digital import BENCHMARKS, evaluate_digital
 from blm.evaluation.physical import evaluate_physical
 from blm.evaluation.protocol import (
-    EVALUATION_SEEDS,
     PROTOCOLS,
-    STAGE1_HELD_OUT_SEEDS,
-    TRAINING_SEEDS,
     DigitalProtocol,
     PhysicalProtocol,
 )
 from blm.evaluation.results import compare, compare_cells, format_comparison, load_result
 from blm.evaluation.rollout import Privileged
+from blm.seeds import EVALUATION_SEEDS, STAGE1_HELD_OUT_SEEDS, TRAINING_SEEDS
 
 __all__ = [
     "BENCHMARKS",

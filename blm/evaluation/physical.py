@@ -17,8 +17,8 @@ from blm.engine import Unit, run_units
 from blm.evaluation.batching import ActsInBatches, HostedPolicy, PolicyHost
 from blm.evaluation.intervals import success_rate
 from blm.evaluation.outcome import REASONS
-from blm.evaluation.protocol import PhysicalProtocol, protocol_hash
-from blm.evaluation.results import TIMES, machine, write_result
+from blm.evaluation.protocol import PhysicalProtocol, digest, protocol_hash
+from blm.evaluation.results import TIMES, machine, require_free, write_result
 from blm.evaluation.rollout import Privileged, close, run_episode, set_up, tear_down
 from blm.tasks import gl_backend
 from blm.types import BlmError, Policy, PolicyContract
@@ -52,6 +52,7 @@ def evaluate_physical(
     Raises ContractError when the policy does not fit the protocol.
     """
     start, journal = time.monotonic(), out / "journal.jsonl"
+    require_free(out)
     with ExitStack() as stack:
         policy = make_policy()
         stack.callback(close, policy)
@@ -68,7 +69,7 @@ def evaluate_physical(
         stack.callback(tear_down)  # of this process, when workers is 0
         results = run_units(
             run_episode,
-            _units(protocol, f"{ROWS}/{protocol_hash(protocol)}/{contract.revision}", videos_per_cell),
+            _units(protocol, _run_of(protocol, contract), videos_per_cell),
             journal=journal,
             workers=workers,
             title="episodes",
@@ -77,7 +78,12 @@ def evaluate_physical(
             engine=engine,
         )
     rows = list(results.values())
-    about = {"kind": "physical", "score": "success_once", "model": contract.revision, "workers": workers}
+    about = {
+        "kind": "physical",
+        "score": "success_once",
+        "model": contract.revision or "unnamed",
+        "workers": workers,
+    }
     return write_result(
         out,
         protocol,
@@ -91,12 +97,17 @@ def evaluate_physical(
     )
 
 
+def _run_of(protocol: PhysicalProtocol, contract: PolicyContract) -> str:
+    """What episodes in a journal share that are of one run: their form, the protocol, the whole contract."""
+    return f"{ROWS}/{protocol_hash(protocol)}/{digest(contract.to_json())}"
+
+
 def _require_name(contract: PolicyContract, journal: Path) -> None:
     """Raise BlmError when nobody can tell whether the episodes in the journal are this policy's own."""
     if not contract.revision and journal.exists():
         raise BlmError(
-            f"'{journal}' holds episodes, and this policy has no revision in its contract to tell "
-            "whether they are its own; choose another folder"
+            f"'{journal}' holds episodes, and this policy has no revision in its contract to tell whether "
+            "they are its own: choose another folder, or name the model of a server each time (--server-name)"
         )
 
 

@@ -1,7 +1,7 @@
 """What a score was measured with, as data. Two results compare only when their protocols are equal.
 
-The ranges of scene seeds are stated only here. They are disjoint: no evaluation scene was trained on, and
-none helped to choose a checkpoint.
+The ranges of scene seeds (`blm.seeds`) are disjoint: no evaluation scene was trained on, and none helped to
+choose a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,15 +16,9 @@ from importlib.metadata import version
 from typing import Any, Literal, Required, TypedDict, Unpack, get_args
 
 from blm.robots import ROBOTS
+from blm.seeds import EVALUATION_SEEDS, VALIDATION_SEEDS
 from blm.tasks.suite import suite_version
 from blm.types import BlmError, ContractError, Episode, PolicyContract, lookup
-
-EVALUATION_SEEDS = range(10_000)
-TRAINING_SEEDS = range(10_000, 1_000_000)
-"""What recipes use. Seeds beyond all these ranges are free for training too."""
-STAGE1_HELD_OUT_SEEDS = range(1_000_000, 2_000_000)
-VALIDATION_SEEDS = range(2_000_000, 2_010_000)
-"""Of the episodes that a policy drives during its training."""
 
 _OF_POLICY = ("cameras", "image_size", "rate_hz", "execute")
 Phrasing = Literal["seen", "held_out", "both"]

@@ -22,7 +22,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from blm.evaluation.digital.table import PaperTable
 from blm.evaluation.intervals import success_rate
 from blm.evaluation.outcome import REASONS
-from blm.evaluation.results import atomically, compare, load_result
+from blm.evaluation.results import compare, load_result
+from blm.io import write_text
 from blm.robots import ROBOTS
 from blm.tasks import TASKS
 from blm.types import BlmError, ContractError
@@ -88,8 +89,7 @@ def build_report(data: ReportData, out: Path) -> None:
         robots=ROBOTS,
         tasks=TASKS,
     )
-    with atomically(out) as temporary:
-        temporary.write_text(page)
+    write_text(out, page)
 
 
 def _template() -> Any:

@@ -11,8 +11,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -20,21 +19,13 @@ from typing import Any
 
 from blm.evaluation.intervals import Difference, holm, paired_difference
 from blm.evaluation.protocol import DigitalProtocol, PhysicalProtocol, digest, protocol_hash, require_equal
+from blm.io import read_json, write_text
 from blm.types import BlmError, ContractError
 
 FORMAT = 2
 """Of result.json: written in it, and required when it is read."""
 TIMES = ("act_ms", "seconds_policy", "seconds_physics", "seconds_rendering")
 """Fields of a physical row that differ from run to run."""
-
-
-@contextmanager
-def atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; when all went well, it becomes `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    temporary.replace(path)
 
 
 def write_result(
@@ -44,9 +35,17 @@ def write_result(
     head = {"format": FORMAT, "protocol": asdict(protocol), "protocol_hash": protocol_hash(protocol)}
     head |= {"machine": machine(), "seconds": time.monotonic() - start}
     text = json.dumps(head | parts, indent=1, allow_nan=False)
-    with atomically(out / "result.json") as temporary:
-        temporary.write_text(text)
+    write_text(out / "result.json", text)
     return json.loads(text)
+
+
+def require_free(out: Path) -> None:
+    """Raise BlmError, before anything is run, if `out` has a result.json of another program."""
+    file = out / "result.json"
+    if file.exists():
+        result = read_json(file)
+        if not isinstance(result, dict) or not {"protocol", "protocol_hash", "rows"} <= result.keys():
+            raise BlmError(f"'{file}' is of another program; name another folder")
 
 
 def machine() -> dict[str, Any]:

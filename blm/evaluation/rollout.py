@@ -17,7 +17,7 @@ import numpy as np
 from blm.evaluation.batching import HostedPolicy
 from blm.evaluation.outcome import Moment, judge, observe_moment
 from blm.evaluation.protocol import PhysicalProtocol, digest, phrasing_of
-from blm.evaluation.results import atomically
+from blm.io import replacing
 from blm.tasks import TASKS, Env
 from blm.types import ContractError, FloatArray, ImageArray, Observation, Policy, decision_seed
 
@@ -198,7 +198,7 @@ def _delay(protocol: PhysicalProtocol, seconds: float) -> int:
 def write_video(path: Path, frames: Sequence[ImageArray], rate_hz: float) -> None:
     """Write H.264 that browsers play, small enough to embed (about 100 kB for ten seconds)."""
     faststart = {"movflags": "faststart"}
-    with atomically(path) as file, av.open(str(file), "w", format="mp4", options=faststart) as container:
+    with replacing(path) as file, av.open(str(file), "w", format="mp4", options=faststart) as container:
         stream = container.add_stream("libx264", rate=round(rate_hz), options={"crf": "30"})
         stream.height, stream.width = frames[0].shape[:2]
         stream.pix_fmt = "yuv420p"

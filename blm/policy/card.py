@@ -37,6 +37,12 @@ def model_card(config: Mapping[str, Any]) -> str:
             "",
             f"Trained for {loop['steps']:,} steps of {loop['batch_size']} samples, seed {loop['seed']}.",
         ]
+    if reserved := provenance.get("reserved_seeds"):
+        counts = [f"{n} episodes for {what}" for of in reserved.values() for what, n in of.items()]
+        lines += [
+            "",
+            "**Trained on reserved scenes** (" + ", ".join(counts) + "): its scores on them mean nothing.",
+        ]
     if "frozen" in config:
         lines += [
             "",

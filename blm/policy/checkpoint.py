@@ -2,14 +2,14 @@
 
     checkpoint/  config.json  policy.safetensors  stats.json  README.md  manifest.json  (backbone/)
 
-manifest.json holds the sha256 of every other file but the model card, README.md: people add to it.
+manifest.json holds the sha256 of every other file. That of the model card, README.md, is not required when a
+checkpoint is read: people add to it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from blm.backbone.backbone import RELEASED
-from blm.data.files import sha256_of
 from blm.data.transforms import RobotTransforms
+from blm.io import MARK, new_folder, read_json, require_no_pointer, settled, sha256_file
 from blm.policy.card import model_card
 from blm.types import BlmError, PolicyContract
 
@@ -31,7 +31,7 @@ RELEASES: dict[str, Path] = {"blm-nano": RELEASED / "blm-nano"}
 
 def folder_of(name_or_folder: str | Path) -> Path:
     """Return the folder of a checkpoint or release; a checkpoint here that is called as a release wins."""
-    folder = Path(name_or_folder)
+    folder = settled(Path(name_or_folder))
     return folder if (folder / "manifest.json").is_file() else RELEASES.get(str(name_or_folder), folder)
 
 
@@ -42,33 +42,48 @@ def write_checkpoint(
     transforms: Mapping[str, RobotTransforms],
     more: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write a checkpoint folder whole, then put it in the place of one that is there.
+    """Write a checkpoint folder whole, in the place of an unaltered checkpoint that is there.
 
-    `more` adds files to the folder that it is given.
+    `more` adds files to the folder that it is given. What others added to the former folder is kept, a card
+    that they changed as README.md.kept. Raises BlmError for anything else at `folder`.
     """
-    work, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
-    for leftover in (work, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    work.mkdir(parents=True)
-    more(work)
-    (work / "policy.safetensors").write_bytes(save(dict(weights)))
-    (work / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=1))
-    (work / "stats.json").write_text(json.dumps(_ranges(transforms), indent=1))
-    (work / "README.md").write_text(model_card(config))
-    (work / "manifest.json").write_text(json.dumps(_hashes(work), indent=1))
-    if folder.exists():
-        folder.rename(old)
-    work.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with new_folder(folder, written=_written) as work:
+        more(work)
+        (work / "policy.safetensors").write_bytes(save(dict(weights)))
+        (work / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=1))
+        (work / "stats.json").write_text(json.dumps(_ranges(transforms), indent=1))
+        (work / "README.md").write_text(model_card(config))
+        hashes = _hashes(work) | {"README.md": sha256_file(work / "README.md")}
+        (work / "manifest.json").write_text(json.dumps(hashes, indent=1))
+
+
+def require_free(folder: Path) -> None:
+    """Raise BlmError, before hours of training, if `write_checkpoint` would refuse this place."""
+    if settled(folder).exists():
+        _written(folder)
+
+
+def _written(folder: Path) -> set[str]:
+    """Names of what this program wrote in a checkpoint. Raises BlmError for what it cannot vouch for."""
+    config = read_config(folder)
+    stored = json.loads((folder / "manifest.json").read_text())
+    card, ours = folder / "README.md", {*stored, "manifest.json"} - {"README.md"}
+    pristine = stored.get("README.md") if "README.md" in stored else None
+    if card.is_file() and (sha256_file(card) == pristine or card.read_text() == model_card(config)):
+        ours.add("README.md")
+    return ours
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json. Raises BlmError, naming file and fix, unless the folder is whole and unaltered."""
-    if not (folder / "manifest.json").is_file():
+    if not (settled(folder) / "manifest.json").is_file():
         raise BlmError(f"no checkpoint at '{folder}' (no manifest.json); give the folder that Stage II wrote")
-    stored, found = json.loads((folder / "manifest.json").read_text()), _hashes(folder)
+    stored, found = read_json(folder / "manifest.json"), _hashes(folder)
+    if not isinstance(stored, dict) or "config.json" not in stored:
+        raise BlmError(f"'{folder}' is no checkpoint: its manifest.json is of another program")
     for name in {*stored} - {"README.md"}:  # which older manifests name
         if found.get(name) != stored[name]:
+            require_no_pointer(folder / name)
             what = "altered" if name in found else "missing"
             raise BlmError(f"checkpoint '{folder}': {name} is {what}; copy the folder again or train again")
     config: dict[str, Any] = json.loads((folder / "config.json").read_text())
@@ -113,7 +128,8 @@ def kind_of(folder: Path) -> str:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file in `folder` except the manifest and the card, by relative name."""
+    """sha256 of every file in `folder` except the manifest, the card and marks, by relative name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = (path.relative_to(folder).as_posix() for path in files)
-    return {name: sha256_of(folder / name) for name in names if name not in {"manifest.json", "README.md"}}
+    besides = {"manifest.json", "README.md", MARK}
+    return {name: sha256_file(folder / name) for name in names if name not in besides}

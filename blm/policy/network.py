@@ -24,7 +24,7 @@ from blm.bridge import BridgeConfig, Perceiver
 from blm.policy import flow
 from blm.policy.dit import DiT, Memory
 from blm.policy.heads import ActionEncoder, IndexedMLP
-from blm.types import BlmError
+from blm.types import BlmError, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +53,8 @@ class PolicyConfig:
     """Predict joint targets relative to the current joint positions; False: absolute targets."""
 
     def __post_init__(self) -> None:
+        sizes = ("width", "blocks", "heads", "max_dim", "horizon", "sampler_steps", "future_steps")
+        require_numbers(self, **dict.fromkeys(sizes, (1, 100_000)), future_weight=(0, 1e6))
         if self.width % (2 * self.heads):
             raise BlmError(f"policy width {self.width} must be a multiple of 2 * heads = {2 * self.heads}")
         if not 1 <= self.future_layer <= self.blocks:

@@ -139,7 +139,8 @@ class CheckpointPolicy:
         }
 
         def add_backbone(work: Path) -> None:
-            self.backbone.save(work / "backbone")
+            (work / "backbone").mkdir()
+            self.backbone.write_into(work / "backbone")
 
         write_checkpoint(folder, config, self.network.state_dict(), self.transforms, add_backbone)
 

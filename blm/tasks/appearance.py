@@ -30,7 +30,7 @@ class Appearance:
     """Standard deviation of a third-person camera's position [m]; a tenth of it, of its direction [rad]."""
 
     def __post_init__(self) -> None:
-        if min(astuple(self)) < 0 or max(self.colors, self.light) > 1 or self.camera > 0.2:
+        if not all(0 <= value <= most for value, most in zip(astuple(self), (1, 1, 0.2), strict=True)):
             raise BlmError(f"appearance needs colors and light in 0..1 and camera in 0..0.2 m, got {self}")
 
 

@@ -7,6 +7,7 @@ states; its header the config. Tensors are stored whole, so the number of proces
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from blm.io import replacing, write_text
 from blm.training.parallel import Processes, fill, full
 from blm.types import BlmError
+
+_NAME = re.compile(r"state-\d{8,}\.safetensors")
 
 
 def checkpoints(out: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
-    return sorted(out.glob("state-*.safetensors"))
+    return sorted(path for path in out.glob("state-*.safetensors") if _NAME.fullmatch(path.name))
 
 
 def save(
@@ -43,9 +47,8 @@ def save(
             storages.add(where)
     written |= _random_states(processes)
     if processes.first:
-        temporary = out / "state.tmp"
-        save_file(written, temporary, metadata={"run": json.dumps(run)})
-        temporary.replace(out / f"state-{run['done']:08d}.safetensors")
+        with replacing(out / f"state-{run['done']:08d}.safetensors") as temporary:
+            save_file(written, temporary, metadata={"run": json.dumps(run)})
         for old in checkpoints(out)[:-keep]:
             old.unlink()
     processes.wait()
@@ -75,7 +78,9 @@ def restore(
     if not found:
         return 0, 0.0
     with safe_open(found[-1], "pt") as saved:
-        header = json.loads(saved.metadata()["run"])
+        header = json.loads((saved.metadata() or {}).get("run", "{}"))
+        if not {"done", "seconds", "config"} <= header.keys():
+            raise BlmError(f"'{found[-1]}' is no checkpoint of a training here; use a new folder")
         mine = json.loads(json.dumps(config))
         there = {**header["config"], **{name: mine[name] for name in may_change}}
         if there != mine:
@@ -96,8 +101,14 @@ def restore(
 
 
 def cut_log(log: Path, done: int) -> None:
-    """Remove the rows of a log after step `done`, and a row that a kill left unfinished."""
-    rows = log.read_text().splitlines() if log.exists() else []
-    whole = [row for row in rows if row.endswith("}") and json.loads(row)["step"] <= done]
-    log.with_suffix(".tmp").write_text("".join(row + "\n" for row in whole))
-    log.with_suffix(".tmp").replace(log)
+    """Remove the rows of a log after step `done`, and a row that a kill left unfinished.
+
+    Raises BlmError for a file with rows that no training wrote: nothing of it is touched.
+    """
+    text = log.read_text() if log.exists() else ""
+    rows = text[: text.rfind("\n") + 1].splitlines()
+    try:
+        kept = [row for row in rows if json.loads(row)["step"] <= done]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BlmError(f"'{log}' is not the log of a training ({error}); use a new folder") from error
+    write_text(log, "".join(row + "\n" for row in kept))

@@ -6,12 +6,14 @@ processes or one after the other, are together the samples of the whole.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from blm.data.episodes import EpisodeDataset
@@ -20,6 +22,7 @@ from blm.data.transforms import RobotTransforms, action_chunks, fit_transforms
 from blm.policy.flow import sample_time
 from blm.policy.network import PolicyBatch, PolicyConfig
 from blm.policy.policy import pad_dims
+from blm.seeds import warning
 from blm.training.intents import Rows, collate
 from blm.training.parallel import Part
 from blm.types import ActionSpace, BlmError, PolicyContract
@@ -265,3 +268,21 @@ def _groups(
             weight = len(mine) * weights.get(data.space.robot, 1.0) * weights.get(task, 1.0)
             if weight > 0:
                 yield number, mine, weight
+
+
+def warn_of_reserved(datasets: Sequence[EpisodeDataset]) -> dict[str, Any]:
+    """Print a warning for each dataset with scenes that are reserved; return what a checkpoint says of them.
+
+    That is {"reserved_seeds": {folder: {purpose: episodes}}}, or nothing if there are none.
+    """
+    found = {str(data.folder): counts for data in datasets if (counts := data.reserved_seeds)}
+    for folder, counts in found.items():
+        Console(stderr=True).print(f"warning: {warning(folder, counts)}", soft_wrap=True)
+    return {"reserved_seeds": found} if found else {}
+
+
+def require_weights(weights: Mapping[str, float]) -> None:
+    """Raise BlmError for a weight that is not a number from 0 on."""
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise BlmError(f"the weight of '{name}' is {weight}; it must be 0 (never) or more")

@@ -20,14 +20,25 @@ from torch import Tensor, nn
 
 from blm.backbone.backbone import Backbone
 from blm.data.episodes import EpisodeDataset, open_dataset
+from blm.io import replacing
+from blm.policy.checkpoint import require_free
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, FrozenProof
 from blm.training.adapt import Start, continued, fresh
-from blm.training.demonstrations import Intents, RobotData, Sampler, anything_held_out, joint_contract, split
+from blm.training.demonstrations import (
+    Intents,
+    RobotData,
+    Sampler,
+    anything_held_out,
+    joint_contract,
+    require_weights,
+    split,
+    warn_of_reserved,
+)
 from blm.training.intents import IntentConfig, LiveIntents, cache_intents, claim, describe
 from blm.training.loop import Ema, LoopConfig, Piece, run_loop
 from blm.training.parallel import Part, Processes
-from blm.types import BlmError, PolicyContract
+from blm.types import BlmError, PolicyContract, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +70,8 @@ class ImitateConfig:
     """Precision of the backbone."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, held_out=(0, 0.9), validation_batches=(0, 1_000_000))
+        require_weights(self.weights)
         if self.only_new and self.start is None:
             raise BlmError("only_new needs a checkpoint to start from")
         if not 1 <= self.execute <= self.policy.horizon:
@@ -136,7 +149,10 @@ def train_stage2(
     inputs = _inputs(backbone, datasets, start, config)
     origin = {"start": start.before.provenance} if start.before is not None else {}
     facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs, **origin}
+    facts |= warn_of_reserved(datasets) if processes.first else {}
     if processes.first:
+        for name in ("checkpoint", "best"):
+            require_free(out / name)
         claim(out / "inputs.json", inputs, f"'{out}' holds another run")
         robots = open_robots(backbone, datasets, config, start)  # fills the caches
     processes.wait()
@@ -212,16 +228,15 @@ class Best:
         self.file, self.facts = out / "best.safetensors", dict[str, str]()
         if self.file.exists():
             with safe_open(self.file, "pt") as stored:
-                self.facts = stored.metadata()
+                self.facts = stored.metadata() or {}
 
     def keep(self, weights: nn.Module, step: int, found: Mapping[str, float]) -> None:
         """Keep these weights if they are the best so far: by success, or without it by validation loss."""
         score = found.get("success", -found.get("val_loss_flow", math.inf))
         if score > float(self.facts.get("score", -math.inf)):
             self.facts = {"score": str(score), "step": str(step)}
-            temporary = self.file.with_suffix(".tmp")
-            save_file(weights.state_dict(), temporary, self.facts)
-            temporary.replace(self.file)
+            with replacing(self.file) as temporary:
+                save_file(weights.state_dict(), temporary, self.facts)
 
     def load(self, network: nn.Module) -> None:
         network.load_state_dict(load_file(self.file))

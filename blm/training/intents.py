@@ -27,11 +27,11 @@ from torch import Tensor
 from blm.backbone.backbone import Backbone
 from blm.backbone.prompt import control_prompt
 from blm.data.episodes import EpisodeDataset, open_dataset
-from blm.data.files import sha256_of, write_json
 from blm.data.mixture import IndexArray, kept_frames
-from blm.engine import Result, Unit, run_units
+from blm.engine import MAX_WORKERS, Result, Unit, run_units
+from blm.io import read_json, replacing, sha256_file, write_json
 from blm.policy.policy import prompt_version
-from blm.types import BlmError, ImageArray
+from blm.types import BlmError, ImageArray, require_numbers
 
 FORMAT = 2
 Rows = list[NDArray[np.floating[Any]]]
@@ -57,6 +57,8 @@ class IntentConfig:
     """Augmented views of each frame (other light, shifted pictures) that are cached beside the frame."""
 
     def __post_init__(self) -> None:
+        most = dict.fromkeys(("layer", "stride", "batch_size", "shard_frames"), (1, 10**9))
+        require_numbers(self, **most, views=(0, 1000), workers=(0, MAX_WORKERS))
         sizes = (self.layer, self.stride, self.batch_size, self.shard_frames, self.views + 1)
         if min(sizes) < 1 or not self.cameras:
             raise BlmError(f"intents: need a layer, cameras and positive sizes, got {self}")
@@ -183,9 +185,9 @@ def cache_intents(
         write_json(manifest, results)
     shards: dict[str, Result] = json.loads(manifest.read_text())
     for name, shard in shards.items():
-        if not (folder / name).exists() or sha256_of(folder / name) != shard["sha256"]:
+        if not (folder / name).exists() or sha256_file(folder / name) != shard["sha256"]:
             raise BlmError(
-                f"intent cache '{folder}': {name} is missing or altered; delete the folder, run again"
+                f"intent cache '{folder}': {name} is missing or altered; move the folder away, run again"
             )
     if errors := [shard["error"] for shard in shards.values() if "error" in shard]:
         Console(stderr=True).print(f"int8 intents: RMS error {np.mean(errors):.2%} of the values' own RMS")
@@ -209,15 +211,31 @@ def describe(backbone: Backbone, dataset: EpisodeDataset, config: IntentConfig) 
 
 
 def claim(path: Path, facts: Mapping[str, Any], complaint: str) -> None:
-    """Write what a new folder is made from, with its sha256. Raises BlmError if that was something else."""
+    """Write what a new folder is made from, with its sha256.
+
+    Raises BlmError if that was something else, and for a folder of unknown origin with files that training
+    would go on from, replace or remove.
+    """
     text = json.dumps(facts, sort_keys=True)
     mine = {**json.loads(text), "key": hashlib.sha256(text.encode()).hexdigest()}
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, mine)
-    elif (there := json.loads(path.read_text())) != mine:
-        other = ", ".join(name for name in facts if there.get(name) != mine[name])
-        raise BlmError(f"{complaint}: made from another {other}; delete the folder or name another")
+    ours = ("log.jsonl", "manifest.json", "journal.jsonl", "state-*.safetensors", "best.safetensors", "*.npy")
+    made = sorted({found.name for name in ours for found in path.parent.glob(name)})
+    if path.exists():
+        there = read_json(path)
+        there = there if isinstance(there, dict) else {}
+        if there == mine:
+            return
+        if made:
+            other = ", ".join(name for name in facts if there.get(name) != mine[name])
+            raise BlmError(
+                f"{complaint}: made from another {other}; name another folder, or move this one away"
+            )
+    elif made:
+        raise BlmError(
+            f"'{path.parent}' has {', '.join(made[:3])} but no {path.name}: this program did not begin it; "
+            "name another folder"
+        )
+    write_json(path, mine)
 
 
 def _announce(live: LiveIntents, folder: Path) -> None:
@@ -282,9 +300,7 @@ def _write_shard(payload: tuple[Path, list[IndexArray]]) -> Result:
             stored = values.astype(np.float16)
     if not np.isfinite(stored).all() or not np.isfinite(values).all():
         raise BlmError(f"hidden states at layer {live.config.layer} exceed float16; train without a cache")
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, stored)
-    temporary.replace(path)
     frames = np.concatenate(episodes).tolist()
-    return {"frames": frames, "lengths": [len(row) for row in rows], "sha256": sha256_of(path), **result}
+    return {"frames": frames, "lengths": [len(row) for row in rows], "sha256": sha256_file(path), **result}

@@ -25,11 +25,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from blm.io import hold
 from blm.training.checkpoint import cut_log, restore, save
 from blm.training.optimizers import Optimizers
 from blm.training.parallel import Part, Processes, full, spread, unsynced, wants_shards, whole
 from blm.training.record import Log, Meter
-from blm.types import BlmError
+from blm.types import BlmError, require_numbers
 
 _MAY_CHANGE = ("log_every", "save_every", "eval_every", "title", "keep", "shard", "accumulate", "trackers")
 
@@ -67,11 +68,15 @@ class LoopConfig:
     title: str = "training"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "lr", "clip", "accumulate", "log_every", "save_every", "keep"):
-            if getattr(self, name) <= 0:
+        counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep")
+        for name in (*counts, "lr", "clip"):
+            if not getattr(self, name) > 0:
                 raise BlmError(f"{name} is {getattr(self, name)}; it must be positive")
-        if self.muon < 0:
-            raise BlmError(f"muon is {self.muon}; it must be a rate, or 0 for AdamW alone")
+        require_numbers(self, **dict.fromkeys(counts, (1, 10**12)))
+        require_numbers(self, lr=(0, 1e3), clip=(0, 1e9), muon=(0, 1e3), weight_decay=(0, 1e3))
+        require_numbers(
+            self, betas=(0, 1), warmup_fraction=(0, 1), eval_every=(0, 10**12), seed=(0, 2**32 - 1)
+        )
 
 
 B = TypeVar("B")
@@ -131,7 +136,7 @@ def run_loop(
     bfloat16 autocast on CUDA. `learning_rate(name)` replaces `config.lr` for a parameter. `on_eval(steps
     done)` adds its numbers to a log row; every process calls it, with all weights at hand. Raises BlmError at
     a loss or gradient that is not finite, before the weights are touched, and when `out` holds a run of
-    another config or module.
+    another config or module, or when another process trains there.
     """
     out.mkdir(parents=True, exist_ok=True)
     kind = next(module.parameters()).device.type
@@ -140,7 +145,8 @@ def run_loop(
         parts = f"{processes.count} processes x {config.accumulate} parts"
         raise BlmError(f"batch_size is {config.batch_size}, but a step has {parts}; each needs a sample")
     wrapped, undo = spread(module, loss_fn, processes, config.shard or wants_shards())
-    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if kind == "cuda" else []):
+    devices = [torch.cuda.current_device()] if kind == "cuda" else []
+    with hold(out) if processes.first else nullcontext(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed * 65_537 + processes.rank)
         optimizer = Optimizers(
             module,

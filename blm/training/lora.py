@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from blm.backbone import Backbone
+from blm.backbone.saving import save_folder
 from blm.training.parts import part_of
-from blm.types import BlmError
+from blm.types import BlmError, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class Lora:
     """Last names of the layers of the language model that get adapters ("q_proj"), or all its linear ones."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, rank=(0, 65_536), alpha=(0, 10**9), dropout=(0, 1))
         if self.rank < 0 or self.alpha < 0 or not 0 <= self.dropout < 1:
             raise BlmError(f"{self}: rank and alpha may not be negative, dropout must lie in 0 .. 1")
 
@@ -80,6 +82,6 @@ def _projectors(model: nn.Module) -> list[str]:
 def merge_adapters(backbone: Backbone, adapted: peft.PeftModel, folder: Path | None) -> None:
     """Save the adapters alone, in peft's format, then add them to the weights: the model is stock again."""
     if folder is not None:
-        adapted.save_pretrained(str(folder), safe_serialization=True)
+        save_folder(folder, lambda work: adapted.save_pretrained(str(work), safe_serialization=True))
     merged: Any = adapted.merge_and_unload()
     assert merged is backbone.model

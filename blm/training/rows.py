@@ -18,7 +18,7 @@ from torch import Tensor
 
 from blm.backbone import Backbone, Inputs
 from blm.media import load_pixels
-from blm.types import BlmError, Image, ImageArray, Message
+from blm.types import BlmError, Image, ImageArray, Message, require_numbers
 
 Messages = tuple[Message, ...]
 Media = Mapping[str, tuple[Tensor, ...]]
@@ -40,6 +40,7 @@ class Limits:
     """Larger pictures are shrunk to this many pixels before the model's own processing."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, max_length=(2, 10**9), max_pixels=(1, 10**12))
         if self.max_length < 2 or (self.max_pixels is not None and self.max_pixels < 1):
             raise BlmError(f"limits {self}: lengths and pixels must be positive")
 

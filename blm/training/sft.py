@@ -18,7 +18,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from blm.backbone import Backbone
-from blm.data.files import write_json
+from blm.backbone.saving import require_free
+from blm.io import write_json
 from blm.training.answers import AnswerModel
 from blm.training.intents import claim
 from blm.training.loop import LoopConfig, Piece, run_loop
@@ -30,7 +31,7 @@ from blm.training.reading import Reader, TrainingSource
 from blm.training.rows import Limits, Row, one_thread
 from blm.training.schedule import Place, Schedule, Source
 from blm.training.turns import turned
-from blm.types import BlmError
+from blm.types import BlmError, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,13 @@ class Stage1Config:
     """Leave out conversations that cannot be used, and print each; else the first of them ends the run."""
 
     def __post_init__(self) -> None:
-        if any(scale < 0 for scale in self.scales.values()):
-            raise BlmError(f"the scales of learning rates are {self.scales}; they may not be negative")
+        require_numbers(
+            self,
+            vision_scale=(0, 1e6),
+            projector_scale=(0, 1e6),
+            language_scale=(0, 1e6),
+            pack_length=(0, 10**9),
+        )
         if self.lora.rank and self.vision_scale:
             raise BlmError("LoRA leaves the vision tower as it is; set vision_scale=0")
 
@@ -99,6 +105,8 @@ def train_stage1(
     )
     if processes.first:
         claim(out / "inputs.json", _inputs(backbone, read, config), f"'{out}' holds another run")
+        for name in ("backbone", "adapter"):
+            require_free(out / name)
         write_json(out / "rows.json", dict(counts))
     sharded = processes.count > 1 and (config.loop.shard or wants_shards())
     answers = AnswerModel(backbone, sharded=sharded, cached=config.cache_features)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blm.corpora.converters.rows import Rows, Settings
 from blm.corpora.messages import Conversation
-from blm.data.files import read_json
+from blm.io import read_json
 from blm.types import BlmError, Image, Message
 
 SPLITS = ("train", "test")

@@ -17,7 +17,7 @@ from blm.corpora.faults import RowError
 from blm.corpora.messages import Conversation, check_text, check_turns
 from blm.corpora.pictures import find_media
 from blm.media import frame_references, split_time
-from blm.types import BlmError, Image, Message
+from blm.types import BlmError, Image, Message, require_numbers
 
 ROLES = {
     "human": "user",
@@ -51,8 +51,7 @@ class Settings:
     """Of a robot dataset; default: the first camera."""
 
     def __post_init__(self) -> None:
-        if self.frames < 0:
-            raise BlmError(f"a video becomes at least one frame, got {self.frames}; 0 means all of a list")
+        require_numbers(self, frames=(0, 100_000))
 
 
 def read_json_rows(source: Path) -> Iterator[tuple[str, str, Any | RowError]]:

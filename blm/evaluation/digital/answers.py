@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from blm.io import write_text
 from blm.types import BlmError, Chat, Message
 
 
@@ -60,16 +59,12 @@ class AnswerCache:
         try:
             return str(json.loads(file.read_text())["answer"])
         except (ValueError, KeyError, TypeError) as error:
-            raise BlmError(f"kept answer '{file}' is damaged ({error!r}); delete it and run again") from error
+            raise BlmError(f"kept answer '{file}' is damaged ({error!r}); move it away") from error
 
     def put(self, key: str, answer: str) -> None:
         if self.folder is None:
             return
-        file = self._file(key)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-        temporary.write_text(json.dumps({"answer": answer}))
-        temporary.replace(file)
+        write_text(self._file(key), json.dumps({"answer": answer}))
 
     def _file(self, key: str) -> Path:
         assert self.folder is not None

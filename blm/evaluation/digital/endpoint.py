@@ -23,7 +23,7 @@ import PIL.Image
 from blm.addresses import is_loopback_url
 from blm.evaluation.digital.answers import AnswerCache, AnswerError
 from blm.media import load_pixels
-from blm.types import BlmError, Image, Message
+from blm.types import BlmError, Image, Message, require_numbers
 
 REFUSED = (400, 413, 422)
 """The request's content is at fault: prompt too long, a picture refused, a filter."""
@@ -49,6 +49,12 @@ class Settings:
     """Of one request [s]."""
     first_wait: float = 1.0
     """Before the second try; it doubles from try to try [s]."""
+
+    def __post_init__(self) -> None:
+        require_numbers(
+            self, concurrency=(1, 1024), attempts=(1, 1000), timeout=(0, 1e6), first_wait=(0, 1e6)
+        )
+        require_numbers(self, temperature=(0, 100))
 
 
 class Endpoint:

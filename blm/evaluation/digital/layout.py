@@ -13,7 +13,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from blm.evaluation.results import atomically
+from blm.io import write_bytes
 from blm.media import frame_references, locate, video_seconds
 from blm.types import BlmError, Image
 
@@ -84,11 +84,7 @@ class Row:
         suffix = Path(value.get("path") or "").suffix or ".png"
         name = f"{UNPACKED}/{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
         if not (folder / name).exists():
-            try:
-                with atomically(folder / name) as temporary:
-                    temporary.write_bytes(content)
-            except OSError as error:
-                raise BlmError(f"cannot unpack pictures into '{folder / UNPACKED}': {error}") from error
+            write_bytes(folder / name, content)
         return Image(path=name)
 
 

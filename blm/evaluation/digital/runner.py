@@ -24,9 +24,9 @@ from blm.evaluation.digital.scene_questions import SCENE
 from blm.evaluation.digital.scoring import Rules, score
 from blm.evaluation.digital.summary import Row, stem_of, summarise, versus
 from blm.evaluation.protocol import DigitalProtocol, digest
-from blm.evaluation.results import write_result
+from blm.evaluation.results import require_free, write_result
 from blm.media import locate, split_time, with_pixels
-from blm.types import BlmError, Chat, Image, Message, Question, lookup
+from blm.types import BlmError, Chat, Image, Message, Question, lookup, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,9 @@ class Asking:
     """Upstream parser of digital/compat.py that reads the answers instead of ours."""
     batch: int = 16
     """Questions handed over at once, and lost at most when the run is killed."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, batch=(1, 100_000))
 
 
 def evaluate_digital(
@@ -61,6 +64,7 @@ def evaluate_digital(
     picture, questions that need a judge where there is none, and a model that cannot be reached.
     """
     start = monotonic()
+    require_free(out)
     _check(questions, judge, asking)
     protocol = _protocol(questions, benchmark, judge, asking)
     rules = Rules(protocol, Coordinates.parse(asking.coordinates), asking.root)

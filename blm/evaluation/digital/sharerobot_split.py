@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from blm.evaluation.digital.layout import Row, find_files, read_rows
-from blm.evaluation.results import atomically
-from blm.types import BlmError
+from blm.io import write_json
+from blm.types import BlmError, require_numbers
 
 SPLIT, TRAINING, HELD = "split.json", "training.json", "planning/heldout"
 KINDS = (
@@ -35,7 +35,10 @@ KINDS = (
     "success_negative",
     "success_positive",
 )
-_MAKE = "make the split anew: delete split.json and training.json, then run `blm corpus sharerobot FOLDER`"
+_MAKE = (
+    "make the split anew: move split.json, training.json and planning/heldout away, then run `blm corpus "
+    "sharerobot FOLDER`"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +54,7 @@ class SplitConfig:
     """Folder of the JSON files to draw from, below the dataset's folder."""
 
     def __post_init__(self) -> None:
-        if self.episodes < 1 or self.templates < 1:
-            raise BlmError(f"{self.episodes} episodes x {self.templates} templates; both are at least 1")
+        require_numbers(self, episodes=(1, 10**9), templates=(1, 10**6), seed=(0, 2**32 - 1))
 
 
 def kind_of(row: Row) -> str:
@@ -110,10 +112,16 @@ def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str]
         "training_episodes": len(left),
         "excluded": len(exclude),
     }
-    for kind in KINDS:
-        _write(folder / HELD / f"{kind}.json", [dict(row.data) for row in rows if kind_of(row) == kind])
-    _write(folder / TRAINING, {**numbers, "ids": left})
-    _write(folder / SPLIT, {**numbers, "ids": sorted(held)})
+    made: dict[Path, Any] = {
+        folder / HELD / f"{kind}.json": [dict(row.data) for row in rows if kind_of(row) == kind]
+        for kind in KINDS
+    }
+    made |= {folder / TRAINING: {**numbers, "ids": left}, folder / SPLIT: {**numbers, "ids": sorted(held)}}
+    for file, value in made.items():  # of a killed run that drew the same, or not ours
+        if file.exists() and _read(file) != json.loads(json.dumps(value)):
+            raise BlmError(f"'{file}' exists and holds something else; move it away")
+    for file, value in made.items():
+        write_json(file, value)
     return numbers
 
 
@@ -181,8 +189,3 @@ def _read(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BlmError(f"cannot read '{file}': {error}; {_MAKE}") from error
-
-
-def _write(file: Path, value: Any) -> None:
-    with atomically(file) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")

@@ -1,0 +1,43 @@
+"""A backbone's folder: stock transformers files, and beside them a note of what this program wrote there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from blm.io import MARK, files_below, new_folder, settled
+from blm.types import BlmError
+
+NOTE = "blm.json"
+"""Names and sizes of the files that this program wrote. Without it a folder is never replaced."""
+
+
+def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder, which then takes the place of one of ours. Raises BlmError for another."""
+    with new_folder(folder, written=written) as work:
+        write(work)
+        sizes = {name: (work / name).stat().st_size for name in files_below(work) if name != MARK}
+        (work / NOTE).write_text(json.dumps({"format": 1, "files": sizes}, indent=1))
+
+
+def require_free(folder: Path) -> None:
+    """Raise BlmError, before hours of training, if `save_folder` would refuse this place."""
+    if settled(folder).exists():
+        written(folder)
+
+
+def written(folder: Path) -> set[str]:
+    """Names of the files that `save_folder` wrote. Raises BlmError for a folder of other origin."""
+    try:
+        sizes = dict(json.loads((folder / NOTE).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BlmError(
+            f"'{folder}' exists, and nothing in it shows that this program wrote it: move it away, or name "
+            "another folder"
+        ) from None
+    there = {name for name in sizes if (folder / name).is_file()}
+    changed = sorted(name for name in there if (folder / name).stat().st_size != sizes[name])
+    if changed:
+        raise BlmError(f"'{folder / changed[0]}' was altered, so '{folder}' is not replaced: move it away")
+    return {*sizes, NOTE}
