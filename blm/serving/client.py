@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,14 +12,28 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from blm.serving import wire
-from blm.types import ActionChunk, BlmError, ContractError, LateError, Observation, PolicyContract
+from blm.types import (
+    ActionChunk,
+    BlmError,
+    ContractError,
+    FloatArray,
+    LateError,
+    Observation,
+    PolicyContract,
+)
 
 MAX_FRAME = 64 * 2**20
 """Largest frame that is accepted [bytes]."""
 
 
 class RemotePolicy:
-    """A `Policy` over an OpenPI socket. Nothing is retried: a lost connection raises BlmError."""
+    """A `Policy` over an OpenPI socket. Nothing is retried: a lost connection raises BlmError.
+
+    A reply is believed only if it is the answer to the request before it. Servers of ours return the
+    request's number and time, which must be equal. With a server that returns neither, the order on the
+    socket tells: one request at a time, and after a timeout, or a frame that nobody asked for, the connection
+    is closed.
+    """
 
     def __init__(
         self,
@@ -36,7 +52,7 @@ class RemotePolicy:
         A server of ours sends its contract. For one that sends none, `contract` says what it needs and gives;
         its pictures then go by OpenPI's own names (observation/image, observation/wrist_image).
         """
-        self._uri, self._timeout_s, self._opened = uri, timeout_s, ExitStack()
+        self._uri, self._timeout_s, self._opened, self._numbers = uri, timeout_s, ExitStack(), 0
         self._more = {} if deadline_ms is None else {wire.DEADLINE: deadline_ms}
         options: dict[str, Any] = {"compression": None, "max_size": MAX_FRAME, "open_timeout": timeout_s}
         if api_key is not None:
@@ -64,18 +80,40 @@ class RemotePolicy:
     def contract(self) -> PolicyContract:
         return self._contract
 
-    def act(self, observation: Observation) -> ActionChunk:
-        """Ask for the next chunk. An observation that breaks the contract is refused before it is sent."""
+    def act(
+        self, observation: Observation, *, request_id: int | None = None, observed_s: float | None = None
+    ) -> ActionChunk:
+        """Ask for the next chunk. An observation that breaks the contract is refused before it is sent.
+
+        `request_id` and `observed_s`, the time of the observation on the caller's monotonic clock, default to
+        a count and to now. Raises LateError when the server gave the request up, ContractError for a reply
+        that is no chunk for this robot, and BlmError when the connection is lost or holds another's reply.
+        """
         checked = self._contract.check(observation)
-        request = wire.pack({**wire.to_request(checked, plain=self._foreign), **self._more})
+        self._numbers += 1
+        mine = {
+            wire.REQUEST_ID: self._numbers if request_id is None else request_id,
+            wire.OBSERVED: time.monotonic() if observed_s is None else observed_s,
+        }
+        request = wire.pack({**wire.to_request(checked, plain=self._foreign), **self._more, **mine})
+        self._require_silence()
         try:
             self._socket.send(request)
         except ConnectionClosed as error:
             raise BlmError(f"the connection to {self._uri} is closed: {error}; connect anew") from error
         reply = self._receive()
+        if not isinstance(reply, Mapping):
+            raise ContractError(f"{self._uri} sent a {type(reply).__name__} as its reply; needed: a map")
+        for key, value in mine.items():
+            if reply.get(key, value) != value:
+                self.close()
+                raise BlmError(
+                    f"{self._uri} sent a reply with {key} {str(reply[key])[:40]}, asked was {value}"
+                )
         if wire.LATE in reply:
-            raise LateError(f"{self._uri}: {reply[wire.LATE]}")
-        actions = np.asarray(reply["actions"], dtype=np.float32)
+            raise LateError(f"{self._uri}: {str(reply[wire.LATE])[:200]}")
+        dim = self._contract.action_spaces[checked.robot].dim
+        actions = read_actions(reply, self._contract.horizon, dim, self._uri)
         return ActionChunk(actions=actions, rate_hz=self._contract.rate_hz)
 
     def reset(self) -> None:
@@ -83,6 +121,18 @@ class RemotePolicy:
 
     def close(self) -> None:
         self._opened.close()
+
+    def _require_silence(self) -> None:
+        """Raise BlmError, and close, if a frame is there already: it cannot be the answer to what comes."""
+        try:
+            frame = self._socket.recv(timeout=0)
+        except TimeoutError:
+            return
+        except ConnectionClosed as error:
+            raise BlmError(f"the connection to {self._uri} is closed: {error}; connect anew") from error
+        self.close()
+        what = f": {frame[:200]}" if isinstance(frame, str) else ""
+        raise BlmError(f"{self._uri} sent a frame that nobody asked for{what}; connect anew")
 
     def _receive(self) -> Any:
         try:
@@ -96,3 +146,22 @@ class RemotePolicy:
             self.close()
             raise BlmError(f"{self._uri} reports: {frame}")
         return wire.unpack(frame)
+
+
+def read_actions(reply: Mapping[Any, Any], horizon: int, dim: int, where: str) -> FloatArray:
+    """Return a reply's chunk as float32 [H, dim], 1 <= H <= horizon. Raises ContractError for any other."""
+    needed = f"needed: 'actions', finite numbers of shape (1..{horizon}, {dim})"
+    if "actions" not in reply:
+        raise ContractError(f"the reply of {where} has {str(sorted(map(str, reply)))[:200]}; {needed}")
+    try:
+        array = np.asarray(reply["actions"])
+    except (TypeError, ValueError) as error:
+        raise ContractError(f"the actions of {where} are no array: {str(error)[:100]}; {needed}") from error
+    if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] != dim:
+        raise ContractError(f"the actions of {where} are {array.dtype} {array.shape}; {needed}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+        actions = array.astype(np.float32)
+    if not 1 <= len(actions) <= horizon or not np.isfinite(actions).all():
+        what = f"{len(actions)} steps" if np.isfinite(actions).all() else "not finite"
+        raise ContractError(f"the actions of {where} are {what}; {needed}")
+    return actions

@@ -55,18 +55,23 @@ async def _converse(socket: WebSocket, policy: Policy, engine: Engine, metrics: 
         if frame["type"] == "websocket.disconnect":
             return
         request = wire.unpack(frame.get("bytes") or b"")
-        observation = wire.to_observation(request, policy.contract)
+        observation, echo = wire.to_observation(request, policy.contract), wire.echo(request)
         try:
             acted = await engine.act(observation, wire.deadline_s(request))
         except LateError as error:
             await socket.send_bytes(
-                wire.pack({wire.LATE: str(error), "waited_ms": _milliseconds_since(start)})
+                wire.pack({**echo, wire.LATE: str(error), "waited_ms": _milliseconds_since(start)})
             )
             metrics.requests.labels("action", "late").inc()
             continue
         timing = {"infer_ms": _milliseconds_since(start), **previous}
         policy_timing = {"infer_ms": acted.infer_ms, "together": acted.together}
-        reply = {"actions": acted.chunk.actions, "policy_timing": policy_timing, "server_timing": timing}
+        reply = {
+            **echo,
+            "actions": acted.chunk.actions,
+            "policy_timing": policy_timing,
+            "server_timing": timing,
+        }
         await socket.send_bytes(wire.pack(reply))
         previous = {"prev_total_ms": _milliseconds_since(start)}
         metrics.requests.labels("action", "ok").inc()
