@@ -4,19 +4,22 @@
     python examples/real_robot.py --address ws://127.0.0.1:8000 --robot panda --task push_cube
 
 Here the arm is simulated; for yours replace `SimulatedRobot` by, for instance,
-`lerobot.robots.so101_follower.SO101Follower(config)`, name its cameras, and give its units.
+`lerobot.robots.so101_follower.SO101Follower(config)`, name its cameras, give its units, and write its limits
+down from its data sheet. Read docs/robot.md first: the loop does not know what the arm may hit.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
 
+from blm.robots import ROBOTS
+from blm.runtime import Arm, Driver, Limits, RunLog, Safety, StoppedError
 from blm.serving import RemotePolicy
-from blm.serving.driving import Driver, Safety, StoppedError
 from blm.tasks import Env
 
 
@@ -29,12 +32,13 @@ class SimulatedRobot:
         self.env.reset(seed=seed)
         self.names, self.drop, self.solved = self.env.contract_space.names, drop, False
         self.chance = np.random.default_rng(seed)
+        self.instruction = self.env.task_description
 
     def connect(self) -> None:
         print(f"connected: {', '.join(self.names)}")
 
     def disconnect(self) -> None:
-        self.env.close()
+        print("disconnected")
 
     def get_observation(self) -> dict[str, Any]:
         if self.chance.random() < self.drop:
@@ -48,6 +52,13 @@ class SimulatedRobot:
         self.solved |= bool(self.env.step(target)[4]["success"])
 
 
+def limits_of(robot: str, speed: float) -> Limits:
+    """Limits from the data sheets that `blm/robots` cites, with joint speeds of `speed` [rad/s] at most."""
+    spec = ROBOTS[robot]
+    velocity = [min(speed, most) for most in spec.velocity_limits]
+    return Limits.of(spec.action_space, velocity=velocity, acceleration=spec.acceleration_limits)
+
+
 def main(
     address: str = "ws://127.0.0.1:8000",
     robot: str = "panda",
@@ -57,26 +68,32 @@ def main(
     drop: float = 0.05,
     speed: float = 1.5,
     patience: float = 30.0,
+    log: Path | None = None,
 ) -> None:
-    """Print what happened: chunks, clamped actions, lost frames, reconnections, latency."""
+    """Print what happened: commands, chunks, holds, lost frames, reconnections, latency, and why it ended."""
     connect = partial(RemotePolicy, address, timeout_s=5.0, deadline_ms=1000.0)
     policy = connect()
     size = policy.contract.image_size
     policy.close()
-    arm = SimulatedRobot(robot, task, seed, size, drop)
-    safety = Safety(speed=speed, patience_s=patience)
-    driver = Driver(arm, connect, robot, arm.env.task_description, safety=safety)
+    simulated = SimulatedRobot(robot, task, seed, size, drop)
+    driver = Driver(
+        Arm(simulated, limits_of(robot, speed)),
+        connect,
+        simulated.instruction,
+        safety=Safety(patience_s=patience),
+        log=RunLog(log),
+    )
     try:
-        report = driver.run(seconds)
-        print("solved" if arm.solved else "not solved")
+        driver.run(seconds, seed=seed)
+        print("solved" if simulated.solved else "not solved")
     except StoppedError as stopped:
-        report = driver.report
         print(f"STOPPED, and holding still: {stopped}")
+    report = driver.report
     latency = f"{np.median(report.latencies_ms):.0f} ms" if report.latencies_ms else "-"
     print(
         f"{report.steps} steps, {report.chunks} chunks, {report.held} held, {report.clamped} clamped, "
-        f"{report.unread} observations lost, {report.late} late, {report.reconnections} reconnections, "
-        f"median answer {latency}"
+        f"{report.unread} observations lost, {sum(report.dropped.values())} replies dropped, "
+        f"{report.reconnections} reconnections, median answer {latency}"
     )
 
 

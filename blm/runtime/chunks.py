@@ -16,6 +16,8 @@ from blm.types import ContractError, FloatArray, Observation
 
 HUGE = 1e6
 """Wanted positions are cut off here, so that their differences stay finite; every limit is far below."""
+ROUNDING = 1e-6
+"""Control periods by which an age may be wrong."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,7 @@ class Timeline:
         self.malformed = 0
         if now - request.asked_at > self.deadline_s:
             return f"late: {now - request.asked_at:.2f} s after its request, allowed are {self.deadline_s} s"
-        if (now - request.observed_at) * self.rate_hz >= len(actions):
+        if (now - request.observed_at) * self.rate_hz > len(actions) - ROUNDING:
             return f"expired: its {len(actions)} actions were over when it came"
         self.chunk, self.observed_at = actions, request.observed_at
         return None
@@ -120,7 +122,7 @@ class Timeline:
         if self.chunk is None:
             return None
         age = self.age(now)
-        if not 0 <= age < len(self.chunk):
+        if not 0 <= age < len(self.chunk) - ROUNDING:
             self.chunk = None
             return None
         wanted, then = self._at(age), self._at(age + 1)

@@ -71,8 +71,9 @@ class Shaper:
         A trajectory within the limits is followed exactly. To any other the command moves as fast as
         allowed without overshooting: seen from the moving target it brakes in time. Both must be finite.
         """
+        then = np.clip(wanted + ahead, self.low, self.high)
         wanted = np.clip(wanted, self.low, self.high)
-        ahead = np.clip(ahead, -self._most, self._most)
+        ahead = np.clip(then - wanted, -self._most, self._most)
         gap = wanted - ahead - self.position
         return self._limited(ahead + np.copysign(largest_step(np.abs(gap), self._change), gap))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from blm.runtime.arm import Reading
+from blm.runtime.chunks import HUGE
 from blm.runtime.limits import Limits, Safety
 from blm.runtime.log import RunLog
 from blm.runtime.monitors import CameraMonitor, FollowingMonitor, Lasting, StartCheck, outside_limits
@@ -72,7 +73,7 @@ class ArmHealth:
         age = now - reading.observed_at
         if not -1e-6 <= age <= self.safety.observation_hold_s:
             return f"an observation came {age:.2f} s after it was begun"
-        if reading.state.shape != (self.limits.dim,) or not np.isfinite(reading.state).all():
+        if reading.state.shape != (self.limits.dim,) or not (np.abs(reading.state) < HUGE).all():
             return f"the state is {reading.state}; needed: {self.limits.dim} finite numbers"
         if self.reading is not None and reading.observed_at <= self.reading.observed_at:
             return "an observation came twice"

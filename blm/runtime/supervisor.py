@@ -63,6 +63,7 @@ class Supervisor:
         self._unready, self._waiting, self._failing = Lasting(), Lasting(), Lasting()
         self._stopping: Stop | None = None
         self._send_error: str | None = None
+        self._resting = False
         self._now: float | None = None
         self._started_at = self._held_since = self._stopping_since = 0.0
         self._sent_at = -math.inf
@@ -96,7 +97,7 @@ class Supervisor:
                     self.stop(*wish)
         if self._stopping is None and self.state is State.CHECKING:
             self._consider_start(now)
-        if self._stopping is not None and not self.shaper.started:
+        if self._stopping is not None and self._at_rest(now):
             self._end(now)
             return Decision(State.STOPPED)
         command = self._command(now, inputs.can_send) if self.shaper.started else None
@@ -162,6 +163,15 @@ class Supervisor:
         self._started_at = now
         self._enter(State.RUNNING, now, "the first chunk is there")
 
+    def _at_rest(self, now: float) -> bool:
+        """Whether a stop is complete: nothing was ever sent, or the last command repeats the one before and
+        has been delivered; it is repeated for `send_stop_s` if it has not."""
+        if not self.shaper.started:
+            return True
+        if not self._resting:
+            return False
+        return not self._send_error or now - self._stopping_since > self.safety.send_stop_s
+
     def _command(self, now: float, can_send: bool) -> FloatArray | None:
         if now - self._started_at >= self.seconds - 1e-9:
             self.stop("finished", f"{self.seconds} s are over")
@@ -216,8 +226,7 @@ class Supervisor:
         self._sent_at = now
         self.health.sent(now, command)
         self.report.steps += 1
-        if self._stopping is not None and self.shaper.still:
-            self._end(now)
+        self._resting = self._stopping is not None and self.shaper.still
         return command
 
     def _enter(self, state: State, now: float, why: str) -> None:
