@@ -22,14 +22,15 @@ from blm.runtime import Arm, Driver, Limits, RunLog, Safety, StoppedError
 from blm.serving import RemotePolicy
 from blm.tasks import Env
 
+CAMERAS = ("base", "side", "wrist")
+
 
 class SimulatedRobot:
     """A simulated arm behind the methods of LeRobot's `Robot`; `drop` is the share of reads that fail."""
 
     def __init__(self, robot: str, task: str, seed: int, image_size: int, drop: float = 0.0) -> None:
-        cameras = ("base", "side", "wrist")
-        self.env = Env(robot, task, cameras=cameras, image_size=image_size, terminate_on_success=False)
-        self.env.reset(seed=seed)
+        self.env = Env(robot, task, cameras=(), image_size=image_size, terminate_on_success=False)
+        self.env.reset(seed=seed)  # draws nothing: OpenGL belongs to the thread that connects and reads
         self.names, self.drop, self.solved = self.env.contract_space.names, drop, False
         self.chance = np.random.default_rng(seed)
         self.instruction = self.env.task_description
@@ -38,14 +39,14 @@ class SimulatedRobot:
         print(f"connected: {', '.join(self.names)}")
 
     def disconnect(self) -> None:
-        print("disconnected")
+        self.env.close()
 
     def get_observation(self) -> dict[str, Any]:
         if self.chance.random() < self.drop:
             raise TimeoutError("the camera gave no frame")
-        seen = self.env.observe()
-        joints = zip(self.names, seen["agent_pos"].tolist(), strict=True)
-        return {f"{name}.pos": value for name, value in joints} | seen["pixels"]
+        joints = zip(self.names, self.env.state().tolist(), strict=True)
+        pictures = {camera: self.env.picture(camera) for camera in CAMERAS}
+        return {f"{name}.pos": value for name, value in joints} | pictures
 
     def send_action(self, action: dict[str, Any]) -> None:
         target = np.array([action[f"{name}.pos"] for name in self.names], np.float32)

@@ -72,7 +72,7 @@ class Driver:
             raise
 
     def run(self, seconds: float, *, seed: int = 0) -> Report:
-        """Drive for so long from the first command on. Signals are handled in the main thread only.
+        """Follow the policy for so long, not counting holds. Signals are handled in the main thread only.
 
         Raises StoppedError when it ends otherwise. In every case the arm is left holding its last command and
         is disconnected.
@@ -92,20 +92,20 @@ class Driver:
         except BaseException:
             close_policy(policy)
             raise
-        self.report = supervisor.report
+        self.report, reader = supervisor.report, Worker("blm-reader")
         try:
-            self.arm.robot.connect()
-            run = _Run(self, supervisor, policy)
+            reader.submit(self.arm.robot.connect).result()
+            run = _Run(self, supervisor, policy, reader)
         except BaseException:
             close_policy(policy)
-            self._disconnect()
+            self._disconnect(reader)
             raise
         with handled_signals(run.request_stop):
             try:
                 run.drive()
             finally:
                 run.close()
-                self._disconnect()
+                self._disconnect(reader)
         if self.report.kind != "finished":
             raise StoppedError(self.report.kind, self.report.reason) from run.error
         return self.report
@@ -116,21 +116,23 @@ class Driver:
             if self.on_stop is None or self._told:
                 return
             self._told = True
-        self._bounded("on_stop", partial(self.on_stop, kind, reason), CLOSE_S)
+        self._bounded("on_stop", partial(self.on_stop, kind, reason), CLOSE_S, Worker("blm-on-stop"))
 
-    def _disconnect(self) -> None:
+    def _disconnect(self, reader: Worker) -> None:
+        """Tell the user, then disconnect in the thread that connected and read, unless it hangs."""
         if self.report.kind:
             self.tell(self.report.kind, self.report.reason)
-        self._bounded("disconnect", self.arm.robot.disconnect, DISCONNECT_S)
+        worker = reader if reader.idle.wait(CLOSE_S) else Worker("blm-disconnect")
+        self._bounded("disconnect", self.arm.robot.disconnect, DISCONNECT_S, worker)
+        if not reader.close(CLOSE_S):
+            self.log.write("thread left behind", time.monotonic(), thread="reader")
 
-    def _bounded(self, what: str, call: Callable[[], Any], timeout_s: float) -> None:
-        worker = Worker(f"blm-{what}")
+    def _bounded(self, what: str, call: Callable[[], Any], timeout_s: float, worker: Worker) -> None:
+        """Carry out the user's code, for a limited time; its failures are logged, and end nothing."""
         try:
             worker.submit(call).result(timeout_s)
-        except BaseException as error:
+        except Exception as error:
             self.log.write(f"{what} failed", time.monotonic(), error=repr(error))
-            if not isinstance(error, Exception):
-                raise
         finally:
             worker.close(0.1)
 
@@ -138,11 +140,11 @@ class Driver:
 class _Run:
     """The threads of one run, and its steps."""
 
-    def __init__(self, driver: Driver, supervisor: Supervisor, policy: Policy) -> None:
+    def __init__(self, driver: Driver, supervisor: Supervisor, policy: Policy, reader: Worker) -> None:
         self.arm, self.safety, self.log = driver.arm, driver.safety, driver.log
         self.supervisor, self.period = supervisor, driver.arm.limits.period
         self.error: BaseException | None = None
-        self._reader, self._sender = Worker("blm-reader"), Worker("blm-sender")
+        self._reader, self._sender = reader, Worker("blm-sender")
         self._bus = threading.Lock()
         self._link = PolicyLink(policy, driver.make_policy)
         self._watchdog = Watchdog(
@@ -177,9 +179,8 @@ class _Run:
         self._settle_sending(self.safety.send_stop_s)
 
     def close(self) -> None:
-        """End all threads. One that hangs in the robot's or the policy's code is left behind, and logged."""
+        """End all threads but the reader's. One that hangs in foreign code is left behind, and logged."""
         ended = {
-            "reader": self._reader.close(CLOSE_S),
             "sender": self._sender.close(CLOSE_S),
             "policy": self._link.close(2 * CLOSE_S),
             "watchdog": self._watchdog.close(CLOSE_S),

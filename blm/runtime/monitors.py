@@ -135,26 +135,22 @@ class CameraMonitor:
 
 
 class ClampMonitor:
-    """Whether nearly every command of the last `clamp_s` is far from what the policy wanted."""
+    """Whether nearly all of the last commands, `clamp_s` of them, are far from what the policy wanted."""
 
-    def __init__(self, safety: Safety) -> None:
-        self.safety = safety
-        self._seen: deque[tuple[float, bool]] = deque()
-        self._begun: float | None = None
+    def __init__(self, safety: Safety, rate_hz: float) -> None:
+        self.error = safety.clamp_error
+        self._clamped: deque[bool] = deque(maxlen=max(1, round(safety.clamp_s * rate_hz)))
 
-    def add(self, now: float, wanted: FloatArray, command: FloatArray) -> bool:
-        """Note a command; return whether it was clamped."""
-        clamped = bool(np.abs(wanted - command).max() > self.safety.clamp_error)
-        self._begun = now if self._begun is None else self._begun
-        self._seen.append((now, clamped))
-        while self._seen[0][0] < now - self.safety.clamp_s:
-            self._seen.popleft()
+    def add(self, wanted: FloatArray, command: FloatArray) -> bool:
+        """Note a command that followed the policy; return whether it was clamped."""
+        clamped = bool(np.abs(wanted - command).max() > self.error)
+        self._clamped.append(clamped)
         return clamped
 
-    def sustained(self, now: float) -> bool:
-        if self._begun is None or now - self._begun < self.safety.clamp_s:
-            return False
-        return sum(clamped for _, clamped in self._seen) >= max(1.0, CLAMPED_SHARE * len(self._seen))
+    @property
+    def sustained(self) -> bool:
+        full = len(self._clamped) == self._clamped.maxlen
+        return full and sum(self._clamped) >= CLAMPED_SHARE * len(self._clamped)
 
 
 class RepeatMonitor:

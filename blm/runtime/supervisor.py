@@ -35,7 +35,8 @@ class Supervisor:
         seconds: float = math.inf,
         seed: int = 0,
     ) -> None:
-        """`seconds`: how long to run from the first command on; `seed`: of the policy's noise.
+        """`seconds`: how long to follow the policy; the time of holds is not counted, each is bounded by
+        `Safety.patience_s`. `seed`: of the policy's noise.
 
         Raises ContractError if the policy does not fit the robot, BlmError for bounds shorter than a period.
         """
@@ -59,13 +60,13 @@ class Supervisor:
             log=self.log,
             seed=seed,
         )
-        self._clamps = ClampMonitor(self.safety)
+        self._clamps = ClampMonitor(self.safety, limits.rate_hz)
         self._unready, self._waiting, self._failing = Lasting(), Lasting(), Lasting()
         self._stopping: Stop | None = None
         self._send_error: str | None = None
         self._resting = False
         self._now: float | None = None
-        self._started_at = self._held_since = self._stopping_since = 0.0
+        self._followed_s = self._held_since = self._stopping_since = 0.0
         self._sent_at = -math.inf
 
     @property
@@ -160,7 +161,6 @@ class Supervisor:
             return
         self.shaper.start(reading.state)
         self.health.sent(reading.observed_at, self.shaper.position)
-        self._started_at = now
         self._enter(State.RUNNING, now, "the first chunk is there")
 
     def _at_rest(self, now: float) -> bool:
@@ -173,7 +173,7 @@ class Supervisor:
         return not self._send_error or now - self._stopping_since > self.safety.send_stop_s
 
     def _command(self, now: float, can_send: bool) -> FloatArray | None:
-        if now - self._started_at >= self.seconds - 1e-9:
+        if self._followed_s >= self.seconds - 1e-9:
             self.stop("finished", f"{self.seconds} s are over")
         if not can_send:
             self._blocked(now)
@@ -187,8 +187,8 @@ class Supervisor:
             self.report.held += 1
         else:
             command = self.shaper.track(target.wanted, target.ahead)
-            self.report.clamped += self._clamps.add(now, target.wanted, command)
-            if self._clamps.sustained(now):
+            self.report.clamped += self._clamps.add(target.wanted, command)
+            if self._clamps.sustained:
                 wish = f"the policy has wanted what the limits forbid for {self.safety.clamp_s} s"
                 self.stop("clamping", wish)
                 command = self.shaper.brake()
@@ -222,7 +222,10 @@ class Supervisor:
 
     def _commit(self, command: FloatArray, now: float) -> FloatArray:
         elapsed = (now - self._sent_at) / self.limits.period
-        self.shaper.sent(command, elapsed if math.isfinite(elapsed) else 1.0)
+        elapsed = elapsed if math.isfinite(elapsed) else 1.0
+        self.shaper.sent(command, elapsed)
+        if self.state is State.RUNNING:
+            self._followed_s += elapsed * self.limits.period
         self._sent_at = now
         self.health.sent(now, command)
         self.report.steps += 1

@@ -13,6 +13,9 @@ class Worker:
     """One daemon thread for calls that may never return. The caller never waits longer than it says."""
 
     def __init__(self, name: str) -> None:
+        self.idle = threading.Event()
+        """Set while nothing is being carried out."""
+        self.idle.set()
         self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -20,6 +23,7 @@ class Worker:
     def submit(self, call: Callable[[], Any]) -> Future[Any]:
         """Carry this out after what was submitted before."""
         future: Future[Any] = Future()
+        self.idle.clear()
         self._jobs.put((future, call))
         return future
 
@@ -36,4 +40,6 @@ class Worker:
                 future.set_result(call())
             except BaseException as error:  # whatever a driver raises must reach the loop
                 future.set_exception(error)
+            if self._jobs.empty():
+                self.idle.set()
             del job, future, call
