@@ -1,4 +1,4 @@
-"""Simulated time for the robot loop: an arm, a policy, faults in both, and an independent check of commands."""
+"""Simulated time for the robot loop: an arm, a policy, faults, and an independent check of commands."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -84,7 +86,7 @@ def test_feasible_motion_is_followed_exactly() -> None:
     shaper, t = Shaper(LIMITS), np.arange(0, 6, LIMITS.period)[:, None]
     path = HOME - [0, 0, 0, 0.5] + np.array([0.8, 0.5, 0.2, 0.3]) * (1 - np.cos(1.2 * t)) / 2
     shaper.start(path[0])
-    for here, there in zip(path[1:-1], path[2:], strict=True):
+    for here, there in pairwise(path[1:]):
         command = shaper.track(here, there - here)
         assert command == pytest.approx(here, abs=1e-9)
         shaper.sent(command, 1.0)

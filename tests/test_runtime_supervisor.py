@@ -1,9 +1,10 @@
-"""The loop in simulated time: hostile servers and arms, every stop, and that no command leaves the envelope."""
+"""The loop in simulated time: hostile servers and arms, every stop; no command leaves the envelope."""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -12,11 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runtime_harness import HOME, HORIZON, LIMITS, NAMES, SIDE, World, contract, picture
+from runtime_harness import HOME, HORIZON, LIMITS, World, contract, picture
 
 from blm.runtime import Safety, State
 from blm.runtime.arm import Reading
-from blm.runtime.chunks import Reply, Request
+from blm.runtime.chunks import Reply, Request, Timeline
 from blm.runtime.states import Event, Found, Inputs, Late, Lost, Malformed
 from blm.runtime.supervisor import Supervisor
 from blm.types import BlmError, ContractError
@@ -217,21 +218,34 @@ def test_an_arm_reaches_its_goal_and_ends_at_rest() -> None:
     assert world.states[0] is State.CHECKING and State.RUNNING in world.states and report.dropped == {}
 
 
-def test_chunks_are_trimmed_by_their_real_age() -> None:
-    """With a late answer the command is what the chunk means for now, not its first action."""
-    line = np.linspace(0, 1, HORIZON)[:, None] * np.array([0.2, 0.1, 0.1, 0.0]) + HOME
-
-    def act(request: Request) -> np.ndarray:
-        return line
-
-    world = World(act, latency=0.15, seconds=0.4)
+@pytest.mark.parametrize("latency, first", [(0.0, 1), (0.15, 3), (0.17, 4), (0.34, 7)])
+def test_chunks_are_trimmed_by_their_real_age(latency: float, first: int) -> None:
+    """The first command is what the chunk means for the time at which it is sent, not its first action."""
+    fast = replace(LIMITS, velocity=(99.0,) * 4, acceleration=(9999.0,) * 4)
+    chunk = HOME + np.arange(HORIZON)[:, None] * np.array([0.1, 0.05, 0.02, -0.1])
+    world = World(lambda request: chunk, limits=fast, latency=latency, seconds=0.05)
     world.run()
-    first_at = world.checker.commands[0][0]
-    age = (first_at - world.requests[0].observed_at) * LIMITS.rate_hz
-    assert age == pytest.approx(3)
-    targets = [world.supervisor.dialogue._timeline]
-    assert targets  # the command moves towards action 3, limited from rest
-    assert world.checker.commands[0][1][0] > HOME[0]
+    (at, command), asked = world.checker.commands[0], world.requests[0]
+    assert (at - asked.observed_at) * fast.rate_hz == pytest.approx(first)
+    assert command == pytest.approx(chunk[first])
+    late = World(lambda request: chunk, latency=0.41, seconds=0.05, safety=Safety(patience_s=2.0))
+    report = late.run()
+    assert report.kind == "policy" and not report.steps and report.dropped["expired"] >= 3
+
+
+def test_between_two_actions_the_target_is_interpolated() -> None:
+    timeline = Timeline(20.0, HORIZON, 4, 1.0)
+    chunk = np.random.default_rng(0).normal(size=(HORIZON, 4))
+    timeline.pending = Request(number=1, observed_at=5.0, asked_at=5.0, observation=None)  # type: ignore[arg-type]
+    assert timeline.receive(Reply(number=1, observed_at=5.0, actions=chunk), 5.01) is None
+    target = timeline.target(5.0 + 2.25 / 20)
+    assert target is not None
+    assert target.wanted == pytest.approx(0.75 * chunk[2] + 0.25 * chunk[3])
+    assert target.wanted + target.ahead == pytest.approx(0.75 * chunk[3] + 0.25 * chunk[4])
+    last = timeline.target(5.0 + 7.5 / 20)
+    assert last is not None and last.wanted == pytest.approx(chunk[7]) and not last.ahead.any()
+    left = timeline.left(5.0 + 5 / 20)
+    assert left == pytest.approx(chunk[5:]) and timeline.target(5.0 + 8 / 20) is None
 
 
 def test_duplicates_late_and_reordered_replies_are_dropped() -> None:
@@ -286,13 +300,13 @@ def test_an_arm_outside_its_limits_is_not_started(start: np.ndarray, hint: str) 
     world = World(towards(), start=start)
     report = world.run()
     assert report.kind == "start" and not world.checker.commands
-    assert pytest.importorskip("re").search(hint, report.reason), report.reason
+    assert re.search(hint, report.reason), report.reason
 
 
 def test_a_moving_arm_or_a_missing_state_is_not_started() -> None:
     class Moving(World):
         def move(self) -> None:
-            self.state = self.state + [0.02, 0, 0, 0]
+            self.state = self.state + np.array([0.02, 0.0, 0.0, 0.0])
 
     moving = Moving(towards())
     assert moving.run().kind == "start" and "the arm moves: joint1" in moving.supervisor.report.reason
@@ -391,7 +405,7 @@ class Faulty(World):
         return {"can_send": not (self.on and self.kind == "blocking send")}
 
     def wait(self) -> float:
-        if self.on and self.kind == "stalled":
+        if 2.0 < self.now < 3.0 and self.kind == "stalled":
             return 4.0
         if self.on and self.kind == "backwards":
             return -0.5
@@ -423,7 +437,7 @@ class Faulty(World):
         ("escaped", "following", "joint2 is", 1.0),
         ("unsent", "send", "commands have failed .* bus", 1.0),
         ("blocking send", "send", "send_action has not returned", 1.0),
-        ("stalled", "stalled", "did not run for 4.00 s", 8.0),
+        ("stalled", "stalled", "did not run for 4.00 s", 4.5),
         ("backwards", "clock", "must be monotonic", 0.5),
         ("nan time", "clock", "must be monotonic", 0.5),
         ("lost", "patience", "held for 3.0 s: ConnectionError: gone", 4.5),
@@ -440,9 +454,9 @@ def test_each_fault_holds_then_stops(kind: str, stop: str, reason: str, most_s: 
     world.kind = kind
     report = world.run()
     assert report.kind == stop, report
-    assert pytest.importorskip("re").search(reason, report.reason), report.reason
+    assert re.search(reason, report.reason), report.reason
     ended = next(row for row in world.supervisor.log.recent if row["event"] == "stopped")
-    assert not most_s or 2.0 <= ended["at"] + 0.06 and ended["at"] <= 2.0 + most_s + 0.5
+    assert not most_s or 1.9 <= ended["at"] <= 2.5 + most_s
     if stop not in ("clock",) and kind != "blocking send":
         assert world.checker.still
 
@@ -456,7 +470,7 @@ def test_a_hold_is_left_when_its_reason_is_gone() -> None:
     report = world.run()
     assert report.kind == "finished" and 10 < report.unread < 30
     changes = [a for a, b in zip(world.states, world.states[1:], strict=False) if a is not b]
-    assert changes.count(State.HOLDING) == 2
+    assert changes.count(State.HOLDING) == 3  # twice without observations, once at the end
     assert np.abs(world.state - GOAL).max() < 0.05
 
 
@@ -547,4 +561,4 @@ def test_a_stop_before_the_start_sends_nothing() -> None:
     supervisor = Supervisor(LIMITS, contract(), "push")
     decision = supervisor.step(Inputs(now=0.0, stop=("signal", "SIGTERM received")))
     assert decision.state is State.STOPPED and decision.command is None
-    assert supervisor.report.kind == "signal" and SIDE and NAMES
+    assert supervisor.report.kind == "signal" and supervisor.step(Inputs(now=1.0)).command is None
