@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -199,6 +199,30 @@ def test_a_late_reply_needs_no_actions() -> None:
         with pytest.raises(LateError, match="too slow"):
             remote.act(observation())
         remote.close()
+
+
+@pytest.mark.parametrize(
+    "frame", [b"", b"\xc1", b"\x01", "the server is full", wire.pack([1]), wire.pack({"horizon": 1})]
+)
+def test_a_server_that_greets_with_garbage_leaves_no_connection_behind(frame: bytes | str) -> None:
+    before = threading.active_count()
+
+    def handle(socket: ServerConnection) -> None:
+        socket.send(frame)
+        with suppress(ConnectionClosed):
+            socket.recv()
+
+    with serve(handle, "127.0.0.1", 0, compression=None) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        with pytest.raises(BlmError):
+            RemotePolicy(f"ws://127.0.0.1:{server.socket.getsockname()[1]}", timeout_s=2)
+        server.shutdown()
+        thread.join(5)
+    until = time.monotonic() + 3
+    while threading.active_count() > before:
+        assert time.monotonic() < until, threading.enumerate()
+        time.sleep(0.02)
 
 
 json_like = st.recursive(

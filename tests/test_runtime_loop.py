@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from test_runtime_client import fake_server, reply
 from test_serving import CONTRACT, SIDE, EchoPolicy, running
+from websockets.sync.server import ServerConnection
 
 from blm.runtime import Arm, Driver, Limits, RobotLike, RunLog, Safety, State, StoppedError, Units
 from blm.serving import RemotePolicy
@@ -372,6 +374,44 @@ def test_a_server_that_stays_away_stops_the_arm() -> None:
         error = stopped(driver)
     assert error.kind in ("patience", "policy") and not arm.open
     assert (arm.sent[-1][1] == arm.sent[-2][1]).all()
+    check(arm)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_hostile_server_moves_no_arm_out_of_its_limits(seed: int) -> None:
+    """Over a real socket: good chunks between garbage, duplicates, delays, lies, text and hang-ups."""
+    rng, arm = np.random.default_rng(seed), FakeArm()
+
+    def answer(socket: ServerConnection, request: dict[str, Any], number: int) -> None:
+        state = request["observation/state"]
+        good = state + np.arange(4)[:, None] / 20 * rng.choice([-1.0, 1.0], 8)
+        bad = [np.full((4, 8), np.nan), np.full((4, 8), 1e30), np.zeros((9, 8)), np.zeros((4, 2)), "x", None]
+        kind = rng.integers(12)
+        if kind == 0:
+            socket.send(rng.bytes(20))
+        elif kind == 1:
+            socket.send("the policy failed")
+        elif kind == 2:
+            socket.close()
+        elif kind == 3:
+            reply(socket, request, actions=bad[rng.integers(len(bad))])
+        elif kind == 4:
+            reply(socket, request, actions=good, request_id=int(rng.integers(9)))
+        elif kind == 5:
+            time.sleep(0.4)
+            reply(socket, request, actions=good)
+        elif kind == 6:
+            reply(socket, request, actions=good)
+            reply(socket, request, actions=good + 1)
+        else:
+            reply(socket, request, actions=good)
+
+    with fake_server(answer) as address:
+        driver = driver_of(arm, lambda: RemotePolicy(address, timeout_s=1.0), safety=Safety(patience_s=1.5))
+        with suppress(StoppedError):
+            driver.run(2.0)
+    assert driver.report.kind in ("finished", "policy", "patience") and arm.disconnections == 1
+    assert (arm.sent[-1][1] == arm.sent[-2][1]).all() if len(arm.sent) > 1 else not arm.sent
     check(arm)
 
 

@@ -76,6 +76,11 @@ class Limits:
         """Time between two commands [s]."""
         return 1 / self.rate_hz
 
+    @property
+    def stopping_s(self) -> float:
+        """Longest time from full speed to rest [s]."""
+        return max(v / a for v, a in zip(self.velocity, self.acceleration, strict=True))
+
     @classmethod
     def of(
         cls,

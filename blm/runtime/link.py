@@ -21,6 +21,8 @@ def ask(policy: Policy, request: Request) -> Reply:
         chunk = policy.act(request.observation, request_id=request.number, observed_s=request.observed_at)
     else:
         chunk = policy.act(request.observation)
+    if abs(chunk.rate_hz - policy.contract.rate_hz) > 1e-6:
+        raise ContractError(f"a chunk of {chunk.rate_hz} Hz; the contract says {policy.contract.rate_hz} Hz")
     return Reply(number=request.number, observed_at=request.observed_at, actions=chunk.actions)
 
 
@@ -39,7 +41,7 @@ class PolicyLink:
 
     @property
     def can_ask(self) -> bool:
-        """Whether a request would be sent at once."""
+        """Whether a request would be sent at once. Read it before `poll`: what made it true is then seen."""
         return not self._busy.is_set()
 
     def ask(self, request: Request) -> None:
@@ -85,8 +87,8 @@ class PolicyLink:
             if (policy := self._reconnect()) is None:
                 return
             self._policy, event = policy, Found(policy.contract)
-        self._busy.clear()
         self._events.put(event)
+        self._busy.clear()
 
     def _reconnect(self) -> Policy | None:
         """Try until there is a policy; None when the link is closed, as the loop does at its end."""

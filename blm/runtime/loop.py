@@ -31,7 +31,7 @@ CLOSE_S = 1.0
 """How long the end of a run waits for each thread; what hangs longer is left behind and logged."""
 DISCONNECT_S = 10.0
 FINISH_S = 5.0
-"""The arm must have come to rest so long after a stop; then the run ends anyway."""
+"""So long after a stop, and twice the time that braking takes, the run ends though the arm is not at rest."""
 SENDING = 0.2
 """A call of send_action that takes longer than this share of a control period counts from its end, less
 this: when within the call the arm got the command is not known, and the next one must not come too soon."""
@@ -89,6 +89,7 @@ class Driver:
                 seconds=seconds,
                 seed=seed,
             )
+            policy.reset()
         except BaseException:
             close_policy(policy)
             raise
@@ -164,6 +165,7 @@ class _Run:
 
     def drive(self) -> None:
         """Step until the supervisor has stopped."""
+        finish_s = FINISH_S + 2 * self.arm.limits.stopping_s
         stopped_at: float | None = None
         while self.supervisor.state is not State.STOPPED:
             try:
@@ -174,7 +176,7 @@ class _Run:
                 time.sleep(self.period)
             wanted = self.supervisor.stopping
             stopped_at = stopped_at or (time.monotonic() if wanted else None)
-            if stopped_at is not None and time.monotonic() - stopped_at > FINISH_S:
+            if stopped_at is not None and time.monotonic() - stopped_at > finish_s:
                 self.supervisor.abandon("stopped", "the arm did not come to rest")
         self._settle_sending(self.safety.send_stop_s)
 
@@ -201,6 +203,7 @@ class _Run:
             self.supervisor.abandon(*(stop or ("stalled", "the loop did not run")))
             return
         reading, error = self._take_reading()
+        can_ask = self._link.can_ask
         self._settle_sending(0.0)
         decision = self.supervisor.step(
             Inputs(
@@ -210,7 +213,7 @@ class _Run:
                 events=self._link.poll(),
                 stop=stop,
                 can_send=self._sending is None,
-                can_ask=self._link.can_ask,
+                can_ask=can_ask,
             )
         )
         if decision.command is not None:

@@ -64,17 +64,23 @@ class RemotePolicy:
             raise BlmError(f"{uri} refused the connection: {error}{hint}") from error
         except OSError as error:
             raise BlmError(f"no policy server at {uri}: {error}; start one with 'blm serve'") from error
-        metadata = self._receive()
-        self._foreign = False
         try:
-            self._contract = PolicyContract.from_json(metadata)
+            self._contract, self._foreign = self._read_contract(contract)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_contract(self, stated: PolicyContract | None) -> tuple[PolicyContract, bool]:
+        """Return the server's contract and False, or the one that the user stated and True."""
+        metadata = self._receive()
+        try:
+            return PolicyContract.from_json(metadata), False
         except (AttributeError, KeyError, TypeError) as error:
-            if contract is None:
-                self.close()
+            if stated is None:
                 raise ContractError(
-                    f"{uri} sends no policy contract when a client connects; say what it needs and gives"
+                    f"{self._uri} sends no policy contract when one connects; say what it needs and gives"
                 ) from error
-            self._contract, self._foreign = contract, True
+            return stated, True
 
     @property
     def contract(self) -> PolicyContract:
