@@ -7,6 +7,7 @@ import os
 import re
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from blm.runtime.states import Event, Found, Inputs, Late, Lost, Malformed
 from blm.runtime.supervisor import Supervisor
 from blm.types import BlmError, ContractError
 
+ROOT = Path(__file__).parents[1]
 GOAL = np.array([0.6, -0.3, 0.7, 0.2])
 
 
@@ -562,3 +564,15 @@ def test_a_stop_before_the_start_sends_nothing() -> None:
     decision = supervisor.step(Inputs(now=0.0, stop=("signal", "SIGTERM received")))
     assert decision.state is State.STOPPED and decision.command is None
     assert supervisor.report.kind == "signal" and supervisor.step(Inputs(now=1.0)).command is None
+
+
+def test_the_page_about_real_arms_lists_every_stop_with_its_bounds() -> None:
+    page = (ROOT / "docs/robot.md").read_text()
+    source = "".join(path.read_text() for path in sorted((ROOT / "blm/runtime").glob("*.py")))
+    kinds = set(re.findall(r"""(?:_stop|\.stop|abandon)\(\s*"(\w+)",""", source)) | {"estop", "signal"}
+    assert len(kinds) > 12
+    assert not [kind for kind in kinds - {"stopped"} if f"`{kind}`" not in page]
+    stated = {name: float(value) for name, value in re.findall(r"`(\w+)` (\d+(?:\.\d+)?)\b", page)}
+    defaults = {name: float(value) for name, value in vars(Safety()).items() if not isinstance(value, bool)}
+    assert len(stated.keys() & defaults.keys()) >= 11
+    assert all(defaults[name] == stated[name] for name in stated.keys() & defaults.keys())
