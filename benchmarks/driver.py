@@ -171,9 +171,7 @@ def summary(rows: Sequence[tuple[Outcome, Outcome]]) -> dict[str, Any]:
             rate = success_rate(values)
             result[name][label] = [rate.rate, rate.low, rate.high]
             print(f"success {name}, {label}: {rate.rate:.1%} [{rate.low:.1%}, {rate.high:.1%}], n {rate.n}")
-        print(
-            f"  paired: {gap.difference:+.1%} [{gap.low:+.1%}, {gap.high:+.1%}], p {gap.p_value:.2}"
-        )
+        print(f"  paired: {gap.difference:+.1%} [{gap.low:+.1%}, {gap.high:+.1%}], p {gap.p_value:.2}")
     for i, label in enumerate(("limited", "unlimited")):
         runs = [pair[i] for pair in rows]
         steps = sum(run.steps for run in runs)
