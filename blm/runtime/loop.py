@@ -123,7 +123,7 @@ class Driver:
         """Tell the user, then disconnect in the thread that connected and read, unless it hangs."""
         if self.report.kind:
             self.tell(self.report.kind, self.report.reason)
-        worker = reader if reader.idle.wait(CLOSE_S) else Worker("blm-disconnect")
+        worker = reader if reader.wait_idle(CLOSE_S) else Worker("blm-disconnect")
         self._bounded("disconnect", self.arm.robot.disconnect, DISCONNECT_S, worker)
         if not reader.close(CLOSE_S):
             self.log.write("thread left behind", time.monotonic(), thread="reader")
@@ -199,8 +199,7 @@ class _Run:
         sleep_until(self._next)
         self._watchdog.beat()
         stop = self._asked_to_stop or self._watchdog.stop
-        if self._watchdog.stalled.is_set():
-            self.supervisor.abandon(*(stop or ("stalled", "the loop did not run")))
+        if self._abandoned():
             return
         reading, error = self._take_reading()
         can_ask = self._link.can_ask
@@ -216,6 +215,8 @@ class _Run:
                 can_ask=can_ask,
             )
         )
+        if self._abandoned():  # it stood still in the step: its command is of the past
+            return
         if decision.command is not None:
             self._sending = self._sender.submit(partial(self._send, decision.command))
             self._settle_sending(self.period / 2)
@@ -223,6 +224,12 @@ class _Run:
             self._link.ask(decision.request)
         now, due = time.monotonic(), self.supervisor.due
         self._next = due if due > now else now + self.period
+
+    def _abandoned(self) -> bool:
+        """Whether the watchdog saw the loop stand still; then nothing is sent any more."""
+        if self._watchdog.stalled.is_set():
+            self.supervisor.abandon(*(self._watchdog.stop or ("stalled", "the loop did not run")))
+        return self._watchdog.stalled.is_set()
 
     def _read(self, begun: float) -> Reading:
         with self._bus:
