@@ -4,31 +4,36 @@
     python examples/real_robot.py --address ws://127.0.0.1:8000 --robot panda --task push_cube
 
 Here the arm is simulated; for yours replace `SimulatedRobot` by, for instance,
-`lerobot.robots.so101_follower.SO101Follower(config)`, name its cameras, and give its units.
+`lerobot.robots.so101_follower.SO101Follower(config)`, name its cameras, give its units, and write its limits
+down from its data sheet. Read docs/robot.md first: the loop does not know what the arm may hit.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
 
+from blm.robots import ROBOTS
+from blm.runtime import Arm, Driver, Limits, RunLog, Safety, StoppedError
 from blm.serving import RemotePolicy
-from blm.serving.driving import Driver, Safety, StoppedError
 from blm.tasks import Env
+
+CAMERAS = ("base", "side", "wrist")
 
 
 class SimulatedRobot:
     """A simulated arm behind the methods of LeRobot's `Robot`; `drop` is the share of reads that fail."""
 
     def __init__(self, robot: str, task: str, seed: int, image_size: int, drop: float = 0.0) -> None:
-        cameras = ("base", "side", "wrist")
-        self.env = Env(robot, task, cameras=cameras, image_size=image_size, terminate_on_success=False)
-        self.env.reset(seed=seed)
+        self.env = Env(robot, task, cameras=(), image_size=image_size, terminate_on_success=False)
+        self.env.reset(seed=seed)  # draws nothing: OpenGL belongs to the thread that connects and reads
         self.names, self.drop, self.solved = self.env.contract_space.names, drop, False
         self.chance = np.random.default_rng(seed)
+        self.instruction = self.env.task_description
 
     def connect(self) -> None:
         print(f"connected: {', '.join(self.names)}")
@@ -39,13 +44,20 @@ class SimulatedRobot:
     def get_observation(self) -> dict[str, Any]:
         if self.chance.random() < self.drop:
             raise TimeoutError("the camera gave no frame")
-        seen = self.env.observe()
-        joints = zip(self.names, seen["agent_pos"].tolist(), strict=True)
-        return {f"{name}.pos": value for name, value in joints} | seen["pixels"]
+        joints = zip(self.names, self.env.state().tolist(), strict=True)
+        pictures = {camera: self.env.picture(camera) for camera in CAMERAS}
+        return {f"{name}.pos": value for name, value in joints} | pictures
 
     def send_action(self, action: dict[str, Any]) -> None:
         target = np.array([action[f"{name}.pos"] for name in self.names], np.float32)
         self.solved |= bool(self.env.step(target)[4]["success"])
+
+
+def limits_of(robot: str, speed: float) -> Limits:
+    """Limits from the data sheets that `blm/robots` cites, with joint speeds of `speed` [rad/s] at most."""
+    spec = ROBOTS[robot]
+    velocity = [min(speed, most) for most in spec.velocity_limits]
+    return Limits.of(spec.action_space, velocity=velocity, acceleration=spec.acceleration_limits)
 
 
 def main(
@@ -57,26 +69,32 @@ def main(
     drop: float = 0.05,
     speed: float = 1.5,
     patience: float = 30.0,
+    log: Path | None = None,
 ) -> None:
-    """Print what happened: chunks, clamped actions, lost frames, reconnections, latency."""
+    """Print what happened: commands, chunks, holds, lost frames, reconnections, latency, and why it ended."""
     connect = partial(RemotePolicy, address, timeout_s=5.0, deadline_ms=1000.0)
     policy = connect()
     size = policy.contract.image_size
     policy.close()
-    arm = SimulatedRobot(robot, task, seed, size, drop)
-    safety = Safety(speed=speed, patience_s=patience)
-    driver = Driver(arm, connect, robot, arm.env.task_description, safety=safety)
+    simulated = SimulatedRobot(robot, task, seed, size, drop)
+    driver = Driver(
+        Arm(simulated, limits_of(robot, speed)),
+        connect,
+        simulated.instruction,
+        safety=Safety(patience_s=patience),
+        log=RunLog(log),
+    )
     try:
-        report = driver.run(seconds)
-        print("solved" if arm.solved else "not solved")
+        driver.run(seconds, seed=seed)
+        print("solved" if simulated.solved else "not solved")
     except StoppedError as stopped:
-        report = driver.report
         print(f"STOPPED, and holding still: {stopped}")
+    report = driver.report
     latency = f"{np.median(report.latencies_ms):.0f} ms" if report.latencies_ms else "-"
     print(
         f"{report.steps} steps, {report.chunks} chunks, {report.held} held, {report.clamped} clamped, "
-        f"{report.unread} observations lost, {report.late} late, {report.reconnections} reconnections, "
-        f"median answer {latency}"
+        f"{report.unread} observations lost, {sum(report.dropped.values())} replies dropped, "
+        f"{report.reconnections} reconnections, median answer {latency}"
     )
 
 

@@ -37,6 +37,7 @@ ALLOWED = {
     "baselines": "types data policy training",
     "evaluation": "types addresses engine media robots tasks",
     "serving": "types addresses robots tasks",
+    "runtime": "types serving",
     "viewing": "types data",
 }
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
@@ -70,6 +71,15 @@ def test_imports_follow_the_table(path):
     assert not extra, f"{path.name} may not import {sorted(extra)}; allowed for {module}: {ALLOWED[module]}"
 
 
+@pytest.mark.parametrize("path", sorted((SOURCE / "runtime").glob("*.py")), ids=lambda p: p.name)
+def test_the_robot_loop_needs_of_serving_only_the_client(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("blm.serving"):
+            assert node.module in ("blm.serving.client", "blm.serving.wire"), node.module
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        assert not any(name.startswith(("blm", "torch")) for name in names), names
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_budgets(path):
     text = path.read_text()
@@ -94,7 +104,9 @@ def test_no_wildcard_pickle_or_remote_code():
             assert "trust_remote_code" not in {k.arg for k in keywords}, path
 
 
-@pytest.mark.parametrize("module", ["blm", "blm.cli", "blm.types", "blm.evaluation", "blm.serving.client"])
+@pytest.mark.parametrize(
+    "module", ["blm", "blm.cli", "blm.types", "blm.evaluation", "blm.serving.client", "blm.runtime"]
+)
 def test_loads_without_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

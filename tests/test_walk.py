@@ -170,12 +170,13 @@ def test_a_command(line: str, place: Path) -> None:
 
 
 def test_an_arm_outlives_its_server(place: Path) -> None:
-    """`examples/real_robot.py` holds still while a killed server is away, and goes on with the next one."""
+    """`examples/real_robot.py` holds while a killed server is away, and solves its task with the next one."""
     with served("blm serve blm-nano", place, end=signal.SIGKILL) as port:
         line = f".venv/bin/python examples/real_robot.py --address ws://127.0.0.1:{port} --patience 60"
         arm = subprocess.Popen(shorter(line), cwd=place, stdout=subprocess.PIPE, text=True)
-        time.sleep(10)
+        time.sleep(6)
         assert arm.poll() is None
     with served("blm serve blm-nano", place, port=port):
         said = arm.communicate(timeout=120)[0]
-    assert "STOPPED" not in said and " 1 reconnections" in said and "200 steps" in said, said
+    assert "STOPPED" not in said and " 1 reconnections" in said, said
+    assert "solved" in said.splitlines(), said

@@ -6,6 +6,7 @@ import json
 import math
 import socket
 import struct
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from types import TracebackType
@@ -31,8 +32,6 @@ MAX_FRAME = 4 * 2**20
 """Largest frame that is accepted from a server [bytes]: it sends contracts and chunks, no pictures."""
 CLOSE_TIMEOUT_S = 1.0
 """A server that does not answer a close is left after this time [s]."""
-MAX_STEPS = 1024
-"""Longest chunk that is accepted [steps]; servers send 4 to 64."""
 MAX_MESSAGE = 300
 """Characters of a server's own words that an error repeats."""
 
@@ -42,6 +41,11 @@ class RemotePolicy:
 
     Nothing is retried, and whatever a server does raises BlmError and nothing else. To loopback it uses no
     proxy; for other hosts the proxies of the environment apply.
+
+    A reply is believed only if it is the answer to the request before it. Servers of ours return the
+    request's number and time, which must be equal. With a server that returns neither, the order on the
+    socket tells: one request at a time, and after a timeout, or a frame that nobody asked for, the connection
+    is closed.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class RemotePolicy:
         A server of ours sends its contract. For one that sends none, `contract` says what it needs and gives;
         its pictures then go by OpenPI's own names (observation/image, observation/wrist_image).
         """
-        self._uri, self._timeout_s, self._opened = uri, timeout_s, ExitStack()
+        self._uri, self._timeout_s, self._opened, self._numbers = uri, timeout_s, ExitStack(), 0
         self._more = {} if deadline_ms is None else {wire.DEADLINE: deadline_ms}
         options: dict[str, Any] = {"compression": None, "max_size": MAX_FRAME, "open_timeout": timeout_s}
         options["close_timeout"] = min(timeout_s, CLOSE_TIMEOUT_S)
@@ -71,35 +75,63 @@ class RemotePolicy:
         seconds = struct.pack("@ll", math.ceil(timeout_s), 0)
         with suppress(OSError):  # Windows has another form of it
             self._socket.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
-        metadata = self._receive()
-        self._foreign = False
         try:
-            self._contract = PolicyContract.from_json(metadata)
+            self._contract, self._foreign = self._read_contract(contract)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_contract(self, stated: PolicyContract | None) -> tuple[PolicyContract, bool]:
+        """Return the server's contract and False, or the one that the user stated and True."""
+        metadata = self._receive()
+        try:
+            return PolicyContract.from_json(metadata), False
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            if contract is None or not isinstance(metadata, Mapping):
-                self.close()
+            if stated is None or not isinstance(metadata, Mapping):
                 raise ContractError(
-                    f"{uri} sends no policy contract when a client connects; say what it needs and gives"
+                    f"{self._uri} sends no policy contract when one connects; say what it needs and gives"
                 ) from error
-            self._contract, self._foreign = contract, True
+            return stated, True
 
     @property
     def contract(self) -> PolicyContract:
         return self._contract
 
-    def act(self, observation: Observation) -> ActionChunk:
-        """Ask for the next chunk. An observation that breaks the contract is refused before it is sent."""
+    def act(
+        self, observation: Observation, *, request_id: int | None = None, observed_s: float | None = None
+    ) -> ActionChunk:
+        """Ask for the next chunk. An observation that breaks the contract is refused before it is sent.
+
+        `request_id` and `observed_s`, the time of the observation on the caller's monotonic clock, default to
+        a count and to now. Raises LateError when the server gave the request up, ContractError for a reply
+        that is no chunk for this robot, and BlmError when the connection is lost or holds another's reply.
+        """
         checked = self._contract.check(observation)
-        request = wire.pack({**wire.to_request(checked, plain=self._foreign), **self._more})
+        self._numbers += 1
+        mine = {
+            wire.REQUEST_ID: self._numbers if request_id is None else request_id,
+            wire.OBSERVED: time.monotonic() if observed_s is None else observed_s,
+        }
+        request = wire.pack({**wire.to_request(checked, plain=self._foreign), **self._more, **mine})
+        self._require_silence()
         try:
             self._socket.send(request)
         except ConnectionClosed as error:
             raise BlmError(f"the connection to {self._uri} is closed: {error}; connect anew") from error
         reply = self._receive()
-        if isinstance(reply, Mapping) and wire.LATE in reply:
+        if not isinstance(reply, Mapping):
+            raise ContractError(f"{self._uri} sent a {type(reply).__name__} as its reply; needed: a map")
+        for key, value in mine.items():
+            if reply.get(key, value) != value:
+                self.close()
+                raise BlmError(
+                    f"{self._uri} sent a reply with {key} {_shortened(reply[key])}, asked was {value}"
+                )
+        if wire.LATE in reply:
             raise LateError(f"{self._uri}: {_shortened(reply[wire.LATE])}")
         dim = self._contract.action_spaces[checked.robot].dim
-        return ActionChunk(actions=_read_actions(reply, dim, self._uri), rate_hz=self._contract.rate_hz)
+        actions = read_actions(reply, self._contract.horizon, dim, self._uri)
+        return ActionChunk(actions=actions, rate_hz=self._contract.rate_hz)
 
     def reset(self) -> None:
         """Nothing: a served policy keeps no memory between requests."""
@@ -114,6 +146,18 @@ class RemotePolicy:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _require_silence(self) -> None:
+        """Raise BlmError, and close, if a frame is there already: it cannot be the answer to what comes."""
+        try:
+            frame = self._socket.recv(timeout=0)
+        except TimeoutError:
+            return
+        except ConnectionClosed as error:
+            raise BlmError(f"the connection to {self._uri} is closed: {error}; connect anew") from error
+        self.close()
+        what = f": {_shortened(frame)}" if isinstance(frame, str) else ""
+        raise BlmError(f"{self._uri} sent a frame that nobody asked for{what}; connect anew")
 
     def _receive(self) -> Any:
         try:
@@ -160,19 +204,22 @@ def _reason(body: bytes | bytearray | None) -> str:
         return ""
 
 
-def _read_actions(reply: Any, dim: int, uri: str) -> FloatArray:
-    """Return the chunk of a reply [H, dim]. Raises BlmError for anything else, and for values not finite."""
-    if not isinstance(reply, Mapping) or "actions" not in reply:
-        raise BlmError(f"{uri} sent a reply without 'actions'")
+def read_actions(reply: Mapping[Any, Any], horizon: int, dim: int, where: str) -> FloatArray:
+    """Return a reply's chunk as float32 [H, dim], 1 <= H <= horizon. Raises ContractError for any other."""
+    needed = f"needed: 'actions', finite numbers of shape (1..{horizon}, {dim})"
+    if "actions" not in reply:
+        raise ContractError(f"the reply of {where} has {_shortened(sorted(map(str, reply)))}; {needed}")
     try:
-        actions = np.asarray(reply["actions"], dtype=np.float32)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise BlmError(f"{uri} sent actions that are no array of numbers: {_shortened(error)}") from error
-    if actions.ndim != 2 or actions.shape[1] != dim or not 1 <= len(actions) <= MAX_STEPS:
-        needed = f"[1 .. {MAX_STEPS}, {dim}]"
-        raise BlmError(f"{uri} sent actions of shape {list(actions.shape)[:8]}; needed: {needed}")
-    if not np.isfinite(actions).all():
-        raise BlmError(f"{uri} sent actions that are not finite")
+        array = np.asarray(reply["actions"])
+    except (TypeError, ValueError) as error:
+        raise ContractError(f"the actions of {where} are no array: {_shortened(error)}; {needed}") from error
+    if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] != dim:
+        raise ContractError(f"the actions of {where} are {array.dtype} {_shortened(array.shape)}; {needed}")
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+        actions = array.astype(np.float32)
+    if not 1 <= len(actions) <= horizon or not np.isfinite(actions).all():
+        what = f"{len(actions)} steps" if np.isfinite(actions).all() else "not finite"
+        raise ContractError(f"the actions of {where} are {what}; {needed}")
     return actions
 
 

@@ -67,19 +67,19 @@ async def _converse(socket: WebSocket, policy: Policy, engine: Engine, metrics: 
             start = time.monotonic()
             receiving = asyncio.create_task(_receive(socket))
             request = wire.unpack(_binary(frame), wire.item_limit(contract))
-            observation = wire.to_observation(request, contract)
+            observation, echo = wire.to_observation(request, contract), wire.echo(request)
             within_s = wire.deadline_s(request)
             try:
                 acted = await while_connected(engine.act(observation, within_s, client), receiving)
             except LateError as error:
-                late = {wire.LATE: str(error), "waited_ms": _milliseconds_since(start)}
+                late = {**echo, wire.LATE: str(error), "waited_ms": _milliseconds_since(start)}
                 await socket.send_bytes(wire.pack(late))
                 metrics.requests.labels("action", "late").inc()
                 continue
             timing = {"infer_ms": _milliseconds_since(start), **previous}
             policy_timing = {"infer_ms": acted.infer_ms, "together": acted.together}
             reply = {"actions": acted.chunk.actions, "policy_timing": policy_timing, "server_timing": timing}
-            await socket.send_bytes(wire.pack(reply))
+            await socket.send_bytes(wire.pack(echo | reply))
             previous = {"prev_total_ms": _milliseconds_since(start)}
             metrics.requests.labels("action", "ok").inc()
             metrics.action.observe(time.monotonic() - start)

@@ -25,6 +25,9 @@ CHUNK, FROZEN = "chunk", "frozen"
 DEADLINE = "deadline_ms"
 """After this time from the arrival of a request a chunk is of no use; the reply then says LATE."""
 LATE = "late"
+REQUEST_ID, OBSERVED = "request_id", "observed_s"
+"""A client's own number of its request, and when its observation was made on its own clock [s]. Whoever
+answers returns both unchanged, so that the client can tell whose reply it holds and how old it is."""
 IMAGES = "observation/images/"
 OPENPI_IMAGES = {"base": "observation/image", "wrist": "observation/wrist_image"}
 """Camera -> the name that OpenPI's own examples give it."""
@@ -133,6 +136,19 @@ def to_request(observation: Observation, plain: bool = False) -> dict[str, Any]:
     return {STATE: observation.state, **images, **words, **going_on}
 
 
+def echo(request: Any) -> dict[str, Any]:
+    """What a reply returns of its request unchanged. Raises ContractError for a number that is none."""
+    if not isinstance(request, Mapping):
+        return {}
+    kinds: dict[str, Any] = {REQUEST_ID: int, OBSERVED: int | float}
+    fields = {key: request[key] for key in kinds if request.get(key) is not None}
+    for key, value in fields.items():
+        if isinstance(value, bool) or not isinstance(value, kinds[key]) or not math.isfinite(value):
+            kind = "whole" if key == REQUEST_ID else "finite"
+            raise ContractError(f"'{key}' must be a {kind} number, got {str(value)[:40]!r}")
+    return fields
+
+
 def deadline_s(request: Mapping[str, Any]) -> float:
     """How long a client waits for its chunk [s]; for ever if it does not say. Raises ContractError."""
     value = request.get(DEADLINE, math.inf)
@@ -219,5 +235,6 @@ def _accepted(contract: PolicyContract) -> str:
     return (
         f"accepted: '{STATE}' (numbers), '{PROMPT}' (text), {images} ({side}), "
         f"'{ROBOT}' (one of {robots}); optional: '{SEED}' (whole number), '{CHUNK}' (actions) with "
-        f"'{FROZEN}' (whole number), '{DEADLINE}' (number)"
+        f"'{FROZEN}' (whole number), '{DEADLINE}' (number), '{REQUEST_ID}' (whole number), "
+        f"'{OBSERVED}' (number)"
     )

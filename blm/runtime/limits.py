@@ -1,0 +1,231 @@
+"""What the user states about the robot: the limits that no command may leave, and when the loop must stop.
+
+A policy server states limits and a rate too. They are compared with these and never replace them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from blm.types import ActionSpace, BlmError, ContractError, FloatArray, PolicyContract, lookup
+
+KIND = "absolute_joint_position"
+RANGE_TOLERANCE = 0.01
+"""How much wider than ours a server's joint range may be [rad]: data sheets are rounded."""
+RATE_TOLERANCE = 1e-3
+"""Relative difference of the control rates that is accepted."""
+MAX_HORIZON, MAX_IMAGE_SIZE = 1000, 4096
+
+
+class StoppedError(BlmError):
+    """The loop stopped the arm, or refused to start it. `kind` is one word, the message says why."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(f"{kind}: {reason}")
+        self.kind, self.reason = kind, reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The envelope of commands. All tuples have one value per joint, then the gripper's.
+
+    Units: rad, rad/s, rad/s^2 for joints; openings (0 closed, 1 open) and their derivatives for the gripper.
+    """
+
+    robot: str
+    """Its name in the policy's contract."""
+    names: tuple[str, ...]
+    """In the order of the policy's action space; the last is 'gripper'."""
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    velocity: tuple[float, ...]
+    acceleration: tuple[float, ...]
+    rate_hz: float = 20.0
+    """Commands per second."""
+
+    def __post_init__(self) -> None:
+        rows = {name: getattr(self, name) for name in ("low", "high", "velocity", "acceleration")}
+        for name, row in rows.items():
+            if len(row) != len(self.names):
+                raise BlmError(f"limits of '{self.robot}': {len(self.names)} names, {len(row)} of {name}")
+            if not all(map(_is_finite, row)):
+                raise BlmError(f"limits of '{self.robot}': {name} must be finite numbers, got {row}")
+        if len(self.names) < 2 or self.names[-1] != "gripper" or len(set(self.names)) != len(self.names):
+            raise BlmError(
+                f"limits of '{self.robot}': names must differ and end with 'gripper', got {self.names}"
+            )
+        for name, low, high, speed, change in zip(self.names, *rows.values(), strict=True):
+            if not (low < high and speed > 0 and change > 0):
+                raise BlmError(
+                    f"limits of '{self.robot}', {name}: need low < high, velocity > 0 and acceleration > 0, "
+                    f"got {low}..{high}, {speed} and {change}"
+                )
+        if not _is_finite(self.rate_hz) or not 1 <= self.rate_hz <= 1000:
+            raise BlmError(f"limits of '{self.robot}': rate_hz must be 1..1000, got {self.rate_hz}")
+
+    @property
+    def dim(self) -> int:
+        return len(self.names)
+
+    @property
+    def period(self) -> float:
+        """Time between two commands [s]."""
+        return 1 / self.rate_hz
+
+    @property
+    def stopping_s(self) -> float:
+        """Longest time from full speed to rest [s]."""
+        return max(v / a for v, a in zip(self.velocity, self.acceleration, strict=True))
+
+    @classmethod
+    def of(
+        cls,
+        space: ActionSpace,
+        *,
+        velocity: Sequence[float],
+        acceleration: Sequence[float],
+        gripper_velocity: float = 5.0,
+        gripper_acceleration: float = 100.0,
+    ) -> Limits:
+        """Take names, ranges and rate from the user's own description of the arm; speeds are per arm joint.
+
+        The gripper's two defaults are our choice, 0.2 s from open to closed and full speed after 0.05 s:
+        grippers limit their own speed, and a policy does not wait for one that its commands slow down.
+        """
+        return cls(
+            robot=space.robot,
+            names=space.names,
+            low=tuple(map(float, space.low)),
+            high=tuple(map(float, space.high)),
+            velocity=(*map(float, velocity), gripper_velocity),
+            acceleration=(*map(float, acceleration), gripper_acceleration),
+            rate_hz=space.rate_hz,
+        )
+
+    def outside(self, state: FloatArray) -> FloatArray:
+        """How far each value of a state [D] is outside its range, 0 inside."""
+        return np.maximum(0.0, np.maximum(np.array(self.low) - state, state - np.array(self.high)))
+
+    def check_contract(self, contract: PolicyContract, *, accept_wider: bool = False) -> ActionSpace:
+        """Return the policy's action space for this robot, or raise ContractError that prints both sides.
+
+        Rates, names and order must be equal, kind and units the ones that the loop can execute, and ranges
+        not wider than ours unless `accept_wider`; commands are kept inside ours in any case.
+        """
+        space = lookup("robot", self.robot, contract.action_spaces)
+        if space.kind != KIND:
+            raise ContractError(
+                f"actions of '{self.robot}' are '{_short(space.kind)}'; the loop executes '{KIND}' only"
+            )
+        units = ("rad",) * (self.dim - 1) + ("opening",)
+        for what, theirs, ours in (("names", space.names, self.names), ("units", space.units, units)):
+            if tuple(theirs) != ours:
+                raise ContractError(f"{what} of '{self.robot}': ours {ours}, the policy's {_short(theirs)}")
+        for rate in (space.rate_hz, contract.rate_hz):
+            if not _is_finite(rate) or abs(rate - self.rate_hz) > RATE_TOLERANCE * self.rate_hz:
+                raise ContractError(f"the robot runs at {self.rate_hz} Hz, the policy at {_short(rate)} Hz")
+        self._check_range(space, accept_wider)
+        self._check_sizes(contract)
+        return space
+
+    def _check_range(self, space: ActionSpace, accept_wider: bool) -> None:
+        for name, low, high, *theirs in zip(
+            self.names, self.low, self.high, space.low, space.high, strict=True
+        ):
+            given = (
+                f"{name} of '{self.robot}': the policy's range is {_short(theirs[0])}..{_short(theirs[1])}"
+            )
+            if not all(map(_is_finite, theirs)) or not theirs[0] < theirs[1]:
+                raise ContractError(f"{given}; both ends must be finite, the low one first")
+            if theirs[1] < low or theirs[0] > high:
+                raise ContractError(f"{given}, which the robot's {low}..{high} does not touch")
+            wider = theirs[0] < low - RANGE_TOLERANCE or theirs[1] > high + RANGE_TOLERANCE
+            if wider and not accept_wider:
+                raise ContractError(
+                    f"{given}, wider than the robot's {low}..{high}; if you narrowed the robot's range on "
+                    "purpose, set Safety(accept_wider_limits=True)"
+                )
+
+    @staticmethod
+    def _check_sizes(contract: PolicyContract) -> None:
+        ranges = {"horizon": MAX_HORIZON, "execute": contract.horizon, "image_size": MAX_IMAGE_SIZE}
+        for name, most in ranges.items():
+            value = getattr(contract, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ContractError(f"the policy's {name} must be 1..{most}, got {_short(value)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Safety:
+    """When to refuse to start, when to hold, and when to stop for good. Times in s, angles in rad."""
+
+    start_tolerance: float = 0.05
+    """How far outside its range a joint may stand; it then moves back at limited speed."""
+    gripper_tolerance: float = 0.1
+    """The same for the gripper's measured opening."""
+    still: float = 0.01
+    """The arm may move so much during the readings before the start."""
+    check_readings: int = 3
+    """Good readings in a row before the start."""
+    start_s: float = 5.0
+    """The start is refused when these are not had within this time."""
+    observation_hold_s: float = 0.3
+    """The arm holds when there has been no good observation for so long .."""
+    observation_stop_s: float = 1.0
+    """.. and stops after this."""
+    frozen_s: float = 0.5
+    """A camera whose picture has not changed for so long, while a joint moved by `moving`, stops the arm;
+    a blank picture (black or of one colour) counts as no observation."""
+    moving: float = 0.02
+    following_error: float = 0.25
+    """The arm holds while a measured joint is farther than this from the commands of the last
+    `following_lag_s`, and stops when that lasts `following_s`. The gripper is exempt: an object blocks it."""
+    following_lag_s: float = 0.4
+    following_s: float = 0.5
+    clamp_error: float = 0.1
+    """A command farther than this from what the policy wants counts as clamped; the arm stops when nine of
+    ten commands of the last `clamp_s` were."""
+    clamp_s: float = 3.0
+    repeat_s: float = 5.0
+    """The arm stops when all chunks of so many seconds are bit for bit the same although it has moved."""
+    deadline_s: float = 1.0
+    """A reply that comes later than this after its request is dropped."""
+    bad_replies: int = 3
+    """Malformed replies in a row that stop the arm."""
+    patience_s: float = 10.0
+    """The arm stops when it has held for so long, for whatever reason; until then a lost server is tried
+    again."""
+    send_stop_s: float = 0.5
+    """The arm stops when commands have failed or blocked for so long."""
+    stall_s: float = 1.0
+    """The arm stops when the loop itself, or the e-stop hook, did not run for so long."""
+    accept_wider_limits: bool = False
+    """Run a policy whose joint ranges are wider than the robot's. Commands stay inside the robot's."""
+    accept_torque_off: bool = False
+    """Run a LeRobot arm that goes limp when it is disconnected (`disable_torque_on_disconnect`)."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, bool):
+                continue
+            if not isinstance(value, int | float) or not value > 0:
+                raise BlmError(f"Safety({item.name}={value!r}): must be a positive number")
+        if not (isinstance(self.check_readings, int) and isinstance(self.bad_replies, int)):
+            raise BlmError("Safety: check_readings and bad_replies must be whole numbers")
+        if self.observation_hold_s > self.observation_stop_s:
+            raise BlmError("Safety: observation_hold_s must not be longer than observation_stop_s")
+
+
+def _is_finite(value: object) -> bool:
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return number and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 120 else text[:117] + "..."
