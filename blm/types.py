@@ -7,6 +7,7 @@ Units: SI and radians. Gripper opening: 0 closed, 1 open. Images: uint8, HWC, RG
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -364,5 +365,23 @@ class Sampling:
     """An answer is a function of its conversation and this, whatever else is answered beside it."""
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise BlmError(f"{self}: max_tokens >= 1, temperature >= 0 and top_p in (0, 1] are needed")
+        good = self.max_tokens >= 1 and 0 <= self.temperature < math.inf and 0 < self.top_p <= 1
+        penalty, seeds = self.repetition_penalty, -(2**63) <= self.seed < 2**63
+        if not (good and seeds and (penalty is None or 0 < penalty < math.inf)):  # NaN fails each of them
+            raise BlmError(
+                f"{self}: max_tokens >= 1, temperature >= 0, top_p in (0, 1], repetition_penalty > 0 and a "
+                "seed of 64 bits are needed, all finite"
+            )
+
+
+@dataclass(frozen=True)
+class ChatCapacity:
+    """What one chat request can hold at most. Requests beyond it are refused before they are decoded."""
+
+    context_tokens: int
+    """Tokens of prompt and answer together."""
+    image_tokens: int
+    """Tokens that the smallest picture takes; larger pictures may take more."""
+    max_text_bytes: int
+    """UTF-8 bytes of all text parts together; more cannot fit into the context."""
+    max_images: int

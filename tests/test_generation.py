@@ -11,6 +11,7 @@ from test_backbone import MAKERS, PROMPTS
 
 from blm.backbone import Backbone, build_nano
 from blm.backbone.generation import Answer, Generation
+from blm.backbone.prompt import question_prompt
 from blm.types import BlmError, Message, Sampling
 
 
@@ -103,3 +104,17 @@ def test_nonsense_is_refused() -> None:
     for wrong in ({"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}):
         with pytest.raises(BlmError, match="are needed"):
             Sampling(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_capacity_is_what_the_context_holds(backbone: Backbone) -> None:
+    generation = Generation(backbone)
+    capacity, context = generation.capacity, backbone.decoder.config.max_position_embeddings
+    assert capacity.context_tokens == min(context, 65_536)
+    assert 1 <= capacity.image_tokens * capacity.max_images <= context
+    text = "  ".join(["What is in the picture?"] * 20)
+    tokens = len(backbone.processor.tokenizer(text)["input_ids"])
+    assert len(text.encode()) <= tokens * capacity.max_text_bytes / capacity.context_tokens
+    picture = np.zeros((30, 40, 3), np.uint8)
+    prompt = backbone.encode([question_prompt("x", [picture])])["input_ids"]
+    placeholders = int((prompt == backbone.processor.image_token_id).sum())
+    assert placeholders <= generation.tokens_per_image(40, 30) <= placeholders + 3

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,10 +17,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from blm.types import Message, Sampling
+from blm.types import ChatCapacity, Message, Sampling
 
 if TYPE_CHECKING:
     from blm.backbone.backbone import Backbone, Inputs
+
+CONTEXT_TOKENS = 65_536
+"""Longest conversation that is served, whatever the model could hold: 2-4 GB of keys and values at 7 B
+parameters. It is also 16 answers of 4096 tokens each, nano's whole context."""
+BYTES_PER_TOKEN = 16
+"""Text with more bytes per token than this is padding: English has about 4, no language more than 8."""
+MAX_IMAGES = 64
+"""Pictures in one conversation: a video of 64 frames."""
 
 
 @dataclass(eq=False)
@@ -55,6 +64,28 @@ class Generation:
         config = backbone.model.generation_config
         self._ends = set(np.atleast_1d(config.eos_token_id).tolist())
         self._penalty = config.repetition_penalty or 1.0
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return min(self.backbone.decoder.config.max_position_embeddings, CONTEXT_TOKENS)
+
+    @cached_property
+    def capacity(self) -> ChatCapacity:
+        """What one request can hold at most."""
+        longest = max(len(token.encode()) for token in self.backbone.processor.tokenizer.get_vocab())
+        image_tokens = self.tokens_per_image(1, 1)
+        return ChatCapacity(
+            context_tokens=self.context_length,
+            image_tokens=image_tokens,
+            max_text_bytes=min(longest, BYTES_PER_TOKEN) * self.context_length,
+            max_images=min(self.context_length // image_tokens, MAX_IMAGES),
+        )
+
+    def tokens_per_image(self, width: int, height: int) -> int:
+        """Return how many tokens a picture of this size [px] takes, without looking at one."""
+        counted = self.backbone.processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
+        return int(counted.num_image_tokens[0])
 
     @torch.no_grad()
     def start(

@@ -18,7 +18,17 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from blm.types import ActionChunk, BlmError, LateError, Message, Observation, Policy, PolicyContract, Sampling
+from blm.types import (
+    ActionChunk,
+    BlmError,
+    ChatCapacity,
+    LateError,
+    Message,
+    Observation,
+    Policy,
+    PolicyContract,
+    Sampling,
+)
 
 log = logging.getLogger(__name__)
 
@@ -174,6 +184,11 @@ class Engine:
                 self._asked.remove(talk)
             self._left.append(talk)
             self._news.notify()
+
+    @property
+    def capacity(self) -> ChatCapacity | None:
+        """What one chat request can hold at most; None without chat or for a speaker that does not say."""
+        return getattr(self.speaker, "capacity", None)
 
     @property
     def waiting(self) -> dict[str, int]:
