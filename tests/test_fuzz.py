@@ -18,7 +18,8 @@ from test_serving import CONTRACT, EchoPolicy, EchoSpeaker, observation, running
 from websockets.sync.client import connect
 
 from blm.serving import wire
-from blm.serving.chat import Limits, RequestError, parse_request
+from blm.serving.chat import Limits, parse_request
+from blm.serving.errors import RequestError
 from blm.types import BlmError
 
 MANY = int(os.environ.get("BLM_FUZZ", "300"))
@@ -125,8 +126,9 @@ def to_body(chat: object) -> bytes:
 @given(chats.map(to_body) | st.binary(max_size=300))
 def test_any_chat_request(body: bytes) -> None:
     try:
-        asked, _ = parse_request(body, Limits())
-        assert asked.samplings
+        parsed = parse_request(body, Limits())
+        assert parsed.request.samplings(4096)
+        parsed.conversation.decoded()
     except RequestError as error:
         assert 400 <= error.status < 500 and str(error)
 

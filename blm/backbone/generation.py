@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from blm.backbone.tokenizing import BackboneTokenizer
 from blm.types import ChatCapacity, Message, Sampling
 
 if TYPE_CHECKING:
@@ -81,6 +82,11 @@ class Generation:
             max_text_bytes=min(longest, BYTES_PER_TOKEN) * self.context_length,
             max_images=min(self.context_length // image_tokens, MAX_IMAGES),
         )
+
+    @cached_property
+    def tokenizer(self) -> BackboneTokenizer:
+        """What counts tokens beside the model's thread."""
+        return BackboneTokenizer(self.backbone)
 
     def tokens_per_image(self, width: int, height: int) -> int:
         """Return how many tokens a picture of this size [px] takes, without looking at one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -28,6 +28,8 @@ class Serve:
     """Model name that chat clients ask for."""
     api_key: str | None = None
     """If given, clients must send it."""
+    reasoning: Literal["inline", "separate"] = "inline"
+    """Where thoughts go: into the answer's text, or apart as `reasoning_content`."""
     device: str = "cpu"
     """Torch device."""
     playground: bool = False
@@ -51,7 +53,9 @@ def serve(command: str, arguments: list[str]) -> None:
     console.print(f"chat on http://{host}:{port}/v1, actions on ws://{host}:{port}/")
     # from 4 observations on, a processor takes as long for each; longer passes only keep the others waiting
     room = Room(actions_together=8) if chosen.device == "cpu" else Room()
-    app = create_app(model, model.speaker(), name=chosen.name, api_key=key, room=room)
+    app = create_app(
+        model, model.speaker(), name=chosen.name, api_key=key, room=room, reasoning=chosen.reasoning
+    )
     if chosen.playground:
         from blm.serving.playground import PATH, add_playground, read_beside
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Mapping
 
-from blm.serving.chat import RequestError
+from blm.serving.errors import RequestError
 
 PATIENCE_S = 20.0
 """A client has this long to say what it wants, and then to send it."""

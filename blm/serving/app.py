@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -20,12 +19,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from blm.serving import access
 from blm.serving.access import require_key
-from blm.serving.chat import Limits, RequestError
+from blm.serving.chat import Limits
 from blm.serving.client import MAX_FRAME
-from blm.serving.completions import add_chat
+from blm.serving.completions import ChatService, add_chat
 from blm.serving.engine import Engine, Room, Speaker
+from blm.serving.errors import RequestError
 from blm.serving.metrics import Metrics
+from blm.serving.models import add_models
+from blm.serving.openai_reply import Reasoning
 from blm.serving.openpi import add_policy
+from blm.serving.tokenizing import add_tokenizing
 from blm.types import Policy
 
 log = logging.getLogger(__name__)
@@ -43,10 +46,12 @@ def create_app(
     api_key: str | None = None,
     limits: Limits | None = None,
     room: Room | None = None,
+    reasoning: Reasoning = "inline",
 ) -> FastAPI:
     """Build the server around a policy, a speaker, or both; what is missing is not routed.
 
-    The policy must keep no memory between requests: OpenPI has no message for a new episode.
+    The policy must keep no memory between requests: OpenPI has no message for a new episode. `reasoning` says
+    where thoughts go: into the answer's text, or apart into `reasoning_content`.
     """
     engine = Engine(policy, speaker, room)
     metrics = Metrics(lambda: engine.waiting)
@@ -61,9 +66,21 @@ def create_app(
     app.state.engine, app.state.metrics = engine, metrics
     app.add_exception_handler(RequestError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
-    _add_status(app, policy, speaker, name, api_key)
+    _add_status(app, policy, speaker, api_key)
+    add_models(app, engine, name, api_key)
     if speaker is not None:
-        add_chat(app, name, api_key, limits or Limits())
+        service = ChatService(
+            name=name,
+            engine=engine,
+            metrics=metrics,
+            limits=limits or Limits(),
+            api_key=api_key,
+            reasoning=reasoning,
+            fingerprint=None if policy is None else policy.contract.revision,
+        )
+        add_chat(app, service)
+        if (tokenizer := getattr(speaker, "tokenizer", None)) is not None:
+            add_tokenizing(app, service, tokenizer)
     if policy is not None:
         add_policy(app, policy, api_key)
     return app
@@ -119,10 +136,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return JSONResponse(error.to_json(), error.status, headers)
 
 
-def _add_status(
-    app: FastAPI, policy: Policy | None, speaker: Speaker | None, name: str, api_key: str | None
-) -> None:
-    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "blm"}
+def _add_status(app: FastAPI, policy: Policy | None, speaker: Speaker | None, api_key: str | None) -> None:
     contract = policy.contract.to_json() if policy is not None else None
     about = {"version": version("blm"), "chat": speaker is not None, "policy": contract}
 
@@ -143,8 +157,3 @@ def _add_status(
     async def get_metrics(request: Request) -> Response:
         require_key(request.headers, api_key)
         return Response(app.state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
-        require_key(request.headers, api_key)
-        return {"object": "list", "data": [model]}
