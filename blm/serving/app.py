@@ -78,6 +78,7 @@ def create_app(
             reasoning=reasoning,
             fingerprint=None if policy is None else policy.contract.revision,
         )
+        app.state.chat = service
         add_chat(app, service)
         if (tokenizer := getattr(speaker, "tokenizer", None)) is not None:
             add_tokenizing(app, service, tokenizer)

@@ -104,14 +104,14 @@ def _jpeg(data: bytes) -> PictureHeader:
         if marker == 0xFF:  # filling
             at += 1
             continue
+        if marker in (0xDA, 0xD9):
+            break
         if marker not in _JPEG_ALONE:
             end += struct.unpack_from(">H", data, end)[0]
         if marker in _JPEG_SIZES:
             size = struct.unpack_from(">HH", data, at + 5)
         if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
             orientation = orientation_of(data[at + 4 : end])
-        if marker in (0xDA, 0xD9):
-            break
         if not (
             0xE1 <= marker <= 0xED or marker in (0xEF, 0xFE)
         ):  # JFIF and Adobe tell how colours are coded

@@ -89,8 +89,12 @@ def validated(kind: type[Model], document: Mapping[str, Any]) -> Model:
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=True)
-        raise _refusal(max(found, key=lambda one: len(one["loc"])), document) from error
+        # of a field with several forms there is one error for each form: tell the nearest to what was meant
+        found = max(
+            error.errors(include_url=False),
+            key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")),
+        )
+        raise _refusal(found, document) from error
 
 
 def _refusal(found: ErrorDetails, document: Mapping[str, Any]) -> RequestError:
