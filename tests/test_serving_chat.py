@@ -705,3 +705,21 @@ def test_keys_guard_models_and_tokens() -> None:
             assert httpx.get(f"http://{address}/{path}").status_code == 401
         for path in ("tokenize", "detokenize", "v1/chat/completions"):
             assert httpx.post(f"http://{address}/{path}", json={}).status_code == 401
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from(["tokenize", "detokenize"]),
+    st.dictionaries(
+        st.sampled_from(["model", "prompt", "messages", "tokens", "add_special_tokens", "return_token_strs"]),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.text(max_size=9)
+        | st.lists(st.integers(0, 800) | st.just({"role": "user", "content": "x"}), max_size=4),
+        max_size=4,
+    ),
+)
+def test_token_routes_never_fail(nano: tuple[str, Generation], route: str, asked: dict[str, Any]) -> None:
+    reply = httpx.post(f"http://{nano[0]}/{route}", json=asked)
+    assert reply.status_code in (200, 400, 404), reply.text
