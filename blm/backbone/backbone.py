@@ -5,7 +5,6 @@ Shapes: B conversations, L prompt positions, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import shutil
@@ -30,6 +29,7 @@ from transformers.utils import is_torchvision_available
 
 from blm.backbone.generation import Generation
 from blm.backbone.nano import SAMPLE_TEXTS, make_nano
+from blm.backbone.prefill import shallow
 from blm.backbone.prompt import question_prompt, to_chat
 from blm.backbone.smol import make_smol
 from blm.media import load_pixels
@@ -166,9 +166,19 @@ class Backbone:
         Image paths are read below `root`. Raises BlmError as `render` and `process` do, for bad pictures, and
         when a prompt is longer than the context.
         """
+        return self.place(self.read(conversations, side=side, root=root))
+
+    def read(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        side: Literal["left", "right"] = "left",
+        root: Path | None = None,
+    ) -> Inputs:
+        """Return what `encode` does, on the CPU and in full precision."""
         texts = [self.render(messages, prompt=True) for messages in conversations]
         images = [load_pixels(image, root) for c in conversations for m in c for image in m.images]
-        return self.place(self.process(texts, images, side=side))
+        return self.process(texts, images, side=side)
 
     def place(self, inputs: Inputs) -> Inputs:
         """Move inputs to the model's device, and pictures to its precision."""
@@ -313,20 +323,14 @@ def _truncated(model: nn.Module, path: Sequence[str], layer: int) -> nn.Module:
     Modules on the path are shallow copies; all others, and every parameter, are shared. The model itself is
     not touched, so another thread may be generating with it.
     """
-    top = view = _shallow(model.get_submodule(path[0]))
+    top = view = shallow(model.get_submodule(path[0]))
     for name in path[1:]:
-        view._modules[name] = _shallow(view.get_submodule(name))
+        view._modules[name] = shallow(view.get_submodule(name))
         view = view.get_submodule(name)
     layers = view.get_submodule("layers")
     assert isinstance(layers, nn.ModuleList)
     view._modules |= {"layers": layers[:layer], "norm": nn.Identity()}
     return top
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    view = copy.copy(module)
-    view.__dict__["_modules"] = dict(module._modules)
-    return view
 
 
 def _one_picture_a_row(pixels: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from blm.media import load_pixels
 from blm.types import Message
 
 if TYPE_CHECKING:
@@ -14,13 +13,15 @@ if TYPE_CHECKING:
 
 
 class BackboneTokenizer:
-    """Tokenises as a backbone does, with a processor of its own: a fast tokenizer may not be shared.
-
-    Its methods may run in several threads at once.
-    """
+    """Tokenises as a backbone does. Its methods may run in several threads at once."""
 
     def __init__(self, backbone: Backbone) -> None:
-        self._backbone = type(backbone)(backbone.model, copy.deepcopy(backbone.processor))
+        """`backbone` should have a processor of its own, which no action waits for.
+
+        Texts have a tokenizer of their own: in a shared one, `process` changes the state of padding, which
+        raises an error while another thread encodes.
+        """
+        self._backbone = backbone
         self._alone = copy.deepcopy(backbone.processor.tokenizer.backend_tokenizer)
         self._alone.no_padding()
         self._alone.no_truncation()
@@ -37,11 +38,9 @@ class BackboneTokenizer:
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Return what the model reads of a conversation, pictures included.
 
-        Raises BlmError as `Backbone.encode` does.
+        Raises BlmError as `Backbone.read` does.
         """
-        text = self._backbone.render(messages, prompt=True)
-        images = [load_pixels(image) for message in messages for image in message.images]
-        return [int(token) for token in self._backbone.process([text], images)["input_ids"][0]]
+        return [int(token) for token in self._backbone.read([messages])["input_ids"][0]]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones included."""

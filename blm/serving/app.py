@@ -144,11 +144,12 @@ def _add_status(app: FastAPI, policy: Policy | None, speaker: Speaker | None, ap
     @app.get("/healthz", response_class=PlainTextResponse)
     @app.get("/health", response_class=PlainTextResponse)
     async def health() -> Response:
-        if not app.state.engine.ready.is_set():
-            return PlainTextResponse("warming up\n", 503, {"Retry-After": "1"})
-        if app.state.engine.failed is not None:
-            return PlainTextResponse(f"the model failed: {app.state.engine.failed!r}\n", 500)
-        return PlainTextResponse("OK\n")
+        found = app.state.engine.health()
+        if found.status == "ok":
+            return PlainTextResponse("OK\n")
+        if found.status == "failed":
+            return PlainTextResponse(f"the model failed: {found.reason}\n", 500)
+        return PlainTextResponse(f"{found.status}\n", 503, {"Retry-After": "1"})
 
     @app.get("/version")
     async def get_version() -> dict[str, Any]:
