@@ -6,11 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from blm.backbone import BACKBONES, Backbone
 from blm.evaluation.digital.endpoint import Endpoint, Settings
-from blm.hub import BLM
-from blm.policy.checkpoint import RELEASES, folder_of
-from blm.types import BlmError, Chat, UnknownNameError
+from blm.hub import find_model
+from blm.types import BlmError, Chat
 
 HELP = "a checkpoint or backbone folder, a backbone's name, or openai:MODEL@URL (URL ends in /v1)"
 SCHEME = "openai:"
@@ -34,21 +32,20 @@ def find_chat(
     cache: Path | None = None,
     settings: Settings | None = None,
 ) -> Named:
-    """Load what `name` says. Raises UnknownNameError with the choices, BlmError for a malformed address.
+    """Load what `name` says. Raises UnknownNameError with the choices, BlmError for what has no chat.
 
     `api_key` (else the environment's OPENAI_API_KEY), `cache` and `settings` are for endpoints.
     """
     if name.startswith(SCHEME):
         endpoint = find_endpoint(name, api_key=api_key, cache=cache, settings=settings)
         return Named(endpoint, endpoint.name)
-    folder = Path(name)
-    if (folder_of(name) / "manifest.json").exists():
-        model = BLM.from_pretrained(name, device=device)
-        return Named(model.backbone, model.contract.revision)
-    if not folder.is_dir() and name not in BACKBONES:
-        raise UnknownNameError("model", name, [*RELEASES, *BACKBONES, "<a folder>", "openai:MODEL@URL"])
-    backbone = Backbone.load(name, device=device)
-    return Named(backbone, backbone.fingerprint()[:16])
+    source = find_model(name)
+    if not source.has_chat:
+        raise BlmError(f"'{name}' is a {source.kind}: it has actions and no chat; give {HELP}")
+    model = source.load(device)
+    assert model.chat is not None
+    revision = model.chat.fingerprint()[:16] if model.policy is None else model.policy.contract.revision
+    return Named(model.chat, revision)
 
 
 def find_endpoint(

@@ -27,7 +27,18 @@ console = Console()
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `blm`. Errors that a user can mend end with one line and exit status 2."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:  # `blm .. | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+        raise SystemExit(128 + 13) from None  # as a program that SIGPIPE ends
+
+
+def _run(arguments: list[str]) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one bar at a time: ours
     try:
         name, command, rest = find_command(arguments)

@@ -14,6 +14,7 @@ from blm.demos.expert import Expert
 from blm.demos.planner import PlanError
 from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy
 from blm.evaluation.baselines import ReplayPolicy
+from blm.hub import check_device
 from blm.policy.checkpoint import folder_of, kind_of
 from blm.policy.policy import CheckpointPolicy, ContinuingPolicy
 from blm.robots import ROBOTS
@@ -97,6 +98,7 @@ def find_policy(
     if name.startswith(SCHEMES):
         return partial(RemotePolicy, name, api_key=api_key, contract=contract)
     if (folder_of(name) / "manifest.json").is_file():
+        check_device(device)
         return partial(load_checkpoint, Path(name), device=device)
     raise BlmError(f"no policy '{name}': give {HELP}")
 

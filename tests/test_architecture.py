@@ -19,6 +19,7 @@ COMPOSITION = {
 
 ALLOWED = {
     "types": "",
+    "addresses": "types",
     "engine": "types",
     "media": "types",
     "robots": "types",
@@ -31,8 +32,8 @@ ALLOWED = {
     "policy": "types data backbone bridge",
     "training": "types engine media data corpora backbone bridge policy",
     "baselines": "types data policy training",
-    "evaluation": "types engine media robots tasks",
-    "serving": "types robots tasks",
+    "evaluation": "types addresses engine media robots tasks",
+    "serving": "types addresses robots tasks",
     "viewing": "types data",
 }
 FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8

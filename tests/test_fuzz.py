@@ -15,7 +15,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from test_serving import CONTRACT, EchoPolicy, EchoSpeaker, observation, running
+from test_serving import CONTRACT, JSON, EchoPolicy, EchoSpeaker, observation, running
 from websockets.sync.client import connect
 
 from blm.serving import wire
@@ -161,7 +161,7 @@ def test_any_chat_request(body: bytes) -> None:
 @settings(max_examples=max(50, MANY // 4), deadline=None, suppress_health_check=list(HealthCheck))
 @given(chats.map(to_body) | st.binary(max_size=300))
 def test_a_server_never_says_500(live: str, body: bytes) -> None:
-    reply = httpx.post(f"http://{live}/v1/chat/completions", content=body, timeout=20)
+    reply = httpx.post(f"http://{live}/v1/chat/completions", content=body, headers=JSON, timeout=20)
     assert reply.status_code < 500, reply.text
     if reply.status_code >= 400:
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}

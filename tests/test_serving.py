@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from typing import Literal
 
 import httpx
@@ -28,8 +28,7 @@ from PIL import Image as Pillow
 from PIL.ExifTags import Base
 from prometheus_client.parser import text_string_to_metric_families
 
-from blm.serving import access, wire
-from blm.serving import app as app_module
+from blm.serving import access, connections, wire
 from blm.serving.app import Server, create_app, server_config
 from blm.serving.chat import Limits
 from blm.serving.client import RemotePolicy
@@ -49,6 +48,7 @@ from blm.types import (
 )
 
 SIDE = 8
+JSON = {"Content-Type": "application/json"}
 PNG = "data:image/png;base64,"
 uses_openpi_client = pytest.mark.filterwarnings("ignore:connect.. must be used as a context manager")
 """openpi-client 0.1.2 calls websockets in a way that websockets 17.1 calls deprecated; ours must not."""
@@ -521,8 +521,8 @@ def test_bad_chat_requests_say_why(server: str, asked: dict[str, object], status
 def test_size_limits() -> None:
     with running(None, EchoSpeaker(), limits=Limits(body_bytes=2000, pixels=100)) as address:
         url = f"http://{address}/v1/chat/completions"
-        assert httpx.post(url, content=b"{" + b" " * 3000).status_code == 413
-        assert httpx.post(url, content=b"not json").status_code == 400
+        assert httpx.post(url, content=b"{" + b" " * 3000, headers=JSON).status_code == 413
+        assert httpx.post(url, content=b"not json", headers=JSON).status_code == 400
         content = picture(PNG + png((0, 0, 0), size=(11, 10)))
         reply = httpx.post(url, json=body(content))
         assert reply.status_code == 400 and "more than 100 pixels" in reply.json()["error"]["message"]
@@ -781,7 +781,7 @@ def test_what_has_begun_ends_well_when_the_server_is_told_to_stop() -> None:
         remote.act(observation())
 
 
-HEADERS = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+HEADERS = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/ch", HEADERS])
@@ -807,11 +807,11 @@ def test_a_body_that_drips_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_more_connections_than_there_is_room_for_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(app_module, "MOST_CONNECTIONS", 8)
-    with running(None, EchoSpeaker()) as address, ExitStack() as stack:
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 8)
+    monkeypatch.setattr(connections, "ADDRESS_SHARE", 1.0)
+    with running(EchoPolicy(), EchoSpeaker()) as address, ExitStack() as stack:
         for _ in range(8):
-            stack.enter_context(connected(address))
-        time.sleep(0.2)
+            stack.enter_context(closing(RemotePolicy(f"ws://{address}")))
         assert httpx.get(f"http://{address}/v1/models").status_code == 503
         stack.close()
         wait_for(lambda: httpx.get(f"http://{address}/v1/models").status_code == 200)
@@ -823,7 +823,7 @@ def test_a_robot_that_vanished_is_noticed() -> None:
     with running_app(app, ws_ping_interval=0.2, ws_ping_timeout=0.2) as address, connected(address) as gone:
         upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
         key = "Sec-WebSocket-Key: " + base64.b64encode(bytes(16)).decode()
-        gone.sendall(f"GET / HTTP/1.1\r\nHost: x\r\n{upgrade}{key}\r\n\r\n".encode())
+        gone.sendall(f"GET / HTTP/1.1\r\nHost: localhost\r\n{upgrade}{key}\r\n\r\n".encode())
         assert b"101" in gone.recv(100)
         end = time.monotonic() + 5
         while gone.recv(1000):

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
-from test_serving import CONTRACT, PNG, EchoPolicy, EchoSpeaker, Words, ask, body, picture, png, running
+from test_serving import CONTRACT, JSON, PNG, EchoPolicy, EchoSpeaker, Words, ask, body, picture, png, running
 from test_serving_pictures import MEGABYTE, data_uri, memory_below
 
 from blm.backbone import build_nano
@@ -143,7 +143,7 @@ def test_the_body_limit_follows_from_what_the_model_holds() -> None:
     assert Limits(body_bytes=7).body(NANO) == 7
     with running(None, EchoSpeaker()) as address:
         url, most = f"http://{address}/v1/chat/completions", LIMITS.body(UNSTATED)
-        reply = httpx.post(url, content=b"{" + b" " * most, timeout=30)
+        reply = httpx.post(url, content=b"{" + b" " * most, headers=JSON, timeout=30)
         assert reply.status_code == 413 and str(most) in reply.json()["error"]["message"]
 
 
@@ -194,7 +194,7 @@ def test_many_large_bodies_neither_stall_the_server_nor_fill_its_memory() -> Non
         url, statuses = f"http://{address}/v1/chat/completions", list[int]()
 
         def post() -> None:
-            reply = httpx.post(url, content=large, timeout=60)
+            reply = httpx.post(url, content=large, headers=JSON, timeout=60)
             statuses.append(reply.status_code)
             assert reply.status_code == 200 or reply.headers["retry-after"] == "1"
 
@@ -213,7 +213,9 @@ def test_many_large_bodies_neither_stall_the_server_nor_fill_its_memory() -> Non
                 thread.join()
             assert len(statuses) == 20 and set(statuses) <= {200, 503} and 200 in statuses
             assert slowest < 2, "on two busy cores; 30 s before"
-            assert client.post(url, content=large).status_code == 200, "what was held has come back"
+            assert client.post(url, content=large, headers=JSON).status_code == 200, (
+                "what was held has come back"
+            )
 
 
 def test_refused_and_abandoned_requests_give_their_memory_back() -> None:

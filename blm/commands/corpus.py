@@ -280,7 +280,9 @@ def replay(command: str, arguments: list[str]) -> None:
         """
         from blm.backbone import Backbone
         from blm.corpora.replay import build_replay
+        from blm.hub import check_device
 
+        check_device(device)
         unused = build_replay(Backbone.load(backbone, device=device), out, count, seed=seed)
         console.print(f"{count} conversations ({unused} answers were not whole): {out}", soft_wrap=True)
 

@@ -35,8 +35,10 @@ def retention(command: str, arguments: list[str]) -> None:
         """
         from blm.backbone import Backbone
         from blm.data.files import write_json
+        from blm.hub import check_device
         from blm.training.retention import Retention, read_texts
 
+        check_device(device)
         before = Backbone.load(base, device=device)
         kept = Retention(before, read_texts(text) if text else ())
         after = Backbone.load(tuned, device=device)

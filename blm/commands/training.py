@@ -65,11 +65,13 @@ def stage1(command: str, arguments: list[str]) -> None:
     """`blm train stage1 OUT --corpus FOLDER`: train, evaluating held-out loss and retention on the way."""
     chosen = parse_stage1(command, arguments)
     from blm.data.files import write_json
+    from blm.hub import check_device
     from blm.training.parallel import Processes
     from blm.training.retention import Retention, read_texts
     from blm.training.sft import held_out_loss, train_stage1
 
     config = Stage1Config(**{field.name: getattr(chosen, field.name) for field in fields(Stage1Config)})
+    check_device(chosen.device)
     processes = Processes.join(chosen.device)
     backbone, sources, held_out = _open(chosen, config, processes.device)
     retention = Retention(backbone, read_texts(chosen.retention_text) if chosen.retention_text else ())
@@ -114,9 +116,11 @@ def stage2(command: str, arguments: list[str]) -> None:
     """`blm train stage2 OUT --datasets FOLDER ..`: bridge and policy on any datasets."""
     chosen = parse_stage2(command, arguments)
     from blm.data.episodes import open_dataset
+    from blm.hub import check_device
     from blm.training.imitate import train_stage2
     from blm.training.parallel import Processes
 
+    check_device(chosen.device)
     config = ImitateConfig(**{field.name: getattr(chosen, field.name) for field in fields(ImitateConfig)})
     tasks = sorted({task for folder in config.datasets for task in open_dataset(folder).tasks})
     drive = driver(chosen.out, tasks, chosen.drive, config.intents.workers) if chosen.drive else None

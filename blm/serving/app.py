@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -15,15 +15,19 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
-from blm.serving import access
-from blm.serving.access import require_key
+from blm.serving import connections
+from blm.serving.access import SECURITY_HEADERS, Access, origin_text
 from blm.serving.chat import Limits
 from blm.serving.client import MAX_FRAME
 from blm.serving.completions import ChatService, add_chat
 from blm.serving.engine import Engine, Room, Speaker
 from blm.serving.errors import RequestError
+from blm.serving.gate import Gate
+from blm.serving.login import add_login
 from blm.serving.metrics import Metrics
 from blm.serving.models import add_models
 from blm.serving.openai_reply import Reasoning
@@ -34,8 +38,6 @@ from blm.types import Policy
 log = logging.getLogger(__name__)
 GRACE_S = 4.0
 """What has begun may take this long to end when the server is told to stop."""
-MOST_CONNECTIONS = 1000
-"""Further ones get status 503; each may hold a request body."""
 
 
 def create_app(
@@ -44,15 +46,18 @@ def create_app(
     *,
     name: str = "BLM",
     api_key: str | None = None,
+    access: Access | None = None,
     limits: Limits | None = None,
     room: Room | None = None,
     reasoning: Reasoning = "inline",
 ) -> FastAPI:
-    """Build the server around a policy, a speaker, or both; what is missing is not routed.
+    """Build the server around a policy, a speaker, or both; the routes of what is missing say so.
 
-    The policy must keep no memory between requests: OpenPI has no message for a new episode. `reasoning` says
-    where thoughts go: into the answer's text, or apart into `reasoning_content`.
+    `api_key` is short for `access=Access([api_key])`. `reasoning`: where thoughts go, into the answer's text or
+    apart. The policy must keep no memory between requests: OpenPI has no message for a new episode. Raises
+    BlmError for an empty or unprintable key.
     """
+    access = access or Access([] if api_key is None else [api_key])
     engine = Engine(policy, speaker, room)
     metrics = Metrics(lambda: engine.waiting)
 
@@ -63,18 +68,26 @@ def create_app(
         await run_in_threadpool(engine.join)
 
     app = FastAPI(title=name, version=version("blm"), docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.state.engine, app.state.metrics = engine, metrics
+    app.state.engine, app.state.metrics, app.state.access = engine, metrics, access
+    app.state.connections = connections.ConnectionTable()
+    app.router.default = _not_found
     app.add_exception_handler(RequestError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
-    _add_status(app, policy, speaker, api_key)
-    add_models(app, engine, name, api_key)
+    app.add_exception_handler(ClientDisconnect, _on_leaving)
+    app.add_exception_handler(Exception, _on_error)
+    if access.trust.origins:
+        origins = [origin_text(origin) for origin in access.trust.origins]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(Gate, access=access)  # added last: it comes first
+    _add_status(app, policy, speaker)
+    add_models(app, engine, name)
+    add_login(app, access)
     if speaker is not None:
         service = ChatService(
             name=name,
             engine=engine,
             metrics=metrics,
             limits=limits or Limits(),
-            api_key=api_key,
             reasoning=reasoning,
             fingerprint=None if policy is None else policy.contract.revision,
         )
@@ -83,21 +96,8 @@ def create_app(
         if (tokenizer := getattr(speaker, "tokenizer", None)) is not None:
             add_tokenizing(app, service, tokenizer)
     if policy is not None:
-        add_policy(app, policy, api_key)
+        add_policy(app, policy, None)
     return app
-
-
-class Impatient(H11Protocol):
-    """Closes connections over which nothing is asked: half open, or so slow that headers never end."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.loop.call_later(access.PATIENCE_S, self._close_unless_asked)
-
-    def _close_unless_asked(self) -> None:
-        upgraded = self.transport.get_protocol() is not self
-        if self.cycle is None and not upgraded:
-            self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -110,52 +110,90 @@ class Server(uvicorn.Server):
 
 
 def server_config(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> uvicorn.Config:
-    """The uvicorn settings that OpenPI clients need: large frames, no compression."""
+    """The uvicorn settings that OpenPI clients need (large frames, no compression), with our connections.
+
+    What a proxy claims in X-Forwarded-* is not believed: the client could have written it.
+    """
     return uvicorn.Config(
         app,
         host,
         port,
-        http=Impatient,
-        limit_concurrency=MOST_CONNECTIONS,
-        ws="websockets-sansio",
+        http=connections.HttpProtocol,
+        ws=connections.WebSocketProtocol,
         ws_max_size=MAX_FRAME,
         ws_per_message_deflate=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=int(connections.KEEP_ALIVE_S),
         timeout_graceful_shutdown=int(GRACE_S),
     )
 
 
-def serve(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Run until interrupted. `host='0.0.0.0'` opens the server to the network: set an api_key then."""
-    Server(server_config(app, host, port)).run()
+def serve(
+    app: FastAPI, host: str = "127.0.0.1", port: int = 8000, sockets: list[socket.socket] | None = None
+) -> None:
+    """Run until interrupted, on `sockets` if they are given (`blm.addresses.bind`).
+
+    `host='0.0.0.0'` opens the server to the network: give `create_app` keys then.
+    """
+    _allow_files(2 * connections.MAX_CONNECTIONS)
+    with suppress(KeyboardInterrupt):  # after a clean end
+        Server(server_config(app, host, port)).run(sockets)
+
+
+def _allow_files(most: int) -> None:
+    """Raise this process's own limit on open files, where the system lets it: each connection is one."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most if hard < 0 else min(most, hard), hard))
+
+
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer for paths without a route; Starlette's own answer to a websocket says nothing."""
+    error = RequestError(404, f"no such path: {scope['path'][:200]}")
+    await JSONResponse(error.to_json(), error.status)(scope, receive, send)
+
+
+async def _on_leaving(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
+    headers = dict[str, str]()
     if isinstance(error, HTTPException):  # no such route or method
-        error = RequestError(error.status_code, f"{request.method} {request.url.path}: {error.detail}")
-    assert isinstance(error, RequestError)
-    headers = {"Retry-After": "1"} if error.status == 503 else None
+        headers |= error.headers or {}
+        error = RequestError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
+    if not isinstance(error, RequestError):  # the server logs it; this answer passes no other middleware
+        headers |= SECURITY_HEADERS
+        error = RequestError(500, "the server failed to answer; its log says why")
+    if error.status == 503:
+        headers["Retry-After"] = "1"
     return JSONResponse(error.to_json(), error.status, headers)
 
 
-def _add_status(app: FastAPI, policy: Policy | None, speaker: Speaker | None, api_key: str | None) -> None:
+def _add_status(app: FastAPI, policy: Policy | None, speaker: Speaker | None) -> None:
     contract = policy.contract.to_json() if policy is not None else None
     about = {"version": version("blm"), "chat": speaker is not None, "policy": contract}
 
+    @app.get("/ping", response_class=PlainTextResponse)
     @app.get("/healthz", response_class=PlainTextResponse)
     @app.get("/health", response_class=PlainTextResponse)
-    async def health() -> Response:
-        found = app.state.engine.health()
-        if found.status == "ok":
-            return PlainTextResponse("OK\n")
-        if found.status == "failed":
-            return PlainTextResponse(f"the model failed: {found.reason}\n", 500)
-        return PlainTextResponse(f"{found.status}\n", 503, {"Retry-After": "1"})
+    async def health(request: Request) -> Response:
+        if not app.state.engine.ready.is_set():
+            return PlainTextResponse("warming up\n", 503, {"Retry-After": "1"})
+        if app.state.engine.failed is not None:
+            why = f": {app.state.engine.failed!r}" if app.state.access.is_signed_in(request) else ""
+            return PlainTextResponse(f"the model failed{why}\n", 500)
+        return PlainTextResponse("OK\n")
 
     @app.get("/version")
     async def get_version() -> dict[str, Any]:
         return about
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def get_metrics(request: Request) -> Response:
-        require_key(request.headers, api_key)
+    async def get_metrics() -> Response:
         return Response(app.state.metrics.text(), media_type=CONTENT_TYPE_LATEST)

@@ -15,7 +15,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from blm.serving.access import require_key
 from blm.serving.chat import UNSTATED, Conversation, Limits, ParsedChat, parse_request
 from blm.serving.engine import BusyError, Engine
 from blm.serving.errors import RequestError, quoted
@@ -49,7 +48,6 @@ class ChatService:
     engine: Engine
     metrics: Metrics
     limits: Limits
-    api_key: str | None = None
     reasoning: Reasoning = "inline"
     fingerprint: str | None = None
     """`system_fingerprint` of replies: hash of the weights."""
@@ -75,8 +73,7 @@ class ChatService:
     async def parsed(
         self, request: Request, reservation: Reservation, parse: Callable[[bytearray], Result]
     ) -> Result:
-        """Return what `parse` makes of the body of a request that has the key. Raises RequestError."""
-        require_key(request.headers, self.api_key)
+        """Return what `parse` makes of the body of a request. Raises RequestError."""
         body = await read_body(request, self.limits.body(self.capacity), reservation)
         reservation.hold(COPIES_IN_PARSING * len(body))
         result = await self.in_thread(lambda: parse(body))
@@ -134,9 +131,12 @@ class _Answering:
         ]
         self.form = ChatReply(service.name, service.fingerprint)
         self.prompt_tokens = 0
+        self.client: str | None = None
+        """Its address: clients take turns before the model."""
 
     async def reply(self, request: Request) -> Response:
         """Raises RequestError, before anything is sent, for what the model cannot answer."""
+        self.client = None if request.client is None else request.client.host
         deltas = self.deltas()
         if not self.request.stream:
             leaving = asyncio.ensure_future(_disconnected(request))
@@ -166,7 +166,7 @@ class _Answering:
         start, first = monotonic(), True
         engine, metrics = self.service.engine, self.service.metrics
         try:
-            talk = engine.talk(self.messages, self.samplings)
+            talk = engine.talk(self.messages, self.samplings, self.client)
         except BusyError as error:
             raise refusal(error) from error
         try:

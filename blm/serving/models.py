@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 
-from blm.serving.access import require_key
 from blm.serving.engine import Engine
 from blm.serving.errors import RequestError, quoted
 
 
-def add_models(app: FastAPI, engine: Engine, name: str, api_key: str | None) -> None:
+def add_models(app: FastAPI, engine: Engine, name: str) -> None:
     """Add GET /v1/models and GET /v1/models/NAME, in OpenAI's form with vLLM's `root` and `max_model_len`."""
     created = int(time.time())
 
@@ -30,13 +29,11 @@ def add_models(app: FastAPI, engine: Engine, name: str, api_key: str | None) -> 
         }
 
     @app.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
-        require_key(request.headers, api_key)
+    async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card()]}
 
     @app.get("/v1/models/{model:path}", responses={404: {"description": "another model's name"}})
-    async def one_model(request: Request, model: str) -> dict[str, Any]:
-        require_key(request.headers, api_key)
+    async def one_model(model: str) -> dict[str, Any]:
         if model != name:
             message = f"the model {quoted(model)} does not exist; this server has {quoted(name)}"
             raise RequestError(404, message, "model", "model_not_found")

@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import PIL.Image
 
+from blm.addresses import is_loopback_url
 from blm.evaluation.digital.answers import AnswerCache, AnswerError
 from blm.media import load_pixels
 from blm.types import BlmError, Image, Message
@@ -66,7 +67,17 @@ class Endpoint:
         self.model, self.url, self.settings = model, url.rstrip("/"), settings or Settings()
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=self.settings.concurrency)
-        self._client = httpx.Client(headers=headers, timeout=self.settings.timeout, limits=limits)
+        try:
+            self._client = httpx.Client(
+                headers=headers,
+                timeout=self.settings.timeout,
+                limits=limits,
+                trust_env=not is_loopback_url(self.url),  # no proxy for this machine
+            )
+        except (ImportError, ValueError) as error:
+            raise BlmError(
+                f"cannot use the proxy that the environment names for {self.url}: {error}"
+            ) from error
         self._cache, self._sleep = AnswerCache(cache), sleep
 
     @property
