@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import resource
@@ -14,11 +15,13 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from test_serving import CONTRACT, EchoPolicy, EchoSpeaker, observation, running
+from test_serving import CONTRACT, JSON, EchoPolicy, EchoSpeaker, observation, running
 from websockets.sync.client import connect
 
 from blm.serving import wire
-from blm.serving.chat import Limits, RequestError, parse_request
+from blm.serving.chat import Limits, parse_request
+from blm.serving.errors import MESSAGE_CHARACTERS, RequestError
+from blm.serving.openai_schema import DEFAULTS, HARMLESS, ChatRequest
 from blm.types import BlmError
 
 MANY = int(os.environ.get("BLM_FUZZ", "300"))
@@ -89,31 +92,54 @@ def test_a_number_beyond_float32_is_refused_by_the_joint_that_has_it() -> None:
         )
 
 
-pictures = st.text() | st.binary(max_size=80).map(lambda b: "data:image/png;base64," + b.hex())
+ONE_PIXEL = base64.b64encode(
+    b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x01\0\0\0\x01\x08\0\0\0\0:~\x9bU"
+    b"\0\0\0\nIDATx\x9cc`\0\0\0\x02\0\x01H\xaf\xa4q\0\0\0\0IEND\xaeB`\x82"
+).decode()
+heads = st.sampled_from(
+    ["data:image/png;base64,", "data:image;base64,", "DATA:image/jpg;a=b;base64,", "data:,", "http://a/"]
+)
+coded = (
+    st.just(ONE_PIXEL)
+    | st.binary(max_size=80).map(lambda b: b.hex())
+    | st.binary(max_size=40).map(lambda b: base64.b64encode(base64.b64decode(ONE_PIXEL)[:-20] + b).decode())
+    | st.text(max_size=20).map(lambda text: ONE_PIXEL[:40] + text + ONE_PIXEL[40:])
+)
+pictures = st.text() | st.builds("".join, st.tuples(heads, coded))
+PARTS = ["text", "input_text", "output_text", "refusal", "image_url", "input_image", "video_url", "file"]
 parts = st.fixed_dictionaries(
-    {"type": st.sampled_from(["text", "image_url", "video_url"]) | jsons},
-    optional={"text": st.text() | jsons, "image_url": st.fixed_dictionaries({"url": pictures}) | jsons},
-)
-turns = st.fixed_dictionaries(
-    {"role": st.sampled_from(["system", "user", "assistant", "developer"]) | st.text()},
-    optional={"content": st.text() | st.lists(parts, max_size=3) | jsons},
-)
-chats = st.fixed_dictionaries(
-    {"model": st.just("BLM") | jsons, "messages": st.lists(turns, max_size=3) | jsons},
+    {"type": st.sampled_from(PARTS) | jsons},
     optional={
-        name: st.integers(-3, 10) | jsons
-        for name in (
-            "n",
-            "max_tokens",
-            "max_completion_tokens",
-            "temperature",
-            "top_p",
-            "seed",
-            "stop",
-            "stream",
-            "stream_options",
-        )
+        "text": st.text() | jsons,
+        "refusal": st.text() | jsons,
+        "image_url": pictures | st.fixed_dictionaries({"url": pictures, "detail": jsons}) | jsons,
     },
+)
+functions = st.fixed_dictionaries({}, optional={"name": st.text() | jsons, "arguments": st.text() | jsons})
+calls = st.fixed_dictionaries(
+    {}, optional={"id": st.text() | jsons, "type": jsons, "function": functions | jsons}
+)
+ROLES = ["system", "user", "assistant", "developer", "tool", "function"]
+turns = st.fixed_dictionaries(
+    {"role": st.sampled_from(ROLES) | st.text()},
+    optional={
+        "content": st.text() | st.lists(parts, max_size=3) | jsons,
+        "name": st.text() | jsons,
+        "tool_calls": st.lists(calls, max_size=3) | jsons,
+        "tool_call_id": st.text() | jsons,
+        "function_call": functions | jsons,
+        "reasoning_content": jsons,
+    },
+)
+CHAT_FIELDS = (*ChatRequest.model_fields, *DEFAULTS, *HARMLESS)
+given_fields = st.dictionaries(
+    st.sampled_from(CHAT_FIELDS) | st.text(max_size=12), st.none() | st.integers(-3, 10) | jsons, max_size=4
+)
+chats = st.builds(
+    lambda fields, model, messages: {**fields, "model": model, "messages": messages},
+    given_fields,
+    st.just("BLM") | jsons,
+    st.lists(turns, max_size=3) | jsons,
 )
 
 
@@ -125,16 +151,17 @@ def to_body(chat: object) -> bytes:
 @given(chats.map(to_body) | st.binary(max_size=300))
 def test_any_chat_request(body: bytes) -> None:
     try:
-        asked, _ = parse_request(body, Limits())
-        assert asked.samplings
+        parsed = parse_request(body, Limits())
+        assert parsed.request.samplings(4096)
+        parsed.conversation.decoded()
     except RequestError as error:
-        assert 400 <= error.status < 500 and str(error)
+        assert error.status == 400 and 0 < len(str(error)) <= MESSAGE_CHARACTERS and str(error).isprintable()
 
 
 @settings(max_examples=max(50, MANY // 4), deadline=None, suppress_health_check=list(HealthCheck))
 @given(chats.map(to_body) | st.binary(max_size=300))
 def test_a_server_never_says_500(live: str, body: bytes) -> None:
-    reply = httpx.post(f"http://{live}/v1/chat/completions", content=body, timeout=20)
+    reply = httpx.post(f"http://{live}/v1/chat/completions", content=body, headers=JSON, timeout=20)
     assert reply.status_code < 500, reply.text
     if reply.status_code >= 400:
         assert set(reply.json()["error"]) == {"message", "type", "param", "code"}

@@ -30,9 +30,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from blm.serving import access, connections, wire
 from blm.serving.app import Server, create_app, server_config
-from blm.serving.chat import Limits, Telling
+from blm.serving.chat import Limits
 from blm.serving.client import RemotePolicy
 from blm.serving.engine import Acted, BusyError, Engine, Room, Speaker
+from blm.serving.openai_reply import AnswerText
 from blm.types import (
     ActionChunk,
     ActionSpace,
@@ -481,12 +482,16 @@ def test_raw_stream_ends_with_done(server: str) -> None:
 
 
 REFUSED_CONTENT = {
-    "url": (picture("http://169.254.169.254/latest"), 400, "only 'data:image"),
-    "file": (picture("file:///etc/passwd"), 400, "only 'data:image"),
+    "url": (picture("http://169.254.169.254/latest"), 400, "opens no address"),
+    "file": (picture("file:///etc/passwd"), 400, "opens no address and no file"),
     "not base64": (picture(PNG + "???"), 400, "not an image"),
     "not an image": (picture(PNG + base64.b64encode(b"hello").decode()), 400, "not an image"),
     "cut image": (picture(PNG + png((1, 2, 3), size=(64, 64))[:100]), 400, "not an image"),
-    "part type": ([{"type": "video_url"}], 400, "messages.0.content.0: Input tag 'video_url'"),
+    "part type": (
+        [{"type": "video_url"}],
+        400,
+        "messages.0.content.0.type: 'video_url' parts are not supported",
+    ),
     "image without url": ([{"type": "image_url", "image_url": {}}], 400, "url: Field required"),
     "context": ("long", 400, "the model reads 4096"),
     "failure": ("break", 500, "the weights are gone"),
@@ -495,7 +500,7 @@ REFUSED_FIELDS = {
     "n": ({"n": 9}, 400, "n: "),
     "temperature": ({"temperature": -1}, 400, "temperature"),
     "seed": ({"seed": 2**70}, 400, "seed"),
-    "max_tokens": ({"max_tokens": 10**9}, 400, "max_tokens"),
+    "max_tokens": ({"max_tokens": 0}, 400, "max_tokens"),
     "model": ({"model": "gpt"}, 404, "this server has 'BLM'"),
     "role": ({"messages": [{"role": "robot", "content": "hi"}]}, 400, "messages.0.role"),
     "empty": ({"messages": []}, 400, "messages"),
@@ -629,19 +634,19 @@ def test_what_is_sent_is_never_taken_back(stop: list[str]) -> None:
     expected = whole.lstrip()
     cuts = [cut for cut in map(expected.find, stop) if cut >= 0]
     expected = expected[: min(cuts)] if cuts else expected.rstrip()
-    telling, sent = Telling(stop), ""
+    answer, sent = AnswerText(stop), ""
     for length in range(1, len(whole) + 1):
-        if telling.finish is None:
-            sent += telling.add(whole[:length], length, "length" if length == len(whole) else None)
+        if answer.finish is None:
+            sent += answer.add(whole[:length], length, "length" if length == len(whole) else None)
             assert expected.startswith(sent)
-    assert sent == telling.sent == expected
-    assert telling.finish == ("stop" if cuts else "length")
+    assert sent == answer.sent == expected
+    assert answer.finish == ("stop" if cuts else "length")
 
 
 def test_half_a_character_waits_for_the_other_half() -> None:
-    telling = Telling([])
-    assert telling.add("a\ufffd", 1, None) == "a"
-    assert telling.add("aé", 2, None) == "é"
+    answer = AnswerText([])
+    assert answer.add("a\ufffd", 1, None) == "a"
+    assert answer.add("aé", 2, None) == "é"
 
 
 # --- the model's thread ---

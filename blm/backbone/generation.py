@@ -25,6 +25,7 @@ from blm.backbone.batch import Answer, Batch, RowCache, fail
 from blm.backbone.detokenizer import Detokenizer
 from blm.backbone.prefill import Prefill, PrefixReader, Prompt
 from blm.backbone.sampling import ScoreError, choose_token, is_greedy, penalise
+from blm.backbone.tokenizing import BackboneTokenizer
 from blm.types import BlmError, ChatCapacity, Message, Sampling
 
 if TYPE_CHECKING:
@@ -99,6 +100,11 @@ class Generation:
         front.processor = copy.deepcopy(self.backbone.processor)
         front._processing = threading.Lock()
         return front
+
+    @cached_property
+    def tokenizer(self) -> BackboneTokenizer:
+        """What counts tokens beside the model's thread."""
+        return BackboneTokenizer(self._front)
 
     def prepare(self, messages: Sequence[Message], samplings: Sequence[Sampling]) -> Prompt:
         """Tokenise one conversation, with an answer for each sampling; may run in any thread.

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -50,6 +50,8 @@ class Serve:
     """Origin, such as https://lab.example, whose web pages may use this server; give it once per origin."""
     allow_unauthenticated: bool = False
     """Let everyone who reaches a --host beyond this machine drive the robots, without a key."""
+    reasoning: Literal["inline", "separate"] = "inline"
+    """Where thoughts go: into the answer's text, or apart as `reasoning_content`."""
     device: str = "cpu"
     """Torch device."""
     playground: bool = False
@@ -130,7 +132,14 @@ def _build(chosen: Serve, model: Model, access: Access) -> FastAPI:
 
     # from 4 observations on, a processor takes as long for each; longer passes only keep the others waiting
     room = Room(actions_together=8) if chosen.device == "cpu" else Room()
-    app = create_app(model.policy, model.speaker(), name=chosen.name, access=access, room=room)
+    app = create_app(
+        model.policy,
+        model.speaker(),
+        name=chosen.name,
+        access=access,
+        room=room,
+        reasoning=chosen.reasoning,
+    )
     inner_key = access.internal_key if access.needs_key else None
     if chosen.playground:
         from blm.serving.playground import add_playground, read_beside

@@ -17,7 +17,7 @@ from pathlib import Path
 from starlette.requests import HTTPConnection
 
 from blm.addresses import is_loopback, read_authority, read_ip, to_url
-from blm.serving.chat import RequestError
+from blm.serving.errors import RequestError
 from blm.types import BlmError
 
 PATIENCE_S = 20.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
@@ -22,13 +21,17 @@ from starlette.types import Receive, Scope, Send
 
 from blm.serving import connections, wire
 from blm.serving.access import SECURITY_HEADERS, Access, origin_text
-from blm.serving.chat import Limits, RequestError
-from blm.serving.completions import add_chat
+from blm.serving.chat import Limits
+from blm.serving.completions import ChatService, add_chat
 from blm.serving.engine import Engine, Room, Speaker
+from blm.serving.errors import RequestError
 from blm.serving.gate import Gate
 from blm.serving.login import add_login
 from blm.serving.metrics import Metrics
+from blm.serving.models import add_models
+from blm.serving.openai_reply import Reasoning
 from blm.serving.openpi import OPENPI_PATHS, add_policy
+from blm.serving.tokenizing import add_tokenizing
 from blm.types import Policy
 
 log = logging.getLogger(__name__)
@@ -45,11 +48,13 @@ def create_app(
     access: Access | None = None,
     limits: Limits | None = None,
     room: Room | None = None,
+    reasoning: Reasoning = "inline",
 ) -> FastAPI:
     """Build the server around a policy, a speaker, or both; the routes of what is missing say so.
 
-    `api_key` is short for `access=Access([api_key])`. The policy must keep no memory between requests: OpenPI
-    has no message for a new episode. Raises BlmError for an empty or unprintable key.
+    `api_key` is short for `access=Access([api_key])`. `reasoning`: where thoughts go, into the answer's text
+    or apart. The policy must keep no memory between requests: OpenPI has no message for a new episode.
+    Raises BlmError for an empty or unprintable key.
     """
     access = access or Access([] if api_key is None else [api_key])
     engine = Engine(policy, speaker, room)
@@ -73,10 +78,22 @@ def create_app(
         origins = [origin_text(origin) for origin in access.trust.origins]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(Gate, access=access)  # added last: it comes first
-    _add_status(app, policy, speaker, name)
+    _add_status(app, policy, speaker)
+    add_models(app, engine, name)
     add_login(app, access)
     if speaker is not None:
-        add_chat(app, name, None, limits or Limits())  # the gate has asked for the key
+        service = ChatService(
+            name=name,
+            engine=engine,
+            metrics=metrics,
+            limits=limits or Limits(),
+            reasoning=reasoning,
+            fingerprint=None if policy is None else policy.contract.revision,
+        )
+        app.state.chat = service
+        add_chat(app, service)
+        if (tokenizer := getattr(speaker, "tokenizer", None)) is not None:
+            add_tokenizing(app, service, tokenizer)
     else:
         app.add_api_route("/v1/chat/completions", _no_chat, methods=["POST"], include_in_schema=False)
     if policy is not None:
@@ -178,9 +195,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return JSONResponse(error.to_json(), error.status, headers)
 
 
-def _add_status(app: FastAPI, policy: Policy | None, speaker: Speaker | None, name: str) -> None:
+def _add_status(app: FastAPI, policy: Policy | None, speaker: Speaker | None) -> None:
     spaces = ["chat"] * (speaker is not None) + ["actions"] * (policy is not None)
-    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "blm", "serves": spaces}
     contract = policy.contract.to_json() if policy is not None else None
     about = {"version": version("blm"), "serves": spaces, "chat": speaker is not None, "policy": contract}
 
@@ -203,7 +219,3 @@ def _add_status(app: FastAPI, policy: Policy | None, speaker: Speaker | None, na
     @app.get("/metrics", response_class=PlainTextResponse)
     async def get_metrics() -> Response:
         return Response(app.state.metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model]}

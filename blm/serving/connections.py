@@ -25,7 +25,7 @@ from websockets.frames import Frame
 from websockets.http11 import Request, Response
 
 from blm.serving import access
-from blm.serving.chat import RequestError
+from blm.serving.errors import RequestError
 
 log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 1000

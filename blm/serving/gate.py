@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from blm.addresses import read_authority
 from blm.serving.access import DEFAULT_PORTS, SECURITY_HEADERS, Access, Origin, read_origin
-from blm.serving.chat import RequestError
 from blm.serving.connections import Connection
+from blm.serving.errors import RequestError
 from blm.serving.login import FORM, LOGIN_PATH, LOGOUT_PATH, PAGE_PATH, login_page
 
 log = logging.getLogger(__name__)

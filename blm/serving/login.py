@@ -16,7 +16,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 
 from blm.serving.access import SESSION_S, Access, cookie_name
-from blm.serving.chat import RequestError
+from blm.serving.errors import RequestError
 
 PAGE_PATH, LOGIN_PATH, LOGOUT_PATH = "/playground", "/playground/login", "/playground/logout"
 FORM = "application/x-www-form-urlencoded"

@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse
 
 from blm.serving import wire
 from blm.serving.access import require_key
-from blm.serving.chat import RequestError
 from blm.serving.engine import Engine
+from blm.serving.errors import RequestError
 from blm.serving.metrics import Metrics
 from blm.serving.peers import while_connected
 from blm.types import BlmError, LateError, Policy, shorten
