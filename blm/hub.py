@@ -144,8 +144,8 @@ def find_model(
     """Find a release, a checkpoint, a backbone (Stage I, or any of transformers) or a name of BACKBONES.
 
     Of the folder of a run, its last stage. Reads no weights. Raises UnknownNameError for what does not exist,
-    calling it `what` and listing the choices and `others`; BlmError, saying what it holds, for a folder without
-    a model.
+    calling it `what` and listing the choices and `others`; BlmError, saying what it holds, for a folder
+    without a model.
     """
     name = str(name_or_folder)
     folder = folder_of(name)
