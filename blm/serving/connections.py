@@ -310,6 +310,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.conn.send_response = send_secured  # type: ignore[method-assign]
         super().handle_connect(event)
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
+            self.handshake_complete = True  # refused: else uvicorn logs an error for each refusal
+
     def send_receive_event_to_app(self) -> None:
         self._finished = True
         super().send_receive_event_to_app()
