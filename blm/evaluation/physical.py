@@ -52,13 +52,12 @@ def evaluate_physical(
     Raises ContractError when the policy does not fit the protocol.
     """
     start, journal = time.monotonic(), out / "journal.jsonl"
-    require_free(out)
     with ExitStack() as stack:
         policy = make_policy()
         stack.callback(close, policy)
         contract = policy.contract
         protocol.require_fits(contract)
-        _require_name(contract, journal)
+        _require_own(contract, out)
         host: PolicyHost | None = None
         if _shared(policy, share_policy, possible=workers > 0 and engine == "local"):
             size = 1 if protocol.latency == "measured" else max_batch
@@ -78,12 +77,8 @@ def evaluate_physical(
             engine=engine,
         )
     rows = list(results.values())
-    about = {
-        "kind": "physical",
-        "score": "success_once",
-        "model": contract.revision or "unnamed",
-        "workers": workers,
-    }
+    about = {"kind": "physical", "score": "success_once", "workers": workers}
+    about["model"] = contract.revision or "unnamed"
     return write_result(
         out,
         protocol,
@@ -102,8 +97,10 @@ def _run_of(protocol: PhysicalProtocol, contract: PolicyContract) -> str:
     return f"{ROWS}/{protocol_hash(protocol)}/{digest(contract.to_json())}"
 
 
-def _require_name(contract: PolicyContract, journal: Path) -> None:
-    """Raise BlmError when nobody can tell whether the episodes in the journal are this policy's own."""
+def _require_own(contract: PolicyContract, out: Path) -> None:
+    """Raise BlmError when nobody can tell whether what is in `out` is this program's and this policy's."""
+    require_free(out)
+    journal = out / "journal.jsonl"
     if not contract.revision and journal.exists():
         raise BlmError(
             f"'{journal}' holds episodes, and this policy has no revision in its contract to tell whether "
