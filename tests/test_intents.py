@@ -148,7 +148,7 @@ def test_a_stale_cache_is_refused_with_what_differs(world, cached, tmp_path):
         (replace(CONFIG, cameras=("base",)), "prompt, cameras"),
         (replace(CONFIG, stride=2), "stride"),
     ):
-        with pytest.raises(BlmError, match=f"stale: made from another {name}; delete the folder or"):
+        with pytest.raises(BlmError, match=f"stale: made from another {name}; name another folder"):
             cache_intents(backbone, str(source), dataset, config, cached[1])
     other = make_backbone(tmp_path / "other", seed=1)
     with pytest.raises(BlmError, match="another backbone;"):
@@ -166,7 +166,7 @@ def test_an_altered_cache_is_refused(world, tmp_path, capsys):
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    with pytest.raises(BlmError, match=r"00000\.npy is missing or altered; delete"):
+    with pytest.raises(BlmError, match=r"00000\.npy is missing or altered; move"):
         cache_intents(backbone, str(source), dataset, replace(CONFIG, stride=10), tmp_path)
 
 

@@ -51,14 +51,11 @@ def evaluate_physical(
     engine "ray", need one in each worker. A killed run continues from `out`/journal.jsonl.
     Raises ContractError when the policy does not fit the protocol.
     """
-    start, journal = time.monotonic(), out / "journal.jsonl"
-    require_free(out)
+    start = time.monotonic()
     with ExitStack() as stack:
         policy = make_policy()
         stack.callback(close, policy)
-        contract = policy.contract
-        protocol.require_fits(contract)
-        _require_name(contract, journal)
+        contract = _accepted(policy, protocol, out)
         host: PolicyHost | None = None
         if _shared(policy, share_policy, possible=workers > 0 and engine == "local"):
             size = 1 if protocol.latency == "measured" else max_batch
@@ -70,7 +67,7 @@ def evaluate_physical(
         results = run_units(
             run_episode,
             _units(protocol, _run_of(protocol, contract), videos_per_cell),
-            journal=journal,
+            journal=out / "journal.jsonl",
             workers=workers,
             title="episodes",
             setup=set_up,
@@ -78,17 +75,14 @@ def evaluate_physical(
             engine=engine,
         )
     rows = list(results.values())
-    about = {
-        "kind": "physical",
-        "score": "success_once",
-        "model": contract.revision or "unnamed",
-        "workers": workers,
-    }
     return write_result(
         out,
         protocol,
         start,
-        **about,
+        kind="physical",
+        score="success_once",
+        model=contract.revision or "unnamed",
+        workers=workers,
         **summarise(rows),
         machine={**machine(), "rendering": gl_backend()},
         shared_policy=host.served if host else None,
@@ -102,13 +96,21 @@ def _run_of(protocol: PhysicalProtocol, contract: PolicyContract) -> str:
     return f"{ROWS}/{protocol_hash(protocol)}/{digest(contract.to_json())}"
 
 
-def _require_name(contract: PolicyContract, journal: Path) -> None:
-    """Raise BlmError when nobody can tell whether the episodes in the journal are this policy's own."""
+def _accepted(policy: Policy, protocol: PhysicalProtocol, out: Path) -> PolicyContract:
+    """Return the contract of a policy that fits the protocol, and that may go on with what is in `out`.
+
+    Raises BlmError when nobody can tell whether that is this program's, and this policy's own.
+    """
+    contract = policy.contract
+    protocol.require_fits(contract)
+    require_free(out)
+    journal = out / "journal.jsonl"
     if not contract.revision and journal.exists():
         raise BlmError(
             f"'{journal}' holds episodes, and this policy has no revision in its contract to tell whether "
             "they are its own: choose another folder, or name the model of a server each time (--server-name)"
         )
+    return contract
 
 
 def _shared(policy: Policy, wanted: bool | None, *, possible: bool) -> bool:
