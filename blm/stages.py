@@ -6,7 +6,7 @@ run/  recipe.json stages.json  episodes/<robot>  episodes_held_out/<robot>  corp
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,10 +142,8 @@ Part = tuple[tuple[str, ...], tuple[str, ...]]
 """Robots and tasks of one model."""
 
 
-def stage2_of(
-    recipe: Recipe, run: Path, backbone: Path, cache: Path, part: Part, *, models: int = 1
-) -> ImitateConfig:
-    """Stage II of one model of `models`, which share the budget of the recipe."""
+def stage2_of(recipe: Recipe, run: Path, backbone: Path, cache: Path, part: Part) -> ImitateConfig:
+    """Stage II of one model, for these robots and tasks."""
     stage2, (robots, tasks) = recipe.stage2, part
     folders = tuple(run / "episodes" / robot for robot in robots)
     known = {task for folder in folders for task in open_dataset(folder).tasks}
@@ -155,7 +153,7 @@ def stage2_of(
         intents=IntentConfig(
             layer=stage2.layer, cameras=recipe.cameras, stride=stage2.stride, workers=recipe.workers
         ),
-        loop=replace(stage2.loop, steps=max(1, stage2.loop.steps // models)),
+        loop=stage2.loop,
         policy=stage2.policy,
         weights=dict.fromkeys(sorted(known - {*tasks}), 0.0),
         cache=cache,

@@ -2,10 +2,11 @@
 
     runs/NAME/studies/  STUDY/{report.json, report.md}  variants/KEY/{PART/.., result.json}
 
-A variant changes a few fields of the recipe, or splits one joint model into several. All variants of a study
-see the same number of samples in all, their models together; evaluation seeds are the same, so the variants
-are compared episode by episode. Caches of intents are shared where backbone, layer and cameras are, and so
-is a whole variant: what several studies compare with is trained once.
+A variant changes a few fields of the recipe, or splits one joint model into several. Every model of every
+variant is trained for the same number of steps, so a variant of 24 models sees 24 times the samples: dividing
+one budget among them would compare a trained model with untrained ones. Evaluation seeds are the same, so the
+variants are compared episode by episode. Caches of intents are shared where backbone, layer and cameras are,
+and so is a whole variant: what several studies compare with is trained once.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path) -> dict[str, Any]:
     trained = 0.0
     for robots, tasks in parts:
         work = out / "-".join((*robots, *tasks)) if len(parts) > 1 else out / "joint"
-        config = stage2_of(recipe, run, backbone, intents, (robots, tasks), models=len(parts))
+        config = stage2_of(recipe, run, backbone, intents, (robots, tasks))
         config = replace(config, loop=replace(config.loop, eval_every=0))
         facts = {"variant": out.name, "recipe": to_json(recipe)}
         if variant.policy == "blm":
@@ -165,9 +166,11 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path) -> dict[str, Any]:
     return {
         "variant": variant.name,
         "models": len(parts),
-        "samples": stage2.loop.batch_size * (stage2.loop.steps // len(parts)) * len(parts),
+        "steps": stage2.loop.steps,
+        "samples": stage2.loop.batch_size * stage2.loop.steps * len(parts),
         "training_seconds": trained,
         "success": result["overall"]["success_once"],
+        **{name: result["overall"][name] for name in ("success_at_end", "success_at_limit")},
         "solved": {f"{c['robot']}/{c['task']}": c["success_once"]["hits"] for c in result["cells"]},
         "result": out.name,
     }
@@ -175,7 +178,7 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path) -> dict[str, Any]:
 
 def key_of(variant: Variant, recipe: Recipe) -> str:
     """Name of what this variant of an already changed recipe trains and evaluates, whatever study asks."""
-    made = [variant.models, variant.backbone, variant.policy]
+    made = [variant.models, variant.backbone, variant.policy, "equal steps per model"]
     made += [to_json(value) for name, value in vars(recipe).items() if name != "workers"]
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -222,15 +225,17 @@ def table(name: str, rows: Sequence[Mapping[str, Any]], gaps: Sequence[Differenc
     lines = [
         f"# Study: {name}",
         "",
-        f"n = {rows[0]['success']['n']} episodes on the same scenes; 95 % intervals; p: McNemar's exact "
-        "test, corrected for the number of variants (Holm).",
+        f"n = {rows[0]['success']['n']} episodes on the same scenes; {rows[0]['steps']:,} steps per model; "
+        "95 % intervals; p: McNemar's exact test, corrected for the number of variants (Holm).",
         "",
-        "| variant | models | samples seen | training | success | against the first | p |",
-        "|---|---|---|---|---|---|---|",
+        "| variant | models | samples seen | training | success once | at end | at step limit "
+        "| against the first | p |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         won, gap, p = row["success"], row.get("gap"), row.get("p_corrected")
         success = f"{won['rate']:.1%} ({won['low']:.1%} to {won['high']:.1%})"
+        success += f" | {row['success_at_end']['rate']:.1%} | {row['success_at_limit']['rate']:.1%}"
         against = "-"
         if gap is not None:
             against = f"{100 * gap['difference']:+.1f} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"

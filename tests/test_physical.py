@@ -215,6 +215,32 @@ def test_success_once_and_at_end(tmp_path: Path) -> None:
     assert row["video"] is None and not (tmp_path / "a" / "videos").exists()
     lost = run(Spoiler, tmp_path / "b")
     assert lost["overall"]["success_once"]["hits"] == 2 and lost["overall"]["success_at_end"]["hits"] == 0
+    assert lost["overall"]["success_at_limit"]["hits"] == 0
+
+
+class LateSpoiler(Cheat):
+    """Moves the solved cube away after `success_at_end` was judged, before the step limit."""
+
+    def act(self, observation: Observation) -> ActionChunk:
+        chunk = super().act(observation)
+        if self.decisions == 4:
+            self._put(0.2)
+        return chunk
+
+
+def test_success_at_the_step_limit(tmp_path: Path) -> None:
+    """An evaluation drives on after a success: whoever spoils it afterwards is told so."""
+    kept, spoilt = run(Cheat, tmp_path / "a")["overall"], run(LateSpoiler, tmp_path / "b")["overall"]
+    assert kept["success_at_limit"]["hits"] == kept["n"] == 2
+    assert spoilt["success_once"]["hits"] == spoilt["success_at_end"]["hits"] == 2
+    assert spoilt["success_at_limit"]["hits"] == 0
+
+
+def test_a_validation_ends_an_episode_after_its_success(tmp_path: Path) -> None:
+    panda = replace(CONTRACT, action_spaces={"panda": ROBOTS["panda"].action_space})
+    asked = PhysicalProtocol.for_validation(panda, tasks=["push_cube"], episodes=1)
+    row = evaluate_physical(partial(Cheat, panda), asked, tmp_path, workers=0, videos_per_cell=0)["rows"][0]
+    assert row["success_once"] and row["success_at_limit"] is None
 
 
 def test_result_file_is_complete(tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def test_a_dataset_that_differs_from_the_recipe_is_refused(run, tmp_path, change
         STAGES["stage2"].run(tiny(), tmp_path)
 
 
-def test_a_study_gives_all_variants_the_same_budget_and_scenes(run):
+def test_a_study_gives_every_model_the_same_steps_and_scenes(run):
     recipe = replace(tiny(), cameras=("base", "wrist"))
     report = run_study("models", recipe, run)
     made = read_json(report.with_name("report.json"))["variants"]
@@ -226,7 +226,9 @@ def test_a_study_gives_all_variants_the_same_budget_and_scenes(run):
         ("per task", 1),
         ("per robot and task", 2),
     ]
-    assert {row["samples"] for row in made} == {80}, "10 steps of 8, or two models of 5 steps each"
+    assert {row["steps"] for row in made} == {10}, "of each model"
+    assert [row["samples"] for row in made] == [80, 160, 80, 160]
+    assert all(row["success_at_end"]["n"] == row["success_at_limit"]["n"] for row in made)
     assert all(sum(row["solved"].values()) == row["success"]["hits"] for row in made)
     assert list(made[0]["solved"]) == ["panda/push_cube", "widowxai/push_cube"]
     folders = [run / "studies/variants" / row["result"] for row in made]
@@ -235,7 +237,7 @@ def test_a_study_gives_all_variants_the_same_budget_and_scenes(run):
     assert all([row["id"] for row in r["rows"]] == [row["id"] for row in results[0]["rows"]] for r in results)
     alone = CheckpointPolicy.load(folders[1] / "widowxai-push_cube/checkpoint")
     assert list(alone.contract.action_spaces) == ["widowxai"]
-    assert report.read_text().count("|\n") == 6 and "per robot and task | 2 | 80" in report.read_text()
+    assert report.read_text().count("|\n") == 6 and "per robot and task | 2 | 160" in report.read_text()
     before = report.read_text()
     assert run_study("models", recipe, run).read_text() == before, "a finished study is only told again"
     some = run_study("models", recipe, run, ["per robot"]).with_name("report.json")

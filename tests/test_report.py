@@ -187,6 +187,7 @@ def synthetic(out: Path, model: str, rate: float) -> Path:
             "act_ms": 9.0,
         }
         row |= {"success_once": solved, "success_at_end": solved, "steps": 200, "first_success": None}
+        row |= {"success_at_limit": solved and seed != 1}
         rows.append(row | {"reason": "" if solved else REASONS[seed % 5]})
     times = {f"seconds_{part}": 60.0 for part in ("policy", "physics", "rendering")}
     parts = {"kind": "physical", "score": "success_once", "model": model, **summarise(rows), **times}
@@ -226,8 +227,8 @@ def test_heat_map_has_every_cell_with_count_and_interval(suite: str) -> None:
     head = [cell.rpartition(">")[2].strip() for cell in rows[0]]
     assert head[1:-1] == [TASKS[task].title for task in TASKS] and head[-1] == "All tasks"
     cells = [cell for row in rows[1:-1] for cell in row[1:-1]]
-    assert "4 % 1–13 % · 2/50 expert 6 % hold still 0 %" in cells[0]
-    assert "80 % 67–89 % · 40/50 expert 100 % hold still 0 %" in cells[-1]
+    assert "4 % 1–13 % · 2/50 at end 2, at step 200 1 expert 6 % hold still 0 %" in cells[0]
+    assert "80 % 67–89 % · 40/50 at end 40, at step 200 39 expert 100 % hold still 0 %" in cells[-1]
     assert re.search(r"\d+ % \d+–\d+ % \d+/1200", rows[-1][-1])
     shades = [float(rate) for rate in re.findall(r"--rate:([\d.]+)\" title", suite)]
     assert len(shades) == 24 and shades == sorted(shades) and shades[-1] == 0.8

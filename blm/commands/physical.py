@@ -200,7 +200,7 @@ def evaluate(command: str, arguments: list[str]) -> None:
 def print_result(result: Mapping[str, Any]) -> None:
     """Print the success of every cell, with its interval, and what went wrong in the others."""
     table = Table(box=None)
-    for heading in ("robot", "task", "n", "once", "95 %", "at end", "failures"):
+    for heading in ("robot", "task", "n", "once", "95 %", "at end", "at limit", "failures"):
         table.add_column(heading, justify="left" if heading in ("robot", "task", "failures") else "right")
     rows = [(cell["robot"], cell["task"], cell) for cell in result["cells"]]
     rows += [("all", wording.replace("_", " "), part) for wording, part in result["phrasings"].items()]
@@ -208,7 +208,8 @@ def print_result(result: Mapping[str, Any]) -> None:
         once, end = part["success_once"], part["success_at_end"]
         failures = ", ".join(f"{reason} {n}" for reason, n in part["reasons"].items() if reason and n)
         interval = f"{once['low']:.1%} to {once['high']:.1%}"
-        shares = f"{once['rate']:.0%}", interval, f"{end['rate']:.0%}"
+        limit = f"{part['success_at_limit']['rate']:.0%}" if "success_at_limit" in part else "-"
+        shares = f"{once['rate']:.0%}", interval, f"{end['rate']:.0%}", limit
         table.add_row(robot, task, str(part["n"]), *shares, failures or "-")
     _print_wide(table)
     spent = {k.removeprefix("seconds_"): v for k, v in result.items() if k.startswith("seconds_")}

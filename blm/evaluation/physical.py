@@ -23,6 +23,11 @@ from blm.evaluation.rollout import Privileged, close, run_episode, set_up, tear_
 from blm.tasks import gl_backend
 from blm.types import BlmError, Policy, PolicyContract
 
+SCORES = ("success_once", "success_at_end")
+"""Judged in every episode; success_at_limit is judged in those of evaluations."""
+ROWS = "rows 2"
+"""Version of a row's fields; episodes that another version journaled are driven again."""
+
 
 def evaluate_physical(
     make_policy: Callable[[], Policy],
@@ -63,7 +68,7 @@ def evaluate_physical(
         stack.callback(tear_down)  # of this process, when workers is 0
         results = run_units(
             run_episode,
-            _units(protocol, f"{protocol_hash(protocol)}/{contract.revision}", videos_per_cell),
+            _units(protocol, f"{ROWS}/{protocol_hash(protocol)}/{contract.revision}", videos_per_cell),
             journal=journal,
             workers=workers,
             title="episodes",
@@ -135,10 +140,14 @@ def _by_phrasing(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Rates with Wilson's intervals, failures by reason, and the median time of a decision."""
-    scores = ("success_once", "success_at_end")
-    rates = {score: asdict(success_rate([row[score] for row in rows])) for score in scores}
+    """Rates with Wilson's intervals, failures by reason, and the median time of a decision.
+
+    The rate at the step limit is left out where episodes ended after their success: it was not measured.
+    """
+    rates = {score: asdict(success_rate([row[score] for row in rows])) for score in SCORES}
     reasons = Counter(row["reason"] for row in rows)
+    if all(row.get("success_at_limit") is not None for row in rows):
+        rates["success_at_limit"] = asdict(success_rate([row["success_at_limit"] for row in rows]))
     return {
         "n": len(rows),
         **rates,

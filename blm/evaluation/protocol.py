@@ -84,7 +84,8 @@ class PhysicalProtocol:
     """Robot, task and seed of each episode of a replay check, which replace the seeds above."""
     max_steps: int = 200
     settle_steps: int = 10
-    """An episode goes on for so many steps after its first success; then success_at_end is judged."""
+    """success_at_end is judged so many steps after the first success. An evaluation then drives on to
+    max_steps, where success_at_limit is judged: does the policy leave alone what it has solved?"""
     phrasing: Phrasing = "seen"
     """Instructions as in training (drawn by the scene's seed), or worded as never in training; both: even
     seeds the former, odd seeds the latter."""

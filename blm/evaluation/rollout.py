@@ -15,7 +15,7 @@ import av
 import numpy as np
 
 from blm.evaluation.batching import HostedPolicy
-from blm.evaluation.outcome import Moment, first_success, judge, observe_moment
+from blm.evaluation.outcome import Moment, judge, observe_moment
 from blm.evaluation.protocol import PhysicalProtocol, digest, phrasing_of
 from blm.evaluation.results import atomically
 from blm.tasks import TASKS, Env
@@ -118,16 +118,17 @@ def run_episode(unit: tuple[str, str, int, bool]) -> dict[str, Any]:
     frames: list[ImageArray] = []
     moments: list[Moment] = []
     actions = drive(policy, env, seed, protocol, clock)
-    end = protocol.max_steps
-    while len(moments) < end:
-        if film:
+    limit = judged = protocol.max_steps  # the steps up to `judged` decide on success and on the reason
+    drive_on = protocol.purpose == "evaluation"
+    while len(moments) < (limit if drive_on else judged):
+        if film and len(moments) < judged:
             frames.append(env.picture(VIDEO_CAMERA, VIDEO_SIZE))
         action = next(actions)
         with clock.timing("physics"):
             info = env.step(action)[4]
             moments.append(observe_moment(env, float(action[-1]), info))
-        if moments[-1].success and end == protocol.max_steps:
-            end = min(end, first_success(moments) + protocol.settle_steps)
+        if moments[-1].success and judged == limit:
+            judged = min(limit, len(moments) + protocol.settle_steps)
     video = f"videos/{robot}-{task}-{seed}.mp4" if film else None
     if video:
         write_video(_worker.out / video, frames, protocol.rate_hz)
@@ -135,7 +136,8 @@ def run_episode(unit: tuple[str, str, int, bool]) -> dict[str, Any]:
     row |= {"instruction": env.task_description, "phrasing": phrasing, "video": video}
     row |= {f"seconds_{part}": getattr(clock, part) for part in ("policy", "physics", "rendering")}
     row |= {"act_ms": 1000 * float(np.median(clock.decisions))}
-    return row | judge(start, moments, prehensile=spec.prehensile)
+    outcome = judge(start, moments[:judged], prehensile=spec.prehensile)
+    return row | outcome | {"success_at_limit": moments[-1].success if len(moments) == limit else None}
 
 
 def drive(
