@@ -1,13 +1,14 @@
 """Robots and people at one server: latency of actions with and without chat; is any reply lost or crossed?
 
     python benchmarks/load.py CHECKPOINT [--robots 32] [--rate-hz 5] [--chats 8] [--seconds 60] [--out FILE]
+    python benchmarks/load.py CHECKPOINT --worst [--only WORDS ..] [--server-source FOLDER] [--out FILE]
 
 Starts `blm serve CHECKPOINT` as a process of its own. Every robot has its own observation and knows the chunk
 that it must get; every chat has its own question and knows the answer: both were asked once before, alone.
 Phases: actions alone, then actions with chat, half of the time each. Latency is from when a request was due
 to having its reply, in the client; a robot that waits asks again when it has its chunk, so that a server
 with too many robots makes all of them slower than their rate. Overhead is one robot's latency without the
-time of the model.
+time of the model. With `--worst` it measures the worst requests instead; see worst_requests.py.
 """
 
 from __future__ import annotations
@@ -28,8 +29,10 @@ import httpx
 import numpy as np
 import tyro
 from websockets.asyncio.client import connect
+from worst_requests import table
 
 from blm.evaluation.results import machine
+from blm.hub import BLM
 from blm.serving import wire
 from blm.serving.engine import blank_observation
 from blm.types import Observation, PolicyContract
@@ -41,15 +44,36 @@ def main(
     rate_hz: float = 5.0,
     chats: int = 8,
     seconds: float = 60.0,
+    worst: bool = False,
+    only: tuple[str, ...] = (),
+    server_source: Path | None = None,
     out: Path | None = None,
 ) -> None:
-    """Print the table; exit status 1 if a reply was lost, crossed or refused."""
+    """Print the table; exit status 1 if a reply was lost, crossed or refused.
+
+    Args:
+        checkpoint: Folder or name of a release.
+        robots: Robots at once.
+        rate_hz: How often each of them asks.
+        chats: People at once.
+        seconds: Of both phases together.
+        worst: Measure the worst requests instead.
+        only: Of these, the kinds whose name has one of these words.
+        server_source: Serve with the `blm` of this checkout, to compare with an older one.
+        out: Where to write the result.
+    """
     port = free_port()
     blm = str(Path(sys.executable).with_name("blm"))
-    server = subprocess.Popen([blm, "serve", checkpoint, "--port", str(port)])
+    source = {} if server_source is None else {"PYTHONPATH": str(server_source)}
+    server = subprocess.Popen([blm, "serve", checkpoint, "--port", str(port)], env={**os.environ, **source})
+    result: dict[str, Any]
     try:
         wait_until_ready(port, server)
-        result = asyncio.run(load(port, robots, rate_hz, chats, seconds))
+        if worst:
+            generation = BLM.from_pretrained(checkpoint).speaker()
+            result = asyncio.run(table(port, server.pid, generation, only))
+        else:
+            result = asyncio.run(load(port, robots, rate_hz, chats, seconds))
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(20)
@@ -61,6 +85,8 @@ def main(
     print(json.dumps(result, indent=1))
     if out is not None:
         out.write_text(json.dumps(result, indent=1) + "\n")
+    if worst:
+        sys.exit(result["health"] != 200)
     sys.exit(bool(result["wrong_actions"] or result["wrong_answers"] or result["failed"]))
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from test_backbone import MAKERS
 
 from blm.backbone import Backbone
+from blm.backbone.generation import Generation
 from blm.backbone.prompt import control_prompt, question_prompt
 from blm.backbone.sight import remember_sight
+from blm.types import Sampling
 
 
 class Counted:
@@ -68,3 +72,42 @@ def test_training_looks_each_time():
     for _ in range(2):
         backbone.model(**inputs).logits.sum().backward()
     assert counted.looks == 2
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_a_long_prompt_read_in_pieces_shares_the_look(name):
+    backbone = MAKERS[name]()
+    counted = Counted(backbone)
+    remember_sight(backbone)
+    seen = pictures(0)
+    backbone.tap(backbone.encode([control_prompt("push", "panda", seen)]), 2)
+    generation = Generation(backbone, piece_tokens=64)
+    question = question_prompt("What is in the picture? " * 20, list(seen.values()))
+    prefill = generation.begin(generation.prepare(question, [Sampling(max_tokens=1)]))
+    pieces = 0
+    while generation.advance(prefill) is None:
+        pieces += 1
+    assert pieces > 2 and counted.looks == 1
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_what_is_kept_is_bounded_in_bytes(name):
+    backbone = MAKERS[name]()
+    counted = Counted(backbone)
+    remember_sight(backbone, max_bytes=100)  # less than one look
+    for _ in range(2):
+        backbone.tap(backbone.encode([control_prompt("push", "panda", pictures(0))]), 2)
+    assert counted.looks == 2
+
+
+def test_threads_may_look_at_once():
+    backbone = next(iter(MAKERS.values()))()
+    prompts = [backbone.encode([control_prompt("push", "panda", pictures(seed))]) for seed in range(6)]
+    expected = [backbone.tap(inputs, 2).hidden for inputs in prompts]
+    remember_sight(backbone, most=2)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for found, wanted in zip(
+                pool.map(lambda i: backbone.tap(i, 2).hidden, prompts), expected, strict=True
+            ):
+                torch.testing.assert_close(found, wanted)

@@ -202,8 +202,11 @@ class Generation:
                 return
 
     def text(self, answer: Answer) -> str:
-        """Return what an answer says so far."""
+        """Return what an answer says so far; each new token costs the same, however long it is."""
         if answer.detokenizer is None:
+            if not answer.goes_on:
+                tokenizer: Any = self.backbone.processor.tokenizer
+                return str(tokenizer.decode(answer.tokens, skip_special_tokens=True))
             answer.detokenizer = Detokenizer(self.backbone.processor.tokenizer)
         return answer.detokenizer.text(answer.tokens)
 

@@ -168,12 +168,13 @@ def _add_status(app: FastAPI, policy: Policy | None, speaker: Speaker | None, na
     @app.get("/healthz", response_class=PlainTextResponse)
     @app.get("/health", response_class=PlainTextResponse)
     async def health(request: Request) -> Response:
-        if not app.state.engine.ready.is_set():
-            return PlainTextResponse("warming up\n", 503, {"Retry-After": "1"})
-        if app.state.engine.failed is not None:
-            why = f": {app.state.engine.failed!r}" if app.state.access.is_signed_in(request) else ""
+        found = app.state.engine.health()
+        if found.status == "ok":
+            return PlainTextResponse("OK\n")
+        if found.status == "failed":
+            why = f": {found.reason}" if app.state.access.is_signed_in(request) else ""
             return PlainTextResponse(f"the model failed{why}\n", 500)
-        return PlainTextResponse("OK\n")
+        return PlainTextResponse(f"{found.status}\n", 503, {"Retry-After": "1"})
 
     @app.get("/version")
     async def get_version() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
+import sys
 import threading
 import time
 from collections.abc import Hashable, Sequence
@@ -48,6 +49,13 @@ __all__ = [
     "blank_observation",
 ]
 log = logging.getLogger(__name__)
+YIELD_S = 2e-4
+"""Pause after each turn. A thread that waits for Python's lock is woken whenever torch lets go of it, and
+seldom gets it in time: without a pause the event loop stood still for 4 s, on two busy cores, until a prompt
+was read."""
+SWITCH_S = 5e-4
+"""How long another thread keeps Python's lock when the model's wants it back (`sys.setswitchinterval`). A
+decision asks for it about 700 times; with Python's own 5 ms one thread that reads JSON makes it 3.5 s."""
 Room: TypeAlias = EngineLimits
 Speaker: TypeAlias = TokenGenerator
 
@@ -83,6 +91,7 @@ class Engine:
         """Why the thread takes nothing any more."""
         self._idle, self._moved, self._next_check = False, time.monotonic(), 0.0
         self._to_tokenise = queue.SimpleQueue[ChatJob | None]()
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
         self._thread = threading.Thread(target=self._run, name="blm-model", daemon=True)
         self._thread.start()
         threading.Thread(target=self._tokenise_all, name="blm-tokeniser", daemon=True).start()
@@ -231,6 +240,7 @@ class Engine:
                 self._chatting.forget(job)
             self._chatting.work()
         self._check_suspects()
+        time.sleep(YIELD_S)
         return True
 
     def _has_work(self) -> bool:
