@@ -39,7 +39,7 @@ def find_chat(
     if name.startswith(SCHEME):
         endpoint = find_endpoint(name, api_key=api_key, cache=cache, settings=settings)
         return Named(endpoint, endpoint.name)
-    source = find_model(name)
+    source = find_model(name, what="model", others=["<a folder>", "openai:MODEL@URL"])
     if not source.has_chat:
         raise BlmError(f"'{name}' is a {source.kind}: it has actions and no chat; give {HELP}")
     model = source.load(device)

@@ -135,11 +135,17 @@ UNTRAINED = {
 }
 
 
-def find_model(name_or_folder: str | Path) -> Source:
+def find_model(
+    name_or_folder: str | Path,
+    *,
+    what: str = "checkpoint",
+    others: Sequence[str] = ("<a folder of Stage I or II>",),
+) -> Source:
     """Find a release, a checkpoint, a backbone (Stage I, or any of transformers) or a name of BACKBONES.
 
     Of the folder of a run, its last stage. Reads no weights. Raises UnknownNameError for what does not exist,
-    BlmError for a folder that holds no model, saying what it holds.
+    calling it `what` and listing the choices and `others`; BlmError, saying what it holds, for a folder
+    without a model.
     """
     name = str(name_or_folder)
     folder = folder_of(name)
@@ -148,7 +154,7 @@ def find_model(name_or_folder: str | Path) -> Source:
             return Source("backbone", name)
         if folder.exists():
             raise BlmError(f"'{name}' is a file; give the folder of a checkpoint or backbone")
-        raise UnknownNameError("model", name, {*RELEASES, *BACKBONES, "<a folder of Stage I or II>"})
+        raise UnknownNameError(what, name, {*RELEASES, *BACKBONES, *others})
     for inside in (".", "checkpoint", "stage2/checkpoint"):
         if (folder / inside / "manifest.json").is_file():
             return _checkpoint(folder / inside)

@@ -220,6 +220,15 @@ def test_what_the_browser_says_of_the_asking_page_counts(server: str, site: str)
         assert post(server, {"Sec-Fetch-Site": fine}).status_code == 200
 
 
+def test_a_refused_websocket_leaves_no_error_in_the_log(
+    server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert handshake(server, f"Host: {server}", "Origin: http://evil.com")[0] == 403
+    assert handshake(server, f"Host: {server}", path="/nothing")[0] == 404
+    time.sleep(0.1)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_read_origin() -> None:
     assert read_origin("https://Lab.Example") == ("https", "lab.example", 443)
     assert read_origin("http://[::1]:8000") == ("http", "::1", 8000)
@@ -249,8 +258,8 @@ def test_read_origin() -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        "text/plain", "text/plain; application/json", "application/x-www-form-urlencoded", "multipart/form-data",
-        "",
+        "text/plain", "text/plain; application/json", "application/x-www-form-urlencoded",
+        "multipart/form-data", "",
         "application/json; charset=utf-16",
         "application/jsonp", "application/json, text/plain", "text/json",
     ],

@@ -297,7 +297,9 @@ def test_who_reads_slowly_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
         opened.sendall(GET.replace(b"/health", b"/large"))
         got, start = 0, time.monotonic()
         while got < 8_000_000:
-            got += len(opened.recv(200_000))
+            piece = opened.recv(200_000)
+            assert piece, f"cut off after {got} bytes"
+            got += len(piece)
             time.sleep(0.02)
         assert time.monotonic() - start > 0.6, "longer than two of the limits"
 

@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, WebSocket
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -28,7 +28,7 @@ from blm.serving.engine import Engine, Room, Speaker
 from blm.serving.gate import Gate
 from blm.serving.login import add_login
 from blm.serving.metrics import Metrics
-from blm.serving.openpi import add_policy
+from blm.serving.openpi import OPENPI_PATHS, add_policy
 from blm.types import Policy
 
 log = logging.getLogger(__name__)
@@ -77,8 +77,13 @@ def create_app(
     add_login(app, access)
     if speaker is not None:
         add_chat(app, name, None, limits or Limits())  # the gate has asked for the key
+    else:
+        app.add_api_route("/v1/chat/completions", _no_chat, methods=["POST"], include_in_schema=False)
     if policy is not None:
         add_policy(app, policy, None)
+    else:
+        for path in OPENPI_PATHS:
+            app.add_api_websocket_route(path, _no_policy)
     return app
 
 
@@ -142,6 +147,20 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
     await JSONResponse(error.to_json(), error.status)(scope, receive, send)
 
 
+async def _no_chat() -> Response:
+    raise RequestError(
+        404, "this checkpoint has no chat, only actions: ask on the websocket at /", code="no_chat"
+    )
+
+
+async def _no_policy(socket: WebSocket) -> None:
+    message = (
+        "this checkpoint has no policy, only chat: ask at /v1/chat/completions, or serve one of Stage II"
+    )
+    error = RequestError(404, message, code="no_policy")
+    await socket.send_denial_response(JSONResponse(error.to_json(), error.status))
+
+
 async def _on_leaving(request: Request, error: Exception) -> Response:
     return Response(status_code=499)  # nobody reads it
 
@@ -160,9 +179,10 @@ async def _on_error(request: Request, error: Exception) -> Response:
 
 
 def _add_status(app: FastAPI, policy: Policy | None, speaker: Speaker | None, name: str) -> None:
-    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "blm"}
+    spaces = ["chat"] * (speaker is not None) + ["actions"] * (policy is not None)
+    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "blm", "serves": spaces}
     contract = policy.contract.to_json() if policy is not None else None
-    about = {"version": version("blm"), "chat": speaker is not None, "policy": contract}
+    about = {"version": version("blm"), "serves": spaces, "chat": speaker is not None, "policy": contract}
 
     @app.get("/ping", response_class=PlainTextResponse)
     @app.get("/healthz", response_class=PlainTextResponse)

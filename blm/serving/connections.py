@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import struct
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -143,7 +144,7 @@ class WriteWatch:
 
     def start(self) -> None:
         self.stop()
-        self._left = self._transport.get_write_buffer_size()
+        self._left = _unacknowledged(self._transport)
         self._timer = self._loop.call_later(WRITE_TIMEOUT_S, self._check)
 
     def stop(self) -> None:
@@ -152,10 +153,27 @@ class WriteWatch:
             self._timer = None
 
     def _check(self) -> None:
-        if self._transport.get_write_buffer_size() < self._left:  # slow, but it reads
+        if _unacknowledged(self._transport) < self._left:  # slow, but it reads
             self.start()
         else:
             self._transport.abort()
+
+
+def _unacknowledged(transport: asyncio.Transport) -> int:
+    """Bytes that the client has not taken yet: ours, and where the system tells (SIOCOUTQ) its socket's.
+
+    A socket's own buffer holds megabytes, so ours alone may stand still while a slow client reads.
+    """
+    size = transport.get_write_buffer_size()
+    opened = transport.get_extra_info("socket")
+    try:
+        import fcntl
+        import termios
+
+        (queued,) = struct.unpack("i", fcntl.ioctl(opened.fileno(), termios.TIOCOUTQ, bytes(4)))
+    except (ImportError, OSError, AttributeError):
+        return size
+    return size + queued
 
 
 class HttpProtocol(H11Protocol):
@@ -291,6 +309,11 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
 
         self.conn.send_response = send_secured  # type: ignore[method-assign]
         super().handle_connect(event)
+
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
+            self.handshake_complete = True  # refused: else uvicorn logs an error for each refusal
 
     def send_receive_event_to_app(self) -> None:
         self._finished = True
