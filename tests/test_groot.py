@@ -61,8 +61,8 @@ class Client:
 @contextmanager
 def running(policy: EchoPolicy, api_key: str | None = None, **options: Any) -> Iterator[int]:
     port = free_port()
-    app = create_app(policy, **options)
-    add_groot(app, policy, port=port, api_key=api_key)
+    app = create_app(policy, api_key=api_key, **options)
+    add_groot(app, policy, port=port)
     with running_app(app):
         yield port
 

@@ -299,8 +299,8 @@ BOMBS = {
     "language as bytes": (with_part([[b"push"]], *LANGUAGE), "one of them is b'push'"),
     "language of lists": (with_part([[[["push"]]]], *LANGUAGE), "language must be a list of texts"),
     "no text": (with_part([[]], *LANGUAGE), r"one of them is \[\]"),
-    "a long text": (with_part([["x" * 2001]], *LANGUAGE), "at most 2000 characters"),
-    "a longer text": (with_part([["x" * 10_000]], *LANGUAGE), "at most 8000"),
+    "a long text": (with_part([["x" * 401]], *LANGUAGE), "at most 400 bytes"),
+    "a longer text": (with_part([["x" * 10_000]], *LANGUAGE), "at most 4096"),
     "states of texts": (with_part([["1"] * 7], *ARM), "state.arm must be an array"),
     "states of booleans": (with_part(np.ones((1, 2, 7), bool), *ARM), "state.arm must be an array"),
     "one state": (with_part(np.ones(7), *ARM), "state.arm must be an array with 3 dimensions"),
@@ -314,8 +314,8 @@ BOMBS = {
     "empty lists": (filled(b"\x90"), "more than .* items"),
     "arrays": (filled(msgpack.packb(npy("<f4", (0,)))), "more than .* items"),
     "levels": (b"\x81\xa4data" + b"\x91" * 1_000_000 + b"\x00", "levels"),
-    "a key of megabytes": (msgpack.packb({"x" * 2_000_000: 1}), "at most 8000"),
-    "an endpoint of text": (msgpack.packb({"endpoint": "x" * 8000}), "unknown endpoint 'xxx"),
+    "a key of megabytes": (msgpack.packb({"x" * 2_000_000: 1}), "at most 4096"),
+    "an endpoint of text": (msgpack.packb({"endpoint": "x" * 4000}), "unknown endpoint 'xxx"),
     "an endpoint of maps": (msgpack.packb({"endpoint": [{}] * 900}), "unknown endpoint"),
     "flat keys": (msgpack.packb({"data": {"video.base": 1, "state.arm": 2}}), "lacks 'observation'.*nested"),
 }  # fmt: skip
@@ -376,7 +376,7 @@ def test_a_damaged_message_is_read_or_refused(patch: bytes, at: int, keyed: bool
     at %= len(sent)
     sent = sent[:at] + patch + sent[at + len(patch) :]
     try:
-        request = codec.read_request(sent, "sesame" if keyed else None)
+        request = codec.read_request(sent, "sesame".__eq__ if keyed else None)
         assert not keyed or request["api_token"] == "sesame"
         codec.to_observations(request.get("data"), CONTRACT)
     except BlmError as error:
@@ -388,7 +388,7 @@ def test_a_damaged_message_is_read_or_refused(patch: bytes, at: int, keyed: bool
 
 @pytest.mark.parametrize(
     "token",
-    [None, "", "wrong", b"sesame", ["sesame"], 1, True, "x" * 8000, "sesam\u00e9", {"sesame": 1}],
+    [None, "", "wrong", b"sesame", ["sesame"], 1, True, "x" * 4000, "sesam\u00e9", {"sesame": 1}],
     ids=repr,
 )
 def test_nothing_is_decoded_for_who_has_not_the_key(token: Any) -> None:
@@ -398,7 +398,7 @@ def test_nothing_is_decoded_for_who_has_not_the_key(token: Any) -> None:
         {"api_token": "sesame", "data": bad, "api_tokem": token},
     ):
         with pytest.raises(BlmError) as refused:
-            codec.read_request(msgpack.packb(request), "sesame")
+            codec.read_request(msgpack.packb(request), "sesame".__eq__)
         expected = "does not have" if request["api_token"] == "sesame" else "wrong or missing api_token"
         assert expected in str(refused.value)
 
@@ -407,13 +407,13 @@ def test_the_last_of_two_keys_counts_as_in_the_map_that_msgpack_makes() -> None:
     for first, last in (("sesame", "wrong"), ("wrong", "sesame")):
         twice = b"\x82" + b"".join(msgpack.packb("api_token") + msgpack.packb(key) for key in (first, last))
         if last == "sesame":
-            assert codec.read_request(twice, "sesame")["api_token"] == "sesame"
+            assert codec.read_request(twice, "sesame".__eq__)["api_token"] == "sesame"
         else:
             with pytest.raises(BlmError, match="api_token"):
-                codec.read_request(twice, "sesame")
+                codec.read_request(twice, "sesame".__eq__)
     for other in (b"\x90", b"\x80", b"\xc0", b"\xa9api_token"):
         with pytest.raises(BlmError, match="api_token"):
-            codec.read_request(other, "sesame")
+            codec.read_request(other, "sesame".__eq__)
 
 
 def test_a_wrong_key_is_told_before_anything_else() -> None:

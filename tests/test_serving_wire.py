@@ -89,12 +89,12 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: frame_of(observation__images__base=np.zeros((224, 224, 3), int).tolist()),
         "send arrays",
     ),
-    "robot of megabytes": (lambda: frame_of(robot="panda " * (LIMIT // 7)), "at most 8000"),
+    "robot of megabytes": (lambda: frame_of(robot="panda " * (LIMIT // 7)), "at most 4096"),
     "robot of bytes": (lambda: frame_of(robot=b"panda" * (LIMIT // 6)), "'robot' must be str"),
-    "robot of 8000": (lambda: frame_of(robot="x" * 8000), "unknown robot 'xxx"),
-    "prompt of a megabyte": (lambda: frame_of(prompt="x" * 2**20), "at most 8000 .2000 characters"),
-    "prompt of 2001": (lambda: frame_of(prompt="x" * 2001), "needed: text of at most 2000 characters"),
-    "prompt of four-byte characters": (lambda: frame_of(prompt="\U0001f916" * 2001), "at most 8000"),
+    "robot of 4000": (lambda: frame_of(robot="x" * 4000), "unknown robot 'xxx"),
+    "prompt of a megabyte": (lambda: frame_of(prompt="x" * 2**20), "at most 4096, and 400 as instruction"),
+    "prompt of 401": (lambda: frame_of(prompt="x" * 401), "needed: text of at most 400 bytes of UTF-8"),
+    "prompt of four-byte characters": (lambda: frame_of(prompt="\U0001f916" * 101), "at most 400 bytes"),
     "elements without size": (lambda: frame_of(observation__state=array("<U0", [2**40])), "does not have 0"),
     "elements without size, named": (lambda: frame_of(robot=array("|S0", [2**60])), "does not have 0 bytes"),
     "rows without elements": (lambda: frame_of(chunk=array("<f4", [2**62, 0])), "at most 65536 rows"),
@@ -107,10 +107,10 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
         "'robot' must be str, got array of <U400000",
     ),
     "texts that NumPy would pad": (
-        lambda: frame_of(observation__state=["x" * 7000, *["y"] * 800]),
+        lambda: frame_of(observation__state=["x" * 4000, *["y"] * 800]),
         "'observation/state' must be numbers",
     ),
-    "key of megabytes": (lambda: msgpack.packb({"x" * (LIMIT - 20): 1}), "at most 8000"),
+    "key of megabytes": (lambda: msgpack.packb({"x" * (LIMIT - 20): 1}), "at most 4096"),
 }
 
 
@@ -462,7 +462,7 @@ def test_what_an_error_repeats_is_one_short_line(value: Any) -> None:
 def test_an_instruction_is_bounded_for_every_caller() -> None:
     at_most = Observation(**{**vars(observation()), "instruction": "x" * MAX_INSTRUCTION})
     assert CONTRACT.check(at_most).instruction == at_most.instruction
-    with pytest.raises(ContractError, match=r"2001 long.*at most 2000 characters"):
+    with pytest.raises(ContractError, match=r"401 long.*at most 400 bytes"):
         CONTRACT.check(Observation(**{**vars(at_most), "instruction": "x" * (MAX_INSTRUCTION + 1)}))
 
 

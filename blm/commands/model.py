@@ -140,7 +140,6 @@ def _build(chosen: Serve, model: Model, access: Access) -> FastAPI:
         room=room,
         reasoning=chosen.reasoning,
     )
-    inner_key = access.internal_key if access.needs_key else None
     if chosen.playground:
         from blm.serving.playground import add_playground, read_beside
 
@@ -150,7 +149,7 @@ def _build(chosen: Serve, model: Model, access: Access) -> FastAPI:
         from blm.serving.groot import add_groot
 
         assert model.policy is not None
-        add_groot(app, model.policy, host=chosen.host, port=chosen.groot_port, api_key=inner_key)
+        add_groot(app, model.policy, host=chosen.host, port=chosen.groot_port)
     return app
 
 

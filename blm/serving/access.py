@@ -249,18 +249,6 @@ def cookie_name(connection: HTTPConnection) -> str:
     return f"blm_session_{server[1] or 'local'}"
 
 
-def require_key(headers: Mapping[str, str], api_key: str | None) -> None:
-    """Raise RequestError 401 unless the headers bring `api_key`; with None anyone may go on.
-
-    For callers without an `Access`. OpenAI clients send 'Bearer <key>', OpenPI clients 'Api-Key <key>'.
-    """
-    if api_key is None:
-        return
-    given = _given_key([headers["authorization"]] if "authorization" in headers else [])
-    if given is None or not Access([api_key]).accepts(given):
-        raise RequestError(401, "wrong or missing API key", code="invalid_api_key")
-
-
 def _given_key(values: Sequence[str]) -> str | None:
     """Return the key of an Authorization header; None if there is none, or more than one."""
     if len(values) != 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import Any
@@ -78,8 +78,9 @@ def create_app(
         origins = [origin_text(origin) for origin in access.trust.origins]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
     app.add_middleware(Gate, access=access)  # added last: it comes first
-    _add_status(app, policy, speaker)
-    add_models(app, engine, name)
+    serves = ["chat"] * (speaker is not None) + ["actions"] * (policy is not None)
+    _add_status(app, policy, serves)
+    add_models(app, engine, name, serves)
     add_login(app, access)
     if speaker is not None:
         service = ChatService(
@@ -97,7 +98,7 @@ def create_app(
     else:
         app.add_api_route("/v1/chat/completions", _no_chat, methods=["POST"], include_in_schema=False)
     if policy is not None:
-        add_policy(app, policy, None)
+        add_policy(app, policy)
     else:
         for path in OPENPI_PATHS:
             app.add_api_websocket_route(path, _no_policy)
@@ -195,10 +196,9 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return JSONResponse(error.to_json(), error.status, headers)
 
 
-def _add_status(app: FastAPI, policy: Policy | None, speaker: Speaker | None) -> None:
-    spaces = ["chat"] * (speaker is not None) + ["actions"] * (policy is not None)
+def _add_status(app: FastAPI, policy: Policy | None, serves: Sequence[str]) -> None:
     contract = policy.contract.to_json() if policy is not None else None
-    about = {"version": version("blm"), "serves": spaces, "chat": speaker is not None, "policy": contract}
+    about = {"version": version("blm"), "serves": list(serves), "chat": "chat" in serves, "policy": contract}
 
     @app.get("/ping", response_class=PlainTextResponse)
     @app.get("/healthz", response_class=PlainTextResponse)

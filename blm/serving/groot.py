@@ -19,6 +19,7 @@ from fastapi import FastAPI
 
 from blm.serving import groot_codec as codec
 from blm.serving import wire
+from blm.serving.access import Access
 from blm.serving.engine import Acted, Engine
 from blm.serving.peers import while_connected
 from blm.serving.zmtp import Peer, Request
@@ -36,10 +37,8 @@ LARGE_AT_ONCE = 4
 """Large messages that are read at a time, each for clients before and after their first right request."""
 
 
-def add_groot(
-    app: FastAPI, policy: Policy, *, host: str = "127.0.0.1", port: int = 5555, api_key: str | None = None
-) -> None:
-    """Let `app` also listen for GR00T clients, from its start to its end; they share its engine.
+def add_groot(app: FastAPI, policy: Policy, *, host: str = "127.0.0.1", port: int = 5555) -> None:
+    """Let `app` also listen for GR00T clients, from its start to its end; they share its engine and keys.
 
     Raises BlmError at the start if the address is taken.
     """
@@ -48,7 +47,7 @@ def add_groot(
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
         async with rest(app) as state:
-            groot = GrootServer(app.state.engine, policy.contract, api_key)
+            groot = GrootServer(app.state.engine, policy.contract, app.state.access)
             try:
                 listening = await asyncio.start_server(groot.serve, host, port)
             except OSError as error:
@@ -64,8 +63,9 @@ def add_groot(
 class GrootServer:
     """Answers clients; of each one request is in work at a time, with all its rows."""
 
-    def __init__(self, engine: Engine, contract: PolicyContract, api_key: str | None) -> None:
-        self._engine, self._contract, self._api_key = engine, contract, api_key
+    def __init__(self, engine: Engine, contract: PolicyContract, access: Access) -> None:
+        self._engine, self._contract = engine, contract
+        self._accepts = access.accepts if access.needs_key else None
         self._limit = codec.message_limit(contract)
         self._unproven, self._proven = dict[asyncio.Task[None], None](), set[asyncio.Task[None]]()
         """Connections before and after their first right request; the former in the order of their coming."""
@@ -137,7 +137,7 @@ class GrootServer:
     async def _open(self, peer: Peer, request: Request) -> Mapping[str, Any] | None:
         """Decode a request; None when it cannot be answered, and the client has been told why."""
         try:
-            return codec.read_request(request.body, self._api_key)
+            return codec.read_request(request.body, self._accepts)
         except BlmError as error:
             await peer.send(request, codec.pack({"error": shorten(error, LONGEST_ERROR)}))
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,8 +12,11 @@ from blm.serving.engine import Engine
 from blm.serving.errors import RequestError, quoted
 
 
-def add_models(app: FastAPI, engine: Engine, name: str) -> None:
-    """Add GET /v1/models and GET /v1/models/NAME, in OpenAI's form with vLLM's `root` and `max_model_len`."""
+def add_models(app: FastAPI, engine: Engine, name: str, serves: Sequence[str]) -> None:
+    """Add GET /v1/models and GET /v1/models/NAME, in OpenAI's form with vLLM's `root` and `max_model_len`.
+
+    `serves` says what the model can be asked for: "chat", "actions" or both.
+    """
     created = int(time.time())
 
     def card() -> dict[str, Any]:
@@ -25,6 +29,7 @@ def add_models(app: FastAPI, engine: Engine, name: str) -> None:
             "owned_by": "blm",
             "root": name,
             "parent": None,
+            "serves": list(serves),
             "max_model_len": context,
         }
 

@@ -9,12 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
-from fastapi.responses import JSONResponse
 
 from blm.serving import wire
-from blm.serving.access import require_key
 from blm.serving.engine import Engine
-from blm.serving.errors import RequestError
 from blm.serving.metrics import Metrics
 from blm.serving.peers import while_connected
 from blm.types import BlmError, LateError, Policy, shorten
@@ -26,14 +23,11 @@ _LONGEST_ERROR = 1000
 """Characters of an error that a client is told."""
 
 
-def add_policy(app: FastAPI, policy: Policy, api_key: str | None) -> None:
+def add_policy(app: FastAPI, policy: Policy) -> None:
+    """Add OpenPI's routes to an app that has an engine, metrics and, before all routes, a gate."""
+
     async def openpi(socket: WebSocket) -> None:
-        try:
-            require_key(socket.headers, api_key)
-        except RequestError as error:
-            await socket.send_denial_response(JSONResponse(error.to_json(), error.status))
-            return
-        await socket.accept()
+        await socket.accept()  # the gate has asked for the key
         requests, status = app.state.metrics.requests, "refused"
         try:
             await _converse(socket, policy, app.state.engine, app.state.metrics)

@@ -14,8 +14,8 @@ from blm.types import MAX_INSTRUCTION, BlmError
 
 MAX_DEPTH = 8
 """Maps and lists inside one another; an observation of GR00T needs five."""
-MAX_TEXT = 4 * MAX_INSTRUCTION
-"""Bytes of one text: UTF-8 takes up to four for a character."""
+MAX_TEXT = 4096
+"""Bytes of one text: names, keys and instructions are far shorter."""
 _FIXED = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8} | {
     0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8, 0xD4: 2, 0xD5: 3, 0xD6: 5, 0xD7: 9, 0xD8: 17,
 }  # fmt: skip
@@ -69,7 +69,9 @@ def _step(data: bytes, position: int) -> tuple[int, int]:
         width = _SIZED.get(kind, 0)
         length = int.from_bytes(data[position : position + width], "big") if width else kind & 0x1F
         if length > MAX_TEXT and 0xD9 <= kind <= 0xDB:
-            raise BlmError(f"a text has {length} bytes; at most {MAX_TEXT} ({MAX_INSTRUCTION} characters)")
+            raise BlmError(
+                f"a text has {length} bytes; at most {MAX_TEXT}, and {MAX_INSTRUCTION} as instruction"
+            )
         length += 0xC7 <= kind <= 0xC9  # the type of an extension
     elif kind == 0xC1:
         raise BlmError("byte 0xc1 is not msgpack")
