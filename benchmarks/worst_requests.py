@@ -52,7 +52,7 @@ def requests_of(generation: Generation) -> dict[str, Send]:
         "chat of the most turns": raw({"messages": [turn("a")] * (context // 8), "max_tokens": 4}),
         "chat of the most parts": chat([part] * (context // 8), max_tokens=4),
         "chat of the most pictures": chat(pictures(generation.capacity.max_images, 112), max_tokens=4),
-        "chat of 15 pictures of 1 MP": chat(pictures(15, 1024), max_tokens=4),
+        "chat of 30 pictures of 1 MP": chat(pictures(30, 1024), max_tokens=4),
         "chat of one large picture": chat(pictures(1, 4000), max_tokens=4),
         "chat of 4 long stop strings": chat(
             "Count.", stop=["x" * 60 + str(n) for n in range(4)], max_tokens=256
