@@ -413,7 +413,7 @@ def test_a_folder_that_is_no_checkpoint_or_was_altered_is_not_replaced(copied, t
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "manifest.json").write_text('{"mine": 1}')
-    with pytest.raises(BlmError, match="its manifest.json is of another program"):
+    with pytest.raises(BlmError, match=r"its manifest.json is of another program"):
         make_policy(1).save(theirs, {})
     assert (theirs / "manifest.json").read_text() == '{"mine": 1}'
     with (copied / "stats.json").open("a") as file:
