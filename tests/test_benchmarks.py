@@ -296,7 +296,7 @@ def test_unpacked_pictures_are_written_once(tmp_path):
 def test_folder_that_takes_no_pictures(tmp_path):
     folder = make_fixture("erqa", tmp_path / "erqa")
     (folder / "unpacked").write_text("in the way")
-    with pytest.raises(BlmError, match=r"cannot unpack pictures into .*unpacked"):
+    with pytest.raises(BlmError, match=r"cannot write to '.*unpacked': a file is where a folder should be"):
         load("erqa", folder)
 
 
@@ -471,13 +471,31 @@ def test_split_is_exact_disjoint_and_asked(published):
     assert len({(q.kind, q.messages) for q in questions}) == 80  # no template twice
 
 
+def move_away(folder: Path) -> None:
+    """What a user does with an old split, as the error says."""
+    for number, name in enumerate((SPLIT, TRAINING, HELD)):
+        (folder / name).rename(folder / f"old-{number}-{len(list(folder.iterdir()))}")
+
+
+def test_a_list_of_others_in_the_place_of_a_split_is_kept(published):
+    (published / TRAINING).write_text('["mine"]')
+    with pytest.raises(BlmError, match=r"training.json' exists and holds something else; move it away"):
+        split_sharerobot(published, SplitConfig(episodes=4))
+    assert (published / TRAINING).read_text() == '["mine"]' and not (published / HELD).exists()
+    (published / TRAINING).rename(published / "theirs.json")
+    split_sharerobot(published, SplitConfig(episodes=4))
+    (published / SPLIT).unlink()  # as after a kill before the last file
+    assert split_sharerobot(published, SplitConfig(episodes=4))["questions"] == 80
+
+
 def test_split_is_a_function_of_seed_and_data(published):
     def draw(folder: Path, **changes) -> bytes:
         split_sharerobot(folder, SplitConfig(episodes=4, **changes))
-        (folder / SPLIT).unlink()
         files = [folder / TRAINING, *sorted((folder / HELD).iterdir())]
         assert len(files) == 11
-        return b"".join(file.read_bytes() for file in files)
+        drawn = b"".join(file.read_bytes() for file in files)
+        move_away(folder)
+        return drawn
 
     first = draw(published)
     assert draw(published) == first != draw(published, seed=1)
@@ -489,11 +507,11 @@ def test_split_is_a_function_of_seed_and_data(published):
 def test_split_excludes_what_was_trained_on(published):
     split_sharerobot(published, SplitConfig(episodes=4))
     old = read_split(published)
-    (published / SPLIT).unlink()
+    move_away(published)
     used = {str(row.data["id"]).partition("rt_frames_success/")[2] for row in old}
     split_sharerobot(published, SplitConfig(episodes=4), exclude=used)
     assert not used & set(json.loads((published / SPLIT).read_text())["ids"])
-    (published / SPLIT).unlink()
+    move_away(published)
     with pytest.raises(BlmError, match=r"7 of 12 episodes .* needed: 8"):
         split_sharerobot(published, SplitConfig(episodes=8), exclude=used)
 

@@ -113,7 +113,7 @@ def test_a_longer_hold_is_the_same_episode_with_more_of_its_end(tmp_path):
     assert len(long) == len(short) + 14
     np.testing.assert_array_equal(long.states[: len(short)], short.states)
     assert set(long.primitives[len(short) :]) == {"hold"}
-    with pytest.raises(BlmError, match="hold must be 10 or more"):
+    with pytest.raises(BlmError, match="hold is 9; it must be 10 to"):
         dataclasses.replace(config, hold=9)
 
 

@@ -324,12 +324,14 @@ def test_command_evaluates_a_corpus(
     run_eval(server, tmp_path / "corpus", tmp_path / "few", "--limit", "3")
     assert [row["id"] for row in load_result(tmp_path / "few")["rows"]] == ["c0/0", "c2/0", "c4/0"]
     for bad, message in (
-        (("--limit", "0"), "must be 1 or more"),
         (("--coordinates", "inches"), "valid: thousandths"),
         (("--judge", "gpt"), "not of the form openai:MODEL@"),
     ):
         with pytest.raises(BlmError, match=message):
             run_eval(server, tmp_path / "corpus", tmp_path / "bad", *bad)
+    with pytest.raises(SystemExit):
+        run_eval(server, tmp_path / "corpus", tmp_path / "bad", "--limit", "0")
+    assert "limit is 0; it must be 1 to" in capsys.readouterr().err
     with pytest.raises(BlmError, match=r"unknown benchmark 'robvqa'. Did you mean 'robovqa'"):
         run_eval(server, tmp_path, tmp_path / "bad", benchmark="robvqa")
 

@@ -373,7 +373,7 @@ def rewrite_manifest(folder: Path) -> None:
 
 
 def test_another_backbone_is_refused_even_with_a_matching_manifest(copied):
-    Backbone(*make_nano(seed=1, layers=2, width=32)).save(copied / "backbone")
+    Backbone(*make_nano(seed=1, layers=2, width=32)).write_into(copied / "backbone")
     rewrite_manifest(copied)
     with pytest.raises(BlmError, match="is not the frozen one of Stage II"):
         CheckpointPolicy.load(copied)
@@ -397,11 +397,31 @@ def make_prompt(text: str) -> tuple[Message, ...]:
     return (Message("user", (text,)),)
 
 
-def test_saving_again_replaces_the_folder(copied):
+def test_saving_again_replaces_the_folder_and_keeps_what_others_added(copied):
     (copied / "note.txt").write_text("mine")
+    (copied / "README.md").write_text("my own card")
     make_policy(1).save(copied, {})
-    assert not (copied / "note.txt").exists()
+    assert (copied / "note.txt").read_text() == "mine"
+    assert (copied / "README.md.kept").read_text() == "my own card"
+    assert "my own card" not in (copied / "README.md").read_text()
+    make_policy(1).save(copied, {})
+    assert not (copied / "README.md.kept.kept").exists()
     assert CheckpointPolicy.load(copied).contract.revision == make_policy(1).contract.revision
+
+
+def test_a_folder_that_is_no_checkpoint_or_was_altered_is_not_replaced(copied, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "manifest.json").write_text('{"mine": 1}')
+    with pytest.raises(BlmError, match=r"its manifest.json is of another program"):
+        make_policy(1).save(theirs, {})
+    assert (theirs / "manifest.json").read_text() == '{"mine": 1}'
+    with (copied / "stats.json").open("a") as file:
+        file.write(" ")
+    before = (copied / "stats.json").read_bytes()
+    with pytest.raises(BlmError, match=r"stats.json is altered"):
+        make_policy(1).save(copied, {})
+    assert (copied / "stats.json").read_bytes() == before
 
 
 def test_keys_and_values_of_intent_tokens_are_made_once_per_chunk(monkeypatch):
