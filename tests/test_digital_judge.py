@@ -94,7 +94,7 @@ def test_damaged_cache_is_named(tmp_path: Path) -> None:
     judge = LanguageJudge(Oracle(), "m", cache=tmp_path)
     judge.grade([Asked("q", "r", "a")])
     next(tmp_path.rglob("*.json")).write_text("{")
-    with pytest.raises(BlmError, match=r"damaged .* delete it"):
+    with pytest.raises(BlmError, match=r"damaged .* move it away"):
         judge.grade([Asked("q", "r", "a")])
 
 

@@ -39,7 +39,7 @@ def test_the_readme_shows_commands():
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_exist(line):
     words = shlex.split(line, comments=True)
-    if words[:2] == ["accelerate", "launch"]:
+    if words[0].endswith("accelerate") and words[1] == "launch":
         words = words[words.index(".venv/bin/blm") :]
     if words[0] == "make":
         targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)

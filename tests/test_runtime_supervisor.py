@@ -21,7 +21,7 @@ from blm.runtime.arm import Reading
 from blm.runtime.chunks import Reply, Request, Timeline
 from blm.runtime.states import Event, Found, Inputs, Late, Lost, Malformed
 from blm.runtime.supervisor import Supervisor
-from blm.types import BlmError, ContractError
+from blm.types import BlmError
 
 ROOT = Path(__file__).parents[1]
 GOAL = np.array([0.6, -0.3, 0.7, 0.2])
@@ -536,14 +536,14 @@ def test_a_chunk_is_never_used_beyond_its_horizon() -> None:
         ({"low": (None, 0.0, 0.0, 0.0)}, "must be finite"),
         ({"low": (1.0, -1.0, 0.1, 0.0), "high": (-1.0, 1.5, 0.9, 1.0)}, "the low one first"),
         ({"low": (3.0, -1.0, 0.1, 0.0), "high": (4.0, 1.5, 0.9, 1.0)}, "does not touch"),
-        ({"horizon": 0}, "horizon must be"),
-        ({"horizon": 10**9}, "horizon must be"),
-        ({"execute": 9}, "execute must be 1..8"),
+        ({"horizon": 0}, "horizon .*must be"),
+        ({"horizon": 10**9}, "horizon .*must be"),
+        ({"execute": 9}, "execute .*must be 1 to horizon = 8"),
         ({"image_size": True}, "image_size must be"),
     ],
 )
 def test_a_policy_that_does_not_fit_the_robot_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ContractError, match=message):
+    with pytest.raises(BlmError, match=message):  # some never become a contract
         Supervisor(LIMITS, contract(**changes), "push")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import Any
@@ -69,18 +69,10 @@ def create_app(
     app = FastAPI(title=name, version=version("blm"), docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.engine, app.state.metrics, app.state.access = engine, metrics, access
     app.state.connections = connections.ConnectionTable()
-    app.router.default = _not_found
-    app.add_exception_handler(RequestError, _on_error)
-    app.add_exception_handler(HTTPException, _on_error)
-    app.add_exception_handler(ClientDisconnect, _on_leaving)
-    app.add_exception_handler(Exception, _on_error)
-    if access.trust.origins:
-        origins = [origin_text(origin) for origin in access.trust.origins]
-        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(Gate, access=access)  # added last: it comes first
-    serves = ["chat"] * (speaker is not None) + ["actions"] * (policy is not None)
-    _add_status(app, policy, serves)
-    add_models(app, engine, name, serves)
+    app.state.serves = ["chat"] * (speaker is not None) + ["actions"] * (policy is not None)
+    _add_gate_and_errors(app, access)
+    _add_status(app, policy)
+    add_models(app, engine, name, app.state.serves)
     add_login(app, access)
     if speaker is not None:
         service = ChatService(
@@ -103,6 +95,18 @@ def create_app(
         for path in OPENPI_PATHS:
             app.add_api_websocket_route(path, _no_policy)
     return app
+
+
+def _add_gate_and_errors(app: FastAPI, access: Access) -> None:
+    app.router.default = _not_found
+    app.add_exception_handler(RequestError, _on_error)
+    app.add_exception_handler(HTTPException, _on_error)
+    app.add_exception_handler(ClientDisconnect, _on_leaving)
+    app.add_exception_handler(Exception, _on_error)
+    if access.trust.origins:
+        origins = [origin_text(origin) for origin in access.trust.origins]
+        app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(Gate, access=access)  # added last: it comes first
 
 
 class Server(uvicorn.Server):
@@ -196,9 +200,10 @@ async def _on_error(request: Request, error: Exception) -> Response:
     return JSONResponse(error.to_json(), error.status, headers)
 
 
-def _add_status(app: FastAPI, policy: Policy | None, serves: Sequence[str]) -> None:
+def _add_status(app: FastAPI, policy: Policy | None) -> None:
+    serves: list[str] = app.state.serves
     contract = policy.contract.to_json() if policy is not None else None
-    about = {"version": version("blm"), "serves": list(serves), "chat": "chat" in serves, "policy": contract}
+    about = {"version": version("blm"), "serves": serves, "chat": "chat" in serves, "policy": contract}
 
     @app.get("/ping", response_class=PlainTextResponse)
     @app.get("/healthz", response_class=PlainTextResponse)

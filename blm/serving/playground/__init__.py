@@ -91,7 +91,7 @@ def page_facts(
         "models": [name, *others],
         "revision": contract.revision if contract else "",
         "policy": contract is not None,
-        "chat": any(getattr(route, "path", None) == CHAT_PATH for route in app.routes),
+        "chat": "chat" in app.state.serves,
         "robots": robots,
         "tasks": {task: spec.title for task, spec in TASKS.items()},
         "key": app.state.access.needs_key,
