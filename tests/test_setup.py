@@ -1,4 +1,4 @@
-"""Set-up: what the scripts refuse, and, slowly, that a fresh clone becomes an environment, by uv and by pip."""
+"""Set-up: what the scripts refuse; slowly: a fresh clone becomes an environment, by uv and by pip."""
 
 from __future__ import annotations
 
