@@ -254,6 +254,7 @@ def test_a_cell_that_keeps_failing_ends_the_collection(tmp_path, monkeypatch):
         collect(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_unreachable_spawn_region_is_named(tmp_path, monkeypatch):
     from blm.tasks import TASKS
     from blm.tasks.spec import Region

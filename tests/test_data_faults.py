@@ -232,6 +232,7 @@ def test_killed_while_writing_a_rerun_gives_the_same_bytes(tmp_path):
     assert hidden, "no kill came in the middle"
 
 
+@pytest.mark.slow
 def test_killed_between_two_renames_the_former_dataset_comes_back(tmp_path, staged):
     out = finalize_dataset(staged, tmp_path / "arm", **LAYOUT)
     expected, missing = contents(out), 0

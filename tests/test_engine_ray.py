@@ -186,6 +186,7 @@ def pids(folder: Path) -> set[int]:
 
 
 @needs_ray
+@pytest.mark.slow
 def test_a_killed_worker_costs_nothing_and_errors_name_their_units(tmp_path: Path) -> None:
     (tmp_path / "local").mkdir()
     (tmp_path / "ray").mkdir()
@@ -217,6 +218,7 @@ def test_demonstrations_are_the_same_bytes_as_from_the_local_engine(tmp_path: Pa
 
 
 @needs_ray
+@pytest.mark.slow
 def test_a_lost_node_costs_nothing(tmp_path: Path) -> None:
     results = call("lose_a_node", tmp_path)
     assert [results[f"u{i}"]["square"] for i in range(UNITS)] == [i * i for i in range(UNITS)]

@@ -258,6 +258,7 @@ def test_an_untaught_eye_still_sees():
     assert not torch.allclose(dark, light)
 
 
+@pytest.mark.slow
 def test_schooling_finds_things_in_new_pictures(tmp_path):
     torch.set_num_threads(1)
     rows = [make(seed) for seed in range(120) for make in (scene, moment)]

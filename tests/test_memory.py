@@ -54,6 +54,7 @@ def test_the_paper_s_scale_trains_from_the_cache_in_16_gib():
         shape_of("qwen2_5_vl_72b")
 
 
+@pytest.mark.slow
 def test_measured_memory_of_stage_two_holds_the_plan(tmp_path):
     script = Path(__file__).parents[1] / "benchmarks/memory.py"
     command = [sys.executable, str(script), "--recipes", "smol", "--batch-sizes", "1", "9"]

@@ -308,6 +308,7 @@ def test_examples_ask_and_act(run, tmp_path, capsys):
     assert probe(tmp_path / "act.mp4").frames >= 8
 
 
+@pytest.mark.slow
 def test_examples_train_on_a_dataset_and_add_its_robot(run, tmp_path, capsys):
     make_dataset(tmp_path, "crane", 3, (30, 26, 28, 24))
     small = {"steps": 6, "batch_size": 4}
