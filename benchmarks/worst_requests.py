@@ -27,7 +27,7 @@ from websockets.asyncio.client import connect
 from blm.backbone.generation import Generation
 from blm.serving import wire
 from blm.serving.engine import blank_observation
-from blm.types import BlmError, Message, PolicyContract, Sampling
+from blm.types import MAX_INSTRUCTION, BlmError, Message, PolicyContract, Sampling
 
 PATIENCE_S = 30.0
 """A request that takes longer is given up, as a client may."""
@@ -58,7 +58,9 @@ def requests_of(generation: Generation) -> dict[str, Send]:
             "Count.", stop=["x" * 60 + str(n) for n in range(4)], max_tokens=256
         ),
         "count of the longest text": post("/tokenize", {"prompt": text}),
-        "observation of a long instruction": frame({wire.PROMPT: "push the cube " * 100}),
+        "observation of the longest instruction": frame(
+            {wire.PROMPT: ("push the cube " * 100)[:MAX_INSTRUCTION]}
+        ),
         "attack: 10 MB of text": chat("word " * 2_000_000),
         "attack: a megabyte of wrong messages": raw({"messages": [{"role": "x"}] * 70_000}),
         "attack: 60 large pictures of one bit": chat(pictures(60, 3990, mode="1"), max_tokens=4),
