@@ -17,9 +17,9 @@ import json
 import mujoco
 import numpy as np
 
-from blm.demos.expert import Expert
 from blm.evaluation.protocol import VALIDATION_SEEDS
 from blm.evaluation.results import machine
+from blm.planner.expert import Expert
 from blm.robots import ROBOTS
 from blm.tasks import TASKS, Env
 

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 import tyro
 
-from blm.evaluation.intervals import paired_difference, success_rate
+from blm.app.policies import load_checkpoint
 from blm.evaluation.protocol import PROTOCOLS, VALIDATION_SEEDS
 from blm.evaluation.results import machine
-from blm.policies import load_checkpoint
+from blm.evaluation.statistics import paired_difference, success_rate
 from blm.robots import ROBOTS
 from blm.runtime import Arm, Limits, Safety, State
 from blm.runtime.chunks import Request

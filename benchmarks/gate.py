@@ -19,10 +19,10 @@ import torch
 import tyro
 
 from blm.backbone import Backbone
-from blm.backbone.eye import IMAGE_SIZE, REACH, ConvVision, ConvVisionConfig
+from blm.backbone.nano.vision_tower import IMAGE_SIZE, REACH, ConvVision, ConvVisionConfig
 from blm.corpora import read_corpus
 from blm.media import load_pixels
-from blm.training.eye import View, lessons_of, places, scanned
+from blm.training.pretraining.vision_tower import View, lessons_of, places, scanned
 
 PIXELS, MILLIMETRES = 3.0, 10.0
 

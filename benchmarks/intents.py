@@ -22,14 +22,14 @@ import torch
 import tyro
 
 from blm.backbone.backbone import Backbone, build_nano
-from blm.data.episodes import finalize_dataset, open_dataset, stage_episode
+from blm.datasets.lerobot import finalize_dataset, open_dataset, stage_episode
 from blm.evaluation.results import machine
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
-from blm.training.adapt import fresh
-from blm.training.demonstrations import Sampler
-from blm.training.imitate import ImitateConfig, open_robots, sampler_of
-from blm.training.intents import IntentConfig
-from blm.training.loop import LoopConfig
+from blm.training.loop.loop import LoopConfig
+from blm.training.policy.add_robot import fresh
+from blm.training.policy.hidden_states import IntentConfig
+from blm.training.policy.sampler import Sampler
+from blm.training.policy.train import ImitateConfig, open_robots, sampler_of
 from blm.types import ActionSpace, Episode
 
 CAMERAS, SIDE, LENGTH, DIM = ("base", "side", "wrist"), 112, 60, 8

@@ -23,13 +23,13 @@ import torch
 import tyro
 from transformers import AutoModelForImageTextToText
 
+from blm.app.recipes import RECIPES
 from blm.backbone.backbone import Backbone, build_nano
 from blm.backbone.prompt import control_prompt
-from blm.backbone.shapes import shape_of
+from blm.backbone.published_shapes import shape_of
 from blm.evaluation.results import machine
 from blm.policy.network import PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
-from blm.recipes import RECIPES
 from blm.types import ImageArray
 
 BATCHES = (1, 8, 32)

@@ -31,10 +31,10 @@ import tyro
 from websockets.asyncio.client import connect
 from worst_requests import table
 
+from blm.app.model import BLM
 from blm.evaluation.results import machine
-from blm.hub import BLM
-from blm.serving import wire
-from blm.serving.engine import blank_observation
+from blm.serving.protocols.openpi import wire
+from blm.serving.scheduler import blank_observation
 from blm.types import Observation, PolicyContract
 
 

@@ -23,12 +23,12 @@ from typing import TypeVar, cast
 import torch
 import tyro
 
+from blm.app.memory import GIB, plan
+from blm.app.recipes import RECIPES, Recipe
 from blm.evaluation.results import machine
-from blm.memory import GIB, plan
 from blm.policy.network import PolicyBatch, PolicyNetwork
-from blm.recipes import RECIPES, Recipe
-from blm.training.loop import Ema, LoopConfig, Piece, run_loop
-from blm.training.parallel import Part
+from blm.training.loop.distributed import Part
+from blm.training.loop.loop import Ema, LoopConfig, Piece, run_loop
 
 T = TypeVar("T")
 

@@ -33,8 +33,8 @@ OFFICIAL = Path(__file__).parents[1] / ".venv-lerobot/bin/python"
 
 def ours(folder: Path) -> tuple[Read, int]:
     """Return a function that reads the samples of an array of indices, and the number of frames."""
-    from blm.data.episodes import open_dataset
-    from blm.data.transforms import action_chunks
+    from blm.datasets.lerobot import open_dataset
+    from blm.datasets.transforms import action_chunks
 
     data = open_dataset(folder)
     ends = data.starts[data.episode_index + 1]
@@ -159,7 +159,7 @@ def main() -> None:
         raise SystemExit("no .venv-lerobot; run: sh scripts/lerobot.sh")
     with tempfile.TemporaryDirectory() as scratch:
         if not args.dataset:
-            from blm.demos import CollectConfig, collect
+            from blm.planner import CollectConfig, collect
 
             config = CollectConfig(
                 robots=("panda",),

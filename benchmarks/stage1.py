@@ -33,15 +33,15 @@ from rich.progress import track
 from torch.nn import functional as F
 
 from blm.backbone import Backbone, build_nano
-from blm.corpora.build import SceneCorpusConfig, build_scene_corpus
-from blm.corpora.messages import read_corpus
+from blm.corpora.format.messages import read_corpus
+from blm.corpora.scenes.build import SceneCorpusConfig, build_scene_corpus
 from blm.evaluation.results import machine
-from blm.training.answers import AnswerModel
-from blm.training.features import FeatureCache, eye_of
-from blm.training.packing import RowBatch, pack
-from blm.training.rows import Limits, Messages, Row, make_row, ready, separated
-from blm.training.schedule import Schedule, Source
-from blm.training.turns import turned
+from blm.training.sft.loss import AnswerModel
+from blm.training.sft.mixture_sampler import Schedule, Source
+from blm.training.sft.pack import RowBatch, pack
+from blm.training.sft.prefix_attention import turned
+from blm.training.sft.tokenize import Limits, Messages, Row, make_row, ready, separated
+from blm.training.sft.vision_features import FeatureCache, eye_of
 from blm.types import Message
 
 Loss = Callable[[RowBatch], torch.Tensor]

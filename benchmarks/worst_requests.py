@@ -24,9 +24,9 @@ import numpy as np
 from PIL import Image as Pillow
 from websockets.asyncio.client import connect
 
-from blm.backbone.generation import Generation
-from blm.serving import wire
-from blm.serving.engine import blank_observation
+from blm.backbone.generation.generator import Generation
+from blm.serving.protocols.openpi import wire
+from blm.serving.scheduler import blank_observation
 from blm.types import MAX_INSTRUCTION, BlmError, Message, PolicyContract, Sampling
 
 PATIENCE_S = 30.0

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from blm.types import ActionChunk, ActionSpace, BlmError, Episode, Image, Message, Observation
 
 if TYPE_CHECKING:
-    from blm.hub import BLM
+    from blm.app.model import BLM
 
 __version__ = "0.1.0"
 __all__ = ["BLM", "ActionChunk", "ActionSpace", "BlmError", "Episode", "Image", "Message", "Observation"]
@@ -27,7 +27,7 @@ __all__ = ["BLM", "ActionChunk", "ActionSpace", "BlmError", "Episode", "Image", 
 def __getattr__(name: str) -> Any:
     """Load `BLM` on first use: it needs torch, which `import blm` must not pay for."""
     if name == "BLM":
-        from blm.hub import BLM
+        from blm.app.model import BLM
 
         return BLM
     raise AttributeError(f"module 'blm' has no attribute '{name}'")

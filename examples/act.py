@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from blm import BLM
-from blm.data.video import encode
+from blm.datasets.video import encode
 from blm.tasks import Env
 
 

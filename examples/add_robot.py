@@ -13,9 +13,9 @@ import tyro
 from safetensors.torch import load_file
 
 from blm.policy.policy import CheckpointPolicy
-from blm.training.imitate import ImitateConfig, train_stage2
-from blm.training.intents import IntentConfig
-from blm.training.loop import LoopConfig
+from blm.training.loop.loop import LoopConfig
+from blm.training.policy.hidden_states import IntentConfig
+from blm.training.policy.train import ImitateConfig, train_stage2
 
 
 def main(

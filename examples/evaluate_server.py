@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from blm.commands.physical import print_result
+from blm.cli.physical import print_result
 from blm.evaluation import PhysicalProtocol, evaluate_physical
 from blm.serving import RemotePolicy
 

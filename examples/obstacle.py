@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from blm.data.video import encode
-from blm.demos import Expert
-from blm.demos.decompositions import DECOMPOSITIONS, KEY_POSES
+from blm.datasets.video import encode
+from blm.planner import Expert
+from blm.planner.decompositions import DECOMPOSITIONS, KEY_POSES
 from blm.robots import RobotSpec
 from blm.tasks import TASKS, Env, TaskSpec
 from blm.tasks.spec import Item, Part, Placement, Region, pose

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from blm.data.episodes import open_dataset
+from blm.datasets.lerobot import open_dataset
 from blm.policy.policy import CheckpointPolicy
-from blm.training.imitate import ImitateConfig, train_stage2
-from blm.training.intents import IntentConfig
-from blm.training.loop import LoopConfig
+from blm.training.loop.loop import LoopConfig
+from blm.training.policy.hidden_states import IntentConfig
+from blm.training.policy.train import ImitateConfig, train_stage2
 from blm.types import Observation
 
 

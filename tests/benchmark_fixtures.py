@@ -11,8 +11,8 @@ import av
 import numpy as np
 import PIL.Image
 
-from blm.evaluation.digital.egothink import DIMENSIONS
-from blm.evaluation.digital.sharerobot_split import KINDS
+from blm.evaluation.digital.benchmarks.egothink import DIMENSIONS
+from blm.evaluation.digital.benchmarks.sharerobot_split import KINDS
 
 SIDE = 32
 

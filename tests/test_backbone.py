@@ -29,7 +29,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 
 from blm.backbone import Backbone, build_nano, control_prompt, question_prompt, video_prompt
 from blm.backbone.backbone import without_video
-from blm.backbone.nano import train_tokenizer
+from blm.backbone.nano.model import train_tokenizer
 from blm.media import load_pixels
 from blm.types import BlmError, Image, Message, UnknownNameError
 

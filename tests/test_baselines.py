@@ -11,13 +11,13 @@ import pytest
 import torch
 from test_intents import make_dataset
 
+from blm.app.policies import load_checkpoint
 from blm.baselines.diffusion_policy import BaselineConfig, DiffusionPolicy, scheduler, train_baseline
 from blm.baselines.network import DiffusionConfig, DiffusionNetwork, ImageEncoder, words_of
-from blm.data.episodes import open_dataset
-from blm.evaluation.batching import ActsInBatches
-from blm.policies import load_checkpoint
+from blm.datasets.lerobot import open_dataset
+from blm.evaluation.physical.policy_host import ActsInBatches
 from blm.policy.network import PolicyConfig
-from blm.training.loop import LoopConfig
+from blm.training.loop.loop import LoopConfig
 from blm.types import BlmError, Observation, Policy
 
 SIZES = DiffusionConfig(widths=(16, 32), image_width=16, words=64, text_width=8, robot_width=4)
@@ -116,7 +116,9 @@ def test_a_killed_training_continues_to_the_same_bits(config, tmp_path, monkeypa
     config = replace(config, loop=replace(config.loop, steps=8, save_every=3))
     whole = train_baseline(config, tmp_path / "whole", {})
     with monkeypatch.context() as patch:
-        patch.setattr("blm.training.loop._due", lambda done, every: 1 / 0 if done == 5 else done % every == 0)
+        patch.setattr(
+            "blm.training.loop.loop._due", lambda done, every: 1 / 0 if done == 5 else done % every == 0
+        )
         with pytest.raises(ZeroDivisionError):
             train_baseline(config, tmp_path / "parts", {})
     parts = train_baseline(config, tmp_path / "parts", {})

@@ -24,16 +24,14 @@ from benchmark_fixtures import (
     write_json,
 )
 
-from blm.commands.sharerobot import split_sharerobot as command
+from blm.cli.sharerobot import split_sharerobot as command
 from blm.evaluation.digital import BENCHMARKS, evaluate_digital
-from blm.evaluation.digital.easy_vqa import load_split
-from blm.evaluation.digital.erqa import options_in
-from blm.evaluation.digital.judge import MatchJudge
-from blm.evaluation.digital.pointing import asked_in
-from blm.evaluation.digital.published import EGOTHINK_KINDS, SHAREROBOT_KINDS, SIX
-from blm.evaluation.digital.runner import Asking
-from blm.evaluation.digital.sharerobot import spread
-from blm.evaluation.digital.sharerobot_split import (
+from blm.evaluation.digital.benchmarks.easy_vqa import load_split
+from blm.evaluation.digital.benchmarks.erqa import options_in
+from blm.evaluation.digital.benchmarks.pointing import asked_in
+from blm.evaluation.digital.benchmarks.published import EGOTHINK_KINDS, SHAREROBOT_KINDS, SIX
+from blm.evaluation.digital.benchmarks.sharerobot import spread
+from blm.evaluation.digital.benchmarks.sharerobot_split import (
     HELD,
     KINDS,
     SPLIT,
@@ -42,6 +40,8 @@ from blm.evaluation.digital.sharerobot_split import (
     read_split,
     split_sharerobot,
 )
+from blm.evaluation.digital.judge import MatchJudge
+from blm.evaluation.digital.runner import Asking
 from blm.media import load_pixels, with_pixels
 from blm.types import BlmError, Message, Question
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from blm.app.pipeline import Stage, read_ledger, run_stages, stage_key
+from blm.app.recipes import RECIPES
 from blm.cli import COMMANDS, find_command, main, parse_recipe
-from blm.data.video import count_frames
-from blm.data.writing import write_json
-from blm.pipeline import Stage, read_ledger, run_stages, stage_key
-from blm.recipes import RECIPES
+from blm.datasets.lerobot_writer import write_json
+from blm.datasets.video import count_frames
 from blm.types import BlmError
 
 

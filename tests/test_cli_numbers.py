@@ -13,16 +13,15 @@ from typing import Any
 
 import pytest
 
-from blm.cli import main
-from blm.commands import corpus, digital, physical, training
+from blm.app.recipes import RECIPES
+from blm.app.studies import changed
+from blm.cli import corpus, digital, main, physical, training
 from blm.corpora import CurationConfig, SceneCorpusConfig
 from blm.corpora.converters import Settings as ConvertSettings
-from blm.demos import CollectConfig
-from blm.evaluation.digital.sharerobot_split import SplitConfig
-from blm.recipes import RECIPES
-from blm.studies import changed
-from blm.training.intents import IntentConfig
-from blm.training.loop import LoopConfig
+from blm.evaluation.digital.benchmarks.sharerobot_split import SplitConfig
+from blm.planner import CollectConfig
+from blm.training.loop.loop import LoopConfig
+from blm.training.policy.hidden_states import IntentConfig
 from blm.types import BlmError
 
 BAD = {int: (-7_000_000_000, 10**24, math.nan), float: (-1e30, math.nan, math.inf)}

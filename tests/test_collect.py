@@ -13,18 +13,18 @@ import time
 import numpy as np
 import pytest
 
-from blm.data.episodes import open_dataset
-from blm.demos.collect import CollectConfig, collect, draw_perturbation, make_expert
-from blm.demos.expert import HOLD_STEPS
-from blm.demos.rollout import TAKE_OVER, Perturbation, demonstrate, replay
-from blm.demos.verify import verify
+from blm.datasets.lerobot import open_dataset
 from blm.io import hold
+from blm.planner.collect import CollectConfig, collect, draw_perturbation, make_expert
+from blm.planner.demonstration import TAKE_OVER, Perturbation, demonstrate, replay
+from blm.planner.expert import HOLD_STEPS
+from blm.planner.verify import verify
 from blm.robots import ROBOTS
 from blm.tasks import Env
 from blm.tasks.appearance import Appearance
 from blm.types import ActionChunk, BlmError, ContractError, Episode, PolicyContract
 
-collecting = sys.modules["blm.demos.collect"]
+collecting = sys.modules["blm.planner.collect"]
 CLEAN = CollectConfig(cameras=(), noise=(0.0,), disturbed=0.0, random_starts=0.0)
 SMALL = CollectConfig(
     robots=("widowxai",), tasks=("pick_cube", "push_cube"), episodes=3, cameras=("base",), image_size=64
@@ -170,7 +170,7 @@ def test_collection_gives_a_dataset_and_a_summary(collected):
 
 def test_a_killed_collection_resumes_to_the_same_bytes(collected, tmp_path):
     program = (
-        "from pathlib import Path; from blm.demos.collect import CollectConfig, collect\n"
+        "from pathlib import Path; from blm.planner.collect import CollectConfig, collect\n"
         "from blm.tasks.appearance import Appearance\n"
         f"if __name__ == '__main__': collect({SMALL!r}, Path('out'))\n"
     )

@@ -20,10 +20,10 @@ from blm.corpora import (
     write_corpus,
     write_curated,
 )
-from blm.corpora.balance import normalise, stem_of, yes_no_turns
-from blm.corpora.faults import RowError
-from blm.corpora.messages import CORPUS_FILE, Conversation, parse_row, reserved_scenes
-from blm.corpora.pictures import NearIndex, look_at
+from blm.corpora.curation.balance import normalise, stem_of, yes_no_turns
+from blm.corpora.format.faults import RowError
+from blm.corpora.format.messages import CORPUS_FILE, Conversation, parse_row, reserved_scenes
+from blm.corpora.format.pictures import NearIndex, look_at
 from blm.media import with_pixels
 from blm.types import BlmError, Image, Message
 

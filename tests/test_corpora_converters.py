@@ -14,8 +14,8 @@ from test_data_foreign import LENGTHS, TEXTS, write_v2, write_v3
 from blm.corpora import CONVERTERS, Settings, convert, read_corpus, validate_corpus
 from blm.corpora.converters.easy_vqa import package_folder
 from blm.corpora.converters.sharerobot import kind_of, pick
-from blm.corpora.messages import CORPUS_FILE
-from blm.data import video
+from blm.corpora.format.messages import CORPUS_FILE
+from blm.datasets import video
 from blm.io import read_json
 from blm.media import load_pixels
 from blm.types import BlmError, Message

@@ -11,12 +11,12 @@ import pytest
 from test_backbone import MAKERS
 
 from blm.backbone import build_nano
-from blm.commands import corpus as commands
+from blm.cli import corpus as commands
 from blm.corpora import clean_corpus, read_corpus, validate_corpus, write_corpus
-from blm.corpora.faults import REASONS
-from blm.corpora.messages import CORPUS_FILE, Conversation
-from blm.corpora.validate import check_with_backbone, reserved_tokens
-from blm.data import video
+from blm.corpora.format.faults import REASONS
+from blm.corpora.format.messages import CORPUS_FILE, Conversation
+from blm.corpora.format.validate import check_with_backbone, reserved_tokens
+from blm.datasets import video
 from blm.types import BlmError, Image, Message
 
 PICTURES = {

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from blm.data import video
-from blm.data.episodes import finalize_dataset, open_dataset, stage_episode
-from blm.data.stats import compute_stats, histogram_stats, image_histogram
+from blm.datasets import video
+from blm.datasets.lerobot import finalize_dataset, open_dataset, stage_episode
+from blm.datasets.statistics import compute_stats, histogram_stats, image_histogram
 from blm.types import ActionSpace, BlmError, ContractError, Episode, Stats
 
 SIDE = 64

@@ -16,10 +16,10 @@ import pytest
 from test_data_episodes import EPISODES, SIDE, SPACE, make_episode, write
 from test_io import killed_at
 
-from blm.data import writing as writing_module
-from blm.data.episodes import finalize_dataset, open_dataset, stage_episode, verify_files
-from blm.data.files import MANIFEST
-from blm.data.writing import DATA_FILE
+from blm.datasets import lerobot_writer as writing_module
+from blm.datasets.files import MANIFEST
+from blm.datasets.lerobot import finalize_dataset, open_dataset, stage_episode, verify_files
+from blm.datasets.lerobot_writer import DATA_FILE
 from blm.io import DamagedError, settled, write_json
 from blm.types import BlmError
 
@@ -200,7 +200,7 @@ FINALIZE = """
 import json, sys
 from pathlib import Path
 from test_data_faults import LAYOUT
-from blm.data.episodes import finalize_dataset
+from blm.datasets.lerobot import finalize_dataset
 print("ready", flush=True)
 for _ in range(int(sys.argv[3])):
     finalize_dataset([Path(p) for p in json.loads(sys.argv[1])], Path(sys.argv[2]), **LAYOUT)

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from blm.data import video
-from blm.data.episodes import open_dataset
+from blm.datasets import video
+from blm.datasets.lerobot import open_dataset
 from blm.types import BlmError, ContractError
 
 FPS, LENGTHS = 10, (7, 5, 9, 6)

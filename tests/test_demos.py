@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
-from blm.demos.collect import CollectConfig, draw_perturbation
-from blm.demos.decompositions import DECOMPOSITIONS
-from blm.demos.expert import HOLD_STEPS, Expert
-from blm.demos.planner import CONTROL_STEP, POSITION_TOLERANCE, ArmPlanner, PlanError, make_pose
-from blm.demos.rollout import demonstrate
+from blm.planner.arm_planner import CONTROL_STEP, POSITION_TOLERANCE, ArmPlanner, PlanError, make_pose
+from blm.planner.collect import CollectConfig, draw_perturbation
+from blm.planner.decompositions import DECOMPOSITIONS
+from blm.planner.demonstration import demonstrate
+from blm.planner.expert import HOLD_STEPS, Expert
 from blm.robots import ROBOTS
 from blm.tasks import Env
 from blm.types import UnknownNameError

@@ -20,12 +20,13 @@ import pytest
 from benchmark_fixtures import make_fixture
 from test_serving import EchoSpeaker, Words, running
 
-from blm.chats import find_chat, find_endpoint
-from blm.commands import digital as commands
-from blm.corpora.messages import Conversation, write_corpus
+from blm.app.chats import find_chat, find_endpoint
+from blm.cli import digital as commands
+from blm.corpora.format.messages import Conversation, write_corpus
 from blm.evaluation import DigitalProtocol, load_result
-from blm.evaluation.digital import BENCHMARKS, published
+from blm.evaluation.digital import BENCHMARKS
 from blm.evaluation.digital.answers import AnswerError
+from blm.evaluation.digital.benchmarks import published
 from blm.evaluation.digital.endpoint import Endpoint, Settings
 from blm.evaluation.digital.runner import Asking, evaluate_digital
 from blm.evaluation.results import write_result

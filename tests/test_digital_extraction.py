@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blm.evaluation.digital.compat import COMPAT, share_inside
-from blm.evaluation.digital.coordinates import Coordinates, read_metric, read_numbers
-from blm.evaluation.digital.extraction import final_answer, normalise, read_choice, read_yes_no
+from blm.evaluation.digital.parsers.compat import COMPAT, share_inside
+from blm.evaluation.digital.parsers.coordinates import Coordinates, read_metric, read_numbers
+from blm.evaluation.digital.parsers.extraction import final_answer, normalise, read_choice, read_yes_no
 from blm.types import BlmError
 
 OPTIONS = ("pick up the red cup", "open the drawer", "place the cup in the drawer", "close the drawer")

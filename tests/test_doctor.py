@@ -16,10 +16,10 @@ import pytest
 from test_data_episodes import EPISODES, SIDE, SPACE, numbered_frames, write
 from test_data_foreign import write_v2, write_v3
 
-from blm.data import video
-from blm.data.episodes import finalize_dataset, open_dataset, stage_episode
-from blm.data.files import MANIFEST, write_manifest
-from blm.doctor import examine_path
+from blm.app.doctor import examine_path
+from blm.datasets import video
+from blm.datasets.files import MANIFEST, write_manifest
+from blm.datasets.lerobot import finalize_dataset, open_dataset, stage_episode
 from blm.io import sha256_file
 from blm.robots import ROBOTS
 from blm.types import BlmError
@@ -344,9 +344,9 @@ def test_any_folder_can_be_examined(tmp_path, content):
 
 
 def test_progress_is_shown_on_large_sets(folder, capsys, monkeypatch):
-    monkeypatch.setattr("blm.doctor.MANY", 1)
+    monkeypatch.setattr("blm.app.doctor.MANY", 1)
     seen = []
-    monkeypatch.setattr("blm.doctor.track", lambda things, title, **_: seen.append(title) or things)
+    monkeypatch.setattr("blm.app.doctor.track", lambda things, title, **_: seen.append(title) or things)
     assert not faults(folder)
     assert seen == ["checking files", "checking pictures"]
 

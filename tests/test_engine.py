@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from blm.engine import Unit, read_journal, run_units
+from blm.jobs import Unit, read_journal, run_units
 from blm.types import BlmError, UnknownNameError
 
 _SETTING: list[str] = []
@@ -129,7 +129,7 @@ def test_a_killed_worker_costs_nothing_but_time(tmp_path: Path) -> None:
 
 
 def test_units_that_keep_killing_workers_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("blm.engine.ATTEMPTS", 2)
+    monkeypatch.setattr("blm.jobs.ATTEMPTS", 2)
     with pytest.raises(
         BlmError, match=r"2 of 2 work units were given up.*'u0' killed its worker \(signal 9\)"
     ):

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from blm import engine
-from blm.engine import Unit, read_journal, run_units
+from blm.jobs import Unit, read_journal, run_units
 from blm.types import BlmError
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra blm[ray]")
@@ -132,7 +132,7 @@ def lose_a_node(folder: Path) -> None:
 
 
 def collect_two_cells(out: Path, **how: Any) -> None:
-    from blm.demos import CollectConfig, collect  # not above: simulators would load in every process here
+    from blm.planner import CollectConfig, collect  # not above: simulators would load in every process here
 
     cells: dict[str, Any] = {"robots": ("panda", "xarm6"), "tasks": ("push_cube",), "episodes": 1}
     collect(CollectConfig(cameras=(), **cells, **how), out)

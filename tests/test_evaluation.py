@@ -13,11 +13,11 @@ import pytest
 
 from blm.evaluation import DigitalProtocol, compare, evaluate_digital, format_comparison, load_result
 from blm.evaluation.digital import summary
-from blm.evaluation.digital.coordinates import Coordinates
+from blm.evaluation.digital.benchmarks.scene_questions import SCENE
+from blm.evaluation.digital.parsers.coordinates import Coordinates
 from blm.evaluation.digital.runner import Asking
-from blm.evaluation.digital.scene_questions import SCENE
 from blm.evaluation.digital.scoring import Rules, Scored, overlap, score
-from blm.evaluation.intervals import effective_size, holm, mcnemar, paired_difference, success_rate, wilson
+from blm.evaluation.statistics import effective_size, holm, mcnemar, paired_difference, success_rate, wilson
 from blm.types import BlmError, ContractError, Image, Message, Question
 
 # --- intervals ---

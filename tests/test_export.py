@@ -17,9 +17,9 @@ from test_backbone import tiny_qwen, tiny_smolvlm
 from test_data_episodes import make_episode, write
 from transformers import AutoImageProcessor, AutoTokenizer
 
+from blm.app.export import export_dataset, export_vllm, push_to_hub
 from blm.backbone import Backbone
 from blm.cli import main
-from blm.export import export_dataset, export_vllm, push_to_hub
 from blm.types import BlmError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from blm.backbone import build_nano
-from blm.backbone.eye import (
+from blm.backbone.nano.vision_tower import (
     CELLS,
     DECIMAL,
     DECIMAL_SCALE,
@@ -28,19 +28,11 @@ from blm.backbone.eye import (
     decimal_code,
     metric_code,
 )
-from blm.corpora.messages import Conversation
-from blm.corpora.questions import read_scan
-from blm.training.eye import (
-    Lessons,
-    eye_loss,
-    lessons_of,
-    places,
-    scanned,
-    target,
-)
-from blm.training.loop import LoopConfig
-from blm.training.record import Meter
-from blm.training.schooling import (
+from blm.corpora.format.messages import Conversation
+from blm.corpora.scenes.questions import read_scan
+from blm.training.loop.loop import LoopConfig
+from blm.training.loop.metrics import Meter
+from blm.training.pretraining.nano import (
     COMPARED,
     TOLD_SHARE,
     Schooling,
@@ -50,6 +42,14 @@ from blm.training.schooling import (
     taught_nano,
     told,
     without_scans,
+)
+from blm.training.pretraining.vision_tower import (
+    Lessons,
+    eye_loss,
+    lessons_of,
+    places,
+    scanned,
+    target,
 )
 from blm.types import BlmError, Image, Message
 

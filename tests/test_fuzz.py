@@ -18,10 +18,10 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from test_serving import CONTRACT, JSON, EchoPolicy, EchoSpeaker, observation, running
 from websockets.sync.client import connect
 
-from blm.serving import wire
-from blm.serving.chat import Limits, parse_request
 from blm.serving.errors import MESSAGE_CHARACTERS, RequestError
-from blm.serving.openai_schema import DEFAULTS, HARMLESS, ChatRequest
+from blm.serving.protocols.openai.conversation import Limits, parse_request
+from blm.serving.protocols.openai.schema import DEFAULTS, HARMLESS, ChatRequest
+from blm.serving.protocols.openpi import wire
 from blm.types import BlmError
 
 MANY = int(os.environ.get("BLM_FUZZ", "300"))

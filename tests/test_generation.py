@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from test_backbone import MAKERS, PROMPTS
 
 from blm.backbone import Backbone, build_nano
-from blm.backbone.batch import Answer
-from blm.backbone.detokenizer import WINDOW, Detokenizer
-from blm.backbone.generation import Generation, positions_of
+from blm.backbone.generation.batch import Answer
+from blm.backbone.generation.detokenizer import WINDOW, Detokenizer
+from blm.backbone.generation.generator import Generation, positions_of
+from blm.backbone.generation.sampling import ScoreError, choose_token
 from blm.backbone.prompt import question_prompt
-from blm.backbone.sampling import ScoreError, choose_token
 from blm.types import BlmError, Image, Message, Sampling
 
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from test_serving import CONTRACT, SIDE, EchoPolicy, free_port, observation, running_app
 
 from blm.serving.app import create_app
-from blm.serving.groot import add_groot
-from blm.serving.groot_codec import pack, to_observations, unpack
+from blm.serving.protocols.groot.codec import pack, to_observations, unpack
+from blm.serving.protocols.groot.server import add_groot
 from blm.types import BlmError, Observation
 
 

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from test_groot import Client, batch, running
 from test_serving import CONTRACT, EchoPolicy, observation, wait_for
 
-from blm.serving import groot, zmtp
-from blm.serving import groot_codec as codec
-from blm.serving.engine import EngineLimits
+from blm.serving.protocols.groot import codec, zmtp
+from blm.serving.protocols.groot import server as groot
+from blm.serving.scheduler import EngineLimits
 from blm.types import ActionChunk, BlmError, Observation
 
 MANY = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))

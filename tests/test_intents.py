@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from blm.backbone.backbone import Backbone
-from blm.backbone.nano import make_nano
-from blm.data.episodes import EpisodeDataset, finalize_dataset, open_dataset, stage_episode
-from blm.data.mixture import kept_frames
-from blm.training.intents import (
+from blm.backbone.nano.model import make_nano
+from blm.datasets.lerobot import EpisodeDataset, finalize_dataset, open_dataset, stage_episode
+from blm.datasets.mixture import kept_frames
+from blm.training.policy.hidden_states import (
     IntentConfig,
     LiveIntents,
     augmented,

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from test_data_foreign import LENGTHS, SHAPES, rows, write_v2
 
-from blm.data.episodes import open_dataset
-from blm.data.transforms import action_chunks
-from blm.demos import CollectConfig, collect
+from blm.datasets.lerobot import open_dataset
+from blm.datasets.transforms import action_chunks
+from blm.planner import CollectConfig, collect
 
 PYTHON = Path(__file__).parents[1] / ".venv-lerobot/bin/python"
 HORIZON = 16

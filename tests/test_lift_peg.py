@@ -6,9 +6,9 @@ import mujoco
 import numpy as np
 import pytest
 
-from blm.demos.collect import CollectConfig, draw_perturbation
-from blm.demos.expert import HOLD_STEPS, Expert
-from blm.demos.rollout import Perturbation, demonstrate
+from blm.planner.collect import CollectConfig, draw_perturbation
+from blm.planner.demonstration import Perturbation, demonstrate
+from blm.planner.expert import HOLD_STEPS, Expert
 from blm.robots import ROBOTS
 from blm.tasks import Env
 

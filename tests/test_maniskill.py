@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from blm.demos import maniskill as scripts
-from blm.demos.planner import PlanError
-from blm.demos.rollout import Perturbation, demonstrate, replay
+from blm.planner import maniskill as scripts
+from blm.planner.arm_planner import PlanError
+from blm.planner.demonstration import Perturbation, demonstrate, replay
 from blm.robots import ROBOTS
 from blm.tasks import TASKS, Env
 from blm.tasks.maniskill import COUNTERPARTS, ManiSkillEnv, from_maniskill, require_maniskill, to_maniskill
@@ -85,7 +85,7 @@ def test_expert_does_not_let_numpy_2_crash_the_planner():
 
 
 def test_the_core_does_not_load_it():
-    code = "import sys, blm.demos, blm.evaluation.physical; sys.exit('mani_skill' in sys.modules)"
+    code = "import sys, blm.planner, blm.evaluation.physical.evaluate; sys.exit('mani_skill' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

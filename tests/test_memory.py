@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from blm.app.memory import count, describe, plan
+from blm.app.recipes import RECIPES
 from blm.backbone import Backbone
-from blm.backbone.shapes import shape_of
-from blm.memory import count, describe, plan
+from blm.backbone.published_shapes import shape_of
 from blm.policy.network import PolicyNetwork
-from blm.recipes import RECIPES
 from blm.types import UnknownNameError
 
 

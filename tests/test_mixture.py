@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from blm.data.mixture import Mixture, kept_frames, split_episodes
+from blm.datasets.mixture import Mixture, kept_frames, split_episodes
 from blm.types import BlmError
 
 

@@ -14,13 +14,13 @@ from test_backbone import MAKERS
 
 from blm.backbone import Backbone, build_nano
 from blm.media import load_pixels
-from blm.training import packing
-from blm.training.answers import AnswerModel, Answers
-from blm.training.features import FeatureCache, eye_of, is_frozen, projector_of
-from blm.training.packing import collate, pack, probe_rows, probe_talks, require_exact
-from blm.training.rows import Limits, Row, make_row, separated, shrunk
-from blm.training.schedule import Schedule, Source
-from blm.training.turns import Block, _buckets, lay_out, turned
+from blm.training.sft import pack as packing
+from blm.training.sft.loss import AnswerModel, Answers
+from blm.training.sft.mixture_sampler import Schedule, Source
+from blm.training.sft.pack import collate, pack, probe_rows, probe_talks, require_exact
+from blm.training.sft.prefix_attention import Block, _buckets, lay_out, turned
+from blm.training.sft.tokenize import Limits, Row, make_row, separated, shrunk
+from blm.training.sft.vision_features import FeatureCache, eye_of, is_frozen, projector_of
 from blm.types import BlmError, Image, Message
 
 LIMITS = Limits()
@@ -358,7 +358,7 @@ def test_turns_are_padded_in_the_cheapest_parts(monkeypatch: pytest.MonkeyPatch)
     """Against all ways to split a few blocks; a long one is not what the short ones are padded to."""
     rng = np.random.default_rng(0)
     for call in (1, 300, 10**6):
-        monkeypatch.setattr("blm.training.turns.CALL", call)
+        monkeypatch.setattr("blm.training.sft.prefix_attention.CALL", call)
         own = np.sort(rng.integers(1, 40, 7))
         blocks = [(np.zeros(n, np.int64), np.zeros(int(rng.integers(0, 30)), np.int64)) for n in own]
 

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from test_serving import foreign_openpi_server, running
 
+from blm.app.policies import contract_of, find_policy
 from blm.evaluation import (
     PROTOCOLS,
     PhysicalProtocol,
@@ -34,16 +35,15 @@ from blm.evaluation import (
     format_comparison,
     load_result,
 )
-from blm.evaluation.batching import HostedPolicy, PolicyHost
-from blm.evaluation.intervals import wilson
-from blm.evaluation.outcome import REASONS, Moment, judge, observe_moment
+from blm.evaluation.physical.episode import Clock, decision_seed, drive
+from blm.evaluation.physical.outcome import REASONS, Moment, judge, observe_moment
+from blm.evaluation.physical.policy_host import HostedPolicy, PolicyHost
 from blm.evaluation.protocol import (
     phrasing_of,
     protocol_hash,
 )
 from blm.evaluation.results import without_times
-from blm.evaluation.rollout import Clock, decision_seed, drive
-from blm.policies import contract_of, find_policy
+from blm.evaluation.statistics import wilson
 from blm.robots import ROBOTS
 from blm.seeds import EVALUATION_SEEDS, STAGE1_HELD_OUT_SEEDS, TRAINING_SEEDS
 from blm.serving.client import RemotePolicy

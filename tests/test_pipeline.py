@@ -19,23 +19,23 @@ from test_intents import make_dataset
 from test_serving import running
 
 from blm import BLM, Image, Message, Observation
+from blm.app.pipeline import read_ledger, run_stages
+from blm.app.policies import load_checkpoint
+from blm.app.recipes import RECIPES, Demonstrations
+from blm.app.stages import STAGES, write_report
+from blm.app.studies import STUDIES, changed, run_study
 from blm.backbone import Backbone
 from blm.corpora import read_corpus, read_questions
-from blm.data.episodes import open_dataset
-from blm.data.files import write_manifest
-from blm.data.video import probe
-from blm.data.writing import FORMAT
+from blm.datasets.files import write_manifest
+from blm.datasets.lerobot import open_dataset
+from blm.datasets.lerobot_writer import FORMAT
+from blm.datasets.video import probe
 from blm.evaluation import EVALUATION_SEEDS, PhysicalProtocol, evaluate_digital, evaluate_physical
 from blm.evaluation.digital.runner import Asking
 from blm.evaluation.results import load_result, without_times
 from blm.io import read_json
-from blm.pipeline import read_ledger, run_stages
-from blm.policies import load_checkpoint
 from blm.policy.policy import CheckpointPolicy
-from blm.recipes import RECIPES, Demonstrations
 from blm.serving import RemotePolicy
-from blm.stages import STAGES, write_report
-from blm.studies import STUDIES, changed, run_study
 from blm.types import BlmError
 
 ROBOTS, TASKS = ("panda", "widowxai"), ("push_cube",)

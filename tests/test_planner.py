@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blm.demos import planner as planning
-from blm.demos import sampling
-from blm.demos.collision import CLEARANCE, PRESSED, Scene
-from blm.demos.decompositions import DECOMPOSITIONS, KEY_POSES
-from blm.demos.expert import TRIES, Expert
-from blm.demos.planner import REASONS, ArmPlanner, PlanError, make_pose, path_length
-from blm.demos.primitives import Step
+from blm.planner import arm_planner as planning
+from blm.planner import sampling
+from blm.planner.arm_planner import REASONS, ArmPlanner, PlanError, make_pose, path_length
+from blm.planner.collision import CLEARANCE, PRESSED, Scene
+from blm.planner.decompositions import DECOMPOSITIONS, KEY_POSES
+from blm.planner.expert import TRIES, Expert
+from blm.planner.primitives import Step
 from blm.robots import ROBOTS
 from blm.tasks import TASKS, Env, ObjectState
 from blm.tasks.spec import Item, Part, Region

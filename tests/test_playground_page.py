@@ -14,11 +14,11 @@ from test_playground import CONTRACT, StillPolicy
 from test_serving import EchoSpeaker, Words, running_app
 
 from blm.backbone.prompt import question_prompt
-from blm.corpora.facts import Fact
-from blm.corpora.questions import scene_facts
-from blm.corpora.scene_view import Observer
-from blm.corpora.steps import PHRASES
-from blm.corpora.templates import TEMPLATES, expansions
+from blm.corpora.scenes.episodes import PHRASES
+from blm.corpora.scenes.facts import Fact
+from blm.corpora.scenes.questions import scene_facts
+from blm.corpora.scenes.templates import TEMPLATES, expansions
+from blm.corpora.scenes.view import Observer
 from blm.robots import ROBOTS
 from blm.serving.app import create_app
 from blm.serving.playground import PATH, add_playground, session
@@ -86,7 +86,7 @@ def answered_rightly(answer: str, fact: Fact) -> bool:
 
 
 def test_the_released_model_answers_what_is_suggested() -> None:
-    from blm.hub import BLM
+    from blm.app.model import BLM
 
     model = BLM.from_pretrained("blm-nano")
     cameras, right, asked = model.contract.cameras, list[str](), list[str]()

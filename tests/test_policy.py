@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from blm import bridge as bridge_module
+from blm.app.policies import load_checkpoint
 from blm.backbone.backbone import Backbone
-from blm.backbone.nano import make_nano
+from blm.backbone.nano.model import make_nano
 from blm.bridge import BridgeConfig
-from blm.data.transforms import Normalize, RobotTransforms
-from blm.policies import load_checkpoint
+from blm.datasets.transforms import Normalize, RobotTransforms
 from blm.policy import checkpoint as checkpoint_module
 from blm.policy import flow
 from blm.policy import policy as policy_module

@@ -13,10 +13,11 @@ from test_data_episodes import write
 from test_steps import recorded
 
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, read_corpus
-from blm.corpora.build import _moments
-from blm.corpora.facts import LETTERS, Drawer, Fact, by_kind, stem_of
-from blm.corpora.messages import CORPUS_FILE, options_of, read_questions, spoken
-from blm.corpora.questions import (
+from blm.corpora.format.messages import CORPUS_FILE, options_of, read_questions, spoken
+from blm.corpora.scenes.build import _moments
+from blm.corpora.scenes.episodes import read_steps
+from blm.corpora.scenes.facts import LETTERS, Drawer, Fact, by_kind, stem_of
+from blm.corpora.scenes.questions import (
     POINT_SCALE,
     control_turn,
     format_box,
@@ -28,10 +29,9 @@ from blm.corpora.questions import (
     scene_facts,
     scene_turns,
 )
-from blm.corpora.scene_report import describe
-from blm.corpora.scene_view import Observer, Scene, Thing, box_of, stage
-from blm.corpora.steps import read_steps
-from blm.corpora.templates import TEMPLATES, expansions
+from blm.corpora.scenes.report import describe
+from blm.corpora.scenes.templates import TEMPLATES, expansions
+from blm.corpora.scenes.view import Observer, Scene, Thing, box_of, stage
 from blm.tasks import Env
 from blm.types import BlmError, Episode
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from blm.backbone import build_nano
-from blm.training import reading
-from blm.training.parallel import Processes
-from blm.training.reading import Reader, TrainingSource
-from blm.training.rows import Limits, Row
+from blm.training.loop.distributed import Processes
+from blm.training.sft import tokenize_corpora as reading
+from blm.training.sft.tokenize import Limits, Row
+from blm.training.sft.tokenize_corpora import Reader, TrainingSource
 from blm.types import BlmError, Image, Message
 
 

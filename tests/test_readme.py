@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from blm.cli import find_command, parse_recipe
-from blm.commands import digital
-from blm.commands.physical import parse_collect, parse_evaluate
-from blm.commands.training import parse_baseline, parse_stage1, parse_stage2
-from blm.studies import STUDIES
+from blm.app.studies import STUDIES
+from blm.cli import digital, find_command, parse_recipe
+from blm.cli.physical import parse_collect, parse_evaluate
+from blm.cli.training import parse_baseline, parse_stage1, parse_stage2
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -18,8 +18,8 @@ import PIL.Image
 import pytest
 
 from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy, evaluate_digital, evaluate_physical
-from blm.evaluation.outcome import REASONS
-from blm.evaluation.physical import summarise
+from blm.evaluation.physical.evaluate import summarise
+from blm.evaluation.physical.outcome import REASONS
 from blm.evaluation.protocol import digest, phrasing_of
 from blm.evaluation.report import ReportData, build_report
 from blm.evaluation.results import machine, write_result

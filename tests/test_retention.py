@@ -14,10 +14,10 @@ from test_backbone import MAKERS
 from torch.nn import functional as F
 
 from blm.backbone import Backbone, build_nano
-from blm.corpora import replay
-from blm.corpora.messages import read_corpus
+from blm.corpora.curation import replay
+from blm.corpora.format.messages import read_corpus
 from blm.evaluation.digital.instructions import Probe, instruction_probes, run_probes, score, summarise
-from blm.training.retention import Retention, held_out_texts, read_texts
+from blm.training.sft.retention import Retention, held_out_texts, read_texts
 from blm.types import BlmError
 
 TEXTS = ["The gripper moves to the red cube and closes.", "Is it done? Not yet.", "What can you do?", "x"]

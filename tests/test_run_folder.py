@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from blm.app.pipeline import LEDGER, RECIPE, Stage, differences, read_ledger, run_stages
+from blm.app.recipes import RECIPES
 from blm.io import hold
-from blm.pipeline import LEDGER, RECIPE, Stage, differences, read_ledger, run_stages
-from blm.recipes import RECIPES
 from blm.types import BlmError
 
 CI = RECIPES["ci"]()

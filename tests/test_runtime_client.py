@@ -17,8 +17,9 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 from websockets.sync.server import ServerConnection, serve
 
-from blm.serving import RemotePolicy, wire
+from blm.serving import RemotePolicy
 from blm.serving.client import read_actions
+from blm.serving.protocols.openpi import wire
 from blm.types import BlmError, ContractError, LateError
 
 GOOD = np.zeros((4, 8), np.float32)

@@ -28,12 +28,14 @@ from PIL import Image as Pillow
 from PIL.ExifTags import Base
 from prometheus_client.parser import text_string_to_metric_families
 
-from blm.serving import access, connections, wire
+from blm.serving.access import connections
+from blm.serving.access import keys as access
 from blm.serving.app import Server, create_app, server_config
-from blm.serving.chat import Limits
 from blm.serving.client import RemotePolicy
-from blm.serving.engine import Acted, BusyError, Engine, Room, Speaker
-from blm.serving.openai_reply import AnswerText
+from blm.serving.protocols.openai.conversation import Limits
+from blm.serving.protocols.openai.reply import AnswerText
+from blm.serving.protocols.openpi import wire
+from blm.serving.scheduler import Acted, BusyError, Engine, Room, Speaker
 from blm.types import (
     ActionChunk,
     ActionSpace,

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from test_serving import EchoPolicy, EchoSpeaker, ask, body, connected, observation, running, wait_for
 
 from blm import addresses
-from blm.serving import access as access_module
-from blm.serving.access import Access, RateLimit, Sessions, Trust, check_key, read_keys, read_origin
+from blm.serving.access import keys as access_module
+from blm.serving.access.keys import Access, RateLimit, Sessions, Trust, check_key, read_keys, read_origin
+from blm.serving.access.login import login_page
 from blm.serving.app import create_app
 from blm.serving.client import RemotePolicy
-from blm.serving.login import login_page
 from blm.types import BlmError
 
 KEY = "open-sesame"

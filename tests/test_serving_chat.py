@@ -21,13 +21,13 @@ from test_serving import CONTRACT, JSON, PNG, EchoPolicy, EchoSpeaker, Words, as
 from test_serving_pictures import MEGABYTE, data_uri, memory_below
 
 from blm.backbone import build_nano
-from blm.backbone.generation import Generation
-from blm.serving import request_body
-from blm.serving.chat import UNSTATED, Limits, parse_request
+from blm.backbone.generation.generator import Generation
 from blm.serving.errors import MESSAGE_CHARACTERS, RequestError, quoted
-from blm.serving.openai_reply import AnswerInProgress, AnswerText, overlap
-from blm.serving.openai_schema import DEFAULTS, HARMLESS
-from blm.serving.request_body import MemoryBudget, Reservation
+from blm.serving.protocols.openai import request_body
+from blm.serving.protocols.openai.conversation import UNSTATED, Limits, parse_request
+from blm.serving.protocols.openai.reply import AnswerInProgress, AnswerText, overlap
+from blm.serving.protocols.openai.request_body import MemoryBudget, Reservation
+from blm.serving.protocols.openai.schema import DEFAULTS, HARMLESS
 from blm.types import ChatCapacity, Message, Sampling
 
 LIMITS = Limits()

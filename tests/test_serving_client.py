@@ -20,8 +20,8 @@ from websockets.utils import accept_key
 
 from blm.addresses import is_loopback_url
 from blm.evaluation.digital.endpoint import Endpoint
-from blm.serving import wire
 from blm.serving.client import RemotePolicy
+from blm.serving.protocols.openpi import wire
 from blm.types import BlmError, ContractError
 
 METADATA = wire.pack(CONTRACT.to_json())

@@ -20,13 +20,13 @@ import pytest
 from test_serving import CONTRACT, EchoPolicy, EchoSpeaker, ask, body, observation, running, wait_for
 
 from blm import addresses
+from blm.app.chats import find_chat
+from blm.app.model import BLM, find_model
 from blm.backbone import BACKBONES, Backbone
 from blm.baselines.diffusion_policy import DiffusionConfig, DiffusionNetwork, DiffusionPolicy
-from blm.chats import find_chat
 from blm.cli import main
-from blm.commands.model import Serve, _check_access
-from blm.data.transforms import Normalize, RobotTransforms
-from blm.hub import BLM, find_model
+from blm.cli.serve import Serve, _check_access
+from blm.datasets.transforms import Normalize, RobotTransforms
 from blm.serving.client import RemotePolicy
 from blm.types import BlmError
 

@@ -14,8 +14,9 @@ import pytest
 from test_serving import EchoPolicy, EchoSpeaker, body, connected, observation, running, wait_for
 from websockets.sync.client import connect
 
-from blm.serving import access, connections
-from blm.serving.access import Access
+from blm.serving.access import connections
+from blm.serving.access import keys as access
+from blm.serving.access.keys import Access
 from blm.serving.app import _allow_files, create_app, server_config
 from blm.serving.client import RemotePolicy
 from blm.types import BlmError

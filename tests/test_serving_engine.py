@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from test_serving import EchoPolicy, EchoSpeaker, EndlessSpeaker, Words, body, observation, running
 
 from blm.backbone import build_nano
-from blm.backbone.generation import Generation
-from blm.serving.engine import BusyError, Engine, EngineLimits, ModelError
-from blm.serving.jobs import ChatJob, FairQueue, Snapshot
+from blm.backbone.generation.generator import Generation
+from blm.serving.requests import ChatJob, FairQueue, Snapshot
+from blm.serving.scheduler import BusyError, Engine, EngineLimits, ModelError
 from blm.types import ActionChunk, BlmError, Message, Observation, Sampling
 
 T = TypeVar("T")

@@ -21,9 +21,9 @@ from PIL import Image as Pillow
 from PIL import ImageCms
 from PIL.ExifTags import Base
 
-from blm.serving.chat import Limits
 from blm.serving.errors import RequestError
-from blm.serving.openai_images import decode, read_pictures
+from blm.serving.protocols.openai.conversation import Limits
+from blm.serving.protocols.openai.images import decode, read_pictures
 
 LIMITS = Limits()
 MEGABYTE = 2**20

@@ -21,12 +21,12 @@ from test_serving import CONTRACT, BatchEcho, EchoPolicy, observation, running, 
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from blm.serving import wire
+from blm.serving.access.connections import MAX_FRAGMENTS
 from blm.serving.app import create_app
 from blm.serving.client import RemotePolicy
-from blm.serving.connections import MAX_FRAGMENTS
-from blm.serving.engine import Room
-from blm.serving.scan import MAX_DEPTH, scan
+from blm.serving.protocols.openpi import wire
+from blm.serving.protocols.scan import MAX_DEPTH, scan
+from blm.serving.scheduler import Room
 from blm.types import (
     MAX_INSTRUCTION,
     BlmError,

@@ -10,9 +10,9 @@ import torch
 from test_backbone import MAKERS
 
 from blm.backbone import Backbone
-from blm.backbone.generation import Generation
+from blm.backbone.generation.generator import Generation
 from blm.backbone.prompt import control_prompt, question_prompt
-from blm.backbone.sight import remember_sight
+from blm.backbone.vision_cache import remember_sight
 from blm.types import Sampling
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blm.corpora.steps import AFTER, BEFORE, IN_TASK, moment_facts, read_steps
-from blm.demos.decompositions import DECOMPOSITIONS
+from blm.corpora.scenes.episodes import AFTER, BEFORE, IN_TASK, moment_facts, read_steps
+from blm.planner.decompositions import DECOMPOSITIONS
 from blm.tasks import TASKS
 from blm.types import BlmError
 

@@ -17,7 +17,7 @@ from blm.types import BlmError, UnknownNameError, lookup
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = [
-    "blm", "blm.robots", "blm.tasks", "blm.demos", "blm.corpora", "blm.backbone", "blm.policy",
+    "blm", "blm.robots", "blm.tasks", "blm.planner", "blm.corpora", "blm.backbone", "blm.policy",
     "blm.evaluation", "blm.serving", "blm.runtime",
 ]  # fmt: skip
 

@@ -7,7 +7,7 @@ import string
 
 import pytest
 
-from blm.corpora.templates import TEMPLATES, expansions
+from blm.corpora.scenes.templates import TEMPLATES, expansions
 
 SEEN, HELD_OUT = (
     {

@@ -8,12 +8,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from blm.corpora.facts import LETTERS, Drawer, to_messages
-from blm.corpora.faults import RowError
-from blm.corpora.messages import Conversation, options_of, parse_row, spoken, spoken_after
-from blm.corpora.questions import KINDS, WAYS, scene_facts
-from blm.corpora.scene_view import STAGINGS, Scene, Thing
-from blm.evaluation.digital.extraction import final_answer, read_choice
+from blm.corpora.format.faults import RowError
+from blm.corpora.format.messages import Conversation, options_of, parse_row, spoken, spoken_after
+from blm.corpora.scenes.facts import LETTERS, Drawer, to_messages
+from blm.corpora.scenes.questions import KINDS, WAYS, scene_facts
+from blm.corpora.scenes.view import STAGINGS, Scene, Thing
+from blm.evaluation.digital.parsers.extraction import final_answer, read_choice
 from blm.tasks.spec import PALETTE
 
 ANSWERS = ("yes", "A", "(12, -3, 20) cm", "7 cm", "approach, hold", "red cube", "two\nlines")

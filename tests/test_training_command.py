@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from blm.backbone import Backbone
-from blm.commands.training import split_weight, stage1
-from blm.corpora.messages import Conversation, write_corpus
+from blm.cli.training import split_weight, stage1
+from blm.corpora.format.messages import Conversation, write_corpus
 from blm.types import BlmError, Image, Message
 
 FLAGS = ["--loop.steps=4", "--loop.batch-size=4", "--loop.eval-every=2", "--lora.rank=2", "--pack-length=128"]

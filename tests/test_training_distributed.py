@@ -23,10 +23,10 @@ from test_intents import make_backbone, make_dataset
 from test_training_imitate import POLICY
 
 from blm.backbone import build_nano
-from blm.training.imitate import ImitateConfig, train_stage2
-from blm.training.intents import IntentConfig
-from blm.training.loop import LoopConfig
-from blm.training.sft import Stage1Config, TrainingSource, train_stage1
+from blm.training.loop.loop import LoopConfig
+from blm.training.policy.hidden_states import IntentConfig
+from blm.training.policy.train import ImitateConfig, train_stage2
+from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
 from blm.types import Image, Message
 
 TEXTS = ["How many cubes are there?", "two", "Hello.", "Good day to you, robot."]

@@ -10,17 +10,17 @@ from test_intents import make_backbone, make_dataset
 
 from blm.backbone.backbone import Backbone
 from blm.bridge import BridgeConfig
-from blm.data.episodes import open_dataset
+from blm.datasets.lerobot import open_dataset
 from blm.policy.checkpoint import read_config
 from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
-from blm.training import imitate
-from blm.training.adapt import fresh
-from blm.training.demonstrations import RobotData, Sampler, split
-from blm.training.imitate import ImitateConfig, open_robots, sampler_of, train_stage2
-from blm.training.intents import IntentConfig
-from blm.training.loop import LoopConfig
-from blm.training.parallel import Part
+from blm.training.loop.distributed import Part
+from blm.training.loop.loop import LoopConfig
+from blm.training.policy import train as imitate
+from blm.training.policy.add_robot import fresh
+from blm.training.policy.hidden_states import IntentConfig
+from blm.training.policy.sampler import RobotData, Sampler, split
+from blm.training.policy.train import ImitateConfig, open_robots, sampler_of, train_stage2
 from blm.types import BlmError, Observation
 
 POLICY = PolicyConfig(

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from blm.backbone import build_nano
-from blm.training.checkpoint import checkpoints
-from blm.training.loop import LoopConfig
-from blm.training.lora import Lora
-from blm.training.sft import Stage1Config, TrainingSource, train_stage1
+from blm.training.loop.loop import LoopConfig
+from blm.training.loop.state import checkpoints
+from blm.training.sft.lora import Lora
+from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
 from blm.types import Image, Message
 
 KINDS = {"full": Lora(), "lora": Lora(rank=4, dropout=0.2)}
@@ -62,7 +62,7 @@ def die(out: Path, kind: str, pack_length: int) -> None:
 def processes() -> ForkServerContext:
     """Real processes that need not import torch anew each time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["blm.training.sft"])
+    context.set_forkserver_preload(["blm.training.sft.train"])
     return context
 
 

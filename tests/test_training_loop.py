@@ -12,11 +12,11 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from blm.training import checkpoint
-from blm.training.checkpoint import checkpoints
-from blm.training.loop import Ema, LoopConfig, Piece, run_loop
-from blm.training.optimizers import Optimizers
-from blm.training.parallel import Part, Processes
+from blm.training.loop import state as checkpoint
+from blm.training.loop.distributed import Part, Processes
+from blm.training.loop.loop import Ema, LoopConfig, Piece, run_loop
+from blm.training.loop.optimizers import Optimizers
+from blm.training.loop.state import checkpoints
 from blm.types import BlmError
 
 CONFIG = LoopConfig(steps=12, batch_size=4, lr=1e-2, log_every=4, save_every=5, seed=3)
@@ -318,7 +318,7 @@ def test_trackers_get_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     calls: list[object] = []
     config, module = replace(CONFIG, trackers=("trackio",)), Noisy()
-    monkeypatch.setattr("blm.training.record.get_available_trackers", lambda: ["trackio"])
+    monkeypatch.setattr("blm.training.loop.metrics.get_available_trackers", lambda: ["trackio"])
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "trackio", Tracker)
     run_loop(module, module.loss, batch_of, config, tmp_path)
     logged = [(row["step"], row["loss"]) for row in rows(tmp_path)]

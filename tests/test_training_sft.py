@@ -16,14 +16,14 @@ from test_backbone import MAKERS, tiny_qwen
 
 from blm.backbone import Backbone, build_nano
 from blm.io import read_json
-from blm.training.answers import AnswerModel
-from blm.training.loop import LoopConfig
-from blm.training.lora import Lora, add_adapters
-from blm.training.packing import RowBatch, collate
-from blm.training.parallel import Part
-from blm.training.parts import freeze_parts, part_of
-from blm.training.rows import Limits, make_row
-from blm.training.sft import Stage1Config, TrainingSource, train_stage1
+from blm.training.loop.distributed import Part
+from blm.training.loop.loop import LoopConfig
+from blm.training.sft.lora import Lora, add_adapters
+from blm.training.sft.loss import AnswerModel
+from blm.training.sft.pack import RowBatch, collate
+from blm.training.sft.parameter_groups import freeze_parts, part_of
+from blm.training.sft.tokenize import Limits, make_row
+from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
 from blm.types import BlmError, Image, Message
 
 LIMITS = Limits()
@@ -242,7 +242,7 @@ def test_the_mixture_has_the_weights_asked_for(pack_length: int, tmp_path: Path,
     config = replace(CONFIG, pack_length=pack_length)
     rare, often = dialogue(("How many?", "two")), dialogue(("Who?", "a robot"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("blm.training.sft.run_loop", count)
+        patch.setattr("blm.training.sft.train.run_loop", count)
         train_stage1(
             nano,
             [source(rare, name="own", weight=1.0), source(*[often] * 9, name="replay", weight=3.0)],

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from blm.data.transforms import (
+from blm.datasets.transforms import (
     MIN_HALF_RANGE,
     ActionTransform,
     Normalize,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from blm import viewing
-from blm.data.video import VideoFile, count_frames
+from blm.app import viewing
+from blm.datasets.video import VideoFile, count_frames
 from blm.types import BlmError, Episode, ImageArray
 
 T, SIDE = 8, 64

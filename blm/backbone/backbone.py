@@ -26,9 +26,9 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
-from blm.backbone.generation import Generation
-from blm.backbone.nano import SAMPLE_TEXTS, make_nano
-from blm.backbone.prefill import shallow
+from blm.backbone.generation.generator import Generation
+from blm.backbone.generation.prefill import shallow
+from blm.backbone.nano.model import SAMPLE_TEXTS, make_nano
 from blm.backbone.prompt import question_prompt, to_chat
 from blm.backbone.saving import save_folder
 from blm.backbone.smol import make_smol

@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from blm.backbone.nano import IMAGE_TOKEN, picture_processor
+from blm.backbone.nano.model import IMAGE_TOKEN, picture_processor
 from blm.types import BlmError
 
 STRIDE, CHANNELS = 32, 320

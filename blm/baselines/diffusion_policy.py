@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from blm.baselines.network import DiffusionConfig, DiffusionNetwork, words_of
-from blm.data.episodes import open_dataset
-from blm.data.transforms import RobotTransforms
+from blm.datasets.lerobot import open_dataset
+from blm.datasets.transforms import RobotTransforms
 from blm.policy.checkpoint import identified, read_config, read_transforms, require_free, write_checkpoint
 from blm.policy.flow import seeded_noise
 from blm.policy.network import PolicyConfig
 from blm.policy.policy import decode, pad_dims
-from blm.training.demonstrations import Sampler, joint_contract, require_weights, split, warn_of_reserved
-from blm.training.intents import claim
-from blm.training.loop import Ema, LoopConfig, Piece, run_loop
-from blm.training.parallel import Part
+from blm.training.loop.distributed import Part
+from blm.training.loop.loop import Ema, LoopConfig, Piece, run_loop
+from blm.training.policy.hidden_states import claim
+from blm.training.policy.sampler import Sampler, joint_contract, require_weights, split, warn_of_reserved
 from blm.types import ActionChunk, BlmError, ImageArray, Observation, PolicyContract, require_numbers
 
 KIND = "diffusion_policy"

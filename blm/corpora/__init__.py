@@ -1,11 +1,18 @@
 """Corpora for Stage I: the messages format, converters, curation, validation, questions about our scenes."""
 
-from blm.corpora.build import SceneCorpusConfig, build_scene_corpus
 from blm.corpora.converters import CONVERTERS, Settings, convert
-from blm.corpora.curation import CurationConfig, EvaluationSet, Source, curate, curate_sources, write_curated
-from blm.corpora.curation_report import CurationReport
-from blm.corpora.messages import Conversation, read_corpus, read_questions, scan_corpus, write_corpus
-from blm.corpora.validate import clean_corpus, validate_corpus
+from blm.corpora.curation.report import CurationReport
+from blm.corpora.curation.steps import (
+    CurationConfig,
+    EvaluationSet,
+    Source,
+    curate,
+    curate_sources,
+    write_curated,
+)
+from blm.corpora.format.messages import Conversation, read_corpus, read_questions, scan_corpus, write_corpus
+from blm.corpora.format.validate import clean_corpus, validate_corpus
+from blm.corpora.scenes.build import SceneCorpusConfig, build_scene_corpus
 
 __all__ = [
     "CONVERTERS",

@@ -1,15 +1,15 @@
 """Judge any Policy and any Chat: protocols as data, every row kept, every score with n and an interval."""
 
-from blm.evaluation.baselines import RandomPolicy, ReplayPolicy, ZeroPolicy
 from blm.evaluation.digital import BENCHMARKS, evaluate_digital
-from blm.evaluation.physical import evaluate_physical
+from blm.evaluation.physical.baselines import RandomPolicy, ReplayPolicy, ZeroPolicy
+from blm.evaluation.physical.episode import Privileged
+from blm.evaluation.physical.evaluate import evaluate_physical
 from blm.evaluation.protocol import (
     PROTOCOLS,
     DigitalProtocol,
     PhysicalProtocol,
 )
 from blm.evaluation.results import compare, compare_cells, format_comparison, load_result
-from blm.evaluation.rollout import Privileged
 from blm.seeds import EVALUATION_SEEDS, STAGE1_HELD_OUT_SEEDS, TRAINING_SEEDS
 
 __all__ = [

@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from blm.evaluation.digital.table import PaperTable
-from blm.evaluation.intervals import success_rate
-from blm.evaluation.outcome import REASONS
+from blm.evaluation.physical.outcome import REASONS
 from blm.evaluation.results import compare, load_result
+from blm.evaluation.statistics import success_rate
 from blm.io import write_text
 from blm.robots import ROBOTS
 from blm.tasks import TASKS

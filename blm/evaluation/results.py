@@ -17,8 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from blm.evaluation.intervals import Difference, holm, paired_difference
 from blm.evaluation.protocol import DigitalProtocol, PhysicalProtocol, digest, protocol_hash, require_equal
+from blm.evaluation.statistics import Difference, holm, paired_difference
 from blm.io import read_json, write_text
 from blm.types import BlmError, ContractError
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from blm.backbone.backbone import RELEASED
-from blm.data.transforms import RobotTransforms
+from blm.datasets.transforms import RobotTransforms
 from blm.io import MARK, new_folder, read_json, require_no_pointer, settled, sha256_file
 from blm.policy.card import model_card
 from blm.types import BlmError, PolicyContract

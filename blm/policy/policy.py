@@ -21,7 +21,7 @@ from torch import Tensor
 from blm.backbone.backbone import Backbone
 from blm.backbone.prompt import control_prompt, to_chat
 from blm.bridge import BridgeConfig
-from blm.data.transforms import RobotTransforms
+from blm.datasets.transforms import RobotTransforms
 from blm.policy.checkpoint import folder_of, identified, read_config, read_transforms, write_checkpoint
 from blm.policy.flow import continuation_weights, seeded_noise
 from blm.policy.network import PolicyConfig, PolicyNetwork

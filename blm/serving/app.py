@@ -19,19 +19,20 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from blm.serving import connections, wire
-from blm.serving.access import SECURITY_HEADERS, Access, origin_text
-from blm.serving.chat import Limits
-from blm.serving.completions import ChatService, add_chat
-from blm.serving.engine import Engine, Room, Speaker
+from blm.serving.access import connections
+from blm.serving.access.gate import Gate
+from blm.serving.access.keys import SECURITY_HEADERS, Access, origin_text
+from blm.serving.access.login import add_login
 from blm.serving.errors import RequestError
-from blm.serving.gate import Gate
-from blm.serving.login import add_login
 from blm.serving.metrics import Metrics
-from blm.serving.models import add_models
-from blm.serving.openai_reply import Reasoning
-from blm.serving.openpi import OPENPI_PATHS, add_policy
-from blm.serving.tokenizing import add_tokenizing
+from blm.serving.protocols.openai.completions import ChatService, add_chat
+from blm.serving.protocols.openai.conversation import Limits
+from blm.serving.protocols.openai.models import add_models
+from blm.serving.protocols.openai.reply import Reasoning
+from blm.serving.protocols.openai.tokenizing import add_tokenizing
+from blm.serving.protocols.openpi import wire
+from blm.serving.protocols.openpi.routes import OPENPI_PATHS, add_policy
+from blm.serving.scheduler import Engine, Room, Speaker
 from blm.types import Policy
 
 log = logging.getLogger(__name__)

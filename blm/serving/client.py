@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, W
 from websockets.sync.client import connect
 
 from blm.addresses import is_loopback_url
-from blm.serving import wire
+from blm.serving.protocols.openpi import wire
 from blm.types import (
     ActionChunk,
     BlmError,

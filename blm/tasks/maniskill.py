@@ -127,7 +127,7 @@ class ManiSkillEnv(Env):
         self._terminate, self._steps = terminate_on_success, 0
         self._views: dict[tuple[str, int], Any] = {}
         self.simulation = self._make()
-        """ManiSkill's own environment; `blm.demos.maniskill` runs its scripts on it."""
+        """ManiSkill's own environment; `blm.planner.maniskill` runs its scripts on it."""
 
     def _make(self) -> Any:
         require_maniskill()

@@ -19,8 +19,8 @@ from blm.corpora.converters.easy_vqa import easy_vqa, package_folder
 from blm.corpora.converters.lerobot import lerobot
 from blm.corpora.converters.rows import Rows, Settings, media_root
 from blm.corpora.converters.sharerobot import frames_root, sharerobot
-from blm.corpora.faults import Fault, RowError, summarise
-from blm.corpora.messages import Conversation, write_corpus
+from blm.corpora.format.faults import Fault, RowError, summarise
+from blm.corpora.format.messages import Conversation, write_corpus
 from blm.types import BlmError, lookup
 
 __all__ = ["CONVERTERS", "Conversion", "Converter", "Settings", "convert"]

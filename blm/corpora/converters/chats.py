@@ -18,8 +18,8 @@ from blm.corpora.converters.rows import (
     read_turns,
     tagged_messages,
 )
-from blm.corpora.faults import RowError
-from blm.corpora.messages import Conversation, check_text
+from blm.corpora.format.faults import RowError
+from blm.corpora.format.messages import Conversation, check_text
 from blm.types import Message
 
 _PARTS = {

@@ -24,7 +24,7 @@ from blm.corpora.converters.rows import (
     read_turns,
     tagged_messages,
 )
-from blm.corpora.faults import RowError
+from blm.corpora.format.faults import RowError
 from blm.media import VIDEOS
 
 SYSTEM = "Answer the questions."

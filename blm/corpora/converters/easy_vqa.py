@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from blm.corpora.converters.rows import Rows, Settings
-from blm.corpora.messages import Conversation
+from blm.corpora.format.messages import Conversation
 from blm.io import read_json
 from blm.types import BlmError, Image, Message
 

@@ -3,7 +3,7 @@
 Works for our own datasets and for foreign ones (v2.0, v2.1, v3.0), which say no more than an instruction. A
 video that holds one episode is referred to; of a video with many, frames are stored as pictures, because
 reading one frame late in it would decode all before. The rich questions about episodes are in
-`blm.corpora.questions`.
+`blm.corpora.scenes.questions`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 
 from blm.corpora.converters.rows import Rows, Settings
 from blm.corpora.converters.sharerobot import pick
-from blm.corpora.faults import RowError
-from blm.corpora.messages import Conversation
-from blm.data.dataset import EpisodeDataset
-from blm.data.episodes import open_dataset
+from blm.corpora.format.faults import RowError
+from blm.corpora.format.messages import Conversation
+from blm.datasets.dataset import EpisodeDataset
+from blm.datasets.lerobot import open_dataset
 from blm.types import BlmError, ContractError, Image, Message
 
 PARTS = (0.25, 0.5, 0.75, 1.0)

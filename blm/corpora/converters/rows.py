@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from blm.corpora.faults import RowError
-from blm.corpora.messages import Conversation, check_text, check_turns
-from blm.corpora.pictures import find_media
+from blm.corpora.format.faults import RowError
+from blm.corpora.format.messages import Conversation, check_text, check_turns
+from blm.corpora.format.pictures import find_media
 from blm.media import frame_references, split_time
 from blm.types import BlmError, Image, Message, require_numbers
 

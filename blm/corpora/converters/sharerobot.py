@@ -27,8 +27,8 @@ from blm.corpora.converters.rows import (
     read_turns,
     show,
 )
-from blm.corpora.faults import RowError
-from blm.corpora.messages import check_text, check_turns
+from blm.corpora.format.faults import RowError
+from blm.corpora.format.messages import check_text, check_turns
 from blm.types import Image, Message
 
 FRAMES = "rt_frames_success/"

@@ -2,19 +2,19 @@
 
 from collections.abc import Mapping
 
-from blm.evaluation.digital.agibot import AGIBOT
-from blm.evaluation.digital.benchmark import Benchmark
-from blm.evaluation.digital.easy_vqa import EASY_VQA
-from blm.evaluation.digital.egothink import EGOTHINK
-from blm.evaluation.digital.erqa import ERQA
-from blm.evaluation.digital.holoassist import HOLOASSIST
-from blm.evaluation.digital.refspatial import REFSPATIAL
-from blm.evaluation.digital.robofail import ROBOFAIL
-from blm.evaluation.digital.robovqa import ROBOVQA
+from blm.evaluation.digital.benchmarks.agibot import AGIBOT
+from blm.evaluation.digital.benchmarks.benchmark import Benchmark
+from blm.evaluation.digital.benchmarks.easy_vqa import EASY_VQA
+from blm.evaluation.digital.benchmarks.egothink import EGOTHINK
+from blm.evaluation.digital.benchmarks.erqa import ERQA
+from blm.evaluation.digital.benchmarks.holoassist import HOLOASSIST
+from blm.evaluation.digital.benchmarks.refspatial import REFSPATIAL
+from blm.evaluation.digital.benchmarks.robofail import ROBOFAIL
+from blm.evaluation.digital.benchmarks.robovqa import ROBOVQA
+from blm.evaluation.digital.benchmarks.scene_questions import SCENE
+from blm.evaluation.digital.benchmarks.sharerobot import SHAREROBOT
+from blm.evaluation.digital.benchmarks.where2place import WHERE2PLACE
 from blm.evaluation.digital.runner import evaluate_digital
-from blm.evaluation.digital.scene_questions import SCENE
-from blm.evaluation.digital.sharerobot import SHAREROBOT
-from blm.evaluation.digital.where2place import WHERE2PLACE
 
 BENCHMARKS: Mapping[str, Benchmark] = {
     "robovqa": ROBOVQA,

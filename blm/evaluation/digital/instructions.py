@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from blm.evaluation.digital.answers import answer_all
-from blm.evaluation.intervals import success_rate
+from blm.evaluation.statistics import success_rate
 from blm.types import Chat, Message, Question
 
 MAX_TOKENS, BATCH = 128, 20

@@ -18,8 +18,8 @@ from rich.progress import track
 
 from blm.evaluation.digital.answers import AnswerCache, AnswerError, answer_all
 from blm.evaluation.digital.calibration import CALIBRATION
-from blm.evaluation.digital.compat import COMPAT
-from blm.evaluation.digital.extraction import normalise, without_reasoning
+from blm.evaluation.digital.parsers.compat import COMPAT
+from blm.evaluation.digital.parsers.extraction import normalise, without_reasoning
 from blm.evaluation.protocol import digest
 from blm.types import Chat, Message
 

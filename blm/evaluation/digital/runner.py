@@ -13,18 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from blm.engine import Unit, run_units
 from blm.evaluation.digital.answers import AnswerError, answer_all
-from blm.evaluation.digital.benchmark import Benchmark
-from blm.evaluation.digital.compat import COMPAT
-from blm.evaluation.digital.coordinates import Coordinates, read_metric, read_numbers
-from blm.evaluation.digital.extraction import normalise
+from blm.evaluation.digital.benchmarks.benchmark import Benchmark
+from blm.evaluation.digital.benchmarks.scene_questions import SCENE
 from blm.evaluation.digital.judge import Asked, Judge, calibrate
-from blm.evaluation.digital.scene_questions import SCENE
+from blm.evaluation.digital.parsers.compat import COMPAT
+from blm.evaluation.digital.parsers.coordinates import Coordinates, read_metric, read_numbers
+from blm.evaluation.digital.parsers.extraction import normalise
 from blm.evaluation.digital.scoring import Rules, score
 from blm.evaluation.digital.summary import Row, stem_of, summarise, versus
 from blm.evaluation.protocol import DigitalProtocol, digest
 from blm.evaluation.results import require_free, write_result
+from blm.jobs import Unit, run_units
 from blm.media import locate, split_time, with_pixels
 from blm.types import BlmError, Chat, Image, Message, Question, lookup, require_numbers
 

@@ -13,9 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from blm.evaluation.digital.compat import COMPAT, Upstream, share_inside
-from blm.evaluation.digital.coordinates import THOUSANDTHS, Coordinates, inside, read_metric, read_numbers
-from blm.evaluation.digital.extraction import final_answer, normalise, read_choice, read_yes_no
+from blm.evaluation.digital.parsers.compat import COMPAT, Upstream, share_inside
+from blm.evaluation.digital.parsers.coordinates import (
+    THOUSANDTHS,
+    Coordinates,
+    inside,
+    read_metric,
+    read_numbers,
+)
+from blm.evaluation.digital.parsers.extraction import final_answer, normalise, read_choice, read_yes_no
 from blm.evaluation.protocol import DigitalProtocol
 from blm.media import load_pixels
 from blm.types import BlmError, ImageArray, Question, Scorer

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from blm.evaluation.digital.extraction import normalise
-from blm.evaluation.intervals import paired_difference, success_rate
+from blm.evaluation.digital.parsers.extraction import normalise
+from blm.evaluation.statistics import paired_difference, success_rate
 
 Row = dict[str, Any]
 YES_NO = {"yes", "no"}

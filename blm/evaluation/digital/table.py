@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from blm.evaluation.digital import published
-from blm.evaluation.intervals import wilson
+from blm.evaluation.digital.benchmarks import published
+from blm.evaluation.statistics import wilson
 from blm.types import BlmError
 
 Result = Mapping[str, Any]

@@ -1,0 +1,1 @@
+"""Composition: what the commands do, built from the rooms below."""

@@ -1,0 +1,231 @@
+"""What this machine can run, and what is wrong with a dataset or a checkpoint: each fault with its fix."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from blm.datasets.checks import (
+    picture_faults,
+    pointers,
+    shape_faults,
+    unreadable,
+    vector_faults,
+    video_faults,
+)
+from blm.datasets.files import MANIFEST
+from blm.datasets.lerobot import EpisodeDataset, load_dataset, verify_files
+from blm.datasets.transforms import absurd_ranges
+from blm.io import DamagedError, PointerError, leftovers, read_json
+from blm.robots import ROBOTS
+from blm.seeds import warning
+from blm.types import BlmError
+
+AGAIN = "run the same collect command again: it goes on from there"
+
+MANY = 200
+"""Things to check from which on progress is shown."""
+MIN_FREE_GIB = 5.0
+"""`make demo` writes less than 1 GiB beside an environment of about 3 GiB."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. `fix` is empty when all is well."""
+
+    name: str
+    found: str
+    fix: str = ""
+
+
+def examine_machine() -> Iterator[Check]:
+    """Check Python, torch, GPU, MuJoCo, rendering and disk."""
+    yield Check(
+        "python", platform.python_version(), "" if sys.version_info >= (3, 11) else "install Python 3.11+"
+    )
+    yield from _torch()
+    yield _mujoco()
+    yield _rendering()
+    free = shutil.disk_usage(Path.cwd()).free / 2**30
+    fix = "" if free >= MIN_FREE_GIB else f"free some space: {MIN_FREE_GIB:.0f} GiB are needed here"
+    yield Check("free disk", f"{free:.1f} GiB in {Path.cwd()}", fix)
+
+
+def examine_path(path: Path) -> Iterator[Check]:
+    """Check a dataset, a collection (a folder of datasets), or a checkpoint; one line for each fault.
+
+    Whatever is there, this ends, and writes nothing: what cannot be examined is named.
+    """
+    try:
+        yield from _examine(path)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
+        found = f"cannot be examined ({type(error).__name__}: {reason[:200]})"
+        yield Check(str(path), found, "make it readable, restore it from a copy, or name another folder")
+
+
+def _watched(things: Sequence[Any], title: str) -> Iterable[Any]:
+    """Show how far it is, where that takes time; on stderr, so that the report stays clean."""
+    if len(things) < MANY:
+        return things
+    return track(things, f"checking {title}", console=Console(stderr=True), transient=True)
+
+
+def _examine(path: Path) -> Iterator[Check]:
+    from blm.policy.checkpoint import folder_of
+
+    if (path / "meta/info.json").exists():
+        yield from _dataset(path)
+    elif (folder_of(path) / "manifest.json").exists():
+        yield _checkpoint(path)
+    elif (path / "collect.json").exists() or _datasets(path):
+        yield from _collection(path)
+    else:
+        what = "neither a dataset nor a checkpoint" if path.is_dir() else "no such folder"
+        what = "a file, not a folder" if path.is_file() else what
+        markers = "meta/info.json, collect.json or manifest.json"
+        yield Check(str(path), what, f"name a folder that has {markers}")
+
+
+def _checkpoint(path: Path) -> Check:
+    from blm.app.policies import load_checkpoint
+
+    try:
+        load_checkpoint(path)
+    except PointerError as error:
+        return Check(str(path), f"checkpoint: {error.what}", error.fix)
+    except BlmError as error:
+        return Check(str(path), "checkpoint: damaged", str(error))
+    return Check(str(path), "checkpoint: good")
+
+
+def _collection(path: Path) -> Iterator[Check]:
+    """Each dataset of a collection, and what an unfinished one still lacks."""
+    yield from _unfinished(path)
+    folders = _datasets(path)
+    if (path / "collect.json").exists():
+        try:
+            wanted = read_json(path / "collect.json")["robots"]
+        except (BlmError, KeyError) as error:
+            yield Check(str(path / "collect.json"), "damaged", f"restore it from a copy ({error})")
+            wanted = ()
+        for robot in wanted:
+            if path / robot not in folders:
+                yield Check(str(path / robot), "dataset: missing", AGAIN)
+    for folder in folders:
+        yield from _dataset(folder)
+
+
+def _datasets(path: Path) -> list[Path]:
+    """Folders of finished datasets below `path`; those that are being written start with a dot."""
+    return sorted(p.parent.parent for p in path.glob("[!.]*/meta/info.json"))
+
+
+def _unfinished(path: Path) -> Iterator[Check]:
+    if not (path / "summary.json").exists() and (path / "collect.json").exists():
+        count = len(list((path / ".staging").glob("*/*/*/episode.json")))
+        yield Check(str(path), f"unfinished collection, {count} episodes are kept", AGAIN)
+    elif (path / ".staging").exists():
+        yield Check(str(path / ".staging"), "left over from a collection that was stopped at its end", AGAIN)
+
+
+def _dataset(folder: Path) -> Iterator[Check]:
+    """Every fault of one dataset, or one line that says what was found good."""
+    said: set[str] = set()
+    for error in _dataset_faults(folder):
+        if str(error) not in said:
+            what, fix = (
+                (error.what, error.fix) if isinstance(error, DamagedError) else ("refused", str(error))
+            )
+            yield Check(str(folder), f"dataset: {what}", fix)
+        said.add(str(error))
+    if not said:
+        data = load_dataset(folder)
+        known = "all files as the manifest says" if data.manifest else "no manifest: another program wrote it"
+        counts = f"{data.num_episodes} episodes, {data.num_frames} frames, {len(data.cameras)} cameras"
+        note = f". Note: {warning('it', data.reserved_seeds)}" if data.reserved_seeds else ""
+        yield Check(str(folder), f"dataset: good ({data.space.robot}: {counts}; {known}){note}")
+
+
+def _dataset_faults(folder: Path) -> Iterator[BlmError]:
+    for left in leftovers(folder):
+        yield DamagedError(f"'{left}' is left over from a run that was stopped", AGAIN)
+    if absent := [*pointers(folder)]:
+        yield from absent
+        return  # nothing else can be said of files that are not there
+    try:
+        has_manifest = (folder / MANIFEST).exists()
+        yield from verify_files(folder, _watched) if has_manifest else unreadable(folder, _watched)
+    except BlmError as error:
+        yield error
+        yield from unreadable(folder, _watched)
+    try:
+        data = load_dataset(folder)
+    except BlmError as error:
+        yield error
+        return
+    if "blm" in data.info and not data.manifest:
+        yield DamagedError(f"'{folder / MANIFEST}' is missing")
+    yield from vector_faults(data, every=True)
+    yield from video_faults(data, every=True)
+    shape = (data.num_frames, data.space.dim)
+    yield from shape_faults(data)
+    if data.num_frames and data.states.shape == data.actions.shape == shape:
+        yield from _range_faults(data)
+        yield from picture_faults(data, _watched)
+    if "blm" in data.info and data.space.robot in ROBOTS:
+        try:
+            ROBOTS[data.space.robot].action_space.require_same(data.space, f"dataset '{folder}'")
+        except BlmError as error:
+            yield DamagedError(
+                str(error), "collect again with this version, or use the version that wrote it"
+            )
+
+
+def _range_faults(data: EpisodeDataset) -> Iterator[BlmError]:
+    """Values of the wrong size, and joints that never move."""
+    for what in absurd_ranges(data.space, data.states, data.actions):
+        yield DamagedError(what, "convert the dataset, or correct the units in its action space")
+    still = np.ptp(data.actions, axis=0)[:-1] == 0
+    for name, unmoved in zip(data.space.names, still, strict=False):
+        if unmoved:
+            yield DamagedError(
+                f"{name} has one target in all frames", "look at how it was recorded, or leave it out"
+            )
+
+
+def _torch() -> Iterator[Check]:
+    import torch
+
+    yield Check("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    if importlib.util.find_spec("torchvision") and not torch.cuda.is_available():
+        fix = "pip uninstall torchvision: its CUDA build breaks transformers on CPU torch; blm needs none"
+        yield Check("torchvision", version("torchvision"), fix)
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    yield Check("gpu", ", ".join(gpus) or "none: everything runs on the CPU, large recipes need a GPU")
+
+
+def _mujoco() -> Check:
+    found = version("mujoco")
+    fix = "pip install 'mujoco>=3.17,!=4.0.0': 4.0.0 has a wrong Newton Hessian for sparse Jacobians"
+    return Check("mujoco", found, fix if found == "4.0.0" else "")
+
+
+def _rendering() -> Check:
+    from blm.tasks.rendering import gl_backend
+
+    try:
+        return Check("rendering", gl_backend())
+    except BlmError as error:
+        return Check("rendering", "does not work", str(error))

@@ -1,0 +1,209 @@
+"""What leaves the project: a backbone for vLLM, data sets and checkpoints with cards; and uploads."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blm.io import new_folder
+from blm.types import BlmError
+
+if TYPE_CHECKING:
+    from blm.backbone import Backbone
+
+VLLM = ("qwen2_5_vl", "qwen3_vl", "llava", "idefics3", "smolvlm")
+"""`model_type` of configs that we can load and vLLM serves (its list of supported multimodal models)."""
+VIDEO = {"qwen2_5_vl": "Qwen2VLVideoProcessor", "qwen3_vl": "Qwen3VLVideoProcessor"}
+"""Families whose processor has a part for videos, which cannot be saved without torchvision."""
+TOLERANCE = 1e-4
+"""Largest difference of a logit between our model and what plain transformers reads from the folder."""
+PROOF = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+folder, given, out, count = sys.argv[1:]
+model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+inputs = load_file(given)
+with torch.no_grad():
+    logits = [model(**{k.split("/")[1]: v for k, v in inputs.items() if k.startswith(f"{n}/")}).logits[:, -1]
+              for n in range(int(count))]
+assert not any(name.split(".")[0] == "blm" for name in sys.modules)
+save_file({"logits": torch.cat(logits).contiguous()}, out)
+"""
+"""Run by an interpreter that never imports this package."""
+
+
+def export_vllm(source: str, out: Path, *, images: int = 8, context: int = 8192) -> str:
+    """Write the backbone of `source` as a stock folder, prove it, and return the command that serves it.
+
+    `source` is a checkpoint of Stage II, a backbone's folder or a name of BACKBONES. Plain transformers, in a
+    process without this package, must give the same logits for a picture and a text. `images` and `context`
+    [tokens] are the most that a request may have. Raises BlmError for a model that vLLM does not know, or
+    that has parts of our own, and leaves nothing then.
+    """
+    from blm.backbone import Backbone
+
+    for name, value in (("images", images), ("context", context)):
+        if not 1 <= value <= 10**9:
+            raise BlmError(f"{name} is {value}; it must be 1 or more")
+    inside = Path(source) / "backbone"
+    backbone = Backbone.load(inside if inside.is_dir() else source)
+    config = backbone.model.config
+    kind, eye = config.model_type, config.vision_config.model_type
+    if kind not in VLLM or eye.startswith("blm_"):
+        raise BlmError(
+            f"vLLM cannot serve '{source}': it is a {kind} with the vision tower {eye}; vLLM knows "
+            f"{', '.join(VLLM)} with their own towers. `blm serve` serves every checkpoint"
+        )
+
+    limit = json.dumps({"image": images})
+    command = (
+        f"vllm serve {shlex.quote(str(out))} --served-model-name BLM --max-model-len {context} "
+        f"--limit-mm-per-prompt '{limit}'"
+    )
+    with new_folder(out) as work:
+        backbone.write_into(work)
+        pictures = backbone.processor.image_processor.to_dict()
+        (work / "preprocessor_config.json").write_text(json.dumps(pictures, indent=1))
+        if kind in VIDEO:
+            video = {**pictures, "video_processor_type": VIDEO[kind]}
+            video.pop("image_processor_type", None)
+            (work / "video_preprocessor_config.json").write_text(json.dumps(video, indent=1))
+        _prove(backbone, work)
+        (work / "README.md").write_text(_backbone_card(command, kind, source))
+    return command
+
+
+def export_dataset(source: Path, out: Path) -> None:
+    """Copy a dataset, checked, with the card that hubs and LeRobot's viewer read.
+
+    Raises BlmError, naming file and fix, for a damaged dataset.
+    """
+    from blm.datasets.files import MANIFEST, verify_files
+    from blm.datasets.lerobot import open_dataset
+
+    data = open_dataset(source)
+    if (source / MANIFEST).is_file():
+        for fault in verify_files(source):
+            raise fault
+    info = json.loads((source / "meta/info.json").read_text())
+
+    with new_folder(out) as work:
+        shutil.copytree(source, work, dirs_exist_ok=True)
+        (work / "README.md").write_text(_dataset_card(info, list(data.tasks)))
+
+
+def export_checkpoint(source: str, out: Path) -> None:
+    """Copy a checkpoint, unaltered; it has a card. Raises BlmError for one that is damaged."""
+    from blm.policy.checkpoint import folder_of, read_config
+
+    folder = folder_of(source)
+    read_config(folder)
+    with new_folder(out) as work:
+        shutil.copytree(folder, work, dirs_exist_ok=True)
+
+
+def push_to_hub(folder: Path, repo: str, *, private: bool = False, endpoint: str | None = None) -> str:
+    """Upload an exported folder to the Hugging Face hub and return its address.
+
+    `repo` is ORG/NAME. A dataset is tagged with its format's version, which LeRobot asks for. The token is
+    that of `hf auth login` or HF_TOKEN; the hub that of HF_ENDPOINT unless `endpoint` is given. Raises
+    BlmError with the hub's reason; nothing is visible there before all files have arrived.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    api, info = HfApi(endpoint=endpoint), folder / "meta/info.json"
+    kind = "dataset" if info.is_file() else "model"
+    try:
+        where = api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
+        api.upload_folder(
+            folder_path=folder, repo_id=repo, repo_type=kind, commit_message="Upload with blm export"
+        )
+        if kind == "dataset":
+            tag = json.loads(info.read_text())["codebase_version"]
+            api.create_tag(repo, tag=tag, repo_type=kind, exist_ok=True)
+    except HFValidationError as error:
+        raise BlmError(f"'{repo}' names no repository; write ORG/NAME ({error})") from error
+    except (HTTPError, RuntimeError) as error:  # the second of a large file that did not arrive
+        reason = str(error).strip().splitlines()[0]
+        raise BlmError(f"'{folder}' was not uploaded to '{repo}': {reason}; {_remedy(error)}") from error
+    return str(where)
+
+
+def _remedy(error: Exception) -> str:
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    status = getattr(response, "status_code", None)
+    if status in (401, 403):
+        return "log in with `hf auth login` as one who may write there, or set HF_TOKEN"
+    return "the folder is whole: run the same command again"
+
+
+def _prove(backbone: Backbone, folder: Path) -> None:
+    """Raise BlmError unless plain transformers gives the logits of `probe_logits` from the folder alone."""
+    from safetensors.torch import load_file, save_file
+
+    prompts = [backbone.encode([prompt]) for prompt in backbone.probe_prompts()]
+    given = {
+        f"{n}/{name}": value.contiguous() for n, one in enumerate(prompts) for name, value in one.items()
+    }
+    with tempfile.TemporaryDirectory() as place:
+        inputs, logits = Path(place) / "inputs.safetensors", Path(place) / "logits.safetensors"
+        save_file(given, inputs)
+        words = [sys.executable, "-c", PROOF, str(folder), str(inputs), str(logits), str(len(prompts))]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            last = (done.stderr.strip() or "no reason given").splitlines()[-1]
+            raise BlmError(f"plain transformers cannot load what was exported: {last}")
+        gap = float((load_file(logits)["logits"] - backbone.probe_logits()).abs().max())
+    if not gap <= TOLERANCE:
+        raise BlmError(f"plain transformers gives logits that differ by {gap:.2g} from ours; not exported")
+
+
+def _backbone_card(command: str, kind: str, source: str) -> str:
+    import transformers
+
+    return f"""---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [robotics, embodied-question-answering]
+---
+
+# The backbone of a BLM, after Stage I
+
+A stock {kind} folder, exported from `{source}`: it answers questions about scenes. Written by transformers
+{transformers.__version__}; a version 4 may read its rotary embedding wrongly. Actions need the checkpoint
+itself and `blm serve`.
+
+```bash
+{command}
+```
+"""
+
+
+def _dataset_card(info: dict[str, Any], tasks: list[str]) -> str:
+    features = [(name, feature["dtype"], feature["shape"]) for name, feature in info["features"].items()]
+    rows = "\n".join(f"| `{name}` | {dtype} | {shape} |" for name, dtype, shape in features)
+    return f"""---
+task_categories: [robotics]
+tags: [LeRobot]
+configs:
+- config_name: default
+  data_files: data/*/*.parquet
+---
+
+# {info["robot_type"]}: {", ".join(tasks)}
+
+LeRobotDataset {info["codebase_version"]}: {info["total_episodes"]:,} episodes, {info["total_frames"]:,}
+frames at {info["fps"]} Hz. If Boundless wrote it, seeds and versions are in `meta/manifest.json`.
+
+| feature | type | shape |
+|---|---|---|
+{rows}
+"""

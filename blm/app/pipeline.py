@@ -1,0 +1,186 @@
+"""The whole loop as a list of stages over one run folder; each command of the CLI is one of them.
+
+A stage is skipped when the run folder already holds its result for the same settings, continued when it was
+interrupted, and refused when the folder holds a finished result of other settings: nothing is overwritten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from blm.app.recipes import Recipe
+from blm.io import hold, read_json, write_json, writing
+from blm.types import BlmError
+
+LEDGER, RECIPE = "stages.json", "recipe.json"
+SHOWN = 8
+"""Settings that differ and are printed."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the loop."""
+
+    name: str
+    title: str
+    fields: tuple[str, ...]
+    """Recipe fields that the result depends on."""
+    needs: tuple[str, ...]
+    """Stages whose results it reads."""
+    run: Callable[[Recipe, Path], None]
+    writes: tuple[str, ...] = ()
+    """Where it writes, below the run folder."""
+
+
+def run_stages(stages: dict[str, Stage], names: list[str], recipe: Recipe, folder: Path) -> None:
+    """Run the named stages in order.
+
+    A stage that did not finish may be run again with other settings: what it had made moves aside. Raises
+    BlmError, before anything is written, for a missing input and for a folder that holds a finished stage of
+    other settings, or files of unknown origin; and when another process runs stages there.
+    """
+    with hold(folder) if folder.exists() else nullcontext():
+        require_own(folder)
+        require_settings(stages, names, recipe, folder)
+        require_inputs(stages, names, folder)
+    with hold(folder):
+        write_json(folder / RECIPE, to_json(recipe))
+        for place, name in enumerate(names, start=1):
+            _run_stage(stages, stages[name], recipe, folder, f"[{place}/{len(names)}]")
+
+
+def _run_stage(stages: dict[str, Stage], stage: Stage, recipe: Recipe, folder: Path, place: str) -> None:
+    console, key = Console(stderr=True), stage_key(stages, stage, recipe)
+    entry = read_ledger(folder).get(stage.name)
+    if entry and entry["done"]:
+        console.print(f"[dim]{place} {stage.title}: done before, skipped[/dim]")
+        return
+    if entry and entry["key"] != key:
+        _move_aside(stage, folder)
+        entry = None
+    console.print(f"[bold]{place} {stage.title}[/bold]")
+    seconds = entry["seconds"] if entry else 0.0
+    state: dict[str, Any] = {"key": key, "settings": settings_of(stage, recipe), "done": False}
+    begin = time.perf_counter()
+    try:
+        _record(folder, stage.name, {**state, "seconds": seconds})
+        stage.run(recipe, folder)
+    finally:
+        seconds += time.perf_counter() - begin
+        _record(folder, stage.name, {**state, "seconds": seconds})
+    _record(folder, stage.name, {**state, "done": True, "seconds": seconds})
+
+
+def require_own(folder: Path) -> None:
+    """Raise BlmError for a recipe.json or stages.json that this program did not write."""
+    for name, keys in ((RECIPE, {"name", "stage1", "stage2"}), (LEDGER, set[str]())):
+        if (folder / name).exists():
+            content = read_json(folder / name)
+            entries = content.values() if isinstance(content, dict) and name == LEDGER else ()
+            if not isinstance(content, dict) or not keys <= content.keys():
+                raise BlmError(f"'{folder / name}' is of another program; name another --run folder")
+            if any(not isinstance(e, dict) or not {"key", "done", "seconds"} <= e.keys() for e in entries):
+                raise BlmError(f"'{folder / name}' is of another program; name another --run folder")
+
+
+def require_settings(stages: dict[str, Stage], names: list[str], recipe: Recipe, folder: Path) -> None:
+    """Raise BlmError, naming fields and both values, if a finished stage that matters has other settings."""
+    ledger, stored = read_ledger(folder), folder / RECIPE
+    before = read_json(stored) if stored.exists() else {}
+    lines = []
+    for name in _all_needed(stages, names):
+        entry = ledger.get(name)
+        if not entry or not entry["done"] or entry["key"] == stage_key(stages, stages[name], recipe):
+            continue
+        there = entry.get("settings") or {f: before.get(f) for f in stages[name].fields}
+        gaps = list(differences(there, settings_of(stages[name], recipe)))
+        lines += [f"  '{name}' is finished with {path} {old}, asked for: {new}" for path, old, new in gaps]
+        if not gaps:
+            lines.append(f"  '{name}' is finished with other settings, or with inputs of other settings")
+    if lines:
+        more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+        raise BlmError(
+            f"'{folder}' holds results made with other settings; nothing was changed. Name another --run "
+            "folder, or give the settings of this one:\n" + "\n".join(lines[:SHOWN]) + more
+        )
+
+
+def require_inputs(stages: dict[str, Stage], names: Sequence[str], folder: Path) -> None:
+    """Raise BlmError if a stage reads what neither is finished nor comes before it in `names`."""
+    there = {name for name, entry in read_ledger(folder).items() if entry["done"]}
+    for name in names:
+        if missing := [need for need in stages[name].needs if need not in there]:
+            raise BlmError(f"'{name}' needs the result of {', '.join(missing)} in '{folder}': run that first")
+        there.add(name)
+
+
+def _all_needed(stages: dict[str, Stage], names: Sequence[str]) -> list[str]:
+    """The named stages and whatever they read, in the order of the loop."""
+    wanted = {*names}
+    while more := {need for name in wanted for need in stages[name].needs} - wanted:
+        wanted |= more
+    return [name for name in stages if name in wanted]
+
+
+def differences(there: Any, asked: Any, path: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield dotted name and both values, shortened, of every setting that differs."""
+    asked = json.loads(json.dumps(asked)) if not path else asked
+    if isinstance(there, dict) and isinstance(asked, dict):
+        for name in dict.fromkeys((*there, *asked)):
+            below = f"{path}.{name}" if path else name
+            yield from differences(there.get(name), asked.get(name), below)
+    elif there != asked:
+        yield path, _short(there), _short(asked)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def settings_of(stage: Stage, recipe: Recipe) -> dict[str, Any]:
+    """The recipe fields that the stage's result depends on."""
+    return {field: to_json(getattr(recipe, field)) for field in stage.fields}
+
+
+def _move_aside(stage: Stage, folder: Path) -> None:
+    """Rename what a stage of other settings had begun: it is neither used nor lost."""
+    for name in stage.writes:
+        if (folder / name).exists():
+            number = next(n for n in itertools.count(1) if not (folder / f"{name}.unfinished-{n}").exists())
+            aside = folder / f"{name}.unfinished-{number}"
+            with writing(folder):
+                (folder / name).rename(aside)
+            Console(stderr=True).print(f"unfinished, with other settings: moved to {aside}", soft_wrap=True)
+
+
+def stage_key(stages: dict[str, Stage], stage: Stage, recipe: Recipe) -> str:
+    """Hash of everything that determines the stage's result: its recipe fields and those of its inputs."""
+    own = settings_of(stage, recipe)
+    inputs = [stage_key(stages, stages[need], recipe) for need in stage.needs]
+    return hashlib.sha256(json.dumps([stage.name, own, inputs], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def read_ledger(folder: Path) -> dict[str, Any]:
+    """Return stage name -> {key, settings, done, seconds} of a run folder."""
+    path = folder / LEDGER
+    return read_json(path) if path.exists() else {}
+
+
+def to_json(value: Any) -> Any:
+    """Dataclasses to dicts, anything else as it is."""
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+def _record(folder: Path, name: str, entry: dict[str, Any]) -> None:
+    write_json(folder / LEDGER, {**read_ledger(folder), name: entry})

@@ -1,0 +1,1 @@
+"""Answers token by token, for many conversations at once."""

@@ -1,0 +1,1 @@
+"""`nano`: the small backbone that is trained from random weights."""

@@ -1,0 +1,153 @@
+"""`nano`: a 2 M-parameter image-text-to-text model of a stock class, small enough to train on two CPU cores.
+
+`LlavaForConditionalGeneration` with a convolutional eye (`eye.py`). Only the eye is ours; it is registered
+with transformers' Auto classes on import. Processor, chat template and folder are stock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from blm.backbone.nano.induction import EMBEDDED, start_copying
+from blm.backbone.nano.vision_tower import GRID, IMAGE_SIZE, ConvVision, ConvVisionConfig
+
+IMAGE_TOKEN, PAD_TOKEN, END_TOKEN = "<image>", "<pad>", "<|end|>"
+SPECIAL_TOKENS = (PAD_TOKEN, IMAGE_TOKEN, END_TOKEN, "<|system|>", "<|user|>", "<|assistant|>")
+THOUGHT_TOKENS = ("<think>", "</think>")
+CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{{ '<|' + message.role + '|>' }}"
+    "{%- if message.content is string -%}{{ message.content }}{%- else -%}"
+    "{%- for part in message.content -%}"
+    "{{ '<image>' if part.type == 'image' else part.text }}{%- endfor -%}{%- endif -%}"
+    "{{ '<|end|>' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"
+)
+SAMPLE_TEXTS = (
+    "Robot: Panda. Views: base, wrist. Point to the object, the goal and the gripper. (512, 430)",
+    "Task: push the blue cube to the target. What is the next primitive? approach grasp move place push hold",
+    "Is there a red cube on the table? yes no What colour is the sphere? green How many objects are there?",
+)
+"""What the tokenizer is trained on when no corpus is given."""
+
+ROPE_BASE = 1e6
+
+AutoConfig.register(ConvVisionConfig.model_type, ConvVisionConfig)
+AutoModel.register(ConvVisionConfig, ConvVision)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE: any text survives a round trip; each digit is a token, so numbers are spelt."""
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r"\d|, (?=\d)| ?\p{L}+| ?[^\s\p{L}\d]+|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens(list(THOUGHT_TOKENS))  # not special: what was thought is shown
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD_TOKEN,
+        eos_token=END_TOKEN,
+        additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in (PAD_TOKEN, END_TOKEN)],
+        clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def picture_processor(side: int) -> CLIPImageProcessorPil:
+    """Return the stock processor that stretches every picture to `side` x `side` px, values in -1 .. 1."""
+    size = {"height": side, "width": side}
+    return CLIPImageProcessorPil(
+        size=size,
+        resample=2,
+        crop_size=size,
+        do_center_crop=False,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+
+
+def make_nano(
+    texts: Iterable[str] = SAMPLE_TEXTS,
+    *,
+    seed: int = 0,
+    things: Sequence[str] = (),
+    steps: Sequence[str] = (),
+    views: Sequence[str] = (),
+    layers: int = 4,
+    width: int = 192,
+    vocab_size: int = 768,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Return an untrained model and its processor, with a tokenizer trained on `texts`.
+
+    `things` are what its eye has maps for, `steps` and `views` those that it tells apart.
+    """
+    tokenizer = train_tokenizer(texts, vocab_size)
+    processor = LlavaProcessor(
+        picture_processor(IMAGE_SIZE),
+        tokenizer,
+        patch_size=IMAGE_SIZE // GRID,
+        vision_feature_select_strategy="full",
+        chat_template=CHAT_TEMPLATE,
+        image_token=IMAGE_TOKEN,
+    )
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        initializer_range=EMBEDDED,
+        attention_bias=True,  # lets a head look at a fixed distance
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        **ids,
+    )
+    config = LlavaConfig(
+        vision_config=ConvVisionConfig(things=things, steps=steps, views=views),
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+        image_seq_length=GRID * GRID,
+        tie_word_embeddings=True,
+        **ids,
+    )
+    return untrained(config, seed=seed), processor
+
+
+def untrained(config: LlavaConfig, *, seed: int) -> LlavaForConditionalGeneration:
+    """Return the nano of this config that training starts from: random weights, but heads that copy."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+        start_copying(cast(LlamaModel, model.base_model.language_model))
+    return model

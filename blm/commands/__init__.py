@@ -1,1 +1,0 @@
-"""Commands that need no run folder, one file a subject; `cli.py` lists them."""

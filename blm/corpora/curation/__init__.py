@@ -1,0 +1,1 @@
+"""Curation of corpora: named steps, balance, replay."""

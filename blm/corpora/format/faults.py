@@ -1,0 +1,71 @@
+"""What can be wrong with a row of a corpus: every reason by name, with its rule; counts and summaries."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from blm.types import BlmError
+
+EXAMPLES = 3
+"""Places named for each reason in a summary."""
+REASONS: dict[str, str] = {
+    "malformed JSON": "a line is one JSON object in UTF-8",
+    "truncated last line": "the file was cut while it was written; write it again",
+    "malformed row": "a row has the keys and types that blm.corpora.format.messages documents",
+    "unknown role": "a role is one of system, user, assistant",
+    "roles out of order": "an optional system turn, then user and assistant in turns, an answer last",
+    "empty question": "a user turn holds a text or a picture",
+    "empty answer": "an assistant turn holds a text and no picture",
+    "wrong number of kinds": "there is one kind for each assistant turn",
+    "wrong media count": "there is one tag in the text for each picture or video, and one for each tag",
+    "duplicate id": "an id names one row",
+    "media outside the folder": "a reference is a path below the corpus (or media) folder, no address",
+    "media missing": "every picture and video named is there",
+    "media unreadable": "every picture and video can be decoded",
+    "media too large": "a picture has at most blm.media.MAX_PIXELS pixels",
+    "time after the end": "a frame's time lies within its video",
+    "unsupported content": "turns hold text, pictures and videos; no tools, no sound",
+    "reserved token in text": "texts hold none of the special tokens of the backbone",
+    "placeholders differ from features": "the backbone makes one feature for each placeholder",
+    "too long": "a conversation fits the token limit",
+    "answer not learnt": "the chat template leaves every answer as a text of its own",
+}
+"""Everything that can be wrong with a row, and the rule it breaks."""
+
+
+class RowError(BlmError):
+    """What is wrong with one row: one of `REASONS`, and the detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        assert reason in REASONS, reason
+        super().__init__(reason, detail)  # both, so that it comes whole from a worker process
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail} ({REASONS[self.reason]})"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row that is wrong, where it stands ("file:line"), and why."""
+
+    where: str
+    reason: str
+    detail: str
+
+
+def count_faults(faults: Iterable[Fault]) -> dict[str, int]:
+    """Return reason -> number, the most frequent first."""
+    return dict(Counter(fault.reason for fault in faults).most_common())
+
+
+def summarise(faults: Sequence[Fault]) -> str:
+    """Return one line a reason: how many, the rule, and the first places."""
+    lines = []
+    for reason, count in count_faults(faults).items():
+        places = [f"{f.where} ({f.detail})" for f in faults if f.reason == reason][:EXAMPLES]
+        rest = ", .." if count > EXAMPLES else ""
+        lines.append(f"  {count} x {reason} [{REASONS.get(reason, '')}]: {', '.join(places)}{rest}")
+    return "\n".join(lines)

@@ -1,0 +1,344 @@
+"""The corpus format: one folder with `corpus.jsonl` and the media that it names.
+
+A line is one conversation in the OpenAI content-part form:
+`{"id", "group", "source", "kinds": [...], "messages": [{"role", "content": [{"type": "text", "text"} |
+{"type": "image_url", "image_url": {"url": "images/ab12.png"}}]}, ...]}`. A content may be a plain string.
+Urls are media references below the folder: a picture, or a video frame `clips/a.mp4#t=1.25` (see blm.media).
+An optional system turn comes first, then user and assistant turns alternate, and the last is an answer.
+
+Only "messages" is required, so that rows of other programs are valid too. Defaults: id "row-<line>"; source
+"messages"; group "<source>/<first media file>", or else the id; kinds the source's name for each answer.
+Only this module reads and writes the format. A row that breaks it is a `RowError` (see
+blm.corpora.format.faults).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+
+from blm.corpora.format.faults import RowError
+from blm.io import MARK, new_folder, replacing
+from blm.media import locate, split_time
+from blm.seeds import reserved
+from blm.types import BlmError, Image, Message, Question, Scorer
+
+CORPUS_FILE = "corpus.jsonl"
+ROLES = ("system", "user", "assistant")
+MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversation:
+    """A dialogue with its reference answers in the assistant turns."""
+
+    id: str
+    group: str
+    """Conversations about the same scene share a group: 'scene/<robot>/<task>/<seed>'."""
+    source: str
+    kinds: tuple[str, ...]
+    """One per assistant turn."""
+    messages: tuple[Message, ...]
+
+    @property
+    def media(self) -> tuple[Image, ...]:
+        return tuple(image for message in self.messages for image in message.images)
+
+    def turns(self) -> Iterator[tuple[str, Message, Message]]:
+        """Yield kind, question and answer of each turn; a question has all pictures shown so far."""
+        shown: tuple[str | Image, ...] = ()
+        body = [message for message in self.messages if message.role != "system"]
+        for kind, asked, answer in zip(self.kinds, body[::2], body[1::2], strict=True):
+            yield kind, Message("user", (*shown, *asked.content)), answer
+            shown = (*shown, *asked.content[: end_of_pictures(asked)])
+
+    def select(self, turns: Sequence[int]) -> Conversation:
+        """Return the conversation with these turns only, in order; the first of them gets the pictures."""
+        wanted, kept = set(turns), [m for m in self.messages if m.role == "system"]
+        pending: tuple[str | Image, ...] = ()
+        body = [message for message in self.messages if message.role != "system"]
+        for turn, (asked, answer) in enumerate(zip(body[::2], body[1::2], strict=True)):
+            if turn in wanted:
+                kept += [Message("user", (*pending, *asked.content)), answer]
+                pending = ()
+            else:
+                pending = (*pending, *asked.content[: end_of_pictures(asked)])
+        kinds = tuple(kind for turn, kind in enumerate(self.kinds) if turn in wanted)
+        return replace(self, kinds=kinds, messages=tuple(kept))
+
+    def questions(self) -> Iterator[Question]:
+        """Ask every turn on its own: system turn, pictures so far, that turn's text, no earlier answers."""
+        system = tuple(message for message in self.messages if message.role == "system")
+        for turn, (kind, asked, answer) in enumerate(self.turns()):
+            scorer = scorer_of(kind)
+            yield Question(
+                id=f"{self.id}/{turn}",
+                kind=kind,
+                messages=(*system, asked),
+                answer=spoken(answer.text),
+                group=self.group,
+                scorer=scorer,
+                options=options_of(asked.text) if scorer == "choice" else (),
+            )
+
+
+def end_of_pictures(message: Message) -> int:
+    """Return the number of content parts up to the last picture."""
+    return 1 + max((i for i, part in enumerate(message.content) if isinstance(part, Image)), default=-1)
+
+
+THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
+
+
+def spoken(answer: str) -> str:
+    """An answer without the thought before it: what it is judged by."""
+    return THOUGHT.sub("", answer, count=1)
+
+
+def spoken_after(thought: str, answer: str) -> str:
+    """An answer with a thought before it, if there is one."""
+    return f"<think>{thought}</think>{answer}" if thought else answer
+
+
+def scorer_of(kind: str) -> Scorer:
+    """How answers of a question kind are judged: told by its name."""
+    for beginning in ("point", "box", "metric"):
+        if kind.startswith(beginning):
+            return beginning
+    return "choice" if kind.endswith("_choice") else "exact"
+
+
+def options_of(question: str) -> tuple[str, ...]:
+    """The options of a multiple choice: its lines "(A) ...", "(B) ..."."""
+    return tuple(re.findall(r"^\([A-Z]\) (.+)$", question, re.MULTILINE))
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def scan_corpus(folder: Path) -> Iterator[tuple[int, Conversation | RowError]]:
+    """Yield line number and conversation, or what is wrong with that line, one at a time. Media stay closed.
+
+    Blank lines hold nothing and are passed over. Raises BlmError for a folder that is no corpus.
+    """
+    path = folder / CORPUS_FILE
+    if not path.is_file():
+        raise BlmError(
+            f"'{folder}' is not a corpus folder: {CORPUS_FILE} is missing; make one with `blm corpus`"
+        )
+    lines: dict[str, int] = {}
+    with path.open("rb") as file:  # bytes: texts may hold U+2028, at which a text file would be split too
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = parse_row(_decode(line), number)
+                if (first := lines.setdefault(row.id, number)) != number:
+                    raise RowError("duplicate id", f"'{row.id}' is also line {first}")
+                yield number, row
+            except RowError as error:
+                yield number, error
+
+
+def read_corpus(folder: Path) -> list[Conversation]:
+    """Read a corpus. Raises BlmError naming file, line and rule for a row that breaks the format."""
+    rows = []
+    for number, row in scan_corpus(folder):
+        if isinstance(row, RowError):
+            raise BlmError(f"{folder / CORPUS_FILE}:{number}: {row}") from row
+        rows.append(row)
+    return rows
+
+
+def reserved_scenes(rows: Iterable[Conversation]) -> dict[str, int]:
+    """Return purpose -> number of our scenes in these rows that are reserved for it, and not for training."""
+    groups = {tuple(row.group.split("/")) for row in rows}
+    scenes = {group for group in groups if len(group) == 4 and group[0] in ("scene", "episode")}
+    return reserved(int(group[3]) for group in scenes if group[3].isdigit())
+
+
+TEACHING = ("control", "scan")
+"""Kinds of turns that only teach: their long answers are no questions of an evaluation."""
+
+
+def read_questions(folder: Path) -> list[Question]:
+    """The questions of a corpus, each asked alone, without those that only teach; raises as `read_corpus`."""
+    return [q for row in read_corpus(folder) for q in row.questions() if not q.kind.startswith(TEACHING)]
+
+
+def _decode(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        reason = "malformed JSON" if line.endswith(b"\n") else "truncated last line"
+        raise RowError(reason, str(error).splitlines()[0]) from None
+
+
+def parse_row(row: Any, number: int) -> Conversation:
+    """Return the conversation of one row of the format. Raises RowError; `number` names a row without id."""
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+        raise RowError("malformed row", "it is no object with a list 'messages'")
+    if beside := [key for key in MEDIA_KEYS if row.get(key)]:
+        raise RowError(
+            "wrong media count", f"media beside the messages ({', '.join(beside)}): `blm corpus convert` it"
+        )
+    messages = tuple(_message(message) for message in row["messages"])
+    check_turns(messages)
+    identity, source = _text(row, "id", f"row-{number}"), _text(row, "source", "messages")
+    answers = sum(message.role == "assistant" for message in messages)
+    kinds = row.get("kinds", [source] * answers)
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind for kind in kinds):
+        raise RowError("malformed row", f"'kinds' is {kinds!r}, no list of names")
+    if len(kinds) != answers:
+        raise RowError("wrong number of kinds", f"{len(kinds)} kinds for {answers} assistant turns")
+    files = [split_time(str(image.path))[0] for message in messages for image in message.images]
+    group = _text(row, "group", f"{source}/{files[0]}" if files else identity)
+    return Conversation(id=identity, group=group, source=source, kinds=tuple(kinds), messages=messages)
+
+
+def check_turns(messages: Sequence[Message]) -> None:
+    """Raise RowError unless the turns are in order and none is empty."""
+    roles = [message.role for message in messages]
+    body = roles[1:] if roles[:1] == ["system"] else roles
+    if not body or body != ["user", "assistant"] * (len(body) // 2):
+        raise RowError("roles out of order", ", ".join(roles) or "no turns")
+    for turn, message in enumerate(messages):
+        blank = not spoken(message.text).strip()
+        if message.role == "assistant" and (blank or message.images):
+            raise RowError("empty answer", f"turn {turn}" + (" holds a picture" if message.images else ""))
+        if message.role == "user" and blank and not message.images:
+            raise RowError("empty question", f"turn {turn}")
+
+
+def _message(message: Any) -> Message:
+    if not isinstance(message, dict) or "role" not in message or "content" not in message:
+        raise RowError("malformed row", f"a message is {str(message)[:60]!r}, no role with content")
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise RowError("unknown role", f"role {role!r}")
+    if not isinstance(content, str | list):
+        raise RowError("malformed row", f"a content is {type(content).__name__}, neither text nor list")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return Message(role, tuple(_part(part) for part in parts))
+
+
+def _part(part: Any) -> str | Image:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        return check_text(part.get("text"))
+    if kind == "image_url":
+        holder = part.get("image_url")
+        url = holder.get("url") if isinstance(holder, dict) else None
+        if not isinstance(url, str) or not url:
+            raise RowError("malformed row", f"an image_url is {holder!r}, it needs a 'url'")
+        return Image(path=url)
+    raise RowError("unsupported content", f"a part of type {kind!r}; valid: text, image_url")
+
+
+def check_text(text: Any) -> str:
+    """Return `text`. Raises RowError for another type, and for half a character (a lone surrogate)."""
+    if not isinstance(text, str):
+        raise RowError("malformed row", f"a text is {type(text).__name__}")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RowError("malformed row", f"a text holds half a character: {text[:40]!a}") from None
+    return text
+
+
+def _text(row: dict[str, Any], key: str, default: str) -> str:
+    value = row.get(key, default)
+    if not isinstance(value, str) or not value:
+        raise RowError("malformed row", f"'{key}' is {value!r}, no text")
+    return check_text(value)
+
+
+# --- writing ------------------------------------------------------------------------------------------------
+
+
+def write_corpus(folder: Path, conversations: Iterable[Conversation], *, media: Path | None = None) -> int:
+    """Write a corpus folder in one step and return the number of conversations.
+
+    Pictures in memory are stored as PNG under a name made of their content, so equal ones are stored once.
+    Media that are paths below the folder `media` get a hard link in the new one, or a copy on another disk;
+    without `media` paths are written as they are. What a killed run had stored is used again; an error leaves
+    nothing. Raises BlmError when `folder` exists: a corpus is never overwritten.
+    """
+    count = 0
+    with new_folder(folder, resume=True) as work:
+        stored: set[Path] = {work / CORPUS_FILE, work / MARK}
+        with (work / CORPUS_FILE).open("w", encoding="utf-8") as file:
+            for conversation in conversations:
+                file.write(json.dumps(_to_row(conversation, work, media, stored)) + "\n")
+                count += 1
+        for path in (path for path in work.rglob("*") if path.is_file() and path not in stored):
+            path.unlink()  # of a run that was given up
+    return count
+
+
+def _to_row(
+    conversation: Conversation, folder: Path, media: Path | None, stored: set[Path]
+) -> dict[str, Any]:
+    def part_to_json(part: str | Image) -> dict[str, Any]:
+        if isinstance(part, str):
+            return {"type": "text", "text": part}
+        return {"type": "image_url", "image_url": {"url": _store(part, folder, media, stored)}}
+
+    return {
+        "id": conversation.id,
+        "group": conversation.group,
+        "source": conversation.source,
+        "kinds": list(conversation.kinds),
+        "messages": [
+            {"role": m.role, "content": [part_to_json(part) for part in m.content]}
+            for m in conversation.messages
+        ],
+    }
+
+
+def _store(image: Image, folder: Path, media: Path | None, stored: set[Path]) -> str:
+    """Store one picture or video below `folder`; return the reference to it."""
+    if image.pixels is None and media is None:
+        return str(image.path)
+    if image.pixels is not None:
+        name = f"images/{hashlib.sha256(image.pixels.tobytes()).hexdigest()[:16]}.png"
+        reference = name
+    else:
+        assert media is not None
+        file = locate(str(image.path), media)
+        name = file.relative_to(os.path.normpath(media)).as_posix()
+        reference = name + str(image.path)[len(split_time(str(image.path))[0]) :]
+    target = folder / name
+    if target not in stored:
+        stored.add(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if image.pixels is None:
+            _link(file, target)
+        else:
+            PIL.Image.fromarray(image.pixels).save(target, compress_level=1)
+    return reference
+
+
+def _link(source: Path, target: Path) -> None:
+    if not source.is_file():
+        raise BlmError(f"cannot store '{source}': the file is missing")
+    source, there = source.resolve(), target.stat() if target.exists() else None
+    have = source.stat()
+    if there and (there.st_size, there.st_mtime_ns) == (have.st_size, have.st_mtime_ns):
+        return
+    target.unlink(missing_ok=True)  # of a killed run; its permissions may be those of another file
+    with replacing(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:  # another disk, or one without links
+            shutil.copy2(source, temporary)

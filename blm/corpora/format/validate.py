@@ -1,0 +1,154 @@
+"""Check a whole corpus before training: every fault with its file and line, counted by reason.
+
+Without a backbone: the format, and every picture and video frame is decoded. With one: what the model would
+read, as it would read it. Training starts on a clean corpus, or on what `clean_corpus` leaves when the caller
+asks to skip the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import track
+
+from blm.corpora.format.faults import Fault, RowError, count_faults, summarise
+from blm.corpora.format.messages import CORPUS_FILE, Conversation, scan_corpus
+from blm.corpora.format.pictures import Gallery
+from blm.media import load_pixels
+from blm.types import BlmError
+
+if TYPE_CHECKING:
+    from blm.backbone import Backbone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What is wrong with a corpus."""
+
+    folder: Path
+    rows: int
+    faults: tuple[Fault, ...]
+    """One for each row that is wrong, the first thing that is wrong with it."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Reason -> rows."""
+        return count_faults(self.faults)
+
+    @property
+    def clean(self) -> bool:
+        return not self.faults and self.rows > 0
+
+
+def validate_corpus(
+    folder: Path, *, backbone: Backbone | None = None, max_tokens: int | None = None
+) -> Validation:
+    """Check every row of a corpus; `max_tokens` is the longest conversation in tokens of the backbone.
+
+    Raises BlmError for a folder that is no corpus, and for a token limit without a backbone.
+    """
+    rows, faults = 0, []
+    for _, fault in _check(folder, backbone, max_tokens):  # one at a time: a corpus may not fit in memory
+        rows += 1
+        faults += [fault] if fault is not None else []
+    return Validation(folder=folder, rows=rows, faults=tuple(faults))
+
+
+def clean_corpus(
+    folder: Path,
+    *,
+    backbone: Backbone | None = None,
+    max_tokens: int | None = None,
+    skip_bad: bool = False,
+) -> list[Conversation]:
+    """Return the conversations of a corpus that has no fault.
+
+    With `skip_bad` those without a fault, after printing to stderr what is skipped; else BlmError names
+    counts and places of each reason. Raises BlmError when nothing is left.
+    """
+    checked = list(_check(folder, backbone, max_tokens))
+    faults = [fault for _, fault in checked if fault is not None]
+    rows = [row for row, fault in checked if row is not None and fault is None]
+    summary = f"{len(faults)} of {len(checked)} rows of '{folder}' have faults"
+    if not rows:
+        raise BlmError(f"{summary}; no row is left\n{summarise(faults)}".rstrip())
+    if faults and not skip_bad:
+        raise BlmError(
+            f"{summary}; mend them (`blm corpus validate {folder}` lists them) or skip them (--skip-bad):\n"
+            f"{summarise(faults)}"
+        )
+    if faults:
+        Console(stderr=True).print(f"{summary}, skipped:\n{summarise(faults)}", highlight=False, markup=False)
+    return rows
+
+
+def _check(
+    folder: Path, backbone: Backbone | None, max_tokens: int | None
+) -> Iterator[tuple[Conversation | None, Fault | None]]:
+    """Yield every row of the format, and what is wrong with it."""
+    if max_tokens is not None and backbone is None:
+        raise BlmError(f"a limit of {max_tokens} tokens needs a backbone to count them: --backbone NAME")
+    gallery = Gallery(folder)
+    reserved = reserved_tokens(backbone) if backbone is not None else []
+    rows = track(scan_corpus(folder), f"checking {folder.name}", console=Console(stderr=True))
+    for number, row in rows:
+        try:
+            if isinstance(row, RowError):
+                raise row
+            gallery.looks(row.media)
+            if backbone is not None:
+                check_with_backbone(row, folder, backbone, reserved, max_tokens)
+            yield row, None
+        except RowError as error:
+            yield None, Fault(f"{folder / CORPUS_FILE}:{number}", error.reason, error.detail)
+
+
+def reserved_tokens(backbone: Backbone) -> list[str]:
+    """Return the texts that the backbone's tokenizer reads as one token with a meaning of its own."""
+    tokenizer = backbone.processor.tokenizer
+    added = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*added, *tokenizer.all_special_tokens, backbone.processor.image_token})
+
+
+def check_with_backbone(
+    row: Conversation,
+    folder: Path,
+    backbone: Backbone,
+    reserved: Sequence[str],
+    max_tokens: int | None = None,
+) -> None:
+    """Raise RowError unless the backbone can be trained on this conversation, whole.
+
+    No text holds one of the `reserved` tokens; every answer stands behind the prompt that asks for it; there
+    is one picture feature for each placeholder; and the tokens fit `max_tokens` and the model's context.
+    """
+    for turn, message in enumerate(row.messages):
+        if found := [token for token in reserved if token in message.text]:
+            raise RowError("reserved token in text", f"turn {turn} of the {message.role} has {found[0]!r}")
+    text = backbone.render(row.messages, prompt=False)
+    for turn, message in enumerate(row.messages):
+        if message.role == "assistant":
+            asked = backbone.render(row.messages[:turn], prompt=True)
+            if not text.startswith(asked) or not text[len(asked) :].lstrip().startswith(message.text.strip()):
+                raise RowError("answer not learnt", f"the chat template rewrites turn {turn}")
+    tokens = count_tokens(row, folder, backbone)
+    if max_tokens is not None and tokens > max_tokens:
+        raise RowError("too long", f"{tokens} tokens of at most {max_tokens}")
+
+
+def count_tokens(row: Conversation, folder: Path, backbone: Backbone) -> int:
+    """Return the length of a conversation in tokens, pictures included.
+
+    Raises RowError when it is longer than the context, or placeholders and picture features differ.
+    """
+    images = [load_pixels(image, folder) for image in row.media]
+    try:
+        text = backbone.render(row.messages, prompt=False)
+        return int(backbone.process([text], images)["input_ids"].shape[1])
+    except ValueError as error:  # of Backbone.check, or of the model's own processor
+        long = "the context holds" in str(error)
+        raise RowError("too long" if long else "placeholders differ from features", str(error)) from None

@@ -1,0 +1,1 @@
+"""Questions about simulated scenes, with answers from the simulator's state."""

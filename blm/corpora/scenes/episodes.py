@@ -1,0 +1,156 @@
+"""Recorded episodes as questions see them: the steps of each task, and the ShareRobot kinds about a moment.
+
+Primitives that a picture hardly tells apart count as one step: closing in and closing the fingers, lifting
+and carrying, letting go and drawing back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from blm.corpora.scenes.facts import Fact
+from blm.types import BlmError, lookup
+
+MERGED = {"lift": "move", "retreat": "release"}
+"""Primitive -> the step that it belongs to, in every task."""
+IN_TASK = {
+    "push_cube": {},
+    "pull_cube": {},
+    "pick_cube": {"descend": "grasp"},
+    "stack_cube": {"descend": "grasp"},
+    "place_sphere": {"descend": "grasp"},
+    "lift_peg_upright": {"descend": "grasp", "lift": "lift", "turn": "lift"},
+}
+"""Task -> the same, in this task."""
+PHRASES = {
+    "push_cube": ("blue cube", "target"),
+    "pull_cube": ("blue cube", "target"),
+    "pick_cube": ("red cube", "goal"),
+    "stack_cube": ("red cube", "green cube"),
+    "place_sphere": ("blue ball", "white bin"),
+    "lift_peg_upright": ("peg", "table"),
+}
+"""Task -> what its object and its goal are called."""
+WORDS = {
+    "approach": "approach the {object}",
+    "descend": "descend to the {object}",
+    "push": "push the {object} to the {goal}",
+    "pull": "pull the {object} to the {goal}",
+    "grasp": "grasp the {object}",
+    "move": "move the {object} to the {goal}",
+    "lift": "lift the {object}",
+    "place": "place the {object} on the {goal}",
+    "release": "release the {object}",
+    "hold": "hold still",
+}
+"""Step -> how answers name it."""
+SHORT_RUN = 3
+"""Runs of a label shorter than this flicker: they count to the step before them [frames]."""
+AFTER, BEFORE = 3, 4
+"""Moments nearer than this after a change of step, or before one, are not asked about [frames]."""
+SOON, LATER = 9, 13
+"""A touch within the first comes in the next half second; one after the second does not [frames of 50 ms]."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of one episode, in order."""
+
+    task: str
+    names: tuple[str, ...]
+    starts: tuple[int, ...]
+    """First frame of each, and the number of frames."""
+    contact: int
+    """Frame at which the fingers begin to touch the object; the number of frames if never."""
+    done: int
+    """First frame from which the task is solved; the number of frames if never."""
+
+    @property
+    def regular(self) -> bool:
+        """Whether every step comes once: then what comes before and after can be told from the task."""
+        return len(set(self.names)) == len(self.names)
+
+    def moments(self, index: int) -> range:
+        """Frames well inside a step."""
+        last = index == len(self.names) - 1
+        return range(
+            self.starts[index] + (AFTER if index else 0), self.starts[index + 1] - (0 if last else BEFORE)
+        )
+
+    def phrase(self, name: str) -> str:
+        thing, goal = PHRASES[self.task]
+        return WORDS[name].format(object=thing, goal=goal)
+
+
+def read_steps(task: str, primitives: Sequence[str] | np.ndarray, success: np.ndarray) -> Steps:
+    """Find the steps in the primitive labels of an episode's frames. Raises BlmError for an unknown one."""
+    merged = MERGED | lookup("task", task, IN_TASK)
+    names = [merged.get(str(primitive), str(primitive)) for primitive in primitives]
+    unknown = sorted({*names} - {*WORDS})
+    if unknown:
+        raise BlmError(f"primitives {unknown} have no wording; valid: {', '.join(WORDS)}")
+    runs: list[tuple[str, int]] = []
+    for frame, name in enumerate(names):
+        if names[frame : frame + SHORT_RUN] != [name] * len(names[frame : frame + SHORT_RUN]) and runs:
+            continue  # the label does not last: it counts to the step before it
+        if not runs or runs[-1][0] != name:
+            runs.append((name, frame))
+    count = len(names)
+    touching = np.flatnonzero(np.isin(np.asarray(primitives), ("grasp", "push", "pull")))
+    solved_for = count if success.all() else int(np.argmin(success[::-1]))
+    return Steps(
+        task=task,
+        names=tuple(name for name, _ in runs),
+        starts=(*(frame for _, frame in runs), count),
+        contact=int(touching[0]) if len(touching) else count,
+        done=count - solved_for,
+    )
+
+
+def moment_facts(steps: Steps, index: int, frame: int, instruction: str) -> Iterator[Fact]:
+    """Everything that may be asked about a frame in step `index`."""
+    phrases = [steps.phrase(name) for name in steps.names]
+    now = phrases[index]
+    thought = f"now {now}"
+    if steps.regular:
+        thought = f"{', '.join(steps.names)}; {thought}"
+        yield from _ordered(steps, index, phrases, instruction, thought)
+    others = tuple(sorted({*phrases} - {now}))
+    yield Fact("generative_affordance", now, {}, others)
+    asked = f"{thought}; asked {now}"
+    yield Fact("discriminative_affordance_positive", "yes", {"step": now}, thought=asked)
+    thing = PHRASES[steps.task][0]
+    if frame + SOON >= steps.contact > frame:
+        yield Fact("forecasting_touch", "yes", {"thing": thing}, thought=f"now {now}")
+    elif frame + LATER < steps.contact or (now == "hold still" and "release" in steps.names):
+        yield Fact("forecasting_touch", "no", {"thing": thing}, thought=f"now {now}")
+    task = {"step": instruction.rstrip(".")}
+    if steps.done > frame + LATER:
+        yield Fact("success_negative", "no", task, thought=thought)
+    elif frame >= steps.done + AFTER:
+        yield Fact("success_positive", "yes", task, thought=thought)
+
+
+def _ordered(steps: Steps, index: int, phrases: list[str], instruction: str, thought: str) -> Iterator[Fact]:
+    """What follows from the order of the steps."""
+    for other, phrase in enumerate(phrases):
+        if abs(other - index) >= 2:
+            asked = f"{thought}; asked {phrase}"
+            yield Fact("discriminative_affordance_negative", "no", {"step": phrase}, thought=asked)
+        if 0 < other < len(phrases) - 1 and other != index:
+            kind, answer = ("success_positive", "yes") if other < index else ("success_negative", "no")
+            yield Fact(kind, answer, {"step": phrase}, thought=thought)
+    for kind, other in (("future_prediction", index + 1), ("past_description", index - 1)):
+        answer = phrases[other] if 0 <= other < len(phrases) else "nothing"
+        wrong = tuple(sorted({*phrases, "nothing"} - {answer, phrases[index]}))
+        yield Fact(kind, answer, {}, wrong, thought)
+    names = steps.names
+    yield Fact("remaining_steps", ", ".join(names[index + 1 :]) or "nothing", thought=thought)
+    yield Fact("planning", ", ".join(names[index:]), {"task": instruction}, thought=thought)
+    for known in range(index + 1):
+        wrong = tuple({*phrases[known:]} - {phrases[index]})
+        words = {"task": instruction, "done": ", ".join(names[:known]) or "nothing"}
+        yield Fact("planning_with_context", phrases[index], words, wrong)

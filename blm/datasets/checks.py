@@ -1,0 +1,233 @@
+"""What can be wrong with an opened dataset. Opening raises the first fault; `blm doctor` lists them all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from blm.datasets.dataset import VECTORS, EpisodeDataset
+from blm.datasets.files import MANIFEST, PARTS, Watch, manifest_faults, unwatched
+from blm.datasets.lerobot_foreign import MEND
+from blm.datasets.statistics import compute_stats
+from blm.datasets.video import decodable_frames, frame_times, probe
+from blm.io import DamagedError, reading, require_no_pointer
+from blm.types import BlmError
+
+RECOLLECT = "move the dataset folder away and collect again"
+MANY_VIDEOS = 64
+"""Of more videos a camera than this, opening a dataset checks only that they are there."""
+FROZEN_EPISODES = 200
+"""Of more episodes than this, so many are looked at."""
+MOVED = 0.05
+"""An arm moves in an episode when a joint passes this share of its range in the whole dataset."""
+SAME_PICTURE = 8
+"""Levels of 255 by which the codec changes a picture that stands still."""
+SLACK = 0.1
+"""Share of a control step by which a timestamp may be off."""
+
+
+def opening_faults(dataset: EpisodeDataset) -> Iterator[DamagedError]:
+    """The faults that make a dataset unusable, found without decoding or hashing a video."""
+    yield from vector_faults(dataset)
+    yield from video_faults(dataset)
+    if "blm" in dataset.info and not dataset.manifest:
+        yield DamagedError(f"'{dataset.folder / MANIFEST}' is missing")
+    elif dataset.manifest:
+        yield from manifest_faults(dataset.folder, dataset.manifest, quick=True)
+
+
+def vector_faults(dataset: EpisodeDataset, every: bool = False) -> Iterator[DamagedError]:
+    """Wrong shapes, order or times, values that are not finite, statistics of other frames.
+
+    Of the statistics, count and extremes are compared; with `every`, which sorts all frames, the others too.
+    """
+    where, lengths = f"dataset '{dataset.folder}'", np.diff(dataset.starts)
+    fix = RECOLLECT if dataset.manifest else MEND
+    shape = (int(dataset.starts[-1]), dataset.space.dim)
+    if not shape[0]:
+        yield DamagedError(f"{where} has no frames", fix)
+        return
+    arrays = (dataset.states, dataset.actions, dataset.executed)
+    for name, array in zip(VECTORS, arrays, strict=True):
+        if array.shape != shape:
+            yield DamagedError(
+                f"{where}: {name} is {array.shape}, its episodes and action space need {shape}", fix
+            )
+        elif len(bad := np.flatnonzero(~np.isfinite(array).all(axis=1))):
+            in_episodes = _named(dataset.episode_index[bad])
+            yield DamagedError(f"{where}: {name} is not finite in {len(bad)} frames, {in_episodes}", fix)
+        else:
+            have = vars(dataset.stats[name])
+            true = {"count": len(array), "min": array.min(axis=0), "max": array.max(axis=0)}
+            true |= vars(compute_stats(array)) if every else {}
+            if wrong := [key for key in true if not np.allclose(have[key], true[key], rtol=1e-4, atol=1e-6)]:
+                yield DamagedError(
+                    f"{where}: stats.json is not of these frames: {', '.join(wrong)} of {name}", fix
+                )
+    if not np.array_equal(dataset.episode_index, np.repeat(np.arange(len(lengths)), lengths)):
+        yield DamagedError(f"{where}: frames are not ordered by episode as meta/episodes says", fix)
+        return
+    due = (np.arange(shape[0]) - np.repeat(dataset.starts[:-1], lengths)) / dataset.space.rate_hz
+    late = np.abs(dataset.timestamps - due) > SLACK / dataset.space.rate_hz
+    if late.any():
+        yield DamagedError(
+            f"{where}: timestamps are not those of {dataset.space.rate_hz:g} Hz in {late.sum()} frames, "
+            f"{_named(dataset.episode_index[late])}",
+            fix,
+        )
+
+
+def video_faults(dataset: EpisodeDataset, every: bool = False) -> Iterator[DamagedError]:
+    """Videos that are missing or unreadable, or whose length, rate or size is wrong, by their headers."""
+    lengths = np.diff(dataset.starts)
+    for camera, footage in dataset.footage.items():
+        if every:
+            yield from _gap_faults(dataset, camera, lengths)
+        needs = np.zeros(len(footage.files), np.int64)
+        np.maximum.at(needs, footage.file, footage.first + lengths)
+        for path, need in zip(footage.files, needs.tolist(), strict=True):
+            if not path.is_file():
+                yield DamagedError(f"video '{path}' is missing")
+            elif every or len(footage.files) <= MANY_VIDEOS:
+                try:
+                    yield from _probe_faults(dataset, path, need, footage.shape, every)
+                except DamagedError as error:
+                    yield error
+
+
+def _gap_faults(dataset: EpisodeDataset, camera: str, lengths: NDArray[np.int64]) -> Iterator[DamagedError]:
+    """Episodes that overlap in a video, or leave frames between them that belong to none."""
+    footage = dataset.footage[camera]
+    for number, path in enumerate(footage.files):
+        mine = np.flatnonzero(footage.file == number)
+        mine = mine[np.argsort(footage.first[mine], kind="stable")]
+        due = np.concatenate([[0], (footage.first[mine] + lengths[mine])[:-1]])
+        if len(wrong := np.flatnonzero(footage.first[mine] != due)):
+            first = wrong[0]
+            yield DamagedError(
+                f"video '{path}': episode {mine[first]} starts at frame {footage.first[mine][first]}, the "
+                f"one before ends at frame {due[first]}: pictures and rows do not match",
+                RECOLLECT if dataset.manifest else MEND,
+            )
+
+
+def picture_faults(dataset: EpisodeDataset, watch: Watch = unwatched) -> Iterator[DamagedError]:
+    """Cameras that show one picture all through an episode in which the arm moves.
+
+    A few frames of up to FROZEN_EPISODES episodes are decoded, evenly spread over the dataset.
+    """
+    span = np.ptp(dataset.states, axis=0)
+    count = min(dataset.num_episodes, FROZEN_EPISODES)
+    chosen = np.unique(np.linspace(0, dataset.num_episodes - 1, count).round().astype(int))
+    frozen: dict[str, list[int]] = {camera: [] for camera in dataset.cameras}
+    for episode in watch(chosen.tolist(), "pictures"):
+        first, stop = dataset.starts[episode : episode + 2]
+        moved = np.ptp(dataset.states[first:stop], axis=0)
+        if stop - first < 2 or not (moved > MOVED * np.maximum(span, 1e-9)).any():
+            continue
+        rows = np.unique(np.linspace(first, stop - 1, 6).round().astype(np.int64))
+        for camera in dataset.cameras:
+            try:
+                pictures = dataset.frames(rows, camera).astype(np.int16)
+            except BlmError:
+                continue  # a video that cannot be read is named elsewhere
+            if np.abs(pictures - pictures[0]).max() <= SAME_PICTURE:
+                frozen[camera].append(episode)
+    for camera, episodes in frozen.items():
+        if episodes:
+            yield DamagedError(
+                f"dataset '{dataset.folder}': camera '{camera}' shows one picture all through episodes in "
+                f"which the arm moves, {_named(np.array(episodes))} (of {len(chosen)} looked at)",
+                "look at them with `blm view`, and record them again or leave them out",
+            )
+
+
+def shape_faults(dataset: EpisodeDataset) -> Iterator[DamagedError]:
+    """Features whose declared shape is not that of the columns or of the videos."""
+    where, info = f"'{dataset.folder / 'meta/info.json'}'", dataset.info
+    fix = RECOLLECT if dataset.manifest else MEND
+    files = sorted((dataset.folder / "data").rglob("[!.]*.parquet"))
+    row = pq.ParquetFile(files[0]).read_row_group(0).slice(0, 1).to_pydict() if files else {}
+    for name, feature in info["features"].items():
+        declared = tuple(feature["shape"])
+        if feature["dtype"] == "video":
+            found = dataset.image_shapes.get(name.removeprefix("observation.images."))
+            videos = dataset.footage.get(name.removeprefix("observation.images."))
+            with suppress(DamagedError):  # a video that cannot be read is named elsewhere
+                found = probe(videos.files[0]).shape if videos else found
+            if found and found not in (declared[:2], declared[1:]):
+                yield DamagedError(f"{where} declares {name} as {declared}, its video is {found}", fix)
+        elif name not in row:
+            yield DamagedError(f"{where} declares {name}, which the data files lack", fix)
+        elif np.shape(row[name][0]) != declared and not (
+            declared in ((1,), ()) and np.ndim(row[name][0]) == 0
+        ):
+            yield DamagedError(
+                f"{where} declares {name} as {declared}, its column is {np.shape(row[name][0])}", fix
+            )
+
+
+def pointers(folder: Path) -> Iterator[DamagedError]:
+    """Files that are Git LFS pointers."""
+    for path in sorted(folder.rglob("*")):
+        try:
+            require_no_pointer(path)
+        except DamagedError as error:
+            yield error
+
+
+def unreadable(folder: Path, watch: Watch = unwatched) -> Iterator[DamagedError]:
+    """Files that cannot be parsed or decoded to their end, for a dataset without a manifest. Reads all."""
+    for path in watch(sorted(path for part in PARTS for path in (folder / part).rglob("[!.]*")), "files"):
+        try:
+            require_no_pointer(path)
+            if path.suffix == ".mp4" and (good := decodable_frames(path)) < (listed := probe(path).frames):
+                yield DamagedError(f"video '{path}': only {good} of {listed} frames can be decoded")
+            elif path.suffix == ".parquet":
+                with reading(path):
+                    for _ in pq.ParquetFile(path).iter_batches():  # never a whole file in memory
+                        pass
+            elif path.suffix in (".json", ".jsonl"):
+                with reading(path), path.open(encoding="utf-8") as file:
+                    for part in file if path.suffix == ".jsonl" else [file.read()]:
+                        json.loads(part)
+        except DamagedError as error:
+            yield error
+
+
+def _probe_faults(
+    dataset: EpisodeDataset, path: Path, need: int, shape: tuple[int, int], every: bool
+) -> Iterator[DamagedError]:
+    have, rate = probe(path), dataset.space.rate_hz
+    if have.frames < need or ((dataset.manifest or every) and have.frames != need):
+        extra = (
+            f": {have.frames - need} too many, so pictures and rows may not match"
+            if have.frames > need
+            else ""
+        )
+        yield DamagedError(f"video '{path}' has {have.frames} frames, its episodes need {need}{extra}")
+    if abs(have.rate * need / rate - need) > 0.5:
+        yield DamagedError(f"video '{path}' has {have.rate:g} frames per second, its dataset has {rate:g}")
+    elif every and have.frames:
+        times = frame_times(path) * rate
+        off = np.abs(times - np.arange(len(times))) > SLACK
+        if off.any():
+            yield DamagedError(
+                f"video '{path}' shows {off.sum()} frames at other times than {rate:g} Hz from 0 s on, "
+                f"first frame {int(np.argmax(off))}"
+            )
+    if have.shape != shape:
+        yield DamagedError(f"video '{path}' has pictures of {have.shape}, its dataset has {shape}")
+
+
+def _named(episodes: NDArray[np.int64]) -> str:
+    """'in episodes 1, 2, 7', at most eight of them."""
+    numbers = np.unique(episodes).tolist()
+    more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    return f"in episodes {', '.join(map(str, numbers[:8]))}{more}"

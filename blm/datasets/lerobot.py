@@ -1,0 +1,120 @@
+"""The dataset format: LeRobotDataset v3.0, one dataset per robot. The only door to that folder.
+
+What LeRobot has no place for (action space, primitives, format) is in `meta/info.json` under the key "blm",
+in episode columns "blm/..." and in `meta/manifest.json`, which LeRobot ignores. See docs/datasets.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from blm.datasets.checks import opening_faults
+from blm.datasets.dataset import VECTORS, EpisodeDataset, Footage
+from blm.datasets.files import MANIFEST, verify_files
+from blm.datasets.lerobot_foreign import load_foreign, matrix
+from blm.datasets.lerobot_writer import (
+    CODEBASE_VERSION,
+    DATA_FILE,
+    EPISODES_FILE,
+    FORMAT,
+    finalize_dataset,
+    stage_episode,
+    video_file,
+)
+from blm.io import read_json, reading, settled
+from blm.types import ActionSpace, BlmError, Stats
+
+__all__ = [
+    "EpisodeDataset",
+    "finalize_dataset",
+    "load_dataset",
+    "open_dataset",
+    "stage_episode",
+    "verify_files",
+]
+
+
+def open_dataset(folder: Path | str) -> EpisodeDataset:
+    """Open and check a dataset: one that this program wrote, or any LeRobotDataset v2.0, v2.1 or v3.0.
+
+    Videos are not decoded or hashed; `verify_files` does that. Of a foreign dataset the action space has the
+    names of its features, limits that are the extremes of its actions, and an unknown kind and units. Raises
+    BlmError naming file and fix for a folder that is missing, damaged, or ambiguous.
+    """
+    dataset = load_dataset(folder)
+    for fault in opening_faults(dataset):
+        raise fault
+    return dataset
+
+
+def load_dataset(folder: Path | str) -> EpisodeDataset:
+    """Read a dataset without checking what it holds. Raises BlmError for a file that cannot be read."""
+    folder = settled(Path(folder))
+    info_path = folder / "meta/info.json"
+    if not info_path.is_file():
+        raise BlmError(
+            f"no dataset at '{folder}' (no meta/info.json); give the folder of one robot, or collect it"
+        )
+    info = read_json(info_path)
+    with reading(info_path):
+        if "blm" not in info:
+            return load_foreign(folder, info)
+        versions = (info["codebase_version"], info["blm"].get("format"))
+    if versions != (CODEBASE_VERSION, FORMAT):
+        raise BlmError(
+            f"dataset '{folder}' has LeRobot version and blm format {versions}, this program reads "
+            f"{(CODEBASE_VERSION, FORMAT)}; collect it again or use the matching program version"
+        )
+    return _load_own(folder, info)
+
+
+def _load_own(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
+    with reading(folder / DATA_FILE):
+        table = pq.read_table(folder / DATA_FILE)
+        columns = {name: matrix(table[name]) for name in table.column_names}
+        missing = {*VECTORS, info["blm"]["primitive_column"]} - set(columns)
+        if missing:
+            raise KeyError(", ".join(sorted(missing)))
+    with reading(folder / EPISODES_FILE):
+        episodes = pq.read_table(folder / EPISODES_FILE).to_pydict()
+        starts = np.array([*episodes["dataset_from_index"], episodes["dataset_to_index"][-1]])
+        metrics = tuple(json.loads(text) for text in episodes["blm/metrics"])
+    with reading(folder / "meta/tasks.parquet"):
+        texts = pq.read_table(folder / "meta/tasks.parquet")["__index_level_0__"].to_pylist()
+    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    with reading(folder / "meta/stats.json") as path:
+        stats = read_json(path)
+        vectors = {k: Stats.from_json({**stats[k], "count": stats[k]["count"][0]}) for k in VECTORS}
+    with reading(folder / "meta/info.json"):
+        own = info["blm"]
+        file, shape = np.zeros(len(starts) - 1, np.int64), (own["image_size"], own["image_size"])
+        return EpisodeDataset(
+            folder=folder,
+            info=info,
+            manifest=manifest,
+            space=ActionSpace.from_json(own["action_space"]),
+            footage={
+                name: Footage(files=(folder / video_file(name),), file=file, first=starts[:-1], shape=shape)
+                for name in own["cameras"]
+            },
+            stats=vectors,
+            states=columns["observation.state"],
+            actions=columns["action"],
+            executed=columns["executed_action"],
+            timestamps=columns["timestamp"],
+            episode_index=columns["episode_index"],
+            instructions=tuple(texts),
+            task_index=columns["task_index"],
+            primitives=np.array(own["primitives"])[columns[own["primitive_column"]]],
+            success=columns["next.success"],
+            starts=starts,
+            tasks=tuple(episodes["blm/task"]),
+            seeds=tuple(episodes["blm/seed"]),
+            metrics=metrics,
+        )

@@ -1,0 +1,289 @@
+"""Writing LeRobotDataset v3.0 folders, in two steps that survive a kill at any moment.
+
+`stage_episode` stores one episode, from any worker process. `finalize_dataset` joins staged episodes, ordered
+by (task, seed): the same episodes give the same bytes. Import both from `blm.datasets.lerobot`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from blm.datasets.files import write_manifest, written_here
+from blm.datasets.statistics import compute_stats, histogram_stats, image_histogram
+from blm.datasets.video import concatenate, encode
+from blm.io import new_folder, reading, write_json, writing
+from blm.seeds import reserved
+from blm.types import ActionSpace, BlmError, ContractError, Episode, Stats
+
+FORMAT = 2
+"""Of the "blm" key of info.json; 2 added executed actions and a manifest. LeRobot has `codebase_version`."""
+CODEBASE_VERSION = "v3.0"
+CHUNK = "chunk-000/file-000"
+"""One data file, and one video file for each camera, hold all episodes."""
+SUBTASK = "subtask_index"
+"""Column with the number of the primitive in progress; texts are in meta/subtasks.parquet, as in LeRobot."""
+DATA_FILE, EPISODES_FILE = f"data/{CHUNK}.parquet", f"meta/episodes/{CHUNK}.parquet"
+
+Row = dict[str, Any]
+"""A staged episode: its description, vectors and histograms."""
+Columns = dict[str, NDArray[Any]]
+
+
+def video_key(camera: str) -> str:
+    return f"observation.images.{camera}"
+
+
+def video_file(camera: str) -> str:
+    return f"videos/{video_key(camera)}/{CHUNK}.mp4"
+
+
+def stage_episode(folder: Path, key: str, episode: Episode, fps: int = 20) -> Path:
+    """Write one episode to `folder/key` in one step, in the place of the same one; return that folder.
+
+    Raises ContractError for arrays that disagree in length or are not finite, BlmError when the disk refuses;
+    then nothing of the episode is left.
+    """
+    _check_episode(key, episode)
+
+    def written(target: Path) -> set[str]:
+        description = _read_staged(target)
+        if description.get("key") != key:
+            raise BlmError(f"'{target}' is not a staged episode '{key}'; move it away")
+        return {"episode.json", "vectors.npz", *(f"{name}.mp4" for name in description["image_shapes"])}
+
+    target = folder / key
+    with writing(folder), new_folder(target, written=written) as work:
+        _stage(work, key, episode, fps)
+    return target
+
+
+def _stage(work: Path, key: str, episode: Episode, fps: int) -> None:
+    arrays: Columns = {name: np.asarray(array, np.float32) for name, array in _vectors(episode).items()}
+    for camera, frames in episode.images.items():
+        arrays[f"histogram.{camera}"] = image_histogram(frames)
+        encode(work / f"{camera}.mp4", frames, fps)
+    np.savez(work / "vectors.npz", allow_pickle=False, **arrays)
+    description = {
+        name: getattr(episode, name) for name in ("robot", "task", "seed", "instruction", "success")
+    }
+    description |= {
+        "key": key,
+        "length": len(episode),
+        "primitives": episode.primitives or ["unknown"] * len(episode),
+        "metrics": dict(episode.metrics),
+        "image_shapes": {camera: frames.shape[1:] for camera, frames in episode.images.items()},
+    }
+    (work / "episode.json").write_text(json.dumps(description))
+
+
+def _vectors(episode: Episode) -> Columns:
+    """States, actions and executed actions, [T, D] each; undisturbed, the last two are the same."""
+    executed = episode.actions if episode.executed is None else episode.executed
+    return {"states": episode.states, "actions": episode.actions, "executed": executed}
+
+
+def _check_episode(key: str, episode: Episode) -> None:
+    vectors = _vectors(episode)
+    columns = [*vectors.values(), *episode.images.values(), episode.primitives or episode.states]
+    lengths = {len(column) for column in columns}
+    if len(lengths) != 1 or not len(episode):
+        raise ContractError(
+            f"episode '{key}': states, actions, executed, images, primitives differ in length: {lengths}"
+        )
+    if len({array.shape for array in vectors.values()}) != 1:
+        shapes = {name: array.shape for name, array in vectors.items()}
+        raise ContractError(f"episode '{key}': vectors differ in shape: {shapes}")
+    for name, array in vectors.items():
+        if not np.isfinite(array).all():
+            raise ContractError(f"episode '{key}': {name} hold a value that is not finite; drop this episode")
+
+
+def finalize_dataset(
+    staged: Sequence[Path],
+    out: Path,
+    *,
+    space: ActionSpace,
+    cameras: Sequence[str],
+    image_size: int,
+    provenance: Mapping[str, Any],
+) -> Path:
+    """Assemble staged episodes into the dataset folder `out`, which appears in one step. Idempotent.
+
+    `provenance` (versions, seeds, configuration) goes into the manifest. A dataset at `out` is replaced only
+    if it is of the same collection (equal `provenance["collect"]`) and unaltered; files that others put into
+    it are kept. Raises BlmError without episodes, for anything else at `out`, or when the disk refuses (what
+    was there and the staged episodes stay), ContractError for an episode of another robot, camera or size.
+    """
+    if not staged:
+        raise BlmError(
+            f"no episode to write to '{out}': every attempt was rejected, see the rejection counts"
+        )
+    rows = [_read_staged(folder) for folder in staged]
+    rows.sort(key=lambda row: (row["task"], row["seed"], row["key"]))
+    for row in rows:
+        shapes = {camera: row["image_shapes"].get(camera) for camera in cameras}
+        if row["robot"] != space.robot or any(s != [image_size, image_size, 3] for s in shapes.values()):
+            raise ContractError(
+                f"episode '{row['key']}' of robot '{row['robot']}' has images {shapes}; "
+                f"this dataset is for '{space.robot}' with cameras {tuple(cameras)} of {image_size} px"
+            )
+    own = {
+        "format": FORMAT,
+        "action_space": space.to_json(),
+        "cameras": list(cameras),
+        "image_size": image_size,
+        "primitives": sorted({name for row in rows for name in row["primitives"]}),
+        "primitive_column": SUBTASK,
+    }
+    if counts := reserved(row["seed"] for row in rows):
+        own["reserved_seeds"] = counts
+    with writing(out), new_folder(out, written=partial(written_here, provenance=provenance)) as work:
+        _write(work, rows, round(space.rate_hz), own)
+        write_manifest(work, FORMAT, provenance)
+    return out
+
+
+def _read_staged(folder: Path) -> Row:
+    with reading(folder):
+        description = json.loads((folder / "episode.json").read_text())
+        return dict(description | dict(np.load(folder / "vectors.npz")) | {"folder": folder})
+
+
+def _write(folder: Path, rows: list[Row], fps: int, own: Mapping[str, Any]) -> None:
+    """Write all files of a dataset from staged episodes in their final order."""
+    for name in (DATA_FILE, EPISODES_FILE, *map(video_file, own["cameras"])):
+        (folder / name).parent.mkdir(parents=True)
+    tasks = list(dict.fromkeys(row["instruction"] for row in rows))
+    columns = _columns(rows, fps, tasks, own["primitives"])
+    stats = {name: compute_stats(values) for name, values in columns.items()}
+    for camera in own["cameras"]:
+        stats[video_key(camera)] = histogram_stats(sum(row[f"histogram.{camera}"] for row in rows))
+        concatenate([row["folder"] / f"{camera}.mp4" for row in rows], folder / video_file(camera))
+    pq.write_table(pa.table({k: _to_arrow(v) for k, v in columns.items()}), folder / DATA_FILE)
+    entries = [_entry(row, i, columns, fps, own["cameras"]) for i, row in enumerate(rows)]
+    pq.write_table(pa.Table.from_pylist(entries), folder / EPISODES_FILE)
+    pq.write_table(_text_index("task_index", tasks), folder / "meta/tasks.parquet")
+    pq.write_table(_text_index(SUBTASK, own["primitives"]), folder / "meta/subtasks.parquet")
+    write_json(folder / "meta/stats.json", {name: _stats_json(value) for name, value in stats.items()})
+    write_json(folder / "meta/modality.json", _modality(own))
+    write_json(folder / "meta/info.json", _info(rows, columns, fps, own))
+
+
+def _columns(rows: list[Row], fps: int, tasks: list[str], primitives: list[str]) -> Columns:
+    """Per-frame columns of the data file, in LeRobot's names and types."""
+    lengths = [row["length"] for row in rows]
+    frame = np.concatenate([np.arange(n) for n in lengths])
+    success_from = [
+        row["metrics"].get("success_step", n - 1) if row["success"] else n
+        for row, n in zip(rows, lengths, strict=True)
+    ]
+    return {
+        "observation.state": np.concatenate([row["states"] for row in rows]),
+        "action": np.concatenate([row["actions"] for row in rows]),
+        "executed_action": np.concatenate([row["executed"] for row in rows]),
+        "timestamp": (frame / fps).astype(np.float32),
+        "frame_index": frame,
+        "episode_index": np.repeat(np.arange(len(rows)), lengths),
+        "index": np.arange(len(frame)),
+        "task_index": np.repeat([tasks.index(row["instruction"]) for row in rows], lengths),
+        "next.success": frame >= np.repeat(success_from, lengths),
+        SUBTASK: np.array([primitives.index(name) for row in rows for name in row["primitives"]]),
+    }
+
+
+def _entry(row: Row, i: int, columns: Columns, fps: int, cameras: Sequence[str]) -> dict[str, Any]:
+    """Row `i` of the episodes table: text, place in the files, and statistics of one episode."""
+    start, stop = (int(x) for x in np.searchsorted(columns["episode_index"], [i, i + 1]))
+    entry: dict[str, Any] = {
+        "episode_index": i,
+        "tasks": [row["instruction"]],
+        "length": row["length"],
+        "dataset_from_index": start,
+        "dataset_to_index": stop,
+        "blm/task": row["task"],
+        "blm/seed": row["seed"],
+        "blm/metrics": json.dumps(row["metrics"]),
+    }
+    stats = {name: compute_stats(values[start:stop]) for name, values in columns.items()}
+    for camera in cameras:
+        video = f"videos/{video_key(camera)}"
+        entry |= {f"{video}/from_timestamp": start / fps, f"{video}/to_timestamp": stop / fps}
+        stats[video_key(camera)] = histogram_stats(row[f"histogram.{camera}"])
+    for place in ("data", "meta/episodes", *(f"videos/{video_key(camera)}" for camera in cameras)):
+        entry |= {f"{place}/chunk_index": 0, f"{place}/file_index": 0}
+    for name, value in stats.items():
+        entry |= {f"stats/{name}/{key}": item for key, item in _stats_json(value).items()}
+    return entry
+
+
+def _info(rows: list[Row], columns: Columns, fps: int, own: Mapping[str, Any]) -> dict[str, Any]:
+    space, cameras, side = own["action_space"], own["cameras"], own["image_size"]
+    features: dict[str, Any] = {}
+    for name, values in columns.items():
+        names = list(space["names"]) if values.ndim == 2 else None
+        features[name] = {"dtype": str(values.dtype), "shape": list(values.shape[1:]) or [1], "names": names}
+    video = {"video.height": side, "video.width": side, "video.codec": "h264", "video.pix_fmt": "yuv420p"}
+    video |= {"video.fps": fps, "video.channels": 3, "video.is_depth_map": False, "has_audio": False}
+    shape = {"shape": [side, side, 3], "names": ["height", "width", "channels"]}
+    features |= {video_key(camera): {"dtype": "video", **shape, "info": video} for camera in cameras}
+    template = "chunk-{chunk_index:03d}/file-{file_index:03d}"
+    return {
+        "codebase_version": CODEBASE_VERSION,
+        "robot_type": space["robot"],
+        "total_episodes": len(rows),
+        "total_frames": len(columns["index"]),
+        "total_tasks": len({row["instruction"] for row in rows}),
+        "chunks_size": 1000,
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 200,
+        "fps": fps,
+        "splits": {"train": f"0:{len(rows)}"},
+        "data_path": f"data/{template}.parquet",
+        "video_path": f"videos/{{video_key}}/{template}.mp4" if cameras else None,
+        "features": features,
+        "blm": own,
+    }
+
+
+def _modality(own: Mapping[str, Any]) -> dict[str, Any]:
+    """GR00T's description of the columns: joints and gripper as slices of state and action."""
+    dim = len(own["action_space"]["names"])
+    parts = {"arm": {"start": 0, "end": dim - 1}, "gripper": {"start": dim - 1, "end": dim}}
+    return {
+        "state": parts,
+        "action": parts,
+        "video": {camera: {"original_key": video_key(camera)} for camera in own["cameras"]},
+        "annotation": {
+            "human.task_description": {"original_key": "task_index"},
+            "human.subtask_description": {"original_key": SUBTASK},
+        },
+    }
+
+
+def _text_index(column: str, texts: Sequence[str]) -> pa.Table:
+    """Return a pandas frame whose index is text. LeRobot reads it with pandas, which needs this metadata."""
+    index = "__index_level_0__"
+    table = pa.table({column: pa.array(range(len(texts)), pa.int64()), index: pa.array(texts, pa.string())})
+    keys = ("name", "field_name", "pandas_type", "numpy_type", "metadata")
+    kinds = [(column, column, "int64", "int64", None), (None, index, "unicode", "object", None)]
+    columns = [dict(zip(keys, kind, strict=True)) for kind in kinds]
+    pandas = {"index_columns": [index], "column_indexes": [], "columns": columns}
+    return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
+
+
+def _to_arrow(values: NDArray[Any]) -> pa.Array:
+    flat = pa.array(values.ravel())
+    return flat if values.ndim == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
+
+
+def _stats_json(stats: Stats) -> dict[str, Any]:
+    return stats.to_json() | {"count": [stats.count]}

@@ -1,0 +1,13 @@
+"""AgiBot as Cosmos-Reason1-Benchmark asks it: the next subtask of a humanoid robot."""
+
+from __future__ import annotations
+
+from blm.evaluation.digital.benchmarks.cosmos import cosmos
+
+AGIBOT = cosmos(
+    "agibot",
+    "AgiBot",
+    clips="its clips are not in it: process_raw_data.py of nvidia-cosmos/cosmos-reason1, "
+    "examples/benchmark/tools/eval, cuts them from agibot-world/AgiBotWorld-Beta, which is gated",
+    licence="clips: AgiBotWorld-Beta, gated (see its card)",
+)

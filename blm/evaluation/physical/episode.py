@@ -1,0 +1,207 @@
+"""One closed-loop episode in a worker process: (robot, task, seed) -> a row of the result."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import av
+import numpy as np
+
+from blm.evaluation.physical.outcome import Moment, judge, observe_moment
+from blm.evaluation.physical.policy_host import HostedPolicy
+from blm.evaluation.protocol import PhysicalProtocol, digest, phrasing_of
+from blm.io import replacing
+from blm.tasks import TASKS, Env
+from blm.types import ContractError, FloatArray, ImageArray, Observation, Policy, decision_seed
+
+VIDEO_CAMERA, VIDEO_SIZE = "base", 240
+
+
+@runtime_checkable
+class Privileged(Protocol):
+    """A policy that looks into the simulator, such as the planning expert; told of each new episode."""
+
+    def attach(self, env: Env) -> None: ...
+
+
+class Worker:
+    """What one worker process keeps between episodes: the policy, and the environment of the last cell."""
+
+    def __init__(self, make_policy: Callable[[], Policy], protocol: PhysicalProtocol, out: Path) -> None:
+        self.make_policy, self.protocol, self.out = make_policy, protocol, out
+        self._env: Env | None = None
+
+    @cached_property
+    def policy(self) -> Policy:
+        return self.make_policy()
+
+    def env(self, robot: str, task: str) -> Env:
+        if self._env is None or (self._env.embodiment, self._env.task) != (robot, task):
+            close(self._env)
+            world = Env
+            if self.protocol.simulator.startswith("maniskill"):
+                from blm.tasks.maniskill import ManiSkillEnv
+
+                world = ManiSkillEnv
+            size = self.protocol.image_size
+            self._env = world(robot, task, cameras=(), image_size=size, terminate_on_success=False)
+        return self._env
+
+    def close(self) -> None:
+        close(self._env)
+        close(self.__dict__.pop("policy", None))
+
+
+_worker: Worker | None = None
+
+
+def set_up(make_policy: Callable[[], Policy], protocol: PhysicalProtocol, out: Path) -> None:
+    """Prepare this process for `run_episode`."""
+    global _worker
+    tear_down()
+    _worker = Worker(make_policy, protocol, out)
+
+
+def tear_down() -> None:
+    """Free what this process holds for episodes, if anything."""
+    global _worker
+    close(_worker)
+    _worker = None
+
+
+def close(thing: object) -> None:
+    """Close what can be closed: environments and remote policies hold resources, other policies none."""
+    if hasattr(thing, "close"):
+        thing.close()
+
+
+@dataclass
+class Clock:
+    """Wall time of one episode [s]."""
+
+    policy: float = 0.0
+    """Waiting for answers."""
+    physics: float = 0.0
+    """Stepping the simulation, and judging."""
+    rendering: float = 0.0
+    decisions: list[float] = field(default_factory=list)
+    """Of each decision, without the wait for its turn."""
+
+    @contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        setattr(self, part, getattr(self, part) + time.perf_counter() - begin)
+
+
+def run_episode(unit: tuple[str, str, int, bool]) -> dict[str, Any]:
+    """One episode: (robot, task, seed, whether to film it) -> its row."""
+    assert _worker is not None, "run_episode needs set_up"
+    robot, task, seed, film = unit
+    protocol, policy, env, spec = _worker.protocol, _worker.policy, _worker.env(robot, task), TASKS[task]
+    phrasing = phrasing_of(protocol, seed)
+    unseen = {"phrasing": len(spec.phrasings) + seed % len(spec.held_out_phrasings)}
+    env.reset(seed=seed, options=unseen if phrasing == "held_out" else None)
+    things = [np.round([*thing.position, *thing.quaternion], 6) for thing in env.objects().values()]
+    scene = digest([part.tolist() for part in (*things, np.round(env.state(), 6))])
+    policy.reset()
+    if isinstance(policy, Privileged):
+        policy.attach(env)
+    start, clock = env.objects()[spec.object].position, Clock()
+    frames: list[ImageArray] = []
+    moments: list[Moment] = []
+    actions = drive(policy, env, seed, protocol, clock)
+    limit = judged = protocol.max_steps  # the steps up to `judged` decide on success and on the reason
+    drive_on = protocol.purpose == "evaluation"
+    while len(moments) < (limit if drive_on else judged):
+        if film and len(moments) < judged:
+            frames.append(env.picture(VIDEO_CAMERA, VIDEO_SIZE))
+        action = next(actions)
+        with clock.timing("physics"):
+            info = env.step(action)[4]
+            moments.append(observe_moment(env, float(action[-1]), info))
+        if moments[-1].success and judged == limit:
+            judged = min(limit, len(moments) + protocol.settle_steps)
+    video = f"videos/{robot}-{task}-{seed}.mp4" if film else None
+    if video:
+        write_video(_worker.out / video, frames, protocol.rate_hz)
+    row = {"id": f"{robot}/{task}/{seed}", "robot": robot, "task": task, "seed": seed, "scene": scene}
+    row |= {"instruction": env.task_description, "phrasing": phrasing, "video": video}
+    row |= {f"seconds_{part}": getattr(clock, part) for part in ("policy", "physics", "rendering")}
+    row |= {"act_ms": 1000 * float(np.median(clock.decisions))}
+    outcome = judge(start, moments[:judged], prehensile=spec.prehensile)
+    return row | outcome | {"success_at_limit": moments[-1].success if len(moments) == limit else None}
+
+
+def drive(
+    policy: Policy, env: Env, seed: int, protocol: PhysicalProtocol, clock: Clock
+) -> Iterator[FloatArray]:
+    """Yield the action of each control step.
+
+    A chunk holds one action for each step from that of its observation on, and the policy is asked again
+    when `execute` of those steps are over. With a latency of L seconds the chunk arrives ceil(L * rate) steps
+    late: until then the steps go by with what is left of the chunk before (then its last target is held; at
+    the start, the arm's own position), and the actions meant for them are skipped. A policy that is still
+    late when the next question is due is asked again at once. Only the pictures that the policy sees are
+    drawn: rendering costs more than physics.
+    """
+    plan, begun, step = env.state()[None], 0, 0
+    while True:
+        with clock.timing("rendering"):
+            images = {camera: env.picture(camera) for camera in protocol.cameras}
+        observation = Observation(
+            images=images,
+            state=env.state(),
+            instruction=env.task_description,
+            robot=env.embodiment,
+            seed=decision_seed(seed, step),
+        )
+        with clock.timing("policy"):
+            chunk, seconds = _ask(policy, observation)
+        clock.decisions.append(seconds)
+        asked, arrival = step, step + _delay(protocol, seconds)
+        for step in range(asked, arrival):
+            yield plan[min(step - begun, len(plan) - 1)]
+        plan, begun, step = chunk, asked, arrival
+        for step in range(arrival, asked + protocol.execute):
+            yield plan[step - begun]
+        step = max(arrival, asked + protocol.execute)
+
+
+def _ask(policy: Policy, observation: Observation) -> tuple[FloatArray, float]:
+    """The chunk [H, D], and how long the decision took [s]."""
+    begin = time.perf_counter()
+    chunk = np.asarray(policy.act(observation).actions, dtype=np.float32)
+    seconds = policy.seconds if isinstance(policy, HostedPolicy) else time.perf_counter() - begin
+    contract = policy.contract
+    shape = (contract.horizon, contract.action_spaces[observation.robot].dim)
+    if chunk.shape != shape or not np.isfinite(chunk).all():
+        raise ContractError(f"the policy promised finite actions {shape}, gave {chunk.shape}:\n{chunk}")
+    return chunk, seconds
+
+
+def _delay(protocol: PhysicalProtocol, seconds: float) -> int:
+    """Control steps between an observation and the answer to it."""
+    if protocol.latency == "none":
+        return 0
+    late = seconds if protocol.latency == "measured" else float(protocol.latency)
+    return math.ceil(late * protocol.rate_hz - 1e-9)  # 0.15 s at 20 Hz are 3 steps, not 4
+
+
+def write_video(path: Path, frames: Sequence[ImageArray], rate_hz: float) -> None:
+    """Write H.264 that browsers play, small enough to embed (about 100 kB for ten seconds)."""
+    faststart = {"movflags": "faststart"}
+    with replacing(path) as file, av.open(str(file), "w", format="mp4", options=faststart) as container:
+        stream = container.add_stream("libx264", rate=round(rate_hz), options={"crf": "30"})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))

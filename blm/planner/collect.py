@@ -1,0 +1,330 @@
+"""Collects demonstrations: every robot and task, many seeds, several processes, through any number of kills.
+
+One attempt is one work unit, keyed robot/task/seed: it stages its episode, or returns why it failed, and the
+next seed is tried. The same configuration gives the same vectors, bit for bit, on one machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path, PurePath
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+
+from blm.datasets.lerobot import finalize_dataset, stage_episode
+from blm.io import MARK, hold, read_json, remove_own, work_folder, write_json
+from blm.jobs import MAX_WORKERS, Result, Unit, run_units
+from blm.planner.decompositions import DECOMPOSITIONS
+from blm.planner.demonstration import TAKE_OVER, Demonstrator, Perturbation, demonstrate
+from blm.planner.expert import HOLD_STEPS, Expert
+from blm.robots import ROBOTS
+from blm.seeds import reserved, warning
+from blm.tasks import Env
+from blm.tasks.appearance import PLAIN, Appearance
+from blm.tasks.scene import CAMERAS
+from blm.tasks.suite import suite_version
+from blm.types import BlmError, Policy, lookup, require_numbers
+
+MakePolicy = Callable[[], Policy]
+"""Picklable; called once in each worker process."""
+PLANNING = ("mink", "toppra", "ompl", "numpy")
+"""Packages whose versions decide what the expert does."""
+STAGING, JOURNAL = ".staging", "journal.jsonl"
+_NOT_DATA = ("workers", "engine")
+"""Fields that say how to collect, not what: a run may be continued with other ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """What to collect."""
+
+    robots: tuple[str, ...] = tuple(ROBOTS)
+    tasks: tuple[str, ...] = tuple(DECOMPOSITIONS)
+    episodes: int = 50
+    """Successful episodes to keep for each robot and task."""
+    first_seed: int = 10_000
+    """Scenes are those of this seed and the ones after it."""
+    cameras: tuple[str, ...] = ("base", "side", "wrist")
+    image_size: int = 112
+    """Side of the pictures [px], even."""
+    noise: tuple[float, ...] = (0.0, 0.01, 0.02)
+    """Deviations of the noise on executed, not on recorded, joint targets [rad]; one is drawn an episode."""
+    disturbed: float = 0.15
+    """Share of episodes in which the gripper works the wrong way for a moment: misses, drops, recoveries."""
+    random_starts: float = 0.3
+    """Share of episodes that start away from home."""
+    hold: int = HOLD_STEPS
+    """Steps of holding still at the goal that end an episode. A policy learns to stay there from those that
+    lie a chunk before the end."""
+    distractors: int = 0
+    """Coloured things without a part in the task."""
+    appearance: Appearance = PLAIN
+    """How much colours, light and cameras vary."""
+    simulator: Literal["mujoco", "maniskill"] = "mujoco"
+    """"maniskill" needs its own environment (docs/maniskill.md)."""
+    workers: int = 2
+    """Processes; 0 runs in this one."""
+    engine: Literal["local", "ray"] = "local"
+
+    @property
+    def package(self) -> str:
+        """Distribution name of the simulator."""
+        return "mani_skill" if self.simulator == "maniskill" else "mujoco"
+
+    def __post_init__(self) -> None:
+        for robot in self.robots:
+            lookup("robot", robot, ROBOTS)
+        for task in self.tasks:
+            lookup("task", task, DECOMPOSITIONS)
+        for camera in self.cameras:
+            lookup("camera", camera, CAMERAS)
+        require_numbers(
+            self,
+            episodes=(1, 1_000_000),
+            first_seed=(0, 2**32 - 1),
+            image_size=(16, 4096),
+            noise=(0, 1),
+            disturbed=(0, 1),
+            random_starts=(0, 1),
+            distractors=(0, 100),
+            workers=(0, MAX_WORKERS),
+            hold=(HOLD_STEPS, 100_000),
+        )
+        if not self.noise or self.image_size % 2:
+            raise BlmError(
+                "collecting needs at least one noise level and an even image_size; got "
+                f"{self.noise}, {self.image_size}"
+            )
+        if self.simulator == "maniskill" and (self.random_starts or self.disturbed or max(self.noise) > 0.01):
+            raise BlmError(
+                "ManiSkill's scripts do not react: set random_starts 0, disturbed 0, noise up to 0.01"
+            )
+        if self.hold > HOLD_STEPS and self.simulator == "maniskill":
+            raise BlmError(f"with ManiSkill's scripts hold must be {HOLD_STEPS}: {self.hold}")
+
+
+def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -> dict[str, Any]:
+    """Collect into new folders `out/<robot>/`, a LeRobotDataset v3.0 each; write and return the summary.
+
+    With a `pilot`, that policy drives the first steps of every episode and the expert, whose actions are the
+    labels from the first step on, then finishes it: corrections on states that the policy visits.
+
+    `out/summary.json` has "robots" (robot -> task -> attempts, kept, rejected by reason, frames), "seconds"
+    of the run that finished, "seconds_in" (summed over attempts: planning, physics, rendering, encoding),
+    "versions", "suite", "seeds" (first and last tried), "reserved_seeds" (episodes on scenes that are not for
+    training) and "config". Called again after a kill, it goes on; called again when finished, it returns the
+    summary. Raises BlmError when `out` holds a collection of another configuration, or anything that would
+    be replaced, when another process collects there, or when a cell fails too often.
+    """
+    wanted = {k: v for k, v in json.loads(json.dumps(asdict(config))).items() if k not in _NOT_DATA}
+    wanted["pilot"] = pilot().contract.revision if pilot else None
+    with hold(out):
+        _claim(out, config, wanted)
+        if not (out / "summary.json").exists():
+            _make(config, out, wanted, pilot)
+        if (out / STAGING).exists() and not remove_own(out / STAGING, _is_staged):
+            Console(stderr=True).print(f"'{out / STAGING}' has files of others: they stay", soft_wrap=True)
+        (out / JOURNAL).unlink(missing_ok=True)
+    return dict(read_json(out / "summary.json"))
+
+
+def _make(config: CollectConfig, out: Path, wanted: dict[str, Any], pilot: MakePolicy | None) -> None:
+    """Make all attempts that are still to be made, then the datasets, then the summary."""
+    began = time.monotonic()
+    staging = work_folder(out / STAGING, "staged episodes", wanted)
+    results = _attempt_all(config, out / JOURNAL, staging, pilot)
+    seeds = [int(key.split("/")[2]) for key in results]
+    provenance = {
+        "versions": {name: version(name) for name in ("blm", config.package, *PLANNING)},
+        "suite": suite_version(config.robots, config.tasks),
+        "seeds": [min(seeds), max(seeds)],
+        "collect": wanted,
+    }
+    for robot in config.robots:
+        kept = [k for k, result in results.items() if k.startswith(f"{robot}/") and result["kept"]]
+        finalize_dataset(
+            [staging / key for key in kept],
+            out / robot,
+            space=ROBOTS[robot].action_space,
+            cameras=config.cameras,
+            image_size=config.image_size,
+            provenance=provenance,
+        )
+    parts: Counter[str] = Counter()
+    for result in results.values():
+        parts.update(result["seconds"])
+    summary = {
+        "robots": {r: {t: _count(results, r, t) for t in config.tasks} for r in config.robots},
+        "seconds": round(time.monotonic() - began, 1),
+        "seconds_in": {part: round(seconds, 1) for part, seconds in parts.items()},
+        **{key: provenance[key] for key in ("versions", "suite", "seeds")},
+        "reserved_seeds": reserved(int(k.split("/")[2]) for k, result in results.items() if result["kept"]),
+        "config": wanted,
+    }
+    write_json(out / "summary.json", summary)
+
+
+def _is_staged(name: PurePath) -> bool:
+    """Whether a file below the staging folder is one that `stage_episode` writes."""
+    return name.suffix == ".mp4" or name.name in ("episode.json", "vectors.npz", MARK)
+
+
+def _claim(out: Path, config: CollectConfig, wanted: dict[str, Any]) -> None:
+    """Make `out` ours. Raises BlmError if it is another collection's, or holds what would be replaced."""
+    claim = out / "collect.json"
+    ours = (*config.robots, "summary.json", "verified.json", JOURNAL, STAGING)
+    taken = [name for name in ours if os.path.lexists(out / name)]
+    if taken and not claim.exists():
+        raise BlmError(
+            f"'{out}' has {', '.join(taken)}, which no collection of this program left there (it has no "
+            "collect.json); nothing was written: name another folder, or move that away"
+        )
+    have = read_json(claim) if claim.exists() else {}
+    have = have if isinstance(have, dict) else {}
+    rows = [f"  {k}: {have.get(k)!r} there, {v!r} asked for" for k, v in wanted.items() if have.get(k) != v]
+    if rows and claim.exists() and (taken or {*have} - {*wanted}):
+        raise BlmError(
+            f"'{out}' holds a collection with another configuration; name another folder, or move it away:\n"
+            + "\n".join(rows)
+        )
+    if rows:  # nothing was collected yet
+        write_json(claim, wanted)
+    counts = reserved(range(config.first_seed, config.first_seed + config.episodes))
+    if {*counts} - {"held-out questions"}:  # which recipes collect, and never train on
+        Console(stderr=True).print(f"warning: {warning(str(out), counts)}", soft_wrap=True)
+
+
+def _attempt_all(
+    config: CollectConfig, journal: Path, staging: Path, pilot: MakePolicy | None
+) -> dict[str, Result]:
+    """Run attempts until every cell has its episodes; return key -> result of all of them."""
+    limit = 3 * config.episodes + 10
+    tried = dict.fromkeys(product(config.robots, config.tasks), config.episodes)
+    while True:
+        units = [
+            Unit(f"{robot}/{task}/{seed}", (config, robot, task, seed, staging, pilot))
+            for (robot, task), count in tried.items()
+            for seed in range(config.first_seed, config.first_seed + count)
+        ]
+        how: Any = {"workers": config.workers, "engine": config.engine, "title": "collecting"}
+        results = run_units(_attempt, units, journal=journal, **how)
+        counts = {cell: _count(results, *cell) for cell in tried}
+        missing = {cell: config.episodes - count["kept"] for cell, count in counts.items()}
+        if not any(missing.values()):
+            return results
+        for cell, lacking in missing.items():
+            if lacking and tried[cell] >= limit:
+                raise BlmError(_why(*cell, counts[cell], config.episodes))
+            tried[cell] = min(tried[cell] + lacking, limit)
+
+
+def _why(robot: str, task: str, count: Mapping[str, Any], wanted: int) -> str:
+    """What to say when a cell does not get its episodes."""
+    reasons: Mapping[str, int] = count["rejected"]
+    worst = max(reasons, key=lambda reason: reasons[reason])
+    advice = (
+        f"the spawn region is out of the arm's reach: change TaskSpec.regions['{robot}'] of '{task}'"
+        if worst == "unreachable"
+        else "lower noise or disturbed"
+    )
+    return (
+        f"{robot} {task}: {count['attempts']} attempts gave {count['kept']} of {wanted} episodes; "
+        f"rejected: {reasons}; {advice}"
+    )
+
+
+def _count(results: Mapping[str, Result], robot: str, task: str) -> dict[str, Any]:
+    """What became of the attempts at one robot and task."""
+    mine = [result for key, result in results.items() if key.startswith(f"{robot}/{task}/")]
+    return {
+        "attempts": len(mine),
+        "kept": sum(result["kept"] for result in mine),
+        "rejected": dict(sorted(Counter(r["reason"] for r in mine if not r["kept"]).items())),
+        "frames": sum(result.get("frames", 0) for result in mine),
+    }
+
+
+def _attempt(payload: tuple[CollectConfig, str, str, int, Path, MakePolicy | None]) -> Result:
+    """One work unit: make, check and stage one episode."""
+    config, robot, task, seed, staging, make_pilot = payload
+    expert, pilot = _expert(config, robot, task), _pilot(make_pilot) if make_pilot else None
+    if make_pilot:
+        _check_pilot(make_pilot, config, robot, task)
+    rng = np.random.default_rng((seed, 1))
+    draw = draw_perturbation(config, rng, piloted=pilot is not None)
+    before = dict(expert.env.seconds)
+    episode, reason = demonstrate(expert, seed, draw, rng, pilot)
+    seconds = {part: total - before[part] for part, total in expert.env.seconds.items()}
+    seconds["planning"] = expert.planning_seconds
+    if episode is None:
+        return {"kept": False, "reason": reason, "seconds": seconds}
+    began = time.perf_counter()
+    stage_episode(staging, f"{robot}/{task}/{seed}", episode)
+    seconds["encoding"] = time.perf_counter() - began
+    return {"kept": True, "frames": len(episode), "seconds": seconds}
+
+
+def draw_perturbation(config: CollectConfig, rng: np.random.Generator, piloted: bool = False) -> Perturbation:
+    """Draw what befalls one episode; a policy that drives it is disturbance enough."""
+    sigma = float(rng.choice(config.noise))
+    pulse = int(rng.integers(5, 40)) if rng.random() < config.disturbed else None
+    start = rng.random() < config.random_starts
+    if piloted:
+        take_over = int(rng.integers(*TAKE_OVER))
+        return Perturbation(sigma=0.0, pulse=None, random_start=False, take_over=take_over)
+    return Perturbation(sigma=sigma, pulse=pulse, random_start=bool(start), take_over=0)
+
+
+@cache
+def _expert(config: CollectConfig, robot: str, task: str) -> Demonstrator:
+    """One environment for each cell and process: making one costs as much as several episodes."""
+    return make_expert(config, robot, task)
+
+
+@cache
+def _pilot(make: MakePolicy) -> Policy:
+    return make()
+
+
+@cache
+def _check_pilot(make: MakePolicy, config: CollectConfig, robot: str, task: str) -> None:
+    """Raise ContractError, once for each cell and process, where the pilot needs other pictures."""
+    _pilot(make).contract.check(_expert(config, robot, task).env.observation())
+
+
+def make_env(config: CollectConfig, robot: str, task: str, cameras: tuple[str, ...]) -> Env:
+    """The environment that this configuration records, with these cameras only."""
+    world = Env
+    if config.simulator == "maniskill":
+        from blm.tasks.maniskill import ManiSkillEnv
+
+        world = ManiSkillEnv
+    return world(
+        robot,
+        task,
+        cameras=cameras,
+        image_size=config.image_size,
+        terminate_on_success=False,
+        distractors=config.distractors,
+        appearance=config.appearance,
+    )
+
+
+def make_expert(config: CollectConfig, robot: str, task: str) -> Demonstrator:
+    """Who demonstrates one cell, in the environment that it records."""
+    env, rng = make_env(config, robot, task, config.cameras), np.random.default_rng(0)
+    if config.simulator == "maniskill":
+        from blm.planner.maniskill import ManiSkillExpert
+
+        return ManiSkillExpert(env, rng)  # type: ignore[arg-type,return-value]  # its env is narrower
+    return Expert(env, rng, config.hold)

@@ -1,0 +1,87 @@
+"""Proves that a collection is what its seeds and recorded actions give: replays it, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from blm.datasets.lerobot import open_dataset
+from blm.io import read_json, write_json
+from blm.jobs import Result, Unit, run_units
+from blm.planner.collect import CollectConfig, make_env
+from blm.planner.demonstration import replay
+from blm.tasks.appearance import Appearance
+from blm.tasks.suite import suite_version
+from blm.types import BlmError, ContractError
+
+CHUNK = 20
+"""Episodes of one work unit."""
+
+
+def verify(out: Path, *, workers: int = 2, engine: Literal["local", "ray"] = "local") -> dict[str, Any]:
+    """Replay every episode of a collection; return, and write, `out/verified.json`.
+
+    The result has "episodes", "same" and "differing" (key -> what differs). Raises BlmError when `out` is not
+    a finished collection, ContractError when suite or simulator are not those of the record.
+    """
+    if not (out / "summary.json").is_file():
+        raise BlmError(f"'{out}' holds no finished collection (no summary.json); collect it, or finish it")
+    summary = read_json(out / "summary.json")
+    config = read_config(summary["config"])
+    _require_same_world(summary, config)
+    units = []
+    for robot in config.robots:
+        count = open_dataset(out / robot).num_episodes
+        units += [
+            Unit(f"{robot}/{i}", (out, config, robot, i, min(i + CHUNK, count)))
+            for i in range(0, count, CHUNK)
+        ]
+    journal = out / ".verify.jsonl"
+    results = run_units(
+        _replay_some, units, journal=journal, workers=workers, engine=engine, title="replaying"
+    )
+    differing = {key: what for result in results.values() for key, what in result["differing"].items()}
+    episodes = sum(result["episodes"] for result in results.values())
+    outcome = {"episodes": episodes, "same": episodes - len(differing), "differing": differing}
+    write_json(out / "verified.json", outcome)
+    journal.unlink()
+    return outcome
+
+
+def read_config(stored: Mapping[str, Any]) -> CollectConfig:
+    """The configuration that a collection's files hold."""
+    known = {field.name for field in fields(CollectConfig)}
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known
+    }
+    values["appearance"] = Appearance(**stored["appearance"])
+    return CollectConfig(**values)
+
+
+def _require_same_world(summary: Mapping[str, Any], config: CollectConfig) -> None:
+    simulator = config.package
+    recorded = {simulator: summary["versions"][simulator], "suite": summary["suite"]}
+    here = {simulator: version(simulator), "suite": suite_version(config.robots, config.tasks)}
+    if recorded != here:
+        raise ContractError(
+            f"recorded with {recorded}, this is {here}: only the same world replays bit for bit; "
+            f"install {simulator}=={recorded[simulator]} and the program version of the collection"
+        )
+
+
+def _replay_some(payload: tuple[Path, CollectConfig, str, int, int]) -> Result:
+    """One work unit: replay episodes first..last of one robot."""
+    out, config, robot, first, last = payload
+    dataset = open_dataset(out / robot)
+    differing: dict[str, str] = {}
+    env = None
+    for i in range(first, last):
+        episode = dataset.episode(i, cameras=())
+        if env is None or env.task != episode.task:
+            env = make_env(config, robot, episode.task, cameras=())
+        if what := replay(env, episode):
+            differing[f"{robot}/{episode.task}/{episode.seed}"] = what
+    return {"episodes": last - first, "differing": differing}

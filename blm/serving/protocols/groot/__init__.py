@@ -1,0 +1,1 @@
+"""Actions for clients of Isaac-GR00T."""

@@ -1,0 +1,195 @@
+"""What GR00T's clients send and get: msgpack with arrays as .npy files, and observations in batches.
+
+An array is {"__ndarray_class__": True, "as_npy": the bytes of a .npy file}. What is observed are batches
+with time: "video" camera -> uint8 [B, T, H, W, 3], "state" -> arm [B, T, D - 1] and gripper [B, T, 1],
+"language" one key -> [[text]]; the last frame counts. Source: gr00t/policy/server_client.py of
+NVIDIA/Isaac-GR00T, commit 38624df.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from blm.serving.protocols.openpi import wire
+from blm.serving.protocols.scan import MAX_TEXT, scan
+from blm.types import BlmError, Observation, PolicyContract, shorten
+
+PARTS = ("arm", "gripper")
+"""State and action in GR00T's terms, as `meta/modality.json` of our datasets has them."""
+MAX_ROWS = 32
+"""Observations of one request: as many as one pass of the engine takes on a GPU."""
+MARGIN = 2
+"""How much larger than a full batch a message may be: an older frame beside each one."""
+_TOKEN, _MAX_TOKEN = "api_token", 1024
+_MAGIC = b"\x93NUMPY"
+_HEADER_LENGTH = {1: 2, 2: 4, 3: 4}
+"""Bytes of the header's length by the format's major version."""
+_HEADER = re.compile(
+    rb"\{'descr': '([<>|=][biuf]\d{1,2})', 'fortran_order': (False|True), "
+    rb"'shape': \(([\d, ]{0,200})\), \} *\n"
+)
+"""Exactly what np.save writes for numbers. NumPy's own reader hands the header to Python's parser."""
+
+
+def message_limit(contract: PolicyContract) -> int:
+    """Largest message of a client [bytes]: MARGIN times MAX_ROWS observations."""
+    dim = max(space.dim for space in contract.action_spaces.values())
+    row = 3 * len(contract.cameras) * contract.image_size**2 + 8 * dim + MAX_TEXT
+    return max(wire.SMALLEST_LIMIT, MARGIN * MAX_ROWS * row)
+
+
+def item_limit() -> int:
+    """Most items of a request: a text in lists for each row, and room for keys of others."""
+    return 1024 + 8 * MAX_ROWS
+
+
+def pack(message: Any) -> bytes:
+    return msgpack.packb(message, default=_encode)
+
+
+def unpack(data: bytes) -> Any:
+    """Decode a message. Raises BlmError for what is malformed or too much; arrays must hold numbers."""
+    scan(data, item_limit())
+    return _unpack_counted(data)
+
+
+def read_request(message: bytes, accepts: Callable[[str], bool] | None) -> Mapping[str, Any]:
+    """Decode a request, after `accepts` has found its key to be right. Raises BlmError.
+
+    With None no key is needed.
+    """
+    items = scan(message, item_limit())
+    if accepts is not None and not _is_right(message, items, accepts):
+        raise BlmError(f"wrong or missing {_TOKEN}")
+    request = _unpack_counted(message)
+    if not isinstance(request, Mapping):
+        raise BlmError(f"a request must be a map, got {type(request).__name__}")
+    return request
+
+
+def _is_right(message: bytes, items: list[slice], accepts: Callable[[str], bool]) -> bool:
+    """Find the key among the items of the outermost map; nothing else is decoded for this."""
+    given: Any = None
+    try:
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if key.stop - key.start < 16 and msgpack.unpackb(message[key]) == _TOKEN:
+                given = msgpack.unpackb(message[value]) if value.stop - value.start <= _MAX_TOKEN else None
+    except (ValueError, TypeError, msgpack.UnpackException):
+        return False
+    return isinstance(given, str) and accepts(given)
+
+
+def _unpack_counted(data: bytes) -> Any:
+    try:
+        return msgpack.unpackb(data, object_hook=_decode)
+    except (ValueError, TypeError, KeyError, OverflowError, msgpack.UnpackException) as error:
+        reason = f"{type(error).__name__}: {shorten(error)}"
+        raise BlmError(f"the message is not valid msgpack with NumPy arrays: {reason}") from error
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        out = io.BytesIO()
+        np.save(out, value, allow_pickle=False)
+        return {"__ndarray_class__": True, "as_npy": out.getvalue()}
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} cannot be sent")
+
+
+def _decode(value: dict[Any, Any]) -> Any:
+    return _read_npy(value["as_npy"]) if "__ndarray_class__" in value else value
+
+
+def _read_npy(data: Any) -> np.ndarray[Any, Any]:
+    """The array of a .npy file, read-only and as large as its data. Raises ValueError."""
+    if not isinstance(data, bytes) or data[:6] != _MAGIC or data[6:7] not in (b"\1", b"\2", b"\3"):
+        raise ValueError(f"not a .npy file: {shorten(data, 40)}")
+    begin = 8 + _HEADER_LENGTH[data[6]]
+    end = begin + int.from_bytes(data[8:begin], "little")
+    found = _HEADER.fullmatch(data[begin : min(end, begin + 1024)])
+    if found is None:
+        raise ValueError(f"not the header of an array of numbers: {shorten(data[begin:end], 100)}")
+    dtype, shape = np.dtype(found[1].decode()), tuple(int(n) for n in found[3].split(b",") if n.strip())
+    if dtype.itemsize * math.prod(shape) != len(data) - end or max(shape, default=0) > len(data):
+        raise ValueError(f"an array of {dtype} {shorten(shape)} does not have {len(data) - end} bytes")
+    return np.ndarray(shape, dtype, buffer=data, offset=end, order="F" if found[2] == b"True" else "C")
+
+
+def to_observations(data: Any, contract: PolicyContract) -> list[Observation]:
+    """Read the observations of "get_action", one of each row of the batch.
+
+    "options" may name the "robot", needed unless the policy has one only, and a "seed". Raises ContractError
+    or BlmError that names what is wrong.
+    """
+    try:
+        seen, options = _map(_map(data, "data")["observation"], "observation"), options_of(data)
+        (texts,) = _map(seen["language"], "language").values()
+        video, parts = _map(seen["video"], "video"), _map(seen["state"], "state")
+        instructions = _texts(texts)
+        frames = {camera: _last(f"video.{camera}", video[camera], 5, "u") for camera in contract.cameras}
+        states = [_last(f"state.{part}", parts[part], 3, "iuf") for part in PARTS]
+        sizes = {len(instructions), *map(len, states), *map(len, frames.values())}
+        if len(sizes) > 1 or not 1 <= len(instructions) <= MAX_ROWS:
+            found = ", ".join(map(str, sorted(sizes)))
+            raise ValueError(f"video, state and language must have one batch of 1 to {MAX_ROWS}, got {found}")
+        state = np.concatenate(states, axis=-1)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = "lacks" if isinstance(error, KeyError) else "is wrong:"
+        raise BlmError(
+            f"the observation {reason} {shorten(error)}; needed: 'video' with {', '.join(contract.cameras)} "
+            "[B, T, H, W, 3], 'state' with arm [B, T, joints] and gripper [B, T, 1], 'language' with one "
+            "list of texts, as nested maps"
+        ) from error
+    own = {name: options[name] for name in (wire.ROBOT, wire.SEED) if name in options}
+    return [
+        wire.to_observation(
+            {
+                wire.PROMPT: instruction,
+                wire.STATE: state[row],
+                **{wire.IMAGES + camera: pictures[row] for camera, pictures in frames.items()},
+                **own,
+            },
+            contract,
+        )
+        for row, instruction in enumerate(instructions)
+    ]
+
+
+def options_of(data: Any) -> Mapping[str, Any]:
+    """The "options" in the data of a request, which may be left out. Raises TypeError."""
+    options = _map(data, "data").get("options")
+    return {} if options is None else _map(options, "'options'")
+
+
+def _map(value: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{what} must be a map, got {type(value).__name__}")
+    return value
+
+
+def _texts(value: Any) -> list[str]:
+    """One text a row, each as it is or as a list of which the last counts."""
+    if not isinstance(value, list):
+        raise TypeError(f"language must be a list of texts, got {shorten(value)}")
+    texts = [row[-1] if isinstance(row, list) and row else row for row in value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"language must be a list of texts, one of them is {shorten(text)}")
+    return texts
+
+
+def _last(what: str, value: Any, dimensions: int, kinds: str) -> np.ndarray[Any, Any]:
+    """The last frame of each row of a batch with time."""
+    if not isinstance(value, np.ndarray) or value.ndim != dimensions or value.dtype.kind not in kinds:
+        raise TypeError(f"{what} must be an array with {dimensions} dimensions, got {shorten(value)}")
+    if not value.shape[1]:
+        raise ValueError(f"{what} has no frame: {value.shape}")
+    return value[:, -1]

@@ -1,0 +1,1 @@
+"""Stage II: policy training."""

@@ -1,0 +1,1 @@
+"""What nano learns before Stage I."""

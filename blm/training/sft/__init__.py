@@ -1,0 +1,1 @@
+"""Stage I: supervised fine-tuning."""

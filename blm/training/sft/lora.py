@@ -1,0 +1,87 @@
+"""Low-rank adapters (LoRA) in the language model, through `peft`; the projector may train fully beside them.
+
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021: W x + (alpha / rank) B A x, with B = 0
+at the start. The adapters stand inside the backbone's own model, so whatever trains or taps it needs to know
+nothing of them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from blm.backbone import Backbone
+from blm.backbone.saving import save_folder
+from blm.training.sft.parameter_groups import part_of
+from blm.types import BlmError, require_numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    rank: int = 0
+    """Of the adapters; 0: train the weights themselves."""
+    alpha: int = 0
+    """Adapters count alpha / rank times; 0: twice the rank."""
+    dropout: float = 0.0
+    """Of what enters an adapter."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Last names of the layers of the language model that get adapters ("q_proj"), or all its linear ones."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, rank=(0, 65_536), alpha=(0, 10**9), dropout=(0, 1))
+        if self.rank < 0 or self.alpha < 0 or not 0 <= self.dropout < 1:
+            raise BlmError(f"{self}: rank and alpha may not be negative, dropout must lie in 0 .. 1")
+
+
+def add_adapters(backbone: Backbone, lora: Lora, *, projector: bool, seed: int) -> peft.PeftModel:
+    """Put adapters into the backbone's language model and freeze the rest, the projector only if wanted.
+
+    Raises BlmError for targets that the language model does not have.
+    """
+    (decoder,) = (name for name, part in backbone.model.named_modules() if part is backbone.decoder)
+    linear = [
+        f"{decoder}.{name}" for name, part in backbone.decoder.named_modules() if isinstance(part, nn.Linear)
+    ]
+    chosen = linear
+    if lora.targets != ("all-linear",):
+        chosen = [name for name in linear if name.rsplit(".", 1)[-1] in lora.targets]
+        if missing := set(lora.targets) - {name.rsplit(".", 1)[-1] for name in chosen}:
+            valid = sorted({name.rsplit(".", 1)[-1] for name in linear})
+            raise BlmError(f"lora.targets {sorted(missing)} are no linear layers here; valid: {valid}")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        torch.manual_seed(seed)
+        return peft.get_peft_model(
+            backbone.model,
+            peft.LoraConfig(
+                r=lora.rank,
+                lora_alpha=lora.alpha or 2 * lora.rank,
+                lora_dropout=lora.dropout,
+                target_modules=chosen,
+                modules_to_save=_projectors(backbone.model) if projector else None,
+            ),
+        )
+
+
+def _projectors(model: nn.Module) -> list[str]:
+    """Return the largest modules that belong to the projector as a whole and can be called."""
+    found: list[str] = []
+    for name, part in model.named_modules():
+        inside = any(name.startswith(f"{one}.") for one in found)
+        if part_of(name) == "projector" and not inside and not isinstance(part, nn.ModuleList):
+            found.append(name)
+    return found
+
+
+def merge_adapters(backbone: Backbone, adapted: peft.PeftModel, folder: Path | None) -> None:
+    """Save the adapters alone, in peft's format, then add them to the weights: the model is stock again."""
+    if folder is not None:
+        save_folder(folder, lambda work: adapted.save_pretrained(str(work), safe_serialization=True))
+    merged: Any = adapted.merge_and_unload()
+    assert merged is backbone.model

@@ -1,0 +1,78 @@
+"""The loss of Stage I: cross-entropy of the assistant's tokens; the language head runs on them only."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from blm.backbone import Backbone, Inputs
+from blm.training.sft.pack import RowBatch, probe_rows
+from blm.training.sft.prefix_attention import is_turned
+from blm.training.sft.tokenize import join, ready
+from blm.training.sft.vision_features import encode, eye_of, is_frozen, merged, see
+
+
+class Answers(NamedTuple):
+    """Sums over the learnt tokens of a batch. A tuple, because FSDP looks for tensors in tuples only."""
+
+    loss_sum: Tensor
+    """Of their cross-entropies [nats], float32."""
+    tokens: Tensor
+    """How many they are."""
+    correct: Tensor
+    """How many of them are the model's first choice."""
+
+
+class AnswerModel(nn.Module):
+    """Stage I as one module, for DDP and FSDP to wrap: a batch in, sums over its answers out.
+
+    All ranks must run the same modules, or some wait for others for ever. So a batch without pictures runs
+    the eye on a dummy picture and counts it zero times, if the eye is trained, or `sharded` over ranks. One
+    process does the same, because a zero gradient and none are not the same to AdamW. A frozen eye stays in
+    evaluation mode.
+    """
+
+    def __init__(self, backbone: Backbone, *, sharded: bool = False, cached: bool = False) -> None:
+        """`cached`: batches are of rows from `cache_features`. Freeze first what shall be frozen."""
+        super().__init__()
+        self.model, self.backbone = backbone.model, backbone
+        self.sharded, self.eye = sharded, eye_of(backbone)
+        if cached and self.eye:
+            self.dummy = encode(backbone, self.dummy)
+
+    @cached_property
+    def dummy(self) -> Inputs:
+        """What the eye reads for one picture."""
+        return join([probe_rows(self.backbone)[1].media(self.backbone)])
+
+    def train(self, mode: bool = True) -> AnswerModel:
+        super().train(mode)
+        for part in self.eye:
+            if is_frozen(part):
+                part.eval()
+        return self
+
+    def forward(self, batch: RowBatch) -> Answers:
+        inputs = ready(self.backbone, batch.inputs)
+        learn = batch.learn.to(inputs["input_ids"].device).roll(-1, dims=1)  # the first is never learnt
+        targets = inputs["input_ids"].roll(-1, dims=1)[learn]
+        nothing = self._nothing(inputs)
+        read = merged(self.backbone, inputs)
+        if batch.turns is not None and is_turned(self.backbone):
+            read["turns"] = batch.turns.to(learn.device)
+        logits = self.model(**read, use_cache=False, logits_to_keep=learn).logits.float()
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        right = (logits.argmax(-1) == targets).sum()
+        return Answers(loss + nothing, targets.new_tensor(len(targets)), right)
+
+    def _nothing(self, inputs: Inputs) -> Tensor | float:
+        """Zero, for which the eye has run on the dummy picture if the batch has none."""
+        needed = self.eye and (self.sharded or not all(map(is_frozen, self.eye)))
+        if not needed or not inputs.keys().isdisjoint(self.dummy):
+            return 0.0
+        seen = see(self.backbone, ready(self.backbone, self.dummy))
+        deep = getattr(seen, "deepstack_features", None) or []
+        return sum((piece.float() * 0).sum() for group in (seen.pooler_output, *deep) for piece in group)

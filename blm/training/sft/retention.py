@@ -1,0 +1,127 @@
+"""How much of its language a tuned model kept: divergence from its base, and perplexity, on held-out text.
+
+Per token, with p the base and q the tuned model, both reading the same tokens (in nats):
+
+    KL(p || q) = sum_v p(v) (log p(v) - log q(v))
+    NLL(q) = -log q(next token),  perplexity = exp(mean NLL)
+
+The divergence is the sharper sign: perplexity may stay while a model forgets how it used to answer.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from blm.backbone import Backbone
+from blm.corpora.curation.replay import topic_texts
+from blm.types import BlmError
+
+RESAMPLES = 2000
+"""Of the blocks, for the 95 % intervals (percentile bootstrap, Efron 1979)."""
+
+
+def held_out_texts() -> list[str]:
+    """English prose that comes with Python: topics of its manual that no replay prompt is about.
+
+    It differs a little between versions of Python: compare runs of one version.
+    """
+    return list(topic_texts(held_out=True).values())
+
+
+def read_texts(path: Path, size: int = 1500) -> list[str]:
+    """Cut a text file at blank lines into parts of `size` or more characters. Raises BlmError naming it."""
+    try:
+        paragraphs = re.split(r"\n\s*\n", path.read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise BlmError(f"cannot read the held-out text '{path}': {error}") from error
+    texts = [""]
+    for paragraph in paragraphs:
+        if len(texts[-1]) >= size:
+            texts.append("")
+        texts[-1] += paragraph + "\n\n"
+    return texts
+
+
+class Retention:
+    """Remembers what a base model says about some texts; made before training, asked during and after it.
+
+    The base's last hidden states and a copy of its head are kept, so its distributions come back in full and
+    exactly: top-k lists or rounded logits would not do. It costs the size of the head (113 MB for smol).
+    """
+
+    def __init__(self, backbone: Backbone, texts: Sequence[str] = (), *, length: int = 64) -> None:
+        """Keep the first `length` tokens of every text; without texts, of `held_out_texts()`.
+
+        Raises BlmError when no text has two tokens.
+        """
+        self.texts, self.length = tuple(texts) or tuple(held_out_texts()), length
+        self.blocks = self._blocks(backbone)
+        if not self.blocks:
+            raise BlmError("no held-out text has two tokens or more: nothing to measure retention on")
+        self.head = copy.deepcopy(_head(backbone)).requires_grad_(False)
+        self.hidden = list(self._read(backbone))
+
+    def measure(self, backbone: Backbone) -> dict[str, float]:
+        """Compare `backbone`, tuned from the base or the base itself, with the base; intervals are 95 %.
+
+        Returns kl, kl_low, kl_high, perplexity_base, perplexity, nll_rise (tuned minus base), nll_rise_low,
+        nll_rise_high and text_tokens. Raises BlmError when the two split the texts into other tokens.
+        """
+        if self._blocks(backbone) != self.blocks or _head(backbone).weight.shape != self.head.weight.shape:
+            raise BlmError("base and tuned model have unlike tokenizers; a divergence needs the same tokens")
+        rows = [
+            self._compare(tokens, base, tuned, _head(backbone))
+            for tokens, base, tuned in zip(self.blocks, self.hidden, self._read(backbone), strict=True)
+        ]
+        counts = np.array([len(tokens) - 1 for tokens in self.blocks])
+        sums = np.array(rows)
+        kl, base, tuned = sums.sum(0) / counts.sum()
+        rng = np.random.default_rng(0)
+        picked = rng.integers(len(rows), size=(RESAMPLES, len(rows)))
+        drawn = sums[picked].sum(1) / counts[picked].sum(1)[:, None]
+        (kl_low, kl_high), (low, high) = (
+            np.quantile(values, (0.025, 0.975)) for values in (drawn[:, 0], drawn[:, 2] - drawn[:, 1])
+        )
+        values = {"kl": kl, "kl_low": kl_low, "kl_high": kl_high}
+        values |= {"perplexity_base": np.exp(base), "perplexity": np.exp(tuned)}
+        values |= {"nll_rise": tuned - base, "nll_rise_low": low, "nll_rise_high": high}
+        return {name: float(value) for name, value in values.items()} | {"text_tokens": float(counts.sum())}
+
+    def _blocks(self, backbone: Backbone) -> list[list[int]]:
+        encode = backbone.processor.tokenizer.backend_tokenizer.encode
+        cut = [encode(text, add_special_tokens=False).ids[: self.length] for text in self.texts]
+        return [tokens for tokens in cut if len(tokens) > 1]
+
+    @torch.no_grad()
+    def _read(self, backbone: Backbone) -> Iterator[Tensor]:
+        """Last hidden states [n, d] of each block, alone: so equal weights give equal bits."""
+        training = backbone.model.training
+        backbone.model.eval()
+        try:
+            for tokens in self.blocks:
+                ids = torch.tensor([tokens], device=backbone.model.device)
+                yield backbone.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+        finally:
+            backbone.model.train(training)
+
+    @torch.no_grad()
+    def _compare(self, tokens: list[int], base: Tensor, tuned: Tensor, head: nn.Linear) -> list[float]:
+        """Sums over one block: KL, NLL of the base, NLL of the tuned model."""
+        log_p = self.head.to(tuned.device)(base.to(tuned)[:-1]).float().log_softmax(-1)
+        log_q = head(tuned[:-1]).float().log_softmax(-1)
+        right = torch.tensor(tokens[1:], device=log_q.device)[:, None]
+        parts = (log_p.exp() * (log_p - log_q), -log_p.gather(1, right), -log_q.gather(1, right))
+        return [float(part.sum(dtype=torch.float64)) for part in parts]
+
+
+def _head(backbone: Backbone) -> nn.Linear:
+    head = backbone.model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    return head
