@@ -7,6 +7,7 @@ difference: `python tests/test_characterisation.py [RUN]`, where RUN is a finish
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -115,14 +116,18 @@ def record_files(run: Path) -> dict[str, Any]:
 
     files: dict[str, Any] = {}
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
-        name = str(path.relative_to(run))
-        if path.suffix == ".json":
+        name = re.sub(r"[0-9a-f]{12,}", "HASH", str(path.relative_to(run)))  # named by their content
+        if path.name == "tokenizer.json":
+            files[name] = path.suffix  # a vocabulary, in the form of the package `tokenizers`
+        elif path.suffix == ".json":
             files[name] = shape_of(json.loads(path.read_text()))
         elif path.suffix == ".jsonl":
             files[name] = shape_of(json.loads(path.read_text().splitlines()[0]))
         elif path.suffix == ".safetensors":
             with safe_open(path, "numpy") as tensors:
-                files[name] = {key: list(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+                shapes = {key: list(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+            known = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
+            files[name] = {"tensors": len(shapes), "hash of names and shapes": known}
         else:
             files[name] = path.suffix
     return files
@@ -172,7 +177,15 @@ def main() -> None:
     old = recorded() if RECORD.exists() else {}
     new = {part: record() for part, record in PARTS.items()}
     new["files"] = record_files(Path(sys.argv[1])) if sys.argv[1:] else old.get("files", {})
-    RECORD.write_text(json.dumps(new, indent=1) + "\n")
+    parts = (
+        f"{json.dumps(part)}: {{\n"
+        + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in found.items())
+        + "\n }"
+        for part, found in new.items()
+    )
+    RECORD.write_text(
+        "{\n " + ",\n ".join(parts) + "\n}\n"
+    )  # a line a command or file: a change is read easily
 
 
 if __name__ == "__main__":
