@@ -27,9 +27,9 @@ from blm.evaluation.results import machine
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.add_robot import fresh
-from blm.training.policy.hidden_states import IntentConfig
+from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.sampler import Sampler
-from blm.training.policy.train import ImitateConfig, open_robots, sampler_of
+from blm.training.policy.train import PolicyTrainingConfig, open_robots, sampler_of
 from blm.types import ActionSpace, Episode
 
 CAMERAS, SIDE, LENGTH, DIM = ("base", "side", "wrist"), 112, 60, 8
@@ -94,10 +94,10 @@ def main(repeats: int = 5, steps: int = 4, batch_size: int = 32, threads: int = 
         folder = Path(name)
         build_nano().save(folder / "backbone")
         backbone = Backbone.load(folder / "backbone")
-        cached = ImitateConfig(
+        cached = PolicyTrainingConfig(
             datasets=(make_dataset(folder, episodes),),
             backbone=str(folder / "backbone"),
-            intents=IntentConfig(layer=3, cameras=CAMERAS, workers=0),
+            intents=HiddenStateConfig(layer=3, cameras=CAMERAS, workers=0),
             loop=LoopConfig(steps=1, batch_size=batch_size),
             cache=folder / "cache",
         )

@@ -36,15 +36,15 @@ from blm.backbone import Backbone, build_nano
 from blm.corpora.format.messages import read_corpus
 from blm.corpora.scenes.build import SceneCorpusConfig, build_scene_corpus
 from blm.evaluation.results import machine
-from blm.training.sft.loss import AnswerModel
-from blm.training.sft.mixture_sampler import Schedule, Source
-from blm.training.sft.pack import RowBatch, pack
+from blm.training.sft.loss import MaskedLossModel
+from blm.training.sft.mixture_sampler import MixtureSampler, Source
+from blm.training.sft.pack import ExampleBatch, pack
 from blm.training.sft.prefix_attention import turned
 from blm.training.sft.tokenize import Limits, Messages, Row, make_row, ready, separated
 from blm.training.sft.vision_features import FeatureCache, eye_of
 from blm.types import Message
 
-Loss = Callable[[RowBatch], torch.Tensor]
+Loss = Callable[[ExampleBatch], torch.Tensor]
 LARGE_VOCABULARY = 49_152
 """SmolLM2's; Qwen's is three times as large."""
 WORDS = ("the", "robot", "moves", "its", "gripper", "over", "a", "table", "with", "cubes", "and", "asks")
@@ -95,7 +95,7 @@ class Way:
 
     loss: Loss
     parameters: Sequence[torch.nn.Parameter]
-    batches: Sequence[RowBatch]
+    batches: Sequence[ExampleBatch]
     work: Sequence[float]
     """What a batch counts, the same in both ways of a pair."""
 
@@ -111,19 +111,19 @@ class Way:
 
 
 def way(
-    backbone: Backbone, batches: Sequence[RowBatch], *, loss: Loss | None = None, cached: bool = False
+    backbone: Backbone, batches: Sequence[ExampleBatch], *, loss: Loss | None = None, cached: bool = False
 ) -> Way:
-    model = AnswerModel(backbone, cached=cached).train()
+    model = MaskedLossModel(backbone, cached=cached).train()
     trained = [parameter for parameter in backbone.model.parameters() if parameter.requires_grad]
     work = [float(batch.tokens) for batch in batches]
     return Way(loss or (lambda batch: model(batch).loss_sum), trained, batches, work)
 
 
 def full_logits(backbone: Backbone) -> Loss:
-    def loss(batch: RowBatch) -> torch.Tensor:
+    def loss(batch: ExampleBatch) -> torch.Tensor:
         inputs = ready(backbone, batch.inputs)
         logits = backbone.model(**inputs, use_cache=False).logits.float()
-        labels = inputs["input_ids"].masked_fill(~batch.learn, -100)
+        labels = inputs["input_ids"].masked_fill(~batch.loss_mask, -100)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
     return loss
@@ -131,8 +131,8 @@ def full_logits(backbone: Backbone) -> Loss:
 
 def batches_of(
     backbone: Backbone, sources: Sequence[Source], size: int, length: int, steps: int
-) -> list[RowBatch]:
-    schedule = Schedule(sources, rows_per_step=size, pack_length=length, seed=0)
+) -> list[ExampleBatch]:
+    schedule = MixtureSampler(sources, rows_per_step=size, pack_length=length, seed=0)
     made = []
     for step in range(steps):
         groups = [[sources[s].rows[row] for s, row in group] for group in schedule.groups(step)]
@@ -170,7 +170,7 @@ def measure(
     found["padding"] = {"packed": packed[0].padding, "padded": padded[0].padding}
     found["data_share"] = making / (sum(fast.work) / fast.speed())
 
-    dense = AnswerModel(backbone).train()
+    dense = MaskedLossModel(backbone).train()
     blind = way(backbone, packed, loss=lambda batch: dense(replace(batch, turns=None)).loss_sum)
     found["turns"] = compare("turns", fast, blind, repeats)
 
@@ -184,7 +184,7 @@ def measure(
     alone = rows_of(backbone, talks[:few], folder, share=False)
     sources = [[Source(name="scene", rows=rows)] for rows in (scene[:few], alone)]
     shared, apart = (batches_of(backbone, one, len(one[0].rows), length, 1) for one in sources)
-    work = [float(batch.learn.sum()) for batch in shared]
+    work = [float(batch.loss_mask.sum()) for batch in shared]
     together, each = (replace(way(backbone, batches), work=work) for batches in (shared, apart))
     found["prefix"] = compare("prefix", together, each, repeats)
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from blm.policy.policy import CheckpointPolicy
 from blm.training.loop.loop import LoopConfig
-from blm.training.policy.hidden_states import IntentConfig
-from blm.training.policy.train import ImitateConfig, train_stage2
+from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.train import PolicyTrainingConfig, train_stage2
 
 
 def main(
@@ -27,10 +27,10 @@ def main(
 ) -> None:
     """Write out/checkpoint, and print what in it is new."""
     before = CheckpointPolicy.load(checkpoint)
-    config = ImitateConfig(
+    config = PolicyTrainingConfig(
         datasets=(dataset,),
         backbone=str(checkpoint / "backbone"),
-        intents=IntentConfig(layer=before.layer, cameras=before.contract.cameras, stride=2),
+        intents=HiddenStateConfig(layer=before.layer, cameras=before.contract.cameras, stride=2),
         policy=before.network.config,
         loop=LoopConfig(steps=steps, batch_size=batch_size, lr=2e-3, log_every=50),
         cache=out / "intents",

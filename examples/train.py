@@ -13,8 +13,8 @@ import tyro
 from blm.datasets.lerobot import open_dataset
 from blm.policy.policy import CheckpointPolicy
 from blm.training.loop.loop import LoopConfig
-from blm.training.policy.hidden_states import IntentConfig
-from blm.training.policy.train import ImitateConfig, train_stage2
+from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.train import PolicyTrainingConfig, train_stage2
 from blm.types import Observation
 
 
@@ -33,10 +33,10 @@ def main(
     print(
         f"{data.space.robot}: {data.num_episodes} episodes, {data.num_frames} frames, cameras {data.cameras}"
     )
-    config = ImitateConfig(
+    config = PolicyTrainingConfig(
         datasets=(dataset,),
         backbone=backbone,
-        intents=IntentConfig(layer=layer, cameras=cameras, stride=2),
+        intents=HiddenStateConfig(layer=layer, cameras=cameras, stride=2),
         loop=LoopConfig(steps=steps, batch_size=batch_size, lr=2e-3, log_every=50),
         cache=out / "intents",
         execute=execute,

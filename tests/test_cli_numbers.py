@@ -21,7 +21,7 @@ from blm.corpora.converters import Settings as ConvertSettings
 from blm.evaluation.digital.benchmarks.sharerobot_split import SplitConfig
 from blm.planner import CollectConfig
 from blm.training.loop.loop import LoopConfig
-from blm.training.policy.hidden_states import IntentConfig
+from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.types import BlmError
 
 BAD = {int: (-7_000_000_000, 10**24, math.nan), float: (-1e30, math.nan, math.inf)}
@@ -40,7 +40,7 @@ CONFIGS: dict[str, Any] = {
         out=Path("out"),
         datasets=(),
         backbone="nano",
-        intents=IntentConfig(layer=1, cameras=("base",)),
+        intents=HiddenStateConfig(layer=1, cameras=("base",)),
         loop=LOOP,
     ),
     "train baseline": training.TrainBaseline(out=Path("out"), datasets=(), cameras=("base",), loop=LOOP),

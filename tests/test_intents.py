@@ -12,10 +12,10 @@ from blm.backbone.nano.model import make_nano
 from blm.datasets.lerobot import EpisodeDataset, finalize_dataset, open_dataset, stage_episode
 from blm.datasets.mixture import kept_frames
 from blm.training.policy.hidden_states import (
-    IntentConfig,
-    LiveIntents,
+    HiddenStateConfig,
+    LiveHiddenStates,
     augmented,
-    cache_intents,
+    cache_hidden_states,
     collate,
     packed,
     unpacked,
@@ -23,7 +23,7 @@ from blm.training.policy.hidden_states import (
 from blm.types import ActionSpace, BlmError, Episode
 
 SIDE = 32
-CONFIG = IntentConfig(layer=1, cameras=("base", "wrist"), batch_size=8, workers=0, shard_frames=30)
+CONFIG = HiddenStateConfig(layer=1, cameras=("base", "wrist"), batch_size=8, workers=0, shard_frames=30)
 
 
 def make_dataset(
@@ -83,7 +83,7 @@ def world(tmp_path_factory) -> tuple[Backbone, Path, EpisodeDataset]:
 def cached(world, tmp_path_factory):
     backbone, source, dataset = world
     folder = tmp_path_factory.mktemp("cache") / "arm"
-    return cache_intents(backbone, str(source), dataset, CONFIG, folder), folder
+    return cache_hidden_states(backbone, str(source), dataset, CONFIG, folder), folder
 
 
 def test_cache_holds_what_a_direct_tap_of_one_frame_gives(world, cached):
@@ -91,7 +91,7 @@ def test_cache_holds_what_a_direct_tap_of_one_frame_gives(world, cached):
     frames = np.array([45, 0, 19, 60])  # any order, all episodes and shards, two prompt lengths
     rows = cached[0].rows(frames)
     for frame, row in zip(frames, rows, strict=True):
-        slow = LiveIntents(backbone, dataset, CONFIG).rows(np.array([frame]))[0]
+        slow = LiveHiddenStates(backbone, dataset, CONFIG).rows(np.array([frame]))[0]
         assert row.dtype == np.float16 and row.shape == slow.shape
         np.testing.assert_allclose(row, slow, rtol=2e-3, atol=2e-3)
     assert len({len(row) for row in rows}) == 2
@@ -109,20 +109,20 @@ def test_collate_pads_on_the_right_and_masks_the_padding(cached):
 def test_reopening_computes_nothing_and_a_killed_run_continues(world, cached):
     backbone, source, dataset = world
     before = {path.name: path.stat().st_mtime_ns for path in cached[1].iterdir()}
-    cache_intents(backbone, str(source), dataset, CONFIG, cached[1])
+    cache_hidden_states(backbone, str(source), dataset, CONFIG, cached[1])
     assert before == {path.name: path.stat().st_mtime_ns for path in cached[1].iterdir()}
     journal = cached[1] / "journal.jsonl"  # killed after the first shard: no manifest, one line
     (cached[1] / "manifest.json").unlink()
     journal.write_text(journal.read_text().splitlines()[0] + "\n")
     (cached[1] / "00001.npy").unlink()
-    cache_intents(backbone, str(source), dataset, CONFIG, cached[1])
+    cache_hidden_states(backbone, str(source), dataset, CONFIG, cached[1])
     after = {path.name: path.stat().st_mtime_ns for path in cached[1].iterdir()}
     assert after["00000.npy"] == before["00000.npy"] and after["00001.npy"] != before["00001.npy"]
 
 
 def test_only_what_is_not_there_yet_must_fit_on_the_disk(world, tmp_path, monkeypatch, capsys):
     backbone, source, dataset = world
-    made = cache_intents(backbone, str(source), dataset, CONFIG, tmp_path / "made")
+    made = cache_hidden_states(backbone, str(source), dataset, CONFIG, tmp_path / "made")
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "made").glob("*.npy")}
     missing = sizes["00001.npy"]
     (tmp_path / "made/00001.npy").unlink()
@@ -134,9 +134,9 @@ def test_only_what_is_not_there_yet_must_fit_on_the_disk(world, tmp_path, monkey
     with pytest.raises(
         BlmError, match=r"does not fit: 61 frames x .* GB free\); use a larger stride or another"
     ):
-        cache_intents(backbone, str(source), dataset, CONFIG, tmp_path / "new")
+        cache_hidden_states(backbone, str(source), dataset, CONFIG, tmp_path / "new")
     assert not list((tmp_path / "new").glob("*.npy"))
-    again = cache_intents(backbone, str(source), dataset, CONFIG, tmp_path / "made")
+    again = cache_hidden_states(backbone, str(source), dataset, CONFIG, tmp_path / "made")
     frames = np.arange(61)
     assert all(np.array_equal(a, b) for a, b in zip(made.rows(frames), again.rows(frames), strict=True))
 
@@ -149,25 +149,25 @@ def test_a_stale_cache_is_refused_with_what_differs(world, cached, tmp_path):
         (replace(CONFIG, stride=2), "stride"),
     ):
         with pytest.raises(BlmError, match=f"stale: made from another {name}; name another folder"):
-            cache_intents(backbone, str(source), dataset, config, cached[1])
+            cache_hidden_states(backbone, str(source), dataset, config, cached[1])
     other = make_backbone(tmp_path / "other", seed=1)
     with pytest.raises(BlmError, match="another backbone;"):
-        cache_intents(other, str(tmp_path / "other"), dataset, CONFIG, cached[1])
+        cache_hidden_states(other, str(tmp_path / "other"), dataset, CONFIG, cached[1])
     more = make_dataset(tmp_path, lengths=(19, 22))
     with pytest.raises(BlmError, match="another dataset;"):
-        cache_intents(backbone, str(source), more, CONFIG, cached[1])
+        cache_hidden_states(backbone, str(source), more, CONFIG, cached[1])
 
 
 def test_an_altered_cache_is_refused(world, tmp_path, capsys):
     backbone, source, dataset = world
-    cache_intents(backbone, str(source), dataset, replace(CONFIG, stride=10), tmp_path)
+    cache_hidden_states(backbone, str(source), dataset, replace(CONFIG, stride=10), tmp_path)
     assert "GB free" in capsys.readouterr().err
     shard = tmp_path / "00000.npy"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
     with pytest.raises(BlmError, match=r"00000\.npy is missing or altered; move"):
-        cache_intents(backbone, str(source), dataset, replace(CONFIG, stride=10), tmp_path)
+        cache_hidden_states(backbone, str(source), dataset, replace(CONFIG, stride=10), tmp_path)
 
 
 def test_workers_write_the_same_bytes_and_a_stride_keeps_fewer_frames(world, tmp_path):
@@ -176,7 +176,7 @@ def test_workers_write_the_same_bytes_and_a_stride_keeps_fewer_frames(world, tmp
     for workers in (0, 1):
         folder = tmp_path / str(workers)
         config = replace(CONFIG, stride=8, workers=workers)
-        stores.append(cache_intents(backbone, str(source), dataset, config, folder))
+        stores.append(cache_hidden_states(backbone, str(source), dataset, config, folder))
     a, b = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("0", "1"))
     kept = kept_frames(dataset.starts, 8)
     assert [shard["frames"] for shard in a.values()] == [shard["frames"] for shard in b.values()]
@@ -191,9 +191,9 @@ def test_workers_write_the_same_bytes_and_a_stride_keeps_fewer_frames(world, tmp
 def test_views_and_precisions_hold_what_a_direct_tap_gives(world, tmp_path, precision):
     backbone, source, dataset = world
     config = replace(CONFIG, precision=precision, views=2)
-    made = cache_intents(backbone, str(source), dataset, config, tmp_path)
+    made = cache_hidden_states(backbone, str(source), dataset, config, tmp_path)
     frames, views = np.array([45, 0, 19, 60, 0]), np.array([1, 2, 0, 2, 0])
-    live = LiveIntents(backbone, dataset, config)
+    live = LiveHiddenStates(backbone, dataset, config)
     for row, slow in zip(made.rows(frames, views), live.rows(frames, views), strict=True):
         slack = np.abs(slow).max(-1, keepdims=True) / (230 if precision == "int8" else 1000)
         assert row.dtype == np.float16 and (np.abs(row - slow) <= slack).all()
@@ -210,7 +210,7 @@ def test_views_and_precisions_hold_what_a_direct_tap_gives(world, tmp_path, prec
     assert size == pytest.approx(tokens * (32 + 4 if precision == "int8" else 64), rel=0.05)
     other = replace(config, precision={"float16": "int8", "int8": "float16"}[precision])
     with pytest.raises(BlmError, match="is stale: made from another precision"):
-        cache_intents(backbone, str(source), dataset, other, tmp_path)
+        cache_hidden_states(backbone, str(source), dataset, other, tmp_path)
 
 
 def test_int8_is_exact_where_it_can_be():

@@ -15,8 +15,8 @@ from test_backbone import MAKERS
 from blm.backbone import Backbone, build_nano
 from blm.media import load_pixels
 from blm.training.sft import pack as packing
-from blm.training.sft.loss import AnswerModel, Answers
-from blm.training.sft.mixture_sampler import Schedule, Source
+from blm.training.sft.loss import Answers, MaskedLossModel
+from blm.training.sft.mixture_sampler import MixtureSampler, Source
 from blm.training.sft.pack import collate, pack, probe_rows, probe_talks, require_exact
 from blm.training.sft.prefix_attention import Block, _buckets, lay_out, turned
 from blm.training.sft.tokenize import Limits, Row, make_row, separated, shrunk
@@ -72,7 +72,7 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
 
 
 def run(backbone: Backbone, groups: Sequence[Sequence[Row]], *, cached: bool = False) -> Answers:
-    return AnswerModel(backbone, cached=cached)(pack(backbone, groups, ()))
+    return MaskedLossModel(backbone, cached=cached)(pack(backbone, groups, ()))
 
 
 def plain_loss(backbone: Backbone) -> torch.Tensor:
@@ -83,8 +83,8 @@ def plain_loss(backbone: Backbone) -> torch.Tensor:
             alone = collate(backbone, [row(backbone, turn)], ())
             pictures = [load_pixels(image) for message in turn for image in message.images]
             inputs = backbone.process([backbone.render(turn, prompt=False)], pictures)
-            labels = inputs["input_ids"].masked_fill(~alone.learn, -100)
-            total = total + backbone.model(**inputs, labels=labels).loss * alone.learn.sum()
+            labels = inputs["input_ids"].masked_fill(~alone.loss_mask, -100)
+            total = total + backbone.model(**inputs, labels=labels).loss * alone.loss_mask.sum()
     return total
 
 
@@ -101,7 +101,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_each_turn_alone(
     wanted = gradients(backbone, lambda: plain_loss(backbone))
     found = gradients(backbone, lambda: run(backbone, groups).loss_sum)
     assert_same(found, wanted)
-    assert run(backbone, groups).tokens == sum(one.learn.sum() for one in rows)
+    assert run(backbone, groups).tokens == sum(one.loss_mask.sum() for one in rows)
 
 
 @pytest.mark.parametrize("order", [[[2, 1, 0]], [[0], [2, 1]]])
@@ -114,7 +114,7 @@ def test_attending_by_turns_gives_the_loss_and_gradients_of_each_turn_alone(
     blind = {**batch.inputs, "attention_mask": torch.zeros_like(batch.inputs["attention_mask"])}
     wanted = gradients(backbone, lambda: plain_loss(backbone))
     with turned(backbone):
-        found = gradients(backbone, lambda: AnswerModel(backbone)(replace(batch, inputs=blind)).loss_sum)
+        found = gradients(backbone, lambda: MaskedLossModel(backbone)(replace(batch, inputs=blind)).loss_sum)
     assert_same(found, wanted)
     assert backbone.decoder.config._attn_implementation == "sdpa"
 
@@ -122,9 +122,9 @@ def test_attending_by_turns_gives_the_loss_and_gradients_of_each_turn_alone(
 def test_blocks_hold_every_position_once_and_what_it_may_see() -> None:
     rng = np.random.default_rng(0)
     owner = np.array([[0] * 30 + [1] * 20, [0] * 38 + [-1] * 12])
-    branch = np.sort(rng.integers(0, 4, owner.shape), axis=1)
-    branch[0, 30:] = np.sort(rng.integers(0, 3, 20))
-    made, seen = lay_out(owner, branch), np.zeros((2, 100, 100), bool)[0]
+    segment_ids = np.sort(rng.integers(0, 4, owner.shape), axis=1)
+    segment_ids[0, 30:] = np.sort(rng.integers(0, 3, 20))
+    made, seen = lay_out(owner, segment_ids), np.zeros((2, 100, 100), bool)[0]
     rank = 0
     for queries, keys, masks in zip(*made[:3], strict=True):
         for block in range(len(queries)):
@@ -132,7 +132,7 @@ def test_blocks_hold_every_position_once_and_what_it_may_see() -> None:
                 if made.back[query] == rank:
                     seen[query, keys[block][masks[block, 0, place]].numpy()] = True
                 rank += 1
-    flat = [part.reshape(-1) for part in (owner, branch, np.repeat([[0], [1]], 50, axis=1))]
+    flat = [part.reshape(-1) for part in (owner, segment_ids, np.repeat([[0], [1]], 50, axis=1))]
     same = (flat[0][:, None] == flat[0]) & (flat[2][:, None] == flat[2]) & np.tri(100, dtype=bool)
     wanted = same & ((flat[1][:, None] == flat[1]) | (flat[1] == 0))
     real = flat[0] >= 0
@@ -151,7 +151,7 @@ LEAKS: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] =
 def test_a_call_under_which_rows_see_each_other_is_refused(
     backbone: Backbone, leak: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def leaking(*args: object) -> packing.RowBatch:
+    def leaking(*args: object) -> packing.ExampleBatch:
         made = pack(*args)  # type: ignore[arg-type]
         return replace(made, inputs=LEAKS[leak](made.inputs))
 
@@ -188,19 +188,19 @@ def test_only_answers_and_their_ends_are_learnt_wherever_the_pictures_are(
     for messages in dialogues:
         for separate in (True, False):
             made = row(backbone, messages, Limits(separate_turns=separate))
-            learnt = backbone.processor.tokenizer.decode(made.tokens[made.learn]).split(end)
+            learnt = backbone.processor.tokenizer.decode(made.tokens[made.loss_mask]).split(end)
             answers = [message.text for message in messages if message.role == "assistant"]
             assert [text.strip() for text in learnt] == [*answers, ""]  # SmolVLM puts a space before
-            assert made.positions.shape[1] == len(made) == len(made.branch)
+            assert made.positions.shape[1] == len(made) == len(made.segment_ids)
 
 
 def test_turns_share_all_that_they_begin_with_but_not_the_token_before_an_answer(nano: Backbone) -> None:
     words = "How many cubes are there in the picture?"
     made = row(nano, talk((picture(0), words), "two", words, "three", words + " Say.", "four"))
-    assert set(made.branch.tolist()) == {0, 1, 2, 3}
-    begins = np.flatnonzero(np.diff(made.branch))
-    assert not made.learn[begins + 1].any() and not made.learn[0]
-    assert (made.branch == 0).sum() > 16 + 4  # the picture, and words of the question
+    assert set(made.segment_ids.tolist()) == {0, 1, 2, 3}
+    begins = np.flatnonzero(np.diff(made.segment_ids))
+    assert not made.loss_mask[begins + 1].any() and not made.loss_mask[0]
+    assert (made.segment_ids == 0).sum() > 16 + 4  # the picture, and words of the question
     rows = [row(nano, talk((picture(0), q), a)) for q, a in
             [(words, "two"), (words, "three"), (words + " Say.", "four")]]  # fmt: skip
     alone = sum(run(nano, [[one]]).loss_sum.item() for one in rows)
@@ -210,7 +210,7 @@ def test_turns_share_all_that_they_begin_with_but_not_the_token_before_an_answer
 def test_dialogues_without_pictures_stay_whole(nano: Backbone) -> None:
     messages = talk("I am Ann.", "Hello Ann.", "Who am I?", "Ann.")
     made = row(nano, messages)
-    assert not made.branch.any()
+    assert not made.segment_ids.any()
     text = nano.render(messages, prompt=False)
     assert nano.processor.tokenizer.decode(made.tokens) == text
 
@@ -235,10 +235,10 @@ def test_the_mixture_follows_the_weights_and_goes_through_each_source_evenly(
 ) -> None:
     sizes = (50, 7, 13)
     sources = [Source(name=str(i), rows=rows_of(*[4] * sizes[i]), weight=w) for i, w in enumerate(weights)]
-    schedule = Schedule(sources, rows_per_step=6, pack_length=0, seed=3)
+    schedule = MixtureSampler(sources, rows_per_step=6, pack_length=0, seed=3)
     steps = 900
     picked = [place for step in range(steps) for place in schedule.rows(step)]
-    again = Schedule(sources, rows_per_step=6, pack_length=64, seed=3)
+    again = MixtureSampler(sources, rows_per_step=6, pack_length=64, seed=3)
     assert again.rows(steps - 1) == picked[-6:] and again.rows(17) == picked[17 * 6 : 18 * 6]
     for source, weight in enumerate(weights):
         mine = [row for s, row in picked if s == source]
@@ -246,7 +246,7 @@ def test_the_mixture_follows_the_weights_and_goes_through_each_source_evenly(
         epochs = [mine[i : i + sizes[source]] for i in range(0, len(mine), sizes[source])]
         assert all(sorted(epoch) == list(range(sizes[source])) for epoch in epochs[:-1])
         assert epochs[0] != epochs[1]
-    assert Schedule(sources, rows_per_step=6, pack_length=0, seed=4).rows(0) != picked[:6]
+    assert MixtureSampler(sources, rows_per_step=6, pack_length=0, seed=4).rows(0) != picked[:6]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -254,7 +254,7 @@ def test_the_mixture_follows_the_weights_and_goes_through_each_source_evenly(
 def test_ranks_share_the_rows_of_a_step_in_sequences_that_fit(world: int, length: int) -> None:
     rng = np.random.default_rng(0)
     source = Source(name="a", rows=rows_of(*rng.integers(5, 60, 200), 120))
-    schedule = Schedule([source], rows_per_step=32, pack_length=length, seed=0, world=world)
+    schedule = MixtureSampler([source], rows_per_step=32, pack_length=length, seed=0, world=world)
     for step in range(12):
         ranks = [schedule.groups(step, rank) for rank in range(world)]
         groups = [group for rank in ranks for group in rank]
@@ -272,17 +272,19 @@ def test_ranks_share_the_rows_of_a_step_in_sequences_that_fit(world: int, length
 
 def test_rows_of_one_length_are_packed_only_where_that_pays() -> None:
     sources = [Source(name="a", rows=rows_of(*[300] * 40))]
-    assert len(Schedule(sources, rows_per_step=8, pack_length=1200, seed=0).groups(0)) == 8, "nothing to gain"
+    assert len(MixtureSampler(sources, rows_per_step=8, pack_length=1200, seed=0).groups(0)) == 8, (
+        "nothing to gain"
+    )
     sources.append(Source(name="b", rows=rows_of(900)))
-    assert len(Schedule(sources, rows_per_step=8, pack_length=1, seed=0).groups(0)) == 6
+    assert len(MixtureSampler(sources, rows_per_step=8, pack_length=1, seed=0).groups(0)) == 6
 
 
 def test_bad_schedules_are_refused() -> None:
     source = Source(name="a", rows=rows_of(3))
     with pytest.raises(BlmError, match="multiple of 2"):
-        Schedule([source], rows_per_step=3, pack_length=0, seed=0, world=2)
+        MixtureSampler([source], rows_per_step=3, pack_length=0, seed=0, world=2)
     with pytest.raises(BlmError, match="no rows"):
-        Schedule([], rows_per_step=3, pack_length=0, seed=0)
+        MixtureSampler([], rows_per_step=3, pack_length=0, seed=0)
     with pytest.raises(BlmError, match="'b' has 0 rows"):
         Source(name="b", rows=[])
 
@@ -321,24 +323,24 @@ def test_a_batch_of_text_runs_the_eye_for_nothing(backbone: Backbone, cached: bo
         if projector_of(backbone) is None:
             pytest.skip("its merger is a part of its tower")
         freeze_eye(backbone, True)
-    model, text = AnswerModel(backbone, cached=cached), probe_rows(backbone)[2]
+    model, text = MaskedLossModel(backbone, cached=cached), probe_rows(backbone)[2]
     batch = pack(backbone, [[text]], ())
     found = gradients(backbone, lambda: model(batch).loss_sum)
     trained = [name for name, p in backbone.model.named_parameters() if p.requires_grad]
     eye = [n for n in trained if not ("language_model" in n or "text_model" in n or "lm_head" in n)]
     assert set(eye) <= found.keys() and not any(found[name].any() for name in eye)
     backbone.model.requires_grad_(False)
-    plain = AnswerModel(backbone)(batch)
+    plain = MaskedLossModel(backbone)(batch)
     assert torch.allclose(model(batch).loss_sum, plain.loss_sum)
     runs: list[object] = []
     hook = eye_of(backbone)[-1].register_forward_hook(lambda *_: runs.append(1))
-    AnswerModel(backbone, sharded=True)(batch)
+    MaskedLossModel(backbone, sharded=True)(batch)
     hook.remove()
     assert runs
 
 
 def test_a_frozen_eye_stays_in_evaluation_mode(nano: Backbone) -> None:
-    model = AnswerModel(nano)
+    model = MaskedLossModel(nano)
     assert model.train().training and nano.model.training and all(part.training for part in model.eye)
     freeze_eye(nano, projector=True)
     model.train()

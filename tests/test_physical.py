@@ -36,7 +36,7 @@ from blm.evaluation import (
     load_result,
 )
 from blm.evaluation.physical.episode import Clock, decision_seed, drive
-from blm.evaluation.physical.outcome import REASONS, Moment, judge, observe_moment
+from blm.evaluation.physical.outcome import REASONS, StepOutcome, judge, observe_step
 from blm.evaluation.physical.policy_host import HostedPolicy, PolicyHost
 from blm.evaluation.protocol import (
     phrasing_of,
@@ -376,10 +376,10 @@ def test_evaluation_imports_no_torch() -> None:
 # --- why an episode failed ---
 
 
-def moment(**changes: object) -> Moment:
+def moment(**changes: object) -> StepOutcome:
     """Nothing has happened: the object lies at its start, the gripper is open."""
     still = {"success": False, "goal": False, "held": False, "resting": True, "position": np.zeros(3)}
-    return Moment(**{**still, "opening": 1.0, "command": 1.0, **changes})
+    return StepOutcome(**{**still, "opening": 1.0, "command": 1.0, **changes})
 
 
 STILL = moment()
@@ -412,7 +412,7 @@ OPENING = moment(opening=0.5, command=0.51, resting=False, position=np.array([0.
         (True, [HELD, LOST, replace(STILL, success=True), LOST], ""),
     ],
 )
-def test_reasons(prehensile: bool, moments: Sequence[Moment], reason: str) -> None:
+def test_reasons(prehensile: bool, moments: Sequence[StepOutcome], reason: str) -> None:
     outcome = judge(np.zeros(3), moments, prehensile=prehensile)
     assert outcome["reason"] == reason and outcome["success_once"] == (reason == "")
 
@@ -422,7 +422,7 @@ def test_every_task_says_what_the_reasons_need(task: str) -> None:
     env = Env("panda", task, cameras=())
     _, info = env.reset(seed=0)
     spec = TASKS[task]
-    seen = observe_moment(env, 0.25, info)
+    seen = observe_step(env, 0.25, info)
     assert ("is_grasped" in info) == spec.prehensile
     assert (seen.success, seen.goal, seen.held, seen.command) == (False, False, False, 0.25)
     assert (seen.position == env.objects()[spec.object].position).all() and seen.opening > 0.9

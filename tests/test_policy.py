@@ -20,7 +20,7 @@ from blm.policy import policy as policy_module
 from blm.policy.checkpoint import identified
 from blm.policy.heads import IndexedLinear, with_embodiments
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
-from blm.policy.policy import CheckpointPolicy, ContinuingPolicy, FrozenProof
+from blm.policy.policy import CheckpointPolicy, FrozenProof, RealTimeChunkingPolicy
 from blm.types import ActionChunk, ActionSpace, BlmError, Message, Observation, Policy, PolicyContract
 
 HIDDEN = 12
@@ -467,7 +467,7 @@ def test_guidance_leads_where_it_is_wanted_and_only_there():
 
 def test_a_policy_goes_on_from_its_last_chunk(saved):
     policy, look = saved[0], make_observation("arm")
-    going_on = ContinuingPolicy(policy)
+    going_on = RealTimeChunkingPolicy(policy)
     first = going_on.act(look)
     np.testing.assert_array_equal(first.actions, policy.act(look).actions)
     again = replace(look, seed=5)

@@ -24,8 +24,8 @@ from test_training_imitate import POLICY
 
 from blm.backbone import build_nano
 from blm.training.loop.loop import LoopConfig
-from blm.training.policy.hidden_states import IntentConfig
-from blm.training.policy.train import ImitateConfig, train_stage2
+from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.train import PolicyTrainingConfig, train_stage2
 from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
 from blm.types import Image, Message
 
@@ -71,10 +71,10 @@ def train(out: Path, model: str = "nano", *, shard: bool = False, accumulate: in
 
 def train_policy(out: Path, data: Path, *, shard: bool = False) -> None:
     """Stage II, on the datasets of two robots in the folder `data`."""
-    config = ImitateConfig(
+    config = PolicyTrainingConfig(
         datasets=(data / "arm", data / "leg"),
         backbone=str(data / "backbone"),
-        intents=IntentConfig(layer=1, cameras=("base",), workers=0, stride=2),
+        intents=HiddenStateConfig(layer=1, cameras=("base",), workers=0, stride=2),
         loop=LoopConfig(steps=STEPS, batch_size=2 * ROWS, lr=1e-3, log_every=1, shard=shard),
         policy=POLICY,
         cache=out / "cache",

@@ -18,9 +18,9 @@ from blm.training.loop.distributed import Part
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy import train as imitate
 from blm.training.policy.add_robot import fresh
-from blm.training.policy.hidden_states import IntentConfig
-from blm.training.policy.sampler import RobotData, Sampler, split
-from blm.training.policy.train import ImitateConfig, open_robots, sampler_of, train_stage2
+from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.sampler import PolicyDataset, Sampler, split
+from blm.training.policy.train import PolicyTrainingConfig, open_robots, sampler_of, train_stage2
 from blm.types import BlmError, Observation
 
 POLICY = PolicyConfig(
@@ -34,15 +34,15 @@ POLICY = PolicyConfig(
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> ImitateConfig:
+def config(tmp_path_factory) -> PolicyTrainingConfig:
     folder = tmp_path_factory.mktemp("stage2")
     make_backbone(folder / "backbone")
     for robot, joints in (("arm", 2), ("leg", 3)):
         make_dataset(folder, robot, joints)
-    return ImitateConfig(
+    return PolicyTrainingConfig(
         datasets=(folder / "arm", folder / "leg"),
         backbone=str(folder / "backbone"),
-        intents=IntentConfig(layer=1, cameras=("base",), workers=0, stride=2),
+        intents=HiddenStateConfig(layer=1, cameras=("base",), workers=0, stride=2),
         loop=LoopConfig(steps=120, batch_size=16, lr=4e-3, log_every=20),
         policy=POLICY,
         cache=folder / "cache",
@@ -52,7 +52,7 @@ def config(tmp_path_factory) -> ImitateConfig:
     )
 
 
-def robots_of(config: ImitateConfig) -> list[RobotData]:
+def robots_of(config: PolicyTrainingConfig) -> list[PolicyDataset]:
     start = fresh(config.policy, 32, ["arm", "leg"], 0)
     datasets = [open_dataset(folder) for folder in config.datasets]
     return open_robots(Backbone.load(config.backbone), datasets, config, start)

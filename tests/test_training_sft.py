@@ -19,8 +19,8 @@ from blm.io import read_json
 from blm.training.loop.distributed import Part
 from blm.training.loop.loop import LoopConfig
 from blm.training.sft.lora import Lora, add_adapters
-from blm.training.sft.loss import AnswerModel
-from blm.training.sft.pack import RowBatch, collate
+from blm.training.sft.loss import MaskedLossModel
+from blm.training.sft.pack import ExampleBatch, collate
 from blm.training.sft.parameter_groups import freeze_parts, part_of
 from blm.training.sft.tokenize import Limits, make_row
 from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
@@ -59,13 +59,13 @@ def nano() -> Backbone:
     return build_nano(TEXTS)
 
 
-def batch(backbone: Backbone, limits: Limits, *conversations: tuple[Message, ...]) -> RowBatch:
+def batch(backbone: Backbone, limits: Limits, *conversations: tuple[Message, ...]) -> ExampleBatch:
     rows = [make_row(backbone, c, limits, None, Counter()) for c in conversations]
     return collate(backbone, [row for row in rows if row is not None], tuple(range(len(rows))))
 
 
-def mean_loss(backbone: Backbone, batch: RowBatch) -> torch.Tensor:
-    answers = AnswerModel(backbone)(batch)
+def mean_loss(backbone: Backbone, batch: ExampleBatch) -> torch.Tensor:
+    answers = MaskedLossModel(backbone)(batch)
     return answers.loss_sum / answers.tokens
 
 
@@ -79,32 +79,34 @@ def test_answers_and_their_end_tokens_are_learnt_and_nothing_else(backbone: Back
     for separate in (True, False):
         row = make_row(backbone, talk, Limits(separate_turns=separate), None, Counter())
         assert row is not None
-        learnt = [backbone.processor.tokenizer.decode(row.tokens[row.branch == j][row.learn[row.branch == j]])
-                  for j in np.unique(row.branch)]  # fmt: skip
+        segments = [row.segment_ids == number for number in np.unique(row.segment_ids)]
+        learnt = [
+            backbone.processor.tokenizer.decode(row.tokens[own][row.loss_mask[own]]) for own in segments
+        ]
         text = "".join(learnt)
         end = backbone.processor.tokenizer.decode(backbone.model.generation_config.eos_token_id)
         assert text == f"two{end}(512, 430){end}"
-        assert not (row.learn & (row.tokens == backbone.processor.image_token_id)).any()
+        assert not (row.loss_mask & (row.tokens == backbone.processor.image_token_id)).any()
 
 
 def test_words_of_the_template_in_a_question_do_not_open_the_mask(nano: Backbone) -> None:
     row = make_row(nano, dialogue((CARELESS, "no")), LIMITS, None, Counter())
     assert row is not None
-    assert nano.processor.tokenizer.decode(row.tokens[row.learn]) == "no<|end|>"
+    assert nano.processor.tokenizer.decode(row.tokens[row.loss_mask]) == "no<|end|>"
 
 
 def test_the_loss_is_the_models_own_with_other_labels_masked(backbone: Backbone) -> None:
     image = picture(1, size(backbone))
     talks = [dialogue(("How many?", "two"), images=(image,)), dialogue(("Say it.", "(512, 430)"))]
     made = batch(backbone, Limits(separate_turns=False), *talks[:1])
-    answers = AnswerModel(backbone)(made)
-    labels = made.inputs["input_ids"].masked_fill(~made.learn, -100)
+    answers = MaskedLossModel(backbone)(made)
+    labels = made.inputs["input_ids"].masked_fill(~made.loss_mask, -100)
     inputs = backbone.encode([talks[0][:1]])
     pixels = {k: inputs[k] for k in ("pixel_values", "image_grid_thw") if k in inputs}
     rest = {k: v for k, v in made.inputs.items() if k not in ("pixel_values", "image_grid_thw")}
     own = backbone.model(**rest, **pixels, labels=labels).loss
     assert torch.allclose(answers.loss_sum / answers.tokens, own, atol=1e-5)
-    assert answers.tokens == made.learn.sum()
+    assert answers.tokens == made.loss_mask.sum()
 
 
 def test_separated_turns_train_as_if_each_were_asked_alone(backbone: Backbone) -> None:
@@ -112,7 +114,7 @@ def test_separated_turns_train_as_if_each_were_asked_alone(backbone: Backbone) -
     turns = [("How many cubes?", "two"), ("Point to the red cube.", "(512, 430)"), ("Which?", "the red one")]
     together = mean_loss(backbone, batch(backbone, LIMITS, dialogue(*turns, images=(image,))))
     alone = [batch(backbone, LIMITS, dialogue(turn, images=(image,))) for turn in turns]
-    counts = [int(one.learn.sum()) for one in alone]
+    counts = [int(one.loss_mask.sum()) for one in alone]
     losses = [mean_loss(backbone, one).item() for one in alone]
     assert together.item() == pytest.approx(np.average(losses, weights=counts), abs=2e-5)
 
@@ -126,7 +128,7 @@ def test_a_batch_may_mix_rows_with_and_without_pictures(backbone: Backbone) -> N
     mixed = batch(backbone, LIMITS, *talks)
     parts = [batch(backbone, LIMITS, talk) for talk in talks]
     expected = np.average(
-        [mean_loss(backbone, part).item() for part in parts], weights=[int(p.learn.sum()) for p in parts]
+        [mean_loss(backbone, part).item() for part in parts], weights=[int(p.loss_mask.sum()) for p in parts]
     )
     assert mean_loss(backbone, mixed).item() == pytest.approx(expected, abs=2e-5)
 

@@ -17,7 +17,7 @@ from blm.evaluation.physical.baselines import ReplayPolicy
 from blm.planner.arm_planner import PlanError
 from blm.planner.expert import Expert
 from blm.policy.checkpoint import folder_of, kind_of
-from blm.policy.policy import CheckpointPolicy, ContinuingPolicy
+from blm.policy.policy import CheckpointPolicy, RealTimeChunkingPolicy
 from blm.robots import ROBOTS
 from blm.serving.client import RemotePolicy
 from blm.tasks import Env
@@ -123,7 +123,7 @@ def continuing(make: Callable[[], Policy]) -> Policy:
         raise BlmError(
             f"only a checkpoint of Stage II can go on from its last chunk, not a {type(policy).__name__}"
         )
-    return ContinuingPolicy(policy)
+    return RealTimeChunkingPolicy(policy)
 
 
 def contract_of(make: Callable[[], Policy]) -> PolicyContract:

@@ -43,8 +43,8 @@ from blm.policy.checkpoint import folder_of, read_contract
 from blm.policy.policy import CheckpointPolicy
 from blm.robots import ROBOTS
 from blm.tasks import Env
-from blm.training.policy.hidden_states import IntentConfig
-from blm.training.policy.train import ImitateConfig, train_stage2
+from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.train import PolicyTrainingConfig, train_stage2
 from blm.training.pretraining.nano import for_nano, is_nano, taught_nano
 from blm.training.sft.train import TrainingSource, train_stage1
 from blm.types import BlmError, Image, Message, PolicyContract
@@ -145,15 +145,15 @@ Part = tuple[tuple[str, ...], tuple[str, ...]]
 """Robots and tasks of one model."""
 
 
-def stage2_of(recipe: Recipe, run: Path, backbone: Path, cache: Path, part: Part) -> ImitateConfig:
+def stage2_of(recipe: Recipe, run: Path, backbone: Path, cache: Path, part: Part) -> PolicyTrainingConfig:
     """Stage II of one model, for these robots and tasks."""
     stage2, (robots, tasks) = recipe.stage2, part
     folders = tuple(run / "episodes" / robot for robot in robots)
     known = {task for folder in folders for task in open_dataset(folder).tasks}
-    return ImitateConfig(
+    return PolicyTrainingConfig(
         datasets=folders,
         backbone=str(backbone),
-        intents=IntentConfig(
+        intents=HiddenStateConfig(
             layer=stage2.layer, cameras=recipe.cameras, stride=stage2.stride, workers=recipe.workers
         ),
         loop=stage2.loop,

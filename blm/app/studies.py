@@ -35,7 +35,7 @@ from blm.evaluation.results import load_result, write_result
 from blm.evaluation.statistics import Difference, holm
 from blm.io import write_json, write_text
 from blm.policy.checkpoint import read_contract
-from blm.training.policy.train import ImitateConfig, train_stage2
+from blm.training.policy.train import PolicyTrainingConfig, train_stage2
 from blm.types import BlmError, lookup
 
 
@@ -184,7 +184,7 @@ def key_of(variant: Variant, recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def baseline_of(config: ImitateConfig) -> BaselineConfig:
+def baseline_of(config: PolicyTrainingConfig) -> BaselineConfig:
     """The same budget and data for a Diffusion Policy."""
     return BaselineConfig(
         datasets=config.datasets,

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
 from blm.seeds import VALIDATION_SEEDS, warning
-from blm.training.policy.train import ImitateConfig
+from blm.training.policy.train import PolicyTrainingConfig
 from blm.training.pretraining.nano import Schooling, for_nano, is_nano, taught_nano
 from blm.training.sft.train import Stage1Config
 from blm.types import BlmError, require_numbers
@@ -99,7 +99,7 @@ def stage1(command: str, arguments: list[str]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainStage2(ImitateConfig):
+class TrainStage2(PolicyTrainingConfig):
     """Train bridge and policy on datasets of demonstrations, with the backbone frozen.
 
     Writes OUT/checkpoint and OUT/best. The same command again continues what was interrupted; `accelerate
@@ -131,7 +131,9 @@ def stage2(command: str, arguments: list[str]) -> None:
     from blm.training.policy.train import train_stage2
 
     check_device(chosen.device)
-    config = ImitateConfig(**{field.name: getattr(chosen, field.name) for field in fields(ImitateConfig)})
+    config = PolicyTrainingConfig(
+        **{field.name: getattr(chosen, field.name) for field in fields(PolicyTrainingConfig)}
+    )
     tasks = sorted({task for folder in config.datasets for task in open_dataset(folder).tasks})
     drive = (
         validation_episodes(chosen.out, tasks, chosen.drive, config.intents.workers) if chosen.drive else None

@@ -30,7 +30,7 @@ TAKE_OVER = (8, 100)
 """A piloting policy drives for a number of steps drawn from this range, then the expert takes over."""
 
 
-Moment = tuple[dict[str, Any], FloatArray, FloatArray, str, bool]
+StepOutcome = tuple[dict[str, Any], FloatArray, FloatArray, str, bool]
 """What was seen, the expert's action, the executed one, the primitive, whether the rule held afterwards."""
 
 
@@ -88,7 +88,7 @@ def demonstrate(
         pilot.reset()
     chunk: Iterator[FloatArray] = iter(())
     noise = np.zeros(env.contract_space.dim - 1)
-    steps: list[Moment] = []
+    steps: list[StepOutcome] = []
     while not expert.done and len(steps) < env._max_episode_steps + draw.take_over:
         try:
             action, name = expert.act()
@@ -114,7 +114,7 @@ def demonstrate(
     return _record(expert, seed, draw, steps), ""
 
 
-def _record(expert: Demonstrator, seed: int, draw: Perturbation, steps: Sequence[Moment]) -> Episode:
+def _record(expert: Demonstrator, seed: int, draw: Perturbation, steps: Sequence[StepOutcome]) -> Episode:
     """The episode that these steps make."""
     env = expert.env
     seen, actions, done, names, success = zip(*steps, strict=True)

@@ -177,7 +177,7 @@ class CheckpointPolicy:
         )
 
 
-class ContinuingPolicy:
+class RealTimeChunkingPolicy:
     """A policy that goes on from its own last chunk: what was planned and not yet done binds what comes.
 
     Real-time chunking without a delay: motion across chunks is smooth, at the price of a backward pass

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import av
 import numpy as np
 
-from blm.evaluation.physical.outcome import Moment, judge, observe_moment
+from blm.evaluation.physical.outcome import StepOutcome, judge, observe_step
 from blm.evaluation.physical.policy_host import HostedPolicy
 from blm.evaluation.protocol import PhysicalProtocol, digest, phrasing_of
 from blm.io import replacing
@@ -116,7 +116,7 @@ def run_episode(unit: tuple[str, str, int, bool]) -> dict[str, Any]:
         policy.attach(env)
     start, clock = env.objects()[spec.object].position, Clock()
     frames: list[ImageArray] = []
-    moments: list[Moment] = []
+    moments: list[StepOutcome] = []
     actions = drive(policy, env, seed, protocol, clock)
     limit = judged = protocol.max_steps  # the steps up to `judged` decide on success and on the reason
     drive_on = protocol.purpose == "evaluation"
@@ -126,7 +126,7 @@ def run_episode(unit: tuple[str, str, int, bool]) -> dict[str, Any]:
         action = next(actions)
         with clock.timing("physics"):
             info = env.step(action)[4]
-            moments.append(observe_moment(env, float(action[-1]), info))
+            moments.append(observe_step(env, float(action[-1]), info))
         if moments[-1].success and judged == limit:
             judged = min(limit, len(moments) + protocol.settle_steps)
     video = f"videos/{robot}-{task}-{seed}.mp4" if film else None

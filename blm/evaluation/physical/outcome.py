@@ -21,7 +21,7 @@ wider (0..1) than it was while it held."""
 
 
 @dataclass(frozen=True, eq=False)
-class Moment:
+class StepOutcome:
     """What the state after one step says about the task's object."""
 
     success: bool
@@ -37,12 +37,12 @@ class Moment:
     """The opening that it was told to have in this step."""
 
 
-def observe_moment(env: Env, command: float, info: Mapping[str, Any]) -> Moment:
+def observe_step(env: Env, command: float, info: Mapping[str, Any]) -> StepOutcome:
     """Read the moment after `env.step`, which returned `info` for an action with this gripper `command`."""
     flags = {name: bool(value) for name, value in info.items() if isinstance(value, bool | np.bool_)}
     place = [value for name, value in flags.items() if not _about_rest_or_grasp(name)]
     thing = env.objects()[env.task_spec.object]
-    return Moment(
+    return StepOutcome(
         success=flags["success"],
         goal=all(place),
         held=flags.get("is_grasped", False),
@@ -57,7 +57,7 @@ def _about_rest_or_grasp(name: str) -> bool:
     return "success" in name or "static" in name or name == "is_grasped"
 
 
-def judge(start: FloatArray, moments: Sequence[Moment], *, prehensile: bool) -> dict[str, Any]:
+def judge(start: FloatArray, moments: Sequence[StepOutcome], *, prehensile: bool) -> dict[str, Any]:
     """The outcome fields of an episode's row; `start` [3] is where the object was before the first step.
 
     A failure, an episode without success at any step, has the first reason that fits:
@@ -79,12 +79,12 @@ def judge(start: FloatArray, moments: Sequence[Moment], *, prehensile: bool) -> 
     }
 
 
-def first_success(moments: Sequence[Moment]) -> int:
+def first_success(moments: Sequence[StepOutcome]) -> int:
     """The first step after which the rule held, counted from 1; 0 for none."""
     return next((step for step, moment in enumerate(moments, start=1) if moment.success), 0)
 
 
-def _reason(start: FloatArray, moments: Sequence[Moment], prehensile: bool) -> Reason:
+def _reason(start: FloatArray, moments: Sequence[StepOutcome], prehensile: bool) -> Reason:
     last = moments[-1]
     if prehensile and not any(moment.held for moment in moments):
         return "never_grasped"
@@ -97,7 +97,7 @@ def _reason(start: FloatArray, moments: Sequence[Moment], prehensile: bool) -> R
     return "missed_goal" if last.resting else "timeout"
 
 
-def _lost(moments: Sequence[Moment]) -> bool:
+def _lost(moments: Sequence[StepOutcome]) -> bool:
     """Whether the last grasp, which has ended, ended against the gripper's will."""
     end = max(step for step, moment in enumerate(moments) if moment.held) + 1
     widest = max(moment.command for moment in moments[end : end + OPENING_STEPS])

@@ -117,7 +117,8 @@ def spread(
 
     With `shard` the parameters of `module` become DTensors, one unit per block (the classes that transformers
     models name in `_no_split_modules`), and every process must use the same parameters in a step (see
-    `AnswerModel`); else each process keeps all parameters. The function returned makes `module` plain again.
+    `MaskedLossModel`); else each process keeps all parameters. The function returned makes `module` plain
+    again.
     """
     step = Step(module, loss_fn)
     if processes.count == 1:

@@ -39,7 +39,7 @@ Rows = list[NDArray[np.floating[Any]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntentConfig:
+class HiddenStateConfig:
     layer: int
     """k, the block (from 1) of the language model whose output is tapped."""
     cameras: tuple[str, ...]
@@ -64,10 +64,10 @@ class IntentConfig:
             raise BlmError(f"intents: need a layer, cameras and positive sizes, got {self}")
 
 
-class LiveIntents:
+class LiveHiddenStates:
     """Computes H_k anew for each call; needs no disk, but the backbone in memory."""
 
-    def __init__(self, backbone: Backbone, dataset: EpisodeDataset, config: IntentConfig) -> None:
+    def __init__(self, backbone: Backbone, dataset: EpisodeDataset, config: HiddenStateConfig) -> None:
         self.backbone, self.dataset, self.config = backbone, dataset, config
 
     def rows(self, frames: IndexArray, views: IndexArray | None = None) -> Rows:
@@ -92,10 +92,10 @@ class LiveIntents:
         return rows
 
 
-class CachedIntents:
+class CachedHiddenStates:
     """Reads H_k from a cache of memory-mapped files, as float16."""
 
-    def __init__(self, folder: Path, shards: Mapping[str, Result], config: IntentConfig) -> None:
+    def __init__(self, folder: Path, shards: Mapping[str, Result], config: HiddenStateConfig) -> None:
         self.config, self._files = config, [np.load(folder / name, mmap_mode="r") for name in shards]
         lengths = [np.asarray(shard["lengths"]) for shard in shards.values()]
         self._frames = np.concatenate([np.asarray(shard["frames"]) for shard in shards.values()])
@@ -104,7 +104,7 @@ class CachedIntents:
         self._stop = np.concatenate([np.cumsum(x) for x in lengths])
 
     def rows(self, frames: IndexArray, views: IndexArray | None = None) -> Rows:
-        """Return H_k of the given dataset frames, which must be kept ones; see `LiveIntents.rows`."""
+        """Return H_k of the given dataset frames, which must be kept ones; see `LiveHiddenStates.rows`."""
         at = np.searchsorted(self._frames, frames)
         assert np.array_equal(self._frames[at], frames), "a frame without intents was asked for"
         at = at * (self.config.views + 1) + (views if views is not None else 0)
@@ -160,9 +160,9 @@ def collate(rows: Rows) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(hidden), torch.from_numpy(np.arange(hidden.shape[1]) < lengths[:, None])
 
 
-def cache_intents(
-    backbone: Backbone, source: str, dataset: EpisodeDataset, config: IntentConfig, folder: Path
-) -> CachedIntents:
+def cache_hidden_states(
+    backbone: Backbone, source: str, dataset: EpisodeDataset, config: HiddenStateConfig, folder: Path
+) -> CachedHiddenStates:
     """Fill the cache `folder` as far as it is not yet, check it, and open it.
 
     `source` is the name or folder that worker processes load `backbone` from. Raises BlmError if the folder
@@ -171,7 +171,7 @@ def cache_intents(
     claim(folder / "spec.json", describe(backbone, dataset, config), f"intent cache '{folder}' is stale")
     manifest = folder / "manifest.json"
     if not manifest.exists():
-        _announce(LiveIntents(backbone, dataset, config), folder)
+        _announce(LiveHiddenStates(backbone, dataset, config), folder)
         results = run_units(
             _write_shard,
             list(_shards(dataset, config, folder)),
@@ -191,10 +191,10 @@ def cache_intents(
             )
     if errors := [shard["error"] for shard in shards.values() if "error" in shard]:
         Console(stderr=True).print(f"int8 intents: RMS error {np.mean(errors):.2%} of the values' own RMS")
-    return CachedIntents(folder, shards, config)
+    return CachedHiddenStates(folder, shards, config)
 
 
-def describe(backbone: Backbone, dataset: EpisodeDataset, config: IntentConfig) -> dict[str, Any]:
+def describe(backbone: Backbone, dataset: EpisodeDataset, config: HiddenStateConfig) -> dict[str, Any]:
     """Return everything that the cached values depend on."""
     return {
         "format": FORMAT,
@@ -238,7 +238,7 @@ def claim(path: Path, facts: Mapping[str, Any], complaint: str) -> None:
     write_json(path, mine)
 
 
-def _announce(live: LiveIntents, folder: Path) -> None:
+def _announce(live: LiveHiddenStates, folder: Path) -> None:
     """Print the size on disk, from the prompt length per instruction.
 
     Raises BlmError if what is not there yet does not fit.
@@ -259,7 +259,7 @@ def _announce(live: LiveIntents, folder: Path) -> None:
         raise BlmError(f"intent cache '{folder}' does not fit: {plan}; use a larger stride or another disk")
 
 
-def _shards(dataset: EpisodeDataset, config: IntentConfig, folder: Path) -> Iterator[Unit]:
+def _shards(dataset: EpisodeDataset, config: HiddenStateConfig, folder: Path) -> Iterator[Unit]:
     """Yield shards of consecutive whole episodes, with the kept frames of each episode."""
     kept = kept_frames(dataset.starts, config.stride)
     episodes = np.split(kept, np.searchsorted(kept, dataset.starts[1:-1]))
@@ -272,13 +272,15 @@ def _shards(dataset: EpisodeDataset, config: IntentConfig, folder: Path) -> Iter
             shard, number = [], number + 1
 
 
-_worker: list[LiveIntents] = []
+_worker: list[LiveHiddenStates] = []
 """What this worker process computes with; filled by `_set_up_worker`."""
 
 
-def _set_up_worker(source: str, device: str, dtype: torch.dtype, dataset: Path, config: IntentConfig) -> None:
+def _set_up_worker(
+    source: str, device: str, dtype: torch.dtype, dataset: Path, config: HiddenStateConfig
+) -> None:
     backbone = Backbone.load(source, device=device, dtype=dtype)
-    _worker[:] = [LiveIntents(backbone, open_dataset(dataset), config)]
+    _worker[:] = [LiveHiddenStates(backbone, open_dataset(dataset), config)]
 
 
 def _write_shard(payload: tuple[Path, list[IndexArray]]) -> Result:

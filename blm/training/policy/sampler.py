@@ -37,7 +37,7 @@ class Intents(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class RobotData:
+class PolicyDataset:
     """What one dataset contributes: its episodes are split; its robot's transforms fit the training parts."""
 
     dataset: EpisodeDataset
@@ -79,7 +79,7 @@ def split(
     seed: int,
     robots: Sequence[str],
     transforms: Mapping[str, RobotTransforms] | None = None,
-) -> list[RobotData]:
+) -> list[PolicyDataset]:
     """Split the episodes of each dataset; fit a robot's transforms, unless they are given, to all of its.
 
     `robots` are in the order of their rows in the indexed weights. The result has no intents.
@@ -90,7 +90,7 @@ def split(
         mine = [(data, train) for data, train, _ in parts if data.space.robot == robot]
         fitted[robot] = _fit(mine, policy)
     return [
-        RobotData(
+        PolicyDataset(
             dataset=data,
             intents=None,
             transforms=fitted[data.space.robot],
@@ -154,7 +154,7 @@ class Sampler:
 
     def __init__(
         self,
-        robots: Sequence[RobotData],
+        robots: Sequence[PolicyDataset],
         policy: PolicyConfig,
         *,
         batch_size: int,
@@ -163,7 +163,7 @@ class Sampler:
         views: int = 0,
         train: bool = True,
     ) -> None:
-        """`weights` as in ImitateConfig; `views`: augmented ones of each frame; `train`: else held out."""
+        """`weights` as in PolicyTrainingConfig; `views`: augmented ones; `train`: else held out."""
         self.robots, self.policy, self.views = robots, policy, views if train else 0
         groups = list(_groups(robots, weights, train=train))
         if not groups:
@@ -248,13 +248,13 @@ class Sampler:
         return tuple(pad_dims(value, policy.max_dim) for value in values)
 
 
-def anything_held_out(robots: Sequence[RobotData], weights: Mapping[str, float]) -> bool:
+def anything_held_out(robots: Sequence[PolicyDataset], weights: Mapping[str, float]) -> bool:
     """Whether any held-out frame has a weight: few episodes may hold out none of what is trained."""
     return any(True for _ in _groups(robots, weights, train=False))
 
 
 def _groups(
-    robots: Sequence[RobotData], weights: Mapping[str, float], *, train: bool
+    robots: Sequence[PolicyDataset], weights: Mapping[str, float], *, train: bool
 ) -> Iterator[tuple[int, IndexArray, float]]:
     """Yield number of the robot, frames and weight of each robot and task; robots come in order."""
     known = {robot.dataset.space.robot for robot in robots} | {t for r in robots for t in r.dataset.tasks}

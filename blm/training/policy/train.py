@@ -27,10 +27,16 @@ from blm.policy.policy import CheckpointPolicy, FrozenProof
 from blm.training.loop.distributed import Part, Processes
 from blm.training.loop.loop import Ema, LoopConfig, Piece, run_loop
 from blm.training.policy.add_robot import Start, continued, fresh
-from blm.training.policy.hidden_states import IntentConfig, LiveIntents, cache_intents, claim, describe
+from blm.training.policy.hidden_states import (
+    HiddenStateConfig,
+    LiveHiddenStates,
+    cache_hidden_states,
+    claim,
+    describe,
+)
 from blm.training.policy.sampler import (
     Intents,
-    RobotData,
+    PolicyDataset,
     Sampler,
     anything_held_out,
     joint_contract,
@@ -42,14 +48,14 @@ from blm.types import BlmError, PolicyContract, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImitateConfig:
+class PolicyTrainingConfig:
     """All of Stage II."""
 
     datasets: tuple[Path, ...]
     """Dataset folders, one or several a robot (demonstrations, corrections)."""
     backbone: str
     """Folder that Stage I wrote, or a name of BACKBONES."""
-    intents: IntentConfig
+    intents: HiddenStateConfig
     loop: LoopConfig
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     cache: Path | None = None
@@ -82,8 +88,8 @@ class ImitateConfig:
 
 
 def open_robots(
-    backbone: Backbone, datasets: Sequence[EpisodeDataset], config: ImitateConfig, start: Start
-) -> list[RobotData]:
+    backbone: Backbone, datasets: Sequence[EpisodeDataset], config: PolicyTrainingConfig, start: Start
+) -> list[PolicyDataset]:
     """Split the episodes, fit the transforms, and fill the caches of intents, if wanted."""
     robots = split(
         datasets,
@@ -100,10 +106,10 @@ def open_robots(
     ]
 
 
-def _intents(backbone: Backbone, dataset: EpisodeDataset, config: ImitateConfig, name: str) -> Intents:
+def _intents(backbone: Backbone, dataset: EpisodeDataset, config: PolicyTrainingConfig, name: str) -> Intents:
     if config.cache is None:
-        return LiveIntents(backbone, dataset, config.intents)
-    return cache_intents(backbone, config.backbone, dataset, config.intents, config.cache / name)
+        return LiveHiddenStates(backbone, dataset, config.intents)
+    return cache_hidden_states(backbone, config.backbone, dataset, config.intents, config.cache / name)
 
 
 def cache_names(datasets: Sequence[EpisodeDataset]) -> list[str]:
@@ -113,7 +119,9 @@ def cache_names(datasets: Sequence[EpisodeDataset]) -> list[str]:
     return [name if count == 1 else f"{name}-{count}" for name, count in zip(names, counts, strict=True)]
 
 
-def sampler_of(robots: Sequence[RobotData], config: ImitateConfig, *, train: bool = True) -> Sampler:
+def sampler_of(
+    robots: Sequence[PolicyDataset], config: PolicyTrainingConfig, *, train: bool = True
+) -> Sampler:
     return Sampler(
         robots,
         config.policy,
@@ -130,7 +138,7 @@ Drive = Callable[[int, CheckpointPolicy], Mapping[str, float]]
 
 
 def train_stage2(
-    config: ImitateConfig, out: Path, provenance: Mapping[str, Any], *, drive: Drive | None = None
+    config: PolicyTrainingConfig, out: Path, provenance: Mapping[str, Any], *, drive: Drive | None = None
 ) -> Path:
     """Train, log to `out/log.jsonl`, write and return the folder `out/checkpoint`; a killed run continues.
 
@@ -189,7 +197,7 @@ def train_stage2(
     return out / "checkpoint"
 
 
-def _start(backbone: Backbone, contract: PolicyContract, config: ImitateConfig) -> Start:
+def _start(backbone: Backbone, contract: PolicyContract, config: PolicyTrainingConfig) -> Start:
     if config.start is None:
         start = fresh(config.policy, backbone.hidden_size, list(contract.action_spaces), config.loop.seed)
     else:
@@ -207,7 +215,7 @@ def _start(backbone: Backbone, contract: PolicyContract, config: ImitateConfig) 
 
 
 def _inputs(
-    backbone: Backbone, datasets: Sequence[EpisodeDataset], start: Start, config: ImitateConfig
+    backbone: Backbone, datasets: Sequence[EpisodeDataset], start: Start, config: PolicyTrainingConfig
 ) -> dict[str, Any]:
     """Everything that a run depends on, beside the loop's own config."""
     return {
@@ -245,8 +253,8 @@ class Best:
 def _run(
     network: PolicyNetwork,
     ema: Ema,
-    robots: Sequence[RobotData],
-    config: ImitateConfig,
+    robots: Sequence[PolicyDataset],
+    config: PolicyTrainingConfig,
     out: Path,
     drive: Callable[[int, PolicyNetwork], Mapping[str, float]] | None,
 ) -> None:
@@ -282,7 +290,7 @@ def _run(
     run_loop(network, loss, next_batch, config.loop, out, ema=ema, on_eval=evaluate)
 
 
-def _load_backbone(config: ImitateConfig) -> Backbone:
+def _load_backbone(config: PolicyTrainingConfig) -> Backbone:
     backbone = Backbone.load(config.backbone, device=config.device, dtype=getattr(torch, config.dtype))
     backbone.freeze()
     return backbone

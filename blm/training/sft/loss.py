@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blm.backbone import Backbone, Inputs
-from blm.training.sft.pack import RowBatch, probe_rows
+from blm.training.sft.pack import ExampleBatch, probe_rows
 from blm.training.sft.prefix_attention import is_turned
 from blm.training.sft.tokenize import join, ready
 from blm.training.sft.vision_features import encode, eye_of, is_frozen, merged, see
@@ -26,7 +26,7 @@ class Answers(NamedTuple):
     """How many of them are the model's first choice."""
 
 
-class AnswerModel(nn.Module):
+class MaskedLossModel(nn.Module):
     """Stage I as one module, for DDP and FSDP to wrap: a batch in, sums over its answers out.
 
     All ranks must run the same modules, or some wait for others for ever. So a batch without pictures runs
@@ -48,22 +48,23 @@ class AnswerModel(nn.Module):
         """What the eye reads for one picture."""
         return join([probe_rows(self.backbone)[1].media(self.backbone)])
 
-    def train(self, mode: bool = True) -> AnswerModel:
+    def train(self, mode: bool = True) -> MaskedLossModel:
         super().train(mode)
         for part in self.eye:
             if is_frozen(part):
                 part.eval()
         return self
 
-    def forward(self, batch: RowBatch) -> Answers:
+    def forward(self, batch: ExampleBatch) -> Answers:
         inputs = ready(self.backbone, batch.inputs)
-        learn = batch.learn.to(inputs["input_ids"].device).roll(-1, dims=1)  # the first is never learnt
-        targets = inputs["input_ids"].roll(-1, dims=1)[learn]
+        # the mask of the next token: the first one is never predicted
+        loss_mask = batch.loss_mask.to(inputs["input_ids"].device).roll(-1, dims=1)
+        targets = inputs["input_ids"].roll(-1, dims=1)[loss_mask]
         nothing = self._nothing(inputs)
         read = merged(self.backbone, inputs)
         if batch.turns is not None and is_turned(self.backbone):
-            read["turns"] = batch.turns.to(learn.device)
-        logits = self.model(**read, use_cache=False, logits_to_keep=learn).logits.float()
+            read["turns"] = batch.turns.to(loss_mask.device)
+        logits = self.model(**read, use_cache=False, logits_to_keep=loss_mask).logits.float()
         loss = F.cross_entropy(logits, targets, reduction="sum")
         right = (logits.argmax(-1) == targets).sum()
         return Answers(loss + nothing, targets.new_tensor(len(targets)), right)

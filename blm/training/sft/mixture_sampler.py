@@ -37,7 +37,7 @@ class Source:
             )
 
 
-class Schedule:
+class MixtureSampler:
     """Picks rows for each step and packs them.
 
     Sources take turns in the order of the golden-ratio sequence: after n rows the count of each is within a

@@ -27,11 +27,11 @@ below it, rows that see each other lie above."""
 
 
 @dataclass(frozen=True)
-class RowBatch:
+class ExampleBatch:
     ids: tuple[int, ...]
     """Indices of conversations."""
     inputs: Inputs
-    learn: Tensor
+    loss_mask: Tensor
     """[G, L] bool."""
     tokens: int
     """Positions that are no padding."""
@@ -41,15 +41,15 @@ class RowBatch:
     @property
     def padding(self) -> float:
         """Share of padding in the batch."""
-        return 1 - self.tokens / self.learn.numel()
+        return 1 - self.tokens / self.loss_mask.numel()
 
 
-def collate(backbone: Backbone, rows: Sequence[Row], ids: tuple[int, ...]) -> RowBatch:
+def collate(backbone: Backbone, rows: Sequence[Row], ids: tuple[int, ...]) -> ExampleBatch:
     """Pad rows on the right, one a sequence."""
     return pack(backbone, [[row] for row in rows], ids)
 
 
-def pack(backbone: Backbone, groups: Sequence[Sequence[Row]], ids: tuple[int, ...]) -> RowBatch:
+def pack(backbone: Backbone, groups: Sequence[Sequence[Row]], ids: tuple[int, ...]) -> ExampleBatch:
     """Lay each group of rows end to end in one sequence and pad these on the right.
 
     A position attends to earlier positions of its row that are shared or of its own turn. Padding attends to
@@ -58,26 +58,26 @@ def pack(backbone: Backbone, groups: Sequence[Sequence[Row]], ids: tuple[int, ..
     rows = [row for group in groups for row in group]
     shape = (len(groups), max(sum(map(len, group)) for group in groups))
     tokens = np.full(shape, backbone.processor.tokenizer.pad_token_id)
-    owner, branch = np.full(shape, -1), np.zeros(shape, dtype=np.int64)
-    learn = np.zeros(shape, dtype=bool)
+    owner, segment_ids = np.full(shape, -1), np.zeros(shape, dtype=np.int64)
+    loss_mask = np.zeros(shape, dtype=bool)
     positions = np.zeros((max(len(row.positions) for row in rows), *shape), dtype=np.int64)
     for line, group in enumerate(groups):
         end = 0
         for number, row in enumerate(group):
             place = (line, slice(end, end := end + len(row)))
             tokens[place], owner[place] = row.tokens, number
-            learn[place], branch[place] = row.learn, row.branch
+            loss_mask[place], segment_ids[place] = row.loss_mask, row.segment_ids
             positions[:, *place] = row.positions
-    alone = all(len(group) == 1 for group in groups) and not branch.any()
-    mask = torch.from_numpy((owner >= 0).astype(np.int64)) if alone else _mask(backbone, owner, branch)
+    alone = all(len(group) == 1 for group in groups) and not segment_ids.any()
+    mask = torch.from_numpy((owner >= 0).astype(np.int64)) if alone else _mask(backbone, owner, segment_ids)
     places = torch.from_numpy(positions if len(positions) > 1 else positions[0])
     inputs = {"input_ids": torch.from_numpy(tokens), "attention_mask": mask, "position_ids": places}
     inputs |= join([row.media(backbone) for row in rows])
-    turns = None if alone else lay_out(owner, branch)
-    return RowBatch(ids, inputs, torch.from_numpy(learn), sum(map(len, rows)), turns)
+    turns = None if alone else lay_out(owner, segment_ids)
+    return ExampleBatch(ids, inputs, torch.from_numpy(loss_mask), sum(map(len, rows)), turns)
 
 
-def _mask(backbone: Backbone, owner: np.ndarray, branch: np.ndarray) -> Tensor:
+def _mask(backbone: Backbone, owner: np.ndarray, segment_ids: np.ndarray) -> Tensor:
     """Return the attention mask [G, 1, L, L], True where attended."""
     kind = backbone.model.config._attn_implementation
     if kind != "sdpa":
@@ -86,7 +86,9 @@ def _mask(backbone: Backbone, owner: np.ndarray, branch: np.ndarray) -> Tensor:
             "Load it so, or set pack_length=0 and separate_turns=False"
         )
     same = torch.from_numpy(owner[:, :, None] == owner[:, None, :])
-    turn = torch.from_numpy((branch[:, :, None] == branch[:, None, :]) | (branch[:, None, :] == 0))
+    turn = torch.from_numpy(
+        (segment_ids[:, :, None] == segment_ids[:, None, :]) | (segment_ids[:, None, :] == 0)
+    )
     return same.logical_and_(turn).tril_()[:, None]
 
 
@@ -123,7 +125,7 @@ def _probe_logits(backbone: Backbone) -> tuple[Tensor, Tensor]:
     packed, alone = [], []
     for talk, row, mine in zip(talks, rows, logits, strict=True):
         for number, turn in enumerate(separated(talk), start=1):
-            packed.append(mine[torch.from_numpy((row.branch == 0) | (row.branch == number))])
+            packed.append(mine[torch.from_numpy((row.segment_ids == 0) | (row.segment_ids == number))])
             pictures = [load_pixels(image) for message in turn for image in message.images]
             plain = backbone.place(backbone.process([backbone.render(turn, prompt=False)], pictures))
             alone.append(backbone.model(**plain, use_cache=False).logits[0].float())

@@ -46,11 +46,11 @@ class Turns(NamedTuple):
         return Turns(queries, keys, masks, self.back.to(device))
 
 
-def lay_out(owner: np.ndarray, branch: np.ndarray) -> Turns:
-    """Return the blocks of sequences [G, L]: `owner` numbers rows, -1 is padding; `branch` as in Row."""
+def lay_out(owner: np.ndarray, segment_ids: np.ndarray) -> Turns:
+    """Return the blocks of sequences [G, L]: `owner` numbers rows, -1 is padding; `segment_ids` as in Row."""
     length, nothing = owner.shape[1], np.zeros(0, dtype=np.int64)
     blocks: list[Block] = []
-    for line, (owners, branches) in enumerate(zip(owner, branch, strict=True)):
+    for line, (owners, branches) in enumerate(zip(owner, segment_ids, strict=True)):
         for number in range(int(owners.max()) + 1):
             at = np.flatnonzero(owners == number)
             of, at = branches[at], at + line * length

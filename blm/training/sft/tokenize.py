@@ -61,9 +61,9 @@ class Row:
 
     tokens: np.ndarray
     """[L] int64."""
-    learn: np.ndarray
+    loss_mask: np.ndarray
     """[L] bool: the tokens of answers and their end tokens."""
-    branch: np.ndarray
+    segment_ids: np.ndarray
     """[L] int64: 0 is seen by all later positions, j > 0 by turn j only."""
     positions: np.ndarray
     """[1 or 3, L] int64: a turn counts on from the end of what is shared; three rows are M-RoPE's."""
@@ -106,7 +106,7 @@ def make_row(
     loaded = [load_pixels(image, root) for image in images]
     pixels = [shrunk(whole, limits.max_pixels) for whole in loaded]
     read = backbone.process([shown.text], pixels)
-    tokens, learn, branch = _branches(backbone, read["input_ids"][0].numpy(), turns)
+    tokens, loss_mask, segment_ids = _segments(backbone, read["input_ids"][0].numpy(), turns)
     if len(tokens) > limits.max_length:
         counts["turns cut"] += 1
         last = max(index for index, message in enumerate(messages) if message.role == "user")
@@ -117,8 +117,8 @@ def make_row(
     counts["kept"] += 1
     if changed := sum(small is not whole for small, whole in zip(pixels, loaded, strict=True)):
         counts["pictures shrunk"] += changed
-    positions = _positions(backbone, tokens, branch, media_of(read) if images else {})
-    return Row(tokens, learn, branch, positions, shown if images else None)
+    positions = _positions(backbone, tokens, segment_ids, media_of(read) if images else {})
+    return Row(tokens, loss_mask, segment_ids, positions, shown if images else None)
 
 
 def shrunk(pixels: ImageArray, most: int | None) -> ImageArray:
@@ -137,19 +137,19 @@ def media_of(read: Inputs) -> Media:
     return {name: (value,) for name, value in read.items() if name not in words}
 
 
-def _branches(
+def _segments(
     backbone: Backbone, first: np.ndarray, turns: Sequence[Messages]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return tokens, learn and branch of turns behind one prefix; `first` is turn 0 with its pictures.
+    """Return tokens, loss mask and segment ids of turns behind one prefix; `first` is turn 0 with pictures.
 
     What all turns begin with is shared, but a turn's answer never begins right after it: the token before
     each learnt one must be of the same turn.
     """
     placeholder = backbone.processor.image_token_id
     plain = [_answers(backbone, turn) for turn in turns]  # with one placeholder a picture
-    learn = _spread(first, *plain[0], placeholder)
+    loss_mask = _spread(first, *plain[0], placeholder)
     if len(turns) == 1:
-        return first, learn, np.zeros(len(first), dtype=np.int64)
+        return first, loss_mask, np.zeros(len(first), dtype=np.int64)
     tails = []
     for tokens, answers in plain:
         cut = _end_of_pictures(tokens, placeholder)
@@ -162,19 +162,19 @@ def _branches(
     numbers = [np.full(len(tail) - same, number) for number, (tail, _) in enumerate(tails, start=1)]
     return (
         np.concatenate([first[:shared], *(tail[same:] for tail, _ in tails)]),
-        np.concatenate([learn[:shared], *(answers[same:] for _, answers in tails)]),
+        np.concatenate([loss_mask[:shared], *(answers[same:] for _, answers in tails)]),
         np.concatenate([np.zeros(shared, dtype=np.int64), *numbers]),
     )
 
 
-def _spread(tokens: np.ndarray, plain: np.ndarray, learn: np.ndarray, placeholder: int) -> np.ndarray:
-    """Carry `learn` from `plain`, with one placeholder a picture, to `tokens`, with pictures written out.
+def _spread(tokens: np.ndarray, plain: np.ndarray, loss_mask: np.ndarray, placeholder: int) -> np.ndarray:
+    """Carry `loss_mask` from `plain`, with one placeholder a picture, to `tokens`, with pictures written out.
 
     How a picture is written out is the processor's secret; the text between pictures is the same in both.
     """
     wide, end, stop = np.zeros(len(tokens), dtype=bool), len(tokens), len(plain)
     for cut in (*np.flatnonzero(plain == placeholder)[::-1].tolist(), -1):
-        piece, mine = plain[cut + 1 : stop], learn[cut + 1 : stop]
+        piece, mine = plain[cut + 1 : stop], loss_mask[cut + 1 : stop]
         if mine.any():
             starts = np.lib.stride_tricks.sliding_window_view(tokens[:end], len(piece))
             end = int(np.flatnonzero((starts == piece).all(axis=1))[-1])
@@ -183,7 +183,7 @@ def _spread(tokens: np.ndarray, plain: np.ndarray, learn: np.ndarray, placeholde
     return wide
 
 
-def _positions(backbone: Backbone, tokens: np.ndarray, branch: np.ndarray, media: Media) -> np.ndarray:
+def _positions(backbone: Backbone, tokens: np.ndarray, segment_ids: np.ndarray, media: Media) -> np.ndarray:
     at = np.arange(len(tokens))
     positions = at[None]
     if "image_grid_thw" in media:
@@ -194,8 +194,8 @@ def _positions(backbone: Backbone, tokens: np.ndarray, branch: np.ndarray, media
             image_grid_thw=torch.cat(media["image_grid_thw"]),
         )
         positions = three[:, 0].numpy()
-    begin = np.maximum.accumulate(np.where(np.diff(branch, prepend=0) != 0, at, 0))
-    return positions - np.where(branch > 0, begin - np.argmax(branch > 0), 0)
+    begin = np.maximum.accumulate(np.where(np.diff(segment_ids, prepend=0) != 0, at, 0))
+    return positions - np.where(segment_ids > 0, begin - np.argmax(segment_ids > 0), 0)
 
 
 def _end_of_pictures(tokens: np.ndarray, placeholder: int) -> int:
@@ -227,7 +227,7 @@ def _answers(backbone: Backbone, messages: Messages) -> tuple[np.ndarray, np.nda
     text = backbone.render(messages, prompt=False)
     read = backbone.processor.tokenizer.backend_tokenizer.encode(text)  # ten times the speed of a call
     tokens, offsets = np.asarray(read.ids), np.asarray(read.offsets)
-    learn = np.zeros(len(tokens), dtype=bool)
+    loss_mask = np.zeros(len(tokens), dtype=bool)
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
@@ -238,10 +238,10 @@ def _answers(backbone: Backbone, messages: Messages) -> tuple[np.ndarray, np.nda
             raise BlmError("the chat template rewrites earlier turns; the answer's tokens cannot be found")
         inside = np.flatnonzero((offsets[:, 0] >= len(before)) & (offsets[:, 1] <= len(after)))
         ends = np.flatnonzero(np.isin(tokens[inside], _end_tokens(backbone)))
-        learn[inside[: ends[0] + 1] if len(ends) else inside] = True
-    if not learn.any():
+        loss_mask[inside[: ends[0] + 1] if len(ends) else inside] = True
+    if not loss_mask.any():
         raise BlmError("no assistant turn to learn from")
-    return tokens, learn
+    return tokens, loss_mask
 
 
 def _end_tokens(backbone: Backbone) -> list[int]:

@@ -24,9 +24,9 @@ from blm.training.loop.distributed import Part, Processes, wants_shards
 from blm.training.loop.loop import LoopConfig, Piece, run_loop
 from blm.training.policy.hidden_states import claim
 from blm.training.sft.lora import Lora, add_adapters, merge_adapters
-from blm.training.sft.loss import AnswerModel
-from blm.training.sft.mixture_sampler import Place, Schedule, Source
-from blm.training.sft.pack import RowBatch, collate, pack, require_exact
+from blm.training.sft.loss import MaskedLossModel
+from blm.training.sft.mixture_sampler import MixtureSampler, Place, Source
+from blm.training.sft.pack import ExampleBatch, collate, pack, require_exact
 from blm.training.sft.parameter_groups import PartName, freeze_parts, part_of
 from blm.training.sft.prefix_attention import turned
 from blm.training.sft.tokenize import Limits, Row, one_thread
@@ -96,7 +96,7 @@ def train_stage1(
     processes, model = Processes.join(backbone.model.device.type), backbone.model
     adapted = _choose_trained(backbone, config)
     read, counts = _read(backbone, sources, config, processes)
-    schedule = Schedule(
+    schedule = MixtureSampler(
         read,
         rows_per_step=config.loop.batch_size,
         pack_length=config.pack_length,
@@ -109,14 +109,14 @@ def train_stage1(
             require_free(out / name)
         write_json(out / "rows.json", dict(counts))
     sharded = processes.count > 1 and (config.loop.shard or wants_shards())
-    answers = AnswerModel(backbone, sharded=sharded, cached=config.cache_features)
+    answers = MaskedLossModel(backbone, sharded=sharded, cached=config.cache_features)
     if config.checkpoint_blocks:
         model.activation_checkpointing_enable()
 
-    def next_batch(step: int, part: Part) -> Piece[RowBatch]:
+    def next_batch(step: int, part: Part) -> Piece[ExampleBatch]:
         return _piece(backbone, read, schedule.groups(step, part.index))
 
-    def loss(batch: RowBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def loss(batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         found = answers.train()(batch)
         return found.loss_sum / found.tokens, {"token_accuracy": found.correct / found.tokens}
 
@@ -152,11 +152,13 @@ def _choose_trained(backbone: Backbone, config: Stage1Config) -> PeftModel | Non
     return adapted
 
 
-def _piece(backbone: Backbone, read: Sequence[Source], groups: Sequence[Sequence[Place]]) -> Piece[RowBatch]:
+def _piece(
+    backbone: Backbone, read: Sequence[Source], groups: Sequence[Sequence[Place]]
+) -> Piece[ExampleBatch]:
     rows = [[read[source].rows[row] for source, row in group] for group in groups]
     ids = [f"{read[source].name} {row}" for group in groups for source, row in group]
     batch = pack(backbone, rows, tuple(range(len(ids))))
-    return Piece(batch, ids, float(batch.learn.sum()), batch.tokens, batch.learn.numel())
+    return Piece(batch, ids, float(batch.loss_mask.sum()), batch.tokens, batch.loss_mask.numel())
 
 
 def _read(
@@ -196,7 +198,7 @@ def _inputs(backbone: Backbone, sources: Sequence[Source], config: Stage1Config)
 @torch.no_grad()
 def held_out_loss(backbone: Backbone, rows: Sequence[Row], batch_size: int) -> dict[str, float]:
     """Return the mean loss [nats] and accuracy per answer token of rows, each right after true words only."""
-    answers, sums = AnswerModel(backbone).eval(), torch.zeros(3, dtype=torch.float64)
+    answers, sums = MaskedLossModel(backbone).eval(), torch.zeros(3, dtype=torch.float64)
     for begin in range(0, len(rows), batch_size):
         some = rows[begin : begin + batch_size]
         made = answers(collate(backbone, some, tuple(range(len(some)))))
