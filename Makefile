@@ -11,7 +11,7 @@ demo: .venv/.demo    ## the whole loop at small scale, ends with a report (DEMO_
 
 test: .venv/.dev     ## lint, types and the test suite
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m "not slow"
 
 test-slow: .venv/.dev ## the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
