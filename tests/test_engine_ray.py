@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from blm import engine
+from blm import jobs
 from blm.jobs import Unit, read_journal, run_units
 from blm.types import BlmError
 
@@ -96,7 +96,7 @@ def survive(folder: Path) -> None:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)  # one for all runs: it takes seconds
     results = run(die_once, folder)
     again = run(die_always, folder)  # there is nothing left to do
-    engine.ATTEMPTS = 2
+    jobs.ATTEMPTS = 2
     errors = []
     for bad in (fail_on_three, die_always):
         (folder / bad.__name__).mkdir()

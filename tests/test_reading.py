@@ -79,7 +79,7 @@ def same(one: Row, other: Row) -> bool:
         for name in one.features
         for a, b in zip(one.features[name], other.features[name], strict=True)
     )
-    arrays = ("tokens", "learn", "branch", "positions")
+    arrays = ("tokens", "loss_mask", "segment_ids", "positions")
     return media and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays)
 
 
