@@ -23,7 +23,6 @@ from blm.tasks import TASKS
 from blm.types import BlmError, PolicyContract
 
 PATH = "/playground"
-CHAT_PATH = "/v1/chat/completions"
 MAX_VISITORS = 4
 """Visitors at a time; each may hold two simulators."""
 EVICTABLE_S = 60.0
