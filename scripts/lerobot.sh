@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make .venv-lerobot, in which the official LeRobot package reads our datasets (tests/test_lerobot.py).
+# Make .venv-lerobot, in which the official LeRobot package reads our datasets (tests/datasets/test_lerobot.py).
 # Usage: scripts/lerobot.sh [python]. About 1.7 GB; three minutes.
 #
 # lerobot 0.4.4, the newest for Python 3.11, asks for torch < 2.11 and for a dozen packages that reading a

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shlex
 from itertools import takewhile
-from pathlib import Path
 
 import pytest
 
@@ -13,20 +12,8 @@ from blm.app.studies import STUDIES
 from blm.cli import digital, find_command, parse_recipe
 from blm.cli.physical import parse_collect, parse_evaluate
 from blm.cli.training import parse_baseline, parse_stage1, parse_stage2
+from tests.support.documents import COMMANDS, README, ROOT
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-PAGES = [
-    README,
-    *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))),
-]
-COMMANDS = [
-    line.replace("\\\n", " ")
-    for page in PAGES
-    for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
-    for line in re.findall(r"(?:[^\\\n]|\\\n)+", block)
-    if line and not line.startswith("#")
-]
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_data_episodes import EPISODES, SIDE, SPACE
 
 from blm.datasets.lerobot import finalize_dataset, open_dataset, stage_episode
 from blm.policy.card import model_card
 from blm.seeds import RESERVED, TRAINING_SEEDS, reserved, warning
 from blm.training.policy.sampler import warn_of_reserved
+from tests.support.episodes import EPISODES, SIDE, SPACE
 
 
 def test_ranges_are_disjoint():

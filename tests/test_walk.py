@@ -18,12 +18,19 @@ from pathlib import Path
 
 import httpx
 import pytest
-from benchmark_fixtures import make_cosmos, make_scene, make_sharerobot, picture, write_json, write_picture
-from test_backbone import tiny_qwen
-from test_readme import COMMANDS, ROOT
-from test_serving import free_port
 
 from blm.backbone.backbone import RELEASED
+from tests.support.backbones import tiny_qwen
+from tests.support.benchmarks import (
+    make_cosmos,
+    make_scene,
+    make_sharerobot,
+    picture,
+    write_json,
+    write_picture,
+)
+from tests.support.documents import COMMANDS, ROOT
+from tests.support.serving import free_port
 
 pytestmark = pytest.mark.slow
 

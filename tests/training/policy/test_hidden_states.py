@@ -1,0 +1,195 @@
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from blm.backbone.backbone import Backbone
+from blm.datasets.lerobot import EpisodeDataset
+from blm.datasets.mixture import kept_frames
+from blm.training.policy.hidden_states import (
+    HiddenStateConfig,
+    LiveHiddenStates,
+    augmented,
+    cache_hidden_states,
+    collate,
+    packed,
+    unpacked,
+)
+from blm.types import BlmError
+from tests.support.hidden_states import make_backbone, make_dataset
+
+CONFIG = HiddenStateConfig(layer=1, cameras=("base", "wrist"), batch_size=8, workers=0, shard_frames=30)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tuple[Backbone, Path, EpisodeDataset]:
+    folder = tmp_path_factory.mktemp("intents")
+    return make_backbone(folder / "backbone"), folder / "backbone", make_dataset(folder)
+
+
+@pytest.fixture(scope="module")
+def cached(world, tmp_path_factory):
+    backbone, source, dataset = world
+    folder = tmp_path_factory.mktemp("cache") / "arm"
+    return cache_hidden_states(backbone, str(source), dataset, CONFIG, folder), folder
+
+
+def test_cache_holds_what_a_direct_tap_of_one_frame_gives(world, cached):
+    backbone, _, dataset = world
+    frames = np.array([45, 0, 19, 60])  # any order, all episodes and shards, two prompt lengths
+    rows = cached[0].rows(frames)
+    for frame, row in zip(frames, rows, strict=True):
+        slow = LiveHiddenStates(backbone, dataset, CONFIG).rows(np.array([frame]))[0]
+        assert row.dtype == np.float16 and row.shape == slow.shape
+        np.testing.assert_allclose(row, slow, rtol=2e-3, atol=2e-3)
+    assert len({len(row) for row in rows}) == 2
+    assert len(list(cached[1].glob("*.npy"))) == 2
+
+
+def test_collate_pads_on_the_right_and_masks_the_padding(cached):
+    rows = cached[0].rows(np.array([0, 19]))
+    hidden, mask = collate(rows)
+    assert mask.sum(1).tolist() == [len(row) for row in rows]
+    for i, row in enumerate(rows):
+        assert torch.equal(hidden[i][mask[i]], torch.from_numpy(np.array(row)))
+
+
+def test_reopening_computes_nothing_and_a_killed_run_continues(world, cached):
+    backbone, source, dataset = world
+    before = {path.name: path.stat().st_mtime_ns for path in cached[1].iterdir()}
+    cache_hidden_states(backbone, str(source), dataset, CONFIG, cached[1])
+    assert before == {path.name: path.stat().st_mtime_ns for path in cached[1].iterdir()}
+    journal = cached[1] / "journal.jsonl"  # killed after the first shard: no manifest, one line
+    (cached[1] / "manifest.json").unlink()
+    journal.write_text(journal.read_text().splitlines()[0] + "\n")
+    (cached[1] / "00001.npy").unlink()
+    cache_hidden_states(backbone, str(source), dataset, CONFIG, cached[1])
+    after = {path.name: path.stat().st_mtime_ns for path in cached[1].iterdir()}
+    assert after["00000.npy"] == before["00000.npy"] and after["00001.npy"] != before["00001.npy"]
+
+
+def test_only_what_is_not_there_yet_must_fit_on_the_disk(world, tmp_path, monkeypatch, capsys):
+    backbone, source, dataset = world
+    made = cache_hidden_states(backbone, str(source), dataset, CONFIG, tmp_path / "made")
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "made").glob("*.npy")}
+    missing = sizes["00001.npy"]
+    (tmp_path / "made/00001.npy").unlink()
+    (tmp_path / "made/manifest.json").unlink()
+    journal = tmp_path / "made/journal.jsonl"
+    journal.write_text(journal.read_text().splitlines()[0] + "\n")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=missing + 1000))
+    with pytest.raises(
+        BlmError, match=r"does not fit: 61 frames x .* GB free\); use a larger stride or another"
+    ):
+        cache_hidden_states(backbone, str(source), dataset, CONFIG, tmp_path / "new")
+    assert not list((tmp_path / "new").glob("*.npy"))
+    again = cache_hidden_states(backbone, str(source), dataset, CONFIG, tmp_path / "made")
+    frames = np.arange(61)
+    assert all(np.array_equal(a, b) for a, b in zip(made.rows(frames), again.rows(frames), strict=True))
+
+
+def test_a_stale_cache_is_refused_with_what_differs(world, cached, tmp_path):
+    backbone, source, dataset = world
+    for config, name in (
+        (replace(CONFIG, layer=2), "layer"),
+        (replace(CONFIG, cameras=("base",)), "prompt, cameras"),
+        (replace(CONFIG, stride=2), "stride"),
+    ):
+        with pytest.raises(BlmError, match=f"stale: made from another {name}; name another folder"):
+            cache_hidden_states(backbone, str(source), dataset, config, cached[1])
+    other = make_backbone(tmp_path / "other", seed=1)
+    with pytest.raises(BlmError, match="another backbone;"):
+        cache_hidden_states(other, str(tmp_path / "other"), dataset, CONFIG, cached[1])
+    more = make_dataset(tmp_path, lengths=(19, 22))
+    with pytest.raises(BlmError, match="another dataset;"):
+        cache_hidden_states(backbone, str(source), more, CONFIG, cached[1])
+
+
+def test_an_altered_cache_is_refused(world, tmp_path, capsys):
+    backbone, source, dataset = world
+    cache_hidden_states(backbone, str(source), dataset, replace(CONFIG, stride=10), tmp_path)
+    assert "GB free" in capsys.readouterr().err
+    shard = tmp_path / "00000.npy"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(BlmError, match=r"00000\.npy is missing or altered; move"):
+        cache_hidden_states(backbone, str(source), dataset, replace(CONFIG, stride=10), tmp_path)
+
+
+def test_workers_write_the_same_bytes_and_a_stride_keeps_fewer_frames(world, tmp_path):
+    backbone, source, dataset = world
+    stores = []
+    for workers in (0, 1):
+        folder = tmp_path / str(workers)
+        config = replace(CONFIG, stride=8, workers=workers)
+        stores.append(cache_hidden_states(backbone, str(source), dataset, config, folder))
+    a, b = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("0", "1"))
+    kept = kept_frames(dataset.starts, 8)
+    assert [shard["frames"] for shard in a.values()] == [shard["frames"] for shard in b.values()]
+    assert [frame for shard in a.values() for frame in shard["frames"]] == kept.tolist()
+    for mine, theirs in zip(stores[0].rows(kept), stores[1].rows(kept), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=2e-3, atol=2e-3)
+    with pytest.raises(AssertionError, match="without intents"):
+        stores[0].rows(np.array([1]))
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_views_and_precisions_hold_what_a_direct_tap_gives(world, tmp_path, precision):
+    backbone, source, dataset = world
+    config = replace(CONFIG, precision=precision, views=2)
+    made = cache_hidden_states(backbone, str(source), dataset, config, tmp_path)
+    frames, views = np.array([45, 0, 19, 60, 0]), np.array([1, 2, 0, 2, 0])
+    live = LiveHiddenStates(backbone, dataset, config)
+    for row, slow in zip(made.rows(frames, views), live.rows(frames, views), strict=True):
+        slack = np.abs(slow).max(-1, keepdims=True) / (230 if precision == "int8" else 1000)
+        assert row.dtype == np.float16 and (np.abs(row - slow) <= slack).all()
+    plain, seen = live.rows(frames), made.rows(frames)
+    assert np.abs(plain[0] - live.rows(frames, views)[0]).max() > 1e-3, "a view is another picture"
+    np.testing.assert_allclose(seen[0], plain[0], atol=np.abs(plain[0]).max() / 200)
+    shards = json.loads((tmp_path / "manifest.json").read_text()).values()
+    assert all(("error" in shard) == (precision == "int8") for shard in shards)
+    assert all(0 < shard["error"] < 0.01 for shard in shards if "error" in shard)
+    size = sum(
+        (tmp_path / name).stat().st_size for name in json.loads((tmp_path / "manifest.json").read_text())
+    )
+    tokens = sum(sum(shard["lengths"]) for shard in shards)
+    assert size == pytest.approx(tokens * (32 + 4 if precision == "int8" else 64), rel=0.05)
+    other = replace(config, precision={"float16": "int8", "int8": "float16"}[precision])
+    with pytest.raises(BlmError, match="is stale: made from another precision"):
+        cache_hidden_states(backbone, str(source), dataset, other, tmp_path)
+
+
+def test_int8_is_exact_where_it_can_be():
+    values = np.array(
+        [[127.0, -127.0, 0.0, 64.0], [0.0, 0.0, 0.0, 0.0], [1e-3, -5e-4, 0.0, 1e-3]], np.float32
+    )
+    stored = packed(values)
+    assert stored.dtype == np.uint8 and stored.shape == (3, 8)
+    np.testing.assert_allclose(unpacked(stored)[:2], values[:2])
+    assert np.abs(unpacked(stored)[2] - values[2]).max() <= 1e-3 / 254 + 1e-6
+
+
+def test_views_are_made_of_frame_and_number_alone():
+    rng = np.random.default_rng(0)
+    images = {name: rng.integers(0, 256, (4, 32, 32, 3), np.uint8) for name in ("base", "wrist")}
+    frames, views = np.array([7, 8, 7, 9]), np.array([1, 1, 1, 0])
+    before = {name: pictures.copy() for name, pictures in images.items()}
+    made = augmented(images, frames, views)
+    assert all(np.array_equal(images[name], before[name]) for name in images), "its input stays as it is"
+    same = augmented(
+        {name: pictures[[0, 0]] for name, pictures in images.items()}, frames[[0, 2]], views[[0, 2]]
+    )
+    for name, pictures in made.items():
+        assert np.array_equal(pictures[3], images[name][3]) and not np.array_equal(
+            pictures[0], images[name][0]
+        )
+        assert np.array_equal(same[name][0], same[name][1]) and np.array_equal(same[name][0], pictures[0])
+    flat = {"base": np.full((1, 32, 32, 3), 100, np.uint8)}
+    shades = [augmented(flat, np.array([frame]), np.array([1]))["base"].mean() for frame in range(200)]
+    assert 63 <= min(shades) < 80 and 125 < max(shades) <= 143, "100 times 0.7 * 0.9 to 1.3 * 1.1"

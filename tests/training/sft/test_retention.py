@@ -1,0 +1,296 @@
+"""What is kept of language: divergence and perplexity, replay, and instructions that a program can check."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from blm.backbone import Backbone, build_nano
+from blm.corpora.curation import replay
+from blm.corpora.format.messages import read_corpus
+from blm.evaluation.digital.instructions import Probe, instruction_probes, run_probes, score, summarise
+from blm.training.sft.retention import Retention, held_out_texts, read_texts
+from blm.types import BlmError
+from tests.support.backbones import MAKERS
+
+TEXTS = ["The gripper moves to the red cube and closes.", "Is it done? Not yet.", "What can you do?", "x"]
+
+
+def noisy(size: float) -> Backbone:
+    backbone = build_nano()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in backbone.decoder.parameters():
+            parameter += size * torch.randn(parameter.shape, generator=generator)
+    return backbone
+
+
+@pytest.mark.parametrize("name", sorted(MAKERS))
+def test_a_model_has_not_left_itself(name: str) -> None:
+    backbone = MAKERS[name]()
+    found = Retention(backbone, TEXTS).measure(backbone)
+    assert found["kl"] == found["kl_low"] == found["kl_high"] == found["nll_rise"] == 0.0
+    assert found["perplexity"] == found["perplexity_base"] > 1.0
+
+
+def test_numbers_equal_a_direct_computation_through_the_whole_model() -> None:
+    base, tuned = build_nano(), noisy(0.05)
+    retention = Retention(base, TEXTS, length=9)
+    found = retention.measure(tuned)
+    kls, losses = [], {"base": [], "tuned": []}
+    for text in TEXTS:
+        ids = base.processor.tokenizer(text, return_tensors="pt")["input_ids"][:, :9]
+        if ids.shape[1] < 2:
+            continue
+        logs = {}
+        for which, backbone in (("base", base), ("tuned", tuned)):
+            with torch.no_grad():
+                out = backbone.model(input_ids=ids, labels=ids)
+            logs[which] = out.logits[0, :-1].log_softmax(-1)
+            losses[which] += [float(out.loss)] * (ids.shape[1] - 1)
+        kls += F.kl_div(logs["tuned"], logs["base"], log_target=True, reduction="none").sum(1).tolist()
+    assert found["text_tokens"] == len(kls)
+    assert found["kl"] == pytest.approx(sum(kls) / len(kls), rel=1e-4)
+    for key, which in (("perplexity_base", "base"), ("perplexity", "tuned")):
+        assert found[key] == pytest.approx(math.exp(sum(losses[which]) / len(kls)), rel=1e-4)
+    assert found["nll_rise"] == pytest.approx(
+        math.log(found["perplexity"] / found["perplexity_base"]), rel=1e-6
+    )
+    assert found["kl_low"] <= found["kl"] <= found["kl_high"]
+    assert found["nll_rise_low"] <= found["nll_rise"] <= found["nll_rise_high"]
+
+
+def test_a_uniform_model_diverges_by_log_v_minus_the_entropy() -> None:
+    """KL(p || uniform) = log V - H(p), and the perplexity of the uniform model is V."""
+    base, flat = build_nano(), build_nano()
+    with torch.no_grad():
+        flat.model.get_output_embeddings().weight.zero_()
+    found = Retention(base, TEXTS).measure(flat)
+    size = flat.model.get_output_embeddings().out_features
+    assert found["perplexity"] == pytest.approx(size, rel=1e-5)
+    entropy, count = 0.0, 0
+    for text in TEXTS[:3]:
+        ids = base.processor.tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            log_p = base.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        entropy, count = entropy - float((log_p.exp() * log_p).sum()), count + len(log_p)
+    assert found["kl"] == pytest.approx(math.log(size) - entropy / count, rel=1e-4)
+
+
+def test_divergence_grows_with_noise_and_the_base_is_remembered() -> None:
+    base = build_nano()
+    retention = Retention(base, TEXTS)
+    kls = [retention.measure(noisy(size))["kl"] for size in (0.0, 0.005, 0.02, 0.08)]
+    assert kls[0] == 0.0 and kls == sorted(set(kls))
+    base.model.train()
+    with torch.no_grad():  # training goes on in the base's own memory
+        base.model.get_output_embeddings().weight += 0.05
+    assert retention.measure(base)["kl"] > 0.0
+    assert base.model.training
+
+
+def test_other_tokens_and_empty_texts_are_refused(tmp_path: Path) -> None:
+    retention = Retention(build_nano(), TEXTS)
+    with pytest.raises(BlmError, match="unlike tokenizers"):
+        retention.measure(build_nano(["quite another text about gripper and cube"] * 3))
+    with pytest.raises(BlmError, match="two tokens"):
+        Retention(build_nano(), [""])
+    with pytest.raises(BlmError, match=r"cannot read .*absent\.txt"):
+        read_texts(tmp_path / "absent.txt")
+
+
+def test_a_text_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
+    paragraphs = [f"Paragraph {i} " + "word " * i for i in range(30)]
+    (tmp_path / "text.txt").write_text("\n\n".join(paragraphs))
+    parts = read_texts(tmp_path / "text.txt", size=100)
+    assert "".join(parts).split() == " ".join(paragraphs).split()
+    assert all(len(part) >= 100 for part in parts[:-1]) and len(parts) > 5
+
+
+def test_held_out_topics_are_no_replay_topics() -> None:
+    held, used = replay.topic_texts(held_out=True), replay.topic_texts(held_out=False)
+    assert not held.keys() & used.keys()
+    assert not set(held.values()) & set(used.values())
+    assert {*held.values(), *used.values()} == set(topics.values())
+    assert min(len(held), len(used)) > 20
+    assert held_out_texts() == list(held.values())
+    asked = {group for group, _ in itertools.islice(replay.replay_prompts(0), 2000)}
+    assert not asked & {f"replay/{name}" for name in held}
+
+
+def test_replay_prompts_are_many_and_a_function_of_the_seed() -> None:
+    first, same, other = (list(itertools.islice(replay.replay_prompts(s), 400)) for s in (3, 3, 4))
+    assert first == same != other
+    assert len({prompt for _, prompt in first}) == 400
+
+
+class Halting:
+    """A backbone whose answers all end, whatever it is asked, until it fails at a call."""
+
+    def __init__(self, fail_at: int = 99) -> None:
+        self.calls, self.fail_at = 0, fail_at
+
+    def fingerprint(self) -> str:
+        return "ab" * 32
+
+    def complete(self, conversations, *, max_tokens, seed):
+        self.calls += 1
+        if self.calls == self.fail_at:
+            raise KeyboardInterrupt
+        texts = [f"{seed}: {messages[0].text}"[:max_tokens] for messages in conversations]
+        return [(text, index % 4 != 0) for index, text in enumerate(texts)]
+
+
+def test_a_replay_corpus_is_text_only_exact_in_number_and_resumes(tmp_path: Path) -> None:
+    unused = replay.build_replay(Halting(), tmp_path / "a", 100, seed=5)  # type: ignore[arg-type]
+    rows = read_corpus(tmp_path / "a")
+    assert len(rows) == 100 and unused > 100 / 4
+    assert {row.source for row in rows} == {"replay"}
+    assert all([m.role for m in row.messages] == ["user", "assistant"] for row in rows)
+    assert not any(message.images for row in rows for message in row.messages)
+    with pytest.raises(KeyboardInterrupt):
+        replay.build_replay(Halting(fail_at=3), tmp_path / "b", 100, seed=5)  # type: ignore[arg-type]
+    again = Halting()
+    replay.build_replay(again, tmp_path / "b", 100, seed=5)  # type: ignore[arg-type]
+    assert (tmp_path / "b/corpus.jsonl").read_text() == (tmp_path / "a/corpus.jsonl").read_text()
+    assert again.calls == Halting().calls + 3  # two of five batches were in the journal
+    with pytest.raises(BlmError, match="exists"):
+        replay.build_replay(again, tmp_path / "b", 100)  # type: ignore[arg-type]
+
+
+def test_drawn_answers_depend_on_the_seed_alone() -> None:
+    backbone, state = build_nano(), torch.get_rng_state()
+    asked = [probe.question.messages for probe in instruction_probes()[:2]]
+    drawn = [backbone.complete(asked, max_tokens=12, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert torch.equal(torch.get_rng_state(), state)
+    greedy = backbone.complete(asked, max_tokens=12)
+    assert [text for text, _ in greedy] == backbone.answer_batch(asked, max_tokens=12)
+
+
+GOOD = {
+    "capital letters only": "SALT WATER.",
+    "whole answer in capital": "RED",
+    "lower-case letters only": "a cat is small and soft.",
+    "everything in lower case": "fish live in water.",
+    "exactly two sentences": "The moon is round. It is 3.5 billion years old!",
+    "exactly one sentence": "People sleep to rest.",
+    "exactly three sentences": "It spans. It joins. It holds?",
+    "at most 12 words": "A forest is a place with many trees.",
+    "at least 40 words": "word " * 40,
+    "single word": "Cold.",
+    "20 to 40 words": "bread " * 25,
+    "That is all": "Rain falls. That is all.",
+    "question mark": "For what else than sitting?",
+    "word Certainly": "Certainly, it is hot.",
+    "Begin your answer with: My": "My answer is honey.",
+    "quotation marks": '"The Last Robot"',
+    "letter e": "A cat.",
+    "word snow": "Winter is cold.",
+    "use no comma": "Dogs bark at night.",
+    "spoon and window": "The spoon lies at the window.",
+    "blue at least twice": "Blue sky, blue sea.",
+    "3 bullet points": "* wet\n* clear\n* cold",
+    "2 reasons": "- fun\n- news",
+    "numbered list": "1. apple\n2. pear\n3. fig\n4. plum",
+    "separated by commas": "red, green, blue",
+    'keys "name"': '{"name": "Ann", "age": 7}',
+    "JSON list": "[1, 2, 3]",
+    "Repeat this": "The red cube is on the table.",
+    "word hello": "hello hello hello",
+    "Is fire hot": "yes",
+    "two short paragraphs": "Trees grow.\n\nThey are green.",
+    "capital of France": "It is Paris.",
+    "capital of Japan": "Tokyo",
+    "capital of Italy": "Rome!",
+    "2 + 3": "2 + 3 = 5",
+    "7 - 4": "3",
+    "days does a week": "7 days",
+    "planet": "The Earth.",
+    "Celsius": "At 100 degrees.",
+    "formula of water": "H2O",
+}
+BAD = {
+    "capital letters only": ["Salt water", "123", ""],
+    "whole answer in capital": ["Red", "rED"],
+    "lower-case letters only": ["A cat is small."],
+    "everything in lower case": ["Fish live in water"],
+    "exactly two sentences": ["The moon is round.", "One. Two. Three."],
+    "exactly one sentence": ["One. Two."],
+    "exactly three sentences": ["One. Two."],
+    "at most 12 words": ["one two three four five six seven eight nine ten eleven twelve thirteen"],
+    "at least 40 words": ["word " * 39],
+    "single word": ["It is cold"],
+    "20 to 40 words": ["bread " * 19, "bread " * 41],
+    "That is all": ["That is all. Thanks!"],
+    "question mark": ["For sitting."],
+    "word Certainly": ["It is, certainly."],
+    "Begin your answer with: My": ["Honey. My answer is honey"],
+    "quotation marks": ["The Last Robot", '"A" and more', '""'],
+    "letter e": ["Elephant", "An eel", "..."],
+    "word snow": ["Snow falls."],
+    "use no comma": ["Dogs, cats."],
+    "spoon and window": ["The spoons lie at the window."],
+    "blue at least twice": ["Blue sky, bluer sea."],
+    "3 bullet points": ["Here:\n* a\n* b\n* c", "* a\n* b", "*a\n*b\n*c"],
+    "2 reasons": ["- a\n- b\n- c"],
+    "numbered list": ["1. a\n2. b\n3. c", "1. a\n2. b\n4. c\n3. d"],
+    "separated by commas": [
+        "red, green",
+        "red\ngreen\nblue",
+        "The colours, as you asked, are red green and blue",
+    ],
+    'keys "name"': ['{"name": "Ann"}', '```json\n{"name": "A", "age": 1}\n```', "[1]", "{name: 1}"],
+    "JSON list": ['{"a": 1}', "1, 2, 3"],
+    "Repeat this": ["The red cube is on the table", 'Sure: "The red cube is on the table."'],
+    "word hello": ["hello hello", "Hello hello hello"],
+    "Is fire hot": ["Yes", "yes.", "yes, it is"],
+    "two short paragraphs": ["Trees grow.\nThey are green.", "A\n\nB\n\nC"],
+    "capital of France": ["Parisian", "London"],
+    "2 + 3": ["15"],
+    "formula of water": ["HO2"],
+}
+
+
+def probe_of(part: str) -> Probe:
+    (probe,) = [p for p in instruction_probes() if part in p.question.messages[-1].text]
+    return probe
+
+
+@pytest.mark.parametrize("part", GOOD)
+def test_probes_accept_answers_that_keep_the_rule(part: str) -> None:
+    assert score(probe_of(part), GOOD[part])
+
+
+@pytest.mark.parametrize("part", BAD)
+def test_probes_refuse_answers_that_break_it(part: str) -> None:
+    for answer in BAD[part]:
+        assert not score(probe_of(part), answer), answer
+
+
+def test_every_probe_has_a_passing_answer_above_and_none_accepts_silence() -> None:
+    probes = instruction_probes()
+    assert len(probes) >= 24 and len({probe.question.id for probe in probes}) == len(probes)
+    assert {probe.question.id for probe in probes} == {probe_of(part).question.id for part in GOOD}
+    assert not any(score(probe, answer) for probe in probes for answer in ("", "  \n"))
+
+
+def test_a_run_gives_rows_and_rates() -> None:
+    class Parrot:
+        def answer(self, messages, *, max_tokens):
+            return "Paris"
+
+    rows = run_probes(Parrot())
+    assert json.loads(json.dumps(rows)) == rows
+    right = {row["question"] for row in rows if row["correct"]}
+    assert "What is the capital of France?" in right and "What is the capital of Japan?" not in right
+    found = summarise(rows)
+    assert found["all"]["n"] == found["instructions"]["n"] + found["knowledge"]["n"] == len(rows)
+    assert found["all"]["hits"] == len(right) and found["all"]["low"] < found["all"]["rate"]
