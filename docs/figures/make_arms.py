@@ -1,4 +1,4 @@
-"""Draws docs/figures/arms.gif: `blm-nano` drives the four arms, on validation scenes that it solves.
+"""Render docs/figures/arms.gif: `blm-nano` controls the four arms on validation scenes that it solves.
 
 python docs/figures/make_arms.py
 """
@@ -23,11 +23,11 @@ CELLS = (
     ("widowxai", "lift_peg_upright"),
 )
 SIZE, STEPS, EVERY = 200, 110, 3
-"""Side of one picture [px], control steps shown, and every how many of them a frame is kept."""
+"""Side of one image [px], number of control steps, and number of control steps per frame."""
 
 
 def film(model: BLM, robot: str, task: str) -> list[ImageArray]:
-    """Frames of the first validation scene of this cell that the model solves, and holds to the end."""
+    """Return the frames of the first validation scene of a cell in which success holds at the last step."""
     for seed in VALIDATION_SEEDS[:10]:
         env = Env(robot, task, cameras=model.contract.cameras, terminate_on_success=False)
         env.reset(seed=seed)
@@ -42,14 +42,14 @@ def film(model: BLM, robot: str, task: str) -> list[ImageArray]:
         env.close()
         if solved:
             return frames
-    raise SystemExit(f"{robot} {task}: none of ten scenes is solved at step {STEPS}")
+    raise SystemExit(f"{robot} {task}: no success at step {STEPS} in any of ten scenes")
 
 
 def main() -> None:
     model = BLM.from_pretrained("blm-nano")
     columns = [film(model, robot, task) for robot, task in CELLS]
     strip = [Image.fromarray(np.concatenate(frames, axis=1)) for frames in zip(*columns, strict=True)]
-    palette = strip[len(strip) // 2].quantize(128)  # one palette for all frames: the background stands still
+    palette = strip[len(strip) // 2].quantize(128)  # one palette: no flicker
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in strip]
     frames[0].save(OUT, save_all=True, append_images=frames[1:], duration=100, loop=0, optimize=True)
     print(f"{OUT}: {len(frames)} frames, {OUT.stat().st_size / 1e6:.2f} MB")

@@ -1,4 +1,7 @@
-"""Draws docs/figures/robots.png: the four arms at home, side by side. Run it with python, from anywhere."""
+"""Render docs/figures/robots.png: the four arms in their home poses, side by side.
+
+python docs/figures/make_robots.py
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from blm.tasks.rendering import Renderer
 
 
 def portrait(robot: RobotSpec, size: int, azimuth_deg: float) -> Image.Image:
-    """Render one arm at home on a plain table, with smoother shapes than the environment uses."""
+    """Render one arm in its home pose on a plain table, with smoother shapes than in the environment."""
     spec = mujoco.MjSpec()
     spec.visual.quality.numslices, spec.visual.quality.numstacks = 40, 20
     spec.visual.quality.offsamples = 8
