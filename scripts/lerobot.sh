@@ -1,9 +1,9 @@
 #!/bin/sh
-# Make .venv-lerobot, in which the official LeRobot package reads our datasets (tests/datasets/test_lerobot.py).
-# Usage: scripts/lerobot.sh [python]. About 1.7 GB; three minutes.
+# Create .venv-lerobot, in which the official LeRobot package reads our datasets (tests/datasets/test_lerobot.py).
+# Usage: scripts/lerobot.sh [python]. It takes about 1.7 GB and three minutes.
 #
-# lerobot 0.4.4, the newest for Python 3.11, asks for torch < 2.11 and for a dozen packages that reading a
-# dataset does not need, so it is installed without its dependencies and those that it imports are named here.
+# lerobot 0.4.4, the newest version for Python 3.11, requires torch < 2.11 and a dozen packages that are not needed
+# to read a dataset. It is therefore installed without its dependencies; the packages that it imports are listed here.
 set -eu
 python=${1:-python3}
 venv=.venv-lerobot
@@ -11,11 +11,11 @@ venv=.venv-lerobot
 echo "lerobot: installing packages into $venv (a few minutes the first time)"
 $venv/bin/python -m pip install -q torch==2.13.0
 $venv/bin/python -m pip install -q --no-deps lerobot==0.4.4 torchvision==0.28.0 torchcodec==0.13.0
-# pip complains here that lerobot's dependencies are not all there: that is meant so.
+# pip warns here that some of lerobot's dependencies are missing; this is expected.
 $venv/bin/python -m pip install -q 'datasets>=4,<5' 'huggingface-hub<0.36' 'av>=15,<16' 'packaging<26' \
   'deepdiff<9' draccus==0.10.0 accelerate jsonlines einops termcolor imageio pandas
-# torchvision may be a build for another torch, whose compiled operators do not load. Declaring the two that
-# its import asks for is enough: LeRobot's datasets use none of them.
+# torchvision may have been built for another torch, in which case its compiled operators do not load. Declaring
+# the two operators that its import looks up is enough, because LeRobot's datasets use none of them.
 site=$($venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 cat >"$site/torchvision_operators.py" <<'PY'
 """Declare the operators that torchvision looks up when it is imported."""
@@ -36,7 +36,7 @@ if ! $venv/bin/python -c 'import torch, torchcodec.decoders' >/dev/null 2>&1; th
     echo "lerobot: installing ffmpeg"
     apt-get update -q >/dev/null && apt-get install -y -q --no-install-recommends ffmpeg >/dev/null
   else
-    echo "lerobot: torchcodec needs FFmpeg; run this, then the same command again:" >&2
+    echo "lerobot: torchcodec needs FFmpeg. Run the following command, then this script again:" >&2
     echo "  sudo apt-get update && sudo apt-get install -y ffmpeg" >&2
     exit 1
   fi

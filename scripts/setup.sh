@@ -1,8 +1,8 @@
 #!/bin/sh
 # Create .venv and install the package in it. Usage: scripts/setup.sh demo|dev [python]
-#   demo  what `make demo` runs on: the runtime dependencies
-#   dev   what `make test` needs on top: every extra and the tools
-# `uv` installs; PIP=1 in the environment chooses plain pip. constraints.txt pins every package.
+#   demo  the runtime dependencies, for `make demo`
+#   dev   in addition all extras and the development tools, for `make test`
+# The script installs with uv, or with plain pip if PIP=1 is set. constraints.txt pins every package.
 set -eu
 what=${1:-}
 python=${2:-python3}
@@ -21,7 +21,7 @@ if sys.version_info < (3, 11):
 PY
 
 say "1/$phases environment .venv"
-# An interrupted run may have left it without pip; `venv` then completes it and keeps what is installed.
+# An interrupted run may have left the environment without pip; `venv` then repairs it and keeps its packages.
 .venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv .venv
 if [ -n "${PIP:-}" ]; then
   install() { .venv/bin/python -m pip install -q --disable-pip-version-check "$@"; }
@@ -29,8 +29,8 @@ if [ -n "${PIP:-}" ]; then
 else
   uv=$(command -v uv || echo .venv/bin/uv)
   [ -x "$uv" ] || .venv/bin/python -m pip install -q --disable-pip-version-check uv
-  # uv ignores pip's settings. Hand on where pip was told to look for packages, for instance for a CPU build of
-  # torch, and let the best version win among several indexes, as pip does.
+  # uv ignores pip's configuration. Pass pip's package sources on to uv (for example for a CPU build of torch), and
+  # choose the best version among several indexes, as pip does.
   setting() { .venv/bin/python -m pip config get "$1" 2>/dev/null || true; }
   links=${PIP_FIND_LINKS:-$(setting global.find-links)}
   index=${PIP_INDEX_URL:-$(setting global.index-url)}
@@ -38,7 +38,7 @@ else
   [ -z "$links" ] || export UV_FIND_LINKS="${UV_FIND_LINKS:-$(echo $links | tr ' ' ',')}"
   [ -z "$index" ] || export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-$index}"
   [ -z "$more" ] || export UV_INDEX="${UV_INDEX:-$(echo $more)}" UV_INDEX_STRATEGY=unsafe-best-match
-  # Compiled as pip does it: otherwise the first import of each module pays, and shows warnings of other people's code.
+  # Compile to bytecode as pip does; otherwise the first import of each module is slow and shows third-party warnings.
   install() { "$uv" pip install -q --compile-bytecode --python .venv/bin/python "$@"; }
   installer="uv ($uv)"
 fi
@@ -46,7 +46,7 @@ fi
 say "2/$phases packages, with $installer"
 install -c constraints.txt -e "$package"
 if [ "$what" = dev ]; then
-  say "3/$phases packages that come without their dependencies: scripts/no-deps.txt"
+  say "3/$phases packages installed without their dependencies (scripts/no-deps.txt)"
   install --no-deps -r scripts/no-deps.txt
 fi
 say "ready"

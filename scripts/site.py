@@ -1,7 +1,7 @@
-"""A hook of mkdocs: the README is the home page, the reports of `results/` are pages, other files are named.
+"""An mkdocs hook that makes README.md the home page and adds the reports in `results/` as pages.
 
-Links of those pages are relative to the repository; here they lead to the pages of the site, and what is no
-page stays as the path that it is.
+Links between these files are relative to the repository. The hook rewrites them to links between pages of the
+site; links to files that are not pages become the path of the file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FIGURE = re.compile(r'src="docs/')
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that do not lie in `docs/`."""
+    """Add the pages that are not in `docs/`, and rewrite the links of all pages."""
     for source, page in {"README.md": "index.md", **REPORTS}.items():
         text = FIGURE.sub('src="', (ROOT / source).read_text())
         files.append(File.generated(config, page, content=relink(text, source, page)))
@@ -35,13 +35,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def relink(text: str, source: str, page: str) -> str:
-    """Return `text` of the file `source` with links that hold on `page`; both are posix paths."""
+    """Return the `text` of the file `source` with its links rewritten for `page`; both are POSIX paths."""
 
     def link(match: re.Match[str]) -> str:
         words, target, anchor = match[1], match[2], match[3] or ""
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
         if not (ROOT / target).exists():
-            raise ValueError(f"{source} links to '{target}', which is not there")
+            raise ValueError(f"{source} links to '{target}', which does not exist")
         here = REPORTS.get(target, target.removeprefix("docs/") if target.startswith("docs/") else "")
         if not here:
             return f"{words} (`{target}`)" if target not in words else f"`{target}`"
