@@ -1,8 +1,9 @@
-"""How sure a score is: 95 % intervals of a success rate, and of the difference between two paired runs.
+"""How sure a score is: 95 % intervals of a success rate, and of the difference between two paired
+runs.
 
-Wilson's score interval (Newcombe 1998, Statistics in Medicine 17:857). Where questions share a picture, n is
-replaced by the effective sample size n / design effect, with a t correction for few clusters (Korn & Graubard
-1998, Survey Methodology 24:193).
+Wilson's score interval (Newcombe 1998, Statistics in Medicine 17:857). Where questions share a
+picture, n is replaced by the effective sample size n / design effect, with a t correction for few
+clusters (Korn & Graubard 1998, Survey Methodology 24:193).
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Difference:
     """Items that the first did better."""
     only_second: int
     p_value: float | None
-    """McNemar's exact two-sided (sign) test; None when items share groups: it assumes independent ones."""
+    """McNemar's exact two-sided (sign) test; None when items share groups: it assumes independent
+    ones."""
 
 
 def wilson(rate: float, n: float) -> tuple[float, float]:
@@ -62,8 +64,8 @@ def success_rate(
 ) -> Rate:
     """Mean of scores in [0, 1] with its interval, clustered by `groups` when given.
 
-    With `strata` it is the unweighted mean over the strata's means (balanced accuracy, mean over kinds).
-    Raises BlmError for no outcomes.
+    With `strata` it is the unweighted mean over the strata's means (balanced accuracy, mean over
+    kinds). Raises BlmError for no outcomes.
     """
     if not outcomes:
         raise BlmError("no outcomes: a rate needs at least one")
@@ -112,9 +114,11 @@ def _t95(freedom: int) -> float:
 def paired_difference(
     first: Sequence[float], second: Sequence[float], groups: Sequence[str] | None = None
 ) -> Difference:
-    """Difference of two means on the same items (Newcombe 1998, Statistics in Medicine 17:2635, method 8).
+    """Difference of two means on the same items (Newcombe 1998, Statistics in Medicine 17:2635,
+    method 8).
 
-    It combines the two rates' intervals with the correlation of the outcomes, so it holds at 0 and 100 % too.
+    It combines the two rates' intervals with the correlation of the outcomes, so it holds at 0 and
+    100 % too.
     """
     a, b = success_rate(first, groups), success_rate(second, groups)
     x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
@@ -138,7 +142,9 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """The p-values corrected for their number (Holm 1979, Scandinavian J. Statistics 6:65); None stays."""
+    """The p-values corrected for their number (Holm 1979, Scandinavian J. Statistics 6:65); None
+    stays.
+    """
     known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     worst = 0.0

@@ -1,4 +1,6 @@
-"""Benchmarks of the digital space: questions with known answers. To add one: its file, its line here."""
+"""Benchmarks of the digital space: questions with known answers. To add one: its file, its line
+here.
+"""
 
 from collections.abc import Mapping
 

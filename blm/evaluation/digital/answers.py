@@ -13,7 +13,9 @@ from blm.types import BlmError, Chat, Message
 
 
 class AnswerError(BlmError):
-    """This one conversation has no answer (refused, too long); it counts as wrong, others may go well."""
+    """This one conversation has no answer (refused, too long); it counts as wrong, others may go
+    well.
+    """
 
 
 @runtime_checkable
@@ -42,7 +44,9 @@ def _one(chat: Chat, messages: Sequence[Message], max_tokens: int) -> str | Answ
 
 
 class AnswerCache:
-    """One small file for each answer, named by the hash of all that it depends on. Safe between threads."""
+    """One small file for each answer, named by the hash of all that it depends on. Safe between
+    threads.
+    """
 
     def __init__(self, folder: Path | None) -> None:
         """Without a folder nothing is kept."""

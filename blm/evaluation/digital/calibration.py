@@ -1,7 +1,8 @@
-"""Answers with known grades: a judge that does not agree with most of them grades nothing else well.
+"""Answers with known grades: a judge that does not agree with most of them grades nothing else
+well.
 
-Written for this purpose, in the manner of EgoThink (short answers, plans) and ShareRobot (next, past and
-remaining steps); no row is taken from a benchmark.
+Written for this purpose, in the manner of EgoThink (short answers, plans) and ShareRobot (next,
+past and remaining steps); no row is taken from a benchmark.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 MOVED = 0.01
 """An object that was never further than this from where it started was not touched [m]."""
 OPENED, OPENING_STEPS = 0.02, 4
-"""Letting go on purpose: within so many steps of the grasp's end, the gripper is told to be more than this
-wider (0..1) than it was while it held."""
+"""Letting go on purpose: within so many steps of the grasp's end, the gripper is told to be more
+than this wider (0..1) than it was while it held."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,8 @@ class StepOutcome:
 
     success: bool
     goal: bool
-    """All of the task's conditions hold but those on rest and grasp: the object is where it should be."""
+    """All of the task's conditions hold but those on rest and grasp: the object is where it should
+    be."""
     held: bool
     resting: bool
     position: FloatArray
@@ -38,7 +39,9 @@ class StepOutcome:
 
 
 def observe_step(env: Env, command: float, info: Mapping[str, Any]) -> StepOutcome:
-    """Read the moment after `env.step`, which returned `info` for an action with this gripper `command`."""
+    """Read the moment after `env.step`, which returned `info` for an action with this gripper
+    `command`.
+    """
     flags = {name: bool(value) for name, value in info.items() if isinstance(value, bool | np.bool_)}
     place = [value for name, value in flags.items() if not _about_rest_or_grasp(name)]
     thing = env.objects()[env.task_spec.object]
@@ -58,7 +61,8 @@ def _about_rest_or_grasp(name: str) -> bool:
 
 
 def judge(start: FloatArray, moments: Sequence[StepOutcome], *, prehensile: bool) -> dict[str, Any]:
-    """The outcome fields of an episode's row; `start` [3] is where the object was before the first step.
+    """The outcome fields of an episode's row; `start` [3] is where the object was before the first
+    step.
 
     A failure, an episode without success at any step, has the first reason that fits:
     never_grasped  the object has to be grasped, and was held at no step

@@ -1,8 +1,9 @@
-"""One policy for many environments: what worker processes ask at the same time is answered in one call.
+"""One policy for many environments: what worker processes ask at the same time is answered in one
+call.
 
-The policy lives in the process that evaluates, on a thread; the workers need neither torch nor weights.
-Requests travel over a local connection with a random key. Nothing waits for company: a call takes whatever
-came in while the one before it ran.
+The policy lives in the process that evaluates, on a thread; the workers need neither torch nor
+weights. Requests travel over a local connection with a random key. Nothing waits for company: a
+call takes whatever came in while the one before it ran.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any, Protocol, runtime_checkable
 
+from blm.evaluation.physical.result import SharedPolicy
 from blm.types import ActionChunk, BlmError, ContractError, Observation, Policy, PolicyContract
 
 _GONE = (EOFError, OSError)
@@ -34,8 +36,9 @@ class ActsInBatches(Protocol):
 class PolicyHost:
     """Serves one policy to worker processes, from a thread, while the `with` block lasts.
 
-    A worker that dies is forgotten, and a new one may connect at any time. When the policy raises, those
-    whose observations were in that call get the error. A policy without `act_batch` is asked one by one.
+    A worker that dies is forgotten, and a new one may connect at any time. When the policy raises,
+    those whose observations were in that call get the error. A policy without `act_batch` is asked
+    one by one.
     """
 
     def __init__(self, policy: Policy, *, max_batch: int = 64) -> None:
@@ -60,9 +63,9 @@ class PolicyHost:
         return self._listener.address, self._key, self._policy.contract
 
     @property
-    def served(self) -> dict[str, int]:
-        """What was done, for the record: with batches, a policy may round differently from run to run."""
-        return {"max_batch": self._size, "calls": self.calls, "observations": self.observations}
+    def served(self) -> SharedPolicy:
+        """The number of calls and observations so far."""
+        return SharedPolicy(max_batch=self._size, calls=self.calls, observations=self.observations)
 
     def __enter__(self) -> PolicyHost:
         for thread in self._threads:
@@ -105,7 +108,9 @@ class PolicyHost:
                 self._answer(waiting[first : first + self._size])
 
     def _answer(self, asked: Sequence[tuple[Connection, Observation]]) -> None:
-        """Decide on these observations in one call, and send each its actions and the call's seconds."""
+        """Decide on these observations in one call, and send each its actions and the call's
+        seconds.
+        """
         begin, error = time.perf_counter(), None
         try:
             chunks = _decide(self._policy, [observation for _, observation in asked])
@@ -138,7 +143,9 @@ class HostedPolicy:
         self._host = Client(address, authkey=key)
 
     def act(self, observation: Observation) -> ActionChunk:
-        """Ask for a chunk. Raises what the policy raised: BlmError, or RuntimeError with its traceback."""
+        """Ask for a chunk. Raises what the policy raised: BlmError, or RuntimeError with its
+        traceback.
+        """
         try:
             self._host.send(observation)
             error, actions, self.seconds = self._host.recv()

@@ -1,14 +1,16 @@
-"""The four multiple-choice sets of Cosmos-Reason1-Benchmark: clips and questions with lettered options.
+"""The four multiple-choice sets of Cosmos-Reason1-Benchmark: clips and questions with lettered
+options.
 
 Layout, for a set `robovqa`: FOLDER/robovqa/robovqa_benchmark_qa_pairs.json, a list of {"video":
 "clips/x.mp4", "qa_pairs": {"question", "index2ans": {"A": ...}, "answer"} or a list of such}, and
-FOLDER/robovqa/clips/x.mp4. Checked against examples/benchmark/tools/eval of nvidia-cosmos/cosmos-reason1
-(loader, prompt, letter mode with 10 tokens, `correct_answer` as another name of `answer`) and the listing
-of the hub. Assumed: that options are lettered A, B, .. without a gap.
+FOLDER/robovqa/clips/x.mp4. Checked against examples/benchmark/tools/eval of
+nvidia-cosmos/cosmos-reason1 (loader, prompt, letter mode with 10 tokens, `correct_answer` as
+another name of `answer`) and the listing of the hub. Assumed: that options are lettered A, B, ..
+without a gap.
 
-What differs on purpose: frames are given as pictures, 4 a second like there, but at most 8 (there: all);
-an unread answer is wrong at once (there: asked again, ten times, ever more at random); a missing clip is an
-error (there: its questions are left out).
+What differs on purpose: frames are given as pictures, 4 a second like there, but at most 8 (there:
+all); an unread answer is wrong at once (there: asked again, ten times, ever more at random); a
+missing clip is an error (there: its questions are left out).
 """
 
 from __future__ import annotations

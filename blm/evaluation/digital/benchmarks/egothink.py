@@ -1,11 +1,12 @@
 """EgoThink: what a person can know and do, asked about one picture seen through the person's eyes.
 
-Layout: FOLDER/<dimension>/annotations.json, a list of {"source_dataset", "image_path": ["1.jpg"], "question",
-"answer"}, and FOLDER/<dimension>/images/1.jpg, for the twelve dimensions below. Checked in data/ of
-AdaCheng/EgoThink: the folders, the fields, the place of the pictures, 30 new tokens and 300 for planning.
+Layout: FOLDER/<dimension>/annotations.json, a list of {"source_dataset", "image_path": ["1.jpg"],
+"question", "answer"}, and FOLDER/<dimension>/images/1.jpg, for the twelve dimensions below. Checked
+in data/ of AdaCheng/EgoThink: the folders, the fields, the place of the pictures, 30 new tokens and
+300 for planning.
 
-What differs on purpose: there every model has its own prompt, here all have the one below; there an answer
-that the judge could not rate is left out of the mean, here it counts as wrong.
+What differs on purpose: there every model has its own prompt, here all have the one below; there an
+answer that the judge could not rate is left out of the mean, here it counts as wrong.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""What benchmarks publish, row by row: JSON, JSON lines and parquet, and the pictures and clips they name.
+"""What benchmarks publish, row by row: JSON, JSON lines and parquet, and the pictures and clips
+they name.
 
-Every problem is a BlmError that names the file, the row (counted from 1) and the rule. Nothing is skipped.
+Every problem is a BlmError that names the file, the row (counted from 1) and the rule. Nothing is
+skipped.
 """
 
 from __future__ import annotations
@@ -73,8 +75,8 @@ class Row:
     def picture(self, value: Any, folder: Path) -> Image:
         """A picture given as a path below `folder`, or as parquet stores it: {"bytes", "path"}.
 
-        The latter is written once to `folder`/unpacked, under a name made of its content: equal pictures
-        get equal references.
+        The latter is written once to `folder`/unpacked, under a name made of its content: equal
+        pictures get equal references.
         """
         if isinstance(value, str) and value:
             return Image(path=self.file(value, folder))
@@ -101,7 +103,8 @@ def read_rows(file: Path, get: str) -> list[Row]:
 def read_values(file: Path, get: str) -> list[tuple[str, Any]]:
     """Where each value of a .json (a list), .jsonl or .parquet file stands, and the value.
 
-    Raises BlmError, which ends in `get`, for a file that is missing, cannot be read or holds nothing.
+    Raises BlmError, which ends in `get`, for a file that is missing, cannot be read or holds
+    nothing.
     """
     if not file.is_file():
         raise BlmError(f"'{file}' is missing. {get}")
@@ -150,7 +153,9 @@ def find_files(folder: Path, patterns: Sequence[str], get: str) -> list[Path]:
 
 
 def letter_of(row: Row, answer: str, options: Sequence[str]) -> str:
-    """The reference answer as the letter of one of the options. Raises BlmError for any other letter."""
+    """The reference answer as the letter of one of the options. Raises BlmError for any other
+    letter.
+    """
     letters = list(ascii_uppercase[: len(options)])
     letter = answer.strip(" ().").upper()
     if letter not in letters:

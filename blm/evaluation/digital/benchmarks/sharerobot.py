@@ -1,16 +1,18 @@
 """ShareRobot planning: ten kinds of questions about the frames of an episode, free or yes/no.
 
 Layout: FOLDER/planning/test/*.json, lists of {"id": ".../rt_frames_success/<episode>", "task":
-"Future_Prediction_Task", "selected_step", "conversations", "image"}. The conversations are {"from": "human",
-"value": "<image> <image> ..\\n<the question>"} and {"from": "gpt", "value": "<the answer>"}; the images
-"rt_frames_success/<episode>/frame_0.png", .. lie below FOLDER/planning/images. With FOLDER/split.json, which
-`blm corpus sharerobot` writes, planning/heldout is asked instead. Checked against the README of
-FlagOpen/ShareRobot, the listings of the hub (planning/jsons, train and test with ten files each) and three
-public programs that read them. Assumed: the place of the frames after unpacking (three are tried), and
-that the published test rows are what papers score.
+"Future_Prediction_Task", "selected_step", "conversations", "image"}. The conversations are {"from":
+"human", "value": "<image> <image> ..\\n<the question>"} and {"from": "gpt", "value": "<the
+answer>"}; the images "rt_frames_success/<episode>/frame_0.png", .. lie below
+FOLDER/planning/images. With FOLDER/split.json, which `blm corpus sharerobot` writes,
+planning/heldout is asked instead. Checked against the README of FlagOpen/ShareRobot, the listings
+of the hub (planning/jsons, train and test with ten files each) and three public programs that read
+them. Assumed: the place of the frames after unpacking (three are tried), and that the published
+test rows are what papers score.
 
-What differs on purpose: at most 8 frames of up to 30, evenly spaced, the last included; questions whose
-reference is yes or no ask for just that and are compared, not judged; the others go to the judge.
+What differs on purpose: at most 8 frames of up to 30, evenly spaced, the last included; questions
+whose reference is yes or no ask for just that and are compared, not judged; the others go to the
+judge.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def _load(folder: Path) -> list[Question]:
 
 def _question(number: int, row: Row, folder: Path) -> Question:
     kind, episode = kind_of(row), episodes_of(row)[0]
-    human, answer = turns_of(row)
+    human, answer = question_and_answer(row)
     published = [str(name) for name in row.items("image")]
     marks = human.count("<image>")
     if marks and marks != len(published):
@@ -59,7 +61,7 @@ def _question(number: int, row: Row, folder: Path) -> Question:
     if not text:
         raise row.error("the question has no words")
     yes_no = answer.strip(" .").lower() in ("yes", "no")
-    pictures = [_picture(row, name, folder) for name in spread(published, MOST)]
+    pictures = [_picture(row, name, folder) for name in evenly_spaced_frames(published, MOST)]
     return Question(
         id=f"{kind}/{episode}/{number}",
         kind=kind,
@@ -70,13 +72,15 @@ def _question(number: int, row: Row, folder: Path) -> Question:
     )
 
 
-def spread(values: Sequence[str], most: int) -> list[str]:
-    """At most `most` of the values, evenly spaced, the last included (and the first, of two or more)."""
+def evenly_spaced_frames(values: Sequence[str], most: int) -> list[str]:
+    """At most `most` of the values, evenly spaced, the last included (and the first, of two or
+    more).
+    """
     count = min(most, len(values))
     return [values[-1 - (index * (len(values) - 1)) // max(count - 1, 1)] for index in reversed(range(count))]
 
 
-def turns_of(row: Row) -> tuple[str, str]:
+def question_and_answer(row: Row) -> tuple[str, str]:
     """The question and the answer of a row. Raises BlmError unless they are one turn of each."""
     turns = [Row(row.where, t if isinstance(t, dict) else {}) for t in row.items("conversations")]
     speakers = [turn.text("from") for turn in turns]

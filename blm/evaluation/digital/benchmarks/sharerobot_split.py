@@ -1,10 +1,12 @@
-"""A held-out split of ShareRobot's planning questions: by episode, seeded, with a proof that nothing leaks.
+"""A held-out split of ShareRobot's planning questions: by episode, seeded, with a proof that
+nothing leaks.
 
-BLM1 reports 4,100 questions: 10 kinds x 205 episodes x the 2 templates that each episode has of each kind.
-Which episodes is not published; this draws such a set from the training files, so that a model trained on
-the rest can be measured. It writes, into the folder of the dataset, `planning/heldout/<kind>.json` (the rows
-drawn, in the published form, so that converters and leak checks read them), `training.json` (the episodes
-that are left to train on) and, last, `split.json` (what was drawn, in numbers, and the held-out episodes).
+BLM1 reports 4,100 questions: 10 kinds x 205 episodes x the 2 templates that each episode has of
+each kind. Which episodes is not published; this draws such a set from the training files, so that a
+model trained on the rest can be measured. It writes, into the folder of the dataset,
+`planning/heldout/<kind>.json` (the rows drawn, in the published form, so that converters and leak
+checks read them), `training.json` (the episodes that are left to train on) and, last, `split.json`
+(what was drawn, in numbers, and the held-out episodes).
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ class SplitConfig:
 
 
 def kind_of(row: Row) -> str:
-    """'Success_(Positive)_Task' -> 'success_positive'. Raises BlmError for a task that is none of the ten."""
+    """'Success_(Positive)_Task' -> 'success_positive'. Raises BlmError for a task that is none of
+    the ten.
+    """
     kind = row.text("task").lower().replace("(", "").replace(")", "").removesuffix("_task")
     if kind not in KINDS:
         raise row.error(f"task '{row.data['task']}' is unknown; valid: {', '.join(KINDS)}")
@@ -78,9 +82,10 @@ def _episode(name: str) -> str:
 def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str] = ()) -> dict[str, Any]:
     """Draw the held-out questions and write both files; return what was drawn, in numbers.
 
-    `exclude` are episodes that a model was trained on already: none of them is drawn. The same files,
-    configuration and exclusions give the same split, in whatever order the files list their rows.
-    Raises BlmError when a split exists, when there are too few episodes, or when an episode is on both sides.
+    `exclude` are episodes that a model was trained on already: none of them is drawn. The same
+    files, configuration and exclusions give the same split, in whatever order the files list their
+    rows. Raises BlmError when a split exists, when there are too few episodes, or when an episode
+    is on both sides.
     """
     if (folder / SPLIT).exists():
         raise BlmError(f"'{folder / SPLIT}' exists; to {_MAKE}")
@@ -162,7 +167,9 @@ def require_disjoint(rows: Iterable[Row], training: Iterable[str], where: str) -
 
 
 def read_training(file: Path) -> list[str]:
-    """Episodes that are trained on: of a `training.json`, or of any JSON list of ids. Raises BlmError."""
+    """Episodes that are trained on: of a `training.json`, or of any JSON list of ids. Raises
+    BlmError.
+    """
     value = _read(file)
     ids = value.get("ids") if isinstance(value, dict) else value
     if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):

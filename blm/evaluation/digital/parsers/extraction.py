@@ -1,9 +1,10 @@
 """From a model's words to the answer that it gave, or to None: nothing is guessed.
 
-The answer is what follows the reasoning. A letter counts where it is the whole answer, stands at the start or
-end of it as a label, is declared ("the answer is (B)", "C is correct"), or is the only one in brackets; two
-letters of equal standing, a denied letter and a refusal read as None. "A" before a word is an article. An
-option's own text stands for its letter. Places and lengths are read in coordinates.py.
+The answer is what follows the reasoning. A letter counts where it is the whole answer, stands at
+the start or end of it as a label, is declared ("the answer is (B)", "C is correct"), or is the only
+one in brackets; two letters of equal standing, a denied letter and a refusal read as None. "A"
+before a word is an article. An option's own text stands for its letter. Places and lengths are read
+in coordinates.py.
 """
 
 from __future__ import annotations
@@ -58,9 +59,11 @@ _AMBIGUOUS = "?"
 
 
 def final_answer(raw: str) -> str:
-    """The answer without the reasoning around it; empty when the reasoning was cut off before an answer.
+    """The answer without the reasoning around it; empty when the reasoning was cut off before an
+    answer.
 
-    The last <answer> tag or \\boxed{} counts, else the last line "Answer: ...", else all that follows.
+    The last <answer> tag or \\boxed{} counts, else the last line "Answer: ...", else all that
+    follows.
     """
     text = without_reasoning(raw)
     tagged = re.findall(r"<answer>(.*?)(?:</answer>|$)", text, re.DOTALL | re.IGNORECASE)
@@ -117,7 +120,9 @@ def _whole(text: str) -> str | None:
 
 
 def _at_start(text: str) -> str | None:
-    """ "B. Pick it up", "(b) pick it up", "B, because ..", unless several lines or an alternative follow."""
+    """ "B. Pick it up", "(b) pick it up", "B, because ..", unless several lines or an alternative
+    follow.
+    """
     found = _START.match(text)
     if found is None:
         either = re.match(r"[\"'(\[]?[A-Z][\"')\]]?(?=\s*(?:,|/|&|\||or\b|and\b))", text)

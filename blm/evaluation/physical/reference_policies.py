@@ -1,4 +1,5 @@
-"""Policies without a model: what a score must beat before it means anything, and the replay of recordings.
+"""Policies without a model: what a score must beat before it means anything, and the replay of
+recordings.
 
 The first two take the contract of the policy under test, so that both run under one protocol.
 """
@@ -22,7 +23,8 @@ REACH_RAD = 0.2
 REPLAY_CHUNK = 8
 """Recorded actions handed out at a time."""
 SAME_STATE = 1e-4
-"""Greatest difference between the recorded first state and the scene's [rad]; recordings are float32."""
+"""Greatest difference between the recorded first state and the scene's [rad]; recordings are
+float32."""
 
 
 class ZeroPolicy:
@@ -58,9 +60,11 @@ class RandomPolicy(ZeroPolicy):
 
 
 class ReplayPolicy:
-    """Plays what was executed in recorded episodes, each in its own scene: it must succeed there again.
+    """Plays what was executed in recorded episodes, each in its own scene: it must succeed there
+    again.
 
-    For `PhysicalProtocol.for_replay` with the same episodes: a check of data and simulator, never a score.
+    For `PhysicalProtocol.for_replay` with the same episodes: a check of data and simulator, never a
+    score.
     """
 
     def __init__(self, episodes: Sequence[Episode]) -> None:
@@ -106,5 +110,7 @@ class ReplayPolicy:
 
 
 def _played(episode: Episode) -> FloatArray:
-    """[T, D] what the arm was told; in a noisy episode the actions are only what it should have done."""
+    """[T, D] what the arm was told; in a noisy episode the actions are only what it should have
+    done.
+    """
     return episode.actions if episode.executed is None else episode.executed
