@@ -1,4 +1,4 @@
-"""A smaller version of a benchmark: questions at even distances."""
+"""A subset of a benchmark: questions at even distances."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -136,7 +136,7 @@ def run_episode(unit: tuple[str, str, int, bool]) -> dict[str, Any]:
     row |= {"instruction": env.task_description, "phrasing": phrasing, "video": video}
     row |= {f"seconds_{part}": getattr(clock, part) for part in ("policy", "physics", "rendering")}
     row |= {"act_ms": 1000 * float(np.median(clock.decisions))}
-    outcome = judge(start, moments[:judged], prehensile=spec.prehensile)
+    outcome = asdict(judge(start, moments[:judged], prehensile=spec.prehensile))
     return row | outcome | {"success_at_limit": moments[-1].success if len(moments) == limit else None}
 
 

@@ -1,17 +1,17 @@
-"""Closed-loop evaluation of any `Policy`: our checkpoint, a socket, a baseline, an expert."""
+"""Closed-loop evaluation of any `Policy`: a checkpoint, a server, a reference policy, the expert."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 from blm.evaluation.physical.episode import Privileged, close, run_episode, set_up, tear_down
 from blm.evaluation.physical.policy_host import ActsInBatches, HostedPolicy, PolicyHost
-from blm.evaluation.physical.result import EpisodeResult, Execution, PhysicalResult
+from blm.evaluation.physical.result import EpisodeResult, Execution, PhysicalResult, SharedPolicy
 from blm.evaluation.physical.summary import summarise
 from blm.evaluation.protocol import PhysicalProtocol, digest, protocol_hash
 from blm.evaluation.result_files import require_free, write_result
@@ -37,32 +37,34 @@ def evaluate_physical(
 ) -> PhysicalResult:
     """Run every episode of the protocol; write `out`/result.json and videos; return the result.
 
-    `make_policy` is picklable; it is called here, to compare contracts. By default a policy that
+    `make_policy` is picklable; it is called here, to compare contracts. By default, a policy that
     has `act_batch` and a `device` other than "cpu" stays in this process and answers all local
-    workers, up to `max_batch` observations in one call; others are made once in each worker, on a
-    CPU twice as fast. `share_policy` decides otherwise: True asks one that has no `act_batch`
-    observation by observation. A policy whose batches round differently from single calls gives the
-    same bits every time with max_batch=1. Under a measured latency nobody shares a call. Policies
-    that look into the simulator (`Privileged`), and engine "ray", need one in each worker. A killed
-    run continues from `out`/journal.jsonl. Raises ContractError when the policy does not fit the
-    protocol.
+    workers, up to `max_batch` observations in one call. Other policies are made once in each
+    worker, which is twice as fast on a CPU. `share_policy` overrides this choice; True also shares
+    a policy without `act_batch`, which is then called once for each observation. With max_batch=1,
+    a policy whose batches round differently from single calls gives the same bits every time. A
+    measured latency forbids batches. Privileged policies and engine "ray" need a policy in each
+    worker.
+
+    A killed run continues from `out`/journal.jsonl. Raises ContractError when the policy does not
+    fit the protocol, and BlmError when `out` belongs to another program or, possibly, policy.
     """
     start = time.monotonic()
     with ExitStack() as stack:
         policy = make_policy()
         stack.callback(close, policy)
-        contract = _accepted(policy, protocol, out)
+        contract = _require_accepted(policy, protocol, out)
         host: PolicyHost | None = None
-        if _shared(policy, share_policy, possible=workers > 0 and engine == "local"):
+        if _is_shared(policy, share_policy, possible=workers > 0 and engine == "local"):
             size = 1 if protocol.latency == "measured" else max_batch
             host = stack.enter_context(PolicyHost(policy, max_batch=size))
-            make_policy = partial(HostedPolicy, *host.door)
+            make_policy = partial(HostedPolicy, *host.connection_info)
         else:
             close(policy)
-        stack.callback(tear_down)  # of this process, when workers is 0
+        stack.callback(tear_down)  # with 0 workers, the episodes ran in this process
         results = run_units(
             run_episode,
-            _units(protocol, _run_of(protocol, contract), videos_per_cell),
+            _units(protocol, _run_key(protocol, contract), videos_per_cell),
             journal=out / "journal.jsonl",
             workers=workers,
             title="episodes",
@@ -70,14 +72,8 @@ def evaluate_physical(
             setup_args=(make_policy, protocol, out.resolve()),
             engine=engine,
         )
-    episodes = tuple(EpisodeResult.from_json(row) for row in results.values())
-    execution = Execution(
-        workers=workers,
-        shared_policy=host.served if host else None,
-        seconds_policy=sum(episode.seconds_policy for episode in episodes),
-        seconds_physics=sum(episode.seconds_physics for episode in episodes),
-        seconds_rendering=sum(episode.seconds_rendering for episode in episodes),
-    )
+    episodes = [EpisodeResult.from_json(row) for row in results.values()]
+    execution = _execution(episodes, workers, host.served if host else None)
     result = PhysicalResult(
         protocol=protocol,
         machine=this_machine(rendering=gl_backend()),
@@ -85,23 +81,33 @@ def evaluate_physical(
         model=contract.revision or "unnamed",
         summary=summarise(episodes),
         execution=execution,
-        episodes=episodes,
+        episodes=tuple(episodes),
     )
     return write_result(out, result)
 
 
-def _run_of(protocol: PhysicalProtocol, contract: PolicyContract) -> str:
-    """What episodes in a journal share that are of one run: their form, the protocol, the whole
-    contract.
-    """
+def _execution(
+    episodes: Sequence[EpisodeResult], workers: int, shared_policy: SharedPolicy | None
+) -> Execution:
+    return Execution(
+        workers=workers,
+        shared_policy=shared_policy,
+        seconds_policy=sum(episode.seconds_policy for episode in episodes),
+        seconds_physics=sum(episode.seconds_physics for episode in episodes),
+        seconds_rendering=sum(episode.seconds_rendering for episode in episodes),
+    )
+
+
+def _run_key(protocol: PhysicalProtocol, contract: PolicyContract) -> str:
+    """Key of the journaled episodes of one run: version of the rows, protocol, whole contract."""
     return f"{ROWS}/{protocol_hash(protocol)}/{digest(contract.to_json())}"
 
 
-def _accepted(policy: Policy, protocol: PhysicalProtocol, out: Path) -> PolicyContract:
-    """Return the contract of a policy that fits the protocol, and that may go on with what is in
-    `out`.
+def _require_accepted(policy: Policy, protocol: PhysicalProtocol, out: Path) -> PolicyContract:
+    """Return the contract of a policy that fits the protocol and may continue the run in `out`.
 
-    Raises BlmError when nobody can tell whether that is this program's, and this policy's own.
+    Raises ContractError for a policy that does not fit, and BlmError when `out` belongs to another
+    program, or when the policy has no revision that tells whether journaled episodes are its own.
     """
     contract = policy.contract
     protocol.require_fits(contract)
@@ -109,14 +115,14 @@ def _accepted(policy: Policy, protocol: PhysicalProtocol, out: Path) -> PolicyCo
     journal = out / "journal.jsonl"
     if not contract.revision and journal.exists():
         raise BlmError(
-            f"'{journal}' holds episodes, and this policy has no revision in its contract to tell whether "
+            f"'{journal}' holds episodes, and this policy has no revision in its contract that tells whether "
             "they are its own: choose another folder, or name the model of a server each time (--server-name)"
         )
     return contract
 
 
-def _shared(policy: Policy, wanted: bool | None, *, possible: bool) -> bool:
-    """Whether one policy answers all workers. Raises BlmError where that is wanted and cannot be."""
+def _is_shared(policy: Policy, wanted: bool | None, *, possible: bool) -> bool:
+    """Return whether one policy answers all workers. Raises BlmError where it must but cannot."""
     possible = possible and not isinstance(policy, Privileged)
     if wanted and not possible:
         raise BlmError(
@@ -127,7 +133,7 @@ def _shared(policy: Policy, wanted: bool | None, *, possible: bool) -> bool:
 
 
 def _units(protocol: PhysicalProtocol, run: str, videos_per_cell: int) -> list[Unit]:
-    """One unit an episode; the first `videos_per_cell` of each cell are filmed."""
+    """Return one unit for each episode; the first `videos_per_cell` of each cell are filmed."""
     seen: Counter[tuple[str, str]] = Counter()
     units = []
     for robot, task, seed in protocol.scenes:

@@ -420,7 +420,7 @@ OPENING = moment(opening=0.5, command=0.51, resting=False, position=np.array([0.
 )
 def test_reasons(prehensile: bool, moments: Sequence[StepOutcome], reason: str) -> None:
     outcome = judge(np.zeros(3), moments, prehensile=prehensile)
-    assert outcome["reason"] == reason and outcome["success_once"] == (reason == "")
+    assert outcome.reason == reason and outcome.success_once == (reason == "")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -582,7 +582,7 @@ def test_what_waits_is_answered_in_one_call(max_batch: int, sizes: list[int]) ->
     state = np.zeros(8, np.float32)
     seen = [Observation(images={}, state=state, instruction="", robot="panda", seed=i) for i in range(4)]
     with PolicyHost(policy, max_batch=max_batch) as host:
-        workers = [HostedPolicy(*host.door) for _ in seen]
+        workers = [HostedPolicy(*host.connection_info) for _ in seen]
         workers[0]._host.send(seen[0])
         assert entered.wait(30)
         for worker, observation in zip(workers[1:], seen[1:], strict=True):
@@ -605,14 +605,14 @@ def host() -> Iterator[PolicyHost]:
 def test_host_serves_new_workers_after_dead_ones(host: PolicyHost) -> None:
     space = ROBOTS["panda"].action_space
     seen = Observation(images={}, state=np.zeros(space.dim), instruction="", robot="panda", seed=3)
-    first, second = HostedPolicy(*host.door), HostedPolicy(*host.door)
+    first, second = HostedPolicy(*host.connection_info), HostedPolicy(*host.connection_info)
     first._host.send(seen)
     first.close()  # dies without reading its answer
     assert (second.act(seen).actions == RandomPolicy(CONTRACT).act(seen).actions).all()
     assert second.contract == replace(CONTRACT, revision="random") and second.seconds >= 0.02
     with pytest.raises(multiprocessing.AuthenticationError):
-        HostedPolicy(host.door[0], b"wrong", CONTRACT)
-    third = HostedPolicy(*host.door)
+        HostedPolicy(host.connection_info[0], b"wrong", CONTRACT)
+    third = HostedPolicy(*host.connection_info)
     assert (third.act(seen).actions == second.act(seen).actions).all()
     third.close()
     second.close()

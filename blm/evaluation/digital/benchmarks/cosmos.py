@@ -23,8 +23,10 @@ from blm.evaluation.digital.benchmarks.benchmark import Benchmark
 from blm.evaluation.digital.benchmarks.layout import Row, letter_of, read_rows
 from blm.types import BlmError, Message, Question
 
-RATE, MOST = 4.0, 8
-"""Frames a second, and the most of them that a question shows."""
+FRAME_RATE = 4.0
+"""Frames per second."""
+MAX_FRAMES = 8
+"""Most frames that a question shows."""
 ASK = "Answer with the option's letter from the given choices directly."
 _GET = (
     "Get it with `hf download --repo-type dataset nvidia/Cosmos-Reason1-Benchmark --local-dir FOLDER` "
@@ -34,7 +36,7 @@ _GET = (
 
 
 def cosmos(name: str, title: str, clips: str, licence: str) -> Benchmark:
-    """The record of one set. `clips` says where the clips come from."""
+    """Return the benchmark of one set. `clips` tells where the clips come from."""
     get = _GET.format(name=name, clips=clips)
     return Benchmark(
         name=name,
@@ -54,7 +56,7 @@ def _load(folder: Path, *, name: str, get: str) -> list[Question]:
     questions = []
     for place, row in enumerate(rows):
         clip = f"{name}/{row.text('video')}"
-        pictures = row.frames(clip, folder, rate=RATE, most=MOST)
+        pictures = row.frames(clip, folder, rate=FRAME_RATE, most=MAX_FRAMES)
         pairs = row.field("qa_pairs")
         for number, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
             if not isinstance(pair, dict):

@@ -1,5 +1,4 @@
-"""What benchmarks publish, row by row: JSON, JSON lines and parquet, and the pictures and clips
-they name.
+"""Published benchmark files row by row: JSON, JSON lines, parquet, and their pictures and clips.
 
 Every problem is a BlmError that names the file, the row (counted from 1) and the rule. Nothing is
 skipped.
@@ -25,7 +24,7 @@ UNPACKED = "unpacked"
 
 @dataclass(frozen=True)
 class Row:
-    """One published row, and where it stands."""
+    """One published row, and its place in the file."""
 
     where: str
     data: Mapping[str, Any]

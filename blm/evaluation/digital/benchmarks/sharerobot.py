@@ -26,11 +26,15 @@ from blm.evaluation.digital.benchmarks.layout import Row, find_files, read_rows
 from blm.evaluation.digital.benchmarks.sharerobot_split import SPLIT, episodes_of, kind_of, read_split
 from blm.types import Image, Message, Question
 
-MOST = 8
-"""Frames that a question shows."""
+MAX_FRAMES = 8
+"""Most frames that a question shows."""
 YES_NO = "Answer yes or no."
-ROOTS = ("planning/images", "planning", "planning/images/mnt/hpfs/baaiei/jyShi/ShareRobot/planning")
-"""Where the frames may lie, as the archive was unpacked."""
+FRAME_ROOTS = (
+    "planning/images",
+    "planning",
+    "planning/images/mnt/hpfs/baaiei/jyShi/ShareRobot/planning",
+)
+"""Folders where the frames may be, depending on how the archive was unpacked."""
 GET = (
     "Get it with `hf download --repo-type dataset BAAI/ShareRobot --include 'planning/*' --local-dir FOLDER` "
     "(2.4 GB of questions, 510 GB of frames in 95 parts), then `cat "
@@ -61,7 +65,7 @@ def _question(number: int, row: Row, folder: Path) -> Question:
     if not text:
         raise row.error("the question has no words")
     yes_no = answer.strip(" .").lower() in ("yes", "no")
-    pictures = [_picture(row, name, folder) for name in evenly_spaced_frames(published, MOST)]
+    pictures = [_picture(row, name, folder) for name in evenly_spaced_frames(published, MAX_FRAMES)]
     return Question(
         id=f"{kind}/{episode}/{number}",
         kind=kind,
@@ -73,15 +77,13 @@ def _question(number: int, row: Row, folder: Path) -> Question:
 
 
 def evenly_spaced_frames(values: Sequence[str], most: int) -> list[str]:
-    """At most `most` of the values, evenly spaced, the last included (and the first, of two or
-    more).
-    """
+    """Return at most `most` values, evenly spaced, with the last (and, of two or more, the first)."""
     count = min(most, len(values))
     return [values[-1 - (index * (len(values) - 1)) // max(count - 1, 1)] for index in reversed(range(count))]
 
 
 def question_and_answer(row: Row) -> tuple[str, str]:
-    """The question and the answer of a row. Raises BlmError unless they are one turn of each."""
+    """Return question and answer of a row. Raises BlmError unless each is one turn."""
     turns = [Row(row.where, t if isinstance(t, dict) else {}) for t in row.items("conversations")]
     speakers = [turn.text("from") for turn in turns]
     if speakers != ["human", "gpt"]:
@@ -91,10 +93,10 @@ def question_and_answer(row: Row) -> tuple[str, str]:
 
 def _picture(row: Row, name: str, folder: Path) -> Image:
     below = name[name.find("rt_frames_success/") :] if "rt_frames_success/" in name else name.lstrip("/")
-    for root in ROOTS:
+    for root in FRAME_ROOTS:
         if (folder / root / below).is_file():
             return row.picture(f"{root}/{below}", folder)
-    raise row.error(f"'{below}' is not in '{folder}' below any of: {', '.join(ROOTS)}. {GET}")
+    raise row.error(f"'{below}' is not in '{folder}' below any of: {', '.join(FRAME_ROOTS)}. {GET}")
 
 
 SHAREROBOT = Benchmark(
