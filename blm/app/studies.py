@@ -1,6 +1,6 @@
 """Ablations: variants of Stage II with the same training budget, compared on the same scenes.
 
-runs/NAME/studies/  STUDY/{report.json, report.md}  variants/KEY/{PART/.., result.json}
+    runs/NAME/studies/  STUDY/{report.json, report.md}  variants/KEY/{PART/.., result.json}
 
 A variant changes a few fields of the recipe, or splits one joint model into several. Every model of
 every variant is trained for the same number of steps, so a variant of 24 models sees 24 times the
@@ -51,11 +51,9 @@ class Variant:
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Dotted names of recipe fields -> values."""
     models: Literal["joint", "robot", "task", "cell"] = "joint"
-    """One model; one for each robot (the paper's dagger), each task, or each of both together (its
-    star)."""
+    """One joint model, or one per robot (dagger in the paper), task, or robot and task (star)."""
     backbone: Literal["stage1", "untrained"] = "stage1"
-    """The backbone after Stage I, or the one that Stage I started from (for nano, random
-    weights)."""
+    """The backbone after Stage I, or before it (for nano: random weights)."""
     policy: Literal["blm", "diffusion policy"] = "blm"
 
     def parts(self, recipe: Recipe) -> list[Part]:
@@ -112,13 +110,12 @@ def with_field(value: Any, path: str, new: Any) -> Any:
 
 
 def run_study(name: str, recipe: Recipe, run: Path, only: Sequence[str] = ()) -> Path:
-    """Train and evaluate the variants of a study on the data and backbone of a run; return
-    report.md.
+    """Train and evaluate the variants of a study; return the path of report.md.
 
-    The same call again continues what was interrupted. `only` names variants to compare with the
-    first, in place of all: parts of a study can run beside each other, and a later call reports
-    what they made. Raises BlmError without episodes or Stage I in `run`, and for a name that is no
-    variant of the study.
+    It uses the demonstrations and the backbone of `run`. The same call again continues an
+    interrupted study. `only` names the variants to compare with the first, in place of all: parts
+    of a study can run in parallel, and a later call reports all of them. Raises BlmError without
+    demonstrations or Stage I in `run`, and for an unknown variant.
     """
     first, *others = STUDIES[name]
     for wanted in only:
@@ -228,9 +225,7 @@ def evaluate_variant(
 
 
 def untrained_backbone(recipe: Recipe, backbone: Path, folder: Path) -> Path:
-    """Return the folder of the backbone before Stage I: for nano, random weights and the same
-    tokenizer.
-    """
+    """Return the backbone before Stage I: for nano, random weights behind the same tokenizer."""
     if not (folder / "backbone").exists():
         if recipe.stage1.backbone == "nano":
             made = Backbone.load(backbone)

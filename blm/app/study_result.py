@@ -68,9 +68,7 @@ class StudyResult:
         return cls(value["study"], value["recipe"], variants)
 
     def to_markdown(self) -> str:
-        """A table: success of each variant with its interval, and the paired difference to the
-        first.
-        """
+        """Format a table: success of each variant, and its paired difference from the first."""
         first = self.variants[0]
         lines = [
             f"# Study: {self.study}",

@@ -167,8 +167,8 @@ def print_result(result: DigitalResult) -> None:
     for name, balanced in summary.balanced.items():
         console.print(
             f"balanced accuracy, {name}: {balanced.rate:.1%} ({balanced.low:.1%} to {balanced.high:.1%}); "
-            f"right on yes {balanced.yes.rate:.0%}, on no {balanced.no.rate:.0%}; "
-            f"says yes to {balanced.said_yes:.0%}"
+            f"recall of yes {balanced.yes.rate:.0%}, of no {balanced.no.rate:.0%}; "
+            f"answers yes to {balanced.said_yes:.0%}"
         )
     for name, baseline in baselines.items():
         gain = baseline.model_minus_baseline

@@ -1,6 +1,4 @@
-"""Paired comparison of two results on the same items: overall, by stratum, and as a table for
-people.
-"""
+"""Paired comparison of two results on the same items: overall, by stratum, and as a text table."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ def compare_cells(first: EvaluationResult, second: EvaluationResult) -> dict[str
 def format_comparison(
     first: EvaluationResult, second: EvaluationResult, names: tuple[str, str] = ("A", "B")
 ) -> str:
-    """A table for people: overall, then in parts, with intervals; raises like `compare`.
+    """Format a text table: overall, then in parts, with intervals. Raises like `compare`.
 
     The p-values of the parts are corrected for their number (Holm 1979, Scand. J. Statistics 6:65).
     """

@@ -20,15 +20,13 @@ from blm.seeds import EVALUATION_SEEDS, VALIDATION_SEEDS
 from blm.tasks.suite import suite_version
 from blm.types import BlmError, ContractError, Episode, PolicyContract, lookup
 
-_OF_POLICY = ("cameras", "image_size", "rate_hz", "execute")
+_FROM_CONTRACT = ("cameras", "image_size", "rate_hz", "execute")
 Phrasing = Literal["seen", "held_out", "both"]
 Latency = Literal["none", "measured"] | float
 
 
 class ProtocolOverrides(TypedDict, total=False):
-    """Fields of a `PhysicalProtocol` that do not follow from the policy; a named protocol takes
-    changes of all of them.
-    """
+    """The fields of a `PhysicalProtocol` that do not follow from the policy."""
 
     robots: Sequence[str]
     tasks: Sequence[str]
@@ -113,15 +111,18 @@ class PhysicalProtocol:
         if (self.purpose == "replay check") != bool(self.recorded):
             raise BlmError("only a replay check has recorded episodes, and it needs them; use for_replay")
         if not self.recorded:
-            seeds, valid = self.seeds, VALIDATION_SEEDS if self.purpose == "validation" else EVALUATION_SEEDS
+            seeds = self.seeds
+            valid = VALIDATION_SEEDS if self.purpose == "validation" else EVALUATION_SEEDS
             if not seeds or seeds[0] not in valid or seeds[-1] not in valid:
                 raise BlmError(
                     f"{self.episodes} {self.purpose} seeds from {self.first_seed} on: need one or more, all "
-                    f"within {valid.start}..{valid.stop - 1}; the others belong to training"
+                    f"within {valid.start}..{valid.stop - 1}; other seeds are for training"
                 )
         fixed = isinstance(self.latency, int | float) and 0 <= self.latency < math.inf
         if not fixed and self.latency not in ("none", "measured"):
-            raise BlmError(f"latency {self.latency!r} must be 'none', 'measured' or seconds from 0 on")
+            raise BlmError(
+                f"latency {self.latency!r} must be 'none', 'measured' or a number of seconds, 0 or more"
+            )
         if self.phrasing not in get_args(Phrasing):
             raise BlmError(f"phrasing {self.phrasing!r} must be seen, held_out or both")
         for option, least in (("max_steps", 1), ("execute", 1), ("settle_steps", 0)):
@@ -130,9 +131,7 @@ class PhysicalProtocol:
 
     @classmethod
     def for_policy(cls, contract: PolicyContract, **settings: Unpack[ProtocolSettings]) -> PhysicalProtocol:
-        """Return the protocol for a policy; `settings` are the fields that do not follow from its
-        contract.
-        """
+        """Return the protocol for a policy; `settings` are the fields that it does not determine."""
         return cls._make(contract, "", settings)
 
     @classmethod
@@ -151,9 +150,7 @@ class PhysicalProtocol:
     def for_validation(
         cls, contract: PolicyContract, *, tasks: Sequence[str], episodes: int
     ) -> PhysicalProtocol:
-        """Return the protocol of a closed-loop validation: `episodes` of each robot in each of
-        `tasks`.
-        """
+        """Return the protocol of a closed-loop validation; `episodes` are per robot and task."""
         settings: ProtocolSettings = {
             "robots": tuple(contract.action_spaces),
             "tasks": tasks,
@@ -164,8 +161,9 @@ class PhysicalProtocol:
 
     @classmethod
     def for_replay(cls, contract: PolicyContract, episodes: Sequence[Episode]) -> PhysicalProtocol:
-        """Return the replay check of recorded episodes. Raises BlmError for none, or two of one
-        scene.
+        """Return the replay check of recorded episodes.
+
+        Raises BlmError for no episodes, or two of one scene.
         """
         recorded = tuple((e.robot, e.task, e.seed) for e in episodes)
         if not recorded or len(set(recorded)) != len(recorded):
@@ -184,14 +182,14 @@ class PhysicalProtocol:
         cls, contract: PolicyContract, name: str, settings: ProtocolSettings, **others: Any
     ) -> PhysicalProtocol:
         robots, tasks = tuple(settings["robots"]), tuple(settings["tasks"])
-        fitting = {field: getattr(contract, field) for field in _OF_POLICY}
+        from_contract = {field: getattr(contract, field) for field in _FROM_CONTRACT}
         return cls(
             **{
                 **settings,
                 "robots": robots,
                 "tasks": tasks,
                 "suite": suite_version(robots, tasks),
-                **fitting,
+                **from_contract,
                 "name": name,
                 **others,
             }
@@ -206,13 +204,11 @@ class PhysicalProtocol:
         return cls(**fields)
 
     def require_fits(self, contract: PolicyContract) -> None:
-        """Raise ContractError, which prints both sides, unless a policy with this contract can be
-        evaluated.
-        """
+        """Raise ContractError, which prints both sides, unless the protocol fits the contract."""
         for robot in self.robots:
             space = lookup("robot of this policy", robot, contract.action_spaces)
             lookup("robot", robot, ROBOTS).action_space.require_same(space, "the policy")
-        ours, theirs = ({name: getattr(side, name) for name in _OF_POLICY} for side in (self, contract))
+        ours, theirs = ({name: getattr(side, name) for name in _FROM_CONTRACT} for side in (self, contract))
         require_equal(ours, theirs, "protocol and policy differ", "in the policy")
 
 
@@ -243,8 +239,7 @@ class DigitalProtocol:
     compat: str = ""
     """Upstream parser that read the answers instead of ours (digital/parsers/compat.py)."""
     point_radius: float = 50.0
-    """A point is correct within this distance of the reference, in thousandths of the image's
-    sides."""
+    """A point is correct within this distance of the reference [thousandths of the sides]."""
     box_overlap: float = 0.5
     """A box is correct from this intersection over union with the reference on."""
     metric_radius: float = 2.0

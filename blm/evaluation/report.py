@@ -48,25 +48,23 @@ class ReportData:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Stage -> wall time [s], in the order in which they ran."""
     collection: Path | None = None
-    """summary.json of the collector."""
+    """summary.json of the demonstrations."""
     sheet: Path | None = None
-    """Picture of the demonstrations, PNG."""
+    """Contact sheet of the demonstrations, PNG."""
     questions: Mapping[str, int] = field(default_factory=dict)
     """Name of a question set -> number of questions."""
     logs: Mapping[str, Path] = field(default_factory=dict)
     """Training stage -> log.jsonl."""
     digital: Mapping[str, Path] = field(default_factory=dict)
-    """Model -> result.json; the first is the model that the report is about."""
+    """Model -> result.json of a benchmark of questions; the report is about the first."""
     papers: Sequence[PaperTable] = ()
     """Tables of the paper with our rows in them."""
     retention: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Training run -> name of a retention metric -> value, measured against the base model."""
     physical: Mapping[str, Path] = field(default_factory=dict)
-    """The same for closed-loop results; all but the first are reference policies, such as the
-    expert."""
+    """Policy -> result.json of its closed-loop evaluation; the report is about the first."""
     dialogue: Path | None = None
-    """A conversation about a picture: {"picture": file beside it, "lines": [[question, answer],
-    ..]}."""
+    """A conversation about a picture: {"picture": FILE, "lines": [[question, answer], ..]}."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,4 @@
-"""result.json on disk: written atomically, checked when it is read, never over a file of another
-program.
-"""
+"""result.json on disk: written atomically, and checked when it is read."""
 
 from __future__ import annotations
 

@@ -81,8 +81,7 @@ class ScoredItem:
     scene: str | None = None
     """Hash of the initial state of an episode; None for a question."""
     group: str | None = None
-    """Cluster of a question: questions about one picture are not independent. None for an
-    episode."""
+    """Cluster of a question: one picture or video. None for an episode."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -296,7 +296,7 @@ def test_another_parser_asks_nothing_again(tmp_path: Path) -> None:
         compare(ours, theirs)
     with pytest.raises(BlmError, match=r"unknown compat parser 'cosmos'.*cosmos_letter"):
         evaluate_digital(chat, questions, tmp_path, model="m", config=DigitalEvalConfig(compat="cosmos"))
-    with pytest.raises(BlmError, match="'egothink' reads judge answers; here are choice"):
+    with pytest.raises(BlmError, match="'egothink' reads judge answers; these questions need choice"):
         evaluate_digital(chat, questions, tmp_path, model="m", config=DigitalEvalConfig(compat="egothink"))
 
 
@@ -350,7 +350,7 @@ def test_distances() -> None:
     vector = scored("metric", "(12, -3, 20) cm", "(12, -3, 21) cm")
     assert vector.score == 1 and vector.error == pytest.approx(1)
     assert scored("metric", "(12, -3, 20) cm", "12 cm").parsed is None  # another form
-    with pytest.raises(BlmError, match="reference 'left' is no point"):
+    with pytest.raises(BlmError, match="reference 'left' is not a point"):
         scored("point", "left", "(1, 2)")
 
 

@@ -136,7 +136,7 @@ def test_a_conversation_is_shown_with_its_picture(run: Path, tmp_path: Path) -> 
     (tmp_path / "dialogue.json").write_text(json.dumps({"picture": "seen.png", "lines": lines}))
     text = page(replace(full(run), dialogue=tmp_path / "dialogue.json"), tmp_path)
     assert "Where is &lt;it&gt;?</td>" in text and "<b>(1, 2)</b>" in text
-    (shown,) = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="What the model saw"', text)
+    (shown,) = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="The picture of the dialogue"', text)
     assert base64.b64decode(shown) == (tmp_path / "seen.png").read_bytes()
 
 
@@ -258,7 +258,7 @@ def test_every_cell_says_how_its_episodes_ended(suite: str) -> None:
     for reason in REASONS:
         assert f"--{reason}:" in suite and f"<i></i>{reason.replace('_', ' ')} (" in suite
     assert suite.count('class="stack"') == 24 and "2.5</td>" in suite  # observations per call
-    assert "worded as never in training" in suite and "the world waits for the policy" in suite
+    assert "held-out wordings" in suite and "the simulation waits for the policy" in suite
 
 
 def test_a_replay_check_is_no_result(run: Path, tmp_path: Path) -> None:

@@ -1,6 +1,4 @@
-"""Access to the model under evaluation: batches, refused conversations, and a cache of answers on
-disk.
-"""
+"""Access to the model under evaluation: batches, refused conversations, cached answers."""
 
 from __future__ import annotations
 

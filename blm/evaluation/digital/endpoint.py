@@ -26,8 +26,7 @@ from blm.media import load_pixels
 from blm.types import BlmError, Image, Message, require_numbers
 
 REFUSED = (400, 413, 422)
-"""Statuses that blame the content of the request: prompt too long, picture refused, content
-filter."""
+"""Statuses for bad content of a request: prompt too long, picture refused, content filter."""
 RETRIED = (408, 429)
 """Statuses that are retried, as are all 5xx."""
 LONGEST_WAIT = 60.0
@@ -94,8 +93,9 @@ class Endpoint:
         return f"{self.model}@{self.url}"
 
     def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
-        """Return the answer. Raises AnswerError for a refused conversation, BlmError for a failing
-        server.
+        """Return the answer.
+
+        Raises AnswerError for a refused conversation, BlmError for a server that fails.
         """
         body = self._body(messages, max_tokens)
         key = AnswerCache.key(self.url, body)
@@ -109,9 +109,7 @@ class Endpoint:
     def answer_batch(
         self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 128
     ) -> list[str | AnswerError]:
-        """Ask all concurrently; a refused one has its AnswerError in its place. Raises BlmError as
-        `answer`.
-        """
+        """Ask all concurrently. A refused one gives an AnswerError; raises BlmError like `answer`."""
 
         def ask(messages: Sequence[Message]) -> str | AnswerError:
             try:
@@ -196,10 +194,10 @@ def _text(reply: dict[str, Any]) -> str:
         message = choice["message"]
         text = message.get("content")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise BlmError(f"a reply is not of the OpenAI form ({error!r}): {str(reply)[:200]}") from error
+        raise BlmError(f"a reply does not have the OpenAI form ({error!r}): {str(reply)[:200]}") from error
     if text is None:
         why = message.get("refusal") or f"finish reason {choice.get('finish_reason')}"
-        raise AnswerError(f"no words in the reply ({why})")
+        raise AnswerError(f"the reply has no text ({why})")
     return str(text)
 
 

@@ -1,5 +1,4 @@
-"""Verifiable instructions in the manner of IFEval: does a fine-tuned model still follow
-instructions?
+"""Verifiable instructions in the manner of IFEval, to measure what fine-tuning preserves.
 
 Each prompt holds one rule that a program checks (Zhou et al. 2023, arXiv:2311.07911, strict
 accuracy): no preamble is stripped and no emphasis removed. A few prompts check knowledge instead.
@@ -180,9 +179,7 @@ def verifiable_instructions() -> list[VerifiableInstruction]:
 
 
 def follows(instruction: VerifiableInstruction, answer: str) -> bool:
-    """Return whether the answer, exactly as the model gave it, follows the rule. Silence never
-    does.
-    """
+    """Return whether the unedited answer follows the rule. An empty answer never does."""
     return bool(answer.strip()) and instruction.check(answer.strip())
 
 
@@ -211,9 +208,7 @@ def run_instructions(
 
 
 def summarise(answers: Sequence[InstructionAnswer]) -> dict[str, Rate]:
-    """Rates with 95 % intervals: "all", "instructions" and "knowledge"; a part without answers is
-    absent.
-    """
+    """Return the rates of "all", "instructions" and "knowledge", if they have answers."""
     knowledge = [a.correct for a in answers if a.kind == "instruction_knowledge"]
     instructions = [a.correct for a in answers if a.kind != "instruction_knowledge"]
     parts = {"all": [*instructions, *knowledge], "instructions": instructions, "knowledge": knowledge}

@@ -1,10 +1,9 @@
-"""LLM judge: compares a free-form answer with the reference, 0, 0.5 or 1, as EgoThink and
-ShareRobot do.
+"""LLM judge: grades a free-form answer against the reference as 0, 0.5 or 1.
 
-The judge sees text only. Its reply must hold exactly one rating, [[0]], [[0.5]] or [[1]]; any other
-reply is a failed judgement: the answer scores 0 and counts as failed, and is neither asked again
-nor left out. The prompt is ours (EgoThink's rubric in other words); its hash and the judge's name
-are part of the protocol.
+EgoThink and ShareRobot grade in the same way. The judge sees text only. Its reply must hold exactly
+one rating, [[0]], [[0.5]] or [[1]]; any other reply is a failed judgement: the answer scores 0 and
+counts as failed, and is neither asked again nor left out. The prompt is ours (EgoThink's rubric in
+other words); its hash and the judge's name are part of the protocol.
 """
 
 from __future__ import annotations
@@ -82,20 +81,16 @@ class Judge(Protocol):
 
 
 class LanguageJudge:
-    """Any Chat as judge; give it temperature 0. Replies are kept in `cache` by all that they depend
-    on.
-    """
+    """Any Chat as judge; use temperature 0. `cache` keeps its replies on disk."""
 
     def __init__(self, chat: Chat, name: str, *, cache: Path | None = None, compat: str = "") -> None:
-        """`compat`: an entry of COMPAT that reads the ratings in the upstream way."""
+        """`compat`: the entry of COMPAT whose rating parser is used."""
         self.chat, self.name, self.prompt = chat, name, digest([SYSTEM, PROMPT, MAX_TOKENS])
         self._cache = AnswerCache(cache)
         self._read = (compat and COMPAT[compat].rating) or read_rating
 
     def grade(self, answers: Sequence[AnswerToGrade]) -> list[Verdict]:
-        """Grade all; what is already known is not asked. Raises BlmError when the judge cannot be
-        reached.
-        """
+        """Grade all answers that are not cached. Raises BlmError when the judge cannot be reached."""
         keys = {self._key(answer): answer for answer in answers}
         todo = [key for key in keys if self._cache.get(key) is None]
         fresh: dict[str, str] = {}
@@ -114,7 +109,7 @@ class LanguageJudge:
 
 
 class MatchJudge:
-    """No language model: 1 where the answer contains the reference's words. Not the paper's metric."""
+    """String match in place of a model: 1 where the answer contains the reference."""
 
     name = "exact-or-contained match (not the paper's metric)"
     prompt = ""
@@ -133,9 +128,7 @@ def _messages(graded: AnswerToGrade) -> tuple[Message, ...]:
 
 
 def read_rating(reply: str) -> float | None:
-    """The rating in a reply after its reasoning; None unless there is exactly one value of the
-    three.
-    """
+    """Return the rating in a reply after its reasoning; None unless exactly one is found."""
     found = {float(value) for value in re.findall(r"\[\[(-?\d+(?:\.\d+)?)\]\]", without_reasoning(reply))}
     return found.pop() if len(found) == 1 and found <= {0.0, 0.5, 1.0} else None
 

@@ -1,4 +1,4 @@
-"""Result of a benchmark of questions: every prediction, scores with intervals by kind and over all."""
+"""Result of a benchmark of questions: every prediction, and scores by kind and over all."""
 
 from __future__ import annotations
 
@@ -59,8 +59,7 @@ class AnswerSummary(Rate):
     refused: int
     unjudged: int
     median_error: float | None
-    """Of points, in thousandths of the image; None without points, or where half of them were not
-    read."""
+    """Of points [thousandths of the image]; None without points, or if half were not read."""
     median_error_cm: float | None
     """The same for lengths."""
     points_per_answer: float | None

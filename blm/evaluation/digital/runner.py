@@ -1,6 +1,4 @@
-"""Run a benchmark of questions on any Chat: resumable, in batches, beside baselines without
-pictures.
-"""
+"""Run a benchmark of questions on any Chat: resumable, in batches, with text-only baselines."""
 
 from __future__ import annotations
 
@@ -61,8 +59,7 @@ def evaluate_digital(
     judge: Judge | None = None,
     config: DigitalEvalConfig = DigitalEvalConfig(),
 ) -> DigitalResult:
-    """Ask every question, score the answers, compare with the baselines; write and return the
-    result.
+    """Ask every question, score the answers, compare with baselines; write and return the result.
 
     `train_questions` feed the baselines only. `model` names the weights: a killed run continues
     from `out`/journal.jsonl only under the same name. The result is written to `out`/result.json.
@@ -110,8 +107,8 @@ def _check(questions: Sequence[Question], judge: Judge | None, config: DigitalEv
     free = [question.id for question in questions if question.scorer == "judge"]
     if free and judge is None:
         raise BlmError(
-            f"{len(free)} of {len(questions)} questions (first: '{free[0]}') have free-form answers, which a "
-            "judge grades: --judge openai:MODEL@URL; --judge match compares words: not the paper's metric"
+            f"{len(free)} of {len(questions)} questions (first: '{free[0]}') have free-form answers and "
+            "need a judge: --judge openai:MODEL@URL; --judge match compares words, not the paper's metric"
         )
     if config.compat:
         upstream = lookup("compat parser", config.compat, COMPAT)
@@ -119,7 +116,9 @@ def _check(questions: Sequence[Question], judge: Judge | None, config: DigitalEv
         parts = {"choice": upstream.choice, "points": upstream.points, "judge": upstream.rating}
         if not any(part for scorer, part in parts.items() if scorer in scorers):
             able = ", ".join(scorer for scorer, part in parts.items() if part)
-            raise BlmError(f"'{config.compat}' reads {able} answers; here are {', '.join(sorted(scorers))}")
+            raise BlmError(
+                f"'{config.compat}' reads {able} answers; these questions need {', '.join(sorted(scorers))}"
+            )
 
 
 def _protocol(
@@ -141,7 +140,7 @@ def _protocol(
 
 
 def _key(question: Question, root: Path | None) -> list[Any]:
-    """The identity of a question: its words, its pictures, its answer."""
+    """Return everything that identifies a question: its words, pictures and answer."""
     parts = [
         part if isinstance(part, str) else _picture(part, root, question.id)
         for message in question.messages
@@ -153,13 +152,11 @@ def _key(question: Question, root: Path | None) -> list[Any]:
 
 
 def _picture(image: Image, root: Path | None, name: str) -> str:
-    """Hash of a picture without decoding it: of its file, with the time of a video frame, or its
-    pixels.
-    """
+    """Hash a picture without decoding it: its file and the time of a video frame, or its pixels."""
     if image.pixels is not None:
         return hashlib.sha256(np.asarray(image.pixels).tobytes()).hexdigest()
     if root is None or image.path is None:
-        raise BlmError(f"question '{name}' has a picture that is not in memory; say which folder it is in")
+        raise BlmError(f"question '{name}' has a picture that is not in memory; name its folder")
     file = locate(image.path, root)
     try:
         state = file.stat()
@@ -186,9 +183,7 @@ def _ask(
     model: str,
     config: DigitalEvalConfig,
 ) -> list[RawAnswer]:
-    """Return the raw answers. They depend on neither parser nor judge, so another one needs no new
-    answers.
-    """
+    """Return the raw answers. They depend on neither parser nor judge, so the journal serves any."""
     system = (Message("system", (protocol.prompt,)),) if protocol.prompt else ()
     limits = [protocol.long.get(question.kind, protocol.max_tokens) for question in questions]
     order = sorted(range(len(questions)), key=limits.__getitem__)  # a batch has one limit

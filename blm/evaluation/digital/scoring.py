@@ -1,5 +1,6 @@
-"""Scorers: from a raw answer to a score from 0 to 1. A changed rule needs a new
-`DigitalProtocol.parser`.
+"""Scorers: from a raw answer to a score from 0 to 1.
+
+A changed rule needs a new version in `DigitalProtocol.parser`.
 
 An answer that cannot be read scores 0 and is counted. Exact match compares words: lower case, no
 punctuation, no articles, numbers as digits; where the reference is yes or no, a leading yes or no
@@ -61,9 +62,7 @@ class ScoringConfig:
 
 
 def score(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
-    """Score a raw answer. A question for the judge is only read: its score stays 0 until it is
-    judged.
-    """
+    """Score a raw answer. An answer for the judge is only read, and has score 0 until it is judged."""
     return _SCORERS[question.scorer](question, raw, config)
 
 
@@ -97,7 +96,7 @@ def _point(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
 def _points(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
     """Share of the points on the mask; a point outside the picture is a miss."""
     if question.mask is None:
-        raise BlmError(f"question '{question.id}' is about points, but has no mask")
+        raise BlmError(f"question '{question.id}' asks for points but has no mask")
     grey: ImageArray = load_pixels(question.mask, config.root)[..., 0]
     height, width = grey.shape
     upstream = config.upstream
@@ -141,7 +140,7 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
 def _metric(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
     reference, found = read_metric(question.answer), read_metric(final_answer(raw))
     if reference is None:
-        raise BlmError(f"question '{question.id}': the reference {question.answer!r} is no length in cm")
+        raise BlmError(f"question '{question.id}': the reference {question.answer!r} is not a length in cm")
     if found is None or len(found) != len(reference):
         return UNREAD
     error = math.dist(found, reference)
@@ -157,7 +156,9 @@ def _judge(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
 def _reference(question: Question, count: int) -> tuple[float, ...]:
     found = read_numbers(question.answer, count)
     if not found:
-        raise BlmError(f"question '{question.id}': the reference {question.answer!r} is no {question.scorer}")
+        raise BlmError(
+            f"question '{question.id}': the reference {question.answer!r} is not a {question.scorer}"
+        )
     return found[0]
 
 
@@ -167,7 +168,9 @@ def picture_size(question: Question, config: ScoringConfig) -> tuple[int, int] |
         return None
     pictures = [image for message in question.messages for image in message.images]
     if not pictures:
-        raise BlmError(f"question '{question.id}' has no picture; pixels of what? Say pixels:WIDTHxHEIGHT")
+        raise BlmError(
+            f"question '{question.id}' has no picture to give the size in pixels; use pixels:WIDTHxHEIGHT"
+        )
     height, width = load_pixels(pictures[-1], config.root).shape[:2]
     return width, height
 

@@ -1,5 +1,4 @@
-"""Tables in the paper's layout: measured scores beside published scores that were not measured
-here.
+"""Tables in the paper's layout: our measured scores beside the published ones.
 
 Measured scores have n and a 95 % interval. So do published ones where n is known and answers are
 right or wrong, which shows how little a hundred questions can tell apart.
@@ -30,7 +29,7 @@ class TableScore:
     n: int | None = None
 
     def text(self) -> str:
-        """For people: "47.0 (37-57)"."""
+        """Format as "47.0 (37–57)"."""
         return (
             f"{self.value:.1f}" if self.low is None else f"{self.value:.1f} ({self.low:.0f}–{self.high:.0f})"
         )
@@ -56,8 +55,7 @@ class PaperTable:
 
 
 def paper_tables(results: Sequence[tuple[str, DigitalResult]]) -> list[PaperTable]:
-    """The tables that these results (label, result) belong in: the six benchmarks, the kinds of
-    two.
+    """Return the tables that these results (label, result) belong in.
 
     Raises BlmError for two results of one benchmark under one label.
     """
@@ -65,7 +63,7 @@ def paper_tables(results: Sequence[tuple[str, DigitalResult]]) -> list[PaperTabl
     for label, result in results:
         name = result.protocol.benchmark
         if name in by_model.setdefault(label, {}):
-            raise BlmError(f"two results of '{name}' for '{label}'; label them apart: LABEL=FOLDER")
+            raise BlmError(f"two results of '{name}' for '{label}'; give them different labels: LABEL=FOLDER")
         by_model[label][name] = result
     six = {
         label: [_measured(of[name].summary.headline) if name in of else None for name in published.SIX]
@@ -116,9 +114,7 @@ def _published(value: float, n: int | None) -> TableScore:
 
 
 def _average(scores: Sequence[TableScore | None]) -> TableScore | None:
-    """Plain mean of all columns; its interval combines theirs (independent). None if one is
-    missing.
-    """
+    """Mean of all columns with a combined interval (independent columns); None if one is missing."""
     full = [s for s in scores if s is not None and s.low is not None and s.high is not None]
     if len(full) < len(scores):
         return None
@@ -129,7 +125,7 @@ def _average(scores: Sequence[TableScore | None]) -> TableScore | None:
 
 
 def to_markdown(table: PaperTable) -> str:
-    """The table for a README; published rows are marked."""
+    """Format the table; published rows are marked."""
     names = [column.replace("_", " ") for column in table.columns]
     lines = [["model", *names], ["---", *("---:" for _ in names)]]
     for row in table.rows:

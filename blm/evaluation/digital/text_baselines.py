@@ -1,6 +1,4 @@
-"""Baselines that see no picture: the most common training answer of a kind, or of the same
-question.
-"""
+"""Baselines without pictures: the most common training answer of a kind, or of the same question."""
 
 from __future__ import annotations
 

@@ -21,8 +21,7 @@ REACH_RAD = 0.2
 REPLAY_CHUNK = 8
 """Recorded actions in one chunk."""
 SAME_STATE = 1e-4
-"""Greatest difference between the recorded first state and the scene's [rad]; recordings are
-float32."""
+"""Greatest difference of the first state from the recorded one, which is float32 [rad]."""
 
 
 class ZeroPolicy:

@@ -1,6 +1,4 @@
-"""The result of a closed-loop evaluation: a row for each episode, and success rates per cell and
-over all.
-"""
+"""Result of a closed-loop evaluation: every episode, and success rates per cell and over all."""
 
 from __future__ import annotations
 

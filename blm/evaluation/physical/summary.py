@@ -1,6 +1,4 @@
-"""Episodes -> success rates with intervals: over all, by phrasing of the instruction, by robot and
-task.
-"""
+"""Episodes -> success rates with intervals, over all, by phrasing, and by robot and task."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ def _by_phrasing(episodes: Sequence[EpisodeResult]) -> dict[str, SuccessSummary]
 
 
 def _fields(episodes: Sequence[EpisodeResult]) -> dict[str, Any]:
-    """Fields of a SuccessSummary: rates with Wilson's intervals, failures by reason, time of a
-    decision.
-    """
+    """Fields of a `SuccessSummary`."""
     reasons = Counter(episode.reason for episode in episodes)
     at_limit = [episode.success_at_limit for episode in episodes if episode.success_at_limit is not None]
     return {

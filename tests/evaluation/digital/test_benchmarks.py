@@ -163,7 +163,7 @@ def test_record_and_missing_folder(name, tmp_path):
 
 
 def test_scene_questions_are_given(tmp_path):
-    with pytest.raises(BlmError, match="are given, not loaded"):
+    with pytest.raises(BlmError, match="come from a corpus"):
         load("scene", make_fixture("scene", tmp_path / "corpus"))
 
 
@@ -382,7 +382,7 @@ def test_questions_without_clips(tmp_path):
 def test_unknown_and_missing_dimension(tmp_path):
     folder = make_fixture("egothink", tmp_path / "e")
     shutil.copytree(folder / "Activity", folder / "Dreams")
-    with pytest.raises(BlmError, match=r"Dreams' is no dimension.*Reasoning/situated"):
+    with pytest.raises(BlmError, match=r"Dreams' is not a dimension.*Reasoning/situated"):
         load("egothink", folder)
     shutil.rmtree(folder / "Dreams")
     shutil.rmtree(folder / "Object/existence")

@@ -170,7 +170,7 @@ def test_a_server_that_stays_away_ends_the_run(server: Server, endpoint: Endpoin
         ((401, fault("bad key")), r"refuses the API key \(status 401: bad key\); set OPENAI_API_KEY"),
         ((404, fault("no such model")), r"has no model 'm' .* it has: small, large"),
         ((418, b"teapot"), r"answers status 418: teapot"),
-        ((200, {"choices": []}), r"not of the OpenAI form"),
+        ((200, {"choices": []}), r"does not have the OpenAI form"),
     ],
 )
 def test_what_no_retry_mends_is_said_clearly(

@@ -151,9 +151,9 @@ def test_suite_hash_follows_the_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "wrong, complaint",
     [
-        ({"latency": -1.0}, "seconds from 0 on"),
-        ({"latency": float("nan")}, "seconds from 0 on"),
-        ({"latency": "slow"}, "seconds from 0 on"),
+        ({"latency": -1.0}, "seconds, 0 or more"),
+        ({"latency": float("nan")}, "seconds, 0 or more"),
+        ({"latency": "slow"}, "seconds, 0 or more"),
         ({"phrasing": "unseen"}, "seen, held_out or both"),
         ({"max_steps": 0}, "max_steps is 0, must be 1 or more"),
         ({"settle_steps": -1}, "settle_steps is -1, must be 0 or more"),

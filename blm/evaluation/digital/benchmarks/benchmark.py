@@ -21,8 +21,7 @@ class Benchmark:
     """Where to get the data, and the expected layout of the folder; shown when it is missing."""
     licence: str
     load: Callable[[Path], list[Question]]
-    """Read the folder. Pictures stay references relative to it. Raises BlmError naming file and
-    rule."""
+    """Read the folder; pictures stay relative references. Raises BlmError with file and rule."""
     system: str = ""
     """System message put before each question."""
     max_tokens: int = 32

@@ -1,5 +1,4 @@
-"""The four multiple-choice sets of Cosmos-Reason1-Benchmark: clips and questions with lettered
-options.
+"""The four multiple-choice sets of Cosmos-Reason1-Benchmark: questions about video clips.
 
 Layout, for a set `robovqa`: FOLDER/robovqa/robovqa_benchmark_qa_pairs.json, a list of {"video":
 "clips/x.mp4", "qa_pairs": {"question", "index2ans": {"A": ...}, "answer"} or a list of such}, and

@@ -1,5 +1,4 @@
-"""easy-VQA: one coloured shape on a small picture, 13 possible answers, train and test in one
-package.
+"""easy-VQA: one coloured shape on a small picture, 13 possible answers, train and test splits.
 
 Layout, that of the package `easy-vqa` 1.0: FOLDER/data/test/questions.json, a list of [question,
 answer, number of the picture], FOLDER/data/test/images/<number>.png and FOLDER/data/answers.txt;

@@ -46,7 +46,9 @@ GET = (
 def _load(folder: Path) -> list[Question]:
     found = {file.parent.relative_to(folder).as_posix() for file in folder.rglob("annotations.json")}
     if unknown := sorted(found - {*DIMENSIONS}):
-        raise BlmError(f"'{folder}/{unknown[0]}' is no dimension of EgoThink; valid: {', '.join(DIMENSIONS)}")
+        raise BlmError(
+            f"'{folder}/{unknown[0]}' is not a dimension of EgoThink; valid: {', '.join(DIMENSIONS)}"
+        )
     return [question for dimension in DIMENSIONS for question in _read(folder, dimension)]
 
 

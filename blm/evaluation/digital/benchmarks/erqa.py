@@ -49,8 +49,7 @@ def _question(row: Row, folder: Path) -> Question:
 
 
 def options_in(question: str) -> tuple[str, ...]:
-    """The options that follow "Choices:" as "A. .. B. ..", without the request that ends the
-    question.
+    """Return the options after "Choices:", "A. .. B. ..", without the request at the end.
 
     A question without that word is searched as a whole.
     """

@@ -152,9 +152,7 @@ def find_files(folder: Path, patterns: Sequence[str], get: str) -> list[Path]:
 
 
 def letter_of(row: Row, answer: str, options: Sequence[str]) -> str:
-    """The reference answer as the letter of one of the options. Raises BlmError for any other
-    letter.
-    """
+    """Return the reference answer as a letter. Raises BlmError unless it names an option."""
     letters = list(ascii_uppercase[: len(options)])
     letter = answer.strip(" ().").upper()
     if letter not in letters:

@@ -48,8 +48,9 @@ def with_convention(question: Question, convention: str) -> Question:
 def point_question(
     row: Row, name: str, *, kind: str, text: str, ask: str, picture: Image, mask: Image
 ) -> Question:
-    """A question whose answer is right where `mask` is white. `text` may hold the published
-    request.
+    """Return a question whose points are right where `mask` is white.
+
+    `text` may contain the published request for coordinates, which is removed.
     """
     asked = " ".join(_THEIRS.sub(" ", text).split())
     if not asked:

@@ -1,5 +1,4 @@
-"""A held-out split of ShareRobot's planning questions: by episode, seeded, with a proof that
-nothing leaks.
+"""A held-out split of ShareRobot's planning questions: by episode, seeded, checked for leaks.
 
 BLM1 reports 4,100 questions: 10 kinds x 205 episodes x the 2 templates that each episode has of
 each kind. Which episodes is not published; this draws such a set from the training files, so that a
@@ -60,9 +59,7 @@ class SplitConfig:
 
 
 def kind_of(row: Row) -> str:
-    """'Success_(Positive)_Task' -> 'success_positive'. Raises BlmError for a task that is none of
-    the ten.
-    """
+    """'Success_(Positive)_Task' -> 'success_positive'. Raises BlmError for an unknown task."""
     kind = row.text("task").lower().replace("(", "").replace(")", "").removesuffix("_task")
     if kind not in KINDS:
         raise row.error(f"task '{row.data['task']}' is unknown; valid: {', '.join(KINDS)}")
@@ -104,7 +101,7 @@ def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str]
     if len(able) < config.episodes:
         raise BlmError(
             f"{len(able)} of {len(counts)} episodes of '{folder / config.source}' have {config.templates} "
-            f"questions of each of the {len(KINDS)} kinds and are free; needed: {config.episodes}"
+            f"questions of each of the {len(KINDS)} kinds and are not excluded; needed: {config.episodes}"
         )
     order = np.random.default_rng(config.seed).permutation(len(able))
     held = {able[index] for index in order[: config.episodes]}
@@ -150,7 +147,7 @@ def _draw(rows: Iterable[Row], held: Collection[str], config: SplitConfig) -> li
     for (kind, episode), cell in sorted(cells.items()):
         if len(cell) < config.templates:
             raise BlmError(
-                f"episode '{episode}' has equal rows of kind {kind}; {config.templates} unlike needed"
+                f"episode '{episode}' has equal rows of kind {kind}; {config.templates} different ones needed"
             )
         picked = rng.choice(len(cell), config.templates, replace=False)
         drawn += [row for index, (_, row) in enumerate(sorted(cell.items())) if index in picked]
@@ -167,8 +164,9 @@ def require_disjoint(rows: Iterable[Row], training: Iterable[str], where: str) -
 
 
 def read_training(file: Path) -> list[str]:
-    """Episodes that are trained on: of a `training.json`, or of any JSON list of ids. Raises
-    BlmError.
+    """Read the training episodes: of a `training.json`, or of any JSON list of ids.
+
+    Raises BlmError for a file of another form.
     """
     value = _read(file)
     ids = value.get("ids") if isinstance(value, dict) else value

@@ -1,5 +1,4 @@
-"""Where2Place: point to free space that a sentence describes; right is the share of points inside a
-mask.
+"""Where2Place: point to free space that a sentence describes; scored by the share inside a mask.
 
 Layout, original: FOLDER/point_questions.jsonl with question_id, image, text and category,
 FOLDER/images and FOLDER/masks; the mask has the name of its picture, or the number of its line in

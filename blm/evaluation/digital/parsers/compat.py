@@ -37,9 +37,7 @@ class Upstream:
 
 
 def cosmos_letter(text: str, options: Sequence[str] = ()) -> str | None:
-    """Cosmos-Reason1, letter mode: the first capital letter of the text, whatever word it belongs
-    to.
-    """
+    """Cosmos-Reason1, letter mode: the first capital letter of the text, even inside a word."""
     found = re.search("[A-Z]", text)
     return found[0] if found else None
 
@@ -60,8 +58,7 @@ _PHRASES = (
 
 
 def lmms_eval_mcq(text: str, options: Sequence[str] = ()) -> str | None:
-    """lmms-eval's shared extractor, first version: the best-ranked place of a letter, the last of
-    equals.
+    """lmms-eval's shared extractor, first version: the best-ranked letter, the last of equals.
 
     Ranks: start 10, end 9, anywhere after an answer phrase 7, "(B)" 6, "B." 5, "B:" 4, "B)" 3, "B "
     2; only when none applies, anywhere. Letters inside words count for all but start and end.
@@ -150,8 +147,9 @@ def lmms_eval_points(text: str, width: int, height: int) -> Pixels:
 
 
 def flagevalmm_points(text: str, width: int, height: int) -> Pixels:
-    """FlagEvalMM, Where2Place: last line only; a pair with a "." is 0..1, else pixels; a box is all
-    in it.
+    """FlagEvalMM, Where2Place: only the last line; a pair with a "." is 0..1, others are pixels.
+
+    A box stands for all pixels in it.
     """
     return _mixed_points(text.split("\n")[-1], width, height, inside=True)
 
@@ -162,8 +160,9 @@ def roborefer_points(text: str, width: int, height: int) -> Pixels:
 
 
 def _mixed_points(text: str, width: int, height: int, *, inside: bool) -> Pixels:
-    """`inside`: cut boxes at the picture's sides. A box turned inside out is empty (upstream: no
-    row).
+    """Read points and boxes; `inside` cuts boxes at the picture's sides.
+
+    A box with negative extent is empty (upstream: the row is dropped).
     """
     points: Pixels = []
     for entry in (found for found in _tuples(text) if len(found) in (2, 4)):
@@ -179,7 +178,7 @@ def _mixed_points(text: str, width: int, height: int, *, inside: bool) -> Pixels
         else:
             x0, y0, x1, y1 = (int(value) for value in values)
             columns, rows = range(x0, x1), range(y0, y1)
-            if inside:  # upstream paints the box into a picture, so it is cut at the picture's sides
+            if inside:  # upstream draws the box into a picture
                 columns, rows = (
                     range(side)[slice(a, b)] for side, a, b in ((width, x0, x1), (height, y0, y1))
                 )

@@ -1,5 +1,4 @@
-"""Places and lengths in an answer: points, boxes, distances. The caller names the model's one
-convention.
+"""Coordinates and lengths in an answer: points, boxes, distances. The caller names the convention.
 
 Four are in use, and numbers alone do not tell them apart: integers 0..1000 of each side (ours,
 Qwen3-VL), floats 0..1 (RoboPoint, Where2Place), pixels of the picture as the model saw it
@@ -21,11 +20,11 @@ _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 
 @dataclass(frozen=True)
 class Coordinates:
-    """How a model writes places in a picture."""
+    """The convention in which a model writes coordinates."""
 
     kind: Literal["thousandths", "unit", "pixels", "yx1000"]
     size: tuple[int, int] | None = None
-    """Width and height of the picture that pixels belong to; None: the question's own."""
+    """Width and height of the picture that pixels refer to; None for the question's own."""
 
     @classmethod
     def parse(cls, text: str) -> Coordinates:
@@ -70,13 +69,14 @@ THOUSANDTHS = Coordinates("thousandths")
 def read_numbers(
     text: str, count: int, coordinates: Coordinates = THOUSANDTHS, size: tuple[int, int] | None = None
 ) -> list[tuple[float, ...]]:
-    """All groups of `count` coordinates, "(x, y)", "[x, y]" or Molmo's <point x= y=>, in
-    thousandths.
+    """Read all groups of `count` coordinates, in thousandths.
+
+    Forms are "(x, y)", "[x, y]" and Molmo's <point x= y=>.
     """
     number = rf"\s*({_NUMBER})\s*"
     groups = re.findall(r"[(\[]" + ",".join([number] * count) + r"[)\]]", text)
     if count == 2 and not groups:
-        tags = re.findall(rf'\bx\d*="({_NUMBER})"\s+y\d*="({_NUMBER})"', text)  # percent, whatever the rest
+        tags = re.findall(rf'\bx\d*="({_NUMBER})"\s+y\d*="({_NUMBER})"', text)  # always percent
         return [tuple(round(float(number) * 10, 6) for number in tag) for tag in tags]
     places = [coordinates.to_thousandths(group, size) for group in groups]
     return [place for place in places if place is not None]
