@@ -3,7 +3,7 @@
 from blm.evaluation.comparison import compare, compare_cells, format_comparison
 from blm.evaluation.digital import BENCHMARKS, evaluate_digital
 from blm.evaluation.digital.result import DigitalResult
-from blm.evaluation.physical.episode import Privileged
+from blm.evaluation.physical.episode import PrivilegedPolicy
 from blm.evaluation.physical.evaluate import evaluate_physical
 from blm.evaluation.physical.reference_policies import RandomPolicy, ReplayPolicy, ZeroPolicy
 from blm.evaluation.physical.result import PhysicalResult
@@ -25,7 +25,7 @@ __all__ = [
     "DigitalResult",
     "PhysicalProtocol",
     "PhysicalResult",
-    "Privileged",
+    "PrivilegedPolicy",
     "RandomPolicy",
     "ReplayPolicy",
     "ZeroPolicy",

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from blm.evaluation.physical.episode import Privileged, close, run_episode, set_up, tear_down
+from blm.evaluation.physical.episode import PrivilegedPolicy, close, run_episode, set_up, tear_down
 from blm.evaluation.physical.policy_host import ActsInBatches, HostedPolicy, PolicyHost
 from blm.evaluation.physical.result import EpisodeResult, Execution, PhysicalResult, SharedPolicy
 from blm.evaluation.physical.summary import summarise
@@ -123,7 +123,7 @@ def _require_accepted(policy: Policy, protocol: PhysicalProtocol, out: Path) -> 
 
 def _is_shared(policy: Policy, wanted: bool | None, *, possible: bool) -> bool:
     """Return whether one policy answers all workers. Raises BlmError where it must but cannot."""
-    possible = possible and not isinstance(policy, Privileged)
+    possible = possible and not isinstance(policy, PrivilegedPolicy)
     if wanted and not possible:
         raise BlmError(
             "share_policy needs workers, engine 'local', and a policy that does not see the simulator"

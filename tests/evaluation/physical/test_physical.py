@@ -34,7 +34,7 @@ from blm.evaluation import (
     format_comparison,
     load_result,
 )
-from blm.evaluation.physical.episode import Clock, decision_seed, drive
+from blm.evaluation.physical.episode import EpisodeTimer, decision_seed, drive
 from blm.evaluation.physical.outcome import REASONS, StepOutcome, judge, observe_step
 from blm.evaluation.physical.policy_host import HostedPolicy, PolicyHost
 from blm.evaluation.physical.result import PhysicalResult, SharedPolicy
@@ -695,12 +695,14 @@ class Numbered:
 def test_latency_gives_exactly_these_actions(latency: float | str, horizon: int, wanted: list[int]) -> None:
     fake = Numbered(horizon)
     asked = replace(protocol(latency=latency), cameras=())
-    played = [int(action[0]) for action, _ in zip(drive(fake, fake, 0, asked, Clock()), wanted, strict=False)]
+    played = [
+        int(action[0]) for action, _ in zip(drive(fake, fake, 0, asked, EpisodeTimer()), wanted, strict=False)
+    ]
     assert played == wanted
 
 
 def test_measured_latency_is_the_time_that_the_policy_takes() -> None:
-    fake, clock = Numbered(6, seconds=0.055), Clock()
+    fake, clock = Numbered(6, seconds=0.055), EpisodeTimer()
     actions = drive(fake, fake, 0, replace(protocol(latency="measured"), cameras=()), clock)
     played = [int(next(actions)[0]) for _ in range(8)]
     late = [int(np.ceil(seconds * 20)) for seconds in clock.decisions]
