@@ -190,7 +190,7 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path) -> VariantResult:
         success=summary.overall.success_once,
         success_at_end=summary.overall.success_at_end,
         success_at_limit=summary.overall.success_at_limit,
-        solved={f"{cell.robot}/{cell.task}": int(cell.success_once.hits) for cell in summary.cells},
+        solved={cell.name: int(cell.summary.success_once.hits) for cell in summary.cells},
         result=out.name,
     )
 
@@ -220,8 +220,9 @@ def evaluate_variant(
 ) -> PhysicalResult:
     """Evaluate one model on its own robots and tasks."""
     make = partial(load_checkpoint, checkpoint)
-    how: Any = {"workers": recipe.workers, "engine": recipe.engine, "videos_per_cell": 0}
-    return evaluate_physical(make, protocol, out, **how)
+    return evaluate_physical(
+        make, protocol, out, workers=recipe.workers, engine=recipe.engine, videos_per_cell=0
+    )
 
 
 def untrained_backbone(recipe: Recipe, backbone: Path, folder: Path) -> Path:

@@ -17,7 +17,7 @@ from rich.table import Table
 from blm.types import BlmError, require_numbers
 
 if TYPE_CHECKING:
-    from blm.evaluation.physical.result import PhysicalResult, SuccessSummary
+    from blm.evaluation.physical.result import PhysicalResult
     from blm.planner import CollectConfig
 
 console = Console()
@@ -218,7 +218,7 @@ def print_result(result: PhysicalResult) -> None:
     for heading in ("robot", "task", "n", "once", "95 %", "at end", "at limit", "failures"):
         table.add_column(heading, justify="left" if heading in ("robot", "task", "failures") else "right")
     summary = result.summary
-    rows: list[tuple[str, str, SuccessSummary]] = [(cell.robot, cell.task, cell) for cell in summary.cells]
+    rows = [(cell.robot, cell.task, cell.summary) for cell in summary.cells]
     rows += [("all", wording.replace("_", " "), part) for wording, part in summary.phrasings.items()]
     for robot, task, part in [*rows, ("all", "all", summary.overall)]:
         once, limit = part.success_once, part.success_at_limit

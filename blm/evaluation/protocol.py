@@ -23,6 +23,9 @@ from blm.types import BlmError, ContractError, Episode, PolicyContract, lookup
 _FROM_CONTRACT = ("cameras", "image_size", "rate_hz", "execute")
 Phrasing = Literal["seen", "held_out", "both"]
 Latency = Literal["none", "measured"] | float
+Purpose = Literal["evaluation", "validation", "replay check"]
+Scene = tuple[str, str, int]
+"""Robot, task and seed."""
 
 
 class ProtocolOverrides(TypedDict, total=False):
@@ -66,7 +69,7 @@ class PhysicalProtocol:
 
     name: str = ""
     """Entry of PROTOCOLS that this protocol equals; empty for none."""
-    purpose: Literal["evaluation", "validation", "replay check"] = "evaluation"
+    purpose: Purpose = "evaluation"
     """A validation chooses among the checkpoints of a training run. A replay check executes
     recorded training episodes again: it tests the data and the simulator and is not a score."""
     robots: tuple[str, ...]
@@ -74,7 +77,7 @@ class PhysicalProtocol:
     first_seed: int = 0
     episodes: int
     """Per robot and task; their seeds follow `first_seed`."""
-    recorded: tuple[tuple[str, str, int], ...] = ()
+    recorded: tuple[Scene, ...] = ()
     """Robot, task and seed of each episode of a replay check; they replace the seeds above."""
     max_steps: int = 200
     settle_steps: int = 10
@@ -102,7 +105,7 @@ class PhysicalProtocol:
         return range(self.first_seed, self.first_seed + self.episodes)
 
     @property
-    def scenes(self) -> list[tuple[str, str, int]]:
+    def scenes(self) -> list[Scene]:
         """Robot, task and seed of every episode, cell after cell."""
         every = [(robot, task, seed) for robot in self.robots for task in self.tasks for seed in self.seeds]
         return list(self.recorded) or every
@@ -179,21 +182,18 @@ class PhysicalProtocol:
 
     @classmethod
     def _make(
-        cls, contract: PolicyContract, name: str, settings: ProtocolSettings, **others: Any
+        cls,
+        contract: PolicyContract,
+        name: str,
+        settings: ProtocolSettings,
+        purpose: Purpose = "evaluation",
+        recorded: tuple[Scene, ...] = (),
     ) -> PhysicalProtocol:
         robots, tasks = tuple(settings["robots"]), tuple(settings["tasks"])
-        from_contract = {field: getattr(contract, field) for field in _FROM_CONTRACT}
-        return cls(
-            **{
-                **settings,
-                "robots": robots,
-                "tasks": tasks,
-                "suite": suite_version(robots, tasks),
-                **from_contract,
-                "name": name,
-                **others,
-            }
-        )
+        fields: dict[str, Any] = {**settings, "robots": robots, "tasks": tasks}
+        fields |= {field: getattr(contract, field) for field in _FROM_CONTRACT}
+        suite = suite_version(robots, tasks)
+        return cls(name=name, purpose=purpose, recorded=recorded, suite=suite, **fields)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PhysicalProtocol:

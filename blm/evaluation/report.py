@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import matplotlib
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -23,7 +23,7 @@ from blm.evaluation.comparison import compare
 from blm.evaluation.digital.result import DigitalResult
 from blm.evaluation.digital.table import PaperTable
 from blm.evaluation.physical.outcome import REASONS
-from blm.evaluation.physical.result import CellSummary, EpisodeResult, PhysicalResult
+from blm.evaluation.physical.result import EpisodeResult, PhysicalResult, SuccessSummary
 from blm.evaluation.result_files import load_result
 from blm.evaluation.statistics import Difference, Rate, success_rate
 from blm.io import write_text
@@ -71,7 +71,7 @@ class ReportData:
 class CellGrid:
     """The table of success rates by robot and task. Cells are named "robot/task"."""
 
-    cells: Mapping[str, CellSummary]
+    cells: Mapping[str, SuccessSummary]
     """Of the first policy."""
     marginal: Mapping[str, Rate]
     """Robot or task -> success rate of the first policy over all its cells."""
@@ -128,9 +128,10 @@ def build_report(data: ReportData, out: Path) -> None:
     write_text(out, page)
 
 
-def _template() -> Any:
-    options: Any = {"autoescape": True, "undefined": StrictUndefined}
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, **options)
+def _template() -> Template:
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=StrictUndefined
+    )
     environment.filters |= {
         "percent": lambda share: f"{100 * share:.0f} %",
         "duration": _duration,
@@ -177,8 +178,8 @@ def _grid(results: Mapping[str, PhysicalResult]) -> CellGrid:
     beside: dict[str, dict[str, Rate]] = {}
     for name, result in others:
         for cell in result.summary.cells:
-            beside.setdefault(f"{cell.robot}/{cell.task}", {})[name] = cell.success_once
-    cells = {f"{cell.robot}/{cell.task}": cell for cell in model.summary.cells}
+            beside.setdefault(cell.name, {})[name] = cell.summary.success_once
+    cells = {cell.name: cell.summary for cell in model.summary.cells}
     return CellGrid(cells, marginal, beside)
 
 

@@ -86,38 +86,40 @@ class SuccessSummary:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> SuccessSummary:
-        return cls(**_summary_fields(value))
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        limit = value.get("success_at_limit")
+        return cls(
+            n=value["n"],
+            success_once=Rate(**value["success_once"]),
+            success_at_end=Rate(**value["success_at_end"]),
+            success_at_limit=None if limit is None else Rate(**limit),
+            reasons=value["reasons"],
+            act_ms=value["act_ms"],
+        )
 
 
-def _summary_fields(value: Mapping[str, Any]) -> dict[str, Any]:
-    limit = value.get("success_at_limit")
-    return {
-        "n": value["n"],
-        "success_once": Rate(**value["success_once"]),
-        "success_at_end": Rate(**value["success_at_end"]),
-        "success_at_limit": None if limit is None else Rate(**limit),
-        "reasons": value["reasons"],
-        "act_ms": value["act_ms"],
-    }
-
-
-@dataclass(frozen=True, kw_only=True)
-class CellSummary(SuccessSummary):
+@dataclass(frozen=True)
+class CellSummary:
     """The episodes of one cell: one robot and one task."""
 
     robot: str
     task: str
+    summary: SuccessSummary
     phrasings: Mapping[str, SuccessSummary]
+
+    @property
+    def name(self) -> str:
+        """Return "robot/task"."""
+        return f"{self.robot}/{self.task}"
 
     def to_json(self) -> dict[str, Any]:
         phrasings = _phrasings_to_json(self.phrasings)
-        return {"robot": self.robot, "task": self.task, **super().to_json(), "phrasings": phrasings}
+        return {"robot": self.robot, "task": self.task, **self.summary.to_json(), "phrasings": phrasings}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> CellSummary:
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
         phrasings = _phrasings_from_json(value["phrasings"])
-        return cls(robot=value["robot"], task=value["task"], phrasings=phrasings, **_summary_fields(value))
+        return cls(value["robot"], value["task"], SuccessSummary.from_json(value), phrasings)
 
 
 def _phrasings_to_json(phrasings: Mapping[str, SuccessSummary]) -> dict[str, Any]:

@@ -251,11 +251,11 @@ def test_result_file_is_complete(tmp_path: Path) -> None:
     assert json.dumps(result.to_json(), indent=1) == (tmp_path / "result.json").read_text()
     ids = [f"{robot}/push_cube/{seed}" for robot in ("panda", "xarm6") for seed in (0, 1, 2)]
     assert [episode.id for episode in result.episodes] == ids
-    assert [(cell.robot, cell.n) for cell in result.summary.cells] == [("panda", 3), ("xarm6", 3)]
+    assert [(cell.robot, cell.summary.n) for cell in result.summary.cells] == [("panda", 3), ("xarm6", 3)]
     assert result.summary.overall.success_once.high == pytest.approx(wilson(0, 6)[1])
     summary = result.summary
     parts = [(summary.overall, summary.phrasings, 6, 2)]
-    parts += [(cell, cell.phrasings, 3, 1) for cell in summary.cells]
+    parts += [(cell.summary, cell.phrasings, 3, 1) for cell in summary.cells]
     for whole, phrasings, n, reworded in parts:
         assert whole.n == n and whole.reasons == {**dict.fromkeys(REASONS, 0), "never_touched": n}
         assert {name: p.n for name, p in phrasings.items()} == {
@@ -483,7 +483,7 @@ class Losing(Puppet):
 def test_reasons_in_the_simulator(tmp_path: Path, policy: type, task: str, reason: str) -> None:
     result = run(policy, tmp_path, tasks=[task], max_steps=48, first_seed=3)
     assert [episode.reason for episode in result.episodes] == [reason] * 2
-    assert result.summary.cells[0].reasons[reason] == result.summary.overall.reasons[reason] == 2
+    assert result.summary.cells[0].summary.reasons[reason] == result.summary.overall.reasons[reason] == 2
 
 
 # --- one policy for several processes ---
@@ -647,7 +647,8 @@ evaluate_physical(batched, protocol(**{asked!r}), Path({str(tmp_path / "cut")!r}
     whole = evaluate_physical(batched, protocol(**asked), tmp_path / "whole", workers=2)
     assert same(resumed, whole)
     for one, other in zip(resumed.summary.cells, whole.summary.cells, strict=True):
-        assert one.success_once == other.success_once and one.reasons == other.reasons
+        assert one.summary.success_once == other.summary.success_once
+        assert one.summary.reasons == other.summary.reasons
     for episode in whole.episodes:
         pictures = [
             (tmp_path / name / episode.video).read_bytes() for name in ("cut", "whole") if episode.video
