@@ -48,7 +48,8 @@ def format_comparison(
 
     The p-values of the parts are corrected for their number (Holm 1979, Scand. J. Statistics 6:65).
     """
-    whole, parts = compare(first, second), compare_cells(first, second)
+    whole = compare(first, second)
+    parts = compare_cells(first, second)
     corrected = holm([part.p_value for part in parts.values()])
     rows = [("all", whole, whole.p_value)]
     rows += [(name, part, p) for (name, part), p in zip(parts.items(), corrected, strict=True)]
@@ -83,7 +84,8 @@ def _pairs(first: EvaluationResult, second: EvaluationResult, but: Collection[st
         for result in (first, second)
     )
     require_equal(ours, theirs, _UNLIKE, "there")
-    items, others = first.items(), {item.id: item for item in second.items()}
+    items = first.items()
+    others = {item.id: item for item in second.items()}
     if len(others) != len(items):
         raise ContractError(f"{_UNLIKE}: {len(items)} items here, {len(others)} there")
     pairs = []

@@ -90,14 +90,17 @@ def effective_size(values: np.ndarray, groups: Sequence[str], strata: Sequence[s
     less than right-or-wrong ones, which raises it.
     """
     index = np.unique(np.asarray(groups), return_inverse=True)[1]
-    n, clusters = len(values), int(index.max()) + 1
+    n = len(values)
+    clusters = int(index.max()) + 1
     means, stratum = _stratum_means(values, strata)
-    centred, mean = values - means[stratum], float(means.mean())
+    centred = values - means[stratum]
+    mean = float(means.mean())
     plain = clusters == n and strata is None and bool(np.isin(values, (0, 1)).all())
     if plain or clusters == 1 or not centred.any():
         return float(clusters)  # without variance the design effect is unknown: assume the worst
     parts = centred / (len(means) * np.bincount(stratum))[stratum]
-    variance, correction = float(parts @ parts), 1.0
+    variance = float(parts @ parts)
+    correction = 1.0
     if clusters < n:
         sums = np.bincount(index, weights=parts)
         variance = max(variance, clusters / (clusters - 1) * float(sums @ sums))
@@ -111,7 +114,8 @@ def _t95(freedom: int) -> float:
     `scipy.stats.t.ppf` is exact, and would change the intervals of few clusters.
     """
     z = Z95
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / freedom + second / freedom**2 + third / freedom**3
 
@@ -124,8 +128,10 @@ def paired_difference(
     Newcombe 1998, Statistics in Medicine 17:2635, method 8: it combines the intervals of both rates
     with the correlation of the outcomes, so it is valid at 0 and 100 % too.
     """
-    a, b = success_rate(first, groups), success_rate(second, groups)
-    x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    a = success_rate(first, groups)
+    b = success_rate(second, groups)
+    x = np.asarray(first, dtype=np.float64)
+    y = np.asarray(second, dtype=np.float64)
     scale = float(x.std() * y.std())
     correlation = float(np.mean(x * y) - a.rate * b.rate) / scale if scale > 0 else 0.0
 
@@ -133,10 +139,19 @@ def paired_difference(
         return math.sqrt(max(0.0, one**2 + other**2 - 2 * correlation * one * other))
 
     gap = a.rate - b.rate
-    low, high = gap - combine(a.rate - a.low, b.high - b.rate), gap + combine(a.high - a.rate, b.rate - b.low)
-    ours, theirs = int((x > y).sum()), int((y > x).sum())
-    p_value = mcnemar(ours, theirs) if groups is None else None
-    return Difference(a.n, a.rate, b.rate, gap, low, high, ours, theirs, p_value)
+    only_first = int((x > y).sum())
+    only_second = int((y > x).sum())
+    return Difference(
+        n=a.n,
+        first=a.rate,
+        second=b.rate,
+        difference=gap,
+        low=gap - combine(a.rate - a.low, b.high - b.rate),
+        high=gap + combine(a.high - a.rate, b.rate - b.low),
+        only_first=only_first,
+        only_second=only_second,
+        p_value=mcnemar(only_first, only_second) if groups is None else None,
+    )
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

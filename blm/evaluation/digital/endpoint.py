@@ -71,7 +71,9 @@ class Endpoint:
         settings: EndpointSettings | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.model, self.url, self.settings = model, url.rstrip("/"), settings or EndpointSettings()
+        self.model = model
+        self.url = url.rstrip("/")
+        self.settings = settings or EndpointSettings()
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=self.settings.concurrency)
         try:
@@ -85,7 +87,8 @@ class Endpoint:
             raise BlmError(
                 f"cannot use the proxy that the environment names for {self.url}: {error}"
             ) from error
-        self._cache, self._sleep = AnswerCache(cache), sleep
+        self._cache = AnswerCache(cache)
+        self._sleep = sleep
 
     @property
     def name(self) -> str:
@@ -135,7 +138,8 @@ class Endpoint:
         return body if settings.seed is None else {**body, "seed": settings.seed}
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        trouble, wait = "", 0.0
+        trouble = ""
+        wait = 0.0
         for attempt in range(self.settings.attempts):
             if attempt:
                 self._sleep(wait)

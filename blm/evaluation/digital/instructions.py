@@ -16,8 +16,12 @@ from blm.evaluation.digital.answers import answer_all
 from blm.evaluation.statistics import Rate, success_rate
 from blm.types import Chat, Message, Question
 
-MAX_TOKENS, BATCH = 128, 20
+MAX_TOKENS = 128
+"""Longest answer."""
+BATCH = 20
+"""Instructions asked together."""
 Rule = Callable[[str], bool]
+"""Answer -> whether it follows the rule."""
 
 
 @dataclass(frozen=True, kw_only=True)

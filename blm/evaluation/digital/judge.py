@@ -43,7 +43,9 @@ Give 0 if it is wrong, contradicts the reference, refuses, names no answer, or h
 Length and style do not count. Say in one sentence why, then the rating on a line of its own, exactly so:
 Rating: [[1]] or Rating: [[0.5]] or Rating: [[0]]"""
 MAX_TOKENS = 512
+"""Longest reply of the judge."""
 BATCH = 64
+"""Answers graded together."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ class LanguageJudge:
 
     def __init__(self, chat: Chat, name: str, *, cache: Path | None = None, compat: str = "") -> None:
         """`compat`: the entry of COMPAT whose rating parser is used."""
-        self.chat, self.name, self.prompt = chat, name, digest([SYSTEM, PROMPT, MAX_TOKENS])
+        self.chat = chat
+        self.name = name
+        self.prompt = digest([SYSTEM, PROMPT, MAX_TOKENS])
         self._cache = AnswerCache(cache)
         self._read = (compat and COMPAT[compat].rating) or read_rating
 

@@ -131,14 +131,16 @@ def _box(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
     """Intersection over union of two boxes (x1, y1, x2, y2)."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
     shared = max(width, 0.0) * max(height, 0.0)
     union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - shared
     return shared / union if union > 0 else 0.0
 
 
 def _metric(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
-    reference, found = read_metric(question.answer), read_metric(final_answer(raw))
+    reference = read_metric(question.answer)
+    found = read_metric(final_answer(raw))
     if reference is None:
         raise BlmError(f"question '{question.id}': the reference {question.answer!r} is not a length in cm")
     if found is None or len(found) != len(reference):

@@ -99,6 +99,9 @@ def compare_with_baseline(
     predictions: Sequence[Prediction], baseline: Sequence[Prediction], average: Average
 ) -> BaselineResult:
     """Summarise a baseline, and the model's gain over it on the same questions."""
-    ours, theirs = [p.score for p in predictions], [p.score for p in baseline]
-    gain = paired_difference(ours, theirs, [p.group for p in predictions])
+    gain = paired_difference(
+        [p.score for p in predictions],
+        [p.score for p in baseline],
+        [p.group for p in predictions],
+    )
     return BaselineResult(summarise(baseline, average), gain)

@@ -98,9 +98,10 @@ class ReplayPolicy:
 
     def act(self, observation: Observation) -> ActionChunk:
         """Return the next recorded actions; after the end, the last one repeatedly."""
-        chunk, self._left = self._left[:REPLAY_CHUNK], self._left[REPLAY_CHUNK:]
+        chunk = self._left[:REPLAY_CHUNK]
         missing = REPLAY_CHUNK - len(chunk)
-        self._left = self._left if len(self._left) else chunk[-1:]
+        rest = self._left[REPLAY_CHUNK:]
+        self._left = rest if len(rest) else chunk[-1:]
         actions = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
         return ActionChunk(actions=actions, rate_hz=self.contract.rate_hz)
 

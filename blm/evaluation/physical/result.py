@@ -212,7 +212,8 @@ class PhysicalResult(EvaluationResult):
         ]
 
     def to_json(self) -> dict[str, Any]:
-        value, execution = super().to_json(), {} if self.execution is None else asdict(self.execution)
+        value = super().to_json()
+        execution = {} if self.execution is None else asdict(self.execution)
         if execution:
             value["workers"] = execution.pop("workers")
         value |= self.summary.to_json() | execution

@@ -5,8 +5,8 @@ Layout: FOLDER/<dimension>/annotations.json, a list of {"source_dataset", "image
 in data/ of AdaCheng/EgoThink: the folders, the fields, the place of the pictures, 30 new tokens and
 300 for planning.
 
-What differs on purpose: there every model has its own prompt, here all have the one below; there an
-answer that the judge could not rate is left out of the mean, here it counts as wrong.
+Deliberate differences from upstream: all models have the prompt below (upstream: one each); an
+answer that the judge could not rate counts as wrong (upstream: it is left out of the mean).
 """
 
 from __future__ import annotations

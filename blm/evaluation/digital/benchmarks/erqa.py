@@ -2,11 +2,11 @@
 
 Layout: FOLDER/data/*.parquet as on the hub, with question_id, question, question_type, images,
 visual_indices and answer; or FOLDER/erqa.jsonl with the same fields, where images are paths below
-FOLDER. The pictures in the parquet are written once to FOLDER/unpacked. `visual_indices` are places
-in the text of the question: a picture stands before the character of its index; without indices, or
-with zeros only, all stand first. Checked against the loader of FlagEvalMM (tasks/erqa/process.py),
-which interleaves so, the task of lmms-eval and a published example. Assumed: the names of the
-parquet files, and all of the jsonl form.
+FOLDER. The pictures in the parquet are written once to FOLDER/unpacked. `visual_indices` are
+positions in the text of the question: a picture stands before the character of its index; without
+indices, or with zeros only, all pictures come first. Checked against the loader of FlagEvalMM
+(tasks/erqa/process.py), which interleaves in this way, the task of lmms-eval and a published
+example. Assumed: the names of the parquet files, and all of the jsonl form.
 """
 
 from __future__ import annotations

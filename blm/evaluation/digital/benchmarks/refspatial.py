@@ -7,8 +7,8 @@ prompt, suffix and step. Checked against the dataset card, the listing of the hu
 evaluation script. Unseen, 77 more questions, is meant for models trained on RefSpatial and is not
 asked.
 
-What differs on purpose: one form of coordinates (pointing.py), and an answer without points is
-wrong (there such rows leave the mean).
+Deliberate differences from upstream: one form of coordinates (pointing.py), and an answer without
+points is wrong (upstream: such rows are left out of the mean).
 """
 
 from __future__ import annotations

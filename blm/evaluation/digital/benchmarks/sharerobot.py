@@ -10,9 +10,9 @@ of the hub (planning/jsons, train and test with ten files each) and three public
 them. Assumed: the place of the frames after unpacking (three are tried), and that the published
 test rows are what papers score.
 
-What differs on purpose: at most 8 frames of up to 30, evenly spaced, the last included; questions
-whose reference is yes or no ask for just that and are compared, not judged; the others go to the
-judge.
+Deliberate differences from upstream: at most 8 frames of up to 30, evenly spaced, the last
+included; questions whose reference is yes or no ask for just that and are compared, not judged; the
+others go to the judge.
 """
 
 from __future__ import annotations

@@ -23,7 +23,9 @@ from blm.evaluation.digital.benchmarks.layout import Row, find_files, read_rows
 from blm.io import write_json
 from blm.types import BlmError, require_numbers
 
-SPLIT, TRAINING, HELD = "split.json", "training.json", "planning/heldout"
+SPLIT = "split.json"
+TRAINING = "training.json"
+HELD = "planning/heldout"
 KINDS = (
     "discriminative_affordance_negative",
     "discriminative_affordance_positive",

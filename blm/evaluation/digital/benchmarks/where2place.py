@@ -7,8 +7,8 @@ question_type, image and mask. Checked against both dataset cards, summarize_vqa
 wentaoyuan/RoboPoint (number of the line) and the loaders of FlagEvalMM and lmms-eval. Not known:
 whether every row has a category; without one the kind is 'free_space'.
 
-What differs on purpose: one form of coordinates (pointing.py); a mask's pixel is white or it is
-not; an answer without points is wrong (in RoboPoint's script a failed parse leaves the mean).
+Deliberate differences from upstream: one form of coordinates (pointing.py); masks are binary; an
+answer without points is wrong (RoboPoint's script leaves it out of the mean).
 """
 
 from __future__ import annotations
