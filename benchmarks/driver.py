@@ -23,7 +23,7 @@ import tyro
 
 from blm.app.policies import load_checkpoint
 from blm.evaluation.protocol import PROTOCOLS, VALIDATION_SEEDS
-from blm.evaluation.results import machine
+from blm.evaluation.results import this_machine
 from blm.evaluation.statistics import paired_difference, success_rate
 from blm.robots import ROBOTS
 from blm.runtime import Arm, Limits, Safety, State
@@ -153,7 +153,11 @@ def main(
                 rows.append((with_limit, without))
                 print(f"{robot} {task} {seed}: with {with_limit}, without {without}", flush=True)
             env.close()
-    result = summary(rows) | {"checkpoint": checkpoint, "latency_s": latency_s, "machine": machine()}
+    result = summary(rows) | {
+        "checkpoint": checkpoint,
+        "latency_s": latency_s,
+        "machine": this_machine().to_json(),
+    }
     result |= {"seconds": round(time.monotonic() - began), "first_seed": VALIDATION_SEEDS[0], "seeds": seeds}
     print(json.dumps(result))
     if out is not None:

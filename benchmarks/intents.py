@@ -23,7 +23,7 @@ import tyro
 
 from blm.backbone.backbone import Backbone, build_nano
 from blm.datasets.lerobot import finalize_dataset, open_dataset, stage_episode
-from blm.evaluation.results import machine
+from blm.evaluation.results import this_machine
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.add_robot import fresh
@@ -125,7 +125,7 @@ def main(repeats: int = 5, steps: int = 4, batch_size: int = 32, threads: int = 
         "samples_per_repeat": steps * batch_size,
         "tokens_per_frame": tokens,
         "threads": threads,
-        "machine": machine(),
+        "machine": this_machine().to_json(),
     }
     print(json.dumps(result, indent=1))
 

@@ -27,7 +27,7 @@ from blm.app.recipes import RECIPES
 from blm.backbone.backbone import Backbone, build_nano
 from blm.backbone.prompt import control_prompt
 from blm.backbone.published_shapes import shape_of
-from blm.evaluation.results import machine
+from blm.evaluation.results import this_machine
 from blm.policy.network import PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
 from blm.types import ImageArray
@@ -180,7 +180,7 @@ def main(
             found[f"batch {count}"]["compiled over eager"] = ratio(
                 rows, "denoising step, compiled", "denoising step"
             )
-    name = torch.cuda.get_device_name() if device == "cuda" else machine()["processor"]
+    name = torch.cuda.get_device_name() if device == "cuda" else this_machine().processor
     about = {"device": name, "cores": os.cpu_count(), "threads": threads, "torch": torch.__version__}
     weights = shape or str(checkpoint or "untrained nano")
     print(

@@ -32,7 +32,7 @@ from websockets.asyncio.client import connect
 from worst_requests import table
 
 from blm.app.model import BLM
-from blm.evaluation.results import machine
+from blm.evaluation.results import this_machine
 from blm.serving.protocols.openpi import wire
 from blm.serving.scheduler import blank_observation
 from blm.types import Observation, PolicyContract
@@ -78,7 +78,7 @@ def main(
         server.send_signal(signal.SIGTERM)
         server.wait(20)
     result |= {
-        "machine": machine(),
+        "machine": this_machine().to_json(),
         "checkpoint": checkpoint,
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
     }

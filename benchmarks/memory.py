@@ -25,7 +25,7 @@ import tyro
 
 from blm.app.memory import GIB, plan
 from blm.app.recipes import RECIPES, Recipe
-from blm.evaluation.results import machine
+from blm.evaluation.results import this_machine
 from blm.policy.network import PolicyBatch, PolicyNetwork
 from blm.training.loop.distributed import Part
 from blm.training.loop.loop import Ema, LoopConfig, Piece, run_loop
@@ -111,7 +111,7 @@ def main(
         }
         print(json.dumps({name: found[name]}), flush=True)
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    print(json.dumps({"recipes": found, "gpu": gpu, "machine": machine()}, indent=1))
+    print(json.dumps({"recipes": found, "gpu": gpu, "machine": this_machine().to_json()}, indent=1))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from blm.backbone import Backbone, build_nano
 from blm.corpora.format.messages import read_corpus
 from blm.corpora.scenes.build import SceneCorpusConfig, build_scene_corpus
-from blm.evaluation.results import machine
+from blm.evaluation.results import this_machine
 from blm.training.sft.loss import MaskedLossModel
 from blm.training.sft.mixture_sampler import MixtureSampler, Source
 from blm.training.sft.pack import ExampleBatch, pack
@@ -209,7 +209,7 @@ def main(options: Options) -> None:
             result = measure(backbone, folder, talks, texts, options)
     result |= {
         "options": asdict(options),
-        "machine": machine() | {"load": os.getloadavg()[0]},
+        "machine": this_machine().to_json() | {"load": os.getloadavg()[0]},
     }
     print(json.dumps(result, indent=1))
 

@@ -10,7 +10,7 @@ from blm.backbone import Backbone
 from blm.backbone.backbone import RELEASED
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, read_questions
 from blm.evaluation import STAGE1_HELD_OUT_SEEDS, PhysicalProtocol, evaluate_digital, evaluate_physical
-from blm.evaluation.digital.runner import Asking
+from blm.evaluation.digital.runner import DigitalEvalConfig
 from blm.policy.checkpoint import folder_of
 from blm.policy.policy import CheckpointPolicy
 from blm.robots import ROBOTS
@@ -54,7 +54,7 @@ def test_it_pushes_on_every_robot(policy: CheckpointPolicy, tmp_path: Path) -> N
     """On seeds for validation; suite24 keeps its own."""
     protocol = PhysicalProtocol.for_validation(policy.contract, tasks=["push_cube"], episodes=2)
     result = evaluate_physical(lambda: policy, protocol, tmp_path, workers=0, videos_per_cell=0)
-    assert result["overall"]["success_once"]["hits"] >= 4
+    assert result.summary.overall.success_once.hits >= 4
 
 
 def test_it_answers_about_new_scenes_of_every_robot_and_task(nano: Backbone, tmp_path: Path) -> None:
@@ -74,7 +74,11 @@ def test_it_answers_about_new_scenes_of_every_robot_and_task(nano: Backbone, tmp
     build_scene_corpus(config, tmp_path / "corpus", workers=0)
     questions = read_questions(tmp_path / "corpus")
     result = evaluate_digital(
-        nano, questions, tmp_path / "result", model="blm-nano", asking=Asking(root=tmp_path / "corpus")
+        nano,
+        questions,
+        tmp_path / "result",
+        model="blm-nano",
+        config=DigitalEvalConfig(root=tmp_path / "corpus"),
     )
-    assert result["overall"]["n"] == len(questions) >= 100
-    assert result["overall"]["rate"] > 0.75
+    assert result.summary.overall.n == len(questions) >= 100
+    assert result.summary.overall.rate > 0.75

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blm.app.model import find_model
-from blm.evaluation.digital.endpoint import Endpoint, Settings
+from blm.evaluation.digital.endpoint import Endpoint, EndpointSettings
 from blm.types import BlmError, Chat
 
 HELP = "a checkpoint or backbone folder, a backbone's name, or openai:MODEL@URL (URL ends in /v1)"
@@ -30,7 +30,7 @@ def find_chat(
     device: str = "cpu",
     api_key: str | None = None,
     cache: Path | None = None,
-    settings: Settings | None = None,
+    settings: EndpointSettings | None = None,
 ) -> Named:
     """Load what `name` says. Raises UnknownNameError with the choices, BlmError for what has no chat.
 
@@ -49,7 +49,11 @@ def find_chat(
 
 
 def find_endpoint(
-    name: str, *, api_key: str | None = None, cache: Path | None = None, settings: Settings | None = None
+    name: str,
+    *,
+    api_key: str | None = None,
+    cache: Path | None = None,
+    settings: EndpointSettings | None = None,
 ) -> Endpoint:
     """Open 'openai:MODEL@URL'; nothing is sent yet."""
     model, _, url = name.removeprefix(SCHEME).rpartition("@")

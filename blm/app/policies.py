@@ -13,7 +13,7 @@ import numpy as np
 from blm.app.model import check_device
 from blm.datasets.lerobot import open_dataset
 from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy
-from blm.evaluation.physical.baselines import ReplayPolicy
+from blm.evaluation.physical.reference_policies import ReplayPolicy
 from blm.planner.arm_planner import PlanError
 from blm.planner.expert import Expert
 from blm.policy.checkpoint import folder_of, kind_of

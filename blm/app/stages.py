@@ -19,7 +19,7 @@ from rich.markup import escape
 from blm.app.model import BLM
 from blm.app.pipeline import Stage, read_ledger, to_json
 from blm.app.recipes import Recipe
-from blm.app.validation import validation_episodes
+from blm.app.validation import closed_loop_validation
 from blm.app.viewing import collection_sheet
 from blm.backbone import Backbone
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus, read_questions
@@ -34,7 +34,7 @@ from blm.evaluation import (
     evaluate_digital,
     evaluate_physical,
 )
-from blm.evaluation.digital.runner import Asking
+from blm.evaluation.digital.runner import DigitalEvalConfig
 from blm.evaluation.digital.subset import evenly_spaced
 from blm.evaluation.report import ReportData, build_report
 from blm.io import read_json, replacing, write_json
@@ -137,7 +137,7 @@ def run_stage2(recipe: Recipe, run: Path) -> None:
         data.require(space, recipe.cameras, recipe.image_size, space.rate_hz)
     config = stage2_of(recipe, run, run / "stage1/backbone", run / "intents", (recipe.robots, recipe.tasks))
     drives = recipe.stage2.drive
-    drive = validation_episodes(run / "stage2", recipe.tasks, drives, recipe.workers) if drives else None
+    drive = closed_loop_validation(run / "stage2", recipe.tasks, drives, recipe.workers) if drives else None
     train_stage2(config, run / "stage2", {"recipe": to_json(recipe)}, drive=drive)
 
 
@@ -188,7 +188,7 @@ def run_eval_digital(recipe: Recipe, run: Path) -> None:
             run / "results" / name,
             train_questions=known,
             model=model.contract.revision,
-            asking=Asking(root=folder),
+            config=DigitalEvalConfig(root=folder),
         )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.console import Console
@@ -15,6 +15,9 @@ from rich.table import Table
 
 from blm.io import write_text
 from blm.types import BlmError, Question, lookup, require_numbers
+
+if TYPE_CHECKING:
+    from blm.evaluation.digital.result import AnswerSummary, DigitalResult
 
 console = Console()
 MATCH = "match"
@@ -63,9 +66,9 @@ def evaluate(command: str, arguments: list[str]) -> None:
     """`blm eval digital`: any model on any benchmark."""
     from blm.app.chats import find_chat
     from blm.evaluation.digital import BENCHMARKS
-    from blm.evaluation.digital.benchmarks.pointing import asked_in
-    from blm.evaluation.digital.endpoint import Endpoint, Settings
-    from blm.evaluation.digital.runner import Asking, evaluate_digital
+    from blm.evaluation.digital.benchmarks.pointing import with_convention
+    from blm.evaluation.digital.endpoint import Endpoint, EndpointSettings
+    from blm.evaluation.digital.runner import DigitalEvalConfig, evaluate_digital
     from blm.evaluation.digital.subset import evenly_spaced
     from blm.evaluation.digital.table import paper_tables
     from blm.evaluation.report import ReportData, build_report
@@ -74,12 +77,12 @@ def evaluate(command: str, arguments: list[str]) -> None:
     benchmark = lookup("benchmark", chosen.benchmark, BENCHMARKS)
     convention = chosen.coordinates.partition(":")[0]
     questions = [
-        asked_in(question, convention) if question.scorer == "points" else question
+        with_convention(question, convention) if question.scorer == "points" else question
         for question in evenly_spaced(load_questions(chosen.benchmark, chosen.data), chosen.limit)
     ]
     known = load_questions("scene", chosen.baseline_corpus) if chosen.baseline_corpus else []
     judge = find_judge(chosen)
-    asking = Asking(
+    config = DigitalEvalConfig(
         root=chosen.data, coordinates=chosen.coordinates, compat=chosen.compat, batch=chosen.batch
     )
     found = find_chat(
@@ -87,7 +90,7 @@ def evaluate(command: str, arguments: list[str]) -> None:
         device=chosen.device,
         api_key=chosen.api_key,
         cache=chosen.out / "answers",
-        settings=Settings(concurrency=chosen.concurrency),
+        settings=EndpointSettings(concurrency=chosen.concurrency),
     )
     with ExitStack() as open_now:
         for chat in (found.chat, getattr(judge, "chat", None)):
@@ -101,7 +104,7 @@ def evaluate(command: str, arguments: list[str]) -> None:
             train_questions=known,
             benchmark=benchmark,
             judge=judge,
-            asking=asking,
+            config=config,
         )
     print_result(result)
     show_tables([(chosen.model, result)])
@@ -135,9 +138,9 @@ def find_judge(chosen: Evaluate) -> Any:
     return LanguageJudge(endpoint, endpoint.name, cache=cache, compat=chosen.compat if reads else "")
 
 
-def print_result(result: Mapping[str, Any]) -> None:
-    """Print the scores of every kind, beside the baselines, and what could not be read or judged."""
-    baselines = result["baselines"]
+def print_result(result: DigitalResult) -> None:
+    """Print the score of every kind beside the baselines, and counts of unread and unjudged answers."""
+    baselines, summary = result.baselines, result.summary
     table = Table(box=None)
     for heading in (
         "kind",
@@ -151,40 +154,48 @@ def print_result(result: Mapping[str, Any]) -> None:
         "median error",
     ):
         table.add_column(heading.replace("_", " "), justify="left" if heading == "kind" else "right")
-    for name, part in [*result["kinds"].items(), ("all", result["overall"])]:
-        sides = [(b["kinds"][name] if name != "all" else b["overall"])["rate"] for b in baselines.values()]
-        median, cm = part["median_error"], part["median_error_cm"]
-        error = f"{median:.0f} ‰" if median is not None else f"{cm:.1f} cm" if cm is not None else "-"
-        counts = (str(part[what]) for what in ("unread", "refused", "unjudged"))
-        interval = f"{part['low']:.1%} to {part['high']:.1%}"
-        shares = (f"{rate:.1%}" for rate in sides)
-        table.add_row(name, str(part["n"]), f"{part['rate']:.1%}", interval, *shares, *counts, error)
+    for name, part in summary.kinds.items():
+        table.add_row(name, *_cells(part, [b.summary.kinds[name] for b in baselines.values()]))
+    table.add_row("all", *_cells(summary.overall, [b.summary.overall for b in baselines.values()]))
     Console(width=max(console.width, 130)).print(table)
-    headline, protocol = result["headline"], result["protocol"]
-    over = "over kinds" if headline["average"] == "kinds" else "over questions"
-    interval = f"({headline['low']:.1%} to {headline['high']:.1%})"
+    headline = summary.headline
+    over = "over kinds" if headline.average == "kinds" else "over questions"
+    interval = f"({headline.low:.1%} to {headline.high:.1%})"
     console.print(
-        f"{protocol['benchmark']}: {headline['rate']:.1%} {interval}, mean {over}, n = {headline['n']}"
+        f"{result.protocol.benchmark}: {headline.rate:.1%} {interval}, mean {over}, n = {headline.n}"
     )
-    for name, part in result["balanced"].items():
+    for name, balanced in summary.balanced.items():
         console.print(
-            f"balanced accuracy, {name}: {part['rate']:.1%} ({part['low']:.1%} to {part['high']:.1%}); "
-            f"right on yes {part['yes']['rate']:.0%}, on no {part['no']['rate']:.0%}; "
-            f"says yes to {part['said_yes']:.0%}"
+            f"balanced accuracy, {name}: {balanced.rate:.1%} ({balanced.low:.1%} to {balanced.high:.1%}); "
+            f"recall of yes {balanced.yes.rate:.0%}, of no {balanced.no.rate:.0%}; "
+            f"answers yes to {balanced.said_yes:.0%}"
         )
-    for name, part in baselines.items():
-        gain = part["model_minus_baseline"]
-        points = [100 * gain[key] for key in ("difference", "low", "high")]
+    for name, baseline in baselines.items():
+        gain = baseline.model_minus_baseline
+        points = [100 * value for value in (gain.difference, gain.low, gain.high)]
         text = f"{points[0]:+.1f} points ({points[1]:+.1f} to {points[2]:+.1f})"
         console.print(f"model minus {name.replace('_', ' ')}: {text}")
-    if judge := result["judge"]:
-        known = judge["calibration"]
+    if result.judge is not None:
+        known = result.judge.calibration
         console.print(
-            f"judge {judge['model']}: agrees on {known['agree']} of {known['n']} answers with known grades "
-            f"({known['failed']} failed)",
+            f"judge {result.judge.model}: agrees on {known.agree} of {known.n} answers with known grades "
+            f"({known.failed} failed)",
             markup=False,
             soft_wrap=True,
         )
+
+
+def _cells(part: AnswerSummary, baselines: Sequence[AnswerSummary]) -> list[str]:
+    """The cells of a row of scores, after its name."""
+    median, cm = part.median_error, part.median_error_cm
+    return [
+        str(part.n),
+        f"{part.rate:.1%}",
+        f"{part.low:.1%} to {part.high:.1%}",
+        *(f"{baseline.rate:.1%}" for baseline in baselines),
+        *(str(count) for count in (part.unread, part.refused, part.unjudged)),
+        f"{median:.0f} ‰" if median is not None else f"{cm:.1f} cm" if cm is not None else "-",
+    ]
 
 
 def table(command: str, arguments: list[str]) -> None:
@@ -217,21 +228,22 @@ def table(command: str, arguments: list[str]) -> None:
 class _Labelled:
     label: str
     path: Path
-    result: Mapping[str, Any]
+    result: DigitalResult
 
 
 def _labelled(entry: str) -> _Labelled:
-    from blm.evaluation.results import load_result
+    from blm.evaluation.digital.result import DigitalResult
+    from blm.evaluation.result_files import load_result
 
     label, _, folder = entry.rpartition("=")
     path = Path(folder) / "result.json" if Path(folder).is_dir() else Path(folder)
     result = load_result(path)
-    if result["kind"] != "digital":
-        raise BlmError(f"'{folder}' is a result of the {result['kind']} space; these tables are digital")
-    return _Labelled(label or result["model"], path, result)
+    if not isinstance(result, DigitalResult):
+        raise BlmError(f"'{folder}' is a {result.kind} result; these tables are of digital results")
+    return _Labelled(label or result.model, path, result)
 
 
-def show_tables(results: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+def show_tables(results: Sequence[tuple[str, DigitalResult]]) -> None:
     """Print the paper's tables with these results in them; nothing for other benchmarks."""
     from blm.evaluation.digital.table import NOTE, paper_tables
 
@@ -240,9 +252,9 @@ def show_tables(results: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
         shown.add_column("model")
         for column in paper.columns:
             shown.add_column(column.replace("_", " "), justify="right")
-        for line in paper.lines:
-            cells = (cell.text() if cell else "-" for cell in line.cells)
-            shown.add_row(escape(line.model), *cells, style="dim" if line.published else "bold")
+        for row in paper.rows:
+            scores = (score.text() if score else "-" for score in row.scores)
+            shown.add_row(escape(row.model), *scores, style="dim" if row.published else "bold")
         Console(width=max(console.width, 130)).print(shown)
 
 
@@ -254,5 +266,5 @@ def _write_tables(found: Sequence[_Labelled], out: Path) -> None:
     if out.suffix == ".md":
         write_text(out, "\n".join(map(to_markdown, papers)))
         return
-    digital = {f"{entry.label}: {entry.result['protocol']['benchmark']}": entry.path for entry in found}
+    digital = {f"{entry.label}: {entry.result.protocol.benchmark}": entry.path for entry in found}
     build_report(ReportData(title="Digital space", digital=digital, papers=papers), out)

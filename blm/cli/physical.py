@@ -17,6 +17,7 @@ from rich.table import Table
 from blm.types import BlmError, require_numbers
 
 if TYPE_CHECKING:
+    from blm.evaluation.physical.result import PhysicalResult
     from blm.planner import CollectConfig
 
 console = Console()
@@ -211,24 +212,36 @@ def evaluate(command: str, arguments: list[str]) -> None:
         console.print(f"report: {report}", soft_wrap=True)
 
 
-def print_result(result: Mapping[str, Any]) -> None:
-    """Print the success of every cell, with its interval, and what went wrong in the others."""
+def print_result(result: PhysicalResult) -> None:
+    """Print success rates of every cell with intervals, and the reasons of the failures."""
     table = Table(box=None)
     for heading in ("robot", "task", "n", "once", "95 %", "at end", "at limit", "failures"):
         table.add_column(heading, justify="left" if heading in ("robot", "task", "failures") else "right")
-    rows = [(cell["robot"], cell["task"], cell) for cell in result["cells"]]
-    rows += [("all", wording.replace("_", " "), part) for wording, part in result["phrasings"].items()]
-    for robot, task, part in [*rows, ("all", "all", result["overall"])]:
-        once, end = part["success_once"], part["success_at_end"]
-        failures = ", ".join(f"{reason} {n}" for reason, n in part["reasons"].items() if reason and n)
-        interval = f"{once['low']:.1%} to {once['high']:.1%}"
-        limit = f"{part['success_at_limit']['rate']:.0%}" if "success_at_limit" in part else "-"
-        shares = f"{once['rate']:.0%}", interval, f"{end['rate']:.0%}", limit
-        table.add_row(robot, task, str(part["n"]), *shares, failures or "-")
+    summary = result.summary
+    rows = [(cell.robot, cell.task, cell.summary) for cell in summary.cells]
+    rows += [("all", wording.replace("_", " "), part) for wording, part in summary.phrasings.items()]
+    for robot, task, part in [*rows, ("all", "all", summary.overall)]:
+        once, limit = part.success_once, part.success_at_limit
+        failures = ", ".join(f"{reason} {n}" for reason, n in part.reasons.items() if n)
+        table.add_row(
+            robot,
+            task,
+            str(part.n),
+            f"{once.rate:.0%}",
+            f"{once.low:.1%} to {once.high:.1%}",
+            f"{part.success_at_end.rate:.0%}",
+            "-" if limit is None else f"{limit.rate:.0%}",
+            failures or "-",
+        )
     _print_wide(table)
-    spent = {k.removeprefix("seconds_"): v for k, v in result.items() if k.startswith("seconds_")}
-    parts = ", ".join(f"{name} {value:.0f} s" for name, value in spent.items())
-    console.print(f"{result['seconds'] / 60:.1f} min in all; summed over workers: {parts}", soft_wrap=True)
+    minutes, spent = result.seconds / 60, result.execution
+    parts = ""
+    if spent is not None:
+        parts = (
+            f"policy {spent.seconds_policy:.0f} s, physics {spent.seconds_physics:.0f} s, "
+            f"rendering {spent.seconds_rendering:.0f} s"
+        )
+    console.print(f"{minutes:.1f} min in all; summed over workers: {parts}", soft_wrap=True)
 
 
 def compare(command: str, arguments: list[str]) -> None:

@@ -53,15 +53,18 @@ def retention(command: str, arguments: list[str]) -> None:
 
 def probe(before: Any, after: Any) -> dict[str, Any]:
     """Ask both models the instruction probes; rates of each, and the paired difference."""
-    from blm.evaluation.digital.instructions import run_probes, summarise
+    from blm.evaluation.digital.instructions import run_instructions, summarise
     from blm.evaluation.statistics import paired_difference
 
-    asked = {"base": run_probes(before), "tuned": run_probes(after)}
-    outcomes = {name: [row["correct"] for row in rows] for name, rows in asked.items()}
+    asked = {"base": run_instructions(before), "tuned": run_instructions(after)}
+    outcomes = {name: [answer.correct for answer in answers] for name, answers in asked.items()}
     return {
-        "probes": {name: summarise(rows) for name, rows in asked.items()},
+        "probes": {
+            name: {part: asdict(rate) for part, rate in summarise(answers).items()}
+            for name, answers in asked.items()
+        },
         "tuned_minus_base": asdict(paired_difference(outcomes["tuned"], outcomes["base"])),
-        "rows": asked,
+        "rows": {name: [asdict(answer) for answer in answers] for name, answers in asked.items()},
     }
 
 

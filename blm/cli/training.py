@@ -125,7 +125,7 @@ def stage2(command: str, arguments: list[str]) -> None:
     """`blm train stage2 OUT --datasets FOLDER ..`: bridge and policy on any datasets."""
     chosen = parse_stage2(command, arguments)
     from blm.app.model import check_device
-    from blm.app.validation import validation_episodes
+    from blm.app.validation import closed_loop_validation
     from blm.datasets.lerobot import open_dataset
     from blm.training.loop.distributed import Processes
     from blm.training.policy.train import train_stage2
@@ -136,7 +136,9 @@ def stage2(command: str, arguments: list[str]) -> None:
     )
     tasks = sorted({task for folder in config.datasets for task in open_dataset(folder).tasks})
     drive = (
-        validation_episodes(chosen.out, tasks, chosen.drive, config.intents.workers) if chosen.drive else None
+        closed_loop_validation(chosen.out, tasks, chosen.drive, config.intents.workers)
+        if chosen.drive
+        else None
     )
     facts = {
         "command": ["blm", command, *arguments],

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from blm.app.recipes import RECIPES
-from blm.app.studies import changed
+from blm.app.studies import with_field
 from blm.cli import corpus, digital, main, physical, training
 from blm.corpora import CurationConfig, SceneCorpusConfig
 from blm.corpora.converters import Settings as ConvertSettings
@@ -105,7 +105,7 @@ def test_every_number_of_every_command_has_limits(command):
             path = name.replace("-", "_")
             old = attrgetter(path)(CONFIGS[command])
             try:
-                changed(CONFIGS[command], path, (value,) * len(old) if isinstance(old, tuple) else value)
+                with_field(CONFIGS[command], path, (value,) * len(old) if isinstance(old, tuple) else value)
                 wrong.append(f"{name}={value} was accepted")
             except BlmError as error:
                 if path.rpartition(".")[2] not in str(error):
