@@ -1,7 +1,8 @@
 """Pictures and video frames on disk -> pixels: the one place that opens media files.
 
-A media reference is a path below its folder. With a media fragment (W3C Media Fragments, `clip.mp4#t=1.25`)
-it is the frame of that video shown at 1.25 s. Nothing outside the folder is read, nor a huge one.
+A media reference is a path below its folder. With a media fragment (W3C Media Fragments,
+`clip.mp4#t=1.25`) it is the frame of that video shown at 1.25 s. Nothing outside the folder is
+read, nor a huge one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ _TIME = re.compile(r"^(?P<file>.*)#t=(?P<seconds>\d+(?:\.\d+)?)$")
 
 
 def load_pixels(image: Image, root: Path | None = None) -> ImageArray:
-    """Return uint8 RGB [height, width, 3]; a path is read below `root`. Raises BlmError for anything else."""
+    """Return uint8 RGB [height, width, 3]; a path is read below `root`.
+
+    Raises BlmError for anything else.
+    """
     if image.pixels is None:
         if image.path is None:
             raise BlmError("an image has neither pixels nor a path")
@@ -71,7 +75,10 @@ def _read(file: str, reference: str) -> ImageArray:
 
 
 def read_pixels(file: Path) -> ImageArray:
-    """Read any picture file as upright RGB; transparency is dropped. Raises BlmError naming the file."""
+    """Read any picture file as upright RGB; transparency is dropped.
+
+    Raises BlmError naming the file.
+    """
     try:
         with PIL.Image.open(file) as picture:
             if picture.width * picture.height > MAX_PIXELS:
@@ -85,7 +92,8 @@ def read_pixels(file: Path) -> ImageArray:
 
 
 def read_frames(file: Path, times: Sequence[float]) -> list[ImageArray]:
-    """Return the frames of a video that are shown at `times` [s], in that order, in one pass over it.
+    """Return the frames of a video that are shown at `times` [s], in that order, in one pass over
+    it.
 
     A time after the end gives the last frame. Raises BlmError for a file that is no readable video.
     """

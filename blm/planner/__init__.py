@@ -1,4 +1,6 @@
-"""Demonstrations: tasks split into primitives, planned motions, an expert for any state, the collector."""
+"""Demonstrations: tasks split into primitives, planned motions, an expert for any state, the
+collector.
+"""
 
 from blm.planner.collect import CollectConfig, collect
 from blm.planner.expert import Expert

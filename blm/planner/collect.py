@@ -22,13 +22,13 @@ import numpy as np
 from rich.console import Console
 
 from blm.datasets.lerobot import finalize_dataset, stage_episode
-from blm.io import MARK, hold, read_json, remove_own, work_folder, write_json
-from blm.jobs import MAX_WORKERS, Result, Unit, run_units
+from blm.io import MARK, lock_folder, read_json, remove_own, work_folder, write_json
+from blm.jobs import MAX_WORKERS, Result, WorkUnit, run_units
 from blm.planner.decompositions import DECOMPOSITIONS
 from blm.planner.demonstration import TAKE_OVER, Demonstrator, Perturbation, demonstrate
 from blm.planner.expert import HOLD_STEPS, Expert
 from blm.robots import ROBOTS
-from blm.seeds import reserved, warning
+from blm.seeds import count_reserved_seeds, reserved_seeds_warning
 from blm.tasks import Env
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.scene import CAMERAS
@@ -128,7 +128,7 @@ def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -
     """
     wanted = {k: v for k, v in json.loads(json.dumps(asdict(config))).items() if k not in _NOT_DATA}
     wanted["pilot"] = pilot().contract.revision if pilot else None
-    with hold(out):
+    with lock_folder(out):
         _claim(out, config, wanted)
         if not (out / "summary.json").exists():
             _make(config, out, wanted, pilot)
@@ -168,7 +168,9 @@ def _make(config: CollectConfig, out: Path, wanted: dict[str, Any], pilot: MakeP
         "seconds": round(time.monotonic() - began, 1),
         "seconds_in": {part: round(seconds, 1) for part, seconds in parts.items()},
         **{key: provenance[key] for key in ("versions", "suite", "seeds")},
-        "reserved_seeds": reserved(int(k.split("/")[2]) for k, result in results.items() if result["kept"]),
+        "reserved_seeds": count_reserved_seeds(
+            int(k.split("/")[2]) for k, result in results.items() if result["kept"]
+        ),
         "config": wanted,
     }
     write_json(out / "summary.json", summary)
@@ -199,9 +201,9 @@ def _claim(out: Path, config: CollectConfig, wanted: dict[str, Any]) -> None:
         )
     if rows:  # nothing was collected yet
         write_json(claim, wanted)
-    counts = reserved(range(config.first_seed, config.first_seed + config.episodes))
+    counts = count_reserved_seeds(range(config.first_seed, config.first_seed + config.episodes))
     if {*counts} - {"held-out questions"}:  # which recipes collect, and never train on
-        Console(stderr=True).print(f"warning: {warning(str(out), counts)}", soft_wrap=True)
+        Console(stderr=True).print(f"warning: {reserved_seeds_warning(str(out), counts)}", soft_wrap=True)
 
 
 def _attempt_all(
@@ -212,7 +214,7 @@ def _attempt_all(
     tried = dict.fromkeys(product(config.robots, config.tasks), config.episodes)
     while True:
         units = [
-            Unit(f"{robot}/{task}/{seed}", (config, robot, task, seed, staging, pilot))
+            WorkUnit(f"{robot}/{task}/{seed}", (config, robot, task, seed, staging, pilot))
             for (robot, task), count in tried.items()
             for seed in range(config.first_seed, config.first_seed + count)
         ]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from blm.datasets.lerobot import open_dataset
 from blm.io import read_json, write_json
-from blm.jobs import Result, Unit, run_units
+from blm.jobs import Result, WorkUnit, run_units
 from blm.planner.collect import CollectConfig, make_env
 from blm.planner.demonstration import replay
 from blm.tasks.appearance import Appearance
@@ -24,8 +24,9 @@ CHUNK = 20
 def verify(out: Path, *, workers: int = 2, engine: Literal["local", "ray"] = "local") -> dict[str, Any]:
     """Replay every episode of a collection; return, and write, `out/verified.json`.
 
-    The result has "episodes", "same" and "differing" (key -> what differs). Raises BlmError when `out` is not
-    a finished collection, ContractError when suite or simulator are not those of the record.
+    The result has "episodes", "same" and "differing" (key -> what differs). Raises BlmError when
+    `out` is not a finished collection, ContractError when suite or simulator are not those of the
+    record.
     """
     if not (out / "summary.json").is_file():
         raise BlmError(f"'{out}' holds no finished collection (no summary.json); collect it, or finish it")
@@ -36,7 +37,7 @@ def verify(out: Path, *, workers: int = 2, engine: Literal["local", "ray"] = "lo
     for robot in config.robots:
         count = open_dataset(out / robot).num_episodes
         units += [
-            Unit(f"{robot}/{i}", (out, config, robot, i, min(i + CHUNK, count)))
+            WorkUnit(f"{robot}/{i}", (out, config, robot, i, min(i + CHUNK, count)))
             for i in range(0, count, CHUNK)
         ]
     journal = out / ".verify.jsonl"

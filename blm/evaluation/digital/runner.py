@@ -21,12 +21,12 @@ from blm.evaluation.digital.parsers.compat import COMPAT
 from blm.evaluation.digital.parsers.coordinates import Coordinates, read_metric, read_numbers
 from blm.evaluation.digital.parsers.extraction import normalise
 from blm.evaluation.digital.scoring import Rules, score
-from blm.evaluation.digital.summary import Row, stem_of, summarise, versus
+from blm.evaluation.digital.summary import Row, summarise, versus
 from blm.evaluation.protocol import DigitalProtocol, digest
 from blm.evaluation.results import require_free, write_result
-from blm.jobs import Unit, run_units
+from blm.jobs import WorkUnit, run_units
 from blm.media import locate, split_time, with_pixels
-from blm.types import BlmError, Chat, Image, Message, Question, lookup, require_numbers
+from blm.types import BlmError, Chat, Image, Message, Question, base_kind, lookup, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +186,7 @@ def _ask(
         if not batches or len(batches[-1]) == asking.batch or limits[batches[-1][0]] != limits[place]:
             batches.append([])
         batches[-1].append(place)
-    units = [Unit(f"{name}/{model}/{asking.batch}/{i}", batch) for i, batch in enumerate(batches)]
+    units = [WorkUnit(f"{name}/{model}/{asking.batch}/{i}", batch) for i, batch in enumerate(batches)]
     done = run_units(answer, units, journal=out / "journal.jsonl", workers=0, title="questions")
     answers: dict[int, Raw] = {}
     for unit, result in zip(units, done.values(), strict=True):
@@ -226,15 +226,15 @@ def _baselines(train: Sequence[Question]) -> dict[str, Callable[[Question], str]
     """
     alike: dict[tuple[str, ...], list[Question]] = defaultdict(list)
     for question in train:
-        alike[(stem_of(question.kind),)].append(question)
-        alike[stem_of(question.kind), question.messages[-1].text].append(question)
+        alike[(base_kind(question.kind),)].append(question)
+        alike[base_kind(question.kind), question.messages[-1].text].append(question)
     usual = {key: _usual(part) for key, part in alike.items()}
 
     def majority(question: Question) -> str:
-        return usual.get((stem_of(question.kind),), "")
+        return usual.get((base_kind(question.kind),), "")
 
     def question_only(question: Question) -> str:
-        return usual.get((stem_of(question.kind), question.messages[-1].text), majority(question))
+        return usual.get((base_kind(question.kind), question.messages[-1].text), majority(question))
 
     return {"majority": majority, "question_only": question_only}
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from blm.evaluation.digital.parsers.extraction import normalise
 from blm.evaluation.statistics import paired_difference, success_rate
+from blm.types import base_kind
 
 Row = dict[str, Any]
 YES_NO = {"yes", "no"}
@@ -63,15 +64,11 @@ def balanced(rows: Sequence[Row]) -> dict[str, Any]:
     stems: dict[str, list[Row]] = {}
     for row in rows:
         if answers[row["kind"]] <= YES_NO:
-            stems.setdefault(stem_of(row["kind"]), []).append(row)
+            stems.setdefault(base_kind(row["kind"]), []).append(row)
     both = {name: part for name, part in stems.items() if {normalise(r["reference"]) for r in part} == YES_NO}
     if len(both) > 1:
         both["all"] = [row for part in both.values() for row in part]
     return {name: _recalls(part) for name, part in both.items()}
-
-
-def stem_of(kind: str) -> str:
-    return kind.removesuffix("_positive").removesuffix("_negative")
 
 
 def _recalls(rows: Sequence[Row]) -> dict[str, Any]:
