@@ -1,6 +1,4 @@
-"""Hosts, ports and addresses: what a Host header may say, what is loopback, and sockets that
-listen.
-"""
+"""Hosts, ports and addresses: parsing Host headers, recognising loopback, listening sockets."""
 
 from __future__ import annotations
 
@@ -14,12 +12,13 @@ from urllib.parse import urlsplit
 from blm.types import BlmError
 
 LOOPBACK_NAMES = frozenset({"localhost", "ip6-localhost", "ip6-loopback"})
-"""Names that /etc/hosts gives to loopback; they have no dot, so nobody can register them."""
+"""Host names of loopback in /etc/hosts; without a dot, nobody can register them."""
 _NAME = re.compile(r"(?!-)[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
 _AUTHORITY = re.compile(r"(?P<host>\[[0-9a-f:.]+(%[\w.-]+)?\]|[^:\[\]]*)(:(?P<port>\d{0,5}))?")
 BACKLOG = 2048
-"""Connections that wait to be accepted; the system may have a lower limit."""
+"""Maximum number of connections that wait to be accepted; the system may have a lower limit."""
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+"""An IP address."""
 
 
 def read_authority(text: str) -> tuple[str, int | None]:
@@ -59,17 +58,13 @@ def read_ip(text: str) -> Address | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or IP literal is this machine by definition, without asking a name
-    server.
-    """
+    """Whether a host name or IP literal is loopback, without asking a name server."""
     address = read_ip(host.strip("[]"))
     return address.is_loopback if address else host.lower().removesuffix(".") in LOOPBACK_NAMES
 
 
 def is_loopback_url(url: str) -> bool:
-    """Whether an http:// or ws:// address stays on this machine; such traffic never goes through a
-    proxy.
-    """
+    """Whether an http:// or ws:// URL points to loopback; such traffic must bypass proxies."""
     try:
         return is_loopback(urlsplit(url).hostname or "")
     except ValueError:
@@ -134,9 +129,7 @@ def listen(host: str, port: int, flag: str = "--port") -> list[socket.socket]:
 
 
 def check_free(host: str, port: int, flag: str = "--port") -> None:
-    """Raise BlmError if a server could not listen there now: before a long load rather than after
-    it.
-    """
+    """Raise BlmError if a server cannot listen there now. Call it before a long load."""
     for one in listen(host, port, flag):
         one.close()
 

@@ -1,8 +1,8 @@
-"""Pictures and video frames on disk -> pixels: the one place that opens media files.
+"""Loads pictures and video frames from disk; no other module opens media files.
 
 A media reference is a path below its folder. With a media fragment (W3C Media Fragments,
-`clip.mp4#t=1.25`) it is the frame of that video shown at 1.25 s. Nothing outside the folder is
-read, nor a huge one.
+`clip.mp4#t=1.25`) it is the frame of the video at 1.25 s. Files outside the folder and oversized
+pictures are refused.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import PIL.ImageOps
 from blm.types import BlmError, Image, ImageArray, Message
 
 MAX_PIXELS = 64_000_000
-"""Larger pictures are refused before they are decoded [px]."""
+"""Maximum size of a picture [px]; larger ones are refused before they are decoded."""
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+"""File endings of videos."""
 _TIME = re.compile(r"^(?P<file>.*)#t=(?P<seconds>\d+(?:\.\d+)?)$")
 
 
@@ -92,8 +93,7 @@ def read_pixels(file: Path) -> ImageArray:
 
 
 def read_frames(file: Path, times: Sequence[float]) -> list[ImageArray]:
-    """Return the frames of a video that are shown at `times` [s], in that order, in one pass over
-    it.
+    """Return the frames of a video at `times` [s], in that order, in one pass.
 
     A time after the end gives the last frame. Raises BlmError for a file that is no readable video.
     """

@@ -1,6 +1,4 @@
-"""Corpora for Stage I: the messages format, converters, curation, validation, questions about our
-scenes.
-"""
+"""Corpora for Stage I: format, converters, curation, validation and scene questions."""
 
 from blm.corpora.converters import CONVERTERS, ConverterConfig, convert
 from blm.corpora.curation.report import CurationReport

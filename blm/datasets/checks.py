@@ -88,9 +88,7 @@ def vector_faults(dataset: EpisodeDataset, every: bool = False) -> Iterator[Dama
 
 
 def video_faults(dataset: EpisodeDataset, every: bool = False) -> Iterator[DamagedError]:
-    """Yield missing and unreadable videos, and videos whose header has a wrong length, rate or
-    size.
-    """
+    """Yield missing, unreadable and inconsistent videos, judged by their headers."""
     lengths = np.diff(dataset.starts)
     for camera, camera_videos in dataset.camera_videos.items():
         if every:

@@ -1,5 +1,4 @@
-"""An opened dataset: vectors in memory, video frames on demand. Open one with
-`blm.datasets.lerobot`.
+"""An opened dataset: vectors in memory, video frames on demand.
 
 Shape legend: N frames, E episodes, D dimensions.
 """
@@ -44,8 +43,9 @@ class CameraVideos:
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def read(self, number: int, frame: int) -> ImageArray:
-        """Return one frame [H, W, 3] of file `number`. Thread-safe; least recently used files are
-        closed.
+        """Return one frame [H, W, 3] of file `number`.
+
+        Thread-safe; least recently used files are closed.
 
         The lock is held for the whole read, because an open file has one decoder position: two
         threads that seek in it would get each other's frames.
@@ -142,19 +142,17 @@ class EpisodeDataset:
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash of all files, including videos: from the manifest, or computed for a foreign
-        dataset.
-        """
+        """Hash of all files, from the manifest or computed for a foreign dataset."""
         return content_hash(self.manifest or {"files": describe_files(self.folder)})
 
     def frames(self, indices: Sequence[int] | IndexArray, camera: str) -> ImageArray:
-        """Return frames [n, H, W, 3] of one camera, in the order of the dataset frame numbers
-        `indices` [n].
+        """Return frames [n, H, W, 3] of one camera for dataset frame numbers `indices` [n].
 
         Increasing numbers are fastest. Raises ContractError for a camera that the dataset lacks.
         """
         self._require_cameras([camera])
-        camera_videos, rows = self.camera_videos[camera], np.asarray(indices, np.int64)
+        camera_videos = self.camera_videos[camera]
+        rows = np.asarray(indices, np.int64)
         episodes = self.episode_index[rows]
         files = camera_videos.file[episodes]
         numbers = camera_videos.first[episodes] + rows - self.starts[episodes]
@@ -164,9 +162,7 @@ class EpisodeDataset:
         return images
 
     def episode(self, i: int, cameras: Sequence[str] | None = None) -> Episode:
-        """Return episode `i` with the pictures of `cameras` (default: all cameras; empty: no
-        pictures).
-        """
+        """Return episode `i` with the pictures of `cameras` (None: all cameras)."""
         rows = np.arange(self.starts[i], self.starts[i + 1])
         return Episode(
             robot=self.space.robot,
@@ -183,9 +179,7 @@ class EpisodeDataset:
         )
 
     def require(self, space: ActionSpace, cameras: Sequence[str], image_size: int, rate_hz: float) -> None:
-        """Raise ContractError that prints both sides unless space, cameras, image size and rate
-        match.
-        """
+        """Raise ContractError unless space, cameras, image size and rate match."""
         space.require_same(self.space, f"dataset '{self.folder}'")
         self._require_cameras(cameras)
         needs = {"image size": (image_size, self.image_size), "rate [Hz]": (rate_hz, self.info["fps"])}

@@ -49,8 +49,9 @@ def no_progress(items: Sequence[Any], title: str) -> Iterable[Any]:
 def manifest_faults(
     folder: Path, manifest: Mapping[str, Any], quick: bool = False, progress: ProgressIterator = no_progress
 ) -> Iterator[DamagedError]:
-    """Yield files that differ from the manifest in size or checksum; `quick` skips checksums of
-    videos.
+    """Yield files that differ from the manifest in size or checksum.
+
+    `quick` skips checksums of videos.
     """
     present = dict(_list(folder))
     for name, entry in progress([*manifest["files"].items()], "files"):
@@ -73,8 +74,7 @@ def manifest_faults(
 
 
 def written_here(folder: Path, provenance: Mapping[str, Any]) -> set[str]:
-    """Return the names of the files of a dataset that this very collection wrote, so they may be
-    replaced.
+    """Return the files that this very collection wrote and may therefore replace.
 
     Raises BlmError for a dataset of another program or collection, and for a dataset that was
     altered since, because it cannot be reproduced.

@@ -1,5 +1,6 @@
-"""The dataset format: LeRobotDataset v3.0, one dataset per robot. All access goes through this
-module.
+"""The dataset format: LeRobotDataset v3.0, one dataset per robot.
+
+All access goes through this module.
 
 Information without a place in LeRobot's format (action space, primitives, format version) is stored
 in `meta/info.json` under the key "blm", in episode columns "blm/..." and in `meta/manifest.json`.
@@ -98,7 +99,8 @@ def _load_own(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
         vectors = {k: Stats.from_json({**stats[k], "count": stats[k]["count"][0]}) for k in VECTORS}
     with reading(folder / "meta/info.json"):
         own = info["blm"]
-        file, shape = np.zeros(len(starts) - 1, np.int64), (own["image_size"], own["image_size"])
+        file = np.zeros(len(starts) - 1, np.int64)
+        shape = (own["image_size"], own["image_size"])
         return EpisodeDataset(
             folder=folder,
             info=info,

@@ -24,7 +24,7 @@ from blm.datasets.video import probe
 from blm.io import DamagedError, reading
 from blm.types import ActionSpace, BlmError
 
-REWRITE = "mend it with the program that wrote it"
+REWRITE = "fix it with the program that wrote it"
 STATE, ACTION = VECTORS[:2]
 Videos = tuple[tuple[Path, ...], IndexArray, IndexArray]
 """Video files, index of the file of each episode [E], and its first frame there [E]."""
@@ -122,7 +122,7 @@ def _space(folder: Path, info: Mapping[str, Any], actions: NDArray[np.float32]) 
     if names is None:
         names = [str(i) for i in range(dim)]
     if not isinstance(names, list) or len(names) != dim:
-        raise BlmError(f"'{folder}': action has {dim} dimensions but the names {names}; mend meta/info.json")
+        raise BlmError(f"'{folder}': action has {dim} dimensions but the names {names}; fix meta/info.json")
     fields = {"robot": info.get("robot_type") or "unknown", "rate_hz": float(info["fps"]), "kind": "unknown"}
     low, high = actions.min(axis=0).tolist(), actions.max(axis=0).tolist()
     return ActionSpace.from_json(
@@ -236,7 +236,8 @@ def _read(layout: _Layout, names: list[str]) -> dict[str, NDArray[Any]]:
             for name, values in parts[-1].items():
                 if values.shape[1:] != (first := parts[0][name].shape[1:]):
                     raise ValueError(f"{name} has rows of {values.shape[1:]}, the first file of {first}")
-    have, need = sum(len(part["index"]) for part in parts), int(layout.starts[-1])
+    have = sum(len(part["index"]) for part in parts)
+    need = int(layout.starts[-1])
     if have != need:
         raise DamagedError(f"'{layout.data[0].parent.parent}' holds {have} frames, its episodes need {need}")
     return {name: np.concatenate([part[name] for part in parts]) for name in names}

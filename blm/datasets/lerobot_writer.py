@@ -53,8 +53,9 @@ def video_file(camera: str) -> str:
 
 
 def stage_episode(folder: Path, key: str, episode: Episode, fps: int = 20) -> Path:
-    """Write one episode to `folder/key` atomically and return that folder; the same episode is
-    replaced.
+    """Write one episode to `folder/key` atomically and return that folder.
+
+    The same episode is replaced.
 
     Raises ContractError for arrays that differ in length or are not finite, and BlmError on disk
     errors; then nothing of the episode is left.
@@ -212,9 +213,7 @@ def _columns(rows: list[Row], fps: int, tasks: list[str], primitives: list[str])
 
 
 def _entry(row: Row, i: int, columns: Columns, fps: int, cameras: Sequence[str]) -> dict[str, Any]:
-    """Return row `i` of the episodes table: text, place in the files, and statistics of one
-    episode.
-    """
+    """Return row `i` of the episodes table: text, place in the files, statistics."""
     start, stop = (int(x) for x in np.searchsorted(columns["episode_index"], [i, i + 1]))
     entry: dict[str, Any] = {
         "episode_index": i,
@@ -239,7 +238,9 @@ def _entry(row: Row, i: int, columns: Columns, fps: int, cameras: Sequence[str])
 
 
 def _info(rows: list[Row], columns: Columns, fps: int, own: Mapping[str, Any]) -> dict[str, Any]:
-    space, cameras, side = own["action_space"], own["cameras"], own["image_size"]
+    space = own["action_space"]
+    cameras = own["cameras"]
+    side = own["image_size"]
     features: dict[str, Any] = {}
     for name, values in columns.items():
         names = list(space["names"]) if values.ndim == 2 else None
@@ -268,9 +269,7 @@ def _info(rows: list[Row], columns: Columns, fps: int, own: Mapping[str, Any]) -
 
 
 def _modality(own: Mapping[str, Any]) -> dict[str, Any]:
-    """Return GR00T's description of the columns: arm joints and gripper as slices of state and
-    action.
-    """
+    """Return GR00T's description of the columns: arm and gripper as slices."""
     dim = len(own["action_space"]["names"])
     parts = {"arm": {"start": 0, "end": dim - 1}, "gripper": {"start": dim - 1, "end": dim}}
     return {

@@ -1,5 +1,4 @@
-"""Exact statistics of vector features, and statistics of pictures from histograms of sampled
-frames.
+"""Exact statistics of vectors, and histogram statistics of sampled pictures.
 
 LeRobot aggregates quantiles as weighted means of per-episode quantiles, which can be far from the
 quantiles of the data. Normalisation needs exact quantiles, so they are computed over all frames at
@@ -48,9 +47,7 @@ def image_histogram(frames: ImageArray) -> Histogram:
 
 
 def histogram_stats(histogram: Histogram) -> Stats:
-    """Return statistics of pixel values scaled to [0, 1], each of shape [3, 1, 1] as LeRobot stores
-    them.
-    """
+    """Return statistics of pixel values in [0, 1], each of LeRobot's shape [3, 1, 1]."""
     values = np.arange(256) / 255.0
     shares = np.cumsum(histogram, axis=1) / histogram.sum(axis=1, keepdims=True)
     mean = np.array([np.average(values, weights=channel) for channel in histogram])

@@ -30,8 +30,9 @@ MOST_OPENING = 10.0
 
 @dataclass(frozen=True, eq=False)
 class Normalize:
-    """Affine map of [low, high] to [-1, 1]; `low` and `high` are [D], or [H, D] for one range per
-    step.
+    """Affine map of [low, high] to [-1, 1].
+
+    `low` and `high` are [D], or [H, D] for one range per step.
     """
 
     low: FloatArray
@@ -59,9 +60,7 @@ class Normalize:
 
 @dataclass(frozen=True)
 class ActionTransform:
-    """Makes chunks [.., H, D] relative to the raw state [.., D] at which they start, then
-    normalises them.
-    """
+    """Makes chunks [.., H, D] relative to their first state [.., D] and normalises them."""
 
     normalize: Normalize
     relative: bool
@@ -74,9 +73,7 @@ class ActionTransform:
 
 
 def _origin(state: FloatArray, relative: bool) -> FloatArray:
-    """Return the origin of actions [.., 1, D]: joint positions [rad], and 0 for the gripper (the
-    last).
-    """
+    """Return the origin of relative actions [.., 1, D]: joints [rad], gripper 0."""
     arm = np.array(state, dtype=np.float64)
     arm[..., -1 if relative else slice(None)] = 0
     return arm[..., None, :]
@@ -101,15 +98,15 @@ class RobotTransforms:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RobotTransforms:
-        state, actions = Normalize.from_json(data["state"]), Normalize.from_json(data["actions"])
+        state = Normalize.from_json(data["state"])
+        actions = Normalize.from_json(data["actions"])
         return cls(state=state, normalize_actions=actions, relative=data["relative"])
 
 
 def action_chunks(
     actions_ND: FloatArray, frames: NDArray[np.int64], ends: NDArray[np.int64], horizon: int
 ) -> tuple[FloatArray, NDArray[np.bool_]]:
-    """Return the next `horizon` actions of each frame [n, H, D], and which lie in its episode [n,
-    H].
+    """Return the next `horizon` actions of frames [n, H, D] and their validity [n, H].
 
     `ends` [n] is one past the last frame of each frame's episode. Beyond it, the last action is
     repeated.
@@ -119,9 +116,7 @@ def action_chunks(
 
 
 def implausible_ranges(space: ActionSpace, *values: FloatArray) -> Iterator[str]:
-    """Yield a message for each dimension of arrays [.., D] whose values cannot be rad or gripper
-    openings.
-    """
+    """Yield a message for each dimension of arrays [.., D] with implausible values."""
     for place, (name, unit) in enumerate(zip(space.names, space.units, strict=True)):
         low, high = (float(f([f(array[..., place]) for array in values])) for f in (np.min, np.max))
         if unit == "rad" and max(-low, high) > MOST_TURNS * 2 * np.pi:
@@ -137,8 +132,7 @@ def fit_transforms(
     inside_NH: NDArray[np.bool_],
     relative: bool,
 ) -> RobotTransforms:
-    """Fit the normalisation to training frames: one range per joint, for actions one per (step,
-    joint).
+    """Fit the normalisation to training frames, per joint; for actions per step and joint.
 
     The gripper keeps the range of the action space, because its opening is bounded and often
     constant. Raises BlmError if no episode is as long as a chunk, and for implausible units.

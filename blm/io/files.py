@@ -281,9 +281,7 @@ def _remove_abandoned(target: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Flush a file or folder to the disk, so that it survives a power failure, where that is
-    supported.
-    """
+    """Flush a file or folder to the disk, where that is supported."""
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:

@@ -1,5 +1,4 @@
-"""Folders: built beside their final place, swapped in atomically, and removed only if marked as
-ours.
+"""Folders: built beside their place, swapped in atomically, removed only if ours.
 
 Every folder that is being built or is about to be removed holds a marker file (`MARK`). Nothing
 here removes a folder without it. Symbolic links are never followed when something is removed.
@@ -80,8 +79,9 @@ def new_folder(target: Path, *, written: Written | None = None, resume: bool = F
 
 
 def recover_folder(target: Path) -> Path:
-    """Repair what a killed writer of `target` left and return `target`. Call it before opening a
-    folder.
+    """Repair what a killed writer of `target` left and return `target`.
+
+    Call it before opening a folder.
 
     If the writer was killed between two renames, the old folder is restored.
     """
@@ -183,8 +183,9 @@ def _read_mark(folder: Path) -> dict[str, Any]:
 
 
 def _swap(work: Path, target: Path, replace: bool) -> None:
-    """Move a marked folder to `target`; without `replace`, fail if something appeared there
-    meanwhile.
+    """Move a marked folder to `target`.
+
+    Without `replace`, fail if something appeared there meanwhile.
     """
     if not replace or not os.path.lexists(target):
         work.rename(target)

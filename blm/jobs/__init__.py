@@ -8,7 +8,7 @@ idempotent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,9 @@ def run_units(
     setup_args: tuple[Any, ...] = (),
     engine: str = "local",
 ) -> dict[str, Result]:
-    """Run `work(payload)` for every unit that is not in the journal; return key -> result for all
-    units.
+    """Run `work(payload)` for every unit that is not in the journal.
+
+    Return key -> result for all units.
 
     `work` and `setup` must be module-level functions; `setup` runs once in each worker. With
     `workers=0` everything runs in this process.
@@ -92,12 +93,17 @@ def run_units(
                     finished[key] = result
                 advance()
     if given_up:
-        some = ", ".join(f"'{key}' {reason}" for key, reason in [*given_up.items()][:3])
-        raise BlmError(
-            f"{len(given_up)} of {len(units)} work units were given up, the others are finished: {some}. "
-            "Check memory, or use fewer workers; the same command tries them again"
-        )
+        raise _given_up_error(given_up, len(units))
     return {unit.key: finished[unit.key] for unit in units}
+
+
+def _given_up_error(reasons: Mapping[str, str], count: int) -> BlmError:
+    """Return the error of a run in which units (key -> reason) were given up."""
+    some = ", ".join(f"'{key}' {reason}" for key, reason in [*reasons.items()][:3])
+    return BlmError(
+        f"{len(reasons)} of {count} work units were given up, the others are finished: {some}. "
+        "Check memory, or use fewer workers; the same command tries them again"
+    )
 
 
 @contextmanager

@@ -53,8 +53,9 @@ class _Worker:
 
 
 def run_locally(job: JobSpec, units: Sequence[WorkUnit]) -> UnitResults:
-    """Run units in worker processes, one unit at a time each, so that a death is blamed on one
-    unit.
+    """Run units in worker processes.
+
+    A worker gets one unit at a time, so that its death is attributed to that unit.
     """
     pending = deque(units)
     deaths = Counter[str]()

@@ -61,9 +61,9 @@ REASONS: dict[Reason, str] = {
     "unreachable": "no joint positions reach the pose",
     "ik_failed": "a straight line leaves the reachable space or changes branch",
     "collision": "the pose or the line goes into the arm, the table or an item",
-    "no_path": "every way to the pose is blocked",
+    "no_path": "every path to the pose is blocked",
     "retiming_failed": "no time parameterisation within the joint limits",
-    "timeout": "the search for a way took too long",
+    "timeout": "the search for a path took too long",
 }
 
 
@@ -87,8 +87,9 @@ def make_pose(position: Sequence[float] | Vector, yaw: float = 0.0, tilt: float 
 
 
 class ArmPlanner:
-    """Plans motions of one arm among the items of a task. Joint vectors [dof] hold arm joints only
-    [rad].
+    """Plans motions of one arm among the items of a task.
+
+    Joint vectors [dof] hold arm joints only [rad].
 
     There are no items until `update_collision_world` is called. `clearance` [m] is the distance
     that a motion keeps from them.
@@ -198,7 +199,7 @@ class ArmPlanner:
                 return waypoints
         if sample and (paths := self._sampled_paths(start, goal, rng, clearance)):
             return min(paths, key=path_length)
-        raise PlanError("no_path", f"the way to {where} is blocked")
+        raise PlanError("no_path", f"every path to {where} is blocked")
 
     def is_free(self, waypoints: Sequence[Vector] | Vector, clearance: float) -> bool:
         """Whether the motion through the waypoints hits nothing and keeps the clearance at its end."""
@@ -207,8 +208,9 @@ class ArmPlanner:
         return not self.collides(waypoints[-1], clearance) and all(map(is_valid, points))
 
     def retime(self, waypoints: Vector, speed: float) -> Vector:
-        """Time-parameterise `waypoints` [K, dof] from rest to rest; return targets [T, dof] at 20
-        Hz.
+        """Time-parameterise `waypoints` [K, dof] from rest to rest.
+
+        Return targets [T, dof] at 20 Hz.
 
         The mean tool speed along the path is at most `speed` [m/s]. The first waypoint is excluded.
         Raises PlanError with reason "retiming_failed".
@@ -239,7 +241,8 @@ class ArmPlanner:
             self._posture.set_target_from_configuration(self._arm)
             for _ in range(IK_ITERATIONS):
                 error = self._tool.compute_error(self._arm)
-                position, rotation = np.linalg.norm(error[:3]), np.linalg.norm(error[3:])
+                position = np.linalg.norm(error[:3])
+                rotation = np.linalg.norm(error[3:])
                 if position < POSITION_TOLERANCE and rotation < ROTATION_TOLERANCE:
                     yield self._arm.q[: self.dof].copy()
                     break
@@ -279,9 +282,7 @@ class ArmPlanner:
         return paths
 
     def _validity_check(self, start: Vector, clearance: float) -> ValidityCheck:
-        """Return a validity check that is lenient near `start`, so that the arm can leave a
-        contact.
-        """
+        """Return a validity check that is lenient near `start`, to leave contacts."""
         lacking = min(self._collision_world.spare_distance(start, clearance) - 0.001, 0.0)
 
         def is_valid(q: Vector) -> bool:

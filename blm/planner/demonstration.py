@@ -1,5 +1,4 @@
-"""One demonstration: the expert solves a scene while noise, a disturbance or another policy moves
-the arm.
+"""One demonstration of the expert under noise, disturbances or another policy's actions.
 
 The recorded action is always the expert's; the executed action is stored beside it. So the data
 show how to recover from a deviation and not how to deviate, as in DART (Laskey et al., CoRL 2017)
@@ -85,8 +84,7 @@ class Demonstrator(Protocol):
 def demonstrate(
     expert: Demonstrator, seed: int, draw: Perturbation, rng: np.random.Generator, pilot: Policy | None = None
 ) -> tuple[Episode | None, str]:
-    """Let the expert solve scene `seed`; return the episode, or None and the reason for its
-    rejection.
+    """Let the expert solve a scene; return the episode, or None and a rejection reason.
 
     Reasons: "unreachable" (the arm cannot reach a key pose), "planning_<reason>" (see
     `arm_planner.REASONS`), "dropped", "missed_grasp", "timeout", "missed_goal".
@@ -177,8 +175,7 @@ def _decide(policy: Policy, env: Env, seen: dict[str, Any], seed: int, step: int
 
 
 def replay(env: Env, episode: Episode) -> str:
-    """Execute the recorded actions from the seed; return "", or a description of the first
-    difference.
+    """Execute the recorded actions; return "" or a description of the first difference.
 
     States are compared bit for bit before every step, and success at the end.
     """

@@ -102,8 +102,7 @@ class Expert:
         return {**counts, **total, **rejected}
 
     def check(self) -> None:
-        """Raise PlanError "unreachable" if the arm cannot reach a key pose of the task in this
-        scene.
+        """Raise PlanError "unreachable" if the arm cannot reach a key pose in this scene.
 
         Of each key pose's candidates, one must be reachable without a collision with the arm itself
         or the table.

@@ -1,5 +1,4 @@
-"""Standing the lying peg on its end: grip it gently near one end, lift it, straighten it, set it
-down.
+"""Standing the lying peg on its end: grasp, lift, straighten, set down.
 
 The peg rotates about the closing axis, because the fingers press so lightly that they carry its
 weight but not its torque; it hangs and swings like a pendulum. The remaining lean is measured and
@@ -81,9 +80,7 @@ def lift_peg_upright(state: WorldState) -> Primitive:
 
 
 def lift_peg_key_poses(state: WorldState) -> KeyPoses:
-    """Return the key poses: grasp, on the way up, with the peg hanging, and with the peg
-    straightened.
-    """
+    """Return the key poses: grasp, on the way up, peg hanging, peg straightened."""
     sequences = _grasp_sequences(state, state.objects[NAME])
     return [[sequence[index] for sequence in sequences] for index in range(len(sequences[0]))]
 
@@ -210,9 +207,7 @@ def _lift_routes(robot: RobotSpec, tool: Pose, hang: Vector) -> list[list[Pose]]
 
 
 def _in_peg(state: WorldState, peg: ObjectState) -> Vector:
-    """Return the offset of the tool from the peg's centre [3]: along the peg, along the closing
-    axis and, as an absolute value, perpendicular to both.
-    """
+    """Return the tool's offset from the peg's centre [3]: along the peg, closing axis, across."""
     offset = state.tool_position - peg.position
     axis = _axis(peg)
     closing = state.tool.rotation().as_matrix()[:, 1]
@@ -222,16 +217,15 @@ def _in_peg(state: WorldState, peg: ObjectState) -> Vector:
 
 
 def _rotated_about_closing_axis(state: WorldState, place: Vector) -> list[Pose]:
-    """Return tool poses at `place` [3], rotated about the closing axis, which does not move the
-    peg.
-    """
+    """Return tool poses at `place` [3] rotated about the closing axis."""
     turns = [state.tool.rotation() @ SO3.from_y_radians(turn) for turn in np.radians((0, 20, -20, 40, -40))]
     return [Pose.from_rotation_and_translation(turn, place) for turn in turns]
 
 
 def _distance_past_end(state: WorldState, peg: ObjectState) -> float:
-    """Return the distance of the tool past the peg's end [m]; infinite if it is far from the peg's
-    axis.
+    """Return the distance of the tool past the peg's end [m].
+
+    Infinite if it is far from the peg's axis.
     """
     along, side, height = _in_peg(state, peg)
     return float(abs(along) - HALF_LENGTH) if max(abs(side), height) < 0.08 else np.inf

@@ -88,9 +88,7 @@ def _with_motion_count(solver: Any, recorder: _RecordingEnv) -> Any:
 
 
 class ManiSkillExpert:
-    """Replays the actions of ManiSkill's script in the episode that the environment has just
-    started.
-    """
+    """Replays the actions of ManiSkill's script in the episode that has just started."""
 
     drops = 0
     """Number of lost grasps; always 0, because a script does not notice them."""

@@ -367,9 +367,7 @@ def _misalignment(thing: ObjectState, tool: SO3) -> float:
 
 
 def standoff_pose(pose: Pose, distance: float = HOVER) -> Pose:
-    """Return the pose `distance` [m] back along its approach direction: a pre-grasp or retreat
-    pose.
-    """
+    """Return the pose `distance` [m] back along the approach direction (pre-grasp, retreat)."""
     return with_position(pose, pose.translation() - distance * pose.rotation().as_matrix()[:, 2])
 
 

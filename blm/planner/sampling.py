@@ -53,8 +53,7 @@ def rrt_connect(
     bounds: tuple[Vector, Vector],
     rng: np.random.Generator,
 ) -> Vector | None:
-    """Return the waypoints [K, dof] of a valid path from `start` to `goal` within `bounds`, or
-    None.
+    """Return waypoints [K, dof] of a valid path from `start` to `goal`, or None.
 
     OMPL's Python bindings accept no custom sampler, and OMPL seeds each generator from a global
     one. `RNG.setSeed` always restarts the global generator, in spite of its warning (OMPL,
@@ -81,7 +80,7 @@ def rrt_connect(
         finally:
             util.setLogLevel(level)
     if late:
-        raise TimeoutError(f"no way found in {TIME_LIMIT:g} s, after {calls} of {MAX_SAMPLES} samples")
+        raise TimeoutError(f"no path found in {TIME_LIMIT:g} s, after {calls} of {MAX_SAMPLES} samples")
     if not problem.hasExactSolution():
         return None
     path = problem.getSolutionPath()
@@ -104,8 +103,9 @@ def shortcut(is_valid: ValidityCheck, corners: Vector, rng: np.random.Generator)
 
 
 def smooth(is_valid: ValidityCheck, corners: Vector, spacing: float) -> Vector:
-    """Resample a path at `spacing` [rad] and smooth it by local averaging; returns waypoints [K,
-    dof].
+    """Resample a path at `spacing` [rad] and smooth it by local averaging.
+
+    Returns waypoints [K, dof].
 
     Waypoints are evenly spaced because a spline through uneven ones overshoots. Smoothing cuts
     corners between the checked waypoints, so callers must check the result again.

@@ -69,9 +69,7 @@ def add_robot(spec: mujoco.MjSpec, robot: RobotSpec) -> None:
 
 
 def camera_quaternion(eye: Sequence[float], target: Sequence[float], up: Sequence[float]) -> list[float]:
-    """Return the quaternion (wxyz) of a MuJoCo camera at `eye` that looks at `target` (along its -z
-    axis).
-    """
+    """Return the quaternion (wxyz) of a camera at `eye` that looks at `target` along -z."""
     back = np.subtract(eye, target)
     right = np.cross(up, back)
     axes = np.stack([right, np.cross(back, right), back], axis=1)
@@ -95,7 +93,8 @@ def _add_shapes(body: mujoco.MjsBody, shapes: tuple[Shape, ...], mass: float) ->
         if shape.kind == "box":
             geom.pos, geom.size = shape.start, shape.end
         else:
-            geom.fromto, geom.size = (*shape.start, *shape.end), (shape.radius, 0, 0)
+            geom.fromto = (*shape.start, *shape.end)
+            geom.size = (shape.radius, 0, 0)
 
 
 def _volume(shape: Shape) -> float:
@@ -112,7 +111,8 @@ def _add_servo(spec: mujoco.MjSpec, body: mujoco.MjsBody, link: Link, name: str)
     body.add_joint(name=name, axis=joint.axis, range=limits, armature=ARMATURE)
     actuator = spec.add_actuator(name=name, target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT)
     actuator.set_to_position(kp=joint.stiffness, kv=DAMPING_TIME * joint.stiffness)
-    actuator.ctrlrange, actuator.forcerange = limits, (-joint.effort, joint.effort)
+    actuator.ctrlrange = limits
+    actuator.forcerange = (-joint.effort, joint.effort)
 
 
 def _add_gripper(spec: mujoco.MjSpec, wrist: mujoco.MjsBody, robot: RobotSpec) -> None:

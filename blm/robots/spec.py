@@ -1,5 +1,4 @@
-"""Robot arms as data: a chain of links, a two-finger gripper, limits, a home pose and a wrist
-camera.
+"""Robot arms as data: links, two-finger gripper, limits, home pose, wrist camera.
 
 The chain starts at `base_position` in the world frame (x forward, y left, z up; table top at z =
 0). A link's pose is given in its parent's frame; its joint rotates about `axis` through the link's
@@ -39,7 +38,9 @@ class Shape:
     solid: bool = True
 
 
-box, capsule, cylinder = partial(Shape, "box"), partial(Shape, "capsule"), partial(Shape, "cylinder")
+box = partial(Shape, "box")
+capsule = partial(Shape, "capsule")
+cylinder = partial(Shape, "cylinder")
 ring = partial(Shape, "cylinder", solid=False)
 """A cylinder that is only visible, e.g. a joint's cap or a seam."""
 
@@ -78,8 +79,9 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Gripper:
-    """Two coupled fingers that slide along the hand's y axis; the right one is the left one rotated
-    about z.
+    """Two coupled fingers that slide along the hand's y axis.
+
+    The right one is the left one rotated about z.
     """
 
     hand: Link

@@ -40,9 +40,7 @@ PLAIN = Appearance()
 
 
 class AppearanceRandomizer:
-    """Randomises the appearance of one compiled model in place, always from its original
-    appearance.
-    """
+    """Randomises the appearance of one compiled model in place."""
 
     def __init__(self, model: mujoco.MjModel, appearance: Appearance) -> None:
         self._model = model
@@ -59,7 +57,9 @@ class AppearanceRandomizer:
         """Apply the appearance of the episode `seed`; distractors keep their colours."""
         if self._appearance == PLAIN:
             return
-        model, vary, rng = self._model, self._appearance, np.random.default_rng((seed, _STREAM))
+        model = self._model
+        vary = self._appearance
+        rng = np.random.default_rng((seed, _STREAM))
         tint = self._share * rng.uniform(-1, 1, (model.nbody, 3))[model.geom_bodyid] * vary.colors
         plain = np.array([not model.body(body).name.startswith("distractor") for body in model.geom_bodyid])
         model.geom_rgba[plain, :3] = np.clip(self._rgba[:, :3] + tint, 0, 1)[plain]

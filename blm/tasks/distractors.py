@@ -26,8 +26,9 @@ _ATTEMPTS = 2000
 def draw_distractors(
     rng: np.random.Generator, robot: RobotSpec, items: Sequence[Item], placement: Placement, count: int
 ) -> Distractors:
-    """Draw `count` distractors that do not overlap in plan; each has another combination of kind
-    and colour.
+    """Draw `count` distractors that do not overlap in plan.
+
+    Each has another combination of kind and colour.
 
     Raises BlmError if there is not enough room on the table.
     """
@@ -55,12 +56,14 @@ def draw_distractors(
     return tuple(drawn)
 
 
-def show_distractors(model: mujoco.MjModel, extras: Distractors) -> None:
+def show_distractors(model: mujoco.MjModel, distractors: Distractors) -> None:
     """Set shape, size and colour of the model's distractor bodies."""
-    for item, _ in extras:
+    for item, _ in distractors:
         geom, part = model.body(item.name).geomadr[0], item.parts[0]
-        model.geom_type[geom], model.geom_size[geom] = SHAPES[part.shape], part.size
-        model.geom_rgba[geom], model.geom_rbound[geom] = PALETTE[part.color], np.linalg.norm(part.size)
+        model.geom_type[geom] = SHAPES[part.shape]
+        model.geom_size[geom] = part.size
+        model.geom_rgba[geom] = PALETTE[part.color]
+        model.geom_rbound[geom] = np.linalg.norm(part.size)
         model.geom_pos[geom] = part.position
 
 

@@ -73,9 +73,12 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self._describe(robot, task, cameras, image_size, distractors)
         self.model = build_model(self.robot, self.task_spec, distractors)
         self.data = mujoco.MjData(self.model)
-        self._randomizer, self._appearance_seed = AppearanceRandomizer(self.model, appearance), 0
+        self._randomizer = AppearanceRandomizer(self.model, appearance)
+        self._appearance_seed = 0
         self._max_episode_steps = self.task_spec.max_steps if max_steps is None else max_steps
-        self._terminate, self._extra, self._steps = terminate_on_success, distractors, 0
+        self._terminate = terminate_on_success
+        self._extra = distractors
+        self._steps = 0
         self._distractors: Distractors = ()
         self._renderer: Renderer | None = None
 
@@ -86,7 +89,9 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
         Raises BlmError for invalid arguments.
         """
-        self.robot, self.task, self.embodiment = lookup("robot", robot, ROBOTS), task, robot
+        self.robot = lookup("robot", robot, ROBOTS)
+        self.task = task
+        self.embodiment = robot
         self.task_spec = lookup("task", task, TASKS)
         self.task_description = self.task_spec.instruction(0)
         self.cameras, self.image_size = tuple(cameras), image_size
@@ -98,7 +103,9 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self.seconds = {"physics": 0.0, "rendering": 0.0}
         """Time spent in physics and rendering since the environment was made [s]."""
         space = self.contract_space = self.robot.action_space
-        self._low, self._high, self._arm = np.array(space.low), np.array(space.high), slice(0, space.dim - 1)
+        self._low = np.array(space.low)
+        self._high = np.array(space.high)
+        self._arm = slice(0, space.dim - 1)
         self.action_space = spaces.Box(self._low.astype(np.float32), self._high.astype(np.float32))
         picture = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.observation_space = spaces.Dict({
@@ -114,31 +121,42 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         Raises BlmError for an unknown option, phrasing or arm start.
         """
         super().reset(seed=seed)
-        chosen: dict[str, Any] = {"arm": "home", "phrasing": None}
-        for option in options or {}:
-            lookup("reset option", option, chosen)
-        chosen |= options or {}
+        chosen = self._reset_options(options)
         lookup("arm start", chosen["arm"], {"home": 0, "random": 0})
         if seed is None:
-            seed = int(self.np_random.integers(10_000_000, 2**31))  # beyond all reserved ranges of seeds
-        place, words, extras, pose = (np.random.default_rng((seed, stream)) for stream in range(4))
+            seed = self._free_seed()
+        placement_rng, phrasing_rng, distractor_rng, arm_rng = (
+            np.random.default_rng((seed, stream)) for stream in range(4)
+        )
         phrasing = chosen["phrasing"]
         if phrasing is None:
-            phrasing = int(words.integers(len(self.task_spec.phrasings)))
+            phrasing = int(phrasing_rng.integers(len(self.task_spec.phrasings)))
         self.task_description, self._steps = self.task_spec.instruction(phrasing), 0
         mujoco.mj_resetData(self.model, self.data)
-        placement = self.task_spec.sample(place, self.robot, self.task_spec.region(self.robot))
-        self._distractors = draw_distractors(extras, self.robot, self.items, placement, self._extra)
+        placement = self.task_spec.sample(placement_rng, self.robot, self.task_spec.region(self.robot))
+        self._distractors = draw_distractors(distractor_rng, self.robot, self.items, placement, self._extra)
         show_distractors(self.model, self._distractors)
         self._appearance_seed = seed
         self._randomizer.apply(seed)
         self._set_item_poses({**placement, **{item.name: where for item, where in self._distractors}})
         home = np.array(self.robot.home)
-        self._set_arm(home + pose.normal(0, self.robot.reset_noise, len(home)), opening=1.0)
+        self._set_arm(home + arm_rng.normal(0, self.robot.reset_noise, len(home)), opening=1.0)
         if chosen["arm"] == "random":
-            self._randomise_arm(pose)
+            self._randomise_arm(arm_rng)
         self._refresh()
         return self.observe(), self._info()
+
+    @staticmethod
+    def _reset_options(options: dict[str, Any] | None) -> dict[str, Any]:
+        """Return the options of a reset with their defaults. Raises UnknownNameError for another option."""
+        chosen: dict[str, Any] = {"arm": "home", "phrasing": None}
+        for option in options or {}:
+            lookup("reset option", option, chosen)
+        return chosen | (options or {})
+
+    def _free_seed(self) -> int:
+        """Draw a seed beyond all reserved ranges of seeds."""
+        return int(self.np_random.integers(10_000_000, 2**31))
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Hold the targets for one control step. Raises ContractError on a wrong shape or a NaN."""
@@ -150,7 +168,8 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self._steps += 1
         self._refresh()
         info = self._info()
-        done, late = info["success"] and self._terminate, self._steps >= self._max_episode_steps
+        done = info["success"] and self._terminate
+        late = self._steps >= self._max_episode_steps
         return self.observe(), float(info["success"]), done, late, info
 
     def observe(self) -> dict[str, Any]:
@@ -159,8 +178,9 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return {"pixels": pixels, "agent_pos": self.state()}
 
     def observation(self, seed: int = 0) -> Observation:
-        """Return the present observation as a `types.Observation`; `seed` is the policy's sampling
-        seed.
+        """Return the present observation as a `types.Observation`.
+
+        `seed` is the policy's sampling seed.
         """
         pixels, state = self.observe().values()
         return Observation(
@@ -178,20 +198,16 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return EnvState(physics, self._steps, self.task_description, self._distractors, self._appearance_seed)
 
     def set_state(self, state: EnvState) -> None:
-        """Continue from `state`, taken from an Env of the same robot, task and number of
-        distractors.
-        """
+        """Continue from the state of an Env of the same robot, task and distractors."""
         size = mujoco.mj_stateSize(self.model, _PHYSICS)
         if state.physics.shape != (size,) or len(state.distractors) != self._extra:
             raise ContractError(
                 f"a state of {state.physics.size} numbers and {len(state.distractors)} distractors is not of "
                 f"'{self.embodiment}' in '{self.task}' with {self._extra} distractors ({size} numbers)"
             )
-        self._steps, self.task_description, self._distractors = (
-            state.steps,
-            state.instruction,
-            state.distractors,
-        )
+        self._steps = state.steps
+        self.task_description = state.instruction
+        self._distractors = state.distractors
         show_distractors(self.model, self._distractors)
         self._appearance_seed = state.appearance_seed
         self._randomizer.apply(state.appearance_seed)
@@ -204,9 +220,7 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return {item.name: self._object(item) for item in items}
 
     def shift_object(self, name: str, by: FloatArray) -> None:
-        """Move an item by a displacement [3] in m and set its velocity to 0, as if a person had
-        moved it.
-        """
+        """Move an item by a displacement [3] in m and set its velocity to 0."""
         body = self._body(name)
         position, quaternion = body.xpos + by, body.xquat.copy()
         if self.model.body(name).mocapid[0] < 0:
@@ -229,10 +243,10 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return float(np.clip(np.mean(travel) / self.robot.gripper.stroke, 0.0, 1.0))
 
     def is_grasping(self, name: str) -> bool:
-        """Whether both fingers press on the item along the closing axis with at least the grasp
-        force.
-        """
-        body, closing, owner = self._body(name).id, self.tcp()[1][:, 1], self.model.geom_bodyid
+        """Whether both fingers press on the item with at least the grasp force."""
+        body = self._body(name).id
+        closing = self.tcp()[1][:, 1]
+        owner = self.model.geom_bodyid
         forces = {self.model.body(finger).id: np.zeros(3) for finger in FINGERS}
         wrench = np.zeros(6)
         for index, contact in enumerate(self.data.contact):
@@ -265,8 +279,9 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         return self.picture("base", _RENDER_SIZE)
 
     def project(self, points: FloatArray, camera: str) -> FloatArray:
-        """Project world points [N, 3] into a camera; return u (right), v (down) [px] and depth [m],
-        [N, 3].
+        """Project world points [N, 3] into a camera.
+
+        Return u (right), v (down) [px] and depth [m], [N, 3].
 
         The first pixel spans 0..1.
         """
@@ -303,7 +318,8 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         speed = spin = 0.0
         if item.role == "free":
             velocity = self.data.joint(item.name).qvel  # linear in the world frame, angular in the body's
-            speed, spin = float(np.linalg.norm(velocity[:3])), float(np.linalg.norm(velocity[3:]))
+            speed = float(np.linalg.norm(velocity[:3]))
+            spin = float(np.linalg.norm(velocity[3:]))
         return ObjectState(item.name, item.kind, item.color, *pose, item.parts[0].size, speed, spin)
 
     def _set_item_poses(self, placement: Placement) -> None:
@@ -312,7 +328,8 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             if index < 0:
                 self.data.joint(name).qpos[:] = (*position, *quaternion)
             else:
-                self.data.mocap_pos[index], self.data.mocap_quat[index] = position, quaternion
+                self.data.mocap_pos[index] = position
+                self.data.mocap_quat[index] = quaternion
 
     def _set_arm(self, angles: FloatArray, opening: float) -> None:
         """Set the joint positions of arm and fingers, and the same targets."""
@@ -322,9 +339,7 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self.data.ctrl[:] = (*self.data.qpos[self._arm], opening * self.robot.gripper.stroke)
 
     def _randomise_arm(self, rng: np.random.Generator) -> None:
-        """Draw arm poses near home until the tool is above the workspace, points down and touches
-        nothing.
-        """
+        """Draw an arm pose near home: tool above the workspace, pointing down, no contact."""
         area, home = self.robot.workspace, np.array(self.robot.home)
         owners = self.model.geom_bodyid
         robot_geoms = (owners > 0) & (owners <= self.model.body(FINGERS[1]).id)
@@ -340,9 +355,7 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         raise BlmError(f"found no free arm pose for '{self.embodiment}' in {_ATTEMPTS} draws")
 
     def _refresh(self) -> None:
-        """Update derived quantities but keep the solver's warm start, so that a saved state is
-        complete.
-        """
+        """Update derived quantities; keep the solver's warm start, which is part of a state."""
         warm = self.data.qacc_warmstart.copy()
         mujoco.mj_forward(self.model, self.data)
         self.data.qacc_warmstart[:] = warm

@@ -1,5 +1,4 @@
-"""ManiSkill 3.0.1's Panda tasks behind the interface of `Env`: a second simulator as a check on
-ours.
+"""ManiSkill 3.0.1's Panda tasks behind the interface of `Env`, to check our simulator.
 
 Physics (PhysX), objects, initial states, success rules and meshes are ManiSkill's. Names, action
 space, cameras and instructions are ours, so data and policies transfer between the simulators.
@@ -76,8 +75,7 @@ MANISKILL_TASKS = {
 
 
 def to_maniskill(action: FloatArray) -> FloatArray:
-    """Convert our action [8] to `pd_joint_pos`: joint targets [rad] unchanged, gripper 0..1 ->
-    -1..1.
+    """Convert our action [8] to `pd_joint_pos`: gripper 0..1 -> -1..1.
 
     Both ends have the same meaning. ManiSkill's finger targets are -0.01 m (to press) to 0.04 m,
     ours 0 to 0.04 m.
@@ -162,14 +160,11 @@ class ManiSkillEnv(Env):
         Raises BlmError for an unknown option or phrasing, and for a random start of the arm.
         """
         gymnasium.Env.reset(self, seed=seed)
-        chosen: dict[str, Any] = {"arm": "home", "phrasing": None}
-        for option in options or {}:
-            lookup("reset option", option, chosen)
-        chosen |= options or {}
+        chosen = self._reset_options(options)
         if chosen["arm"] != "home":
             raise BlmError(f"ManiSkill starts at 'home', not '{chosen['arm']}'; collect with random_starts 0")
         if seed is None:
-            seed = int(self.np_random.integers(10_000_000, 2**31))  # beyond all reserved ranges of seeds
+            seed = self._free_seed()
         phrasing = chosen["phrasing"]
         if phrasing is None:  # drawn as in Env, so that a seed has the same instruction in both
             phrasing = int(np.random.default_rng((seed, 1)).integers(len(self.task_spec.phrasings)))
@@ -195,7 +190,8 @@ class ManiSkillEnv(Env):
         self.seconds["physics"] += time.perf_counter() - began
         self._steps += 1
         info = self._info()
-        done, late = info["success"] and self._terminate, self._steps >= self._max_episode_steps
+        done = info["success"] and self._terminate
+        late = self._steps >= self._max_episode_steps
         return self.observe(), float(info["success"]), done, late, info
 
     @property
@@ -222,9 +218,7 @@ class ManiSkillEnv(Env):
         return {item.name: self._object(item) for item in self.items}
 
     def is_grasping(self, name: str) -> bool:
-        """Apply ManiSkill's rule: both fingers press with at least 0.5 N within 85 deg of the
-        closing axis.
-        """
+        """Apply ManiSkill's rule: both fingers press with >= 0.5 N within 85 deg of the axis."""
         return bool(self.simulation.agent.is_grasping(self._actor(name)))
 
     def task_state(self) -> TaskState:
@@ -243,8 +237,7 @@ class ManiSkillEnv(Env):
         return self.task_spec.success(self.task_state()) | known | {"success": bool(theirs["success"])}
 
     def picture(self, camera: str, size: int | None = None) -> ImageArray:
-        """Return uint8 [size, size, 3] (default: image_size) from a camera at the pose that it has
-        in our scene.
+        """Return uint8 [size, size, 3] of a camera at its pose in our scene.
 
         Unlike ManiSkill's own sensors, these cameras show PickCube's goal.
         """
@@ -268,12 +261,16 @@ class ManiSkillEnv(Env):
             from mani_skill.utils.sapien_utils import look_at
 
             if (where := CAMERAS[name]) is None:
-                mount, hand = self.robot.wrist_camera, self.simulation.agent.robot.links_map[_HAND]
-                pose, fovy = look_at(mount.eye, mount.target, up=(1, 0, 0)), mount.fovy
+                mount = self.robot.wrist_camera
+                hand = self.simulation.agent.robot.links_map[_HAND]
+                pose = look_at(mount.eye, mount.target, up=(1, 0, 0))
+                fovy = mount.fovy
             else:
                 x, y = self.task_spec.region(self.robot).centre
-                shift, hand = np.array([x + self.task_spec.view_shift, y, 0.0]), None
-                pose, fovy = look_at(*(np.add(point, shift) for point in where[:2])), where[2]
+                shift = np.array([x + self.task_spec.view_shift, y, 0.0])
+                hand = None
+                pose = look_at(*(np.add(point, shift) for point in where[:2]))
+                fovy = where[2]
             lens = CameraConfig(f"{name}-{size}", pose, size, size, np.radians(fovy), *_RANGE, mount=hand)
             self._cameras[name, size] = Camera(lens, self.simulation.scene)
         return self._cameras[name, size]

@@ -1,5 +1,4 @@
-"""PickCube: lift the red cube to the green goal and hold it there. After ManiSkill 3.0.1
-PickCube-v1.
+"""PickCube, after ManiSkill 3.0.1 PickCube-v1: hold the red cube at the green goal.
 
 The goal sphere is visible, unlike in ManiSkill, whose sensors do not show it; the policy only sees
 images.
@@ -14,8 +13,9 @@ from blm.tasks.spec import STATIC_SPEED, Item, Part, Placement, Region, TaskSpec
 
 
 def goal_tolerance(robot: RobotSpec) -> float:
-    """Return the radius of the goal, also the tolerance for success [m]: 0.025; 0.0225 for the
-    WidowX AI.
+    """Return the radius of the goal, also the tolerance for success [m]: 0.025.
+
+    0.0225 for the WidowX AI.
     """
     return 1.25 * robot.workspace.cube_half
 
@@ -28,7 +28,9 @@ def _items(robot: RobotSpec) -> tuple[Item, ...]:
 
 def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Placement:
     half = robot.workspace.cube_half
-    start, yaw, goal = region.draw(rng), float(rng.uniform(0, 2 * np.pi)), region.draw(rng)
+    start = region.draw(rng)
+    yaw = float(rng.uniform(0, 2 * np.pi))
+    goal = region.draw(rng)
     height = half + float(rng.uniform(0, robot.workspace.height))
     return {"cube": pose(*start, half, yaw), "goal": pose(*goal, height)}
 

@@ -84,7 +84,8 @@ class Renderer:
         self._camera.fixedcamid = self._model.camera(camera).id
         every = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(self._model, data, self._options, None, self._camera, every, self._scene)
-        image, view = np.empty((size, size, 3), dtype=np.uint8), mujoco.MjrRect(0, 0, size, size)
+        image = np.empty((size, size, 3), dtype=np.uint8)
+        view = mujoco.MjrRect(0, 0, size, size)
         mujoco.mjr_render(view, self._scene, self._context)
         mujoco.mjr_readPixels(image, None, view, self._context)
         return np.ascontiguousarray(image[::-1])

@@ -1,5 +1,4 @@
-"""Builds the MuJoCo model of a scene: robot, task items and distractors on a table, light and
-cameras.
+"""Builds the MuJoCo model of a scene: robot, items, distractors, table, light, cameras.
 
 With these contact settings, scripted grasps held in 100 of 100 trials on each arm. Friction and
 density of items are ManiSkill's.
@@ -63,7 +62,8 @@ def build_model(robot: RobotSpec, task: TaskSpec, distractors: int) -> mujoco.Mj
 
 def _set_options(spec: mujoco.MjSpec) -> None:
     option, geom, visual = spec.option, spec.default.geom, spec.visual
-    option.timestep, option.integrator = 0.002, mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+    option.timestep = 0.002
+    option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     option.cone, option.impratio = mujoco.mjtCone.mjCONE_ELLIPTIC, 10
     option.jacobian = mujoco.mjtJacobian.mjJAC_DENSE  # MuJoCo 4.0.0 solves sparse ones wrongly
     geom.solref, geom.solimp = (0.01, 1), (0.95, 0.99, 0.001, 0.5, 2)
@@ -84,7 +84,9 @@ def _add_room(spec: mujoco.MjSpec) -> None:
     table = spec.worldbody.add_geom(name="table", type=SHAPES["box"], size=(0.75, 0.75, 0.02))
     table.pos, table.rgba = (-0.15, 0, -0.02), _TABLE
     sky = spec.add_texture(name="sky", type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, width=8, height=48)
-    sky.builtin, sky.rgb1, sky.rgb2 = mujoco.mjtBuiltin.mjBUILTIN_FLAT, _SKY, _SKY
+    sky.builtin = mujoco.mjtBuiltin.mjBUILTIN_FLAT
+    sky.rgb1 = _SKY
+    sky.rgb2 = _SKY
 
 
 def _add_item(spec: mujoco.MjSpec, item: Item) -> None:

@@ -150,7 +150,8 @@ class TaskSpec:
 
         Raises BlmError when out of range.
         """
-        every, seen = self.phrasings + self.held_out_phrasings, len(self.phrasings)
+        every = self.phrasings + self.held_out_phrasings
+        seen = len(self.phrasings)
         if not 0 <= index < len(every):
             raise BlmError(
                 f"task '{self.name}' has no phrasing {index}; valid: 0..{seen - 1} (training), "

@@ -30,7 +30,8 @@ def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Place
 
 
 def _success(state: TaskState) -> dict[str, bool]:
-    half, offset = state.robot.workspace.cube_half, state.offset("cube", "lower")
+    half = state.robot.workspace.cube_half
+    offset = state.offset("cube", "lower")
     level = abs(offset[2] - 2 * half) <= 0.005
     on = bool(np.linalg.norm(offset[:2]) <= np.sqrt(2) * half + 0.005 and level)
     static, grasped = state.objects["cube"].is_static, "cube" in state.grasped

@@ -15,8 +15,7 @@ SUITE_VERSION = "2"
 
 
 def suite_version(robots: Sequence[str], tasks: Sequence[str]) -> str:
-    """Return version and short hash of robots and tasks: constants, regions, instructions, step
-    limits.
+    """Return version and short hash of robots and tasks: everything that defines scenes.
 
     The hash covers the representation of `RobotSpec`, `Item` and `Region`, including the names of
     classes and fields.

@@ -101,7 +101,8 @@ def convert(
     After an interrupted run, the same call reuses the media that were stored. Raises
     UnknownNameError for an unknown converter.
     """
-    converter, settings = lookup("converter", name, CONVERTERS), settings or ConverterConfig()
+    converter = lookup("converter", name, CONVERTERS)
+    settings = settings or ConverterConfig()
     faults: list[Fault] = []
     count = 0
 
@@ -116,7 +117,7 @@ def convert(
                 yield row
         if faults and not skip_bad:
             raise BlmError(
-                f"{len(faults)} of {count} rows of '{source}' cannot be converted; mend them or skip them "
+                f"{len(faults)} of {count} rows of '{source}' cannot be converted; fix them or skip them "
                 f"(--skip-bad):\n{summarise(faults)}"
             )
         if count == len(faults):

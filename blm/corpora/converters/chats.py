@@ -1,6 +1,4 @@
-"""Converters of general vision-language corpora: LLaVA, ShareGPT, OpenAI and LLaMA-Factory
-messages.
-"""
+"""Converters of LLaVA, ShareGPT, OpenAI and LLaMA-Factory corpora."""
 
 from __future__ import annotations
 
@@ -35,22 +33,19 @@ _PARTS = {
 
 
 def llava(source: Path, settings: ConverterConfig) -> Rows:
-    """Convert rows with "conversations" of from/value, and one tag per file under image(s) or
-    video(s).
-    """
+    """Convert rows with "conversations" of from/value and one media tag per file."""
     return _chats(source, settings, ("conversations",), "llava")
 
 
 def sharegpt(source: Path, settings: ConverterConfig) -> Rows:
-    """Convert LLaMA-Factory's ShareGPT rows: "conversations" or "messages", "images", "videos",
-    "system".
-    """
+    """Convert LLaMA-Factory's ShareGPT rows, with media lists and a system prompt."""
     return _chats(source, settings, ("conversations", "messages"), "sharegpt")
 
 
 def messages(source: Path, settings: ConverterConfig) -> Rows:
-    """Convert rows with "messages" of role/content; a content is a text with tags or a list of
-    parts.
+    """Convert rows with "messages" of role/content.
+
+    A content is a text with tags or a list of parts.
     """
     return _chats(source, settings, ("messages",), "messages")
 

@@ -1,5 +1,4 @@
-"""Converter of Cosmos-Reason1 (RoboVQA, BridgeV2, HoloAssist, AgiBot), as NVIDIA publishes it on
-the hub.
+"""Converter of Cosmos-Reason1: RoboVQA, BridgeV2, HoloAssist and AgiBot.
 
 Each set is a folder with JSON arrays of {"video": "clips/<name>.mp4", "conversations":
 [role/content]} (SFT sets: system, user, assistant) or {"video", "qa_pairs": {"question",
@@ -35,7 +34,8 @@ OPTION_PROMPT = "Answer with the option's letter from the given choices directly
 
 def cosmos_reason1(source: Path, settings: ConverterConfig) -> Rows:
     """Convert the rows of one or more sets."""
-    root, name = media_root(source, settings), settings.source or "cosmos_reason1"
+    root = media_root(source, settings)
+    name = settings.source or "cosmos_reason1"
     untagged = replace(settings, untagged="first")
 
     @cache
@@ -69,8 +69,9 @@ def _by_name(video: str, clips: Mapping[str, list[str]]) -> str:
 
 
 def _dialogues(row: Mapping[str, Any], part: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return kind and turns of each dialogue in a row; each multiple choice is a dialogue of its
-    own.
+    """Return kind and turns of each dialogue in a row.
+
+    Each multiple choice is a dialogue of its own.
     """
     if "qa_pairs" not in row:
         turns = read_turns(require_field(row, "conversations", list))
@@ -81,7 +82,8 @@ def _dialogues(row: Mapping[str, Any], part: str) -> list[tuple[str, list[tuple[
 
 
 def _choice(pair: Any) -> list[tuple[str, str]]:
-    options, question = require_field(pair, "index2ans", dict), require_field(pair, "question", str)
+    options = require_field(pair, "index2ans", dict)
+    question = require_field(pair, "question", str)
     answer = require_field(pair, "answer" if "answer" in pair else "correct_answer", str)
     if answer not in options:
         raise RowError("malformed row", f"answer {answer!r} is no option; there are {', '.join(options)}")

@@ -61,8 +61,7 @@ class ConverterConfig:
 
 
 def read_json_rows(source: Path) -> Iterator[tuple[str, str, Any | RowError]]:
-    """Yield the place, a name for the id, and the row, from a JSON array, a JSONL file or a folder
-    of these.
+    """Yield place, id and row of a JSON array, a JSONL file or a folder of these.
 
     Raises BlmError for a missing source and for a file without rows.
     """
@@ -100,8 +99,9 @@ def _array(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
-    """Return at most `count` evenly spaced items, including the first and the last; all items for
-    0.
+    """Return at most `count` evenly spaced items, including the first and the last.
+
+    If `count` is 0, return all items.
     """
     if not count or len(items) <= count:
         return list(items)
@@ -209,8 +209,9 @@ def conversation(
     group: str = "",
     kind: str = "",
 ) -> Conversation:
-    """Return a conversation; the default group is its first media file, the default kind the
-    source.
+    """Return a conversation.
+
+    The default group is its first media file, the default kind the source.
     """
     media = [image.path for message in messages for image in message.images]
     first = f"{source}/{split_time(str(media[0]))[0]}" if media else identity

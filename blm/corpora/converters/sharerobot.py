@@ -82,11 +82,11 @@ def _messages(row: Any, root: Path, settings: ConverterConfig) -> tuple[Message,
         for image in image_references("image", _path(path), root, settings)
     ]
     messages = []
-    for turn, (role, said) in enumerate(turns):
-        asked: tuple[str | Image, ...] = (said.strip(),)
+    for turn, (role, text) in enumerate(turns):
+        asked: tuple[str | Image, ...] = (text.strip(),)
         if turn == first:
             assert found is not None
-            asked = (*pictures, said[found.end() :].strip())
+            asked = (*pictures, text[found.end() :].strip())
         if any("<image" in part for part in asked if isinstance(part, str)):
             raise RowError("wrong media count", f"a media tag in turn {turn}, after the frames")
         messages.append(Message(role, asked))  # type: ignore[arg-type]

@@ -103,13 +103,11 @@ def _rank(row: Conversation, turn: int, seed: int) -> bytes:
     Its index would not do, because dropping other turns renumbers it.
     """
     answers = [message for message in row.messages if message.role == "assistant"]
-    said = f"{seed}\0{row.id}\0{row.kinds[turn]}\0{_question_words(row, turn)}\0{answers[turn].text}"
-    return hashlib.sha256(said.encode()).digest()
+    content = f"{seed}\0{row.id}\0{row.kinds[turn]}\0{_question_words(row, turn)}\0{answers[turn].text}"
+    return hashlib.sha256(content.encode()).digest()
 
 
 def _question_words(row: Conversation, turn: int) -> str:
-    """Return the text of a question after its last picture; text before it may be of a dropped
-    turn.
-    """
+    """Return the text of a question after its last picture."""
     user = [message for message in row.messages if message.role == "user"][turn]
     return "".join(part for part in user.content[end_of_pictures(user) :] if isinstance(part, str))

@@ -74,8 +74,9 @@ def topic_texts(held_out: bool) -> dict[str, str]:
 
 
 def replay_prompts(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (group, prompt), half general, half about the manual; none twice before all were
-    used.
+    """Yield (group, prompt) endlessly, half of them general, half about the manual.
+
+    No prompt is repeated before all of its half were used.
     """
     titles = topic_texts(held_out=False)
     pools = (
@@ -90,8 +91,9 @@ def replay_prompts(seed: int) -> Iterator[tuple[str, str]]:
 
 
 def build_replay(backbone: Backbone, out: Path, count: int, *, seed: int = 0) -> int:
-    """Write a corpus of `count` conversations at `out`; return how many more were answered but not
-    kept.
+    """Write a corpus of `count` conversations at `out`.
+
+    Return how many more were answered but not kept.
 
     Empty answers and those that do not end within MAX_TOKENS are not kept. A killed run continues.
     Raises BlmError when `out` exists, or when the model leaves most prompts without a whole answer.

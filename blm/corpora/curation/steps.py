@@ -1,5 +1,4 @@
-"""Curation as a pipeline of named steps in a fixed order, with a report that accounts for every
-row.
+"""Curation as a fixed pipeline of named steps, with a report that accounts for every row.
 
 Steps: schema, media, limits, duplicates, leaks, kinds, answers; then the shares of the sources.
 
@@ -123,9 +122,7 @@ class _CurationState:
         return [entry.conversation for entry in self.entries]
 
     def filter(self, name: str, fault: Callable[[SourcedConversation], str | None]) -> None:
-        """Drop the entries for which `fault` returns a reason ("reason | detail") or raises
-        RowError.
-        """
+        """Drop entries for which `fault` returns "reason | detail" or raises RowError."""
         kept, reasons = [], DropReasons()
         for entry in track(self.entries, f"curating: {name}", console=Console(stderr=True)):
             try:
@@ -203,8 +200,9 @@ def curate_sources(
     evaluation: Sequence[EvaluationSet] = (),
     length: Length | None = None,
 ) -> tuple[list[SourcedConversation], CurationReport]:
-    """Curate several corpora together: duplicates are found across them, and kinds are balanced
-    over all.
+    """Curate several corpora together.
+
+    Duplicates are found across all corpora, and kinds are balanced over all of them.
 
     `length` measures a conversation for `max_length`, e.g. in tokens of a backbone; by default, in
     characters. Raises BlmError for sources with equal names, unknown general sources, and a folder
@@ -350,8 +348,9 @@ def _leak_reason(
 def _shares(
     read: Sequence[SourcedConversation], kept: Sequence[SourcedConversation], config: CurationConfig
 ) -> dict[str, SourceReport]:
-    """Return the reports of the sources; shares are turns times weight, scaled to the share of
-    replay.
+    """Return the reports of the sources.
+
+    Shares are turns times weight, scaled to the share of replay.
     """
     sources = {entry.source.name: entry.source for entry in read}
     rows = {name: [e.conversation for e in kept if e.source.name == name] for name in sources}

@@ -55,8 +55,9 @@ class Conversation:
         return tuple(image for message in self.messages for image in message.images)
 
     def turns(self) -> Iterator[tuple[str, Message, Message]]:
-        """Yield kind, question and answer of each turn; a question includes all pictures shown so
-        far.
+        """Yield kind, question and answer of each turn.
+
+        A question includes all pictures shown so far.
         """
         shown: tuple[str | Image, ...] = ()
         body = [message for message in self.messages if message.role != "system"]
@@ -65,10 +66,12 @@ class Conversation:
             shown = (*shown, *asked.content[: end_of_pictures(asked)])
 
     def select(self, turns: Sequence[int]) -> Conversation:
-        """Return the conversation with these turns only; the first of them gets all earlier
-        pictures.
+        """Return the conversation with these turns only.
+
+        The first of them gets all earlier pictures.
         """
-        wanted, kept = set(turns), [m for m in self.messages if m.role == "system"]
+        wanted = set(turns)
+        kept = [m for m in self.messages if m.role == "system"]
         pending: tuple[str | Image, ...] = ()
         body = [message for message in self.messages if message.role != "system"]
         for turn, (asked, answer) in enumerate(zip(body[::2], body[1::2], strict=True)):
@@ -81,9 +84,7 @@ class Conversation:
         return replace(self, kinds=kinds, messages=tuple(kept))
 
     def questions(self) -> Iterator[Question]:
-        """Yield each turn as a question of its own: system turn, pictures so far, and the turn's
-        text.
-        """
+        """Yield each turn as a question of its own, with the pictures shown so far."""
         system = tuple(message for message in self.messages if message.role == "system")
         for turn, (kind, asked, answer) in enumerate(self.turns()):
             scorer = scorer_of(kind)
@@ -171,9 +172,7 @@ def read_corpus(folder: Path) -> list[Conversation]:
 
 
 def reserved_scenes(rows: Iterable[Conversation]) -> dict[str, int]:
-    """Return purpose -> number of our scenes in these rows that are reserved for it and not for
-    training.
-    """
+    """Return purpose -> number of our scenes in these rows that are reserved for it."""
     groups = {tuple(row.group.split("/")) for row in rows}
     scenes = {group for group in groups if len(group) == 4 and group[0] in ("scene", "episode")}
     return count_reserved_seeds(int(group[3]) for group in scenes if group[3].isdigit())
@@ -213,7 +212,8 @@ def parse_row(row: Any, number: int) -> Conversation:
         )
     messages = tuple(_message(message) for message in row["messages"])
     check_turns(messages)
-    identity, source = _text(row, "id", f"row-{number}"), _text(row, "source", "messages")
+    identity = _text(row, "id", f"row-{number}")
+    source = _text(row, "source", "messages")
     answers = sum(message.role == "assistant" for message in messages)
     kinds = row.get("kinds", [source] * answers)
     if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind for kind in kinds):

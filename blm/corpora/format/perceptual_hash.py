@@ -44,9 +44,7 @@ class PictureHash:
     """Mean colours, uint8 [COLOURS, COLOURS, 3] as bytes."""
 
     def near(self, other: PictureHash, distance: int) -> bool:
-        """Whether at most `distance` bits differ (Hamming distance) and the mean colours are
-        similar.
-        """
+        """Whether at most `distance` bits differ and the mean colours are similar."""
         if (self.bits ^ other.bits).bit_count() > distance:
             return False
         mine, theirs = (np.frombuffer(one.colours, np.uint8).astype(int) for one in (self, other))

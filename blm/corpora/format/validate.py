@@ -78,7 +78,7 @@ def clean_corpus(
         raise BlmError(f"{summary}; no row is left\n{summarise(faults)}".rstrip())
     if faults and not skip_bad:
         raise BlmError(
-            f"{summary}; mend them (`blm corpus validate {folder}` lists them) or skip them (--skip-bad):\n"
+            f"{summary}; fix them (`blm corpus validate {folder}` lists them) or skip them (--skip-bad):\n"
             f"{summarise(faults)}"
         )
     if faults:

@@ -95,10 +95,8 @@ class QuestionSampler:
         """
         if not annotations or annotations[0].kind.startswith(NUMERIC_KINDS):
             return annotations[int(self.rng.integers(len(annotations)))] if annotations else None
-        stem, answers = (
-            base_kind(annotations[0].kind),
-            sorted({annotation.answer for annotation in annotations}),
-        )
+        stem = base_kind(annotations[0].kind)
+        answers = sorted({annotation.answer for annotation in annotations})
         rare = np.array([1.0 / (1 + self.answered[stem, answer]) ** 2 for answer in answers])
         for answer in self.rng.choice(answers, len(answers), replace=False, p=rare / rare.sum()):
             fitting = [f for f in annotations if f.answer == answer and self._allows(f)]

@@ -134,9 +134,7 @@ def shards_folder(out: Path) -> Path:
 
 
 def remove_shards(out: Path) -> None:
-    """Remove the shards beside a finished corpus, which a run that was killed at its end may have
-    left.
-    """
+    """Remove the shards that a run killed at its end left beside a finished corpus."""
     if out.exists() and (shards_folder(out) / MARK).is_file():
         names = (CORPUS_FILE, "journal.jsonl", MARK)
         remove_own(shards_folder(out), lambda name: name.name in names or name.parts[-2:-1] == ("images",))
@@ -147,9 +145,7 @@ ShardItems = tuple[str, str, Sequence[int]]
 
 
 def _scene_shards(config: SceneCorpusConfig) -> Iterator[tuple[str, str, ShardItems]]:
-    """Yield shards of one robot and task each, because making an environment costs as much as 50
-    scenes.
-    """
+    """Yield shards of one robot and task each: an environment costs as much as 50 scenes."""
     cells = list(itertools.product(config.robots, config.tasks))
     for number, (robot, task) in enumerate(cells):
         for start in range(number, config.scenes, len(cells) * SCENES_PER_SHARD):
@@ -274,8 +270,7 @@ def _balance_steps(
 def _pictures(
     dataset: EpisodeDataset, cameras: Sequence[str], first: int, frame: int, rng: np.random.Generator
 ) -> list[ImageArray]:
-    """Return the pictures of a frame: one frame in all views, or a sequence of frames that leads to
-    it.
+    """Return the pictures of one frame, or of a sequence of frames that leads to it.
 
     A sequence has two frames in all views, or three in the first view.
     """

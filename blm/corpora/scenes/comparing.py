@@ -1,6 +1,4 @@
-"""Questions that compare distances: the nearest object to a reference, the farthest, the nearer of
-two.
-"""
+"""Questions that compare distances: nearest, farthest, and the nearer of two."""
 
 from __future__ import annotations
 
@@ -47,11 +45,9 @@ def comparisons(mark: str, places: Places, *, nearest: bool = True) -> Iterator[
 
 
 def ranking(mark: str, places: Places, word: str) -> str:
-    """Write the thought behind a comparison: positions, displacements from `mark` and distances
-    [cm], then the nearest or farthest name.
-    """
+    """Write the thought of a comparison: positions, displacements, distances [cm], result."""
     displacements = {name: place - places[mark] for name, place in sorted(places.items()) if name != mark}
-    far = {name: float(np.linalg.norm(way)) for name, way in displacements.items()}
+    far = {name: float(np.linalg.norm(displacement)) for name, displacement in displacements.items()}
     parts = (
         f"{name} {vector(places[name])}: {vector(displacement)} {name} {round(100 * far[name])}"
         for name, displacement in displacements.items()

@@ -109,8 +109,7 @@ class SceneObservation:
 
 
 class SceneObserver:
-    """Observes the present state of an environment: one picture and one segmentation mask per
-    camera.
+    """Observes an environment: one picture and one segmentation mask per camera.
 
     Holds an OpenGL context until `close`.
     """

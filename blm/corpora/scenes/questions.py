@@ -55,41 +55,42 @@ def visible_objects(scene: SceneObservation) -> list[SceneObject]:
 
 def _objects(scene: SceneObservation) -> Iterator[Annotation]:
     """Existence, attributes and counting, if no object is hidden."""
-    things = visible_objects(scene)
-    if len(things) < sum(t.solid for t in scene.objects):
+    visible = visible_objects(scene)
+    if len(visible) < sum(t.solid for t in scene.objects):
         return
-    there = {t.label: t.role for t in things}
+    there = {t.label: t.role for t in visible}
     for color in PALETTE:
         for kind in KINDS:
             role = there.get(f"{color} {kind}")
             if role in (None, "distractor"):  # for the task's own objects the answer would always be yes
-                asked, thought = {"thing": f"{color} {kind}"}, _listing(things, color)
+                asked = {"thing": f"{color} {kind}"}
+                thought = _listing(visible, color)
                 yield Annotation("existence", "yes" if role else "no", asked, thought=thought)
-    for thing in things:
-        if thing.kind in KINDS and sum(t.kind == thing.kind for t in things) == 1:
-            wrong = tuple(set(PALETTE) - {thing.color})
-            thought = _listing(things, thing.kind)
-            yield Annotation("attribute_color", thing.color, {"thing": thing.kind}, wrong, thought)
-        alone = sum(thing.color in t.color for t in scene.objects) == 1
-        if thing.role == "distractor" and alone:  # the task's own objects always have the same shape
-            wrong = tuple(set(KINDS) - {thing.kind})
-            thought = _listing(things, thing.color)
-            yield Annotation("attribute_shape", thing.kind, {"thing": thing.color}, wrong, thought)
-    balls = [t.label for t in things if t.kind == "ball"]
+    for item in visible:
+        if item.kind in KINDS and sum(t.kind == item.kind for t in visible) == 1:
+            wrong = tuple(set(PALETTE) - {item.color})
+            thought = _listing(visible, item.kind)
+            yield Annotation("attribute_color", item.color, {"thing": item.kind}, wrong, thought)
+        alone = sum(item.color in t.color for t in scene.objects) == 1
+        if item.role == "distractor" and alone:  # the task's own objects always have the same shape
+            wrong = tuple(set(KINDS) - {item.kind})
+            thought = _listing(visible, item.color)
+            yield Annotation("attribute_shape", item.kind, {"thing": item.color}, wrong, thought)
+    balls = [t.label for t in visible if t.kind == "ball"]
     if len(balls) == 1:
-        wrong = tuple(t.label for t in things if t.kind != "ball")
-        yield Annotation("affordance_roll", balls[0], {}, wrong, _listing(things, "ball"))
+        wrong = tuple(t.label for t in visible if t.kind != "ball")
+        yield Annotation("affordance_roll", balls[0], {}, wrong, _listing(visible, "ball"))
     if scene.arrangement != "held":
         for kind in (*KINDS, "object"):
-            number = sum(kind in ("object", t.kind) for t in things)
+            number = sum(kind in ("object", t.kind) for t in visible)
             wrong = tuple(str(n) for n in (number - 1, number + 1, number + 2) if n >= 0)
-            thought = _listing(things, "" if kind == "object" else kind)
+            thought = _listing(visible, "" if kind == "object" else kind)
             yield Annotation("counting", str(number), {"thing": kind}, wrong, thought)
 
 
-def _listing(things: Sequence[SceneObject], word: str = "") -> str:
+def _listing(visible: Sequence[SceneObject], word: str = "") -> str:
     """Write the thought: all labels, then those that contain `word`."""
-    names = sorted(t.label for t in things)
+    names = sorted(t.label for t in visible)
     there = ", ".join(names)
     picked = ", ".join(name for name in names if word in name.split())
     return f"{there}; {word}: {picked or 'nothing'}" if word else there
@@ -97,31 +98,32 @@ def _listing(things: Sequence[SceneObject], word: str = "") -> str:
 
 def _states(scene: SceneObservation) -> Iterator[Annotation]:
     """The state of the task's object, and its affordances."""
-    thing, goal = scene.object, scene.goal
+    item, goal = scene.object, scene.goal
     held, done = scene.arrangement == "held", scene.arrangement == "done"
-    if thing.kind != "peg" and thing.seen:
-        yield Annotation("affordance_held", "yes" if held else "no", {"thing": thing.label})
+    if item.kind != "peg" and item.seen:
+        yield Annotation("affordance_held", "yes" if held else "no", {"thing": item.label})
     if goal is not None and goal.solid and goal.seen:
-        thought = _displacement(scene, thing, goal)
+        thought = _displacement(scene, item, goal)
         yield Annotation("affordance_room", "no" if done else "yes", {"thing": goal.label}, thought=thought)
     if goal is not None and goal.kind == "sphere" and goal.seen:
         height = float(goal.position[2])
         if not 0.035 < height < 0.07:
             place = ("in the air", "on the table")
             answer = place[height < 0.05]
-            wrong, thought = tuple({*place} - {answer}), _positions(scene, goal, axis=2)
+            wrong = tuple({*place} - {answer})
+            thought = _positions(scene, goal, axis=2)
             yield Annotation("location_goal", answer, {"thing": goal.label}, wrong, thought)
-    if goal is None or not thing.seen:
+    if goal is None or not item.seen:
         return
     places = ["on the table", "in the gripper"]
     if goal.kind != "sphere":
         places.append(f"{'in' if goal.kind == 'bin' else 'on'} the {goal.label}")
-    near = float(np.linalg.norm((thing.position - goal.position)[:2]))
+    near = float(np.linalg.norm((item.position - goal.position)[:2]))
     if goal.kind == "disc" and not held and 0.07 < near < 0.13:
         return
     on = done or (goal.kind == "disc" and near <= 0.07)
     answer = places[1] if held else places[2] if on else places[0]
-    yield Annotation("location_state", answer, {"thing": thing.label}, tuple({*places} - {answer}))
+    yield Annotation("location_state", answer, {"thing": item.label}, tuple({*places} - {answer}))
 
 
 def _relations(scene: SceneObservation) -> Iterator[Annotation]:
@@ -130,29 +132,33 @@ def _relations(scene: SceneObservation) -> Iterator[Annotation]:
         for kind, axis, words in _AXES:
             answer = _direction_word(a.position - b.position, axis, words)
             if answer and a.label != b.label:
-                asked, thought = {"thing": a.label, "other": b.label}, _positions(scene, a, b, axis=axis)
+                asked = {"thing": a.label, "other": b.label}
+                thought = _positions(scene, a, b, axis=axis)
                 yield Annotation(kind, answer, asked, _opposite(answer, words), thought)
-    for thing in (t for t in scene.objects if t.seen):
-        offset = thing.position - scene.tcp
+    for item in (t for t in scene.objects if t.seen):
+        offset = item.position - scene.tcp
         for kind, axis, words in _AXES:
             answer = _direction_word(offset, axis, words, AIR_GAP)
             if answer and scene.gripper_seen:
-                name, thought = "situated_" + kind, _positions(scene, thing, None, axis=axis)
-                yield Annotation(name, answer, {"thing": thing.label}, _opposite(answer, words), thought)
-        side = float(thing.position[1] - scene.middle[1])
-        lies = thing.kind not in ("peg", "sphere") and (scene.arrangement != "held" or thing.role != "object")
+                name = "situated_" + kind
+                thought = _positions(scene, item, None, axis=axis)
+                yield Annotation(name, answer, {"thing": item.label}, _opposite(answer, words), thought)
+        side = float(item.position[1] - scene.middle[1])
+        lies = item.kind not in ("peg", "sphere") and (scene.arrangement != "held" or item.role != "object")
         if lies and not MIDDLE_OF_TABLE[0] < abs(side) < MIDDLE_OF_TABLE[1]:
             parts = ("left", "middle", "right")
             answer = parts[1] if abs(side) < MIDDLE_OF_TABLE[1] else parts[0] if side > 0 else parts[2]
-            wrong, thought = tuple({*parts} - {answer}), _positions(scene, thing, axis=1)
-            yield Annotation("location_table", answer, {"thing": thing.label}, wrong, thought)
+            wrong = tuple({*parts} - {answer})
+            thought = _positions(scene, item, axis=1)
+            yield Annotation("location_table", answer, {"thing": item.label}, wrong, thought)
         if (
-            thing.kind == "sphere"
+            item.kind == "sphere"
             and scene.gripper_seen
             and (answer := _direction_word(-offset, 2, ("above", "below"), AIR_GAP))
         ):
-            wrong, thought = _opposite(answer, ("above", "below")), _positions(scene, thing, None, axis=2)
-            yield Annotation("above", answer, {"thing": thing.label}, wrong, thought)
+            wrong = _opposite(answer, ("above", "below"))
+            thought = _positions(scene, item, None, axis=2)
+            yield Annotation("above", answer, {"thing": item.label}, wrong, thought)
 
 
 _AXES = (("left_right", 1, ("left", "right")), ("front_behind", 0, ("behind", "front")))
@@ -168,13 +174,11 @@ def _opposite(answer: str, words: tuple[str, str]) -> tuple[str, ...]:
 
 
 def _comparisons(scene: SceneObservation) -> Iterator[Annotation]:
-    """The nearest and farthest object, and the nearer of two, relative to the gripper and to the
-    goal.
-    """
-    things, goal = visible_objects(scene), scene.goal
-    if len(things) < sum(t.solid for t in scene.objects):
+    """Distance comparisons relative to the gripper and to the goal."""
+    visible, goal = visible_objects(scene), scene.goal
+    if len(visible) < sum(t.solid for t in scene.objects):
         return
-    places = {t.label: t.position - scene.base for t in things}
+    places = {t.label: t.position - scene.base for t in visible}
     gripper: list[SceneObject | None] = [None] if scene.gripper_seen else []
     for mark in (*gripper, *([goal] if goal and goal.seen else [])):
         name, place = _name_and_position(scene, mark)
@@ -182,17 +186,18 @@ def _comparisons(scene: SceneObservation) -> Iterator[Annotation]:
         yield from comparisons(name, asked, nearest=scene.arrangement != "held")
 
 
-def _name_and_position(scene: SceneObservation, thing: SceneObject | None) -> tuple[str, np.ndarray]:
+def _name_and_position(scene: SceneObservation, item: SceneObject | None) -> tuple[str, np.ndarray]:
     """Return the label and position [3] of an object; of the gripper for None."""
-    return ("gripper", scene.tcp) if thing is None else (thing.label, thing.position)
+    return ("gripper", scene.tcp) if item is None else (item.label, item.position)
 
 
-def _positions(scene: SceneObservation, *things: SceneObject | None, axis: int | None = None) -> str:
-    """Write positions relative to the robot [cm], along one axis or all; None stands for the
-    gripper.
+def _positions(scene: SceneObservation, *items: SceneObject | None, axis: int | None = None) -> str:
+    """Write positions relative to the robot [cm], along one axis or all.
+
+    None stands for the gripper.
     """
     spots = []
-    for name, place in (_name_and_position(scene, thing) for thing in things):
+    for name, place in (_name_and_position(scene, item) for item in items):
         place = place - scene.base
         spot = vector(place) if axis is None else f"{'xyz'[axis]} {round(100 * float(place[axis]))}"
         spots.append(f"{name} {spot}")
@@ -201,17 +206,19 @@ def _positions(scene: SceneObservation, *things: SceneObject | None, axis: int |
 
 def _directions(scene: SceneObservation) -> Iterator[Annotation]:
     """The main direction from the gripper to an object, and from the task's object to its goal."""
-    thing, goal = scene.object, scene.goal
+    item, goal = scene.object, scene.goal
     for other in (t for t in scene.objects if t.seen and scene.gripper_seen):
-        if way := main_direction(other.position - scene.tcp):
-            wrong, thought = tuple({*DIRECTIONS} - {way}), _displacement(scene, None, other)
-            yield Annotation("situated_move", way, {"thing": other.label}, wrong, thought)
-    if goal is not None and goal.seen and thing.seen and scene.arrangement != "done":
-        way = main_direction((goal.position - thing.position) * (1, 1, 0))
-        if way:
-            words = {"thing": thing.label, "goal": goal.label}
-            wrong, thought = tuple({*DIRECTIONS[:4]} - {way}), _displacement(scene, thing, goal)
-            yield Annotation("forecasting_direction", way, words, wrong, thought)
+        if direction := main_direction(other.position - scene.tcp):
+            wrong = tuple({*DIRECTIONS} - {direction})
+            thought = _displacement(scene, None, other)
+            yield Annotation("situated_move", direction, {"thing": other.label}, wrong, thought)
+    if goal is not None and goal.seen and item.seen and scene.arrangement != "done":
+        direction = main_direction((goal.position - item.position) * (1, 1, 0))
+        if direction:
+            words = {"thing": item.label, "goal": goal.label}
+            wrong = tuple({*DIRECTIONS[:4]} - {direction})
+            thought = _displacement(scene, item, goal)
+            yield Annotation("forecasting_direction", direction, words, wrong, thought)
 
 
 def _displacement(scene: SceneObservation, start: SceneObject | None, end: SceneObject) -> str:
@@ -241,22 +248,25 @@ def _pictures(scene: SceneObservation) -> Iterator[Annotation]:
 
 def _metric(scene: SceneObservation) -> Iterator[Annotation]:
     """Positions, displacements and distances of the task's object, its goal and the gripper."""
-    thing, goal = scene.object, scene.goal
-    asked = [t for t in (thing, goal) if t is not None and t.seen]
+    item, goal = scene.object, scene.goal
+    asked = [t for t in (item, goal) if t is not None and t.seen]
     places = [_name_and_position(scene, t) for t in (*([None] if scene.gripper_seen else []), *asked)]
     for name, place in places:
         yield Annotation("metric_position", format_vector(place - scene.base), {"thing": name})
         if name in ("gripper", "goal"):
             yield Annotation("metric_height", format_length(place[2]), {"thing": name})
     for t in asked if scene.gripper_seen else ():
-        offset, words, thought = t.position - scene.tcp, {"thing": t.label}, _displacement(scene, None, t)
+        offset = t.position - scene.tcp
+        words = {"thing": t.label}
+        thought = _displacement(scene, None, t)
         yield Annotation("metric_gripper_to_object", format_vector(offset), words, thought=thought)
         yield Annotation("metric_gripper_distance", format_length(offset), words, thought=thought)
     if goal is not None and len(asked) == 2:
-        way, words = goal.position - thing.position, {"thing": thing.label, "goal": goal.label}
-        thought = _displacement(scene, thing, goal)
-        yield Annotation("metric_object_to_goal", format_vector(way), words, thought=thought)
-        yield Annotation("metric_goal_distance", format_length(way), words, thought=thought)
+        displacement = goal.position - item.position
+        words = {"thing": item.label, "goal": goal.label}
+        thought = _displacement(scene, item, goal)
+        yield Annotation("metric_object_to_goal", format_vector(displacement), words, thought=thought)
+        yield Annotation("metric_goal_distance", format_length(displacement), words, thought=thought)
 
 
 def format_point(fraction: tuple[float, float]) -> str:
@@ -284,8 +294,7 @@ def format_length(offset: np.ndarray | float) -> str:
 
 
 def control_turn(scene: SceneObservation, instruction: str, robot: str) -> QuestionTurn:
-    """Return the policy's control prompt with its answer: object, goal, gripper and the next
-    primitive.
+    """Return the control prompt with its answer: object, goal, gripper, next primitive.
 
     Stage II taps the backbone's hidden states at exactly this prompt, so Stage I teaches the
     answer. In a random scene the first primitive comes next; an object in the hand is moved, and an
@@ -308,7 +317,7 @@ def scan_turns(scene: SceneObservation) -> list[QuestionTurn]:
     """
     turns = []
     for camera, points in scene.points.items():
-        named = dict(_name_and_position(scene, thing) for thing in (None, *scene.objects))
+        named = dict(_name_and_position(scene, item) for item in (None, *scene.objects))
         places = {} if camera == "wrist" else {n: f" at {vector(p - scene.base)}" for n, p in named.items()}
         spots = ", ".join(
             f"{name} {format_point(points[name])}{places.get(name, '')}" for name in sorted(points)
@@ -318,9 +327,7 @@ def scan_turns(scene: SceneObservation) -> list[QuestionTurn]:
 
 
 def read_scan(answer: str) -> dict[str, tuple[int, ...]]:
-    """Parse the answer of a scan turn: name -> image position [thousandths], then position [cm] if
-    given.
-    """
+    """Parse a scan answer: name -> image position [thousandths], then position [cm] if given."""
     vector = r"\((-?\d+(?:, -?\d+)*)\)"
     found = re.findall(rf"([a-z][a-z ]*) {vector}(?: at {vector})?", answer)
     return {name: tuple(map(int, f"{at}, {xyz}".rstrip(", ").split(", "))) for name, at, xyz in found}

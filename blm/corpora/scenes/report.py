@@ -30,8 +30,9 @@ class KindSummary:
 def describe(
     training: Iterable[Conversation], held_out: Iterable[Conversation] = ()
 ) -> tuple[KindSummary, ...]:
-    """Summarise every question kind of a training corpus; `held_out` is answered from its texts
-    alone.
+    """Summarise every question kind of a training corpus.
+
+    `held_out` is answered from its texts alone.
     """
     learnt, asked = _triples(training), _triples(held_out)
     by_text: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
