@@ -56,7 +56,9 @@ def load_foreign(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
     videos = {k: v for k, v in features.items() if v["dtype"] == "video" and not _is_depth(v)}
     layout = _LAYOUTS[version](folder, info, tuple(videos))
     optional = [name for name in ("next.success",) if name in features]
-    columns = _read(layout, [STATE, ACTION, "timestamp", "episode_index", "index", "task_index", *optional])
+    columns = _read_columns(
+        layout, [STATE, ACTION, "timestamp", "episode_index", "index", "task_index", *optional]
+    )
     count, episodes = int(layout.starts[-1]), len(layout.starts) - 1
     if not np.array_equal(columns["index"], np.arange(count)):
         raise DamagedError(f"'{folder}': the column 'index' of its data files is not 0..{count - 1}", REWRITE)
@@ -171,11 +173,11 @@ def _layout_v3(folder: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
 
 def _layout_v2(folder: Path, info: Mapping[str, Any], videos: Sequence[str]) -> _Layout:
     with reading(folder / "meta/episodes.jsonl") as path:
-        lengths = {row["episode_index"]: row["length"] for row in map(json.loads, _lines(path))}
+        lengths = {row["episode_index"]: row["length"] for row in _read_jsonl(path)}
     if sorted(lengths) != list(range(len(lengths))):
         raise DamagedError(f"'{path}' does not name episodes 0..{len(lengths) - 1}", REWRITE)
     with reading(folder / "meta/tasks.jsonl") as path:
-        named = {row["task_index"]: row["task"] for row in map(json.loads, _lines(path))}
+        named = {row["task_index"]: row["task"] for row in _read_jsonl(path)}
     numbers = np.arange(len(lengths))
 
     def files(template: str, **key: str) -> tuple[Path, ...]:
@@ -222,11 +224,11 @@ def _path(folder: Path, template: str, **fields: Any) -> Path:
     return folder / name
 
 
-def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text().splitlines() if line.strip()]
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def _read(layout: _Layout, names: list[str]) -> dict[str, NDArray[Any]]:
+def _read_columns(layout: _Layout, names: list[str]) -> dict[str, NDArray[Any]]:
     """Return columns [N] or [N, D] of all data files. Raises BlmError that names a damaged file."""
     parts: list[dict[str, NDArray[Any]]] = []
     for path in layout.data:

@@ -74,11 +74,11 @@ def read_json_rows(source: Path) -> Iterator[tuple[str, str, Any | RowError]]:
         raise BlmError(f"'{source}' holds no .json or .jsonl file")
     for file in files:
         name = file.name if file == source else file.relative_to(source).as_posix()
-        for number, row in _lines(file) if file.suffix == ".jsonl" else _array(file):
+        for number, row in _read_jsonl(file) if file.suffix == ".jsonl" else _read_json_array(file):
             yield f"{file}:{number}", f"{name}:{number}", row
 
 
-def _lines(file: Path) -> Iterator[tuple[int, Any | RowError]]:
+def _read_jsonl(file: Path) -> Iterator[tuple[int, Any | RowError]]:
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
@@ -88,7 +88,7 @@ def _lines(file: Path) -> Iterator[tuple[int, Any | RowError]]:
                     yield number, error
 
 
-def _array(file: Path) -> Iterator[tuple[int, Any]]:
+def _read_json_array(file: Path) -> Iterator[tuple[int, Any]]:
     try:
         rows = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
