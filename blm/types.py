@@ -324,6 +324,11 @@ class Question:
     """Where points are right: the white pixels of this picture."""
 
 
+def base_kind(kind: str) -> str:
+    """Return the question kind that a pair of yes/no kinds shares: 'success_negative' -> 'success'."""
+    return kind.removesuffix("_positive").removesuffix("_negative")
+
+
 @runtime_checkable
 class Policy(Protocol):
     """Anything that turns observations into action chunks: our checkpoint, a socket, an expert, a zero."""

@@ -17,19 +17,19 @@ from rich.console import Console
 from rich.progress import track
 
 from blm.datasets.checks import (
+    lfs_pointer_faults,
     picture_faults,
-    pointers,
     shape_faults,
-    unreadable,
+    unreadable_files,
     vector_faults,
     video_faults,
 )
 from blm.datasets.files import MANIFEST
 from blm.datasets.lerobot import EpisodeDataset, load_dataset, verify_files
-from blm.datasets.transforms import absurd_ranges
-from blm.io import DamagedError, PointerError, leftovers, read_json
+from blm.datasets.transforms import implausible_ranges
+from blm.io import DamagedError, PointerError, abandoned_paths, read_json
 from blm.robots import ROBOTS
-from blm.seeds import warning
+from blm.seeds import reserved_seeds_warning
 from blm.types import BlmError
 
 AGAIN = "run the same collect command again: it goes on from there"
@@ -154,22 +154,22 @@ def _dataset(folder: Path) -> Iterator[Check]:
         data = load_dataset(folder)
         known = "all files as the manifest says" if data.manifest else "no manifest: another program wrote it"
         counts = f"{data.num_episodes} episodes, {data.num_frames} frames, {len(data.cameras)} cameras"
-        note = f". Note: {warning('it', data.reserved_seeds)}" if data.reserved_seeds else ""
+        note = f". Note: {reserved_seeds_warning('it', data.reserved_seeds)}" if data.reserved_seeds else ""
         yield Check(str(folder), f"dataset: good ({data.space.robot}: {counts}; {known}){note}")
 
 
 def _dataset_faults(folder: Path) -> Iterator[BlmError]:
-    for left in leftovers(folder):
+    for left in abandoned_paths(folder):
         yield DamagedError(f"'{left}' is left over from a run that was stopped", AGAIN)
-    if absent := [*pointers(folder)]:
+    if absent := [*lfs_pointer_faults(folder)]:
         yield from absent
         return  # nothing else can be said of files that are not there
     try:
         has_manifest = (folder / MANIFEST).exists()
-        yield from verify_files(folder, _watched) if has_manifest else unreadable(folder, _watched)
+        yield from verify_files(folder, _watched) if has_manifest else unreadable_files(folder, _watched)
     except BlmError as error:
         yield error
-        yield from unreadable(folder, _watched)
+        yield from unreadable_files(folder, _watched)
     try:
         data = load_dataset(folder)
     except BlmError as error:
@@ -195,7 +195,7 @@ def _dataset_faults(folder: Path) -> Iterator[BlmError]:
 
 def _range_faults(data: EpisodeDataset) -> Iterator[BlmError]:
     """Values of the wrong size, and joints that never move."""
-    for what in absurd_ranges(data.space, data.states, data.actions):
+    for what in implausible_ranges(data.space, data.states, data.actions):
         yield DamagedError(what, "convert the dataset, or correct the units in its action space")
     still = np.ptp(data.actions, axis=0)[:-1] == 0
     for name, unmoved in zip(data.space.names, still, strict=False):

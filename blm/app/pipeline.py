@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 
 from blm.app.recipes import Recipe
-from blm.io import hold, read_json, write_json, writing
+from blm.io import lock_folder, read_json, write_json, writing
 from blm.types import BlmError
 
 LEDGER, RECIPE = "stages.json", "recipe.json"
@@ -49,11 +49,11 @@ def run_stages(stages: dict[str, Stage], names: list[str], recipe: Recipe, folde
     BlmError, before anything is written, for a missing input and for a folder that holds a finished stage of
     other settings, or files of unknown origin; and when another process runs stages there.
     """
-    with hold(folder) if folder.exists() else nullcontext():
+    with lock_folder(folder) if folder.exists() else nullcontext():
         require_own(folder)
         require_settings(stages, names, recipe, folder)
         require_inputs(stages, names, folder)
-    with hold(folder):
+    with lock_folder(folder):
         write_json(folder / RECIPE, to_json(recipe))
         for place, name in enumerate(names, start=1):
             _run_stage(stages, stages[name], recipe, folder, f"[{place}/{len(names)}]")

@@ -23,7 +23,7 @@ from blm.app.validation import closed_loop_validation
 from blm.app.viewing import collection_sheet
 from blm.backbone import Backbone
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, curate, read_corpus, read_questions
-from blm.corpora.scenes.build import remove_parts
+from blm.corpora.scenes.build import remove_shards
 from blm.datasets.lerobot import open_dataset
 from blm.evaluation import (
     EVALUATION_SEEDS,
@@ -105,7 +105,7 @@ def run_corpus(recipe: Recipe, run: Path) -> None:
         )
         folder = run / "corpora" / name
         if folder.exists():
-            remove_parts(folder)
+            remove_shards(folder)
         else:
             build_scene_corpus(config, folder, workers=recipe.workers)
 

@@ -32,7 +32,7 @@ from blm.backbone.nano.model import SAMPLE_TEXTS, make_nano
 from blm.backbone.prompt import question_prompt, to_chat
 from blm.backbone.saving import save_folder
 from blm.backbone.smol import make_smol
-from blm.io import settled
+from blm.io import recover_folder
 from blm.media import load_pixels
 from blm.types import BlmError, Message, Sampling, lookup
 
@@ -69,7 +69,7 @@ class Backbone:
         Raises UnknownNameError for what is neither.
         """
         source: str | Callable[[], Backbone] = str(name_or_folder)
-        if not settled(Path(name_or_folder)).is_dir():
+        if not recover_folder(Path(name_or_folder)).is_dir():
             source = lookup("backbone", str(name_or_folder), BACKBONES)
         if isinstance(source, str):
             model = AutoModelForImageTextToText.from_pretrained(source)

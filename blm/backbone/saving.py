@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from blm.io import MARK, files_below, new_folder, settled
+from blm.io import MARK, files_below, new_folder, recover_folder
 from blm.types import BlmError
 
 NOTE = "blm.json"
@@ -23,7 +23,7 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def require_free(folder: Path) -> None:
     """Raise BlmError, before hours of training, if `save_folder` would refuse this place."""
-    if settled(folder).exists():
+    if recover_folder(folder).exists():
         written(folder)
 
 

@@ -66,7 +66,7 @@ class Convert:
 
 def convert(command: str, arguments: list[str]) -> None:
     """`blm corpus convert NAME SOURCE OUT`: a published corpus in the messages format."""
-    from blm.corpora import CONVERTERS, Settings
+    from blm.corpora import CONVERTERS, ConverterConfig
     from blm.corpora import convert as run
     from blm.corpora.format.faults import summarise
 
@@ -81,7 +81,7 @@ def convert(command: str, arguments: list[str]) -> None:
         return
     if chosen.source is None or chosen.out is None:
         raise BlmError(f"name the source and the folder to write: blm {command} NAME SOURCE OUT")
-    settings = Settings(
+    settings = ConverterConfig(
         frames=chosen.frames,
         media=chosen.media,
         source=chosen.source_name,

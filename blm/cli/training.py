@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
-from blm.seeds import VALIDATION_SEEDS, warning
+from blm.seeds import VALIDATION_SEEDS, reserved_seeds_warning
 from blm.training.policy.train import PolicyTrainingConfig
 from blm.training.pretraining.nano import Schooling, for_nano, is_nano, taught_nano
 from blm.training.sft.train import Stage1Config
@@ -189,7 +189,9 @@ def _open(
     rows = [clean_corpus(folder, backbone=made, skip_bad=config.skip_bad) for folder, _ in parts]
     for (folder, _), part in zip(parts, rows, strict=True):
         if counts := reserved_scenes(part):
-            Console(stderr=True).print(f"warning: {warning(str(folder), counts)}", soft_wrap=True)
+            Console(stderr=True).print(
+                f"warning: {reserved_seeds_warning(str(folder), counts)}", soft_wrap=True
+            )
     if made is None:
         corpora = [(part, folder) for (folder, _), part in zip(parts, rows, strict=True)]
         made = taught_nano(corpora, chosen.schooling, chosen.out, seed=config.loop.seed)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from blm.backbone.backbone import RELEASED
 from blm.datasets.transforms import RobotTransforms
-from blm.io import MARK, new_folder, read_json, require_no_pointer, settled, sha256_file
+from blm.io import MARK, new_folder, read_json, recover_folder, require_no_pointer, sha256_file
 from blm.policy.card import model_card
 from blm.types import BlmError, PolicyContract
 
@@ -31,7 +31,7 @@ RELEASES: dict[str, Path] = {"blm-nano": RELEASED / "blm-nano"}
 
 def folder_of(name_or_folder: str | Path) -> Path:
     """Return the folder of a checkpoint or release; a checkpoint here that is called as a release wins."""
-    folder = settled(Path(name_or_folder))
+    folder = recover_folder(Path(name_or_folder))
     return folder if (folder / "manifest.json").is_file() else RELEASES.get(str(name_or_folder), folder)
 
 
@@ -59,7 +59,7 @@ def write_checkpoint(
 
 def require_free(folder: Path) -> None:
     """Raise BlmError, before hours of training, if `write_checkpoint` would refuse this place."""
-    if settled(folder).exists():
+    if recover_folder(folder).exists():
         _written(folder)
 
 
@@ -76,7 +76,7 @@ def _written(folder: Path) -> set[str]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json. Raises BlmError, naming file and fix, unless the folder is whole and unaltered."""
-    if not (settled(folder) / "manifest.json").is_file():
+    if not (recover_folder(folder) / "manifest.json").is_file():
         raise BlmError(f"no checkpoint at '{folder}' (no manifest.json); give the folder that Stage II wrote")
     stored, found = read_json(folder / "manifest.json"), _hashes(folder)
     if not isinstance(stored, dict) or "config.json" not in stored:

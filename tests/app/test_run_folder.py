@@ -12,7 +12,7 @@ import pytest
 
 from blm.app.pipeline import LEDGER, RECIPE, Stage, differences, read_ledger, run_stages
 from blm.app.recipes import RECIPES
-from blm.io import hold
+from blm.io import lock_folder
 from blm.types import BlmError
 
 CI = RECIPES["ci"]()
@@ -101,7 +101,7 @@ def test_a_ledger_of_an_older_version_still_tells_what_differs(tmp_path):
 
 
 def test_one_process_a_run_folder(tmp_path):
-    with hold(tmp_path), pytest.raises(BlmError, match="another process is using"):
+    with lock_folder(tmp_path), pytest.raises(BlmError, match="another process is using"):
         run_stages(stages(), ["a"], CI, tmp_path)
 
 

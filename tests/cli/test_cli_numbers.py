@@ -17,7 +17,7 @@ from blm.app.recipes import RECIPES
 from blm.app.studies import with_field
 from blm.cli import corpus, digital, main, physical, training
 from blm.corpora import CurationConfig, SceneCorpusConfig
-from blm.corpora.converters import Settings as ConvertSettings
+from blm.corpora.converters import ConverterConfig
 from blm.evaluation.digital.benchmarks.sharerobot_split import SplitConfig
 from blm.planner import CollectConfig
 from blm.training.loop.loop import LoopConfig
@@ -32,7 +32,7 @@ CONFIGS: dict[str, Any] = {
         robots=("panda",), tasks=("push_cube",), cameras=("base",), image_size=64, scenes=1, first_seed=10_000
     ),
     "corpus validate": corpus.Validate(folder=Path("in")),
-    "corpus convert": ConvertSettings(),
+    "corpus convert": ConverterConfig(),
     "corpus curate": CurationConfig(),
     "corpus sharerobot": SplitConfig(),
     "train stage1": training.TrainStage1(out=Path("out"), corpus=("in",), loop=LOOP),

@@ -26,7 +26,7 @@ from blm.evaluation.digital.text_baselines import text_baselines
 from blm.evaluation.protocol import DigitalProtocol, digest
 from blm.evaluation.result_files import require_free, write_result
 from blm.evaluation.results import this_machine
-from blm.jobs import Unit, run_units
+from blm.jobs import WorkUnit, run_units
 from blm.media import locate, split_time, with_pixels
 from blm.types import BlmError, Chat, Image, Message, Question, lookup, require_numbers
 
@@ -200,7 +200,7 @@ def _ask(
         if not batches or len(batches[-1]) == config.batch or limits[batches[-1][0]] != limits[place]:
             batches.append([])
         batches[-1].append(place)
-    units = [Unit(f"{name}/{model}/{config.batch}/{i}", batch) for i, batch in enumerate(batches)]
+    units = [WorkUnit(f"{name}/{model}/{config.batch}/{i}", batch) for i, batch in enumerate(batches)]
     done = run_units(answer, units, journal=out / "journal.jsonl", workers=0, title="questions")
     answers: dict[int, RawAnswer] = {}
     for unit, result in zip(units, done.values(), strict=True):

@@ -18,6 +18,7 @@ from blm.evaluation.digital.result import (
     Prediction,
 )
 from blm.evaluation.statistics import Rate, paired_difference, success_rate
+from blm.types import base_kind
 
 YES_NO = {"yes", "no"}
 Average = Literal["items", "kinds"]
@@ -77,11 +78,6 @@ def balanced_accuracy(predictions: Sequence[Prediction]) -> dict[str, BalancedAc
     if len(both) > 1:
         both["all"] = [p for part in both.values() for p in part]
     return {kind: _recalls(part) for kind, part in both.items()}
-
-
-def base_kind(kind: str) -> str:
-    """'success_positive' -> 'success'."""
-    return kind.removesuffix("_positive").removesuffix("_negative")
 
 
 def _recalls(predictions: Sequence[Prediction]) -> BalancedAccuracy:

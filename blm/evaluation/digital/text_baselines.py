@@ -9,8 +9,7 @@ import numpy as np
 
 from blm.evaluation.digital.parsers.coordinates import read_metric, read_numbers
 from blm.evaluation.digital.parsers.extraction import normalise
-from blm.evaluation.digital.summary import base_kind
-from blm.types import Question
+from blm.types import Question, base_kind
 
 Baseline = Callable[[Question], str]
 """Question -> answer."""

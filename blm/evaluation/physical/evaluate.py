@@ -16,7 +16,7 @@ from blm.evaluation.physical.summary import summarise
 from blm.evaluation.protocol import PhysicalProtocol, digest, protocol_hash
 from blm.evaluation.result_files import require_free, write_result
 from blm.evaluation.results import this_machine
-from blm.jobs import Unit, run_units
+from blm.jobs import WorkUnit, run_units
 from blm.tasks import gl_backend
 from blm.types import BlmError, Policy, PolicyContract
 
@@ -132,12 +132,12 @@ def _is_shared(policy: Policy, wanted: bool | None, *, possible: bool) -> bool:
     return possible and (isinstance(policy, ActsInBatches) and accelerated if wanted is None else wanted)
 
 
-def _units(protocol: PhysicalProtocol, run: str, videos_per_cell: int) -> list[Unit]:
+def _units(protocol: PhysicalProtocol, run: str, videos_per_cell: int) -> list[WorkUnit]:
     """Return one unit for each episode; the first `videos_per_cell` of each cell are filmed."""
     seen: Counter[tuple[str, str]] = Counter()
     units = []
     for robot, task, seed in protocol.scenes:
         film = seen[robot, task] < videos_per_cell
         seen[robot, task] += 1
-        units.append(Unit(f"{run}/{videos_per_cell}/{robot}/{task}/{seed}", (robot, task, seed, film)))
+        units.append(WorkUnit(f"{run}/{videos_per_cell}/{robot}/{task}/{seed}", (robot, task, seed, film)))
     return units

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from blm.io import hold
+from blm.io import lock_folder
 from blm.training.loop.distributed import Part, Processes, full, spread, unsynced, wants_shards, whole
 from blm.training.loop.metrics import Log, Meter
 from blm.training.loop.optimizers import Optimizers
@@ -146,7 +146,7 @@ def run_loop(
         raise BlmError(f"batch_size is {config.batch_size}, but a step has {parts}; each needs a sample")
     wrapped, undo = spread(module, loss_fn, processes, config.shard or wants_shards())
     devices = [torch.cuda.current_device()] if kind == "cuda" else []
-    with hold(out) if processes.first else nullcontext(), torch.random.fork_rng(devices=devices):
+    with lock_folder(out) if processes.first else nullcontext(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed * 65_537 + processes.rank)
         optimizer = Optimizers(
             module,

@@ -29,7 +29,7 @@ from blm.backbone.prompt import control_prompt
 from blm.datasets.lerobot import EpisodeDataset, open_dataset
 from blm.datasets.mixture import IndexArray, kept_frames
 from blm.io import read_json, replacing, sha256_file, write_json
-from blm.jobs import MAX_WORKERS, Result, Unit, run_units
+from blm.jobs import MAX_WORKERS, Result, WorkUnit, run_units
 from blm.policy.policy import prompt_version
 from blm.types import BlmError, ImageArray, require_numbers
 
@@ -259,7 +259,7 @@ def _announce(live: LiveHiddenStates, folder: Path) -> None:
         raise BlmError(f"intent cache '{folder}' does not fit: {plan}; use a larger stride or another disk")
 
 
-def _shards(dataset: EpisodeDataset, config: HiddenStateConfig, folder: Path) -> Iterator[Unit]:
+def _shards(dataset: EpisodeDataset, config: HiddenStateConfig, folder: Path) -> Iterator[WorkUnit]:
     """Yield shards of consecutive whole episodes, with the kept frames of each episode."""
     kept = kept_frames(dataset.starts, config.stride)
     episodes = np.split(kept, np.searchsorted(kept, dataset.starts[1:-1]))
@@ -268,7 +268,7 @@ def _shards(dataset: EpisodeDataset, config: HiddenStateConfig, folder: Path) ->
     for i, frames in enumerate(episodes, start=1):
         shard.append(frames)
         if sum(map(len, shard)) >= config.shard_frames or i == len(episodes):
-            yield Unit(name := f"{number:05d}.npy", (folder / name, shard))
+            yield WorkUnit(name := f"{number:05d}.npy", (folder / name, shard))
             shard, number = [], number + 1
 
 

@@ -22,7 +22,7 @@ from blm.datasets.transforms import RobotTransforms, action_chunks, fit_transfor
 from blm.policy.flow import sample_time
 from blm.policy.network import PolicyBatch, PolicyConfig
 from blm.policy.policy import pad_dims
-from blm.seeds import warning
+from blm.seeds import reserved_seeds_warning
 from blm.training.loop.distributed import Part
 from blm.training.policy.hidden_states import Rows, collate
 from blm.types import ActionSpace, BlmError, PolicyContract
@@ -277,7 +277,7 @@ def warn_of_reserved(datasets: Sequence[EpisodeDataset]) -> dict[str, Any]:
     """
     found = {str(data.folder): counts for data in datasets if (counts := data.reserved_seeds)}
     for folder, counts in found.items():
-        Console(stderr=True).print(f"warning: {warning(folder, counts)}", soft_wrap=True)
+        Console(stderr=True).print(f"warning: {reserved_seeds_warning(folder, counts)}", soft_wrap=True)
     return {"reserved_seeds": found} if found else {}
 
 

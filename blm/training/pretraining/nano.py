@@ -20,8 +20,8 @@ import numpy as np
 from blm.backbone import Backbone, build_nano
 from blm.backbone.nano.vision_tower import ConvVision
 from blm.corpora import Conversation
+from blm.corpora.scenes.annotations import QuestionSampler, QuestionTurn, by_kind, to_messages
 from blm.corpora.scenes.comparing import comparisons
-from blm.corpora.scenes.facts import Drawer, Turn, by_kind, to_messages
 from blm.corpora.scenes.questions import read_scan
 from blm.training.loop.loop import LoopConfig
 from blm.training.pretraining.vision_tower import scanned, teach_eye
@@ -158,7 +158,7 @@ def told(row: Conversation) -> Conversation | None:
     )
 
 
-def _compared(name: str, places: Mapping[str, tuple[int, ...]]) -> list[Turn]:
+def _compared(name: str, places: Mapping[str, tuple[int, ...]]) -> list[QuestionTurn]:
     """Draw comparisons of places [cm], seeded by the conversation's name. What has no colour (the gripper,
     a mark on the table) is no object: others are compared by their distance from it."""
     metres = {thing: np.array(place) / 100 for thing, place in places.items()}
@@ -168,6 +168,6 @@ def _compared(name: str, places: Mapping[str, tuple[int, ...]]) -> list[Turn]:
     if not groups:
         return []
     rng = np.random.default_rng(crc32(name.encode()))
-    drawer = Drawer(rng, choice=0.0)
+    sampler = QuestionSampler(rng, choice=0.0)
     kinds = rng.choice(sorted(groups), COMPARED)
-    return [drawer.word(groups[kind][int(rng.integers(len(groups[kind])))]) for kind in kinds]
+    return [sampler.phrase(groups[kind][int(rng.integers(len(groups[kind])))]) for kind in kinds]
