@@ -28,8 +28,8 @@ from tests.support import groot
 from tests.support import playground as scenes
 from tests.support.serving import (
     BatchEcho,
+    EchoGenerator,
     EchoPolicy,
-    EchoSpeaker,
     observation,
     running,
     running_app,
@@ -58,7 +58,7 @@ class Letters:
         return [self.decode([token]) for token in tokens]
 
 
-class Chatty(EchoSpeaker):
+class Chatty(EchoGenerator):
     tokenizer = Letters()
 
 
@@ -169,7 +169,7 @@ def record_missing_spaces() -> dict[str, Any]:
     with running(EchoPolicy(), None) as address:
         reply = httpx.post(f"http://{address}/v1/chat/completions", json=chat_body())
         found["no chat"] = http_shape(reply), reply.json()["error"]["code"]
-    with running(None, EchoSpeaker()) as address, pytest.raises(InvalidStatus) as refused:
+    with running(None, EchoGenerator()) as address, pytest.raises(InvalidStatus) as refused:
         connect(f"ws://{address}")
     response = refused.value.response
     body = json.loads(response.body or b"")
@@ -178,7 +178,7 @@ def record_missing_spaces() -> dict[str, Any]:
 
 
 def record_streams() -> dict[str, Any]:
-    with running(EchoPolicy(), EchoSpeaker()) as address:
+    with running(EchoPolicy(), EchoGenerator()) as address:
         url = f"http://{address}/v1/chat/completions"
         plain = httpx.post(url, json=chat_body(stream=True))
         counted = httpx.post(
@@ -261,7 +261,7 @@ def record_groot() -> dict[str, Any]:
 def record_playground() -> dict[str, Any]:
     """Type of a message -> its keys, for a visit that uses every command."""
     found: dict[str, Any] = {}
-    app = create_app(scenes.StillPolicy(), EchoSpeaker())
+    app = create_app(scenes.StillPolicy(), EchoGenerator())
     add_playground(app, scenes.CONTRACT, name="BLM")
     with ExitStack() as opened:
         address = opened.enter_context(running_app(app))

@@ -301,9 +301,9 @@ def proxied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_loopback_needs_no_proxy(proxied: None) -> None:
     from blm.types import Message
-    from tests.support.serving import EchoSpeaker
+    from tests.support.serving import EchoGenerator
 
-    with running(EchoPolicy(), EchoSpeaker()) as address:
+    with running(EchoPolicy(), EchoGenerator()) as address:
         port = address.partition(":")[2]
         for host in ("127.0.0.1", "localhost", "LOCALHOST"):
             with RemotePolicy(f"ws://{host}:{port}") as remote:

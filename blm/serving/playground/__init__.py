@@ -67,7 +67,7 @@ def add_playground(
                 await socket.close(1013, message)
                 return
             sessions.discard(idlest)
-            idlest.ask_to_leave(1000, "another visitor took the place of this idle page")
+            idlest.request_close(1000, "another visitor took the place of this idle page")
         own = own_address(socket.scope.get("server")) if contract is not None else None
         model = ServedModel(uri=own, contract=contract, api_key=app.state.access.internal_key)
         session = Session(socket, {name: model, **others}, simulators)

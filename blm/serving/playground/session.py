@@ -59,7 +59,7 @@ class TokenBucket:
         return 0.0
 
 
-class Outbox:
+class MessageQueue:
     """Messages on their way to one browser: of pictures only the newest waits, of others a bounded number."""
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class Session:
     def __init__(self, socket: WebSocket, models: Mapping[str, ServedModel], simulators: Simulators) -> None:
         self.socket, self.models, self.simulators = socket, models, simulators
         self.loop = asyncio.get_running_loop()
-        self.outbox = Outbox()
+        self.message_queue = MessageQueue()
         self.rollouts = list[Rollout]()
         self.chosen: tuple[Scene, list[str]] | None = None
         self._starts = TokenBucket(STARTS_PER_S, STARTS_AT_ONCE)
@@ -123,7 +123,7 @@ class Session:
         self._active_at = time.monotonic()
         self._some_closed = asyncio.Event()
         self._leave: CloseError | None = None
-        self._told_to_leave = asyncio.Event()
+        self._close_requested = asyncio.Event()
 
     @property
     def idle_s(self) -> float:
@@ -131,13 +131,16 @@ class Session:
         driving = any(rollout.state in DRIVING for rollout in self.rollouts)
         return 0.0 if driving else time.monotonic() - self._active_at
 
-    def ask_to_leave(self, code: int, reason: str) -> None:
+    def request_close(self, code: int, reason: str) -> None:
         self._leave = CloseError(code, reason)
-        self._told_to_leave.set()
+        self._close_requested.set()
 
     async def run(self) -> None:
         """Serve until the browser leaves or has to; every thread has been told to end then."""
-        tasks = [asyncio.create_task(work) for work in (self._send(), self._receive(), self._wait_to_leave())]
+        tasks = [
+            asyncio.create_task(work)
+            for work in (self._send(), self._receive(), self._wait_for_close_request())
+        ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -156,14 +159,14 @@ class Session:
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._close_scene()
 
-    async def _wait_to_leave(self) -> None:
-        await self._told_to_leave.wait()
+    async def _wait_for_close_request(self) -> None:
+        await self._close_requested.wait()
         assert self._leave is not None
         raise self._leave
 
     async def _send(self) -> None:
         while True:
-            message = await self.outbox.get()
+            message = await self.message_queue.get()
             try:
                 async with asyncio.timeout(SEND_TIMEOUT_S):
                     await self.socket.send_json(message)
@@ -187,7 +190,7 @@ class Session:
             try:
                 await self._obey(read_command(message.get("text")))
             except BlmError as error:
-                self.outbox.put({"type": "error", "message": str(error)})
+                self.message_queue.put({"type": "error", "message": str(error)})
 
     async def _obey(self, command: Mapping[str, Any]) -> None:
         kind = command.get("type")
@@ -236,7 +239,7 @@ class Session:
             self.simulators.running.discard(rollout)
             self._some_closed.set()
         elif rollout in self.rollouts:
-            self.outbox.put(message)
+            self.message_queue.put(message)
 
     async def _close_scene(self) -> bool:
         """End the scene's threads; False when one still runs after CLOSE_TIMEOUT_S."""
