@@ -281,9 +281,7 @@ def test_the_queue_is_fair_and_bounded_whatever_happens(steps: list[tuple[str, i
             taken = queue.pop()
             assert taken == first and (taken is None) == (not model)
             if taken is not None:
-                assert taken == next(one for one in model if one[0] == taken[0]), (
-                    "in order for each client"
-                )
+                assert taken == next(one for one in model if one[0] == taken[0]), "in order for each client"
                 model.remove(taken)
                 since = {who: count + 1 for who, count in since.items()} | {taken[0]: 0}
         since = {who: count for who, count in since.items() if any(request[0] == who for request in model)}
