@@ -1,14 +1,16 @@
-"""Robots and people at one server: latency of actions with and without chat; is any reply lost or crossed?
+"""Robots and people at one server: latency of actions with and without chat; is any reply lost or
+crossed?
 
     python benchmarks/load.py CHECKPOINT [--robots 32] [--rate-hz 5] [--chats 8] [--seconds 60] [--out FILE]
     python benchmarks/load.py CHECKPOINT --worst [--only WORDS ..] [--server-source FOLDER] [--out FILE]
 
-Starts `blm serve CHECKPOINT` as a process of its own. Every robot has its own observation and knows the chunk
-that it must get; every chat has its own question and knows the answer: both were asked once before, alone.
-Phases: actions alone, then actions with chat, half of the time each. Latency is from when a request was due
-to having its reply, in the client; a robot that waits asks again when it has its chunk, so that a server
-with too many robots makes all of them slower than their rate. Overhead is one robot's latency without the
-time of the model. With `--worst` it measures the worst requests instead; see worst_requests.py.
+Starts `blm serve CHECKPOINT` as a process of its own. Every robot has its own observation and knows
+the chunk that it must get; every chat has its own question and knows the answer: both were asked
+once before, alone. Phases: actions alone, then actions with chat, half of the time each. Latency is
+from when a request was due to having its reply, in the client; a robot that waits asks again when
+it has its chunk, so that a server with too many robots makes all of them slower than their rate.
+Overhead is one robot's latency without the time of the model. With `--worst` it measures the worst
+requests instead; see worst_requests.py.
 """
 
 from __future__ import annotations

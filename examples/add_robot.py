@@ -2,7 +2,8 @@
 
     python examples/add_robot.py --checkpoint demo/stage2/checkpoint --dataset data/my_robot
 
-The dataset is that of a robot which the checkpoint does not know, with the checkpoint's cameras and rate.
+The dataset is that of a robot which the checkpoint does not know, with the checkpoint's cameras and
+rate.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/evaluate_server.py --address ws://127.0.0.1:8000 --robots panda --episodes 10
 
-Prints success with its interval, cell by cell, and why episodes failed. The same scenes, rules and limits for
-everybody: results compare (`blm compare`) when their protocols are equal.
+Prints success with its interval, cell by cell, and why episodes failed. The same scenes, rules and
+limits for everybody: results compare (`blm compare`) when their protocols are equal.
 """
 
 from __future__ import annotations

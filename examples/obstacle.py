@@ -2,8 +2,9 @@
 
     python examples/obstacle.py --out wall.mp4 --robot xarm6 --seed 3
 
-The task is PickCube with one more item, a fixed wall between the cube and the goal. The expert's primitives
-know nothing of it: the planner looks for ways that keep the arm and the carried cube clear of it.
+The task is PickCube with one more item, a fixed wall between the cube and the goal. The expert's
+primitives know nothing of it: the planner looks for ways that keep the arm and the carried cube
+clear of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Train bridge and policy on your own LeRobot dataset, behind any backbone, and see how well they imitate.
+"""Train bridge and policy on your own LeRobot dataset, behind any backbone, and see how well they
+imitate.
 
 python examples/train.py --dataset data/my_robot --backbone demo/stage1/backbone --cameras base wrist
 """

@@ -51,12 +51,13 @@ def create_app(
     scheduler_limits: SchedulerLimits | None = None,
     reasoning: Reasoning = "inline",
 ) -> FastAPI:
-    """Build the server for a policy, a generator, or both. Routes of the missing one return an error.
+    """Build the server for a policy, a generator, or both. Routes of the missing one return an
+    error.
 
-    `api_key` is short for `access=AccessControl([api_key])`. `reasoning` says where the text between <think>
-    and </think> goes: into the content of the answer, or into `reasoning_content`. The policy must be
-    stateless, because OpenPI has no message for the start of an episode. Raises BlmError for an empty or
-    unprintable key.
+    `api_key` is short for `access=AccessControl([api_key])`. `reasoning` says where the text
+    between <think> and </think> goes: into the content of the answer, or into `reasoning_content`.
+    The policy must be stateless, because OpenPI has no message for the start of an episode. Raises
+    BlmError for an empty or unprintable key.
     """
     access = access or AccessControl([] if api_key is None else [api_key])
     scheduler = ModelScheduler(policy, generator, scheduler_limits)
@@ -115,7 +116,8 @@ def _add_middleware(app: FastAPI, access: AccessControl) -> None:
 
 
 class Server(uvicorn.Server):
-    """At shutdown it refuses new requests and lets those in progress finish, for GRACE_S at most."""
+    """At shutdown it refuses new requests and lets those in progress finish, for GRACE_S at
+    most."""
 
     async def shutdown(self, sockets: Any = None) -> None:
         app: Any = self.config.app
@@ -124,10 +126,11 @@ class Server(uvicorn.Server):
 
 
 def server_config(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> uvicorn.Config:
-    """Return uvicorn's settings for OpenPI clients, with the connection limits of `access.connections`.
+    """Return uvicorn's settings for OpenPI clients, with the connection limits of
+    `access.connections`.
 
-    Websocket frames may be as large as the contract's observations and are not compressed. X-Forwarded-*
-    headers are ignored, because any client can send them.
+    Websocket frames may be as large as the contract's observations and are not compressed.
+    X-Forwarded-* headers are ignored, because any client can send them.
     """
     policy = app.state.scheduler.policy
     return uvicorn.Config(
@@ -158,7 +161,8 @@ def serve(
 
 
 def _raise_file_limit(most: int) -> None:
-    """Raise this process's limit on open files if permitted: each connection needs a file descriptor."""
+    """Raise this process's limit on open files if permitted: each connection needs a file
+    descriptor."""
     try:
         import resource
     except ImportError:  # Windows has no such limit

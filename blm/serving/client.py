@@ -1,4 +1,5 @@
-"""The client of a policy server: a `Policy` over OpenPI. It needs NumPy, msgpack and websockets only."""
+"""The client of a policy server: a `Policy` over OpenPI. It needs NumPy, msgpack and websockets
+only."""
 
 from __future__ import annotations
 
@@ -40,12 +41,13 @@ MAX_MESSAGE = 300
 class RemotePolicy:
     """A `Policy` over an OpenPI websocket, and a context manager that closes it.
 
-    It does not retry, and every fault of a server raises BlmError. Connections to loopback use no proxy;
-    other hosts are reached through the proxies of the environment.
+    It does not retry, and every fault of a server raises BlmError. Connections to loopback use no
+    proxy; other hosts are reached through the proxies of the environment.
 
-    A reply is accepted only if it belongs to the last request. Servers of this package echo the number and
-    time of the request, which must match. For a server that echoes neither, the order on the socket decides:
-    there is one request at a time, and a timeout or an unrequested frame closes the connection.
+    A reply is accepted only if it belongs to the last request. Servers of this package echo the
+    number and time of the request, which must match. For a server that echoes neither, the order on
+    the socket decides: there is one request at a time, and a timeout or an unrequested frame closes
+    the connection.
     """
 
     def __init__(
@@ -59,12 +61,13 @@ class RemotePolicy:
     ) -> None:
         """Connect to `uri`, such as 'ws://127.0.0.1:8000'. Raises BlmError if the connection fails.
 
-        `timeout_s`: for the connection and for each reply [s]. `deadline_ms`: the server discards a chunk
-        that is not ready within this time after the request arrived; `act` then raises LateError, and the
-        connection stays open.
+        `timeout_s`: for the connection and for each reply [s]. `deadline_ms`: the server discards a
+        chunk that is not ready within this time after the request arrived; `act` then raises
+        LateError, and the connection stays open.
 
-        Servers of this package send their contract on connection. For other servers, pass the `contract`;
-        images are then sent under OpenPI's names (observation/image, observation/wrist_image).
+        Servers of this package send their contract on connection. For other servers, pass the
+        `contract`; images are then sent under OpenPI's names (observation/image,
+        observation/wrist_image).
         """
         self._uri, self._timeout_s, self._opened, self._numbers = uri, timeout_s, ExitStack(), 0
         self._options = {} if deadline_ms is None else {wire.DEADLINE: deadline_ms}
@@ -103,10 +106,10 @@ class RemotePolicy:
     ) -> ActionChunk:
         """Request the next action chunk. The observation is checked against the contract first.
 
-        `request_id` defaults to a count, and `observed_s`, the time of the observation on the caller's
-        monotonic clock [s], to now. Raises LateError if the server missed the deadline, ContractError for a
-        reply that is not a valid chunk for this robot, and BlmError if the connection is lost or a reply
-        belongs to another request.
+        `request_id` defaults to a count, and `observed_s`, the time of the observation on the
+        caller's monotonic clock [s], to now. Raises LateError if the server missed the deadline,
+        ContractError for a reply that is not a valid chunk for this robot, and BlmError if the
+        connection is lost or a reply belongs to another request.
         """
         checked = self._contract.check(observation)
         self._numbers += 1
@@ -151,7 +154,8 @@ class RemotePolicy:
         self.close()
 
     def _require_no_frame(self) -> None:
-        """Raise BlmError, and close, if a frame has arrived already: it cannot be the next reply."""
+        """Raise BlmError, and close, if a frame has arrived already: it cannot be the next
+        reply."""
         try:
             frame = self._socket.recv(timeout=0)
         except TimeoutError:

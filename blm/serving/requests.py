@@ -1,4 +1,5 @@
-"""Requests to the model: a request queue that is fair to clients, action requests and chat requests."""
+"""Requests to the model: a request queue that is fair to clients, action requests and chat
+requests."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ class FairQueue(Generic[Queued]):
         return self._count
 
     def put(self, request: Queued, client: Hashable | None) -> None:
-        """Append a request. Requests without a client share one line. Raises BusyError if it is full."""
+        """Append a request. Requests without a client share one line. Raises BusyError if it is
+        full."""
         line = self._clients.get(client, {})
         if self._count >= self.limit:
             raise BusyError(
@@ -89,7 +91,8 @@ class FairQueue(Generic[Queued]):
         self._count += 1
 
     def pop(self) -> Queued | None:
-        """Remove and return the first request of the client whose turn it is; None if the queue is empty."""
+        """Remove and return the first request of the client whose turn it is; None if the queue is
+        empty."""
         if not self._clients:
             return None
         client, line = self._clients.popitem(last=False)
@@ -158,8 +161,8 @@ class Snapshot:
 class ChatRequest:
     """A conversation and the sequences that are generated for it, one per sampling.
 
-    Asynchronous iteration yields the stream state: the newest snapshot of every sequence. A slow reader
-    skips intermediate snapshots.
+    Asynchronous iteration yields the stream state: the newest snapshot of every sequence. A slow
+    reader skips intermediate snapshots.
     """
 
     messages: Sequence[Message]
@@ -188,7 +191,8 @@ class ChatRequest:
         self._changed.set()
 
     async def __aiter__(self) -> AsyncIterator[list[Snapshot]]:
-        """Yield the snapshots of all sequences whenever they change. Raises the error of the model."""
+        """Yield the snapshots of all sequences whenever they change. Raises the error of the
+        model."""
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -202,7 +206,8 @@ class ChatRequest:
 
 
 class GeneratedSequence(Protocol):
-    """A sequence in progress. An optional attribute `error` holds the exception that ended it early."""
+    """A sequence in progress. An optional attribute `error` holds the exception that ended it
+    early."""
 
     tokens: list[int]
     ended: Literal["stop", "length"] | None
@@ -249,8 +254,8 @@ class PreparedPrompt(Protocol):
 
 @runtime_checkable
 class ChunkedPrefillGenerator(TokenGenerator, Protocol):
-    """A generator with chunked prefill, such as `Generation`: it tokenizes in any thread, and prefills a
-    prompt in bounded steps."""
+    """A generator with chunked prefill, such as `Generation`: it tokenizes in any thread, and
+    prefills a prompt in bounded steps."""
 
     def prepare(self, messages: Sequence[Message], samplings: Sequence[Sampling]) -> PreparedPrompt: ...
 
@@ -271,7 +276,8 @@ class BatchPolicy(Policy, Protocol):
 def as_exception(error: BaseException) -> Exception:
     """Return an exception that is safe to raise in a waiting task.
 
-    StopIteration cannot be raised in a coroutine, and CancelledError or SystemExit would end the wrong task.
+    StopIteration cannot be raised in a coroutine, and CancelledError or SystemExit would end the
+    wrong task.
     """
     dangerous = StopIteration | StopAsyncIteration | FutureCancelledError
     if isinstance(error, Exception) and not isinstance(error, dangerous):
@@ -280,7 +286,8 @@ def as_exception(error: BaseException) -> Exception:
 
 
 def check_chunk(chunk: Any, observation: Observation, contract: PolicyContract) -> ActionChunk:
-    """Return a chunk that may be sent to a robot. Raises ModelError for a wrong shape or type, or NaN."""
+    """Return a chunk that may be sent to a robot. Raises ModelError for a wrong shape or type, or
+    NaN."""
     dim = contract.action_spaces[observation.robot].dim
     if not isinstance(chunk, ActionChunk):
         raise ModelError(f"the policy returned {type(chunk).__name__} instead of an ActionChunk")

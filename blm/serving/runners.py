@@ -1,6 +1,7 @@
 """The work of the model thread: batches of actions, and chat in bounded steps.
 
-No exception of a policy or a generator leaves this module: every request receives a result or an error.
+No exception of a policy or a generator leaves this module: every request receives a result or an
+error.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ class ActionRunner:
         self.error: Exception | None = None
         """Why the last health check failed; None after a success."""
         self.needs_check = False
-        """The policy raised on a request. Only a health check tells whether the request was at fault."""
+        """The policy raised on a request. Only a health check tells whether the request was at
+        fault."""
 
     def check(self) -> None:
         """Health check: decide on a blank observation of each robot."""
@@ -120,8 +122,8 @@ class ActionRunner:
 class ChatRunner:
     """Runs a generator for chat requests, one bounded step per call.
 
-    A request is first *prepared* (tokenized), then *prefilling*, then *decoding* until all of its sequences
-    have ended.
+    A request is first *prepared* (tokenized), then *prefilling*, then *decoding* until all of its
+    sequences have ended.
     """
 
     def __init__(self, generator: TokenGenerator, limits: SchedulerLimits) -> None:
@@ -160,12 +162,14 @@ class ChatRunner:
             self.error = as_exception(error)
 
     def add(self, request: ChatRequest, prompt: PreparedPrompt | None) -> None:
-        """Accept a request. Without a tokenized prompt, the generator prefills the whole of it at once."""
+        """Accept a request. Without a tokenized prompt, the generator prefills the whole of it at
+        once."""
         request.cache_tokens = 0 if prompt is None else prompt.cache_tokens
         self._prepared.append((request, prompt))
 
     def step(self) -> None:
-        """Run one prefill step or one decoding step, alternating when there is work of both kinds."""
+        """Run one prefill step or one decoding step, alternating when there is work of both
+        kinds."""
         while self._prepared and self._fits(self._prepared[0][0]):
             self._begin(*self._prepared.popleft())
         if self._prefilling and not (self._prefilled_last and self.decoding):
@@ -207,7 +211,8 @@ class ChatRunner:
         return reported
 
     def _fits(self, request: ChatRequest) -> bool:
-        """Whether the request fits beside the running ones; one that exceeds the limits runs alone."""
+        """Whether the request fits beside the running ones; one that exceeds the limits runs
+        alone."""
         others = [*self.decoding, *(other for other, _ in self._prefilling)]
         if not others:
             return True

@@ -1,12 +1,15 @@
-"""The scheduler: one thread runs the model for all clients, batches of actions first, chat in between.
+"""The scheduler: one thread runs the model for all clients, batches of actions first, chat in
+between.
 
-An action request never waits for a whole prompt or answer. Between two batches of actions the model runs one
-bounded step of chat: it encodes a few pictures, prefills one piece of a prompt, or generates one token of
-the running sequences. Tokenizing and image preprocessing run in another thread.
+An action request never waits for a whole prompt or answer. Between two batches of actions the model
+runs one bounded step of chat: it encodes a few pictures, prefills one piece of a prompt, or
+generates one token of the running sequences. Tokenizing and image preprocessing run in another
+thread.
 
-Why there are two batching queues: this one serves several clients in turn over asyncio, with deadlines and
-with chat between the batches; `blm.evaluation.physical.policy_host` answers the worker processes of one
-evaluation over pipes, where every observation must be answered and nothing may be late or refused.
+Why there are two batching queues: this one serves several clients in turn over asyncio, with
+deadlines and with chat between the batches; `blm.evaluation.physical.policy_host` answers the
+worker processes of one evaluation over pipes, where every observation must be answered and nothing
+may be late or refused.
 """
 
 from __future__ import annotations
@@ -53,19 +56,19 @@ __all__ = [
 ]
 log = logging.getLogger(__name__)
 YIELD_S = 2e-4
-"""Pause after each iteration [s]. A thread that waits for the interpreter lock (GIL) is woken whenever torch
-releases it, and seldom gets it in time: without a pause the event loop stood still for 4 s, on two busy
-cores, until a prompt was prefilled."""
+"""Pause after each iteration [s]. A thread that waits for the interpreter lock (GIL) is woken
+whenever torch releases it, and seldom gets it in time: without a pause the event loop stood still
+for 4 s, on two busy cores, until a prompt was prefilled."""
 SWITCH_S = 5e-4
-"""How long another thread may hold the GIL when the model thread needs it [s] (`sys.setswitchinterval`). One
-decision acquires the GIL about 700 times; with Python's default of 5 ms, a thread that parses JSON makes it
-take 3.5 s."""
+"""How long another thread may hold the GIL when the model thread needs it [s]
+(`sys.setswitchinterval`). One decision acquires the GIL about 700 times; with Python's default of 5
+ms, a thread that parses JSON makes it take 3.5 s."""
 
 
 @dataclass(frozen=True)
 class Health:
-    """Whether the model works. "ok" while the model thread makes progress, and the last request or health
-    check succeeded."""
+    """Whether the model works. "ok" while the model thread makes progress, and the last request or
+    health check succeeded."""
 
     status: Literal["warming up", "ok", "failed", "closing"]
     reason: str = ""
@@ -115,8 +118,8 @@ class ModelScheduler:
     ) -> ActionResult:
         """Return the next action chunk. Clients, told apart by `client`, are served round-robin.
 
-        Raises BusyError if the queue is full, LateError after `within_s` seconds, ModelError for an invalid
-        chunk, and whatever the policy raises.
+        Raises BusyError if the queue is full, LateError after `within_s` seconds, ModelError for an
+        invalid chunk, and whatever the policy raises.
         """
         request = ActionRequest(observation, time.monotonic() + within_s, Future())
         with self._changed:
@@ -133,7 +136,8 @@ class ModelScheduler:
     def chat(
         self, messages: Sequence[Message], samplings: Sequence[Sampling], client: Hashable | None = None
     ) -> ChatRequest:
-        """Start to generate one sequence per sampling; call `cancel` at the end. Raises BusyError."""
+        """Start to generate one sequence per sampling; call `cancel` at the end. Raises
+        BusyError."""
         request = ChatRequest(messages, samplings, asyncio.get_running_loop(), client)
         with self._changed:
             self._require_open(self._chat_runner, "chat")
@@ -151,7 +155,8 @@ class ModelScheduler:
 
     @property
     def capacity(self) -> ChatCapacity | None:
-        """The size limits of one chat request; None without chat, or if the generator states none."""
+        """The size limits of one chat request; None without chat, or if the generator states
+        none."""
         return getattr(self.generator, "capacity", None)
 
     @property
@@ -232,7 +237,8 @@ class ModelScheduler:
             self._fail_all(error or BusyError("the server is shutting down"))
 
     def _iterate(self) -> bool:
-        """Run one batch of actions, then one step of chat. Returns False when the thread should end."""
+        """Run one batch of actions, then one step of chat. Returns False when the thread should
+        end."""
         with self._changed:
             while not self._has_work():
                 if self._closing and not self._may_still_chat():
@@ -289,7 +295,8 @@ class ModelScheduler:
         )
 
     def _admit_chats(self) -> None:
-        """Pass queued chat requests to the tokenizer thread, or on at once if the generator needs none."""
+        """Pass queued chat requests to the tokenizer thread, or on at once if the generator needs
+        none."""
         while self._can_admit_chat():
             request = self._chats.pop()
             assert request is not None
@@ -317,7 +324,8 @@ class ModelScheduler:
         return max(0.0, until - time.monotonic()) if until < float("inf") else None
 
     def _repeat_checks(self) -> None:
-        """Repeat the health check of a runner that failed, so that `health` reports the present state."""
+        """Repeat the health check of a runner that failed, so that `health` reports the present
+        state."""
         if self._check_due():
             for runner in self._to_check():
                 runner.check()

@@ -220,7 +220,7 @@ def test_a_failing_policy_is_told_and_the_server_goes_on(server: str) -> None:
     seen = Observation(**{**vars(observation()), "instruction": "break"})
     with pytest.raises(BlmError, match=r"reports: the policy failed.*the weights are gone"):
         remote.act(seen)
-    with pytest.raises(BlmError, match="connect anew"):
+    with pytest.raises(BlmError, match="reconnect"):
         remote.act(observation())
     again = RemotePolicy(f"ws://{server}")
     assert again.act(observation()).actions.shape == (4, 8)
@@ -245,7 +245,7 @@ def test_no_server_and_slow_server_raise_blm_errors() -> None:
 def test_a_server_without_our_contract_is_driven_when_the_user_states_it() -> None:
     seen: list[dict] = []
     with foreign_openpi_server(seen) as address:
-        with pytest.raises(ContractError, match=r"sends no policy contract .*; say what it needs"):
+        with pytest.raises(ContractError, match=r"sends no policy contract .*; pass RemotePolicy"):
             RemotePolicy(f"ws://{address}")
         remote = RemotePolicy(f"ws://{address}", contract=EchoPolicy().contract)
         chunk = remote.act(observation())
@@ -329,8 +329,8 @@ def test_raw_stream_ends_with_done(server: str) -> None:
 
 
 REFUSED_CONTENT = {
-    "url": (picture("http://169.254.169.254/latest"), 400, "opens no address"),
-    "file": (picture("file:///etc/passwd"), 400, "opens no address and no file"),
+    "url": (picture("http://169.254.169.254/latest"), 400, "does not load URLs"),
+    "file": (picture("file:///etc/passwd"), 400, "does not load URLs or files"),
     "not base64": (picture(PNG + "???"), 400, "not an image"),
     "not an image": (picture(PNG + base64.b64encode(b"hello").decode()), 400, "not an image"),
     "cut image": (picture(PNG + png((1, 2, 3), size=(64, 64))[:100]), 400, "not an image"),
@@ -579,7 +579,7 @@ def test_what_has_begun_ends_well_when_the_server_is_told_to_stop() -> None:
         start = time.monotonic()
     assert time.monotonic() - start < 6
     asking.join()
-    assert "going down" in replies[0].splitlines()[-2]
+    assert "shutting down" in replies[0].splitlines()[-2]
     with pytest.raises(BlmError, match="closed"):
         remote.act(observation())
 
@@ -666,7 +666,7 @@ def test_the_line_is_bounded() -> None:
         await asyncio.gather(*jobs)
         scheduler.close()
         scheduler.join()
-        with pytest.raises(BusyError, match="going down"):
+        with pytest.raises(BusyError, match="shutting down"):
             await scheduler.act(observation())
 
     asyncio.run(scenario())

@@ -219,11 +219,11 @@ OTHER_SERVERS = {
     "not found": (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "status 404"),
     "a redirect to elsewhere": (
         b"HTTP/1.1 302 Found\r\nLocation: ftp://x\r\nContent-Length: 0\r\n\r\n",
-        "is no policy server|not of the form|status 302",
+        "is not a policy server|not of the form|status 302",
     ),
-    "no HTTP": (b"220 mail.example ESMTP\r\n", "is no policy server"),
-    "nothing": (b"", "is no policy server"),
-    "binary": (bytes(range(256)), "is no policy server"),
+    "no HTTP": (b"220 mail.example ESMTP\r\n", "is not a policy server"),
+    "nothing": (b"", "is not a policy server"),
+    "binary": (bytes(range(256)), "is not a policy server"),
 }
 
 

@@ -19,7 +19,7 @@ from websockets.sync.client import connect
 
 from blm.serving.errors import MESSAGE_CHARACTERS, RequestError
 from blm.serving.protocols.openai.conversation import ChatLimits, parse_request
-from blm.serving.protocols.openai.schema import DEFAULTS, HARMLESS, ChatCompletionRequest
+from blm.serving.protocols.openai.schema import DEFAULTS, IGNORED, ChatCompletionRequest
 from blm.serving.protocols.openpi import wire
 from blm.types import BlmError
 from tests.support.serving import CONTRACT, JSON, EchoGenerator, EchoPolicy, observation, running
@@ -131,7 +131,7 @@ turns = st.fixed_dictionaries(
         "reasoning_content": jsons,
     },
 )
-CHAT_FIELDS = (*ChatCompletionRequest.model_fields, *DEFAULTS, *HARMLESS)
+CHAT_FIELDS = (*ChatCompletionRequest.model_fields, *DEFAULTS, *IGNORED)
 given_fields = st.dictionaries(
     st.sampled_from(CHAT_FIELDS) | st.text(max_size=12), st.none() | st.integers(-3, 10) | jsons, max_size=4
 )

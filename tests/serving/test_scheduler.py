@@ -401,7 +401,7 @@ def test_a_thread_that_hangs_is_not_healthy() -> None:
         await asyncio.sleep(0.05)
         assert scheduler.health().status == "ok"
         await asyncio.sleep(0.4)
-        assert scheduler.health().status == "failed" and "has not moved" in scheduler.health().reason
+        assert scheduler.health().status == "failed" and "has made no progress" in scheduler.health().reason
         policy.hold.set()
         await request
         await until(lambda: scheduler.health().status == "ok")

@@ -1,10 +1,12 @@
-"""Limits on connections: timeouts, their number, and which idle one is closed when there are too many.
+"""Limits on connections: timeouts, their number, and which idle one is closed when there are too
+many.
 
-uvicorn limits neither the time of a half-sent request nor the number of websockets. Here one table counts
-both. A connection is *busy* while a request on it is being answered or while its websocket is open; only busy
-connections count towards MAX_CONNECTIONS. When there are too many, the table closes idle connections: first
-those that have not sent a valid key, then those of the address that has the most, then the one that has been
-idle the longest. So a client that opens sockets and sends nothing, or half a request, keeps nobody out.
+uvicorn limits neither the time of a half-sent request nor the number of websockets. Here one table
+counts both. A connection is *busy* while a request on it is being answered or while its websocket
+is open; only busy connections count towards MAX_CONNECTIONS. When there are too many, the table
+closes idle connections: first those that have not sent a valid key, then those of the address that
+has the most, then the one that has been idle the longest. So a client that opens sockets and sends
+nothing, or half a request, keeps nobody out.
 """
 
 from __future__ import annotations
@@ -35,27 +37,29 @@ RESERVED_FOR_KEYS = 100
 ADDRESS_SHARE = 0.75
 """Share of MAX_CONNECTIONS that one address may use without a key."""
 IDLE_SLOTS = 64
-"""Connections accepted beyond MAX_CONNECTIONS, so that a request on them can be read: it may be for /health,
-carry a key, or be refused."""
+"""Connections accepted beyond MAX_CONNECTIONS, so that a request on them can be read: it may be for
+/health, carry a key, or be refused."""
 REQUEST_TIMEOUT_S = 20.0
 """Longest time for the headers of a request, for its body, and for one websocket message [s]."""
 KEEP_ALIVE_S = 100.0
-"""Keep-alive timeout of an idle connection [s]: longer than in the connection pools of clients (httpx 5,
-aiohttp 15, AWS load balancers 60, nginx 75, Go 90), else a client may send on one that is being closed."""
+"""Keep-alive timeout of an idle connection [s]: longer than in the connection pools of clients
+(httpx 5, aiohttp 15, AWS load balancers 60, nginx 75, Go 90), else a client may send on one that is
+being closed."""
 WRITE_TIMEOUT_S = 30.0
 """A client that reads nothing of its reply is disconnected after this time [s]."""
 BODY_TIMEOUT_FACTOR = 3.0
-"""The routes answer a late body with status 408 after REQUEST_TIMEOUT_S; a client that keeps sending is
-disconnected after this many times that."""
+"""The routes answer a late body with status 408 after REQUEST_TIMEOUT_S; a client that keeps
+sending is disconnected after this many times that."""
 MAX_FRAGMENTS = 1024
-"""Maximum frames of one websocket message; empty frames take memory that a limit on bytes does not count."""
+"""Maximum frames of one websocket message; empty frames take memory that a limit on bytes does not
+count."""
 MAX_QUEUED_MESSAGES = 4096
 """Maximum websocket messages that a client may send before the current one is answered."""
 MAX_PINGS = 100
 """Maximum pings per second; clients send one every 20 seconds."""
 PARSED_AT_ONCE = 16 * 1024
-"""Bytes of a websocket that are parsed at a time: reads of up to 256 kB may hold 40,000 frames, which would
-block the event loop for a second."""
+"""Bytes of a websocket that are parsed at a time: reads of up to 256 kB may hold 40,000 frames,
+which would block the event loop for a second."""
 
 
 @dataclass(eq=False)
@@ -142,7 +146,8 @@ def _decrement(counts: Counter[str], key: str) -> None:
 
 
 class WriteTimeout:
-    """Aborts a connection whose client stops reading, so that its replies do not stay in memory for ever."""
+    """Aborts a connection whose client stops reading, so that its replies do not stay in memory for
+    ever."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport, self._loop = transport, asyncio.get_running_loop()
@@ -167,8 +172,8 @@ class WriteTimeout:
 
 
 def _unacknowledged(transport: asyncio.Transport) -> int:
-    """Return the bytes that the client has not acknowledged: in our write buffer and, where the system tells
-    (SIOCOUTQ), in the socket's send buffer.
+    """Return the bytes that the client has not acknowledged: in our write buffer and, where the
+    system tells (SIOCOUTQ), in the socket's send buffer.
 
     The socket's buffer holds megabytes, so ours alone may not shrink while a slow client reads.
     """
@@ -185,12 +190,14 @@ def _unacknowledged(transport: asyncio.Transport) -> int:
 
 
 class HttpProtocol(H11Protocol):
-    """uvicorn's protocol, with a timeout for every request, and registered in the connection table."""
+    """uvicorn's protocol, with a timeout for every request, and registered in the connection
+    table."""
 
     connection: TrackedConnection
     _writes: WriteTimeout
     _awaited: tuple[str | None, Any] = (None, None)
-    """The part of a request that has begun to arrive ("headers" or "body"), and the request before it."""
+    """The part of a request that has begun to arrive ("headers" or "body"), and the request before
+    it."""
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -240,7 +247,8 @@ class HttpProtocol(H11Protocol):
         self._writes.stop()
 
     def _update_timer(self) -> None:
-        """Start a timer when headers or a body begin to arrive, and stop it when they are complete."""
+        """Start a timer when headers or a body begin to arrive, and stop it when they are
+        complete."""
         if self.transport.get_protocol() is not self or self.transport.is_closing():
             self._stop_timers()
             return
@@ -272,7 +280,8 @@ class HttpProtocol(H11Protocol):
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's protocol, with a timeout for each message from its first byte; an idle socket stays open."""
+    """uvicorn's protocol, with a timeout for each message from its first byte; an idle socket stays
+    open."""
 
     _writes: WriteTimeout
     _timer: asyncio.TimerHandle | None = None

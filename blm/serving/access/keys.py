@@ -44,20 +44,22 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-"""Sent with every response, including errors. With `no-referrer`, browsers would send 'Origin: null' with the
-login form (Fetch standard, "append a request Origin header")."""
+"""Sent with every response, including errors. With `no-referrer`, browsers would send 'Origin:
+null' with the login form (Fetch standard, "append a request Origin header")."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostPolicy:
-    """Host names of the server, beside loopback names and IP addresses, and the origins it allows."""
+    """Host names of the server, beside loopback names and IP addresses, and the origins it
+    allows."""
 
     hosts: frozenset[str] = field(default_factory=frozenset)
     origins: frozenset[Origin] = field(default_factory=frozenset)
 
     @classmethod
     def read(cls, hosts: Iterable[str] = (), origins: Iterable[str] = ()) -> HostPolicy:
-        """Read the values of --allowed-host and --allowed-origin. Raises BlmError for a malformed one."""
+        """Read the values of --allowed-host and --allowed-origin. Raises BlmError for a malformed
+        one."""
         names = set[str]()
         for host in hosts:
             try:
@@ -84,7 +86,8 @@ class HostPolicy:
 
 
 class AccessControl:
-    """Keys, sessions and host policy of one server, at `app.state.access`. Without keys it is open to all."""
+    """Keys, sessions and host policy of one server, at `app.state.access`. Without keys it is open
+    to all."""
 
     def __init__(self, keys: Sequence[str] = (), host_policy: HostPolicy | None = None) -> None:
         """Raises BlmError for a key that is empty or has characters that a header cannot carry."""
@@ -106,11 +109,13 @@ class AccessControl:
         return sum(hmac.compare_digest(data, key) for key in known) > 0
 
     def is_signed_in(self, connection: HTTPConnection) -> bool:
-        """Return whether the client may use the server: with a valid key or session, if it needs one."""
+        """Return whether the client may use the server: with a valid key or session, if it needs
+        one."""
         return not self.needs_key or self.has_valid_key(connection)
 
     def has_valid_key(self, connection: HTTPConnection) -> bool:
-        """Return whether the request carries a valid key or session; False on a server without keys."""
+        """Return whether the request carries a valid key or session; False on a server without
+        keys."""
         given = _given_key(connection.headers.getlist("authorization"))
         if given is not None:
             return self.needs_key and self.accepts(given)
@@ -143,7 +148,8 @@ def origin_text(origin: Origin) -> str:
 
 
 class LoginSessions:
-    """Random session tokens with an expiry time. Only their hashes are stored, in this process's memory."""
+    """Random session tokens with an expiry time. Only their hashes are stored, in this process's
+    memory."""
 
     def __init__(self) -> None:
         self._ends: OrderedDict[bytes, float] = OrderedDict()
@@ -213,10 +219,11 @@ def check_key(key: str) -> str:
 def read_keys(
     given: str | None, file: Path | None, environment: Mapping[str, str]
 ) -> tuple[list[str], list[str]]:
-    """Return the keys of --api-key-file, --api-key or the variable BLM_API_KEY, and warnings about them.
+    """Return the keys of --api-key-file, --api-key or the variable BLM_API_KEY, and warnings about
+    them.
 
-    Without any of these there are no keys. Raises BlmError for an empty key, file or variable, because a
-    secret that is missing by mistake must not open the server.
+    Without any of these there are no keys. Raises BlmError for an empty key, file or variable,
+    because a secret that is missing by mistake must not open the server.
     """
     if given is not None and file is not None:
         raise BlmError("give --api-key-file or --api-key, not both")
@@ -252,8 +259,8 @@ def _keys_of_file(file: Path) -> tuple[list[str], list[str]]:
 
 
 def cookie_name(connection: HTTPConnection) -> str:
-    """Return the name of the session cookie. It contains the port, because browsers share the cookies of a
-    host between its ports."""
+    """Return the name of the session cookie. It contains the port, because browsers share the
+    cookies of a host between its ports."""
     server = connection.scope.get("server") or ("", None)
     return f"blm_session_{server[1] or 'local'}"
 

@@ -1,7 +1,8 @@
-"""Login for browsers, which cannot send an API key with a page or a websocket: a form, then a cookie.
+"""Login for browsers, which cannot send an API key with a page or a websocket: a form, then a
+cookie.
 
-The cookie holds a random token, not the key. It is HttpOnly and SameSite=Strict, and the access middleware
-accepts it from pages of this server only.
+The cookie holds a random token, not the key. It is HttpOnly and SameSite=Strict, and the access
+middleware accepts it from pages of this server only.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def login_page(message: str = "", status: int = 401) -> HTMLResponse:
 
 
 def add_login(app: FastAPI, access: AccessControl) -> None:
-    """Add the login and logout routes. The middleware has checked host, origin and content type before."""
+    """Add the login and logout routes. The middleware has checked host, origin and content type
+    before."""
 
     @app.post(LOGIN_PATH, include_in_schema=False)
     async def login(request: Request) -> Response:

@@ -1,8 +1,9 @@
 """One page to watch a served model drive a simulated robot, disturb it, and ask about what it sees.
 
-Everything goes through the protocols that any client uses: the simulated robot asks for actions over OpenPI's
-websocket, the page asks questions over chat completions. With an API key the server's gate lets in only
-browsers that have signed in, and a websocket only with their cookie or the key: nobody waits in here without.
+Everything goes through the protocols that any client uses: the simulated robot asks for actions
+over OpenPI's websocket, the page asks questions over chat completions. With an API key the server's
+gate lets in only browsers that have signed in, and a websocket only with their cookie or the key:
+nobody waits in here without.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ def add_playground(
 ) -> None:
     """Add the page to a server that `create_app` made.
 
-    Without a `contract` (a model that has no policy) scenes can be looked at and asked about, not driven.
-    `beside`: name -> ws:// address of other servers to compare with; they get `beside_key` and never a key of
-    this server. Raises BlmError when one of them has this server's name.
+    Without a `contract` (a model that has no policy) scenes can be looked at and asked about, not
+    driven. `beside`: name -> ws:// address of other servers to compare with; they get `beside_key`
+    and never a key of this server. Raises BlmError when one of them has this server's name.
     """
     if name in (beside or {}):
         raise BlmError(f"--beside names another server '{name}', as this one is called; choose another name")
@@ -98,7 +99,8 @@ def page_facts(
 
 
 def content_policy(nonce: str) -> str:
-    """The page runs its own script and style only, loads nothing from elsewhere, and stands in no frame."""
+    """The page runs its own script and style only, loads nothing from elsewhere, and stands in no
+    frame."""
     return "; ".join([
         "default-src 'none'",
         "connect-src 'self'",

@@ -28,11 +28,13 @@ LARGE, SMALL = 400, 240
 """Sides of the pictures for people [px]: the first camera's, the others'."""
 MAX_STEPS = 200
 SETTLE_STEPS = 10
-"""Steps that are still driven after the task is solved: then the page says whether it stayed solved."""
+"""Steps that are still driven after the task is solved: then the page says whether it stayed
+solved."""
 MAX_SHIFT = 0.3
 """An object is moved at most so far by one command [m]."""
 TABLE_HALF = 0.5
-"""An object stays within this of the workspace's centre along x and y [m]: further out no camera shows it."""
+"""An object stays within this of the workspace's centre along x and y [m]: further out no camera
+shows it."""
 MAX_INSTRUCTION = 300
 MAX_WAITING_COMMANDS = 16
 POLICY_TIMEOUT_S = 30.0
@@ -75,7 +77,8 @@ class ServedModel:
     """A model that can drive, and how to reach it."""
 
     uri: str | None
-    """ws:// address; None for a server that has no policy: its scenes can be looked at, not driven."""
+    """ws:// address; None for a server that has no policy: its scenes can be looked at, not
+    driven."""
     contract: PolicyContract | None = None
     """None: unknown until connected to."""
     api_key: str | None = None
@@ -100,8 +103,8 @@ class Rollout(threading.Thread):
     """
 
     notify: Callable[[dict[str, Any]], None]
-    """Gets messages for the visitor, {"type": ..}, from this thread; set it before `start`. The last message
-    is {"type": "closed"}."""
+    """Gets messages for the visitor, {"type": ..}, from this thread; set it before `start`. The
+    last message is {"type": "closed"}."""
 
     def __init__(self, scene: Scene, model: ServedModel, *, drive: bool) -> None:
         super().__init__(name="blm-playground", daemon=True)
@@ -189,7 +192,8 @@ class Rollout(threading.Thread):
         return max(0.0, period_s - (time.monotonic() - begin))
 
     def _drive(self, env: Env) -> Iterator[float]:
-        """Drive step by step, yielding the control period [s]; the simulation waits for the model."""
+        """Drive step by step, yielding the control period [s]; the simulation waits for the
+        model."""
         self._show(env)
         policy = self._policy = self.model.connect()
         contract = policy.contract
@@ -294,7 +298,8 @@ def observe(env: Env, contract: PolicyContract, seed: int) -> Observation:
 
 
 def move_object(env: Env, command: Mapping[str, Any]) -> None:
-    """Shift an object by `dx`, `dy` [m]. Raises BlmError for an unknown one, and for a shift too far."""
+    """Shift an object by `dx`, `dy` [m]. Raises BlmError for an unknown one, and for a shift too
+    far."""
     shift = [command.get("dx"), command.get("dy")]
     if not all(isinstance(value, int | float) and abs(value) <= MAX_SHIFT for value in shift):
         raise BlmError(f"dx and dy are numbers of at most {MAX_SHIFT} m, got {reprlib.repr(shift)}")

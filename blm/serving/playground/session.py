@@ -1,4 +1,5 @@
-"""One browser's socket: reads its commands, runs its scenes, sends what they show. All of it is bounded."""
+"""One browser's socket: reads its commands, runs its scenes, sends what they show. All of it is
+bounded."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ MAX_WAITING_MESSAGES = 32
 SEND_TIMEOUT_S = 20.0
 """A browser that takes nothing for so long is let go."""
 GOODBYE_S = 1.0
-"""How long a browser may take to hear why it is let go; the server then drops the connection in its time."""
+"""How long a browser may take to hear why it is let go; the server then drops the connection in its
+time."""
 IDLE_S = 600.0
 """A visitor who neither commands nor watches a run for so long is let go."""
 CLOSE_TIMEOUT_S = 5.0
@@ -50,7 +52,8 @@ class TokenBucket:
         self.tokens, self.filled = float(burst), time.monotonic()
 
     def wait_s(self) -> float:
-        """Take a token and return 0, or take none and return how long it is until there is one [s]."""
+        """Take a token and return 0, or take none and return how long it is until there is one
+        [s]."""
         now = time.monotonic()
         self.tokens, self.filled = min(self.burst, self.tokens + self.rate * (now - self.filled)), now
         if self.tokens < 1:
@@ -60,7 +63,8 @@ class TokenBucket:
 
 
 class MessageQueue:
-    """Messages on their way to one browser: of pictures only the newest waits, of others a bounded number."""
+    """Messages on their way to one browser: of pictures only the newest waits, of others a bounded
+    number."""
 
     def __init__(self) -> None:
         self._frames = dict[int, dict[str, Any]]()
@@ -207,7 +211,8 @@ class Session:
             )
 
     async def _open_scene(self, command: Mapping[str, Any], *, drive: bool) -> None:
-        """Show a scene, and let the models drive in it; one that is shown already is driven as it is."""
+        """Show a scene, and let the models drive in it; one that is shown already is driven as it
+        is."""
         scene, names = Scene.read(command), self._model_names(command)
         shown = self.rollouts and self.chosen == (scene, names)
         if shown and drive and all(rollout.state == "ready" for rollout in self.rollouts):
@@ -281,7 +286,8 @@ def _refuse_constant(name: str) -> Any:
 
 
 def own_address(server: tuple[str, int | None] | None) -> str | None:
-    """ws:// address at which a server reaches itself, from ASGI's `scope["server"]`; None over a Unix socket.
+    """ws:// address at which a server reaches itself, from ASGI's `scope["server"]`; None over a
+    Unix socket.
 
     An address that stands for all of them, and a link-local one, is reached through loopback.
     """

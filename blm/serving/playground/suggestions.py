@@ -78,9 +78,11 @@ BY_TASK: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
 """Task -> kinds of its questions and what they are about, most telling first."""
 
 MIN_GAP = 0.05
-"""Sides are suggested for things that lie at least so far apart [m]: nearer, either answer would do."""
+"""Sides are suggested for things that lie at least so far apart [m]: nearer, either answer would
+do."""
 MIDDLE, OUTSIDE = 0.02, 0.08
-"""The middle of the table is within the first of its centre line, left and right begin at the second [m]."""
+"""The middle of the table is within the first of its centre line, left and right begin at the
+second [m]."""
 
 
 def suggested_questions(env: Env) -> list[str]:

@@ -1,9 +1,10 @@
 """Limits on msgpack messages, checked before any object is built.
 
-One byte of msgpack can stand for an empty map, which takes 64 bytes in memory: a frame of 16 MiB took more
-than a gigabyte and 16 seconds. The check reads type bytes and lengths only, skips text and binary data, and
-stops at the first item beyond the limit, so that a refused message costs no more than an accepted one.
-Source of the type bytes: https://github.com/msgpack/msgpack/blob/master/spec.md
+One byte of msgpack can stand for an empty map, which takes 64 bytes in memory: a frame of 16 MiB
+took more than a gigabyte and 16 seconds. The check reads type bytes and lengths only, skips text
+and binary data, and stops at the first item beyond the limit, so that a refused message costs no
+more than an accepted one. Source of the type bytes:
+https://github.com/msgpack/msgpack/blob/master/spec.md
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ _NESTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 
 
 def check_limits(data: bytes, max_items: int) -> list[slice]:
-    """Check a message, and return the slices of the keys and values of its outermost map, alternating.
+    """Check a message, and return the slices of the keys and values of its outermost map,
+    alternating.
 
-    The list is empty if the message is not a map. Raises BlmError for more than `max_items` items (keys,
-    values and elements on all levels), more than MAX_DEPTH levels, a text of more than MAX_TEXT bytes, and
-    for data that is not exactly one msgpack value.
+    The list is empty if the message is not a map. Raises BlmError for more than `max_items` items
+    (keys, values and elements on all levels), more than MAX_DEPTH levels, a text of more than
+    MAX_TEXT bytes, and for data that is not exactly one msgpack value.
     """
     position, items, starts = 0, 1, list[int]()
     missing = [1]
@@ -58,7 +60,8 @@ def check_limits(data: bytes, max_items: int) -> list[slice]:
 
 
 def _step(data: bytes, position: int) -> tuple[int, int]:
-    """Read one type byte; return the position of the next one, and the number of items inside this one."""
+    """Read one type byte; return the position of the next one, and the number of items inside this
+    one."""
     kind, width, inside, length = data[position] if position < len(data) else -1, 0, 0, 0
     position += 1
     if 0x80 <= kind <= 0x9F:

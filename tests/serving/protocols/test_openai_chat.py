@@ -73,9 +73,9 @@ HOSTILE: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "invalid parts": (body([{"type": "nothing"}] * 12_000), "parts are not supported"),
     "messages": ({**body("x"), "messages": [{"role": "user", "content": "a"}] * 10_000}, "10000 messages"),
     "empty parts": (body([{"type": "text", "text": ""}] * 10_000), "10001 messages and parts"),
-    "60 large pictures of 1 bit": (body(picture(BIG_PNG) * 60), "60 pictures; at most 8"),
+    "60 large pictures of 1 bit": (body(picture(BIG_PNG) * 60), "60 images; at most 8"),
     "8 large pictures of 1 bit": (body(picture(BIG_PNG) * 8), "at most 32000000 together"),
-    "30 ordinary pictures": (body(picture(PNG + png((1, 2, 3))) * 30), "30 pictures; at most 8"),
+    "30 ordinary pictures": (body(picture(PNG + png((1, 2, 3))) * 30), "30 images; at most 8"),
     "stop strings": (body("x", stop=["a"] * 2_000_000), "characters"),
     "many stop strings": (body("x", stop=["a"] * 1000), "stop.*at most 16"),
     "a long stop string": (body("x", stop="a" * MEGABYTE), "stop.*at most 256"),
@@ -89,9 +89,9 @@ HOSTILE: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "many field names": (body("x", **{f"field{n}": n for n in range(10_000)}), "unknown field"),
     "a long value": (body("x", response_format="j" * MEGABYTE), "response_format"),
     "a large value": (body("x", tools=[{"a": n} for n in range(9_000)]), "tools: a list of 9000"),
-    "a long url": (body(picture("http://" + "a" * MEGABYTE)), "opens no address"),
-    "a long head of an url": (body(picture("data:image/" + "a" * MEGABYTE + ";base64,")), "opens no address"),
-    "parameters of an url": (body(picture("data:image/png" + ";a=b" * MEGABYTE + ";base64,")), "opens no"),
+    "a long url": (body(picture("http://" + "a" * MEGABYTE)), "does not load URLs"),
+    "a long head of an url": (body(picture("data:image/" + "a" * MEGABYTE + ";base64,")), "does not load URLs"),
+    "parameters of an url": (body(picture("data:image/png" + ";a=b" * MEGABYTE + ";base64,")), "does not load"),
     "tool calls": (
         {
             "model": "BLM",
@@ -108,7 +108,7 @@ HOSTILE: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "a surrogate in UTF-8": (b'{"model":"\xed\xa0\x80"}', "not JSON"),
     "no UTF-8": (b'{"model":"\xff"}', "not JSON"),
     "two documents": (b"{} {}", "not JSON"),
-    "a list": (b"[1]", "a list of 1; a JSON object"),
+    "a list": (b"[1]", "a list of 1; expected a JSON object"),
     "nothing": (b"", "not JSON"),
 }
 
@@ -665,14 +665,14 @@ def test_tokens_and_back(nano: tuple[str, Generation], text: str) -> None:
 
 TOKENS_REFUSED: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "neither": ("tokenize", {"model": "BLM"}, 400, "one of prompt and messages"),
-    "both": ("tokenize", {"prompt": "a", "messages": [{"role": "user"}]}, 400, "not both"),
+    "both": ("tokenize", {"prompt": "a", "messages": [{"role": "user"}]}, 400, "exactly one"),
     "a long prompt": ("tokenize", {"prompt": "a" * MEGABYTE}, 400, "1048576 bytes of text"),
     "a long message": ("tokenize", {"messages": body("a" * MEGABYTE)["messages"]}, 400, "bytes of text"),
-    "no picture": ("tokenize", {"messages": body(picture("data:x"))["messages"]}, 400, "opens no address"),
+    "no picture": ("tokenize", {"messages": body(picture("data:x"))["messages"]}, 400, "does not load URLs"),
     "another model": ("tokenize", {"model": "gpt", "prompt": "a"}, 404, "does not exist"),
     "a slip": ("tokenize", {"promt": "a"}, 400, "did you mean 'prompt'"),
     "a reserved word": ("tokenize", {"messages": body("<image>")["messages"]}, 400, "reserved"),
-    "no token": ("detokenize", {"tokens": [10**6]}, 400, "1000000 is no token"),
+    "no token": ("detokenize", {"tokens": [10**6]}, 400, "1000000 is not a token id"),
     "a negative token": ("detokenize", {"tokens": [-1]}, 400, "tokens.0"),
     "a huge token": ("detokenize", {"tokens": [10**400]}, 400, "an integer of more than 40 digits"),
     "many tokens": ("detokenize", {"tokens": [1] * 5000}, 400, "5000 tokens"),

@@ -1,9 +1,9 @@
 """GR00T's wire format: msgpack with arrays as .npy files, and batches of observations.
 
-An array is {"__ndarray_class__": True, "as_npy": the bytes of a .npy file}. An observation is a batch B with
-a time axis T: "video" camera -> uint8 [B, T, H, W, 3], "state" -> arm [B, T, D - 1] and gripper [B, T, 1],
-"language" one key -> [[text]]; only the last frame is used. Source: gr00t/policy/server_client.py of
-NVIDIA/Isaac-GR00T, commit 38624df.
+An array is {"__ndarray_class__": True, "as_npy": the bytes of a .npy file}. An observation is a
+batch B with a time axis T: "video" camera -> uint8 [B, T, H, W, 3], "state" -> arm [B, T, D - 1]
+and gripper [B, T, 1], "language" one key -> [[text]]; only the last frame is used. Source:
+gr00t/policy/server_client.py of NVIDIA/Isaac-GR00T, commit 38624df.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ PARTS = ("arm", "gripper")
 MAX_ROWS = 32
 """Maximum observations of one request: the scheduler's batch size on a GPU."""
 MARGIN = 2
-"""Ratio of the message limit to a full batch, which leaves room for one older frame per observation."""
+"""Ratio of the message limit to a full batch, which leaves room for one older frame per
+observation."""
 _TOKEN, _MAX_TOKEN = "api_token", 1024
 _MAGIC = b"\x93NUMPY"
 _HEADER_LENGTH = {1: 2, 2: 4, 3: 4}
@@ -35,7 +36,8 @@ _HEADER = re.compile(
     rb"\{'descr': '([<>|=][biuf]\d{1,2})', 'fortran_order': (False|True), "
     rb"'shape': \(([\d, ]{0,200})\), \} *\n"
 )
-"""The header that np.save writes for numbers. NumPy's own reader passes the header to Python's parser."""
+"""The header that np.save writes for numbers. NumPy's own reader passes the header to Python's
+parser."""
 
 
 def message_limit(contract: PolicyContract) -> int:
@@ -46,7 +48,8 @@ def message_limit(contract: PolicyContract) -> int:
 
 
 def item_limit() -> int:
-    """Return the maximum msgpack items of a request: nested texts per row, and 1024 for other keys."""
+    """Return the maximum msgpack items of a request: nested texts per row, and 1024 for other
+    keys."""
     return 1024 + 8 * MAX_ROWS
 
 
@@ -55,13 +58,15 @@ def pack(message: Any) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """Decode a message. Raises BlmError for malformed data, too many items, and arrays without numbers."""
+    """Decode a message. Raises BlmError for malformed data, too many items, and arrays without
+    numbers."""
     check_limits(data, item_limit())
     return _unpack_counted(data)
 
 
 def read_request(message: bytes, accepts: Callable[[str], bool] | None) -> Mapping[str, Any]:
-    """Decode a request after `accepts` has accepted its API key; None needs no key. Raises BlmError."""
+    """Decode a request after `accepts` has accepted its API key; None needs no key. Raises
+    BlmError."""
     items = check_limits(message, item_limit())
     if accepts is not None and not _has_valid_key(message, items, accepts):
         raise BlmError(f"wrong or missing {_TOKEN}")
@@ -72,7 +77,8 @@ def read_request(message: bytes, accepts: Callable[[str], bool] | None) -> Mappi
 
 
 def _has_valid_key(message: bytes, items: list[slice], accepts: Callable[[str], bool]) -> bool:
-    """Find and check the API key among the items of the outermost map, without decoding the others."""
+    """Find and check the API key among the items of the outermost map, without decoding the
+    others."""
     given: Any = None
     try:
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -106,7 +112,8 @@ def _decode(value: dict[Any, Any]) -> Any:
 
 
 def _read_npy(data: Any) -> np.ndarray[Any, Any]:
-    """Return the array of a .npy file, read-only and exactly as large as its data. Raises ValueError."""
+    """Return the array of a .npy file, read-only and exactly as large as its data. Raises
+    ValueError."""
     if not isinstance(data, bytes) or data[:6] != _MAGIC or data[6:7] not in (b"\1", b"\2", b"\3"):
         raise ValueError(f"not a .npy file: {shorten(data, 40)}")
     begin = 8 + _HEADER_LENGTH[data[6]]
@@ -123,8 +130,8 @@ def _read_npy(data: Any) -> np.ndarray[Any, Any]:
 def to_observations(data: Any, contract: PolicyContract) -> list[Observation]:
     """Return the observations of a "get_action" request, one per row of the batch.
 
-    "options" may hold a "seed", and the "robot", which is required if the policy has more than one. Raises
-    ContractError or BlmError that names the fault.
+    "options" may hold a "seed", and the "robot", which is required if the policy has more than one.
+    Raises ContractError or BlmError that names the fault.
     """
     try:
         seen, options = _map(_map(data, "data")["observation"], "observation"), options_of(data)

@@ -1,8 +1,8 @@
 """A server for Isaac-GR00T's PolicyClient: requests over ZeroMQ.
 
-A request is msgpack {"endpoint", "data", "api_token"}. The reply to "get_action" is [actions, info]; an error
-is {"error": message}; see `codec` for their contents. The endpoint "kill", with which any client can stop
-GR00T's own server, is refused.
+A request is msgpack {"endpoint", "data", "api_token"}. The reply to "get_action" is [actions,
+info]; an error is {"error": message}; see `codec` for their contents. The endpoint "kill", with
+which any client can stop GR00T's own server, is refused.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ from blm.types import BlmError, Observation, Policy, PolicyContract, shorten
 log = logging.getLogger(__name__)
 ENDPOINTS = ("get_action", "get_modality_config", "ping", "reset")
 MAX_CLIENTS = 64
-"""Maximum connections. Beyond it, a new one replaces the oldest that has not sent a valid request yet."""
+"""Maximum connections. Beyond it, a new one replaces the oldest that has not sent a valid request
+yet."""
 REQUEST_TIMEOUT_S = 20.0
 """Timeout of a client's first valid request, and of every message from its first byte [s]."""
 LONGEST_ERROR = 1000
 """Longest error message that is sent to a client [characters]."""
 LARGE_AT_ONCE = 4
-"""Large messages that are read at the same time; new and established connections have separate limits."""
+"""Large messages that are read at the same time; new and established connections have separate
+limits."""
 
 
 def add_groot(app: FastAPI, policy: Policy, *, host: str = "127.0.0.1", port: int = 5555) -> None:
@@ -61,7 +63,8 @@ def add_groot(app: FastAPI, policy: Policy, *, host: str = "127.0.0.1", port: in
 
 
 class GrootServer:
-    """Serves GR00T clients. A connection has one request in progress at a time, of up to MAX_ROWS rows."""
+    """Serves GR00T clients. A connection has one request in progress at a time, of up to MAX_ROWS
+    rows."""
 
     def __init__(self, scheduler: ModelScheduler, contract: PolicyContract, access: AccessControl) -> None:
         self._scheduler, self._contract = scheduler, contract
@@ -178,7 +181,8 @@ class GrootServer:
     async def _act(
         self, observations: Sequence[Observation], within_s: float, client: str
     ) -> Sequence[ActionResult]:
-        """Return a result per row. If one fails or the client disconnects, the others are cancelled."""
+        """Return a result per row. If one fails or the client disconnects, the others are
+        cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
                 rows = [group.create_task(self._scheduler.act(one, within_s, client)) for one in observations]

@@ -1,9 +1,10 @@
 """The server side of ZMTP 3.0, the protocol of ZeroMQ over TCP, as far as REQ sockets need it.
 
-Not libzmq, because it collects all parts of a message, however many, before the program sees one: 60 MB from
-a peer without a key took 1.6 GB. It also accepts connections without limit, and does not report that a peer
-has disconnected. Here everything is read piece by piece, with limits on size, parts and time.
-Sources: https://rfc.zeromq.org/spec/23/ (ZMTP 3.0), /37/ (3.1: PING), /28/ (envelopes of requests).
+Not libzmq, because it collects all parts of a message, however many, before the program sees one:
+60 MB from a peer without a key took 1.6 GB. It also accepts connections without limit, and does not
+report that a peer has disconnected. Here everything is read piece by piece, with limits on size,
+parts and time. Sources: https://rfc.zeromq.org/spec/23/ (ZMTP 3.0), /37/ (3.1: PING), /28/
+(envelopes of requests).
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _MORE, _LONG, _COMMAND = 1, 2, 4
 MAX_PARTS = 8
 """Maximum parts of a message: its envelope, an empty part, the body."""
 MAX_COMMAND = 512
-"""Maximum size of a command [bytes]; the longest expected is READY with an identity of 255 bytes."""
+"""Maximum size of a command [bytes]; the longest expected is READY with an identity of 255
+bytes."""
 MAX_COMMANDS = 100
 """Maximum commands per second; libzmq sends heartbeats a few times per second at most."""
 MAX_ENVELOPE = 256 * MAX_PARTS
@@ -46,7 +48,8 @@ class ZmtpRequest:
 
 
 class ZmtpConnection:
-    """One connection. Every wait has a timeout, except `receive` for the first byte of a message."""
+    """One connection. Every wait has a timeout, except `receive` for the first byte of a
+    message."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -65,10 +68,11 @@ class ZmtpConnection:
             raise ProtocolError("the peer did not send READY")
 
     async def receive(self, limit: int, within_s: float, slots: asyncio.Semaphore) -> ZmtpRequest:
-        """Return the next request, of at most `limit` bytes and complete `within_s` after its first byte.
+        """Return the next request, of at most `limit` bytes and complete `within_s` after its first
+        byte.
 
-        A request above SMALL takes one of `slots` while it is read. Raises ProtocolError, TimeoutError, and
-        EOFError when the peer has disconnected.
+        A request above SMALL takes one of `slots` while it is read. Raises ProtocolError,
+        TimeoutError, and EOFError when the peer has disconnected.
         """
         while True:
             first = await self._reader.readexactly(1)
@@ -81,7 +85,8 @@ class ZmtpConnection:
         return ZmtpRequest(tuple(parts[:-1]), parts[-1])
 
     async def send(self, request: ZmtpRequest, reply: bytes) -> None:
-        """Send a reply. Raises TimeoutError if the peer does not read, and OSError if it has disconnected."""
+        """Send a reply. Raises TimeoutError if the peer does not read, and OSError if it has
+        disconnected."""
         for part in request.envelope:
             self._writer.write(_frame(_MORE, part))
         self._writer.write(_frame(0, reply))

@@ -31,7 +31,8 @@ from blm.serving.scheduler import BusyError, ModelScheduler
 from blm.types import BlmError, ChatCapacity, Message
 
 COPIES_IN_PARSING = 3
-"""Memory while a body is parsed, in multiples of its size: the body, its JSON, the decoded image files."""
+"""Memory while a body is parsed, in multiples of its size: the body, its JSON, the decoded image
+files."""
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"description": "a field is wrong; the error names it and the reason"},
     401: {"description": "wrong or missing API key"},
@@ -150,7 +151,8 @@ class _ChatHandler:
         """The client's address; the request queue serves clients round-robin."""
 
     async def reply(self, request: Request) -> Response:
-        """Return the response. Raises RequestError, before anything is sent, if the model cannot answer."""
+        """Return the response. Raises RequestError, before anything is sent, if the model cannot
+        answer."""
         self.client = None if request.client is None else request.client.host
         deltas = self.deltas()
         if not self.request.stream:
@@ -229,8 +231,8 @@ class _ChatHandler:
 
 
 class _Stream(StreamingResponse):
-    """A stream of events. Closes `deltas`, which cancels the request, when the connection ends, even if it is
-    lost before the first event."""
+    """A stream of events. Closes `deltas`, which cancels the request, when the connection ends,
+    even if it is lost before the first event."""
 
     def __init__(self, events: AsyncIterator[str], deltas: Deltas, reservation: Reservation) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -245,7 +247,8 @@ class _Stream(StreamingResponse):
 
 
 def reasoning_of(request: ChatCompletionRequest, default: Reasoning) -> Reasoning:
-    """Return how to send the reasoning of an answer: as the request says, else as the server was started."""
+    """Return how to send the reasoning of an answer: as the request says, else as the server was
+    started."""
     if request.include_reasoning is False:
         return "hidden"
     if request.separate_reasoning is None:

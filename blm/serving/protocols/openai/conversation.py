@@ -1,4 +1,5 @@
-"""Parse a chat request: bytes -> JSON -> validated request -> conversation. No model and no network here.
+"""Parse a chat request: bytes -> JSON -> validated request -> conversation. No model and no network
+here.
 
 Cheap checks come first: sizes are limited before anything is tokenized or decoded.
 """
@@ -70,7 +71,8 @@ class ChatLimits:
     total_pixels: int = 32_000_000
     """Maximum pixels of all images in one request."""
     memory_bytes: int = 512 * 2**20
-    """Memory of all requests in progress, from the first byte of a body to the end of the answer."""
+    """Memory of all requests in progress, from the first byte of a body to the end of the
+    answer."""
     parsing_threads: int = 2
     """Maximum requests that are parsed, decoded or tokenized at a time; others wait."""
 
@@ -128,7 +130,8 @@ class ParsedChat:
 def parse_request(
     body: bytes | bytearray, limits: ChatLimits, capacity: ChatCapacity = DEFAULT_CAPACITY
 ) -> ParsedChat:
-    """Parse a request body. Raises RequestError with status 400 that names the field, value and rule."""
+    """Parse a request body. Raises RequestError with status 400 that names the field, value and
+    rule."""
     document = load_object(body, limits.values(capacity))
     check_fields(document, ChatCompletionRequest)
     request = validated(ChatCompletionRequest, document)
@@ -140,8 +143,8 @@ def encode_conversation(
 ) -> EncodedConversation:
     """Check the sizes of a conversation and read the headers of its images.
 
-    Raises RequestError for more messages and parts than the context has tokens, for more text or images than
-    fit into it, and for too many pixels.
+    Raises RequestError for more messages and parts than the context has tokens, for more text or
+    images than fit into it, and for too many pixels.
     """
     parts = len(turns) + sum(len(turn.content) for turn in turns if isinstance(turn.content, list))
     if parts > capacity.context_tokens:
@@ -179,10 +182,11 @@ def check_text_size(field: str, texts: Sequence[str], capacity: ChatCapacity) ->
 
 
 def _content(turn: ChatMessage, index: int, tools: Mapping[str, str]) -> list[ContentPart]:
-    """Return the content of a turn in reading order. `tools`: id of a tool call -> name of the tool.
+    """Return the content of a turn in reading order. `tools`: id of a tool call -> name of the
+    tool.
 
-    The model does not support tools. A tool call in the history becomes the text `Call of NAME(ARGUMENTS)`,
-    and its result becomes a turn of the user that begins with `Result of NAME: `.
+    The model does not support tools. A tool call in the history becomes the text `Call of
+    NAME(ARGUMENTS)`, and its result becomes a turn of the user that begins with `Result of NAME: `.
     """
     parts = list[ContentPart]()
     if turn.role in ("tool", "function"):

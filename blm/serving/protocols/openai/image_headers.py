@@ -1,8 +1,8 @@
 """Read the size and orientation of an image from its headers, before anything is decoded.
 
-Metadata (EXIF, XMP, ICC profiles, comments, texts, further frames of an APNG) is removed before decoding: it
-does not change the pixels, and decoders spend memory on it, warn about it or refuse the image because of it.
-Only the orientation is read.
+Metadata (EXIF, XMP, ICC profiles, comments, texts, further frames of an APNG) is removed before
+decoding: it does not change the pixels, and decoders spend memory on it, warn about it or refuse
+the image because of it. Only the orientation is read.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 MAX_CHUNKS = 10_000
 """Maximum chunks or segments of one file. Encoders write one per 8 kB or more."""
 MAX_SCANS = 64
-"""Maximum scans of a progressive JPEG; encoders write about 10. Each covers the whole image, so thousands in
-a small file would take minutes."""
+"""Maximum scans of a progressive JPEG; encoders write about 10. Each covers the whole image, so
+thousands in a small file would take minutes."""
 MAX_EXIF_ENTRIES = 200
 """Maximum entries of an EXIF directory that are searched for the orientation."""
 _ORIENTATION = 0x0112
@@ -124,7 +124,8 @@ def _jpeg(data: bytes) -> PictureHeader:
 
 
 def _webp(data: bytes) -> PictureHeader:
-    """RFC 9649, section 2.7; sizes in the bitstreams: RFC 6386, section 9.1, and RFC 9649, section 3.4."""
+    """RFC 9649, section 2.7; sizes in the bitstreams: RFC 6386, section 9.1, and RFC 9649, section
+    3.4."""
     kind = data[12:16] if data[8:12] == b"WEBP" else b""
     if kind == b"VP8X":
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))

@@ -54,8 +54,8 @@ class EncodedPicture:
 def read_pictures(uris: Sequence[tuple[str, str]], most: int, most_total: int) -> list[EncodedPicture]:
     """Read the headers of images given as (path, data URI) pairs; nothing is decoded.
 
-    Raises RequestError for data that is not an image, for more than `most` pixels in one image, and for more
-    than `most_total` pixels in all images.
+    Raises RequestError for data that is not an image, for more than `most` pixels in one image, and
+    for more than `most_total` pixels in all images.
     """
     pictures, total = list[EncodedPicture](), 0
     for where, uri in uris:
@@ -103,7 +103,8 @@ def _header(uri: str, where: str) -> PictureHeader:
 
 
 def _from_base64(coded: str) -> bytes:
-    """Decode base64 of either alphabet (RFC 4648, sections 4 and 5); line breaks and padding are optional."""
+    """Decode base64 of either alphabet (RFC 4648, sections 4 and 5); line breaks and padding are
+    optional."""
     if "%" in coded:
         for code, character in _PERCENT_CODES.items():
             coded = coded.replace(code, character).replace(code.lower(), character)

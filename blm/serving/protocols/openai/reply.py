@@ -26,7 +26,8 @@ class ChoiceDelta:
 
 
 class VisibleText:
-    """The part of a growing text that can be sent: never to be taken back, and up to a stop string."""
+    """The part of a growing text that can be sent: never to be taken back, and up to a stop
+    string."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops, self.sent, self.tokens = stops, "", 0
@@ -53,7 +54,8 @@ class VisibleText:
 
 
 class ReasoningSplitter:
-    """Splits a streamed text into the reasoning `<think>..</think>` at its beginning, and the content."""
+    """Splits a streamed text into the reasoning `<think>..</think>` at its beginning, and the
+    content."""
 
     def __init__(self, reasoning: Reasoning) -> None:
         self.reasoning = reasoning
@@ -97,7 +99,8 @@ def overlap(text: str, mark: str) -> int:
 
 
 class ChoiceState:
-    """The stream state of one choice of a reply: its text up to a stop string, as content and reasoning."""
+    """The stream state of one choice of a reply: its text up to a stop string, as content and
+    reasoning."""
 
     def __init__(self, index: int, stops: Sequence[str], reasoning: Reasoning) -> None:
         self.index, self.text, self.split = index, VisibleText(stops), ReasoningSplitter(reasoning)

@@ -31,7 +31,8 @@ class Reservation:
         self.budget, self.held = budget, 0
 
     def hold(self, size: int) -> None:
-        """Change the reservation to `size` bytes. Raises RequestError 503 if other requests hold too much.
+        """Change the reservation to `size` bytes. Raises RequestError 503 if other requests hold
+        too much.
 
         A request that is alone may exceed the budget, since it would never be answered otherwise.
         """
@@ -72,9 +73,9 @@ async def read_body(request: Request, most: int, reservation: Reservation) -> by
 def load_object(body: bytes | bytearray, most_values: int) -> dict[str, Any]:
     """Parse a JSON object of at most `most_values` values. Raises RequestError with status 400.
 
-    Values are counted by the characters ',', '[' and '{', including those inside strings: base64 contains
-    none of them, and the length of texts is limited anyway. Of duplicate names the last value counts, as in
-    JavaScript.
+    Values are counted by the characters ',', '[' and '{', including those inside strings: base64
+    contains none of them, and the length of texts is limited anyway. Of duplicate names the last
+    value counts, as in JavaScript.
     """
     count = sum(body.count(mark) for mark in (b",", b"[", b"{"))
     if count > most_values:
@@ -90,11 +91,13 @@ def load_object(body: bytes | bytearray, most_values: int) -> dict[str, Any]:
 
 
 def validated(kind: type[Model], document: Mapping[str, Any]) -> Model:
-    """Validate a JSON object as a request. Raises RequestError with status 400 that names the wrong field."""
+    """Validate a JSON object as a request. Raises RequestError with status 400 that names the wrong
+    field."""
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        # pydantic reports one error per alternative of a union: show the alternative that came closest
+        # pydantic reports one error per alternative of a union: show the alternative that came
+        # closest
         found = max(
             error.errors(include_url=False),
             key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")),
@@ -114,7 +117,8 @@ def _refusal(found: ErrorDetails, document: Mapping[str, Any]) -> RequestError:
 
 
 def _path(found: ErrorDetails, document: Mapping[str, Any]) -> str:
-    """Return the path of the wrong field in the document, without pydantic's names of union alternatives."""
+    """Return the path of the wrong field in the document, without pydantic's names of union
+    alternatives."""
     node: Any = document
     path = list[str]()
     for number, step in enumerate(found["loc"]):

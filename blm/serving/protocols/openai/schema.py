@@ -1,7 +1,8 @@
-"""Request schemas in OpenAI's format: supported fields, ignored fields, and fields that must be default.
+"""Request schemas in OpenAI's format: supported fields, ignored fields, and fields that must be
+default.
 
-A field that would change the answer and is not supported is refused by name. If it were ignored, a client
-would take the answer for a different one.
+A field that would change the answer and is not supported is refused by name. If it were ignored, a
+client would take the answer for a different one.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ MAX_STOPS = 16
 """Maximum number of stop strings; OpenAI allows 4."""
 MAX_STOP_CHARACTERS = 256
 GREEDY_TEMPERATURE = 1e-5
-"""Below this temperature decoding is greedy, as in vLLM (`_SAMPLING_EPS`): smaller divisors overflow."""
+"""Below this temperature decoding is greedy, as in vLLM (`_SAMPLING_EPS`): smaller divisors
+overflow."""
 SMALLEST_TOP_P = 1e-9
 """Stands for `top_p: 0`, which OpenAI accepts: only the likeliest token remains."""
 
@@ -109,12 +111,14 @@ class ChatCompletionRequest(BaseModel):
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
     separate_reasoning: Flag | None = None
-    """True: reasoning in `reasoning_content`; false: in the text; default: as the server was started."""
+    """True: reasoning in `reasoning_content`; false: in the text; default: as the server was
+    started."""
     include_reasoning: Flag | None = None
     """False removes the reasoning from the reply."""
 
     def samplings(self, context_tokens: int) -> list[Sampling]:
-        """Return the sampling parameters of each of the `n` answers. Answer i uses the seed `seed + i`."""
+        """Return the sampling parameters of each of the `n` answers. Answer i uses the seed `seed +
+        i`."""
         limit = self.max_completion_tokens or self.max_tokens or DEFAULT_MAX_TOKENS
         first = self.seed if self.seed is not None else secrets.randbits(62)
         temperature = self.temperature or 0.0
@@ -234,8 +238,8 @@ DEFAULTS: Mapping[str, tuple[Any, ...]] = {
 
 
 def check_fields(document: Mapping[str, Any], kind: type[BaseModel]) -> None:
-    """Raise RequestError with status 400 for an unknown field, and for an unsupported one with a value other
-    than its default."""
+    """Raise RequestError with status 400 for an unknown field, and for an unsupported one with a
+    value other than its default."""
     for name, value in document.items():
         if name in kind.model_fields or name in IGNORED:
             continue
@@ -257,7 +261,8 @@ def body_schema(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def _inlined(schema: Any, parts: Mapping[str, Any]) -> Any:
-    """Replace each `$ref` of a JSON schema by its definition: an OpenAPI operation cannot hold `$defs`."""
+    """Replace each `$ref` of a JSON schema by its definition: an OpenAPI operation cannot hold
+    `$defs`."""
     if isinstance(schema, list):
         return [_inlined(value, parts) for value in schema]
     if not isinstance(schema, dict):

@@ -21,7 +21,8 @@ from blm.types import BlmError, Message
 
 
 class ChatTokenizer(Protocol):
-    """The model's tokenizer, such as `blm.backbone.tokenizing.BackboneTokenizer`. It must be thread-safe."""
+    """The model's tokenizer, such as `blm.backbone.tokenizing.BackboneTokenizer`. It must be
+    thread-safe."""
 
     @property
     def vocabulary(self) -> int: ...

@@ -49,10 +49,11 @@ def add_policy(app: FastAPI, policy: Policy) -> None:
 async def _serve_connection(
     socket: WebSocket, policy: Policy, scheduler: ModelScheduler, metrics: Metrics
 ) -> None:
-    """Send the contract, then reply to observations with action chunks until the client disconnects.
+    """Send the contract, then reply to observations with action chunks until the client
+    disconnects.
 
-    A connection has one request in progress at a time. Meanwhile the next message is awaited, which shows
-    when the client disconnects; its request is then cancelled.
+    A connection has one request in progress at a time. Meanwhile the next message is awaited, which
+    shows when the client disconnects; its request is then cancelled.
     """
     contract = policy.contract
     client = f"openpi {socket.client}"
