@@ -3,6 +3,10 @@
 The policy lives in the process that evaluates, on a thread; the workers need neither torch nor weights.
 Requests travel over a local connection with a random key. Nothing waits for company: a call takes whatever
 came in while the one before it ran.
+
+Why there are two batching queues: here every worker waits for its answer, which is never late or
+refused; `blm.serving.scheduler` serves clients in turn, with deadlines, limits on queues, and chat
+between the batches.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image as Pillow
 
+from blm.chunks import ChunkExecutor
 from blm.robots import ROBOTS
 from blm.serving.client import RemotePolicy
 from blm.serving.playground.suggestions import suggested_questions
@@ -199,17 +200,15 @@ class Rollout(threading.Thread):
         contract = policy.contract
         period_s = 1 / float(np.clip(contract.rate_hz, 1, 100))
         self.state = "driving"
+        executor = ChunkExecutor(contract.execute, hold=env.state())
         while True:
-            step = self._status["step"]
-            observation = observe(env, contract, decision_seed(self.scene.seed, step))
-            begin = time.monotonic()
-            chunk = policy.act(observation).actions
-            self._status["latency_ms"] = round(1000 * (time.monotonic() - begin))
-            if len(chunk) == 0:
-                raise BlmError("the model sent a chunk without actions")
-            for action in chunk[: max(1, contract.execute)]:
-                self._count_step(bool(env.step(action)[4]["success"]))
-                yield period_s
+            if executor.decision_due:
+                observation = observe(env, contract, decision_seed(self.scene.seed, self._status["step"]))
+                begin = time.monotonic()
+                executor.receive(policy.act(observation).actions)
+                self._status["latency_ms"] = round(1000 * (time.monotonic() - begin))
+            self._count_step(bool(env.step(executor.next_action())[4]["success"]))
+            yield period_s
 
     def _count_step(self, success: bool) -> None:
         status = self._status
