@@ -1,13 +1,12 @@
-"""Does the robot loop cost success? Simulated arms in `blm.runtime`, with and without acceleration
-limits.
+"""Success of the robot loop with and without acceleration limits, on simulated arms.
 
     python benchmarks/driver.py [CHECKPOINT] [--seeds 2] [--latency-s 0.1] [--out FILE]
 
-Every scene (task x robot x seed) is driven twice: with the accelerations of the arm's data sheet,
-and with limits that no command can reach. Velocity limits are the data sheet's in both. Time is
-simulated: the loop is the supervisor that drives real arms, its observations come from the
-simulator, and the answer to a request arrives `latency_s` later. Seeds are the first of the
-validation range: no training, no evaluation scene.
+Every scene (task x robot x seed) runs twice: with the accelerations of the arm's data sheet, and with
+limits that no command can reach. Velocity limits are those of the data sheet in both runs. Time is
+simulated: the loop is the supervisor of `blm.runtime`, its observations come from the simulator, and
+the reply to a request arrives `latency_s` later. Seeds are the first of the validation range, so none
+is a training or evaluation scene.
 """
 
 from __future__ import annotations
@@ -81,8 +80,7 @@ class Outcome:
 
 
 def data_sheet(robot: str, acceleration: float | None = None) -> ArmLimits:
-    """Limits from the arm's data sheet (`blm/robots`), or with this acceleration for every
-    joint."""
+    """Limits of the arm's data sheet (`blm/robots`), or this acceleration for every joint."""
     spec = ROBOTS[robot]
     changes = spec.acceleration_limits if acceleration is None else [acceleration] * len(spec.links)
     grip = {} if acceleration is None else {"gripper_acceleration": acceleration}
@@ -121,7 +119,7 @@ def drive(policy: Policy, env: Env, limits: ArmLimits, *, seed: int, latency_s: 
 
 
 def answer(policy: Policy, request: ChunkRequest) -> PolicyEvent:
-    """Ask as the link to a server does."""
+    """Call the policy as the link to a server does."""
     return ask(policy, request)
 
 
@@ -164,8 +162,7 @@ def main(
 
 
 def summary(rows: Sequence[tuple[Outcome, Outcome]]) -> dict[str, Any]:
-    """Rates with 95 % intervals, paired differences, and how the runs ended; printed as lines
-    too."""
+    """Return and print rates with 95 % intervals, paired differences, and the ends of the runs."""
     result: dict[str, Any] = {"n": len(rows)}
     for name in ("once", "at_end"):
         first, second = ([float(getattr(pair[i], name)) for pair in rows] for i in (0, 1))

@@ -1,5 +1,4 @@
-"""Control an arm with a policy server, within limits. The arm is any object with LeRobot's `Robot`
-methods.
+"""Control an arm with a policy server. The arm is any object with the methods of LeRobot's `Robot`.
 
     blm serve blm-nano &
     python examples/real_robot.py --address ws://127.0.0.1:8000 --robot panda --task push_cube

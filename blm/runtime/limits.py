@@ -1,8 +1,7 @@
-"""Limits of the arm, which no command may exceed, and thresholds of the safety checks; set by the
-user.
+"""Limits of the arm that no command may exceed, and thresholds of the safety checks.
 
-A policy server also states joint ranges and a control rate. They are compared with these, and never
-used in their place.
+The user sets both. A policy server also states joint ranges and a control rate; they are compared
+with the user's, and never used in their place.
 """
 
 from __future__ import annotations

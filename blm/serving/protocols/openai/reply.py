@@ -86,7 +86,7 @@ class ReasoningSplitter:
         return content, thinking
 
     def _decided(self, ended: bool) -> bool:
-        """Return whether the text so far tells if it begins with <think>."""
+        """Return whether it is decided if the text begins with <think>."""
         return ended or not THINK_START.startswith(self._rest) or self._rest == THINK_START
 
 
