@@ -346,7 +346,7 @@ def test_simulators_are_counted_over_all_visitors(monkeypatch: pytest.MonkeyPatc
         start(first)
         until(first, "frame", state="driving")
         start(second)
-        assert "1 may" in until(second, "error")["message"]
+        assert "at most 1" in until(second, "error")["message"]
         first.close()
         wait_for(lambda: not rollout_threads())
         start(second)
