@@ -30,8 +30,8 @@ from blm.serving.client import RemotePolicy
 from blm.types import BlmError
 from tests.support.serving import (
     CONTRACT,
-    EchoPolicy,
     EchoGenerator,
+    EchoPolicy,
     ask,
     body,
     observation,

@@ -90,8 +90,14 @@ HOSTILE: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "a long value": (body("x", response_format="j" * MEGABYTE), "response_format"),
     "a large value": (body("x", tools=[{"a": n} for n in range(9_000)]), "tools: a list of 9000"),
     "a long url": (body(picture("http://" + "a" * MEGABYTE)), "does not load URLs"),
-    "a long head of an url": (body(picture("data:image/" + "a" * MEGABYTE + ";base64,")), "does not load URLs"),
-    "parameters of an url": (body(picture("data:image/png" + ";a=b" * MEGABYTE + ";base64,")), "does not load"),
+    "a long head of an url": (
+        body(picture("data:image/" + "a" * MEGABYTE + ";base64,")),
+        "does not load URLs",
+    ),
+    "parameters of an url": (
+        body(picture("data:image/png" + ";a=b" * MEGABYTE + ";base64,")),
+        "does not load",
+    ),
     "tool calls": (
         {
             "model": "BLM",
