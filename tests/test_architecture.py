@@ -16,6 +16,7 @@ OPEN = {
     "types": "errors",
     "seeds": "",
     "addresses": "types",
+    "chunks": "types",
     "io": "types",
 }
 """Rooms that all others may import, and what they import of each other."""

@@ -55,7 +55,7 @@ class BLM:
         """Return the greedy answer to a conversation; all blocks of the backbone run."""
         return self.backbone.answer(messages, max_tokens=max_tokens)
 
-    def speaker(self) -> Generation:
+    def generator(self) -> Generation:
         """Return what gives several answers at once, token by token."""
         return Generation(self.backbone)
 
@@ -81,7 +81,7 @@ class Model:
     chat: Backbone | None
     policy: Policy | None
 
-    def speaker(self) -> Generation | None:
+    def generator(self) -> Generation | None:
         """Return what gives several answers at once, or None without a chat."""
         return None if self.chat is None else Generation(self.chat)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from blm.app.model import Model, Source
-    from blm.serving.access.keys import Access
+    from blm.serving.access.keys import AccessControl
 
 console = Console()
 complaints = Console(stderr=True)
@@ -91,9 +91,9 @@ def serve(command: str, arguments: list[str]) -> None:
     run_server(app, chosen.host, port, sockets)
 
 
-def _check_access(chosen: Serve) -> Access:
+def _check_access(chosen: Serve) -> AccessControl:
     """Read the keys. Raises BlmError if other machines reach a server without one, unless asked for."""
-    from blm.serving.access.keys import Access, Trust, read_keys
+    from blm.serving.access.keys import AccessControl, HostPolicy, read_keys
 
     keys, warnings = read_keys(chosen.api_key, chosen.api_key_file, os.environ)
     for warning in warnings:
@@ -104,7 +104,7 @@ def _check_access(chosen: Serve) -> Access:
             "set BLM_API_KEY or --api-key-file FILE, or say --allow-unauthenticated if everyone there may"
         )
     own_name = [] if addresses.read_ip(chosen.host.strip("[]")) else [chosen.host]
-    return Access(keys, Trust.read([*chosen.allowed_host, *own_name], chosen.allowed_origin))
+    return AccessControl(keys, HostPolicy.read([*chosen.allowed_host, *own_name], chosen.allowed_origin))
 
 
 def _check_addresses(chosen: Serve) -> None:
@@ -126,18 +126,18 @@ def _check_features(chosen: Serve, source: Source) -> None:
         read_beside(chosen.beside)
 
 
-def _build(chosen: Serve, model: Model, access: Access) -> FastAPI:
+def _build(chosen: Serve, model: Model, access: AccessControl) -> FastAPI:
     from blm.serving.app import create_app
-    from blm.serving.scheduler import Room
+    from blm.serving.scheduler import SchedulerLimits
 
     # from 4 observations on, a processor takes as long for each; longer passes only keep the others waiting
-    room = Room(actions_together=8) if chosen.device == "cpu" else Room()
+    limits = SchedulerLimits(max_action_batch=8) if chosen.device == "cpu" else SchedulerLimits()
     app = create_app(
         model.policy,
-        model.speaker(),
+        model.generator(),
         name=chosen.name,
         access=access,
-        room=room,
+        scheduler_limits=limits,
         reasoning=chosen.reasoning,
     )
     if chosen.playground:

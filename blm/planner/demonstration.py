@@ -8,12 +8,13 @@ and DAgger (Ross et al., AISTATS 2011).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from blm.chunks import ChunkExecutor
 from blm.planner.arm_planner import PlanError
 from blm.planner.expert import HOLD_STEPS
 from blm.tasks import Env
@@ -98,7 +99,8 @@ def demonstrate(
         return None, error.reason
     if pilot is not None:
         pilot.reset()
-    chunk: Iterator[FloatArray] = iter(())
+    execute = 1 if pilot is None else pilot.contract.execute
+    executor = ChunkExecutor(execute, hold=observation["agent_pos"])
     noise = np.zeros(env.contract_space.dim - 1)
     steps: list[RecordedStep] = []
     while not expert.done and len(steps) < env._max_episode_steps + draw.take_over:
@@ -111,9 +113,9 @@ def demonstrate(
         )
         executed = action.copy()
         if pilot is not None and len(steps) < draw.take_over:
-            if len(steps) % pilot.contract.execute == 0:
-                chunk = _decide(pilot, env, observation, seed, len(steps))
-            executed = next(chunk)
+            if executor.decision_due:
+                executor.receive(_decide(pilot, env, observation, seed, executor.step))
+            executed = executor.next_action()
         else:
             executed[:-1] += noise * NOISY.get(name, 0.0) * min(1.0, expert.remaining / SETTLE)
         if draw.pulse is not None and draw.pulse <= len(steps) < draw.pulse + PULSE:
@@ -161,8 +163,8 @@ def _failure(expert: Demonstrator, names: tuple[str, ...]) -> str:
     return "missed_grasp" if "grasp" in names and names[-1] in ("approach", "descend", "grasp") else "timeout"
 
 
-def _decide(policy: Policy, env: Env, seen: dict[str, Any], seed: int, step: int) -> Iterator[FloatArray]:
-    """The actions that the policy carries out before it is asked again, for what is seen now."""
+def _decide(policy: Policy, env: Env, seen: dict[str, Any], seed: int, step: int) -> FloatArray:
+    """Return the policy's chunk [H, D] for the present observation."""
     observation = Observation(
         images=seen["pixels"],
         state=seen["agent_pos"],
@@ -170,8 +172,7 @@ def _decide(policy: Policy, env: Env, seen: dict[str, Any], seed: int, step: int
         robot=env.embodiment,
         seed=decision_seed(seed, step),
     )
-    actions = policy.act(observation).actions[: policy.contract.execute]
-    return iter(np.asarray(actions, dtype=np.float32))
+    return np.asarray(policy.act(observation).actions, dtype=np.float32)
 
 
 def replay(env: Env, episode: Episode) -> str:

@@ -28,7 +28,16 @@ from blm.cli.serve import Serve, _check_access
 from blm.datasets.transforms import Normalize, RobotTransforms
 from blm.serving.client import RemotePolicy
 from blm.types import BlmError
-from tests.support.serving import CONTRACT, EchoPolicy, EchoSpeaker, ask, body, observation, running, wait_for
+from tests.support.serving import (
+    CONTRACT,
+    EchoGenerator,
+    EchoPolicy,
+    ask,
+    body,
+    observation,
+    running,
+    wait_for,
+)
 
 START = "import sys; from blm.cli import main; main(sys.argv[1:])"
 
@@ -109,7 +118,7 @@ def test_who_may_serve_the_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert _check_access(Serve("blm-nano", host="0.0.0.0", api_key_file=file)).accepts("k")
     monkeypatch.setenv("BLM_API_KEY", "from-environment")
     assert _check_access(Serve("blm-nano", host="::")).accepts("from-environment")
-    assert _check_access(Serve("blm-nano", host="localhost")).trust.knows_host("localhost")
+    assert _check_access(Serve("blm-nano", host="localhost")).host_policy.knows_host("localhost")
 
 
 def test_ports_of_all_addresses_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +162,7 @@ def test_a_stage_one_result_chats_and_says_that_it_does_not_act(backbone: Path) 
         source = find_model(name)
         assert source.where == str(backbone) and source.has_chat and not source.has_policy
     model = source.load()
-    with running(model.policy, model.speaker()) as address:
+    with running(model.policy, model.generator()) as address:
         about = httpx.get(f"http://{address}/version").json()
         assert about["serves"] == ["chat"] and about["policy"] is None and about["chat"]
         assert httpx.get(f"http://{address}/v1/models").json()["data"][0]["serves"] == ["chat"]
@@ -171,7 +180,7 @@ def test_a_diffusion_policy_acts_and_says_that_it_does_not_chat(diffusion: Path)
     source = find_model(diffusion)
     assert source.has_policy and not source.has_chat
     model = source.load()
-    assert model.policy is not None and model.speaker() is None
+    assert model.policy is not None and model.generator() is None
     with running(model.policy, None) as address:
         assert httpx.get(f"http://{address}/version").json()["serves"] == ["actions"]
         reply = httpx.post(f"http://{address}/v1/chat/completions", json=body("hi"))
@@ -296,10 +305,10 @@ def test_a_reader_that_has_enough_ends_a_command_quietly(arguments: list[str]) -
 
 
 def test_the_app_says_what_it_serves() -> None:
-    for policy, speaker, serves in (
-        (EchoPolicy(), EchoSpeaker(), ["chat", "actions"]),
+    for policy, generator, serves in (
+        (EchoPolicy(), EchoGenerator(), ["chat", "actions"]),
         (EchoPolicy(), None, ["actions"]),
-        (None, EchoSpeaker(), ["chat"]),
+        (None, EchoGenerator(), ["chat"]),
     ):
-        with running(policy, speaker) as address:
+        with running(policy, generator) as address:
             assert httpx.get(f"http://{address}/version").json()["serves"] == serves

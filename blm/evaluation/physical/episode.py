@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import av
 import numpy as np
 
+from blm.chunks import ChunkExecutor
 from blm.evaluation.physical.outcome import StepOutcome, judge, observe_step
 from blm.evaluation.physical.policy_host import HostedPolicy
 from blm.evaluation.protocol import PhysicalProtocol, digest, phrasing_of
@@ -145,36 +146,29 @@ def run_episode(unit: tuple[str, str, int, bool]) -> dict[str, Any]:
 def drive(
     policy: Policy, env: Env, seed: int, protocol: PhysicalProtocol, clock: EpisodeTimer
 ) -> Iterator[FloatArray]:
-    """Yield the action of each control step.
+    """Yield the action of each control step; see `ChunkExecutor` for chunks that arrive late.
 
-    A chunk holds one action for each step from that of its observation on, and the policy is asked again
-    when `execute` of those steps are over. With a latency of L seconds the chunk arrives ceil(L * rate) steps
-    late: until then the steps go by with what is left of the chunk before (then its last target is held; at
-    the start, the arm's own position), and the actions meant for them are skipped. A policy that is still
-    late when the next question is due is asked again at once. Only the pictures that the policy sees are
-    drawn: rendering costs more than physics.
+    With a latency of L seconds a chunk arrives ceil(L * rate) steps late; the arm holds its own position
+    until the first one. Only the pictures that the policy sees are rendered: rendering costs more than
+    physics.
     """
-    plan, begun, step = env.state()[None], 0, 0
+    executor = ChunkExecutor(protocol.execute, hold=env.state())
     while True:
-        with clock.timing("rendering"):
-            images = {camera: env.picture(camera) for camera in protocol.cameras}
-        observation = Observation(
-            images=images,
-            state=env.state(),
-            instruction=env.task_description,
-            robot=env.embodiment,
-            seed=decision_seed(seed, step),
-        )
-        with clock.timing("policy"):
-            chunk, seconds = _ask(policy, observation)
-        clock.decisions.append(seconds)
-        asked, arrival = step, step + _delay(protocol, seconds)
-        for step in range(asked, arrival):
-            yield plan[min(step - begun, len(plan) - 1)]
-        plan, begun, step = chunk, asked, arrival
-        for step in range(arrival, asked + protocol.execute):
-            yield plan[step - begun]
-        step = max(arrival, asked + protocol.execute)
+        if executor.decision_due:
+            with clock.timing("rendering"):
+                images = {camera: env.picture(camera) for camera in protocol.cameras}
+            observation = Observation(
+                images=images,
+                state=env.state(),
+                instruction=env.task_description,
+                robot=env.embodiment,
+                seed=decision_seed(seed, executor.step),
+            )
+            with clock.timing("policy"):
+                chunk, seconds = _ask(policy, observation)
+            clock.decisions.append(seconds)
+            executor.receive(chunk, _delay(protocol, seconds))
+        yield executor.next_action()
 
 
 def _ask(policy: Policy, observation: Observation) -> tuple[FloatArray, float]:

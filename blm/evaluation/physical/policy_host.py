@@ -3,6 +3,10 @@
 The policy runs on a thread of the evaluating process; the workers need neither torch nor weights.
 Requests travel over a local connection that a random key protects. No request waits for a batch to
 fill: each call takes the requests that arrived during the call before it.
+
+Two batching queues exist because their clients differ: here every worker waits for its answer,
+which is never late or refused; `blm.serving.scheduler` serves clients in turn, with deadlines,
+limits on queues, and chat between the batches.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from blm.serving.playground.suggestions import BY_TASK, QUESTIONS, suggested_que
 from blm.tasks import TASKS, Env
 from blm.types import BlmError, Message, Sampling
 from tests.support.playground import CONTRACT, StillPolicy
-from tests.support.serving import EchoSpeaker, Words, running_app
+from tests.support.serving import EchoGenerator, Words, running_app
 
 # --- suggested questions ---
 
@@ -154,7 +154,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt install chromium)")
 
 
-class Thinker(EchoSpeaker):
+class Thinker(EchoGenerator):
     def begin(self, messages: Sequence[Message], sampling: Sampling) -> Words:
         if messages[-1].text == "too long":
             raise BlmError("the conversation has 9000 tokens, the model reads 4096")
