@@ -24,7 +24,8 @@ import torch
 import tyro
 
 from blm.app.memory import GIB, plan
-from blm.app.recipes import RECIPES, Recipe
+from blm.app.recipe import Recipe
+from blm.app.recipes import RECIPES
 from blm.evaluation.results import machine
 from blm.policy.network import PolicyBatch, PolicyNetwork
 from blm.training.loop.distributed import Part

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from blm.app.recipes import Recipe
+from blm.app.recipe import Recipe
 from blm.backbone import BACKBONES, Backbone
 from blm.backbone.prompt import control_prompt
 from blm.backbone.published_shapes import shape_of

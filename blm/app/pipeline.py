@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from blm.app.recipes import Recipe
+from blm.app.recipe import Recipe
 from blm.io import hold, read_json, write_json, writing
 from blm.types import BlmError
 

@@ -24,8 +24,7 @@ from rich.console import Console
 
 from blm.app.pipeline import to_json
 from blm.app.policies import load_checkpoint
-from blm.app.recipes import Recipe
-from blm.app.stages import Part, protocol_of, stage2_of
+from blm.app.recipe import Recipe, RobotsAndTasks, physical_protocol, policy_training_config
 from blm.backbone import Backbone
 from blm.backbone.nano import model as nano
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
@@ -52,7 +51,7 @@ class Variant:
     """What Stage I made, or what it began with; nano begins untrained."""
     policy: Literal["blm", "diffusion policy"] = "blm"
 
-    def parts(self, recipe: Recipe) -> list[Part]:
+    def parts(self, recipe: Recipe) -> list[RobotsAndTasks]:
         if self.models == "joint":
             return [(recipe.robots, recipe.tasks)]
         if self.models == "robot":
@@ -148,7 +147,7 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path) -> dict[str, Any]:
     trained = 0.0
     for robots, tasks in parts:
         work = out / "-".join((*robots, *tasks)) if len(parts) > 1 else out / "joint"
-        config = stage2_of(recipe, run, backbone, intents, (robots, tasks))
+        config = policy_training_config(recipe, run, backbone, intents, (robots, tasks))
         config = replace(config, loop=replace(config.loop, eval_every=0))
         facts = {"variant": out.name, "recipe": to_json(recipe)}
         if variant.policy == "blm":
@@ -157,9 +156,9 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path) -> dict[str, Any]:
             checkpoint = train_baseline(baseline_of(config), work, facts)
         trained += last_row(work / "log.jsonl")["seconds"]
         contract = read_contract(checkpoint)
-        protocol = protocol_of(recipe, contract, (robots, tasks))
+        protocol = physical_protocol(recipe, contract, (robots, tasks))
         made += evaluated(checkpoint, protocol, recipe, work / "physical")["rows"]
-    protocol = protocol_of(recipe, contract, (recipe.robots, recipe.tasks))
+    protocol = physical_protocol(recipe, contract, (recipe.robots, recipe.tasks))
     order = {f"{robot}/{task}/{seed}": i for i, (robot, task, seed) in enumerate(protocol.scenes)}
     made.sort(key=lambda row: order[row["id"]])
     about = {"kind": "physical", "score": "success_once", "model": f"variant {out.name}"}
