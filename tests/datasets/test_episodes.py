@@ -17,6 +17,12 @@ from blm.types import BlmError, ContractError, Stats
 from tests.support.episodes import EPISODES, SIDE, SPACE, make_episode, numbered_frames, write
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """A dataset to damage."""
+    return write(tmp_path, EPISODES)
+
+
 def read_numbers(frames):
     block = SIDE // 4
     centres = frames[:, block // 2 :: block, block // 2 :: block, 0] > 125

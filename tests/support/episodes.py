@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from blm.datasets.lerobot import finalize_dataset, stage_episode
 from blm.types import ActionSpace, Episode
@@ -54,9 +53,3 @@ def write(folder, episodes):
     staged = [stage_episode(folder / "staging", f"{e.task}/{e.seed}", e) for e in episodes]
     layout = {"space": SPACE, "cameras": ("base", "wrist"), "image_size": SIDE}
     return finalize_dataset(staged, folder / "arm", provenance={"suite": "1"}, **layout)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A dataset to damage."""
-    return write(tmp_path, EPISODES)

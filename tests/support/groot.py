@@ -9,7 +9,6 @@ from typing import Any
 
 import msgpack
 import numpy as np
-import pytest
 import zmq
 
 from blm.serving.app import create_app
@@ -62,12 +61,6 @@ def running(policy: EchoPolicy, api_key: str | None = None, **options: Any) -> I
     add_groot(app, policy, port=port)
     with running_app(app):
         yield port
-
-
-@pytest.fixture(scope="module")
-def port() -> Iterator[int]:
-    with running(EchoPolicy()) as found:
-        yield found
 
 
 def batch(*seen: Observation, times: int = 2) -> dict[str, Any]:

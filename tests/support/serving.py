@@ -15,7 +15,6 @@ from typing import Literal
 
 import numpy as np
 import openai
-import pytest
 from fastapi import FastAPI
 from openpi_client import msgpack_numpy
 from PIL import Image as Pillow
@@ -164,18 +163,6 @@ def running_app(app: FastAPI, **settings: object) -> Iterator[str]:
         server.should_exit = True
         thread.join(10)
         assert not thread.is_alive()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with running(EchoPolicy(), EchoSpeaker()) as address:
-        yield address
-
-
-@pytest.fixture
-def client(server: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"http://{server}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def ask(client: openai.OpenAI, content: object, **options: object) -> openai.types.chat.ChatCompletion:

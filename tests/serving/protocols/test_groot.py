@@ -21,6 +21,12 @@ from tests.support.groot import Client, batch, running
 from tests.support.serving import CONTRACT, SIDE, EchoPolicy, observation
 
 
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with running(EchoPolicy()) as found:
+        yield found
+
+
 @pytest.fixture
 def client(port: int) -> Iterator[Client]:
     client = Client(port)

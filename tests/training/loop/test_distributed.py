@@ -130,7 +130,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_data(out / "data")
     command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH.split()]
     command += ["--main_process_port", str(port), __file__, str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     return out
