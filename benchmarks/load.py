@@ -70,7 +70,7 @@ def main(
     try:
         wait_until_ready(port, server)
         if worst:
-            generation = BLM.from_pretrained(checkpoint).speaker()
+            generation = BLM.from_pretrained(checkpoint).generator()
             result = asyncio.run(table(port, server.pid, generation, only))
         else:
             result = asyncio.run(load(port, robots, rate_hz, chats, seconds))

@@ -16,39 +16,39 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True)
-class Named:
-    """A chat and what names its weights."""
+class LoadedChat:
+    """A chat model, and the identity of its weights."""
 
     chat: Chat
-    name: str
-    """Of the weights: a fingerprint, or MODEL@URL."""
+    revision: str
+    """Fingerprint of the weights, or MODEL@URL of an endpoint."""
 
 
-def find_chat(
+def load_chat(
     name: str,
     *,
     device: str = "cpu",
     api_key: str | None = None,
     cache: Path | None = None,
     settings: Settings | None = None,
-) -> Named:
+) -> LoadedChat:
     """Load what `name` says. Raises UnknownNameError with the choices, BlmError for what has no chat.
 
     `api_key` (else the environment's OPENAI_API_KEY), `cache` and `settings` are for endpoints.
     """
     if name.startswith(SCHEME):
-        endpoint = find_endpoint(name, api_key=api_key, cache=cache, settings=settings)
-        return Named(endpoint, endpoint.name)
+        endpoint = open_endpoint(name, api_key=api_key, cache=cache, settings=settings)
+        return LoadedChat(endpoint, endpoint.name)
     source = find_model(name, what="model", others=["<a folder>", "openai:MODEL@URL"])
     if not source.has_chat:
         raise BlmError(f"'{name}' is a {source.kind}: it has actions and no chat; give {HELP}")
     model = source.load(device)
     assert model.chat is not None
     revision = model.chat.fingerprint()[:16] if model.policy is None else model.policy.contract.revision
-    return Named(model.chat, revision)
+    return LoadedChat(model.chat, revision)
 
 
-def find_endpoint(
+def open_endpoint(
     name: str, *, api_key: str | None = None, cache: Path | None = None, settings: Settings | None = None
 ) -> Endpoint:
     """Open 'openai:MODEL@URL'; nothing is sent yet."""

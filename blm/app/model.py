@@ -55,8 +55,8 @@ class BLM:
         """Return the greedy answer to a conversation; all blocks of the backbone run."""
         return self.backbone.answer(messages, max_tokens=max_tokens)
 
-    def speaker(self) -> Generation:
-        """Return what gives several answers at once, token by token."""
+    def generator(self) -> Generation:
+        """Return a generator of several answers at once, token by token."""
         return Generation(self.backbone)
 
     def act(self, observation: Observation) -> ActionChunk:
@@ -75,19 +75,19 @@ Kind = Literal["blm", "diffusion_policy", "backbone"]
 
 
 @dataclass(frozen=True)
-class Model:
+class LoadedModel:
     """What a folder or name holds: a chat, a policy, or both."""
 
     chat: Backbone | None
     policy: Policy | None
 
-    def speaker(self) -> Generation | None:
-        """Return what gives several answers at once, or None without a chat."""
+    def generator(self) -> Generation | None:
+        """Return a generator of several answers at once, or None for a model without chat."""
         return None if self.chat is None else Generation(self.chat)
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model that was found and not loaded yet."""
 
     kind: Kind
@@ -107,16 +107,16 @@ class Source:
         """What a user should know before using it; empty if nothing."""
         return UNTRAINED.get(self.where, "")
 
-    def load(self, device: str = "cpu") -> Model:
+    def load(self, device: str = "cpu") -> LoadedModel:
         """Read the weights. Raises BlmError, in one line, for files that are missing, altered or foreign."""
         check_device(device)
         if self.kind == "diffusion_policy":
             from blm.baselines.diffusion_policy import DiffusionPolicy
 
-            return Model(None, DiffusionPolicy.load(self.where, device=device))
+            return LoadedModel(None, DiffusionPolicy.load(self.where, device=device))
         if self.kind == "blm":
             model = BLM.from_pretrained(self.where, device=device)
-            return Model(model.backbone, model)
+            return LoadedModel(model.backbone, model)
         try:
             backbone = Backbone.load(self.where, device=device)
         except BlmError:
@@ -125,7 +125,7 @@ class Source:
             reason = (str(error).strip().splitlines() or [""])[0][:300]
             raise BlmError(f"cannot load '{self.where}': {type(error).__name__}: {reason}") from error
         remember_sight(backbone)
-        return Model(backbone, None)
+        return LoadedModel(backbone, None)
 
 
 UNTRAINED = {
@@ -140,7 +140,7 @@ def find_model(
     *,
     what: str = "checkpoint",
     others: Sequence[str] = ("<a folder of Stage I or II>",),
-) -> Source:
+) -> ModelSource:
     """Find a release, a checkpoint, a backbone (Stage I, or any of transformers) or a name of BACKBONES.
 
     Of the folder of a run, its last stage. Reads no weights. Raises UnknownNameError for what does not exist,
@@ -151,7 +151,7 @@ def find_model(
     folder = folder_of(name)
     if not folder.is_dir():
         if name in BACKBONES:
-            return Source("backbone", name)
+            return ModelSource("backbone", name)
         if folder.exists():
             raise BlmError(f"'{name}' is a file; give the folder of a checkpoint or backbone")
         raise UnknownNameError(what, name, {*RELEASES, *BACKBONES, *others})
@@ -160,7 +160,7 @@ def find_model(
             return _checkpoint(folder / inside)
     for inside in (".", "backbone", "stage1/backbone"):
         if _is_backbone(folder / inside):
-            return Source("backbone", str(folder / inside))
+            return ModelSource("backbone", str(folder / inside))
     if (folder / "meta/info.json").is_file():
         what = "it is a data set; train on it with `blm train stage2`"
     elif not any(folder.iterdir()):
@@ -170,14 +170,14 @@ def find_model(
     raise BlmError(f"'{folder}' holds no model: {what}")
 
 
-def _checkpoint(folder: Path) -> Source:
+def _checkpoint(folder: Path) -> ModelSource:
     kinds: dict[str, Kind] = {"blm": "blm", "diffusion_policy": "diffusion_policy"}
     kind = kind_of(folder)
     if kind not in kinds:
         raise BlmError(
             f"checkpoint '{folder}' is of kind '{kind[:40]}'; this program reads {', '.join(kinds)}"
         )
-    return Source(kinds[kind], str(folder))
+    return ModelSource(kinds[kind], str(folder))
 
 
 def _is_backbone(folder: Path) -> bool:

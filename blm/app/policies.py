@@ -75,7 +75,7 @@ def contract_without_model(
     )
 
 
-def find_policy(
+def policy_factory(
     name: str,
     *,
     cameras: tuple[str, ...],
@@ -116,7 +116,7 @@ def load_checkpoint(folder: Path, *, device: str = "cpu") -> Policy:
     return CheckpointPolicy.load(folder, device=device)
 
 
-def continuing(make: Callable[[], Policy]) -> Policy:
+def with_real_time_chunking(make: Callable[[], Policy]) -> Policy:
     """Make a policy that goes on from its own last chunk. Raises BlmError for one that cannot."""
     policy = make()
     if not isinstance(policy, CheckpointPolicy):

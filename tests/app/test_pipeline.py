@@ -71,7 +71,7 @@ def model(run):
 
 def served(model):
     """The address of a running server with this model."""
-    return running(model, model.speaker())
+    return running(model, model.generator())
 
 
 def observation(model, robot="panda", seed=0):

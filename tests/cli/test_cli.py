@@ -6,7 +6,9 @@ import pytest
 
 from blm.app.pipeline import Stage, read_ledger, run_stages, stage_key
 from blm.app.recipes import RECIPES
-from blm.cli import COMMANDS, find_command, main, parse_recipe
+from blm.cli import COMMANDS, main
+from blm.cli.command import find_command
+from blm.cli.runs import Demo
 from blm.datasets.lerobot_writer import write_json
 from blm.datasets.video import count_frames
 from blm.types import BlmError
@@ -29,9 +31,10 @@ def test_dotted_overrides_reach_the_recipe(tmp_path):
         "panda",
         "xarm6",
     ]
-    recipe, folder = parse_recipe("demo", arguments)
-    assert (recipe.stage2.loop.steps, recipe.robots, folder) == (7, ("panda", "xarm6"), tmp_path)
-    assert recipe.corpus == RECIPES["ci"]().corpus
+    command = Demo.parse("demo", arguments)
+    assert (command.recipe.stage2.loop.steps, command.recipe.robots) == (7, ("panda", "xarm6"))
+    assert command.folder == tmp_path
+    assert command.recipe.corpus == RECIPES["ci"]().corpus
 
 
 @pytest.mark.parametrize(
@@ -43,7 +46,7 @@ def test_dotted_overrides_reach_the_recipe(tmp_path):
         (["collect", "--robots", "pandas"], "unknown robot 'pandas'. Did you mean 'panda'?"),
         (["collect", "--tasks", "pickcube"], "unknown task 'pickcube'. Did you mean 'pick_cube'?"),
         (["collect", "--cameras", "bas"], "unknown camera 'bas'. Did you mean 'base'?"),
-        (["collect", "--episodes", "3"], "name the folder to write first: blm collect OUT"),
+        (["collect", "--episodes", "3"], "name the folder to write: blm collect OUT"),
         (["collect", "OUT", "--correct"], "--policy CHECKPOINT and --correct belong together"),
         (["collect", "no/such", "--verify"], "'no/such' holds no finished collection"),
         (["train", "stage2", "--run", "x", "--stage2.loop.stepps", "3"], "--stage2.loop.steps"),
@@ -63,7 +66,7 @@ def test_wrong_input_names_the_valid_choices(arguments, complaint, capsys):
 
 
 def test_two_word_commands_are_found():
-    assert find_command(["train", "stage1", "--x"])[::2] == ("train stage1", ["--x"])
+    assert find_command(["train", "stage1", "--x"]) == ("train stage1", ["--x"])
     assert {"demo", "serve", "doctor"} <= set(COMMANDS)
 
 
