@@ -13,10 +13,10 @@ The flow, one artifact per arrow:
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as in `typing`, which the command line must not wait for (see blm/cli/__init__.py)
 if TYPE_CHECKING:
+    from typing import Any
+
     from blm.app.model import BLM
     from blm.types import ActionChunk, ActionSpace, BlmError, Episode, Image, Message, Observation
 
@@ -28,4 +28,6 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use: `BLM` needs torch, the others NumPy, `import blm` needs neither."""
     if name not in __all__:
         raise AttributeError(f"module 'blm' has no attribute '{name}'")
+    from importlib import import_module
+
     return getattr(import_module("blm.app.model" if name == "BLM" else "blm.types"), name)

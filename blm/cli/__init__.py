@@ -1,9 +1,9 @@
 """The command line: the table of commands, and the entry point.
 
-This file imports nothing but the standard library, so `blm --help` is quick and Ctrl-C always ends with one
-line. The module of a command is imported when the command is called; tyro then builds its flags from the
-fields of its class. tyro's own subcommands need the classes of all commands at once, and these import torch:
-hence the table of names.
+This file imports almost nothing, so `blm --help` is quick and Ctrl-C ends with one line also while libraries
+are imported. The module of a command is imported when the command is called; tyro then builds its flags from
+the fields of its class. tyro's own subcommands need the classes of all commands at once, and some of these
+import torch: hence the table of names.
 
 Exit statuses: 0 success; 1 a check found something wrong (`doctor`, `corpus validate`, `collect --verify`);
 2 wrong usage or an error that the user can correct, in one line; 130 interrupted by Ctrl-C; 141 the reader of
@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+
+TYPE_CHECKING = False  # as in `typing`, whose import alone takes longer than that of this file
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 INTERRUPTED = 130
 """128 + SIGINT: as the shell reports a program that Ctrl-C ends."""
@@ -23,16 +25,18 @@ CLOSED_PIPE = 141
 """128 + SIGPIPE: as the shell reports a program that writes to a closed pipe."""
 
 
-@dataclass(frozen=True)
 class Command:
-    """One command in the table."""
+    """One command in the table.
 
-    summary: str
-    """One line for `blm --help`."""
-    target: str
-    """MODULE:CLASS below `blm.cli`: a subclass of `blm.cli.command.CliCommand`."""
-    stage: str = ""
-    """Stage of a run folder that --run or --recipe runs in place of the command; empty if there is none."""
+    `summary` is its line in `blm --help`. `target` is MODULE:CLASS below `blm.cli`, a subclass of
+    `blm.cli.command.CliCommand`. `stage` is the stage of a run folder that --run or --recipe runs in place of
+    the command; empty if there is none.
+    """
+
+    def __init__(self, summary: str, target: str, stage: str = "") -> None:
+        self.summary = summary
+        self.target = target
+        self.stage = stage
 
 
 COMMANDS: dict[str, Command] = {
@@ -93,12 +97,14 @@ COMMANDS: dict[str, Command] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of `blm`. The statuses that it ends with are listed at the head of this file."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as in `blm COMMAND >&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 (stays open to the end)
     try:
         try:
             _run(arguments)
         finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
+            sys.stdout.flush()
     except BrokenPipeError:
         _end_at_closed_pipe()
     except SystemExit as ended:  # rich turns a closed pipe into status 1
@@ -123,9 +129,18 @@ def _run(arguments: list[str]) -> None:
         except BlmError as error:
             print_error(error)
             raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except BaseException as error:
+        if not _was_interrupted(error):
+            raise
         print("interrupted; run the same command again to continue", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C caused an error: libraries that are being imported may turn it into their own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _end_at_closed_pipe() -> None:

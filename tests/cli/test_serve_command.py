@@ -286,17 +286,6 @@ def test_interrupting_the_load_leaves_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in err and process.returncode in (0, 130), err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["collect", "--help"]])
-def test_a_reader_that_has_enough_ends_a_command_quietly(arguments: list[str]) -> None:
-    command = [sys.executable, "-c", START, *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()  # as `| head -0`
-    assert process.wait(60) in (0, 1, 2, 141)
-    assert process.stderr.read() == b""
-    process.stderr.close()
-
-
 def test_the_app_says_what_it_serves() -> None:
     for policy, speaker, serves in (
         (EchoPolicy(), EchoSpeaker(), ["chat", "actions"]),
