@@ -1,1 +1,1 @@
-"""Composition: what the commands do, built from the rooms below."""
+"""Applications built from the other packages: recipes and their stages, model loading, export, checks."""

@@ -1,4 +1,4 @@
-"""`BLM`: one checkpoint, one copy of frozen weights, two methods: `answer` and `act`; and models by name."""
+"""`BLM`, a model that answers and acts from one checkpoint; and loading of models by name."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from blm.types import ActionChunk, BlmError, Message, Observation, Policy, Polic
 
 
 class BLM:
-    """Answers questions and drives robots from one loaded checkpoint. It is a `Policy` and a `Chat`.
+    """Answers questions and controls robots from one loaded checkpoint. It is a `Policy` and a `Chat`.
 
-    A question about the frame that an action was just chosen for does not look at it again.
+    Vision features of recent pictures are cached: a question about a frame for which an action was just
+    chosen does not run the vision tower again.
     """
 
     def __init__(self, policy: CheckpointPolicy) -> None:
@@ -32,13 +33,13 @@ class BLM:
     def from_pretrained(cls, name_or_folder: str | Path, *, device: str = "cpu") -> BLM:
         """Load a checkpoint folder, or a release by name.
 
-        Raises UnknownNameError for what is neither, BlmError for a missing or altered file.
+        Raises UnknownNameError for any other name, and BlmError for a missing or altered file.
         """
         if not (folder := folder_of(name_or_folder)).is_dir():
             raise UnknownNameError("checkpoint", str(name_or_folder), [*RELEASES, "<a folder from Stage II>"])
         if (kind := kind_of(folder)) != "blm":
             raise BlmError(
-                f"checkpoint '{folder}' is a {kind}: it has no chat; `blm serve` serves its actions"
+                f"checkpoint '{folder}' is a {kind}, which cannot chat; `blm serve` serves its actions"
             )
         check_device(device)
         return cls(CheckpointPolicy.load(folder, device=device))
@@ -64,7 +65,7 @@ class BLM:
         return self.policy.act(observation)
 
     def act_batch(self, observations: Sequence[Observation]) -> list[ActionChunk]:
-        """Return a chunk for each observation, from one pass."""
+        """Return an action chunk for each observation, computed in one batch."""
         return self.policy.act_batch(observations)
 
     def reset(self) -> None:
@@ -76,7 +77,7 @@ Kind = Literal["blm", "diffusion_policy", "backbone"]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What a folder or name holds: a chat, a policy, or both."""
+    """A loaded model: a chat, a policy, or both."""
 
     chat: Backbone | None
     policy: Policy | None
@@ -88,11 +89,11 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found and not loaded yet."""
+    """A model that was found, and whose weights are not loaded yet."""
 
     kind: Kind
     where: str
-    """Its folder, or a name of BACKBONES."""
+    """Folder of the model, or a name of BACKBONES."""
 
     @property
     def has_policy(self) -> bool:
@@ -104,11 +105,11 @@ class ModelSource:
 
     @property
     def warning(self) -> str:
-        """What a user should know before using it; empty if nothing."""
+        """Warning for users of an untrained backbone; empty for other models."""
         return UNTRAINED.get(self.where, "")
 
     def load(self, device: str = "cpu") -> LoadedModel:
-        """Read the weights. Raises BlmError, in one line, for files that are missing, altered or foreign."""
+        """Load the weights. Raises BlmError for files that are missing, altered or of an unknown format."""
         check_device(device)
         if self.kind == "diffusion_policy":
             from blm.baselines.diffusion_policy import DiffusionPolicy
@@ -129,9 +130,9 @@ class ModelSource:
 
 
 UNTRAINED = {
-    "nano": "nano is untrained: its answers mean nothing before Stage I (`blm train stage1`)",
-    "smol": "smol has not learned to see: its language is pretrained, what it says of pictures means nothing "
-    "before Stage I (`blm train stage1`)",
+    "nano": "nano is untrained: its answers are random before Stage I (`blm train stage1`)",
+    "smol": "only the language model of smol is pretrained: its answers about pictures are random before "
+    "Stage I (`blm train stage1`)",
 }
 
 
@@ -141,11 +142,11 @@ def find_model(
     what: str = "checkpoint",
     others: Sequence[str] = ("<a folder of Stage I or II>",),
 ) -> ModelSource:
-    """Find a release, a checkpoint, a backbone (Stage I, or any of transformers) or a name of BACKBONES.
+    """Find a release, a checkpoint, a backbone (of Stage I or from transformers) or a name of BACKBONES.
 
-    Of the folder of a run, its last stage. Reads no weights. Raises UnknownNameError for what does not exist,
-    calling it `what` and listing the choices and `others`; BlmError, saying what it holds, for a folder
-    without a model.
+    For a run folder, this is the model of its last finished training stage. Reads no weights. Raises
+    UnknownNameError for a name that does not exist: the message calls it a `what`, and lists the valid names
+    and `others`. Raises BlmError, describing the folder, for a folder without a model.
     """
     name = str(name_or_folder)
     folder = folder_of(name)
@@ -162,12 +163,12 @@ def find_model(
         if _is_backbone(folder / inside):
             return ModelSource("backbone", str(folder / inside))
     if (folder / "meta/info.json").is_file():
-        what = "it is a data set; train on it with `blm train stage2`"
+        content = "it is a dataset; train on it with `blm train stage2`"
     elif not any(folder.iterdir()):
-        what = "it is empty"
+        content = "it is empty"
     else:
-        what = "a checkpoint has manifest.json, a backbone config.json with its model_type"
-    raise BlmError(f"'{folder}' holds no model: {what}")
+        content = "a checkpoint has manifest.json, a backbone config.json with a model_type"
+    raise BlmError(f"'{folder}' holds no model: {content}")
 
 
 def _checkpoint(folder: Path) -> ModelSource:

@@ -1,4 +1,4 @@
-"""The stages of the loop: what each reads, what it writes, and under which name in the run folder.
+"""The stages of the loop, and the folders of a run that they read and write.
 
 run/  recipe.json stages.json  episodes/<robot>  episodes_held_out/<robot>  corpora/{train,held_out,..}
       stage1/{eye,drill,backbone}  intents/<robot>  stage2/checkpoint  results/  report.html
@@ -82,7 +82,7 @@ def run_stage1(recipe: Recipe, run: Path) -> None:
 
 
 def run_stage2(recipe: Recipe, run: Path) -> None:
-    """Cache H_k of every frame, then train bridge and policy; the backbone is proved unchanged."""
+    """Cache the hidden states H_k of the frames, then train bridge and policy on the frozen backbone."""
     for robot in recipe.robots:
         space = ROBOTS[robot].action_space
         data = open_dataset(run / "episodes" / robot)
@@ -112,7 +112,7 @@ def run_eval_digital(recipe: Recipe, run: Path) -> None:
 
 
 def run_eval_physical(recipe: Recipe, run: Path) -> None:
-    """Let the checkpoint drive every robot through every task; holding still is the baseline."""
+    """Evaluate the checkpoint in closed loop on every robot and task; the baseline holds still."""
     folder = run / "stage2/checkpoint"
     contract = CheckpointPolicy.load(folder).contract
     protocol = physical_protocol(recipe, contract, (recipe.robots, recipe.tasks))
@@ -126,7 +126,7 @@ def run_eval_physical(recipe: Recipe, run: Path) -> None:
 
 
 def run_released(recipe: Recipe, run: Path) -> None:
-    """Let the released model drive on the scenes of this run's evaluation, and answer about one of them."""
+    """Evaluate the released model on the scenes of this run, and ask it questions about one of them."""
     folder, out = folder_of("blm-nano"), run / "results/released"
     protocol = physical_protocol(recipe, read_contract(folder), (recipe.robots, recipe.tasks))
     make = partial(CheckpointPolicy.load, folder)
@@ -151,11 +151,11 @@ QUESTIONS = (
     "What can the robot do now?",
     "What remains to be done after this step?",
 )
-"""Asked of the released model about a scene of Panda and pick_cube."""
+"""Questions to the released model about a scene of the Panda and pick_cube."""
 DIGITAL = {"BLM": "digital", "BLM, held-out wordings": "digital_wording"}
-"""Name in the report -> folder below results/."""
+"""Name in the report -> result folder below results/."""
 PHYSICAL = {"BLM": "physical", "blm-nano, released": "released", "hold still": "zero"}
-"""Policy in the report -> its folder below results/."""
+"""Name of a policy in the report -> result folder below results/."""
 
 _SUITE = ("robots", "tasks", "cameras", "image_size")
 
@@ -164,7 +164,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             "released",
-            "The released model drives and answers",
+            "Released model: closed loop and questions",
             (*_SUITE, "evaluation"),
             (),
             run_released,
@@ -172,19 +172,17 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "collect",
-            "Demonstrations from the planner",
+            "Demonstrations by the planning expert",
             (*_SUITE, "demonstrations"),
             (),
             run_collect,
             ("episodes", "episodes_held_out"),
         ),
-        Stage(
-            "corpus", "Questions about scenes", (*_SUITE, "corpus"), ("collect",), run_corpus, ("corpora",)
-        ),
-        Stage("stage1", "Stage I: teach the backbone", ("stage1",), ("corpus",), run_stage1, ("stage1",)),
+        Stage("corpus", "Scene questions", (*_SUITE, "corpus"), ("collect",), run_corpus, ("corpora",)),
+        Stage("stage1", "Stage I: fine-tune the backbone", ("stage1",), ("corpus",), run_stage1, ("stage1",)),
         Stage(
             "stage2",
-            "Stage II: bridge and policy",
+            "Stage II: train bridge and policy",
             ("stage2",),
             ("collect", "stage1"),
             run_stage2,
@@ -211,9 +209,14 @@ STAGES: dict[str, Stage] = {
 
 
 def write_report(run: Path, command: str) -> Path:
-    """Write `report.html` from what the run folder holds, and return its path."""
+    """Write `report.html` from the results in a run folder, and return its path.
+
+    Raises BlmError for a folder that is not a run folder.
+    """
     if not (run / "recipe.json").exists():
-        raise BlmError(f"'{run}' is not a run folder (no recipe.json); name one that a stage command wrote")
+        raise BlmError(
+            f"'{run}' is not a run folder (it has no recipe.json); name a folder that `blm demo --run` wrote"
+        )
     corpora = {name: run / "corpora" / name for name in ("train", "held_out")}
     ledger = read_ledger(run)
     recipe = read_json(run / "recipe.json")

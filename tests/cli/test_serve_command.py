@@ -181,7 +181,7 @@ def test_a_diffusion_policy_acts_and_says_that_it_does_not_chat(diffusion: Path)
         with RemotePolicy(f"ws://{address}") as remote:
             assert remote.act(observation(size=32)).actions.shape == (8, 8)
     for call in (lambda: BLM.from_pretrained(diffusion), lambda: load_chat(str(diffusion))):
-        with pytest.raises(BlmError, match="no chat"):
+        with pytest.raises(BlmError, match="cannot chat"):
             call()
 
 
@@ -202,7 +202,7 @@ def test_folders_without_a_model_say_what_they_hold(tmp_path: Path) -> None:
     (half / "config.json").write_text('{"format": 1}')
     expected = {
         empty: "it is empty",
-        dataset: "it is a data set",
+        dataset: "it is a dataset",
         file: "is a file",
         tmp_path / "none": "unknown checkpoint",
         strange: "of kind 'other'",
