@@ -25,7 +25,7 @@ __all__ = ["BLM", "ActionChunk", "ActionSpace", "BlmError", "Episode", "Image", 
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use: `BLM` needs torch, the others NumPy, `import blm` needs neither."""
+    """Import a public name on first use: `BLM` needs torch, the others need NumPy."""
     if name not in __all__:
         raise AttributeError(f"module 'blm' has no attribute '{name}'")
     from importlib import import_module

@@ -1,1 +1,1 @@
-"""Applications built from the other packages: recipes and their stages, model loading, export, checks."""
+"""Recipes and their stages, model loading, export, checks: built from the other packages."""

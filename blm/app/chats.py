@@ -1,4 +1,4 @@
-"""Load chat models by name: our checkpoints, transformers image-text-to-text models, OpenAI endpoints."""
+"""Load chat models by name: checkpoints, transformers models, OpenAI endpoints."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ def load_chat(
 ) -> LoadedChat:
     """Load the chat model that `name` means.
 
-    `api_key` (by default the environment variable OPENAI_API_KEY), `cache` and `settings` are for endpoints.
-    Raises UnknownNameError, which lists the valid names, and BlmError for a policy that cannot chat.
+    `api_key` (by default the environment variable OPENAI_API_KEY), `cache` and `settings` are for
+    endpoints. Raises UnknownNameError, which lists the valid names, and BlmError for a policy that
+    cannot chat.
     """
     if name.startswith(SCHEME):
         endpoint = open_endpoint(name, api_key=api_key, cache=cache, settings=settings)
@@ -52,7 +53,7 @@ def load_chat(
 def open_endpoint(
     name: str, *, api_key: str | None = None, cache: Path | None = None, settings: Settings | None = None
 ) -> Endpoint:
-    """Return the endpoint 'openai:MODEL@URL'. Sends nothing yet. Raises BlmError for any other form."""
+    """Return the endpoint 'openai:MODEL@URL'. Raises BlmError for any other form."""
     model, _, url = name.removeprefix(SCHEME).rpartition("@")
     if not model or not url.startswith(("http://", "https://")):
         raise BlmError(f"endpoint '{name}' must have the form openai:MODEL@http://HOST:PORT/v1")

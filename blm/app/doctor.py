@@ -62,7 +62,7 @@ def examine_machine() -> Iterator[Check]:
 
 
 def examine_path(path: Path) -> Iterator[Check]:
-    """Check a dataset, a collection (a folder of datasets) or a checkpoint; yield one line per fault.
+    """Check a dataset, a collection (folder of datasets) or a checkpoint; yield each fault.
 
     Writes nothing and raises nothing: anything that cannot be examined is reported as a fault.
     """

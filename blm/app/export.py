@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from blm.backbone import Backbone
 
 VLLM_MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl", "llava", "idefics3", "smolvlm")
-"""`model_type` of the models that we load and vLLM serves (vLLM's list of supported multimodal models)."""
+"""`model_type` of the models that both this package and vLLM support."""
 VIDEO_PROCESSORS = {"qwen2_5_vl": "Qwen2VLVideoProcessor", "qwen3_vl": "Qwen3VLVideoProcessor"}
-"""`model_type` -> class of its video processor, which transformers cannot save without torchvision."""
+"""`model_type` -> video processor class, which transformers saves only with torchvision."""
 TOLERANCE = 1e-4
-"""Maximum difference of a logit between our model and plain transformers with the exported folder."""
+"""Maximum difference between logits of our model and those of plain transformers."""
 COMPUTE_LOGITS = """
 import sys, torch
 from safetensors.torch import load_file, save_file
@@ -40,12 +40,13 @@ save_file({"logits": torch.cat(logits).contiguous()}, out)
 
 
 def export_vllm(source: str, out: Path, *, images: int = 8, context: int = 8192) -> str:
-    """Write the backbone of `source` as a stock transformers folder; return the command that serves it.
+    """Write the backbone of `source` as a stock transformers folder; return its `vllm serve`
+    command.
 
-    `source` is a checkpoint of Stage II, a backbone's folder or a name of BACKBONES. The folder is verified:
-    plain transformers, in a process without this package, must compute the same logits for a picture and a
-    text. `images` and `context` [tokens] limit a request. Raises BlmError, and writes nothing, for a model
-    that vLLM does not know or that has parts of our own.
+    `source` is a checkpoint of Stage II, a backbone's folder or a name of BACKBONES. The folder is
+    verified: plain transformers, in a process without this package, must compute the same logits
+    for a picture and a text. `images` and `context` [tokens] limit a request. Raises BlmError, and
+    writes nothing, for a model that vLLM does not know or that has parts of our own.
     """
     from blm.backbone import Backbone
 
@@ -101,7 +102,7 @@ def export_dataset(source: Path, out: Path) -> None:
 
 
 def export_checkpoint(source: str, out: Path) -> None:
-    """Copy a checkpoint unchanged, with its model card. Raises BlmError for a damaged checkpoint."""
+    """Copy a checkpoint with its model card. Raises BlmError for a damaged checkpoint."""
     from blm.policy.checkpoint import folder_of, read_config
 
     folder = folder_of(source)
@@ -113,9 +114,10 @@ def export_checkpoint(source: str, out: Path) -> None:
 def push_to_hub(folder: Path, repo: str, *, private: bool = False, endpoint: str | None = None) -> str:
     """Upload an exported folder to the Hugging Face hub and return its address.
 
-    `repo` is ORG/NAME. A dataset is tagged with the version of its format, which LeRobot requires. The token
-    comes from `hf auth login` or HF_TOKEN, the address of the hub from `endpoint` or HF_ENDPOINT. Raises
-    BlmError with the hub's reason. The files become visible together, after all of them have arrived.
+    `repo` is ORG/NAME. A dataset is tagged with the version of its format, which LeRobot requires.
+    The token comes from `hf auth login` or HF_TOKEN, the address of the hub from `endpoint` or
+    HF_ENDPOINT. Raises BlmError with the hub's reason. The files become visible together, after all
+    of them have arrived.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError

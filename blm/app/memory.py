@@ -1,4 +1,4 @@
-"""Estimate the memory and disk space that a recipe needs, from models on torch's meta device (no weights)."""
+"""Estimate the memory and disk space of a recipe, from models on torch's meta device."""
 
 from __future__ import annotations
 

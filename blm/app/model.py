@@ -19,10 +19,10 @@ from blm.types import ActionChunk, BlmError, Message, Observation, Policy, Polic
 
 
 class BLM:
-    """Answers questions and controls robots from one loaded checkpoint. It is a `Policy` and a `Chat`.
+    """A checkpoint that answers questions and controls robots: both a `Policy` and a `Chat`.
 
-    Vision features of recent pictures are cached: a question about a frame for which an action was just
-    chosen does not run the vision tower again.
+    Vision features of recent pictures are cached: a question about a frame for which an action was
+    just chosen does not run the vision tower again.
     """
 
     def __init__(self, policy: CheckpointPolicy) -> None:
@@ -109,7 +109,7 @@ class ModelSource:
         return UNTRAINED.get(self.where, "")
 
     def load(self, device: str = "cpu") -> LoadedModel:
-        """Load the weights. Raises BlmError for files that are missing, altered or of an unknown format."""
+        """Load the weights. Raises BlmError for missing, altered or unreadable files."""
         check_device(device)
         if self.kind == "diffusion_policy":
             from blm.baselines.diffusion_policy import DiffusionPolicy
@@ -142,11 +142,12 @@ def find_model(
     what: str = "checkpoint",
     others: Sequence[str] = ("<a folder of Stage I or II>",),
 ) -> ModelSource:
-    """Find a release, a checkpoint, a backbone (of Stage I or from transformers) or a name of BACKBONES.
+    """Find a release, a checkpoint, the folder of a backbone, or a name of BACKBONES.
 
-    For a run folder, this is the model of its last finished training stage. Reads no weights. Raises
-    UnknownNameError for a name that does not exist: the message calls it a `what`, and lists the valid names
-    and `others`. Raises BlmError, describing the folder, for a folder without a model.
+    For a run folder, this is the model of its last finished training stage. Reads no weights.
+    Raises UnknownNameError for a name that does not exist: the message calls it a `what`, and lists
+    the valid names and `others`. Raises BlmError, describing the folder, for a folder without a
+    model.
     """
     name = str(name_or_folder)
     folder = folder_of(name)

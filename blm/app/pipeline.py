@@ -1,7 +1,8 @@
 """Run the stages of the whole loop in a run folder.
 
-A stage is skipped if the run folder holds its result for the same settings, continued if it was interrupted,
-and refused if the folder holds a finished result of other settings: nothing is overwritten.
+A stage is skipped if the run folder holds its result for the same settings, continued if it was
+interrupted, and refused if the folder holds a finished result of other settings: nothing is
+overwritten.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ class Stage:
 def run_stages(stages: dict[str, Stage], names: list[str], recipe: Recipe, folder: Path) -> None:
     """Run the named stages in order.
 
-    An unfinished stage may be run again with other settings; its old files are moved aside. Raises BlmError,
-    before anything is written, for a missing input, for a folder that holds a finished stage of other
-    settings or files of another program, and if another process runs stages in the folder.
+    An unfinished stage may be run again with other settings; its old files are moved aside. Raises
+    BlmError, before anything is written, for a missing input, for a folder that holds a finished
+    stage of other settings or files of another program, and if another process runs stages in the
+    folder.
     """
     with hold(folder) if folder.exists() else nullcontext():
         require_run_folder(folder)
@@ -126,7 +128,7 @@ def require_settings(stages: dict[str, Stage], names: list[str], recipe: Recipe,
 
 
 def require_inputs(stages: dict[str, Stage], names: Sequence[str], folder: Path) -> None:
-    """Raise BlmError if an input of a stage is neither finished nor made by a stage before it in `names`."""
+    """Raise BlmError if a stage lacks an input that no earlier stage in `names` makes."""
     there = {name for name, entry in read_ledger(folder).items() if entry["done"]}
     for name in names:
         if missing := [need for need in stages[name].needs if need not in there]:
@@ -164,7 +166,7 @@ def settings_of(stage: Stage, recipe: Recipe) -> dict[str, Any]:
 
 
 def _move_aside(stage: Stage, folder: Path) -> None:
-    """Rename the unfinished files of a stage with other settings, so that they are neither used nor lost."""
+    """Rename unfinished files of other settings, so that they are neither used nor lost."""
     for name in stage.writes:
         if (folder / name).exists():
             number = next(n for n in itertools.count(1) if not (folder / f"{name}.unfinished-{n}").exists())
@@ -175,7 +177,7 @@ def _move_aside(stage: Stage, folder: Path) -> None:
 
 
 def stage_key(stages: dict[str, Stage], stage: Stage, recipe: Recipe) -> str:
-    """Return a hash of all that determines the stage's result: its recipe fields and those of its inputs."""
+    """Return a hash of the recipe fields that determine the stage's result and its inputs."""
     own = settings_of(stage, recipe)
     inputs = [stage_key(stages, stages[need], recipe) for need in stage.needs]
     return hashlib.sha256(json.dumps([stage.name, own, inputs], sort_keys=True).encode()).hexdigest()[:16]

@@ -30,7 +30,7 @@ HELP = (
 
 
 class ExpertPolicy:
-    """The planning expert as a policy. It reads the simulator's state and plans again at every step.
+    """The planning expert as a policy, which reads the simulator and plans at every step.
 
     When it finds no plan, it holds still until the end, and the episode counts as a failure.
     """
@@ -64,7 +64,7 @@ class ExpertPolicy:
 def contract_without_model(
     name: str, *, cameras: tuple[str, ...], image_size: int, horizon: int, execute: int
 ) -> PolicyContract:
-    """Return the contract of a policy without weights: all robots, with the given cameras and sizes."""
+    """Return the contract of a policy without weights, for all robots."""
     return PolicyContract(
         action_spaces={robot: spec.action_space for robot, spec in ROBOTS.items()},
         cameras=cameras,
@@ -132,7 +132,7 @@ def with_real_time_chunking(make: Callable[[], Policy]) -> Policy:
 
 
 def contract_of(make: Callable[[], Policy]) -> PolicyContract:
-    """Return the contract of the policy that `make` makes. Closes the connection that this opens."""
+    """Make the policy, return its contract, and close its connection if it has one."""
     policy = make()
     contract = policy.contract
     if isinstance(policy, RemotePolicy):
@@ -141,7 +141,7 @@ def contract_of(make: Callable[[], Policy]) -> PolicyContract:
 
 
 def load_replay(folder: Path) -> tuple[Callable[[], Policy], PhysicalProtocol]:
-    """Return a function that makes a policy which replays a dataset, and the protocol of the replay check."""
+    """Return a function that makes a replay of a dataset, and the protocol of the replay check."""
     dataset = open_dataset(folder)
     episodes: list[Episode] = [dataset.episode(i, cameras=()) for i in range(dataset.num_episodes)]
     make = partial(ReplayPolicy, episodes)

@@ -1,10 +1,11 @@
 """`Recipe`: the settings of one run of the whole loop, and the config of each of its parts.
 
 A recipe holds each setting once. Where a part's own config type fits (`Stage1Config`, `LoopConfig`,
-`PolicyConfig`), the recipe contains it. `CollectConfig`, `SceneCorpusConfig`, `PolicyTrainingConfig`,
-`HiddenStateConfig` and `PhysicalProtocol` also hold robots, folders and seeds, which a recipe states once
-for all parts or which follow from the run folder. For these, the recipe contains a small class of settings,
-and the functions at the end of this file build the config: the only place where settings become configs.
+`PolicyConfig`), the recipe contains it. `CollectConfig`, `SceneCorpusConfig`,
+`PolicyTrainingConfig`, `HiddenStateConfig` and `PhysicalProtocol` also hold robots, folders and
+seeds, which a recipe states once for all parts or which follow from the run folder. For these, the
+recipe contains a small class of settings, and the functions at the end of this file build the
+config: the only place where settings become configs.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ from blm.training.sft.train import Stage1Config
 from blm.types import BlmError, PolicyContract, lookup, require_numbers
 
 FIRST_EPISODE_SEED = 500_000
-"""Offset into a seed range at which demonstrations start. Scene questions start at 0: they share no scene."""
+"""Offset of demonstrations in a seed range; scene questions start at 0 and share no scene."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemonstrationSettings:
-    """Demonstrations by the planning expert. `CollectConfig` has the same fields, and checks their limits."""
+    """Demonstrations by the planning expert; `CollectConfig` checks the limits of the fields."""
 
     episodes: int
     """Successful demonstrations to keep for each robot and task."""
     held_out_episodes: int
-    """The same on Stage I's held-out scenes, for questions about episodes. They are never trained on."""
+    """The same on held-out scenes, for held-out questions about episodes."""
     noise: tuple[float, ...] = (0.0, 0.01, 0.02)
-    """Standard deviations of the noise on executed joint targets [rad]; each episode draws one of them."""
+    """Standard deviations of noise on executed joint targets [rad]; each episode draws one."""
     disturbed: float = 0.15
-    """Fraction of episodes in which the gripper briefly moves the wrong way, so that the expert recovers."""
+    """Fraction of episodes with a brief wrong gripper motion, from which the expert recovers."""
     random_starts: float = 0.3
     """Fraction of episodes that start away from the home pose."""
     hold: int = 10
@@ -61,7 +62,7 @@ class DemonstrationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSettings:
-    """Scene questions for Stage I. `SceneCorpusConfig` has the same fields, and checks their limits."""
+    """Scene questions for Stage I; `SceneCorpusConfig` checks the limits of the fields."""
 
     scenes: int
     """Random scenes to ask about, spread evenly over robots and tasks."""
@@ -96,14 +97,14 @@ class Stage2Settings:
     loop: LoopConfig
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     layer: int = 3
-    """k: the block of the language model whose hidden states H_k the bridge reads, counted from 1."""
+    """k: the block (from 1) of the language model whose hidden states H_k the bridge reads."""
     stride: int = 2
     """Cache the hidden states of every n-th frame."""
     execute: int = 8
     """Actions of each chunk that are executed before the policy is asked again."""
     drive: int = 0
-    """Closed-loop validation episodes of each robot and task at every evaluation (`loop.eval_every`);
-    0: the validation loss alone selects the best checkpoint."""
+    """Closed-loop validation episodes of each robot and task at every evaluation
+    (`loop.eval_every`); 0: the validation loss alone selects the best checkpoint."""
 
     def __post_init__(self) -> None:
         require_numbers(self, layer=(1, 10_000), stride=(1, 100_000), drive=(0, len(VALIDATION_SEEDS)))
@@ -142,8 +143,8 @@ class Recipe:
     image_size: int = 112
     """Side of the square camera pictures [px], even."""
     workers: int = 2
-    """Worker processes for collection, scene questions, the hidden-state cache and evaluation; 0: none, all
-    work is done in this process."""
+    """Worker processes for collection, scene questions, the hidden-state cache and evaluation; 0:
+    none, all work is done in this process."""
     engine: Literal["local", "ray"] = "local"
     """Where collection and closed-loop evaluation run: on this machine, or on a Ray cluster."""
     demonstrations: DemonstrationSettings
@@ -185,8 +186,8 @@ def collect_config(recipe: Recipe, *, held_out: bool) -> CollectConfig:
 def corpus_config(recipe: Recipe, run: Path, corpus: CorpusName) -> SceneCorpusConfig:
     """Return the config of a corpus of scene questions of a run folder.
 
-    "held_out" and "held_out_wording" ask about the same scenes, the latter in wordings that training never
-    uses.
+    "held_out" and "held_out_wording" ask about the same scenes, the latter in wordings that
+    training never uses.
     """
     settings, training = recipe.corpus, corpus == "train"
     values = _values_for(SceneCorpusConfig, recipe, settings)
@@ -203,7 +204,8 @@ def policy_training_config(
 ) -> PolicyTrainingConfig:
     """Return the config of Stage II for a model of some of the run's robots and tasks.
 
-    `cache` is the folder of the hidden-state caches. Frames of other tasks in the same datasets get weight 0.
+    `cache` is the folder of the hidden-state caches. Frames of other tasks in the same datasets get
+    weight 0.
     """
     robots, tasks = trained
     datasets = tuple(run / "episodes" / robot for robot in robots)
@@ -230,6 +232,6 @@ def physical_protocol(recipe: Recipe, contract: PolicyContract, trained: RobotsA
 
 
 def _values_for(config: type, recipe: Recipe, settings: object) -> dict[str, Any]:
-    """Return the values of a config's fields that the recipe or one part's settings have by the same name."""
+    """Return the fields that a config shares, by name, with the recipe or a part's settings."""
     names = {field.name for field in fields(config)}
     return {name: value for name, value in (vars(recipe) | vars(settings)).items() if name in names}

@@ -1,7 +1,7 @@
-"""The named recipes: functions that return one complete, frozen `Recipe`. Variants `replace` a few fields.
+"""The named recipes: functions that return a `Recipe`. Variants `replace` a few fields.
 
-The command line overrides any field by its dotted name (`--stage2.loop.steps 500`); the resulting recipe is
-saved in the run folder.
+The command line overrides any field by its dotted name (`--stage2.loop.steps 500`); the resulting
+recipe is saved in the run folder.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from blm.training.sft.train import Stage1Config
 def nano_stage1(*, eye: int, drill: int, steps: int, batch_size: int = 8) -> Stage1Settings:
     """Return Stage I of a nano backbone from random weights.
 
-    The three numbers are training steps: of the vision tower alone, of the grounding drill (one picture at a
-    time), and of Stage I proper.
+    The three numbers are training steps: of the vision tower alone, of the grounding drill (one
+    picture at a time), and of Stage I proper.
     """
     defaults = Schooling()
     schooling = Schooling(
@@ -43,7 +43,7 @@ def nano_stage1(*, eye: int, drill: int, steps: int, batch_size: int = 8) -> Sta
 
 
 def frozen_vision_tower(*, steps: int, batch_size: int, lr: float) -> Stage1Config:
-    """Return a config of Stage I that trains everything but the vision tower, matrices with Muon."""
+    """Return a config of Stage I that trains all but the vision tower, matrices with Muon."""
     loop = LoopConfig(steps=steps, batch_size=batch_size, lr=lr, muon=10 * lr, title="Stage I")
     return Stage1Config(loop=loop, vision_scale=0.0)
 
@@ -55,10 +55,10 @@ def nano_stage2(*, steps: int, batch_size: int = 64) -> Stage2Settings:
 
 
 def demo() -> Recipe:
-    """The recipe of `make demo`: all robots, two tasks, minutes on two CPU cores; too small for high success.
+    """The recipe of `make demo`: all robots, two tasks, minutes on two CPU cores.
 
-    Its backbone is initialised from the release `blm-nano` and briefly fine-tuned; its policy starts from
-    random weights.
+    Its backbone is initialised from the release `blm-nano` and briefly fine-tuned; its policy
+    starts from random weights.
     """
     return Recipe(
         name="demo",
@@ -144,7 +144,7 @@ def qwen2_5_vl_3b() -> Recipe:
 
 
 def qwen2_5_vl_7b() -> Recipe:
-    """The paper's scale: its backbone, and the policy head of GR00T N1.5 (16 blocks of 1536). Not run yet."""
+    """The paper's backbone, and the policy head of GR00T N1.5 (16 blocks of 1536). Not run yet."""
     bridge = BridgeConfig(width=1024, latents=32, blocks=4, heads=16)
     policy = PolicyConfig(bridge=bridge, width=1536, blocks=16, heads=32, max_dim=32, future_layer=12)
     return _qwen("qwen2_5_vl_7b", 19, policy)

@@ -1,4 +1,4 @@
-"""Prepare Stage I: the backbone to fine-tune, and its training sources. One way for runs and for commands."""
+"""Prepare Stage I, for runs and for commands: the backbone and its training sources."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from blm.training.sft.tokenize_corpora import TrainingSource
 from blm.training.sft.train import Stage1Config
 
 NANO = "nano"
-"""The one backbone without pretrained weights: it is made, and pretrained, from the corpora of Stage I."""
+"""The backbone without released weights: it is pretrained on the corpora of Stage I."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,8 @@ def prepare_stage1(
 ) -> tuple[Backbone, list[TrainingSource]]:
     """Return the backbone and the sources for `train_stage1`.
 
-    Without a backbone, a nano gets a tokenizer of these corpora and is pretrained in `out`; an interrupted
-    pretraining is continued.
+    Without a backbone, a nano gets a tokenizer of these corpora and is pretrained in `out`; an
+    interrupted pretraining is continued.
     """
     if backbone is None:
         texts = [(corpus.conversations, corpus.folder) for corpus in corpora]

@@ -53,7 +53,7 @@ from blm.types import BlmError, Image, Message
 
 
 def run_collect(recipe: Recipe, run: Path) -> None:
-    """Record demonstrations for training, and a few on held-out scenes for questions about episodes."""
+    """Record demonstrations for training, and a few on held-out scenes for questions."""
     collect(collect_config(recipe, held_out=False), run / "episodes")
     collect(collect_config(recipe, held_out=True), run / "episodes_held_out")
 
@@ -82,7 +82,7 @@ def run_stage1(recipe: Recipe, run: Path) -> None:
 
 
 def run_stage2(recipe: Recipe, run: Path) -> None:
-    """Cache the hidden states H_k of the frames, then train bridge and policy on the frozen backbone."""
+    """Cache hidden states H_k, then train bridge and policy on the frozen backbone."""
     for robot in recipe.robots:
         space = ROBOTS[robot].action_space
         data = open_dataset(run / "episodes" / robot)
@@ -126,7 +126,7 @@ def run_eval_physical(recipe: Recipe, run: Path) -> None:
 
 
 def run_released(recipe: Recipe, run: Path) -> None:
-    """Evaluate the released model on the scenes of this run, and ask it questions about one of them."""
+    """Evaluate the released model on the scenes of this run; ask questions about one of them."""
     folder, out = folder_of("blm-nano"), run / "results/released"
     protocol = physical_protocol(recipe, read_contract(folder), (recipe.robots, recipe.tasks))
     make = partial(CheckpointPolicy.load, folder)

@@ -1,4 +1,4 @@
-"""Show episodes: videos with overlays, contact sheets, one picture of a whole suite, Rerun recordings."""
+"""Show episodes: videos with overlays, contact sheets, suite pictures, Rerun recordings."""
 
 from __future__ import annotations
 
@@ -45,14 +45,15 @@ _PRIMITIVE_COLORS = (
 """Colours of the primitives in the order of their first appearance; no task has more."""
 
 
-# --- videos -------------------------------------------------------------------------------------------------
+# --- videos ---------------------------------------------------------------------------------------
 
 
 def write_mp4(episode: Episode, path: Path, fps: int = 20) -> Path:
-    """Write a video of all cameras side by side, with instruction, primitive, gripper, success and time.
+    """Write a video of all cameras side by side, with a status line and a timeline.
 
-    The bar at the bottom shows the whole episode: a colour for each primitive, a green line while the task is
-    solved, a white mark at the current frame. Raises BlmError for an episode without pictures.
+    The status line shows primitive, gripper opening, success and time. The bar at the bottom shows
+    the whole episode: a colour for each primitive, a green line while the task is solved, a white
+    mark at the current frame. Raises BlmError for an episode without pictures.
     """
     _require_pictures(episode)
     frames = np.stack([video_frame(episode, t, fps) for t in range(len(episode))])
@@ -117,7 +118,8 @@ def _draw_timeline(draw: ImageDraw.ImageDraw, episode: Episode, t: int, size: tu
 
 
 def first_success_frame(episode: Episode) -> int:
-    """Return the frame from which the success rule holds to the end, or the length if it does not."""
+    """Return the frame from which the success rule holds to the end, or the length if it does
+    not."""
     last = len(episode) - 1
     return int(episode.metrics.get("success_step", last)) if episode.success else last + 1
 
@@ -127,13 +129,14 @@ def _primitive_color(episode: Episode, t: int) -> tuple[int, int, int]:
     return _PRIMITIVE_COLORS[names.index(episode.primitives[t]) % len(_PRIMITIVE_COLORS)] if names else _GREY
 
 
-# --- sheets -------------------------------------------------------------------------------------------------
+# --- sheets ---------------------------------------------------------------------------------------
 
 
 def contact_sheet(episodes: Sequence[Episode], path: Path, moments: int = 6, fps: int = 20) -> Path:
     """Write a PNG with `moments` evenly spaced frames of each episode, one row per camera.
 
-    A green line marks the frames at which the task is solved. Raises BlmError without episodes or pictures.
+    A green line marks the frames at which the task is solved. Raises BlmError without episodes or
+    pictures.
     """
     if not episodes:
         raise BlmError("a contact sheet needs at least one episode")
@@ -141,10 +144,11 @@ def contact_sheet(episodes: Sequence[Episode], path: Path, moments: int = 6, fps
 
 
 def suite_sheet(episodes: Mapping[tuple[str, str], Episode], path: Path, moments: int = 3) -> Path:
-    """Write one PNG of a suite, given (robot, task) -> episode: one row per task, one column per robot.
+    """Write one PNG of a suite, given (robot, task) -> episode: one row per task, one column per
+    robot.
 
-    A cell shows `moments` evenly spaced frames of the episode's first camera. It is grey without an episode.
-    Raises BlmError without episodes or pictures.
+    A cell shows `moments` evenly spaced frames of the episode's first camera. It is grey without an
+    episode. Raises BlmError without episodes or pictures.
     """
     if not episodes:
         raise BlmError("a picture of the suite needs at least one episode")
@@ -216,7 +220,8 @@ def _episode_block(episode: Episode, moments: int, fps: int) -> Image.Image:
 
 
 def _camera_strip(episode: Episode, moments: int, camera: str = "") -> Image.Image:
-    """Draw frames of one camera, by default the first, side by side; solved ones have a green line."""
+    """Draw frames of one camera, by default the first, side by side; solved ones have a green
+    line."""
     _require_pictures(episode)
     frames = episode.images[camera or next(iter(episode.images))]
     times = _evenly_spaced_frames(episode, moments)
@@ -237,7 +242,7 @@ def _evenly_spaced_frames(episode: Episode, count: int) -> list[int]:
     return [int(t) for t in np.linspace(0, len(episode) - 1, count).round()]
 
 
-# --- helpers ------------------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def _require_pictures(episode: Episode) -> None:
@@ -302,14 +307,15 @@ def _jpeg(frame: ImageArray) -> bytes:
     return buffer.getvalue()
 
 
-# --- Rerun --------------------------------------------------------------------------------------------------
+# --- Rerun ----------------------------------------------------------------------------------------
 
 
 def write_rerun(episode: Episode, path: Path, fps: int = 20, names: Sequence[str] = ()) -> Path:
-    """Write a Rerun recording (.rrd): cameras, a curve for each joint and the gripper, primitive, success.
+    """Write a Rerun recording (.rrd): cameras, a curve for each joint and the gripper, primitive,
+    success.
 
-    `names` are those of the action space [D], the gripper last. Timelines: "time" [s] and "frame". Raises
-    BlmError if the extra `blm[viewer]` is not installed, or for a wrong number of names.
+    `names` are those of the action space [D], the gripper last. Timelines: "time" [s] and "frame".
+    Raises BlmError if the extra `blm[viewer]` is not installed, or for a wrong number of names.
     """
     try:
         import rerun as rr

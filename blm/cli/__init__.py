@@ -1,13 +1,14 @@
 """The command line: the table of commands, and the entry point.
 
-This file imports almost nothing, so `blm --help` is quick and Ctrl-C ends with one line also while libraries
-are imported. The module of a command is imported when the command is called; tyro then builds its flags from
-the fields of its class. tyro's own subcommands need the classes of all commands at once, and some of these
-import torch: hence the table of names.
+This file imports almost nothing, so `blm --help` is quick and Ctrl-C ends with one line also while
+libraries are imported. The module of a command is imported when the command is called; tyro then
+builds its flags from the fields of its class. tyro's own subcommands need the classes of all
+commands at once, and some of these import torch: hence the table of names.
 
-Exit statuses: 0 success; 1 a check found something wrong (`doctor`, `corpus validate`, `collect --verify`);
-2 wrong usage or an error that the user can correct, in one line; 130 interrupted by Ctrl-C; 141 the reader of
-the output has closed the pipe (as in `blm --help | head -1`, where the writer finds the pipe closed).
+Exit statuses: 0 success; 1 a check found something wrong (`doctor`, `corpus validate`, `collect
+--verify`); 2 wrong usage or an error that the user can correct, in one line; 130 interrupted by
+Ctrl-C; 141 the reader of the output has closed the pipe (as in `blm --help | head -1`, where the
+writer finds the pipe closed).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class Command:
     """One command in the table.
 
     `summary` is its line in `blm --help`. `target` is MODULE:CLASS below `blm.cli`, a subclass of
-    `blm.cli.command.CliCommand`. `stage` is the stage of a run folder that --run or --recipe runs in place of
-    the command; empty if there is none.
+    `blm.cli.command.CliCommand`. `stage` is the stage of a run folder that --run or --recipe runs
+    in place of the command; empty if there is none.
     """
 
     def __init__(self, summary: str, target: str, stage: str = "") -> None:
@@ -137,7 +138,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
-    """Return whether Ctrl-C caused an error: libraries that are being imported may turn it into their own."""
+    """Return whether Ctrl-C caused an error; imports may turn KeyboardInterrupt into others."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None

@@ -23,7 +23,7 @@ OutFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 
 @dataclass(frozen=True, kw_only=True)
 class CliCommand(ABC):
-    """A command. The docstring of a subclass is the command's help, and its fields are the flags."""
+    """A command: the docstring of a subclass is its help, and its fields are its flags."""
 
     @classmethod
     def parse(cls, name: str, arguments: Sequence[str]) -> Self:
@@ -32,21 +32,22 @@ class CliCommand(ABC):
 
     @abstractmethod
     def run(self, command_line: Sequence[str]) -> None:
-        """Do the work. `command_line` is what the user typed, for files that record their origin."""
+        """Run the command. `command_line` is recorded in some of the files that it writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunSelection:
-    """Flags of commands that work on a run folder; parsed first, because they choose the other defaults."""
+    """Flags that select recipe and run folder; parsed first, as they set the other defaults."""
 
     recipe: str | None = None
     run: Path | None = None
 
 
 def find_command(arguments: list[str]) -> tuple[str, list[str]]:
-    """Split arguments into the name of a command, of one word or two (`train stage1`), and the rest.
+    """Split arguments into a command's name, of one or two words, and the rest.
 
-    Without a command, print the table of commands and exit. Raises UnknownNameError for any other word.
+    Without a command, print the table of commands and exit. Raises UnknownNameError for any other
+    word.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_commands()

@@ -37,8 +37,8 @@ class BuildFlags:
 class BuildCorpus(CliCommand):
     """Generate questions about our own scenes and episodes into the corpus folder OUT.
 
-    The same command again continues what was interrupted. One more flag: --workers N, the number of worker
-    processes, by default 2; 0: all work is done in this process.
+    The same command again continues what was interrupted. One more flag: --workers N, the number of
+    worker processes, by default 2; 0: all work is done in this process.
 
     Example: blm corpus build OUT --robots panda --tasks push_cube --cameras base --image-size 112
     --scenes 100 --first-seed 10000
@@ -67,7 +67,8 @@ class BuildCorpus(CliCommand):
 class ConvertCorpus(CliCommand):
     """Convert a published corpus to messages JSONL; media are linked or copied into OUT.
 
-    Without arguments, list the converters. Example: blm corpus convert llava llava.json OUT --media images
+    Without arguments, list the converters. Example: blm corpus convert llava llava.json OUT --media
+    images
     """
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[CONVERTER]")] = ""
@@ -87,7 +88,8 @@ class ConvertCorpus(CliCommand):
     cameras: tuple[str, ...] = ()
     """Cameras of a robot dataset to take pictures from; by default its first one."""
     skip_bad: bool = False
-    """Leave out rows that cannot be converted, and print them. Otherwise the first one ends the command."""
+    """Leave out rows that cannot be converted, and print them. Otherwise the first one ends the
+    command."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.corpora import Settings, convert
@@ -134,7 +136,8 @@ class CurateCorpora(CliCommand):
     sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE [SOURCE ...]")]
     """Corpus folders, each as FOLDER or FOLDER=WEIGHT. A source is named after its folder."""
     evaluation: tuple[Path, ...] = ()
-    """Corpus folders for evaluation. Rows that share a group or a question about a picture are dropped."""
+    """Corpus folders for evaluation. Rows that share a group or a question about a picture are
+    dropped."""
     benchmarks: tuple[str, ...] = ()
     """Published benchmarks for evaluation, each as NAME=FOLDER of its data."""
     max_length: int | None = None
@@ -222,7 +225,7 @@ def _source(text: str) -> Source:
 
 
 def print_curation(report: CurationReport) -> None:
-    """Print the rows that each step dropped and why, the share of yes answers, and the shares of sources."""
+    """Print the rows that each step dropped, the share of yes answers, and the sources."""
     table = Table("step", "rows", "turns", "dropped for", box=None, title="Curation", title_justify="left")
     for step in report.steps:
         rows = f"{step.rows_in} -> {step.rows_out}"
@@ -297,12 +300,13 @@ def print_validation(result: Validation, shown: int = SHOWN) -> None:
         console.print(table)
 
 
-# --- replay and report --------------------------------------------------------------------------------------
+# --- replay and report ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayCorpus(CliCommand):
-    """Write a replay corpus: general dialogues answered by the base model, which limit forgetting in Stage I.
+    """Write a replay corpus: general dialogues answered by the base model, which limit forgetting
+    in Stage I.
 
     Example: blm corpus replay OUT --backbone smol --count 1000
     """

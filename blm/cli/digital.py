@@ -1,4 +1,4 @@
-"""Commands of the digital space: evaluate any model on a benchmark, show results in the paper's tables."""
+"""Commands of the digital space: evaluate models on benchmarks, show the paper's tables."""
 
 from __future__ import annotations
 
@@ -34,17 +34,22 @@ class EvaluateDigital(CliCommand):
     data: Path
     """Folder of the benchmark's data, in its published layout; for `scene`, a corpus folder."""
     model: str
-    """A checkpoint or backbone folder, the name of a backbone, or openai:MODEL@URL (URL ends in /v1)."""
+    """A checkpoint or backbone folder, the name of a backbone, or openai:MODEL@URL (URL ends in
+    /v1)."""
     out: Path
     """Folder to write. The same command again continues what was interrupted."""
     judge: str = ""
-    """Judge of free-form answers: openai:MODEL@URL, or `match` to compare words (not the paper's metric)."""
+    """Judge of free-form answers: openai:MODEL@URL, or `match` to compare words (not the paper's
+    metric)."""
     compat: str = ""
-    """Read answers with the parser of an upstream repository, to reproduce its numbers. Ours is stricter."""
+    """Read answers with the parser of an upstream repository, to reproduce its numbers. Ours is
+    stricter."""
     coordinates: str = "thousandths"
-    """How the model writes coordinates: thousandths, unit, yx1000, pixels or pixels:WIDTHxHEIGHT."""
+    """How the model writes coordinates: thousandths, unit, yx1000, pixels or
+    pixels:WIDTHxHEIGHT."""
     limit: int | None = None
-    """Ask only this many questions, evenly spaced. The result then belongs to a protocol of its own."""
+    """Ask only this many questions, evenly spaced. The result then belongs to a protocol of its
+    own."""
     baseline_corpus: Path | None = None
     """Corpus whose answers train the two baselines that see no picture."""
     batch: int = 16
@@ -113,7 +118,7 @@ class EvaluateDigital(CliCommand):
 
 
 def load_questions(benchmark: str, folder: Path) -> list[Question]:
-    """Return the questions in a benchmark's folder; `scene` reads a corpus. Raises BlmError for bad data."""
+    """Return the questions of a benchmark, or of a corpus for `scene`. Raises BlmError."""
     from blm.corpora import read_questions
     from blm.evaluation.digital import BENCHMARKS
 
@@ -137,7 +142,7 @@ def find_judge(chosen: EvaluateDigital) -> Any:
 
 
 def print_result(result: Mapping[str, Any]) -> None:
-    """Print the scores of every kind, beside the baselines, and what could not be read or judged."""
+    """Print the scores of every question kind and of the baselines, and unreadable answers."""
     baselines = result["baselines"]
     table = Table(box=None)
     for heading in (
@@ -196,7 +201,8 @@ class ShowTable(CliCommand):
     """
 
     results: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RESULT [RESULT ...]")]
-    """Folders of digital evaluations, each as DIR or LABEL=DIR. Results with one label share a row."""
+    """Folders of digital evaluations, each as DIR or LABEL=DIR. Results with one label share a
+    row."""
     out: Path | None = None
     """File to write as well, .md or .html."""
 

@@ -19,8 +19,8 @@ console = Console()
 class ExportVllm(CliCommand):
     """Export the backbone of a checkpoint as a stock transformers folder that vLLM serves.
 
-    Checks that plain transformers computes the same logits from it, and prints the `vllm serve` command.
-    Example: blm export vllm runs/qwen/stage2/checkpoint qwen-backbone
+    Checks that plain transformers computes the same logits from it, and prints the `vllm serve`
+    command. Example: blm export vllm runs/qwen/stage2/checkpoint qwen-backbone
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]

@@ -1,4 +1,4 @@
-"""Commands of the physical suite: collect and verify demonstrations, evaluate policies, compare results."""
+"""Commands of the physical suite: collect demonstrations, evaluate policies, compare results."""
 
 from __future__ import annotations
 
@@ -40,12 +40,13 @@ class CollectMode:
 
 @dataclass(frozen=True, kw_only=True)
 class Collect(CliCommand):
-    """Record demonstrations of the planning expert into OUT/<robot>, one LeRobotDataset v3.0 per robot.
+    """Record demonstrations of the planning expert into OUT/<robot>, one LeRobotDataset v3.0 per
+    robot.
 
-    The same command again continues what was interrupted. Three more flags: --verify records nothing; it
-    replays every episode of OUT and compares the states bit for bit. With --policy CHECKPOINT --correct, that
-    policy controls the first steps of every episode, and the expert's corrections are recorded on the states
-    that the policy visits.
+    The same command again continues what was interrupted. Three more flags: --verify records
+    nothing; it replays every episode of OUT and compares the states bit for bit. With --policy
+    CHECKPOINT --correct, that policy controls the first steps of every episode, and the expert's
+    corrections are recorded on the states that the policy visits.
 
     Example: blm collect data --robots panda --tasks push_cube --episodes 10
     """
@@ -122,7 +123,8 @@ class EvaluatePhysical(CliCommand):
     """
 
     model: str
-    """A checkpoint folder, expert, zero, random, replay:DATASET, or ws://HOST:PORT of an OpenPI server."""
+    """A checkpoint folder, expert, zero, random, replay:DATASET, or ws://HOST:PORT of an OpenPI
+    server."""
     out: Path
     """Folder to write. The same command again continues what was interrupted."""
     protocol: str = "suite24"
@@ -134,8 +136,8 @@ class EvaluatePhysical(CliCommand):
     episodes: int | None = None
     """Episodes for each robot and task; by default as in the protocol."""
     latency: Literal["none", "measured"] | float = "none"
-    """none: the simulation waits for the policy. measured: it runs on while the policy computes. A number:
-    every call of the policy takes this long [s]."""
+    """none: the simulation waits for the policy. measured: it runs on while the policy computes. A
+    number: every call of the policy takes this long [s]."""
     workers: int = 2
     """Worker processes; 0: none, all work is done in this process."""
     simulator: Literal["mujoco", "maniskill"] = "mujoco"
@@ -144,8 +146,8 @@ class EvaluatePhysical(CliCommand):
     engine: Literal["local", "ray"] = "local"
     """Where episodes run: on this machine, or on a Ray cluster."""
     device: str = "cpu"
-    """Torch device of a checkpoint: cpu, cuda, cuda:N or mps. On a GPU, one model answers all workers in
-    batches."""
+    """Torch device of a checkpoint: cpu, cuda, cuda:N or mps. On a GPU, one model answers all
+    workers in batches."""
     max_batch: int = 64
     """Maximum number of observations in such a batch. With 1, results are bit-reproducible."""
     cameras: tuple[str, ...] = ("base", "wrist")
@@ -163,8 +165,9 @@ class EvaluatePhysical(CliCommand):
     api_key: str | None = None
     """API key of an OpenPI server."""
     server_name: str = ""
-    """Name and version of the model behind a server that sends no contract. The address does not identify the
-    model: without a name, an interrupted evaluation must start again in another folder."""
+    """Name and version of the model behind a server that sends no contract. The address does not
+    identify the model: without a name, an interrupted evaluation must start again in another
+    folder."""
 
     def __post_init__(self) -> None:
         from blm.jobs import MAX_WORKERS

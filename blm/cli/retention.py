@@ -18,7 +18,8 @@ console = Console()
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRetention(CliCommand):
-    """Compare a tuned backbone with its base: divergence and perplexity on text, and instruction probes.
+    """Compare a tuned backbone with its base: divergence and perplexity on text, and instruction
+    probes.
 
     Example: blm eval retention smol runs/smol/stage1/backbone --out retention.json
     """
@@ -53,7 +54,7 @@ class EvaluateRetention(CliCommand):
 
 
 def compare_probes(before: Any, after: Any) -> dict[str, Any]:
-    """Ask both backbones the instruction probes; return the rates of each, and the paired difference."""
+    """Ask both backbones the instruction probes; return both rates and the paired difference."""
     from blm.evaluation.digital.instructions import run_probes, summarise
     from blm.evaluation.statistics import paired_difference
 

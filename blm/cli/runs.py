@@ -1,7 +1,7 @@
 """Commands of run folders: the whole loop, one of its stages, ablations, the report.
 
-`--recipe NAME` selects the defaults of all other flags, and `--run FOLDER` the run folder. Dotted flags such
-as `--stage2.loop.steps 500` override single fields of the recipe.
+`--recipe NAME` selects the defaults of all other flags, and `--run FOLDER` the run folder. Dotted
+flags such as `--stage2.loop.steps 500` override single fields of the recipe.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class StageCommand(RecipeCommand):
 
 
 class Demo(RecipeCommand):
-    """Run the whole loop: demonstrations, scene questions, Stage I, Stage II, evaluation in both spaces.
+    """Run the whole loop: demonstrations, scene questions, Stage I, Stage II, evaluation in both
+    spaces.
 
     Example: blm demo --recipe ci --run runs/ci
     """

@@ -35,8 +35,8 @@ class Serve(CliCommand):
     """
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """Folder of Stage II (chat and actions), Stage I (chat only) or a Diffusion Policy (actions only), or the
-    name of a release or backbone."""
+    """Folder of Stage II (chat and actions), Stage I (chat only) or a Diffusion Policy (actions
+    only), or the name of a release or backbone."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 opens the server to the network and requires an API key."""
     port: int = 8000
@@ -44,24 +44,28 @@ class Serve(CliCommand):
     name: str = "BLM"
     """Model name that chat clients ask for."""
     api_key: str | None = None
-    """API key that clients must send. Other users of this machine can see it in `ps`: prefer the environment
-    variable BLM_API_KEY, or a file."""
+    """API key that clients must send. Other users of this machine can see it in `ps`: prefer the
+    environment variable BLM_API_KEY, or a file."""
     api_key_file: Path | None = None
     """File with API keys, one per line."""
     allowed_host: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """Another host name under which clients reach this server; repeat the flag for each name."""
     allowed_origin: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-    """Origin, such as https://lab.example, whose web pages may use this server; repeat the flag for each."""
+    """Origin, such as https://lab.example, whose web pages may use this server; repeat the flag for
+    each."""
     allow_unauthenticated: bool = False
-    """Let everyone who reaches the server over the network use it, robots included, without an API key."""
+    """Let everyone who reaches the server over the network use it, robots included, without an API
+    key."""
     reasoning: Literal["inline", "separate"] = "inline"
-    """Where the model's reasoning goes: into the text of the answer, or into `reasoning_content`."""
+    """Where the model's reasoning goes: into the text of the answer, or into
+    `reasoning_content`."""
     device: str = "cpu"
     """Torch device: cpu, cuda, cuda:N or mps."""
     playground: bool = False
     """Also serve a web page on which the model controls simulated robots and answers questions."""
     beside: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-    """Another server to compare with on that page, as NAME=ws://HOST:PORT; repeat the flag for each."""
+    """Another server to compare with on that page, as NAME=ws://HOST:PORT; repeat the flag for
+    each."""
     groot_port: int | None = None
     """TCP port for clients of Isaac-GR00T, whose default is 5555."""
 
@@ -90,7 +94,7 @@ def _warn(source: ModelSource) -> None:
 
 
 def _print_addresses(chosen: Serve, source: ModelSource, port: int) -> None:
-    """Print one line that programs wait for, with the addresses of chat and actions; then the others."""
+    """Print the addresses; programs wait for the first line, of chat and actions."""
     web = addresses.to_url("http", chosen.host, port)
     socket = addresses.to_url("ws", chosen.host, port)
     spaces = [f"chat on {web}/v1"] * source.has_chat + [f"actions on {socket}/"] * source.has_policy
@@ -103,7 +107,7 @@ def _print_addresses(chosen: Serve, source: ModelSource, port: int) -> None:
 
 
 def _check_access(chosen: Serve) -> Access:
-    """Return who may use the server. Raises BlmError for a server open to the network without an API key."""
+    """Return who may use the server. Raises BlmError if the network may, without an API key."""
     from blm.serving.access.keys import Access, Trust, read_keys
 
     keys, warnings = read_keys(chosen.api_key, chosen.api_key_file, os.environ)
@@ -141,7 +145,8 @@ def _build(chosen: Serve, model: LoadedModel, access: Access) -> FastAPI:
     from blm.serving.app import create_app
     from blm.serving.scheduler import Room
 
-    # from 4 observations on, a processor takes as long for each; longer passes only keep the others waiting
+    # on a CPU, batches of more than 4 observations take proportionally longer: they save nothing,
+    # and keep other requests waiting
     room = Room(actions_together=8) if chosen.device == "cpu" else Room()
     app = create_app(
         model.policy,
@@ -174,7 +179,8 @@ class AskModel(CliCommand):
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """Folder of Stage II or Stage I, or the name of a release or backbone."""
     question: str | None = None
-    """Question to ask. Without it, each line of the standard input is a question of one conversation."""
+    """Question to ask. Without it, each line of the standard input is a question of one
+    conversation."""
     image: Annotated[list[Path] | None, tyro.conf.UseAppendAction] = None
     """Picture file. Repeat the flag for each camera, in the checkpoint's camera order."""
     max_tokens: int = 128

@@ -41,9 +41,11 @@ KEPT = ("kl", "kl_low", "kl_high", "perplexity_base", "perplexity")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStage1(CliCommand):
-    """Stage I: fine-tune a backbone on corpora; write OUT/backbone (a transformers folder) and OUT/log.jsonl.
+    """Stage I: fine-tune a backbone on corpora; write OUT/backbone (a transformers folder) and
+    OUT/log.jsonl.
 
-    The same command again continues what was interrupted. `accelerate launch` runs it in several processes.
+    The same command again continues what was interrupted. `accelerate launch` runs it in several
+    processes.
 
     Example: blm train stage1 OUT --corpus corpora/scenes --backbone smol --loop.steps 2000
     --loop.batch-size 16
@@ -53,12 +55,13 @@ class TrainStage1(CliCommand):
     """Folder to write."""
     config: Annotated[Stage1Config, tyro.conf.arg(name="")]
     corpus: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-    """Corpus folder, or FOLDER:WEIGHT with its relative share of the training examples, by default 1. Repeat
-    the flag for each corpus."""
+    """Corpus folder, or FOLDER:WEIGHT with its relative share of the training examples, by default
+    1. Repeat the flag for each corpus."""
     replay: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """The same for general dialogues that limit forgetting (`blm corpus replay`)."""
     backbone: str = "nano"
-    """nano (created with a tokenizer of these corpora), the name of another backbone, or a folder."""
+    """nano (created with a tokenizer of these corpora), the name of another backbone, or a
+    folder."""
     schooling: Schooling = field(default_factory=Schooling)
     """Pretraining of a fresh nano."""
     held_out: Path | None = None
@@ -131,8 +134,8 @@ class TrainStage1(CliCommand):
 class TrainStage2(CliCommand):
     """Stage II: train bridge and policy on datasets of demonstrations, with the backbone frozen.
 
-    Writes OUT/checkpoint and OUT/best. The same command again continues what was interrupted; `accelerate
-    launch` runs it in several processes.
+    Writes OUT/checkpoint and OUT/best. The same command again continues what was interrupted;
+    `accelerate launch` runs it in several processes.
 
     Example: blm train stage2 OUT --datasets data/panda --backbone blm-nano --intents.layer 3
     --intents.cameras base wrist --cache cache --loop.steps 20000 --loop.batch-size 64
@@ -142,8 +145,8 @@ class TrainStage2(CliCommand):
     """Folder to write."""
     config: Annotated[PolicyTrainingConfig, tyro.conf.arg(name="")]
     drive: int = 0
-    """Closed-loop validation episodes of each robot and task at every evaluation (`--loop.eval-every`);
-    0: the validation loss alone selects the best checkpoint."""
+    """Closed-loop validation episodes of each robot and task at every evaluation
+    (`--loop.eval-every`); 0: the validation loss alone selects the best checkpoint."""
 
     def __post_init__(self) -> None:
         require_numbers(self, drive=(0, len(VALIDATION_SEEDS)))
@@ -165,7 +168,8 @@ class TrainStage2(CliCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBaseline(CliCommand):
-    """Train the baseline, a Diffusion Policy with its own vision encoder, on datasets of demonstrations.
+    """Train the baseline, a Diffusion Policy with its own vision encoder, on datasets of
+    demonstrations.
 
     Writes OUT/checkpoint. The same command again continues what was interrupted.
 
@@ -190,7 +194,7 @@ def _recorded(command: CliCommand, config: Stage1Config | PolicyTrainingConfig) 
 
 
 def split_weight(text: str) -> tuple[Path, float]:
-    """Return folder and weight of FOLDER or FOLDER:WEIGHT. Raises BlmError for an invalid weight."""
+    """Split FOLDER or FOLDER:WEIGHT. Raises BlmError for an invalid weight."""
     if Path(text).is_dir():
         return Path(text), 1.0
     folder, colon, weight = text.rpartition(":")
