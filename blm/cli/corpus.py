@@ -37,14 +37,17 @@ class BuildFlags:
 class BuildCorpus(CliCommand):
     """Generate questions about our own scenes and episodes into the corpus folder OUT.
 
-    The same command again continues what was interrupted. One more flag: --workers N, the number of
-    worker processes, by default 2; 0: all work is done in this process.
+    The same command again continues what was interrupted.
+
+    --workers N: number of worker processes, by default 2; 0: all work is done in this process.
 
     Example: blm corpus build OUT --robots panda --tasks push_cube --cameras base --image-size 112
     --scenes 100 --first-seed 10000
     """
 
-    out: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="OUT")] = None
+    out: Annotated[
+        tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="OUT", help_behavior_hint="(required)")
+    ] = None
     """Corpus folder to write; must not exist."""
     config: Annotated[SceneCorpusConfig, tyro.conf.arg(name="")]
     flags: tyro.conf.Suppress[BuildFlags] = field(default_factory=BuildFlags)
@@ -71,11 +74,17 @@ class ConvertCorpus(CliCommand):
     images
     """
 
-    name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[CONVERTER]")] = ""
+    name: Annotated[
+        tyro.conf.Positional[str], tyro.conf.arg(metavar="[CONVERTER]", help_behavior_hint="")
+    ] = ""
     """Name of the converter."""
-    source: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[SOURCE]")] = None
+    source: Annotated[
+        tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[SOURCE]", help_behavior_hint="")
+    ] = None
     """File or folder to convert; for easy_vqa the name of a split."""
-    out: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[OUT]")] = None
+    out: Annotated[
+        tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[OUT]", help_behavior_hint="")
+    ] = None
     """Corpus folder to write; must not exist."""
     frames: int = 8
     """Frames that are taken from each video."""
@@ -133,10 +142,13 @@ class CurateCorpora(CliCommand):
 
     out: OutFolder
     """Folder to write; must not exist."""
-    sources: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SOURCE [SOURCE ...]")]
+    sources: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="SOURCE [SOURCE ...]", help_behavior_hint="(required)"),
+    ]
     """Corpus folders, each as FOLDER or FOLDER=WEIGHT. A source is named after its folder."""
     evaluation: tuple[Path, ...] = ()
-    """Corpus folders for evaluation. Rows that share a group or a question about a picture are
+    """Corpus folders for evaluation. Training rows with one of their groups or questions are
     dropped."""
     benchmarks: tuple[str, ...] = ()
     """Published benchmarks for evaluation, each as NAME=FOLDER of its data."""
@@ -343,7 +355,10 @@ class ReportCorpus(CliCommand):
 
     train: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TRAIN")]
     """Corpus folder to count."""
-    held_out: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[HELD_OUT]")] = None
+    held_out: Annotated[
+        tyro.conf.Positional[Path | None],
+        tyro.conf.arg(metavar="[HELD_OUT]", help_behavior_hint="(optional)"),
+    ] = None
     """Corpus folder whose questions are answered from the texts of TRAIN."""
 
     def run(self, command_line: Sequence[str]) -> None:

@@ -200,7 +200,10 @@ class ShowTable(CliCommand):
     Example: blm eval table mine=results/robovqa --out table.md
     """
 
-    results: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RESULT [RESULT ...]")]
+    results: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="RESULT [RESULT ...]", help_behavior_hint="(required)"),
+    ]
     """Folders of digital evaluations, each as DIR or LABEL=DIR. Results with one label share a
     row."""
     out: Path | None = None

@@ -21,7 +21,10 @@ class Doctor(CliCommand):
     The exit status is 1 if anything is wrong. Example: blm doctor runs/demo/episodes
     """
 
-    paths: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[FOLDER ...]")] = ()
+    paths: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="[FOLDER ...]", help_behavior_hint="(optional)"),
+    ] = ()
     """Folders of datasets, collections or checkpoints."""
 
     def run(self, command_line: Sequence[str]) -> None:

@@ -43,15 +43,18 @@ class Collect(CliCommand):
     """Record demonstrations of the planning expert into OUT/<robot>, one LeRobotDataset v3.0 per
     robot.
 
-    The same command again continues what was interrupted. Three more flags: --verify records
-    nothing; it replays every episode of OUT and compares the states bit for bit. With --policy
-    CHECKPOINT --correct, that policy controls the first steps of every episode, and the expert's
-    corrections are recorded on the states that the policy visits.
+    The same command again continues what was interrupted.
+
+    --verify: record nothing; replay every episode of OUT and compare the states bit for bit.
+    --policy CHECKPOINT --correct: let a policy control the first steps of every episode, and record
+    the expert's corrections on the states that the policy visits.
 
     Example: blm collect data --robots panda --tasks push_cube --episodes 10
     """
 
-    out: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="OUT")] = None
+    out: Annotated[
+        tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="OUT", help_behavior_hint="(required)")
+    ] = None
     """Folder to write."""
     config: Annotated[CollectConfig, tyro.conf.arg(name="")] = field(default_factory=CollectConfig)
     mode: tyro.conf.Suppress[CollectMode] = field(default_factory=CollectMode)
@@ -136,8 +139,8 @@ class EvaluatePhysical(CliCommand):
     episodes: int | None = None
     """Episodes for each robot and task; by default as in the protocol."""
     latency: Literal["none", "measured"] | float = "none"
-    """none: the simulation waits for the policy. measured: it runs on while the policy computes. A
-    number: every call of the policy takes this long [s]."""
+    """none: the simulation waits for the policy. measured: it continues while the policy computes.
+    A number: the latency of every call [s]."""
     workers: int = 2
     """Worker processes; 0: none, all work is done in this process."""
     simulator: Literal["mujoco", "maniskill"] = "mujoco"

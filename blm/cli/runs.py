@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from inspect import getdoc
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -26,11 +27,10 @@ from blm.types import lookup
 
 console = Console()
 DEFAULT_RECIPE = "demo"
-RECIPE_HELP = (
-    f"Every flag is a field of the recipe. --recipe NAME selects the recipe, by default {DEFAULT_RECIPE}: "
-    f"{', '.join(RECIPES)}. --run FOLDER is the folder that everything is written to, by default runs/NAME. "
-    "The same command again continues what was interrupted."
-)
+RECIPE_HELP = f"""--recipe NAME selects the recipe: {", ".join(RECIPES)}. The default is {DEFAULT_RECIPE}.
+--run FOLDER names the run folder. The default is runs/NAME.
+
+Each of the following flags overrides a field of the recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class RecipeCommand(CliCommand):
     def parse(cls, name: str, arguments: Sequence[str]) -> Self:
         selection, rest = split_flags(RunSelection, name, arguments)
         base = cls(recipe=lookup("recipe", selection.recipe or DEFAULT_RECIPE, RECIPES)())
-        description = f"{cls.__doc__}\n\n{RECIPE_HELP}"
+        description = f"{getdoc(cls)}\n\n{RECIPE_HELP}"
         parsed = tyro.cli(cls, default=base, args=rest, prog=f"blm {name}", description=description)
         return replace(parsed, folder=selection.run or Path("runs") / parsed.recipe.name)
 
@@ -58,8 +58,9 @@ class StageCommand(RecipeCommand):
 
 
 class Demo(RecipeCommand):
-    """Run the whole loop: demonstrations, scene questions, Stage I, Stage II, evaluation in both
-    spaces.
+    """Run the whole loop: demonstrations, scene questions, Stage I, Stage II, evaluation.
+
+    The same command again continues what was interrupted.
 
     Example: blm demo --recipe ci --run runs/ci
     """
@@ -88,7 +89,9 @@ class Study(RecipeCommand):
 
     study: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="STUDY")] = None
     """Name of the study; `blm study --help` lists them."""
-    variants: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[VARIANT ...]")] = ()
+    variants: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[VARIANT ...]", help_behavior_hint="")
+    ] = ()
     """Variants to compare with the study's first one; by default all."""
 
     @classmethod
@@ -115,7 +118,8 @@ def _print_studies() -> None:
         "blm study STUDY [VARIANT ...] --run FOLDER [flags of `blm demo`]\n\nStudies:", markup=False
     )
     for name, variants in STUDIES.items():
-        console.print(f"  {name}: {', '.join(variant.name for variant in variants)}", soft_wrap=True)
+        names = ", ".join(f"'{variant.name}'" for variant in variants)
+        console.print(f"  {name}: {names}", soft_wrap=True, highlight=False)
 
 
 class Memory(RecipeCommand):
@@ -132,7 +136,10 @@ class Memory(RecipeCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class Report(CliCommand):
-    """Write FOLDER/report.html from the results that a run folder holds."""
+    """Write FOLDER/report.html from the results that a run folder holds.
+
+    Example: blm report runs/demo
+    """
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """Run folder, as `blm demo --run` writes it."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import subprocess
+import sys
+
 import pytest
 
 from blm.app.pipeline import Stage, read_ledger, run_stages, stage_key
 from blm.app.recipes import RECIPES
+from blm.app.stages import STAGES
 from blm.cli import COMMANDS, main
-from blm.cli.command import find_command
+from blm.cli.command import CliCommand, find_command
 from blm.cli.runs import Demo
 from blm.datasets.lerobot_writer import write_json
 from blm.datasets.video import count_frames
@@ -164,3 +169,21 @@ def test_collect_verify_evaluate_and_compare(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["compare", str(tmp_path / "replay"), str(tmp_path / "replay")])
     assert "replay check" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_class_with_help_and_an_example(name):
+    module, _, class_name = COMMANDS[name].target.partition(":")
+    command = getattr(importlib.import_module(f"blm.cli.{module}"), class_name)
+    assert issubclass(command, CliCommand)
+    assert f"Example: blm {name} " in command.__doc__.replace("\n    ", " ")
+    assert not COMMANDS[name].stage or COMMANDS[name].stage in STAGES
+
+
+def test_the_table_of_commands_loads_no_torch():
+    code = (
+        "import sys, contextlib; from blm.cli import main\n"
+        "with contextlib.suppress(SystemExit): main(['--help'])\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
