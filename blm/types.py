@@ -1,6 +1,4 @@
-"""Types that all packages share: observations, actions, episodes, messages, protocols.
-
-This file needs NumPy only: a robot's client and the evaluation import no torch.
+"""Types that all packages share: observations, actions, episodes, messages. Needs NumPy only.
 
 Shape legend: T frames or control steps, H action horizon, D embodiment dimension (arm joints +
 gripper). Units: SI and radians. Gripper opening: 0 closed, 1 open. Images: uint8, HWC, RGB. See
@@ -77,6 +75,7 @@ class ActionSpace:
 
     @property
     def dim(self) -> int:
+        """D: arm joints and gripper."""
         return len(self.names)
 
     def to_json(self) -> dict[str, Any]:
@@ -345,18 +344,20 @@ class Policy(Protocol):
     @property
     def contract(self) -> PolicyContract: ...
 
-    def act(self, observation: Observation) -> ActionChunk: ...
+    def act(self, observation: Observation) -> ActionChunk:
+        """Return the next action chunk. Raises ContractError for an observation against the
+        contract."""
 
     def reset(self) -> None:
         """Forget the previous episode; called before each episode."""
-        ...
 
 
 @runtime_checkable
 class Chat(Protocol):
     """Anything that answers a conversation."""
 
-    def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str: ...
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
+        """Return the answer to the last message, of at most `max_tokens` tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,9 +375,11 @@ class Sampling:
     """The answer depends on conversation and seed only, not on other requests in the batch."""
 
     def __post_init__(self) -> None:
+        # NaN fails each of these comparisons
         good = self.max_tokens >= 1 and 0 <= self.temperature < math.inf and 0 < self.top_p <= 1
-        penalty, seeds = self.repetition_penalty, -(2**63) <= self.seed < 2**63
-        if not (good and seeds and (penalty is None or 0 < penalty < math.inf)):  # NaN fails each of them
+        good_penalty = self.repetition_penalty is None or 0 < self.repetition_penalty < math.inf
+        good_seed = -(2**63) <= self.seed < 2**63
+        if not (good and good_penalty and good_seed):
             raise BlmError(
                 f"{self}: max_tokens >= 1, temperature >= 0, top_p in (0, 1], repetition_penalty > 0 and a "
                 "seed of 64 bits are needed, all finite"

@@ -46,10 +46,12 @@ class BLM:
 
     @property
     def backbone(self) -> Backbone:
+        """The frozen backbone that answers and acts."""
         return self.policy.backbone
 
     @property
     def contract(self) -> PolicyContract:
+        """Inputs and outputs of the policy."""
         return self.policy.contract
 
     def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
@@ -69,6 +71,7 @@ class BLM:
         return self.policy.act_batch(observations)
 
     def reset(self) -> None:
+        """Forget the previous episode."""
         self.policy.reset()
 
 
@@ -97,10 +100,12 @@ class ModelSource:
 
     @property
     def has_policy(self) -> bool:
+        """Whether the model controls robots."""
         return self.kind != "backbone"
 
     @property
     def has_chat(self) -> bool:
+        """Whether the model answers questions."""
         return self.kind != "diffusion_policy"
 
     @property
@@ -193,9 +198,11 @@ def _is_backbone(folder: Path) -> bool:
 def check_device(device: str) -> None:
     """Raise BlmError unless torch knows the device and this machine has it."""
     try:
-        kind, index = torch.device(device).type, torch.device(device).index
+        kind = torch.device(device).type
+        index = torch.device(device).index
     except RuntimeError:
-        kind, index = "", None
+        kind = ""
+        index = None
     if kind == "cpu":
         return
     if kind == "cuda":

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,20 @@ class Stage:
     """Folders that it writes, relative to the run folder."""
 
 
+@dataclass(frozen=True)
+class StageRecord:
+    """What a run folder's stages.json says about one stage."""
+
+    key: str
+    """Hash of the settings that determine the result (`stage_key`)."""
+    settings: dict[str, Any] | None
+    """The recipe fields that the result depends on, as JSON; None in run folders of older
+    versions."""
+    done: bool
+    seconds: float
+    """Time spent on the stage so far, over all calls [s]."""
+
+
 def run_stages(stages: dict[str, Stage], names: list[str], recipe: Recipe, folder: Path) -> None:
     """Run the named stages in order.
 
@@ -66,24 +80,24 @@ def run_stages(stages: dict[str, Stage], names: list[str], recipe: Recipe, folde
 
 def _run_stage(stages: dict[str, Stage], stage: Stage, recipe: Recipe, folder: Path, place: str) -> None:
     console, key = Console(stderr=True), stage_key(stages, stage, recipe)
-    entry = read_ledger(folder).get(stage.name)
-    if entry and entry["done"]:
+    record = read_ledger(folder).get(stage.name)
+    if record and record.done:
         console.print(f"[dim]{place} {stage.title}: already done, skipped[/dim]")
         return
-    if entry and entry["key"] != key:
+    if record and record.key != key:
         _move_aside(stage, folder)
-        entry = None
+        record = None
     console.print(f"[bold]{place} {stage.title}[/bold]")
-    seconds = entry["seconds"] if entry else 0.0
-    state: dict[str, Any] = {"key": key, "settings": settings_of(stage, recipe), "done": False}
+    seconds = record.seconds if record else 0.0
+    begun = StageRecord(key, settings_of(stage, recipe), done=False, seconds=seconds)
     begin = time.perf_counter()
     try:
-        _record(folder, stage.name, {**state, "seconds": seconds})
+        _write_record(folder, stage.name, begun)
         stage.run(recipe, folder)
     finally:
         seconds += time.perf_counter() - begin
-        _record(folder, stage.name, {**state, "seconds": seconds})
-    _record(folder, stage.name, {**state, "done": True, "seconds": seconds})
+        _write_record(folder, stage.name, replace(begun, seconds=seconds))
+    _write_record(folder, stage.name, replace(begun, done=True, seconds=seconds))
 
 
 def require_run_folder(folder: Path) -> None:
@@ -111,10 +125,10 @@ def require_settings(stages: dict[str, Stage], names: list[str], recipe: Recipe,
     before = read_json(stored) if stored.exists() else {}
     lines = []
     for name in _with_inputs(stages, names):
-        entry = ledger.get(name)
-        if not entry or not entry["done"] or entry["key"] == stage_key(stages, stages[name], recipe):
+        record = ledger.get(name)
+        if not record or not record.done or record.key == stage_key(stages, stages[name], recipe):
             continue
-        there = entry.get("settings") or {f: before.get(f) for f in stages[name].fields}
+        there = record.settings or {field: before.get(field) for field in stages[name].fields}
         gaps = list(differences(there, settings_of(stages[name], recipe)))
         lines += [f"  '{name}' is finished with {path} {old}, asked for: {new}" for path, old, new in gaps]
         if not gaps:
@@ -129,11 +143,11 @@ def require_settings(stages: dict[str, Stage], names: list[str], recipe: Recipe,
 
 def require_inputs(stages: dict[str, Stage], names: Sequence[str], folder: Path) -> None:
     """Raise BlmError if a stage lacks an input that no earlier stage in `names` makes."""
-    there = {name for name, entry in read_ledger(folder).items() if entry["done"]}
+    available = {name for name, record in read_ledger(folder).items() if record.done}
     for name in names:
-        if missing := [need for need in stages[name].needs if need not in there]:
+        if missing := [need for need in stages[name].needs if need not in available]:
             raise BlmError(f"'{name}' needs the result of {', '.join(missing)} in '{folder}': run that first")
-        there.add(name)
+        available.add(name)
 
 
 def _with_inputs(stages: dict[str, Stage], names: Sequence[str]) -> list[str]:
@@ -183,10 +197,14 @@ def stage_key(stages: dict[str, Stage], stage: Stage, recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps([stage.name, own, inputs], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_ledger(folder: Path) -> dict[str, Any]:
-    """Return stage name -> {key, settings, done, seconds} of a run folder."""
+def read_ledger(folder: Path) -> dict[str, StageRecord]:
+    """Return the records of the stages of a run folder, by stage name."""
     path = folder / LEDGER
-    return read_json(path) if path.exists() else {}
+    content = read_json(path) if path.exists() else {}
+    return {
+        name: StageRecord(entry["key"], entry.get("settings"), entry["done"], entry["seconds"])
+        for name, entry in content.items()
+    }
 
 
 def to_json(value: Any) -> Any:
@@ -194,5 +212,7 @@ def to_json(value: Any) -> Any:
     return asdict(value) if hasattr(value, "__dataclass_fields__") else value
 
 
-def _record(folder: Path, name: str, entry: dict[str, Any]) -> None:
-    write_json(folder / LEDGER, {**read_ledger(folder), name: entry})
+def _write_record(folder: Path, name: str, record: StageRecord) -> None:
+    path = folder / LEDGER
+    content = read_json(path) if path.exists() else {}
+    write_json(path, {**content, name: asdict(record)})

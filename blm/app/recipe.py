@@ -189,7 +189,8 @@ def corpus_config(recipe: Recipe, run: Path, corpus: CorpusName) -> SceneCorpusC
     "held_out" and "held_out_wording" ask about the same scenes, the latter in wordings that
     training never uses.
     """
-    settings, training = recipe.corpus, corpus == "train"
+    settings = recipe.corpus
+    training = corpus == "train"
     values = _values_for(SceneCorpusConfig, recipe, settings)
     values["scenes"] = settings.scenes if training else settings.held_out_scenes
     values["first_seed"] = (TRAINING_SEEDS if training else STAGE1_HELD_OUT_SEEDS).start

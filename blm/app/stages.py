@@ -71,7 +71,9 @@ def run_corpus(recipe: Recipe, run: Path) -> None:
 
 def run_stage1(recipe: Recipe, run: Path) -> None:
     """Fine-tune the backbone on the curated corpus."""
-    folder, settings, out = run / "corpora/train", recipe.stage1, run / "stage1"
+    folder = run / "corpora/train"
+    out = run / "stage1"
+    settings = recipe.stage1
     held_out = {row.group for row in read_corpus(run / "corpora/held_out")}
     kept, report = curate(read_corpus(folder), folder, evaluation_groups=held_out)
     corpora = [TrainingCorpus(name="scenes", folder=folder, conversations=kept)]
@@ -227,7 +229,7 @@ def write_report(run: Path, command: str) -> Path:
         title=f"Boundless: run '{recipe['name']}'",
         commands=[command],
         recipe=recipe,
-        seconds={STAGES[name].title: entry["seconds"] for name, entry in ledger.items()},
+        seconds={STAGES[name].title: record.seconds for name, record in ledger.items()},
         collection=run / "episodes/summary.json",
         sheet=sheet,
         questions={name: len(read_questions(path)) for name, path in corpora.items() if path.exists()},

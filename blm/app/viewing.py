@@ -107,7 +107,9 @@ def _draw_status_line(draw: ImageDraw.ImageDraw, episode: Episode, t: int, fps: 
 
 def _draw_timeline(draw: ImageDraw.ImageDraw, episode: Episode, t: int, size: tuple[int, int]) -> None:
     """Draw the episode as a bar along the lower edge, with a white mark at frame `t`."""
-    left, step, y = 2 * GAP, (size[0] - 4 * GAP) / len(episode), size[1] - 14
+    left = 2 * GAP
+    step = (size[0] - 4 * GAP) / len(episode)
+    y = size[1] - 14
     for frame in range(len(episode)):
         color = _primitive_color(episode, frame)
         draw.rectangle((left + frame * step, y, left + (frame + 1) * step, y + 5), color)
@@ -155,7 +157,8 @@ def suite_sheet(episodes: Mapping[tuple[str, str], Episode], path: Path, moments
     robots, tasks = (list(dict.fromkeys(key[i] for key in episodes)) for i in (0, 1))
     strips = {key: _camera_strip(episode, moments) for key, episode in episodes.items()}
     width, height = (max(strip.size[i] for strip in strips.values()) for i in (0, 1))
-    label, head = 168, 36
+    label = 168
+    head = 36
     size = (label + len(robots) * (width + 2 * GAP), head + len(tasks) * (height + 2 * GAP))
     sheet = Image.new("RGB", size, _PALE)
     draw = ImageDraw.Draw(sheet)

@@ -83,10 +83,10 @@ def observation(model, robot="panda", seed=0):
 
 
 def test_a_second_run_does_nothing(run):
-    before = {name: entry["seconds"] for name, entry in read_ledger(run).items()}
+    before = {name: record.seconds for name, record in read_ledger(run).items()}
     stamp = (run / "stage2/checkpoint/manifest.json").stat().st_mtime_ns
     run_stages(STAGES, list(STAGES), tiny(), run)
-    assert {name: entry["seconds"] for name, entry in read_ledger(run).items()} == before
+    assert {name: record.seconds for name, record in read_ledger(run).items()} == before
     assert (run / "stage2/checkpoint/manifest.json").stat().st_mtime_ns == stamp
 
 

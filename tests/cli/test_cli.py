@@ -109,7 +109,7 @@ def test_stages_are_skipped_continued_and_refused(tmp_path):
         run_stages(steps, ["b"], recipe, tmp_path)
     with pytest.raises(RuntimeError, match="interrupted"):
         run_stages(steps, ["a", "b"], recipe, tmp_path)
-    assert [entry["done"] for entry in read_ledger(tmp_path).values()] == [True, False]
+    assert [record.done for record in read_ledger(tmp_path).values()] == [True, False]
     run_stages(steps, ["a", "b"], recipe, tmp_path)
     run_stages(steps, ["a", "b"], recipe, tmp_path)
     assert log == ["a", "b", "b"]
