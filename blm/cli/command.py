@@ -11,6 +11,7 @@ from typing import Annotated, Self, TypeVar
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from blm.cli import COMMANDS
@@ -82,7 +83,8 @@ def split_flags(flags: type[T], name: str, arguments: Sequence[str]) -> tuple[T,
 
 def print_error(error: Exception) -> None:
     """Print an error in one paragraph on stderr."""
-    Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+    message = escape(str(error))  # an error may contain brackets, which are no markup
+    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
 
 
 def _print_commands() -> None:

@@ -33,10 +33,6 @@ class CollectMode:
     correct: bool = False
     policy: Path | None = None
 
-    def __post_init__(self) -> None:
-        if (self.policy is not None) != self.correct:
-            raise BlmError("--policy CHECKPOINT and --correct belong together: give both or none")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Collect(CliCommand):
@@ -62,6 +58,8 @@ class Collect(CliCommand):
     @classmethod
     def parse(cls, name: str, arguments: Sequence[str]) -> Self:
         mode, rest = split_flags(CollectMode, name, arguments)
+        if (mode.policy is not None) != mode.correct:
+            raise BlmError("--policy CHECKPOINT and --correct belong together: give both or none")
         return replace(super().parse(name, rest), mode=mode)
 
     def run(self, command_line: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from blm.app.pipeline import Stage, read_ledger, run_stages, stage_key
 from blm.app.recipes import RECIPES
 from blm.app.stages import STAGES
 from blm.cli import COMMANDS, main
-from blm.cli.command import CliCommand, find_command
+from blm.cli.command import CliCommand, find_command, print_error
 from blm.cli.runs import Demo
 from blm.datasets.lerobot_writer import write_json
 from blm.datasets.video import count_frames
@@ -68,6 +68,11 @@ def test_wrong_input_names_the_valid_choices(arguments, complaint, capsys):
     assert stop.value.code == 2
     output = capsys.readouterr()
     assert complaint in " ".join((output.err + output.out).split())
+
+
+def test_brackets_in_an_error_are_printed(capsys):
+    print_error(BlmError("name it: blm collect OUT [flags], not [/bold]"))
+    assert "error: name it: blm collect OUT [flags], not [/bold]" in capsys.readouterr().err
 
 
 def test_two_word_commands_are_found():
