@@ -23,8 +23,9 @@ from typing import TypeVar, cast
 import torch
 import tyro
 
-from blm.app.memory import GIB, plan
-from blm.app.recipes import RECIPES, Recipe
+from blm.app.memory import GIB, estimate_memory
+from blm.app.recipe import Recipe
+from blm.app.recipes import RECIPES
 from blm.evaluation.results import this_machine
 from blm.policy.network import PolicyBatch, PolicyNetwork
 from blm.training.loop.distributed import Part
@@ -95,7 +96,7 @@ def main(
     """Print one JSON object: for each recipe peaks in GiB by batch size, what is fixed, and what fits."""
     found = {}
     for name in recipes:
-        made, peaks, idle = alone(plan, RECIPES[name]()), [], 0
+        made, peaks, idle = alone(estimate_memory, RECIPES[name]()), [], 0
         for size in batch_sizes:
             idle, most = alone(peak, name, made.tokens, made.hidden, size, device)
             peaks.append(most / GIB)
@@ -104,7 +105,7 @@ def main(
         found[name] = {
             "policy_parameters": made.policy,
             "tokens_a_frame": made.tokens,
-            "weights_moments_average_gib": round(made.stage2 / GIB, 3),
+            "weights_moments_average_gib": round(made.stage2_bytes / GIB, 3),
             "idle_gib": round(idle / GIB, 3),
             "peak_gib": {size: round(most, 3) for size, most in zip(batch_sizes, peaks, strict=True)},
             f"largest_batch_in_{budget:g}_gib": max(0, int(room / slope)) if slope > 0 else None,

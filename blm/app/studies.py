@@ -25,8 +25,7 @@ from rich.console import Console
 
 from blm.app.pipeline import to_json
 from blm.app.policies import load_checkpoint
-from blm.app.recipes import Recipe
-from blm.app.stages import Part, protocol_of, stage2_of
+from blm.app.recipe import Recipe, RobotsAndTasks, physical_protocol, policy_training_config
 from blm.app.study_result import StudyResult, VariantResult
 from blm.backbone import Backbone
 from blm.backbone.nano import model as nano
@@ -56,8 +55,7 @@ class Variant:
     """The backbone after Stage I, or before it (for nano: random weights)."""
     policy: Literal["blm", "diffusion policy"] = "blm"
 
-    def parts(self, recipe: Recipe) -> list[Part]:
-        """Robots and tasks of each model that is trained."""
+    def parts(self, recipe: Recipe) -> list[RobotsAndTasks]:
         if self.models == "joint":
             return [(recipe.robots, recipe.tasks)]
         if self.models == "robot":
@@ -158,7 +156,7 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path) -> VariantResult:
     trained = 0.0
     for robots, tasks in parts:
         work = out / "-".join((*robots, *tasks)) if len(parts) > 1 else out / "joint"
-        config = stage2_of(recipe, run, backbone, intents, (robots, tasks))
+        config = policy_training_config(recipe, run, backbone, intents, (robots, tasks))
         config = replace(config, loop=replace(config.loop, eval_every=0))
         facts = {"variant": out.name, "recipe": to_json(recipe)}
         if variant.policy == "blm":
@@ -167,9 +165,9 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path) -> VariantResult:
             checkpoint = train_baseline(baseline_config(config), work, facts)
         trained += last_log_row(work / "log.jsonl")["seconds"]
         contract = read_contract(checkpoint)
-        protocol = protocol_of(recipe, contract, (robots, tasks))
+        protocol = physical_protocol(recipe, contract, (robots, tasks))
         episodes += evaluate_variant(checkpoint, protocol, recipe, work / "physical").episodes
-    protocol = protocol_of(recipe, contract, (recipe.robots, recipe.tasks))
+    protocol = physical_protocol(recipe, contract, (recipe.robots, recipe.tasks))
     order = {f"{robot}/{task}/{seed}": i for i, (robot, task, seed) in enumerate(protocol.scenes)}
     episodes.sort(key=lambda episode: order[episode.id])
     result = PhysicalResult(

@@ -1,4 +1,4 @@
-"""Commands of the digital space: put a benchmark to any model, and lay results beside the paper's tables."""
+"""Commands of the digital space: evaluate models on benchmarks, show the paper's tables."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from blm.cli.command import CliCommand
 from blm.io import write_text
 from blm.types import BlmError, Question, lookup, require_numbers
 
@@ -24,98 +25,105 @@ MATCH = "match"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Put a benchmark to one model; write OUT/result.json and OUT/report.html."""
+class EvaluateDigital(CliCommand):
+    """Evaluate a model on a question benchmark; write OUT/result.json and OUT/report.html.
+
+    Example: blm eval digital --benchmark scene --data runs/demo/corpora/held_out --model blm-nano
+    --out results/scene
+    """
 
     benchmark: str
-    """Name of a benchmark; `scene` for a corpus of our own questions."""
+    """Name of the benchmark; `scene` for a corpus of our own questions."""
     data: Path
-    """Folder with the benchmark's data, in the layout that it publishes; a corpus folder for `scene`."""
+    """Folder of the benchmark's data, in its published layout; for `scene`, a corpus folder."""
     model: str
-    """A checkpoint or backbone folder, a backbone's name, or openai:MODEL@URL (URL ends in /v1)."""
+    """A checkpoint or backbone folder, the name of a backbone, or openai:MODEL@URL (URL ends in
+    /v1)."""
     out: Path
-    """Folder to write; the same command again continues what was interrupted."""
+    """Folder to write. The same command again continues what was interrupted."""
     judge: str = ""
-    """Grades free-form answers: openai:MODEL@URL, or match: compare words (not the paper's metric)."""
+    """Judge of free-form answers: openai:MODEL@URL, or `match` to compare words (not the paper's
+    metric)."""
     compat: str = ""
-    """Read the answers with an upstream parser, to reproduce its numbers; ours is stricter and fairer."""
+    """Read answers with the parser of an upstream repository, to reproduce its numbers. Ours is
+    stricter."""
     coordinates: str = "thousandths"
-    """How the model writes places: thousandths, unit, yx1000, pixels or pixels:WIDTHxHEIGHT."""
+    """How the model writes coordinates: thousandths, unit, yx1000, pixels or
+    pixels:WIDTHxHEIGHT."""
     limit: int | None = None
-    """So many questions, evenly spread; it is then not the benchmark, and its protocol says so."""
+    """Ask only this many questions, evenly spaced. The result then belongs to a protocol of its
+    own."""
     baseline_corpus: Path | None = None
-    """Corpus whose answers feed the two baselines that see no picture."""
+    """Corpus whose answers train the two baselines that see no picture."""
     batch: int = 16
-    """Questions asked together."""
+    """Questions in one batch of a model that runs here."""
     concurrency: int = 8
-    """Requests to an endpoint at the same time."""
+    """Simultaneous requests to an endpoint."""
     api_key: str | None = None
-    """For endpoints; else OPENAI_API_KEY."""
+    """API key of an endpoint; by default the environment variable OPENAI_API_KEY."""
     device: str = "cpu"
-    """Torch device of a model that runs here."""
+    """Torch device of a model that runs here: cpu, cuda, cuda:N or mps."""
 
     def __post_init__(self) -> None:
         require_numbers(self, limit=(1, 10**9), batch=(1, 100_000), concurrency=(1, 1024))
 
+    def run(self, command_line: Sequence[str]) -> None:
+        from blm.app.chats import load_chat
+        from blm.evaluation.digital import BENCHMARKS
+        from blm.evaluation.digital.benchmarks.pointing import with_convention
+        from blm.evaluation.digital.endpoint import Endpoint, EndpointSettings
+        from blm.evaluation.digital.runner import DigitalEvalConfig, evaluate_digital
+        from blm.evaluation.digital.subset import evenly_spaced
 
-def parse_evaluate(command: str, arguments: list[str]) -> Evaluate:
-    return tyro.cli(Evaluate, args=arguments, prog=f"blm {command}")
-
-
-def evaluate(command: str, arguments: list[str]) -> None:
-    """`blm eval digital`: any model on any benchmark."""
-    from blm.app.chats import find_chat
-    from blm.evaluation.digital import BENCHMARKS
-    from blm.evaluation.digital.benchmarks.pointing import with_convention
-    from blm.evaluation.digital.endpoint import Endpoint, EndpointSettings
-    from blm.evaluation.digital.runner import DigitalEvalConfig, evaluate_digital
-    from blm.evaluation.digital.subset import evenly_spaced
-    from blm.evaluation.digital.table import paper_tables
-    from blm.evaluation.report import ReportData, build_report
-
-    chosen = parse_evaluate(command, arguments)
-    benchmark = lookup("benchmark", chosen.benchmark, BENCHMARKS)
-    convention = chosen.coordinates.partition(":")[0]
-    questions = [
-        with_convention(question, convention) if question.scorer == "points" else question
-        for question in evenly_spaced(load_questions(chosen.benchmark, chosen.data), chosen.limit)
-    ]
-    known = load_questions("scene", chosen.baseline_corpus) if chosen.baseline_corpus else []
-    judge = find_judge(chosen)
-    config = DigitalEvalConfig(
-        root=chosen.data, coordinates=chosen.coordinates, compat=chosen.compat, batch=chosen.batch
-    )
-    found = find_chat(
-        chosen.model,
-        device=chosen.device,
-        api_key=chosen.api_key,
-        cache=chosen.out / "answers",
-        settings=EndpointSettings(concurrency=chosen.concurrency),
-    )
-    with ExitStack() as open_now:
-        for chat in (found.chat, getattr(judge, "chat", None)):
-            if isinstance(chat, Endpoint):
-                open_now.callback(chat.close)
-        result = evaluate_digital(
-            found.chat,
-            questions,
-            chosen.out,
-            model=found.name,
-            train_questions=known,
-            benchmark=benchmark,
-            judge=judge,
-            config=config,
+        benchmark = lookup("benchmark", self.benchmark, BENCHMARKS)
+        convention = self.coordinates.partition(":")[0]
+        questions = [
+            with_convention(question, convention) if question.scorer == "points" else question
+            for question in evenly_spaced(load_questions(self.benchmark, self.data), self.limit)
+        ]
+        known = load_questions("scene", self.baseline_corpus) if self.baseline_corpus else []
+        judge = find_judge(self)
+        config = DigitalEvalConfig(
+            root=self.data, coordinates=self.coordinates, compat=self.compat, batch=self.batch
         )
-    print_result(result)
-    show_tables([(chosen.model, result)])
-    file, page = chosen.out / "result.json", chosen.out / "report.html"
-    title, papers = f"{chosen.model}: {benchmark.title}", paper_tables([(chosen.model, result)])
-    build_report(ReportData(title=title, digital={title: file}, papers=papers), page)
-    console.print(f"result: {file}\nreport: {page}", soft_wrap=True, markup=False)
+        loaded = load_chat(
+            self.model,
+            device=self.device,
+            api_key=self.api_key,
+            cache=self.out / "answers",
+            settings=EndpointSettings(concurrency=self.concurrency),
+        )
+        with ExitStack() as endpoints:
+            for chat in (loaded.chat, getattr(judge, "chat", None)):
+                if isinstance(chat, Endpoint):
+                    endpoints.callback(chat.close)
+            result = evaluate_digital(
+                loaded.chat,
+                questions,
+                self.out,
+                model=loaded.revision,
+                train_questions=known,
+                benchmark=benchmark,
+                judge=judge,
+                config=config,
+            )
+        print_result(result)
+        show_tables([(self.model, result)])
+        self._report(f"{self.model}: {benchmark.title}", result)
+
+    def _report(self, title: str, result: DigitalResult) -> None:
+        from blm.evaluation.digital.table import paper_tables
+        from blm.evaluation.report import ReportData, build_report
+
+        file = self.out / "result.json"
+        page = self.out / "report.html"
+        papers = paper_tables([(self.model, result)])
+        build_report(ReportData(title=title, digital={title: file}, papers=papers), page)
+        console.print(f"result: {file}\nreport: {page}", soft_wrap=True, markup=False)
 
 
 def load_questions(benchmark: str, folder: Path) -> list[Question]:
-    """The questions of a benchmark's folder; those of `scene` come from a corpus. Raises BlmError."""
+    """Return the questions of a benchmark, or of a corpus for `scene`. Raises BlmError."""
     from blm.corpora import read_questions
     from blm.evaluation.digital import BENCHMARKS
 
@@ -124,15 +132,15 @@ def load_questions(benchmark: str, folder: Path) -> list[Question]:
     return lookup("benchmark", benchmark, BENCHMARKS).questions(folder)
 
 
-def find_judge(chosen: Evaluate) -> Any:
-    """The judge that was named, or None."""
-    from blm.app.chats import find_endpoint
+def find_judge(chosen: EvaluateDigital) -> Any:
+    """Return the judge that --judge names, or None without one."""
+    from blm.app.chats import open_endpoint
     from blm.evaluation.digital.judge import LanguageJudge, MatchJudge
     from blm.evaluation.digital.parsers.compat import COMPAT
 
     if not chosen.judge or chosen.judge == MATCH:
         return MatchJudge() if chosen.judge else None
-    endpoint = find_endpoint(chosen.judge, api_key=chosen.api_key)
+    endpoint = open_endpoint(chosen.judge, api_key=chosen.api_key)
     reads = chosen.compat in COMPAT and COMPAT[chosen.compat].rating is not None
     cache = chosen.out / "judgements"
     return LanguageJudge(endpoint, endpoint.name, cache=cache, compat=chosen.compat if reads else "")
@@ -198,30 +206,35 @@ def _cells(part: AnswerSummary, baselines: Sequence[AnswerSummary]) -> list[str]
     ]
 
 
-def table(command: str, arguments: list[str]) -> None:
-    """`blm eval table DIR...`: results in the paper's tables, beside the published rows."""
+@dataclass(frozen=True, kw_only=True)
+class ShowTable(CliCommand):
+    """Show digital results beside the published rows of the paper's tables.
 
-    def run(results: tyro.conf.Positional[tuple[str, ...]], out: Path | None = None) -> None:
-        """Lay digital results beside the tables of the paper.
+    Example: blm eval table mine=results/robovqa --out table.md
+    """
 
-        Args:
-            results: Folders of evaluations, each DIR or LABEL=DIR; one label is one line.
-            out: File to write as well, .md or .html.
-        """
-        found = [_labelled(entry) for entry in results]
+    results: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="RESULT [RESULT ...]", help_behavior_hint="(required)"),
+    ]
+    """Folders of digital evaluations, each as DIR or LABEL=DIR. Results with one label share a
+    row."""
+    out: Path | None = None
+    """File to write as well, .md or .html."""
+
+    def run(self, command_line: Sequence[str]) -> None:
+        found = [_labelled(entry) for entry in self.results]
         if not found:
-            raise BlmError(f"name the folders of digital evaluations: blm {command} DIR... or LABEL=DIR...")
-        if out and out.suffix not in (".md", ".html"):
-            raise BlmError(f"'{out}': tables are written as .md or .html")
+            raise BlmError("name the folders of digital evaluations: blm eval table DIR... or LABEL=DIR...")
+        if self.out and self.out.suffix not in (".md", ".html"):
+            raise BlmError(f"'{self.out}': tables are written as .md or .html")
         show_tables([(entry.label, entry.result) for entry in found])
         for entry in found:
             console.print(f"\n[bold]{escape(entry.label)}[/bold]")
             print_result(entry.result)
-        if out:
-            _write_tables(found, out)
-            console.print(f"wrote {out}", soft_wrap=True, markup=False)
-
-    tyro.cli(run, args=arguments, prog=f"blm {command}")
+        if self.out:
+            _write_tables(found, self.out)
+            console.print(f"wrote {self.out}", soft_wrap=True, markup=False)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ import pytest
 from blm import BLM, Image, Message, Observation
 from blm.app.pipeline import read_ledger, run_stages
 from blm.app.policies import load_checkpoint
-from blm.app.recipes import RECIPES, Demonstrations
+from blm.app.recipe import DemonstrationSettings
+from blm.app.recipes import RECIPES
 from blm.app.stages import STAGES, write_report
 from blm.app.studies import STUDIES, run_study, with_field
 from blm.backbone import Backbone
@@ -48,7 +49,7 @@ def tiny():
         robots=ROBOTS,
         tasks=TASKS,
         workers=0,
-        demonstrations=Demonstrations(episodes=2, held_out_episodes=1),
+        demonstrations=DemonstrationSettings(episodes=2, held_out_episodes=1),
         corpus=replace(ci.corpus, scenes=8, held_out_scenes=4),
         evaluation=replace(ci.evaluation, max_steps=16, max_questions=12),
     )
@@ -82,10 +83,10 @@ def observation(model, robot="panda", seed=0):
 
 
 def test_a_second_run_does_nothing(run):
-    before = {name: entry["seconds"] for name, entry in read_ledger(run).items()}
+    before = {name: record.seconds for name, record in read_ledger(run).items()}
     stamp = (run / "stage2/checkpoint/manifest.json").stat().st_mtime_ns
     run_stages(STAGES, list(STAGES), tiny(), run)
-    assert {name: entry["seconds"] for name, entry in read_ledger(run).items()} == before
+    assert {name: record.seconds for name, record in read_ledger(run).items()} == before
     assert (run / "stage2/checkpoint/manifest.json").stat().st_mtime_ns == stamp
 
 

@@ -61,7 +61,7 @@ def test_a_refused_flag_can_be_corrected(tmp_path):
             run_stages(stages(refuse), ["a"], recipe, tmp_path)
     run_stages(stages(), ["a"], CI, tmp_path)
     assert (
-        read_ledger(tmp_path)["a"]["done"]
+        read_ledger(tmp_path)["a"].done
         and json.loads((tmp_path / RECIPE).read_text())["corpus"]["turns"] == 4
     )
 
@@ -93,7 +93,7 @@ def test_files_of_others_are_kept(tmp_path, name, content):
 
 def test_a_ledger_of_an_older_version_still_tells_what_differs(tmp_path):
     run_stages(stages(), ["a"], CI, tmp_path)
-    ledger = read_ledger(tmp_path)
+    ledger = json.loads((tmp_path / LEDGER).read_text())
     del ledger["a"]["settings"]
     (tmp_path / LEDGER).write_text(json.dumps(ledger))
     with pytest.raises(BlmError, match=r"corpus.turns 4, asked for: 9"):

@@ -15,13 +15,15 @@ import pytest
 
 from blm.app.recipes import RECIPES
 from blm.app.studies import with_field
+from blm.baselines.diffusion_policy import BaselineConfig
 from blm.cli import corpus, digital, main, physical, training
-from blm.corpora import CurationConfig, SceneCorpusConfig
-from blm.corpora.converters import ConverterConfig
+from blm.corpora import ConverterConfig, CurationConfig, SceneCorpusConfig
 from blm.evaluation.digital.benchmarks.sharerobot_split import SplitConfig
 from blm.planner import CollectConfig
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.train import PolicyTrainingConfig
+from blm.training.sft.train import Stage1Config
 from blm.types import BlmError
 
 BAD = {int: (-7_000_000_000, 10**24, math.nan), float: (-1e30, math.nan, math.inf)}
@@ -31,21 +33,25 @@ CONFIGS: dict[str, Any] = {
     "corpus build": SceneCorpusConfig(
         robots=("panda",), tasks=("push_cube",), cameras=("base",), image_size=64, scenes=1, first_seed=10_000
     ),
-    "corpus validate": corpus.Validate(folder=Path("in")),
+    "corpus validate": corpus.ValidateCorpus(folder=Path("in")),
     "corpus convert": ConverterConfig(),
     "corpus curate": CurationConfig(),
     "corpus sharerobot": SplitConfig(),
-    "train stage1": training.TrainStage1(out=Path("out"), corpus=("in",), loop=LOOP),
+    "train stage1": training.TrainStage1(out=Path("out"), corpus=("in",), config=Stage1Config(loop=LOOP)),
     "train stage2": training.TrainStage2(
         out=Path("out"),
-        datasets=(),
-        backbone="nano",
-        intents=HiddenStateConfig(layer=1, cameras=("base",)),
-        loop=LOOP,
+        config=PolicyTrainingConfig(
+            datasets=(),
+            backbone="nano",
+            intents=HiddenStateConfig(layer=1, cameras=("base",)),
+            loop=LOOP,
+        ),
     ),
-    "train baseline": training.TrainBaseline(out=Path("out"), datasets=(), cameras=("base",), loop=LOOP),
-    "eval physical": physical.Evaluate(model="zero", out=Path("out")),
-    "eval digital": digital.Evaluate(benchmark="scene", data=Path("in"), model="nano", out=Path("out")),
+    "train baseline": BaselineConfig(datasets=(), cameras=("base",), loop=LOOP),
+    "eval physical": physical.EvaluatePhysical(model="zero", out=Path("out")),
+    "eval digital": digital.EvaluateDigital(
+        benchmark="scene", data=Path("in"), model="nano", out=Path("out")
+    ),
     "demo": RECIPES["demo"](),
 }
 """Command -> its settings; every number in them is a flag."""

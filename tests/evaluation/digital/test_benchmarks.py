@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blm.cli.sharerobot import split_sharerobot as command
+from blm.cli.sharerobot import SplitShareRobot
 from blm.evaluation.digital import BENCHMARKS, evaluate_digital
 from blm.evaluation.digital.benchmarks.easy_vqa import load_split
 from blm.evaluation.digital.benchmarks.erqa import options_in
@@ -564,7 +564,7 @@ def test_held_out_rows_convert_like_the_published_ones(published, tmp_path):
 
 
 def test_split_command(published, capsys):
-    command("sharerobot", [str(published), "--episodes", "3", "--seed", "5"])
+    SplitShareRobot.parse("sharerobot", [str(published), "--episodes", "3", "--seed", "5"]).run([])
     printed = capsys.readouterr().out
     assert "60 questions held out (3 x 2 x 10 kinds, seed 5)" in printed and "9 episodes left" in printed
     assert len(load("sharerobot", published)) == 60

@@ -18,8 +18,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from blm.app.chats import find_chat, find_endpoint
-from blm.cli import digital as commands
+from blm.app.chats import load_chat, open_endpoint
 from blm.corpora.format.messages import Conversation, write_corpus
 from blm.evaluation import load_result
 from blm.evaluation.digital import BENCHMARKS
@@ -30,6 +29,7 @@ from blm.evaluation.digital.runner import DigitalEvalConfig, evaluate_digital
 from blm.evaluation.result_files import write_result
 from blm.types import BlmError, Image, Message, Question, Sampling
 from tests.support.benchmarks import make_fixture
+from tests.support.commands import run_command
 from tests.support.serving import EchoSpeaker, Words, running
 
 
@@ -257,18 +257,18 @@ def test_our_own_server_is_such_an_endpoint() -> None:
     messages = (Message("user", (Image(np.zeros((3, 5, 3), np.uint8)), "hi")),)
     with running(None, Echo(), name="BLM", api_key="k") as address:
         name = f"openai:BLM@http://{address}/v1"
-        named = find_chat(name, api_key="k")
+        named = load_chat(name, api_key="k")
         assert isinstance(named.chat, Endpoint)
         assert named.chat.answer(messages, max_tokens=5) == "hi [(3, 5, 3)] 5"
-        assert named.name == f"BLM@http://{address}/v1"
+        assert named.revision == f"BLM@http://{address}/v1"
         named.chat.close()
         with (
-            closing(find_endpoint(name, api_key="wrong")) as locked,
+            closing(open_endpoint(name, api_key="wrong")) as locked,
             pytest.raises(BlmError, match="refuses the API key"),
         ):
             locked.answer(messages)
         with (
-            closing(find_endpoint(name.replace("BLM@", "other@"), api_key="k")) as unknown,
+            closing(open_endpoint(name.replace("BLM@", "other@"), api_key="k")) as unknown,
             pytest.raises(BlmError, match=r"has no model 'other' .* it has: BLM"),
         ):
             unknown.answer(messages)
@@ -277,10 +277,10 @@ def test_our_own_server_is_such_an_endpoint() -> None:
 def test_names(tmp_path: Path) -> None:
     for bad in ("openai:m", "openai:m@localhost:8000", "openai:@http://h/v1"):
         with pytest.raises(BlmError, match="openai:MODEL@http"):
-            find_chat(bad)
+            load_chat(bad)
     with pytest.raises(BlmError, match=r"unknown model 'nan'. Did you mean 'nano'.* openai:MODEL@URL"):
-        find_chat("nan")
-    with closing(find_endpoint("openai:org/m@1@http://h/v1/")) as endpoint:
+        load_chat("nan")
+    with closing(open_endpoint("openai:org/m@1@http://h/v1/")) as endpoint:
         assert endpoint.name == "org/m@1@http://h/v1"
 
 
@@ -309,7 +309,7 @@ def make_corpus(folder: Path, rows: int) -> None:
 
 def run_eval(server: Server, data: Path, out: Path, *more: str, benchmark: str = "scene") -> None:
     where = ["--benchmark", benchmark, "--data", str(data), "--out", str(out)]
-    commands.evaluate("eval digital", [*where, "--model", f"openai:m@{server.url}", *more])
+    run_command("eval digital", [*where, "--model", f"openai:m@{server.url}", *more])
 
 
 def test_command_evaluates_a_corpus(
@@ -376,7 +376,7 @@ def test_table_in_the_papers_shape(tmp_path: Path, capsys: pytest.CaptureFixture
     folders = [as_benchmark(tmp_path / "r", tmp_path / name, name) for name in published.SIX]
     page, text = tmp_path / "t.html", tmp_path / "t.md"
     for out in (page, text):
-        commands.table("eval table", [*map(str, folders), "--out", str(out)])
+        run_command("eval table", [*map(str, folders), "--out", str(out)])
     lines = text.read_text().splitlines()
     assert (
         lines[2] == "| model | robovqa | agibot | holoassist | robofail | egothink | sharerobot | average |"
@@ -386,7 +386,7 @@ def test_table_in_the_papers_shape(tmp_path: Path, capsys: pytest.CaptureFixture
     theirs = next(line for line in lines if line.startswith("| BLM1"))
     assert "published, not measured" in theirs and "95.5 (90–98)" in theirs and theirs.endswith("| 64.9 |")
     assert "published, not measured" in page.read_text()
-    commands.table("eval table", [str(folders[0]), f"other={folders[1]}"])
+    run_command("eval table", [str(folders[0]), f"other={folders[1]}"])
     shown = capsys.readouterr().out
     assert "mine" in shown and "other" in shown and "–" not in shown.split("average")[0]
     for bad, message in (
@@ -395,7 +395,7 @@ def test_table_in_the_papers_shape(tmp_path: Path, capsys: pytest.CaptureFixture
         ([str(folders[0]), "--out", "t.pdf"], "written as .md or .html"),
     ):
         with pytest.raises(BlmError, match=message):
-            commands.table("eval table", bad)
+            run_command("eval table", bad)
 
 
 def test_published_rows_are_whole() -> None:
