@@ -97,8 +97,7 @@ class ActionSpace:
             raise ContractError(f"action spaces of '{self.robot}' differ:\n" + "\n".join(rows))
 
     def check_state(self, state: FloatArray, where: str) -> FloatArray:
-        """Return `state` as float32 [D]. Raises ContractError for a wrong shape or non-finite
-        values."""
+        """Return `state` as float32 [D]. Raises ContractError for a wrong shape or NaN or infinity."""
         array = _float32(state, f"{where}: state")
         if array.shape != (self.dim,):
             raise ContractError(
@@ -129,8 +128,7 @@ class Observation:
     """[P, D] for real-time chunking: the remaining actions of the chunk in progress, from this step
     on. The new chunk continues them."""
     frozen: int = 0
-    """Inference delay: the number of these actions that are executed before the new chunk
-    arrives."""
+    """Inference delay: number of these actions that are executed before the new chunk arrives."""
 
 
 def decision_seed(seed: int, step: int) -> int:
@@ -312,9 +310,8 @@ class Message:
 
 Scorer = Literal["exact", "choice", "point", "points", "box", "metric", "judge"]
 """How an answer is judged. exact: normalised string equality. choice: the letter of an option.
-point: distance to "(x, y)". points: share of the points inside the mask. box: overlap with "(x1,
-y1, x2, y2)". metric: distance to a length or a vector in cm. judge: a language model compares it
-with the reference."""
+point: distance to "(x, y)". points: share of the points inside the mask. box: overlap of boxes
+"(x1, y1, x2, y2)". metric: distance in cm. judge: a language model compares it with the reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,8 +328,7 @@ class Question:
     """Questions about one picture share a group: confidence intervals are clustered by group."""
     scorer: Scorer = "exact"
     options: tuple[str, ...] = ()
-    """Options of a multiple-choice question, in order; the answer is the letter of one (A, B,
-    ..)."""
+    """Options of a multiple-choice question; the answer is the letter of one (A, B, ..)."""
     mask: Image | None = None
     """Correct points are those on white pixels of this picture."""
 
@@ -350,8 +346,7 @@ class Policy(Protocol):
     def contract(self) -> PolicyContract: ...
 
     def act(self, observation: Observation) -> ActionChunk:
-        """Return the next action chunk. Raises ContractError for an observation against the
-        contract."""
+        """Return the next action chunk. Raises ContractError if the contract forbids the observation."""
 
     def reset(self) -> None:
         """Forget the previous episode; called before each episode."""
