@@ -36,12 +36,17 @@ class VisibleText:
     def add(self, text: str, tokens: int, ended: Finish | None) -> str:
         """Take the whole text so far and return the new part to send.
 
-        No stop string begins in the text that was sent, so the search starts at its end.
+        No stop string begins in the text that was sent, so the search starts at its end. The stop
+        string that is complete first ends the text, so that the reply does not depend on the sizes
+        of the pieces in which the text arrives.
         """
-        self.tokens, text = tokens, text.lstrip()
-        cuts = [cut for stop in self.stops if (cut := text.find(stop, len(self.sent))) >= 0]
-        if cuts:
-            text, self.finish = text[: min(cuts)], "stop"
+        self.tokens = tokens
+        text = text.lstrip()
+        found = [(start, stop) for stop in self.stops if (start := text.find(stop, len(self.sent))) >= 0]
+        if found:
+            start, _ = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
+            text = text[:start]
+            self.finish = "stop"
         elif ended:
             text, self.finish = text.rstrip(), ended
         else:
