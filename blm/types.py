@@ -121,9 +121,9 @@ class Observation:
     seed: int = 0
     """Seed of the sampling noise for this decision; the same observation and seed give the same chunk."""
     chunk: FloatArray | None = None
-    """[P, D] what is left of the chunk in progress, from this step on: the policy shall go on from it."""
-    frozen: int = 0
-    """How many of these actions are carried out before the answer is there."""
+    """[P, D] remaining actions of the chunk in progress, which the next chunk should continue."""
+    inference_delay: int = 0
+    """Number of these actions that are executed before the next chunk arrives (real-time chunking)."""
 
 
 def decision_seed(seed: int, step: int) -> int:
@@ -200,13 +200,14 @@ class PolicyContract:
             robot=observation.robot,
             seed=observation.seed,
             chunk=self._check_chunk(observation, space.dim),
-            frozen=observation.frozen,
+            inference_delay=observation.inference_delay,
         )
 
     def _check_chunk(self, observation: Observation, dim: int) -> FloatArray | None:
         if observation.chunk is None:
-            if observation.frozen:
-                raise ContractError(f"frozen is {shorten(observation.frozen)} without a chunk in progress")
+            if observation.inference_delay:
+                delay = shorten(observation.inference_delay)
+                raise ContractError(f"frozen is {delay} without a chunk in progress")
             return None
         chunk = _float32(observation.chunk, "the chunk in progress")
         if (
@@ -219,9 +220,10 @@ class PolicyContract:
                 f"the chunk in progress is {chunk.shape}; needed: finite actions of {dim}, "
                 f"at most {self.horizon}"
             )
-        if not 0 <= observation.frozen <= len(chunk):
+        if not 0 <= observation.inference_delay <= len(chunk):
             raise ContractError(
-                f"frozen is {shorten(observation.frozen)}; the chunk in progress has {len(chunk)} actions"
+                f"frozen is {shorten(observation.inference_delay)}; the chunk in progress has {len(chunk)} "
+                "actions"
             )
         return chunk if len(chunk) else None
 

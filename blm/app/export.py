@@ -101,9 +101,9 @@ def export_dataset(source: Path, out: Path) -> None:
 
 def export_checkpoint(source: str, out: Path) -> None:
     """Copy a checkpoint, unaltered; it has a card. Raises BlmError for one that is damaged."""
-    from blm.policy.checkpoint import folder_of, read_config
+    from blm.policy.checkpoint import checkpoint_folder, read_config
 
-    folder = folder_of(source)
+    folder = checkpoint_folder(source)
     read_config(folder)
     with new_folder(out) as work:
         shutil.copytree(folder, work, dirs_exist_ok=True)

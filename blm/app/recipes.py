@@ -20,7 +20,7 @@ from blm.tasks import TASKS
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.scene import CAMERAS
 from blm.training.loop.loop import LoopConfig
-from blm.training.pretraining.nano import Schooling
+from blm.training.pretraining.nano import NanoPretrainingConfig
 from blm.training.sft.lora import Lora
 from blm.training.sft.train import Stage1Config
 from blm.types import BlmError, lookup, require_numbers
@@ -70,7 +70,7 @@ class Stage1:
 
     backbone: str = "nano"
     """A name of BACKBONES, or a folder."""
-    schooling: Schooling = field(default_factory=Schooling)
+    schooling: NanoPretrainingConfig = field(default_factory=NanoPretrainingConfig)
     """nano only: what it learns first."""
     training: Stage1Config
 
@@ -147,8 +147,8 @@ class Recipe:
 
 def stage1(*, eye: int, drill: int, steps: int, batch_size: int = 8) -> Stage1:
     """Stage I of the nano backbone from scratch, in steps: its eye, the drill, then everything."""
-    basis = Schooling()
-    schooling = Schooling(
+    basis = NanoPretrainingConfig()
+    schooling = NanoPretrainingConfig(
         eye=replace(basis.eye, steps=eye),
         drill=replace(basis.drill, steps=drill),
     )

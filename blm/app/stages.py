@@ -39,13 +39,13 @@ from blm.evaluation.digital.subset import evenly_spaced
 from blm.evaluation.report import ReportData, build_report
 from blm.io import read_json, replacing, write_json
 from blm.planner import CollectConfig, collect
-from blm.policy.checkpoint import folder_of, read_contract
+from blm.policy.checkpoint import checkpoint_folder, read_contract
 from blm.policy.policy import CheckpointPolicy
 from blm.robots import ROBOTS
 from blm.tasks import Env
 from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.train import PolicyTrainingConfig, train_stage2
-from blm.training.pretraining.nano import for_nano, is_nano, taught_nano
+from blm.training.pretraining.nano import is_nano, nano_sources, pretrain_nano
 from blm.training.sft.train import TrainingSource, train_stage1
 from blm.types import BlmError, Image, Message, PolicyContract
 
@@ -117,11 +117,11 @@ def run_stage1(recipe: Recipe, run: Path) -> None:
     kept, report = curate(read_corpus(folder), folder, evaluation_groups=held_out)
     seed = stage1.training.loop.seed
     if stage1.backbone == "nano":
-        backbone = taught_nano([(kept, folder)], stage1.schooling, run / "stage1", seed=seed)
+        backbone = pretrain_nano([(kept, folder)], stage1.schooling, run / "stage1", seed=seed)
     else:
         backbone = Backbone.load(stage1.backbone)
     if is_nano(backbone):
-        sources = for_nano([(kept, folder, 1.0)], stage1.training.loop)
+        sources = nano_sources([(kept, folder, 1.0)], stage1.training.loop)
     else:
         conversations = [row.messages for row in kept]
         sources = [TrainingSource(name="scenes", conversations=conversations, root=folder)]
@@ -138,7 +138,7 @@ def run_stage2(recipe: Recipe, run: Path) -> None:
     config = stage2_of(recipe, run, run / "stage1/backbone", run / "intents", (recipe.robots, recipe.tasks))
     drives = recipe.stage2.drive
     drive = validation_episodes(run / "stage2", recipe.tasks, drives, recipe.workers) if drives else None
-    train_stage2(config, run / "stage2", {"recipe": to_json(recipe)}, drive=drive)
+    train_stage2(config, run / "stage2", {"recipe": to_json(recipe)}, validate=drive)
 
 
 Part = tuple[tuple[str, ...], tuple[str, ...]]
@@ -208,7 +208,7 @@ def run_eval_physical(recipe: Recipe, run: Path) -> None:
 
 def run_released(recipe: Recipe, run: Path) -> None:
     """Let the released model drive on the scenes of this run's evaluation, and answer about one of them."""
-    folder, out = folder_of("blm-nano"), run / "results/released"
+    folder, out = checkpoint_folder("blm-nano"), run / "results/released"
     protocol = protocol_of(recipe, read_contract(folder), (recipe.robots, recipe.tasks))
     make = partial(CheckpointPolicy.load, folder)
     evaluate_physical(make, protocol, out, workers=recipe.workers, engine=recipe.engine)

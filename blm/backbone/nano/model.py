@@ -1,7 +1,8 @@
-"""`nano`: a 2 M-parameter image-text-to-text model of a stock class, small enough to train on two CPU cores.
+"""`nano`: a 2 M-parameter image-text-to-text model of a stock class, small enough to train on two
+CPU cores.
 
-`LlavaForConditionalGeneration` with a convolutional eye (`eye.py`). Only the eye is ours; it is registered
-with transformers' Auto classes on import. Processor, chat template and folder are stock.
+`LlavaForConditionalGeneration` with a convolutional eye (`eye.py`). Only the eye is ours; it is
+registered with transformers' Auto classes on import. Processor, chat template and folder are stock.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from blm.backbone.nano.induction import EMBEDDED, start_copying
+from blm.backbone.nano.induction import EMBEDDED, init_induction_heads
 from blm.backbone.nano.vision_tower import GRID, IMAGE_SIZE, ConvVision, ConvVisionConfig
 
 IMAGE_TOKEN, PAD_TOKEN, END_TOKEN = "<image>", "<pad>", "<|end|>"
@@ -50,7 +51,8 @@ AutoModel.register(ConvVisionConfig, ConvVision)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE: any text survives a round trip; each digit is a token, so numbers are spelt."""
+    """Train a byte-level BPE: any text survives a round trip; each digit is a token, so numbers are
+    spelt."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\d|, (?=\d)| ?\p{L}+| ?[^\s\p{L}\d]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -79,7 +81,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTo
 
 
 def picture_processor(side: int) -> CLIPImageProcessorPil:
-    """Return the stock processor that stretches every picture to `side` x `side` px, values in -1 .. 1."""
+    """Return the stock processor that stretches every picture to `side` x `side` px, values in -1
+    .. 1."""
     size = {"height": side, "width": side}
     return CLIPImageProcessorPil(
         size=size,
@@ -145,9 +148,10 @@ def make_nano(
 
 
 def untrained(config: LlavaConfig, *, seed: int) -> LlavaForConditionalGeneration:
-    """Return the nano of this config that training starts from: random weights, but heads that copy."""
+    """Return the nano of this config that training starts from: random weights, but heads that
+    copy."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
-        start_copying(cast(LlamaModel, model.base_model.language_model))
+        init_induction_heads(cast(LlamaModel, model.base_model.language_model))
     return model

@@ -1,10 +1,11 @@
 """nano's eye: a small convolutional network that looks for named things.
 
-It has one map for each thing that it was taught to find (`training/eye.py`): a distribution over 28 x 28
-cells and "nowhere". The things that are most surely there become tokens that say what, where in the picture,
-where from the robot, and how it looks, as region features did in early vision-language models (UNITER, Chen
-et al., 2020); the quarters of the picture are the other tokens. All of them say which step the picture looks
-like, and which camera took it. Shapes: N pictures, M maps, T tokens, P = 784 cells, F features, S steps.
+It has one map for each thing that it was taught to find (`training/eye.py`): a distribution over 28
+x 28 cells and "nowhere". The things that are most surely there become tokens that say what, where
+in the picture, where from the robot, and how it looks, as region features did in early
+vision-language models (UNITER, Chen et al., 2020); the quarters of the picture are the other
+tokens. All of them say which step the picture looks like, and which camera took it. Shapes: N
+pictures, M maps, T tokens, P = 784 cells, F features, S steps.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ FOUND = GRID * GRID - QUARTERS
 WORDS = 64
 """Things are told apart by at most so many words."""
 NAME_SCALE, LOOK_SCALE, DECIMAL_SCALE = 24.0, 0.3, 30.0
-"""Make the few numbers that say what and where a thing is count among the many that say how it looks. Spelt
-numbers were learnt the faster the larger they were: 1, 4, 10, 30; names then had to grow too, to be about as
-long as all numbers together (docs/LOG.md)."""
+"""Make the few numbers that say what and where a thing is count among the many that say how it
+looks. Spelt numbers were learnt the faster the larger they were: 1, 4, 10, 30; names then had to
+grow too, to be about as long as all numbers together (docs/LOG.md)."""
 VIEW_SCALE = 4.0
 """The same for which camera took the picture."""
 FREQUENCIES = (1, 2, 4, 5, 10)
-"""Half periods of the position code over the picture. 5 and 10 tell apart what decimal digits need."""
+"""Half periods of the position code over the picture. 5 and 10 tell apart what decimal digits
+need."""
 REACH = 0.5
 """Places from the robot are given in this [m], so that most lie within -1 .. 1 or 0 .. 2."""
 PERIODS = (2.0, 1.0, 0.2, 0.1)
@@ -61,7 +63,8 @@ class ConvVisionConfig(PretrainedConfig):
         views: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        """`things`: what is looked for, of at most WORDS - FOUND words; at most STEPS, VIEWS others."""
+        """`things`: what is looked for, of at most WORDS - FOUND words; at most STEPS, VIEWS
+        others."""
         words = sorted({word for thing in things for word in words_of(thing)})
         if len(words) > WORDS - FOUND:
             raise BlmError(f"nano's eye knows at most {WORDS - FOUND} words, not {len(words)}: {words}")
@@ -93,11 +96,13 @@ class ResidualBlock(nn.Module):
 
 
 class ConvVision(PreTrainedModel):
-    """[N, 3, 112, 112] normalised pixels -> [N, 16, C] tokens: what is there, where, and how it looks.
+    """[N, 3, 112, 112] normalised pixels -> [N, 16, C] tokens: what is there, where, and how it
+    looks.
 
-    A map's place is the mean of a Fourier position code under a softmax over the cells: the spatial softmax
-    of "Deep Spatial Autoencoders for Visuomotor Learning" (Finn et al., 2016). The score of "red cube" is
-    that of "red" plus that of "cube", so each word is learnt from all things that share it.
+    A map's place is the mean of a Fourier position code under a softmax over the cells: the spatial
+    softmax of "Deep Spatial Autoencoders for Visuomotor Learning" (Finn et al., 2016). The score of
+    "red cube" is that of "red" plus that of "cube", so each word is learnt from all things that
+    share it.
     """
 
     config_class = ConvVisionConfig
@@ -159,12 +164,12 @@ class ConvVision(PreTrainedModel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What things with these weights over cells [N, T, P] and names [N, T, W] are like.
 
-        Returns [N, T, ...]: the code of their place in the picture, their looks and those of the whole
-        picture, and their places from the robot [REACH m].
+        Returns [N, T, ...]: the code of their place in the picture, their looks and those of the
+        whole picture, and their places from the robot [REACH m].
         """
         looks = F.layer_norm(weights @ features.transpose(1, 2), features.shape[1:2])
         whole = self.whole(features)[:, None].expand_as(looks)
-        place = weights @ position_code(CELLS, CELLS).to(weights)
+        place = weights @ image_position_features(CELLS, CELLS).to(weights)
         both = torch.cat([looks, whole], dim=-1)
         around = summary[:, None].expand(-1, weights.shape[1], -1)
         return place, both, self.metric(torch.cat([names, place, both, around], dim=-1))
@@ -196,8 +201,12 @@ class ConvVision(PreTrainedModel):
         place, looks, metres = self.looks(features, summary, weights, names)
         fixed = self.fixed(looks[..., -features.shape[1] :]).sigmoid()
         thing = (torch.arange(GRID * GRID) < FOUND).to(sure)[:, None]
-        spelt = decimal_code((place[..., :2] + 1) * 50) * thing
-        metres = torch.cat([metric_code(metres), decimal_code(100 * REACH * metres)], dim=-1) * fixed * thing
+        spelt = digit_features((place[..., :2] + 1) * 50) * thing
+        metres = (
+            torch.cat([metric_position_features(metres), digit_features(100 * REACH * metres)], dim=-1)
+            * fixed
+            * thing
+        )
         view = VIEW_SCALE * self.view(summary).softmax(-1)
         whole = torch.cat([self.doing(summary).softmax(-1), view], dim=-1)[:, None]
         told = [NAME_SCALE * names, torch.ones_like(sure), place, spelt, metres, LOOK_SCALE * looks]
@@ -205,7 +214,8 @@ class ConvVision(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
 
     def names(self, found: Tensor) -> Tensor:
-        """[N, K] numbers of maps -> [N, K + 4, WORDS + QUARTERS]: words of each, then the quarters."""
+        """[N, K] numbers of maps -> [N, K + 4, WORDS + QUARTERS]: words of each, then the
+        quarters."""
         words = self.mixing.to(self.nowhere)[found]
         words = F.pad(words, (0, WORDS - words.shape[-1], 0, QUARTERS))
         quarter = torch.eye(QUARTERS).to(words).expand(len(found), -1, -1)
@@ -220,21 +230,23 @@ def _quarters(like: Tensor) -> Tensor:
     return (weights / weights.sum(-1, keepdim=True)).expand(len(like), -1, -1)
 
 
-def position_code(height: int, width: int) -> Tensor:
-    """Return [height * width, 2 + 4 F]: x, y in -1 .. 1; sin, cos of pi f x, pi f y for F frequencies f."""
+def image_position_features(height: int, width: int) -> Tensor:
+    """Return [height * width, 2 + 4 F]: x, y in -1 .. 1; sin, cos of pi f x, pi f y for F
+    frequencies f."""
     lines = [(torch.arange(n) + 0.5) / n * 2 - 1 for n in (height, width)]
     y, x = torch.meshgrid(*lines, indexing="ij")
     return _fourier(torch.stack([x, y], dim=-1).reshape(-1, 2), FREQUENCIES)
 
 
-def metric_code(place: Tensor) -> Tensor:
-    """[..., 3] places from the robot [REACH m] -> [..., 3 + 6 P]: the same, and sin, cos for P periods."""
+def metric_position_features(place: Tensor) -> Tensor:
+    """[..., 3] places from the robot [REACH m] -> [..., 3 + 6 P]: the same, and sin, cos for P
+    periods."""
     return _fourier(place, [2 * REACH / period for period in PERIODS])
 
 
-def decimal_code(number: Tensor) -> Tensor:
-    """[..., N] numbers -> [..., 22 N]: sign, tens and ones of each as answers spell it, so that reading it
-    is linear; in between two whole numbers a mean of both."""
+def digit_features(number: Tensor) -> Tensor:
+    """[..., N] numbers -> [..., 22 N]: sign, tens and ones of each as answers spell it, so that
+    reading it is linear; in between two whole numbers a mean of both."""
     whole = number.detach().floor()
     share = (number - whole)[..., None]
 

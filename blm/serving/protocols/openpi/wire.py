@@ -132,8 +132,10 @@ def to_request(observation: Observation, plain: bool = False) -> dict[str, Any]:
     names = OPENPI_IMAGES if plain else {}
     images = {names.get(camera, IMAGES + camera): image for camera, image in observation.images.items()}
     words = {PROMPT: observation.instruction, ROBOT: observation.robot, SEED: observation.seed}
-    going_on = {} if observation.chunk is None else {CHUNK: observation.chunk, FROZEN: observation.frozen}
-    return {STATE: observation.state, **images, **words, **going_on}
+    action_prefix: dict[str, Any] = {}
+    if observation.chunk is not None:
+        action_prefix = {CHUNK: observation.chunk, FROZEN: observation.inference_delay}
+    return {STATE: observation.state, **images, **words, **action_prefix}
 
 
 def echo(request: Any) -> dict[str, Any]:
@@ -192,7 +194,7 @@ def _read(request: Mapping[str, Any], contract: PolicyContract) -> Observation:
         robot=robot,
         seed=_whole(SEED, request),
         chunk=None if chunk is None else _numbers(CHUNK, chunk, levels=2),
-        frozen=_whole(FROZEN, request),
+        inference_delay=_whole(FROZEN, request),
     )
 
 
