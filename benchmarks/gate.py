@@ -94,7 +94,7 @@ def errors(
             missed[view].append(float(wrong[row]))
         rows, which = (~metres[..., 0].isnan()).nonzero(as_tuple=True)
         weights = logs[rows, which, None, :-1].softmax(-1)
-        found = eye.looks(features[rows], around[rows], weights, eye.names(which[:, None])[:, :1])[2][:, 0]
+        found = eye.describe(features[rows], around[rows], weights, eye.names(which[:, None])[:, :1])[2][:, 0]
         far = 1000 * (REACH * found - metres[rows, which]).norm(dim=-1)
         for row, thing, error in zip(rows.tolist(), which.tolist(), far.tolist(), strict=True):
             millimetres[f"{views[begin + row].name}, {things[thing].split()[-1]}"].append(error)

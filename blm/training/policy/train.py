@@ -159,11 +159,10 @@ def train_stage2(
 ) -> Path:
     """Train a policy, log to `out/log.jsonl`, write and return the folder `out/checkpoint`.
 
-    A killed run resumes. `out/best` is the checkpoint with the highest success in `validate` (for
-    which the backbone stays in memory), or without it, with the lowest validation loss.
-    `provenance` (the command, for instance) is stored in both; its key "start" holds the provenance
-    of the checkpoint that training started from. Raises BlmError if datasets and config do not
-    match, and if the backbone has changed by a single bit.
+    A killed run resumes. `out/best` is the checkpoint with the highest success in `validate` (which
+    keeps the backbone in memory), or without it, with the lowest validation loss. `provenance` (the
+    command, for instance) is stored in both, with that of the checkpoint to start from as "start".
+    Raises BlmError if datasets and config do not match, and if the backbone has changed.
     """
     processes = Processes.join(torch.device(config.device).type)
     config = replace(config, device=str(processes.device))
@@ -223,7 +222,8 @@ def _prepare_folder(out: Path, inputs: Mapping[str, Any]) -> None:
 def _open_first_alone(
     processes: Processes, open_all: Callable[[], list[PolicyDataset]]
 ) -> list[PolicyDataset]:
-    """Open the datasets in the first process, which fills the caches, and only then in the others."""
+    """Open the datasets in the first process, which fills the caches, and only then in the
+    others."""
     if processes.first:
         opened = open_all()
     processes.wait()

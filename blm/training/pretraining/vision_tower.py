@@ -147,14 +147,14 @@ def vision_tower_loss(
     if len(rows):
         weights = log_maps[rows, things, None, :-1].softmax(-1)
         names = tower.names(things[:, None])[:, :1]
-        _, _, positions = tower.looks(features[rows], summary[rows], weights, names)
+        _, _, positions = tower.describe(features[rows], summary[rows], weights, names)
         error = REACH * positions[:, 0] - metres[rows, things]
         loss = loss + METRIC_WEIGHT * (error.square() + METRIC_ROUNDING**2).sqrt().sum()
         metrics["mm_off"] = 1000 * error.detach().norm(dim=-1).median()
     if labelled.any():
-        whole = tower.whole(features)[labelled]
-        is_fixed = (~metres[labelled][..., 0].isnan()).any(-1, keepdim=True).to(whole)
-        loss = loss + F.binary_cross_entropy_with_logits(tower.fixed(whole), is_fixed, reduction="sum")
+        average = tower.average(features)[labelled]
+        is_fixed = (~metres[labelled][..., 0].isnan()).any(-1, keepdim=True).to(average)
+        loss = loss + F.binary_cross_entropy_with_logits(tower.fixed(average), is_fixed, reduction="sum")
     for name, head, label in (("steps", tower.doing, targets.step), ("views", tower.view, targets.view)):
         if (known := label >= 0).any():
             logits = head(summary[known])
