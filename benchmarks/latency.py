@@ -119,7 +119,7 @@ def once(decision: Decision, count: int, device: str) -> dict[str, float]:
     robot = torch.zeros(count, dtype=torch.long, device=device)
     noise = torch.randn(count, config.horizon, config.max_dim, device=device)
     tau = torch.zeros(count, device=device)
-    parts["keys and values"], memory = timed(lambda: network.dit.remember(intent), device)
+    parts["keys and values"], memory = timed(lambda: network.dit.cache_intent(intent), device)
     step = lambda kept: network.velocity(noise, tau, intent, state, robot, kept)  # noqa: E731
     step(memory)  # the first step finds its weights in no processor cache; both ways are timed warm
     parts["denoising step"], _ = timed(lambda: step(memory), device)

@@ -28,8 +28,10 @@ from blm.app.recipe import Recipe
 from blm.app.recipes import RECIPES
 from blm.evaluation.results import this_machine
 from blm.policy.network import PolicyBatch, PolicyNetwork
-from blm.training.loop.distributed import Part
-from blm.training.loop.loop import Ema, LoopConfig, Piece, run_loop
+from blm.training.loop.batches import Microbatch
+from blm.training.loop.distributed import DataShard
+from blm.training.loop.ema import Ema
+from blm.training.loop.loop import LoopConfig, run_loop
 
 T = TypeVar("T")
 
@@ -70,9 +72,9 @@ def peak(name: str, tokens: int, hidden: int, batch_size: int, device: str) -> t
     def loss(batch: PolicyBatch) -> tuple[torch.Tensor, dict[str, float]]:
         return network.loss(batch.to(device), teacher)["loss"], {}
 
-    def next_batch(step: int, part: Part) -> Piece[PolicyBatch]:
+    def next_batch(step: int, part: DataShard) -> Microbatch[PolicyBatch]:
         batch = random_batch(recipe, batch_size, tokens, hidden)
-        return Piece(batch, batch.ids, weight=batch_size)
+        return Microbatch(batch, batch.ids, weight=batch_size)
 
     with tempfile.TemporaryDirectory() as folder:
         config = LoopConfig(steps=2, batch_size=batch_size, title=f"{name} x {batch_size}")

@@ -127,7 +127,7 @@ class Observation:
     chunk: FloatArray | None = None
     """[P, D] for real-time chunking: the remaining actions of the chunk in progress, from this step
     on. The new chunk continues them."""
-    frozen: int = 0
+    inference_delay: int = 0
     """Inference delay: number of these actions that are executed before the new chunk arrives."""
 
 
@@ -207,13 +207,14 @@ class PolicyContract:
             robot=observation.robot,
             seed=observation.seed,
             chunk=self._check_chunk(observation, space.dim),
-            frozen=observation.frozen,
+            inference_delay=observation.inference_delay,
         )
 
     def _check_chunk(self, observation: Observation, dim: int) -> FloatArray | None:
         if observation.chunk is None:
-            if observation.frozen:
-                raise ContractError(f"frozen is {shorten(observation.frozen)} without a chunk in progress")
+            if observation.inference_delay:
+                delay = shorten(observation.inference_delay)
+                raise ContractError(f"frozen is {delay} without a chunk in progress")
             return None
         chunk = _float32(observation.chunk, "the chunk in progress")
         if (
@@ -226,9 +227,10 @@ class PolicyContract:
                 f"the chunk in progress is {chunk.shape}; needed: finite actions of {dim}, "
                 f"at most {self.horizon}"
             )
-        if not 0 <= observation.frozen <= len(chunk):
+        if not 0 <= observation.inference_delay <= len(chunk):
             raise ContractError(
-                f"frozen is {shorten(observation.frozen)}; the chunk in progress has {len(chunk)} actions"
+                f"frozen is {shorten(observation.inference_delay)}; the chunk in progress has {len(chunk)} "
+                "actions"
             )
         return chunk if len(chunk) else None
 
@@ -258,30 +260,6 @@ class Episode:
 
     def __len__(self) -> int:
         return len(self.states)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """Exact statistics of one vector feature over all frames of a dataset, [D] each."""
-
-    min: FloatArray
-    max: FloatArray
-    mean: FloatArray
-    std: FloatArray
-    q01: FloatArray
-    q10: FloatArray
-    q50: FloatArray
-    q90: FloatArray
-    q99: FloatArray
-    count: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {k: v if isinstance(v, int) else np.asarray(v).tolist() for k, v in vars(self).items()}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Stats:
-        arrays: dict[str, Any] = {k: np.asarray(v, dtype=np.float64) for k, v in data.items() if k != "count"}
-        return cls(count=int(data["count"]), **arrays)
 
 
 @dataclass(frozen=True)

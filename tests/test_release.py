@@ -11,7 +11,7 @@ from blm.backbone.backbone import RELEASED
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, read_questions
 from blm.evaluation import STAGE1_HELD_OUT_SEEDS, PhysicalProtocol, evaluate_digital, evaluate_physical
 from blm.evaluation.digital.runner import DigitalEvalConfig
-from blm.policy.checkpoint import folder_of
+from blm.policy.checkpoint import checkpoint_folder
 from blm.policy.policy import CheckpointPolicy
 from blm.robots import ROBOTS
 from blm.tasks import TASKS
@@ -45,9 +45,9 @@ def test_the_policy_was_trained_on_the_released_backbone(nano: Backbone, policy:
 def test_a_checkpoint_here_wins_over_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "blm-nano").mkdir()
-    assert folder_of("blm-nano") == NANO
+    assert checkpoint_folder("blm-nano") == NANO
     (tmp_path / "blm-nano/manifest.json").touch()
-    assert folder_of("blm-nano") == Path("blm-nano") and folder_of("other") == Path("other")
+    assert checkpoint_folder("blm-nano") == Path("blm-nano") and checkpoint_folder("other") == Path("other")
 
 
 def test_it_pushes_on_every_robot(policy: CheckpointPolicy, tmp_path: Path) -> None:

@@ -82,11 +82,11 @@ def _with_progress(things: Sequence[Any], title: str) -> Iterable[Any]:
 
 
 def _examine(path: Path) -> Iterator[Check]:
-    from blm.policy.checkpoint import folder_of
+    from blm.policy.checkpoint import checkpoint_folder
 
     if (path / "meta/info.json").exists():
         yield from _dataset(path)
-    elif (folder_of(path) / "manifest.json").exists():
+    elif (checkpoint_folder(path) / "manifest.json").exists():
         yield _checkpoint(path)
     elif (path / "collect.json").exists() or _datasets(path):
         yield from _collection(path)

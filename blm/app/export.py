@@ -103,9 +103,9 @@ def export_dataset(source: Path, out: Path) -> None:
 
 def export_checkpoint(source: str, out: Path) -> None:
     """Copy a checkpoint with its model card. Raises BlmError for a damaged checkpoint."""
-    from blm.policy.checkpoint import folder_of, read_config
+    from blm.policy.checkpoint import checkpoint_folder, read_config
 
-    folder = folder_of(source)
+    folder = checkpoint_folder(source)
     read_config(folder)
     with new_folder(out) as work:
         shutil.copytree(folder, work, dirs_exist_ok=True)

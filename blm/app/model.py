@@ -12,8 +12,8 @@ import torch
 
 from blm.backbone import BACKBONES, Backbone
 from blm.backbone.generation.generator import Generation
-from blm.backbone.vision_cache import remember_sight
-from blm.policy.checkpoint import RELEASES, folder_of, kind_of
+from blm.backbone.vision_cache import cache_vision_features
+from blm.policy.checkpoint import RELEASES, checkpoint_folder, checkpoint_kind
 from blm.policy.policy import CheckpointPolicy
 from blm.types import ActionChunk, BlmError, Message, Observation, Policy, PolicyContract, UnknownNameError
 
@@ -27,7 +27,7 @@ class BLM:
 
     def __init__(self, policy: CheckpointPolicy) -> None:
         self.policy = policy
-        remember_sight(policy.backbone)
+        cache_vision_features(policy.backbone)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, *, device: str = "cpu") -> BLM:
@@ -35,9 +35,9 @@ class BLM:
 
         Raises UnknownNameError for any other name, and BlmError for a missing or altered file.
         """
-        if not (folder := folder_of(name_or_folder)).is_dir():
+        if not (folder := checkpoint_folder(name_or_folder)).is_dir():
             raise UnknownNameError("checkpoint", str(name_or_folder), [*RELEASES, "<a folder from Stage II>"])
-        if (kind := kind_of(folder)) != "blm":
+        if (kind := checkpoint_kind(folder)) != "blm":
             raise BlmError(
                 f"checkpoint '{folder}' is a {kind}, which cannot chat; `blm serve` serves its actions"
             )
@@ -130,7 +130,7 @@ class ModelSource:
         except Exception as error:  # transformers raises of many kinds for a folder or hub it cannot read
             reason = (str(error).strip().splitlines() or [""])[0][:300]
             raise BlmError(f"cannot load '{self.where}': {type(error).__name__}: {reason}") from error
-        remember_sight(backbone)
+        cache_vision_features(backbone)
         return LoadedModel(backbone, None)
 
 
@@ -155,7 +155,7 @@ def find_model(
     model.
     """
     name = str(name_or_folder)
-    folder = folder_of(name)
+    folder = checkpoint_folder(name)
     if not folder.is_dir():
         if name in BACKBONES:
             return ModelSource("backbone", name)
@@ -179,7 +179,7 @@ def find_model(
 
 def _checkpoint(folder: Path) -> ModelSource:
     kinds: dict[str, Kind] = {"blm": "blm", "diffusion_policy": "diffusion_policy"}
-    kind = kind_of(folder)
+    kind = checkpoint_kind(folder)
     if kind not in kinds:
         raise BlmError(
             f"checkpoint '{folder}' is of kind '{kind[:40]}'; this program reads {', '.join(kinds)}"

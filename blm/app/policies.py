@@ -16,7 +16,7 @@ from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy
 from blm.evaluation.physical.reference_policies import ReplayPolicy
 from blm.planner.arm_planner import PlanError
 from blm.planner.expert import Expert
-from blm.policy.checkpoint import folder_of, kind_of
+from blm.policy.checkpoint import checkpoint_folder, checkpoint_kind
 from blm.policy.policy import CheckpointPolicy, RealTimeChunkingPolicy
 from blm.robots import ROBOTS
 from blm.serving.client import RemotePolicy
@@ -102,7 +102,7 @@ def policy_factory(
     if name.startswith(SCHEMES):
         identity = f"{server_name} at {name}" if server_name else ""
         return partial(RemotePolicy, name, api_key=api_key, contract=replace(contract, revision=identity))
-    if (folder_of(name) / "manifest.json").is_file():
+    if (checkpoint_folder(name) / "manifest.json").is_file():
         check_device(device)
         return partial(load_checkpoint, Path(name), device=device)
     raise BlmError(f"no policy '{name}': give {HELP}")
@@ -110,7 +110,7 @@ def policy_factory(
 
 def load_checkpoint(folder: Path, *, device: str = "cpu") -> Policy:
     """Load a checkpoint of any kind. Raises BlmError for missing or altered files."""
-    if kind_of(folder) == "diffusion_policy":
+    if checkpoint_kind(folder) == "diffusion_policy":
         from blm.baselines.diffusion_policy import DiffusionPolicy
 
         return DiffusionPolicy.load(folder, device=device)

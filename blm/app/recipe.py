@@ -27,7 +27,7 @@ from blm.tasks.scene import CAMERAS
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.train import PolicyTrainingConfig
-from blm.training.pretraining.nano import Schooling
+from blm.training.pretraining.nano import NanoPretrainingConfig
 from blm.training.sft.train import Stage1Config
 from blm.types import BlmError, PolicyContract, lookup, require_numbers
 
@@ -85,7 +85,7 @@ class Stage1Settings:
 
     backbone: str = "nano"
     """A name of BACKBONES, or a folder."""
-    schooling: Schooling = field(default_factory=Schooling)
+    schooling: NanoPretrainingConfig = field(default_factory=NanoPretrainingConfig)
     """Pretraining of a fresh nano backbone; other backbones ignore it."""
     training: Stage1Config
 

@@ -21,7 +21,7 @@ from blm.bridge import BridgeConfig
 from blm.policy.network import PolicyConfig
 from blm.tasks import TASKS
 from blm.training.loop.loop import LoopConfig
-from blm.training.pretraining.nano import Schooling
+from blm.training.pretraining.nano import NanoPretrainingConfig
 from blm.training.sft.lora import Lora
 from blm.training.sft.train import Stage1Config
 
@@ -32,8 +32,8 @@ def nano_stage1(*, eye: int, drill: int, steps: int, batch_size: int = 8) -> Sta
     The three numbers are training steps: of the vision tower alone, of the grounding drill (one
     picture at a time), and of Stage I proper.
     """
-    defaults = Schooling()
-    schooling = Schooling(
+    defaults = NanoPretrainingConfig()
+    schooling = NanoPretrainingConfig(
         eye=replace(defaults.eye, steps=eye),
         drill=replace(defaults.drill, steps=drill),
     )

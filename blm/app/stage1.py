@@ -8,7 +8,7 @@ from pathlib import Path
 
 from blm.backbone import Backbone
 from blm.corpora.format.messages import Conversation
-from blm.training.pretraining.nano import Schooling, for_nano, is_nano, taught_nano
+from blm.training.pretraining.nano import NanoPretrainingConfig, is_nano, nano_sources, pretrain_nano
 from blm.training.sft.tokenize_corpora import TrainingSource
 from blm.training.sft.train import Stage1Config
 
@@ -41,7 +41,7 @@ def prepare_stage1(
     backbone: Backbone | None,
     corpora: Sequence[TrainingCorpus],
     config: Stage1Config,
-    schooling: Schooling,
+    schooling: NanoPretrainingConfig,
     out: Path,
     *,
     device: str = "cpu",
@@ -53,18 +53,18 @@ def prepare_stage1(
     """
     if backbone is None:
         texts = [(corpus.conversations, corpus.folder) for corpus in corpora]
-        backbone = taught_nano(texts, schooling, out, seed=config.loop.seed)
+        backbone = pretrain_nano(texts, schooling, out, seed=config.loop.seed)
         backbone.model.to(device)
     if is_nano(backbone):
         shares = [(corpus.conversations, corpus.folder, corpus.weight) for corpus in corpora]
-        return backbone, for_nano(shares, config.loop)
+        return backbone, nano_sources(shares, config.loop)
     sources = [
         TrainingSource(
             name=corpus.name,
             conversations=[conversation.messages for conversation in corpus.conversations],
             root=corpus.folder,
             weight=corpus.weight,
-            places=[f"{corpus.folder}, {conversation.id}" for conversation in corpus.conversations],
+            locations=[f"{corpus.folder}, {conversation.id}" for conversation in corpus.conversations],
         )
         for corpus in corpora
     ]

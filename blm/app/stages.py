@@ -43,7 +43,7 @@ from blm.evaluation.digital.subset import evenly_spaced
 from blm.evaluation.report import ReportData, build_report
 from blm.io import read_json, replacing, write_json
 from blm.planner import collect
-from blm.policy.checkpoint import folder_of, read_contract
+from blm.policy.checkpoint import checkpoint_folder, read_contract
 from blm.policy.policy import CheckpointPolicy
 from blm.robots import ROBOTS
 from blm.tasks import Env
@@ -94,7 +94,7 @@ def run_stage2(recipe: Recipe, run: Path) -> None:
     )
     drives = recipe.stage2.drive
     drive = closed_loop_validation(run / "stage2", recipe.tasks, drives, recipe.workers) if drives else None
-    train_stage2(config, run / "stage2", {"recipe": to_json(recipe)}, drive=drive)
+    train_stage2(config, run / "stage2", {"recipe": to_json(recipe)}, validate=drive)
 
 
 def run_eval_digital(recipe: Recipe, run: Path) -> None:
@@ -129,7 +129,7 @@ def run_eval_physical(recipe: Recipe, run: Path) -> None:
 
 def run_released(recipe: Recipe, run: Path) -> None:
     """Evaluate the released model on the scenes of this run; ask questions about one of them."""
-    folder, out = folder_of("blm-nano"), run / "results/released"
+    folder, out = checkpoint_folder("blm-nano"), run / "results/released"
     protocol = physical_protocol(recipe, read_contract(folder), (recipe.robots, recipe.tasks))
     make = partial(CheckpointPolicy.load, folder)
     evaluate_physical(make, protocol, out, workers=recipe.workers, engine=recipe.engine)

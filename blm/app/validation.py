@@ -9,10 +9,12 @@ from pathlib import Path
 from blm.evaluation import PhysicalProtocol, evaluate_physical
 from blm.io import remove_own, work_folder
 from blm.policy.policy import CheckpointPolicy
-from blm.training.policy.train import Drive
+from blm.training.policy.train import ClosedLoopValidation
 
 
-def closed_loop_validation(out: Path, tasks: Sequence[str], episodes: int, workers: int) -> Drive:
+def closed_loop_validation(
+    out: Path, tasks: Sequence[str], episodes: int, workers: int
+) -> ClosedLoopValidation:
     """Return a callback that validates a policy during training: `episodes` of each robot and task.
 
     It returns the success rate under "success"; results are kept in `out`/driven/STEP.

@@ -1,7 +1,7 @@
 """The prompt engine: system text, robot, cameras, instruction and video frames -> chat messages.
 
-Pictures come first, in the order given, and text after them: in a causal model the picture tokens then see
-the same prefix in a question and in a control prompt.
+Pictures come first, in the order given, and text after them: in a causal model the picture tokens
+then see the same prefix in a question and in a control prompt.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ def control_prompt(
 def control_question(instruction: str, robot: str, cameras: Sequence[str]) -> str:
     """Return the text of the control prompt; `robot` is its name ("panda").
 
-    It asks for object, goal, gripper and next primitive although nobody waits for the words: a model that was
-    taught to answer such questions gathers the answers at their positions, where the bridge reads them.
+    It asks for object, goal, gripper and next primitive although nobody waits for the words: a
+    model that was taught to answer such questions gathers the answers at their positions, where the
+    bridge reads them.
     """
     return (
         f"Robot: {robot}. Views: {', '.join(cameras)}. Point to the object, the goal and the gripper in each "
@@ -49,7 +50,8 @@ def question_prompt(
 def video_prompt(
     question: str, frames: Sequence[ImageArray], rate_hz: float, *, count: int = 8
 ) -> tuple[Message, ...]:
-    """Return one user turn with at most `count` frames as pictures, evenly spaced, and their times [s]."""
+    """Return one user turn with at most `count` frames as pictures, evenly spaced, and their times
+    [s]."""
     if len(frames) == 0 or count < 1:
         raise BlmError(f"a video prompt needs frames; got {len(frames)} and room for {count}")
     picked = np.unique(np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int))

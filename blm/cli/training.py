@@ -26,9 +26,9 @@ from blm.io import write_json
 from blm.seeds import VALIDATION_SEEDS, reserved_seeds_warning
 from blm.training.loop.distributed import Processes
 from blm.training.policy.train import PolicyTrainingConfig, train_stage2
-from blm.training.pretraining.nano import Schooling
+from blm.training.pretraining.nano import NanoPretrainingConfig
 from blm.training.sft.retention import Retention, read_texts
-from blm.training.sft.tokenize_corpora import Reader, TrainingSource
+from blm.training.sft.tokenize_corpora import CorpusTokenizer, TrainingSource
 from blm.training.sft.train import Stage1Config, held_out_loss, train_stage1
 from blm.types import BlmError, require_numbers
 
@@ -62,7 +62,7 @@ class TrainStage1(CliCommand):
     backbone: str = "nano"
     """nano (created with a tokenizer of these corpora), the name of another backbone, or a
     folder."""
-    schooling: Schooling = field(default_factory=Schooling)
+    schooling: NanoPretrainingConfig = field(default_factory=NanoPretrainingConfig)
     """Pretraining of a fresh nano."""
     held_out: Path | None = None
     """Corpus folder for the held-out loss."""
@@ -126,8 +126,10 @@ class TrainStage1(CliCommand):
         chosen = conversations[::step][: self.held_out_rows]
         source = TrainingSource(name="held out", conversations=chosen, root=self.held_out)
         processes = Processes.join(backbone.model.device.type)
-        reader = Reader(backbone, self.config.limits, processes, skip_bad=False, features=False)
-        return list(reader.read(source).rows)
+        tokenizer = CorpusTokenizer(
+            backbone, self.config.limits, processes, skip_bad=False, cache_features=False
+        )
+        return list(tokenizer.tokenize(source).examples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +161,7 @@ class TrainStage2(CliCommand):
         if self.drive:
             drive = closed_loop_validation(self.out, tasks, self.drive, config.intents.workers)
         facts = {"command": list(command_line), "config": _recorded(self, config)}
-        checkpoint = train_stage2(config, self.out, facts, drive=drive)
+        checkpoint = train_stage2(config, self.out, facts, validate=drive)
         processes = Processes.join(config.device)
         if processes.first:
             console.print(f"checkpoint: {checkpoint}, best: {self.out / 'best'}", soft_wrap=True)

@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blm.datasets.files import content_hash, describe_files
+from blm.datasets.statistics import Stats
 from blm.datasets.video import VideoFile
 from blm.seeds import count_reserved_seeds
-from blm.types import ActionSpace, ContractError, Episode, FloatArray, ImageArray, Stats
+from blm.types import ActionSpace, ContractError, Episode, FloatArray, ImageArray
 
 VECTORS: Final = ("observation.state", "action", "executed_action")
 """Names of the vector features, all of shape [N, D]."""

@@ -30,8 +30,9 @@ from blm.datasets.lerobot_writer import (
     stage_episode,
     video_file,
 )
+from blm.datasets.statistics import Stats
 from blm.io import read_json, reading, recover_folder
-from blm.types import ActionSpace, BlmError, Stats
+from blm.types import ActionSpace, BlmError
 
 __all__ = [
     "EpisodeDataset",

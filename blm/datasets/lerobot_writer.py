@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from blm.datasets.files import write_manifest, written_here
-from blm.datasets.statistics import compute_stats, histogram_stats, image_histogram
+from blm.datasets.statistics import Stats, compute_stats, histogram_stats, image_histogram
 from blm.datasets.video import concatenate, encode
 from blm.io import new_folder, reading, write_json, writing
 from blm.seeds import count_reserved_seeds
-from blm.types import ActionSpace, BlmError, ContractError, Episode, Stats
+from blm.types import ActionSpace, BlmError, ContractError, Episode
 
 FORMAT = 2
 """Version of the "blm" key of info.json. Version 2 added executed actions and the manifest."""

@@ -7,18 +7,44 @@ once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blm.types import BlmError, FloatArray, ImageArray, Stats
+from blm.types import BlmError, FloatArray, ImageArray
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 SAMPLED_FRAMES = 8
 """Number of frames per video from which its pixel statistics are computed."""
 Histogram = NDArray[np.int64]
 """[3, 256] counts of the 8-bit values of each colour channel."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Exact statistics of one vector feature over all frames of a dataset, [D] each."""
+
+    min: FloatArray
+    max: FloatArray
+    mean: FloatArray
+    std: FloatArray
+    q01: FloatArray
+    q10: FloatArray
+    q50: FloatArray
+    q90: FloatArray
+    q99: FloatArray
+    count: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v if isinstance(v, int) else np.asarray(v).tolist() for k, v in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Stats:
+        arrays: dict[str, Any] = {k: np.asarray(v, dtype=np.float64) for k, v in data.items() if k != "count"}
+        return cls(count=int(data["count"]), **arrays)
 
 
 def compute_stats(array: NDArray[Any]) -> Stats:

@@ -92,7 +92,7 @@ class PolicySession:
             robot=self.limits.robot,
             seed=decision_seed(self.seed, self._numbers),
             chunk=None if left is None else left.astype(np.float32),
-            frozen=0 if left is None else min(lead, len(left)),
+            inference_delay=0 if left is None else min(lead, len(left)),
         )
         timeline.pending = ChunkRequest(
             number=self._numbers, observed_at=reading.observed_at, asked_at=now, observation=observation

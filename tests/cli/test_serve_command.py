@@ -120,7 +120,7 @@ def test_who_may_serve_the_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert _check_access(Serve(checkpoint="blm-nano", host="0.0.0.0", api_key_file=file)).accepts("k")
     monkeypatch.setenv("BLM_API_KEY", "from-environment")
     assert _check_access(Serve(checkpoint="blm-nano", host="::")).accepts("from-environment")
-    assert _check_access(Serve(checkpoint="blm-nano", host="localhost")).trust.knows_host("localhost")
+    assert _check_access(Serve(checkpoint="blm-nano", host="localhost")).host_policy.knows_host("localhost")
 
 
 def test_ports_of_all_addresses_are_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -537,9 +537,9 @@ def test_a_chunk_in_progress_reaches_the_policy() -> None:
     left = np.arange(24, dtype=np.float32).reshape(3, 8)
     with running(Notes(), None) as address:
         remote = RemotePolicy(f"ws://{address}")
-        remote.act(Observation(**{**vars(observation()), "chunk": left, "frozen": 2}))
+        remote.act(Observation(**{**vars(observation()), "chunk": left, "inference_delay": 2}))
         remote.close()
-    assert got[-1].frozen == 2 and (got[-1].chunk == left).all()
+    assert got[-1].inference_delay == 2 and (got[-1].chunk == left).all()
 
 
 def test_health_waits_for_the_first_run_and_tells_of_a_broken_model() -> None:

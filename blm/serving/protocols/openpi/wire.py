@@ -146,7 +146,7 @@ def to_request(observation: Observation, plain: bool = False) -> dict[str, Any]:
         request[names.get(camera, IMAGES + camera)] = image
     request |= {PROMPT: observation.instruction, ROBOT: observation.robot, SEED: observation.seed}
     if observation.chunk is not None:
-        request |= {CHUNK: observation.chunk, FROZEN: observation.frozen}
+        request |= {CHUNK: observation.chunk, FROZEN: observation.inference_delay}
     return request
 
 
@@ -209,7 +209,7 @@ def _read(request: Mapping[str, Any], contract: PolicyContract) -> Observation:
         robot=robot,
         seed=_whole(SEED, request),
         chunk=None if chunk is None else _numbers(CHUNK, chunk, levels=2),
-        frozen=_whole(FROZEN, request),
+        inference_delay=_whole(FROZEN, request),
     )
 
 
