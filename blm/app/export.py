@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 VLLM = ("qwen2_5_vl", "qwen3_vl", "llava", "idefics3", "smolvlm")
 """`model_type` of configs that we can load and vLLM serves (its list of supported multimodal models)."""
-VIDEO = {"qwen2_5_vl": "Qwen2VLVideoProcessor", "qwen3_vl": "Qwen3VLVideoProcessor"}
-"""Families whose processor has a part for videos, which cannot be saved without torchvision."""
 TOLERANCE = 1e-4
 """Largest difference of a logit between our model and what plain transformers reads from the folder."""
 PROOF = """
@@ -71,9 +69,7 @@ def export_vllm(source: str, out: Path, *, images: int = 8, context: int = 8192)
         backbone.write_into(work)
         pictures = backbone.processor.image_processor.to_dict()
         (work / "preprocessor_config.json").write_text(json.dumps(pictures, indent=1))
-        if kind in VIDEO:
-            video = {**pictures, "video_processor_type": VIDEO[kind]}
-            video.pop("image_processor_type", None)
+        if video := backbone.processor.to_dict().get("video_processor"):
             (work / "video_preprocessor_config.json").write_text(json.dumps(video, indent=1))
         _prove(backbone, work)
         (work / "README.md").write_text(_backbone_card(command, kind, source))

@@ -17,23 +17,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
-    Idefics3Processor,
     PreTrainedModel,
-    SmolVLMProcessor,
 )
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import is_torchvision_available
 
 from blm.backbone.generation.generator import Generation
 from blm.backbone.generation.prefill import shallow
 from blm.backbone.nano.model import SAMPLE_TEXTS, make_nano
+from blm.backbone.processors import load_processor
 from blm.backbone.prompt import question_prompt, to_chat
 from blm.backbone.saving import save_folder
 from blm.backbone.smol import make_smol
+from blm.backbone.video import (
+    Video,
+    VideosAs,
+    check_videos,
+    load_media,
+    media_of,
+    reads_videos,
+    video_arguments,
+)
 from blm.io import settled
-from blm.media import load_pixels
 from blm.types import BlmError, Message, Sampling, lookup
 
 Inputs = dict[str, Tensor]
@@ -52,11 +56,20 @@ class Tapped:
 
 
 class Backbone:
-    """A model and its processor. `tap` may run in one thread while `answer` runs in another."""
+    """A model and its processor. `tap` may run in one thread while `answer` runs in another.
+
+    `videos_as` says how the frames of a video that stand together in a message reach the model. "video": as
+    one video input, with the family's own patches along time and its own times; the default for Qwen2.5-VL
+    and Qwen3-VL, because their published scores on videos are measured so. "frames": as single images;
+    all that other families know, and what a Qwen model should keep that was trained so.
+    """
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         self.model = model.eval()
         self.processor = processor
+        self.videos_as: VideosAs = "frames"
+        if reads_videos(processor, model.config.model_type):
+            self.videos_as = "video"
         self._path = _decoder_path(model)
         self._processing = threading.Lock()
 
@@ -75,7 +88,7 @@ class Backbone:
             model = AutoModelForImageTextToText.from_pretrained(source)
             for p in model.parameters():  # tensors of a file lie as they come; aligned, their sums are
                 p.data = p.data.clone()  # the same bits in every process
-            backbone = cls(model, _load_processor(source))
+            backbone = cls(model, load_processor(source))
         else:
             backbone = source()
         backbone.model.to(device=device, dtype=dtype)
@@ -97,24 +110,30 @@ class Backbone:
     def render(self, messages: Sequence[Message], *, prompt: bool) -> str:
         """Return the text of a conversation by the model's own chat template, one placeholder per picture.
 
-        With `prompt` it ends where the assistant begins. Raises BlmError if a text contains the placeholder.
+        A video has one placeholder too. With `prompt` the text ends where the assistant begins. Raises
+        BlmError if a text contains a placeholder.
         """
         for message in messages:
-            if self.processor.image_token in message.text:
-                raise BlmError(
-                    f"text of the {message.role} contains '{self.processor.image_token}', which is reserved"
-                )
+            for token in (self.processor.image_token, getattr(self.processor, "video_token", None)):
+                if token is not None and token in message.text:
+                    raise BlmError(f"text of the {message.role} contains '{token}', which is reserved")
         return self.processor.apply_chat_template(
-            to_chat(messages), tokenize=False, add_generation_prompt=prompt
+            to_chat(messages, self.videos_as), tokenize=False, add_generation_prompt=prompt
         )
 
     def process(
-        self, texts: Sequence[str], images: Sequence[np.ndarray], *, side: Literal["left", "right"] = "left"
+        self,
+        texts: Sequence[str],
+        images: Sequence[np.ndarray],
+        *,
+        videos: Sequence[Video] = (),
+        side: Literal["left", "right"] = "left",
     ) -> Inputs:
-        """Tokenise rendered texts, padded on `side`, and their pictures, in reading order; on the CPU.
+        """Tokenise rendered texts, padded on `side`, with their pictures and videos in reading order.
 
-        Raises BlmError when placeholders and picture features differ.
+        The result is on the CPU. Raises BlmError when placeholders and picture features differ.
         """
+        more = video_arguments(texts, videos, self.processor)
         with self._processing:  # a fast tokenizer changes its padding state and may not be shared meanwhile
             inputs = dict(
                 self.processor(
@@ -123,6 +142,7 @@ class Backbone:
                     padding=True,
                     padding_side=side,
                     return_tensors="pt",
+                    **more,
                 )
             )
         if "pixel_values" in inputs and inputs["pixel_values"].ndim == 5:
@@ -149,6 +169,7 @@ class Backbone:
                 f"{placeholders} image placeholders but {features} image features: a picture is missing, "
                 "extra, or was cut by truncation"
             )
+        check_videos(self.processor, inputs)
         length, limit = inputs["input_ids"].shape[1], self.decoder.config.max_position_embeddings
         if length > limit:
             raise BlmError(
@@ -178,13 +199,18 @@ class Backbone:
     ) -> Inputs:
         """Return what `encode` does, on the CPU and in full precision."""
         texts = [self.render(messages, prompt=True) for messages in conversations]
-        images = [load_pixels(image, root) for c in conversations for m in c for image in m.images]
-        return self.process(texts, images, side=side)
+        media = [part for messages in conversations for part in media_of(messages, self.videos_as)]
+        images, videos = load_media(media, root)
+        return self.process(texts, images, videos=videos, side=side)
 
     def place(self, inputs: Inputs) -> Inputs:
         """Move inputs to the model's device, and pictures to its precision."""
+        exact = ("second_per_grid_ts",)  # positions are computed from it
         return {
-            name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+            name: value.to(
+                self.model.device,
+                self.model.dtype if value.is_floating_point() and name not in exact else None,
+            )
             for name, value in inputs.items()
         }
 
@@ -337,36 +363,3 @@ def _one_picture_a_row(pixels: Tensor) -> Tensor:
     """
     flat = pixels.flatten(0, 1)
     return flat[flat.flatten(1).any(1)][:, None]
-
-
-def _load_processor(source: str) -> Any:
-    """Load a processor that reads pictures; without torchvision, one that has no video part, which needs it.
-
-    We give videos as frames, so nothing is lost but the video settings of a folder saved again. SmolVLM gets
-    the processor of Idefics3, which it descends from: they read pictures alike, but SmolVLM's own asks for
-    num2words and a video part. Both would cut a picture into up to 17 tiles of 64 or more tokens; that is
-    switched off, as for frames of videos, so a picture costs the same whatever its size.
-    """
-    kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source))]
-    if kind is SmolVLMProcessor:
-        kind = Idefics3Processor
-    if "video_processor" in kind.get_attributes() and not is_torchvision_available():
-        kind = without_video(kind)
-    processor = kind.from_pretrained(source)
-    if hasattr(processor.image_processor, "do_image_splitting"):
-        processor.image_processor.do_image_splitting = False
-    return processor
-
-
-def without_video(kind: Any) -> Any:
-    """Return the processor class `kind` with an image processor and a tokenizer only, under the same name.
-
-    transformers reads the parts of a processor off the signature of its constructor.
-    """
-
-    def init(
-        self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
-    ) -> None:
-        kind.__init__(self, image_processor, tokenizer, None, chat_template=chat_template)
-
-    return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})

@@ -26,6 +26,7 @@ from blm.backbone.generation.detokenizer import Detokenizer
 from blm.backbone.generation.prefill import Prefill, PrefixReader, Prompt
 from blm.backbone.generation.sampling import ScoreError, choose_token, is_greedy, penalise
 from blm.backbone.tokenizing import BackboneTokenizer
+from blm.backbone.video import grids_of, token_types
 from blm.types import BlmError, ChatCapacity, Message, Sampling
 
 if TYPE_CHECKING:
@@ -330,14 +331,15 @@ def positions_of(backbone: Backbone, inputs: Inputs) -> Tensor:
     Given explicitly, so that no call depends on what a model remembers of an earlier one.
     """
     mask = inputs["attention_mask"]
-    if "image_grid_thw" not in inputs:
+    grids = grids_of(inputs)
+    if not grids:
         return (mask.cumsum(-1) - 1).clamp_min(0)
     ids = inputs["input_ids"]
     model: Any = backbone.model.base_model
     three, _ = model.get_rope_index(
         input_ids=ids,
-        mm_token_type_ids=(ids == backbone.processor.image_token_id).long(),
-        image_grid_thw=inputs["image_grid_thw"],
+        mm_token_type_ids=token_types(backbone.processor, ids),
         attention_mask=mask,
+        **grids,
     )
     return three

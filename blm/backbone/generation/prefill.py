@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from blm.backbone.generation.batch import Answer, Batch
+from blm.backbone.video import MEDIA
 from blm.types import Sampling
 
 if TYPE_CHECKING:
@@ -111,7 +112,9 @@ class Prefill:
         """[B, L] number of each placeholder in reading order, -1 elsewhere."""
         self._size = size or 2 * seen.numel()  # then both bounds hold everything
         self._groups = self._grouped(seen)
-        self._at_once = self._size >= prompt.tokens and len(self._groups) <= 1
+        # Videos are read in one pass too: only files on this machine hold any, no request to a server does.
+        whole = self._size >= prompt.tokens and len(self._groups) <= 1
+        self._at_once = whole or "video_grid_thw" in prompt.inputs
         self._encoded = list[Any]()
         """Features of the groups so far; None for those that are not needed any more."""
 
@@ -136,7 +139,7 @@ class Prefill:
 
     def _read_whole(self) -> None:
         """One pass over pictures and text, as for an action: what was seen for one is known for the other."""
-        pictures = {k: v for k, v in self.prompt.inputs.items() if k in ("pixel_values", "image_grid_thw")}
+        pictures = {name: value for name, value in self.prompt.inputs.items() if name in MEDIA}
         pictures = self._reader.backbone.place(pictures)
         out = self._reader.backbone.model(input_ids=self.ids, **pictures, **self._at(self.prompt.tokens))
         self.logits = out.logits[:, -1]

@@ -72,7 +72,7 @@ class MaskedLossModel(nn.Module):
     def _nothing(self, inputs: Inputs) -> Tensor | float:
         """Zero, for which the eye has run on the dummy picture if the batch has none."""
         needed = self.eye and (self.sharded or not all(map(is_frozen, self.eye)))
-        if not needed or not inputs.keys().isdisjoint(self.dummy):
+        if not needed or "video_grid_thw" in inputs or not inputs.keys().isdisjoint(self.dummy):
             return 0.0
         seen = see(self.backbone, ready(self.backbone, self.dummy))
         deep = getattr(seen, "deepstack_features", None) or []

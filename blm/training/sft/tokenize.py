@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from blm.backbone import Backbone, Inputs
-from blm.media import load_pixels
+from blm.backbone.video import Clip, Video, grids_of, load_media, token_types
+from blm.backbone.video import media_of as media_of_messages
 from blm.types import BlmError, Image, ImageArray, Message, require_numbers
 
 Messages = tuple[Message, ...]
@@ -47,12 +48,24 @@ class Limits:
 
 @dataclass(frozen=True)
 class Shown:
-    """Pictures, and the text that has their placeholders."""
+    """Pictures and videos, and the text that has their placeholders."""
 
     text: str
-    images: tuple[Image, ...]
+    images: tuple[Image | Clip, ...]
     root: Path | None
     max_pixels: int | None
+
+    def read(self, backbone: Backbone) -> tuple[Inputs, int]:
+        """Return what the model's processor makes of them, and how many pictures were shrunk."""
+        whole, clips = load_media(self.images, self.root)
+        images = [shrunk(pixels, self.max_pixels) for pixels in whole]
+        count = sum(small is not pixels for small, pixels in zip(images, whole, strict=True))
+        videos = list[Video]()
+        for clip in clips:
+            frames = [shrunk(frame, self.max_pixels) for frame in clip.frames]
+            count += sum(small.shape != clip.frames.shape[1:] for small in frames)
+            videos.append(Video(np.stack(frames), clip.times))
+        return backbone.process([self.text], images, videos=videos), count
 
 
 @dataclass(frozen=True)
@@ -75,14 +88,16 @@ class Row:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def shows_video(self) -> bool:
+        """Whether the model's eye will see a video for this row."""
+        return self.shown is not None and any(isinstance(part, Clip) for part in self.shown.images)
+
     def media(self, backbone: Backbone) -> Media:
         """Return the features of its pictures, or what the model's processor makes of them."""
         if self.shown is None:
             return self.features
-        loaded = (load_pixels(image, self.shown.root) for image in self.shown.images)
-        return media_of(
-            backbone.process([self.shown.text], [shrunk(pixels, self.shown.max_pixels) for pixels in loaded])
-        )
+        return media_of(self.shown.read(backbone)[0])
 
 
 @contextmanager
@@ -101,11 +116,9 @@ def make_row(
 ) -> Row | None:
     """Tokenise one conversation; None if even its first turn is too long. `counts` says what happened."""
     turns = separated(messages) if limits.separate_turns else [messages]
-    images = tuple(image for message in turns[0] for image in message.images)
+    images = media_of_messages(turns[0], backbone.videos_as)
     shown = Shown(backbone.render(turns[0], prompt=False), images, root, limits.max_pixels)
-    loaded = [load_pixels(image, root) for image in images]
-    pixels = [shrunk(whole, limits.max_pixels) for whole in loaded]
-    read = backbone.process([shown.text], pixels)
+    read, changed = shown.read(backbone)
     tokens, loss_mask, segment_ids = _segments(backbone, read["input_ids"][0].numpy(), turns)
     if len(tokens) > limits.max_length:
         counts["turns cut"] += 1
@@ -115,7 +128,7 @@ def make_row(
         counts["dropped, too long"] += 1
         return None
     counts["kept"] += 1
-    if changed := sum(small is not whole for small, whole in zip(pixels, loaded, strict=True)):
+    if changed:
         counts["pictures shrunk"] += changed
     positions = _positions(backbone, tokens, segment_ids, media_of(read) if images else {})
     return Row(tokens, loss_mask, segment_ids, positions, shown if images else None)
@@ -145,7 +158,7 @@ def _segments(
     What all turns begin with is shared, but a turn's answer never begins right after it: the token before
     each learnt one must be of the same turn.
     """
-    placeholder = backbone.processor.image_token_id
+    placeholder = _placeholders(backbone)
     plain = [_answers(backbone, turn) for turn in turns]  # with one placeholder a picture
     loss_mask = _spread(first, *plain[0], placeholder)
     if len(turns) == 1:
@@ -167,13 +180,22 @@ def _segments(
     )
 
 
-def _spread(tokens: np.ndarray, plain: np.ndarray, loss_mask: np.ndarray, placeholder: int) -> np.ndarray:
+def _placeholders(backbone: Backbone) -> np.ndarray:
+    """Return the tokens that stand for pictures and videos."""
+    processor = backbone.processor
+    video = getattr(processor, "video_token_id", None)
+    return np.array([processor.image_token_id, *([] if video is None else [video])])
+
+
+def _spread(
+    tokens: np.ndarray, plain: np.ndarray, loss_mask: np.ndarray, placeholder: np.ndarray
+) -> np.ndarray:
     """Carry `loss_mask` from `plain`, with one placeholder a picture, to `tokens`, with pictures written out.
 
     How a picture is written out is the processor's secret; the text between pictures is the same in both.
     """
     wide, end, stop = np.zeros(len(tokens), dtype=bool), len(tokens), len(plain)
-    for cut in (*np.flatnonzero(plain == placeholder)[::-1].tolist(), -1):
+    for cut in (*np.flatnonzero(np.isin(plain, placeholder))[::-1].tolist(), -1):
         piece, mine = plain[cut + 1 : stop], loss_mask[cut + 1 : stop]
         if mine.any():
             starts = np.lib.stride_tricks.sliding_window_view(tokens[:end], len(piece))
@@ -186,20 +208,19 @@ def _spread(tokens: np.ndarray, plain: np.ndarray, loss_mask: np.ndarray, placeh
 def _positions(backbone: Backbone, tokens: np.ndarray, segment_ids: np.ndarray, media: Media) -> np.ndarray:
     at = np.arange(len(tokens))
     positions = at[None]
-    if "image_grid_thw" in media:
+    grids = grids_of(join([media]))
+    if grids:
         ids = torch.from_numpy(tokens)[None]
         three, _ = backbone.model.base_model.get_rope_index(
-            input_ids=ids,
-            mm_token_type_ids=(ids == backbone.processor.image_token_id).long(),
-            image_grid_thw=torch.cat(media["image_grid_thw"]),
+            input_ids=ids, mm_token_type_ids=token_types(backbone.processor, ids), **grids
         )
         positions = three[:, 0].numpy()
     begin = np.maximum.accumulate(np.where(np.diff(segment_ids, prepend=0) != 0, at, 0))
     return positions - np.where(segment_ids > 0, begin - np.argmax(segment_ids > 0), 0)
 
 
-def _end_of_pictures(tokens: np.ndarray, placeholder: int) -> int:
-    where = np.flatnonzero(tokens == placeholder)
+def _end_of_pictures(tokens: np.ndarray, placeholder: np.ndarray) -> int:
+    where = np.flatnonzero(np.isin(tokens, placeholder))
     return int(where[-1]) + 1 if len(where) else 0
 
 

@@ -109,6 +109,8 @@ def train_stage1(
             require_free(out / name)
         write_json(out / "rows.json", dict(counts))
     sharded = processes.count > 1 and (config.loop.shard or wants_shards())
+    if sharded:
+        _require_no_videos(read)
     answers = MaskedLossModel(backbone, sharded=sharded, cached=config.cache_features)
     if config.checkpoint_blocks:
         model.activation_checkpointing_enable()
@@ -137,6 +139,19 @@ def train_stage1(
         backbone.save(out / "backbone")
     processes.wait()
     return counts
+
+
+def _require_no_videos(read: Sequence[Source]) -> None:
+    """Raise BlmError for rows with videos: sharded ranks must run the vision tower equally often.
+
+    It runs once for images and once more for videos, so ranks whose batches differ would wait for ever.
+    """
+    for source in read:
+        if any(row.shows_video for row in source.rows):
+            raise BlmError(
+                f"'{source.name}' has videos, which sharded training cannot read as videos: set "
+                "cache_features, train without sharding, or set the backbone's videos_as to 'frames'"
+            )
 
 
 def _choose_trained(backbone: Backbone, config: Stage1Config) -> PeftModel | None:

@@ -26,7 +26,10 @@ AT_ONCE = 64
 """Pictures that a tower sees in one pass."""
 Features = dict[str, Tensor]
 """Of one picture or several: "tower_features" [units, tokens, width], or "picture_features" [tokens, width]
-with, for Qwen3-VL, "deepstack_features" [tokens, blocks, width]."""
+with, for Qwen3-VL, "deepstack_features" [tokens, blocks, width]. Of a video both begin with "video_"."""
+VIDEO = "video_"
+GRIDS = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}
+"""Sizes of pictures and videos -> their patches, which stand in one row."""
 
 
 @dataclass
@@ -81,7 +84,7 @@ def _see_all(backbone: Backbone, units: Mapping[str, Inputs], together: int) -> 
     shapes = defaultdict[object, list[str]](list)
     for place, (key, unit) in enumerate(units.items()):
         alike = tuple((name, value.shape) for name, value in unit.items())
-        shapes[alike if together > 1 and "image_grid_thw" not in unit else place].append(key)
+        shapes[alike if together > 1 and not GRIDS.keys() & unit.keys() else place].append(key)
     for keys in shapes.values():
         joined = {name: torch.cat([units[key][name] for key in keys]) for name in units[keys[0]]}
         features = encode(backbone, joined)
@@ -113,17 +116,19 @@ def encode(backbone: Backbone, media: Inputs) -> Features:
             part.train(mode)
     if projector is not None:
         return {"tower_features": entered[0].cpu()}
-    features = {"picture_features": torch.cat(list(seen.pooler_output)).cpu()}
+    kind = VIDEO if "video_grid_thw" in media else ""
+    features = {f"{kind}picture_features": torch.cat(list(seen.pooler_output)).cpu()}
     if deep := getattr(seen, "deepstack_features", None):
         layers = [torch.cat(list(layer)) for layer in deep]
-        features["deepstack_features"] = torch.stack(layers, dim=1).cpu()
+        features[f"{kind}deepstack_features"] = torch.stack(layers, dim=1).cpu()
     return features
 
 
 def see(backbone: Backbone, inputs: Inputs) -> Any:
     """Return what the model's eye makes of the pictures, or cached features, among `inputs`.
 
-    It has `pooler_output` and, for Qwen3-VL, `deepstack_features`, as transformers' own output has.
+    A video among `inputs` must come without pictures. The result has `pooler_output` and, for Qwen3-VL,
+    `deepstack_features`, as transformers' own output has.
     """
     base: Any = backbone.model.base_model
     if "tower_features" in inputs:
@@ -135,6 +140,8 @@ def see(backbone: Backbone, inputs: Inputs) -> Any:
         return Seen(pooler_output=[inputs["picture_features"]], deepstack_features=layers)
     words = ("input_ids", "attention_mask", "position_ids")
     pictures = {name: value for name, value in inputs.items() if name not in words}
+    if "video_grid_thw" in pictures:
+        return base.get_video_features(**pictures, return_dict=True)
     return base.get_image_features(**pictures, return_dict=True)
 
 
@@ -143,7 +150,15 @@ def merged(backbone: Backbone, inputs: Inputs) -> dict[str, Any]:
     if not any(name.endswith("_features") for name in inputs):
         return dict(inputs)
     words = {name: value for name, value in inputs.items() if not name.endswith("_features")}
-    return {**words, "mm_encoder_outputs": {"image": see(backbone, inputs)}}
+    pictures = {name: value for name, value in inputs.items() if name not in words}
+    videos = {
+        name.removeprefix(VIDEO): pictures.pop(name) for name in list(pictures) if name.startswith(VIDEO)
+    }
+    kinds = {"image": pictures, "video": videos}
+    return {
+        **words,
+        "mm_encoder_outputs": {kind: see(backbone, part) for kind, part in kinds.items() if part},
+    }
 
 
 def _trained_projector(backbone: Backbone) -> nn.Module | None:
@@ -168,18 +183,21 @@ def projector_of(backbone: Backbone) -> Any:
 
 
 def _units(media: Media) -> list[Inputs]:
-    """Split media into single pictures (SmolVLM: tiles)."""
+    """Split media into single pictures (SmolVLM: tiles) and, after them, single videos."""
     if not media:
         return []
     whole = join([media])
-    if "image_grid_thw" in whole:
-        grids = whole["image_grid_thw"]
-        patches = whole["pixel_values"].split(grids.prod(-1).tolist())
-        return [{"pixel_values": p, "image_grid_thw": g[None]} for p, g in zip(patches, grids, strict=True)]
+    if GRIDS.keys() & whole.keys():
+        units = list[Inputs]()
+        for name, pixels in GRIDS.items():
+            grids = whole.get(name, torch.zeros(0, 3, dtype=torch.long))
+            patches = whole[pixels].split(grids.prod(-1).tolist()) if len(grids) else ()
+            units += [{pixels: p, name: g[None]} for p, g in zip(patches, grids, strict=True)]
+        return units
     pieces = {name: value.split(1) for name, value in whole.items()}
     return [dict(zip(pieces, unit, strict=True)) for unit in zip(*pieces.values(), strict=True)]
 
 
 def _gather(pictures: Sequence[Features]) -> Media:
-    names = pictures[0] if pictures else ()
-    return {name: tuple(picture[name] for picture in pictures) for name in names}
+    names = dict.fromkeys(name for picture in pictures for name in picture)
+    return {name: tuple(picture[name] for picture in pictures if name in picture) for name in names}
