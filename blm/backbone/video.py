@@ -270,19 +270,20 @@ class FrameProcessor:
 # --- settings -----------------------------------------------------------------------------------------------
 
 
-def video_settings(source: str | Path, model_type: str) -> dict[str, Any] | None:
-    """Return the complete settings of a model's video processor; None for a family that is not in DEFAULTS.
+def video_settings(source: str | Path, model_type: str) -> dict[str, Any]:
+    """Return the settings of a model's video processor, complete for a family of DEFAULTS.
 
-    Read from the folder or hub id `source` in the order of transformers: the part of processor_config.json,
-    video_preprocessor_config.json, preprocessor_config.json (Qwen2.5-VL's on the hub); what they leave
-    out, or all if they are missing, has the defaults of the class.
+    They are read from the folder or hub id `source` in the order of transformers: the part of
+    processor_config.json, video_preprocessor_config.json, preprocessor_config.json (Qwen2.5-VL's on
+    the hub). What these leave out, or all if they are missing, has the defaults of the class. For
+    another family only settings that name their class are returned, as they are.
     """
-    if model_type not in DEFAULTS:
-        return None
     found: dict[str, Any] = _json(source, PROCESSOR_NAME).get("video_processor", {})
     for name in (VIDEO_PROCESSOR_NAME, IMAGE_PROCESSOR_NAME):
         found = found or _json(source, name)
-    return completed(found, model_type)
+    if model_type in DEFAULTS:
+        return completed(found, model_type)
+    return found if "video_processor_type" in found else {}
 
 
 def completed(found: Settings, model_type: str) -> dict[str, Any]:

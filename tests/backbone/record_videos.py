@@ -2,8 +2,8 @@
 
 They need torchvision, which the project's environment does not have. Run this in another one:
 
-    uv venv /tmp/tv && uv pip install --python /tmp/tv/bin/python torch torchvision transformers av
-    PYTHONPATH=. /tmp/tv/bin/python -m tests.backbone.record_videos
+    python -m venv .venv-torchvision && .venv-torchvision/bin/pip install -e . torchvision
+    .venv-torchvision/bin/python -m tests.backbone.record_videos
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.video_utils import VideoMetadata
 
 OUT = Path(__file__).with_name("videos.json")
 KINDS = ("qwen2_5_vl", "qwen3_vl")
@@ -100,8 +102,6 @@ def record(kind: str, make: Any, processor: Any) -> dict[str, Any]:
         }
     found["settings"] = {name: make.from_dict(config).to_dict() for name, config in CONFIGS.items()}
     for name, times in TIMES.items():
-        from transformers.video_utils import VideoMetadata
-
         # a video of 20 Hz of which these frames were sampled; its length is what even sampling would need
         interval = (times[-1] - times[0]) / (len(times) - 1)
         metadata = VideoMetadata(
@@ -125,7 +125,8 @@ def record(kind: str, make: Any, processor: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    import torchvision_operators  # noqa: F401  declares operators if torchvision was built for another torch
+    with suppress(ImportError):  # for a torchvision that was built for another torch (scripts/lerobot.sh)
+        import torchvision_operators  # noqa: F401
     from transformers import (
         Qwen2_5_VLProcessor,
         Qwen2VLVideoProcessor,

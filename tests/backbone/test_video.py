@@ -19,6 +19,7 @@ import transformers.models.qwen2_vl
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 from blm.backbone import Backbone, build_nano, video_prompt
+from blm.backbone.generation.generator import Generation, positions_of
 from blm.backbone.video import (
     DEFAULTS,
     Clip,
@@ -30,15 +31,17 @@ from blm.backbone.video import (
     parts_of,
     video_settings,
 )
+from blm.media import frame_references, with_pixels
 from blm.training.sft.loss import MaskedLossModel
 from blm.training.sft.mixture_sampler import Source
 from blm.training.sft.pack import pack
 from blm.training.sft.tokenize import Limits, make_row
 from blm.training.sft.train import _require_no_videos
 from blm.training.sft.vision_features import FeatureCache, eye_of
-from blm.types import BlmError, Image, Message
+from blm.types import BlmError, Image, Message, Sampling
 from tests.backbone.record_videos import CASES, CONFIGS, KINDS, OUT, PROMPT, TIMES, digest, frames, sample
 from tests.support.backbones import MAKERS, picture, tiny_qwen
+from tests.test_media import write_clip
 
 RECORDED = json.loads(OUT.read_text())
 NAMES = {"qwen2_5_vl": "2.5", "qwen3_vl": "3"}
@@ -207,10 +210,35 @@ def test_answers_and_hidden_states_are_those_of_plain_transformers(qwen: Backbon
                 torch.testing.assert_close(tapped.hidden, seen)
 
 
-def test_a_video_in_pieces_is_read_whole(qwen: Backbone) -> None:
-    from blm.backbone.generation.generator import Generation
-    from blm.types import Sampling
+def test_answers_about_a_long_video_are_those_of_plain_transformers(qwen: Backbone) -> None:
+    """Patches a minute apart have positions beyond those of the text that follows them."""
+    slow = tuple(Image(image.pixels, f"clip.mp4#t={60 * i}") for i, image in enumerate(clip()))
+    conversation = asked(*slow, "What happens?")
+    inputs = qwen.encode([conversation])
+    made = qwen.model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    tokens = made[0, inputs["input_ids"].shape[1] :]
+    text = qwen.processor.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert qwen.answer(conversation, max_tokens=12) == text.strip()
+    generation = Generation(qwen)
+    (answer,) = generation.start([conversation], [Sampling(max_tokens=12)])
+    assert answer.position == int(positions_of(qwen, inputs).max()) + 1
 
+
+def test_frames_of_a_file_are_one_video_however_they_are_loaded(qwen: Backbone, tmp_path: Path) -> None:
+    write_clip(tmp_path / "clip.mp4", options={"g": "8", "bf": "2"})
+    references = frame_references("clip.mp4", tmp_path, 8)
+    conversation = asked(*(Image(path=reference) for reference in references), "What happens?")
+    by_path = qwen.read([conversation], root=tmp_path)
+    loaded = qwen.read([with_pixels(conversation, tmp_path)])
+    assert by_path["video_grid_thw"][:, 0].tolist() == [4]
+    assert all(torch.equal(by_path[name], loaded[name]) for name in by_path.keys() | loaded.keys())
+    row = make_row(qwen, (*conversation, Message("assistant", ("x",))), Limits(), tmp_path, Counter())
+    assert row is not None and row.shows_video
+    if "second_per_grid_ts" in by_path:  # 3 s in 8 parts, two frames a patch
+        assert by_path["second_per_grid_ts"].item() == pytest.approx(2 * 3.0 / 8, abs=1e-3)
+
+
+def test_a_video_in_pieces_is_read_whole(qwen: Backbone) -> None:
     prompt = asked(*clip(), Image(picture(9)), "What happens?")
     generation = Generation(qwen, piece_tokens=8)
     prefill = generation.begin(generation.prepare(prompt, [Sampling(max_tokens=6)]))
@@ -302,9 +330,11 @@ def test_settings_are_read_in_the_order_of_transformers(kind: str, tmp_path: Pat
     for name, content in files:
         (tmp_path / name).write_text(json.dumps(content))
         found = video_settings(tmp_path, kind)
-        assert found is not None
         assert found["image_mean"] == (content.get("video_processor") or content)["image_mean"]
-    assert video_settings(tmp_path, "llava") is None
+    assert video_settings(tmp_path, "llava") == {}
+    part = {"image_mean": [0.3, 0.2, 0.3], "video_processor_type": "LlavaOnevisionVideoProcessor"}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"video_processor": part}))
+    assert video_settings(tmp_path, "llava_onevision") == part
 
 
 # --- Stage I ------------------------------------------------------------------------------------------------

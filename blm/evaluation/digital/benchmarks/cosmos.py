@@ -6,7 +6,8 @@ FOLDER/robovqa/clips/x.mp4. Checked against examples/benchmark/tools/eval of nvi
 (loader, prompt, letter mode with 10 tokens, `correct_answer` as another name of `answer`) and the listing
 of the hub. Assumed: that options are lettered A, B, .. without a gap.
 
-What differs on purpose: frames are given as pictures, 4 a second like there, but at most 8 (there: all);
+What differs on purpose: 4 frames a second like there, but at most 8 (there: all); models that read videos as
+videos get them as one (`Backbone.videos_as`), other models and endpoints get pictures;
 an unread answer is wrong at once (there: asked again, ten times, ever more at random); a missing clip is an
 error (there: its questions are left out).
 """
