@@ -18,7 +18,7 @@ import mujoco
 import numpy as np
 
 from blm.evaluation.protocol import VALIDATION_SEEDS
-from blm.evaluation.results import machine
+from blm.evaluation.results import this_machine
 from blm.planner.expert import Expert
 from blm.robots import ROBOTS
 from blm.tasks import TASKS, Env
@@ -60,7 +60,7 @@ def main() -> None:
         for name, column in zip(("targets", "joints"), found.T, strict=True):
             worst[name] = {"median": round(float(np.median(column)), 1), "max": round(float(column.max()), 1)}
         print(json.dumps(worst), flush=True)
-    print(json.dumps({"machine": machine()}))
+    print(json.dumps({"machine": this_machine().to_json()}))
 
 
 if __name__ == "__main__":

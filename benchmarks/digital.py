@@ -21,7 +21,7 @@ import torch
 import tyro
 
 from blm.backbone.backbone import Backbone, build_nano
-from blm.evaluation.digital.runner import Asking, evaluate_digital
+from blm.evaluation.digital.runner import DigitalEvalConfig, evaluate_digital
 from blm.types import Chat, Image, Message, Question
 
 
@@ -54,15 +54,15 @@ def main(repeats: int = 3, questions: int = 32, batch: int = 16, threads: int = 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         asked = make_questions(folder, questions)
-        asking = Asking(root=folder, batch=batch)
+        config = DigitalEvalConfig(root=folder, batch=batch)
         chats: dict[str, Chat] = {"batched": backbone, "one by one": OneByOne(backbone)}
         for repeat in range(repeats + 1):  # the first warms up
             raw = {}
             for way, chat in chats.items():
                 start = time.perf_counter()
-                result = evaluate_digital(chat, asked, folder / f"{way}{repeat}", model=way, asking=asking)
+                result = evaluate_digital(chat, asked, folder / f"{way}{repeat}", model=way, config=config)
                 rates[way] = questions / (time.perf_counter() - start)
-                raw[way] = [row["raw"] for row in result["rows"]]
+                raw[way] = [p.raw for p in result.predictions]
             same = same and raw["batched"] == raw["one by one"]
             ratios += [rates["batched"] / rates["one by one"]] * (repeat > 0)
     report = {

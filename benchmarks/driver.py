@@ -1,11 +1,12 @@
-"""Does the robot loop cost success? Simulated arms in `blm.runtime`, with and without acceleration limits.
+"""Success of the robot loop with and without acceleration limits, on simulated arms.
 
     python benchmarks/driver.py [CHECKPOINT] [--seeds 2] [--latency-s 0.1] [--out FILE]
 
-Every scene (task x robot x seed) is driven twice: with the accelerations of the arm's data sheet, and with
-limits that no command can reach. Velocity limits are the data sheet's in both. Time is simulated: the loop is
-the supervisor that drives real arms, its observations come from the simulator, and the answer to a request
-arrives `latency_s` later. Seeds are the first of the validation range: no training, no evaluation scene.
+Every scene (task x robot x seed) runs twice: with the accelerations of the arm's data sheet, and with
+limits that no command can reach. Velocity limits are those of the data sheet in both runs. Time is
+simulated: the loop is the supervisor of `blm.runtime`, its observations come from the simulator, and
+the reply to a request arrives `latency_s` later. Seeds are the first of the validation range, so none
+is a training or evaluation scene.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ import tyro
 
 from blm.app.policies import load_checkpoint
 from blm.evaluation.protocol import PROTOCOLS, VALIDATION_SEEDS
-from blm.evaluation.results import machine
+from blm.evaluation.results import this_machine
 from blm.evaluation.statistics import paired_difference, success_rate
 from blm.robots import ROBOTS
-from blm.runtime import Arm, Limits, Safety, State
-from blm.runtime.chunks import Request
+from blm.runtime import Arm, ArmLimits, Safety, State
 from blm.runtime.link import ask
-from blm.runtime.states import Event, Inputs
+from blm.runtime.states import PolicyEvent, StepInputs
 from blm.runtime.supervisor import Supervisor
+from blm.runtime.timeline import ChunkRequest
 from blm.tasks import Env
 from blm.types import Policy
 
@@ -78,15 +79,15 @@ class Outcome:
     steps: int
 
 
-def data_sheet(robot: str, acceleration: float | None = None) -> Limits:
-    """Limits of the arm's data sheet (`blm/robots`), or with this acceleration for every joint."""
+def data_sheet(robot: str, acceleration: float | None = None) -> ArmLimits:
+    """Limits of the arm's data sheet (`blm/robots`), or this acceleration for every joint."""
     spec = ROBOTS[robot]
     changes = spec.acceleration_limits if acceleration is None else [acceleration] * len(spec.links)
     grip = {} if acceleration is None else {"gripper_acceleration": acceleration}
-    return Limits.of(spec.action_space, velocity=spec.velocity_limits, acceleration=changes, **grip)
+    return ArmLimits.of(spec.action_space, velocity=spec.velocity_limits, acceleration=changes, **grip)
 
 
-def drive(policy: Policy, env: Env, limits: Limits, *, seed: int, latency_s: float, steps: int) -> Outcome:
+def drive(policy: Policy, env: Env, limits: ArmLimits, *, seed: int, latency_s: float, steps: int) -> Outcome:
     """Drive one scene in simulated time."""
     env.reset(seed=seed)
     robot = SimulatedRobot(env)
@@ -99,11 +100,11 @@ def drive(policy: Policy, env: Env, limits: Limits, *, seed: int, latency_s: flo
         seconds=steps * limits.period,
         seed=seed,
     )
-    now, inbox = 0.0, list[tuple[float, Event]]()
+    now, inbox = 0.0, list[tuple[float, PolicyEvent]]()
     while loop.state is not State.STOPPED:
         arrived = [event for at, event in inbox if at <= now + 1e-9]
         inbox = [(at, event) for at, event in inbox if at > now + 1e-9]
-        decision = loop.step(Inputs(now=now, reading=arm.read(now), events=arrived, can_ask=not inbox))
+        decision = loop.step(StepInputs(now=now, reading=arm.read(now), events=arrived, can_ask=not inbox))
         if decision.request is not None:
             inbox.append((now + latency_s, answer(policy, decision.request)))
         if decision.command is not None:
@@ -117,8 +118,8 @@ def drive(policy: Policy, env: Env, limits: Limits, *, seed: int, latency_s: flo
     return Outcome(once, robot.success, ended, report.clamped, report.held, report.steps)
 
 
-def answer(policy: Policy, request: Request) -> Event:
-    """Ask as the link to a server does."""
+def answer(policy: Policy, request: ChunkRequest) -> PolicyEvent:
+    """Call the policy as the link to a server does."""
     return ask(policy, request)
 
 
@@ -153,7 +154,11 @@ def main(
                 rows.append((with_limit, without))
                 print(f"{robot} {task} {seed}: with {with_limit}, without {without}", flush=True)
             env.close()
-    result = summary(rows) | {"checkpoint": checkpoint, "latency_s": latency_s, "machine": machine()}
+    result = summary(rows) | {
+        "checkpoint": checkpoint,
+        "latency_s": latency_s,
+        "machine": this_machine().to_json(),
+    }
     result |= {"seconds": round(time.monotonic() - began), "first_seed": VALIDATION_SEEDS[0], "seeds": seeds}
     print(json.dumps(result))
     if out is not None:
@@ -161,7 +166,7 @@ def main(
 
 
 def summary(rows: Sequence[tuple[Outcome, Outcome]]) -> dict[str, Any]:
-    """Rates with 95 % intervals, paired differences, and how the runs ended; printed as lines too."""
+    """Return and print rates with 95 % intervals, paired differences, and the ends of the runs."""
     result: dict[str, Any] = {"n": len(rows)}
     for name in ("once", "at_end"):
         first, second = ([float(getattr(pair[i], name)) for pair in rows] for i in (0, 1))

@@ -22,7 +22,12 @@ from blm.backbone import Backbone
 from blm.backbone.nano.vision_tower import IMAGE_SIZE, REACH, ConvVision, ConvVisionConfig
 from blm.corpora import read_corpus
 from blm.media import load_pixels
-from blm.training.pretraining.vision_tower import View, lessons_of, places, scanned
+from blm.training.pretraining.vision_tower import (
+    ScannedView,
+    expected_points,
+    grounding_targets,
+    scanned_views,
+)
 
 PIXELS, MILLIMETRES = 3.0, 10.0
 
@@ -33,9 +38,9 @@ def main(
     """Print medians and 90th percentiles, and write them."""
     torch.set_num_threads(1)
     model = Backbone.load(backbone)
-    views, robots = list[View](), list[str]()
+    views, robots = list[ScannedView](), list[str]()
     for row in read_corpus(corpus):
-        found = scanned(row, corpus)
+        found = scanned_views(row, corpus)
         views += found
         robots += [row.id.split("/")[1]] * len(found)
     pixels, millimetres, missed = errors(model, views, robots)
@@ -63,12 +68,12 @@ def summary(values: list[float]) -> dict[str, Any]:
 
 @torch.no_grad()
 def errors(
-    model: Backbone, views: list[View], robots: list[str]
+    model: Backbone, views: list[ScannedView], robots: list[str]
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, list[float]]]:
     """Errors in px by view and by robot, in mm by view and thing, and wrong things in a picture by view."""
     eye: ConvVision = model.model.base_model.vision_tower
     config = cast(ConvVisionConfig, eye.config)
-    lessons, things = lessons_of(views, config), config.things
+    targets, things = grounding_targets(views, config), config.things
     pixels, millimetres, missed = (defaultdict[str, list[float]](list) for _ in range(3))
     for begin in range(0, len(views), 64):
         some = slice(begin, begin + 64)
@@ -77,10 +82,10 @@ def errors(
         features, around = eye.features(read)
         logs, points, metres = (
             eye.maps(features)[:, : len(things)],
-            lessons.points[some],
-            lessons.metres[some],
+            targets.points[some],
+            targets.metres[some],
         )
-        off, there = IMAGE_SIZE * (places(logs) - points).norm(dim=-1), points[..., 0] >= 0
+        off, there = IMAGE_SIZE * (expected_points(logs) - points).norm(dim=-1), points[..., 0] >= 0
         wrong = ((logs[..., -1].exp() < 0.5) != there).sum(1)
         for row in (~points[:, 0, 0].isnan()).nonzero()[:, 0].tolist():
             view, robot = views[begin + row].name, robots[begin + row]
@@ -89,7 +94,7 @@ def errors(
             missed[view].append(float(wrong[row]))
         rows, which = (~metres[..., 0].isnan()).nonzero(as_tuple=True)
         weights = logs[rows, which, None, :-1].softmax(-1)
-        found = eye.looks(features[rows], around[rows], weights, eye.names(which[:, None])[:, :1])[2][:, 0]
+        found = eye.describe(features[rows], around[rows], weights, eye.names(which[:, None])[:, :1])[2][:, 0]
         far = 1000 * (REACH * found - metres[rows, which]).norm(dim=-1)
         for row, thing, error in zip(rows.tolist(), which.tolist(), far.tolist(), strict=True):
             millimetres[f"{views[begin + row].name}, {things[thing].split()[-1]}"].append(error)

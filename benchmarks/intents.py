@@ -23,13 +23,13 @@ import tyro
 
 from blm.backbone.backbone import Backbone, build_nano
 from blm.datasets.lerobot import finalize_dataset, open_dataset, stage_episode
-from blm.evaluation.results import machine
+from blm.evaluation.results import this_machine
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.training.loop.loop import LoopConfig
-from blm.training.policy.add_robot import fresh
+from blm.training.policy.add_robot import from_scratch
 from blm.training.policy.hidden_states import HiddenStateConfig
-from blm.training.policy.sampler import Sampler
-from blm.training.policy.train import PolicyTrainingConfig, open_robots, sampler_of
+from blm.training.policy.sampler import PolicySampler
+from blm.training.policy.train import PolicyTrainingConfig, make_sampler, open_datasets
 from blm.types import ActionSpace, Episode
 
 CAMERAS, SIDE, LENGTH, DIM = ("base", "side", "wrist"), 112, 60, 8
@@ -80,7 +80,7 @@ def trainer(hidden_size: int) -> Callable[[PolicyBatch], None]:
     return step
 
 
-def rate(sampler: Sampler, step: Callable[[PolicyBatch], None], steps: range, batch_size: int) -> float:
+def rate(sampler: PolicySampler, step: Callable[[PolicyBatch], None], steps: range, batch_size: int) -> float:
     begin = time.perf_counter()
     for number in steps:
         step(sampler(number))
@@ -102,11 +102,11 @@ def main(repeats: int = 5, steps: int = 4, batch_size: int = 32, threads: int = 
             cache=folder / "cache",
         )
         dataset, begin = open_dataset(folder / "arm"), time.perf_counter()
-        start = fresh(cached.policy, backbone.hidden_size, ["arm"], seed=0)
-        samplers = {"cached": sampler_of(open_robots(backbone, [dataset], cached, start), cached)}
+        start = from_scratch(cached.policy, backbone.hidden_size, ["arm"], seed=0)
+        samplers = {"cached": make_sampler(open_datasets(backbone, [dataset], cached, start), cached)}
         filling = time.perf_counter() - begin
         live = replace(cached, cache=None)
-        samplers["live"] = sampler_of(open_robots(backbone, [dataset], live, start), live)
+        samplers["live"] = make_sampler(open_datasets(backbone, [dataset], live, start), live)
         step = trainer(backbone.hidden_size)
         rates: dict[str, list[float]] = {name: [] for name in samplers}
         for repeat in range(-1, repeats):  # the first one warms up
@@ -125,7 +125,7 @@ def main(repeats: int = 5, steps: int = 4, batch_size: int = 32, threads: int = 
         "samples_per_repeat": steps * batch_size,
         "tokens_per_frame": tokens,
         "threads": threads,
-        "machine": machine(),
+        "machine": this_machine().to_json(),
     }
     print(json.dumps(result, indent=1))
 

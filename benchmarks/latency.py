@@ -27,7 +27,7 @@ from blm.app.recipes import RECIPES
 from blm.backbone.backbone import Backbone, build_nano
 from blm.backbone.prompt import control_prompt
 from blm.backbone.published_shapes import shape_of
-from blm.evaluation.results import machine
+from blm.evaluation.results import this_machine
 from blm.policy.network import PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
 from blm.types import ImageArray
@@ -119,7 +119,7 @@ def once(decision: Decision, count: int, device: str) -> dict[str, float]:
     robot = torch.zeros(count, dtype=torch.long, device=device)
     noise = torch.randn(count, config.horizon, config.max_dim, device=device)
     tau = torch.zeros(count, device=device)
-    parts["keys and values"], memory = timed(lambda: network.dit.remember(intent), device)
+    parts["keys and values"], memory = timed(lambda: network.dit.cache_intent(intent), device)
     step = lambda kept: network.velocity(noise, tau, intent, state, robot, kept)  # noqa: E731
     step(memory)  # the first step finds its weights in no processor cache; both ways are timed warm
     parts["denoising step"], _ = timed(lambda: step(memory), device)
@@ -180,7 +180,7 @@ def main(
             found[f"batch {count}"]["compiled over eager"] = ratio(
                 rows, "denoising step, compiled", "denoising step"
             )
-    name = torch.cuda.get_device_name() if device == "cuda" else machine()["processor"]
+    name = torch.cuda.get_device_name() if device == "cuda" else this_machine().processor
     about = {"device": name, "cores": os.cpu_count(), "threads": threads, "torch": torch.__version__}
     weights = shape or str(checkpoint or "untrained nano")
     print(

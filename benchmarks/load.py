@@ -1,14 +1,15 @@
-"""Robots and people at one server: latency of actions with and without chat; is any reply lost or crossed?
+"""Load test of a server: latency of actions with and without chat, and whether replies are correct.
 
     python benchmarks/load.py CHECKPOINT [--robots 32] [--rate-hz 5] [--chats 8] [--seconds 60] [--out FILE]
     python benchmarks/load.py CHECKPOINT --worst [--only WORDS ..] [--server-source FOLDER] [--out FILE]
 
-Starts `blm serve CHECKPOINT` as a process of its own. Every robot has its own observation and knows the chunk
-that it must get; every chat has its own question and knows the answer: both were asked once before, alone.
-Phases: actions alone, then actions with chat, half of the time each. Latency is from when a request was due
-to having its reply, in the client; a robot that waits asks again when it has its chunk, so that a server
-with too many robots makes all of them slower than their rate. Overhead is one robot's latency without the
-time of the model. With `--worst` it measures the worst requests instead; see worst_requests.py.
+Starts `blm serve CHECKPOINT` in a process of its own. Every robot has its own observation and knows
+the right chunk; every chat has its own question and knows the right answer: both were requested once
+before, alone. There are two phases of equal length: actions alone, then actions with chat. Latency is
+the time from when a request was due to its reply, measured in the client. A robot whose reply is late
+sends its next request when it has arrived, so with too many robots all of them become slower than
+their rate. Overhead is the latency of one robot minus the time of the model. `--worst` measures the
+most expensive requests instead; see worst_requests.py.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from websockets.asyncio.client import connect
 from worst_requests import table
 
 from blm.app.model import BLM
-from blm.evaluation.results import machine
+from blm.evaluation.results import this_machine
 from blm.serving.protocols.openpi import wire
 from blm.serving.scheduler import blank_observation
 from blm.types import Observation, PolicyContract
@@ -70,7 +71,7 @@ def main(
     try:
         wait_until_ready(port, server)
         if worst:
-            generation = BLM.from_pretrained(checkpoint).speaker()
+            generation = BLM.from_pretrained(checkpoint).generator()
             result = asyncio.run(table(port, server.pid, generation, only))
         else:
             result = asyncio.run(load(port, robots, rate_hz, chats, seconds))
@@ -78,7 +79,7 @@ def main(
         server.send_signal(signal.SIGTERM)
         server.wait(20)
     result |= {
-        "machine": machine(),
+        "machine": this_machine().to_json(),
         "checkpoint": checkpoint,
         "threads": os.environ.get("OMP_NUM_THREADS", ""),
     }
@@ -109,7 +110,7 @@ def wait_until_ready(port: int, server: subprocess.Popen[bytes]) -> None:
 
 
 def observations(contract: PolicyContract, count: int) -> list[Observation]:
-    """Unlike ones: noise pictures, poses and seeds of their own, the robots in turn."""
+    """Return different observations: random images, poses and seeds, for the robots in turn."""
     found = []
     for number in range(count):
         rng = np.random.default_rng(number)
@@ -145,11 +146,13 @@ async def load(port: int, robots: int, rate_hz: float, chats: int, seconds: floa
         for name, crowd in (("without chat", 0), ("with chat", chats)):
             end = time.perf_counter() + seconds / 2
             driving = [
-                drive(address, one, chunk, rate_hz, number / robots, end, tally)
+                run_robot(address, one, chunk, rate_hz, number / robots, end, tally)
                 for number, (one, chunk) in enumerate(zip(seen, wanted, strict=True))
             ]
-            talking = [talk(http, q, a, end, tally) for q, a in zip(questions[:crowd], known, strict=False)]
-            found, _ = await asyncio.gather(asyncio.gather(*driving), asyncio.gather(*talking))
+            chatting = [
+                run_chat(http, q, a, end, tally) for q, a in zip(questions[:crowd], known, strict=False)
+            ]
+            found, _ = await asyncio.gather(asyncio.gather(*driving), asyncio.gather(*chatting))
             values = [value for one in found for value in one]
             phases[name] = percentiles(values) | {"rate_hz": round(len(values) / robots / (seconds / 2), 2)}
         metrics = (await http.get(f"http://127.0.0.1:{port}/metrics")).text
@@ -182,7 +185,7 @@ async def act(socket: Any, observation: Observation) -> Any:
     return wire.unpack(await socket.recv())
 
 
-async def drive(
+async def run_robot(
     address: str,
     observation: Observation,
     wanted: Any,
@@ -191,7 +194,7 @@ async def drive(
     end: float,
     tally: dict[str, Any],
 ) -> list[float]:
-    """One robot: ask at its rate, or as fast as it is answered; return latencies [ms]."""
+    """One robot: send requests at its rate, or as fast as they are answered; return latencies [ms]."""
     latencies: list[float] = []
     async with connect(address, compression=None, max_size=None) as socket:
         await socket.recv()
@@ -222,8 +225,10 @@ async def ask(http: httpx.AsyncClient, question: str) -> str:
     return reply.json()["choices"][0]["message"]["content"]
 
 
-async def talk(http: httpx.AsyncClient, question: str, known: str, end: float, tally: dict[str, Any]) -> None:
-    """One person: ask again as soon as the answer is there."""
+async def run_chat(
+    http: httpx.AsyncClient, question: str, known: str, end: float, tally: dict[str, Any]
+) -> None:
+    """One chat user: ask again as soon as the answer has arrived."""
     while time.perf_counter() < end:
         try:
             answer = await ask(http, question)

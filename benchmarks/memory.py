@@ -23,12 +23,15 @@ from typing import TypeVar, cast
 import torch
 import tyro
 
-from blm.app.memory import GIB, plan
-from blm.app.recipes import RECIPES, Recipe
-from blm.evaluation.results import machine
+from blm.app.memory import GIB, estimate_memory
+from blm.app.recipe import Recipe
+from blm.app.recipes import RECIPES
+from blm.evaluation.results import this_machine
 from blm.policy.network import PolicyBatch, PolicyNetwork
-from blm.training.loop.distributed import Part
-from blm.training.loop.loop import Ema, LoopConfig, Piece, run_loop
+from blm.training.loop.batches import Microbatch
+from blm.training.loop.distributed import DataShard
+from blm.training.loop.ema import Ema
+from blm.training.loop.loop import LoopConfig, run_loop
 
 T = TypeVar("T")
 
@@ -69,9 +72,9 @@ def peak(name: str, tokens: int, hidden: int, batch_size: int, device: str) -> t
     def loss(batch: PolicyBatch) -> tuple[torch.Tensor, dict[str, float]]:
         return network.loss(batch.to(device), teacher)["loss"], {}
 
-    def next_batch(step: int, part: Part) -> Piece[PolicyBatch]:
+    def next_batch(step: int, part: DataShard) -> Microbatch[PolicyBatch]:
         batch = random_batch(recipe, batch_size, tokens, hidden)
-        return Piece(batch, batch.ids, weight=batch_size)
+        return Microbatch(batch, batch.ids, weight=batch_size)
 
     with tempfile.TemporaryDirectory() as folder:
         config = LoopConfig(steps=2, batch_size=batch_size, title=f"{name} x {batch_size}")
@@ -95,7 +98,7 @@ def main(
     """Print one JSON object: for each recipe peaks in GiB by batch size, what is fixed, and what fits."""
     found = {}
     for name in recipes:
-        made, peaks, idle = alone(plan, RECIPES[name]()), [], 0
+        made, peaks, idle = alone(estimate_memory, RECIPES[name]()), [], 0
         for size in batch_sizes:
             idle, most = alone(peak, name, made.tokens, made.hidden, size, device)
             peaks.append(most / GIB)
@@ -104,14 +107,14 @@ def main(
         found[name] = {
             "policy_parameters": made.policy,
             "tokens_a_frame": made.tokens,
-            "weights_moments_average_gib": round(made.stage2 / GIB, 3),
+            "weights_moments_average_gib": round(made.stage2_bytes / GIB, 3),
             "idle_gib": round(idle / GIB, 3),
             "peak_gib": {size: round(most, 3) for size, most in zip(batch_sizes, peaks, strict=True)},
             f"largest_batch_in_{budget:g}_gib": max(0, int(room / slope)) if slope > 0 else None,
         }
         print(json.dumps({name: found[name]}), flush=True)
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    print(json.dumps({"recipes": found, "gpu": gpu, "machine": machine()}, indent=1))
+    print(json.dumps({"recipes": found, "gpu": gpu, "machine": this_machine().to_json()}, indent=1))
 
 
 if __name__ == "__main__":

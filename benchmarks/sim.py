@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from blm.evaluation import results
+from blm.evaluation.results import this_machine
 from blm.robots import ROBOTS
 from blm.tasks import Env, gl_backend
 from blm.tasks.scene import SUBSTEPS
@@ -26,10 +26,11 @@ _T_95 = {3: 4.30, 5: 2.78, 10: 2.26, 20: 2.09}
 
 def machine() -> str:
     """One line: processor, cores, load, versions."""
-    about = results.machine()
-    versions = ", ".join(f"{name} {about[name]}" for name in ("python", "mujoco", "numpy"))
+    about = this_machine()
+    packages = ", ".join(f"{name} {about.packages[name]}" for name in ("mujoco", "numpy"))
+    versions = f"python {about.python}, {packages}"
     load = "/".join(f"{value:.1f}" for value in os.getloadavg())
-    return f"{about['processor']}, {about['cores']} cores, load {load}; {versions}, {gl_backend()}"
+    return f"{about.processor}, {about.cores} cores, load {load}; {versions}, {gl_backend()}"
 
 
 def rate(work: Callable[[], int], repeats: int) -> str:

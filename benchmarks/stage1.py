@@ -35,13 +35,19 @@ from torch.nn import functional as F
 from blm.backbone import Backbone, build_nano
 from blm.corpora.format.messages import read_corpus
 from blm.corpora.scenes.build import SceneCorpusConfig, build_scene_corpus
-from blm.evaluation.results import machine
+from blm.evaluation.results import this_machine
 from blm.training.sft.loss import MaskedLossModel
-from blm.training.sft.mixture_sampler import MixtureSampler, Source
+from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource
 from blm.training.sft.pack import ExampleBatch, pack
-from blm.training.sft.prefix_attention import turned
-from blm.training.sft.tokenize import Limits, Messages, Row, make_row, ready, separated
-from blm.training.sft.vision_features import FeatureCache, eye_of
+from blm.training.sft.prefix_attention import use_prefix_attention
+from blm.training.sft.tokenize import (
+    Messages,
+    TokenizationConfig,
+    TokenizedExample,
+    split_turns,
+    tokenize_conversation,
+)
+from blm.training.sft.vision_features import VisionFeatureCache, vision_modules
 from blm.types import Message
 
 Loss = Callable[[ExampleBatch], torch.Tensor]
@@ -71,10 +77,12 @@ def text_talks(count: int, rng: np.random.Generator) -> list[Messages]:
     return [(Message("user", ("Go on, please.",)), Message("assistant", (text,))) for text in texts]
 
 
-def rows_of(backbone: Backbone, talks: Sequence[Messages], root: Path, *, share: bool = True) -> list[Row]:
-    limits = Limits(max_length=4096)
-    parts = talks if share else [turn for talk in talks for turn in separated(talk)]
-    rows = [make_row(backbone, talk, limits, root, Counter()) for talk in parts]
+def rows_of(
+    backbone: Backbone, talks: Sequence[Messages], root: Path, *, share: bool = True
+) -> list[TokenizedExample]:
+    limits = TokenizationConfig(max_length=4096)
+    parts = talks if share else [turn for talk in talks for turn in split_turns(talk)]
+    rows = [tokenize_conversation(backbone, talk, limits, root, Counter()) for talk in parts]
     return [row for row in rows if row is not None]
 
 
@@ -121,7 +129,7 @@ def way(
 
 def full_logits(backbone: Backbone) -> Loss:
     def loss(batch: ExampleBatch) -> torch.Tensor:
-        inputs = ready(backbone, batch.inputs)
+        inputs = backbone.place(batch.inputs)
         logits = backbone.model(**inputs, use_cache=False).logits.float()
         labels = inputs["input_ids"].masked_fill(~batch.loss_mask, -100)
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
@@ -130,12 +138,12 @@ def full_logits(backbone: Backbone) -> Loss:
 
 
 def batches_of(
-    backbone: Backbone, sources: Sequence[Source], size: int, length: int, steps: int
+    backbone: Backbone, sources: Sequence[TokenizedSource], size: int, length: int, steps: int
 ) -> list[ExampleBatch]:
-    schedule = MixtureSampler(sources, rows_per_step=size, pack_length=length, seed=0)
+    sampler = MixtureSampler(sources, examples_per_step=size, pack_length=length, seed=0)
     made = []
     for step in range(steps):
-        groups = [[sources[s].rows[row] for s, row in group] for group in schedule.groups(step)]
+        groups = [[sources[s].examples[row] for s, row in group] for group in sampler.sequences(step)]
         made.append(pack(backbone, groups, ()))
     return made
 
@@ -160,7 +168,7 @@ def measure(
 ) -> dict[str, object]:
     size, length, repeats = options.batch_size, options.pack_length, options.repeats
     scene, text = rows_of(backbone, talks, folder), rows_of(backbone, texts, folder)
-    mixture = [Source(name="scene", rows=scene), Source(name="text", rows=text)]
+    mixture = [TokenizedSource(name="scene", examples=scene), TokenizedSource(name="text", examples=text)]
     begin = time.perf_counter()
     packed = batches_of(backbone, mixture, size, length, options.steps)
     making = time.perf_counter() - begin
@@ -171,7 +179,7 @@ def measure(
     found["data_share"] = making / (sum(fast.work) / fast.speed())
 
     dense = MaskedLossModel(backbone).train()
-    blind = way(backbone, packed, loss=lambda batch: dense(replace(batch, turns=None)).loss_sum)
+    blind = way(backbone, packed, loss=lambda batch: dense(replace(batch, prefix_layout=None)).loss_sum)
     found["turns"] = compare("turns", fast, blind, repeats)
 
     found["logits"] = compare("logits", fast, way(backbone, packed, loss=full_logits(backbone)), repeats)
@@ -182,15 +190,15 @@ def measure(
 
     few = max(1, size // 4)
     alone = rows_of(backbone, talks[:few], folder, share=False)
-    sources = [[Source(name="scene", rows=rows)] for rows in (scene[:few], alone)]
-    shared, apart = (batches_of(backbone, one, len(one[0].rows), length, 1) for one in sources)
+    sources = [[TokenizedSource(name="scene", examples=rows)] for rows in (scene[:few], alone)]
+    shared, apart = (batches_of(backbone, one, len(one[0].examples), length, 1) for one in sources)
     work = [float(batch.loss_mask.sum()) for batch in shared]
     together, each = (replace(way(backbone, batches), work=work) for batches in (shared, apart))
     found["prefix"] = compare("prefix", together, each, repeats)
 
-    for part in eye_of(backbone):
+    for part in vision_modules(backbone):
         part.requires_grad_(False)
-    seen = [Source(name="scene", rows=FeatureCache(backbone, Counter())(scene))]
+    seen = [TokenizedSource(name="scene", examples=VisionFeatureCache(backbone, Counter())(scene))]
     kept = way(backbone, batches_of(backbone, seen, size, length, options.steps), cached=True)
     live = way(backbone, batches_of(backbone, mixture[:1], size, length, options.steps))
     found["features"] = compare("features", kept, live, repeats)
@@ -205,11 +213,11 @@ def main(options: Options) -> None:
         talks = scene_talks(folder, options.scenes)
         texts = text_talks(options.scenes, np.random.default_rng(0))
         backbone = build_nano([message.text for talk in talks + texts for message in talk])
-        with turned(backbone):
+        with use_prefix_attention(backbone):
             result = measure(backbone, folder, talks, texts, options)
     result |= {
         "options": asdict(options),
-        "machine": machine() | {"load": os.getloadavg()[0]},
+        "machine": this_machine().to_json() | {"load": os.getloadavg()[0]},
     }
     print(json.dumps(result, indent=1))
 

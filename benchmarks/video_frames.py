@@ -27,7 +27,7 @@ import tyro
 from rich.progress import track
 from scipy.stats import t as student
 
-from blm.evaluation.results import machine
+from blm.evaluation.results import this_machine
 from blm.media import VIDEOS, _frames_at, read_frames, video_seconds
 from blm.types import ImageArray
 
@@ -135,7 +135,7 @@ def main(options: Options) -> None:
         "n": len(rows),
         "identical_frames": True,
         "options": {**asdict(options), "folder": str(options.folder or "")},
-        "machine": machine() | {"load": os.getloadavg()[0]},
+        "machine": this_machine().to_json() | {"load": os.getloadavg()[0]},
     }
     print(json.dumps(result, indent=1))
 

@@ -8,26 +8,26 @@ The flow, one artifact per arrow:
     checkpoint/ --> eval digital, eval physical --> results/*.json --> report.html
     checkpoint/ --> serve (chat + actions)
 
-`BLM.from_pretrained(folder)` gives the two methods that matter: `answer(messages)` and `act(observation)`.
+`BLM.from_pretrained(folder)` returns a model with two methods: `answer(messages)` and `act(observation)`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from blm.types import ActionChunk, ActionSpace, BlmError, Episode, Image, Message, Observation
-
+TYPE_CHECKING = False  # as in `typing`, which the command line must not wait for (see blm/cli/__init__.py)
 if TYPE_CHECKING:
+    from typing import Any
+
     from blm.app.model import BLM
+    from blm.types import ActionChunk, ActionSpace, BlmError, Episode, Image, Message, Observation
 
 __version__ = "0.1.0"
 __all__ = ["BLM", "ActionChunk", "ActionSpace", "BlmError", "Episode", "Image", "Message", "Observation"]
 
 
 def __getattr__(name: str) -> Any:
-    """Load `BLM` on first use: it needs torch, which `import blm` must not pay for."""
-    if name == "BLM":
-        from blm.app.model import BLM
+    """Import a public name on first use: `BLM` needs torch, the others need NumPy."""
+    if name not in __all__:
+        raise AttributeError(f"module 'blm' has no attribute '{name}'")
+    from importlib import import_module
 
-        return BLM
-    raise AttributeError(f"module 'blm' has no attribute '{name}'")
+    return getattr(import_module("blm.app.model" if name == "BLM" else "blm.types"), name)

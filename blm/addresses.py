@@ -1,4 +1,4 @@
-"""Hosts, ports and addresses: what a Host header may say, what is loopback, and sockets that listen."""
+"""Hosts, ports and addresses: parsing Host headers, recognising loopback, listening sockets."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from urllib.parse import urlsplit
 from blm.types import BlmError
 
 LOOPBACK_NAMES = frozenset({"localhost", "ip6-localhost", "ip6-loopback"})
-"""Names that /etc/hosts gives to loopback; they have no dot, so nobody can register them."""
+"""Host names of loopback in /etc/hosts; without a dot, nobody can register them."""
 _NAME = re.compile(r"(?!-)[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
 _AUTHORITY = re.compile(r"(?P<host>\[[0-9a-f:.]+(%[\w.-]+)?\]|[^:\[\]]*)(:(?P<port>\d{0,5}))?")
 BACKLOG = 2048
-"""Connections that wait to be accepted; the system may have a lower limit."""
+"""Maximum number of connections that wait to be accepted; the system may have a lower limit."""
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+"""An IP address."""
 
 
 def read_authority(text: str) -> tuple[str, int | None]:
     """Split 'host', 'host:port' or '[v6]:port' as a Host header has it; IPv6 may also come bare.
 
-    The host comes back in lower case, without brackets and the trailing dot; the port is None if none is
-    given. Raises ValueError for anything else: user names, spaces, ports beyond 65535.
+    The host comes back in lower case, without brackets and the trailing dot; the port is None if
+    none is given. Raises ValueError for anything else: user names, spaces, ports beyond 65535.
     """
     text = text.lower()
     if ":" in text and (bare := read_ip(text)) is not None:
@@ -44,7 +45,10 @@ def read_authority(text: str) -> tuple[str, int | None]:
 
 
 def read_ip(text: str) -> Address | None:
-    """Return the IP literal, or None if it is none. An IPv4 address mapped into IPv6 comes back as IPv4."""
+    """Return the IP literal, or None if it is none.
+
+    An IPv4 address mapped into IPv6 comes back as IPv4.
+    """
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -54,13 +58,13 @@ def read_ip(text: str) -> Address | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or IP literal is this machine by definition, without asking a name server."""
+    """Whether a host name or IP literal is loopback, without asking a name server."""
     address = read_ip(host.strip("[]"))
     return address.is_loopback if address else host.lower().removesuffix(".") in LOOPBACK_NAMES
 
 
 def is_loopback_url(url: str) -> bool:
-    """Whether an http:// or ws:// address stays on this machine; such traffic never goes through a proxy."""
+    """Whether an http:// or ws:// URL points to loopback; such traffic must bypass proxies."""
     try:
         return is_loopback(urlsplit(url).hostname or "")
     except ValueError:
@@ -79,7 +83,10 @@ def check_port(port: int, flag: str) -> None:
 
 
 def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
-    """Return the addresses that a server on `host` listens on. Raises BlmError for an unknown host."""
+    """Return the addresses that a server on `host` listens on.
+
+    Raises BlmError for an unknown host.
+    """
     if not host.strip():
         raise BlmError("--host is empty; give 127.0.0.1 (this machine only), an address, or 0.0.0.0 for all")
     try:
@@ -92,7 +99,10 @@ def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
 
 
 def reaches_network(host: str) -> bool:
-    """Whether other machines could reach a server on `host`. Raises BlmError for an unknown host."""
+    """Whether other machines could reach a server on `host`.
+
+    Raises BlmError for an unknown host.
+    """
     addresses = [read_ip(address[0].partition("%")[0]) for _, address in resolve(host, 0)]
     return not all(address is not None and address.is_loopback for address in addresses)
 
@@ -100,7 +110,8 @@ def reaches_network(host: str) -> bool:
 def listen(host: str, port: int, flag: str = "--port") -> list[socket.socket]:
     """Return listening sockets, one for each address of `host`, all on one port.
 
-    Raises BlmError, in one line, for a port that is taken, forbidden or none, and a foreign address.
+    Raises BlmError, in one line, for a port that is taken, forbidden or none, and a foreign
+    address.
     """
     check_port(port, flag)
     sockets = list[socket.socket]()
@@ -118,7 +129,7 @@ def listen(host: str, port: int, flag: str = "--port") -> list[socket.socket]:
 
 
 def check_free(host: str, port: int, flag: str = "--port") -> None:
-    """Raise BlmError if a server could not listen there now: before a long load rather than after it."""
+    """Raise BlmError if a server cannot listen there now. Call it before a long load."""
     for one in listen(host, port, flag):
         one.close()
 

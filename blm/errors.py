@@ -12,16 +12,26 @@ import numpy as np
 T = TypeVar("T")
 
 
-def shorten(value: object, most: int = 160) -> str:
-    """Return `value` for an error: one printable line of about `most` characters, cheap for any size."""
+def shorten(value: object, most: int = 160, *, quote: bool = True) -> str:
+    """Return `value` for an error message: one printable line of about `most` characters.
+
+    Text is quoted as in Python and followed by its length if it was cut; with `quote=False` it stands as it
+    is, with its white space collapsed. The cost does not grow with the size of `value`.
+    """
     if isinstance(value, np.ndarray):
         return f"array of {value.dtype} {value.shape}"
     size = ""
     if isinstance(value, str | bytes) and len(value) > most:
-        value, size = value[:most], f" ({len(value)} long)"
-    short = str if isinstance(value, Exception) else repr if isinstance(value, str | bytes) else reprlib.repr
-    text = "".join(c if c.isprintable() else " " for c in short(value)[: most + 1])
-    return (text if len(text) <= most else text[:most] + "..") + size
+        size = f" ({len(value)} long)" if quote else ""
+        value = value[: most if quote else 4 * most]
+    if isinstance(value, Exception) or (isinstance(value, str) and not quote):
+        text = str(value)[: 4 * most]
+    else:
+        text = repr(value) if isinstance(value, str | bytes) else reprlib.repr(value)
+    text = "".join(character if character.isprintable() else " " for character in text)
+    if not quote:
+        text = " ".join(text.split())
+    return (text if len(text) <= most else text[: most - 1] + "…") + size
 
 
 class BlmError(ValueError):

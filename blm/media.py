@@ -1,7 +1,8 @@
-"""Pictures and video frames on disk -> pixels: the one place that opens media files.
+"""Loads pictures and video frames from disk; no other module opens media files.
 
-A media reference is a path below its folder. With a media fragment (W3C Media Fragments, `clip.mp4#t=1.25`)
-it is the frame of that video shown at 1.25 s. Nothing outside the folder is read, nor a huge one.
+A media reference is a path below its folder. With a media fragment (W3C Media Fragments,
+`clip.mp4#t=1.25`) it is the frame of the video at 1.25 s. Files outside the folder and oversized
+pictures are refused.
 """
 
 from __future__ import annotations
@@ -28,17 +29,21 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 MAX_PIXELS = 64_000_000
-"""Larger pictures are refused before they are decoded [px]."""
+"""Maximum size of a picture [px]; larger ones are refused before they are decoded."""
 INTRA = 1
 """FFmpeg's AV_PICTURE_TYPE_I (`av.video.frame.PictureType.I`)."""
 SEEK_TRIES = 4
 """Key frames that are tried for one seek. Decoding times lie at most a few frames before display times."""
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+"""File endings of videos."""
 _TIME = re.compile(r"^(?P<file>.*)#t=(?P<seconds>\d+(?:\.\d+)?)$")
 
 
 def load_pixels(image: Image, root: Path | None = None) -> ImageArray:
-    """Return uint8 RGB [height, width, 3]; a path is read below `root`. Raises BlmError for anything else."""
+    """Return uint8 RGB [height, width, 3]; a path is read below `root`.
+
+    Raises BlmError for anything else.
+    """
     if image.pixels is None:
         if image.path is None:
             raise BlmError("an image has neither pixels nor a path")
@@ -86,7 +91,10 @@ def _read(file: str, reference: str) -> ImageArray:
 
 
 def read_pixels(file: Path) -> ImageArray:
-    """Read any picture file as upright RGB; transparency is dropped. Raises BlmError naming the file."""
+    """Read any picture file as upright RGB; transparency is dropped.
+
+    Raises BlmError naming the file.
+    """
     try:
         with PIL.Image.open(file) as picture:
             if picture.width * picture.height > MAX_PIXELS:

@@ -1,6 +1,6 @@
-"""The ranges of scene seeds, stated only here (`blm.evaluation.protocol` shows them as its own).
+"""The ranges of scene seeds, defined only here (`blm.evaluation.protocol` re-exports them).
 
-They are disjoint: no evaluation scene was trained on, and none helped to choose a checkpoint.
+The ranges are disjoint: no evaluation scene is used in training or to select a checkpoint.
 """
 
 from __future__ import annotations
@@ -8,28 +8,30 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 EVALUATION_SEEDS = range(10_000)
+"""Scenes of the physical evaluation."""
 TRAINING_SEEDS = range(10_000, 1_000_000)
-"""What recipes use. Seeds beyond all these ranges are free for training too."""
+"""Scenes that recipes train on. Seeds beyond all these ranges may also be used for training."""
 STAGE1_HELD_OUT_SEEDS = range(1_000_000, 2_000_000)
+"""Scenes of the held-out questions of Stage I."""
 VALIDATION_SEEDS = range(2_000_000, 2_010_000)
-"""Of the episodes that a policy drives during its training."""
+"""Scenes of the validation episodes that a policy runs during its training."""
 RESERVED: Mapping[str, range] = {
     "evaluation": EVALUATION_SEEDS,
     "held-out questions": STAGE1_HELD_OUT_SEEDS,
     "validation": VALIDATION_SEEDS,
 }
-"""What a training set must not hold: purpose -> seeds."""
+"""Purpose -> seeds that a training set must not contain."""
 
 
-def reserved(seeds: Iterable[int]) -> dict[str, int]:
-    """Return purpose -> how many of these seeds are reserved for it; empty when all are free for training."""
+def count_reserved_seeds(seeds: Iterable[int]) -> dict[str, int]:
+    """Return purpose -> number of these seeds that are reserved for it; empty if none is reserved."""
     seeds = list(seeds)
     counts = {purpose: sum(seed in kept for seed in seeds) for purpose, kept in RESERVED.items()}
     return {purpose: count for purpose, count in counts.items() if count}
 
 
-def warning(what: str, counts: Mapping[str, int]) -> str:
-    """Say that scenes which are reserved were used: one line, in plain words."""
+def reserved_seeds_warning(what: str, counts: Mapping[str, int]) -> str:
+    """Return a one-line warning that `what` contains reserved scenes."""
     parts = ", ".join(f"{count} for {purpose}" for purpose, count in counts.items())
     first, last = TRAINING_SEEDS[0], TRAINING_SEEDS[-1]
     return (

@@ -1,7 +1,8 @@
-"""The nouns that cross module borders. NumPy only: a robot's client and the evaluation load no torch.
+"""Types that all packages share: observations, actions, episodes, messages. Needs NumPy only.
 
-Shape legend: T frames or control steps, H action horizon, D embodiment dimension (arm joints + gripper).
-Units: SI and radians. Gripper opening: 0 closed, 1 open. Images: uint8, HWC, RGB. See docs/conventions.md.
+Shape legend: T frames or control steps, H action horizon, D embodiment dimension (arm joints +
+gripper). Units: SI and radians. Gripper opening: 0 closed, 1 open. Images: uint8, HWC, RGB. See
+docs/conventions.md.
 """
 
 from __future__ import annotations
@@ -25,12 +26,13 @@ from blm.errors import shorten as shorten
 FloatArray = NDArray[np.floating[Any]]
 ImageArray = NDArray[np.uint8]
 MAX_INSTRUCTION = 400
-"""Bytes of UTF-8, each of which may cost a token in every decision: 1,000 tokens made a pass of eight robots
-four times as long (405 instead of about 100 ms, `blm-nano`, two cores). Open data sets stay below 300."""
+"""Maximum length of an instruction [bytes of UTF-8]; each byte may become a token of every prompt.
+With 1,000 tokens, a batch of eight robots took 405 instead of about 100 ms (`blm-nano`, two cores).
+Instructions of open datasets stay below 300."""
 
 
 def _array(value: Any, what: str) -> NDArray[Any]:
-    """Return `value` as an array of numbers, which text and booleans are not. Raises ContractError."""
+    """Return `value` as a numeric array. Raises ContractError for anything else."""
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
@@ -47,9 +49,10 @@ def _float32(value: Any, what: str) -> FloatArray:
 
 @dataclass(frozen=True, kw_only=True)
 class ActionSpace:
-    """What one action means for one robot: absolute joint-position targets, then the gripper opening.
+    """The meaning of a robot's actions: absolute joint-position targets, then the gripper opening.
 
-    State vectors use the same order, names and units: joint positions, then the measured gripper opening.
+    State vectors use the same order, names and units: joint positions, then the measured gripper
+    opening.
     """
 
     robot: str
@@ -61,7 +64,7 @@ class ActionSpace:
     high: tuple[float, ...]
     rate_hz: float = 20.0
     kind: Literal["absolute_joint_position", "unknown"] = "absolute_joint_position"
-    """"unknown" in datasets of other programs, which do not say it."""
+    """"unknown" in datasets of other programs, which do not state it."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.names), len(self.units), len(self.low), len(self.high)}
@@ -72,6 +75,7 @@ class ActionSpace:
 
     @property
     def dim(self) -> int:
+        """D: arm joints and gripper."""
         return len(self.names)
 
     def to_json(self) -> dict[str, Any]:
@@ -83,7 +87,7 @@ class ActionSpace:
         return cls(**fields)
 
     def require_same(self, other: ActionSpace, where: str) -> None:
-        """Raise ContractError that prints both sides unless `other` is this very action space."""
+        """Raise ContractError, with both sides, unless `other` equals this action space."""
         if self != other:
             rows = [
                 f"  {name}: {mine!r} here, {theirs!r} in {where}"
@@ -93,7 +97,7 @@ class ActionSpace:
             raise ContractError(f"action spaces of '{self.robot}' differ:\n" + "\n".join(rows))
 
     def check_state(self, state: FloatArray, where: str) -> FloatArray:
-        """Return `state` as float32 [D]. Raises ContractError on a wrong shape or a non-finite value."""
+        """Return `state` as float32 [D]. Raises ContractError for a wrong shape or NaN or infinity."""
         array = _float32(state, f"{where}: state")
         if array.shape != (self.dim,):
             raise ContractError(
@@ -119,21 +123,22 @@ class Observation:
     instruction: str
     robot: str
     seed: int = 0
-    """Seed of the sampling noise for this decision; the same observation and seed give the same chunk."""
+    """Seed of the sampling noise; the same observation and seed give the same chunk."""
     chunk: FloatArray | None = None
-    """[P, D] what is left of the chunk in progress, from this step on: the policy shall go on from it."""
-    frozen: int = 0
-    """How many of these actions are carried out before the answer is there."""
+    """[P, D] for real-time chunking: the remaining actions of the chunk in progress, from this step
+    on. The new chunk continues them."""
+    inference_delay: int = 0
+    """Inference delay: number of these actions that are executed before the new chunk arrives."""
 
 
 def decision_seed(seed: int, step: int) -> int:
-    """Seed of the policy's noise at one step of one episode: the same wherever the policy runs."""
+    """Return the seed of the policy's noise at a step of an episode, the same on every machine."""
     return int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ActionChunk:
-    """H consecutive actions, the first of them for the step at which the observation was taken."""
+    """H consecutive actions. The first one is for the step of the observation."""
 
     actions: FloatArray
     """[H, D] absolute joint-position targets (rad) and gripper opening."""
@@ -142,7 +147,8 @@ class ActionChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyContract:
-    """What a policy promises and needs; stored in checkpoints and sent to clients when they connect."""
+    """The inputs and outputs of a policy; stored in checkpoints and sent to clients on
+    connection."""
 
     action_spaces: Mapping[str, ActionSpace]
     """Robot name -> action space."""
@@ -152,12 +158,12 @@ class PolicyContract:
     horizon: int
     """Actions in a chunk."""
     execute: int
-    """How many of them to execute before asking again (a receding horizon)."""
+    """Actions of a chunk to execute before the policy is asked again (receding horizon)."""
     rate_hz: float = 20.0
     revision: str = ""
     """Hash of the weights, or the name of a policy that has none."""
     statistics: str = ""
-    """Hash of the ranges that states and actions are normalised by; empty if there are none."""
+    """Hash of the statistics that normalise states and actions; empty if there are none."""
 
     def __post_init__(self) -> None:
         require_numbers(self, horizon=(1, 100_000), image_size=(1, 16_384), rate_hz=(1e-3, 1e6))
@@ -174,7 +180,8 @@ class PolicyContract:
         return cls(**{**data, "action_spaces": spaces, "cameras": tuple(data["cameras"])})
 
     def check(self, observation: Observation) -> Observation:
-        """Return the observation with a float32 state. Raises BlmError naming what does not fit."""
+        """Return the observation with a float32 state. Raises BlmError for one that violates the
+        contract."""
         text = observation.instruction
         if not isinstance(text, str) or len(text.encode(errors="surrogatepass")) > MAX_INSTRUCTION:
             limit = f"needed: text of at most {MAX_INSTRUCTION} bytes of UTF-8"
@@ -200,13 +207,14 @@ class PolicyContract:
             robot=observation.robot,
             seed=observation.seed,
             chunk=self._check_chunk(observation, space.dim),
-            frozen=observation.frozen,
+            inference_delay=observation.inference_delay,
         )
 
     def _check_chunk(self, observation: Observation, dim: int) -> FloatArray | None:
         if observation.chunk is None:
-            if observation.frozen:
-                raise ContractError(f"frozen is {shorten(observation.frozen)} without a chunk in progress")
+            if observation.inference_delay:
+                delay = shorten(observation.inference_delay)
+                raise ContractError(f"frozen is {delay} without a chunk in progress")
             return None
         chunk = _float32(observation.chunk, "the chunk in progress")
         if (
@@ -219,16 +227,18 @@ class PolicyContract:
                 f"the chunk in progress is {chunk.shape}; needed: finite actions of {dim}, "
                 f"at most {self.horizon}"
             )
-        if not 0 <= observation.frozen <= len(chunk):
+        if not 0 <= observation.inference_delay <= len(chunk):
             raise ContractError(
-                f"frozen is {shorten(observation.frozen)}; the chunk in progress has {len(chunk)} actions"
+                f"frozen is {shorten(observation.inference_delay)}; the chunk in progress has {len(chunk)} "
+                "actions"
             )
         return chunk if len(chunk) else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """One recorded rollout of T control steps. Row t holds what was seen and then commanded at step t."""
+    """One recorded rollout of T control steps. Row t is the observation, then the action of
+    step t."""
 
     robot: str
     task: str
@@ -237,9 +247,10 @@ class Episode:
     states: FloatArray
     """[T, D] float32."""
     actions: FloatArray
-    """[T, D] float32: what should be done in this state, the label to learn."""
+    """[T, D] float32: the correct action in this state, the training target."""
     executed: FloatArray | None = None
-    """[T, D] float32: what was done, where noise or another policy moved the arm; None: the actions."""
+    """[T, D] float32: the executed actions, if noise or another policy moved the arm; None:
+    `actions`."""
     images: Mapping[str, ImageArray]
     """Camera -> [T, height, width, 3]; empty when loaded without video."""
     primitives: tuple[str, ...] = ()
@@ -249,30 +260,6 @@ class Episode:
 
     def __len__(self) -> int:
         return len(self.states)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """True (not averaged) statistics of one vector feature over all frames of a dataset, [D] each."""
-
-    min: FloatArray
-    max: FloatArray
-    mean: FloatArray
-    std: FloatArray
-    q01: FloatArray
-    q10: FloatArray
-    q50: FloatArray
-    q90: FloatArray
-    q99: FloatArray
-    count: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {k: v if isinstance(v, int) else np.asarray(v).tolist() for k, v in vars(self).items()}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Stats:
-        arrays: dict[str, Any] = {k: np.asarray(v, dtype=np.float64) for k, v in data.items() if k != "count"}
-        return cls(count=int(data["count"]), **arrays)
 
 
 @dataclass(frozen=True)
@@ -303,69 +290,77 @@ class Message:
 
 
 Scorer = Literal["exact", "choice", "point", "points", "box", "metric", "judge"]
-"""How an answer is judged. exact: normalised string equality. choice: the letter of an option. point:
-distance to "(x, y)". points: share of the points inside the mask. box: overlap with "(x1, y1, x2, y2)".
-metric: distance to a length or a vector in cm. judge: a language model compares it with the reference."""
+"""How an answer is judged. exact: normalised string equality. choice: the letter of an option.
+point: distance to "(x, y)". points: share of the points inside the mask. box: overlap of boxes
+"(x1, y1, x2, y2)". metric: distance in cm. judge: a language model compares it with the reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question with its reference answer; what corpora make and the digital evaluation asks."""
+    """One question with its reference answer, from a corpus or a benchmark."""
 
     id: str
     kind: str
     """Question type, e.g. 'count' or 'point'."""
     messages: tuple[Message, ...]
-    """Everything up to and including the user's turn; no answer inside."""
+    """All messages up to and including the user's turn, without the answer."""
     answer: str
     group: str
-    """Questions that share a picture share a group: intervals are clustered by it."""
+    """Questions about one picture share a group: confidence intervals are clustered by group."""
     scorer: Scorer = "exact"
     options: tuple[str, ...] = ()
-    """Of a multiple choice, in order; the answer is the letter of one (A, B, ..)."""
+    """Options of a multiple-choice question; the answer is the letter of one (A, B, ..)."""
     mask: Image | None = None
-    """Where points are right: the white pixels of this picture."""
+    """Correct points are those on white pixels of this picture."""
+
+
+def base_kind(kind: str) -> str:
+    """Return the question kind that a pair of yes/no kinds shares: 'success_negative' -> 'success'."""
+    return kind.removesuffix("_positive").removesuffix("_negative")
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """Anything that turns observations into action chunks: our checkpoint, a socket, an expert, a zero."""
+    """Anything that turns observations into action chunks: a checkpoint, a client, an expert."""
 
     @property
     def contract(self) -> PolicyContract: ...
 
-    def act(self, observation: Observation) -> ActionChunk: ...
+    def act(self, observation: Observation) -> ActionChunk:
+        """Return the next action chunk. Raises ContractError if the contract forbids the observation."""
 
     def reset(self) -> None:
-        """Forget the episode so far; called before each episode."""
-        ...
+        """Forget the previous episode; called before each episode."""
 
 
 @runtime_checkable
 class Chat(Protocol):
     """Anything that answers a conversation."""
 
-    def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str: ...
+    def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
+        """Return the answer to the last message, of at most `max_tokens` tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the tokens of an answer are chosen."""
+    """Sampling parameters for the tokens of an answer."""
 
     max_tokens: int = 128
     temperature: float = 0.0
-    """0: the likeliest token each time."""
+    """0: greedy decoding."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    """Nucleus sampling: draw from the most likely tokens that together have this probability."""
     repetition_penalty: float | None = None
-    """Of CTRL (Keskar et al., 2019); None: as the model's own generation_config says."""
+    """As in CTRL (Keskar et al., 2019); None: the value in the model's generation_config."""
     seed: int = 0
-    """An answer is a function of its conversation and this, whatever else is answered beside it."""
+    """The answer depends on conversation and seed only, not on other requests in the batch."""
 
     def __post_init__(self) -> None:
+        # NaN fails each of these comparisons
         good = self.max_tokens >= 1 and 0 <= self.temperature < math.inf and 0 < self.top_p <= 1
-        penalty, seeds = self.repetition_penalty, -(2**63) <= self.seed < 2**63
-        if not (good and seeds and (penalty is None or 0 < penalty < math.inf)):  # NaN fails each of them
+        good_penalty = self.repetition_penalty is None or 0 < self.repetition_penalty < math.inf
+        good_seed = -(2**63) <= self.seed < 2**63
+        if not (good and good_penalty and good_seed):
             raise BlmError(
                 f"{self}: max_tokens >= 1, temperature >= 0, top_p in (0, 1], repetition_penalty > 0 and a "
                 "seed of 64 bits are needed, all finite"
@@ -374,7 +369,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ChatCapacity:
-    """What one chat request can hold at most. Requests beyond it are refused before they are decoded."""
+    """Limits of one chat request. Larger requests are refused before they are decoded."""
 
     context_tokens: int
     """Tokens of prompt and answer together."""

@@ -1,4 +1,4 @@
-"""Let a checkpoint drive a simulated robot, and watch it.
+"""Control a simulated robot with a checkpoint, and write a video of it.
 
 python examples/act.py --robot widowxai --task push_cube --seed 3 --out act.mp4
 """
@@ -11,6 +11,7 @@ import numpy as np
 import tyro
 
 from blm import BLM
+from blm.chunks import ChunkExecutor
 from blm.datasets.video import encode
 from blm.tasks import Env
 
@@ -23,18 +24,19 @@ def main(
     max_steps: int = 200,
     out: Path = Path("act.mp4"),
 ) -> None:
-    """Print how it went, and write the video."""
+    """Print the result, and write the video."""
     blm = BLM.from_pretrained(model)
     env = Env(robot, task, cameras=blm.contract.cameras, image_size=blm.contract.image_size)
     env.reset(seed=seed)
+    executor = ChunkExecutor(blm.contract.execute, hold=env.state())
     frames, solved, steps = [], False, 0
     while steps < max_steps and not solved:
-        chunk = blm.act(env.observation())
-        for action in chunk.actions[: blm.contract.execute]:
-            info = env.step(action)[4]
-            frames.append(env.picture("base", 256))
-            steps, solved = steps + 1, solved or bool(info["success"])
-    encode(out, np.stack(frames), fps=round(chunk.rate_hz))
+        if executor.decision_due:
+            executor.receive(blm.act(env.observation()).actions)
+        info = env.step(executor.next_action())[4]
+        frames.append(env.picture("base", 256))
+        steps, solved = steps + 1, solved or bool(info["success"])
+    encode(out, np.stack(frames), fps=round(blm.contract.rate_hz))
     print(
         f"{robot}, {env.task_description} {'solved' if solved else 'not solved'} after {steps} steps: {out}"
     )

@@ -1,8 +1,8 @@
-"""Add an arm to a trained checkpoint: new rows for it in the policy, nothing else changes.
+"""Add an arm to a trained checkpoint: the policy gets new rows for it, and nothing else changes.
 
     python examples/add_robot.py --checkpoint demo/stage2/checkpoint --dataset data/my_robot
 
-The dataset is that of a robot which the checkpoint does not know, with the checkpoint's cameras and rate.
+The dataset is of a robot that the checkpoint does not have, with the checkpoint's cameras and rate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main(
     steps: int = 2000,
     batch_size: int = 64,
 ) -> None:
-    """Write out/checkpoint, and print what in it is new."""
+    """Write out/checkpoint, and print which weights are new."""
     before = CheckpointPolicy.load(checkpoint)
     config = PolicyTrainingConfig(
         datasets=(dataset,),

@@ -1,4 +1,4 @@
-"""Ask a checkpoint about a simulated scene, and keep the pictures that it saw.
+"""Ask a checkpoint a question about a simulated scene, and save the images that it saw.
 
 python examples/ask.py --question "Point to the red cube in the base view." --task pick_cube --robot xarm6
 """
@@ -22,7 +22,7 @@ def main(
     seed: int = 0,
     out: Path | None = None,
 ) -> None:
-    """Print the answer; with `out` write the pictures side by side."""
+    """Print the answer; with `out`, write the images side by side."""
     blm = BLM.from_pretrained(model)
     env = Env(robot, task, cameras=blm.contract.cameras, image_size=blm.contract.image_size)
     env.reset(seed=seed)

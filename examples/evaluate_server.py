@@ -1,9 +1,10 @@
-"""Evaluate your own server on the suite: anything that speaks the OpenPI protocol.
+"""Evaluate your own policy server on the suite; it must use the OpenPI protocol.
 
     python examples/evaluate_server.py --address ws://127.0.0.1:8000 --robots panda --episodes 10
 
-Prints success with its interval, cell by cell, and why episodes failed. The same scenes, rules and limits for
-everybody: results compare (`blm compare`) when their protocols are equal.
+Prints the success rate of each cell with its interval, and the reasons of failures. Scenes, rules
+and limits are the same for every policy, so results with equal protocols can be compared (`blm
+compare`).
 """
 
 from __future__ import annotations

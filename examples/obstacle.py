@@ -1,9 +1,9 @@
-"""Planning around an obstacle: carry the cube over a wall, and write a video of it.
+"""Plan around an obstacle: carry the cube over a wall, and write a video of it.
 
     python examples/obstacle.py --out wall.mp4 --robot xarm6 --seed 3
 
-The task is PickCube with one more item, a fixed wall between the cube and the goal. The expert's primitives
-know nothing of it: the planner looks for ways that keep the arm and the carried cube clear of it.
+The task is PickCube with one more item, a fixed wall between the cube and the goal. The expert's
+primitives do not know of it: the planner finds paths that keep the arm and the carried cube clear.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def wall_task() -> TaskSpec:
 
 
 def touches_wall(env: Env) -> bool:
-    """Whether anything presses on the wall now."""
+    """Return whether anything is in contact with the wall."""
     contacts = env.data.contact
     bodies = env.model.geom_bodyid[contacts.geom]
     return bool(((bodies == env.model.body("wall").id).any(axis=1) & (contacts.dist < 0)).any())
 
 
 def main(out: Path, robot: str = "panda", seed: int = 0) -> None:
-    """Write the video to `out` and print how it went."""
+    """Write the video to `out`, and print the result."""
     TASKS[NAME], DECOMPOSITIONS[NAME], KEY_POSES[NAME] = (
         wall_task(),
         DECOMPOSITIONS["pick_cube"],

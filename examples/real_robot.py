@@ -1,24 +1,24 @@
-"""Drive an arm from a policy server, safely. Any object with the methods of LeRobot's `Robot` will do.
+"""Control an arm with a policy server. The arm is any object with the methods of LeRobot's `Robot`.
 
     blm serve blm-nano &
     python examples/real_robot.py --address ws://127.0.0.1:8000 --robot panda --task push_cube
 
-Here the arm is simulated; for yours replace `SimulatedRobot` by, for instance,
-`lerobot.robots.so101_follower.SO101Follower(config)`, name its cameras, give its units, and write its limits
-down from its data sheet. Read docs/robot.md first: the loop does not know what the arm may hit.
+Here the arm is simulated. For a real one, replace `SimulatedRobot` by, for instance,
+`lerobot.robots.so101_follower.SO101Follower(config)`, state its cameras and units, and take its
+limits from its data sheet. Read docs/robot.md first: the loop does not know what the arm may hit.
 """
 
 from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 
 from blm.robots import ROBOTS
-from blm.runtime import Arm, Driver, Limits, RunLog, Safety, StoppedError
+from blm.runtime import Arm, ArmLimits, Driver, RunLog, Safety, StoppedError
 from blm.serving import RemotePolicy
 from blm.tasks import Env
 
@@ -26,11 +26,12 @@ CAMERAS = ("base", "side", "wrist")
 
 
 class SimulatedRobot:
-    """A simulated arm behind the methods of LeRobot's `Robot`; `drop` is the share of reads that fail."""
+    """A simulated arm behind the methods of LeRobot's `Robot`; `drop` is the share of reads that
+    fail."""
 
     def __init__(self, robot: str, task: str, seed: int, image_size: int, drop: float = 0.0) -> None:
         self.env = Env(robot, task, cameras=(), image_size=image_size, terminate_on_success=False)
-        self.env.reset(seed=seed)  # draws nothing: OpenGL belongs to the thread that connects and reads
+        self.env.reset(seed=seed)  # renders nothing: OpenGL belongs to the thread that connects and reads
         self.names, self.drop, self.solved = self.env.contract_space.names, drop, False
         self.chance = np.random.default_rng(seed)
         self.instruction = self.env.task_description
@@ -43,7 +44,7 @@ class SimulatedRobot:
 
     def get_observation(self) -> dict[str, Any]:
         if self.chance.random() < self.drop:
-            raise TimeoutError("the camera gave no frame")
+            raise TimeoutError("the camera returned no frame")
         joints = zip(self.names, self.env.state().tolist(), strict=True)
         pictures = {camera: self.env.picture(camera) for camera in CAMERAS}
         return {f"{name}.pos": value for name, value in joints} | pictures
@@ -53,11 +54,12 @@ class SimulatedRobot:
         self.solved |= bool(self.env.step(target)[4]["success"])
 
 
-def limits_of(robot: str, speed: float) -> Limits:
-    """Limits from the data sheets that `blm/robots` cites, with joint speeds of `speed` [rad/s] at most."""
+def limits_of(robot: str, speed: float) -> ArmLimits:
+    """Return the limits of the data sheets cited in `blm/robots`, with joint speeds of at most
+    `speed` [rad/s]."""
     spec = ROBOTS[robot]
     velocity = [min(speed, most) for most in spec.velocity_limits]
-    return Limits.of(spec.action_space, velocity=velocity, acceleration=spec.acceleration_limits)
+    return ArmLimits.of(spec.action_space, velocity=velocity, acceleration=spec.acceleration_limits)
 
 
 def main(
@@ -68,10 +70,11 @@ def main(
     seconds: float = 10.0,
     drop: float = 0.05,
     speed: float = 1.5,
-    patience: float = 30.0,
+    max_hold_s: Annotated[float, tyro.conf.arg(aliases=("--patience",))] = 30.0,
     log: Path | None = None,
 ) -> None:
-    """Print what happened: commands, chunks, holds, lost frames, reconnections, latency, and why it ended."""
+    """Print the report of a run: commands, chunks, holds, failed observations, latency, and why it
+    ended."""
     connect = partial(RemotePolicy, address, timeout_s=5.0, deadline_ms=1000.0)
     policy = connect()
     size = policy.contract.image_size
@@ -81,7 +84,7 @@ def main(
         Arm(simulated, limits_of(robot, speed)),
         connect,
         simulated.instruction,
-        safety=Safety(patience_s=patience),
+        safety=Safety(max_hold_s=max_hold_s),
         log=RunLog(log),
     )
     try:

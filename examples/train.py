@@ -1,4 +1,4 @@
-"""Train bridge and policy on your own LeRobot dataset, behind any backbone, and see how well they imitate.
+"""Train bridge and policy on your own LeRobot dataset, with any backbone, and print their errors.
 
 python examples/train.py --dataset data/my_robot --backbone demo/stage1/backbone --cameras base wrist
 """
@@ -28,7 +28,7 @@ def main(
     batch_size: int = 64,
     execute: int = 8,
 ) -> None:
-    """Write out/checkpoint, and print how far its first actions are from recorded ones."""
+    """Write out/checkpoint, and print the mean error of its first actions against recorded ones."""
     data = open_dataset(dataset)
     print(
         f"{data.space.robot}: {data.num_episodes} episodes, {data.num_frames} frames, cameras {data.cameras}"
@@ -52,7 +52,7 @@ def main(
         )
         errors.append(np.abs(policy.act(seen).actions[0] - data.actions[frame]))
     for name, unit, error in zip(data.space.names, data.space.units, np.mean(errors, axis=0), strict=True):
-        print(f"  {name}: {error:.4f} {unit} from what was recorded, mean of {len(errors)} frames")
+        print(f"  {name}: {error:.4f} {unit} mean absolute error over {len(errors)} frames")
     print(f"checkpoint: {checkpoint}")
 
 

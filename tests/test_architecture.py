@@ -1,4 +1,4 @@
-"""The design as a test: who may import whom, how large a file and a function may be, what loads torch."""
+"""The design as a test: who may import whom, limits on files, classes and functions, what loads torch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ OPEN = {
     "types": "errors",
     "seeds": "",
     "addresses": "types",
+    "chunks": "types",
     "io": "types",
 }
 """Rooms that all others may import, and what they import of each other."""
@@ -28,8 +29,9 @@ ALLOWED = {
     "planner": "jobs robots tasks datasets",
     "backbone": "media",
     "corpora": "jobs media robots tasks datasets backbone",
-    "bridge": "",
-    "policy": "datasets backbone bridge",
+    "layers": "",
+    "bridge": "layers",
+    "policy": "datasets backbone layers bridge",
     "training": "jobs media datasets corpora backbone bridge policy",
     "baselines": "datasets policy training",
     "evaluation": "jobs media robots tasks",
@@ -42,7 +44,9 @@ ALLOWED = {
     "__init__": "app",
 }
 """Room -> rooms below it that it may import; no file is exempt."""
-FILE_LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 8
+FILE_LINES, CLASS_LINES, FUNCTION_LINES, PARAMETERS = 400, 250, 60, 8
+CLASSES_TO_SPLIT = {"Engine", "ModelScheduler", "Env"}
+"""Classes above the limit, until they are split."""
 
 
 def module_of(path: Path) -> str:
@@ -93,6 +97,9 @@ def test_budgets(path):
     text = path.read_text()
     assert len(text.splitlines()) <= FILE_LINES
     for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ClassDef):
+            long = node.end_lineno - node.lineno >= CLASS_LINES
+            assert not long or node.name in CLASSES_TO_SPLIT, f"{path.name}:{node.name} is too long"
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno < FUNCTION_LINES, f"{path.name}:{node.name} is too long"
             arguments = [a for a in node.args.args if a.arg not in ("self", "cls")] + node.args.kwonlyargs
@@ -122,7 +129,7 @@ def test_loads_without_torch(module):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
 def test_import_does_nothing(path):
-    """Files define names; they call nothing when imported, but to register our eyes with transformers."""
+    """Files define names; on import they only register our vision towers with transformers."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant):
             assert ast.unparse(node).startswith("Auto") and str(path.relative_to(SOURCE)) in (

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-from itertools import takewhile
 
 import pytest
 
 from blm.app.studies import STUDIES
-from blm.cli import digital, find_command, parse_recipe
-from blm.cli.physical import parse_collect, parse_evaluate
-from blm.cli.training import parse_baseline, parse_stage1, parse_stage2
+from blm.cli.command import find_command, parse_command
+from blm.cli.runs import Study
 from tests.support.documents import COMMANDS, README, ROOT
 
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -31,25 +29,11 @@ def test_commands_exist(line):
         targets = re.findall(r"^(\w[\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets
     elif words[0].endswith("blm"):
-        name, _, rest = find_command(words[1:])
-        if name == "collect" and "--run" not in rest:
-            parse_collect(name, rest)
-        elif name == "eval physical" and "--run" not in rest:
-            parse_evaluate(name, rest)
-        elif name == "eval digital" and "--run" not in rest:
-            digital.parse_evaluate(name, rest)
-        elif name == "train stage1" and "--run" not in rest:
-            parse_stage1(name, rest)
-        elif name == "train stage2" and "--run" not in rest:
-            parse_stage2(name, rest)
-        elif name == "train baseline":
-            parse_baseline(name, rest)
-        elif name == "study":
-            study, *variants = takewhile(lambda word: not word.startswith("-"), rest)
-            assert {*variants} <= {variant.name for variant in STUDIES[study]}
-            parse_recipe(name, rest[1 + len(variants) :])
-        elif name in ("demo", "memory") or "--run" in rest:
-            parse_recipe(name, rest)
+        name, rest = find_command(words[1:])
+        command = parse_command(name, rest)
+        if isinstance(command, Study):
+            assert command.study is not None
+            assert {*command.variants} <= {variant.name for variant in STUDIES[command.study]}
     elif words[0].endswith("python"):
         assert (ROOT / words[1]).is_file()
     else:

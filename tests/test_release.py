@@ -10,8 +10,8 @@ from blm.backbone import Backbone
 from blm.backbone.backbone import RELEASED
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, read_questions
 from blm.evaluation import STAGE1_HELD_OUT_SEEDS, PhysicalProtocol, evaluate_digital, evaluate_physical
-from blm.evaluation.digital.runner import Asking
-from blm.policy.checkpoint import folder_of
+from blm.evaluation.digital.runner import DigitalEvalConfig
+from blm.policy.checkpoint import checkpoint_folder
 from blm.policy.policy import CheckpointPolicy
 from blm.robots import ROBOTS
 from blm.tasks import TASKS
@@ -45,16 +45,16 @@ def test_the_policy_was_trained_on_the_released_backbone(nano: Backbone, policy:
 def test_a_checkpoint_here_wins_over_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "blm-nano").mkdir()
-    assert folder_of("blm-nano") == NANO
+    assert checkpoint_folder("blm-nano") == NANO
     (tmp_path / "blm-nano/manifest.json").touch()
-    assert folder_of("blm-nano") == Path("blm-nano") and folder_of("other") == Path("other")
+    assert checkpoint_folder("blm-nano") == Path("blm-nano") and checkpoint_folder("other") == Path("other")
 
 
 def test_it_pushes_on_every_robot(policy: CheckpointPolicy, tmp_path: Path) -> None:
     """On seeds for validation; suite24 keeps its own."""
     protocol = PhysicalProtocol.for_validation(policy.contract, tasks=["push_cube"], episodes=2)
     result = evaluate_physical(lambda: policy, protocol, tmp_path, workers=0, videos_per_cell=0)
-    assert result["overall"]["success_once"]["hits"] >= 4
+    assert result.summary.overall.success_once.hits >= 4
 
 
 def test_it_answers_about_new_scenes_of_every_robot_and_task(nano: Backbone, tmp_path: Path) -> None:
@@ -74,7 +74,11 @@ def test_it_answers_about_new_scenes_of_every_robot_and_task(nano: Backbone, tmp
     build_scene_corpus(config, tmp_path / "corpus", workers=0)
     questions = read_questions(tmp_path / "corpus")
     result = evaluate_digital(
-        nano, questions, tmp_path / "result", model="blm-nano", asking=Asking(root=tmp_path / "corpus")
+        nano,
+        questions,
+        tmp_path / "result",
+        model="blm-nano",
+        config=DigitalEvalConfig(root=tmp_path / "corpus"),
     )
-    assert result["overall"]["n"] == len(questions) >= 100
-    assert result["overall"]["rate"] > 0.75
+    assert result.summary.overall.n == len(questions) >= 100
+    assert result.summary.overall.rate > 0.75

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from blm.datasets.lerobot import finalize_dataset, open_dataset, stage_episode
 from blm.policy.card import model_card
-from blm.seeds import RESERVED, TRAINING_SEEDS, reserved, warning
+from blm.seeds import RESERVED, TRAINING_SEEDS, count_reserved_seeds, reserved_seeds_warning
 from blm.training.policy.sampler import warn_of_reserved
 from tests.support.episodes import EPISODES, SIDE, SPACE
 
@@ -23,9 +23,9 @@ def test_ranges_are_disjoint():
 
 @given(st.lists(st.integers(0, 3_000_000), max_size=20))
 def test_every_seed_is_counted_once_at_most(seeds):
-    counts = reserved(seeds)
+    counts = count_reserved_seeds(seeds)
     assert sum(counts.values()) == sum(any(seed in kept for kept in RESERVED.values()) for seed in seeds)
-    assert all(counts.values()) and reserved(TRAINING_SEEDS[:: 10**5]) == {}
+    assert all(counts.values()) and count_reserved_seeds(TRAINING_SEEDS[:: 10**5]) == {}
 
 
 @pytest.mark.parametrize(
@@ -58,4 +58,6 @@ def test_free_scenes_are_not_warned_of(tmp_path, capsys):
     staged = [stage_episode(tmp_path / "staging", f"{e.task}/{e.seed}", e) for e in episodes]
     layout = {"space": SPACE, "cameras": ("base",), "image_size": SIDE, "provenance": {}}
     assert warn_of_reserved([open_dataset(finalize_dataset(staged, tmp_path / "arm", **layout))]) == {}
-    assert capsys.readouterr().err == "" and "10,000 to 999,999" in warning("it", {"evaluation": 1})
+    assert capsys.readouterr().err == "" and "10,000 to 999,999" in reserved_seeds_warning(
+        "it", {"evaluation": 1}
+    )

@@ -1,1 +1,1 @@
-"""Composition: what the commands do, built from the rooms below."""
+"""Recipes and their stages, model loading, export, checks: built from the other packages."""

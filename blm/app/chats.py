@@ -1,4 +1,4 @@
-"""Models under test by name: our checkpoint, any transformers image-text-to-text model, any endpoint."""
+"""Load chat models by name: checkpoints, transformers models, OpenAI endpoints."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blm.app.model import find_model
-from blm.evaluation.digital.endpoint import Endpoint, Settings
+from blm.evaluation.digital.endpoint import Endpoint, EndpointSettings
 from blm.types import BlmError, Chat
 
 HELP = "a checkpoint or backbone folder, a backbone's name, or openai:MODEL@URL (URL ends in /v1)"
@@ -16,44 +16,50 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 @dataclass(frozen=True)
-class Named:
-    """A chat and what names its weights."""
+class LoadedChat:
+    """A chat model, and the identity of its weights."""
 
     chat: Chat
-    name: str
-    """Of the weights: a fingerprint, or MODEL@URL."""
+    revision: str
+    """Fingerprint of the weights, or MODEL@URL of an endpoint."""
 
 
-def find_chat(
+def load_chat(
     name: str,
     *,
     device: str = "cpu",
     api_key: str | None = None,
     cache: Path | None = None,
-    settings: Settings | None = None,
-) -> Named:
-    """Load what `name` says. Raises UnknownNameError with the choices, BlmError for what has no chat.
+    settings: EndpointSettings | None = None,
+) -> LoadedChat:
+    """Load the chat model that `name` means.
 
-    `api_key` (else the environment's OPENAI_API_KEY), `cache` and `settings` are for endpoints.
+    `api_key` (by default the environment variable OPENAI_API_KEY), `cache` and `settings` are for
+    endpoints. Raises UnknownNameError, which lists the valid names, and BlmError for a policy that
+    cannot chat.
     """
     if name.startswith(SCHEME):
-        endpoint = find_endpoint(name, api_key=api_key, cache=cache, settings=settings)
-        return Named(endpoint, endpoint.name)
+        endpoint = open_endpoint(name, api_key=api_key, cache=cache, settings=settings)
+        return LoadedChat(endpoint, endpoint.name)
     source = find_model(name, what="model", others=["<a folder>", "openai:MODEL@URL"])
     if not source.has_chat:
-        raise BlmError(f"'{name}' is a {source.kind}: it has actions and no chat; give {HELP}")
+        raise BlmError(f"'{name}' is a {source.kind}: it controls robots and cannot chat; give {HELP}")
     model = source.load(device)
     assert model.chat is not None
     revision = model.chat.fingerprint()[:16] if model.policy is None else model.policy.contract.revision
-    return Named(model.chat, revision)
+    return LoadedChat(model.chat, revision)
 
 
-def find_endpoint(
-    name: str, *, api_key: str | None = None, cache: Path | None = None, settings: Settings | None = None
+def open_endpoint(
+    name: str,
+    *,
+    api_key: str | None = None,
+    cache: Path | None = None,
+    settings: EndpointSettings | None = None,
 ) -> Endpoint:
-    """Open 'openai:MODEL@URL'; nothing is sent yet."""
+    """Return the endpoint 'openai:MODEL@URL'. Raises BlmError for any other form."""
     model, _, url = name.removeprefix(SCHEME).rpartition("@")
     if not model or not url.startswith(("http://", "https://")):
-        raise BlmError(f"endpoint '{name}' is not of the form openai:MODEL@http://HOST:PORT/v1")
+        raise BlmError(f"endpoint '{name}' must have the form openai:MODEL@http://HOST:PORT/v1")
     key = api_key or os.environ.get(KEY_VARIABLE)
     return Endpoint(model, url, api_key=key, cache=cache, settings=settings)

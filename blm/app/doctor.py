@@ -1,4 +1,4 @@
-"""What this machine can run, and what is wrong with a dataset or a checkpoint: each fault with its fix."""
+"""Check this machine, datasets, collections and checkpoints. Each fault comes with a fix."""
 
 from __future__ import annotations
 
@@ -17,32 +17,31 @@ from rich.console import Console
 from rich.progress import track
 
 from blm.datasets.checks import (
+    lfs_pointer_faults,
     picture_faults,
-    pointers,
     shape_faults,
-    unreadable,
+    unreadable_files,
     vector_faults,
     video_faults,
 )
 from blm.datasets.files import MANIFEST
 from blm.datasets.lerobot import EpisodeDataset, load_dataset, verify_files
-from blm.datasets.transforms import absurd_ranges
-from blm.io import DamagedError, PointerError, leftovers, read_json
+from blm.datasets.transforms import implausible_ranges
+from blm.io import DamagedError, PointerError, abandoned_paths, read_json
 from blm.robots import ROBOTS
-from blm.seeds import warning
+from blm.seeds import reserved_seeds_warning
 from blm.types import BlmError
 
-AGAIN = "run the same collect command again: it goes on from there"
-
-MANY = 200
-"""Things to check from which on progress is shown."""
+COLLECT_AGAIN = "run the same collect command again: it continues from there"
+PROGRESS_FROM = 200
+"""Number of files or episodes from which a progress bar is shown."""
 MIN_FREE_GIB = 5.0
-"""`make demo` writes less than 1 GiB beside an environment of about 3 GiB."""
+"""`make demo` writes less than 1 GiB, and its environment takes about 3 GiB."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. `fix` is empty when all is well."""
+    """One line of the report. `fix` is empty if nothing is wrong."""
 
     name: str
     found: str
@@ -50,7 +49,7 @@ class Check:
 
 
 def examine_machine() -> Iterator[Check]:
-    """Check Python, torch, GPU, MuJoCo, rendering and disk."""
+    """Check Python, torch, GPU, MuJoCo, rendering and free disk space."""
     yield Check(
         "python", platform.python_version(), "" if sys.version_info >= (3, 11) else "install Python 3.11+"
     )
@@ -63,9 +62,9 @@ def examine_machine() -> Iterator[Check]:
 
 
 def examine_path(path: Path) -> Iterator[Check]:
-    """Check a dataset, a collection (a folder of datasets), or a checkpoint; one line for each fault.
+    """Check a dataset, a collection (folder of datasets) or a checkpoint; yield each fault.
 
-    Whatever is there, this ends, and writes nothing: what cannot be examined is named.
+    Writes nothing and raises nothing: anything that cannot be examined is reported as a fault.
     """
     try:
         yield from _examine(path)
@@ -75,27 +74,27 @@ def examine_path(path: Path) -> Iterator[Check]:
         yield Check(str(path), found, "make it readable, restore it from a copy, or name another folder")
 
 
-def _watched(things: Sequence[Any], title: str) -> Iterable[Any]:
-    """Show how far it is, where that takes time; on stderr, so that the report stays clean."""
-    if len(things) < MANY:
+def _with_progress(things: Sequence[Any], title: str) -> Iterable[Any]:
+    """Show a progress bar for long checks, on stderr, so that the report stays clean."""
+    if len(things) < PROGRESS_FROM:
         return things
     return track(things, f"checking {title}", console=Console(stderr=True), transient=True)
 
 
 def _examine(path: Path) -> Iterator[Check]:
-    from blm.policy.checkpoint import folder_of
+    from blm.policy.checkpoint import checkpoint_folder
 
     if (path / "meta/info.json").exists():
         yield from _dataset(path)
-    elif (folder_of(path) / "manifest.json").exists():
+    elif (checkpoint_folder(path) / "manifest.json").exists():
         yield _checkpoint(path)
     elif (path / "collect.json").exists() or _datasets(path):
         yield from _collection(path)
     else:
-        what = "neither a dataset nor a checkpoint" if path.is_dir() else "no such folder"
-        what = "a file, not a folder" if path.is_file() else what
+        found = "neither a dataset nor a checkpoint" if path.is_dir() else "no such folder"
+        found = "a file, not a folder" if path.is_file() else found
         markers = "meta/info.json, collect.json or manifest.json"
-        yield Check(str(path), what, f"name a folder that has {markers}")
+        yield Check(str(path), found, f"name a folder that has {markers}")
 
 
 def _checkpoint(path: Path) -> Check:
@@ -111,7 +110,7 @@ def _checkpoint(path: Path) -> Check:
 
 
 def _collection(path: Path) -> Iterator[Check]:
-    """Each dataset of a collection, and what an unfinished one still lacks."""
+    """Check each dataset of a collection, and name the datasets that an unfinished one lacks."""
     yield from _unfinished(path)
     folders = _datasets(path)
     if (path / "collect.json").exists():
@@ -122,54 +121,60 @@ def _collection(path: Path) -> Iterator[Check]:
             wanted = ()
         for robot in wanted:
             if path / robot not in folders:
-                yield Check(str(path / robot), "dataset: missing", AGAIN)
+                yield Check(str(path / robot), "dataset: missing", COLLECT_AGAIN)
     for folder in folders:
         yield from _dataset(folder)
 
 
 def _datasets(path: Path) -> list[Path]:
-    """Folders of finished datasets below `path`; those that are being written start with a dot."""
+    """Return the folders of finished datasets below `path`; unfinished ones start with a dot."""
     return sorted(p.parent.parent for p in path.glob("[!.]*/meta/info.json"))
 
 
 def _unfinished(path: Path) -> Iterator[Check]:
     if not (path / "summary.json").exists() and (path / "collect.json").exists():
         count = len(list((path / ".staging").glob("*/*/*/episode.json")))
-        yield Check(str(path), f"unfinished collection, {count} episodes are kept", AGAIN)
+        yield Check(str(path), f"unfinished collection with {count} finished episodes", COLLECT_AGAIN)
     elif (path / ".staging").exists():
-        yield Check(str(path / ".staging"), "left over from a collection that was stopped at its end", AGAIN)
+        yield Check(
+            str(path / ".staging"),
+            "left over from a collection that was interrupted at its end",
+            COLLECT_AGAIN,
+        )
 
 
 def _dataset(folder: Path) -> Iterator[Check]:
-    """Every fault of one dataset, or one line that says what was found good."""
-    said: set[str] = set()
+    """Yield every fault of one dataset, or one line that sums it up if it has none."""
+    reported: set[str] = set()
     for error in _dataset_faults(folder):
-        if str(error) not in said:
+        if str(error) not in reported:
             what, fix = (
                 (error.what, error.fix) if isinstance(error, DamagedError) else ("refused", str(error))
             )
             yield Check(str(folder), f"dataset: {what}", fix)
-        said.add(str(error))
-    if not said:
+        reported.add(str(error))
+    if not reported:
         data = load_dataset(folder)
-        known = "all files as the manifest says" if data.manifest else "no manifest: another program wrote it"
+        known = "all files match the manifest" if data.manifest else "no manifest: written by another program"
         counts = f"{data.num_episodes} episodes, {data.num_frames} frames, {len(data.cameras)} cameras"
-        note = f". Note: {warning('it', data.reserved_seeds)}" if data.reserved_seeds else ""
+        note = f". Note: {reserved_seeds_warning('it', data.reserved_seeds)}" if data.reserved_seeds else ""
         yield Check(str(folder), f"dataset: good ({data.space.robot}: {counts}; {known}){note}")
 
 
 def _dataset_faults(folder: Path) -> Iterator[BlmError]:
-    for left in leftovers(folder):
-        yield DamagedError(f"'{left}' is left over from a run that was stopped", AGAIN)
-    if absent := [*pointers(folder)]:
+    for left in abandoned_paths(folder):
+        yield DamagedError(f"'{left}' is left over from an interrupted run", COLLECT_AGAIN)
+    if absent := [*lfs_pointer_faults(folder)]:
         yield from absent
-        return  # nothing else can be said of files that are not there
+        return  # missing files cannot be checked further
     try:
         has_manifest = (folder / MANIFEST).exists()
-        yield from verify_files(folder, _watched) if has_manifest else unreadable(folder, _watched)
+        yield from (
+            verify_files(folder, _with_progress) if has_manifest else unreadable_files(folder, _with_progress)
+        )
     except BlmError as error:
         yield error
-        yield from unreadable(folder, _watched)
+        yield from unreadable_files(folder, _with_progress)
     try:
         data = load_dataset(folder)
     except BlmError as error:
@@ -183,25 +188,25 @@ def _dataset_faults(folder: Path) -> Iterator[BlmError]:
     yield from shape_faults(data)
     if data.num_frames and data.states.shape == data.actions.shape == shape:
         yield from _range_faults(data)
-        yield from picture_faults(data, _watched)
+        yield from picture_faults(data, _with_progress)
     if "blm" in data.info and data.space.robot in ROBOTS:
         try:
             ROBOTS[data.space.robot].action_space.require_same(data.space, f"dataset '{folder}'")
         except BlmError as error:
             yield DamagedError(
-                str(error), "collect again with this version, or use the version that wrote it"
+                str(error), "collect it again with this version, or use the version that wrote it"
             )
 
 
 def _range_faults(data: EpisodeDataset) -> Iterator[BlmError]:
-    """Values of the wrong size, and joints that never move."""
-    for what in absurd_ranges(data.space, data.states, data.actions):
-        yield DamagedError(what, "convert the dataset, or correct the units in its action space")
+    """Yield implausible ranges of values, and joints that never move."""
+    for what in implausible_ranges(data.space, data.states, data.actions):
+        yield DamagedError(what, "convert the dataset, or correct the units of its action space")
     still = np.ptp(data.actions, axis=0)[:-1] == 0
     for name, unmoved in zip(data.space.names, still, strict=False):
         if unmoved:
             yield DamagedError(
-                f"{name} has one target in all frames", "look at how it was recorded, or leave it out"
+                f"{name} has the same target in all frames", "check how it was recorded, or leave it out"
             )
 
 
@@ -213,7 +218,7 @@ def _torch() -> Iterator[Check]:
         fix = "pip uninstall torchvision: its CUDA build breaks transformers on CPU torch; blm needs none"
         yield Check("torchvision", version("torchvision"), fix)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    yield Check("gpu", ", ".join(gpus) or "none: everything runs on the CPU, large recipes need a GPU")
+    yield Check("gpu", ", ".join(gpus) or "none: everything runs on the CPU; large recipes need a GPU")
 
 
 def _mujoco() -> Check:

@@ -1,4 +1,4 @@
-"""What leaves the project: a backbone for vLLM, data sets and checkpoints with cards; and uploads."""
+"""Export backbones for vLLM, and datasets and checkpoints with cards; upload them to the hub."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from blm.types import BlmError
 if TYPE_CHECKING:
     from blm.backbone import Backbone
 
-VLLM = ("qwen2_5_vl", "qwen3_vl", "llava", "idefics3", "smolvlm")
-"""`model_type` of configs that we can load and vLLM serves (its list of supported multimodal models)."""
+VLLM_MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl", "llava", "idefics3", "smolvlm")
+"""`model_type` of the models that both this package and vLLM support."""
 TOLERANCE = 1e-4
-"""Largest difference of a logit between our model and what plain transformers reads from the folder."""
-PROOF = """
+"""Maximum difference between logits of our model and those of plain transformers."""
+COMPUTE_LOGITS = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
@@ -34,16 +34,17 @@ with torch.no_grad():
 assert not any(name.split(".")[0] == "blm" for name in sys.modules)
 save_file({"logits": torch.cat(logits).contiguous()}, out)
 """
-"""Run by an interpreter that never imports this package."""
+"""Program that computes logits with plain transformers: this package is never imported."""
 
 
 def export_vllm(source: str, out: Path, *, images: int = 8, context: int = 8192) -> str:
-    """Write the backbone of `source` as a stock folder, prove it, and return the command that serves it.
+    """Write the backbone of `source` as a stock transformers folder; return its `vllm serve`
+    command.
 
-    `source` is a checkpoint of Stage II, a backbone's folder or a name of BACKBONES. Plain transformers, in a
-    process without this package, must give the same logits for a picture and a text. `images` and `context`
-    [tokens] are the most that a request may have. Raises BlmError for a model that vLLM does not know, or
-    that has parts of our own, and leaves nothing then.
+    `source` is a checkpoint of Stage II, a backbone's folder or a name of BACKBONES. The folder is
+    verified: plain transformers, in a process without this package, must compute the same logits
+    for a picture and a text. `images` and `context` [tokens] limit a request. Raises BlmError, and
+    writes nothing, for a model that vLLM does not know or that has parts of our own.
     """
     from blm.backbone import Backbone
 
@@ -53,11 +54,12 @@ def export_vllm(source: str, out: Path, *, images: int = 8, context: int = 8192)
     inside = Path(source) / "backbone"
     backbone = Backbone.load(inside if inside.is_dir() else source)
     config = backbone.model.config
-    kind, eye = config.model_type, config.vision_config.model_type
-    if kind not in VLLM or eye.startswith("blm_"):
+    kind = config.model_type
+    vision_tower = config.vision_config.model_type
+    if kind not in VLLM_MODEL_TYPES or vision_tower.startswith("blm_"):
         raise BlmError(
-            f"vLLM cannot serve '{source}': it is a {kind} with the vision tower {eye}; vLLM knows "
-            f"{', '.join(VLLM)} with their own towers. `blm serve` serves every checkpoint"
+            f"vLLM cannot serve '{source}': it is a {kind} with the vision tower {vision_tower}; vLLM knows "
+            f"{', '.join(VLLM_MODEL_TYPES)} with their own towers. `blm serve` serves every checkpoint"
         )
 
     limit = json.dumps({"image": images})
@@ -71,15 +73,15 @@ def export_vllm(source: str, out: Path, *, images: int = 8, context: int = 8192)
         (work / "preprocessor_config.json").write_text(json.dumps(pictures, indent=1))
         if video := backbone.processor.to_dict().get("video_processor"):
             (work / "video_preprocessor_config.json").write_text(json.dumps(video, indent=1))
-        _prove(backbone, work)
+        _verify(backbone, work)
         (work / "README.md").write_text(_backbone_card(command, kind, source))
     return command
 
 
 def export_dataset(source: Path, out: Path) -> None:
-    """Copy a dataset, checked, with the card that hubs and LeRobot's viewer read.
+    """Copy a dataset, and add the dataset card that the hub and LeRobot's viewer read.
 
-    Raises BlmError, naming file and fix, for a damaged dataset.
+    Raises BlmError, which names file and fix, for a damaged dataset.
     """
     from blm.datasets.files import MANIFEST, verify_files
     from blm.datasets.lerobot import open_dataset
@@ -96,10 +98,10 @@ def export_dataset(source: Path, out: Path) -> None:
 
 
 def export_checkpoint(source: str, out: Path) -> None:
-    """Copy a checkpoint, unaltered; it has a card. Raises BlmError for one that is damaged."""
-    from blm.policy.checkpoint import folder_of, read_config
+    """Copy a checkpoint with its model card. Raises BlmError for a damaged checkpoint."""
+    from blm.policy.checkpoint import checkpoint_folder, read_config
 
-    folder = folder_of(source)
+    folder = checkpoint_folder(source)
     read_config(folder)
     with new_folder(out) as work:
         shutil.copytree(folder, work, dirs_exist_ok=True)
@@ -108,14 +110,16 @@ def export_checkpoint(source: str, out: Path) -> None:
 def push_to_hub(folder: Path, repo: str, *, private: bool = False, endpoint: str | None = None) -> str:
     """Upload an exported folder to the Hugging Face hub and return its address.
 
-    `repo` is ORG/NAME. A dataset is tagged with its format's version, which LeRobot asks for. The token is
-    that of `hf auth login` or HF_TOKEN; the hub that of HF_ENDPOINT unless `endpoint` is given. Raises
-    BlmError with the hub's reason; nothing is visible there before all files have arrived.
+    `repo` is ORG/NAME. A dataset is tagged with the version of its format, which LeRobot requires.
+    The token comes from `hf auth login` or HF_TOKEN, the address of the hub from `endpoint` or
+    HF_ENDPOINT. Raises BlmError with the hub's reason. The files become visible together, after all
+    of them have arrived.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError
 
-    api, info = HfApi(endpoint=endpoint), folder / "meta/info.json"
+    api = HfApi(endpoint=endpoint)
+    info = folder / "meta/info.json"
     kind = "dataset" if info.is_file() else "model"
     try:
         where = api.create_repo(repo, repo_type=kind, private=private, exist_ok=True)
@@ -126,8 +130,8 @@ def push_to_hub(folder: Path, repo: str, *, private: bool = False, endpoint: str
             tag = json.loads(info.read_text())["codebase_version"]
             api.create_tag(repo, tag=tag, repo_type=kind, exist_ok=True)
     except HFValidationError as error:
-        raise BlmError(f"'{repo}' names no repository; write ORG/NAME ({error})") from error
-    except (HTTPError, RuntimeError) as error:  # the second of a large file that did not arrive
+        raise BlmError(f"'{repo}' is not the name of a repository; write ORG/NAME ({error})") from error
+    except (HTTPError, RuntimeError) as error:  # RuntimeError: a large file did not arrive
         reason = str(error).strip().splitlines()[0]
         raise BlmError(f"'{folder}' was not uploaded to '{repo}': {reason}; {_remedy(error)}") from error
     return str(where)
@@ -137,12 +141,12 @@ def _remedy(error: Exception) -> str:
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     status = getattr(response, "status_code", None)
     if status in (401, 403):
-        return "log in with `hf auth login` as one who may write there, or set HF_TOKEN"
-    return "the folder is whole: run the same command again"
+        return "log in with `hf auth login` as a user who may write there, or set HF_TOKEN"
+    return "the exported folder is complete: run the same command again"
 
 
-def _prove(backbone: Backbone, folder: Path) -> None:
-    """Raise BlmError unless plain transformers gives the logits of `probe_logits` from the folder alone."""
+def _verify(backbone: Backbone, folder: Path) -> None:
+    """Raise BlmError unless plain transformers computes our probe logits from the folder alone."""
     from safetensors.torch import load_file, save_file
 
     prompts = [backbone.encode([prompt]) for prompt in backbone.probe_prompts()]
@@ -152,14 +156,22 @@ def _prove(backbone: Backbone, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         inputs, logits = Path(place) / "inputs.safetensors", Path(place) / "logits.safetensors"
         save_file(given, inputs)
-        words = [sys.executable, "-c", PROOF, str(folder), str(inputs), str(logits), str(len(prompts))]
+        words = [
+            sys.executable,
+            "-c",
+            COMPUTE_LOGITS,
+            str(folder),
+            str(inputs),
+            str(logits),
+            str(len(prompts)),
+        ]
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:
             last = (done.stderr.strip() or "no reason given").splitlines()[-1]
-            raise BlmError(f"plain transformers cannot load what was exported: {last}")
+            raise BlmError(f"plain transformers cannot load the exported folder: {last}")
         gap = float((load_file(logits)["logits"] - backbone.probe_logits()).abs().max())
     if not gap <= TOLERANCE:
-        raise BlmError(f"plain transformers gives logits that differ by {gap:.2g} from ours; not exported")
+        raise BlmError(f"logits of plain transformers differ from ours by {gap:.2g}; nothing was exported")
 
 
 def _backbone_card(command: str, kind: str, source: str) -> str:
@@ -171,11 +183,13 @@ pipeline_tag: image-text-to-text
 tags: [robotics, embodied-question-answering]
 ---
 
-# The backbone of a BLM, after Stage I
+# Backbone of a BLM checkpoint, after Stage I
 
-A stock {kind} folder, exported from `{source}`: it answers questions about scenes. Written by transformers
-{transformers.__version__}; a version 4 may read its rotary embedding wrongly. Actions need the checkpoint
-itself and `blm serve`.
+A {kind} model that answers questions about scenes, in the stock format of transformers, exported from
+`{source}`. It was written with transformers {transformers.__version__}; versions 4.x may read its rotary
+embedding wrongly. It does not predict actions: these need the full checkpoint and `blm serve`.
+
+Serve it with vLLM:
 
 ```bash
 {command}
@@ -196,8 +210,9 @@ configs:
 
 # {info["robot_type"]}: {", ".join(tasks)}
 
-LeRobotDataset {info["codebase_version"]}: {info["total_episodes"]:,} episodes, {info["total_frames"]:,}
-frames at {info["fps"]} Hz. If Boundless wrote it, seeds and versions are in `meta/manifest.json`.
+A LeRobotDataset {info["codebase_version"]} with {info["total_episodes"]:,} episodes and
+{info["total_frames"]:,} frames at {info["fps"]} Hz. Datasets collected with Boundless list scene seeds and
+software versions in `meta/manifest.json`.
 
 | feature | type | shape |
 |---|---|---|

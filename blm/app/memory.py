@@ -1,4 +1,4 @@
-"""What a recipe needs in memory and on disk, from models built without memory (torch's meta device)."""
+"""Estimate the memory and disk space of a recipe, from models on torch's meta device."""
 
 from __future__ import annotations
 
@@ -10,108 +10,113 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText
 
-from blm.app.recipes import Recipe
+from blm.app.recipe import Recipe
 from blm.backbone import BACKBONES, Backbone
 from blm.backbone.prompt import control_prompt
 from blm.backbone.published_shapes import shape_of
 from blm.policy.network import PolicyNetwork
 
 GIB = 2**30
-TRAINED, EMA = 16, 4
-"""Bytes a trained parameter: float32 weight, gradient and two moments of AdamW; its moving average."""
+TRAINING_BYTES = 16
+"""Bytes per trained parameter: float32 weight, gradient and the two moments of AdamW."""
+EMA_BYTES = 4
+"""Bytes per parameter of the exponential moving average, float32."""
 INSTRUCTION = "Pick up the red cube and move it to the green goal."
-STEPS = 65
-"""Of a demonstration, on average."""
+"""A typical instruction, whose control prompt is measured."""
+STEPS_PER_DEMONSTRATION = 65
+"""Average length of a demonstration [control steps]."""
 TEXT_TOKENS = 60
-"""Of a control prompt, beside its pictures, with the tokenizers of Qwen."""
+"""Tokens of a control prompt without its pictures, with the tokenizers of Qwen."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Sizes in parameters, tokens and bytes. What a step of training needs for activations is not in them."""
+class MemoryEstimate:
+    """Sizes in parameters, tokens and bytes. Activations during training are not included."""
 
     backbone: int
-    """Parameters."""
+    """Parameters of the whole backbone."""
     tapped: int
-    """Parameters of what runs for an action: eye, embeddings, blocks 1..k."""
+    """Parameters that run for an action: vision tower, embeddings, blocks 1..k."""
     policy: int
-    """Parameters of bridge, transformer and heads."""
+    """Parameters of bridge, diffusion transformer and heads."""
     tokens: int
-    """Of a control prompt."""
+    """Tokens of a control prompt."""
     hidden: int
     """Size of a hidden state."""
 
     @property
-    def acting(self) -> int:
-        """Bytes: the tapped part in bfloat16, the policy in float32."""
+    def inference_bytes(self) -> int:
+        """Bytes for choosing actions: the tapped part in bfloat16, the policy in float32."""
         return 2 * self.tapped + 4 * self.policy
 
     @property
-    def stage2(self) -> int:
-        """Bytes of Stage II from a cache of intents: the backbone is not in memory."""
-        return (TRAINED + EMA) * self.policy
+    def stage2_bytes(self) -> int:
+        """Bytes of Stage II with a hidden-state cache: the backbone is not in memory."""
+        return (TRAINING_BYTES + EMA_BYTES) * self.policy
 
     @property
-    def frame(self) -> int:
-        """Bytes of one frame in the cache, float16."""
+    def cached_frame_bytes(self) -> int:
+        """Bytes of one frame in the hidden-state cache, float16."""
         return 2 * self.tokens * self.hidden
 
 
-def plan(recipe: Recipe) -> Plan:
-    """Return the sizes of a recipe. Raises UnknownNameError for a backbone that is neither made nor known."""
+def estimate_memory(recipe: Recipe) -> MemoryEstimate:
+    """Return the sizes of a recipe. Raises UnknownNameError for an unknown backbone."""
     name = recipe.stage1.backbone
     source = BACKBONES.get(name, name)
     if callable(source) or Path(source).is_dir():
         backbone = Backbone.load(name)
-        model, hidden = backbone.model, backbone.hidden_size
+        model = backbone.model
+        hidden = backbone.hidden_size
         blank = np.zeros((recipe.image_size, recipe.image_size, 3), np.uint8)
-        prompt = control_prompt(
-            INSTRUCTION,
-            "panda",
-            dict.fromkeys(recipe.cameras, blank),
-        )
+        prompt = control_prompt(INSTRUCTION, "panda", dict.fromkeys(recipe.cameras, blank))
         tokens = int(backbone.encode([prompt])["input_ids"].shape[1])
         blocks = backbone.decoder.layers
     else:
         config = shape_of(name)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
-        hidden, vision = config.text_config.hidden_size, config.vision_config
-        side = recipe.image_size // (vision.patch_size * vision.spatial_merge_size)
-        tokens = len(recipe.cameras) * (side**2 + 2) + TEXT_TOKENS
+        hidden = config.text_config.hidden_size
+        vision = config.vision_config
+        patches_per_side = recipe.image_size // (vision.patch_size * vision.spatial_merge_size)
+        tokens = len(recipe.cameras) * (patches_per_side**2 + 2) + TEXT_TOKENS
         blocks = model.model.language_model.layers
     with torch.device("meta"):
         policy = PolicyNetwork(recipe.stage2.policy, hidden, len(recipe.robots))
-    unused = sum(map(count, blocks[recipe.stage2.layer :]))
+    unused = sum(map(count_parameters, blocks[recipe.stage2.layer :]))
     head = model.get_output_embeddings()
-    tied = head.weight is model.get_input_embeddings().weight
-    return Plan(
-        backbone=count(model),
-        tapped=count(model) - unused - (0 if tied else count(head)),
-        policy=count(policy),
+    if head.weight is not model.get_input_embeddings().weight:
+        unused += count_parameters(head)
+    return MemoryEstimate(
+        backbone=count_parameters(model),
+        tapped=count_parameters(model) - unused,
+        policy=count_parameters(policy),
         tokens=tokens,
         hidden=hidden,
     )
 
 
-def count(module: nn.Module) -> int:
-    """Return the number of parameters, shared ones once."""
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of parameters; shared ones count once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def describe(recipe: Recipe) -> str:
-    """Return lines for people."""
-    made = plan(recipe)
-    frames = (
-        recipe.demonstrations.episodes * len(recipe.robots) * len(recipe.tasks) * 65 // recipe.stage2.stride
-    )
+    """Return the estimate as lines of text."""
+    estimate = estimate_memory(recipe)
+    episodes = recipe.demonstrations.episodes * len(recipe.robots) * len(recipe.tasks)
+    frames = episodes * STEPS_PER_DEMONSTRATION // recipe.stage2.stride
+    cache_bytes = frames * estimate.cached_frame_bytes
     rows = {
-        "backbone": f"{made.backbone / 1e6:,.1f} M parameters, {2 * made.backbone / GIB:.2f} GiB in bfloat16",
-        "of it for an action": f"{made.tapped / 1e6:,.1f} M (eye and blocks 1..{recipe.stage2.layer})",
-        "policy": f"{made.policy / 1e6:,.1f} M parameters",
-        "acting": f"{made.acting / GIB:.2f} GiB",
-        "Stage II from the cache": f"{made.stage2 / GIB:.2f} GiB, and activations",
-        "cache": f"{made.tokens} tokens x {made.hidden}: {made.frame / 1e6:.2f} MB a frame, about "
-        f"{frames * made.frame / 1e9:,.1f} GB for {frames:,} frames (half in int8)",
+        "backbone": f"{estimate.backbone / 1e6:,.1f} M parameters, "
+        f"{2 * estimate.backbone / GIB:.2f} GiB in bfloat16",
+        "used for an action": f"{estimate.tapped / 1e6:,.1f} M "
+        f"(vision tower and blocks 1..{recipe.stage2.layer})",
+        "policy": f"{estimate.policy / 1e6:,.1f} M parameters",
+        "inference": f"{estimate.inference_bytes / GIB:.2f} GiB",
+        "Stage II with cache": f"{estimate.stage2_bytes / GIB:.2f} GiB, plus activations",
+        "hidden-state cache": f"{estimate.tokens} tokens x {estimate.hidden}: "
+        f"{estimate.cached_frame_bytes / 1e6:.2f} MB per frame, about {cache_bytes / 1e9:,.1f} GB for "
+        f"{frames:,} frames (half in int8)",
     }
     return "\n".join(f"{name:>24}  {value}" for name, value in rows.items())

@@ -1,4 +1,4 @@
-"""`BLM`: one checkpoint, one copy of frozen weights, two methods: `answer` and `act`; and models by name."""
+"""`BLM`, a model that answers and acts from one checkpoint; and loading of models by name."""
 
 from __future__ import annotations
 
@@ -12,51 +12,54 @@ import torch
 
 from blm.backbone import BACKBONES, Backbone
 from blm.backbone.generation.generator import Generation
-from blm.backbone.vision_cache import remember_sight
-from blm.policy.checkpoint import RELEASES, folder_of, kind_of
+from blm.backbone.vision_cache import cache_vision_features
+from blm.policy.checkpoint import RELEASES, checkpoint_folder, checkpoint_kind
 from blm.policy.policy import CheckpointPolicy
 from blm.types import ActionChunk, BlmError, Message, Observation, Policy, PolicyContract, UnknownNameError
 
 
 class BLM:
-    """Answers questions and drives robots from one loaded checkpoint. It is a `Policy` and a `Chat`.
+    """A checkpoint that answers questions and controls robots: both a `Policy` and a `Chat`.
 
-    A question about the frame that an action was just chosen for does not look at it again.
+    Vision features of recent pictures are cached: a question about a frame for which an action was
+    just chosen does not run the vision tower again.
     """
 
     def __init__(self, policy: CheckpointPolicy) -> None:
         self.policy = policy
-        remember_sight(policy.backbone)
+        cache_vision_features(policy.backbone)
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, *, device: str = "cpu") -> BLM:
         """Load a checkpoint folder, or a release by name.
 
-        Raises UnknownNameError for what is neither, BlmError for a missing or altered file.
+        Raises UnknownNameError for any other name, and BlmError for a missing or altered file.
         """
-        if not (folder := folder_of(name_or_folder)).is_dir():
+        if not (folder := checkpoint_folder(name_or_folder)).is_dir():
             raise UnknownNameError("checkpoint", str(name_or_folder), [*RELEASES, "<a folder from Stage II>"])
-        if (kind := kind_of(folder)) != "blm":
+        if (kind := checkpoint_kind(folder)) != "blm":
             raise BlmError(
-                f"checkpoint '{folder}' is a {kind}: it has no chat; `blm serve` serves its actions"
+                f"checkpoint '{folder}' is a {kind}, which cannot chat; `blm serve` serves its actions"
             )
         check_device(device)
         return cls(CheckpointPolicy.load(folder, device=device))
 
     @property
     def backbone(self) -> Backbone:
+        """The frozen backbone that answers and acts."""
         return self.policy.backbone
 
     @property
     def contract(self) -> PolicyContract:
+        """Inputs and outputs of the policy."""
         return self.policy.contract
 
     def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
         """Return the greedy answer to a conversation; all blocks of the backbone run."""
         return self.backbone.answer(messages, max_tokens=max_tokens)
 
-    def speaker(self) -> Generation:
-        """Return what gives several answers at once, token by token."""
+    def generator(self) -> Generation:
+        """Return a generator of several answers at once, token by token."""
         return Generation(self.backbone)
 
     def act(self, observation: Observation) -> ActionChunk:
@@ -64,10 +67,11 @@ class BLM:
         return self.policy.act(observation)
 
     def act_batch(self, observations: Sequence[Observation]) -> list[ActionChunk]:
-        """Return a chunk for each observation, from one pass."""
+        """Return an action chunk for each observation, computed in one batch."""
         return self.policy.act_batch(observations)
 
     def reset(self) -> None:
+        """Forget the previous episode."""
         self.policy.reset()
 
 
@@ -75,48 +79,50 @@ Kind = Literal["blm", "diffusion_policy", "backbone"]
 
 
 @dataclass(frozen=True)
-class Model:
-    """What a folder or name holds: a chat, a policy, or both."""
+class LoadedModel:
+    """A loaded model: a chat, a policy, or both."""
 
     chat: Backbone | None
     policy: Policy | None
 
-    def speaker(self) -> Generation | None:
-        """Return what gives several answers at once, or None without a chat."""
+    def generator(self) -> Generation | None:
+        """Return a generator of several answers at once, or None for a model without chat."""
         return None if self.chat is None else Generation(self.chat)
 
 
 @dataclass(frozen=True)
-class Source:
-    """A model that was found and not loaded yet."""
+class ModelSource:
+    """A model that was found, and whose weights are not loaded yet."""
 
     kind: Kind
     where: str
-    """Its folder, or a name of BACKBONES."""
+    """Folder of the model, or a name of BACKBONES."""
 
     @property
     def has_policy(self) -> bool:
+        """Whether the model controls robots."""
         return self.kind != "backbone"
 
     @property
     def has_chat(self) -> bool:
+        """Whether the model answers questions."""
         return self.kind != "diffusion_policy"
 
     @property
     def warning(self) -> str:
-        """What a user should know before using it; empty if nothing."""
+        """Warning for users of an untrained backbone; empty for other models."""
         return UNTRAINED.get(self.where, "")
 
-    def load(self, device: str = "cpu") -> Model:
-        """Read the weights. Raises BlmError, in one line, for files that are missing, altered or foreign."""
+    def load(self, device: str = "cpu") -> LoadedModel:
+        """Load the weights. Raises BlmError for missing, altered or unreadable files."""
         check_device(device)
         if self.kind == "diffusion_policy":
             from blm.baselines.diffusion_policy import DiffusionPolicy
 
-            return Model(None, DiffusionPolicy.load(self.where, device=device))
+            return LoadedModel(None, DiffusionPolicy.load(self.where, device=device))
         if self.kind == "blm":
             model = BLM.from_pretrained(self.where, device=device)
-            return Model(model.backbone, model)
+            return LoadedModel(model.backbone, model)
         try:
             backbone = Backbone.load(self.where, device=device)
         except BlmError:
@@ -124,14 +130,14 @@ class Source:
         except Exception as error:  # transformers raises of many kinds for a folder or hub it cannot read
             reason = (str(error).strip().splitlines() or [""])[0][:300]
             raise BlmError(f"cannot load '{self.where}': {type(error).__name__}: {reason}") from error
-        remember_sight(backbone)
-        return Model(backbone, None)
+        cache_vision_features(backbone)
+        return LoadedModel(backbone, None)
 
 
 UNTRAINED = {
-    "nano": "nano is untrained: its answers mean nothing before Stage I (`blm train stage1`)",
-    "smol": "smol has not learned to see: its language is pretrained, what it says of pictures means nothing "
-    "before Stage I (`blm train stage1`)",
+    "nano": "nano is untrained: its answers are random before Stage I (`blm train stage1`)",
+    "smol": "only the language model of smol is pretrained: its answers about pictures are random before "
+    "Stage I (`blm train stage1`)",
 }
 
 
@@ -140,18 +146,19 @@ def find_model(
     *,
     what: str = "checkpoint",
     others: Sequence[str] = ("<a folder of Stage I or II>",),
-) -> Source:
-    """Find a release, a checkpoint, a backbone (Stage I, or any of transformers) or a name of BACKBONES.
+) -> ModelSource:
+    """Find a release, a checkpoint, the folder of a backbone, or a name of BACKBONES.
 
-    Of the folder of a run, its last stage. Reads no weights. Raises UnknownNameError for what does not exist,
-    calling it `what` and listing the choices and `others`; BlmError, saying what it holds, for a folder
-    without a model.
+    For a run folder, this is the model of its last finished training stage. Reads no weights.
+    Raises UnknownNameError for a name that does not exist: the message calls it a `what`, and lists
+    the valid names and `others`. Raises BlmError, describing the folder, for a folder without a
+    model.
     """
     name = str(name_or_folder)
-    folder = folder_of(name)
+    folder = checkpoint_folder(name)
     if not folder.is_dir():
         if name in BACKBONES:
-            return Source("backbone", name)
+            return ModelSource("backbone", name)
         if folder.exists():
             raise BlmError(f"'{name}' is a file; give the folder of a checkpoint or backbone")
         raise UnknownNameError(what, name, {*RELEASES, *BACKBONES, *others})
@@ -160,24 +167,24 @@ def find_model(
             return _checkpoint(folder / inside)
     for inside in (".", "backbone", "stage1/backbone"):
         if _is_backbone(folder / inside):
-            return Source("backbone", str(folder / inside))
+            return ModelSource("backbone", str(folder / inside))
     if (folder / "meta/info.json").is_file():
-        what = "it is a data set; train on it with `blm train stage2`"
+        content = "it is a dataset; train on it with `blm train stage2`"
     elif not any(folder.iterdir()):
-        what = "it is empty"
+        content = "it is empty"
     else:
-        what = "a checkpoint has manifest.json, a backbone config.json with its model_type"
-    raise BlmError(f"'{folder}' holds no model: {what}")
+        content = "a checkpoint has manifest.json, a backbone config.json with a model_type"
+    raise BlmError(f"'{folder}' holds no model: {content}")
 
 
-def _checkpoint(folder: Path) -> Source:
+def _checkpoint(folder: Path) -> ModelSource:
     kinds: dict[str, Kind] = {"blm": "blm", "diffusion_policy": "diffusion_policy"}
-    kind = kind_of(folder)
+    kind = checkpoint_kind(folder)
     if kind not in kinds:
         raise BlmError(
             f"checkpoint '{folder}' is of kind '{kind[:40]}'; this program reads {', '.join(kinds)}"
         )
-    return Source(kinds[kind], str(folder))
+    return ModelSource(kinds[kind], str(folder))
 
 
 def _is_backbone(folder: Path) -> bool:
@@ -191,9 +198,11 @@ def _is_backbone(folder: Path) -> bool:
 def check_device(device: str) -> None:
     """Raise BlmError unless torch knows the device and this machine has it."""
     try:
-        kind, index = torch.device(device).type, torch.device(device).index
+        kind = torch.device(device).type
+        index = torch.device(device).index
     except RuntimeError:
-        kind, index = "", None
+        kind = ""
+        index = None
     if kind == "cpu":
         return
     if kind == "cuda":

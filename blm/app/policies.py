@@ -1,4 +1,4 @@
-"""Policies by name, for evaluation: a checkpoint, a server, the expert, a baseline, a replay."""
+"""Load policies by name: a checkpoint, a server, the planning expert, a baseline, a replay."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import numpy as np
 from blm.app.model import check_device
 from blm.datasets.lerobot import open_dataset
 from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy
-from blm.evaluation.physical.baselines import ReplayPolicy
+from blm.evaluation.physical.reference_policies import ReplayPolicy
 from blm.planner.arm_planner import PlanError
 from blm.planner.expert import Expert
-from blm.policy.checkpoint import folder_of, kind_of
+from blm.policy.checkpoint import checkpoint_folder, checkpoint_kind
 from blm.policy.policy import CheckpointPolicy, RealTimeChunkingPolicy
 from blm.robots import ROBOTS
 from blm.serving.client import RemotePolicy
@@ -30,9 +30,9 @@ HELP = (
 
 
 class ExpertPolicy:
-    """The planning expert as a policy: it looks into the simulator, and is asked anew at every step.
+    """The planning expert as a policy, which reads the simulator and plans at every step.
 
-    When it finds no plan it holds still to the end, and the episode counts as what it then is: a failure.
+    When it finds no plan, it holds still until the end, and the episode counts as a failure.
     """
 
     def __init__(self, contract: PolicyContract) -> None:
@@ -43,7 +43,7 @@ class ExpertPolicy:
     def reset(self) -> None: ...
 
     def attach(self, env: Env) -> None:
-        """Start an episode in this environment, from its present state."""
+        """Start an episode in this environment, from its current state."""
         rng = np.random.default_rng((env.np_random_seed, 1))
         if self._expert is None or self._expert.env is not env:
             self._expert = Expert(env, rng)
@@ -51,7 +51,7 @@ class ExpertPolicy:
         self._stuck = False
 
     def act(self, observation: Observation) -> ActionChunk:
-        assert self._expert is not None, "attach comes before act"
+        assert self._expert is not None, "call attach before act"
         if not self._stuck:
             try:
                 action, _ = self._expert.act()
@@ -64,7 +64,7 @@ class ExpertPolicy:
 def contract_without_model(
     name: str, *, cameras: tuple[str, ...], image_size: int, horizon: int, execute: int
 ) -> PolicyContract:
-    """What a policy without weights promises: all robots, the pictures that it is to be given."""
+    """Return the contract of a policy without weights, for all robots."""
     return PolicyContract(
         action_spaces={robot: spec.action_space for robot, spec in ROBOTS.items()},
         cameras=cameras,
@@ -75,7 +75,7 @@ def contract_without_model(
     )
 
 
-def find_policy(
+def policy_factory(
     name: str,
     *,
     cameras: tuple[str, ...],
@@ -86,48 +86,53 @@ def find_policy(
     device: str,
     server_name: str = "",
 ) -> Callable[[], Policy]:
-    """Return a picklable maker of the policy that `name` means (see HELP), checked as far as that is cheap.
+    """Return a picklable function that makes the policy `name`, in any process (see HELP).
 
-    `cameras` to `execute` are for policies that have no contract of their own, `device` for checkpoints.
-    `server_name` says which model a server without a contract holds: its address does not tell.
-    Raises BlmError with the valid forms for anything else.
+    `cameras`, `image_size`, `horizon` and `execute` are for policies without a contract of their
+    own, `device` is for checkpoints, `api_key` for servers. `server_name` identifies the model
+    behind a server without a contract, which its address does not. Raises BlmError with the valid
+    forms for any other name.
     """
-    look: Any = {"cameras": cameras, "image_size": image_size}
+    pictures: Any = {"cameras": cameras, "image_size": image_size}
     if name == "expert":
-        return partial(ExpertPolicy, contract_without_model(name, **look, horizon=1, execute=1))
-    contract = contract_without_model(name, **look, horizon=horizon, execute=execute)
+        return partial(ExpertPolicy, contract_without_model(name, **pictures, horizon=1, execute=1))
+    contract = contract_without_model(name, **pictures, horizon=horizon, execute=execute)
     if name in ("zero", "random"):
         return partial(ZeroPolicy if name == "zero" else RandomPolicy, contract)
     if name.startswith(SCHEMES):
         identity = f"{server_name} at {name}" if server_name else ""
         return partial(RemotePolicy, name, api_key=api_key, contract=replace(contract, revision=identity))
-    if (folder_of(name) / "manifest.json").is_file():
+    if (checkpoint_folder(name) / "manifest.json").is_file():
         check_device(device)
         return partial(load_checkpoint, Path(name), device=device)
     raise BlmError(f"no policy '{name}': give {HELP}")
 
 
 def load_checkpoint(folder: Path, *, device: str = "cpu") -> Policy:
-    """Read a checkpoint of any kind."""
-    if kind_of(folder) == "diffusion_policy":
+    """Load a checkpoint of any kind. Raises BlmError for missing or altered files."""
+    if checkpoint_kind(folder) == "diffusion_policy":
         from blm.baselines.diffusion_policy import DiffusionPolicy
 
         return DiffusionPolicy.load(folder, device=device)
     return CheckpointPolicy.load(folder, device=device)
 
 
-def continuing(make: Callable[[], Policy]) -> Policy:
-    """Make a policy that goes on from its own last chunk. Raises BlmError for one that cannot."""
+def with_real_time_chunking(make: Callable[[], Policy]) -> Policy:
+    """Make a policy that continues its own previous chunk (real-time chunking).
+
+    Raises BlmError for any policy but a checkpoint of Stage II.
+    """
     policy = make()
     if not isinstance(policy, CheckpointPolicy):
         raise BlmError(
-            f"only a checkpoint of Stage II can go on from its last chunk, not a {type(policy).__name__}"
+            "real-time chunking needs a checkpoint of Stage II, which can continue its previous chunk; this "
+            f"policy is a {type(policy).__name__}"
         )
     return RealTimeChunkingPolicy(policy)
 
 
 def contract_of(make: Callable[[], Policy]) -> PolicyContract:
-    """What the policy promises; a connection that this opens is closed again."""
+    """Make the policy, return its contract, and close its connection if it has one."""
     policy = make()
     contract = policy.contract
     if isinstance(policy, RemotePolicy):
@@ -136,7 +141,7 @@ def contract_of(make: Callable[[], Policy]) -> PolicyContract:
 
 
 def load_replay(folder: Path) -> tuple[Callable[[], Policy], PhysicalProtocol]:
-    """Return the maker of a policy that replays a dataset, and the protocol that it is for."""
+    """Return a function that makes a replay of a dataset, and the protocol of the replay check."""
     dataset = open_dataset(folder)
     episodes: list[Episode] = [dataset.episode(i, cameras=()) for i in range(dataset.num_episodes)]
     make = partial(ReplayPolicy, episodes)

@@ -1,12 +1,13 @@
-"""Studies: what each idea buys. Variants of Stage II with the same budget, on the same scenes, paired.
+"""Ablations: variants of Stage II with the same training budget, compared on the same scenes.
 
     runs/NAME/studies/  STUDY/{report.json, report.md}  variants/KEY/{PART/.., result.json}
 
-A variant changes a few fields of the recipe, or splits one joint model into several. Every model of every
-variant is trained for the same number of steps, so a variant of 24 models sees 24 times the samples: dividing
-one budget among them would compare a trained model with untrained ones. Evaluation seeds are the same, so the
-variants are compared episode by episode. Caches of intents are shared where backbone, layer and cameras are,
-and so is a whole variant: what several studies compare with is trained once.
+A variant changes a few fields of the recipe, or splits one joint model into several. Every model of
+every variant is trained for the same number of steps, so a variant of 24 models sees 24 times the
+samples: dividing one budget among them would compare a trained model with untrained ones.
+Evaluation seeds are the same, so the variants are compared episode by episode. Variants with the
+same backbone, layer and cameras share the cache of hidden states, and a variant that several
+studies have in common is trained once.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -24,15 +25,17 @@ from rich.console import Console
 
 from blm.app.pipeline import to_json
 from blm.app.policies import load_checkpoint
-from blm.app.recipes import Recipe
-from blm.app.stages import Part, protocol_of, stage2_of
+from blm.app.recipe import Recipe, RobotsAndTasks, physical_protocol, policy_training_config
+from blm.app.study_result import StudyResult, VariantResult
 from blm.backbone import Backbone
 from blm.backbone.nano import model as nano
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
 from blm.evaluation import PhysicalProtocol, compare, evaluate_physical
-from blm.evaluation.physical.evaluate import summarise
-from blm.evaluation.results import load_result, write_result
-from blm.evaluation.statistics import Difference, holm
+from blm.evaluation.physical.result import EpisodeResult, PhysicalResult
+from blm.evaluation.physical.summary import summarise
+from blm.evaluation.result_files import load_result, write_result
+from blm.evaluation.results import this_machine
+from blm.evaluation.statistics import holm
 from blm.io import write_json, write_text
 from blm.policy.checkpoint import read_contract
 from blm.training.policy.train import PolicyTrainingConfig, train_stage2
@@ -47,12 +50,12 @@ class Variant:
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Dotted names of recipe fields -> values."""
     models: Literal["joint", "robot", "task", "cell"] = "joint"
-    """One model; one for each robot (the paper's dagger), each task, or each of both together (its star)."""
+    """One joint model, or one per robot (dagger in the paper), task, or robot and task (star)."""
     backbone: Literal["stage1", "untrained"] = "stage1"
-    """What Stage I made, or what it began with; nano begins untrained."""
+    """The backbone after Stage I, or before it (for nano: random weights)."""
     policy: Literal["blm", "diffusion policy"] = "blm"
 
-    def parts(self, recipe: Recipe) -> list[Part]:
+    def parts(self, recipe: Recipe) -> list[RobotsAndTasks]:
         if self.models == "joint":
             return [(recipe.robots, recipe.tasks)]
         if self.models == "robot":
@@ -93,23 +96,24 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         Variant("absolute", {"stage2.policy.relative": False}),
     ),
 }
-"""Name -> variants; the others are compared with the first."""
+"""Name of a study -> its variants; all are compared with the first."""
 
 
-def changed(value: Any, path: str, new: Any) -> Any:
-    """Return a copy of nested dataclasses in which the field with this dotted name is `new`."""
+def with_field(value: Any, path: str, new: Any) -> Any:
+    """Return a copy of nested dataclasses in which the field with the dotted name `path` is `new`."""
     first, _, rest = path.partition(".")
     if not hasattr(value, first):
         raise BlmError(f"a recipe has no field '{path}'")
-    return replace(value, **{first: changed(getattr(value, first), rest, new) if rest else new})
+    return replace(value, **{first: with_field(getattr(value, first), rest, new) if rest else new})
 
 
 def run_study(name: str, recipe: Recipe, run: Path, only: Sequence[str] = ()) -> Path:
-    """Train and evaluate the variants of a study on the data and backbone of a run; return report.md.
+    """Train and evaluate the variants of a study; return the path of report.md.
 
-    The same call again continues what was interrupted. `only` names variants to compare with the first, in
-    place of all: parts of a study can run beside each other, and a later call reports what they made.
-    Raises BlmError without episodes or Stage I in `run`, and for a name that is no variant of the study.
+    It uses the demonstrations and the backbone of `run`. The same call again continues an
+    interrupted study. `only` names the variants to compare with the first, in place of all: parts
+    of a study can run in parallel, and a later call reports all of them. Raises BlmError without
+    demonstrations or Stage I in `run`, and for an unknown variant.
     """
     first, *others = STUDIES[name]
     for wanted in only:
@@ -118,74 +122,86 @@ def run_study(name: str, recipe: Recipe, run: Path, only: Sequence[str] = ()) ->
     for needed in ("episodes", "stage1/backbone"):
         if not (run / needed).exists():
             raise BlmError(f"'{run}' has no {needed}; a study needs a run with demonstrations and Stage I")
-    folder, rows = run / "studies" / name, []
+    folder = run / "studies" / name
+    rows = []
     for variant in variants:
         Console(stderr=True).print(f"[bold]study {name}: {variant.name}[/bold]")
         rows.append(run_variant(variant, recipe, run))
-    reference, *results = (load_result(run / "studies/variants" / row["result"]) for row in rows)
+    reference, *results = (load_result(run / "studies/variants" / row.result) for row in rows)
     folder.mkdir(exist_ok=True)
     gaps = [compare(result, reference, but=("cameras",)) for result in results]
-    for row, gap, p in zip(rows[1:], gaps, holm([gap.p_value for gap in gaps]), strict=True):
-        row |= {"gap": asdict(gap), "p_corrected": p}
-    write_json(folder / "report.json", {"study": name, "recipe": to_json(recipe), "variants": rows})
+    corrected = holm([gap.p_value for gap in gaps])
+    compared = [
+        replace(row, gap=gap, p_corrected=p) for row, gap, p in zip(rows[1:], gaps, corrected, strict=True)
+    ]
+    study = StudyResult(name, to_json(recipe), [rows[0], *compared])
+    write_json(folder / "report.json", study.to_json())
     report = folder / "report.md"
-    write_text(report, table(name, rows, gaps))
+    write_text(report, study.to_markdown())
     return report
 
 
-def run_variant(variant: Variant, recipe: Recipe, run: Path) -> dict[str, Any]:
-    """Train and evaluate the models of a variant; return what its row of the table says."""
+def run_variant(variant: Variant, recipe: Recipe, run: Path) -> VariantResult:
+    """Train and evaluate the models of a variant."""
     for path, new in variant.changes.items():
-        recipe = changed(recipe, path, new)
-    out = run / "studies/variants" / key_of(variant, recipe)
+        recipe = with_field(recipe, path, new)
+    out = run / "studies/variants" / variant_key(variant, recipe)
     backbone = run / "stage1/backbone"
     if variant.backbone == "untrained":
-        backbone = untrained(recipe, backbone, run / "studies/untrained")
+        backbone = untrained_backbone(recipe, backbone, run / "studies/untrained")
     stage2, parts, begin = recipe.stage2, variant.parts(recipe), time.monotonic()
     cache = f"{backbone.parent.name}-{stage2.layer}-{stage2.stride}-{'-'.join(recipe.cameras)}"
     intents = run / "studies/intents" / cache
-    made: list[dict[str, Any]] = []
+    episodes: list[EpisodeResult] = []
     trained = 0.0
     for robots, tasks in parts:
         work = out / "-".join((*robots, *tasks)) if len(parts) > 1 else out / "joint"
-        config = stage2_of(recipe, run, backbone, intents, (robots, tasks))
+        config = policy_training_config(recipe, run, backbone, intents, (robots, tasks))
         config = replace(config, loop=replace(config.loop, eval_every=0))
         facts = {"variant": out.name, "recipe": to_json(recipe)}
         if variant.policy == "blm":
             checkpoint = train_stage2(config, work, facts)
         else:
-            checkpoint = train_baseline(baseline_of(config), work, facts)
-        trained += last_row(work / "log.jsonl")["seconds"]
+            checkpoint = train_baseline(baseline_config(config), work, facts)
+        trained += last_log_row(work / "log.jsonl")["seconds"]
         contract = read_contract(checkpoint)
-        protocol = protocol_of(recipe, contract, (robots, tasks))
-        made += evaluated(checkpoint, protocol, recipe, work / "physical")["rows"]
-    protocol = protocol_of(recipe, contract, (recipe.robots, recipe.tasks))
+        protocol = physical_protocol(recipe, contract, (robots, tasks))
+        episodes += evaluate_variant(checkpoint, protocol, recipe, work / "physical").episodes
+    protocol = physical_protocol(recipe, contract, (recipe.robots, recipe.tasks))
     order = {f"{robot}/{task}/{seed}": i for i, (robot, task, seed) in enumerate(protocol.scenes)}
-    made.sort(key=lambda row: order[row["id"]])
-    about = {"kind": "physical", "score": "success_once", "model": f"variant {out.name}"}
-    result = write_result(out, protocol, begin, **about, **summarise(made), rows=made)
-    return {
-        "variant": variant.name,
-        "models": len(parts),
-        "steps": stage2.loop.steps,
-        "samples": stage2.loop.batch_size * stage2.loop.steps * len(parts),
-        "training_seconds": trained,
-        "success": result["overall"]["success_once"],
-        **{name: result["overall"][name] for name in ("success_at_end", "success_at_limit")},
-        "solved": {f"{c['robot']}/{c['task']}": c["success_once"]["hits"] for c in result["cells"]},
-        "result": out.name,
-    }
+    episodes.sort(key=lambda episode: order[episode.id])
+    result = PhysicalResult(
+        protocol=protocol,
+        machine=this_machine(),
+        seconds=time.monotonic() - begin,
+        model=f"variant {out.name}",
+        summary=summarise(episodes),
+        episodes=tuple(episodes),
+    )
+    summary = write_result(out, result).summary
+    return VariantResult(
+        variant=variant.name,
+        models=len(parts),
+        steps=stage2.loop.steps,
+        samples=stage2.loop.batch_size * stage2.loop.steps * len(parts),
+        training_seconds=trained,
+        success=summary.overall.success_once,
+        success_at_end=summary.overall.success_at_end,
+        success_at_limit=summary.overall.success_at_limit,
+        solved={cell.name: int(cell.summary.success_once.hits) for cell in summary.cells},
+        result=out.name,
+    )
 
 
-def key_of(variant: Variant, recipe: Recipe) -> str:
-    """Name of what this variant of an already changed recipe trains and evaluates, whatever study asks."""
+def variant_key(variant: Variant, recipe: Recipe) -> str:
+    """Hash of everything that the result of a variant depends on; `recipe` has its changes applied."""
     made = [variant.models, variant.backbone, variant.policy, "equal steps per model"]
     made += [to_json(value) for name, value in vars(recipe).items() if name != "workers"]
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def baseline_of(config: PolicyTrainingConfig) -> BaselineConfig:
-    """The same budget and data for a Diffusion Policy."""
+def baseline_config(config: PolicyTrainingConfig) -> BaselineConfig:
+    """Return the configuration of a Diffusion Policy with the same budget and data."""
     return BaselineConfig(
         datasets=config.datasets,
         cameras=config.intents.cameras,
@@ -197,15 +213,18 @@ def baseline_of(config: PolicyTrainingConfig) -> BaselineConfig:
     )
 
 
-def evaluated(checkpoint: Path, protocol: PhysicalProtocol, recipe: Recipe, out: Path) -> dict[str, Any]:
+def evaluate_variant(
+    checkpoint: Path, protocol: PhysicalProtocol, recipe: Recipe, out: Path
+) -> PhysicalResult:
     """Evaluate one model on its own robots and tasks."""
     make = partial(load_checkpoint, checkpoint)
-    how: Any = {"workers": recipe.workers, "engine": recipe.engine, "videos_per_cell": 0}
-    return evaluate_physical(make, protocol, out, **how)
+    return evaluate_physical(
+        make, protocol, out, workers=recipe.workers, engine=recipe.engine, videos_per_cell=0
+    )
 
 
-def untrained(recipe: Recipe, backbone: Path, folder: Path) -> Path:
-    """Return the folder of what Stage I began with: for nano, an untrained one behind the same tokenizer."""
+def untrained_backbone(recipe: Recipe, backbone: Path, folder: Path) -> Path:
+    """Return the backbone before Stage I: for nano, random weights behind the same tokenizer."""
     if not (folder / "backbone").exists():
         if recipe.stage1.backbone == "nano":
             made = Backbone.load(backbone)
@@ -216,37 +235,7 @@ def untrained(recipe: Recipe, backbone: Path, folder: Path) -> Path:
     return folder / "backbone"
 
 
-def last_row(log: Path) -> dict[str, float]:
+def last_log_row(log: Path) -> dict[str, float]:
+    """Return the last row of a training log."""
     row: dict[str, float] = json.loads(log.read_text().splitlines()[-1])
     return row
-
-
-def table(name: str, rows: Sequence[Mapping[str, Any]], gaps: Sequence[Difference]) -> str:
-    """A table in Markdown: success of each variant with its interval, and the paired difference."""
-    lines = [
-        f"# Study: {name}",
-        "",
-        f"n = {rows[0]['success']['n']} episodes on the same scenes; {rows[0]['steps']:,} steps per model; "
-        "95 % intervals; p: McNemar's exact test, corrected for the number of variants (Holm).",
-        "",
-        "| variant | models | samples seen | training | success once | at end | at step limit "
-        "| against the first | p |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        won, gap, p = row["success"], row.get("gap"), row.get("p_corrected")
-        success = f"{won['rate']:.1%} ({won['low']:.1%} to {won['high']:.1%})"
-        success += f" | {row['success_at_end']['rate']:.1%} | {row['success_at_limit']['rate']:.1%}"
-        against = "-"
-        if gap is not None:
-            against = f"{100 * gap['difference']:+.1f} ({100 * gap['low']:+.1f} to {100 * gap['high']:+.1f})"
-        cells = (
-            row["variant"],
-            row["models"],
-            f"{row['samples']:,}",
-            f"{row['training_seconds'] / 60:.1f} min",
-        )
-        lines.append(
-            f"| {' | '.join(map(str, cells))} | {success} | {against} | {'-' if p is None else f'{p:.2g}'} |"
-        )
-    return "\n".join(lines) + "\n"

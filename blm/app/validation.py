@@ -9,13 +9,18 @@ from pathlib import Path
 from blm.evaluation import PhysicalProtocol, evaluate_physical
 from blm.io import remove_own, work_folder
 from blm.policy.policy import CheckpointPolicy
-from blm.training.policy.train import Drive
+from blm.training.policy.train import ClosedLoopValidation
 
 
-def validation_episodes(out: Path, tasks: Sequence[str], episodes: int, workers: int) -> Drive:
-    """Return what lets a policy in training drive so many validation episodes of each robot and task."""
+def closed_loop_validation(
+    out: Path, tasks: Sequence[str], episodes: int, workers: int
+) -> ClosedLoopValidation:
+    """Return a callback that validates a policy during training: `episodes` of each robot and task.
 
-    def drive(step: int, policy: CheckpointPolicy) -> dict[str, float]:
+    It returns the success rate under "success"; results are kept in `out`/driven/STEP.
+    """
+
+    def validate(step: int, policy: CheckpointPolicy) -> dict[str, float]:
         folder = out / "driven" / f"{step:08d}"
         weights = work_folder(out / "driven/.weights", "a policy in training", {})
         policy.save(weights / "policy", {})
@@ -23,6 +28,6 @@ def validation_episodes(out: Path, tasks: Sequence[str], episodes: int, workers:
         make = partial(CheckpointPolicy.load, weights / "policy")
         result = evaluate_physical(make, protocol, folder, workers=workers, videos_per_cell=0)
         remove_own(weights)
-        return {"success": result["overall"]["success_once"]["rate"]}
+        return {"success": result.summary.overall.success_once.rate}
 
-    return drive
+    return validate

@@ -1,4 +1,4 @@
-"""Look at episodes: videos with overlays, contact sheets, one picture of a whole suite, Rerun recordings."""
+"""Show episodes: videos with overlays, contact sheets, suite pictures, Rerun recordings."""
 
 from __future__ import annotations
 
@@ -16,30 +16,44 @@ from blm.datasets.video import encode
 from blm.io import replacing
 from blm.types import BlmError, Episode, ImageArray
 
-PANEL = 256
-"""Least height of one camera's picture in a video [px]; smaller pictures are enlarged."""
-THUMBNAIL = 160
-"""Height of a picture in a sheet [px]."""
-VIDEO_WIDTH = 560
-"""Least width of a video [px]: the line of facts needs it."""
+MIN_VIDEO_PICTURE = 256
+"""Minimum height of a camera's picture in a video [px]; smaller pictures are enlarged."""
+MIN_SHEET_PICTURE = 160
+"""Minimum height of a camera's picture in a sheet [px]."""
+MIN_VIDEO_WIDTH = 560
+"""Minimum width of a video [px]: the status line needs it."""
 GAP = 6
-_DARK, _PALE, _INK, _GREY = (24, 26, 31), (250, 250, 248), (30, 32, 38), (122, 126, 136)
-_LIGHT, _GREEN, _RED = (236, 238, 242), (46, 160, 82), (196, 62, 52)
-_COLORS = (
-    *((86, 156, 214), (229, 164, 70), (196, 92, 142), (124, 190, 116), (150, 122, 214)),
-    *((90, 184, 178), (222, 110, 88), (206, 198, 104), (160, 164, 172)),
+"""Space between pictures, and unit of all margins [px]."""
+_DARK = (24, 26, 31)
+_PALE = (250, 250, 248)
+_INK = (30, 32, 38)
+_GREY = (122, 126, 136)
+_LIGHT = (236, 238, 242)
+_GREEN = (46, 160, 82)
+_RED = (196, 62, 52)
+_PRIMITIVE_COLORS = (
+    (86, 156, 214),
+    (229, 164, 70),
+    (196, 92, 142),
+    (124, 190, 116),
+    (150, 122, 214),
+    (90, 184, 178),
+    (222, 110, 88),
+    (206, 198, 104),
+    (160, 164, 172),
 )
-"""Of the primitives, in the order of their first appearance; as many as a task has at most."""
+"""Colours of the primitives in the order of their first appearance; no task has more."""
 
 
-# --- videos -------------------------------------------------------------------------------------------------
+# --- videos ---------------------------------------------------------------------------------------
 
 
 def write_mp4(episode: Episode, path: Path, fps: int = 20) -> Path:
-    """Write all cameras side by side with the instruction, the primitive, the gripper, success and the time.
+    """Write a video of all cameras side by side, with a status line and a timeline.
 
-    The bar at the bottom is the episode: a colour for each primitive, a green line where the task is solved,
-    white where the video is. Raises BlmError for an episode without pictures.
+    The status line shows primitive, gripper opening, success and time. The bar at the bottom shows
+    the whole episode: a colour for each primitive, a green line while the task is solved, a white
+    mark at the current frame. Raises BlmError for an episode without pictures.
     """
     _require_pictures(episode)
     frames = np.stack([video_frame(episode, t, fps) for t in range(len(episode))])
@@ -50,10 +64,10 @@ def write_mp4(episode: Episode, path: Path, fps: int = 20) -> Path:
 
 def video_frame(episode: Episode, t: int, fps: int = 20) -> ImageArray:
     """Return frame `t` of the video [H, W, 3]; both sides are even, as the codec needs."""
-    pictures = [_enlarged(frames[t], PANEL) for frames in episode.images.values()]
+    pictures = [_enlarge(frames[t], MIN_VIDEO_PICTURE) for frames in episode.images.values()]
     strip = sum(picture.width for picture in pictures) + GAP * (len(pictures) - 1)
-    width = max(VIDEO_WIDTH, strip + 2 * GAP)
-    lines = _wrapped(episode.instruction, 17, width - 4 * GAP)
+    width = max(MIN_VIDEO_WIDTH, strip + 2 * GAP)
+    lines = _wrap_text(episode.instruction, 17, width - 4 * GAP)
     top = 22 * len(lines) + 2 * GAP
     bottom = top + max(picture.height for picture in pictures)
     canvas = Image.new("RGB", (width + width % 2, bottom + 54 + bottom % 2), _DARK)
@@ -63,26 +77,26 @@ def video_frame(episode: Episode, t: int, fps: int = 20) -> ImageArray:
     x = (canvas.width - strip) // 2
     for camera, picture in zip(episode.images, pictures, strict=True):
         canvas.paste(picture, (x, top))
-        _tag(draw, (x + 4, top + 4), camera)
+        _draw_camera_name(draw, (x + 4, top + 4), camera)
         x += picture.width + GAP
-    _facts(draw, episode, t, fps, bottom + 20)
-    _timeline(draw, episode, t, canvas.size)
+    _draw_status_line(draw, episode, t, fps, bottom + 20)
+    _draw_timeline(draw, episode, t, canvas.size)
     return np.asarray(canvas)
 
 
-def _facts(draw: ImageDraw.ImageDraw, episode: Episode, t: int, fps: int, y: int) -> None:
-    """Draw one line around height `y`: primitive, gripper opening, success, time."""
+def _draw_status_line(draw: ImageDraw.ImageDraw, episode: Episode, t: int, fps: int, y: int) -> None:
+    """Draw the status line around height `y`: primitive, gripper opening, success, time."""
     right = int(draw.im.size[0]) - 2 * GAP
     name = episode.primitives[t] if episode.primitives else ""
     if name:
-        draw.rounded_rectangle((2 * GAP, y - 9, 3 * GAP + 12, y + 9), 4, _color_of(episode, t))
+        draw.rounded_rectangle((2 * GAP, y - 9, 3 * GAP + 12, y + 9), 4, _primitive_color(episode, t))
         draw.text((4 * GAP + 12, y), name, _LIGHT, _font(15), anchor="lm")
     draw.text((150, y), "gripper", _GREY, _font(14), anchor="lm")
     opening = float(np.clip(episode.states[t, -1], 0, 1))
     draw.rounded_rectangle((206, y - 6, 286, y + 6), 6, outline=_GREY)
     if opening > 0.05:
         draw.rounded_rectangle((208, y - 4, 208 + 76 * opening, y + 4), 4, _LIGHT)
-    done = t >= success_from(episode)
+    done = t >= first_success_frame(episode)
     draw.ellipse((312, y - 7, 326, y + 7), _GREEN if done else None, _GREEN if done else _GREY)
     if done:
         draw.line([(315, y), (318, y + 3), (323, y - 4)], _LIGHT, 2)
@@ -91,54 +105,60 @@ def _facts(draw: ImageDraw.ImageDraw, episode: Episode, t: int, fps: int, y: int
     draw.text((right, y), time, _GREY, _font(14), anchor="rm")
 
 
-def _timeline(draw: ImageDraw.ImageDraw, episode: Episode, t: int, size: tuple[int, int]) -> None:
+def _draw_timeline(draw: ImageDraw.ImageDraw, episode: Episode, t: int, size: tuple[int, int]) -> None:
     """Draw the episode as a bar along the lower edge, with a white mark at frame `t`."""
-    left, step, y = 2 * GAP, (size[0] - 4 * GAP) / len(episode), size[1] - 14
+    left = 2 * GAP
+    step = (size[0] - 4 * GAP) / len(episode)
+    y = size[1] - 14
     for frame in range(len(episode)):
-        color = _color_of(episode, frame)
+        color = _primitive_color(episode, frame)
         draw.rectangle((left + frame * step, y, left + (frame + 1) * step, y + 5), color)
-    start = success_from(episode)
+    start = first_success_frame(episode)
     if start < len(episode):
         draw.rectangle((left + start * step, y + 7, left + len(episode) * step, y + 8), _GREEN)
     draw.rectangle((left + t * step - 1, y - 3, left + (t + 1) * step + 1, y + 8), (255, 255, 255))
 
 
-def success_from(episode: Episode) -> int:
-    """First frame from which on the task's rule holds to the end; the number of frames if it does not."""
+def first_success_frame(episode: Episode) -> int:
+    """Return the frame from which the success rule holds to the end, or the length if it does
+    not."""
     last = len(episode) - 1
     return int(episode.metrics.get("success_step", last)) if episode.success else last + 1
 
 
-def _color_of(episode: Episode, t: int) -> tuple[int, int, int]:
+def _primitive_color(episode: Episode, t: int) -> tuple[int, int, int]:
     names = list(dict.fromkeys(episode.primitives))
-    return _COLORS[names.index(episode.primitives[t]) % len(_COLORS)] if names else _GREY
+    return _PRIMITIVE_COLORS[names.index(episode.primitives[t]) % len(_PRIMITIVE_COLORS)] if names else _GREY
 
 
-# --- sheets -------------------------------------------------------------------------------------------------
+# --- sheets ---------------------------------------------------------------------------------------
 
 
 def contact_sheet(episodes: Sequence[Episode], path: Path, moments: int = 6, fps: int = 20) -> Path:
-    """Write a PNG with `moments` evenly spaced frames of each episode, one row a camera.
+    """Write a PNG with `moments` evenly spaced frames of each episode, one row per camera.
 
-    A green line marks the moments at which the task is solved. Raises BlmError without episodes or pictures.
+    A green line marks the frames at which the task is solved. Raises BlmError without episodes or
+    pictures.
     """
     if not episodes:
         raise BlmError("a contact sheet needs at least one episode")
-    return _save(_stacked([_episode_block(episode, moments, fps) for episode in episodes]), path)
+    return _save(_stack_vertically([_episode_block(episode, moments, fps) for episode in episodes]), path)
 
 
 def suite_sheet(episodes: Mapping[tuple[str, str], Episode], path: Path, moments: int = 3) -> Path:
-    """Write one PNG of a suite, given (robot, task) -> episode: a row a task, a column a robot.
+    """Write one PNG of a suite, given (robot, task) -> episode: one row per task, one column per
+    robot.
 
-    A cell shows `moments` evenly spaced frames of the episode's first camera, or nothing without an episode.
-    Raises BlmError without episodes or pictures.
+    A cell shows `moments` evenly spaced frames of the episode's first camera. It is grey without an
+    episode. Raises BlmError without episodes or pictures.
     """
     if not episodes:
         raise BlmError("a picture of the suite needs at least one episode")
     robots, tasks = (list(dict.fromkeys(key[i] for key in episodes)) for i in (0, 1))
-    strips = {key: _strip(episode, moments) for key, episode in episodes.items()}
+    strips = {key: _camera_strip(episode, moments) for key, episode in episodes.items()}
     width, height = (max(strip.size[i] for strip in strips.values()) for i in (0, 1))
-    label, head = 168, 36
+    label = 168
+    head = 36
     size = (label + len(robots) * (width + 2 * GAP), head + len(tasks) * (height + 2 * GAP))
     sheet = Image.new("RGB", size, _PALE)
     draw = ImageDraw.Draw(sheet)
@@ -153,13 +173,16 @@ def suite_sheet(episodes: Mapping[tuple[str, str], Episode], path: Path, moments
                 draw.rectangle((x, y, x + width, y + height), (232, 232, 230))
     for row, task in enumerate(tasks):
         y = head + row * (height + 2 * GAP) + height // 2
-        words = "\n".join(_wrapped(task.replace("_", " "), 22, label - 4 * GAP))
+        words = "\n".join(_wrap_text(task.replace("_", " "), 22, label - 4 * GAP))
         draw.multiline_text((2 * GAP, y), words, _INK, _font(22), anchor="lm")
     return _save(sheet, path)
 
 
 def collection_sheet(collection: Path, path: Path) -> Path:
-    """Write the suite sheet of a collection: the first episode of every robot and task in its datasets."""
+    """Write the suite sheet of a collection, with the first episode of every robot and task.
+
+    Raises BlmError for a folder without datasets.
+    """
     datasets = [open_dataset(info.parents[1]) for info in sorted(collection.glob("*/meta/info.json"))]
     if not datasets:
         raise BlmError(f"'{collection}' holds no datasets; name the folder that 'blm collect' wrote")
@@ -172,13 +195,13 @@ def collection_sheet(collection: Path, path: Path) -> Path:
 
 
 def _episode_block(episode: Episode, moments: int, fps: int) -> Image.Image:
-    """One episode of a contact sheet, under a title."""
+    """Draw one episode of a contact sheet, under a title."""
     _require_pictures(episode)
-    rows = [_strip(episode, moments, camera) for camera in episode.images]
+    rows = [_camera_strip(episode, moments, camera) for camera in episode.images]
     width = max(row.width for row in rows) + 2 * GAP
     outcome = "success" if episode.success else "failure"
     title = f"{episode.robot}  {episode.task}  seed {episode.seed}"
-    lines = _wrapped(episode.instruction, 15, width - 2 * GAP)
+    lines = _wrap_text(episode.instruction, 15, width - 2 * GAP)
     top = 26 + 20 * len(lines)
     block = Image.new("RGB", (width, top + 22 + sum(row.height + 4 for row in rows)), _PALE)
     draw = ImageDraw.Draw(block)
@@ -190,37 +213,39 @@ def _episode_block(episode: Episode, moments: int, fps: int) -> Image.Image:
     y = top + 4
     for camera, picture in zip(episode.images, rows, strict=True):
         block.paste(picture, (GAP, y))
-        _tag(draw, (GAP + 3, y + 3), camera)
+        _draw_camera_name(draw, (GAP + 3, y + 3), camera)
         y += picture.height + 4
     step = (rows[0].width + 4) // moments
-    for column, t in enumerate(_moments(episode, moments)):
+    for column, t in enumerate(_evenly_spaced_frames(episode, moments)):
         name = episode.primitives[t] if episode.primitives else ""
         draw.text((GAP + column * step + 2, y), f"{t / fps:.1f} s  {name}", _INK, _font(13))
     return block
 
 
-def _strip(episode: Episode, moments: int, camera: str = "") -> Image.Image:
-    """Frames of one camera, by default the first, side by side; green below where the task is solved."""
+def _camera_strip(episode: Episode, moments: int, camera: str = "") -> Image.Image:
+    """Draw frames of one camera, by default the first, side by side; solved ones have a green
+    line."""
     _require_pictures(episode)
     frames = episode.images[camera or next(iter(episode.images))]
-    times = _moments(episode, moments)
-    pictures = [_enlarged(frames[t], THUMBNAIL) for t in times]
+    times = _evenly_spaced_frames(episode, moments)
+    pictures = [_enlarge(frames[t], MIN_SHEET_PICTURE) for t in times]
     width, height = pictures[0].size
     strip = Image.new("RGB", ((width + 4) * moments - 4, height), _PALE)
     draw = ImageDraw.Draw(strip)
     for column, (t, picture) in enumerate(zip(times, pictures, strict=True)):
         x = column * (width + 4)
         strip.paste(picture, (x, 0))
-        if t >= success_from(episode):
+        if t >= first_success_frame(episode):
             draw.rectangle((x, height - 5, x + width - 1, height - 1), _GREEN)
     return strip
 
 
-def _moments(episode: Episode, count: int) -> list[int]:
+def _evenly_spaced_frames(episode: Episode, count: int) -> list[int]:
+    """Return the indices of `count` frames, the first and the last among them."""
     return [int(t) for t in np.linspace(0, len(episode) - 1, count).round()]
 
 
-# --- pieces -------------------------------------------------------------------------------------------------
+# --- helpers --------------------------------------------------------------------------------------
 
 
 def _require_pictures(episode: Episode) -> None:
@@ -237,15 +262,15 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def _enlarged(frame: ImageArray, height: int) -> Image.Image:
-    """The picture, enlarged to `height` if it is smaller; its sides keep their proportion."""
+def _enlarge(frame: ImageArray, height: int) -> Image.Image:
+    """Return the picture, enlarged to `height` [px] with its aspect ratio if it is smaller."""
     picture = Image.fromarray(frame)
     if picture.height >= height:
         return picture
     return picture.resize((round(picture.width * height / picture.height), height), Image.Resampling.LANCZOS)
 
 
-def _wrapped(text: str, size: int, width: int) -> list[str]:
+def _wrap_text(text: str, size: int, width: int) -> list[str]:
     """Break `text` into lines of at most `width` px."""
     lines = [""]
     for word in text.split():
@@ -257,14 +282,14 @@ def _wrapped(text: str, size: int, width: int) -> list[str]:
     return lines
 
 
-def _tag(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str) -> None:
-    """Write the name of a camera into the corner of its picture."""
+def _draw_camera_name(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str) -> None:
+    """Draw the name of a camera into the corner of its picture."""
     x, y, right, bottom = draw.textbbox((corner[0] + 5, corner[1] + 2), text, _font(13))
     draw.rounded_rectangle((x - 5, y - 3, right + 5, bottom + 3), 4, _DARK)
     draw.text((corner[0] + 5, corner[1] + 2), text, _LIGHT, _font(13))
 
 
-def _stacked(blocks: Sequence[Image.Image]) -> Image.Image:
+def _stack_vertically(blocks: Sequence[Image.Image]) -> Image.Image:
     sheet = Image.new("RGB", (max(b.width for b in blocks), sum(b.height for b in blocks)), _PALE)
     y = 0
     for block in blocks:
@@ -285,14 +310,15 @@ def _jpeg(frame: ImageArray) -> bytes:
     return buffer.getvalue()
 
 
-# --- Rerun --------------------------------------------------------------------------------------------------
+# --- Rerun ----------------------------------------------------------------------------------------
 
 
 def write_rerun(episode: Episode, path: Path, fps: int = 20, names: Sequence[str] = ()) -> Path:
-    """Write a Rerun recording (.rrd): cameras, one curve for each joint and the gripper, primitive, success.
+    """Write a Rerun recording (.rrd): cameras, a curve for each joint and the gripper, primitive,
+    success.
 
-    `names` are those of the action space [D], the last one the gripper. Timelines: "time" [s] and "frame".
-    Raises BlmError when the extra `blm[viewer]` is missing, or for another number of names.
+    `names` are those of the action space [D], the gripper last. Timelines: "time" [s] and "frame".
+    Raises BlmError if the extra `blm[viewer]` is not installed, or for a wrong number of names.
     """
     try:
         import rerun as rr
@@ -304,11 +330,11 @@ def write_rerun(episode: Episode, path: Path, fps: int = 20, names: Sequence[str
     if len(names) != dim:
         raise BlmError(f"{len(names)} names for {dim} dimensions of '{episode.robot}': {', '.join(names)}")
     with replacing(path, ".rrd") as temporary:
-        _record(rr, rrb, temporary, episode, names, fps)
+        _write_recording(rr, rrb, temporary, episode, names, fps)
     return path
 
 
-def _record(rr: Any, rrb: Any, path: Path, episode: Episode, names: Sequence[str], fps: int) -> None:
+def _write_recording(rr: Any, rrb: Any, path: Path, episode: Episode, names: Sequence[str], fps: int) -> None:
     frames = np.arange(len(episode))
     recording = rr.RecordingStream("blm", recording_id=f"{episode.robot}-{episode.task}-{episode.seed}")
     cameras = [rrb.Spatial2DView(origin=f"camera/{camera}", name=camera) for camera in episode.images]
@@ -326,7 +352,7 @@ def _record(rr: Any, rrb: Any, path: Path, episode: Episode, names: Sequence[str
     def times(chosen: Any) -> list[Any]:
         return [rr.TimeColumn("time", duration=chosen / fps), rr.TimeColumn("frame", sequence=chosen)]
 
-    series = {"success": (frames >= success_from(episode)).astype(float)}
+    series = {"success": (frames >= first_success_frame(episode)).astype(float)}
     arrays = {"state": episode.states, "action": episode.actions}
     if episode.executed is not None and not np.array_equal(episode.executed, episode.actions):
         arrays["executed"] = episode.executed

@@ -1,233 +1,72 @@
-"""One class that drives any image-text-to-text model of transformers: answer, tap H_k, freeze, save.
-
-Shapes: B conversations, L prompt positions, d hidden size, V vocabulary.
-"""
+"""The backbone: a multimodal model that loads, answers, and saves itself; and the registry of
+backbones."""
 
 from __future__ import annotations
 
-import hashlib
-import math
-import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import (
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-)
+from transformers import AutoModelForImageTextToText
 
 from blm.backbone.generation.generator import Generation
-from blm.backbone.generation.prefill import shallow
+from blm.backbone.model import MultimodalModel
 from blm.backbone.nano.model import SAMPLE_TEXTS, make_nano
 from blm.backbone.processors import load_processor
-from blm.backbone.prompt import question_prompt, to_chat
 from blm.backbone.saving import save_folder
 from blm.backbone.smol import make_smol
-from blm.backbone.video import (
-    Video,
-    VideosAs,
-    check_videos,
-    load_media,
-    media_of,
-    reads_videos,
-    video_arguments,
-)
-from blm.io import settled
-from blm.types import BlmError, Message, Sampling, lookup
+from blm.io import recover_folder
+from blm.types import Message, Sampling, lookup
 
-Inputs = dict[str, Tensor]
 RELEASED = Path(__file__).parents[1] / "releases"
 """Weights that ship with the package."""
 
 
-@dataclass(frozen=True)
-class Tapped:
-    """Hidden states after block k at the prompt positions."""
-
-    hidden: Tensor
-    """[B, L, d], with no final normalisation."""
-    mask: Tensor
-    """[B, L] bool, False at padding."""
-
-
-class Backbone:
-    """A model and its processor. `tap` may run in one thread while `answer` runs in another.
-
-    `videos_as` says how the frames of a video that stand together in a message reach the model. "video": as
-    one video input, with the family's own patches along time and its own times; the default for Qwen2.5-VL
-    and Qwen3-VL, because their published scores on videos are measured so. "frames": as single images;
-    all that other families know, and what a Qwen model should keep that was trained so.
-    """
-
-    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
-        self.model = model.eval()
-        self.processor = processor
-        self.videos_as: VideosAs = "frames"
-        if reads_videos(processor, model.config.model_type):
-            self.videos_as = "video"
-        self._path = _decoder_path(model)
-        self._processing = threading.Lock()
+class Backbone(MultimodalModel):
+    """A multimodal model that answers conversations; see `MultimodalModel` for prompts and hidden
+    states."""
 
     @classmethod
     def load(
         cls, name_or_folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Backbone:
-        """Load a folder, or a name of BACKBONES ("nano" is made fresh and untrained).
+        """Load a folder, or a name of BACKBONES ("nano" is built with random weights).
 
-        Raises UnknownNameError for what is neither.
+        Raises UnknownNameError for a name that is neither.
         """
         source: str | Callable[[], Backbone] = str(name_or_folder)
-        if not settled(Path(name_or_folder)).is_dir():
+        if not recover_folder(Path(name_or_folder)).is_dir():
             source = lookup("backbone", str(name_or_folder), BACKBONES)
         if isinstance(source, str):
             model = AutoModelForImageTextToText.from_pretrained(source)
-            for p in model.parameters():  # tensors of a file lie as they come; aligned, their sums are
-                p.data = p.data.clone()  # the same bits in every process
+            # tensors of a memory-mapped file may be unaligned; aligned copies give the same bits everywhere
+            for p in model.parameters():
+                p.data = p.data.clone()
             backbone = cls(model, load_processor(source))
         else:
             backbone = source()
         backbone.model.to(device=device, dtype=dtype)
         return backbone
 
-    @property
-    def decoder(self) -> Any:
-        """The language model inside: embeddings, blocks (`.layers`) and final norm."""
-        return self.model.get_submodule(".".join(self._path))
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.decoder.layers)
-
-    @property
-    def hidden_size(self) -> int:
-        return self.decoder.config.hidden_size
-
-    def render(self, messages: Sequence[Message], *, prompt: bool) -> str:
-        """Return the text of a conversation by the model's own chat template, one placeholder per picture.
-
-        A video has one placeholder too. With `prompt` the text ends where the assistant begins. Raises
-        BlmError if a text contains a placeholder.
-        """
-        for message in messages:
-            for token in (self.processor.image_token, getattr(self.processor, "video_token", None)):
-                if token is not None and token in message.text:
-                    raise BlmError(f"text of the {message.role} contains '{token}', which is reserved")
-        return self.processor.apply_chat_template(
-            to_chat(messages, self.videos_as), tokenize=False, add_generation_prompt=prompt
-        )
-
-    def process(
-        self,
-        texts: Sequence[str],
-        images: Sequence[np.ndarray],
-        *,
-        videos: Sequence[Video] = (),
-        side: Literal["left", "right"] = "left",
-    ) -> Inputs:
-        """Tokenise rendered texts, padded on `side`, with their pictures and videos in reading order.
-
-        The result is on the CPU. Raises BlmError when placeholders and picture features differ.
-        """
-        more = video_arguments(texts, videos, self.processor)
-        with self._processing:  # a fast tokenizer changes its padding state and may not be shared meanwhile
-            inputs = dict(
-                self.processor(
-                    text=list(texts),
-                    images=list(images) or None,
-                    padding=True,
-                    padding_side=side,
-                    return_tensors="pt",
-                    **more,
-                )
-            )
-        if "pixel_values" in inputs and inputs["pixel_values"].ndim == 5:
-            inputs["pixel_values"] = _one_picture_a_row(inputs["pixel_values"])
-            inputs.pop("pixel_attention_mask", None)  # all ones: each picture fills its square
-        self.check(inputs)
-        return inputs
-
-    def check(self, inputs: Inputs) -> None:
-        """Raise BlmError unless placeholders are as many as picture features, and the context holds all."""
-        config = self.model.config
-        placeholders = int((inputs["input_ids"] == self.processor.image_token_id).sum())
-        if "image_grid_thw" in inputs:
-            merged = config.vision_config.spatial_merge_size**2
-            features = int(inputs["image_grid_thw"].prod(-1).sum()) // merged
-        elif "pixel_values" in inputs:
-            *count, _, height, width = inputs["pixel_values"].shape
-            side, merged = config.vision_config.patch_size, getattr(config, "scale_factor", 1) ** 2
-            features = math.prod(count) * ((height // side) * (width // side) // merged)
-        else:
-            features = 0
-        if placeholders != features:
-            raise BlmError(
-                f"{placeholders} image placeholders but {features} image features: a picture is missing, "
-                "extra, or was cut by truncation"
-            )
-        check_videos(self.processor, inputs)
-        length, limit = inputs["input_ids"].shape[1], self.decoder.config.max_position_embeddings
-        if length > limit:
-            raise BlmError(
-                f"a prompt has {length} tokens, the context holds {limit}: use fewer pictures or words"
-            )
-
-    def encode(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        *,
-        side: Literal["left", "right"] = "left",
-        root: Path | None = None,
-    ) -> Inputs:
-        """Return what the model reads for prompts that end where the answer begins, on its device.
-
-        Image paths are read below `root`. Raises BlmError as `render` and `process` do, for bad pictures, and
-        when a prompt is longer than the context.
-        """
-        return self.place(self.read(conversations, side=side, root=root))
-
-    def read(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        *,
-        side: Literal["left", "right"] = "left",
-        root: Path | None = None,
-    ) -> Inputs:
-        """Return what `encode` does, on the CPU and in full precision."""
-        texts = [self.render(messages, prompt=True) for messages in conversations]
-        media = [part for messages in conversations for part in media_of(messages, self.videos_as)]
-        images, videos = load_media(media, root)
-        return self.process(texts, images, videos=videos, side=side)
-
-    def place(self, inputs: Inputs) -> Inputs:
-        """Move inputs to the model's device, and pictures to its precision."""
-        exact = ("second_per_grid_ts",)  # positions are computed from it
-        return {
-            name: value.to(
-                self.model.device,
-                self.model.dtype if value.is_floating_point() and name not in exact else None,
-            )
-            for name, value in inputs.items()
-        }
-
     def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
         """Return the greedy answer to one conversation."""
         return self.answer_batch([messages], max_tokens=max_tokens)[0]
 
     def answer_batch(self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 128) -> list[str]:
-        """Return the greedy answers; each stops at the model's end token or after `max_tokens`."""
+        """Return the greedy answers; each ends with the model's end token or after `max_tokens`
+        tokens."""
         return [text for text, _ in self.complete(conversations, max_tokens=max_tokens)]
 
     def complete(
         self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 128, seed: int | None = None
     ) -> list[tuple[str, bool]]:
-        """Return the answers, and whether each came to its end within `max_tokens`.
+        """Return each answer, and whether it ended within `max_tokens`.
 
-        Greedy; with a seed drawn from the model's own distribution.
+        Greedy without a `seed`; with one, sampled from the model's own distribution at temperature
+        1.
         """
         sampling = Sampling(max_tokens=max_tokens)
         how = [sampling] * len(conversations)
@@ -235,59 +74,20 @@ class Backbone:
             seeds = np.random.default_rng(seed).integers(2**63, size=len(conversations)).tolist()
             how = [replace(sampling, temperature=1.0, repetition_penalty=1.0, seed=own) for own in seeds]
         generation = Generation(self)
-        answers = generation.start(conversations, how)
+        sequences = generation.start(conversations, how)
         while generation.running:
             generation.step()
-        return [(generation.text(answer).strip(), answer.ended == "stop") for answer in answers]
-
-    @torch.no_grad()
-    def tap(self, inputs: Inputs, layer: int) -> Tapped:
-        """Return H_k, the output of block `layer` (1-based); later blocks and the final norm do not run.
-
-        Models that add picture features between blocks (Qwen3-VL's DeepStack) have them in: H_k is what block
-        k + 1 reads. Raises BlmError for a layer that the model does not have.
-        """
-        if not 1 <= layer <= self.num_layers:
-            raise BlmError(f"layer {layer} is outside 1 .. {self.num_layers}, the blocks of this model")
-        hidden = _truncated(self.model, self._path, layer)(**inputs, use_cache=False).last_hidden_state
-        return Tapped(hidden, inputs["attention_mask"].bool())
-
-    def freeze(self) -> None:
-        self.model.eval().requires_grad_(False)
-
-    def fingerprint(self) -> str:
-        """Return the sha256 of all parameters and buffers in their present precision, by sorted name."""
-        digest = hashlib.sha256()
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        for name in sorted(tensors):
-            value = tensors[name].detach().cpu().contiguous()
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    @staticmethod
-    def probe_prompts() -> list[tuple[Message, ...]]:
-        """Return two fixed prompts, one with a picture."""
-        ramp = np.arange(112, dtype=np.uint8)
-        picture = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :] * 2, np.uint8(64)), axis=-1)
-        return [question_prompt("What is in the picture?", [picture]), question_prompt("What can you do?")]
-
-    @torch.no_grad()
-    def probe_logits(self) -> Tensor:
-        """Return the logits [2, V] after the two probe prompts: a proof of frozenness."""
-        return torch.cat(
-            [
-                self.model(**self.encode([prompt])).logits[:, -1].float().cpu()
-                for prompt in self.probe_prompts()
-            ]
-        )
+        return [(generation.text(one).strip(), one.ended == "stop") for one in sequences]
 
     def save(self, folder: Path) -> None:
-        """Write a transformers folder in one step, in the place of one that this wrote. Raises BlmError."""
+        """Write a transformers folder atomically; it may replace only a folder that `save` wrote.
+
+        Raises BlmError for a folder of another origin.
+        """
         save_folder(folder, self.write_into)
 
     def write_into(self, folder: Path) -> None:
-        """Write the stock transformers files into a folder that is there."""
+        """Write the stock transformers files into an existing folder."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
@@ -300,15 +100,17 @@ def build_nano(
     steps: Sequence[str] = (),
     views: Sequence[str] = (),
 ) -> Backbone:
-    """Return an untrained nano; its tokenizer is trained on `texts`, best those that it will be taught.
+    """Return an untrained nano; its tokenizer is trained on `texts`, best on the text of its
+    training data.
 
-    Its eye has maps for `things`, and tells `steps` and `views` apart.
+    Its vision tower has a heat map for each of `things`, and classifies `steps` and `views`.
     """
     return Backbone(*make_nano(texts, seed=seed, things=things, steps=steps, views=views))
 
 
 def build_smol(*, image_size: Literal[128, 224] = 128, seed: int = 0) -> Backbone:
-    """Return smol with its pretrained parts and a fresh projector. Raises BlmError without its packages."""
+    """Return smol: pretrained parts and an untrained projector. Raises BlmError without its
+    packages."""
     return Backbone(*make_smol(image_size, seed=seed))
 
 
@@ -328,38 +130,3 @@ BACKBONES: dict[str, str | Callable[[], Backbone]] = {
     "smolvlm2_2b": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
 }
 """Name -> builder, folder of the package, or Hugging Face hub id."""
-
-
-def _decoder_path(model: PreTrainedModel) -> tuple[str, ...]:
-    decoder = model.get_decoder()
-    for name, module in model.named_modules():
-        if module is decoder and {"layers", "norm"} <= module._modules.keys():
-            return tuple(name.split("."))
-    raise BlmError(
-        f"{type(model).__name__} has no language model with 'layers' and 'norm'; it cannot be tapped"
-    )
-
-
-def _truncated(model: nn.Module, path: Sequence[str], layer: int) -> nn.Module:
-    """Return a view of model.<path[0]> with blocks 1 .. layer only and no final norm.
-
-    Modules on the path are shallow copies; all others, and every parameter, are shared. The model itself is
-    not touched, so another thread may be generating with it.
-    """
-    top = view = shallow(model.get_submodule(path[0]))
-    for name in path[1:]:
-        view._modules[name] = shallow(view.get_submodule(name))
-        view = view.get_submodule(name)
-    layers = view.get_submodule("layers")
-    assert isinstance(layers, nn.ModuleList)
-    view._modules |= {"layers": layers[:layer], "norm": nn.Identity()}
-    return top
-
-
-def _one_picture_a_row(pixels: Tensor) -> Tensor:
-    """[B, most pictures, 3, height, width], zeros where a conversation has fewer -> [N, 1, 3, height, width].
-
-    Idefics3 and SmolVLM drop such zeros themselves; without them batches are alike for all models.
-    """
-    flat = pixels.flatten(0, 1)
-    return flat[flat.flatten(1).any(1)][:, None]

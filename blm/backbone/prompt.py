@@ -1,7 +1,7 @@
 """The prompt engine: system text, robot, cameras, instruction and video frames -> chat messages.
 
-Pictures come first, in the order given, and text after them: in a causal model the picture tokens then see
-the same prefix in a question and in a control prompt.
+Pictures come first, in the order given, and text after them: in a causal model the picture tokens
+then see the same prefix in a question and in a control prompt.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def control_prompt(
 def control_question(instruction: str, robot: str, cameras: Sequence[str]) -> str:
     """Return the text of the control prompt; `robot` is its name ("panda").
 
-    It asks for object, goal, gripper and next primitive although nobody waits for the words: a model that was
-    taught to answer such questions gathers the answers at their positions, where the bridge reads them.
+    It asks for object, goal, gripper and next primitive although nobody waits for the words: a
+    model that was taught to answer such questions gathers the answers at their positions, where the
+    bridge reads them.
     """
     return (
         f"Robot: {robot}. Views: {', '.join(cameras)}. Point to the object, the goal and the gripper in each "
@@ -63,10 +64,7 @@ def video_prompt(
 
 
 def to_chat(messages: Sequence[Message], videos_as: VideosAs = "frames") -> list[dict[str, Any]]:
-    """Return messages in the form that chat templates of transformers read.
-
-    With "video", frames of one video that stand together become one entry (`blm.backbone.video.parts_of`).
-    """
+    """Return messages in the form that chat templates of transformers read."""
     if not messages:
         raise BlmError("a conversation has no messages")
     return [

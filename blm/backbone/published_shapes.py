@@ -1,6 +1,8 @@
-"""The shapes of published backbones, for what needs no weights: memory plans and speed with random weights.
+"""The shapes of published backbones, for what needs no weights: memory plans and speed with random
+weights.
 
-Numbers are those of config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct on the Hugging Face hub.
+Numbers are those of config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct on the Hugging Face
+hub.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ _VISION: dict[str, Any] = {
 
 
 def shape_of(name: str) -> PretrainedConfig:
-    """Return the config of a published backbone. Raises UnknownNameError for one whose shape is not here."""
+    """Return the config of a published backbone. Raises UnknownNameError for one whose shape is not
+    here."""
     text = lookup("backbone with a known shape", name, _TEXT)
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     vision = {**_VISION, "out_hidden_size": text["hidden_size"]}

@@ -1,4 +1,5 @@
-"""A backbone's folder: stock transformers files, and beside them a note of what this program wrote there."""
+"""A backbone's folder: stock transformers files, and beside them a note of what this program wrote
+there."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from blm.io import MARK, files_below, new_folder, settled
+from blm.io import MARK, files_below, new_folder, recover_folder
 from blm.types import BlmError
 
 NOTE = "blm.json"
@@ -14,7 +15,8 @@ NOTE = "blm.json"
 
 
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder, which then takes the place of one of ours. Raises BlmError for another."""
+    """Let `write` fill a folder, which then takes the place of one of ours. Raises BlmError for
+    another."""
     with new_folder(folder, written=written) as work:
         write(work)
         sizes = {name: (work / name).stat().st_size for name in files_below(work) if name != MARK}
@@ -23,7 +25,7 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def require_free(folder: Path) -> None:
     """Raise BlmError, before hours of training, if `save_folder` would refuse this place."""
-    if settled(folder).exists():
+    if recover_folder(folder).exists():
         written(folder)
 
 

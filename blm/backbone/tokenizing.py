@@ -1,25 +1,23 @@
-"""Tokens of texts and conversations, counted beside the thread that runs the model."""
+"""Tokenization of texts and conversations in threads other than the model's."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from blm.backbone.model import MultimodalModel
 from blm.types import Message
-
-if TYPE_CHECKING:
-    from blm.backbone.backbone import Backbone
 
 
 class BackboneTokenizer:
-    """Tokenises as a backbone does. Its methods may run in several threads at once."""
+    """The tokenizer of a backbone. Its methods may run in several threads at once."""
 
-    def __init__(self, backbone: Backbone) -> None:
-        """`backbone` should have a processor of its own, which no action waits for.
+    def __init__(self, backbone: MultimodalModel) -> None:
+        """`backbone` should have its own copy of the processor, so that no action waits for its
+        lock.
 
-        Texts have a tokenizer of their own: in a shared one, `process` changes the state of padding, which
-        raises an error while another thread encodes.
+        Texts are encoded by another copy of the tokenizer: `process` sets the padding of its own,
+        which raises an error while another thread encodes.
         """
         self._backbone = backbone
         self._alone = copy.deepcopy(backbone.processor.tokenizer.backend_tokenizer)
@@ -28,15 +26,16 @@ class BackboneTokenizer:
 
     @property
     def vocabulary(self) -> int:
-        """Tokens are 0 .. this - 1."""
+        """Number of tokens in the vocabulary."""
         return int(self._alone.get_vocab_size())
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Return the tokens of a text; with `special` also those that the tokenizer puts around any text."""
+        """Return the token ids of a text; with `special`, with the tokenizer's own start and end
+        tokens."""
         return list(self._alone.encode(text, add_special_tokens=special).ids)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Return what the model reads of a conversation, pictures included.
+        """Return the token ids of a conversation, placeholders of pictures included.
 
         Raises BlmError as `Backbone.read` does.
         """
@@ -47,5 +46,5 @@ class BackboneTokenizer:
         return str(self._alone.decode(list(tokens), skip_special_tokens=False))
 
     def names(self, tokens: Sequence[int]) -> list[str]:
-        """Return each token as it stands in the vocabulary."""
+        """Return the vocabulary entry of each token."""
         return [str(self._alone.id_to_token(token)) for token in tokens]

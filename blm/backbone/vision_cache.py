@@ -1,4 +1,5 @@
-"""What a model saw last: pictures that come again, for an action or in a question, are not seen again."""
+"""Vision cache: features of recent pictures, reused when an action or a question shows them
+again."""
 
 from __future__ import annotations
 
@@ -6,62 +7,63 @@ import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
-if TYPE_CHECKING:
-    from blm.backbone.backbone import Backbone
-
+from blm.backbone.hashing import hash_tensors
+from blm.backbone.model import MultimodalModel
 
 MAX_BYTES = 256 * 2**20
-"""Features that are kept at most. One picture of 16,384 tokens, Qwen2.5-VL's largest, has 134 MB of them."""
+"""Maximum size of all cached features. One picture of 16,384 tokens, Qwen2.5-VL's largest, has 134
+MB."""
 
 
-def remember_sight(backbone: Backbone, most: int = 8, max_bytes: int = MAX_BYTES) -> None:
-    """Let `backbone` keep the features of the last `most` sets of pictures that it was given together.
+def cache_vision_features(
+    backbone: MultimodalModel, max_entries: int = 8, max_bytes: int = MAX_BYTES
+) -> None:
+    """Let `backbone` cache its vision features in a least-recently-used cache, in place.
 
-    For frozen weights only. A set is the pictures of one pass, so a question about the frame that an action
-    was just chosen for costs no second look if both came alone. Together they have at most `max_bytes`.
-    Several threads may look at once. Does nothing for a model without pictures.
+    For frozen weights only: calls with gradients, or in training mode, go past the cache. An entry
+    holds the features of all pictures of one call, so a question about the frame that an action was
+    just computed for costs no second pass through the vision tower. Safe to use from several
+    threads. Does nothing for a model without a vision tower.
     """
     base: Any = backbone.model.base_model
-    see = getattr(base, "get_image_features", None)
-    if see is None:
+    get_image_features = getattr(base, "get_image_features", None)
+    if get_image_features is None:
         return
-    seen, lock = OrderedDict[str, tuple[Any, int]](), threading.Lock()
+    cache, lock = OrderedDict[str, tuple[Any, int]](), threading.Lock()
 
-    def remembered(*given: Any, **named: Any) -> Any:
-        if torch.is_grad_enabled() or base.training:
-            return see(*given, **named)
-        key = _key_of(given, named)
+    def cached_image_features(*args: Any, **kwargs: Any) -> Any:
+        if is_grad_enabled() or base.training:
+            return get_image_features(*args, **kwargs)
+        key = _cache_key(args, kwargs)
         with lock:
-            if key in seen:
-                seen.move_to_end(key)
-                return seen[key][0]
-        features = see(*given, **named)
+            if key in cache:
+                cache.move_to_end(key)
+                return cache[key][0]
+        features = get_image_features(*args, **kwargs)
         size = _bytes_of(features)
         with lock:
             if size <= max_bytes:
-                seen[key] = features, size
-            while len(seen) > most or sum(size for _, size in seen.values()) > max_bytes:
-                seen.popitem(last=False)
+                cache[key] = features, size
+            while len(cache) > max_entries or sum(size for _, size in cache.values()) > max_bytes:
+                cache.popitem(last=False)
         return features
 
-    base.get_image_features = remembered
+    base.get_image_features = cached_image_features
 
 
-def _key_of(given: Sequence[Any], named: Mapping[str, Any]) -> str:
-    """A hash of what was asked, whether by place or by name; None stands for a model's own setting."""
-    asked = [*given, *(value for name, value in named.items() if name not in ("use_cache", "return_dict"))]
-    return content_key(
-        {f"{place:03}": value for place, value in enumerate(v for v in asked if v is not None)}
-    )
+def _cache_key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Return a hash of the arguments, positional or named; None stands for the model's own
+    setting."""
+    values = [*args, *(value for name, value in kwargs.items() if name not in ("use_cache", "return_dict"))]
+    return content_key({f"{n:03}": value for n, value in enumerate(v for v in values if v is not None)})
 
 
 def _bytes_of(features: Any) -> int:
-    """Size of the tensors in a model's output, each counted once."""
+    """Return the size of the tensors in a model's output, each storage counted once."""
     found, todo = dict[int, int](), [features]
     while todo:
         value = todo.pop()
@@ -75,14 +77,8 @@ def _bytes_of(features: Any) -> int:
 
 
 def content_key(values: Mapping[str, Any]) -> str:
-    """Return a hash of named values: of tensors precision, shape and content, of others how they print."""
+    """Return a hash of named values: of tensors by dtype, shape and bytes, of others by their
+    repr."""
     digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(values):
-        value = values[name]
-        if isinstance(value, Tensor):
-            value = value.detach().cpu().contiguous()
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(f"{name} {value!r}".encode())
+    hash_tensors(digest, values)
     return digest.hexdigest()

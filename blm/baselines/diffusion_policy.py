@@ -1,7 +1,9 @@
-"""Diffusion Policy, trained from scratch on the same demonstrations, with its own eyes: the baseline.
+"""Diffusion Policy (Chi et al., RSS 2023), trained from scratch on the same demonstrations: the
+baseline.
 
-Its noise schedule is the one of the paper, from `diffusers` (extra `baselines`): 100 squared-cosine steps in
-training, DDIM in control. Data, normalisation, action chunks, averaging of weights and evaluation are BLM's.
+Its noise schedule is that of the paper, from `diffusers` (extra `baselines`): 100 squared-cosine
+steps in training, DDIM in control. Data, normalisation, action chunks, EMA and evaluation are those
+of BLM.
 """
 
 from __future__ import annotations
@@ -17,22 +19,36 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from blm.baselines.network import DiffusionConfig, DiffusionNetwork, words_of
+from blm.baselines.network import DiffusionConfig, DiffusionNetwork, bag_of_words
 from blm.datasets.lerobot import open_dataset
 from blm.datasets.transforms import RobotTransforms
-from blm.policy.checkpoint import identified, read_config, read_transforms, require_free, write_checkpoint
+from blm.policy.checkpoint import (
+    read_config,
+    read_transforms,
+    require_free,
+    with_hashes,
+    write_checkpoint,
+)
+from blm.policy.codec import decode_chunks, pad_dims
 from blm.policy.flow import seeded_noise
 from blm.policy.network import PolicyConfig
-from blm.policy.policy import decode, pad_dims
-from blm.training.loop.distributed import Part
-from blm.training.loop.loop import Ema, LoopConfig, Piece, run_loop
-from blm.training.policy.hidden_states import claim
-from blm.training.policy.sampler import Sampler, joint_contract, require_weights, split, warn_of_reserved
+from blm.training.loop.batches import Microbatch
+from blm.training.loop.distributed import DataShard
+from blm.training.loop.ema import Ema
+from blm.training.loop.loop import LoopConfig, run_loop
+from blm.training.policy.sampler import (
+    PolicySampler,
+    joint_contract,
+    require_weights,
+    split,
+    warn_of_reserved,
+)
+from blm.training.run_inputs import require_same_inputs
 from blm.types import ActionChunk, BlmError, ImageArray, Observation, PolicyContract, require_numbers
 
 KIND = "diffusion_policy"
 HELD_OUT = 0.05
-"""Fraction of the episodes that Stage II keeps from training by default; the same are kept here."""
+"""Fraction of the episodes that Stage II holds out by default; the same ones are held out here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +56,18 @@ class BaselineConfig:
     """Training of a Diffusion Policy."""
 
     datasets: tuple[Path, ...]
-    """Dataset folders, one or several a robot."""
+    """Dataset folders, one or several for each robot."""
     cameras: tuple[str, ...]
     loop: LoopConfig
     network: DiffusionConfig = field(default_factory=DiffusionConfig)
     actions: PolicyConfig = field(default_factory=PolicyConfig)
-    """Of it: horizon, max_dim, relative and ema."""
+    """Only horizon, max_dim, relative and ema are used."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """As in Stage II."""
+    """Robot or task -> sampling weight, as in Stage II."""
     execute: int = 8
+    """Actions of a chunk to execute before the next observation."""
     stride: int = 1
-    """Learn from every n-th frame."""
+    """Train on every n-th frame."""
 
     def __post_init__(self) -> None:
         require_numbers(self, stride=(1, 1_000_000))
@@ -60,7 +77,7 @@ class BaselineConfig:
 
 
 def scheduler(config: DiffusionConfig) -> Any:
-    """Return the noise schedule. Raises BlmError without `diffusers`."""
+    """Return the noise scheduler. Raises BlmError if `diffusers` is not installed."""
     try:
         from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     except ImportError as error:
@@ -78,23 +95,26 @@ def scheduler(config: DiffusionConfig) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
+    """A training batch of one process."""
+
     pictures: tuple[ImageArray, ...]
-    """[B, side, side, 3] of each camera."""
+    """[B, side, side, 3] uint8, of each camera."""
     words: tuple[Tensor, ...]
+    """Bag of words of each instruction."""
     steps: Tensor
     """[B] diffusion steps."""
     vectors: Mapping[str, Any]
-    """As `Sampler.vectors` gives them."""
+    """The result of `PolicySampler.vectors`."""
 
 
 class DiffusionPolicy:
-    """A `Policy`."""
+    """A `Policy` without a language model."""
 
     def __init__(
         self, network: DiffusionNetwork, transforms: Mapping[str, RobotTransforms], contract: PolicyContract
     ) -> None:
         self.network, self.transforms = network.eval().requires_grad_(False), dict(transforms)
-        self.contract = identified(contract, network, self.transforms)
+        self.contract = with_hashes(contract, network, self.transforms)
         self.scheduler = scheduler(network.config)
 
     @property
@@ -102,31 +122,33 @@ class DiffusionPolicy:
         return str(next(self.network.parameters()).device.type)
 
     def reset(self) -> None:
-        """Nothing to forget."""
+        """Do nothing: a chunk depends on its observation alone."""
 
     def act(self, observation: Observation) -> ActionChunk:
+        """Return the chunk for one observation; see `act_batch`."""
         return self.act_batch([observation])[0]
 
     @torch.no_grad()
     def act_batch(self, observations: Sequence[Observation]) -> list[ActionChunk]:
-        """Return one chunk of absolute targets per observation; see `CheckpointPolicy.act_batch`."""
-        seen = [self.contract.check(observation) for observation in observations]
+        """Return one chunk of absolute targets per observation; see
+        `CheckpointPolicy.act_batch`."""
+        checked = [self.contract.check(observation) for observation in observations]
         robots, device = list(self.contract.action_spaces), self.device
         dim = self.network.dim
-        state = torch.stack([pad_dims(self.transforms[o.robot].state.forward(o.state), dim) for o in seen])
-        condition = self.network.look(
-            [pixels(np.stack([o.images[c] for o in seen])).to(device) for c in self.contract.cameras],
+        state = torch.stack([pad_dims(self.transforms[o.robot].state.forward(o.state), dim) for o in checked])
+        condition = self.network.encode_condition(
+            [pixels(np.stack([o.images[c] for o in checked])).to(device) for c in self.contract.cameras],
             state.to(device),
-            [words_of(o.instruction, self.network.config.words) for o in seen],
-            torch.tensor([robots.index(o.robot) for o in seen], device=device),
+            [bag_of_words(o.instruction, self.network.config.words) for o in checked],
+            torch.tensor([robots.index(o.robot) for o in checked], device=device),
         )
-        x = seeded_noise([o.seed for o in seen], (self.contract.horizon, dim)).to(device)
+        x = seeded_noise([o.seed for o in checked], (self.contract.horizon, dim)).to(device)
         steps = copy.deepcopy(self.scheduler)
         steps.set_timesteps(self.network.config.sampler_steps)
         for step in steps.timesteps.tolist():
             noise = self.network.unet(x, torch.full((len(x),), float(step), device=device), condition)
             x = steps.step(noise, step, x).prev_sample
-        return decode(self.contract, self.transforms, seen, x)
+        return decode_chunks(self.contract, self.transforms, checked, x)
 
     def save(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         config = {
@@ -140,7 +162,8 @@ class DiffusionPolicy:
 
     @classmethod
     def load(cls, folder: Path | str, *, device: str = "cpu") -> DiffusionPolicy:
-        """Read a checkpoint. Raises BlmError, naming file and fix, unless it is whole and unaltered."""
+        """Read a checkpoint. Raises BlmError, naming file and fix, unless it is whole and
+        unaltered."""
         folder = Path(folder)
         config = read_config(folder)
         contract = PolicyContract.from_json(config["contract"])
@@ -151,57 +174,66 @@ class DiffusionPolicy:
 
 
 def pixels(pictures: ImageArray) -> Tensor:
-    """[B, side, side, 3] uint8 -> [B, 3, side, side] in -1 .. 1."""
+    """Convert pictures [B, side, side, 3] uint8 to [B, 3, side, side] in -1 .. 1."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_baseline(config: BaselineConfig, out: Path, provenance: Mapping[str, Any]) -> Path:
-    """Train, log to `out/log.jsonl`, write and return the folder `out/checkpoint`; a killed run continues."""
+    """Train, log to `out/log.jsonl`, write and return the folder `out/checkpoint`; a killed run
+    resumes."""
     datasets = [open_dataset(folder) for folder in config.datasets]
     contract = joint_contract(datasets, config.actions, cameras=config.cameras, execute=config.execute)
-    schedule, seed = scheduler(config.network), config.loop.seed
+    noise_scheduler = scheduler(config.network)
     names = list(contract.action_spaces)
-    robots = split(datasets, config.actions, stride=config.stride, held_out=HELD_OUT, seed=seed, robots=names)
+    opened = split(
+        datasets,
+        config.actions,
+        stride=config.stride,
+        held_out=HELD_OUT,
+        seed=config.loop.seed,
+        robots=names,
+    )
     facts = {"config": {**asdict(config), "loop": None}, "data": [data.content_hash for data in datasets]}
     provenance = {**provenance, **warn_of_reserved(datasets)}
     require_free(out / "checkpoint")
-    claim(out / "inputs.json", {k: str(v) for k, v in facts.items()}, f"'{out}' holds another run")
+    inputs = {name: str(value) for name, value in facts.items()}
+    require_same_inputs(out / "inputs.json", inputs, f"'{out}' holds another run")
     loop = config.loop
-    sampler = Sampler(
-        robots, config.actions, batch_size=loop.batch_size, seed=loop.seed, weights=config.weights
+    sampler = PolicySampler(
+        opened, config.actions, batch_size=loop.batch_size, seed=loop.seed, weights=config.weights
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(loop.seed)
         network = DiffusionNetwork(config.network, config.cameras, len(names), config.actions.max_dim)
     ema = Ema(network, config.actions.ema)
 
-    def next_batch(step: int, part: Part) -> Piece[Batch]:
-        draw = sampler.draw(step, part)
+    def next_batch(step: int, shard: DataShard) -> Microbatch[Batch]:
+        samples = sampler.sample(step, shard)
         pictures, words = list[list[ImageArray]](), list[Tensor]()
-        for number in np.unique(draw.robots):
-            data, frames = robots[number].dataset, draw.frames[draw.robots == number]
+        for number in np.unique(samples.datasets):
+            data, frames = opened[number].dataset, samples.frames[samples.datasets == number]
             pictures.append([data.frames(frames, camera) for camera in config.cameras])
             texts = (data.instructions[task] for task in data.task_index[frames])
-            words += [words_of(text, config.network.words) for text in texts]
-        vectors = sampler.vectors(draw)
+            words += [bag_of_words(text, config.network.words) for text in texts]
+        vectors = sampler.vectors(samples)
         joined = tuple(np.concatenate(views) for views in zip(*pictures, strict=True))
         rng = np.random.default_rng((loop.seed, step, 2))
         steps = torch.from_numpy(rng.integers(config.network.train_steps, size=loop.batch_size))
-        mine = steps[part.index :: part.count]
-        return Piece(Batch(joined, tuple(words), mine, vectors), vectors["ids"], weight=len(words))
+        mine = steps[shard.index :: shard.count]
+        return Microbatch(Batch(joined, tuple(words), mine, vectors), vectors["ids"], weight=len(words))
 
     def loss(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         v = batch.vectors
         actions, noise, real = v["actions"] * v["real"], v["noise"] * v["real"], v["real"]
-        noisy = schedule.add_noise(actions, noise, batch.steps) * real
-        condition = network.look(
+        noisy = noise_scheduler.add_noise(actions, noise, batch.steps) * real
+        condition = network.encode_condition(
             [pixels(p) for p in batch.pictures], v["state"], batch.words, v["embodiment"]
         )
         error = (network.unet(noisy, batch.steps.float(), condition) - noise).square() * real
         return error.sum() / (v["values"] * len(actions)), {}
 
     run_loop(network, loss, next_batch, loop, out, ema=ema)
-    fitted = {robot.dataset.space.robot: robot.transforms for robot in robots}
+    fitted = {one.dataset.space.robot: one.transforms for one in opened}
     policy = DiffusionPolicy(cast(DiffusionNetwork, ema.module), fitted, contract)
     policy.save(out / "checkpoint", {**provenance, "loop": asdict(loop)})
     return out / "checkpoint"

@@ -1,10 +1,13 @@
-"""The networks of Diffusion Policy (Chi et al., RSS 2023, arXiv 2303.04137), its convolutional form.
+"""The networks of Diffusion Policy (Chi et al., RSS 2023, arXiv 2303.04137), its convolutional
+form.
 
-An image encoder for each camera, trained end to end: residual blocks with group norm, then a spatial softmax.
-The denoiser is a U-Net over the action steps, conditioned by FiLM. Ours in place of ResNet-18: a smaller
-encoder, for pictures of 112 px. Added for several robots and tasks: a table of robots, a bag of words.
+An image encoder for each camera, trained end to end: residual blocks with group norm, then a
+spatial softmax. The denoiser is a U-Net over the action steps, conditioned by FiLM. Differences
+from the paper: a smaller encoder than ResNet-18, for pictures of 112 px; and, for several robots
+and tasks, an embedding of the robot and a bag of words of the instruction.
 
-Shape legend: B batch, C channels, H action steps, D padded action dimension, K keypoints, c condition width.
+Shape legend: B batch, C channels, H action steps, D padded action dimension, K keypoints, c
+condition width.
 """
 
 from __future__ import annotations
@@ -25,16 +28,19 @@ from blm.types import BlmError, require_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """Sizes; those of the denoiser in the paper are (256, 512, 1024)."""
+    """Sizes of the networks, and diffusion steps."""
 
     widths: tuple[int, ...] = (64, 128, 192)
-    """Channels of the U-Net, level by level; each level but the last halves the number of action steps."""
+    """Channels of the U-Net by level, (256, 512, 1024) in the paper; each level but the last halves
+    the number of action steps."""
     image_width: int = 64
-    """Keypoints of a picture."""
+    """K, keypoints of a picture."""
     words: int = 1024
-    """Buckets of the bag of words."""
+    """Hash buckets of the bag of words."""
     text_width: int = 64
+    """Width of the instruction embedding."""
     robot_width: int = 16
+    """Width of the robot embedding."""
     train_steps: int = 100
     """Diffusion steps of training."""
     sampler_steps: int = 10
@@ -68,7 +74,8 @@ class GroupNormBlock(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Pictures [B, 3, side, side] in -1 .. 1 -> keypoints [B, 2 K]: where each channel is strongest."""
+    """Pictures [B, 3, side, side] in -1 .. 1 -> keypoints [B, 2 K]: the spatial softmax of each
+    channel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -87,7 +94,8 @@ class ImageEncoder(nn.Module):
 
 
 class FilmBlock(nn.Module):
-    """Two convolutions over action steps; the condition scales and shifts what is between them."""
+    """Two convolutions over action steps; the condition scales and shifts the activations between
+    them."""
 
     def __init__(self, inputs: int, outputs: int, condition: int) -> None:
         super().__init__()
@@ -107,7 +115,8 @@ class FilmBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Noisy actions [B, H, D] -> the noise in them."""
+    """Denoiser: noisy actions [B, H, D], diffusion steps [B] and condition [B, c] -> the noise [B,
+    H, D]."""
 
     def __init__(self, dim: int, widths: Sequence[int], condition: int) -> None:
         super().__init__()
@@ -138,7 +147,7 @@ class UNet(nn.Module):
 
 
 class DiffusionNetwork(nn.Module):
-    """Pictures, state, words and robot -> condition; noisy actions -> noise."""
+    """Image encoders, embeddings and the condition made of them; and the denoiser `unet`."""
 
     def __init__(self, config: DiffusionConfig, cameras: Sequence[str], robots: int, dim: int) -> None:
         super().__init__()
@@ -150,18 +159,20 @@ class DiffusionNetwork(nn.Module):
         self.condition = nn.Sequential(nn.Linear(width, 256), nn.Mish(), nn.Linear(256, 256))
         self.unet = UNet(dim, config.widths, 256)
 
-    def look(
+    def encode_condition(
         self, pictures: Sequence[Tensor], state: Tensor, words: Sequence[Tensor], robot: Tensor
     ) -> Tensor:
-        """Return the condition [B, c] of pictures of each camera, in order, and what else is known."""
-        seen = [eye(pixels) for eye, pixels in zip(self.eyes.values(), pictures, strict=True)]
+        """Return the condition [B, c] of the pictures of each camera, in order, state, instruction
+        and robot."""
+        keypoints = [encoder(pixels) for encoder, pixels in zip(self.eyes.values(), pictures, strict=True)]
         starts = torch.tensor([0, *(len(row) for row in words[:-1])], device=state.device).cumsum(0)
         text = self.text(torch.cat(list(words)).to(state.device), starts)
-        return self.condition(torch.cat([*seen, state, self.robot(robot), text], dim=-1))
+        return self.condition(torch.cat([*keypoints, state, self.robot(robot), text], dim=-1))
 
 
-def words_of(instruction: str, buckets: int) -> Tensor:
-    """Return the buckets of the words of an instruction and of their pairs, in whatever order they come."""
+def bag_of_words(instruction: str, buckets: int) -> Tensor:
+    """Return the hash buckets of the words of an instruction, and of its pairs of adjacent
+    words."""
     words = re.findall(r"[a-z]+", instruction.lower()) or ["nothing"]
     terms = [*words, *(" ".join(pair) for pair in itertools.pairwise(words))]
     digests = (hashlib.blake2b(term.encode(), digest_size=4).digest() for term in terms)

@@ -1,279 +1,155 @@
-"""The command line. Stage commands work on a run folder; `--recipe NAME` and dotted flags set the rest."""
+"""The command line: the table of commands, and the entry point.
+
+This file imports almost nothing, so `blm --help` is quick and Ctrl-C ends with one line also while
+libraries are imported. The module of a command is imported when the command is called; tyro then
+builds its flags from the fields of its class. tyro's own subcommands need the classes of all
+commands at once, and some of these import torch: hence the table of names.
+
+Exit statuses: 0 success; 1 a check found something wrong (`doctor`, `corpus validate`, `collect
+--verify`); 2 wrong usage or an error that the user can correct, in one line; 130 interrupted by
+Ctrl-C; 141 the reader of the output has closed the pipe (as in `blm --help | head -1`, where the
+writer finds the pipe closed).
+"""
 
 from __future__ import annotations
 
-import argparse
 import os
-import shlex
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
-import tyro
-from rich.console import Console
-from rich.table import Table
-
-from blm.cli import corpus, digital, export, physical, retention, sharerobot
-from blm.cli import serve as model
-from blm.types import BlmError, UnknownNameError, lookup
-
+TYPE_CHECKING = False  # as in `typing`, whose import alone takes longer than that of this file
 if TYPE_CHECKING:
-    from blm.app.recipes import Recipe
+    from collections.abc import Sequence
 
-console = Console()
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `blm`. Errors that a user can mend end with one line and exit status 2."""
-    try:
-        try:
-            _run(list(sys.argv[1:] if argv is None else argv))
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except BrokenPipeError:  # `blm .. | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
-        raise SystemExit(128 + 13) from None  # as a program that SIGPIPE ends
+INTERRUPTED = 130
+"""128 + SIGINT: as the shell reports a program that Ctrl-C ends."""
+CLOSED_PIPE = 141
+"""128 + SIGPIPE: as the shell reports a program that writes to a closed pipe."""
 
 
-def _run(arguments: list[str]) -> None:
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # one bar at a time: ours
-    try:
-        name, command, rest = find_command(arguments)
-        command.run(name, rest)
-    except BlmError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command continues where it stopped")
-        raise SystemExit(130) from None
-
-
-@dataclass(frozen=True)
 class Command:
-    """One command: what it does, and the function that gets its name and its arguments."""
+    """One command in the table.
 
-    summary: str
-    run: Callable[[str, list[str]], None]
+    `summary` is its line in `blm --help`. `target` is MODULE:CLASS below `blm.cli`, a subclass of
+    `blm.cli.command.CliCommand`. `stage` is the stage of a run folder that --run or --recipe runs
+    in place of the command; empty if there is none.
+    """
 
-
-def find_command(arguments: list[str]) -> tuple[str, Command, list[str]]:
-    """Split the arguments into command and rest; commands have one word or two (`train stage1`)."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        _print_commands()
-        raise SystemExit(0)
-    for words in (2, 1):
-        name = " ".join(arguments[:words])
-        if name in COMMANDS:
-            return name, COMMANDS[name], arguments[words:]
-    raise UnknownNameError("command", " ".join(arguments[:2]).split(" -")[0], COMMANDS)
-
-
-def _print_commands() -> None:
-    table = Table(box=None, show_header=False)
-    for name, command in COMMANDS.items():
-        table.add_row(f"blm {name}", command.summary)
-    console.print("Boundless: one embodied model, two spaces. `blm COMMAND --help` shows the flags.\n")
-    console.print(table)
-
-
-# --- stages of a run ----------------------------------------------------------------------------------------
-
-
-def _stage(*names: str) -> Callable[[str, list[str]], None]:
-    def run(command: str, arguments: list[str]) -> None:
-        from blm.app.pipeline import run_stages
-        from blm.app.stages import STAGES
-
-        recipe, folder = parse_recipe(command, arguments)
-        run_stages(STAGES, list(names), recipe, folder)
-
-    return run
-
-
-def parse_recipe(command: str, arguments: list[str]) -> tuple[Recipe, Path]:
-    """Return the recipe with its overrides applied, and the run folder."""
-    from blm.app.recipes import RECIPES, Recipe
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe", default="demo")
-    first.add_argument("--run", type=Path)
-    known, rest = first.parse_known_args(arguments)
-    base = lookup("recipe", known.recipe, RECIPES)()
-    description = (
-        f"--recipe NAME: one of {', '.join(RECIPES)}. --run FOLDER: where everything goes (runs/NAME)."
-    )
-    recipe = tyro.cli(Recipe, default=base, args=rest, prog=f"blm {command}", description=description)
-    return recipe, known.run or Path("runs") / recipe.name
-
-
-def _demo(command: str, arguments: list[str]) -> None:
-    from blm.app.pipeline import run_stages
-    from blm.app.stages import STAGES, write_report
-
-    recipe, folder = parse_recipe(command, arguments)
-    run_stages(STAGES, list(STAGES), recipe, folder)
-    report = write_report(folder, shlex.join(["blm", command, *arguments]))
-    console.print(f"\nreport: [bold]{report}[/bold] (open it in a browser)", soft_wrap=True)
-    console.print(
-        f"""Next:
-  .venv/bin/blm serve {folder}/stage2/checkpoint     chat and actions on port 8000
-  .venv/bin/blm chat {folder}/stage2/checkpoint --image PICTURE.png --image WRIST.png --question "..."
-  .venv/bin/blm view {folder}/episodes/panda         look at a demonstration
-  .venv/bin/blm collect --help                       every field of the recipe is a flag""",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def _study(command: str, arguments: list[str]) -> None:
-    from blm.app.studies import STUDIES, run_study
-
-    names = list(takewhile(lambda name: not name.startswith("-"), arguments))
-    for name in names[:1]:
-        lookup("study", name, STUDIES)
-    if not names:
-        console.print(
-            f"blm study NAME [VARIANT ..] --run FOLDER ..: {', '.join(STUDIES)}; flags as those of `blm demo`"
-        )
-        raise SystemExit(0 if "--help" in arguments or "-h" in arguments else 2)
-    recipe, folder = parse_recipe(command, arguments[len(names) :])
-    report = run_study(names[0], recipe, folder, names[1:])
-    console.print(report.read_text(), markup=False, soft_wrap=True)
-    console.print(f"report: {report}", soft_wrap=True)
-
-
-def _memory(command: str, arguments: list[str]) -> None:
-    from blm.app.memory import describe
-
-    recipe, _ = parse_recipe(command, arguments)
-    console.print(describe(recipe), highlight=False, markup=False, soft_wrap=True)
-
-
-def _report(command: str, arguments: list[str]) -> None:
-    from blm.app.stages import write_report
-
-    def report(run: tyro.conf.Positional[Path]) -> None:
-        """Write RUN/report.html from whatever the run folder holds.
-
-        Args:
-            run: Folder of a run.
-        """
-        console.print(f"report: {write_report(run, 'blm report ' + str(run))}", soft_wrap=True)
-
-    tyro.cli(report, args=arguments, prog=f"blm {command}")
-
-
-def _either(stage: str, command: Callable[[str, list[str]], None]) -> Callable[[str, list[str]], None]:
-    """With --run or --recipe the stage of a run folder, else the command that needs none."""
-
-    def run(name: str, arguments: list[str]) -> None:
-        of_run = any(argument.split("=")[0] in ("--run", "--recipe") for argument in arguments)
-        (_stage(stage) if of_run else command)(name, arguments)
-
-    return run
-
-
-def _train(what: Literal["stage1", "stage2", "baseline"]) -> Callable[[str, list[str]], None]:
-    def train(command: str, arguments: list[str]) -> None:
-        from blm.cli import training  # its flags are those of the trainers: it loads torch
-
-        getattr(training, what)(command, arguments)
-
-    return train
-
-
-# --- looking ------------------------------------------------------------------------------------------------
-
-
-def _view(command: str, arguments: list[str]) -> None:
-    def view(
-        dataset: tyro.conf.Positional[Path],
-        episode: int = 0,
-        form: Literal["mp4", "sheet", "rerun", "suite"] = "mp4",
-        out: Path | None = None,
-    ) -> None:
-        """Write one episode as a video, a contact sheet or a Rerun recording; or one picture of a collection.
-
-        Args:
-            dataset: Folder of one robot's dataset; for the form suite, of a collection of several robots.
-            episode: Number of the episode.
-            form: A video, a picture with frames side by side, a recording (needs the extra `viewer`), or the
-                first episode of every robot and task in one picture.
-            out: File to write; by default in the working folder, named after the episode.
-        """
-        if form == "suite":
-            from blm.app.viewing import collection_sheet
-
-            path = collection_sheet(dataset, out or Path("suite.png"))
-        else:
-            path = physical.picture_episode(dataset, episode, form, out)
-        console.print(f"wrote {path}", soft_wrap=True)
-
-    tyro.cli(view, args=arguments, prog=f"blm {command}")
-
-
-def _doctor(command: str, arguments: list[str]) -> None:
-    def doctor(paths: tyro.conf.Positional[tuple[Path, ...]] = ()) -> None:
-        """Check this machine, and any datasets and checkpoints given; exit status 1 if something is wrong.
-
-        Args:
-            paths: Folders of datasets or checkpoints.
-        """
-        from blm.app.doctor import examine_machine, examine_path
-
-        checks = [*examine_machine(), *(check for path in paths for check in examine_path(path))]
-        table = Table(box=None, show_header=False)
-        for style in (None, None, "fold"):
-            table.add_column(overflow=style or "ellipsis")
-        for check in checks:
-            table.add_row("[red]FAULT[/red]" if check.fix else "[green]ok[/green]", check.name, check.found)
-            if check.fix:
-                table.add_row("", "fix", check.fix)
-        console.print(table)
-        raise SystemExit(any(check.fix for check in checks))
-
-    tyro.cli(doctor, args=arguments, prog=f"blm {command}")
+    def __init__(self, summary: str, target: str, stage: str = "") -> None:
+        self.summary = summary
+        self.target = target
+        self.stage = stage
 
 
 COMMANDS: dict[str, Command] = {
-    "demo": Command("the whole loop at small scale, ends with a report", _demo),
+    "demo": Command("run the whole loop at small scale and write a report", "runs:Demo"),
     "collect": Command(
-        "record demonstrations (LeRobotDataset v3.0), or replay them (--verify)",
-        _either("collect", physical.collect),
+        "record demonstrations as a LeRobotDataset v3.0, or replay them (--verify)",
+        "physical:Collect",
+        stage="collect",
     ),
-    "corpus build": Command("make questions about scenes and episodes", _either("corpus", corpus.build)),
-    "corpus convert": Command("published corpora -> messages JSONL", corpus.convert),
-    "corpus curate": Command("drop faults, doubles and leaks, balance answers; with a report", corpus.curate),
-    "corpus replay": Command("general dialogues by the base model itself", corpus.replay),
-    "corpus report": Command("kinds of questions, and what needs no picture", corpus.report),
-    "corpus validate": Command("check a whole corpus before training", corpus.validate),
+    "corpus build": Command(
+        "generate questions about scenes and episodes", "corpus:BuildCorpus", stage="corpus"
+    ),
+    "corpus convert": Command("convert a published corpus to messages JSONL", "corpus:ConvertCorpus"),
+    "corpus curate": Command(
+        "remove faulty, duplicate and leaked rows, and balance answers", "corpus:CurateCorpora"
+    ),
+    "corpus replay": Command("generate general dialogues with the base model itself", "corpus:ReplayCorpus"),
+    "corpus report": Command("count question kinds, and answers that need no picture", "corpus:ReportCorpus"),
+    "corpus validate": Command("check a whole corpus before training", "corpus:ValidateCorpus"),
     "corpus sharerobot": Command(
-        "split ShareRobot by episode: evaluation, training", sharerobot.split_sharerobot
+        "split ShareRobot by episode into evaluation and training", "sharerobot:SplitShareRobot"
     ),
-    "train stage1": Command("fine-tune a backbone on corpora", _either("stage1", _train("stage1"))),
+    "train stage1": Command("fine-tune a backbone on corpora", "training:TrainStage1", stage="stage1"),
     "train stage2": Command(
-        "train bridge and policy on the frozen backbone", _either("stage2", _train("stage2"))
+        "train bridge and policy on the frozen backbone", "training:TrainStage2", stage="stage2"
     ),
-    "train baseline": Command("train a Diffusion Policy on the same demonstrations", _train("baseline")),
-    "eval digital": Command("ask the questions of a benchmark", _either("digital", digital.evaluate)),
-    "eval retention": Command("what a tuned backbone kept of its base's language", retention.retention),
-    "eval table": Command("digital results beside the published ones", digital.table),
+    "train baseline": Command(
+        "train a Diffusion Policy on the same demonstrations", "training:TrainBaseline"
+    ),
+    "eval digital": Command(
+        "evaluate a model on a question benchmark", "digital:EvaluateDigital", stage="digital"
+    ),
+    "eval retention": Command(
+        "measure how much of its base's language a tuned backbone kept", "retention:EvaluateRetention"
+    ),
+    "eval table": Command("show digital results beside the published ones", "digital:ShowTable"),
     "eval physical": Command(
-        "drive the robots, closed loop, on held-out scenes", _either("physical", physical.evaluate)
+        "evaluate a policy in closed loop on held-out scenes", "physical:EvaluatePhysical", stage="physical"
     ),
-    "study": Command("what an idea buys: variants of Stage II on the same budget and scenes", _study),
-    "memory": Command("what a recipe needs in memory and on disk", _memory),
-    "compare": Command("the paired difference of two results", physical.compare),
-    "report": Command("write one HTML page from a run folder", _report),
-    "serve": Command("chat and actions from one checkpoint", model.serve),
-    "chat": Command("ask one question about pictures", model.chat),
-    "export vllm": Command("a checkpoint's backbone as a folder that vLLM serves", export.vllm),
-    "export lerobot": Command("a data set with its card, for LeRobot and hubs", export.copied),
-    "export checkpoint": Command("a checkpoint, for others", export.copied),
-    "view": Command("an episode as video or contact sheet", _view),
-    "doctor": Command("what this machine can run; faults of datasets and checkpoints", _doctor),
+    "study": Command("run an ablation: variants of Stage II on one budget and the same scenes", "runs:Study"),
+    "memory": Command("estimate the memory and disk space that a recipe needs", "runs:Memory"),
+    "compare": Command("compute the paired difference of two results", "physical:Compare"),
+    "report": Command("write one HTML page from a run folder", "runs:Report"),
+    "serve": Command("serve chat and actions from one checkpoint", "serve:Serve"),
+    "chat": Command("ask a model one question about pictures", "serve:AskModel"),
+    "export vllm": Command(
+        "export a checkpoint's backbone as a folder that vLLM serves", "export:ExportVllm"
+    ),
+    "export lerobot": Command(
+        "export a dataset with its card, for LeRobot and model hubs", "export:ExportDataset"
+    ),
+    "export checkpoint": Command("export a checkpoint with its card", "export:ExportCheckpoint"),
+    "view": Command("write an episode as a video, contact sheet or Rerun recording", "view:View"),
+    "doctor": Command("check this machine, and find faults in datasets and checkpoints", "doctor:Doctor"),
 }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `blm`. The statuses that it ends with are listed at the head of this file."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as in `blm COMMAND >&-`
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 (stays open to the end)
+    try:
+        try:
+            _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _end_at_closed_pipe()
+    except SystemExit as ended:  # rich turns a closed pipe into status 1
+        if isinstance(ended.__context__, BrokenPipeError):
+            _end_at_closed_pipe()
+        raise
+
+
+def _run(arguments: list[str]) -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # leaves one progress bar at a time: ours
+    try:
+        from blm.cli.interrupt import exit_on_interrupt
+
+        with exit_on_interrupt("interrupted before the command started"):
+            from blm.cli.command import find_command, parse_command, print_error
+            from blm.errors import BlmError
+        try:
+            name, rest = find_command(arguments)
+            with exit_on_interrupt("interrupted before the command started"):
+                command = parse_command(name, rest)
+            command.run(["blm", name, *rest])
+        except BlmError as error:
+            print_error(error)
+            raise SystemExit(2) from None
+    except BaseException as error:
+        if not _was_interrupted(error):
+            raise
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Return whether Ctrl-C caused an error; imports may turn KeyboardInterrupt into others."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _end_at_closed_pipe() -> None:
+    """Exit with CLOSED_PIPE; what Python still flushes when it ends goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+    raise SystemExit(CLOSED_PIPE) from None

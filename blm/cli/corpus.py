@@ -1,17 +1,19 @@
-"""Commands of corpora: build one from our scenes, convert a published one, curate, validate."""
+"""Commands of corpora: build, convert, curate, validate, replay, report."""
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from blm.cli.command import CliCommand, OutFolder, split_flags
+from blm.corpora import SceneCorpusConfig
 from blm.types import BlmError, lookup, require_numbers
 
 if TYPE_CHECKING:
@@ -21,130 +23,180 @@ if TYPE_CHECKING:
 
 console = Console()
 SHOWN = 3
-"""Places printed for each reason."""
-
-
-def build(command: str, arguments: list[str]) -> None:
-    """`blm corpus build OUT`: questions about our own scenes and episodes."""
-    from blm.corpora import SceneCorpusConfig, build_scene_corpus
-
-    out = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--workers", type=int, default=2)
-    own, rest = first.parse_known_args(arguments[0 if out is None else 1 :])
-    usage = f"blm {command} OUT [--workers N]"
-    config = tyro.cli(SceneCorpusConfig, args=rest, prog=usage, description=build.__doc__)
-    if out is None:
-        raise BlmError("name the folder to write first: blm corpus build OUT [flags]; --help shows the flags")
-    count = build_scene_corpus(config, out, workers=own.workers)
-    console.print(f"{count} conversations: {out}", soft_wrap=True)
+"""Default number of places printed for each fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Convert:
-    """Convert a published corpus; media are linked or copied into OUT. Without names: what there is."""
+class BuildFlags:
+    """Flags of `blm corpus build` beside those of the config. They are parsed first."""
 
-    name: tyro.conf.Positional[str] = ""
-    """Converter."""
-    source: tyro.conf.Positional[Path | None] = None
-    """What it reads: a file or folder; for easy_vqa the name of a split."""
-    out: tyro.conf.Positional[Path | None] = None
+    workers: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildCorpus(CliCommand):
+    """Generate questions about our own scenes and episodes into the corpus folder OUT.
+
+    The same command again continues what was interrupted.
+
+    --workers N: number of worker processes, by default 2; 0: all work is done in this process.
+
+    Example: blm corpus build OUT --robots panda --tasks push_cube --cameras base --image-size 112
+    --scenes 100 --first-seed 10000
+    """
+
+    out: Annotated[
+        tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="OUT", help_behavior_hint="(required)")
+    ] = None
+    """Corpus folder to write; must not exist."""
+    config: Annotated[SceneCorpusConfig, tyro.conf.arg(name="")]
+    flags: tyro.conf.Suppress[BuildFlags] = field(default_factory=BuildFlags)
+
+    @classmethod
+    def parse(cls, name: str, arguments: Sequence[str]) -> Self:
+        flags, rest = split_flags(BuildFlags, name, arguments)
+        return replace(super().parse(name, rest), flags=flags)
+
+    def run(self, command_line: Sequence[str]) -> None:
+        from blm.corpora import build_scene_corpus
+
+        if self.out is None:
+            raise BlmError("name the folder to write: blm corpus build OUT [flags]; --help shows the flags")
+        count = build_scene_corpus(self.config, self.out, workers=self.flags.workers)
+        console.print(f"{count} conversations: {self.out}", soft_wrap=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertCorpus(CliCommand):
+    """Convert a published corpus to messages JSONL; media are linked or copied into OUT.
+
+    Without arguments, list the converters. Example: blm corpus convert llava llava.json OUT --media
+    images
+    """
+
+    name: Annotated[
+        tyro.conf.Positional[str], tyro.conf.arg(metavar="[CONVERTER]", help_behavior_hint="")
+    ] = ""
+    """Name of the converter."""
+    source: Annotated[
+        tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[SOURCE]", help_behavior_hint="")
+    ] = None
+    """File or folder to convert; for easy_vqa the name of a split."""
+    out: Annotated[
+        tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[OUT]", help_behavior_hint="")
+    ] = None
     """Corpus folder to write; must not exist."""
     frames: int = 8
-    """Frames that a video becomes."""
+    """Frames that are taken from each video."""
     media: Path | None = None
-    """Folder that media references are relative to; default: the source folder."""
+    """Folder that media references are relative to; by default the source folder."""
     source_name: str = ""
-    """Name of the source in the rows; default: the converter's."""
+    """Source name that is written to the rows; by default the name of the converter."""
     untagged: Literal["refuse", "first"] = "refuse"
-    """Rows with media but no tag: refuse them, or show the media before the first question."""
+    """Rows with media but no media tag: refuse them, or put the media before the first question."""
     cameras: tuple[str, ...] = ()
-    """Of a robot dataset; default: its first."""
+    """Cameras of a robot dataset to take pictures from; by default its first one."""
     skip_bad: bool = False
-    """Leave out rows that cannot be converted, and print which."""
+    """Leave out rows that cannot be converted, and print them. Otherwise the first one ends the
+    command."""
+
+    def run(self, command_line: Sequence[str]) -> None:
+        from blm.corpora import ConverterConfig, convert
+        from blm.corpora.format.faults import summarise
+
+        if not self.name:
+            _print_converters()
+            return
+        if self.source is None or self.out is None:
+            raise BlmError("name the source and the folder to write: blm corpus convert CONVERTER SOURCE OUT")
+        settings = ConverterConfig(
+            frames=self.frames,
+            media=self.media,
+            source=self.source_name,
+            untagged=self.untagged,
+            cameras=self.cameras,
+        )
+        done = convert(self.name, self.source, self.out, settings, skip_bad=self.skip_bad)
+        console.print(f"{done.written} of {done.read} rows: {self.out}", soft_wrap=True)
+        if done.skipped:
+            console.print(f"skipped:\n{summarise(done.skipped)}", highlight=False, markup=False)
 
 
-def convert(command: str, arguments: list[str]) -> None:
-    """`blm corpus convert NAME SOURCE OUT`: a published corpus in the messages format."""
-    from blm.corpora import CONVERTERS, Settings
-    from blm.corpora import convert as run
-    from blm.corpora.format.faults import summarise
+def _print_converters() -> None:
+    from blm.corpora import CONVERTERS
 
-    chosen = tyro.cli(Convert, args=arguments, prog=f"blm {command}")
-    if not chosen.name:
-        table = Table(box=None)
-        for heading in ("name", "reads", "from"):
-            table.add_column(heading, overflow="fold")
-        for name, converter in CONVERTERS.items():
-            table.add_row(name, converter.reads, converter.origin)
-        console.print(table)
-        return
-    if chosen.source is None or chosen.out is None:
-        raise BlmError(f"name the source and the folder to write: blm {command} NAME SOURCE OUT")
-    settings = Settings(
-        frames=chosen.frames,
-        media=chosen.media,
-        source=chosen.source_name,
-        untagged=chosen.untagged,
-        cameras=chosen.cameras,
-    )
-    done = run(chosen.name, chosen.source, chosen.out, settings, skip_bad=chosen.skip_bad)
-    console.print(f"{done.written} of {done.read} rows: {chosen.out}", soft_wrap=True)
-    if done.skipped:
-        console.print(f"skipped:\n{summarise(done.skipped)}", highlight=False, markup=False)
+    table = Table(box=None)
+    for heading in ("name", "reads", "from"):
+        table.add_column(heading, overflow="fold")
+    for name, converter in CONVERTERS.items():
+        table.add_row(name, converter.reads, converter.origin)
+    console.print(table)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curate:
-    """Curate corpora together; write OUT/<source>, one corpus folder each, and OUT/curation.json."""
+class CurateCorpora(CliCommand):
+    """Curate corpora together; write OUT/<source>, one corpus folder each, and OUT/curation.json.
 
-    out: tyro.conf.Positional[Path]
+    Example: blm corpus curate OUT corpora/scenes corpora/llava=0.5 --evaluation corpora/held_out
+    """
+
+    out: OutFolder
     """Folder to write; must not exist."""
-    sources: tyro.conf.Positional[tuple[str, ...]]
-    """Corpus folders, each as FOLDER or FOLDER=WEIGHT; a source is named after its folder."""
+    sources: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="SOURCE [SOURCE ...]", help_behavior_hint="(required)"),
+    ]
+    """Corpus folders, each as FOLDER or FOLDER=WEIGHT. A source is named after its folder."""
     evaluation: tuple[Path, ...] = ()
-    """Corpus folders that are evaluated on: training may not share a group, or a question about a picture."""
+    """Corpus folders for evaluation. Training rows with one of their groups or questions are
+    dropped."""
     benchmarks: tuple[str, ...] = ()
-    """Published benchmarks that are evaluated on, each as NAME=FOLDER of its data."""
+    """Published benchmarks for evaluation, each as NAME=FOLDER of its data."""
     max_length: int | None = None
-    """Longest conversation [characters; tokens of the backbone, if one is named]."""
+    """Maximum length of a conversation [characters; with --backbone, tokens]."""
     backbone: str | None = None
-    """Name or folder of the model whose tokens are counted."""
+    """Name or folder of the model whose tokenizer measures --max-length."""
     max_pixels: int | None = None
-    """Largest picture [px]."""
+    """Maximum size of a picture [px]."""
     max_pictures: int | None = None
-    """Most pictures in a conversation."""
+    """Maximum number of pictures in a conversation."""
     hash_distance: int = 6
-    """Bits of 256 in which equal pictures may differ."""
+    """Maximum difference between the perceptual hashes of duplicate pictures [bits of 256]."""
     max_per_kind: int | None = None
-    """Most questions of one kind."""
+    """Maximum number of questions of one kind."""
     balance: Literal["none", "kind", "question"] = "kind"
-    """Keep as many yes as no: for each question kind answered so, or for each wording of a question."""
+    """Keep as many questions with the answer yes as with no: per question kind, or per wording."""
     general: tuple[str, ...] = ()
-    """Names of the sources that are general replay."""
+    """Names of the sources with general dialogues, to be replayed in training."""
     replay: float = 0.0
-    """Their share of what is drawn in training."""
+    """Their share of the training examples, 0..1."""
     seed: int = 0
-    """Of the choice of what to drop for balance."""
+    """Seed for the choice of rows that balancing drops."""
 
+    def run(self, command_line: Sequence[str]) -> None:
+        from blm.corpora import CurationConfig, curate_sources, write_curated
 
-def curate(command: str, arguments: list[str]) -> None:
-    """`blm corpus curate OUT SOURCE..`: the pipeline, its report, and the curated corpora."""
-    from blm.corpora import CurationConfig, curate_sources, write_curated
-
-    chosen = tyro.cli(Curate, args=arguments, prog=f"blm {command}")
-    if chosen.out.exists():
-        raise BlmError(f"folder '{chosen.out}' exists; move it away or name another one")
-    same = ("max_length", "max_pixels", "max_pictures", "hash_distance", "max_per_kind", "balance")
-    config = CurationConfig(**{name: getattr(chosen, name) for name in (*same, "general", "replay", "seed")})
-    evaluation = [_corpus_set(folder) for folder in chosen.evaluation]
-    evaluation += [_benchmark_set(text) for text in chosen.benchmarks]
-    sources = [_source(text) for text in chosen.sources]
-    length = _token_length(chosen.backbone) if chosen.backbone else None
-    entries, report = curate_sources(sources, config, evaluation=evaluation, length=length)
-    print_curation(report)
-    write_curated(entries, report, chosen.out)
-    console.print(f"{report.kept} conversations: {chosen.out}", soft_wrap=True)
+        if self.out.exists():
+            raise BlmError(f"folder '{self.out}' exists; move it away or name another one")
+        config = CurationConfig(
+            max_length=self.max_length,
+            max_pixels=self.max_pixels,
+            max_pictures=self.max_pictures,
+            hash_distance=self.hash_distance,
+            max_per_kind=self.max_per_kind,
+            balance=self.balance,
+            general=self.general,
+            replay=self.replay,
+            seed=self.seed,
+        )
+        evaluation = [_corpus_set(folder) for folder in self.evaluation]
+        evaluation += [_benchmark_set(text) for text in self.benchmarks]
+        sources = [_source(text) for text in self.sources]
+        length = _token_length(self.backbone) if self.backbone else None
+        entries, report = curate_sources(sources, config, evaluation=evaluation, length=length)
+        print_curation(report)
+        write_curated(entries, report, self.out)
+        console.print(f"{report.kept} conversations: {self.out}", soft_wrap=True)
 
 
 def _token_length(backbone: str) -> Length:
@@ -185,7 +237,7 @@ def _source(text: str) -> Source:
 
 
 def print_curation(report: CurationReport) -> None:
-    """Print what every step dropped and why, how yes and no stand, and the shares of the sources."""
+    """Print the rows that each step dropped, the share of yes answers, and the sources."""
     table = Table("step", "rows", "turns", "dropped for", box=None, title="Curation", title_justify="left")
     for step in report.steps:
         rows = f"{step.rows_in} -> {step.rows_out}"
@@ -197,7 +249,7 @@ def print_curation(report: CurationReport) -> None:
     if report.yes_no:
         table = Table("kind", "before", "after", box=None, title="Share of yes", title_justify="left")
         for kind, counts in report.yes_no.items():
-            table.add_row(kind, *(share_of_yes(*counts[when]) for when in ("before", "after")))
+            table.add_row(kind, *(_format_yes_share(*counts[when]) for when in ("before", "after")))
         console.print(table)
     table = Table(
         "source", "kept", "turns", "weight", "share", box=None, title="Sources", title_justify="left"
@@ -208,44 +260,45 @@ def print_curation(report: CurationReport) -> None:
     console.print(table)
 
 
-def share_of_yes(yes: int, no: int) -> str:
+def _format_yes_share(yes: int, no: int) -> str:
+    """Return "60% of 10" for counts of yes and no."""
     return f"{yes / (yes + no):.0%} of {yes + no}" if yes + no else "-"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Validate:
-    """Check a whole corpus before training; exit status 1 if a row is wrong."""
+class ValidateCorpus(CliCommand):
+    """Check every row of a corpus before training; the exit status is 1 if a row has a fault.
 
-    folder: tyro.conf.Positional[Path]
+    Example: blm corpus validate corpora/scenes --backbone nano
+    """
+
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """Corpus folder."""
     backbone: str | None = None
-    """Name or folder of the model to be trained: checks tokens, placeholders and answers too."""
+    """Name or folder of the model to be trained. Also checks tokens, placeholders and answers."""
     max_tokens: int | None = None
-    """Longest conversation, in tokens of the backbone."""
+    """Maximum length of a conversation [tokens of the backbone]."""
     shown: int = SHOWN
-    """Places printed for each reason; 0: all."""
+    """Number of rows printed for each fault; 0: all."""
 
     def __post_init__(self) -> None:
         require_numbers(self, max_tokens=(1, 10**9), shown=(0, 10**9))
 
+    def run(self, command_line: Sequence[str]) -> None:
+        from blm.corpora import validate_corpus
 
-def validate(command: str, arguments: list[str]) -> None:
-    """`blm corpus validate FOLDER`: counts per reason, with file and line."""
-    from blm.corpora import validate_corpus
+        backbone = None
+        if self.backbone is not None:
+            from blm.backbone import Backbone
 
-    chosen = tyro.cli(Validate, args=arguments, prog=f"blm {command}")
-    backbone = None
-    if chosen.backbone is not None:
-        from blm.backbone import Backbone
-
-        backbone = Backbone.load(chosen.backbone)
-    result = validate_corpus(chosen.folder, backbone=backbone, max_tokens=chosen.max_tokens)
-    print_validation(result, chosen.shown)
-    raise SystemExit(not result.clean)
+            backbone = Backbone.load(self.backbone)
+        result = validate_corpus(self.folder, backbone=backbone, max_tokens=self.max_tokens)
+        print_validation(result, self.shown)
+        raise SystemExit(not result.clean)
 
 
 def print_validation(result: Validation, shown: int = SHOWN) -> None:
-    """Print how many rows are wrong, for each reason, and where."""
+    """Print the number of faulty rows for each reason, and up to `shown` places (0: all)."""
     good = result.rows - len(result.faults)
     console.print(f"{result.folder}: {good} of {result.rows} rows are good", soft_wrap=True)
     table = Table("rows", "reason", "where", box=None)
@@ -259,60 +312,66 @@ def print_validation(result: Validation, shown: int = SHOWN) -> None:
         console.print(table)
 
 
-# --- replay and report --------------------------------------------------------------------------------------
+# --- replay and report ----------------------------------------------------------------------------
 
 
-def replay(command: str, arguments: list[str]) -> None:
-    """`blm corpus replay OUT`: general dialogues, answered by the base model itself."""
+@dataclass(frozen=True, kw_only=True)
+class ReplayCorpus(CliCommand):
+    """Write a replay corpus: general dialogues answered by the base model, which limit forgetting
+    in Stage I.
 
-    def run(
-        out: tyro.conf.Positional[Path],
-        backbone: str = "smol",
-        count: int = 200,
-        seed: int = 0,
-        device: str = "cpu",
-    ) -> None:
-        """Write a replay corpus: what the base model says, so that training on it changes little.
+    Example: blm corpus replay OUT --backbone smol --count 1000
+    """
 
-        Args:
-            out: Corpus folder to write; the same command again continues what was interrupted.
-            backbone: The base: a name of BACKBONES, or a folder.
-            count: Conversations.
-            seed: Of the prompts and of the sampling.
-            device: Torch device.
-        """
+    out: OutFolder
+    """Corpus folder to write. The same command again continues what was interrupted."""
+    backbone: str = "smol"
+    """Name or folder of the base model."""
+    count: int = 200
+    """Number of conversations."""
+    seed: int = 0
+    """Seed for the choice of prompts and for sampling."""
+    device: str = "cpu"
+    """Torch device: cpu, cuda, cuda:N or mps."""
+
+    def run(self, command_line: Sequence[str]) -> None:
         from blm.app.model import check_device
         from blm.backbone import Backbone
         from blm.corpora.curation.replay import build_replay
 
-        check_device(device)
-        unused = build_replay(Backbone.load(backbone, device=device), out, count, seed=seed)
-        console.print(f"{count} conversations ({unused} answers were not whole): {out}", soft_wrap=True)
+        check_device(self.device)
+        backbone = Backbone.load(self.backbone, device=self.device)
+        unfinished = build_replay(backbone, self.out, self.count, seed=self.seed)
+        dropped = f"{unfinished} incomplete answers dropped"
+        console.print(f"{self.count} conversations ({dropped}): {self.out}", soft_wrap=True)
 
-    tyro.cli(run, args=arguments, prog=f"blm {command}")
 
+@dataclass(frozen=True, kw_only=True)
+class ReportCorpus(CliCommand):
+    """Count the questions of every kind; "blind" is the accuracy from the question's text alone.
 
-def report(command: str, arguments: list[str]) -> None:
-    """`blm corpus report TRAIN HELD_OUT`: every kind of question, and how much of it needs no picture."""
+    Example: blm corpus report corpora/train corpora/held_out
+    """
 
-    def run(train: tyro.conf.Positional[Path], held_out: tyro.conf.Positional[Path | None] = None) -> None:
-        """Print every kind of question; "blind" is what the question's text alone gets right.
+    train: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TRAIN")]
+    """Corpus folder to count."""
+    held_out: Annotated[
+        tyro.conf.Positional[Path | None],
+        tyro.conf.arg(metavar="[HELD_OUT]", help_behavior_hint="(optional)"),
+    ] = None
+    """Corpus folder whose questions are answered from the texts of TRAIN."""
 
-        Args:
-            train: Corpus folder.
-            held_out: Corpus folder that is answered from the texts of the first.
-        """
+    def run(self, command_line: Sequence[str]) -> None:
         from blm.corpora import read_corpus
         from blm.corpora.scenes.report import describe
 
         table = Table(box=None)
         for heading in ("kind", "questions", "texts", "answers", "blind", "commonest"):
             table.add_column(heading, justify="left" if heading in ("kind", "commonest") else "right")
-        for kind in describe(read_corpus(train), read_corpus(held_out) if held_out else ()):
+        held_out = read_corpus(self.held_out) if self.held_out else ()
+        for kind in describe(read_corpus(self.train), held_out):
             common = ", ".join(f"{answer} {number}" for answer, number in [*kind.answers.items()][:SHOWN])
             blind = "-" if kind.blind is None else f"{kind.blind:.0%}"
             numbers = (kind.questions, kind.texts, len(kind.answers))
             table.add_row(kind.kind, *map(str, numbers), blind, common[:48])
         Console(width=max(console.width, 120)).print(table)
-
-    tyro.cli(run, args=arguments, prog=f"blm {command}")

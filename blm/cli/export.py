@@ -1,73 +1,96 @@
-"""Commands of exports: what goes to vLLM, to LeRobot, to others."""
+"""Commands that export backbones for vLLM, datasets for LeRobot, and checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
+from blm.cli.command import CliCommand, OutFolder
+
 console = Console()
 
 
-def vllm(command: str, arguments: list[str]) -> None:
-    """`blm export vllm SOURCE OUT`: a stock folder, and the command that serves it."""
+@dataclass(frozen=True, kw_only=True)
+class ExportVllm(CliCommand):
+    """Export the backbone of a checkpoint as a stock transformers folder that vLLM serves.
 
-    def run(
-        source: tyro.conf.Positional[str],
-        out: tyro.conf.Positional[Path],
-        images: int = 8,
-        context: int = 8192,
-        push: str | None = None,
-        private: bool = False,
-    ) -> None:
-        """Write the backbone of a checkpoint as a stock transformers folder that vLLM serves.
+    Checks that plain transformers computes the same logits from it, and prints the `vllm serve`
+    command. Example: blm export vllm runs/qwen/stage2/checkpoint qwen-backbone
+    """
 
-        Args:
-            source: Checkpoint of Stage II, a backbone's folder, or a name of BACKBONES.
-            out: Folder to make.
-            images: Most pictures of a request.
-            context: Most tokens of a request and its answer.
-            push: ORG/NAME on the hub to upload it to.
-            private: Make that repository private.
-        """
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """Checkpoint of Stage II, folder of a backbone, or name of a backbone."""
+    out: OutFolder
+    """Folder to write; must not exist."""
+    images: int = 8
+    """Maximum number of pictures in a request."""
+    context: int = 8192
+    """Maximum length of a request with its answer [tokens]."""
+    push: str | None = None
+    """Repository ORG/NAME on the Hugging Face hub to upload the folder to."""
+    private: bool = False
+    """Make that repository private."""
+
+    def run(self, command_line: Sequence[str]) -> None:
         from blm.app.export import export_vllm
 
-        serve = export_vllm(source, out, images=images, context=context)
-        console.print(f"plain transformers gives the same logits from {out}", soft_wrap=True)
+        serve = export_vllm(self.source, self.out, images=self.images, context=self.context)
+        console.print(f"plain transformers computes the same logits from {self.out}", soft_wrap=True)
         console.print(serve, soft_wrap=True, highlight=False, markup=False)
-        _push(out, push, private)
-
-    tyro.cli(run, args=arguments, prog=f"blm {command}")
+        _push(self.out, self.push, self.private)
 
 
-def copied(command: str, arguments: list[str]) -> None:
-    """`blm export lerobot SOURCE OUT` and `blm export checkpoint SOURCE OUT`: checked copies with cards."""
+@dataclass(frozen=True, kw_only=True)
+class ExportDataset(CliCommand):
+    """Copy a dataset with a dataset card, for LeRobot and model hubs, after checking its files.
 
-    def run(
-        source: tyro.conf.Positional[str],
-        out: tyro.conf.Positional[Path],
-        push: str | None = None,
-        private: bool = False,
-    ) -> None:
-        """Copy a data set or a checkpoint, checked, with its card; upload it if asked to.
+    Example: blm export lerobot runs/demo/episodes/panda panda-dataset
+    """
 
-        Args:
-            source: Folder of one robot's data set, or of a checkpoint.
-            out: Folder to make.
-            push: ORG/NAME on the hub to upload it to.
-            private: Make that repository private.
-        """
-        from blm.app.export import export_checkpoint, export_dataset
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATASET")]
+    """Folder of one robot's dataset."""
+    out: OutFolder
+    """Folder to write; must not exist."""
+    push: str | None = None
+    """Repository ORG/NAME on the Hugging Face hub to upload the dataset to."""
+    private: bool = False
+    """Make that repository private."""
 
-        if command == "export lerobot":
-            export_dataset(Path(source), out)
-        else:
-            export_checkpoint(source, out)
-        console.print(f"exported: {out}", soft_wrap=True)
-        _push(out, push, private)
+    def run(self, command_line: Sequence[str]) -> None:
+        from blm.app.export import export_dataset
 
-    tyro.cli(run, args=arguments, prog=f"blm {command}")
+        export_dataset(self.source, self.out)
+        console.print(f"exported: {self.out}", soft_wrap=True)
+        _push(self.out, self.push, self.private)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCheckpoint(CliCommand):
+    """Copy a checkpoint with its model card, after checking its files.
+
+    Example: blm export checkpoint runs/demo/stage2/checkpoint my-policy
+    """
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """Folder of a checkpoint, or name of a release."""
+    out: OutFolder
+    """Folder to write; must not exist."""
+    push: str | None = None
+    """Repository ORG/NAME on the Hugging Face hub to upload the checkpoint to."""
+    private: bool = False
+    """Make that repository private."""
+
+    def run(self, command_line: Sequence[str]) -> None:
+        from blm.app.export import export_checkpoint
+
+        export_checkpoint(self.source, self.out)
+        console.print(f"exported: {self.out}", soft_wrap=True)
+        _push(self.out, self.push, self.private)
 
 
 def _push(folder: Path, repo: str | None, private: bool) -> None:

@@ -1,69 +1,83 @@
-"""Commands of the physical suite: collect, verify, evaluate any policy, compare results, look at episodes."""
+"""Commands of the physical suite: collect demonstrations, evaluate policies, compare results."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from blm.types import BlmError, require_numbers
+from blm.cli.command import CliCommand, split_flags
+from blm.planner import CollectConfig
+from blm.types import BlmError, Policy, require_numbers
 
 if TYPE_CHECKING:
-    from blm.planner import CollectConfig
+    from blm.evaluation import PhysicalProtocol
+    from blm.evaluation.physical.result import PhysicalResult
 
 console = Console()
 WIDTH = 130
 """Characters that the tables need."""
-COLLECT_HELP = """Record demonstrations of the expert into OUT/<robot>, one LeRobotDataset v3.0 a robot.
-The same command again continues what was interrupted. With --verify: record nothing, replay every episode of
-OUT and compare states bit for bit. With --policy CHECKPOINT --correct: that policy drives the first steps of
-every episode, and the expert's corrections are recorded on the states that it visits."""
 
 
-def parse_collect(command: str, arguments: list[str]) -> tuple[argparse.Namespace, CollectConfig]:
-    """Return (out, verify, correct, policy) and what to collect. Raises BlmError for what does not fit."""
-    from blm.planner import CollectConfig
+@dataclass(frozen=True, kw_only=True)
+class CollectMode:
+    """Flags of `blm collect` beside those of the config. They are parsed first."""
 
-    out = Path(arguments[0]) if arguments and not arguments[0].startswith("-") else None
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--verify", action="store_true")
-    first.add_argument("--correct", action="store_true")
-    first.add_argument("--policy", type=Path)
-    own, rest = first.parse_known_args(arguments[0 if out is None else 1 :])
-    usage = f"blm {command} OUT [--verify] [--policy CHECKPOINT --correct]"
-    config = tyro.cli(CollectConfig, default=CollectConfig(), args=rest, prog=usage, description=COLLECT_HELP)
-    if out is None:
-        raise BlmError("name the folder to write first: blm collect OUT [flags]; --help shows the flags")
-    own.out = out
-    if (own.policy is not None) != own.correct:
-        raise BlmError("--policy CHECKPOINT and --correct belong together: give both or none")
-    return own, config
+    verify: bool = False
+    correct: bool = False
+    policy: Path | None = None
 
 
-def collect(command: str, arguments: list[str]) -> None:
-    """`blm collect OUT`: record demonstrations, replay them, or record corrections of a policy."""
-    from blm.planner import collect as run_collect
-    from blm.planner.verify import verify
+@dataclass(frozen=True, kw_only=True)
+class Collect(CliCommand):
+    """Record demonstrations of the planning expert into OUT/<robot>, one LeRobotDataset v3.0 per
+    robot.
 
-    own, config = parse_collect(command, arguments)
-    if own.verify:
-        outcome = verify(own.out, workers=config.workers, engine=config.engine)
-        console.print(f"{outcome['same']} of {outcome['episodes']} episodes replayed bit for bit")
-        for key, what in outcome["differing"].items():
-            console.print(f"[red]differs:[/red] {key}: {what}")
-        raise SystemExit(bool(outcome["differing"]))
-    from blm.app.policies import load_checkpoint
+    The same command again continues what was interrupted.
 
-    pilot = partial(load_checkpoint, own.policy) if own.policy else None
-    print_summary(run_collect(config, own.out, pilot))
+    --verify: record nothing; replay every episode of OUT and compare the states bit for bit.
+    --policy CHECKPOINT --correct: let a policy control the first steps of every episode, and record
+    the expert's corrections on the states that the policy visits.
+
+    Example: blm collect data --robots panda --tasks push_cube --episodes 10
+    """
+
+    out: Annotated[
+        tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="OUT", help_behavior_hint="(required)")
+    ] = None
+    """Folder to write."""
+    config: Annotated[CollectConfig, tyro.conf.arg(name="")] = field(default_factory=CollectConfig)
+    mode: tyro.conf.Suppress[CollectMode] = field(default_factory=CollectMode)
+
+    @classmethod
+    def parse(cls, name: str, arguments: Sequence[str]) -> Self:
+        mode, rest = split_flags(CollectMode, name, arguments)
+        if (mode.policy is not None) != mode.correct:
+            raise BlmError("--policy CHECKPOINT and --correct belong together: give both or none")
+        return replace(super().parse(name, rest), mode=mode)
+
+    def run(self, command_line: Sequence[str]) -> None:
+        from blm.app.policies import load_checkpoint
+        from blm.planner import collect
+        from blm.planner.verify import verify
+
+        if self.out is None:
+            raise BlmError("name the folder to write: blm collect OUT [flags]; --help shows the flags")
+        if self.mode.verify:
+            outcome = verify(self.out, workers=self.config.workers, engine=self.config.engine)
+            console.print(f"{outcome['same']} of {outcome['episodes']} episodes replayed bit for bit")
+            for key, what in outcome["differing"].items():
+                console.print(f"[red]differs:[/red] {key}: {what}")
+            raise SystemExit(bool(outcome["differing"]))
+        pilot = partial(load_checkpoint, self.mode.policy) if self.mode.policy else None
+        print_summary(collect(self.config, self.out, pilot))
 
 
 def _print_wide(table: Table) -> None:
@@ -104,51 +118,58 @@ def print_summary(summary: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate:
-    """Drive the robots with one policy; write OUT/result.json, videos and OUT/report.html."""
+class EvaluatePhysical(CliCommand):
+    """Evaluate a policy in closed loop; write OUT/result.json, videos and OUT/report.html.
+
+    Example: blm eval physical --model runs/demo/stage2/checkpoint --out results/demo
+    """
 
     model: str
-    """A checkpoint folder, expert, zero, random, replay:DATASET, or ws://HOST:PORT of an OpenPI server."""
+    """A checkpoint folder, expert, zero, random, replay:DATASET, or ws://HOST:PORT of an OpenPI
+    server."""
     out: Path
-    """Folder to write; the same command again continues what was interrupted."""
+    """Folder to write. The same command again continues what was interrupted."""
     protocol: str = "suite24"
-    """Named protocol. With any of the next four changed it is another one, without a name."""
+    """Name of the protocol. Changing robots, tasks, episodes or latency makes it an unnamed one."""
     robots: tuple[str, ...] = ()
-    """Only these."""
+    """Evaluate only these robots; by default those of the protocol."""
     tasks: tuple[str, ...] = ()
-    """Only these."""
+    """Evaluate only these tasks; by default those of the protocol."""
     episodes: int | None = None
-    """Per robot and task."""
+    """Episodes for each robot and task; by default as in the protocol."""
     latency: Literal["none", "measured"] | float = "none"
-    """none: the world waits for the policy. measured: it moves on while the policy thinks (live mode). A
-    number: the policy takes so many seconds."""
+    """none: the simulation waits for the policy. measured: it continues while the policy computes.
+    A number: the latency of every call [s]."""
     workers: int = 2
-    """Processes; 0 runs in this one."""
+    """Worker processes; 0: none, all work is done in this process."""
     simulator: Literal["mujoco", "maniskill"] = "mujoco"
-    """maniskill: the Panda's tasks as ManiSkill has them; needs its own environment (docs/maniskill.md)."""
+    """maniskill: the Panda's tasks in ManiSkill's own version; needs a separate environment
+    (docs/maniskill.md)."""
     engine: Literal["local", "ray"] = "local"
     """Where episodes run: on this machine, or on a Ray cluster."""
     device: str = "cpu"
-    """Torch device of a checkpoint. On another than the CPU one model answers all workers, in batches."""
+    """Torch device of a checkpoint: cpu, cuda, cuda:N or mps. On a GPU, one model answers all
+    workers in batches."""
     max_batch: int = 64
-    """Observations that one such call may hold; with 1 the model gives the same bits every time."""
+    """Maximum number of observations in such a batch. With 1, results are bit-reproducible."""
     cameras: tuple[str, ...] = ("base", "wrist")
-    """Pictures for policies that have no contract of their own."""
+    """Cameras of a policy without a contract of its own."""
     image_size: int = 112
-    """Their side [px]."""
+    """Side of that policy's square pictures [px]."""
     horizon: int = 16
-    """Actions in a chunk of such a policy."""
+    """Actions in a chunk of that policy."""
     execute: int = 8
-    """How many of them are carried out before it is asked again."""
+    """Actions of a chunk that are executed before that policy is asked again."""
     continued: bool = False
-    """Let a checkpoint go on from its own last chunk (real-time chunking): smoother, and slower."""
+    """Use real-time chunking: a checkpoint continues its previous chunk. Smoother, and slower."""
     videos: int = 1
-    """Episodes of each cell that are filmed."""
+    """Episodes of each robot and task that are recorded as videos."""
     api_key: str | None = None
-    """For an OpenPI server that wants one."""
+    """API key of an OpenPI server."""
     server_name: str = ""
-    """Name and version of the model behind a server that sends no contract. Its address does not tell which
-    model it is: without a name an interrupted evaluation begins anew, in another folder."""
+    """Name and version of the model behind a server that sends no contract. The address does not
+    identify the model: without a name, an interrupted evaluation must start again in another
+    folder."""
 
     def __post_init__(self) -> None:
         from blm.jobs import MAX_WORKERS
@@ -160,108 +181,103 @@ class Evaluate:
             require_numbers(self, latency=(0, 3600))
         require_numbers(self, horizon=(1, 100_000), execute=(1, self.horizon))
 
+    def run(self, command_line: Sequence[str]) -> None:
+        from blm.evaluation import evaluate_physical
 
-def parse_evaluate(command: str, arguments: list[str]) -> Evaluate:
-    return tyro.cli(Evaluate, args=arguments, prog=f"blm {command}")
-
-
-def evaluate(command: str, arguments: list[str]) -> None:
-    """`blm eval physical --model X`: drive the robots with any policy, under a named protocol."""
-    from blm.app.policies import continuing, contract_of, find_policy, load_replay
-    from blm.evaluation import PhysicalProtocol, evaluate_physical
-    from blm.evaluation.report import ReportData, build_report
-
-    chosen = parse_evaluate(command, arguments)
-    if chosen.model.startswith("replay:"):
-        make, protocol = load_replay(Path(chosen.model.removeprefix("replay:")))
-    else:
-        make = find_policy(
-            chosen.model,
-            cameras=chosen.cameras,
-            image_size=chosen.image_size,
-            horizon=chosen.horizon,
-            execute=chosen.execute,
-            api_key=chosen.api_key,
-            device=chosen.device,
-            server_name=chosen.server_name,
+        make, protocol = self._policy_and_protocol()
+        result = evaluate_physical(
+            make,
+            protocol,
+            self.out,
+            workers=self.workers,
+            videos_per_cell=self.videos,
+            engine=self.engine,
+            max_batch=self.max_batch,
         )
-        make = partial(continuing, make) if chosen.continued else make
-        wanted = {name: getattr(chosen, name) for name in ("robots", "tasks", "episodes")}
+        print_result(result)
+        file = self.out / "result.json"
+        console.print(f"result: {file}", soft_wrap=True)
+        if protocol.purpose == "evaluation":
+            self._report(file, protocol.name or "own protocol")
+
+    def _policy_and_protocol(self) -> tuple[Callable[[], Policy], PhysicalProtocol]:
+        from blm.app.policies import contract_of, load_replay, policy_factory, with_real_time_chunking
+        from blm.evaluation import PhysicalProtocol
+
+        if self.model.startswith("replay:"):
+            return load_replay(Path(self.model.removeprefix("replay:")))
+        make = policy_factory(
+            self.model,
+            cameras=self.cameras,
+            image_size=self.image_size,
+            horizon=self.horizon,
+            execute=self.execute,
+            api_key=self.api_key,
+            device=self.device,
+            server_name=self.server_name,
+        )
+        make = partial(with_real_time_chunking, make) if self.continued else make
+        wanted = {name: getattr(self, name) for name in ("robots", "tasks", "episodes")}
         changes: Any = {name: value for name, value in wanted.items() if value}
-        if chosen.simulator == "maniskill":
+        if self.simulator == "maniskill":
             changes |= {"robots": ("panda",), "simulator": f"maniskill {version('mani_skill')}"}
-        protocol = PhysicalProtocol.named(
-            chosen.protocol, contract_of(make), latency=chosen.latency, **changes
-        )
-    result = evaluate_physical(
-        make,
-        protocol,
-        chosen.out,
-        workers=chosen.workers,
-        videos_per_cell=chosen.videos,
-        engine=chosen.engine,
-        max_batch=chosen.max_batch,
-    )
-    print_result(result)
-    file = chosen.out / "result.json"
-    console.print(f"result: {file}", soft_wrap=True)
-    if protocol.purpose == "evaluation":
-        report, title = chosen.out / "report.html", f"{chosen.model}: {protocol.name or 'own protocol'}"
-        build_report(ReportData(title=title, physical={chosen.model: file}), report)
+        contract = contract_of(make)
+        return make, PhysicalProtocol.named(self.protocol, contract, latency=self.latency, **changes)
+
+    def _report(self, file: Path, protocol: str) -> None:
+        from blm.evaluation.report import ReportData, build_report
+
+        report = self.out / "report.html"
+        build_report(ReportData(title=f"{self.model}: {protocol}", physical={self.model: file}), report)
         console.print(f"report: {report}", soft_wrap=True)
 
 
-def print_result(result: Mapping[str, Any]) -> None:
-    """Print the success of every cell, with its interval, and what went wrong in the others."""
+def print_result(result: PhysicalResult) -> None:
+    """Print success rates of every cell with intervals, and the reasons of the failures."""
     table = Table(box=None)
     for heading in ("robot", "task", "n", "once", "95 %", "at end", "at limit", "failures"):
         table.add_column(heading, justify="left" if heading in ("robot", "task", "failures") else "right")
-    rows = [(cell["robot"], cell["task"], cell) for cell in result["cells"]]
-    rows += [("all", wording.replace("_", " "), part) for wording, part in result["phrasings"].items()]
-    for robot, task, part in [*rows, ("all", "all", result["overall"])]:
-        once, end = part["success_once"], part["success_at_end"]
-        failures = ", ".join(f"{reason} {n}" for reason, n in part["reasons"].items() if reason and n)
-        interval = f"{once['low']:.1%} to {once['high']:.1%}"
-        limit = f"{part['success_at_limit']['rate']:.0%}" if "success_at_limit" in part else "-"
-        shares = f"{once['rate']:.0%}", interval, f"{end['rate']:.0%}", limit
-        table.add_row(robot, task, str(part["n"]), *shares, failures or "-")
+    summary = result.summary
+    rows = [(cell.robot, cell.task, cell.summary) for cell in summary.cells]
+    rows += [("all", wording.replace("_", " "), part) for wording, part in summary.phrasings.items()]
+    for robot, task, part in [*rows, ("all", "all", summary.overall)]:
+        once, limit = part.success_once, part.success_at_limit
+        failures = ", ".join(f"{reason} {n}" for reason, n in part.reasons.items() if n)
+        table.add_row(
+            robot,
+            task,
+            str(part.n),
+            f"{once.rate:.0%}",
+            f"{once.low:.1%} to {once.high:.1%}",
+            f"{part.success_at_end.rate:.0%}",
+            "-" if limit is None else f"{limit.rate:.0%}",
+            failures or "-",
+        )
     _print_wide(table)
-    spent = {k.removeprefix("seconds_"): v for k, v in result.items() if k.startswith("seconds_")}
-    parts = ", ".join(f"{name} {value:.0f} s" for name, value in spent.items())
-    console.print(f"{result['seconds'] / 60:.1f} min in all; summed over workers: {parts}", soft_wrap=True)
+    minutes, spent = result.seconds / 60, result.execution
+    parts = ""
+    if spent is not None:
+        parts = (
+            f"policy {spent.seconds_policy:.0f} s, physics {spent.seconds_physics:.0f} s, "
+            f"rendering {spent.seconds_rendering:.0f} s"
+        )
+    console.print(f"{minutes:.1f} min in all; summed over workers: {parts}", soft_wrap=True)
 
 
-def compare(command: str, arguments: list[str]) -> None:
-    """`blm compare A B`: the paired difference of two results on the same scenes or questions."""
-    from blm.evaluation import format_comparison, load_result
+@dataclass(frozen=True, kw_only=True)
+class Compare(CliCommand):
+    """Print the paired difference of two results of one protocol, on the same scenes or questions.
 
-    def run(a: tyro.conf.Positional[Path], b: tyro.conf.Positional[Path]) -> None:
-        """Compare two results of one protocol, item by item; refuses results of unlike protocols.
+    Refuses results of different protocols. Example: blm compare results/mine results/other
+    """
 
-        Args:
-            a: Folder of an evaluation, or its result.json.
-            b: The other one.
-        """
-        print(format_comparison(load_result(a), load_result(b), names=(str(a), str(b))))
+    a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
+    """Folder of an evaluation, or its result.json."""
+    b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
+    """Folder of the evaluation to compare it with, or its result.json."""
 
-    tyro.cli(run, args=arguments, prog=f"blm {command}")
+    def run(self, command_line: Sequence[str]) -> None:
+        from blm.evaluation import format_comparison, load_result
 
-
-def picture_episode(
-    dataset: Path, episode: int, form: Literal["mp4", "sheet", "rerun"], out: Path | None
-) -> Path:
-    """Write one episode of a dataset; return the file."""
-    from blm.app.viewing import contact_sheet, write_mp4, write_rerun
-    from blm.datasets.lerobot import open_dataset
-
-    data = open_dataset(dataset)
-    if not 0 <= episode < data.num_episodes:
-        raise BlmError(f"episode {episode} is not in '{dataset}': valid are 0..{data.num_episodes - 1}")
-    suffix = {"mp4": "mp4", "sheet": "png", "rerun": "rrd"}[form]
-    path = out or Path(f"{data.space.robot}-{episode:05d}.{suffix}")
-    seen = data.episode(episode)
-    if form == "sheet":
-        return contact_sheet([seen], path)
-    if form == "mp4":
-        return write_mp4(seen, path)
-    return write_rerun(seen, path, names=data.space.names)
+        names = (str(self.a), str(self.b))
+        print(format_comparison(load_result(self.a), load_result(self.b), names=names))

@@ -1,72 +1,77 @@
-"""Command of retention: what a tuned backbone kept of its base's language."""
+"""Command that measures how much of its base's language a tuned backbone kept."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from blm.cli.command import CliCommand
+
 console = Console()
 
 
-def retention(command: str, arguments: list[str]) -> None:
-    """`blm eval retention BASE TUNED`: divergence, perplexity, and paired instruction probes."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRetention(CliCommand):
+    """Compare a tuned backbone with its base: divergence and perplexity on text, and instruction
+    probes.
 
-    def run(
-        base: tyro.conf.Positional[str],
-        tuned: tyro.conf.Positional[str],
-        text: Path | None = None,
-        out: Path | None = None,
-        device: str = "cpu",
-    ) -> None:
-        """Compare a tuned backbone with its base on held-out text and on verifiable instructions.
+    Example: blm eval retention smol runs/smol/stage1/backbone --out retention.json
+    """
 
-        Args:
-            base: A name of BACKBONES, or a folder.
-            tuned: What was trained from it.
-            text: Text file to read; by default a part of Python's own manual.
-            out: JSON file to write.
-            device: Torch device.
-        """
+    base: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="BASE")]
+    """Name or folder of the backbone before tuning."""
+    tuned: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TUNED")]
+    """Folder of the backbone that was trained from it."""
+    text: Path | None = None
+    """Text file to measure on; by default a part of Python's own manual."""
+    out: Path | None = None
+    """JSON file to write."""
+    device: str = "cpu"
+    """Torch device: cpu, cuda, cuda:N or mps."""
+
+    def run(self, command_line: Sequence[str]) -> None:
         from blm.app.model import check_device
         from blm.backbone import Backbone
         from blm.io import write_json
         from blm.training.sft.retention import Retention, read_texts
 
-        check_device(device)
-        before = Backbone.load(base, device=device)
-        kept = Retention(before, read_texts(text) if text else ())
-        after = Backbone.load(tuned, device=device)
-        found = {"base": base, "tuned": tuned, "text": kept.measure(after), **probe(before, after)}
-        show(found)
-        if out is not None:
-            write_json(out, found)
-            console.print(f"result: {out}", soft_wrap=True)
+        check_device(self.device)
+        before = Backbone.load(self.base, device=self.device)
+        kept = Retention(before, read_texts(self.text) if self.text else ())
+        after = Backbone.load(self.tuned, device=self.device)
+        measured = kept.measure(after)
+        found = {"base": self.base, "tuned": self.tuned, "text": measured, **compare_probes(before, after)}
+        print_retention(found)
+        if self.out is not None:
+            write_json(self.out, found)
+            console.print(f"result: {self.out}", soft_wrap=True)
 
-    tyro.cli(run, args=arguments, prog=f"blm {command}")
 
-
-def probe(before: Any, after: Any) -> dict[str, Any]:
-    """Ask both models the instruction probes; rates of each, and the paired difference."""
-    from blm.evaluation.digital.instructions import run_probes, summarise
+def compare_probes(before: Any, after: Any) -> dict[str, Any]:
+    """Ask both backbones the instruction probes; return both rates and the paired difference."""
+    from blm.evaluation.digital.instructions import run_instructions, summarise
     from blm.evaluation.statistics import paired_difference
 
-    asked = {"base": run_probes(before), "tuned": run_probes(after)}
-    outcomes = {name: [row["correct"] for row in rows] for name, rows in asked.items()}
+    asked = {"base": run_instructions(before), "tuned": run_instructions(after)}
+    outcomes = {name: [answer.correct for answer in answers] for name, answers in asked.items()}
     return {
-        "probes": {name: summarise(rows) for name, rows in asked.items()},
+        "probes": {
+            name: {part: asdict(rate) for part, rate in summarise(answers).items()}
+            for name, answers in asked.items()
+        },
         "tuned_minus_base": asdict(paired_difference(outcomes["tuned"], outcomes["base"])),
-        "rows": asked,
+        "rows": {name: [asdict(answer) for answer in answers] for name, answers in asked.items()},
     }
 
 
-def show(found: Mapping[str, Any]) -> None:
-    """Print the comparison."""
+def print_retention(found: Mapping[str, Any]) -> None:
+    """Print the comparison of a tuned backbone with its base."""
     text, gap = found["text"], found["tuned_minus_base"]
     table = Table(box=None)
     for heading in ("", "base", "tuned", "tuned - base, or KL (95 %)"):

@@ -1,13 +1,10 @@
-"""Commands of one model: serving it, asking it."""
+"""Commands of one model: serve it, ask it a question."""
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -16,71 +13,90 @@ import tyro
 from rich.console import Console
 
 from blm import addresses
+from blm.cli.command import CliCommand
+from blm.cli.interrupt import exit_on_interrupt
 from blm.types import BlmError, Message
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from blm.app.model import Model, Source
-    from blm.serving.access.keys import Access
+    from blm.app.model import LoadedModel, ModelSource
+    from blm.serving.access.keys import AccessControl
 
 console = Console()
 complaints = Console(stderr=True)
 
 
-@dataclass(frozen=True)
-class Serve:
-    """Serve chat (OpenAI protocol) and actions (OpenPI websocket) from one model on one port."""
+@dataclass(frozen=True, kw_only=True)
+class Serve(CliCommand):
+    """Serve chat (OpenAI protocol) and actions (OpenPI websocket) from one model, on one port.
 
-    checkpoint: tyro.conf.Positional[str]
-    """Folder of Stage II, Stage I (chat only) or a Diffusion Policy (actions only); a release, a backbone."""
+    Example: blm serve blm-nano --playground
+    """
+
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """Folder of Stage II (chat and actions), Stage I (chat only) or a Diffusion Policy (actions
+    only), or the name of a release or backbone."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 opens the server to the network and needs an API key."""
+    """Address to listen on. 0.0.0.0 opens the server to the network and requires an API key."""
     port: int = 8000
-    """TCP port; 0 for any that is free."""
+    """TCP port; 0: any free port."""
     name: str = "BLM"
     """Model name that chat clients ask for."""
     api_key: str | None = None
-    """Key that clients must send. `ps` shows it to everyone here: better in BLM_API_KEY or a file."""
+    """API key that clients must send. Other users of this machine can see it in `ps`: prefer the
+    environment variable BLM_API_KEY, or a file."""
     api_key_file: Path | None = None
-    """File with the API keys, one a line."""
+    """File with API keys, one per line."""
     allowed_host: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-    """Further host name that clients call this server by; give it once per name."""
+    """Another host name under which clients reach this server; repeat the flag for each name."""
     allowed_origin: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-    """Origin, such as https://lab.example, whose web pages may use this server; give it once per origin."""
+    """Origin, such as https://lab.example, whose web pages may use this server; repeat the flag for
+    each."""
     allow_unauthenticated: bool = False
-    """Let everyone who reaches a --host beyond this machine drive the robots, without a key."""
+    """Let everyone who reaches the server over the network use it, robots included, without an API
+    key."""
     reasoning: Literal["inline", "separate"] = "inline"
-    """Where thoughts go: into the answer's text, or apart as `reasoning_content`."""
+    """Where the model's reasoning goes: into the text of the answer, or into
+    `reasoning_content`."""
     device: str = "cpu"
-    """Torch device."""
+    """Torch device: cpu, cuda, cuda:N or mps."""
     playground: bool = False
-    """Also serve a page on which the model drives simulated robots and answers questions."""
+    """Also serve a web page on which the model controls simulated robots and answers questions."""
     beside: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-    """NAME=ws://HOST:PORT of a server to compare with on that page; give it once per server."""
+    """Another server to compare with on that page, as NAME=ws://HOST:PORT; repeat the flag for
+    each."""
     groot_port: int | None = None
-    """TCP port for clients of Isaac-GR00T, theirs is 5555."""
+    """TCP port for clients of Isaac-GR00T, whose default is 5555."""
+
+    def run(self, command_line: Sequence[str]) -> None:
+        access = _check_access(self)
+        _check_addresses(self)
+        with exit_on_interrupt("interrupted before the server started"):
+            from blm.app.model import check_device, find_model
+
+            check_device(self.device)
+            source = find_model(self.checkpoint)
+            _check_features(self, source)
+            _warn(source)
+            app = _build(self, source.load(self.device), access)
+            sockets = addresses.listen(self.host, self.port)
+        from blm.serving.app import serve
+
+        port = sockets[0].getsockname()[1]
+        _print_addresses(self, source, port)
+        serve(app, self.host, port, sockets)
 
 
-def serve(command: str, arguments: list[str]) -> None:
-    """`blm serve MODEL`: one process, both spaces."""
-    chosen = tyro.cli(Serve, args=arguments, prog=f"blm {command}")
-    access = _check_access(chosen)
-    _check_addresses(chosen)
-    with _quiet_interrupt():  # nothing is begun yet that would have to be ended
-        from blm.app.model import check_device, find_model
+def _warn(source: ModelSource) -> None:
+    if source.warning:
+        complaints.print(f"[yellow]note:[/yellow] {source.warning}", highlight=False, soft_wrap=True)
 
-        check_device(chosen.device)
-        source = find_model(chosen.checkpoint)
-        _check_features(chosen, source)
-        if source.warning:
-            complaints.print(f"[yellow]note:[/yellow] {source.warning}", highlight=False, soft_wrap=True)
-        app = _build(chosen, source.load(chosen.device), access)
-        sockets = addresses.listen(chosen.host, chosen.port)
-    from blm.serving.app import serve as run_server
 
-    port = sockets[0].getsockname()[1]
-    web, socket = (addresses.to_url(scheme, chosen.host, port) for scheme in ("http", "ws"))
+def _print_addresses(chosen: Serve, source: ModelSource, port: int) -> None:
+    """Print the addresses; programs wait for the first line, of chat and actions."""
+    web = addresses.to_url("http", chosen.host, port)
+    socket = addresses.to_url("ws", chosen.host, port)
     spaces = [f"chat on {web}/v1"] * source.has_chat + [f"actions on {socket}/"] * source.has_policy
     console.print(", ".join(spaces), highlight=False, soft_wrap=True)
     if chosen.playground:
@@ -88,12 +104,11 @@ def serve(command: str, arguments: list[str]) -> None:
     if chosen.groot_port is not None:
         address = addresses.to_url("tcp", chosen.host, chosen.groot_port)
         console.print(f"GR00T clients on {address}", highlight=False, soft_wrap=True)
-    run_server(app, chosen.host, port, sockets)
 
 
-def _check_access(chosen: Serve) -> Access:
-    """Read the keys. Raises BlmError if other machines reach a server without one, unless asked for."""
-    from blm.serving.access.keys import Access, Trust, read_keys
+def _check_access(chosen: Serve) -> AccessControl:
+    """Return who may use the server. Raises BlmError if the network may, without an API key."""
+    from blm.serving.access.keys import AccessControl, HostPolicy, read_keys
 
     keys, warnings = read_keys(chosen.api_key, chosen.api_key_file, os.environ)
     for warning in warnings:
@@ -101,14 +116,14 @@ def _check_access(chosen: Serve) -> Access:
     if not keys and not chosen.allow_unauthenticated and addresses.reaches_network(chosen.host):
         raise BlmError(
             f"--host {chosen.host} lets other machines drive the robots, and no API key is set; "
-            "set BLM_API_KEY or --api-key-file FILE, or say --allow-unauthenticated if everyone there may"
+            "set BLM_API_KEY or --api-key-file FILE, or --allow-unauthenticated if everyone there may do so"
         )
     own_name = [] if addresses.read_ip(chosen.host.strip("[]")) else [chosen.host]
-    return Access(keys, Trust.read([*chosen.allowed_host, *own_name], chosen.allowed_origin))
+    return AccessControl(keys, HostPolicy.read([*chosen.allowed_host, *own_name], chosen.allowed_origin))
 
 
 def _check_addresses(chosen: Serve) -> None:
-    """Raise BlmError for what cannot be listened on: now, not after the weights are loaded."""
+    """Raise BlmError for an address that is taken or invalid, before the weights are loaded."""
     addresses.check_free(chosen.host, chosen.port)
     if chosen.groot_port is None:
         return
@@ -117,7 +132,7 @@ def _check_addresses(chosen: Serve) -> None:
     addresses.check_free(chosen.host, chosen.groot_port, "--groot-port")
 
 
-def _check_features(chosen: Serve, source: Source) -> None:
+def _check_features(chosen: Serve, source: ModelSource) -> None:
     if chosen.groot_port is not None and not source.has_policy:
         raise BlmError(f"--groot-port needs a policy, and '{chosen.checkpoint}' has chat only (Stage I)")
     if chosen.playground:
@@ -126,18 +141,19 @@ def _check_features(chosen: Serve, source: Source) -> None:
         read_beside(chosen.beside)
 
 
-def _build(chosen: Serve, model: Model, access: Access) -> FastAPI:
+def _build(chosen: Serve, model: LoadedModel, access: AccessControl) -> FastAPI:
     from blm.serving.app import create_app
-    from blm.serving.scheduler import Room
+    from blm.serving.scheduler import SchedulerLimits
 
-    # from 4 observations on, a processor takes as long for each; longer passes only keep the others waiting
-    room = Room(actions_together=8) if chosen.device == "cpu" else Room()
+    # on a CPU, batches of more than 4 observations take proportionally longer: they save nothing,
+    # and keep other requests waiting
+    limits = SchedulerLimits(max_action_batch=8) if chosen.device == "cpu" else SchedulerLimits()
     app = create_app(
         model.policy,
-        model.speaker(),
+        model.generator(),
         name=chosen.name,
         access=access,
-        room=room,
+        scheduler_limits=limits,
         reasoning=chosen.reasoning,
     )
     if chosen.playground:
@@ -153,68 +169,51 @@ def _build(chosen: Serve, model: Model, access: Access) -> FastAPI:
     return app
 
 
-@contextmanager
-def _quiet_interrupt() -> Iterator[None]:
-    """End at once at Ctrl-C: libraries that are being imported may turn KeyboardInterrupt into errors."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+@dataclass(frozen=True, kw_only=True)
+class AskModel(CliCommand):
+    """Ask a model a question about pictures, or without any.
 
-    def end(number: int, frame: object) -> None:
-        os.write(2, b"interrupted before the server started\n")
-        os._exit(130)
+    Example: blm chat blm-nano --image base.png --image side.png --question "Where is the red cube?"
+    """
 
-    before = signal.signal(signal.SIGINT, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """Folder of Stage II or Stage I, or the name of a release or backbone."""
+    question: str | None = None
+    """Question to ask. Without it, each line of the standard input is a question of one
+    conversation."""
+    image: Annotated[list[Path] | None, tyro.conf.UseAppendAction] = None
+    """Picture file. Repeat the flag for each camera, in the checkpoint's camera order."""
+    max_tokens: int = 128
+    """Maximum length of an answer [tokens]."""
+    device: str = "cpu"
+    """Torch device: cpu, cuda, cuda:N or mps."""
 
-
-def chat(command: str, arguments: list[str]) -> None:
-    """`blm chat MODEL --image .. --question ..`."""
-
-    def run(
-        checkpoint: tyro.conf.Positional[str],
-        question: str | None = None,
-        image: Annotated[list[Path] | None, tyro.conf.UseAppendAction] = None,
-        max_tokens: int = 128,
-        device: str = "cpu",
-    ) -> None:
-        """Ask a model about pictures, or without any.
-
-        Args:
-            checkpoint: Folder of Stage II or Stage I, a release, or the name of a backbone.
-            question: What to ask; without it one question is read from each line of the standard input.
-            image: Picture file; give the flag once per camera, in the checkpoint's camera order.
-            max_tokens: Longest answer.
-            device: Torch device.
-        """
+    def run(self, command_line: Sequence[str]) -> None:
         from blm.app.model import check_device, find_model
         from blm.backbone.prompt import question_prompt
         from blm.media import read_pixels
 
-        check_device(device)
-        source = find_model(checkpoint)
+        check_device(self.device)
+        source = find_model(self.checkpoint)
         if not source.has_chat:
-            raise BlmError(f"'{checkpoint}' is a Diffusion Policy: it has actions and no chat")
-        pictures = [read_pixels(path) for path in image or ()]
-        if source.warning:
-            complaints.print(f"[yellow]note:[/yellow] {source.warning}", highlight=False, soft_wrap=True)
-        backbone = source.load(device).chat
+            raise BlmError(f"'{self.checkpoint}' is a Diffusion Policy: it controls robots and cannot chat")
+        pictures = [read_pixels(path) for path in self.image or ()]
+        _warn(source)
+        backbone = source.load(self.device).chat
         assert backbone is not None
         messages = list[Message]()
-        for asked in _questions() if question is None else (question,):
-            messages += question_prompt(asked, pictures) if not messages else [Message("user", (asked,))]
-            answer = backbone.answer(messages, max_tokens=max_tokens)
+        for question in _read_questions() if self.question is None else (self.question,):
+            if messages:
+                messages.append(Message("user", (question,)))
+            else:
+                messages += question_prompt(question, pictures)
+            answer = backbone.answer(messages, max_tokens=self.max_tokens)
             print(answer, flush=True)
             messages.append(Message("assistant", (answer,)))
 
-    tyro.cli(run, args=arguments, prog=f"blm {command}")
 
-
-def _questions() -> Iterator[str]:
-    """Yield the lines of the standard input; at a terminal ask for them, until its end (Ctrl-D)."""
+def _read_questions() -> Iterator[str]:
+    """Yield the lines of the standard input; at a terminal, show a prompt for each until Ctrl-D."""
     at_terminal = sys.stdin.isatty()
     while True:
         if at_terminal:

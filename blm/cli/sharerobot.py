@@ -1,42 +1,49 @@
-"""`blm corpus sharerobot FOLDER`: hold out part of ShareRobot's planning questions for evaluation."""
+"""Command that holds out part of ShareRobot's planning questions for evaluation."""
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
-from blm.evaluation.digital.benchmarks.sharerobot_split import HELD, TRAINING, SplitConfig, read_training
-from blm.evaluation.digital.benchmarks.sharerobot_split import split_sharerobot as split
+from blm.cli.command import CliCommand
+from blm.evaluation.digital.benchmarks.sharerobot_split import (
+    HELD,
+    TRAINING,
+    SplitConfig,
+    read_training,
+    split_sharerobot,
+)
 
 console = Console()
 
 
-def split_sharerobot(command: str, arguments: list[str]) -> None:
-    """Draw the held-out episodes and write both lists into the dataset's folder."""
+@dataclass(frozen=True, kw_only=True)
+class SplitShareRobot(CliCommand):
+    """Hold out whole episodes of ShareRobot for `blm eval digital --benchmark sharerobot`.
 
-    def run(
-        folder: tyro.conf.Positional[Path],
-        config: tyro.conf.OmitArgPrefixes[SplitConfig] = SplitConfig(),  # noqa: B008 (frozen)
-        trained: tuple[Path, ...] = (),
-    ) -> None:
-        """Hold out whole episodes of ShareRobot; `blm eval digital --benchmark sharerobot` then asks them.
+    Writes the lists of held-out and of training episodes into the dataset's folder.
+    Example: blm corpus sharerobot ShareRobot
+    """
 
-        Args:
-            folder: The dataset as published: it has planning/train/*.json.
-            config: What to hold out.
-            trained: Lists of episodes that a model has been trained on (JSON); none of them is drawn.
-        """
-        used = {name for file in trained for name in read_training(file)}
-        numbers = split(folder, config, exclude=used)
-        each = " x ".join(str(numbers[field.name]) for field in fields(config)[:2])
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
+    """The dataset as published, with planning/train/*.json."""
+    config: Annotated[SplitConfig, tyro.conf.arg(name="")] = field(default_factory=SplitConfig)
+    """What to hold out."""
+    trained: tuple[Path, ...] = ()
+    """JSON lists of episodes that a model was trained on; none of these is held out."""
+
+    def run(self, command_line: Sequence[str]) -> None:
+        trained = {name for file in self.trained for name in read_training(file)}
+        numbers = split_sharerobot(self.folder, self.config, exclude=trained)
+        each = " x ".join(str(numbers[field.name]) for field in fields(self.config)[:2])
         console.print(
-            f"{numbers['questions']} questions held out ({each} x 10 kinds, seed {config.seed}): "
-            f"{folder / HELD}\n{numbers['training_episodes']} episodes left to train on, none of them held "
-            f"out: {folder / TRAINING}",
+            f"{numbers['questions']} questions held out ({each} x 10 kinds, seed {self.config.seed}): "
+            f"{self.folder / HELD}\n{numbers['training_episodes']} episodes left for training, none of them "
+            f"held out: {self.folder / TRAINING}",
             soft_wrap=True,
         )
-
-    tyro.cli(run, args=arguments, prog=f"blm {command}")

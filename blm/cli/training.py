@@ -1,225 +1,202 @@
-"""Commands of training: fine-tune a backbone on corpora, and show what it learnt and what it kept."""
+"""Commands of training: Stage I, Stage II, and the Diffusion Policy baseline."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from blm.app.model import check_device
+from blm.app.stage1 import TrainingCorpus, load_pretrained, prepare_stage1
+from blm.app.validation import closed_loop_validation
+from blm.backbone import Backbone
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
-from blm.seeds import VALIDATION_SEEDS, warning
-from blm.training.policy.train import PolicyTrainingConfig
-from blm.training.pretraining.nano import Schooling, for_nano, is_nano, taught_nano
-from blm.training.sft.train import Stage1Config
+from blm.cli.command import CliCommand, OutFolder
+from blm.corpora.format.messages import reserved_scenes
+from blm.corpora.format.validate import clean_corpus
+from blm.datasets.lerobot import open_dataset
+from blm.io import write_json
+from blm.seeds import VALIDATION_SEEDS, reserved_seeds_warning
+from blm.training.loop.distributed import Processes
+from blm.training.policy.train import PolicyTrainingConfig, train_stage2
+from blm.training.pretraining.nano import NanoPretrainingConfig
+from blm.training.sft.retention import Retention, read_texts
+from blm.training.sft.tokenize_corpora import CorpusTokenizer, TrainingSource
+from blm.training.sft.train import Stage1Config, held_out_loss, train_stage1
 from blm.types import BlmError, require_numbers
-
-if TYPE_CHECKING:
-    from blm.backbone import Backbone
-    from blm.training.sft.train import TrainingSource
 
 console = Console()
 WIDTH = 120
-"""Characters that the table needs."""
+"""Width of the table [characters]."""
 KEPT = ("kl", "kl_low", "kl_high", "perplexity_base", "perplexity")
-"""Of what retention measures, what is shown."""
+"""Measures of retention that are logged and shown."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainStage1(Stage1Config):
-    """Fine-tune a backbone on corpora; write OUT/backbone, a stock transformers folder, and OUT/log.jsonl.
+class TrainStage1(CliCommand):
+    """Stage I: fine-tune a backbone on corpora; write OUT/backbone (a transformers folder) and
+    OUT/log.jsonl.
 
-    The same command again continues what was interrupted. `accelerate launch` starts it in several processes.
+    The same command again continues what was interrupted. `accelerate launch` runs it in several
+    processes.
+
+    Example: blm train stage1 OUT --corpus corpora/scenes --backbone smol --loop.steps 2000
+    --loop.batch-size 16
     """
 
-    out: tyro.conf.Positional[Path]
+    out: OutFolder
     """Folder to write."""
+    config: Annotated[Stage1Config, tyro.conf.arg(name="")]
     corpus: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-    """Corpus folder, or FOLDER:WEIGHT with its share of the rows trained on (1); give it once per corpus."""
+    """Corpus folder, or FOLDER:WEIGHT with its relative share of the training examples, by default
+    1. Repeat the flag for each corpus."""
     replay: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """The same for general data that keep what the backbone knows (`blm corpus replay`)."""
+    """The same for general dialogues that limit forgetting (`blm corpus replay`)."""
     backbone: str = "nano"
-    """nano (made fresh, with a tokenizer of these corpora), another name of BACKBONES, or a folder."""
-    schooling: Schooling = field(default_factory=Schooling)
-    """What a fresh nano learns first."""
+    """nano (created with a tokenizer of these corpora), the name of another backbone, or a
+    folder."""
+    schooling: NanoPretrainingConfig = field(default_factory=NanoPretrainingConfig)
+    """Pretraining of a fresh nano."""
     held_out: Path | None = None
     """Corpus folder for the held-out loss."""
     held_out_rows: int = 500
-    """Of it, this many are read."""
+    """Maximum number of its conversations that are used."""
     retention_text: Path | None = None
-    """Text file on which to measure what the backbone kept; by default part of Python's own manual."""
+    """Text file on which forgetting is measured; by default a part of Python's own manual."""
     device: str = "cpu"
-    """cpu or cuda."""
+    """Torch device: cpu, cuda, cuda:N or mps."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         require_numbers(self, held_out_rows=(1, 10**9))
 
+    def run(self, command_line: Sequence[str]) -> None:
+        check_device(self.device)
+        processes = Processes.join(self.device)
+        backbone, sources, held_out = self._prepare(processes.device)
+        retention = Retention(backbone, read_texts(self.retention_text) if self.retention_text else ())
 
-def parse_stage1(command: str, arguments: list[str]) -> TrainStage1:
-    return tyro.cli(TrainStage1, args=arguments, prog=f"blm {command}")
+        def evaluate(step: int) -> dict[str, float]:
+            found = held_out_loss(backbone, held_out, self.config.loop.batch_size) if held_out else {}
+            measured = retention.measure(backbone)
+            return found | {name: value for name, value in measured.items() if name in KEPT}
 
+        if processes.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_json(self.out / "command.json", _recorded(self, self.config))
+        before = evaluate(0)
+        counts = train_stage1(backbone, sources, self.config, self.out, on_eval=evaluate)
+        if processes.first:
+            console.print(", ".join(f"{name}: {count}" for name, count in counts.items()), soft_wrap=True)
+            rows = [json.loads(line) for line in (self.out / "log.jsonl").read_text().splitlines()]
+            print_training([{"step": 0, **before}, *rows])
+            console.print(f"backbone: {self.out / 'backbone'}", soft_wrap=True)
+        processes.leave()
 
-def stage1(command: str, arguments: list[str]) -> None:
-    """`blm train stage1 OUT --corpus FOLDER`: train, evaluating held-out loss and retention on the way."""
-    chosen = parse_stage1(command, arguments)
-    from blm.app.model import check_device
-    from blm.io import write_json
-    from blm.training.loop.distributed import Processes
-    from blm.training.sft.retention import Retention, read_texts
-    from blm.training.sft.train import held_out_loss, train_stage1
+    def _prepare(self, device: Any) -> tuple[Backbone, list[TrainingSource], list[Any]]:
+        """Return the backbone, the training sources, and the tokenized held-out examples."""
+        name = str(device)
+        pretrained = load_pretrained(self.backbone, device=name)
+        corpora = [self._read(text, pretrained) for text in (*self.corpus, *self.replay)]
+        for corpus in corpora:
+            if counts := reserved_scenes(corpus.conversations):
+                message = reserved_seeds_warning(str(corpus.folder), counts)
+                Console(stderr=True).print(f"warning: {message}", soft_wrap=True)
+        backbone, sources = prepare_stage1(
+            pretrained, corpora, self.config, self.schooling, self.out, device=name
+        )
+        return backbone, sources, self._held_out_examples(backbone)
 
-    config = Stage1Config(**{field.name: getattr(chosen, field.name) for field in fields(Stage1Config)})
-    check_device(chosen.device)
-    processes = Processes.join(chosen.device)
-    backbone, sources, held_out = _open(chosen, config, processes.device)
-    retention = Retention(backbone, read_texts(chosen.retention_text) if chosen.retention_text else ())
+    def _read(self, text: str, backbone: Backbone | None) -> TrainingCorpus:
+        folder, weight = split_weight(text)
+        rows = clean_corpus(folder, backbone=backbone, skip_bad=self.config.skip_bad)
+        return TrainingCorpus(name=folder.name, folder=folder, conversations=rows, weight=weight)
 
-    def evaluate(step: int) -> dict[str, float]:
-        found = held_out_loss(backbone, held_out, config.loop.batch_size) if held_out else {}
-        return found | {name: value for name, value in retention.measure(backbone).items() if name in KEPT}
-
-    if processes.first:
-        chosen.out.mkdir(parents=True, exist_ok=True)
-        write_json(chosen.out / "command.json", json.loads(json.dumps(asdict(chosen), default=str)))
-    before = evaluate(0)
-    counts = train_stage1(backbone, sources, config, chosen.out, on_eval=evaluate)
-    if processes.first:
-        console.print(", ".join(f"{name}: {count}" for name, count in counts.items()), soft_wrap=True)
-        rows = [json.loads(line) for line in (chosen.out / "log.jsonl").read_text().splitlines()]
-        print_training([{"step": 0, **before}, *rows])
-        console.print(f"backbone: {chosen.out / 'backbone'}", soft_wrap=True)
-    processes.leave()
+    def _held_out_examples(self, backbone: Backbone) -> list[Any]:
+        if self.held_out is None:
+            return []
+        conversations = [row.messages for row in clean_corpus(self.held_out, skip_bad=self.config.skip_bad)]
+        step = max(1, len(conversations) // self.held_out_rows)
+        chosen = conversations[::step][: self.held_out_rows]
+        source = TrainingSource(name="held out", conversations=chosen, root=self.held_out)
+        processes = Processes.join(backbone.model.device.type)
+        tokenizer = CorpusTokenizer(
+            backbone, self.config.limits, processes, skip_bad=False, cache_features=False
+        )
+        return list(tokenizer.tokenize(source).examples)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainStage2(PolicyTrainingConfig):
-    """Train bridge and policy on datasets of demonstrations, with the backbone frozen.
+class TrainStage2(CliCommand):
+    """Stage II: train bridge and policy on datasets of demonstrations, with the backbone frozen.
 
-    Writes OUT/checkpoint and OUT/best. The same command again continues what was interrupted; `accelerate
-    launch` starts it in several processes.
+    Writes OUT/checkpoint and OUT/best. The same command again continues what was interrupted;
+    `accelerate launch` runs it in several processes.
+
+    Example: blm train stage2 OUT --datasets data/panda --backbone blm-nano --intents.layer 3
+    --intents.cameras base wrist --cache cache --loop.steps 20000 --loop.batch-size 64
     """
 
-    out: tyro.conf.Positional[Path]
+    out: OutFolder
     """Folder to write."""
+    config: Annotated[PolicyTrainingConfig, tyro.conf.arg(name="")]
     drive: int = 0
-    """Episodes that the policy drives in each robot and task at every evaluation (`loop.eval-every`), on
-    seeds for validation; 0: the validation loss alone chooses the best checkpoint."""
+    """Closed-loop validation episodes of each robot and task at every evaluation
+    (`--loop.eval-every`); 0: the validation loss alone selects the best checkpoint."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         require_numbers(self, drive=(0, len(VALIDATION_SEEDS)))
 
-
-def parse_stage2(command: str, arguments: list[str]) -> TrainStage2:
-    return tyro.cli(TrainStage2, args=arguments, prog=f"blm {command}")
-
-
-def stage2(command: str, arguments: list[str]) -> None:
-    """`blm train stage2 OUT --datasets FOLDER ..`: bridge and policy on any datasets."""
-    chosen = parse_stage2(command, arguments)
-    from blm.app.model import check_device
-    from blm.app.validation import validation_episodes
-    from blm.datasets.lerobot import open_dataset
-    from blm.training.loop.distributed import Processes
-    from blm.training.policy.train import train_stage2
-
-    check_device(chosen.device)
-    config = PolicyTrainingConfig(
-        **{field.name: getattr(chosen, field.name) for field in fields(PolicyTrainingConfig)}
-    )
-    tasks = sorted({task for folder in config.datasets for task in open_dataset(folder).tasks})
-    drive = (
-        validation_episodes(chosen.out, tasks, chosen.drive, config.intents.workers) if chosen.drive else None
-    )
-    facts = {
-        "command": ["blm", command, *arguments],
-        "config": json.loads(json.dumps(asdict(chosen), default=str)),
-    }
-    checkpoint = train_stage2(config, chosen.out, facts, drive=drive)
-    processes = Processes.join(chosen.device)
-    if processes.first:
-        console.print(f"checkpoint: {checkpoint}, best: {chosen.out / 'best'}", soft_wrap=True)
-    processes.leave()
+    def run(self, command_line: Sequence[str]) -> None:
+        config = self.config
+        check_device(config.device)
+        tasks = sorted({task for folder in config.datasets for task in open_dataset(folder).tasks})
+        drive = None
+        if self.drive:
+            drive = closed_loop_validation(self.out, tasks, self.drive, config.intents.workers)
+        facts = {"command": list(command_line), "config": _recorded(self, config)}
+        checkpoint = train_stage2(config, self.out, facts, validate=drive)
+        processes = Processes.join(config.device)
+        if processes.first:
+            console.print(f"checkpoint: {checkpoint}, best: {self.out / 'best'}", soft_wrap=True)
+        processes.leave()
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainBaseline(BaselineConfig):
-    """Train a Diffusion Policy, eyes and all, on datasets of demonstrations: the baseline.
+class TrainBaseline(CliCommand):
+    """Train the baseline, a Diffusion Policy with its own vision encoder, on datasets of
+    demonstrations.
 
     Writes OUT/checkpoint. The same command again continues what was interrupted.
+
+    Example: blm train baseline OUT --datasets data/panda --cameras base wrist --loop.steps 20000
+    --loop.batch-size 64
     """
 
-    out: tyro.conf.Positional[Path]
+    out: OutFolder
     """Folder to write."""
+    config: Annotated[BaselineConfig, tyro.conf.arg(name="")]
+
+    def run(self, command_line: Sequence[str]) -> None:
+        checkpoint = train_baseline(self.config, self.out, {"command": list(command_line)})
+        console.print(f"checkpoint: {checkpoint}", soft_wrap=True)
 
 
-def parse_baseline(command: str, arguments: list[str]) -> TrainBaseline:
-    return tyro.cli(TrainBaseline, args=arguments, prog=f"blm {command}")
-
-
-def baseline(command: str, arguments: list[str]) -> None:
-    """`blm train baseline OUT --datasets FOLDER .. --cameras base ..`."""
-    chosen = parse_baseline(command, arguments)
-    config = BaselineConfig(**{field.name: getattr(chosen, field.name) for field in fields(BaselineConfig)})
-    checkpoint = train_baseline(config, chosen.out, {"command": ["blm", command, *arguments]})
-    console.print(f"checkpoint: {checkpoint}", soft_wrap=True)
-
-
-def _open(
-    chosen: TrainStage1, config: Stage1Config, device: Any
-) -> tuple[Backbone, list[TrainingSource], list[Any]]:
-    """Return the backbone, the corpora without faults, and held-out rows."""
-    from blm.backbone import Backbone
-    from blm.corpora.format.messages import reserved_scenes
-    from blm.corpora.format.validate import clean_corpus
-    from blm.training.loop.distributed import Processes
-    from blm.training.sft.tokenize_corpora import Reader, TrainingSource
-
-    parts = [split_weight(text) for text in (*chosen.corpus, *chosen.replay)]
-    made = None if chosen.backbone == "nano" else Backbone.load(chosen.backbone, device=str(device))
-    rows = [clean_corpus(folder, backbone=made, skip_bad=config.skip_bad) for folder, _ in parts]
-    for (folder, _), part in zip(parts, rows, strict=True):
-        if counts := reserved_scenes(part):
-            Console(stderr=True).print(f"warning: {warning(str(folder), counts)}", soft_wrap=True)
-    if made is None:
-        corpora = [(part, folder) for (folder, _), part in zip(parts, rows, strict=True)]
-        made = taught_nano(corpora, chosen.schooling, chosen.out, seed=config.loop.seed)
-        made.model.to(device)
-    shares = [(part, folder, weight) for (folder, weight), part in zip(parts, rows, strict=True)]
-    sources = (
-        for_nano(shares, config.loop)
-        if is_nano(made)
-        else [
-            TrainingSource(
-                name=folder.name,
-                conversations=[row.messages for row in part],
-                root=folder,
-                weight=weight,
-                places=[f"{folder}, {row.id}" for row in part],
-            )
-            for part, folder, weight in shares
-        ]
-    )
-    if chosen.held_out is None:
-        return made, sources, []
-    asked = [row.messages for row in clean_corpus(chosen.held_out, skip_bad=config.skip_bad)]
-    asked = asked[:: max(1, len(asked) // chosen.held_out_rows)][: chosen.held_out_rows]
-    held_out = TrainingSource(name="held out", conversations=asked, root=chosen.held_out)
-    reader = Reader(
-        made, config.limits, Processes.join(made.model.device.type), skip_bad=False, features=False
-    )
-    return made, sources, list(reader.read(held_out).rows)
+def _recorded(command: CliCommand, config: Stage1Config | PolicyTrainingConfig) -> dict[str, Any]:
+    """Return the flags of a command as JSON, those of its config beside its own."""
+    flags = {name: value for name, value in asdict(command).items() if name != "config"}
+    recorded: dict[str, Any] = json.loads(json.dumps(flags | asdict(config), default=str))
+    return recorded
 
 
 def split_weight(text: str) -> tuple[Path, float]:
-    """Return folder and weight of FOLDER or FOLDER:WEIGHT. Raises BlmError for a weight that is no number."""
+    """Split FOLDER or FOLDER:WEIGHT. Raises BlmError for an invalid weight."""
     if Path(text).is_dir():
         return Path(text), 1.0
     folder, colon, weight = text.rpartition(":")
@@ -231,12 +208,12 @@ def split_weight(text: str) -> tuple[Path, float]:
         raise
     except ValueError:
         raise BlmError(
-            f"'{text}' is no folder; give FOLDER or FOLDER:WEIGHT, as corpora/scenes:2.5"
+            f"'{text}' is not a folder; give FOLDER or FOLDER:WEIGHT, such as corpora/scenes:2.5"
         ) from None
 
 
 def print_training(rows: Sequence[Mapping[str, float]]) -> None:
-    """Print the rows of a log that hold an evaluation, and how fast training was."""
+    """Print the rows of a training log that contain an evaluation, and the training speed."""
     table = Table(box=None)
     for heading in ("step", "loss", "held-out loss", "accuracy", "KL to base [nats]", "95 %", "perplexity"):
         table.add_column(heading, justify="right")
@@ -254,5 +231,7 @@ def print_training(rows: Sequence[Mapping[str, float]]) -> None:
     Console(width=max(console.width, WIDTH)).print(table)
     if timed := [row for row in rows if "seconds" in row]:
         share = {n: sum(row[n] for row in timed) / len(timed) for n in ("data_share", "padding_share")}
-        speed = f"{timed[-1]['tokens_per_s']:.0f} tokens/s, {share['data_share']:.1%} of the time for data"
-        console.print(f"{timed[-1]['seconds'] / 60:.1f} min, {speed}, {share['padding_share']:.0%} padding")
+        speed = f"{timed[-1]['tokens_per_s']:.0f} tokens/s"
+        waiting = f"{share['data_share']:.1%} of the time waiting for data"
+        padding = f"{share['padding_share']:.0%} padding"
+        console.print(f"{timed[-1]['seconds'] / 60:.1f} min, {speed}, {waiting}, {padding}")

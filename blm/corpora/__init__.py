@@ -1,6 +1,6 @@
-"""Corpora for Stage I: the messages format, converters, curation, validation, questions about our scenes."""
+"""Corpora for Stage I: format, converters, curation, validation and scene questions."""
 
-from blm.corpora.converters import CONVERTERS, Settings, convert
+from blm.corpora.converters import CONVERTERS, ConverterConfig, convert
 from blm.corpora.curation.report import CurationReport
 from blm.corpora.curation.steps import (
     CurationConfig,
@@ -17,11 +17,11 @@ from blm.corpora.scenes.build import SceneCorpusConfig, build_scene_corpus
 __all__ = [
     "CONVERTERS",
     "Conversation",
+    "ConverterConfig",
     "CurationConfig",
     "CurationReport",
     "EvaluationSet",
     "SceneCorpusConfig",
-    "Settings",
     "Source",
     "build_scene_corpus",
     "clean_corpus",

@@ -1,4 +1,5 @@
-"""Episodes on disk (LeRobotDataset v3.0), their statistics and videos, transforms, and mixtures.
+"""Episodes on disk (LeRobotDataset v3.0), their statistics, videos, transforms and mixtures.
 
-Import from the modules; this file loads nothing, so that a policy does not pull in the video library.
+Import from the modules. This file imports nothing, so that a policy does not load the video
+library.
 """

@@ -1,4 +1,7 @@
-"""What can be wrong with an opened dataset. Opening raises the first fault; `blm doctor` lists them all."""
+"""Checks of an opened dataset.
+
+Opening a dataset raises the first fault; `blm doctor` lists all of them.
+"""
 
 from __future__ import annotations
 
@@ -12,28 +15,28 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from blm.datasets.dataset import VECTORS, EpisodeDataset
-from blm.datasets.files import MANIFEST, PARTS, Watch, manifest_faults, unwatched
-from blm.datasets.lerobot_foreign import MEND
+from blm.datasets.files import MANIFEST, PARTS, ProgressIterator, manifest_faults, no_progress
+from blm.datasets.lerobot_foreign import REWRITE
 from blm.datasets.statistics import compute_stats
 from blm.datasets.video import decodable_frames, frame_times, probe
 from blm.io import DamagedError, reading, require_no_pointer
 from blm.types import BlmError
 
 RECOLLECT = "move the dataset folder away and collect again"
-MANY_VIDEOS = 64
-"""Of more videos a camera than this, opening a dataset checks only that they are there."""
-FROZEN_EPISODES = 200
-"""Of more episodes than this, so many are looked at."""
-MOVED = 0.05
-"""An arm moves in an episode when a joint passes this share of its range in the whole dataset."""
-SAME_PICTURE = 8
-"""Levels of 255 by which the codec changes a picture that stands still."""
-SLACK = 0.1
-"""Share of a control step by which a timestamp may be off."""
+MAX_PROBED_VIDEOS = 64
+"""With more videos per camera than this, opening a dataset only checks that they exist."""
+MAX_CHECKED_EPISODES = 200
+"""Maximum number of episodes whose pictures are compared."""
+MOVED_SHARE = 0.05
+"""An arm moves in an episode if a joint covers this share of its range in the whole dataset."""
+CODEC_NOISE = 8
+"""Difference between two encodings of the same picture [levels of 255]."""
+TIMESTAMP_TOLERANCE = 0.1
+"""Maximum error of a timestamp, as a share of a control step."""
 
 
 def opening_faults(dataset: EpisodeDataset) -> Iterator[DamagedError]:
-    """The faults that make a dataset unusable, found without decoding or hashing a video."""
+    """Yield the faults that make a dataset unusable. No video is decoded or hashed."""
     yield from vector_faults(dataset)
     yield from video_faults(dataset)
     if "blm" in dataset.info and not dataset.manifest:
@@ -43,12 +46,13 @@ def opening_faults(dataset: EpisodeDataset) -> Iterator[DamagedError]:
 
 
 def vector_faults(dataset: EpisodeDataset, every: bool = False) -> Iterator[DamagedError]:
-    """Wrong shapes, order or times, values that are not finite, statistics of other frames.
+    """Yield wrong shapes, orders and timestamps, values that are not finite, and wrong statistics.
 
-    Of the statistics, count and extremes are compared; with `every`, which sorts all frames, the others too.
+    Of the statistics, count and extremes are compared; with `every`, also the others, which sorts
+    all frames.
     """
     where, lengths = f"dataset '{dataset.folder}'", np.diff(dataset.starts)
-    fix = RECOLLECT if dataset.manifest else MEND
+    fix = RECOLLECT if dataset.manifest else REWRITE
     shape = (int(dataset.starts[-1]), dataset.space.dim)
     if not shape[0]:
         yield DamagedError(f"{where} has no frames", fix)
@@ -60,7 +64,7 @@ def vector_faults(dataset: EpisodeDataset, every: bool = False) -> Iterator[Dama
                 f"{where}: {name} is {array.shape}, its episodes and action space need {shape}", fix
             )
         elif len(bad := np.flatnonzero(~np.isfinite(array).all(axis=1))):
-            in_episodes = _named(dataset.episode_index[bad])
+            in_episodes = _list_episodes(dataset.episode_index[bad])
             yield DamagedError(f"{where}: {name} is not finite in {len(bad)} frames, {in_episodes}", fix)
         else:
             have = vars(dataset.stats[name])
@@ -74,92 +78,94 @@ def vector_faults(dataset: EpisodeDataset, every: bool = False) -> Iterator[Dama
         yield DamagedError(f"{where}: frames are not ordered by episode as meta/episodes says", fix)
         return
     due = (np.arange(shape[0]) - np.repeat(dataset.starts[:-1], lengths)) / dataset.space.rate_hz
-    late = np.abs(dataset.timestamps - due) > SLACK / dataset.space.rate_hz
+    late = np.abs(dataset.timestamps - due) > TIMESTAMP_TOLERANCE / dataset.space.rate_hz
     if late.any():
         yield DamagedError(
             f"{where}: timestamps are not those of {dataset.space.rate_hz:g} Hz in {late.sum()} frames, "
-            f"{_named(dataset.episode_index[late])}",
+            f"{_list_episodes(dataset.episode_index[late])}",
             fix,
         )
 
 
 def video_faults(dataset: EpisodeDataset, every: bool = False) -> Iterator[DamagedError]:
-    """Videos that are missing or unreadable, or whose length, rate or size is wrong, by their headers."""
+    """Yield missing, unreadable and inconsistent videos, judged by their headers."""
     lengths = np.diff(dataset.starts)
-    for camera, footage in dataset.footage.items():
+    for camera, camera_videos in dataset.camera_videos.items():
         if every:
             yield from _gap_faults(dataset, camera, lengths)
-        needs = np.zeros(len(footage.files), np.int64)
-        np.maximum.at(needs, footage.file, footage.first + lengths)
-        for path, need in zip(footage.files, needs.tolist(), strict=True):
+        needs = np.zeros(len(camera_videos.files), np.int64)
+        np.maximum.at(needs, camera_videos.file, camera_videos.first + lengths)
+        for path, need in zip(camera_videos.files, needs.tolist(), strict=True):
             if not path.is_file():
                 yield DamagedError(f"video '{path}' is missing")
-            elif every or len(footage.files) <= MANY_VIDEOS:
+            elif every or len(camera_videos.files) <= MAX_PROBED_VIDEOS:
                 try:
-                    yield from _probe_faults(dataset, path, need, footage.shape, every)
+                    yield from _probe_faults(dataset, path, need, camera_videos.shape, every)
                 except DamagedError as error:
                     yield error
 
 
 def _gap_faults(dataset: EpisodeDataset, camera: str, lengths: NDArray[np.int64]) -> Iterator[DamagedError]:
-    """Episodes that overlap in a video, or leave frames between them that belong to none."""
-    footage = dataset.footage[camera]
-    for number, path in enumerate(footage.files):
-        mine = np.flatnonzero(footage.file == number)
-        mine = mine[np.argsort(footage.first[mine], kind="stable")]
-        due = np.concatenate([[0], (footage.first[mine] + lengths[mine])[:-1]])
-        if len(wrong := np.flatnonzero(footage.first[mine] != due)):
+    """Yield episodes that overlap in a video, or that leave unused frames between them."""
+    camera_videos = dataset.camera_videos[camera]
+    for number, path in enumerate(camera_videos.files):
+        mine = np.flatnonzero(camera_videos.file == number)
+        mine = mine[np.argsort(camera_videos.first[mine], kind="stable")]
+        due = np.concatenate([[0], (camera_videos.first[mine] + lengths[mine])[:-1]])
+        if len(wrong := np.flatnonzero(camera_videos.first[mine] != due)):
             first = wrong[0]
             yield DamagedError(
-                f"video '{path}': episode {mine[first]} starts at frame {footage.first[mine][first]}, the "
-                f"one before ends at frame {due[first]}: pictures and rows do not match",
-                RECOLLECT if dataset.manifest else MEND,
+                f"video '{path}': episode {mine[first]} starts at frame {camera_videos.first[mine][first]}, "
+                f"the one before ends at frame {due[first]}: pictures and rows do not match",
+                RECOLLECT if dataset.manifest else REWRITE,
             )
 
 
-def picture_faults(dataset: EpisodeDataset, watch: Watch = unwatched) -> Iterator[DamagedError]:
-    """Cameras that show one picture all through an episode in which the arm moves.
+def picture_faults(
+    dataset: EpisodeDataset, progress: ProgressIterator = no_progress
+) -> Iterator[DamagedError]:
+    """Yield cameras that show a constant picture during an episode in which the arm moves.
 
-    A few frames of up to FROZEN_EPISODES episodes are decoded, evenly spread over the dataset.
+    A few frames of up to MAX_CHECKED_EPISODES episodes are decoded, evenly spaced over the dataset.
     """
     span = np.ptp(dataset.states, axis=0)
-    count = min(dataset.num_episodes, FROZEN_EPISODES)
+    count = min(dataset.num_episodes, MAX_CHECKED_EPISODES)
     chosen = np.unique(np.linspace(0, dataset.num_episodes - 1, count).round().astype(int))
     frozen: dict[str, list[int]] = {camera: [] for camera in dataset.cameras}
-    for episode in watch(chosen.tolist(), "pictures"):
+    for episode in progress(chosen.tolist(), "pictures"):
         first, stop = dataset.starts[episode : episode + 2]
         moved = np.ptp(dataset.states[first:stop], axis=0)
-        if stop - first < 2 or not (moved > MOVED * np.maximum(span, 1e-9)).any():
+        if stop - first < 2 or not (moved > MOVED_SHARE * np.maximum(span, 1e-9)).any():
             continue
         rows = np.unique(np.linspace(first, stop - 1, 6).round().astype(np.int64))
         for camera in dataset.cameras:
             try:
                 pictures = dataset.frames(rows, camera).astype(np.int16)
             except BlmError:
-                continue  # a video that cannot be read is named elsewhere
-            if np.abs(pictures - pictures[0]).max() <= SAME_PICTURE:
+                continue  # unreadable videos are reported by another check
+            if np.abs(pictures - pictures[0]).max() <= CODEC_NOISE:
                 frozen[camera].append(episode)
     for camera, episodes in frozen.items():
         if episodes:
             yield DamagedError(
                 f"dataset '{dataset.folder}': camera '{camera}' shows one picture all through episodes in "
-                f"which the arm moves, {_named(np.array(episodes))} (of {len(chosen)} looked at)",
+                f"which the arm moves, {_list_episodes(np.array(episodes))} (of {len(chosen)} looked at)",
                 "look at them with `blm view`, and record them again or leave them out",
             )
 
 
 def shape_faults(dataset: EpisodeDataset) -> Iterator[DamagedError]:
-    """Features whose declared shape is not that of the columns or of the videos."""
+    """Yield features whose declared shape differs from that of their columns or videos."""
     where, info = f"'{dataset.folder / 'meta/info.json'}'", dataset.info
-    fix = RECOLLECT if dataset.manifest else MEND
+    fix = RECOLLECT if dataset.manifest else REWRITE
     files = sorted((dataset.folder / "data").rglob("[!.]*.parquet"))
     row = pq.ParquetFile(files[0]).read_row_group(0).slice(0, 1).to_pydict() if files else {}
     for name, feature in info["features"].items():
         declared = tuple(feature["shape"])
         if feature["dtype"] == "video":
             found = dataset.image_shapes.get(name.removeprefix("observation.images."))
-            videos = dataset.footage.get(name.removeprefix("observation.images."))
-            with suppress(DamagedError):  # a video that cannot be read is named elsewhere
+            videos = dataset.camera_videos.get(name.removeprefix("observation.images."))
+            with suppress(DamagedError):  # unreadable videos are reported by another check
                 found = probe(videos.files[0]).shape if videos else found
             if found and found not in (declared[:2], declared[1:]):
                 yield DamagedError(f"{where} declares {name} as {declared}, its video is {found}", fix)
@@ -173,8 +179,8 @@ def shape_faults(dataset: EpisodeDataset) -> Iterator[DamagedError]:
             )
 
 
-def pointers(folder: Path) -> Iterator[DamagedError]:
-    """Files that are Git LFS pointers."""
+def lfs_pointer_faults(folder: Path) -> Iterator[DamagedError]:
+    """Yield the files that are Git LFS pointers."""
     for path in sorted(folder.rglob("*")):
         try:
             require_no_pointer(path)
@@ -182,16 +188,21 @@ def pointers(folder: Path) -> Iterator[DamagedError]:
             yield error
 
 
-def unreadable(folder: Path, watch: Watch = unwatched) -> Iterator[DamagedError]:
-    """Files that cannot be parsed or decoded to their end, for a dataset without a manifest. Reads all."""
-    for path in watch(sorted(path for part in PARTS for path in (folder / part).rglob("[!.]*")), "files"):
+def unreadable_files(folder: Path, progress: ProgressIterator = no_progress) -> Iterator[DamagedError]:
+    """Yield files that cannot be parsed or fully decoded, for a dataset without a manifest.
+
+    Reads all files.
+    """
+    for path in progress(sorted(path for part in PARTS for path in (folder / part).rglob("[!.]*")), "files"):
         try:
             require_no_pointer(path)
             if path.suffix == ".mp4" and (good := decodable_frames(path)) < (listed := probe(path).frames):
                 yield DamagedError(f"video '{path}': only {good} of {listed} frames can be decoded")
             elif path.suffix == ".parquet":
                 with reading(path):
-                    for _ in pq.ParquetFile(path).iter_batches():  # never a whole file in memory
+                    for _ in pq.ParquetFile(
+                        path
+                    ).iter_batches():  # batches, because a file may not fit in memory
                         pass
             elif path.suffix in (".json", ".jsonl"):
                 with reading(path), path.open(encoding="utf-8") as file:
@@ -216,7 +227,7 @@ def _probe_faults(
         yield DamagedError(f"video '{path}' has {have.rate:g} frames per second, its dataset has {rate:g}")
     elif every and have.frames:
         times = frame_times(path) * rate
-        off = np.abs(times - np.arange(len(times))) > SLACK
+        off = np.abs(times - np.arange(len(times))) > TIMESTAMP_TOLERANCE
         if off.any():
             yield DamagedError(
                 f"video '{path}' shows {off.sum()} frames at other times than {rate:g} Hz from 0 s on, "
@@ -226,8 +237,8 @@ def _probe_faults(
         yield DamagedError(f"video '{path}' has pictures of {have.shape}, its dataset has {shape}")
 
 
-def _named(episodes: NDArray[np.int64]) -> str:
-    """'in episodes 1, 2, 7', at most eight of them."""
+def _list_episodes(episodes: NDArray[np.int64]) -> str:
+    """Return e.g. 'in episodes 1, 2, 7', with at most eight numbers."""
     numbers = np.unique(episodes).tolist()
     more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
     return f"in episodes {', '.join(map(str, numbers[:8]))}{more}"

@@ -1,4 +1,4 @@
-"""One opened dataset: vectors in memory, video frames on demand. `blm.datasets.lerobot` opens it.
+"""An opened dataset: vectors in memory, video frames on demand.
 
 Shape legend: N frames, E episodes, D dimensions.
 """
@@ -16,34 +16,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blm.datasets.files import content_hash, describe_files
+from blm.datasets.statistics import Stats
 from blm.datasets.video import VideoFile
-from blm.seeds import reserved
-from blm.types import ActionSpace, ContractError, Episode, FloatArray, ImageArray, Stats
+from blm.seeds import count_reserved_seeds
+from blm.types import ActionSpace, ContractError, Episode, FloatArray, ImageArray
 
 VECTORS: Final = ("observation.state", "action", "executed_action")
+"""Names of the vector features, all of shape [N, D]."""
 OPEN_FILES = 16
-"""Videos held open at a time for each camera."""
+"""Maximum number of open video files per camera."""
 IndexArray = NDArray[np.int64]
+"""Array of frame, episode or file numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Footage:
-    """Where the frames of one camera are."""
+class CameraVideos:
+    """The video files of one camera, and the place of each episode in them."""
 
     files: tuple[Path, ...]
     file: IndexArray
-    """[E] number of the file that holds an episode."""
+    """[E] index into `files` of each episode."""
     first: IndexArray
-    """[E] frame in that file at which the episode starts."""
+    """[E] frame in the file at which each episode starts."""
     shape: tuple[int, int]
     """Height and width [px]."""
     _open: dict[int, VideoFile] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def read(self, number: int, frame: int) -> ImageArray:
-        """Return a frame of file `number`; files not used for longest are closed. Safe between threads.
+        """Return one frame [H, W, 3] of file `number`.
 
-        An open file has one place: two threads that seek in it would get each other's frames.
+        Thread-safe; least recently used files are closed.
+
+        The lock is held for the whole read, because an open file has one decoder position: two
+        threads that seek in it would get each other's frames.
         """
         with self._lock:
             video = self._open.pop(number, None) or VideoFile(self.files[number])
@@ -55,24 +61,28 @@ class Footage:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EpisodeDataset:
-    """A dataset of one robot. What a foreign dataset does not say is marked as unknown, never guessed."""
+    """A dataset of one robot.
+
+    Information that a foreign dataset lacks is marked as unknown, never guessed.
+    """
 
     folder: Path
     info: Mapping[str, Any]
     """meta/info.json."""
     manifest: Mapping[str, Any]
-    """meta/manifest.json; empty for a dataset that another program wrote."""
+    """meta/manifest.json; empty for a dataset of another program."""
     space: ActionSpace
-    footage: Mapping[str, Footage]
-    """Camera -> place of its frames."""
+    camera_videos: Mapping[str, CameraVideos]
+    """Camera -> its video files."""
     stats: Mapping[str, Stats]
-    """Of `VECTORS`, over all N frames."""
+    """Statistics of `VECTORS` over all N frames."""
     states: FloatArray
     actions: FloatArray
     executed: FloatArray
-    """All [N, D] float32. `actions` are the labels to learn, `executed` what was done (noise included)."""
+    """[N, D] float32, as are `states` and `actions`. `actions` are the labels; `executed` includes
+    noise."""
     timestamps: FloatArray
-    """[N] seconds since the start of the episode."""
+    """[N] time since the start of the episode [s]."""
     episode_index: IndexArray
     instructions: tuple[str, ...]
     """All instructions; frame i has `instructions[task_index[i]]`."""
@@ -80,7 +90,8 @@ class EpisodeDataset:
     primitives: NDArray[np.str_]
     """[N] name of the primitive in progress; "unknown" in a foreign dataset."""
     success: NDArray[np.bool_]
-    """[N] whether the success rule holds from this frame on; False where a foreign dataset does not say."""
+    """[N] whether the success rule holds from this frame on; False where a foreign dataset does not
+    say."""
     starts: IndexArray
     """[E + 1] first frame of each episode."""
     tasks: tuple[str, ...]
@@ -88,20 +99,23 @@ class EpisodeDataset:
     seeds: tuple[int, ...]
     """[E] seed of the scene; -1 in a foreign dataset."""
     metrics: tuple[Mapping[str, float], ...]
-    """[E]."""
+    """[E] metrics of each episode."""
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        return tuple(self.footage)
+        return tuple(self.camera_videos)
 
     @property
     def image_shapes(self) -> dict[str, tuple[int, int]]:
         """Camera -> height and width [px] of its frames."""
-        return {camera: footage.shape for camera, footage in self.footage.items()}
+        return {camera: camera_videos.shape for camera, camera_videos in self.camera_videos.items()}
 
     @property
     def image_size(self) -> int:
-        """Side [px] of the pictures. Raises ContractError unless those of all cameras are equal squares."""
+        """Side of the pictures [px].
+
+        Raises ContractError unless all cameras have equal square pictures.
+        """
         if len(sides := {side for shape in self.image_shapes.values() for side in shape}) != 1:
             raise ContractError(
                 f"dataset '{self.folder}' has pictures of height and width {self.image_shapes}; squares of "
@@ -119,36 +133,37 @@ class EpisodeDataset:
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        """What the writer of the dataset stored about its origin: versions, configuration, seeds."""
+        """Provenance that the writer of the dataset stored: versions, configuration, seeds."""
         return dict(self.manifest.get("provenance", {}))
 
     @property
     def reserved_seeds(self) -> dict[str, int]:
-        """Purpose -> number of episodes whose scene is reserved for it, and not for training; often empty."""
-        return reserved(self.seeds)
+        """Purpose -> number of episodes whose scene is reserved for it and not for training."""
+        return count_reserved_seeds(self.seeds)
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash of the content of all files, videos included; from the manifest, or computed if foreign."""
+        """Hash of all files, from the manifest or computed for a foreign dataset."""
         return content_hash(self.manifest or {"files": describe_files(self.folder)})
 
     def frames(self, indices: Sequence[int] | IndexArray, camera: str) -> ImageArray:
-        """Return frames [n, H, W, 3] of one camera for dataset frame numbers, in the order asked for.
+        """Return frames [n, H, W, 3] of one camera for dataset frame numbers `indices` [n].
 
         Increasing numbers are fastest. Raises ContractError for a camera that the dataset lacks.
         """
         self._require_cameras([camera])
-        footage, rows = self.footage[camera], np.asarray(indices, np.int64)
+        camera_videos = self.camera_videos[camera]
+        rows = np.asarray(indices, np.int64)
         episodes = self.episode_index[rows]
-        files = footage.file[episodes]
-        numbers = footage.first[episodes] + rows - self.starts[episodes]
-        images = np.empty((len(rows), *footage.shape, 3), np.uint8)
+        files = camera_videos.file[episodes]
+        numbers = camera_videos.first[episodes] + rows - self.starts[episodes]
+        images = np.empty((len(rows), *camera_videos.shape, 3), np.uint8)
         for place in np.lexsort((numbers, files)):
-            images[place] = footage.read(int(files[place]), int(numbers[place]))
+            images[place] = camera_videos.read(int(files[place]), int(numbers[place]))
         return images
 
     def episode(self, i: int, cameras: Sequence[str] | None = None) -> Episode:
-        """Return episode `i` with the pictures of `cameras` (default: all; an empty list loads none)."""
+        """Return episode `i` with the pictures of `cameras` (None: all cameras)."""
         rows = np.arange(self.starts[i], self.starts[i + 1])
         return Episode(
             robot=self.space.robot,
@@ -165,7 +180,7 @@ class EpisodeDataset:
         )
 
     def require(self, space: ActionSpace, cameras: Sequence[str], image_size: int, rate_hz: float) -> None:
-        """Raise ContractError, printing both sides, unless the dataset offers exactly what is needed."""
+        """Raise ContractError unless space, cameras, image size and rate match."""
         space.require_same(self.space, f"dataset '{self.folder}'")
         self._require_cameras(cameras)
         needs = {"image size": (image_size, self.image_size), "rate [Hz]": (rate_hz, self.info["fps"])}

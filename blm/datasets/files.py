@@ -1,7 +1,7 @@
-"""The manifest that vouches for a dataset, `meta/manifest.json`, which is written last.
+"""The manifest of a dataset, `meta/manifest.json`, which is written last.
 
-It holds the format, the caller's provenance (versions, seeds, configuration), and the size and SHA-256 of
-every other file of the dataset.
+It contains the format version, the caller's provenance (versions, seeds, configuration), and the
+size and SHA-256 checksum of every other file of the dataset.
 """
 
 from __future__ import annotations
@@ -17,40 +17,44 @@ from blm.types import BlmError
 
 MANIFEST = "meta/manifest.json"
 PARTS = ("data", "meta", "videos")
-"""Sub-folders that belong to a dataset; what lies beside them (a README, a .gitattributes) does not."""
+"""Sub-folders of a dataset; files beside them (README, .gitattributes) do not belong to it."""
 
 
 def describe_files(folder: Path) -> dict[str, Any]:
-    """Return name -> size and SHA-256 of every file of a dataset but the manifest."""
+    """Return name -> size and SHA-256 of every file of a dataset except the manifest."""
     return {name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for name, path in _list(folder)}
 
 
 def write_manifest(folder: Path, version: int, provenance: Mapping[str, Any]) -> None:
-    """Describe all files that are in `folder` now."""
+    """Write the manifest of the files that are in `folder` now."""
     content = {"format": version, "provenance": dict(provenance), "files": describe_files(folder)}
     write_json(folder / MANIFEST, content)
 
 
 def content_hash(manifest: Mapping[str, Any]) -> str:
-    """Hash of the content of all files. Provenance does not enter: equal data are equal."""
+    """Return a hash of the content of all files. It does not depend on provenance."""
     hashes = {name: entry["sha256"] for name, entry in manifest["files"].items()}
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
-Watch = Callable[[Sequence[Any], str], Iterable[Any]]
-"""Goes through things as they are, and may show how far it is under a title."""
+ProgressIterator = Callable[[Sequence[Any], str], Iterable[Any]]
+"""Iterates over a sequence unchanged; it may show a progress bar with a title."""
 
 
-def unwatched(things: Sequence[Any], title: str) -> Iterable[Any]:
-    return things
+def no_progress(items: Sequence[Any], title: str) -> Iterable[Any]:
+    """Iterate without a progress bar."""
+    return items
 
 
 def manifest_faults(
-    folder: Path, manifest: Mapping[str, Any], quick: bool = False, watch: Watch = unwatched
+    folder: Path, manifest: Mapping[str, Any], quick: bool = False, progress: ProgressIterator = no_progress
 ) -> Iterator[DamagedError]:
-    """Compare all files with the manifest, by size and content; `quick` compares videos by size only."""
+    """Yield files that differ from the manifest in size or checksum.
+
+    `quick` skips checksums of videos.
+    """
     present = dict(_list(folder))
-    for name, entry in watch([*manifest["files"].items()], "files"):
+    for name, entry in progress([*manifest["files"].items()], "files"):
         path = present.pop(name, None)
         try:
             require_no_pointer(folder / name)
@@ -70,10 +74,10 @@ def manifest_faults(
 
 
 def written_here(folder: Path, provenance: Mapping[str, Any]) -> set[str]:
-    """Return the names of the files of a dataset that may be replaced: this very collection wrote them.
+    """Return the files that this very collection wrote and may therefore replace.
 
-    Raises BlmError, and says what to do, for a dataset of another program or collection, and for one that was
-    altered since: nothing of it can be made again.
+    Raises BlmError for a dataset of another program or collection, and for a dataset that was
+    altered since, because it cannot be reproduced.
     """
     remedy = "choose another folder, or move it away"
     if not (folder / MANIFEST).is_file():
@@ -90,19 +94,19 @@ def written_here(folder: Path, provenance: Mapping[str, Any]) -> set[str]:
     return {*files, MANIFEST}
 
 
-def verify_files(folder: Path | str, watch: Watch = unwatched) -> list[DamagedError]:
-    """Hash every file of a dataset that this program wrote; return an error for each damaged one.
+def verify_files(folder: Path | str, progress: ProgressIterator = no_progress) -> list[DamagedError]:
+    """Check every file of a dataset against its manifest; return an error for each damaged file.
 
-    Raises BlmError when there is no manifest to compare with.
+    Raises BlmError if there is no manifest.
     """
     path = Path(folder) / MANIFEST
     manifest = read_json(path)
     with reading(path):
-        return list(manifest_faults(Path(folder), manifest, watch=watch))
+        return list(manifest_faults(Path(folder), manifest, progress=progress))
 
 
 def _list(folder: Path) -> Iterator[tuple[str, Path]]:
-    """All files of the dataset but the manifest: name relative to the folder, and path."""
+    """Yield name (relative to the folder) and path of all files of a dataset except the manifest."""
     for path in sorted(path for part in PARTS for path in (folder / part).rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST and not path.name.startswith("."):

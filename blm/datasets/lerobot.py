@@ -1,7 +1,10 @@
-"""The dataset format: LeRobotDataset v3.0, one dataset per robot. The only door to that folder.
+"""The dataset format: LeRobotDataset v3.0, one dataset per robot.
 
-What LeRobot has no place for (action space, primitives, format) is in `meta/info.json` under the key "blm",
-in episode columns "blm/..." and in `meta/manifest.json`, which LeRobot ignores. See docs/datasets.md.
+All access goes through this module.
+
+Information without a place in LeRobot's format (action space, primitives, format version) is stored
+in `meta/info.json` under the key "blm", in episode columns "blm/..." and in `meta/manifest.json`.
+LeRobot ignores these. See docs/datasets.md.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from blm.datasets.checks import opening_faults
-from blm.datasets.dataset import VECTORS, EpisodeDataset, Footage
+from blm.datasets.dataset import VECTORS, CameraVideos, EpisodeDataset
 from blm.datasets.files import MANIFEST, verify_files
 from blm.datasets.lerobot_foreign import load_foreign, matrix
 from blm.datasets.lerobot_writer import (
@@ -27,8 +30,9 @@ from blm.datasets.lerobot_writer import (
     stage_episode,
     video_file,
 )
-from blm.io import read_json, reading, settled
-from blm.types import ActionSpace, BlmError, Stats
+from blm.datasets.statistics import Stats
+from blm.io import read_json, reading, recover_folder
+from blm.types import ActionSpace, BlmError
 
 __all__ = [
     "EpisodeDataset",
@@ -41,11 +45,11 @@ __all__ = [
 
 
 def open_dataset(folder: Path | str) -> EpisodeDataset:
-    """Open and check a dataset: one that this program wrote, or any LeRobotDataset v2.0, v2.1 or v3.0.
+    """Open and check a dataset: one of this program, or any LeRobotDataset v2.0, v2.1 or v3.0.
 
-    Videos are not decoded or hashed; `verify_files` does that. Of a foreign dataset the action space has the
-    names of its features, limits that are the extremes of its actions, and an unknown kind and units. Raises
-    BlmError naming file and fix for a folder that is missing, damaged, or ambiguous.
+    Videos are not decoded or hashed; `verify_files` does that. The action space of a foreign
+    dataset has the names of its features, the extremes of its actions as limits, and unknown kind
+    and units. Raises BlmError that names file and fix for a missing, damaged or ambiguous dataset.
     """
     dataset = load_dataset(folder)
     for fault in opening_faults(dataset):
@@ -54,8 +58,11 @@ def open_dataset(folder: Path | str) -> EpisodeDataset:
 
 
 def load_dataset(folder: Path | str) -> EpisodeDataset:
-    """Read a dataset without checking what it holds. Raises BlmError for a file that cannot be read."""
-    folder = settled(Path(folder))
+    """Read a dataset without checking its content.
+
+    Raises BlmError for a file that cannot be read.
+    """
+    folder = recover_folder(Path(folder))
     info_path = folder / "meta/info.json"
     if not info_path.is_file():
         raise BlmError(
@@ -93,14 +100,17 @@ def _load_own(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
         vectors = {k: Stats.from_json({**stats[k], "count": stats[k]["count"][0]}) for k in VECTORS}
     with reading(folder / "meta/info.json"):
         own = info["blm"]
-        file, shape = np.zeros(len(starts) - 1, np.int64), (own["image_size"], own["image_size"])
+        file = np.zeros(len(starts) - 1, np.int64)
+        shape = (own["image_size"], own["image_size"])
         return EpisodeDataset(
             folder=folder,
             info=info,
             manifest=manifest,
             space=ActionSpace.from_json(own["action_space"]),
-            footage={
-                name: Footage(files=(folder / video_file(name),), file=file, first=starts[:-1], shape=shape)
+            camera_videos={
+                name: CameraVideos(
+                    files=(folder / video_file(name),), file=file, first=starts[:-1], shape=shape
+                )
                 for name in own["cameras"]
             },
             stats=vectors,

@@ -1,7 +1,7 @@
-"""LeRobotDatasets that other programs wrote: v3.0, v2.1 and v2.0, read as they are.
+"""Reading LeRobotDatasets v3.0, v2.1 and v2.0 of other programs.
 
-Whatever they do not say is marked as unknown, and what can be understood in two ways is refused with a
-BlmError. Pictures must be in videos. Shape legend: N frames, E episodes, D dimensions.
+Missing information is marked as unknown, and ambiguous data are refused with a BlmError. Pictures
+must be stored as videos. Shape legend: N frames, E episodes, D dimensions.
 """
 
 from __future__ import annotations
@@ -18,33 +18,36 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from blm.datasets.dataset import VECTORS, EpisodeDataset, Footage, IndexArray
+from blm.datasets.dataset import VECTORS, CameraVideos, EpisodeDataset, IndexArray
 from blm.datasets.statistics import compute_stats
 from blm.datasets.video import probe
 from blm.io import DamagedError, reading
 from blm.types import ActionSpace, BlmError
 
-MEND = "mend it with the program that wrote it"
+REWRITE = "fix it with the program that wrote it"
 STATE, ACTION = VECTORS[:2]
 Videos = tuple[tuple[Path, ...], IndexArray, IndexArray]
-"""Files, and for each episode its file and first frame there."""
+"""Video files, index of the file of each episode [E], and its first frame there [E]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """What differs between the versions."""
+    """The parts of a dataset that differ between the format versions."""
 
     starts: IndexArray
-    """[E + 1]."""
+    """[E + 1] first frame of each episode, and the number of frames."""
     data: tuple[Path, ...]
     """Parquet files, in the order of their frames."""
     videos: Mapping[str, Videos]
-    """Feature -> videos."""
+    """Feature -> its videos."""
     instructions: tuple[str, ...]
 
 
 def load_foreign(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
-    """Read a dataset that has no "blm" key. Raises BlmError for what is missing, damaged or ambiguous."""
+    """Read a dataset without our "blm" key.
+
+    Raises BlmError for missing, damaged or ambiguous data.
+    """
     version = info["codebase_version"]
     if version not in _LAYOUTS:
         raise BlmError(f"'{folder}' is a LeRobotDataset {version}; this program reads {', '.join(_LAYOUTS)}")
@@ -53,12 +56,14 @@ def load_foreign(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
     videos = {k: v for k, v in features.items() if v["dtype"] == "video" and not _is_depth(v)}
     layout = _LAYOUTS[version](folder, info, tuple(videos))
     optional = [name for name in ("next.success",) if name in features]
-    columns = _read(layout, [STATE, ACTION, "timestamp", "episode_index", "index", "task_index", *optional])
+    columns = _read_columns(
+        layout, [STATE, ACTION, "timestamp", "episode_index", "index", "task_index", *optional]
+    )
     count, episodes = int(layout.starts[-1]), len(layout.starts) - 1
     if not np.array_equal(columns["index"], np.arange(count)):
-        raise DamagedError(f"'{folder}': the column 'index' of its data files is not 0..{count - 1}", MEND)
+        raise DamagedError(f"'{folder}': the column 'index' of its data files is not 0..{count - 1}", REWRITE)
     if not np.isin(columns["task_index"], np.arange(len(layout.instructions))).all():
-        raise DamagedError(f"'{folder}': data files name a task_index that meta/tasks lacks", MEND)
+        raise DamagedError(f"'{folder}': data files name a task_index that meta/tasks lacks", REWRITE)
     states, actions = (columns[name].astype(np.float32).reshape(count, -1) for name in (STATE, ACTION))
     statistics = compute_stats(actions)
     return EpisodeDataset(
@@ -66,8 +71,8 @@ def load_foreign(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
         info=info,
         manifest={},
         space=_space(folder, info, actions),
-        footage={
-            key.removeprefix("observation.images."): Footage(
+        camera_videos={
+            key.removeprefix("observation.images."): CameraVideos(
                 files=files, file=file, first=first, shape=probe(files[0]).shape
             )
             for key, (files, file, first) in layout.videos.items()
@@ -110,7 +115,7 @@ def _is_depth(feature: Mapping[str, Any]) -> bool:
 
 
 def _space(folder: Path, info: Mapping[str, Any], actions: NDArray[np.float32]) -> ActionSpace:
-    """The action space as far as it is known: names, extremes of the data, rate."""
+    """Return the action space as far as it is known: names, extremes of the data, rate."""
     names, dim = info["features"][ACTION].get("names"), actions.shape[1]
     if isinstance(names, dict) and sorted(map(str, names.values())) == sorted(map(str, range(dim))):
         names = sorted(names, key=names.__getitem__)
@@ -119,7 +124,7 @@ def _space(folder: Path, info: Mapping[str, Any], actions: NDArray[np.float32]) 
     if names is None:
         names = [str(i) for i in range(dim)]
     if not isinstance(names, list) or len(names) != dim:
-        raise BlmError(f"'{folder}': action has {dim} dimensions but the names {names}; mend meta/info.json")
+        raise BlmError(f"'{folder}': action has {dim} dimensions but the names {names}; fix meta/info.json")
     fields = {"robot": info.get("robot_type") or "unknown", "rate_hz": float(info["fps"]), "kind": "unknown"}
     low, high = actions.min(axis=0).tolist(), actions.max(axis=0).tolist()
     return ActionSpace.from_json(
@@ -141,7 +146,7 @@ def _layout_v3(folder: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
         rows = {name: table[name].to_numpy() for name in wanted}
     starts = _starts(folder, rows["length"])
     if not np.array_equal(rows["dataset_from_index"], starts[:-1]):
-        raise DamagedError(f"'{folder}/meta/episodes': episodes do not follow one another", MEND)
+        raise DamagedError(f"'{folder}/meta/episodes': episodes do not follow one another", REWRITE)
 
     def files(place: str, template: str, **key: str) -> tuple[tuple[Path, ...], IndexArray]:
         pairs = np.stack([rows[f"{place}/chunk_index"], rows[f"{place}/file_index"]], axis=1)
@@ -149,12 +154,12 @@ def _layout_v3(folder: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
         paths = [_path(folder, template, chunk_index=int(c), file_index=int(f), **key) for c, f in unique]
         return tuple(paths), number.ravel()
 
-    footage: dict[str, Videos] = {}
+    camera_videos: dict[str, Videos] = {}
     for key in videos:
         first = rows[f"videos/{key}/from_timestamp"] * info["fps"]
         if np.abs(first - np.round(first)).max() > 0.1:
-            raise DamagedError(f"'{folder}': episodes start between two frames of {key}", MEND)
-        footage[key] = (
+            raise DamagedError(f"'{folder}': episodes start between two frames of {key}", REWRITE)
+        camera_videos[key] = (
             *files(f"videos/{key}", info["video_path"], video_key=key),
             np.round(first).astype(np.int64),
         )
@@ -163,16 +168,16 @@ def _layout_v3(folder: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
         (text,) = [name for name in tasks.column_names if name != "task_index"]
         named = dict(zip(tasks["task_index"].to_pylist(), tasks[text].to_pylist(), strict=True))
     data = files("data", info["data_path"])[0]
-    return _Layout(starts=starts, data=data, videos=footage, instructions=_texts(folder, named))
+    return _Layout(starts=starts, data=data, videos=camera_videos, instructions=_texts(folder, named))
 
 
 def _layout_v2(folder: Path, info: Mapping[str, Any], videos: Sequence[str]) -> _Layout:
     with reading(folder / "meta/episodes.jsonl") as path:
-        lengths = {row["episode_index"]: row["length"] for row in map(json.loads, _lines(path))}
+        lengths = {row["episode_index"]: row["length"] for row in _read_jsonl(path)}
     if sorted(lengths) != list(range(len(lengths))):
-        raise DamagedError(f"'{path}' does not name episodes 0..{len(lengths) - 1}", MEND)
+        raise DamagedError(f"'{path}' does not name episodes 0..{len(lengths) - 1}", REWRITE)
     with reading(folder / "meta/tasks.jsonl") as path:
-        named = {row["task_index"]: row["task"] for row in map(json.loads, _lines(path))}
+        named = {row["task_index"]: row["task"] for row in _read_jsonl(path)}
     numbers = np.arange(len(lengths))
 
     def files(template: str, **key: str) -> tuple[Path, ...]:
@@ -200,13 +205,13 @@ _LAYOUTS: Mapping[str, Callable[[Path, Mapping[str, Any], Sequence[str]], _Layou
 
 def _starts(folder: Path, lengths: IndexArray) -> IndexArray:
     if not len(lengths) or lengths.min() < 1:
-        raise DamagedError(f"'{folder}' has no episode, or an empty one", MEND)
+        raise DamagedError(f"'{folder}' has no episode, or an empty one", REWRITE)
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
 def _texts(folder: Path, named: Mapping[int, str]) -> tuple[str, ...]:
     if sorted(named) != list(range(len(named))):
-        raise DamagedError(f"'{folder}/meta/tasks': task_index is not 0..{len(named) - 1}", MEND)
+        raise DamagedError(f"'{folder}/meta/tasks': task_index is not 0..{len(named) - 1}", REWRITE)
     return tuple(named[i] for i in range(len(named)))
 
 
@@ -219,12 +224,12 @@ def _path(folder: Path, template: str, **fields: Any) -> Path:
     return folder / name
 
 
-def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text().splitlines() if line.strip()]
+def _read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
-def _read(layout: _Layout, names: list[str]) -> dict[str, NDArray[Any]]:
-    """Return columns [N] or [N, D] of all data files. Raises BlmError naming a damaged one."""
+def _read_columns(layout: _Layout, names: list[str]) -> dict[str, NDArray[Any]]:
+    """Return columns [N] or [N, D] of all data files. Raises BlmError that names a damaged file."""
     parts: list[dict[str, NDArray[Any]]] = []
     for path in layout.data:
         with reading(path):
@@ -233,14 +238,18 @@ def _read(layout: _Layout, names: list[str]) -> dict[str, NDArray[Any]]:
             for name, values in parts[-1].items():
                 if values.shape[1:] != (first := parts[0][name].shape[1:]):
                     raise ValueError(f"{name} has rows of {values.shape[1:]}, the first file of {first}")
-    have, need = sum(len(part["index"]) for part in parts), int(layout.starts[-1])
+    have = sum(len(part["index"]) for part in parts)
+    need = int(layout.starts[-1])
     if have != need:
         raise DamagedError(f"'{layout.data[0].parent.parent}' holds {have} frames, its episodes need {need}")
     return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
 
 def matrix(column: pa.ChunkedArray) -> NDArray[Any]:
-    """Return a column of numbers as [N], one of equally long lists as [N, D]. Raises ValueError if ragged."""
+    """Return a column of numbers as [N], or of equally long lists as [N, D].
+
+    Raises ValueError if ragged.
+    """
     if not pa.types.is_nested(column.type):
         return column.to_numpy()
     lengths = pc.unique(pc.list_value_length(column)).to_pylist()

@@ -1,7 +1,8 @@
-"""Writing LeRobotDataset v3.0 folders, in two steps that survive a kill at any moment.
+"""Writing LeRobotDataset v3.0 folders in two steps that survive a kill at any moment.
 
-`stage_episode` stores one episode, from any worker process. `finalize_dataset` joins staged episodes, ordered
-by (task, seed): the same episodes give the same bytes. Import both from `blm.datasets.lerobot`.
+`stage_episode` stores one episode, from any worker process. `finalize_dataset` joins staged
+episodes in the order of (task, seed), so the same episodes give the same bytes. Import both from
+`blm.datasets.lerobot`.
 """
 
 from __future__ import annotations
@@ -18,20 +19,23 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from blm.datasets.files import write_manifest, written_here
-from blm.datasets.statistics import compute_stats, histogram_stats, image_histogram
+from blm.datasets.statistics import Stats, compute_stats, histogram_stats, image_histogram
 from blm.datasets.video import concatenate, encode
 from blm.io import new_folder, reading, write_json, writing
-from blm.seeds import reserved
-from blm.types import ActionSpace, BlmError, ContractError, Episode, Stats
+from blm.seeds import count_reserved_seeds
+from blm.types import ActionSpace, BlmError, ContractError, Episode
 
 FORMAT = 2
-"""Of the "blm" key of info.json; 2 added executed actions and a manifest. LeRobot has `codebase_version`."""
+"""Version of the "blm" key of info.json. Version 2 added executed actions and the manifest."""
 CODEBASE_VERSION = "v3.0"
+"""LeRobot's format version."""
 CHUNK = "chunk-000/file-000"
-"""One data file, and one video file for each camera, hold all episodes."""
+"""All episodes are in one data file, and in one video file per camera."""
 SUBTASK = "subtask_index"
-"""Column with the number of the primitive in progress; texts are in meta/subtasks.parquet, as in LeRobot."""
-DATA_FILE, EPISODES_FILE = f"data/{CHUNK}.parquet", f"meta/episodes/{CHUNK}.parquet"
+"""Column with the index of the current primitive; names are in meta/subtasks.parquet, as in
+LeRobot."""
+DATA_FILE = f"data/{CHUNK}.parquet"
+EPISODES_FILE = f"meta/episodes/{CHUNK}.parquet"
 
 Row = dict[str, Any]
 """A staged episode: its description, vectors and histograms."""
@@ -39,18 +43,22 @@ Columns = dict[str, NDArray[Any]]
 
 
 def video_key(camera: str) -> str:
+    """Return LeRobot's feature name of a camera."""
     return f"observation.images.{camera}"
 
 
 def video_file(camera: str) -> str:
+    """Return the video file of a camera, relative to the dataset."""
     return f"videos/{video_key(camera)}/{CHUNK}.mp4"
 
 
 def stage_episode(folder: Path, key: str, episode: Episode, fps: int = 20) -> Path:
-    """Write one episode to `folder/key` in one step, in the place of the same one; return that folder.
+    """Write one episode to `folder/key` atomically and return that folder.
 
-    Raises ContractError for arrays that disagree in length or are not finite, BlmError when the disk refuses;
-    then nothing of the episode is left.
+    The same episode is replaced.
+
+    Raises ContractError for arrays that differ in length or are not finite, and BlmError on disk
+    errors; then nothing of the episode is left.
     """
     _check_episode(key, episode)
 
@@ -86,7 +94,10 @@ def _stage(work: Path, key: str, episode: Episode, fps: int) -> None:
 
 
 def _vectors(episode: Episode) -> Columns:
-    """States, actions and executed actions, [T, D] each; undisturbed, the last two are the same."""
+    """Return states, actions and executed actions, [T, D] each.
+
+    Without noise the last two are equal.
+    """
     executed = episode.actions if episode.executed is None else episode.executed
     return {"states": episode.states, "actions": episode.actions, "executed": executed}
 
@@ -116,12 +127,13 @@ def finalize_dataset(
     image_size: int,
     provenance: Mapping[str, Any],
 ) -> Path:
-    """Assemble staged episodes into the dataset folder `out`, which appears in one step. Idempotent.
+    """Assemble staged episodes into the dataset folder `out` atomically. Idempotent.
 
-    `provenance` (versions, seeds, configuration) goes into the manifest. A dataset at `out` is replaced only
-    if it is of the same collection (equal `provenance["collect"]`) and unaltered; files that others put into
-    it are kept. Raises BlmError without episodes, for anything else at `out`, or when the disk refuses (what
-    was there and the staged episodes stay), ContractError for an episode of another robot, camera or size.
+    `provenance` (versions, seeds, configuration) is stored in the manifest. An existing dataset is
+    replaced only if it is of the same collection (equal `provenance["collect"]`) and unaltered;
+    files of others in it are kept. Raises BlmError without episodes, for anything else at `out`,
+    and on disk errors (then `out` and the staged episodes are unchanged); ContractError for an
+    episode of another robot, camera or image size.
     """
     if not staged:
         raise BlmError(
@@ -144,7 +156,7 @@ def finalize_dataset(
         "primitives": sorted({name for row in rows for name in row["primitives"]}),
         "primitive_column": SUBTASK,
     }
-    if counts := reserved(row["seed"] for row in rows):
+    if counts := count_reserved_seeds(row["seed"] for row in rows):
         own["reserved_seeds"] = counts
     with writing(out), new_folder(out, written=partial(written_here, provenance=provenance)) as work:
         _write(work, rows, round(space.rate_hz), own)
@@ -159,7 +171,7 @@ def _read_staged(folder: Path) -> Row:
 
 
 def _write(folder: Path, rows: list[Row], fps: int, own: Mapping[str, Any]) -> None:
-    """Write all files of a dataset from staged episodes in their final order."""
+    """Write all files of a dataset from the staged episodes in their final order."""
     for name in (DATA_FILE, EPISODES_FILE, *map(video_file, own["cameras"])):
         (folder / name).parent.mkdir(parents=True)
     tasks = list(dict.fromkeys(row["instruction"] for row in rows))
@@ -179,7 +191,7 @@ def _write(folder: Path, rows: list[Row], fps: int, own: Mapping[str, Any]) -> N
 
 
 def _columns(rows: list[Row], fps: int, tasks: list[str], primitives: list[str]) -> Columns:
-    """Per-frame columns of the data file, in LeRobot's names and types."""
+    """Return the per-frame columns of the data file, with LeRobot's names and types."""
     lengths = [row["length"] for row in rows]
     frame = np.concatenate([np.arange(n) for n in lengths])
     success_from = [
@@ -201,7 +213,7 @@ def _columns(rows: list[Row], fps: int, tasks: list[str], primitives: list[str])
 
 
 def _entry(row: Row, i: int, columns: Columns, fps: int, cameras: Sequence[str]) -> dict[str, Any]:
-    """Row `i` of the episodes table: text, place in the files, and statistics of one episode."""
+    """Return row `i` of the episodes table: text, place in the files, statistics."""
     start, stop = (int(x) for x in np.searchsorted(columns["episode_index"], [i, i + 1]))
     entry: dict[str, Any] = {
         "episode_index": i,
@@ -226,7 +238,9 @@ def _entry(row: Row, i: int, columns: Columns, fps: int, cameras: Sequence[str])
 
 
 def _info(rows: list[Row], columns: Columns, fps: int, own: Mapping[str, Any]) -> dict[str, Any]:
-    space, cameras, side = own["action_space"], own["cameras"], own["image_size"]
+    space = own["action_space"]
+    cameras = own["cameras"]
+    side = own["image_size"]
     features: dict[str, Any] = {}
     for name, values in columns.items():
         names = list(space["names"]) if values.ndim == 2 else None
@@ -255,7 +269,7 @@ def _info(rows: list[Row], columns: Columns, fps: int, own: Mapping[str, Any]) -
 
 
 def _modality(own: Mapping[str, Any]) -> dict[str, Any]:
-    """GR00T's description of the columns: joints and gripper as slices of state and action."""
+    """Return GR00T's description of the columns: arm and gripper as slices."""
     dim = len(own["action_space"]["names"])
     parts = {"arm": {"start": 0, "end": dim - 1}, "gripper": {"start": dim - 1, "end": dim}}
     return {
@@ -270,7 +284,7 @@ def _modality(own: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text_index(column: str, texts: Sequence[str]) -> pa.Table:
-    """Return a pandas frame whose index is text. LeRobot reads it with pandas, which needs this metadata."""
+    """Return a table that pandas reads with text as the index, which LeRobot expects."""
     index = "__index_level_0__"
     table = pa.table({column: pa.array(range(len(texts)), pa.int64()), index: pa.array(texts, pa.string())})
     keys = ("name", "field_name", "pandas_type", "numpy_type", "metadata")

@@ -1,7 +1,7 @@
-"""Which samples make up the batch of a step, over several datasets with weights.
+"""Weighted mixture of datasets: which samples are in the batch of a step; and splits of episodes.
 
-A batch is a function of (seed, step) alone: a resumed run sees the batches that the uninterrupted one would
-have seen, and workers need no shared state.
+A batch is a function of (seed, step) alone: a resumed run gets the same batches as an uninterrupted
+one, and workers need no shared state.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ IndexArray = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Draw a dataset by weight, then one of its samples uniformly, with replacement."""
+    """Draws a dataset by weight, then one of its samples uniformly, with replacement."""
 
     sizes: tuple[int, ...]
-    """Samples in each dataset."""
+    """Number of samples in each dataset."""
     weights: tuple[float, ...]
-    """One per dataset, any positive scale. `sizes` themselves weight every sample equally."""
+    """One per dataset, on any positive scale. Weights equal to `sizes` draw every sample equally
+    often."""
     batch_size: int
     seed: int
 
@@ -42,9 +43,11 @@ class Mixture:
 
 
 def split_episodes(count: int, fraction: float, seed: int) -> tuple[IndexArray, IndexArray]:
-    """Split episode numbers into (training, held out), a `fraction` of them held out, at random by `seed`.
+    """Split episode numbers at random into (training, held out), with a `fraction` of them held
+    out.
 
-    A positive fraction holds out at least one episode. Raises BlmError when none would be left to train on.
+    A positive fraction holds out at least one episode. Raises BlmError if none is left for
+    training.
     """
     held = int(np.ceil(count * fraction))
     if not 0 <= held < count:
@@ -54,7 +57,10 @@ def split_episodes(count: int, fraction: float, seed: int) -> tuple[IndexArray, 
 
 
 def kept_frames(starts: IndexArray, stride: int) -> IndexArray:
-    """Return every `stride`-th frame of each episode, and its last; `starts` [E + 1] as in a dataset."""
+    """Return every `stride`-th frame of each episode, and its last.
+
+    `starts` [E + 1]: first frame of each episode, and the number of all frames.
+    """
     frames = np.arange(starts[-1])
     episode = np.searchsorted(starts, frames, side="right") - 1
     return frames[((frames - starts[episode]) % stride == 0) | (frames == starts[episode + 1] - 1)]

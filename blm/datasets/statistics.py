@@ -1,27 +1,57 @@
-"""True statistics of vector features, and of pictures through exact histograms of sampled frames.
+"""Exact statistics of vectors, and histogram statistics of sampled pictures.
 
-LeRobot's own aggregated quantiles are weighted means of per-episode quantiles, which can be far from the
-quantiles of the data. Normalisation needs the real ones, so these are computed over all frames at once.
+LeRobot aggregates quantiles as weighted means of per-episode quantiles, which can be far from the
+quantiles of the data. Normalisation needs exact quantiles, so they are computed over all frames at
+once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from blm.types import BlmError, FloatArray, ImageArray, Stats
+from blm.types import BlmError, FloatArray, ImageArray
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 SAMPLED_FRAMES = 8
-"""Frames of each video that its pixel statistics are made of."""
+"""Number of frames per video from which its pixel statistics are computed."""
 Histogram = NDArray[np.int64]
 """[3, 256] counts of the 8-bit values of each colour channel."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Exact statistics of one vector feature over all frames of a dataset, [D] each."""
+
+    min: FloatArray
+    max: FloatArray
+    mean: FloatArray
+    std: FloatArray
+    q01: FloatArray
+    q10: FloatArray
+    q50: FloatArray
+    q90: FloatArray
+    q99: FloatArray
+    count: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v if isinstance(v, int) else np.asarray(v).tolist() for k, v in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Stats:
+        arrays: dict[str, Any] = {k: np.asarray(v, dtype=np.float64) for k, v in data.items() if k != "count"}
+        return cls(count=int(data["count"]), **arrays)
+
+
 def compute_stats(array: NDArray[Any]) -> Stats:
-    """Return the statistics of the N rows of `array` [N] or [N, D], [D] each. Raises BlmError when empty."""
+    """Return the statistics of the N rows of `array` [N] or [N, D], [D] each.
+
+    Raises BlmError when empty.
+    """
     if not len(array):
         raise BlmError(f"statistics need an array [N, D] with N >= 1, got shape {array.shape}")
     values = np.asarray(array, dtype=np.float64).reshape(len(array), -1)
@@ -43,7 +73,7 @@ def image_histogram(frames: ImageArray) -> Histogram:
 
 
 def histogram_stats(histogram: Histogram) -> Stats:
-    """Return statistics of pixel values scaled to [0, 1], each of shape [3, 1, 1] as LeRobot stores them."""
+    """Return statistics of pixel values in [0, 1], each of LeRobot's shape [3, 1, 1]."""
     values = np.arange(256) / 255.0
     shares = np.cumsum(histogram, axis=1) / histogram.sum(axis=1, keepdims=True)
     mean = np.array([np.average(values, weights=channel) for channel in histogram])

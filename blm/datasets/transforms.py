@@ -1,7 +1,8 @@
-"""What happens to vectors between a dataset and the network. Every transform has its inverse.
+"""Normalisation and action transforms between a dataset and the network, each with its inverse.
 
-Shape legend: N frames, H action steps, D dimensions; any leading dimensions are allowed. Nothing is clipped,
-so `inverse(forward(x)) == x` also outside of the range seen in training. Inputs are never changed.
+Shape legend: N frames, H action steps, D dimensions; leading dimensions are allowed. Nothing is
+clipped, so `inverse(forward(x)) == x` also holds outside the range seen in training. Inputs are
+never modified.
 """
 
 from __future__ import annotations
@@ -16,18 +17,23 @@ from numpy.typing import NDArray
 from blm.types import ActionSpace, BlmError, FloatArray
 
 QUANTILES = (0.002, 0.998)
-"""Of the training frames, mapped to -1 and 1: the extremes, less a few outliers (choice)."""
+"""Quantiles of the training frames that map to -1 and 1: the extremes without outliers (our
+choice)."""
 MIN_HALF_RANGE = 0.01
-"""Smallest half range [rad or opening] stretched to 1: a joint that never moves is not blown up to noise."""
-
-
-MOST_TURNS, MOST_OPENING = 2.0, 10.0
-"""No joint turns further than the first [turns]; what is beyond the second counts in percent or steps."""
+"""Minimum half range that is scaled to 1 [rad or opening], so that the noise of a still joint stays
+small."""
+MOST_TURNS = 2.0
+"""Maximum plausible joint position [turns]."""
+MOST_OPENING = 10.0
+"""Maximum plausible gripper opening; larger values are percentages or motor steps."""
 
 
 @dataclass(frozen=True, eq=False)
 class Normalize:
-    """Affine map of [low, high] to [-1, 1]; `low` and `high` are [D], or [H, D] for one range per step."""
+    """Affine map of [low, high] to [-1, 1].
+
+    `low` and `high` are [D], or [H, D] for one range per step.
+    """
 
     low: FloatArray
     high: FloatArray
@@ -54,7 +60,7 @@ class Normalize:
 
 @dataclass(frozen=True)
 class ActionTransform:
-    """Make chunks [.., H, D] relative to the raw state [.., D] at which they begin, then normalise them."""
+    """Makes chunks [.., H, D] relative to their first state [.., D] and normalises them."""
 
     normalize: Normalize
     relative: bool
@@ -67,7 +73,7 @@ class ActionTransform:
 
 
 def _origin(state: FloatArray, relative: bool) -> FloatArray:
-    """What actions are relative to, [.., 1, D]: the joints [rad], 0 for the gripper, which comes last."""
+    """Return the origin of relative actions [.., 1, D]: joints [rad], gripper 0."""
     arm = np.array(state, dtype=np.float64)
     arm[..., -1 if relative else slice(None)] = 0
     return arm[..., None, :]
@@ -75,12 +81,12 @@ def _origin(state: FloatArray, relative: bool) -> FloatArray:
 
 @dataclass(frozen=True, kw_only=True)
 class RobotTransforms:
-    """All that one robot's vectors pass through, in training and in control alike."""
+    """All transforms of one robot's vectors, shared by training and control."""
 
     state: Normalize
     normalize_actions: Normalize
     relative: bool
-    """Whether the network predicts arm targets minus present joint positions."""
+    """Whether the network predicts arm targets relative to the present joint positions."""
 
     @property
     def actions(self) -> ActionTransform:
@@ -92,23 +98,25 @@ class RobotTransforms:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RobotTransforms:
-        state, actions = Normalize.from_json(data["state"]), Normalize.from_json(data["actions"])
+        state = Normalize.from_json(data["state"])
+        actions = Normalize.from_json(data["actions"])
         return cls(state=state, normalize_actions=actions, relative=data["relative"])
 
 
 def action_chunks(
     actions_ND: FloatArray, frames: NDArray[np.int64], ends: NDArray[np.int64], horizon: int
 ) -> tuple[FloatArray, NDArray[np.bool_]]:
-    """Return the next `horizon` actions [n, H, D] of each frame and which of them lie inside its episode.
+    """Return the next `horizon` actions of frames [n, H, D] and their validity [n, H].
 
-    `ends` [n]: one past the last frame of each frame's episode. Beyond it the last action is repeated.
+    `ends` [n] is one past the last frame of each frame's episode. Beyond it, the last action is
+    repeated.
     """
     rows = frames[:, None] + np.arange(horizon)
     return actions_ND[np.minimum(rows, ends[:, None] - 1)], rows < ends[:, None]
 
 
-def absurd_ranges(space: ActionSpace, *values: FloatArray) -> Iterator[str]:
-    """Say which dimensions of arrays [.., D] hold values that cannot be radians, or openings of a gripper."""
+def implausible_ranges(space: ActionSpace, *values: FloatArray) -> Iterator[str]:
+    """Yield a message for each dimension of arrays [.., D] with implausible values."""
     for place, (name, unit) in enumerate(zip(space.names, space.units, strict=True)):
         low, high = (float(f([f(array[..., place]) for array in values])) for f in (np.min, np.max))
         if unit == "rad" and max(-low, high) > MOST_TURNS * 2 * np.pi:
@@ -124,12 +132,12 @@ def fit_transforms(
     inside_NH: NDArray[np.bool_],
     relative: bool,
 ) -> RobotTransforms:
-    """Fit the ranges to training frames: one per joint, for actions one per (step, joint).
+    """Fit the normalisation to training frames, per joint; for actions per step and joint.
 
-    The gripper keeps the range of the action space: its opening is bounded and often constant for long.
-    Raises BlmError if no episode is as long as a chunk, and for values that cannot be in these units.
+    The gripper keeps the range of the action space, because its opening is bounded and often
+    constant. Raises BlmError if no episode is as long as a chunk, and for implausible units.
     """
-    if absurd := list(absurd_ranges(space, states_ND, chunks_NHD[inside_NH])):
+    if absurd := list(implausible_ranges(space, states_ND, chunks_NHD[inside_NH])):
         raise BlmError(f"'{space.robot}': {'; '.join(absurd)}")
     if not inside_NH.any(0).all():
         steps = inside_NH.shape[1]

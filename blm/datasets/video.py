@@ -1,7 +1,8 @@
 """Video files: encode frames, join files without re-encoding, read exact frames quickly.
 
-H.264 with a key frame every second frame and no B-frames: any frame is at most one decode away from a key
-frame, and packets of one file can follow those of another. The round trip errs by about 1 of 255 (crf 23).
+The codec is H.264 with a key frame every second frame and no B-frames. So any frame is at most one
+decode away from a key frame, and packets of one file can be appended to another. The round trip
+changes pixels by about 1 of 255 levels (crf 23).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from blm.io import DamagedError, require_no_pointer
 from blm.types import BlmError, ImageArray
 
 CODEC_OPTIONS = {"crf": "23", "g": "2", "bf": "0", "preset": "veryfast"}
+"""Options of libx264: quality, key-frame interval, number of B-frames, speed."""
 
 
 def encode(path: Path, frames: ImageArray, fps: int) -> None:
@@ -60,8 +62,8 @@ def concatenate(sources: Sequence[Path], out: Path) -> None:
                 offset += round(stream.frames * _ticks_per_frame(stream))
 
 
-class Probe(NamedTuple):
-    """What the header of a video file says."""
+class VideoHeader(NamedTuple):
+    """Properties in the header of a video file."""
 
     frames: int
     rate: float
@@ -70,22 +72,25 @@ class Probe(NamedTuple):
     """Height and width [px]."""
 
 
-def probe(path: Path) -> Probe:
-    """Return what the file's index lists, without decoding. Raises BlmError for an unreadable file."""
+def probe(path: Path) -> VideoHeader:
+    """Read the header of a video without decoding. Raises DamagedError for an unreadable file."""
     with _video(path) as (_, stream):
         assert stream.average_rate is not None
-        return Probe(int(stream.frames), float(stream.average_rate), (stream.height, stream.width))
+        return VideoHeader(int(stream.frames), float(stream.average_rate), (stream.height, stream.width))
 
 
 def count_frames(path: Path) -> int:
-    """Return the number of frames that the file's index lists. Raises BlmError for an unreadable file."""
+    """Return the number of frames in the file's index.
+
+    Raises DamagedError for an unreadable file.
+    """
     return probe(path).frames
 
 
 def decodable_frames(path: Path) -> int:
-    """Return the number of frames before the first one that cannot be decoded; reads the whole file."""
+    """Return the number of frames before the first undecodable one. Reads the whole file."""
     with _video(path) as (container, stream):
-        stream.codec_context.options = {"err_detect": "explode"}  # by default damaged pictures are concealed
+        stream.codec_context.options = {"err_detect": "explode"}  # by default, damage is concealed
         number = 0
         try:
             for frame in container.decode(stream):
@@ -98,7 +103,10 @@ def decodable_frames(path: Path) -> int:
 
 
 def frame_times(path: Path) -> NDArray[np.float64]:
-    """Return when each frame is shown [s], in order, from the index alone. Raises BlmError as `probe`."""
+    """Return the sorted presentation times of all frames [s], without decoding.
+
+    Raises DamagedError.
+    """
     with _video(path) as (container, stream):
         assert stream.time_base is not None
         shown = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
@@ -126,14 +134,14 @@ def _ticks_per_frame(stream: av.VideoStream) -> Fraction:
 
 
 class VideoFile:
-    """One open video of constant rate with random access to exact frames.
+    """An open video of constant frame rate with random access to exact frames.
 
-    It seeks only when a key frame lies between the present place and the frame asked for.
+    It seeks only if a key frame lies between the present position and the requested frame.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        count_frames(path)  # names the file if it is damaged
+        count_frames(path)  # raises an error that names a damaged file
         self._container = av.open(str(path))
         self._stream = self._container.streams.video[0]
         self._stream.codec_context.thread_count = 1
@@ -146,7 +154,10 @@ class VideoFile:
         self._next = 0
 
     def read(self, index: int) -> ImageArray:
-        """Return frame `index` as [H, W, 3] RGB. Raises BlmError when the file has no such frame."""
+        """Return frame `index` as RGB, uint8 [H, W, 3].
+
+        Raises DamagedError if there is no such frame.
+        """
         try:
             frame = self._find(index)
         except av.FFmpegError as error:
@@ -162,7 +173,7 @@ class VideoFile:
         at = bisect_right(self._keys, index) - 1
         if self._keys[max(at, 0)] <= self._next <= index:
             return self._advance(index)
-        # With B-frames a frame may need the key frame before: frames are stored in order of decoding.
+        # With B-frames, a frame may need an earlier key frame, since frames are stored in decoding order.
         for key in (at, at - 1):
             self._seek(self._keys[max(key, 0)])
             if (frame := self._advance(index)) is not None:
@@ -174,7 +185,7 @@ class VideoFile:
         self._decoded = self._container.decode(self._stream)
 
     def _advance(self, index: int) -> av.VideoFrame | None:
-        """Decode onwards to frame `index`; None if it does not come."""
+        """Decode up to frame `index`; return None if it does not come."""
         for frame in self._decoded:
             assert frame.pts is not None
             number = self._number(frame.pts)

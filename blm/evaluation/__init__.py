@@ -1,15 +1,18 @@
-"""Judge any Policy and any Chat: protocols as data, every row kept, every score with n and an interval."""
+"""Evaluation of any Policy and any Chat: protocols, results of every item, scores with intervals."""
 
+from blm.evaluation.comparison import compare, compare_cells, format_comparison
 from blm.evaluation.digital import BENCHMARKS, evaluate_digital
-from blm.evaluation.physical.baselines import RandomPolicy, ReplayPolicy, ZeroPolicy
-from blm.evaluation.physical.episode import Privileged
+from blm.evaluation.digital.result import DigitalResult
+from blm.evaluation.physical.episode import PrivilegedPolicy
 from blm.evaluation.physical.evaluate import evaluate_physical
+from blm.evaluation.physical.reference_policies import RandomPolicy, ReplayPolicy, ZeroPolicy
+from blm.evaluation.physical.result import PhysicalResult
 from blm.evaluation.protocol import (
     PROTOCOLS,
     DigitalProtocol,
     PhysicalProtocol,
 )
-from blm.evaluation.results import compare, compare_cells, format_comparison, load_result
+from blm.evaluation.result_files import load_result
 from blm.seeds import EVALUATION_SEEDS, STAGE1_HELD_OUT_SEEDS, TRAINING_SEEDS
 
 __all__ = [
@@ -19,8 +22,10 @@ __all__ = [
     "STAGE1_HELD_OUT_SEEDS",
     "TRAINING_SEEDS",
     "DigitalProtocol",
+    "DigitalResult",
     "PhysicalProtocol",
-    "Privileged",
+    "PhysicalResult",
+    "PrivilegedPolicy",
     "RandomPolicy",
     "ReplayPolicy",
     "ZeroPolicy",

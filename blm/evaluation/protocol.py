@@ -1,7 +1,7 @@
-"""What a score was measured with, as data. Two results compare only when their protocols are equal.
+"""Evaluation protocols as data: two results can be compared only when their protocols are equal.
 
-The ranges of scene seeds (`blm.seeds`) are disjoint: no evaluation scene was trained on, and none helped to
-choose a checkpoint.
+The ranges of scene seeds (`blm.seeds`) are disjoint: no evaluation scene was trained on, and none
+helped to choose a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from blm.seeds import EVALUATION_SEEDS, VALIDATION_SEEDS
 from blm.tasks.suite import suite_version
 from blm.types import BlmError, ContractError, Episode, PolicyContract, lookup
 
-_OF_POLICY = ("cameras", "image_size", "rate_hz", "execute")
+_FROM_CONTRACT = ("cameras", "image_size", "rate_hz", "execute")
 Phrasing = Literal["seen", "held_out", "both"]
 Latency = Literal["none", "measured"] | float
+Purpose = Literal["evaluation", "validation", "replay check"]
+Scene = tuple[str, str, int]
+"""Robot, task and seed."""
 
 
-class Open(TypedDict, total=False):
-    """Fields of a `PhysicalProtocol` that a policy leaves open; all may be changed in a named protocol."""
+class ProtocolOverrides(TypedDict, total=False):
+    """The fields of a `PhysicalProtocol` that do not follow from the policy."""
 
     robots: Sequence[str]
     tasks: Sequence[str]
@@ -39,15 +42,15 @@ class Open(TypedDict, total=False):
     simulator: str
 
 
-class Settings(Open, total=False):
-    """The same where robots, tasks and episodes have to be given."""
+class ProtocolSettings(ProtocolOverrides, total=False):
+    """The same fields where robots, tasks and episodes are required."""
 
     robots: Required[Sequence[str]]  # type: ignore[misc]
     tasks: Required[Sequence[str]]  # type: ignore[misc]
     episodes: Required[int]  # type: ignore[misc]
 
 
-PROTOCOLS: dict[str, Settings] = {
+PROTOCOLS: dict[str, ProtocolSettings] = {
     "suite24": {
         "robots": ("panda", "xarm6", "xarm7", "widowxai"),
         "tasks": ("push_cube", "pull_cube", "pick_cube", "stack_cube", "place_sphere", "lift_peg_upright"),
@@ -57,7 +60,7 @@ PROTOCOLS: dict[str, Settings] = {
         "phrasing": "both",
     },
 }
-"""Named protocols: the fields that a policy leaves open."""
+"""Named protocols: the fields that do not follow from the policy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,32 +68,34 @@ class PhysicalProtocol:
     """Closed-loop episodes. Build it with `for_policy`, `named` or `for_replay`."""
 
     name: str = ""
-    """Of the entry of PROTOCOLS that it is, unchanged; empty for none."""
-    purpose: Literal["evaluation", "validation", "replay check"] = "evaluation"
-    """A validation chooses among the checkpoints of a training. A replay check plays recorded training
-    episodes again: it tests data and simulator, it is no score."""
+    """Entry of PROTOCOLS that this protocol equals; empty for none."""
+    purpose: Purpose = "evaluation"
+    """A validation chooses among the checkpoints of a training run. A replay check executes
+    recorded training episodes again: it tests the data and the simulator and is not a score."""
     robots: tuple[str, ...]
     tasks: tuple[str, ...]
     first_seed: int = 0
     episodes: int
     """Per robot and task; their seeds follow `first_seed`."""
-    recorded: tuple[tuple[str, str, int], ...] = ()
-    """Robot, task and seed of each episode of a replay check, which replace the seeds above."""
+    recorded: tuple[Scene, ...] = ()
+    """Robot, task and seed of each episode of a replay check; they replace the seeds above."""
     max_steps: int = 200
     settle_steps: int = 10
-    """success_at_end is judged so many steps after the first success. An evaluation then drives on to
-    max_steps, where success_at_limit is judged: does the policy leave alone what it has solved?"""
+    """success_at_end is judged this many steps after the first success. An evaluation then
+    continues to max_steps, where success_at_limit is judged: does the policy leave the solved task
+    alone?"""
     phrasing: Phrasing = "seen"
-    """Instructions as in training (drawn by the scene's seed), or worded as never in training; both: even
-    seeds the former, odd seeds the latter."""
+    """Wording of the instructions: as in training (drawn by the scene's seed), held out from
+    training, or both (even seeds the former, odd seeds the latter)."""
     latency: Latency = "none"
-    """"none": the world waits for the policy. Else it moves on, and the answer to an observation arrives so
-    many seconds later: a fixed number, or what the call took ("measured": depends on machine and load)."""
+    """"none": the simulation waits for the policy. Otherwise it continues, and an action chunk
+    arrives this many seconds after its observation: a fixed number, or the duration of the call
+    ("measured", which depends on the machine and its load)."""
     rate_hz: float
     cameras: tuple[str, ...]
     image_size: int
     execute: int
-    """Actions of each chunk that are carried out before the policy is asked again."""
+    """Actions of each chunk that are executed before the next observation is sent."""
     simulator: str = field(default_factory=lambda: f"mujoco {version('mujoco')}")
     suite: str
     success_rule: str = "once: the task's rule holds after some step; at end: it holds after the last step"
@@ -100,24 +105,27 @@ class PhysicalProtocol:
         return range(self.first_seed, self.first_seed + self.episodes)
 
     @property
-    def scenes(self) -> list[tuple[str, str, int]]:
+    def scenes(self) -> list[Scene]:
         """Robot, task and seed of every episode, cell after cell."""
         every = [(robot, task, seed) for robot in self.robots for task in self.tasks for seed in self.seeds]
         return list(self.recorded) or every
 
     def __post_init__(self) -> None:
         if (self.purpose == "replay check") != bool(self.recorded):
-            raise BlmError("a replay check, and nothing else, names its recorded episodes; use for_replay")
+            raise BlmError("only a replay check has recorded episodes, and it needs them; use for_replay")
         if not self.recorded:
-            seeds, valid = self.seeds, VALIDATION_SEEDS if self.purpose == "validation" else EVALUATION_SEEDS
+            seeds = self.seeds
+            valid = VALIDATION_SEEDS if self.purpose == "validation" else EVALUATION_SEEDS
             if not seeds or seeds[0] not in valid or seeds[-1] not in valid:
                 raise BlmError(
                     f"{self.episodes} {self.purpose} seeds from {self.first_seed} on: need one or more, all "
-                    f"within {valid.start}..{valid.stop - 1}; the others belong to training"
+                    f"within {valid.start}..{valid.stop - 1}; other seeds are for training"
                 )
         fixed = isinstance(self.latency, int | float) and 0 <= self.latency < math.inf
         if not fixed and self.latency not in ("none", "measured"):
-            raise BlmError(f"latency {self.latency!r} must be 'none', 'measured' or seconds from 0 on")
+            raise BlmError(
+                f"latency {self.latency!r} must be 'none', 'measured' or a number of seconds, 0 or more"
+            )
         if self.phrasing not in get_args(Phrasing):
             raise BlmError(f"phrasing {self.phrasing!r} must be seen, held_out or both")
         for option, least in (("max_steps", 1), ("execute", 1), ("settle_steps", 0)):
@@ -125,15 +133,17 @@ class PhysicalProtocol:
                 raise BlmError(f"{option} is {value}, must be {least} or more")
 
     @classmethod
-    def for_policy(cls, contract: PolicyContract, **settings: Unpack[Settings]) -> PhysicalProtocol:
-        """The protocol that suits a policy; `settings` are fields that the policy leaves open."""
+    def for_policy(cls, contract: PolicyContract, **settings: Unpack[ProtocolSettings]) -> PhysicalProtocol:
+        """Return the protocol for a policy; `settings` are the fields that it does not determine."""
         return cls._make(contract, "", settings)
 
     @classmethod
-    def named(cls, name: str, contract: PolicyContract, **changes: Unpack[Open]) -> PhysicalProtocol:
-        """The entry `name` of PROTOCOLS for a policy. With changes it is another protocol, without a name.
+    def named(
+        cls, name: str, contract: PolicyContract, **changes: Unpack[ProtocolOverrides]
+    ) -> PhysicalProtocol:
+        """Return the entry `name` of PROTOCOLS for a policy. A changed protocol has no name.
 
-        Raises UnknownNameError with the valid names.
+        Raises UnknownNameError, which lists the valid names.
         """
         standard = cls._make(contract, name, lookup("protocol", name, PROTOCOLS))
         changed = cls._make(contract, "", {**PROTOCOLS[name], **changes})
@@ -143,18 +153,25 @@ class PhysicalProtocol:
     def for_validation(
         cls, contract: PolicyContract, *, tasks: Sequence[str], episodes: int
     ) -> PhysicalProtocol:
-        """So many episodes of each robot of a policy in each of these tasks, on seeds for validation."""
-        settings: Settings = {"robots": tuple(contract.action_spaces), "tasks": tasks, "episodes": episodes}
+        """Return the protocol of a closed-loop validation; `episodes` are per robot and task."""
+        settings: ProtocolSettings = {
+            "robots": tuple(contract.action_spaces),
+            "tasks": tasks,
+            "episodes": episodes,
+        }
         settings["first_seed"] = VALIDATION_SEEDS.start
         return cls._make(contract, "", settings, purpose="validation")
 
     @classmethod
     def for_replay(cls, contract: PolicyContract, episodes: Sequence[Episode]) -> PhysicalProtocol:
-        """The replay check of these recorded episodes. Raises BlmError for none, or two of one scene."""
+        """Return the replay check of recorded episodes.
+
+        Raises BlmError for no episodes, or two of one scene.
+        """
         recorded = tuple((e.robot, e.task, e.seed) for e in episodes)
         if not recorded or len(set(recorded)) != len(recorded):
             raise BlmError(f"a replay check needs recorded episodes, each scene once; got {len(recorded)}")
-        settings: Settings = {
+        settings: ProtocolSettings = {
             "robots": tuple(dict.fromkeys(robot for robot, _, _ in recorded)),
             "tasks": tuple(dict.fromkeys(task for _, task, _ in recorded)),
             "episodes": max(Counter(scene[:2] for scene in recorded).values()),
@@ -165,33 +182,38 @@ class PhysicalProtocol:
 
     @classmethod
     def _make(
-        cls, contract: PolicyContract, name: str, settings: Settings, **others: Any
+        cls,
+        contract: PolicyContract,
+        name: str,
+        settings: ProtocolSettings,
+        purpose: Purpose = "evaluation",
+        recorded: tuple[Scene, ...] = (),
     ) -> PhysicalProtocol:
         robots, tasks = tuple(settings["robots"]), tuple(settings["tasks"])
-        fitting = {field: getattr(contract, field) for field in _OF_POLICY}
-        return cls(
-            **{
-                **settings,
-                "robots": robots,
-                "tasks": tasks,
-                "suite": suite_version(robots, tasks),
-                **fitting,
-                "name": name,
-                **others,
-            }
-        )
+        fields: dict[str, Any] = {**settings, "robots": robots, "tasks": tasks}
+        fields |= {field: getattr(contract, field) for field in _FROM_CONTRACT}
+        suite = suite_version(robots, tasks)
+        return cls(name=name, purpose=purpose, recorded=recorded, suite=suite, **fields)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> PhysicalProtocol:
+        """Read `dataclasses.asdict` of a protocol after JSON. Raises TypeError for unknown fields."""
+        lists = ("robots", "tasks", "cameras")
+        fields = {**value, **{name: tuple(value[name]) for name in lists}}
+        fields["recorded"] = tuple((robot, task, seed) for robot, task, seed in value["recorded"])
+        return cls(**fields)
 
     def require_fits(self, contract: PolicyContract) -> None:
-        """Raise ContractError that prints both sides unless a policy with this contract can be evaluated."""
+        """Raise ContractError, which prints both sides, unless the protocol fits the contract."""
         for robot in self.robots:
             space = lookup("robot of this policy", robot, contract.action_spaces)
             lookup("robot", robot, ROBOTS).action_space.require_same(space, "the policy")
-        ours, theirs = ({name: getattr(side, name) for name in _OF_POLICY} for side in (self, contract))
+        ours, theirs = ({name: getattr(side, name) for name in _FROM_CONTRACT} for side in (self, contract))
         require_equal(ours, theirs, "protocol and policy differ", "in the policy")
 
 
 def phrasing_of(protocol: PhysicalProtocol, seed: int) -> Literal["seen", "held_out"]:
-    """How the instruction of one episode is worded."""
+    """Return which wording the instruction of one episode has."""
     if protocol.phrasing == "both":
         return "held_out" if seed % 2 else "seen"
     return protocol.phrasing
@@ -199,7 +221,7 @@ def phrasing_of(protocol: PhysicalProtocol, seed: int) -> Literal["seen", "held_
 
 @dataclass(frozen=True, kw_only=True)
 class DigitalProtocol:
-    """Questions with one answer each."""
+    """A benchmark of questions with one answer each."""
 
     benchmark: str = "scene"
     items: str
@@ -207,25 +229,25 @@ class DigitalProtocol:
     count: int
     max_tokens: int
     long: Mapping[str, int] = field(default_factory=dict)
-    """Kinds of questions that may have longer answers."""
+    """Kind of question -> its own limit of tokens."""
     prompt: str
     """System message put before each question; empty for none."""
     average: Literal["items", "kinds"] = "items"
-    """What the headline is: the mean over questions, or the unweighted mean over the kinds."""
+    """Definition of the headline score: mean over questions, or unweighted mean over the kinds."""
     parser: str = "2"
-    """Version of the rules in digital/extraction.py and digital/scoring.py."""
+    """Version of the rules in digital/parsers/extraction.py and digital/scoring.py."""
     compat: str = ""
-    """Upstream parser that read the answers instead of ours (digital/compat.py)."""
+    """Upstream parser that read the answers instead of ours (digital/parsers/compat.py)."""
     point_radius: float = 50.0
-    """A point is correct within this distance of the reference, in thousandths of the image's sides."""
+    """A point is correct within this distance of the reference [thousandths of the sides]."""
     box_overlap: float = 0.5
-    """A box is correct when it overlaps the reference at least so much (intersection over union)."""
+    """A box is correct from this intersection over union with the reference on."""
     metric_radius: float = 2.0
     """A length or vector is correct within this distance of the reference [cm]."""
     judge: str = ""
     """Model that graded free-form answers; empty for none."""
     judge_prompt: str = ""
-    """Hash of the prompt that it was given."""
+    """Hash of the judge's prompt."""
 
 
 def protocol_hash(protocol: PhysicalProtocol | DigitalProtocol) -> str:
@@ -238,7 +260,7 @@ def digest(value: Any) -> str:
 
 
 def require_equal(ours: Mapping[str, Any], theirs: Mapping[str, Any], problem: str, there: str) -> None:
-    """Raise ContractError that prints both sides of every key that differs."""
+    """Raise ContractError, which prints both sides of every key that differs, unless all are equal."""
     unlike = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
     if unlike:
         rows = [f"\n  {key}: {ours.get(key)!r} here, {theirs.get(key)!r} {there}" for key in unlike]

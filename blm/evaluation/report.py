@@ -1,6 +1,6 @@
-"""One HTML page about one run: what ran, on what, how well, how sure, what it does not show.
+"""One HTML page about one run: commands, machine, scores with intervals, videos, limitations.
 
-Styles, curves (SVG) and videos are inside the page. What is missing is shown as "not run".
+Styles, loss curves (SVG) and videos are embedded. A missing part is shown as "not run".
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from blm.evaluation.comparison import compare
+from blm.evaluation.digital.result import DigitalResult
 from blm.evaluation.digital.table import PaperTable
 from blm.evaluation.physical.outcome import REASONS
-from blm.evaluation.results import compare, load_result
-from blm.evaluation.statistics import success_rate
+from blm.evaluation.physical.result import EpisodeResult, PhysicalResult, SuccessSummary
+from blm.evaluation.result_files import load_result
+from blm.evaluation.statistics import Difference, Rate, success_rate
 from blm.io import write_text
 from blm.robots import ROBOTS
 from blm.tasks import TASKS
@@ -36,66 +39,104 @@ _COLORS = ("#2f7fd8", "#d9822b", "#2f9e6e", "#b0579c")
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """Where a run's results lie. A path may be None or not exist: that part was not run."""
+    """Paths to the results of a run. One that is None or does not exist was not run."""
 
     title: str
     commands: Sequence[str] = ()
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """The resolved recipe, JSON-able."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Stage -> wall time [s], in order."""
+    """Stage -> wall time [s], in the order in which they ran."""
     collection: Path | None = None
-    """summary.json of the collector."""
+    """summary.json of the demonstrations."""
     sheet: Path | None = None
-    """Picture of the demonstrations, PNG."""
+    """Contact sheet of the demonstrations, PNG."""
     questions: Mapping[str, int] = field(default_factory=dict)
-    """Name of a question set -> how many."""
+    """Name of a question set -> number of questions."""
     logs: Mapping[str, Path] = field(default_factory=dict)
     """Training stage -> log.jsonl."""
     digital: Mapping[str, Path] = field(default_factory=dict)
-    """Model -> result.json; the first is the model that the report is about."""
+    """Model -> result.json of a benchmark of questions; the report is about the first."""
     papers: Sequence[PaperTable] = ()
     """Tables of the paper with our rows in them."""
     retention: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Training run -> what it kept of the base model's language, name -> number."""
+    """Training run -> name of a retention metric -> value, measured against the base model."""
     physical: Mapping[str, Path] = field(default_factory=dict)
-    """The same for closed-loop results; the others are baselines and the expert."""
+    """Policy -> result.json of its closed-loop evaluation; the report is about the first."""
     dialogue: Path | None = None
-    """A conversation about a picture: {"picture": file beside it, "lines": [[question, answer], ..]}."""
+    """A conversation about a picture: {"picture": FILE, "lines": [[question, answer], ..]}."""
+
+
+@dataclass(frozen=True)
+class CellGrid:
+    """The table of success rates by robot and task. Cells are named "robot/task"."""
+
+    cells: Mapping[str, SuccessSummary]
+    """Of the first policy."""
+    marginal: Mapping[str, Rate]
+    """Robot or task -> success rate of the first policy over all its cells."""
+    others: Mapping[str, Mapping[str, Rate]]
+    """Cell -> success rates of the other policies there."""
+
+
+@dataclass(frozen=True)
+class Film:
+    """A filmed episode with its video as a data URI."""
+
+    episode: EpisodeResult
+    uri: str
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A conversation about one picture, which is a data URI."""
+
+    uri: str
+    lines: Sequence[tuple[str, str]]
+    """Questions and answers."""
 
 
 def build_report(data: ReportData, out: Path) -> None:
-    """Write the page to `out`, atomically."""
-    physical, digital = _results(data.physical), _results(data.digital)
+    """Write the page to `out`, atomically.
+
+    Raises BlmError for a result that is not an evaluation, is damaged or lacks its videos.
+    """
+    physical = _load_all(data.physical, PhysicalResult)
+    digital = _load_all(data.digital, DigitalResult)
     for name, result in physical.items():
-        if result["protocol"]["purpose"] != "evaluation":
+        if result.protocol.purpose != "evaluation":
             raise BlmError(
-                f"'{name}' is a {result['protocol']['purpose']} on training scenes, no score; leave it out"
+                f"'{name}' is a {result.protocol.purpose}, which is not a score: leave it out of the report"
             )
-    machines = [result["machine"] for result in (*physical.values(), *digital.values())]
+    machines = [result.machine for result in (*physical.values(), *digital.values())]
     page = _template().render(
         data=data,
         physical=physical,
         digital=digital,
         differences={name: _difference(physical, name) for name in physical},
-        grid=_grid(physical),
+        grid=_grid(physical) if physical else None,
         reasons=REASONS,
-        videos={name: _videos(data.physical[name], result) for name, result in physical.items()},
+        videos={name: _films(data.physical[name], result) for name, result in physical.items()},
         dialogue=_dialogue(data.dialogue),
         collection=_read(data.collection).get("robots", {}),
         sheet=_embedded(data.sheet, "image/png") if data.sheet and data.sheet.exists() else "",
         curves={stage: _curve(stage, path) for stage, path in data.logs.items()},
-        machine=machines[0] if machines else {},
+        machine=machines[0].to_json() if machines else {},
         robots=ROBOTS,
         tasks=TASKS,
     )
     write_text(out, page)
 
 
-def _template() -> Any:
-    options: Any = {"autoescape": True, "undefined": StrictUndefined}
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, **options)
-    environment.filters |= {"percent": lambda share: f"{100 * share:.0f} %", "duration": _duration}
+def _template() -> Template:
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters |= {
+        "percent": lambda share: f"{100 * share:.0f} %",
+        "duration": _duration,
+        "asdict": asdict,
+    }
     return environment.from_string(files("blm.evaluation").joinpath("report.html.jinja").read_text())
 
 
@@ -108,60 +149,67 @@ def _duration(seconds: float) -> str:
 
 
 def _read(path: Path | None) -> dict[str, Any]:
+    """Content of a JSON file; empty if it does not exist."""
     return json.loads(path.read_text()) if path is not None and path.exists() else {}
 
 
-def _results(paths: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    return {name: load_result(path) for name, path in paths.items() if path.exists()}
+ResultT = TypeVar("ResultT", PhysicalResult, DigitalResult)
 
 
-def _grid(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The first model's cells by robot and task, with its rates over rows and columns of the table.
+def _load_all(paths: Mapping[str, Path], kind: type[ResultT]) -> dict[str, ResultT]:
+    """Load the results that exist. Raises BlmError for one of the other kind."""
+    found: dict[str, ResultT] = {}
+    for name, path in paths.items():
+        if not path.exists():
+            continue
+        result = load_result(path)
+        if not isinstance(result, kind):
+            raise BlmError(f"'{path}' is a {result.kind} result; this part of the report is {kind.kind}")
+        found[name] = result
+    return found
 
-    "others" has, for every cell, the rates of the other policies that were evaluated there.
-    """
-    if not results:
-        return {}
+
+def _grid(results: Mapping[str, PhysicalResult]) -> CellGrid:
     (_, model), *others = results.items()
-    outcomes = [(row["robot"], row["task"], row["success_once"]) for row in model["rows"]]
     marginal = {
-        name: asdict(success_rate([success for *place, success in outcomes if name in place]))
-        for name in (*model["protocol"]["robots"], *model["protocol"]["tasks"])
+        name: success_rate([e.success_once for e in model.episodes if name in (e.robot, e.task)])
+        for name in (*model.protocol.robots, *model.protocol.tasks)
     }
-    beside: dict[str, dict[str, Any]] = {}
+    beside: dict[str, dict[str, Rate]] = {}
     for name, result in others:
-        for cell in result["cells"]:
-            key = f"{cell['robot']}/{cell['task']}"
-            beside.setdefault(key, {})[name] = cell["success_once"]
-    cells = {f"{cell['robot']}/{cell['task']}": cell for cell in model["cells"]}
-    return {"cells": cells, "marginal": marginal, "others": beside}
+        for cell in result.summary.cells:
+            beside.setdefault(cell.name, {})[name] = cell.summary.success_once
+    cells = {cell.name: cell.summary for cell in model.summary.cells}
+    return CellGrid(cells, marginal, beside)
 
 
-def _difference(results: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any] | None:
-    """First model minus this one on the same scenes; None where protocols differ."""
+def _difference(results: Mapping[str, PhysicalResult], name: str) -> Difference | None:
+    """First policy minus this one on the same scenes; None where the protocols differ."""
     first = next(iter(results))
     try:
-        return None if name == first else asdict(compare(results[first], results[name]))
+        return None if name == first else compare(results[first], results[name])
     except ContractError:
         return None
 
 
-def _videos(path: Path, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The filmed episodes of a result, with the film as a data URI."""
+def _films(path: Path, result: PhysicalResult) -> list[Film]:
+    """The first filmed episodes of a result."""
+    filmed = [(episode, episode.video) for episode in result.episodes if episode.video is not None]
     films = []
-    for row in [row for row in result["rows"] if row["video"]][:MAX_VIDEOS]:
-        film = path.parent / row["video"]
-        if not film.exists():
-            raise BlmError(f"video '{film}' of the result is missing; keep it beside result.json")
-        films.append({**row, "uri": _embedded(film, "video/mp4")})
+    for episode, video in filmed[:MAX_VIDEOS]:
+        file = path.parent / video
+        if not file.exists():
+            raise BlmError(f"video '{file}' of the result is missing; keep it beside result.json")
+        films.append(Film(episode, _embedded(file, "video/mp4")))
     return films
 
 
-def _dialogue(path: Path | None) -> dict[str, Any]:
-    """The conversation with its picture as a data URI; empty if there was none."""
+def _dialogue(path: Path | None) -> Dialogue | None:
+    """Read the conversation; None if there is none."""
     if path is None or not (found := _read(path)):
-        return {}
-    return {**found, "uri": _embedded(path.parent / found["picture"], "image/png")}
+        return None
+    lines = [(question, answer) for question, answer in found["lines"]]
+    return Dialogue(_embedded(path.parent / found["picture"], "image/png"), lines)
 
 
 def _embedded(file: Path, kind: str) -> str:

@@ -1,8 +1,8 @@
-"""How sure a score is: 95 % intervals of a success rate, and of the difference between two paired runs.
+"""95 % confidence intervals of rates and of paired differences, and McNemar's test.
 
-Wilson's score interval (Newcombe 1998, Statistics in Medicine 17:857). Where questions share a picture, n is
-replaced by the effective sample size n / design effect, with a t correction for few clusters (Korn & Graubard
-1998, Survey Methodology 24:193).
+Wilson's score interval (Newcombe 1998, Statistics in Medicine 17:857). Where questions share a
+picture, n is replaced by the effective sample size n / design effect, with a t correction for few
+clusters (Korn & Graubard 1998, Survey Methodology 24:193).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Z95 = NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True)
 class Rate:
-    """The mean of n scores from 0 to 1, with its 95 % interval."""
+    """The mean of n scores from 0 to 1, with its 95 % confidence interval."""
 
     hits: float
-    """Sum of the scores: how many are right, where each is right or wrong."""
+    """Sum of the scores: the number of right answers where each is right or wrong."""
     n: int
     rate: float
     low: float
@@ -33,7 +33,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Difference:
-    """First minus second on the same items, with the 95 % interval."""
+    """First minus second on the same items, with its 95 % confidence interval."""
 
     n: int
     first: float
@@ -43,14 +43,17 @@ class Difference:
     low: float
     high: float
     only_first: int
-    """Items that the first did better."""
+    """Items with a higher score in the first."""
     only_second: int
     p_value: float | None
-    """McNemar's exact two-sided (sign) test; None when items share groups: it assumes independent ones."""
+    """McNemar's exact two-sided test; None for clustered items: it assumes independent ones."""
 
 
 def wilson(rate: float, n: float) -> tuple[float, float]:
-    """The 95 % score interval of a rate seen in n independent trials."""
+    """Wilson's 95 % score interval of a rate in n independent trials; n may be an effective size.
+
+    `scipy.stats.binomtest` gives the same for whole numbers only.
+    """
     scale = 1 + Z95**2 / n
     centre = (rate + Z95**2 / (2 * n)) / scale
     half = Z95 / scale * math.sqrt(rate * (1 - rate) / n + Z95**2 / (4 * n**2))
@@ -62,8 +65,8 @@ def success_rate(
 ) -> Rate:
     """Mean of scores in [0, 1] with its interval, clustered by `groups` when given.
 
-    With `strata` it is the unweighted mean over the strata's means (balanced accuracy, mean over kinds).
-    Raises BlmError for no outcomes.
+    With `strata` it is the unweighted mean over the strata's means (balanced accuracy, mean over
+    kinds). Raises BlmError for no outcomes.
     """
     if not outcomes:
         raise BlmError("no outcomes: a rate needs at least one")
@@ -75,25 +78,29 @@ def success_rate(
 
 
 def _stratum_means(values: np.ndarray, strata: Sequence[str] | None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of each stratum [K], and which one each item belongs to [n]."""
+    """Return the mean of each stratum [K], and the stratum of each item [n]."""
     index = np.unique(np.asarray(strata or [""] * len(values)), return_inverse=True)[1]
     return np.bincount(index, values) / np.bincount(index), index
 
 
 def effective_size(values: np.ndarray, groups: Sequence[str], strata: Sequence[str] | None = None) -> float:
-    """How many independent right-or-wrong trials tell as much about the mean as these [n].
+    """Effective sample size: independent right-or-wrong trials with the same variance of the mean.
 
-    Items of one group are alike; scores between 0 and 1 vary less than right-or-wrong ones.
+    `values` [n]. Items of one group are correlated, which lowers it; scores between 0 and 1 vary
+    less than right-or-wrong ones, which raises it.
     """
     index = np.unique(np.asarray(groups), return_inverse=True)[1]
-    n, clusters = len(values), int(index.max()) + 1
+    n = len(values)
+    clusters = int(index.max()) + 1
     means, stratum = _stratum_means(values, strata)
-    centred, mean = values - means[stratum], float(means.mean())
+    centred = values - means[stratum]
+    mean = float(means.mean())
     plain = clusters == n and strata is None and bool(np.isin(values, (0, 1)).all())
     if plain or clusters == 1 or not centred.any():
         return float(clusters)  # without variance the design effect is unknown: assume the worst
     parts = centred / (len(means) * np.bincount(stratum))[stratum]
-    variance, correction = float(parts @ parts), 1.0
+    variance = float(parts @ parts)
+    correction = 1.0
     if clusters < n:
         sums = np.bincount(index, weights=parts)
         variance = max(variance, clusters / (clusters - 1) * float(sums @ sums))
@@ -102,43 +109,56 @@ def effective_size(values: np.ndarray, groups: Sequence[str], strata: Sequence[s
 
 
 def _t95(freedom: int) -> float:
-    """97.5 % quantile of Student's t (Abramowitz & Stegun 26.7.5; within 1 % from 3 degrees on)."""
-    z = Z95
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
+    """97.5 % quantile of Student's t."""
+    from scipy.special import stdtrit  # not at import: it takes longer than everything else here
+
+    return float(stdtrit(freedom, 0.975))
 
 
 def paired_difference(
     first: Sequence[float], second: Sequence[float], groups: Sequence[str] | None = None
 ) -> Difference:
-    """Difference of two means on the same items (Newcombe 1998, Statistics in Medicine 17:2635, method 8).
+    """Difference of two means on the same items.
 
-    It combines the two rates' intervals with the correlation of the outcomes, so it holds at 0 and 100 % too.
+    Newcombe 1998, Statistics in Medicine 17:2635, method 8: it combines the intervals of both rates
+    with the correlation of the outcomes, so it is valid at 0 and 100 % too.
     """
-    a, b = success_rate(first, groups), success_rate(second, groups)
-    x, y = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    spread = float(x.std() * y.std())
-    phi = float(np.mean(x * y) - a.rate * b.rate) / spread if spread > 0 else 0.0
+    a = success_rate(first, groups)
+    b = success_rate(second, groups)
+    x = np.asarray(first, dtype=np.float64)
+    y = np.asarray(second, dtype=np.float64)
+    scale = float(x.std() * y.std())
+    correlation = float(np.mean(x * y) - a.rate * b.rate) / scale if scale > 0 else 0.0
 
     def combine(one: float, other: float) -> float:
-        return math.sqrt(max(0.0, one**2 + other**2 - 2 * phi * one * other))
+        return math.sqrt(max(0.0, one**2 + other**2 - 2 * correlation * one * other))
 
     gap = a.rate - b.rate
-    low, high = gap - combine(a.rate - a.low, b.high - b.rate), gap + combine(a.high - a.rate, b.rate - b.low)
-    ours, theirs = int((x > y).sum()), int((y > x).sum())
-    p_value = mcnemar(ours, theirs) if groups is None else None
-    return Difference(a.n, a.rate, b.rate, gap, low, high, ours, theirs, p_value)
+    only_first = int((x > y).sum())
+    only_second = int((y > x).sum())
+    return Difference(
+        n=a.n,
+        first=a.rate,
+        second=b.rate,
+        difference=gap,
+        low=gap - combine(a.rate - a.low, b.high - b.rate),
+        high=gap + combine(a.high - a.rate, b.rate - b.low),
+        only_first=only_first,
+        only_second=only_second,
+        p_value=mcnemar(only_first, only_second) if groups is None else None,
+    )
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Exact two-sided p-value: would fair coins split the disagreements at least so unevenly?"""
-    n, fewer = only_first + only_second, min(only_first, only_second)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+    """p-value of McNemar's exact two-sided test: a binomial test of the discordant items."""
+    from scipy.stats import binomtest  # takes a second to import, which commands would wait for
+
+    n = only_first + only_second
+    return float(binomtest(only_first, n).pvalue) if n else 1.0
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """The p-values corrected for their number (Holm 1979, Scandinavian J. Statistics 6:65); None stays."""
+    """Correct p-values for their number (Holm 1979, Scand. J. Statistics 6:65); None stays None."""
     known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
     corrected: list[float | None] = [None] * len(p_values)
     worst = 0.0

@@ -1,14 +1,14 @@
-"""Files and folders on disk: written whole or not at all, and never over what others wrote.
+"""Files and folders on disk: written atomically, and never over files of another program.
 
-The one way to write a file (`write_json`, `replacing`), to swap a folder in (`new_folder`), to remove one
-(`remove_own`), and to keep a second process out of a run folder (`hold`).
+Use `write_json` or `replacing` to write a file, `new_folder` to swap in a folder, `remove_own` to
+remove one, and `lock_folder` to keep a second process out of a run folder.
 """
 
 from blm.io.files import (
     RESTORE,
     DamagedError,
     PointerError,
-    leftovers,
+    abandoned_paths,
     read_json,
     reading,
     replacing,
@@ -19,23 +19,25 @@ from blm.io.files import (
     write_text,
     writing,
 )
-from blm.io.folders import MARK, files_below, hold, new_folder, remove_own, settled, work_folder
+from blm.io.folders import MARK, files_below, new_folder, recover_folder, remove_own, work_folder
+from blm.io.locks import lock_exclusively, lock_folder
 
 __all__ = [
     "MARK",
     "RESTORE",
     "DamagedError",
     "PointerError",
+    "abandoned_paths",
     "files_below",
-    "hold",
-    "leftovers",
+    "lock_exclusively",
+    "lock_folder",
     "new_folder",
     "read_json",
     "reading",
+    "recover_folder",
     "remove_own",
     "replacing",
     "require_no_pointer",
-    "settled",
     "sha256_file",
     "work_folder",
     "write_bytes",

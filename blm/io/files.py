@@ -1,7 +1,8 @@
-"""Single files: read with errors that name them, written in one step: a kill leaves the old or the new one.
+"""Single files: read with errors that name the file, and written atomically.
 
-A temporary name holds who writes (`owner`): a later writer removes what a killed one left, and leaves alone
-what a living one is writing.
+A killed writer leaves the old or the new file, never a part. The name of a temporary file
+identifies its writer (`writer_id`), so a later writer can remove what a killed one abandoned
+without touching what a living one is writing.
 """
 
 from __future__ import annotations
@@ -23,15 +24,19 @@ from typing import Any
 from blm.types import BlmError
 
 RESTORE = "restore the file from a copy, or move the folder away and make it again"
-LFS = b"version https://git-lfs.github.com/spec/v1"
-"""How a Git LFS pointer begins, a text below 1,024 bytes (github.com/git-lfs/git-lfs, docs/spec.md)."""
+LFS_HEADER = b"version https://git-lfs.github.com/spec/v1"
+"""First bytes of a Git LFS pointer, which has less than 1,024 bytes (git-lfs, docs/spec.md)."""
 PULL = "get the files themselves: `git lfs install`, then `git lfs pull` in that folder"
 FOREIGN_AGE = 24 * 3600.0
-"""A temporary file that another machine (or this one, before it started anew) wrote counts as abandoned after
-so many seconds: whether its writer lives cannot be asked from here."""
+"""Age after which a temporary file of another machine, or of an earlier boot, counts as abandoned
+[s].
+
+Whether its writer is alive cannot be found out from here.
+"""
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<owner>[0-9a-f]{8}-\d+-\d+)-\d+\.part(\.\w+)?", re.DOTALL)
 _NAME_LENGTH = 120
-"""Characters of a name that its temporary name repeats; file systems allow 255 bytes in all."""
+"""Number of characters of a file name that its temporary name repeats; file systems allow 255
+bytes."""
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is used up: free some space",
@@ -45,17 +50,17 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "the name is too long: choose another one",
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Errors that can only be of writing."""
+"""Error numbers that only occur in writing."""
 _serial = itertools.count(1)
-_used: set[Path] = set()
-"""Temporary names that this process is writing to."""
+_in_use: set[Path] = set()
+"""Temporary paths that this process is writing to."""
 
 
 class DamagedError(BlmError):
-    """One thing that is wrong with a file or a dataset, and how to mend it. Raised, or listed by a check."""
+    """A fault of a file or a dataset, and how to fix it. Raised, or listed by a check."""
 
     def __init__(self, what: str, fix: str = RESTORE) -> None:
-        super().__init__(what, fix)  # both, so that it comes whole from a worker process
+        super().__init__(what, fix)  # both, so that it can be unpickled from a worker process
         self.what, self.fix = what, fix
 
     def __str__(self) -> str:
@@ -63,7 +68,7 @@ class DamagedError(BlmError):
 
 
 class PointerError(DamagedError):
-    """A Git LFS pointer stands where a file should be: the repository was cloned without its large files."""
+    """A file is a Git LFS pointer: the repository was cloned without its large files."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"'{path}' is a Git LFS pointer, not the file itself", PULL)
@@ -78,7 +83,7 @@ def require_no_pointer(path: Path) -> None:
     with suppress(OSError):
         if path.is_file() and path.stat().st_size < 1024:
             with path.open("rb") as file:
-                if file.read(len(LFS)) == LFS:
+                if file.read(len(LFS_HEADER)) == LFS_HEADER:
                     raise PointerError(path)
 
 
@@ -87,7 +92,7 @@ def require_no_pointer(path: Path) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[Path]:
-    """Turn whatever goes wrong in reading and parsing `path` into a BlmError that names it."""
+    """Convert errors in reading and parsing `path` into a DamagedError that names it."""
     try:
         yield path
     except BlmError:
@@ -109,7 +114,7 @@ def reading(path: Path) -> Iterator[Path]:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raises BlmError naming the file."""
+    """Return the content of a JSON file. Raises DamagedError that names the file."""
     with reading(path):
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -125,7 +130,10 @@ def sha256_file(path: Path) -> str:
 
 @contextmanager
 def writing(folder: Path, only: Collection[int] = ()) -> Iterator[None]:
-    """Turn the errors of a disk, or `only` these, into a BlmError that names the folder and what to do."""
+    """Convert disk errors into a BlmError that names the folder and a remedy.
+
+    With `only`, errors with other numbers pass unchanged.
+    """
     try:
         yield
     except OSError as error:
@@ -140,18 +148,18 @@ def writing(folder: Path, only: Collection[int] = ()) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
-    """Yield a temporary path; when all went well, it becomes `path` in one step.
+    """Yield a temporary path, which replaces `path` atomically if no error occurs.
 
-    For writers that want a path, and choose the form by its `suffix` (".png"). A file that was there keeps
-    its permissions; a symbolic link stays one, and the file that it names is replaced. After an error, or a
-    kill, `path` is what it was. Raises BlmError when the disk refuses.
+    For writers that take a path; some choose the format by its `suffix` (".png"). The permissions
+    of an existing file are kept. If `path` is a symbolic link, its target is replaced. After an
+    error or a kill `path` is unchanged. Raises BlmError on disk errors.
     """
     target = Path(os.path.realpath(path))
     with writing(path.parent):
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-        _sweep(target)
+        _remove_abandoned(target)
     temporary = temporary_name(target, suffix)
     try:
         with writing(path.parent, only=FULL):
@@ -159,37 +167,37 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
         with writing(path.parent):
             with suppress(FileNotFoundError):
                 temporary.chmod(target.stat().st_mode & 0o7777)
-            flush(temporary)
+            fsync(temporary)
             temporary.replace(target)
-            flush(target.parent)
+            fsync(target.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        released(temporary)
+        release_temporary_name(temporary)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file in one step. Raises BlmError naming the folder if the disk refuses."""
+    """Write a file atomically. Raises BlmError that names the folder on disk errors."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """The same for text, in UTF-8."""
+    """Write a text file atomically, in UTF-8. Raises BlmError on disk errors."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """The same for a value that JSON can hold."""
+    """Write a JSON file atomically. Raises BlmError on disk errors."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-# --- who writes --------------------------------------------------------------------------------------------
+# --- identity of the writer --------------------------------------------------------------------------------
 
 
 @cache
-def _place() -> str:
-    """Hash of this machine since its start, and of this container: process numbers mean something within."""
+def _machine_id() -> str:
+    """Return a hash of this machine, its boot and its container: the scope of a process number."""
     parts = [platform.node()]
     with suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
@@ -198,29 +206,35 @@ def _place() -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
-def _started(pid: int) -> str:
-    """When a process started, in ticks; 0 where the system does not say. Raises OSError for none."""
+def _start_ticks(pid: int) -> str:
+    """Return the start time of a process [clock ticks]; "0" if the system does not tell.
+
+    Raises OSError if there is no such process.
+    """
     if not Path("/proc/self/stat").exists():
         os.kill(pid, 0)
         return "0"
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
-def owner() -> str:
-    """Who this process is: its place, number and start."""
-    return f"{_place()}-{os.getpid()}-{_started(os.getpid())}"
+def writer_id() -> str:
+    """Return the identity of this process: machine, process number and start time."""
+    return f"{_machine_id()}-{os.getpid()}-{_start_ticks(os.getpid())}"
 
 
 def is_stale(writer: str, changed: float | None = None, foreign_age: float = FOREIGN_AGE) -> bool:
-    """Whether the process that wrote this is gone; one of another machine is judged by the file's age."""
+    """Whether the process `writer` is gone.
+
+    For a process of another machine, the time at which the file was `changed` decides.
+    """
     place, _, process = writer.partition("-")
     pid, _, start = process.partition("-")
     if not (pid.isdigit() and start.isdigit()):
         return True
-    if place != _place():
+    if place != _machine_id():
         return changed is None or time.time() - changed > foreign_age
     try:
-        return _started(int(pid)) != start
+        return _start_ticks(int(pid)) != start
     except PermissionError:
         return False
     except OSError:
@@ -228,19 +242,22 @@ def is_stale(writer: str, changed: float | None = None, foreign_age: float = FOR
 
 
 def temporary_name(target: Path, suffix: str = "") -> Path:
-    """A hidden name beside `target` that says who writes there; this process's own until `released`."""
-    path = target.with_name(f".{target.name[:_NAME_LENGTH]}.{owner()}-{next(_serial)}.part{suffix}")
-    _used.add(path)
+    """Return a hidden name beside `target` that identifies this process as the writer.
+
+    The name is in use until `release_temporary_name` is called.
+    """
+    path = target.with_name(f".{target.name[:_NAME_LENGTH]}.{writer_id()}-{next(_serial)}.part{suffix}")
+    _in_use.add(path)
     return path
 
 
-def released(path: Path) -> None:
-    """What is still at a temporary name is from now on what a writer left, even if this process lives on."""
-    _used.discard(path)
+def release_temporary_name(path: Path) -> None:
+    """End the use of a temporary name: a file that is still there is abandoned from now on."""
+    _in_use.discard(path)
 
 
-def leftovers(target: Path, foreign_age: float = FOREIGN_AGE) -> Iterator[Path]:
-    """What killed writers of this file or folder left beside it."""
+def abandoned_paths(target: Path, foreign_age: float = FOREIGN_AGE) -> Iterator[Path]:
+    """Yield the temporary files and folders that killed writers of `target` left beside it."""
     try:
         names = [path.name for path in target.parent.iterdir()]
     except OSError:
@@ -250,24 +267,24 @@ def leftovers(target: Path, foreign_age: float = FOREIGN_AGE) -> Iterator[Path]:
         if match and match["name"] == target.name[:_NAME_LENGTH]:
             path = target.with_name(name)
             with suppress(OSError):
-                mine = match["owner"] == owner() and path not in _used
+                mine = match["owner"] == writer_id() and path not in _in_use
                 if mine or is_stale(match["owner"], path.lstat().st_mtime, foreign_age):
                     yield path
 
 
-def _sweep(target: Path) -> None:
-    """Remove what killed writers of this file left."""
-    for left in leftovers(target):
+def _remove_abandoned(target: Path) -> None:
+    """Remove the files that killed writers of this file left."""
+    for left in abandoned_paths(target):
         if left.is_file() and not left.is_symlink():
             with suppress(OSError):
                 left.unlink()
 
 
-def flush(path: Path) -> None:
-    """Ask the disk to keep a file or folder through a power failure; not all can be asked."""
+def fsync(path: Path) -> None:
+    """Flush a file or folder to the disk, where that is supported."""
     with suppress(OSError):
-        place = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(place)
+            os.fsync(descriptor)
         finally:
-            os.close(place)
+            os.close(descriptor)

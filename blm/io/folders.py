@@ -1,13 +1,12 @@
-"""Folders: built beside their place and swapped in, and removed only where a mark proves that they are ours.
+"""Folders: built beside their place, swapped in atomically, removed only if ours.
 
-Every folder that is being built or on its way out holds a mark (`MARK`), without which nothing here removes a
-folder. Symbolic links are never followed when something is removed.
+Every folder that is being built or is about to be removed holds a marker file (`MARK`). Nothing
+here removes a folder without it. Symbolic links are never followed when something is removed.
 """
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -17,89 +16,101 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 from typing import Any
 
-from blm.io.files import FULL, flush, is_stale, leftovers, owner, released, temporary_name, writing
+from blm.io.files import (
+    FULL,
+    abandoned_paths,
+    fsync,
+    is_stale,
+    release_temporary_name,
+    temporary_name,
+    writer_id,
+    writing,
+)
 from blm.types import BlmError
 
 MARK = ".blm-owner.json"
-"""File that says that this program made the folder it lies in, and may remove it."""
+"""Marker file of a folder that this program made and may remove."""
 MANY_FILES = 64
-"""The system flushes everything at once for folders with more files than this: one call a file takes 4 ms."""
-
+"""With more files than this, one `sync` flushes everything: an `fsync` takes about 4 ms a file."""
 RETURN_AGE = 60.0
-"""The same for a folder that another machine moved aside, and did not replace: it comes back."""
-
+"""Age after which a folder that another machine moved aside and did not replace is restored [s]."""
 Written = Callable[[Path], Collection[str]]
-"""Names (relative, with slashes) of the files of a folder that this program wrote and nobody altered. Raises
-BlmError when it cannot prove that the folder is its own."""
+"""Returns the names (relative, with slashes) of the files in a folder that this program wrote and
+that were not altered since. Raises BlmError if it cannot prove that the folder is this program's."""
 
 
 @contextmanager
 def new_folder(target: Path, *, written: Written | None = None, resume: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `target`; when all went well, it becomes `target` in one step.
+    """Yield an empty folder beside `target`, which becomes `target` atomically if no error occurs.
 
-    What stands at `target` is replaced only if `written` is given and proves it to be this program's; other
-    files in there move into the new folder, as NAME.kept where it has one of that name. With `resume` the
-    folder that a killed (or interrupted) call left is handed out again, with what is in it. A kill leaves the
-    old or the new folder; between two renames, `settled` brings the old one back. Raises BlmError for
-    anything else at `target`, and when the disk refuses.
+    An existing `target` is replaced only if `written` is given and proves that it is this
+    program's. Other files in it are copied into the new folder, as NAME.kept if there is a file of
+    that name. With `resume`, the folder that a killed (or interrupted) call left is yielded again
+    with its content.
+
+    After a kill, either the old or the new folder is at `target`; if the kill came between two
+    renames, `recover_folder` restores the old one. Raises BlmError if anything else is at `target`,
+    and on disk errors.
     """
-    place = Path(os.path.realpath(settled(target)))
+    place = Path(os.path.realpath(recover_folder(target)))
     if written is None and os.path.lexists(place):
         raise BlmError(f"'{target}' exists; move it away, or name another one")
     replace = os.path.lexists(place)
-    strangers = _strangers(place, written) if written is not None else []
+    foreign = _foreign_files(place, written) if written is not None else []
     with writing(target):
         place.parent.mkdir(parents=True, exist_ok=True)
-        work = _begun(place, resume)
+        work = _open_work_folder(place, resume)
     keep = False
     try:
         with writing(target, only=FULL):
             yield work
         with writing(target):
-            for name in strangers:
-                _carry(place / name, work / name)
-            _flush_tree(work)
+            for name in foreign:
+                _copy_foreign_file(place / name, work / name)
+            _fsync_tree(work)
             _swap(work, place, replace)
     except KeyboardInterrupt:
         keep = resume
         raise
     finally:
-        released(work)
+        release_temporary_name(work)
         if not keep and os.path.lexists(work):
             remove_own(work)
 
 
-def settled(target: Path) -> Path:
-    """Return `target` after mending what a killed writer of that folder left: call it before opening one.
+def recover_folder(target: Path) -> Path:
+    """Repair what a killed writer of `target` left and return `target`.
 
-    If the kill came between two renames, the folder that stood there comes back.
+    Call it before opening a folder.
+
+    If the writer was killed between two renames, the old folder is restored.
     """
     place = Path(os.path.realpath(target))
     if not os.path.lexists(place):
-        for left in leftovers(place, RETURN_AGE):
-            if _mark_of(left).get("state") == "old" and _mark_of(left).get("target") == place.name:
+        for left in abandoned_paths(place, RETURN_AGE):
+            if _read_mark(left).get("state") == "old" and _read_mark(left).get("target") == place.name:
                 with writing(target):
                     left.rename(place)
                 break
     mark = place / MARK
-    if mark.is_file() and is_stale(_mark_of(place).get("owner", "")) and "kind" not in _mark_of(place):
-        with suppress(OSError):  # on a read-only disk it stays, and says nothing to a reader
+    if mark.is_file() and is_stale(_read_mark(place).get("owner", "")) and "kind" not in _read_mark(place):
+        with suppress(OSError):  # on a read-only disk it stays, which does no harm
             mark.unlink()
     return target
 
 
 def work_folder(path: Path, kind: str, facts: Mapping[str, Any]) -> Path:
-    """Make a folder for unfinished work that outlives a killed run, or open it again; return it.
+    """Create or reopen a folder for unfinished work, which survives a killed run; return it.
 
-    `facts` say what it is made from. Raises BlmError for a folder of other facts, and for one that this
-    program did not make.
+    `facts` identify the work, e.g. its configuration. Raises BlmError for a folder with other
+    facts, and for a folder that this program did not make.
     """
     key = hashlib.sha256(json.dumps([kind, facts], sort_keys=True, default=str).encode()).hexdigest()[:16]
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
         if not any(path.iterdir()):
             _write_mark(path, {"kind": kind, "facts": key})
-    mark = _mark_of(path)
+    mark = _read_mark(path)
     if mark.get("kind") != kind:
         raise BlmError(
             f"'{path}' is needed for unfinished work, but this program did not make it; move it away"
@@ -110,14 +121,15 @@ def work_folder(path: Path, kind: str, facts: Mapping[str, Any]) -> Path:
 
 
 def remove_own(folder: Path, ours: Callable[[PurePath], bool] = lambda name: True) -> bool:
-    """Remove a folder that this program marked as its own, and return whether it is gone.
+    """Remove a folder that this program marked as its own; return whether it is gone.
 
-    Files that `ours` (given names relative to the folder) denies stay, and with them their folders. Links are
-    removed, not what they point to. Raises BlmError for a folder without our mark.
+    Files for which `ours` (called with the name relative to the folder) is false stay, with the
+    folders that hold them. Links are removed, but not their targets. Raises BlmError for a folder
+    without our mark.
     """
     if folder.is_symlink() or not (folder / MARK).is_file():
         if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-            folder.rmdir()  # killed before it was marked, or after
+            folder.rmdir()  # the writer was killed before it marked the folder, or after it removed the mark
             return True
         raise BlmError(f"'{folder}' is not removed: this program cannot prove that it made it")
     with writing(folder):
@@ -136,37 +148,14 @@ def remove_own(folder: Path, ours: Callable[[PurePath], bool] = lambda name: Tru
     return True
 
 
-@contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Hold a run folder for this process. Raises BlmError when another one, or another call, holds it.
+def _open_work_folder(target: Path, resume: bool) -> Path:
+    """Return the folder to build in: a new one, or the one of a killed call.
 
-    The lock is on the folder itself: it leaves no file, and ends with the process.
+    Remove other abandoned ones.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        place = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlmError(
-                f"another process is using '{folder}'; wait for its end, or use another folder"
-            ) from error
-        except OSError:
-            pass  # some network file systems have no locks
-        yield
-    finally:
-        os.close(place)
-
-
-# --- inside ------------------------------------------------------------------------------------------------
-
-
-def _begun(target: Path, resume: bool) -> Path:
-    """The folder to build in: a new one, or the one that a killed call left. Others that were left go."""
-    work, lefts = temporary_name(target), [path for path in leftovers(target) if path.is_dir()]
-    for left in lefts:
-        if resume and not work.exists() and _mark_of(left).get("state") == "part":
+    work = temporary_name(target)
+    for left in [path for path in abandoned_paths(target) if path.is_dir()]:
+        if resume and not work.exists() and _read_mark(left).get("state") == "part":
             left.rename(work)
         else:
             with suppress(BlmError):  # without our mark it is not ours to remove
@@ -177,7 +166,7 @@ def _begun(target: Path, resume: bool) -> Path:
 
 
 def _write_mark(folder: Path, facts: Mapping[str, Any]) -> None:
-    content = json.dumps({"program": "blm", "owner": owner(), **facts}).encode()
+    content = json.dumps({"program": "blm", "owner": writer_id(), **facts}).encode()
     file = os.open(folder / MARK, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
     try:
         os.write(file, content)
@@ -185,8 +174,8 @@ def _write_mark(folder: Path, facts: Mapping[str, Any]) -> None:
         os.close(file)
 
 
-def _mark_of(folder: Path) -> dict[str, Any]:
-    """The mark of a folder; empty for none, or one that a kill cut."""
+def _read_mark(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's mark; empty if there is none, or if it is incomplete."""
     with suppress(OSError, ValueError):
         mark = json.loads((folder / MARK).read_text())
         return mark if isinstance(mark, dict) else {}
@@ -194,7 +183,10 @@ def _mark_of(folder: Path) -> dict[str, Any]:
 
 
 def _swap(work: Path, target: Path, replace: bool) -> None:
-    """Put a marked folder in the place of another one, or none; it then fails if one appeared meanwhile."""
+    """Move a marked folder to `target`.
+
+    Without `replace`, fail if something appeared there meanwhile.
+    """
     if not replace or not os.path.lexists(target):
         work.rename(target)
     else:
@@ -208,16 +200,16 @@ def _swap(work: Path, target: Path, replace: bool) -> None:
                 (target / MARK).unlink()
                 raise
             work.rename(target)
-        flush(target.parent)
+        fsync(target.parent)
         _write_mark(old, {"state": "old", "target": target.name})
         remove_own(old)
-        released(old)
+        release_temporary_name(old)
     (target / MARK).unlink()
-    flush(target.parent)
+    fsync(target.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchange two folders in one step where the system can (Linux, renameat2); False where it cannot."""
+    """Exchange two folders atomically (Linux: renameat2); return False if the system cannot."""
     call: Any = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
         return False
@@ -225,8 +217,8 @@ def _exchange(first: Path, second: Path) -> bool:
     return bool(call(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
 
 
-def _strangers(folder: Path, written: Written) -> list[str]:
-    """Files in a folder to be replaced that this program did not write."""
+def _foreign_files(folder: Path, written: Written) -> list[str]:
+    """Return the files that this program did not write in a folder that is about to be replaced."""
     if not os.path.lexists(folder):
         return []
     if not folder.is_dir():
@@ -238,7 +230,10 @@ def _strangers(folder: Path, written: Written) -> list[str]:
 
 
 def files_below(folder: Path) -> list[str]:
-    """Names of all files and links below a folder, relative to it, with slashes. Links are not followed."""
+    """Return the sorted names of all files and links below a folder, relative to it, with slashes.
+
+    Links are not followed.
+    """
     found = []
     for path, folders, files in os.walk(folder):
         links = [name for name in folders if Path(path, name).is_symlink()]
@@ -246,18 +241,18 @@ def files_below(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _carry(source: Path, target: Path) -> None:
+def _copy_foreign_file(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     while os.path.lexists(target):
         target = target.with_name(f"{target.name}.kept")
     shutil.copy2(source, target, follow_symlinks=False)
 
 
-def _flush_tree(folder: Path) -> None:
+def _fsync_tree(folder: Path) -> None:
     names = files_below(folder)
     if len(names) > MANY_FILES:
         os.sync()
         return
     for name in names:
         if not (folder / name).is_symlink():
-            flush(folder / name)
+            fsync(folder / name)

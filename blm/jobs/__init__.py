@@ -1,13 +1,14 @@
-"""One seam for long work: run keyed units over worker processes or a Ray cluster, resumably.
+"""Resumable parallel work: run keyed work units on worker processes or on a Ray cluster.
 
-A unit is a key and a picklable payload. Results are small JSON-able dicts appended to a journal, one line
-per finished unit, so a killed run continues where it stopped. Heavy products (episodes, feature shards) are
-written by the unit itself, atomically, before it returns; a unit that runs twice changes nothing.
+A work unit is a key and a picklable payload. Its result is a small JSON-serialisable dict, which is
+appended to a journal, one line per finished unit, so a killed run resumes where it stopped. A unit
+writes large outputs (episodes, feature shards) itself, atomically, before it returns. Units must be
+idempotent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,23 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from blm.jobs.journal import appending, read_journal
+from blm.jobs.journal import open_journal, read_journal
 from blm.jobs.local import run_inline, run_locally
 from blm.jobs.ray import run_on_ray
-from blm.jobs.unit import Job, Lost, Result, Runs, Unit
+from blm.jobs.unit import FailedUnit, JobSpec, Result, UnitResults, WorkUnit
 from blm.types import BlmError, lookup
 
-__all__ = ["ENGINES", "MAX_WORKERS", "Result", "Unit", "read_journal", "run_units"]
+__all__ = ["ENGINES", "MAX_WORKERS", "Result", "WorkUnit", "read_journal", "run_units"]
 
 ATTEMPTS = 3
-"""How often a unit may cost a worker its life before it is given up."""
+"""Maximum number of worker deaths per unit; then the unit is given up."""
 MAX_WORKERS = 1024
+"""Maximum number of workers."""
 
 
 def run_units(
     work: Callable[[Any], Result],
-    units: Sequence[Unit],
+    units: Sequence[WorkUnit],
     *,
     journal: Path,
     workers: int = 2,
@@ -46,52 +48,62 @@ def run_units(
     setup_args: tuple[Any, ...] = (),
     engine: str = "local",
 ) -> dict[str, Result]:
-    """Run `work(payload)` for every unit that the journal lacks; return key -> result for all of them.
+    """Run `work(payload)` for every unit that is not in the journal.
 
-    `work` and `setup` are module-level functions; `setup` runs once in each worker. With `workers=0`
-    everything runs in this process. A worker that dies (out of memory, kill -9, a lost node) is replaced and
-    its unit runs again; one that has cost ATTEMPTS workers their lives is given up, the others go on, and the
-    run ends with an error that names it. An exception raised by `work` stops the run with the unit's key.
-    What had finished is in the journal, which only this process writes, a line in full or not at all.
+    Return key -> result for all units.
 
-    Engine "local" spawns processes. "ray" uses the Ray cluster that RAY_ADDRESS names, or else the one that
-    `ray start` made on this machine, or else starts one here for the time of the run; every worker takes one
-    CPU of it. All nodes need this package, and must share the folder of the journal and every folder that
-    units write to.
+    `work` and `setup` must be module-level functions; `setup` runs once in each worker. With
+    `workers=0` everything runs in this process.
 
-    Raises BlmError for duplicate keys, a number of workers out of range, units that were given up, and a
-    journal that another run is using or that cannot be written; UnknownNameError for another engine.
+    If a worker dies (out of memory, kill -9, a lost node), it is replaced and its unit is retried.
+    After ATTEMPTS deaths a unit is given up; the other units continue, and the run ends with an
+    error that names it. An exception in `work` stops the run with an error that names the unit.
+    Finished units are in the journal, which only this process writes.
+
+    Engine "local" spawns processes. Engine "ray" uses the Ray cluster at RAY_ADDRESS, or else the
+    one that `ray start` started on this machine, or else a cluster that it starts for this run.
+    Every worker uses one CPU. All nodes need this package and must share the folders of the journal
+    and of all files that units write.
+
+    Raises BlmError for duplicate keys, an invalid number of workers, units that were given up, and
+    a journal that another run uses or that cannot be written; UnknownNameError for an unknown
+    engine.
     """
-    run = lookup("engine", engine, ENGINES)
+    engine_run = lookup("engine", engine, ENGINES)
+    if not workers:
+        engine_run = run_inline
     if len({unit.key for unit in units}) != len(units):
         raise BlmError("work units have duplicate keys; a key must name one piece of work")
     if not 0 <= workers <= MAX_WORKERS:
         raise BlmError(f"workers is {workers}; it must be 0 (all in this process) to {MAX_WORKERS:,}")
-    lost: dict[str, str] = {}
-    with appending(journal) as append:
+    given_up: dict[str, str] = {}
+    with open_journal(journal) as append:
         finished = read_journal(journal)
-        todo = [unit for unit in units if unit.key not in finished]
-        job = Job(work, setup, setup_args, workers, journal.parent.resolve(), ATTEMPTS)
+        pending = [unit for unit in units if unit.key not in finished]
+        job = JobSpec(work, setup, setup_args, workers, journal.parent.resolve(), ATTEMPTS)
         with (
-            _progress(title, total=len(units), done=len(units) - len(todo)) as advance,
-            closing(
-                (run if workers else run_inline)(job, todo)
-            ) as results,  # ends the workers, whatever happens
+            _progress(title, total=len(units), done=len(units) - len(pending)) as advance,
+            closing(engine_run(job, pending)) as results,  # stops the workers in any case
         ):
             for key, result in results:
                 append(key, result)
-                if isinstance(result, Lost):
-                    lost[key] = result.reason
+                if isinstance(result, FailedUnit):
+                    given_up[key] = result.reason
                 else:
                     finished[key] = result
                 advance()
-    if lost:
-        some = ", ".join(f"'{key}' {reason}" for key, reason in [*lost.items()][:3])
-        raise BlmError(
-            f"{len(lost)} of {len(units)} work units were given up, the others are finished: {some}. "
-            "Check memory, or use fewer workers; the same command tries them again"
-        )
+    if given_up:
+        raise _given_up_error(given_up, len(units))
     return {unit.key: finished[unit.key] for unit in units}
+
+
+def _given_up_error(reasons: Mapping[str, str], count: int) -> BlmError:
+    """Return the error of a run in which units (key -> reason) were given up."""
+    some = ", ".join(f"'{key}' {reason}" for key, reason in [*reasons.items()][:3])
+    return BlmError(
+        f"{len(reasons)} of {count} work units were given up, the others are finished: {some}. "
+        "Check memory, or use fewer workers; the same command tries them again"
+    )
 
 
 @contextmanager
@@ -103,4 +115,7 @@ def _progress(title: str, *, total: int, done: int) -> Iterator[Callable[[], Non
         yield lambda: bar.advance(task)
 
 
-ENGINES: dict[str, Callable[[Job, Sequence[Unit]], Runs]] = {"local": run_locally, "ray": run_on_ray}
+ENGINES: dict[str, Callable[[JobSpec, Sequence[WorkUnit]], UnitResults]] = {
+    "local": run_locally,
+    "ray": run_on_ray,
+}

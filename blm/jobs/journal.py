@@ -1,26 +1,27 @@
-"""The journal of a run: one line for each finished unit, which a killed run continues from."""
+"""The journal of a run: one line per finished work unit, from which a killed run resumes."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from blm.jobs.unit import Lost, Result
+from blm.io import lock_exclusively
+from blm.jobs.unit import FailedUnit, Result
 from blm.types import BlmError
 
 _BEGIN = b'{"key": '
-"""How every line begins."""
+"""First bytes of every line."""
 
 
 def read_journal(journal: Path) -> dict[str, Result]:
-    """Return the finished units of a journal; a last line cut short by a kill is removed from the file.
+    """Return key -> result of the finished units in a journal.
 
-    Units that were given up are not finished: they run again. Raises BlmError for a line that is not one of
-    ours, and leaves the file as it is.
+    A last line that a kill truncated is removed from the file. Units that were given up do not
+    count as finished, so they run again. Raises BlmError for a line of another program; the file
+    then stays unchanged.
     """
     if not journal.exists():
         return {}
@@ -36,13 +37,16 @@ def read_journal(journal: Path) -> dict[str, Result]:
             f"journal '{journal}' is damaged ({error}); move it away, and all of its units run again"
         ) from error
     if whole != len(data):
-        os.truncate(journal, whole)  # in place: it must also work on a full disk
+        os.truncate(journal, whole)  # in place, because that also works on a full disk
     return finished
 
 
 @contextmanager
-def appending(journal: Path) -> Iterator[Callable[[str, Result | Lost], None]]:
-    """Hold the journal for this process; yield a function that appends one line in full or not at all."""
+def open_journal(journal: Path) -> Iterator[Callable[[str, Result | FailedUnit], None]]:
+    """Lock the journal for this process; yield a function that appends one unit's line atomically.
+
+    Raises BlmError if another process uses the journal, or if it cannot be written.
+    """
     try:
         journal.parent.mkdir(parents=True, exist_ok=True)
         log = journal.open("ab", buffering=0)
@@ -51,28 +55,24 @@ def appending(journal: Path) -> Iterator[Callable[[str, Result | Lost], None]]:
             f"cannot write the journal '{journal}': {error.strerror}; choose a folder that you may write to"
         ) from error
 
-    def append(key: str, result: Result | Lost) -> None:
-        row = {"failure": result.reason} if isinstance(result, Lost) else {"result": result}
+    def append(key: str, result: Result | FailedUnit) -> None:
+        row = {"failure": result.reason} if isinstance(result, FailedUnit) else {"result": result}
         line = (json.dumps({"key": key, **row}) + "\n").encode()
         size = os.fstat(log.fileno()).st_size
         try:
-            while line:  # a disk that is nearly full takes a part
+            while line:  # a nearly full disk may accept a part of the line
                 line = line[log.write(line) :]
         except OSError as error:
             with suppress(OSError):
                 log.truncate(size)
             raise BlmError(
-                f"cannot write to the journal '{journal}': {error.strerror}; what is finished is kept "
-                "in it: make room, and the same command continues there"
+                f"cannot write to the journal '{journal}': {error.strerror}; finished units are "
+                "kept: free some space and run the same command again"
             ) from error
 
     with log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlmError(
-                f"another run is using the journal '{journal}'; wait for its end, or use another folder"
-            ) from error
-        except OSError:
-            pass  # some network file systems have no locks
+        lock_exclusively(
+            log.fileno(),
+            f"another run is using the journal '{journal}'; wait for it to end, or use another folder",
+        )
         yield append

@@ -1,4 +1,4 @@
-"""Units in this process, and in processes of this machine."""
+"""Run work units in this process, or in worker processes on this machine."""
 
 from __future__ import annotations
 
@@ -16,66 +16,83 @@ from multiprocessing.process import BaseProcess, parent_process
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-from blm.jobs.unit import ONE_THREAD, Job, Lost, Runs, Unit, environment, named
+from blm.jobs.unit import (
+    ONE_THREAD,
+    FailedUnit,
+    JobSpec,
+    UnitResults,
+    WorkUnit,
+    describe_failure,
+    environment_variables,
+)
 from blm.types import BlmError
 
 END_SECONDS = 30.0
-"""What a worker may take to end by itself."""
+"""Time that a worker process has to exit by itself [s]."""
 
 
-def run_inline(job: Job, units: Sequence[Unit]) -> Runs:
-    job.begin()
+def run_inline(job: JobSpec, units: Sequence[WorkUnit]) -> UnitResults:
+    """Run all units in this process. An exception of a unit is raised with the unit's key."""
+    job.set_up()
     for unit in units:
         try:
             result = job.work(unit.payload)
         except Exception as error:
-            raise named(f"work unit '{unit.key}'", error) from error
+            raise describe_failure(f"work unit '{unit.key}'", error) from error
         yield unit.key, result
 
 
 @dataclass
 class _Worker:
+    """A worker process and the unit that it runs."""
+
     process: BaseProcess
     pipe: Connection
-    unit: Unit | None = None
-    """What it is doing; None while it sets up."""
+    unit: WorkUnit | None = None
+    """The unit in progress; None during set-up."""
 
 
-def run_locally(job: Job, units: Sequence[Unit]) -> Runs:
-    """Give each worker one unit at a time, so that it is known which one a worker died of."""
-    todo, deaths, left = deque(units), Counter[str](), len(units)
-    workers, finished = [_hire(job) for _ in range(min(job.workers, left))], list[_Worker]()
+def run_locally(job: JobSpec, units: Sequence[WorkUnit]) -> UnitResults:
+    """Run units in worker processes.
+
+    A worker gets one unit at a time, so that its death is attributed to that unit.
+    """
+    pending = deque(units)
+    deaths = Counter[str]()
+    left = len(units)
+    workers = [_start_worker(job) for _ in range(min(job.workers, left))]
+    finished = list[_Worker]()
     try:
         while left:
-            for worker in _ready(workers):
+            for worker in _wait_for_replies(workers):
                 what = f"work unit '{worker.unit.key}'" if worker.unit else "the set-up of a worker"
-                answer = _answer(worker)
-                if answer is None:
+                reply = _receive_reply(worker)
+                if reply is None:
                     workers.remove(worker)
                     deaths[what] += 1
-                    reason = f"{_how_it_ended(worker)}, {deaths[what]} times"
+                    reason = f"{_describe_exit(worker)}, {deaths[what]} times"
                     if worker.unit and deaths[what] < job.attempts:
-                        todo.append(worker.unit)  # last: what others can finish is finished first
+                        pending.append(worker.unit)  # to the end of the queue: the other units go first
                     elif worker.unit:
                         left -= 1
-                        yield worker.unit.key, Lost(reason)
+                        yield worker.unit.key, FailedUnit(reason)
                     elif deaths[what] >= job.attempts:
                         raise BlmError(f"{what} failed: its process {reason}; check memory")
                     if len(workers) < min(job.workers, left):
-                        workers.append(_hire(job))
+                        workers.append(_start_worker(job))
                     continue
-                good, value, trace = answer
-                if not good:
+                succeeded, value, trace = reply
+                if not succeeded:
                     value.add_note(trace)
-                    raise named(what, value) from value
+                    raise describe_failure(what, value) from value
                 if worker.unit:
                     left -= 1
                     yield worker.unit.key, value
-                worker.unit = todo.popleft() if todo else None
+                worker.unit = pending.popleft() if pending else None
                 if worker.unit:
-                    with suppress(OSError):  # it has died: that shows in a moment
+                    with suppress(OSError):  # a dead worker is noticed in the next iteration
                         worker.pipe.send(worker.unit.payload)
-                else:  # it ends when its pipe does; a unit that comes back finds another one
+                else:  # the worker exits when its pipe closes; a retried unit starts a new worker
                     workers.remove(worker)
                     finished.append(worker)
                     worker.pipe.close()
@@ -88,37 +105,37 @@ def run_locally(job: Job, units: Sequence[Unit]) -> Runs:
             worker.pipe.close()
 
 
-def _hire(job: Job) -> _Worker:
+def _start_worker(job: JobSpec) -> _Worker:
     context = multiprocessing.get_context("spawn")
-    mine, its = context.Pipe()
-    process = context.Process(target=_serve, args=(its, job))
-    with environment(ONE_THREAD):
+    pipe, worker_pipe = context.Pipe()
+    process = context.Process(target=_worker_main, args=(worker_pipe, job))
+    with environment_variables(ONE_THREAD):
         process.start()
-    its.close()  # so that the pipe ends with the process
-    return _Worker(process, mine)
+    worker_pipe.close()  # so that the pipe closes when the process exits
+    return _Worker(process, pipe)
 
 
-def _ready(workers: Sequence[_Worker]) -> list[_Worker]:
-    """Wait for workers that have answered or ended."""
+def _wait_for_replies(workers: Sequence[_Worker]) -> list[_Worker]:
+    """Wait until workers have replied or exited; return them."""
     ready = wait([one for worker in workers for one in (worker.pipe, worker.process.sentinel)])
     return [worker for worker in workers if worker.pipe in ready or worker.process.sentinel in ready]
 
 
-def _answer(worker: _Worker) -> tuple[bool, Any, str] | None:
-    """What a worker says: whether all went well, result or error, and where that arose; None if it died."""
+def _receive_reply(worker: _Worker) -> tuple[bool, Any, str] | None:
+    """Return a worker's reply (success, result or error, traceback), or None if the worker died."""
     try:
         if worker.pipe.poll():
-            answer: tuple[bool, Any, str] = worker.pipe.recv()
-            return answer
+            reply: tuple[bool, Any, str] = worker.pipe.recv()
+            return reply
     except (EOFError, OSError):
         pass
-    worker.process.kill()  # it may have closed the pipe only
+    worker.process.kill()  # it may have closed its pipe without exiting
     worker.process.join()
     worker.pipe.close()
     return None
 
 
-def _how_it_ended(worker: _Worker) -> str:
+def _describe_exit(worker: _Worker) -> str:
     code = worker.process.exitcode or 0
     return f"killed its worker (signal {-code})" if code < 0 else f"ended its worker (exit status {code})"
 
@@ -126,14 +143,18 @@ def _how_it_ended(worker: _Worker) -> str:
 # --- inside a worker ----------------------------------------------------------------------------------------
 
 
-def _serve(pipe: Connection, job: Job) -> None:
-    """Work until the pipe ends. A worker ends with its parent: one left by kill -9 would wait for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _worker_main(pipe: Connection, job: JobSpec) -> None:
+    """Run units until the pipe closes.
+
+    A worker exits with its parent; otherwise the workers of a parent that got kill -9 would wait
+    for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     try:
-        job.begin()
+        job.set_up()
     except Exception as error:
-        pipe.send((False, _portable(error), traceback.format_exc()))
+        pipe.send((False, _picklable_error(error), traceback.format_exc()))
         return
     pipe.send((True, None, ""))
     while True:
@@ -144,11 +165,11 @@ def _serve(pipe: Connection, job: Job) -> None:
         try:
             pipe.send((True, job.work(payload), ""))
         except Exception as error:
-            pipe.send((False, _portable(error), traceback.format_exc()))
+            pipe.send((False, _picklable_error(error), traceback.format_exc()))
 
 
-def _portable(error: Exception) -> Exception:
-    """The error, or its words where it cannot travel between processes."""
+def _picklable_error(error: Exception) -> Exception:
+    """Return the error, or a RuntimeError with its message if it cannot be pickled."""
     try:
         same: Exception = ForkingPickler.loads(ForkingPickler.dumps(error))
         return same
@@ -156,7 +177,7 @@ def _portable(error: Exception) -> Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""Units on a Ray cluster: one actor a worker, which gets one unit after another."""
+"""Run work units on a Ray cluster: one actor per worker, one unit at a time."""
 
 from __future__ import annotations
 
@@ -12,17 +12,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from blm.jobs.unit import ONE_THREAD, Job, Lost, Result, Runs, Unit, environment, named
+from blm.jobs.unit import (
+    ONE_THREAD,
+    FailedUnit,
+    JobSpec,
+    Result,
+    UnitResults,
+    WorkUnit,
+    describe_failure,
+    environment_variables,
+)
 from blm.types import BlmError
 
 START_SECONDS = 600.0
-"""How long to wait for the first worker of a Ray cluster; one that grows on demand takes minutes."""
+"""Time to wait for the first worker [s]; a cluster that scales on demand takes minutes."""
 
 
 class _RayWorker:
-    """One actor: set up once, then one unit after another."""
+    """A Ray actor that is set up once and then runs one unit at a time."""
 
-    def begin(self, job: Job, working_folder: str) -> None:
+    def set_up(self, job: JobSpec, working_folder: str) -> None:
         if not job.folder.is_dir():
             raise BlmError(
                 f"node '{platform.node()}' has no folder '{job.folder}'; all nodes must share the run folder"
@@ -30,43 +39,46 @@ class _RayWorker:
         if Path(working_folder).is_dir():
             os.chdir(working_folder)  # paths in payloads may be relative
         self.job = job
-        job.begin()
+        job.set_up()
 
     def run(self, payload: Any) -> Result:
         return self.job.work(payload)
 
 
-def run_on_ray(job: Job, units: Sequence[Unit]) -> Runs:
-    """Hand out units one at a time to actors that are ready; who has none yet holds up nothing."""
+def run_on_ray(job: JobSpec, units: Sequence[WorkUnit]) -> UnitResults:
+    """Run units on Ray actors, one at a time each; actors that are not ready yet delay nothing."""
     if not units:
         return
     with _ray_cluster(job.workers) as ray:
-        lost = ray.exceptions.RayError  # of these, RayTaskError comes from the work, the rest from machines
+        # Of Ray's errors, RayTaskError is raised by the work function, the others by machines.
+        worker_lost = ray.exceptions.RayError
         options = {"num_cpus": 1, "runtime_env": {"env_vars": ONE_THREAD}}
         actor_class = ray.remote(**options)(_RayWorker)
-        todo, left, deaths = deque(units), len(units), Counter[str]()
-        running: dict[Any, tuple[Any, Unit | None]] = {}  # future -> actor, and its unit unless it begins
-        begun = False
+        pending = deque(units)
+        left = len(units)
+        deaths = Counter[str]()
+        running: dict[Any, tuple[Any, WorkUnit | None]] = {}  # future -> actor, unit (None: set-up)
+        started = False
 
-        def hire() -> None:
+        def start_worker() -> None:
             actor = actor_class.remote()
-            running[actor.begin.remote(job, str(Path.cwd()))] = actor, None
+            running[actor.set_up.remote(job, str(Path.cwd()))] = actor, None
 
         try:
             for _ in range(min(job.workers, left)):
-                hire()
+                start_worker()
             while left:
-                ready, _ = ray.wait(list(running), timeout=None if begun else START_SECONDS)
+                ready, _ = ray.wait(list(running), timeout=None if started else START_SECONDS)
                 if not ready:
-                    raise BlmError(f"no Ray worker started in {START_SECONDS:.0f} s; {_free(ray)}")
+                    raise BlmError(f"no Ray worker started in {START_SECONDS:.0f} s; {_describe_cpus(ray)}")
                 actor, unit = running.pop(ready[0])
                 what = f"work unit '{unit.key}'" if unit else "the set-up of a worker"
                 try:
                     result = ray.get(ready[0])
                 except ray.exceptions.RayTaskError as error:
-                    raise named(what, error.cause) from error
-                except lost as error:
-                    ray.kill(actor)  # it may be alive where it cannot be reached
+                    raise describe_failure(what, error.cause) from error
+                except worker_lost as error:
+                    ray.kill(actor)  # it may be alive but unreachable
                     deaths[what] += 1
                     if deaths[what] >= job.attempts:
                         if unit is None:
@@ -74,32 +86,36 @@ def run_on_ray(job: Job, units: Sequence[Unit]) -> Runs:
                                 f"{what} cost {deaths[what]} Ray workers their lives; check memory and nodes"
                             ) from error
                         left -= 1
-                        yield unit.key, Lost(f"it cost {deaths[what]} Ray workers their lives")
+                        yield unit.key, FailedUnit(f"it cost {deaths[what]} Ray workers their lives")
                     elif unit:
-                        todo.append(unit)  # last: what others can finish is finished first
+                        pending.append(unit)  # to the end of the queue: the other units go first
                     if left:
-                        hire()
+                        start_worker()
                     continue
-                begun, deaths[what] = True, 0
+                started = True
+                deaths[what] = 0
                 if unit:
                     left -= 1
                     yield unit.key, result
-                if todo:
-                    unit = todo.popleft()
+                if pending:
+                    unit = pending.popleft()
                     running[actor.run.remote(unit.payload)] = actor, unit
         finally:
             for actor, _ in running.values():
                 ray.kill(actor)
 
 
-def _free(ray: Any) -> str:
+def _describe_cpus(ray: Any) -> str:
     have, free = (resources().get("CPU", 0) for resources in (ray.cluster_resources, ray.available_resources))
     return f"the cluster has {have:g} CPUs, {free:g} of them free, and each worker needs one"
 
 
 @contextmanager
 def _ray_cluster(workers: int) -> Iterator[Any]:
-    """Yield the module `ray`, connected; at the end leave the cluster, or stop it if it was started here."""
+    """Connect to a Ray cluster and yield the module `ray`.
+
+    On exit, disconnect; a cluster that was started here is stopped.
+    """
     try:
         import ray
     except ModuleNotFoundError as error:
@@ -113,10 +129,10 @@ def _ray_cluster(workers: int) -> Iterator[Any]:
     }
     _check_address(os.environ.get("RAY_ADDRESS", ""))
     try:
-        with environment({"RAY_USAGE_STATS_ENABLED": "0"}):
+        with environment_variables({"RAY_USAGE_STATS_ENABLED": "0"}):
             try:
                 ray.init(num_cpus=workers, include_dashboard=False, **quiet)
-            except ValueError:  # so it refuses a number of CPUs where a cluster is running
+            except ValueError:  # a running cluster refuses a number of CPUs
                 ray.init(**quiet)
     except ConnectionError as error:
         raise BlmError(
@@ -130,7 +146,7 @@ def _ray_cluster(workers: int) -> Iterator[Any]:
 
 
 def _check_address(address: str) -> None:
-    """Raise BlmError if nothing listens at "host:port": Ray itself would go on trying for minutes."""
+    """Raise BlmError if nothing listens at "host:port"; Ray itself would retry for minutes."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "://" not in address:
         try:

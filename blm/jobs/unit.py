@@ -1,4 +1,4 @@
-"""What the engines share: a unit of work, what every worker must know, and what becomes of a unit."""
+"""Types that the engines share: a work unit, a job that workers run, and the result of a unit."""
 
 from __future__ import annotations
 
@@ -15,56 +15,57 @@ from blm.types import BlmError
 Result = dict[str, Any]
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 ONE_THREAD = dict.fromkeys(_THREAD_VARIABLES, "1")
-"""For workers: two busy two-thread processes on two cores stall both."""
-_MENDABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""Environment of worker processes: without it, workers with many threads slow each other down."""
+_USER_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One idempotent piece of work."""
+class WorkUnit:
+    """An idempotent piece of work: running it twice has the effect of running it once."""
 
     key: str
     payload: Any
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A unit that was given up."""
+class FailedUnit:
+    """A work unit that was given up after too many attempts."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every worker must know."""
+class JobSpec:
+    """The work function and its settings, which every worker process receives."""
 
     work: Callable[[Any], Result]
     setup: Callable[..., None] | None
     setup_args: tuple[Any, ...]
     workers: int
     folder: Path
-    """Absolute folder of the journal, and beside it, of what the units write."""
+    """Absolute path of the folder of the journal and of the files that units write."""
     attempts: int
-    """Workers that one unit may cost their lives."""
+    """Maximum number of worker deaths per unit."""
 
-    def begin(self) -> None:
+    def set_up(self) -> None:
+        """Run the set-up function once in a worker process."""
         if self.setup is not None:
             self.setup(*self.setup_args)
 
 
-Runs = Generator[tuple[str, Result | Lost], None, None]
-"""Key, and result or failure, of units in the order in which they end."""
+UnitResults = Generator[tuple[str, Result | FailedUnit], None, None]
+"""Yields the key and the result or failure of each unit, in order of completion."""
 
 
-def named(what: str, error: Exception) -> Exception:
-    """The error of one unit with its key; what a user can mend is a BlmError."""
-    mendable = isinstance(error, BlmError) or (isinstance(error, OSError) and error.errno in _MENDABLE)
-    return (BlmError if mendable else RuntimeError)(f"{what} failed: {error}")
+def describe_failure(what: str, error: Exception) -> Exception:
+    """Return an error that names the failed step; a BlmError if a user can fix the cause."""
+    by_user = isinstance(error, BlmError) or (isinstance(error, OSError) and error.errno in _USER_ERRORS)
+    return (BlmError if by_user else RuntimeError)(f"{what} failed: {error}")
 
 
 @contextmanager
-def environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set variables for the processes that start meanwhile: they inherit them."""
+def environment_variables(variables: dict[str, str]) -> Iterator[None]:
+    """Set environment variables within the context; processes that start there inherit them."""
     saved = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -1,4 +1,4 @@
-"""Demonstrations: tasks split into primitives, planned motions, an expert for any state, the collector."""
+"""Demonstrations: motion primitives, motion planning, the expert and the collector."""
 
 from blm.planner.collect import CollectConfig, collect
 from blm.planner.expert import Expert

@@ -1,7 +1,8 @@
-"""Collects demonstrations: every robot and task, many seeds, several processes, through any number of kills.
+"""Collects demonstrations for all robots and tasks in parallel; a killed run resumes.
 
-One attempt is one work unit, keyed robot/task/seed: it stages its episode, or returns why it failed, and the
-next seed is tried. The same configuration gives the same vectors, bit for bit, on one machine.
+One attempt is one work unit with the key robot/task/seed. It stages its episode, or returns the reason
+for its rejection, and then the next seed is tried. The same configuration gives the same vectors, bit
+for bit, on one machine.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ import numpy as np
 from rich.console import Console
 
 from blm.datasets.lerobot import finalize_dataset, stage_episode
-from blm.io import MARK, hold, read_json, remove_own, work_folder, write_json
-from blm.jobs import MAX_WORKERS, Result, Unit, run_units
+from blm.io import MARK, lock_folder, read_json, remove_own, work_folder, write_json
+from blm.jobs import MAX_WORKERS, Result, WorkUnit, run_units
 from blm.planner.decompositions import DECOMPOSITIONS
 from blm.planner.demonstration import TAKE_OVER, Demonstrator, Perturbation, demonstrate
 from blm.planner.expert import HOLD_STEPS, Expert
 from blm.robots import ROBOTS
-from blm.seeds import reserved, warning
+from blm.seeds import count_reserved_seeds, reserved_seeds_warning
 from blm.tasks import Env
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.scene import CAMERAS
@@ -38,42 +39,45 @@ from blm.types import BlmError, Policy, lookup, require_numbers
 MakePolicy = Callable[[], Policy]
 """Picklable; called once in each worker process."""
 PLANNING = ("mink", "toppra", "ompl", "numpy")
-"""Packages whose versions decide what the expert does."""
+"""Packages whose versions determine the expert's actions."""
 STAGING, JOURNAL = ".staging", "journal.jsonl"
 _NOT_DATA = ("workers", "engine")
-"""Fields that say how to collect, not what: a run may be continued with other ones."""
+"""Fields that do not affect the data, so an interrupted run may resume with other values."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
-    """What to collect."""
+    """Settings of a collection."""
 
     robots: tuple[str, ...] = tuple(ROBOTS)
     tasks: tuple[str, ...] = tuple(DECOMPOSITIONS)
     episodes: int = 50
-    """Successful episodes to keep for each robot and task."""
+    """Number of successful episodes to keep for each robot and task."""
     first_seed: int = 10_000
-    """Scenes are those of this seed and the ones after it."""
+    """Seed of the first scene; the following scenes have the following seeds."""
     cameras: tuple[str, ...] = ("base", "side", "wrist")
     image_size: int = 112
     """Side of the pictures [px], even."""
     noise: tuple[float, ...] = (0.0, 0.01, 0.02)
-    """Deviations of the noise on executed, not on recorded, joint targets [rad]; one is drawn an episode."""
+    """Standard deviations of the noise on executed (not recorded) joint targets [rad].
+
+    One value is drawn per episode.
+    """
     disturbed: float = 0.15
-    """Share of episodes in which the gripper works the wrong way for a moment: misses, drops, recoveries."""
+    """Share of episodes in which the gripper command is inverted for a moment: misses, drops, recoveries."""
     random_starts: float = 0.3
-    """Share of episodes that start away from home."""
+    """Share of episodes that start away from the home pose."""
     hold: int = HOLD_STEPS
-    """Steps of holding still at the goal that end an episode. A policy learns to stay there from those that
-    lie a chunk before the end."""
+    """Number of steps of holding still at the goal that end an episode. A policy learns to stay there from
+    the steps that lie at least one chunk before the end."""
     distractors: int = 0
-    """Coloured things without a part in the task."""
+    """Number of coloured distractor objects."""
     appearance: Appearance = PLAIN
-    """How much colours, light and cameras vary."""
+    """Randomisation of colours, light and cameras."""
     simulator: Literal["mujoco", "maniskill"] = "mujoco"
     """"maniskill" needs its own environment (docs/maniskill.md)."""
     workers: int = 2
-    """Processes; 0 runs in this one."""
+    """Number of worker processes; 0 runs everything in this process."""
     engine: Literal["local", "ray"] = "local"
 
     @property
@@ -114,21 +118,23 @@ class CollectConfig:
 
 
 def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -> dict[str, Any]:
-    """Collect into new folders `out/<robot>/`, a LeRobotDataset v3.0 each; write and return the summary.
+    """Collect one LeRobotDataset v3.0 per robot, `out/<robot>/`; write and return the summary.
 
-    With a `pilot`, that policy drives the first steps of every episode and the expert, whose actions are the
-    labels from the first step on, then finishes it: corrections on states that the policy visits.
+    With a `pilot`, that policy drives the first steps of every episode and the expert completes it. The
+    expert's actions are the labels from the first step on: corrections on states that the policy visits.
 
-    `out/summary.json` has "robots" (robot -> task -> attempts, kept, rejected by reason, frames), "seconds"
-    of the run that finished, "seconds_in" (summed over attempts: planning, physics, rendering, encoding),
-    "versions", "suite", "seeds" (first and last tried), "reserved_seeds" (episodes on scenes that are not for
-    training) and "config". Called again after a kill, it goes on; called again when finished, it returns the
-    summary. Raises BlmError when `out` holds a collection of another configuration, or anything that would
-    be replaced, when another process collects there, or when a cell fails too often.
+    `out/summary.json` has "robots" (robot -> task -> attempts, kept, rejected by reason, frames),
+    "seconds" of the run that finished, "seconds_in" (summed over attempts: planning, physics, rendering,
+    encoding), "versions", "suite", "seeds" (first and last tried), "reserved_seeds" (episodes on scenes that
+    are not for training) and "config".
+
+    After a kill, the same call resumes; after the end, it returns the summary. Raises BlmError if `out`
+    contains a collection of another configuration or files that would be replaced, if another process
+    collects there, or if a cell (robot and task) fails too often.
     """
     wanted = {k: v for k, v in json.loads(json.dumps(asdict(config))).items() if k not in _NOT_DATA}
     wanted["pilot"] = pilot().contract.revision if pilot else None
-    with hold(out):
+    with lock_folder(out):
         _claim(out, config, wanted)
         if not (out / "summary.json").exists():
             _make(config, out, wanted, pilot)
@@ -139,7 +145,7 @@ def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -
 
 
 def _make(config: CollectConfig, out: Path, wanted: dict[str, Any], pilot: MakePolicy | None) -> None:
-    """Make all attempts that are still to be made, then the datasets, then the summary."""
+    """Run all attempts that are missing, then write the datasets and the summary."""
     began = time.monotonic()
     staging = work_folder(out / STAGING, "staged episodes", wanted)
     results = _attempt_all(config, out / JOURNAL, staging, pilot)
@@ -168,7 +174,9 @@ def _make(config: CollectConfig, out: Path, wanted: dict[str, Any], pilot: MakeP
         "seconds": round(time.monotonic() - began, 1),
         "seconds_in": {part: round(seconds, 1) for part, seconds in parts.items()},
         **{key: provenance[key] for key in ("versions", "suite", "seeds")},
-        "reserved_seeds": reserved(int(k.split("/")[2]) for k, result in results.items() if result["kept"]),
+        "reserved_seeds": count_reserved_seeds(
+            int(k.split("/")[2]) for k, result in results.items() if result["kept"]
+        ),
         "config": wanted,
     }
     write_json(out / "summary.json", summary)
@@ -180,7 +188,10 @@ def _is_staged(name: PurePath) -> bool:
 
 
 def _claim(out: Path, config: CollectConfig, wanted: dict[str, Any]) -> None:
-    """Make `out` ours. Raises BlmError if it is another collection's, or holds what would be replaced."""
+    """Claim `out` for this collection.
+
+    Raises BlmError if it belongs to another collection, or contains files that would be replaced.
+    """
     claim = out / "collect.json"
     ours = (*config.robots, "summary.json", "verified.json", JOURNAL, STAGING)
     taken = [name for name in ours if os.path.lexists(out / name)]
@@ -199,20 +210,20 @@ def _claim(out: Path, config: CollectConfig, wanted: dict[str, Any]) -> None:
         )
     if rows:  # nothing was collected yet
         write_json(claim, wanted)
-    counts = reserved(range(config.first_seed, config.first_seed + config.episodes))
+    counts = count_reserved_seeds(range(config.first_seed, config.first_seed + config.episodes))
     if {*counts} - {"held-out questions"}:  # which recipes collect, and never train on
-        Console(stderr=True).print(f"warning: {warning(str(out), counts)}", soft_wrap=True)
+        Console(stderr=True).print(f"warning: {reserved_seeds_warning(str(out), counts)}", soft_wrap=True)
 
 
 def _attempt_all(
     config: CollectConfig, journal: Path, staging: Path, pilot: MakePolicy | None
 ) -> dict[str, Result]:
-    """Run attempts until every cell has its episodes; return key -> result of all of them."""
+    """Run attempts until every cell (robot and task) has its episodes; return key -> result of all."""
     limit = 3 * config.episodes + 10
     tried = dict.fromkeys(product(config.robots, config.tasks), config.episodes)
     while True:
         units = [
-            Unit(f"{robot}/{task}/{seed}", (config, robot, task, seed, staging, pilot))
+            WorkUnit(f"{robot}/{task}/{seed}", (config, robot, task, seed, staging, pilot))
             for (robot, task), count in tried.items()
             for seed in range(config.first_seed, config.first_seed + count)
         ]
@@ -229,7 +240,7 @@ def _attempt_all(
 
 
 def _why(robot: str, task: str, count: Mapping[str, Any], wanted: int) -> str:
-    """What to say when a cell does not get its episodes."""
+    """Return the error message for a cell with too few successful episodes."""
     reasons: Mapping[str, int] = count["rejected"]
     worst = max(reasons, key=lambda reason: reasons[reason])
     advice = (
@@ -244,7 +255,7 @@ def _why(robot: str, task: str, count: Mapping[str, Any], wanted: int) -> str:
 
 
 def _count(results: Mapping[str, Result], robot: str, task: str) -> dict[str, Any]:
-    """What became of the attempts at one robot and task."""
+    """Count attempts, kept episodes, rejections and frames of one robot and task."""
     mine = [result for key, result in results.items() if key.startswith(f"{robot}/{task}/")]
     return {
         "attempts": len(mine),
@@ -255,7 +266,7 @@ def _count(results: Mapping[str, Result], robot: str, task: str) -> dict[str, An
 
 
 def _attempt(payload: tuple[CollectConfig, str, str, int, Path, MakePolicy | None]) -> Result:
-    """One work unit: make, check and stage one episode."""
+    """Run one work unit: demonstrate, check and stage one episode."""
     config, robot, task, seed, staging, make_pilot = payload
     expert, pilot = _expert(config, robot, task), _pilot(make_pilot) if make_pilot else None
     if make_pilot:
@@ -275,7 +286,7 @@ def _attempt(payload: tuple[CollectConfig, str, str, int, Path, MakePolicy | Non
 
 
 def draw_perturbation(config: CollectConfig, rng: np.random.Generator, piloted: bool = False) -> Perturbation:
-    """Draw what befalls one episode; a policy that drives it is disturbance enough."""
+    """Draw the disturbances of one episode; there are none if a policy drives it."""
     sigma = float(rng.choice(config.noise))
     pulse = int(rng.integers(5, 40)) if rng.random() < config.disturbed else None
     start = rng.random() < config.random_starts
@@ -287,7 +298,7 @@ def draw_perturbation(config: CollectConfig, rng: np.random.Generator, piloted: 
 
 @cache
 def _expert(config: CollectConfig, robot: str, task: str) -> Demonstrator:
-    """One environment for each cell and process: making one costs as much as several episodes."""
+    """Return the expert of a cell, cached per process: creating one costs as much as several episodes."""
     return make_expert(config, robot, task)
 
 
@@ -303,13 +314,13 @@ def _check_pilot(make: MakePolicy, config: CollectConfig, robot: str, task: str)
 
 
 def make_env(config: CollectConfig, robot: str, task: str, cameras: tuple[str, ...]) -> Env:
-    """The environment that this configuration records, with these cameras only."""
-    world = Env
+    """Return the environment of this configuration with the given cameras."""
+    env_class = Env
     if config.simulator == "maniskill":
         from blm.tasks.maniskill import ManiSkillEnv
 
-        world = ManiSkillEnv
-    return world(
+        env_class = ManiSkillEnv
+    return env_class(
         robot,
         task,
         cameras=cameras,
@@ -321,7 +332,7 @@ def make_env(config: CollectConfig, robot: str, task: str, cameras: tuple[str, .
 
 
 def make_expert(config: CollectConfig, robot: str, task: str) -> Demonstrator:
-    """Who demonstrates one cell, in the environment that it records."""
+    """Return the expert of one cell, with the environment that it records."""
     env, rng = make_env(config, robot, task, config.cameras), np.random.default_rng(0)
     if config.simulator == "maniskill":
         from blm.planner.maniskill import ManiSkillExpert

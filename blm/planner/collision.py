@@ -1,7 +1,8 @@
-"""What an arm would hit at given joint positions: itself, the table, the items of a task.
+"""Collision checking of one arm against itself, the table and the items of a task.
 
-Distances are MuJoCo's between primitive shapes. An item that may be touched is not looked at; the one in the
-hand moves rigidly with the tool, and its own distances to the others count. World frame, m, rad.
+Distances are MuJoCo's distances between primitive shapes. Items that may be touched are ignored. An
+item in the hand moves rigidly with the tool and is checked against everything else. World frame: x
+forward from the robot, y left, z up. Units: m and rad.
 """
 
 from __future__ import annotations
@@ -23,26 +24,39 @@ from blm.types import lookup
 Vector = NDArray[np.floating[Any]]
 
 TOUCH = 0.003
-"""Depth of a contact that is no collision yet [m]: an arm that rests on the table must get away."""
+"""Penetration depth that still counts as contact and not as a collision [m].
+
+An arm that rests on the table must be able to move away from it.
+"""
 PRESSED = 0.01
-"""The same for the item in the hand on the table: it stands there, and its grip is not exact."""
+"""The same for a held item on the table [m]: it stands there, and its grasp is not exact."""
 CLEARANCE = 0.025
-"""Distance kept from items on the way where there is room [m]: servos trail their targets and cut corners."""
+"""Distance kept from items where there is room [m]: servos lag behind their targets and cut
+corners."""
 SPARE = 0.005
-"""Distance kept beyond it by ways that are sampled [m]: between the points that are checked some is lost."""
-_ARM, _FAR, _GROUND, _ITEM, _HELD = 1, 2, 4, 8, 16
-"""Collision bits: arm; its links that a held item must not hit; table and base; items; the held item."""
+"""Extra distance kept by sampled paths [m]: some is lost between the configurations that are
+checked."""
+_ARM = 1
+"""Collision bit of the arm."""
+_FAR = 2
+"""Collision bit of the links that a held item must not hit."""
+_GROUND = 4
+"""Collision bit of the table and the robot's base."""
+_ITEM = 8
+"""Collision bit of the items."""
+_HELD = 16
+"""Collision bit of the held item."""
 
 
-class Scene:
-    """The collision model of one arm and a task's items; markers are left out."""
+class CollisionWorld:
+    """The collision model of one arm and the items of a task. Markers do not collide."""
 
     def __init__(self, robot: RobotSpec, items: Sequence[Item] = ()) -> None:
         spec = mujoco.MjSpec()
         spec.worldbody.add_geom(name="table", type=mujoco.mjtGeom.mjGEOM_PLANE, size=(2, 2, 0.1))
         add_robot(spec, robot)
         solid = [item for item in items if item.role != "marker"]
-        for item in solid:  # all on free joints: MuJoCo looks for no contacts between bodies that are fixed
+        for item in solid:  # on free joints, because MuJoCo skips contacts between two fixed bodies
             body = spec.worldbody.add_body(name=item.name)
             body.add_freejoint(name=item.name)
             for part in item.parts:
@@ -60,14 +74,18 @@ class Scene:
         self._is_item = np.isin(model.geom_bodyid, [model.body(item.name).id for item in solid])
         self._is_ground = model.geom_bodyid <= model.body("base").id
         solid_arm = (model.geom_contype > 0) & ~self._is_item & ~self._is_ground
-        far = solid_arm & (model.geom_bodyid < self._hand - 1)  # a held item touches the hand, may the wrist
-        model.geom_contype[solid_arm], model.geom_conaffinity[solid_arm] = _ARM, _ARM
+        far = solid_arm & (
+            model.geom_bodyid < self._hand - 1
+        )  # a held item touches the hand and may touch the wrist
+        model.geom_contype[solid_arm] = _ARM
+        model.geom_conaffinity[solid_arm] = _ARM
         model.geom_contype[far] |= _FAR
         ground = self._is_ground & (model.geom_contype > 0)
-        model.geom_contype[ground], model.geom_conaffinity[ground] = _GROUND, _ARM
-        self.place({}, touches=self._items)
+        model.geom_contype[ground] = _GROUND
+        model.geom_conaffinity[ground] = _ARM
+        self.update({}, touches=self._items)
 
-    def place(
+    def update(
         self,
         objects: Mapping[str, ObjectState],
         *,
@@ -76,10 +94,11 @@ class Scene:
         tool: mink.SE3 | None = None,
         opening: float = 1.0,
     ) -> None:
-        """Put the items where they were measured, for all questions until the next call.
+        """Set the measured item poses, which later checks use until the next call.
 
-        `touches` are not looked at. `carried` hangs in the hand as measured with the tool at `tool`. The
-        fingers are `opening` (0 closed .. 1) apart. Raises BlmError for a name that is no item.
+        `touches` names items to ignore. `carried` names the item in the hand; its pose relative to
+        the hand is the measured one, with the tool at `tool`. `opening` is the gripper opening
+        (0 closed .. 1 open). Raises UnknownNameError for a name that is not an item.
         """
         for name in (*touches, *((carried,) if carried else ())):
             lookup("item", name, self._items)
@@ -93,7 +112,7 @@ class Scene:
                 data.joint(name).qpos[:] = (*state.position, *state.quaternion)
         self._carried = None
         if carried:
-            assert tool is not None, "where a carried item hangs follows from where the tool was"
+            assert tool is not None, "the pose of a carried item in the hand follows from the tool's pose"
             state = objects[carried]
             pose = mink.SE3.from_rotation_and_translation(
                 mink.SO3(np.array(state.quaternion)), state.position
@@ -101,10 +120,11 @@ class Scene:
             grip = tool.inverse() @ pose
             self._carried = data.joint(carried), grip.translation(), grip.rotation().wxyz
 
-    def gap(self, q: Vector, clearance: float = 0.0) -> float:
-        """Least distance to spare at joints `q` [m]; negative: a collision; infinite: nothing is near.
+    def spare_distance(self, q: Vector, clearance: float = 0.0) -> float:
+        """Return the smallest distance in excess of the required one at joints `q` [m].
 
-        To be spared: `clearance` (at most CLEARANCE + SPARE) from items, -TOUCH from table and self.
+        It is negative for a collision and infinite if nothing is near. The required distance is
+        `clearance` (at most CLEARANCE + SPARE) from items, and -TOUCH from the table and the arm.
         """
         model, data = self._model, self._data
         data.qpos[: self._dof] = np.clip(q, self._low, self._high)
@@ -121,6 +141,7 @@ class Scene:
         if not data.ncon:
             return np.inf
         pairs = data.contact.geom
-        with_item, on_ground = self._is_item[pairs].any(axis=1), self._is_ground[pairs].any(axis=1)
-        wanted = np.where(with_item, np.where(on_ground, -PRESSED, clearance), -TOUCH)
-        return float((data.contact.dist - wanted).min())
+        with_item = self._is_item[pairs].any(axis=1)
+        on_ground = self._is_ground[pairs].any(axis=1)
+        required = np.where(with_item, np.where(on_ground, -PRESSED, clearance), -TOUCH)
+        return float((data.contact.dist - required).min())

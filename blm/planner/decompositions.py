@@ -1,50 +1,97 @@
-"""What the expert knows of each task: what to do now, and what the arm has to reach for it at all.
+"""Task decompositions: the primitive that is due in a state, and the key poses of each task.
 
-To teach the expert a task, write both functions of the measured state and add them here.
+To add a task to the expert, write both functions of the measured state and add them to the two
+tables.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from blm.planner.lift_peg import lift_peg, lift_peg_key_poses
+import numpy as np
+
+from blm.planner.lift_peg import lift_peg_key_poses, lift_peg_upright
 from blm.planner.primitives import (
+    CARRY_NEAR,
     LIFT,
     UP,
-    Stages,
-    Step,
-    View,
-    carry_stages,
-    pick,
-    place,
-    pull,
-    push,
-    push_stages,
-    stack,
+    KeyPoses,
+    Primitive,
+    WorldState,
+    carry,
+    carry_key_poses,
+    grasp,
+    in_hand,
+    place_on,
+    push_key_poses,
+    push_towards,
 )
+from blm.tasks.place_sphere import REST
 
-DECOMPOSITIONS: dict[str, Callable[[View], Step]] = {
-    "push_cube": push,
-    "pull_cube": pull,
-    "pick_cube": pick,
-    "stack_cube": stack,
-    "place_sphere": place,
-    "lift_peg_upright": lift_peg,
+
+def pick_cube(state: WorldState) -> Primitive:
+    """Grasp the cube and hold it at the goal."""
+    cube = state.objects["cube"]
+    goal = state.objects["goal"].position
+    if not in_hand(state, cube):
+        return grasp(state, cube)
+    if np.linalg.norm(cube.position - goal) < CARRY_NEAR:
+        return Primitive(name="hold", opening=0.0)
+    return carry(state, cube, goal)
+
+
+def push_cube(state: WorldState) -> Primitive:
+    """Push the cube until it is well inside the target."""
+    return push_towards(state, state.objects["cube"], state.objects["target"].position, "push")
+
+
+def pull_cube(state: WorldState) -> Primitive:
+    """Push the cube from its far side towards the arm, until it is well inside the target."""
+    return push_towards(state, state.objects["cube"], state.objects["target"].position, "pull")
+
+
+def stack_cube(state: WorldState) -> Primitive:
+    """Place the cube on the lower one and release it."""
+    cube = state.objects["cube"]
+    lower = state.objects["lower"]
+    return place_on(state, cube, lower, rise=cube.size[2] + lower.size[2], within=0.02)
+
+
+def place_sphere(state: WorldState) -> Primitive:
+    """Place the ball in the bin and release it."""
+    return place_on(state, state.objects["ball"], state.objects["bin"], rise=REST, within=0.005)
+
+
+DECOMPOSITIONS: dict[str, Callable[[WorldState], Primitive]] = {
+    "push_cube": push_cube,
+    "pull_cube": pull_cube,
+    "pick_cube": pick_cube,
+    "stack_cube": stack_cube,
+    "place_sphere": place_sphere,
+    "lift_peg_upright": lift_peg_upright,
 }
 """Task -> the primitive that is due in a measured state."""
 
 
-def _stack_stages(view: View) -> Stages:
-    lower = view.objects["lower"]
-    return carry_stages(view, view.objects["cube"], lower.position + (2 * lower.size[2] + LIFT) * UP)
+def _pick_key_poses(state: WorldState) -> KeyPoses:
+    return carry_key_poses(state, state.objects["cube"], state.objects["goal"].position)
 
 
-KEY_POSES: dict[str, Callable[[View], Stages]] = {
-    "push_cube": push_stages,
-    "pull_cube": push_stages,
-    "pick_cube": lambda v: carry_stages(v, v.objects["cube"], v.objects["goal"].position),
-    "stack_cube": _stack_stages,
-    "place_sphere": lambda v: carry_stages(v, v.objects["ball"], v.objects["bin"].position + LIFT * UP),
+def _stack_key_poses(state: WorldState) -> KeyPoses:
+    lower = state.objects["lower"]
+    return carry_key_poses(state, state.objects["cube"], lower.position + (2 * lower.size[2] + LIFT) * UP)
+
+
+def _place_key_poses(state: WorldState) -> KeyPoses:
+    return carry_key_poses(state, state.objects["ball"], state.objects["bin"].position + LIFT * UP)
+
+
+KEY_POSES: dict[str, Callable[[WorldState], KeyPoses]] = {
+    "push_cube": push_key_poses,
+    "pull_cube": push_key_poses,
+    "pick_cube": _pick_key_poses,
+    "stack_cube": _stack_key_poses,
+    "place_sphere": _place_key_poses,
     "lift_peg_upright": lift_peg_key_poses,
 }
-"""Task -> the stages that decide whether an arm can reach a scene at all."""
+"""Task -> the key poses that decide whether the arm can reach a scene at all."""

@@ -1,54 +1,67 @@
-"""One demonstration: the expert solves a scene while noise, a disturbance or another policy moves the arm.
+"""One demonstration of the expert under noise, disturbances or another policy's actions.
 
-The recorded action is always the expert's own, the executed one is kept beside it: the data show how to come
-back, not how to go astray (as in DART, Laskey et al., CoRL 2017; DAgger, Ross et al., AISTATS 2011).
+The recorded action is always the expert's; the executed action is stored beside it. So the data
+show how to recover from a deviation and not how to deviate, as in DART (Laskey et al., CoRL 2017)
+and DAgger (Ross et al., AISTATS 2011).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from blm.chunks import ChunkExecutor
 from blm.planner.arm_planner import PlanError
 from blm.planner.expert import HOLD_STEPS
 from blm.tasks import Env
 from blm.types import Episode, FloatArray, Observation, Policy, decision_seed
 
 NOISY = {"approach": 1.0, "lift": 1.0, "move": 1.0, "push": 0.3, "pull": 0.3}
-"""Primitives that are executed with noise, and their share of it; near contact there is none."""
+"""Primitive -> factor of its execution noise; primitives near contact are executed without noise."""
 SETTLE = 6
-"""The noise fades out over the last steps of each motion, or it would never arrive."""
+"""Number of control steps at the end of a motion over which the noise fades out, so that it
+arrives."""
 NOISE_MEMORY = 0.9
-"""Correlation of the execution noise from step to step."""
+"""Correlation of the execution noise between successive control steps (an AR(1) process)."""
 PULSE = 8
-"""Steps for which a disturbance works the gripper the wrong way."""
+"""Number of control steps for which a disturbance inverts the gripper command."""
 TAKE_OVER = (8, 100)
-"""A piloting policy drives for a number of steps drawn from this range, then the expert takes over."""
+"""A policy drives for a number of steps drawn from this range, then the expert takes over."""
 
 
-StepOutcome = tuple[dict[str, Any], FloatArray, FloatArray, str, bool]
-"""What was seen, the expert's action, the executed one, the primitive, whether the rule held afterwards."""
+class RecordedStep(NamedTuple):
+    """One control step of a demonstration."""
+
+    observation: dict[str, Any]
+    action: FloatArray
+    """The expert's action [D]."""
+    executed: FloatArray
+    """The executed action [D]."""
+    primitive: str
+    success: bool
+    """Whether the success rule held after the step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Perturbation:
-    """What befalls the execution of one episode."""
+    """Disturbances of the execution of one episode."""
 
     sigma: float
     """Standard deviation of the noise on joint targets [rad]."""
     pulse: int | None
-    """Step at which the gripper starts to work the wrong way."""
+    """Control step at which the gripper command is inverted for PULSE steps; None for no
+    disturbance."""
     random_start: bool
     take_over: int
-    """Steps that a pilot drives first; 0 without a pilot."""
+    """Number of steps that the policy drives before the expert; 0 without a policy."""
 
 
 class Demonstrator(Protocol):
-    """Who knows what to do: our `Expert`, or the scripts of another simulator."""
+    """A source of demonstrations: our `Expert`, or the scripts of another simulator."""
 
     env: Env
     drops: int
@@ -72,10 +85,10 @@ class Demonstrator(Protocol):
 def demonstrate(
     expert: Demonstrator, seed: int, draw: Perturbation, rng: np.random.Generator, pilot: Policy | None = None
 ) -> tuple[Episode | None, str]:
-    """Let the expert solve scene `seed`; return the episode, or None and the reason of its rejection.
+    """Let the expert solve a scene; return the episode, or None and a rejection reason.
 
-    Reasons: "unreachable" (the scene is beyond the arm), "planning_..." (see planner.REASONS), "dropped",
-    "missed_grasp", "timeout", "missed_goal".
+    Reasons: "unreachable" (the arm cannot reach a key pose), "planning_<reason>" (see
+    `arm_planner.REASONS`), "dropped", "missed_grasp", "timeout", "missed_goal".
     """
     env = expert.env
     observation, _ = env.reset(seed=seed, options={"arm": "random" if draw.random_start else "home"})
@@ -86,9 +99,10 @@ def demonstrate(
         return None, error.reason
     if pilot is not None:
         pilot.reset()
-    chunk: Iterator[FloatArray] = iter(())
+    execute = 1 if pilot is None else pilot.contract.execute
+    executor = ChunkExecutor(execute, hold=observation["agent_pos"])
     noise = np.zeros(env.contract_space.dim - 1)
-    steps: list[StepOutcome] = []
+    steps: list[RecordedStep] = []
     while not expert.done and len(steps) < env._max_episode_steps + draw.take_over:
         try:
             action, name = expert.act()
@@ -99,37 +113,38 @@ def demonstrate(
         )
         executed = action.copy()
         if pilot is not None and len(steps) < draw.take_over:
-            if len(steps) % pilot.contract.execute == 0:
-                chunk = _decide(pilot, env, observation, seed, len(steps))
-            executed = next(chunk)
+            if executor.decision_due:
+                executor.receive(_decide(pilot, env, observation, seed, executor.step))
+            executed = executor.next_action()
         else:
             executed[:-1] += noise * NOISY.get(name, 0.0) * min(1.0, expert.remaining / SETTLE)
         if draw.pulse is not None and draw.pulse <= len(steps) < draw.pulse + PULSE:
             executed[-1] = 1 - executed[-1]
         following, _, _, _, info = env.step(executed)
-        steps.append((observation, action, executed, name, info["success"]))
+        steps.append(RecordedStep(observation, action, executed, name, info["success"]))
         observation = following
-    if not expert.done or not all(step[-1] for step in steps[-HOLD_STEPS:]):
-        return None, _failure(expert, tuple(step[3] for step in steps))
+    if not expert.done or not all(step.success for step in steps[-HOLD_STEPS:]):
+        return None, _failure(expert, tuple(step.primitive for step in steps))
     return _record(expert, seed, draw, steps), ""
 
 
-def _record(expert: Demonstrator, seed: int, draw: Perturbation, steps: Sequence[StepOutcome]) -> Episode:
-    """The episode that these steps make."""
+def _record(expert: Demonstrator, seed: int, draw: Perturbation, steps: Sequence[RecordedStep]) -> Episode:
+    """Build the episode from its recorded steps."""
     env = expert.env
-    seen, actions, done, names, success = zip(*steps, strict=True)
+    observations = [step.observation for step in steps]
+    last_failure = max((t for t, step in enumerate(steps) if not step.success), default=-1)
     return Episode(
         robot=env.robot.name,
         task=env.task,
         seed=seed,
         instruction=env.task_description,
-        states=np.stack([o["agent_pos"] for o in seen]),
-        actions=np.stack(actions),
-        executed=np.stack(done),
-        images={camera: np.stack([o["pixels"][camera] for o in seen]) for camera in env.cameras},
-        primitives=names,
+        states=np.stack([o["agent_pos"] for o in observations]),
+        actions=np.stack([step.action for step in steps]),
+        executed=np.stack([step.executed for step in steps]),
+        images={camera: np.stack([o["pixels"][camera] for o in observations]) for camera in env.cameras},
+        primitives=tuple(step.primitive for step in steps),
         metrics={
-            "success_step": 1 + max((t for t, ok in enumerate(success) if not ok), default=-1),
+            "success_step": 1 + last_failure,
             "noise": draw.sigma,
             "disturbed": float(draw.pulse is not None),
             "random_start": float(draw.random_start),
@@ -148,8 +163,8 @@ def _failure(expert: Demonstrator, names: tuple[str, ...]) -> str:
     return "missed_grasp" if "grasp" in names and names[-1] in ("approach", "descend", "grasp") else "timeout"
 
 
-def _decide(policy: Policy, env: Env, seen: dict[str, Any], seed: int, step: int) -> Iterator[FloatArray]:
-    """The actions that the policy carries out before it is asked again, for what is seen now."""
+def _decide(policy: Policy, env: Env, seen: dict[str, Any], seed: int, step: int) -> FloatArray:
+    """Return the policy's chunk [H, D] for the present observation."""
     observation = Observation(
         images=seen["pixels"],
         state=seen["agent_pos"],
@@ -157,14 +172,13 @@ def _decide(policy: Policy, env: Env, seen: dict[str, Any], seed: int, step: int
         robot=env.embodiment,
         seed=decision_seed(seed, step),
     )
-    actions = policy.act(observation).actions[: policy.contract.execute]
-    return iter(np.asarray(actions, dtype=np.float32))
+    return np.asarray(policy.act(observation).actions, dtype=np.float32)
 
 
 def replay(env: Env, episode: Episode) -> str:
-    """Execute the recorded actions from the seed; return "" or what differs from the record.
+    """Execute the recorded actions; return "" or a description of the first difference.
 
-    States are compared bit for bit, before every step, and success at the end.
+    States are compared bit for bit before every step, and success at the end.
     """
     start = "random" if episode.metrics["random_start"] else "home"
     observation, info = env.reset(seed=episode.seed, options={"arm": start})

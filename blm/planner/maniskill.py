@@ -1,8 +1,9 @@
 """ManiSkill's own motion-planning scripts as an expert for `ManiSkillEnv`, in place of `Expert`.
 
-A script plans from the start of an episode only and drives the simulation itself. So it is run once, its
-actions are kept, the episode is taken back to its start, and the actions are played: the states are the same
-again, bit for bit. Unlike `Expert` it does not react: collect without random starts and disturbances.
+A script plans only from the start of an episode and drives the simulation itself. Therefore it runs
+once while its actions are recorded; then the episode is reset and the actions are replayed, which
+gives the same states, bit for bit. Unlike `Expert` a script does not react to its state: collect
+without random starts and disturbances.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from blm.tasks.maniskill import ManiSkillEnv, from_maniskill, to_maniskill
 from blm.types import BlmError, lookup
 
 SETTLE_STEPS = HOLD_STEPS + 20
-"""Steps for which the last targets are held. PlaceSphere's script stops while the sphere still rolls."""
+"""Number of control steps for which the last targets are held at the end.
+
+PlaceSphere's script stops while the sphere still rolls.
+"""
 _SCRIPTS = "mani_skill.examples.motionplanning.panda.solutions"
 _SOLVER = "PandaArmMotionPlanningSolver"
 _PICK = ("approach", "descend", "grasp")
@@ -35,11 +39,11 @@ SEGMENTS = {
     "place_sphere": (*_PICK, "lift", "move", "release"),
     "lift_peg_upright": (*_PICK, "lift", "turn", "lower", "release"),
 }
-"""Task, also the script's name -> what its successive motions of arm or gripper are called."""
+"""Task (also the script's name) -> the primitives of its successive arm and gripper motions."""
 
 
-class _Tape:
-    """What a script takes for the environment: passes its actions on and keeps them."""
+class _RecordingEnv:
+    """Stands in for the environment of a script: forwards its actions and records them."""
 
     def __init__(self, env: ManiSkillEnv) -> None:
         self.unwrapped, self._names = env.simulation, SEGMENTS[env.task]
@@ -53,7 +57,7 @@ class _Tape:
         return self._names[min(self.motion, len(self._names) - 1)]
 
     def reset(self, **_: Any) -> None:
-        """Nothing: the expert is asked at the start of an episode."""
+        """Do nothing: the episode is already at its start."""
 
     def step(self, action: NDArray[Any]) -> Any:
         self.actions.append(from_maniskill(action))
@@ -61,35 +65,35 @@ class _Tape:
         return self.unwrapped.step(to_maniskill(self.actions[-1]))
 
 
-def _traced(solver: Any, tape: _Tape) -> Any:
-    """ManiSkill's motion planner, telling the tape which motion it is at and which had no plan."""
+def _with_motion_count(solver: Any, recorder: _RecordingEnv) -> Any:
+    """Return a subclass of ManiSkill's motion planner that reports motions and failed plans."""
 
-    class Traced(solver):
+    class CountingPlanner(solver):
         def move_to_pose_with_screw(self, pose: Any, dry_run: bool = False, refine_steps: int = 0) -> Any:
-            tape.motion += not dry_run
+            recorder.motion += not dry_run
             result = super().move_to_pose_with_screw(pose, dry_run, refine_steps)
-            if not dry_run and isinstance(result, int):  # -1: no plan; several scripts carry on regardless
-                tape.failed.append(tape.primitive)
+            if not dry_run and isinstance(result, int):  # -1: no plan; several scripts continue anyway
+                recorder.failed.append(recorder.primitive)
             return result
 
         def open_gripper(self, *args: Any, **kwargs: Any) -> Any:
-            tape.motion += 1
+            recorder.motion += 1
             return super().open_gripper(*args, **kwargs)
 
         def close_gripper(self, *args: Any, **kwargs: Any) -> Any:
-            tape.motion += 1
+            recorder.motion += 1
             return super().close_gripper(*args, **kwargs)
 
-    return Traced
+    return CountingPlanner
 
 
 class ManiSkillExpert:
-    """Plays what ManiSkill's script does in the episode that the environment has just begun."""
+    """Replays the actions of ManiSkill's script in the episode that has just started."""
 
     drops = 0
-    """Grasps that were lost and taken again: a script does not notice."""
+    """Number of lost grasps; always 0, because a script does not notice them."""
     planning_seconds = 0.0
-    """Time that the script took in this episode, with its own run through the simulation [s]."""
+    """Time that the script took in this episode, including its own simulation [s]."""
 
     def __init__(self, env: ManiSkillEnv, rng: np.random.Generator) -> None:
         lookup("task with a ManiSkill script", env.task, SEGMENTS)
@@ -99,33 +103,37 @@ class ManiSkillExpert:
         self.reset(rng)
 
     def reset(self, rng: np.random.Generator) -> None:
-        """Forget the episode so far. Nothing is drawn from `rng`: the scripts are deterministic."""
+        """Start a new episode. `rng` is unused, because the scripts are deterministic."""
         self._actions: list[NDArray[np.float32]] = []
         self._primitives: list[str] = []
-        self._next, self.planning_seconds = 0, 0.0
+        self._next = 0
+        self.planning_seconds = 0.0
 
     def check(self) -> None:
-        """Nothing: whether the arm can do it, the script finds out."""
+        """Do nothing: reachability is only found out by running the script."""
 
     def metrics(self) -> dict[str, float]:
-        """None of its own."""
+        """Return no metrics."""
         return {}
 
     @property
     def done(self) -> bool:
-        """Whether script and settling are over."""
+        """Whether all actions, including those of settling, were returned."""
         return bool(self._actions) and self._next >= len(self._actions)
 
     @property
     def remaining(self) -> int:
-        """Steps left of the current motion."""
+        """Number of steps left in the current motion."""
         if self.done or not self._actions:
             return 0
         ahead = self._primitives[self._next :]
         return next((i for i, name in enumerate(ahead) if name != ahead[0]), len(ahead))
 
     def act(self) -> tuple[NDArray[np.float32], str]:
-        """Return the action for this step and the primitive that it belongs to. Raises PlanError."""
+        """Return the action for this step and the primitive that it belongs to.
+
+        Raises PlanError.
+        """
         if not self._actions:
             self._plan()
         index = min(self._next, len(self._actions) - 1)
@@ -133,21 +141,23 @@ class ManiSkillExpert:
         return self._actions[index].copy(), self._primitives[index]
 
     def _plan(self) -> None:
-        """Run the script and take the episode back to its start. Raises PlanError, BlmError."""
-        began, env = time.perf_counter(), self.env
+        """Run the script, then reset the episode to its start. Raises PlanError or BlmError."""
+        began = time.perf_counter()
+        env = self.env
         if not env.at_start:
             raise BlmError("a ManiSkill script plans from the start of an episode; reset first")
-        tape, said = _Tape(env), io.StringIO()
+        recorder = _RecordingEnv(env)
+        output = io.StringIO()
         script = importlib.import_module(f"{_SCRIPTS}.{env.task}")
-        names = {**vars(script), _SOLVER: _traced(getattr(script, _SOLVER), tape)}
+        names = {**vars(script), _SOLVER: _with_motion_count(getattr(script, _SOLVER), recorder)}
         solve = types.FunctionType(script.solve.__code__, names, argdefs=script.solve.__defaults__)
-        with contextlib.redirect_stdout(said):
-            result = solve(tape)
+        with contextlib.redirect_stdout(output):
+            result = solve(recorder)
         solved = bool(env.simulation.evaluate()["success"])
         env.restart()
         self.planning_seconds = time.perf_counter() - began
-        if isinstance(result, int) or not tape.actions or (tape.failed and not solved):
-            why = " ".join(said.getvalue().split()) or "no reason given"
-            raise PlanError("no_path", f"{env.task}: no plan for {', '.join(tape.failed)}: {why}")
-        self._actions = tape.actions + [tape.actions[-1]] * SETTLE_STEPS
-        self._primitives = tape.primitives + ["hold"] * SETTLE_STEPS
+        if isinstance(result, int) or not recorder.actions or (recorder.failed and not solved):
+            why = " ".join(output.getvalue().split()) or "no reason given"
+            raise PlanError("no_path", f"{env.task}: no plan for {', '.join(recorder.failed)}: {why}")
+        self._actions = recorder.actions + [recorder.actions[-1]] * SETTLE_STEPS
+        self._primitives = recorder.primitives + ["hold"] * SETTLE_STEPS

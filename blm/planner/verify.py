@@ -1,4 +1,4 @@
-"""Proves that a collection is what its seeds and recorded actions give: replays it, bit for bit."""
+"""Verify a collection: replay its recorded actions from their seeds and compare states bit for bit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from blm.datasets.lerobot import open_dataset
 from blm.io import read_json, write_json
-from blm.jobs import Result, Unit, run_units
+from blm.jobs import Result, WorkUnit, run_units
 from blm.planner.collect import CollectConfig, make_env
 from blm.planner.demonstration import replay
 from blm.tasks.appearance import Appearance
@@ -18,25 +18,26 @@ from blm.tasks.suite import suite_version
 from blm.types import BlmError, ContractError
 
 CHUNK = 20
-"""Episodes of one work unit."""
+"""Number of episodes in one work unit."""
 
 
 def verify(out: Path, *, workers: int = 2, engine: Literal["local", "ray"] = "local") -> dict[str, Any]:
-    """Replay every episode of a collection; return, and write, `out/verified.json`.
+    """Replay every episode of a collection; write and return `out/verified.json`.
 
-    The result has "episodes", "same" and "differing" (key -> what differs). Raises BlmError when `out` is not
-    a finished collection, ContractError when suite or simulator are not those of the record.
+    The result has "episodes", "same" and "differing" (key -> the first difference). Raises BlmError
+    if `out` is not a finished collection, and ContractError if the versions of suite or simulator
+    differ from the recorded ones.
     """
     if not (out / "summary.json").is_file():
         raise BlmError(f"'{out}' holds no finished collection (no summary.json); collect it, or finish it")
     summary = read_json(out / "summary.json")
     config = read_config(summary["config"])
-    _require_same_world(summary, config)
+    _require_same_versions(summary, config)
     units = []
     for robot in config.robots:
         count = open_dataset(out / robot).num_episodes
         units += [
-            Unit(f"{robot}/{i}", (out, config, robot, i, min(i + CHUNK, count)))
+            WorkUnit(f"{robot}/{i}", (out, config, robot, i, min(i + CHUNK, count)))
             for i in range(0, count, CHUNK)
         ]
     journal = out / ".verify.jsonl"
@@ -52,7 +53,7 @@ def verify(out: Path, *, workers: int = 2, engine: Literal["local", "ray"] = "lo
 
 
 def read_config(stored: Mapping[str, Any]) -> CollectConfig:
-    """The configuration that a collection's files hold."""
+    """Return the configuration that is stored with a collection."""
     known = {field.name for field in fields(CollectConfig)}
     values: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known
@@ -61,7 +62,7 @@ def read_config(stored: Mapping[str, Any]) -> CollectConfig:
     return CollectConfig(**values)
 
 
-def _require_same_world(summary: Mapping[str, Any], config: CollectConfig) -> None:
+def _require_same_versions(summary: Mapping[str, Any], config: CollectConfig) -> None:
     simulator = config.package
     recorded = {simulator: summary["versions"][simulator], "suite": summary["suite"]}
     here = {simulator: version(simulator), "suite": suite_version(config.robots, config.tasks)}
@@ -73,7 +74,7 @@ def _require_same_world(summary: Mapping[str, Any], config: CollectConfig) -> No
 
 
 def _replay_some(payload: tuple[Path, CollectConfig, str, int, int]) -> Result:
-    """One work unit: replay episodes first..last of one robot."""
+    """Run one work unit: replay episodes first..last of one robot."""
     out, config, robot, first, last = payload
     dataset = open_dataset(out / robot)
     differing: dict[str, str] = {}

@@ -1,4 +1,5 @@
-"""From hidden states to motion: flow matching with a diffusion transformer, and the checkpoint folder."""
+"""From hidden states to motion: flow matching with a diffusion transformer, and the checkpoint
+folder."""
 
 from blm.policy.network import PolicyConfig
 from blm.policy.policy import CheckpointPolicy

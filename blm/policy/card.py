@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: what it is, what it promises, and what it was made from."""
+"""The model card of a checkpoint: robots, training, proof of the frozen backbone, provenance."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Checkpoint folders: written whole, read only if unaltered.
+"""Checkpoint folders: written atomically, read only if complete and unaltered.
 
     checkpoint/  config.json  policy.safetensors  stats.json  README.md  manifest.json  (backbone/)
 
-manifest.json holds the sha256 of every other file. That of the model card, README.md, is not required when a
-checkpoint is read: people add to it.
+manifest.json holds the sha256 of every other file. The model card, README.md, may differ: people
+add to it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from blm.backbone.backbone import RELEASED
 from blm.datasets.transforms import RobotTransforms
-from blm.io import MARK, new_folder, read_json, require_no_pointer, settled, sha256_file
+from blm.io import MARK, new_folder, read_json, recover_folder, require_no_pointer, sha256_file
 from blm.policy.card import model_card
 from blm.types import BlmError, PolicyContract
 
@@ -29,9 +29,10 @@ RELEASES: dict[str, Path] = {"blm-nano": RELEASED / "blm-nano"}
 """Name -> folder of the checkpoints that ship with the package."""
 
 
-def folder_of(name_or_folder: str | Path) -> Path:
-    """Return the folder of a checkpoint or release; a checkpoint here that is called as a release wins."""
-    folder = settled(Path(name_or_folder))
+def checkpoint_folder(name_or_folder: str | Path) -> Path:
+    """Return the folder of a checkpoint or of a release; a folder takes precedence over a release's
+    name."""
+    folder = recover_folder(Path(name_or_folder))
     return folder if (folder / "manifest.json").is_file() else RELEASES.get(str(name_or_folder), folder)
 
 
@@ -42,29 +43,32 @@ def write_checkpoint(
     transforms: Mapping[str, RobotTransforms],
     more: Callable[[Path], None] = lambda folder: None,
 ) -> None:
-    """Write a checkpoint folder whole, in the place of an unaltered checkpoint that is there.
+    """Write a checkpoint folder atomically; it may replace an unaltered checkpoint.
 
-    `more` adds files to the folder that it is given. What others added to the former folder is kept, a card
-    that they changed as README.md.kept. Raises BlmError for anything else at `folder`.
+    `more` writes further files into the new folder. Files that others added to the old folder are
+    kept; a model card that they changed is kept as README.md.kept. Raises BlmError if `folder` is
+    anything else.
     """
     with new_folder(folder, written=_written) as work:
         more(work)
         (work / "policy.safetensors").write_bytes(save(dict(weights)))
         (work / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=1))
-        (work / "stats.json").write_text(json.dumps(_ranges(transforms), indent=1))
+        (work / "stats.json").write_text(json.dumps(_transforms_to_json(transforms), indent=1))
         (work / "README.md").write_text(model_card(config))
         hashes = _hashes(work) | {"README.md": sha256_file(work / "README.md")}
         (work / "manifest.json").write_text(json.dumps(hashes, indent=1))
 
 
 def require_free(folder: Path) -> None:
-    """Raise BlmError, before hours of training, if `write_checkpoint` would refuse this place."""
-    if settled(folder).exists():
+    """Raise BlmError if `write_checkpoint` would refuse this folder; call it before hours of
+    training."""
+    if recover_folder(folder).exists():
         _written(folder)
 
 
 def _written(folder: Path) -> set[str]:
-    """Names of what this program wrote in a checkpoint. Raises BlmError for what it cannot vouch for."""
+    """Return the names of the files that this program wrote; raises BlmError unless they are
+    unaltered."""
     config = read_config(folder)
     stored = json.loads((folder / "manifest.json").read_text())
     card, ours = folder / "README.md", {*stored, "manifest.json"} - {"README.md"}
@@ -75,13 +79,16 @@ def _written(folder: Path) -> set[str]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json. Raises BlmError, naming file and fix, unless the folder is whole and unaltered."""
-    if not (settled(folder) / "manifest.json").is_file():
+    """Return config.json.
+
+    Raises BlmError, naming the file and a remedy, unless the folder is complete and unaltered.
+    """
+    if not (recover_folder(folder) / "manifest.json").is_file():
         raise BlmError(f"no checkpoint at '{folder}' (no manifest.json); give the folder that Stage II wrote")
     stored, found = read_json(folder / "manifest.json"), _hashes(folder)
     if not isinstance(stored, dict) or "config.json" not in stored:
         raise BlmError(f"'{folder}' is no checkpoint: its manifest.json is of another program")
-    for name in {*stored} - {"README.md"}:  # which older manifests name
+    for name in {*stored} - {"README.md"}:  # listed in older manifests
         if found.get(name) != stored[name]:
             require_no_pointer(folder / name)
             what = "altered" if name in found else "missing"
@@ -96,39 +103,49 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_contract(folder: Path) -> PolicyContract:
-    """The contract that a policy in this folder was trained for; raises as `read_config`."""
+    """Return the contract of the policy in this folder; raises as `read_config` does."""
     return PolicyContract.from_json(read_config(folder)["contract"])
 
 
 def read_transforms(folder: Path) -> dict[str, RobotTransforms]:
+    """Return the normalisation of each robot, from stats.json."""
     stats = json.loads((folder / "stats.json").read_text())
     return {robot: RobotTransforms.from_json(value) for robot, value in stats.items()}
 
 
-def identified(
+def with_hashes(
     contract: PolicyContract, network: nn.Module, transforms: Mapping[str, RobotTransforms], frozen: str = ""
 ) -> PolicyContract:
-    """Return the contract with hashes of the weights, `frozen` ones by fingerprint, and of all ranges."""
-    ranges = json.dumps(_ranges(transforms), sort_keys=True)  # robots come in any order
+    """Return the contract with `revision`, a hash of the weights, and `statistics`, one of the
+    transforms.
+
+    `frozen` is the fingerprint of the frozen weights, which are part of the revision.
+    """
     weights = save(network.state_dict()) + frozen.encode()
-    revision, statistics = (hashlib.sha256(of).hexdigest()[:16] for of in (weights, ranges.encode()))
-    return replace(contract, revision=revision, statistics=statistics)
+    stats = json.dumps(_transforms_to_json(transforms), sort_keys=True)  # robots come in any order
+    return replace(
+        contract,
+        revision=hashlib.sha256(weights).hexdigest()[:16],
+        statistics=hashlib.sha256(stats.encode()).hexdigest()[:16],
+    )
 
 
-def _ranges(transforms: Mapping[str, RobotTransforms]) -> dict[str, Any]:
+def _transforms_to_json(transforms: Mapping[str, RobotTransforms]) -> dict[str, Any]:
     return {robot: values.to_json() for robot, values in transforms.items()}
 
 
-def kind_of(folder: Path) -> str:
-    """What a checkpoint calls itself, unchecked: "blm", or a baseline; those from before kinds are BLM's."""
+def checkpoint_kind(folder: Path) -> str:
+    """Return the "kind" in config.json, unchecked: "blm", or a baseline; older checkpoints have
+    none: "blm"."""
     try:
-        return str(json.loads((folder_of(folder) / "config.json").read_text()).get("kind", "blm"))
-    except (OSError, ValueError, AttributeError):  # reading the checkpoint will say what is wrong with it
+        return str(json.loads((checkpoint_folder(folder) / "config.json").read_text()).get("kind", "blm"))
+    except (OSError, ValueError, AttributeError):  # `read_config` will report the fault
         return "blm"
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file in `folder` except the manifest, the card and marks, by relative name."""
+    """Return the sha256 of every file in `folder` except manifest, model card and marks, by
+    relative name."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = (path.relative_to(folder).as_posix() for path in files)
     besides = {"manifest.json", "README.md", MARK}

@@ -1,8 +1,10 @@
-"""The diffusion transformer: state, noised actions and future tokens, conditioned on intent tokens and tau.
+"""The diffusion transformer: state, noised actions and future tokens, conditioned on intent tokens
+and tau.
 
-Shape legend: B batch, S tokens (1 state + H actions + M future), w width, M intent tokens, z their width.
-Block pattern and conditioning follow GR00T N1.5: even blocks cross-attend to the intent tokens, odd blocks
-self-attend; tau scales and shifts the first norm of each block and the last norm of all.
+Shape legend: B batch, S tokens (1 state + H actions + M future), w width, M intent tokens, z their
+width. Block pattern and conditioning follow GR00T N1.5: even blocks cross-attend to the intent
+tokens, odd blocks self-attend; an embedding of tau scales and shifts the first norm of each block
+and the final norm (AdaLN).
 """
 
 from __future__ import annotations
@@ -13,21 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blm.bridge import Attention, feed_forward
+from blm.layers import Attention, feed_forward
 
-Memory = list[tuple[Tensor, Tensor] | None]
-"""Keys and values of the intent tokens in each block that attends to them."""
+IntentCache = list[tuple[Tensor, Tensor] | None]
+"""Keys and values of the intent tokens for each block; None for blocks of self-attention."""
 
 
 def sinusoid(tau_B: Tensor, width: int) -> Tensor:
-    """Return [B, width] sines and cosines of 1000 tau at `width / 2` frequencies from 1 down to 1e-4."""
+    """Return [B, width] sines and cosines of 1000 tau at `width / 2` frequencies from 1 down to
+    1e-4."""
     exponents = torch.arange(width // 2, device=tau_B.device, dtype=torch.float32) / (width // 2)
     angles = 1000 * tau_B.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class AdaptiveNorm(nn.Module):
-    """LayerNorm whose scale and shift come from the time embedding; starts as a plain LayerNorm."""
+    """Adaptive LayerNorm: scale and shift come from the time embedding; initialised as a plain
+    LayerNorm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -42,7 +46,8 @@ class AdaptiveNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention (to the intent tokens if `intent_width` is given, else to the sequence), feed-forward."""
+    """Attention, then feed-forward: cross-attention to the intent tokens if `intent_width` is
+    given, else self-attention."""
 
     def __init__(self, width: int, heads: int, intent_width: int | None) -> None:
         super().__init__()
@@ -52,14 +57,15 @@ class Block(nn.Module):
         self.feed_forward = feed_forward(width)
 
     def forward(self, x_BSw: Tensor, intent: Tensor | tuple[Tensor, Tensor], time_Bw: Tensor) -> Tensor:
-        """`intent`: tokens [B, M, z], or their keys and values for this block."""
+        """Return [B, S, w]. `intent`: tokens [B, M, z], or their keys and values for this block."""
         normed = self.norm(x_BSw, time_Bw)
         x_BSw = x_BSw + self.attention(normed, intent if self.crosses else normed)
         return x_BSw + self.feed_forward(x_BSw)
 
 
 class DiT(nn.Module):
-    """Transform [state; actions; future] tokens; knows neither embodiments nor action dimensions."""
+    """Diffusion transformer over [state; actions; future] tokens, independent of embodiment and
+    action space."""
 
     def __init__(self, width: int, blocks: int, heads: int, intent_width: int, future_layer: int) -> None:
         super().__init__()
@@ -70,24 +76,27 @@ class DiT(nn.Module):
         )
         self.norm = AdaptiveNorm(width)
 
-    def remember(self, intent_BMz: Tensor) -> Memory:
-        """Return keys and values of the intent tokens for each block: the same at every flow time."""
+    def cache_intent(self, intent_BMz: Tensor) -> IntentCache:
+        """Return keys and values of the intent tokens for each block; they do not depend on the
+        flow time."""
         blocks = (block for block in self.blocks if isinstance(block, Block))
         return [block.attention.keys_values(intent_BMz) if block.crosses else None for block in blocks]
 
     def forward(
-        self, x_BSw: Tensor, intent_BMz: Tensor, tau_B: Tensor, memory: Memory | None = None
+        self, x_BSw: Tensor, intent_BMz: Tensor, tau_B: Tensor, cache: IntentCache | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return output tokens [B, S, w] and the last M tokens after block `future_layer` (from 1).
+        """Return output tokens [B, S, w], and the M future tokens [B, M, w] after block
+        `future_layer`.
 
-        `memory` is what `remember` made of the intent tokens.
+        Blocks count from 1; the future tokens are the last M of the sequence. `cache`: of
+        `cache_intent`.
         """
         count = intent_BMz.shape[1]
         time_Bw = self.embed_time(sinusoid(tau_B, x_BSw.shape[-1]).to(x_BSw.dtype))
         future_BMw = x_BSw[:, -count:]
         for number, block in enumerate(self.blocks, start=1):
-            kept = memory[number - 1] if memory is not None else None
-            x_BSw = block(x_BSw, intent_BMz if kept is None else kept, time_Bw)
+            cached = cache[number - 1] if cache is not None else None
+            x_BSw = block(x_BSw, intent_BMz if cached is None else cached, time_Bw)
             if number == self.future_layer:
                 future_BMw = x_BSw[:, -count:]
         return self.norm(x_BSw, time_Bw), future_BMw

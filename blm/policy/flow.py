@@ -1,29 +1,34 @@
-"""Flow matching: the path from noise to actions, its training target, the time law and the sampler.
+"""Flow matching: path from noise to actions, training target, distribution of flow times, Euler
+sampler.
 
     A^tau = tau A + (1 - tau) eps,   d/dtau A^tau = A - eps,   tau = 0 noise, tau = 1 data.
 
-This is the direction of GR00T N1.5 (openpi writes the same path with t = 1 - tau: its t = 1 is noise).
+This is the direction of GR00T N1.5 (openpi writes the same path with t = 1 - tau: its t = 1 is
+noise).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 BETA_SHAPE = 1.5
-"""a of Beta(a, 1), the time law of openpi and GR00T N1.5: more weight on noisy actions."""
+"""a of Beta(a, 1), the distribution of flow times in openpi and GR00T N1.5: more weight on noisy
+actions."""
 NOISE_SCALE = 0.999
 """s of t = (s - u) / s in GR00T N1.5."""
 
 
 def sample_time(count: int, generator: torch.Generator) -> Tensor:
-    """Return tau [count] in [0, 1]: u ~ Beta(1.5, 1), tau = (0.999 - u) / 0.999, so mass lies near noise.
+    """Return tau [count] in [0, 1]: u ~ Beta(1.5, 1), tau = (0.999 - u) / 0.999, so mass lies near
+    noise.
 
-    Beta(a, 1) is drawn by its inverse distribution function u = U^(1/a). The law gives u > 0.999, hence
-    tau < 0, once in 670 draws; those become 0.
+    Beta(a, 1) is sampled by the inverse of its distribution function: u = U^(1/a). Once in 670
+    draws u > 0.999, so tau < 0; it is clamped to 0.
     """
     u = torch.rand(count, generator=generator) ** (1 / BETA_SHAPE)
     return ((NOISE_SCALE - u) / NOISE_SCALE).clamp(min=0.0)
@@ -36,7 +41,7 @@ def interpolate(actions: Tensor, noise: Tensor, tau_B: Tensor) -> Tensor:
 
 
 def target(actions: Tensor, noise: Tensor) -> Tensor:
-    """Return the velocity A - eps that the network learns; it does not depend on tau."""
+    """Return the training target, the velocity A - eps; it does not depend on tau."""
     return actions - noise
 
 
@@ -53,44 +58,61 @@ GUIDANCE = 5.0
 """beta, the largest weight of guidance in real-time chunking."""
 
 
-def continuation_weights(left: int, frozen: int, horizon: int) -> Tensor:
-    """Return how much each of `horizon` actions is held to the chunk in progress, 1 .. 0.
+@dataclass(frozen=True)
+class ActionPrefix:
+    """The remainder of the chunk in progress, which the next chunk should continue (real-time
+    chunking)."""
 
-    All of the first `frozen`, nothing beyond the `left` ones that it still has, in between less and less:
-    as in "Real-Time Execution of Action Chunking Flow Policies" (Black et al., 2025, arXiv 2506.07339).
+    actions: Tensor
+    """[B, H, D] normalised actions."""
+    weights: Tensor
+    """[B, H] in 0 .. 1: how strongly each action of the next chunk is guided towards them."""
+
+    def to(self, device: torch.device) -> ActionPrefix:
+        """Return a copy on this device."""
+        return ActionPrefix(self.actions.to(device), self.weights.to(device))
+
+
+def prefix_weights(length: int, inference_delay: int, horizon: int) -> Tensor:
+    """Return the weights [horizon] of an action prefix of `length` actions, in 0 .. 1.
+
+    1 for the first `inference_delay` actions, which are executed before the new chunk arrives, 0
+    from `length` on, and exponentially decreasing in between: as in "Real-Time Execution of Action
+    Chunking Flow Policies" (Black et al., 2025, arXiv 2506.07339).
     """
     steps = torch.arange(horizon, dtype=torch.float32)
-    share = ((left - steps) / (left - frozen + 1)).clamp(0, 1)
-    fading = share * torch.expm1(share) / math.expm1(1)
-    return torch.where(steps < frozen, torch.ones(()), fading) * (steps < left)
+    share = ((length - steps) / (length - inference_delay + 1)).clamp(0, 1)
+    decaying = share * torch.expm1(share) / math.expm1(1)
+    return torch.where(steps < inference_delay, torch.ones(()), decaying) * (steps < length)
 
 
 def guided(
-    velocity: Callable[[Tensor, Tensor], Tensor], wanted: Tensor, weights: Tensor
+    velocity: Callable[[Tensor, Tensor], Tensor], prefix: ActionPrefix
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a velocity that leads to actions near `wanted` [B, H, D] where `weights` [B, H] are not 0.
+    """Return a velocity field whose samples are close to an action prefix, for real-time chunking.
 
-    Guidance by the gradient of the distance of the predicted actions (Pokle et al., 2023, arXiv 2310.04432),
-    as real-time chunking uses it.
+    It adds the gradient of the weighted distance between prefix and predicted actions (Pokle et
+    al., 2023, arXiv 2310.04432).
     """
 
-    def moved(x: Tensor, tau_B: Tensor) -> Tensor:
+    def guided_velocity(x: Tensor, tau_B: Tensor) -> Tensor:
         tau = tau_B.view(-1, *[1] * (x.ndim - 1))
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             speed = velocity(x, tau_B)
             clean = x + (1 - tau) * speed
-            error = ((wanted - clean) * weights[..., None]).detach()
+            error = ((prefix.actions - clean) * prefix.weights[..., None]).detach()
             (gradient,) = torch.autograd.grad(clean, x, error)
-        spread = (1 - tau) ** 2 / (tau**2 + (1 - tau) ** 2)
-        strength = ((1 - tau) / (tau * spread).clamp_min(1e-9)).clamp_max(GUIDANCE)
+        variance = (1 - tau) ** 2 / (tau**2 + (1 - tau) ** 2)
+        strength = ((1 - tau) / (tau * variance).clamp_min(1e-9)).clamp_max(GUIDANCE)
         return speed.detach() + strength * gradient
 
-    return moved
+    return guided_velocity
 
 
 def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:
-    """Integrate `velocity(x, tau_B)` from tau = 0 to 1 in equal steps, starting from `noise` [B, ...]."""
+    """Integrate `velocity(x, tau_B)` from tau = 0 to 1 in equal steps, starting from `noise` [B,
+    ...]."""
     x = noise
     for step in range(steps):
         tau_B = torch.full((len(x),), step / steps, device=x.device, dtype=x.dtype)

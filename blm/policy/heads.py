@@ -1,7 +1,9 @@
-"""Per-embodiment encoders and decoder: one indexed weight [E, in, out] each, not one module per robot.
+"""Per-embodiment encoders and decoder: one indexed weight [E, in, out] each, not one module per
+robot.
 
-Shape legend: B batch, E embodiments, H action steps, D padded dimension, w width. A further arm is one more
-row in each weight and nothing else (`with_embodiments`). Layers follow GR00T N1.5's category-specific ones.
+Shape legend: B batch, E embodiments, H action steps, D padded dimension, w width. A further arm is
+one more row in each weight and nothing else (`with_embodiments`). The layers follow GR00T N1.5's
+category-specific layers.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from blm.policy.dit import sinusoid
 
 
 class IndexedLinear(nn.Module):
-    """A linear layer per embodiment, chosen by index for each row of the batch."""
+    """A linear layer with one weight matrix per embodiment, chosen by index for each sample of the
+    batch."""
 
     def __init__(self, embodiments: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -31,7 +34,7 @@ class IndexedLinear(nn.Module):
 
 
 class IndexedMLP(nn.Module):
-    """Two layers per embodiment with a ReLU between: state encoder and action decoder."""
+    """Two indexed layers with a ReLU between them: state encoder and action decoder."""
 
     def __init__(self, embodiments: int, inputs: int, width: int, outputs: int) -> None:
         super().__init__()
@@ -43,7 +46,7 @@ class IndexedMLP(nn.Module):
 
 
 class ActionEncoder(nn.Module):
-    """Noised actions [B, H, D] and their flow time -> tokens [B, H, w]."""
+    """Encodes noised actions [B, H, D] and their flow time as tokens [B, H, w]."""
 
     def __init__(self, embodiments: int, dim: int, width: int) -> None:
         super().__init__()
@@ -64,7 +67,7 @@ M = TypeVar("M", bound=nn.Module)
 def with_embodiments(module: M, count: int) -> M:
     """Return a copy whose indexed layers have rows for `count` more robots; nothing else differs.
 
-    A new row starts as the mean of the old ones: a new arm begins with what the others share.
+    A new row is initialised with the mean of the old ones.
     """
     grown = copy.deepcopy(module)
     for layer in grown.modules():

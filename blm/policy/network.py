@@ -1,13 +1,15 @@
-"""The trainable part: bridge + diffusion transformer + heads, its loss and its sampler.
+"""The policy network: bridge, diffusion transformer and heads; its loss and its sampler.
 
     loss = masked mean of (V - (A - eps))^2  +  lambda * mean(1 - cos(MLP(DiT_l at future tokens), target))
 
-with target = stop-gradient of the teacher's bridge on the hidden states of the frame `future_steps` ahead
-(FLARE, arXiv 2505.15659). The teacher is an exponential moving average of the whole network: its bridge gives
-the targets, and the checkpoint keeps its weights. Where that frame lies beyond the end of the episode, the
-episode's last frame stands in: demonstrations end at rest, so the scene would stay as it is (choice).
+The future tokens are trained to match the bridge's intent tokens of the frame `future_steps` ahead
+(FLARE, arXiv 2505.15659): target is the stop-gradient of the teacher's bridge on that frame's
+hidden states. The teacher is an exponential moving average of the whole network; the checkpoint
+stores its weights. Beyond the end of an episode, its last frame is used: demonstrations end at
+rest, so the scene would not change (choice).
 
-Shape legend: B batch, L prompt positions, d hidden size, H action steps, D padded dimension, M intent tokens.
+Shape legend: B batch, L prompt positions, d hidden size, H action steps, D padded dimension, M
+intent tokens.
 """
 
 from __future__ import annotations
@@ -22,33 +24,38 @@ from torch.nn import functional as F
 
 from blm.bridge import BridgeConfig, Perceiver
 from blm.policy import flow
-from blm.policy.dit import DiT, Memory
+from blm.policy.dit import DiT, IntentCache
+from blm.policy.flow import ActionPrefix
 from blm.policy.heads import ActionEncoder, IndexedMLP
 from blm.types import BlmError, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    """Hyper-parameters of bridge, transformer and loss; the defaults are the nano size."""
+    """Hyper-parameters of bridge, transformer and loss; the defaults are those of nano."""
 
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
     width: int = 128
+    """w, width of the diffusion transformer."""
     blocks: int = 4
+    """Number of its blocks."""
     heads: int = 4
+    """Its attention heads."""
     max_dim: int = 16
     """D, to which the states and actions of all robots are padded."""
     horizon: int = 16
-    """H, actions in a chunk."""
+    """H, number of actions in a chunk."""
     sampler_steps: int = 4
-    """Euler steps for one chunk."""
+    """Euler steps with which a chunk is sampled."""
     future_layer: int = 3
-    """Block (from 1) whose future tokens predict the future: about 3/4 of the depth, as in FLARE."""
+    """Block (from 1) after which the future loss reads the future tokens: about 3/4 of the depth,
+    as in FLARE."""
     future_weight: float = 0.2
-    """lambda of the loss; 0 turns the future branch off."""
+    """lambda, the weight of the future loss; 0 switches it off."""
     future_steps: int = 16
-    """How many control steps ahead the predicted frame lies."""
+    """Control steps between an observation and the frame that the future tokens predict."""
     ema: float = 0.995
-    """Decay of the teacher per optimiser step."""
+    """Decay of the exponential moving average per optimizer step."""
     relative: bool = True
     """Predict joint targets relative to the current joint positions; False: absolute targets."""
 
@@ -65,7 +72,8 @@ class PolicyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyBatch:
-    """Everything one loss needs, noise included, so that a loss is a function of its batch."""
+    """A training batch with its noise and flow times, so that the loss is a function of its
+    batch."""
 
     hidden: Tensor
     """[B, L, d] hidden states of the frame."""
@@ -90,8 +98,8 @@ class PolicyBatch:
     ids: Sequence[object] = ()
     """Names of the samples, for error messages."""
     values: float = 0.0
-    """Real values of a sample, on average over the whole step; 0: over this batch. Makes the losses of the
-    parts of a step, weighted by their samples, add up to the loss of the whole."""
+    """Real values of a sample, on average over the whole step; 0: over this batch. Makes the losses
+    of the parts of a step, weighted by their samples, add up to the loss of the whole."""
 
     def to(self, device: torch.device | str) -> PolicyBatch:
         tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -99,10 +107,11 @@ class PolicyBatch:
 
 
 class PolicyNetwork(nn.Module):
-    """Bridge, transformer and heads for `embodiments` robots on hidden states of size `hidden_size`."""
+    """Bridge, diffusion transformer and heads for several robots, on hidden states of size
+    `hidden_size`."""
 
     _no_split_modules = ("PerceiverBlock", "Block")
-    """Units of FSDP, named as transformers models name theirs."""
+    """Units of FSDP, in an attribute that transformers models have, too."""
 
     def __init__(self, config: PolicyConfig, hidden_size: int, embodiments: int) -> None:
         super().__init__()
@@ -124,22 +133,27 @@ class PolicyNetwork(nn.Module):
         intent: Tensor,
         state: Tensor,
         embodiment: Tensor,
-        memory: Memory | None = None,
+        cache: IntentCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the velocity [B, H, D] at `noised` [B, H, D] and the predicted future tokens [B, M, z]."""
+        """Return the velocity [B, H, D] at `noised` [B, H, D], and the predicted future intent
+        tokens [B, M, z].
+
+        `intent`: intent tokens [B, M, z]; `cache`: of `DiT.cache_intent`.
+        """
         tokens = [
             self.encode_state(state[:, None], embodiment),
             self.encode_action(noised, tau, embodiment) + self.position,
             self.future.expand(len(noised), -1, -1),
         ]
-        out, future = self.dit(torch.cat(tokens, dim=1), intent, tau, memory)
+        out, future = self.dit(torch.cat(tokens, dim=1), intent, tau, cache)
         actions_out = out[:, 1 : 1 + self.config.horizon]
         return self.decode_action(actions_out, embodiment), self.predict_future(future)
 
     def loss(self, batch: PolicyBatch, teacher: PolicyNetwork) -> dict[str, Tensor]:
         """Return scalars 'loss', 'loss_flow' and 'loss_future'.
 
-        What is not real is zero in the input and absent from the loss, so it cannot act on any weight.
+        Padded dimensions, and steps after the end of the episode, are zero in the input and masked
+        in the loss, so they affect no weight.
         """
         actions, noise = batch.actions * batch.real, batch.noise * batch.real
         noised = flow.interpolate(actions, noise, batch.tau)
@@ -164,17 +178,18 @@ class PolicyNetwork(nn.Module):
         embodiment: Tensor,
         noise: Tensor,
         dims: Tensor,
-        going_on: tuple[Tensor, Tensor] | None = None,
+        prefix: ActionPrefix | None = None,
     ) -> Tensor:
-        """Return normalised actions [B, H, D] from `noise`; `dims` [B, D] is True where the robot has one.
+        """Return normalised actions [B, H, D], sampled from `noise` [B, H, D] by Euler steps.
 
-        `going_on`: actions [B, H, D] to go on from, and how much each is held to them [B, H].
+        `dims` [B, D] is True at the dimensions that the robot has. `prefix`: the chunk in progress
+        to continue.
         """
         intent, real = self.bridge(hidden, mask), dims[:, None]
-        memory = self.dit.remember(intent)
+        cache = self.dit.cache_intent(intent)
 
         def velocity(x: Tensor, tau: Tensor) -> Tensor:
-            return self.velocity(x, tau, intent, state, embodiment, memory)[0] * real
+            return self.velocity(x, tau, intent, state, embodiment, cache)[0] * real
 
-        field = velocity if going_on is None else flow.guided(velocity, *going_on)
+        field = velocity if prefix is None else flow.guided(velocity, prefix)
         return flow.euler(field, noise * real, self.config.sampler_steps)

@@ -1,13 +1,13 @@
-"""The trained policy: observation -> intent tokens -> action chunk; sole reader and writer of its folder.
+"""The trained policy: observation -> H_k -> intent tokens -> action chunk; and its checkpoint
+folder.
 
-Beside what every checkpoint has (checkpoint.py) the folder holds the backbone, a stock folder. Loading
-refuses a backbone that is not, bit for bit, the one that the policy was trained on.
+In addition to the files of every checkpoint (checkpoint.py) the folder holds the backbone, as a
+stock transformers folder. Loading refuses a backbone that is not, bit for bit, the one that the
+policy was trained on.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,32 +16,43 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from blm.backbone.backbone import Backbone
-from blm.backbone.prompt import control_prompt, to_chat
+from blm.backbone.prompt import control_prompt
 from blm.bridge import BridgeConfig
 from blm.datasets.transforms import RobotTransforms
-from blm.policy.checkpoint import folder_of, identified, read_config, read_transforms, write_checkpoint
-from blm.policy.flow import continuation_weights, seeded_noise
+from blm.policy.checkpoint import (
+    checkpoint_folder,
+    read_config,
+    read_transforms,
+    with_hashes,
+    write_checkpoint,
+)
+from blm.policy.codec import decode_chunks, pad_dims, prompt_version
+from blm.policy.flow import ActionPrefix, prefix_weights, seeded_noise
 from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.types import ActionChunk, BlmError, FloatArray, Observation, PolicyContract
 
 
 @dataclass(frozen=True)
 class FrozenProof:
-    """What shows that a backbone did not change: a hash of its parameters, some logits on fixed prompts."""
+    """Proof that a backbone is unchanged: the hash of its parameters, and logits on fixed
+    prompts."""
 
     fingerprint: str
+    """sha256 of all parameters and buffers."""
     logits: tuple[float, ...]
+    """About 256 of the logits on the probe prompts."""
 
     @classmethod
     def of(cls, backbone: Backbone) -> FrozenProof:
+        """Return the proof of a backbone in its present state."""
         logits = backbone.probe_logits().flatten()
         return cls(backbone.fingerprint(), tuple(logits[:: max(1, len(logits) // 256)].tolist()))
 
     def require(self, backbone: Backbone, where: str) -> None:
-        """Raise BlmError unless `backbone` is the proved one; its logits may differ as devices round."""
+        """Raise BlmError unless `backbone` is unchanged; logits may differ by the rounding of
+        devices."""
         now = FrozenProof.of(backbone)
         slack = 0.01 if backbone.model.dtype == torch.float32 else 0.5
         same_logits = np.allclose(now.logits, self.logits, rtol=0, atol=slack)
@@ -53,7 +64,8 @@ class FrozenProof:
 
 
 class CheckpointPolicy:
-    """A `Policy`: tap the frozen backbone, bridge, Euler steps, undo the transforms, clip to the limits."""
+    """A `Policy`: tap the frozen backbone, bridge, Euler steps, inverse transforms, clip to the
+    limits."""
 
     def __init__(
         self,
@@ -66,28 +78,31 @@ class CheckpointPolicy:
         contract: PolicyContract,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        """`provenance`: how it was made, if it was loaded."""
+        """`layer`: k, the block that is tapped; `provenance`: that of the checkpoint it was loaded
+        from."""
         self.provenance = provenance or {}
         self.backbone, self.frozen, self.layer, self.transforms = backbone, frozen, layer, transforms
         self.network = network.eval().requires_grad_(False)
-        self.contract = identified(contract, network, transforms, frozen.fingerprint)
+        self.contract = with_hashes(contract, network, transforms, frozen.fingerprint)
 
     @property
     def device(self) -> str:
-        """Kind of device that it runs on: cpu, cuda, mps."""
+        """Type of the device that it runs on: cpu, cuda, mps."""
         return str(self.backbone.model.device.type)
 
     def reset(self) -> None:
-        """Nothing to forget: a decision depends on its observation alone."""
+        """Do nothing: a chunk depends on its observation alone."""
 
     def act(self, observation: Observation) -> ActionChunk:
+        """Return the chunk for one observation; see `act_batch`."""
         return self.act_batch([observation])[0]
 
     def act_batch(self, observations: Sequence[Observation]) -> list[ActionChunk]:
         """Return one chunk of absolute targets per observation, each with noise of its own seed.
 
-        An observation alone gives the same bits every time; among others its actions differ by about 1e-5,
-        because matrix products of another shape round differently. Raises BlmError for what does not fit.
+        One observation gives the same bits every time. In a batch its actions differ by about 1e-5,
+        because matrix products of another shape round differently. Raises BlmError for an
+        observation that does not match the contract.
         """
         checked = [self.contract.check(observation) for observation in observations]
         prompts = [control_prompt(o.instruction, o.robot, o.images) for o in checked]
@@ -101,32 +116,30 @@ class CheckpointPolicy:
             torch.stack([pad_dims(np.ones_like(o.state), config.max_dim) > 0 for o in checked]),
         )
         device = tapped.hidden.device
-        going_on = self._going_on(checked)
-        kept = going_on and (going_on[0].to(device), going_on[1].to(device))
+        prefix = self._action_prefix(checked)
+        prefix = prefix and prefix.to(device)
         state, robot, noise, dims = (x.to(device) for x in inputs)
-        actions = self.network.sample(tapped.hidden, tapped.mask, state, robot, noise, dims, kept)
-        return decode(self.contract, self.transforms, checked, actions)
+        actions = self.network.sample(tapped.hidden, tapped.mask, state, robot, noise, dims, prefix)
+        return decode_chunks(self.contract, self.transforms, checked, actions)
 
-    def _going_on(self, observations: Sequence[Observation]) -> tuple[Tensor, Tensor] | None:
-        """Normalised chunks in progress and their weights; None if nobody sent one."""
+    def _action_prefix(self, observations: Sequence[Observation]) -> ActionPrefix | None:
+        """Return the chunks in progress, normalised; None if no observation has one."""
         if all(o.chunk is None for o in observations):
             return None
         config = self.network.config
-        wanted = torch.zeros(len(observations), config.horizon, config.max_dim)
+        actions = torch.zeros(len(observations), config.horizon, config.max_dim)
         weights = torch.zeros(len(observations), config.horizon)
         for row, o in enumerate(observations):
             if o.chunk is not None:
-                whole = np.concatenate(
-                    [o.chunk, np.repeat(o.chunk[-1:], config.horizon - len(o.chunk), axis=0)]
-                )
-                wanted[row] = pad_dims(
-                    self.transforms[o.robot].actions.forward(whole, o.state), config.max_dim
-                )
-                weights[row] = continuation_weights(len(o.chunk), o.frozen, config.horizon)
-        return wanted, weights
+                held = np.repeat(o.chunk[-1:], config.horizon - len(o.chunk), axis=0)
+                padded = np.concatenate([o.chunk, held])
+                normalised = self.transforms[o.robot].actions.forward(padded, o.state)
+                actions[row] = pad_dims(normalised, config.max_dim)
+                weights[row] = prefix_weights(len(o.chunk), o.inference_delay, config.horizon)
+        return ActionPrefix(actions, weights)
 
     def save(self, folder: Path, provenance: Mapping[str, Any]) -> None:
-        """Write the checkpoint folder whole, then put it in the place of one that is there."""
+        """Write the checkpoint folder atomically; it may replace an unaltered checkpoint."""
         config = {
             "kind": "blm",
             "policy": asdict(self.network.config),
@@ -146,11 +159,11 @@ class CheckpointPolicy:
 
     @classmethod
     def load(cls, folder: Path | str, *, device: str = "cpu") -> CheckpointPolicy:
-        """Read a checkpoint, or a release by name.
+        """Load a checkpoint folder, or a release by name.
 
-        Raises BlmError, naming file and fix, unless it is whole and unaltered.
+        Raises BlmError, naming the file and a remedy, unless it is complete and unaltered.
         """
-        folder = folder_of(folder)
+        folder = checkpoint_folder(folder)
         config = read_config(folder)
         contract = PolicyContract.from_json(config["contract"])
         backbone = Backbone.load(folder / "backbone", device=device, dtype=getattr(torch, config["dtype"]))
@@ -178,53 +191,24 @@ class CheckpointPolicy:
 
 
 class RealTimeChunkingPolicy:
-    """A policy that goes on from its own last chunk: what was planned and not yet done binds what comes.
+    """A policy whose chunks continue the remainder of its previous chunk.
 
-    Real-time chunking without a delay: motion across chunks is smooth, at the price of a backward pass
-    through the policy in each denoising step.
+    Real-time chunking with an inference delay of 0: motion across chunks is smooth, at the price of
+    a backward pass through the policy in each denoising step.
     """
 
     def __init__(self, policy: CheckpointPolicy) -> None:
         self.policy = policy
         self.contract = replace(policy.contract, revision=f"{policy.contract.revision}+continued")
-        self._left: FloatArray | None = None
+        self._remainder: FloatArray | None = None
 
     def reset(self) -> None:
-        self._left = None
+        """Forget the previous chunk, at the start of an episode."""
+        self._remainder = None
 
     def act(self, observation: Observation) -> ActionChunk:
-        chunk = self.policy.act(replace(observation, chunk=self._left))
-        left = chunk.actions[self.contract.execute :]
-        self._left = left if len(left) else None
+        """Return a chunk that continues the remainder of the previous one."""
+        chunk = self.policy.act(replace(observation, chunk=self._remainder))
+        remainder = chunk.actions[self.contract.execute :]
+        self._remainder = remainder if len(remainder) else None
         return chunk
-
-
-def decode(
-    contract: PolicyContract,
-    transforms: Mapping[str, RobotTransforms],
-    observations: Sequence[Observation],
-    normalised: Tensor,
-) -> list[ActionChunk]:
-    """Return what normalised actions [B, H, D] tell each robot to do, within its limits."""
-    chunks = []
-    for o, actions_HD in zip(observations, normalised.double().cpu().numpy(), strict=True):
-        space = contract.action_spaces[o.robot]
-        actions = transforms[o.robot].actions.inverse(actions_HD[:, : space.dim], o.state)
-        assert np.isfinite(actions).all(), "the policy produced an action that is not finite"
-        clipped = np.clip(actions, space.low, space.high).astype(np.float32)
-        chunks.append(ActionChunk(actions=clipped, rate_hz=space.rate_hz))
-    return chunks
-
-
-def pad_dims(values: FloatArray, size: int) -> Tensor:
-    """Return `values` [.., D] as a float32 tensor [.., size], zero in the dimensions that a robot lacks."""
-    missing = [(0, 0)] * (values.ndim - 1) + [(0, size - values.shape[-1])]
-    return torch.from_numpy(np.pad(values, missing).astype(np.float32))
-
-
-def prompt_version(backbone: Backbone, cameras: Sequence[str]) -> str:
-    """Return a short hash of the control prompt's wording and of the chat template that renders it."""
-    blank = np.zeros((8, 8, 3), np.uint8)
-    chat = to_chat(control_prompt("{instruction}", "{robot}", dict.fromkeys(cameras, blank)))
-    text = json.dumps([chat, backbone.processor.chat_template])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

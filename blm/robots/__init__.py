@@ -1,6 +1,6 @@
-"""The robot arms, by name. To add one: write its file, add its line here."""
+"""The robot arms by name. To add a robot, write its file and add a line here."""
 
-from blm.robots.build import add_robot, look_at
+from blm.robots.build import add_robot, camera_quaternion
 from blm.robots.panda import PANDA
 from blm.robots.spec import RobotSpec
 from blm.robots.widowxai import WIDOWXAI
@@ -8,4 +8,4 @@ from blm.robots.xarm import XARM6, XARM7
 
 ROBOTS = {"panda": PANDA, "xarm6": XARM6, "xarm7": XARM7, "widowxai": WIDOWXAI}
 
-__all__ = ["ROBOTS", "RobotSpec", "add_robot", "look_at"]
+__all__ = ["ROBOTS", "RobotSpec", "add_robot", "camera_quaternion"]

@@ -1,4 +1,7 @@
-"""Writes a RobotSpec into a MuJoCo model, with settings that make grasps hold, measured on these arms."""
+"""Adds a RobotSpec to a MuJoCo model.
+
+The contact settings were measured to make grasps hold on these arms.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,21 @@ import numpy as np
 from blm.robots.spec import Link, RobotSpec, Shape
 
 DAMPING_TIME = 0.06
-"""Ratio of servo damping to stiffness [s]: by how long an arm trails its target."""
+"""Ratio of servo damping to stiffness [s]: the time by which an arm lags behind its target."""
 ARMATURE = 0.1
 """Reflected rotor inertia of an arm joint [kg m^2] (MuJoCo Menagerie panda, xarm7)."""
-GRIP, GRIP_DAMPING, FINGER_ARMATURE = 700.0, 56.0, 0.05
-"""Grip servo [N/m, N s/m, kg]: 14 N on a 4 cm cube. Menagerie's panda grips it with 2 N and drops it."""
+GRIP = 700.0
+"""Stiffness of the gripper servo [N/m]: 14 N on a 4 cm cube. Menagerie's panda has 2 N and drops
+it."""
+GRIP_DAMPING = 56.0
+"""Damping of the gripper servo [N s/m]."""
+FINGER_ARMATURE = 0.05
+"""Armature of a finger joint [kg]."""
 PAD_FRICTION = (1.15, 0.005, 0.0001)
-"""Finger on object: the mean of ManiSkill's 2.0 (finger) and 0.3 (object), as its simulator combines them."""
+"""Friction of finger on object: the mean of ManiSkill's 2.0 (finger) and 0.3 (object), as SAPIEN
+combines them."""
 FINGERS = ("left_finger", "right_finger")
+"""Names of the finger bodies and joints."""
 COLORS = {
     "white": (0.93, 0.93, 0.92, 1.0),
     "pearl": (0.80, 0.82, 0.83, 1.0),
@@ -37,8 +47,9 @@ _KINDS = {
 def add_robot(spec: mujoco.MjSpec, robot: RobotSpec) -> None:
     """Add bodies, joints, actuators (in action order), the site "tcp" and the camera "wrist".
 
-    Bodies: "base", "link1".., "hand", "left_finger", "right_finger". Joints: `robot.joint_names`, then the
-    slides "left_finger", "right_finger" (0 closed, `stroke` open). The site's axes are the hand's.
+    Bodies: "base", "link1".., "hand", "left_finger", "right_finger". Joints: `robot.joint_names`,
+    then the slides "left_finger", "right_finger" (0 closed, `stroke` open). The site's axes are the
+    hand's.
     """
     spec.compiler.degree = False
     body = spec.worldbody.add_body(name="base", pos=robot.base_position)
@@ -52,13 +63,13 @@ def add_robot(spec: mujoco.MjSpec, robot: RobotSpec) -> None:
     chain.append("hand")
     pairs = [(one, other) for i, one in enumerate(chain) for other in chain[i + 1 : i + 3]]
     pairs += [(part, finger) for part in chain[-3:] for finger in FINGERS] + [FINGERS]
-    # neighbours never touch; MuJoCo does not see to it for the base, which is welded to the world
+    # Neighbouring bodies never collide. MuJoCo excludes them itself, but not the base, which is fixed.
     for one, other in pairs:
         spec.add_exclude(bodyname1=one, bodyname2=other)
 
 
-def look_at(eye: Sequence[float], target: Sequence[float], up: Sequence[float]) -> list[float]:
-    """Quaternion (wxyz) of a camera at `eye` with `target` at its centre. MuJoCo cameras look along -z."""
+def camera_quaternion(eye: Sequence[float], target: Sequence[float], up: Sequence[float]) -> list[float]:
+    """Return the quaternion (wxyz) of a camera at `eye` that looks at `target` along -z."""
     back = np.subtract(eye, target)
     right = np.cross(up, back)
     axes = np.stack([right, np.cross(back, right), back], axis=1)
@@ -82,7 +93,8 @@ def _add_shapes(body: mujoco.MjsBody, shapes: tuple[Shape, ...], mass: float) ->
         if shape.kind == "box":
             geom.pos, geom.size = shape.start, shape.end
         else:
-            geom.fromto, geom.size = (*shape.start, *shape.end), (shape.radius, 0, 0)
+            geom.fromto = (*shape.start, *shape.end)
+            geom.size = (shape.radius, 0, 0)
 
 
 def _volume(shape: Shape) -> float:
@@ -99,14 +111,15 @@ def _add_servo(spec: mujoco.MjSpec, body: mujoco.MjsBody, link: Link, name: str)
     body.add_joint(name=name, axis=joint.axis, range=limits, armature=ARMATURE)
     actuator = spec.add_actuator(name=name, target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT)
     actuator.set_to_position(kp=joint.stiffness, kv=DAMPING_TIME * joint.stiffness)
-    actuator.ctrlrange, actuator.forcerange = limits, (-joint.effort, joint.effort)
+    actuator.ctrlrange = limits
+    actuator.forcerange = (-joint.effort, joint.effort)
 
 
 def _add_gripper(spec: mujoco.MjSpec, wrist: mujoco.MjsBody, robot: RobotSpec) -> None:
     gripper, mount = robot.gripper, robot.wrist_camera
     hand = _add_link(wrist, gripper.hand, "hand")
     hand.add_site(name="tcp", pos=(0, 0, gripper.tcp), group=4)  # groups above 2 are not drawn
-    view = look_at(mount.eye, mount.target, (1, 0, 0))
+    view = camera_quaternion(mount.eye, mount.target, (1, 0, 0))
     hand.add_camera(name="wrist", pos=mount.eye, quat=view, fovy=mount.fovy)
     tendon = spec.add_tendon(name="gripper")
     for name, turn in zip(FINGERS, ((1, 0, 0, 0), (0, 0, 0, 1)), strict=True):

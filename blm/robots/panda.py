@@ -1,9 +1,9 @@
 """Franka Emika Panda with the Franka hand.
 
-Kinematics, masses, efforts, finger travel: MuJoCo Menagerie franka_emika_panda (after franka_description).
-Speed and acceleration limits: Franka Control Interface documentation, "Limits for Panda". Home pose and
-base: ManiSkill 3.0.1. Servo stiffness: Menagerie. Shapes: our primitives, after the arm's published
-collision capsules.
+Kinematics, masses, efforts, finger travel: MuJoCo Menagerie franka_emika_panda (after
+franka_description). Speed and acceleration limits: Franka Control Interface documentation, "Limits
+for Panda". Home pose and base: ManiSkill 3.0.1. Servo stiffness: Menagerie. Shapes: our primitives,
+after the arm's published collision capsules.
 """
 
 from __future__ import annotations

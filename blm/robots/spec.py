@@ -1,8 +1,10 @@
-"""What a robot arm is, as data: a chain of links, a two-finger gripper, limits, a home pose, a wrist camera.
+"""Robot arms as data: links, two-finger gripper, limits, home pose, wrist camera.
 
-The chain starts at `base_position` in the world (x forward, y left, z up; table top z = 0). A link's frame
-is in its parent's; its joint turns about `axis` through the link's origin. The hand's z is the approach
-direction and y the closing axis; at home its x points forward. Units: m, rad, kg, N.
+The chain starts at `base_position` in the world frame (x forward, y left, z up; table top at z =
+0). A link's pose is given in its parent's frame; its joint rotates about `axis` through the link's
+origin. The hand's z axis is the approach direction and its y axis the closing axis; at home its x
+axis points forward. Units: m, rad, kg, N. `suite_version` hashes the representation of these
+classes, including class and field names.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ IDENTITY: Quaternion = (1.0, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True)
 class Shape:
-    """One primitive in its link's frame. Cameras see all shapes; `solid` ones also collide."""
+    """One primitive shape in its link's frame.
+
+    All shapes are visible; `solid` ones also collide.
+    """
 
     kind: Literal["capsule", "cylinder", "box"]
     start: Vector
@@ -33,9 +38,11 @@ class Shape:
     solid: bool = True
 
 
-box, capsule, cylinder = partial(Shape, "box"), partial(Shape, "capsule"), partial(Shape, "cylinder")
+box = partial(Shape, "box")
+capsule = partial(Shape, "capsule")
+cylinder = partial(Shape, "cylinder")
 ring = partial(Shape, "cylinder", solid=False)
-"""A cylinder that is only seen: a joint's cap, a seam."""
+"""A cylinder that is only visible, e.g. a joint's cap or a seam."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +52,11 @@ class Joint:
     low: float
     high: float
     velocity: float
-    """Greatest speed [rad/s]."""
+    """Maximum speed [rad/s]."""
     acceleration: float
-    """Greatest acceleration [rad/s^2]."""
+    """Maximum acceleration [rad/s^2]."""
     effort: float
-    """Greatest torque [Nm]."""
+    """Maximum torque [Nm]."""
     stiffness: float
     """Servo gain [Nm/rad]; its damping is `build.DAMPING_TIME` times this."""
     axis: Vector = (0.0, 0.0, 1.0)
@@ -57,11 +64,14 @@ class Joint:
 
 @dataclass(frozen=True)
 class Link:
-    """One rigid body. Its mass is spread over its shapes by volume, which always gives a valid inertia."""
+    """A rigid body.
+
+    Its mass is distributed over its shapes by volume, which always gives a valid inertia.
+    """
 
     position: Vector
     quaternion: Quaternion
-    """wxyz in the parent's frame; need not be normalised."""
+    """Orientation (wxyz) in the parent's frame; need not be normalised."""
     mass: float
     joint: Joint | None
     shapes: tuple[Shape, ...]
@@ -69,35 +79,40 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Gripper:
-    """Two fingers that slide along the hand's y, driven together; the right is the left turned about z."""
+    """Two coupled fingers that slide along the hand's y axis.
+
+    The right one is the left one rotated about z.
+    """
 
     hand: Link
-    """Fixed to the last link."""
+    """The hand, which is fixed to the last link."""
     tcp: float
-    """Tool centre point, along the hand's z."""
+    """Tool centre point along the hand's z axis [m]."""
     finger: Link
     """The left finger when closed, in the hand's frame; its first shape is the contact pad."""
     stroke: float
-    """Travel of each finger; the opening between the pads is twice this."""
+    """Travel of each finger [m]; the opening between the pads is twice this."""
     grasp_force: float
-    """A finger holds something when it presses at least this hard [N] (ManiSkill's is_grasping)."""
+    """Minimum force of a finger in a grasp [N] (ManiSkill, is_grasping)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workspace:
-    """Where tasks happen for this arm, after ManiSkill's PickCube configurations."""
+    """The workspace of tasks for this arm, after ManiSkill's PickCube configurations."""
 
     centre: tuple[float, float] = (0.0, 0.0)
+    """World x and y [m]."""
     half: float = 0.1
-    """Objects spawn within +- this of the centre, in x and y."""
+    """Objects spawn within +- this of the centre in x and y [m]."""
     height: float = 0.3
-    """Goals float up to this high above where the cube rests."""
+    """Maximum height of goals above the resting cube [m]."""
     cube_half: float = 0.02
+    """Half edge length of cubes [m]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mount:
-    """A camera in the hand's frame; the top of its image is the hand's +x."""
+    """A camera in the hand's frame; the top of its image points along the hand's +x axis."""
 
     eye: Vector
     target: Vector
@@ -113,7 +128,7 @@ class RobotSpec:
     title: str
     base_position: Vector
     base: tuple[Shape, ...]
-    """The part that is fixed to the table."""
+    """Shapes of the part that is fixed to the table."""
     links: tuple[Link, ...]
     gripper: Gripper
     home: tuple[float, ...]

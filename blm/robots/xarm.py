@@ -1,10 +1,11 @@
 """UFACTORY xArm 6 and xArm 7 with the UFACTORY gripper; the 7 has one more joint in the upper arm.
 
 Joint frames, limits and efforts: xarm_ros2 xarm6.urdf.xacro and xarm7.urdf.xacro. Masses: UFACTORY,
-"Kinematic and Dynamic Parameters of xArm 6", model 1; those of the 7's links 2 to 4 are our estimate. Speed
-and acceleration: UFACTORY user manual, 180 deg/s and 1145 deg/s^2. Servo stiffness: MuJoCo Menagerie
-ufactory_xarm7. The real gripper's fingers swing on a linkage; ours slide in parallel, with its 85 mm stroke
-and its tool centre point 172 mm from the flange (xarm_gripper.urdf.xacro). Shapes: our primitives.
+"Kinematic and Dynamic Parameters of xArm 6", model 1; those of the 7's links 2 to 4 are our
+estimate. Speed and acceleration: UFACTORY user manual, 180 deg/s and 1145 deg/s^2. Servo stiffness:
+MuJoCo Menagerie ufactory_xarm7. The real gripper's fingers swing on a linkage; ours slide in
+parallel, with its 85 mm stroke and its tool centre point 172 mm from the flange
+(xarm_gripper.urdf.xacro). Shapes: our primitives.
 """
 
 from __future__ import annotations

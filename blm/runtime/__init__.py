@@ -1,11 +1,21 @@
-"""The loop beside a real arm: every command inside the user's limits, and a stop when in doubt."""
+"""Control loop of a real arm: it keeps every command inside the user's limits and stops on
+faults."""
 
 from blm.runtime.arm import Arm, RobotLike, Units
-from blm.runtime.limits import Limits, Safety, StoppedError
+from blm.runtime.limits import ArmLimits, Safety, StoppedError
 from blm.runtime.log import RunLog
 from blm.runtime.loop import Driver
-from blm.runtime.states import Report, State
+from blm.runtime.states import RunReport, State
 
 __all__ = [
-    "Arm", "Driver", "Limits", "Report", "RobotLike", "RunLog", "Safety", "State", "StoppedError", "Units",
+    "Arm",
+    "ArmLimits",
+    "Driver",
+    "RobotLike",
+    "RunLog",
+    "RunReport",
+    "Safety",
+    "State",
+    "StoppedError",
+    "Units",
 ]  # fmt: skip

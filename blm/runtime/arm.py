@@ -1,4 +1,4 @@
-"""The arm's side of the loop: a LeRobot-style `Robot`, its units and its cameras."""
+"""The robot interface: a LeRobot-style `Robot`, its units and its cameras."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from blm.runtime.limits import Limits
+from blm.runtime.limits import ArmLimits
 from blm.types import BlmError, ContractError, FloatArray, ImageArray, PolicyContract
 
 BLANK = 8
-"""A picture whose channels each vary by no more grey levels than this is blank: black, or of one colour."""
+"""An image counts as blank (black, or of one colour) if no channel varies by more grey levels than
+this."""
 
 
 class RobotLike(Protocol):
-    """The part of `lerobot.robots.Robot` that is needed: keys are "<joint>.pos" and the names of cameras."""
+    """The required part of `lerobot.robots.Robot`. Keys are "<joint>.pos" and the names of the
+    cameras."""
 
     def connect(self) -> Any: ...
 
@@ -29,12 +31,13 @@ class RobotLike(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """How the arm's own numbers relate to ours: joint in rad = number * joint, opening 0 .. 1 likewise."""
+    """Scale factors from the robot's values to radians and to gripper openings 0 (closed) .. 1
+    (open)."""
 
     joint: float = 1.0
-    """np.pi / 180 for an arm that speaks degrees."""
+    """Joint position [rad] = value * joint; np.pi / 180 for a robot that reports degrees."""
     gripper: float = 1.0
-    """0.01 for a gripper from 0 to 100."""
+    """Opening = value * gripper; 0.01 for a gripper from 0 to 100."""
 
     def __post_init__(self) -> None:
         if not all(np.isfinite(v) and v > 0 for v in (self.joint, self.gripper)):
@@ -43,45 +46,48 @@ class Units:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """One good observation of the arm."""
+    """One valid observation of the arm."""
 
     observed_at: float
-    """When its reading began, on the loop's clock [s]."""
+    """When the call of `get_observation` began, on the loop's monotonic clock [s]."""
     state: FloatArray
     """[D] float64: joints [rad], gripper opening."""
     images: Mapping[str, ImageArray]
 
 
 class Arm:
-    """Reads states and pictures in our units, and sends commands in the robot's own."""
+    """Converts the robot's observations to SI units, and commands to the robot's units."""
 
     def __init__(
         self,
         robot: RobotLike,
-        limits: Limits,
+        limits: ArmLimits,
         *,
         cameras: Mapping[str, str] | None = None,
         units: Units | None = None,
         image_size: int | None = None,
     ) -> None:
-        """`cameras`: camera of the contract -> key of the robot's observation; None: the same names, which
-        `fitted` takes from the contract. `image_size` is the side that pictures must have [px]."""
+        """`cameras`: camera of the contract -> key of the robot's observation. None: the names are
+        the same, and `fitted` takes them from the contract. `image_size`: required side of the
+        images [px]."""
         self.robot, self.limits, self.cameras, self.image_size = robot, limits, cameras, image_size
         self.units = units or Units()
         self._scale = np.array([self.units.joint] * (limits.dim - 1) + [self.units.gripper])
 
     def fitted(self, contract: PolicyContract) -> Arm:
-        """Return this arm with the policy's cameras. Raises ContractError for one that it does not have."""
+        """Return this arm with the cameras of the policy. Raises ContractError if one is
+        missing."""
         views = dict(self.cameras or {camera: camera for camera in contract.cameras})
         if missing := sorted(set(contract.cameras) - views.keys()):
             raise ContractError(
-                f"the policy sees {', '.join(contract.cameras)}; no camera is given for {missing}"
+                f"the policy needs cameras {', '.join(contract.cameras)}; no camera is given for {missing}"
             )
         views = {camera: views[camera] for camera in contract.cameras}
         return Arm(self.robot, self.limits, cameras=views, units=self.units, image_size=contract.image_size)
 
     def read(self, now: float) -> Reading:
-        """Ask the robot for an observation. Raises BlmError that names what is missing or malformed."""
+        """Read an observation from the robot. Raises BlmError that names missing or malformed
+        values."""
         seen = self.robot.get_observation()
         if not isinstance(seen, Mapping):
             raise BlmError(f"the robot's observation is a {type(seen).__name__}, needed: a map")
@@ -93,7 +99,8 @@ class Arm:
         return Reading(observed_at=now, state=state, images=images)
 
     def send(self, command: FloatArray) -> None:
-        """Send one command [D]. Raises BlmError, and sends nothing, unless every value is finite."""
+        """Send one command [D]. Raises BlmError, and sends nothing, unless every value is
+        finite."""
         if command.shape != (self.limits.dim,) or not np.isfinite(command).all():
             raise BlmError(f"refused to send {command}: needed {self.limits.dim} finite numbers")
         values = (command / self._scale).tolist()
@@ -101,7 +108,7 @@ class Arm:
         self.robot.send_action({f"{name}.pos": value for name, value in zip(names, values, strict=True)})
 
     def _image(self, value: Any, key: str) -> ImageArray:
-        image = np.array(value)  # a copy: drivers write the next frame into the same buffer
+        image = np.array(value)  # a copy: some drivers write the next frame into the same buffer
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
             raise BlmError(f"camera '{key}': {image.dtype} {image.shape}; needed: uint8 [height, width, 3]")
         if self.image_size is not None and image.shape[:2] != (self.image_size, self.image_size):
@@ -110,7 +117,7 @@ class Arm:
                 "crop and resize in the robot's get_observation"
             )
         if np.ptp(image, (0, 1)).max() <= BLANK:
-            raise BlmError(f"camera '{key}' gives a blank picture, value {image[0, 0].tolist()} everywhere")
+            raise BlmError(f"camera '{key}' gives a blank image, value {image[0, 0].tolist()} everywhere")
         return image
 
 

@@ -1,36 +1,39 @@
-"""The arm's condition, judged from its observations: may it start, must it hold, must it stop?"""
+"""Health of the arm, judged from its observations: may it start, must it hold, must it stop?"""
 
 from __future__ import annotations
 
 import numpy as np
 
 from blm.runtime.arm import Reading
-from blm.runtime.chunks import HUGE
-from blm.runtime.limits import Limits, Safety
+from blm.runtime.limits import ArmLimits, Safety
 from blm.runtime.log import RunLog
-from blm.runtime.monitors import CameraMonitor, FollowingMonitor, Lasting, StartCheck, outside_limits
-from blm.runtime.states import Report, Stop
+from blm.runtime.monitors import CameraMonitor, ConditionTimer, FollowingMonitor, StartCheck, outside_limits
+from blm.runtime.states import RunReport, StopReason
+from blm.runtime.timeline import HUGE
 from blm.types import FloatArray
 
 
 class ArmHealth:
-    """Feed it every step; `hold` and `stop` say what the observations so far call for."""
+    """Checks observations: their age, cameras, following error and joint limits.
 
-    def __init__(self, limits: Limits, safety: Safety, report: Report, log: RunLog) -> None:
+    `problem`, `hold` and `stop` give the reason not to start, to hold, and to stop.
+    """
+
+    def __init__(self, limits: ArmLimits, safety: Safety, report: RunReport, log: RunLog) -> None:
         self.limits, self.safety, self.report, self.log = limits, safety, report, log
         self.reading: Reading | None = None
-        """The last good observation."""
-        self.stop: Stop | None = None
+        """The last valid observation."""
+        self.stop: StopReason | None = None
         self._check = StartCheck(limits, safety)
         self._cameras = CameraMonitor(safety.frozen_s, safety.moving)
         self._following = FollowingMonitor(safety.following_lag_s)
-        self._away, self._outside = Lasting(), Lasting()
+        self._away, self._outside = ConditionTimer(), ConditionTimer()
         self._moving = False
         self._first: float | None = None
         self._error = self._fault = ""
 
     def observe(self, reading: Reading | None, error: str | None, now: float) -> None:
-        """Take a new observation, or why there is none."""
+        """Process a new observation, or the error of one that failed."""
         if self._first is None:
             self._first = now
         if reading is not None and (why := self._unusable(reading, now)):
@@ -50,21 +53,21 @@ class ArmHealth:
             self._stop("observation", f"no observation for {age:.2f} s: {why}")
 
     def sent(self, now: float, command: FloatArray) -> None:
-        """Note a command; the first one is where the arm stands."""
+        """Record a command; the first one is the measured position."""
         self._moving = True
         self._following.sent(now, command)
 
     def age(self, now: float) -> float:
-        """Time since the last good observation was begun [s]."""
+        """Return the age of the last valid observation [s]."""
         return now - (self.reading.observed_at if self.reading else self._first or 0.0)
 
     def problem(self) -> str | None:
-        """Why the arm may not start; None if it may."""
+        """Return why the arm may not start; None if it may."""
         problem = self._check.problem()
         return problem and (self._error or problem)
 
     def hold(self, now: float) -> str | None:
-        """Why the arm must hold now, if it must."""
+        """Return why the arm must hold its position now; None if it need not."""
         if (age := self.age(now)) > self.safety.observation_hold_s:
             return f"no observation for {age:.2f} s: {self._error or 'get_observation has not returned'}"
         return self._fault or None
@@ -72,15 +75,16 @@ class ArmHealth:
     def _unusable(self, reading: Reading, now: float) -> str | None:
         age = now - reading.observed_at
         if not -1e-6 <= age <= self.safety.observation_hold_s:
-            return f"an observation came {age:.2f} s after it was begun"
+            return f"an observation arrived {age:.2f} s after its start"
         if reading.state.shape != (self.limits.dim,) or not (np.abs(reading.state) < HUGE).all():
             return f"the state is {reading.state}; needed: {self.limits.dim} finite numbers"
         if self.reading is not None and reading.observed_at <= self.reading.observed_at:
-            return "an observation came twice"
+            return "an observation arrived twice"
         return None
 
     def _judge(self, reading: Reading) -> None:
-        """A fault holds the arm at once, and stops it if it lasts."""
+        """Check cameras, following error and joint limits. A fault holds the arm, and stops it if
+        it lasts."""
         self._fault = ""
         if why := self._cameras.add(reading):
             self._stop("camera", why)
@@ -90,7 +94,7 @@ class ArmHealth:
         away = self._away.update(error > safe.following_error, reading.observed_at)
         if error > safe.following_error:
             name = self.limits.names[joint]
-            self._fault = f"{name} is {error:.2f} rad from where it was sent: blocked, or too slow"
+            self._fault = f"{name} has a following error of {error:.2f} rad: blocked, or too slow"
         outside = outside_limits(reading.state, self.limits, safe)
         gone = self._outside.update(outside is not None, reading.observed_at)
         self._fault = self._fault or outside or ""

@@ -1,6 +1,7 @@
-"""What the user states about the robot: the limits that no command may leave, and when the loop must stop.
+"""Limits of the arm that no command may exceed, and thresholds of the safety checks.
 
-A policy server states limits and a rate too. They are compared with these and never replace them.
+The user sets both. A policy server also states joint ranges and a control rate; they are compared
+with the user's, and never used in their place.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from blm.types import ActionSpace, BlmError, ContractError, FloatArray, PolicyContract, lookup
+from blm.types import ActionSpace, BlmError, ContractError, FloatArray, PolicyContract, lookup, shorten
 
 KIND = "absolute_joint_position"
 RANGE_TOLERANCE = 0.01
-"""How much wider than ours a server's joint range may be [rad]: data sheets are rounded."""
+"""Accepted excess of the server's joint range over ours [rad]: data sheets are rounded."""
 RATE_TOLERANCE = 1e-3
-"""Relative difference of the control rates that is accepted."""
+"""Accepted relative difference of the control rates."""
 MAX_HORIZON, MAX_IMAGE_SIZE = 1000, 4096
 
 
 class StoppedError(BlmError):
-    """The loop stopped the arm, or refused to start it. `kind` is one word, the message says why."""
+    """The loop stopped the arm, or refused to start it. `kind` is one word, `reason` the
+    explanation."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(f"{kind}: {reason}")
@@ -30,16 +32,18 @@ class StoppedError(BlmError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """The envelope of commands. All tuples have one value per joint, then the gripper's.
+class ArmLimits:
+    """Limits of commands in position, velocity and acceleration: one value per joint, then the
+    gripper's.
 
-    Units: rad, rad/s, rad/s^2 for joints; openings (0 closed, 1 open) and their derivatives for the gripper.
+    Units: rad, rad/s, rad/s^2 for joints; openings (0 closed, 1 open) and their derivatives for the
+    gripper.
     """
 
     robot: str
     """Its name in the policy's contract."""
     names: tuple[str, ...]
-    """In the order of the policy's action space; the last is 'gripper'."""
+    """Joint names in the order of the policy's action space; the last is 'gripper'."""
     low: tuple[float, ...]
     high: tuple[float, ...]
     velocity: tuple[float, ...]
@@ -78,7 +82,7 @@ class Limits:
 
     @property
     def stopping_s(self) -> float:
-        """Longest time from full speed to rest [s]."""
+        """Longest time to brake from full speed to rest [s]."""
         return max(v / a for v, a in zip(self.velocity, self.acceleration, strict=True))
 
     @classmethod
@@ -90,11 +94,13 @@ class Limits:
         acceleration: Sequence[float],
         gripper_velocity: float = 5.0,
         gripper_acceleration: float = 100.0,
-    ) -> Limits:
-        """Take names, ranges and rate from the user's own description of the arm; speeds are per arm joint.
+    ) -> ArmLimits:
+        """Take names, ranges and rate from an action space; velocities and accelerations are per
+        arm joint.
 
-        The gripper's two defaults are our choice, 0.2 s from open to closed and full speed after 0.05 s:
-        grippers limit their own speed, and a policy does not wait for one that its commands slow down.
+        The defaults of the gripper are our choice: 0.2 s from open to closed, full speed after 0.05
+        s. Grippers limit their own speed, and a policy does not wait for a gripper that limits slow
+        down.
         """
         return cls(
             robot=space.robot,
@@ -107,14 +113,16 @@ class Limits:
         )
 
     def outside(self, state: FloatArray) -> FloatArray:
-        """How far each value of a state [D] is outside its range, 0 inside."""
+        """Return how far each value of a state [D] is outside its range; 0 inside."""
         return np.maximum(0.0, np.maximum(np.array(self.low) - state, state - np.array(self.high)))
 
     def check_contract(self, contract: PolicyContract, *, accept_wider: bool = False) -> ActionSpace:
-        """Return the policy's action space for this robot, or raise ContractError that prints both sides.
+        """Return the policy's action space for this robot. Raises ContractError that shows both
+        sides.
 
-        Rates, names and order must be equal, kind and units the ones that the loop can execute, and ranges
-        not wider than ours unless `accept_wider`; commands are kept inside ours in any case.
+        Rates, names and their order must be equal, kind and units must be those that the loop
+        executes, and ranges must not be wider than ours unless `accept_wider`. Commands are kept
+        inside ours in any case.
         """
         space = lookup("robot", self.robot, contract.action_spaces)
         if space.kind != KIND:
@@ -122,9 +130,9 @@ class Limits:
                 f"actions of '{self.robot}' are '{_short(space.kind)}'; the loop executes '{KIND}' only"
             )
         units = ("rad",) * (self.dim - 1) + ("opening",)
-        for what, theirs, ours in (("names", space.names, self.names), ("units", space.units, units)):
+        for field, theirs, ours in (("names", space.names, self.names), ("units", space.units, units)):
             if tuple(theirs) != ours:
-                raise ContractError(f"{what} of '{self.robot}': ours {ours}, the policy's {_short(theirs)}")
+                raise ContractError(f"{field} of '{self.robot}': ours {ours}, the policy's {_short(theirs)}")
         for rate in (space.rate_hz, contract.rate_hz):
             if not _is_finite(rate) or abs(rate - self.rate_hz) > RATE_TOLERANCE * self.rate_hz:
                 raise ContractError(f"the robot runs at {self.rate_hz} Hz, the policy at {_short(rate)} Hz")
@@ -161,52 +169,57 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Safety:
-    """When to refuse to start, when to hold, and when to stop for good. Times in s, angles in rad."""
+    """Thresholds for refusing to start, for holding and for stopping. Times in s, angles in rad."""
 
     start_tolerance: float = 0.05
-    """How far outside its range a joint may stand; it then moves back at limited speed."""
+    """How far outside its range a joint may be at the start; it then moves back at limited
+    speed."""
     gripper_tolerance: float = 0.1
     """The same for the gripper's measured opening."""
     still: float = 0.01
-    """The arm may move so much during the readings before the start."""
+    """Maximum motion of a joint during the readings before the start."""
     check_readings: int = 3
-    """Good readings in a row before the start."""
+    """Consecutive valid readings that are required before the start."""
     start_s: float = 5.0
-    """The start is refused when these are not had within this time."""
+    """The start is refused if they do not arrive within this time."""
     observation_hold_s: float = 0.3
-    """The arm holds when there has been no good observation for so long .."""
+    """The arm holds when the last valid observation is older than this."""
     observation_stop_s: float = 1.0
-    """.. and stops after this."""
+    """The arm stops when it is older than this."""
     frozen_s: float = 0.5
-    """A camera whose picture has not changed for so long, while a joint moved by `moving`, stops the arm;
-    a blank picture (black or of one colour) counts as no observation."""
+    """The arm stops when a camera's image has not changed for this long while a joint moved by
+    `moving`. A blank image (black, or of one colour) counts as a failed observation."""
     moving: float = 0.02
+    """Motion of a joint from which the arm counts as moving."""
     following_error: float = 0.25
-    """The arm holds while a measured joint is farther than this from the commands of the last
-    `following_lag_s`, and stops when that lasts `following_s`. The gripper is exempt: an object blocks it."""
+    """Maximum following error: the distance of a measured joint from the commands of the last
+    `following_lag_s`. The arm holds above it, and stops when that lasts `following_s`. The gripper
+    is exempt, because an object blocks it."""
     following_lag_s: float = 0.4
     following_s: float = 0.5
     clamp_error: float = 0.1
-    """A command farther than this from what the policy wants counts as clamped; the arm stops when nine of
-    ten commands of the last `clamp_s` were."""
+    """A command that differs from the policy's target by more than this counts as clamped. The arm
+    stops when nine of ten commands of the last `clamp_s` were clamped."""
     clamp_s: float = 3.0
     repeat_s: float = 5.0
-    """The arm stops when all chunks of so many seconds are bit for bit the same although it has moved."""
+    """The arm stops when all chunks within this time are bit-equal although the arm has moved."""
     deadline_s: float = 1.0
-    """A reply that comes later than this after its request is dropped."""
+    """Deadline of a reply after its request; later ones are dropped."""
     bad_replies: int = 3
-    """Malformed replies in a row that stop the arm."""
-    patience_s: float = 10.0
-    """The arm stops when it has held for so long, for whatever reason; until then a lost server is tried
-    again."""
+    """Consecutive malformed replies after which the arm stops."""
+    max_hold_s: float = 10.0
+    """The arm stops when it has held for this long, for any reason. Until then the link reconnects
+    to a lost server."""
     send_stop_s: float = 0.5
-    """The arm stops when commands have failed or blocked for so long."""
+    """The arm stops when commands have failed or blocked for this long."""
     stall_s: float = 1.0
-    """The arm stops when the loop itself, or the e-stop hook, did not run for so long."""
+    """Watchdog timeout: the arm stops when the loop or the e-stop hook has not run for this
+    long."""
     accept_wider_limits: bool = False
-    """Run a policy whose joint ranges are wider than the robot's. Commands stay inside the robot's."""
+    """Accept a policy whose joint ranges are wider than the robot's. Commands stay inside the
+    robot's."""
     accept_torque_off: bool = False
-    """Run a LeRobot arm that goes limp when it is disconnected (`disable_torque_on_disconnect`)."""
+    """Accept a LeRobot arm that goes limp when it disconnects (`disable_torque_on_disconnect`)."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -227,5 +240,4 @@ def _is_finite(value: object) -> bool:
 
 
 def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+    return shorten(str(value), 120, quote=False)

@@ -1,4 +1,4 @@
-"""What happened in a run, and why it ended: one JSON object a line."""
+"""The event log of a run: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 RECENT = 1000
-"""Events that are kept in memory."""
+"""Number of events kept in memory."""
 
 
 class RunLog:
-    """Writes events, and never harms the run: a failed write is counted, not raised. Safe across threads."""
+    """Writes events. A failed write is counted, not raised, so that it cannot harm the run.
+    Thread-safe."""
 
     def __init__(self, path: Path | str | None = None) -> None:
         """With a path, lines are appended to that file. Raises OSError if it cannot be opened."""
@@ -24,7 +25,7 @@ class RunLog:
         self._file: TextIO | None = None if path is None else Path(path).open("a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, event: str, at: float, **details: Any) -> None:
-        """Note an event at a time of the loop's monotonic clock [s]; the wall clock's is added for people."""
+        """Record an event. `at` is on the loop's monotonic clock [s]; the UTC time is added."""
         row = {"event": event, "at": round(at, 4), "utc": datetime.now(UTC).isoformat(), **details}
         with self._lock:
             self.recent.append(row)

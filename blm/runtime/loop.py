@@ -1,7 +1,7 @@
-"""Run the supervisor beside a real arm: time, threads, signals, and the way out.
+"""Run the supervisor on a real arm: timing, threads, signals and shutdown.
 
-The main thread only waits and decides; reading, sending and asking happen in threads of their own, so none
-of them can keep the loop from holding and stopping.
+The main thread only waits and decides. Observations, commands and requests to the policy have
+threads of their own, so that none of them can keep the loop from holding or stopping the arm.
 """
 
 from __future__ import annotations
@@ -17,25 +17,30 @@ from types import FrameType
 from typing import Any
 
 from blm.runtime.arm import Arm, Reading
+from blm.runtime.call_thread import CallThread
 from blm.runtime.limits import Safety, StoppedError
 from blm.runtime.link import PolicyLink, close_policy
 from blm.runtime.log import RunLog
-from blm.runtime.states import Inputs, Report, State, Stop
+from blm.runtime.states import RunReport, State, StepInputs, StopReason
 from blm.runtime.supervisor import Supervisor
 from blm.runtime.watchdog import EStop, Watchdog
-from blm.runtime.workers import Worker
 from blm.types import BlmError, FloatArray, Policy
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CLOSE_S = 1.0
-"""How long the end of a run waits for each thread; what hangs longer is left behind and logged."""
+"""Timeout for each thread at the end of a run [s]; a thread that hangs longer is abandoned and
+logged."""
 DISCONNECT_S = 10.0
+"""Timeout of the robot's `disconnect` [s]."""
 FINISH_S = 5.0
-"""So long after a stop, and twice the time that braking takes, the run ends though the arm is not at rest."""
+"""Timeout of a stop, added to twice the braking time [s]; the run then ends although the arm is not
+at rest."""
 SENDING = 0.2
-"""A call of send_action that takes longer than this share of a control period counts from its end, less
-this: when within the call the arm got the command is not known, and the next one must not come too soon."""
+"""Share of a control period. When a call of send_action takes longer, the command counts as sent
+this much before its end: it is unknown when within the call the arm received it, and the next one
+must not be early."""
 OnStop = Callable[[str, str], None]
+"""Receives the kind and the reason of a stop."""
 
 
 class Driver:
@@ -52,16 +57,16 @@ class Driver:
         estop: EStop | None = None,
         on_stop: OnStop | None = None,
     ) -> None:
-        """Connect to the policy and compare it with the robot; nothing moves.
+        """Connect to the policy and check it against the robot; nothing moves.
 
-        `make_policy` connects, and again after a loss. `estop` returns True when the arm must stop; it is
-        polled every control period from a thread of its own. `on_stop(kind, reason)` is called at the end.
-        Raises BlmError, mostly ContractError, for whatever does not fit.
+        `make_policy` connects, also after a loss. `estop` returns True when the arm must stop; it
+        is polled every control period in a thread of its own. `on_stop(kind, reason)` is called at
+        the end of a run. Raises BlmError, mostly ContractError, if policy and robot do not match.
         """
         self.make_policy, self.instruction = make_policy, instruction
         self.safety, self.log = safety or Safety(), log or RunLog()
-        self.estop, self.on_stop, self.report = estop, on_stop, Report()
-        self._told, self._telling = False, threading.Lock()
+        self.estop, self.on_stop, self.report = estop, on_stop, RunReport()
+        self._notified, self._notify_lock = False, threading.Lock()
         require_torque(arm, self.safety)
         self._policy: Policy | None = make_policy()
         try:
@@ -71,14 +76,15 @@ class Driver:
             close_policy(self._policy)
             raise
 
-    def run(self, seconds: float, *, seed: int = 0) -> Report:
-        """Follow the policy for so long, not counting holds. Signals are handled in the main thread only.
+    def run(self, seconds: float, *, seed: int = 0) -> RunReport:
+        """Follow the policy for `seconds`, not counting holds. Signals are handled in the main
+        thread only.
 
-        Raises StoppedError when it ends otherwise. In every case the arm is left holding its last command and
-        is disconnected.
+        Raises StoppedError if the run ends for another reason. In every case the arm keeps holding
+        its last command and is disconnected.
         """
         policy, self._policy = self._policy or self.make_policy(), None
-        self._told = False
+        self._notified = False
         try:
             supervisor = Supervisor(
                 self.arm.limits,
@@ -93,7 +99,7 @@ class Driver:
         except BaseException:
             close_policy(policy)
             raise
-        self.report, reader = supervisor.report, Worker("blm-reader")
+        self.report, reader = supervisor.report, CallThread("blm-reader")
         try:
             reader.submit(self.arm.robot.connect).result()
             run = _Run(self, supervisor, policy, reader)
@@ -111,25 +117,27 @@ class Driver:
             raise StoppedError(self.report.kind, self.report.reason) from run.error
         return self.report
 
-    def tell(self, kind: str, reason: str) -> None:
-        """Call the user's `on_stop`, once a run; it can neither fail the run nor keep it from ending."""
-        with self._telling:
-            if self.on_stop is None or self._told:
+    def notify_stop(self, kind: str, reason: str) -> None:
+        """Call the user's `on_stop`, once per run; it can neither fail the run nor delay its
+        end."""
+        with self._notify_lock:
+            if self.on_stop is None or self._notified:
                 return
-            self._told = True
-        self._bounded("on_stop", partial(self.on_stop, kind, reason), CLOSE_S, Worker("blm-on-stop"))
+            self._notified = True
+        self._bounded("on_stop", partial(self.on_stop, kind, reason), CLOSE_S, CallThread("blm-on-stop"))
 
-    def _disconnect(self, reader: Worker) -> None:
-        """Tell the user, then disconnect in the thread that connected and read, unless it hangs."""
+    def _disconnect(self, reader: CallThread) -> None:
+        """Call `on_stop`, then disconnect in the thread that connected and read, unless it
+        hangs."""
         if self.report.kind:
-            self.tell(self.report.kind, self.report.reason)
-        worker = reader if reader.wait_idle(CLOSE_S) else Worker("blm-disconnect")
+            self.notify_stop(self.report.kind, self.report.reason)
+        worker = reader if reader.wait_idle(CLOSE_S) else CallThread("blm-disconnect")
         self._bounded("disconnect", self.arm.robot.disconnect, DISCONNECT_S, worker)
         if not reader.close(CLOSE_S):
             self.log.write("thread left behind", time.monotonic(), thread="reader")
 
-    def _bounded(self, what: str, call: Callable[[], Any], timeout_s: float, worker: Worker) -> None:
-        """Carry out the user's code, for a limited time; its failures are logged, and end nothing."""
+    def _bounded(self, what: str, call: Callable[[], Any], timeout_s: float, worker: CallThread) -> None:
+        """Run code of the user with a timeout; its failures are logged and do not end the run."""
         try:
             worker.submit(call).result(timeout_s)
         except Exception as error:
@@ -139,24 +147,26 @@ class Driver:
 
 
 class _Run:
-    """The threads of one run, and its steps."""
+    """The threads and steps of one run."""
 
-    def __init__(self, driver: Driver, supervisor: Supervisor, policy: Policy, reader: Worker) -> None:
+    def __init__(self, driver: Driver, supervisor: Supervisor, policy: Policy, reader: CallThread) -> None:
         self.arm, self.safety, self.log = driver.arm, driver.safety, driver.log
         self.supervisor, self.period = supervisor, driver.arm.limits.period
         self.error: BaseException | None = None
-        self._reader, self._sender = reader, Worker("blm-sender")
+        self._reader, self._sender = reader, CallThread("blm-sender")
         self._bus = threading.Lock()
         self._link = PolicyLink(policy, driver.make_policy)
         self._watchdog = Watchdog(
             period_s=min(self.period, 0.05),
             stall_s=self.safety.stall_s,
             estop=driver.estop,
-            on_stall=partial(driver.tell, "stalled", "the loop does not run; no command is sent any more"),
+            on_stall=partial(
+                driver.notify_stop, "stalled", "the loop has stalled; no more commands are sent"
+            ),
         )
         self._reading: Future[Reading] | None = None
         self._sending: Future[float] | None = None
-        self._asked_to_stop: Stop | None = None
+        self._asked_to_stop: StopReason | None = None
         self._read_s, self._next = 0.0, time.monotonic()
 
     def request_stop(self, kind: str, reason: str) -> None:
@@ -164,7 +174,7 @@ class _Run:
         self._asked_to_stop = self._asked_to_stop or (kind, reason)
 
     def drive(self) -> None:
-        """Step until the supervisor has stopped."""
+        """Run steps until the supervisor has stopped."""
         finish_s = FINISH_S + 2 * self.arm.limits.stopping_s
         stopped_at: float | None = None
         while self.supervisor.state is not State.STOPPED:
@@ -181,7 +191,8 @@ class _Run:
         self._settle_sending(self.safety.send_stop_s)
 
     def close(self) -> None:
-        """End all threads but the reader's. One that hangs in foreign code is left behind, and logged."""
+        """End all threads except the reader's. A thread that hangs in a driver is abandoned and
+        logged."""
         ended = {
             "sender": self._sender.close(CLOSE_S),
             "policy": self._link.close(2 * CLOSE_S),
@@ -192,20 +203,20 @@ class _Run:
                 self.log.write("thread left behind", time.monotonic(), thread=name)
 
     def _one_step(self) -> None:
-        """Read just before a command is due, so that it is decided on the newest observation."""
+        """Read just before a command is due, so that the decision uses the newest observation."""
         sleep_until(self._next - min(1.2 * self._read_s + 0.002, 0.8 * self.period))
         if self._reading is None:
             self._reading = self._reader.submit(partial(self._read, time.monotonic()))
         sleep_until(self._next)
         self._watchdog.beat()
         stop = self._asked_to_stop or self._watchdog.stop
-        if self._abandoned():
+        if self._stalled():
             return
         reading, error = self._take_reading()
         can_ask = self._link.can_ask
         self._settle_sending(0.0)
         decision = self.supervisor.step(
-            Inputs(
+            StepInputs(
                 now=time.monotonic(),
                 reading=reading,
                 read_error=error,
@@ -215,7 +226,7 @@ class _Run:
                 can_ask=can_ask,
             )
         )
-        if self._abandoned():  # it stood still in the step: its command is of the past
+        if self._stalled():  # the loop stalled within the step, so its command is outdated
             return
         if decision.command is not None:
             self._sending = self._sender.submit(partial(self._send, decision.command))
@@ -225,8 +236,8 @@ class _Run:
         now, due = time.monotonic(), self.supervisor.due
         self._next = due if due > now else now + self.period
 
-    def _abandoned(self) -> bool:
-        """Whether the watchdog saw the loop stand still; then nothing is sent any more."""
+    def _stalled(self) -> bool:
+        """Whether the watchdog found the loop stalled; then no more commands are sent."""
         if self._watchdog.stalled.is_set():
             self.supervisor.abandon(*(self._watchdog.stop or ("stalled", "the loop did not run")))
         return self._watchdog.stalled.is_set()
@@ -246,7 +257,8 @@ class _Run:
         return reading.result(), None
 
     def _send(self, command: FloatArray) -> float:
-        """Send once the bus is free, or the reader on it hangs. Return when it was sent."""
+        """Send when the bus is free, or at a timeout if the reader hangs; return the time of
+        sending [s]."""
         free = self._bus.acquire(timeout=self.safety.observation_hold_s)
         begun = time.monotonic()
         try:
@@ -257,7 +269,7 @@ class _Run:
         return max(begun, time.monotonic() - SENDING * self.period)
 
     def _settle_sending(self, timeout_s: float) -> None:
-        """Wait this long for the command that is being sent, and note how it went."""
+        """Wait up to `timeout_s` for the command that is being sent, and report its result."""
         if self._sending is None:
             return
         try:
@@ -277,7 +289,7 @@ def sleep_until(when: float) -> None:
 
 @contextmanager
 def handled_signals(request_stop: Callable[[str, str], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT stop the arm; the handlers before are restored. Only in the main thread."""
+    """Let SIGTERM and SIGINT stop the arm, then restore the previous handlers. Main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -294,7 +306,8 @@ def handled_signals(request_stop: Callable[[str, str], None]) -> Iterator[None]:
 
 
 def require_torque(arm: Arm, safety: Safety) -> None:
-    """Raise BlmError for a LeRobot arm that is configured to go limp, and drop, when it is disconnected."""
+    """Raise BlmError for a LeRobot arm that is configured to go limp, and fall, when it
+    disconnects."""
     config = getattr(arm.robot, "config", None)
     if getattr(config, "disable_torque_on_disconnect", False) is True and not safety.accept_torque_off:
         raise BlmError(

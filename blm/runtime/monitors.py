@@ -1,4 +1,7 @@
-"""What is watched while the arm runs. Each monitor is fed with times of one monotonic clock, and is pure."""
+"""Monitors of the running arm: start check, following error, cameras, clamping, repeated chunks.
+
+They have no clock of their own: every time they receive is on the loop's monotonic clock.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,19 @@ from collections import deque
 import numpy as np
 
 from blm.runtime.arm import Reading
-from blm.runtime.limits import Limits, Safety
+from blm.runtime.limits import ArmLimits, Safety
 from blm.types import FloatArray, ImageArray
 
 KNOWN_PICTURES = 32
-"""A picture equal to one of so many before it is not new: some drivers replay a ring of stale buffers."""
+"""An image equal to one of the last 32 is not new: some drivers replay a ring of stale buffers."""
 CLAMPED_SHARE = 0.9
+"""Share of clamped commands from which clamping counts as sustained."""
 
 
 class StartCheck:
-    """Whether the arm may start: good readings in a row that are inside the limits and at rest."""
+    """Whether the arm may start: consecutive valid readings, inside the limits and at rest."""
 
-    def __init__(self, limits: Limits, safety: Safety) -> None:
+    def __init__(self, limits: ArmLimits, safety: Safety) -> None:
         self.limits, self.safety = limits, safety
         self._states: deque[FloatArray] = deque(maxlen=safety.check_readings)
 
@@ -28,11 +32,11 @@ class StartCheck:
         self._states.append(state)
 
     def clear(self) -> None:
-        """A reading failed: begin again."""
+        """Start again after a failed reading."""
         self._states.clear()
 
     def problem(self) -> str | None:
-        """Why the arm may not start now; None if it may."""
+        """Return why the arm may not start now; None if it may."""
         if len(self._states) < self.safety.check_readings:
             return f"{len(self._states)} of {self.safety.check_readings} good readings"
         if why := outside_limits(self._states[-1], self.limits, self.safety):
@@ -44,8 +48,9 @@ class StartCheck:
         return None
 
 
-def outside_limits(state: FloatArray, limits: Limits, safety: Safety) -> str | None:
-    """Say which value is outside the limits by more than the tolerance, and which units would explain it."""
+def outside_limits(state: FloatArray, limits: ArmLimits, safety: Safety) -> str | None:
+    """Return which value is outside the limits by more than the tolerance, with a hint if its unit
+    looks wrong; None if all are inside."""
     excess = limits.outside(state) - np.append(
         np.full(limits.dim - 1, safety.start_tolerance), safety.gripper_tolerance
     )
@@ -63,14 +68,14 @@ def outside_limits(state: FloatArray, limits: Limits, safety: Safety) -> str | N
     )
 
 
-class Lasting:
-    """For how long a condition has held without a break."""
+class ConditionTimer:
+    """Measures for how long a condition has held without interruption."""
 
     def __init__(self) -> None:
         self._since: float | None = None
 
     def update(self, holds: bool, now: float) -> float:
-        """Return how long it has held [s]; 0 if it does not."""
+        """Return how long the condition has held [s]; 0 if it does not hold."""
         if not holds:
             self._since = None
             return 0.0
@@ -80,7 +85,7 @@ class Lasting:
 
 
 class FollowingMonitor:
-    """How far the measured joints are from where the last commands allow them to be."""
+    """Following error: how far the measured joints are from the recent commands."""
 
     def __init__(self, lag_s: float) -> None:
         self.lag_s = lag_s
@@ -92,8 +97,11 @@ class FollowingMonitor:
             self._commands.popleft()
 
     def error(self, reading: Reading) -> tuple[float, int]:
-        """Return the largest distance [rad] of a joint from the range of the commands that were in force
-        during `lag_s` before the reading, and which joint it is. The gripper is left out."""
+        """Return the largest following error [rad] and the index of its joint, without the gripper.
+
+        It is the distance of a joint from the range of the commands that were active during `lag_s`
+        before the reading.
+        """
         begin, end = reading.observed_at - self.lag_s, reading.observed_at
         commands = list(self._commands)
         recent = [
@@ -110,7 +118,7 @@ class FollowingMonitor:
 
 
 class CameraMonitor:
-    """Cameras whose picture stays the same although the arm moves."""
+    """Detects cameras whose image stays the same although the arm moves."""
 
     def __init__(self, frozen_s: float, moving: float) -> None:
         self.frozen_s, self.moving = frozen_s, moving
@@ -118,7 +126,7 @@ class CameraMonitor:
         self._changed: dict[str, Reading] = {}
 
     def add(self, reading: Reading) -> str | None:
-        """Note a reading; return what is wrong with the cameras, if anything."""
+        """Add a reading; return the fault of a camera, or None."""
         for camera, image in reading.images.items():
             known = self._known.setdefault(camera, deque(maxlen=KNOWN_PICTURES))
             name = _hash(image)
@@ -130,19 +138,19 @@ class CameraMonitor:
             moved = float(np.abs(reading.state - since.state)[:-1].max())
             age = reading.observed_at - since.observed_at
             if age > self.frozen_s and moved > self.moving:
-                return f"camera '{camera}' has shown the same picture for {age:.2f} s while the arm moved"
+                return f"camera '{camera}' has shown the same image for {age:.2f} s while the arm moved"
         return None
 
 
 class ClampMonitor:
-    """Whether nearly all of the last commands, `clamp_s` of them, are far from what the policy wanted."""
+    """Whether nearly all commands of the last `clamp_s` differ from the policy's targets."""
 
     def __init__(self, safety: Safety, rate_hz: float) -> None:
         self.error = safety.clamp_error
         self._clamped: deque[bool] = deque(maxlen=max(1, round(safety.clamp_s * rate_hz)))
 
     def add(self, wanted: FloatArray, command: FloatArray) -> bool:
-        """Note a command that followed the policy; return whether it was clamped."""
+        """Add a command and its target; return whether the command was clamped."""
         clamped = bool(np.abs(wanted - command).max() > self.error)
         self._clamped.append(clamped)
         return clamped
@@ -154,7 +162,7 @@ class ClampMonitor:
 
 
 class RepeatMonitor:
-    """A policy that gives one and the same chunk whatever it sees."""
+    """Detects a policy that returns the same chunk for every observation."""
 
     def __init__(self, repeat_s: float, moving: float) -> None:
         self.repeat_s, self.moving = repeat_s, moving
@@ -163,7 +171,8 @@ class RepeatMonitor:
         self._moved = 0.0
 
     def add(self, observed_at: float, state: FloatArray, chunk: FloatArray) -> bool:
-        """Note a good reply and what it replied to; return whether the policy is stuck."""
+        """Add a valid chunk with the time and state of its observation; return whether the policy
+        is stuck."""
         if chunk.tobytes() != self._chunk:
             self._chunk, self._first, self._moved = chunk.tobytes(), (observed_at, state), 0.0
             return False

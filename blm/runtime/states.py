@@ -1,4 +1,4 @@
-"""What goes into and comes out of the supervisor's step."""
+"""Inputs, outputs and states of the supervisor."""
 
 from __future__ import annotations
 
@@ -7,82 +7,87 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from blm.runtime.arm import Reading
-from blm.runtime.chunks import Reply, Request
+from blm.runtime.timeline import ChunkReply, ChunkRequest
 from blm.types import FloatArray, PolicyContract
 
 
 class State(StrEnum):
-    """CHECKING: nothing is sent until arm, cameras and first chunk are good. RUNNING: commands follow the
-    chunk. HOLDING: commands come to rest, then repeat the last one. STOPPED: nothing is sent any more."""
+    """States of the control loop."""
 
     CHECKING = "checking"
+    """No commands until the arm and its cameras pass the start check and the first chunk has
+    arrived."""
     RUNNING = "running"
+    """Commands follow the current chunk."""
     HOLDING = "holding"
+    """Commands brake to rest, then repeat the last command."""
     STOPPED = "stopped"
+    """No commands any more."""
 
 
 @dataclass
-class Report:
-    """What happened in a run."""
+class RunReport:
+    """Counts and result of a run."""
 
     state: State = State.CHECKING
     kind: str = ""
-    """Why it ended, in one word: 'finished' or one of the stops in docs/robot.md."""
+    """Why the run ended, in one word: 'finished' or one of the stops in docs/robot.md."""
     reason: str = ""
+    """The explanation."""
     steps: int = 0
     """Commands sent."""
     chunks: int = 0
     held: int = 0
     """Commands that held the arm."""
     clamped: int = 0
-    """Commands far from what the policy wanted (`Safety.clamp_error`)."""
+    """Commands that differ from the policy's target by more than `Safety.clamp_error`."""
     unread: int = 0
-    """Observations that failed."""
+    """Failed observations."""
     unsent: int = 0
-    """Commands that failed."""
+    """Failed commands."""
     dropped: dict[str, int] = field(default_factory=dict)
-    """Replies that were not used, by reason."""
+    """Reason -> number of dropped replies."""
     reconnections: int = 0
     latencies_ms: list[float] = field(default_factory=list)
-    """From a request to its reply."""
+    """Time from each request to its reply [ms]."""
 
 
 @dataclass(frozen=True)
-class Late:
-    """The server said that it could not reply to this request in time."""
+class ReplyLate:
+    """The server missed the deadline of this request."""
 
     number: int
 
 
 @dataclass(frozen=True)
-class Malformed:
-    """The reply was no chunk for this robot."""
+class ReplyMalformed:
+    """The reply was not a valid chunk for this robot."""
 
     error: str
 
 
 @dataclass(frozen=True)
-class Lost:
-    """The policy failed or its connection is lost; the link tries again."""
+class PolicyLost:
+    """The policy failed or the connection is lost; the link reconnects."""
 
     error: str
 
 
 @dataclass(frozen=True)
-class Found:
-    """The policy is back."""
+class PolicyReconnected:
+    """The link has reconnected to the policy."""
 
     contract: PolicyContract
 
 
-Event = Reply | Late | Malformed | Lost | Found
-Stop = tuple[str, str]
-"""Kind, in one word, and reason."""
+PolicyEvent = ChunkReply | ReplyLate | ReplyMalformed | PolicyLost | PolicyReconnected
+StopReason = tuple[str, str]
+"""The kind of a stop in one word, and its explanation."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What came in since the last step."""
+class StepInputs:
+    """Inputs of one step of the supervisor."""
 
     now: float
     """Monotonic time [s]."""
@@ -90,19 +95,19 @@ class Inputs:
     """A new observation of the arm."""
     read_error: str | None = None
     """Why the last observation failed."""
-    events: Sequence[Event] = ()
-    stop: Stop | None = None
-    """Someone wants the arm to stop."""
+    events: Sequence[PolicyEvent] = ()
+    stop: StopReason | None = None
+    """A request to stop, from a signal, the e-stop or the watchdog."""
     can_send: bool = True
-    """False while the command before is still being sent."""
+    """False while the previous command is still being sent."""
     can_ask: bool = True
-    """False while the policy is busy or lost."""
+    """False while the policy is busy or disconnected."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do now: send the command, if there is one, and ask the policy, if there is a request."""
+    """Output of one step: the command to send, if any, and the request for the policy, if any."""
 
     state: State
     command: FloatArray | None = None
-    request: Request | None = None
+    request: ChunkRequest | None = None

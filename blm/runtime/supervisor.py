@@ -1,32 +1,33 @@
-"""The control loop as a pure state machine: (time, observation, replies) -> (state, command, request).
+"""The control loop as a pure state machine: (time, observation, replies) -> (state, command,
+request).
 
-It has no threads, no clock and no input or output, so that every path of it can be tested. The states are
-those of `states.State`; only this class makes commands, all of them by its `Shaper`.
+It has no threads, no clock and no input or output, so that every path can be tested. The states are
+those of `states.State`. Only this class makes commands, and all of them pass the `CommandLimiter`.
 """
 
 from __future__ import annotations
 
 import math
 
-from blm.runtime.dialogue import Dialogue
-from blm.runtime.envelope import Shaper
+from blm.runtime.command_limiter import CommandLimiter
 from blm.runtime.health import ArmHealth
-from blm.runtime.limits import Limits, Safety
+from blm.runtime.limits import ArmLimits, Safety
 from blm.runtime.log import RunLog
-from blm.runtime.monitors import ClampMonitor, Lasting
-from blm.runtime.states import Decision, Inputs, Report, State, Stop
+from blm.runtime.monitors import ClampMonitor, ConditionTimer
+from blm.runtime.policy_session import PolicySession
+from blm.runtime.states import Decision, RunReport, State, StepInputs, StopReason
 from blm.types import BlmError, FloatArray, PolicyContract
 
 EARLY = 1e-6
-"""Share of a control period by which a command may be early: rounding of times."""
+"""Share of a control period by which a command may be early, because times are rounded."""
 
 
 class Supervisor:
-    """The loop of one run. Every command that `step` returns must be sent at once."""
+    """The state machine of one run. Send every command that `step` returns at once."""
 
     def __init__(
         self,
-        limits: Limits,
+        limits: ArmLimits,
         contract: PolicyContract,
         instruction: str,
         *,
@@ -35,13 +36,14 @@ class Supervisor:
         seconds: float = math.inf,
         seed: int = 0,
     ) -> None:
-        """`seconds`: how long to follow the policy; the time of holds is not counted, each is bounded by
-        `Safety.patience_s`. `seed`: of the policy's noise.
+        """`seconds`: how long to follow the policy, not counting holds, each of which lasts at most
+        `Safety.max_hold_s`. `seed`: seed of the policy's noise.
 
-        Raises ContractError if the policy does not fit the robot, BlmError for bounds shorter than a period.
+        Raises ContractError if policy and robot do not match, and BlmError for timeouts shorter
+        than two control periods.
         """
         self.limits, self.seconds = limits, seconds
-        self.safety, self.log, self.report = safety or Safety(), log or RunLog(), Report()
+        self.safety, self.log, self.report = safety or Safety(), log or RunLog(), RunReport()
         if not seconds > 0:
             raise BlmError(f"seconds must be positive, got {seconds}")
         if min(self.safety.observation_hold_s, self.safety.stall_s) < 2 * limits.period:
@@ -49,9 +51,9 @@ class Supervisor:
                 "Safety: observation_hold_s and stall_s "
                 f"must be two control periods ({2 * limits.period} s) or more: {self.safety}"
             )
-        self.shaper = Shaper(limits)
+        self.limiter = CommandLimiter(limits)
         self.health = ArmHealth(limits, self.safety, self.report, self.log)
-        self.dialogue = Dialogue(
+        self.session = PolicySession(
             limits,
             contract,
             instruction,
@@ -61,8 +63,10 @@ class Supervisor:
             seed=seed,
         )
         self._clamps = ClampMonitor(self.safety, limits.rate_hz)
-        self._unready, self._waiting, self._failing = Lasting(), Lasting(), Lasting()
-        self._stopping: Stop | None = None
+        self._not_ready = ConditionTimer()
+        self._no_chunk = ConditionTimer()
+        self._send_failing = ConditionTimer()
+        self._stopping: StopReason | None = None
         self._send_error: str | None = None
         self._resting = False
         self._now: float | None = None
@@ -75,7 +79,7 @@ class Supervisor:
 
     @property
     def stopping(self) -> bool:
-        """Whether the end has been decided upon."""
+        """Whether the arm is braking for a stop."""
         return self._stopping is not None
 
     @property
@@ -83,8 +87,9 @@ class Supervisor:
         """The earliest time of the next command [s]."""
         return self._sent_at + self.limits.period
 
-    def step(self, inputs: Inputs) -> Decision:
-        """Take what came in and decide. A command is given at most once a control period."""
+    def step(self, inputs: StepInputs) -> Decision:
+        """Process the inputs and return a decision. There is at most one command per control
+        period."""
         if self.state is State.STOPPED or not self._tick(inputs.now):
             return Decision(State.STOPPED)
         now = inputs.now
@@ -92,52 +97,53 @@ class Supervisor:
             self.stop(*inputs.stop)
         if self._stopping is None:
             self.health.observe(inputs.reading, inputs.read_error, now)
-            self.dialogue.receive(inputs.events, now)
-            for wish in (self.health.stop, self.dialogue.stop):
-                if wish is not None:
-                    self.stop(*wish)
+            self.session.receive(inputs.events, now)
+            for reason in (self.health.stop, self.session.stop):
+                if reason is not None:
+                    self.stop(*reason)
         if self._stopping is None and self.state is State.CHECKING:
             self._consider_start(now)
         if self._stopping is not None and self._at_rest(now):
             self._end(now)
             return Decision(State.STOPPED)
-        command = self._command(now, inputs.can_send) if self.shaper.started else None
+        command = self._command(now, inputs.can_send) if self.limiter.started else None
         request = None
         may_ask = self._stopping is None and inputs.can_ask and inputs.reading is not None
         if may_ask and inputs.reading is self.health.reading and inputs.reading is not None:
             ready = self.state is not State.CHECKING or self.health.problem() is None
-            request = self.dialogue.request(inputs.reading, now) if ready else None
+            request = self.session.request(inputs.reading, now) if ready else None
         return Decision(self.state, command, request)
 
     def stop(self, kind: str, reason: str) -> None:
-        """Come to rest, then stop. The first reason counts."""
+        """Brake to rest, then stop. The first reason counts."""
         if self._stopping is not None or self.state is State.STOPPED:
             return
         now = self._now or 0.0
         self._stopping, self._stopping_since = (kind, reason), now
         self.log.write("stopping", now, kind=kind, reason=reason)
-        if self.shaper.started:
+        if self.limiter.started:
             self._enter(State.HOLDING, now, reason)
 
     def abandon(self, kind: str, reason: str) -> None:
-        """Stop now, without coming to rest: time or the arm cannot be relied upon any more."""
+        """Stop at once, without braking, when the clock or the arm is not reliable any more."""
         self.stop(kind, reason)
         self._end(self._now or 0.0)
 
     def delivered(self, at: float, error: str | None = None) -> None:
-        """Note when the last command was handed to the arm [s]; `error`: why the arm may not have it.
+        """Record when the last command was sent to the arm [s]; `error`: why the arm may not have
+        it.
 
-        Such a command counts as sent all the same: the next one is limited from it.
+        A failed command counts as sent too: the next one is limited relative to it.
         """
         self._sent_at, self._send_error = max(self._sent_at, at), error
         if error:
             self.report.unsent += 1
             self.log.write("send failed", at, error=error)
-        if self._failing.update(bool(error), at) > self.safety.send_stop_s:
+        if self._send_failing.update(bool(error), at) > self.safety.send_stop_s:
             self.stop("send", f"commands have failed for {self.safety.send_stop_s} s: {error}")
 
     def _tick(self, now: float) -> bool:
-        """Note the time; False if that ended the run."""
+        """Record the time. Returns False if the clock is wrong, which ends the run."""
         before = self._now
         if not math.isfinite(now) or (before is not None and now < before):
             self.abandon("clock", f"the clock went from {before} to {now}; it must be monotonic")
@@ -148,25 +154,26 @@ class Supervisor:
         return True
 
     def _consider_start(self, now: float) -> None:
-        """Leave CHECKING when the arm is at rest inside its limits and the first chunk is there."""
+        """Enter RUNNING when the arm is at rest inside its limits and the first chunk has
+        arrived."""
         problem = self.health.problem()
-        if self._unready.update(problem is not None, now) > self.safety.start_s:
+        if self._not_ready.update(problem is not None, now) > self.safety.start_s:
             self.stop("start", problem or "")
         if problem is not None:
             return
-        reading, absent = self.health.reading, self.dialogue.target(now) is None
-        if self._waiting.update(absent, now) > self.safety.patience_s:
-            self.stop("policy", self.dialogue.lost or f"no usable chunk within {self.safety.patience_s} s")
+        reading, absent = self.health.reading, self.session.target(now) is None
+        if self._no_chunk.update(absent, now) > self.safety.max_hold_s:
+            self.stop("policy", self.session.lost or f"no usable chunk within {self.safety.max_hold_s} s")
         if absent or reading is None or self.health.hold(now):
             return
-        self.shaper.start(reading.state)
-        self.health.sent(reading.observed_at, self.shaper.position)
-        self._enter(State.RUNNING, now, "the first chunk is there")
+        self.limiter.start(reading.state)
+        self.health.sent(reading.observed_at, self.limiter.position)
+        self._enter(State.RUNNING, now, "the first chunk has arrived")
 
     def _at_rest(self, now: float) -> bool:
-        """Whether a stop is complete: nothing was ever sent, or the last command repeats the one before and
-        has been delivered; it is repeated for `send_stop_s` if it has not."""
-        if not self.shaper.started:
+        """Whether a stop is complete: no command was ever sent, or the last command equals the one
+        before it and has been delivered. A failed command is repeated for at most `send_stop_s`."""
+        if not self.limiter.started:
             return True
         if not self._resting:
             return False
@@ -180,22 +187,22 @@ class Supervisor:
             return None
         if now < self.due - EARLY * self.limits.period:
             return None
-        target, hold = self.dialogue.target(now), self._reason_to_hold(now)
+        target, hold = self.session.target(now), self._reason_to_hold(now)
         self._settle(hold, now)
         if hold is not None or target is None:
-            command = self.shaper.brake()
+            command = self.limiter.brake()
             self.report.held += 1
         else:
-            command = self.shaper.track(target.wanted, target.ahead)
+            command = self.limiter.track(target.wanted, target.ahead)
             self.report.clamped += self._clamps.add(target.wanted, command)
             if self._clamps.sustained:
-                wish = f"the policy has wanted what the limits forbid for {self.safety.clamp_s} s"
-                self.stop("clamping", wish)
-                command = self.shaper.brake()
+                reason = f"the policy's targets have exceeded the limits for {self.safety.clamp_s} s"
+                self.stop("clamping", reason)
+                command = self.limiter.brake()
         return self._commit(command, now)
 
     def _blocked(self, now: float) -> None:
-        """send_action has not returned: stop when that takes too long, without coming to rest."""
+        """send_action has not returned: stop without braking if that takes too long."""
         if now - self.due > self.safety.send_stop_s:
             self.stop("send", f"send_action has not returned for {now - self._sent_at:.2f} s")
             self._end(now)
@@ -207,29 +214,29 @@ class Supervisor:
             return f"the last command failed: {self._send_error}"
         if why := self.health.hold(now):
             return why
-        if self.dialogue.target(now) is None:
-            return self.dialogue.lost or "no chunk for this time"
+        if self.session.target(now) is None:
+            return self.session.lost or "no chunk for this time"
         return None
 
     def _settle(self, hold: str | None, now: float) -> None:
-        """Enter the state that the reason calls for; stop when a hold lasts too long."""
+        """Enter HOLDING with a reason, RUNNING without; stop when a hold lasts too long."""
         if hold is None:
             self._enter(State.RUNNING, now, "")
             return
         self._enter(State.HOLDING, now, hold)
-        if now - self._held_since > self.safety.patience_s:
-            self.stop("patience", f"held for {self.safety.patience_s} s: {hold}")
+        if now - self._held_since > self.safety.max_hold_s:
+            self.stop("patience", f"held for {self.safety.max_hold_s} s: {hold}")
 
     def _commit(self, command: FloatArray, now: float) -> FloatArray:
         elapsed = (now - self._sent_at) / self.limits.period
         elapsed = elapsed if math.isfinite(elapsed) else 1.0
-        self.shaper.sent(command, elapsed)
+        self.limiter.sent(command, elapsed)
         if self.state is State.RUNNING:
             self._followed_s += elapsed * self.limits.period
         self._sent_at = now
         self.health.sent(now, command)
         self.report.steps += 1
-        self._resting = self._stopping is not None and self.shaper.still
+        self._resting = self._stopping is not None and self.limiter.still
         return command
 
     def _enter(self, state: State, now: float, why: str) -> None:
@@ -245,5 +252,5 @@ class Supervisor:
             return
         self.report.kind, self.report.reason = self._stopping or ("stopped", "")
         self.report.state = State.STOPPED
-        held = self.shaper.position.tolist() if self.shaper.started else None
+        held = self.limiter.position.tolist() if self.limiter.started else None
         self.log.write("stopped", now, kind=self.report.kind, reason=self.report.reason, held=held)

@@ -1,4 +1,4 @@
-"""A thread beside the loop that watches the loop and the e-stop, and does not depend on either."""
+"""Watchdog: threads that monitor the control loop and the e-stop, and depend on neither."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from blm.runtime.states import Stop
+from blm.runtime.states import StopReason
 
 EStop = Callable[[], bool]
+"""Returns True when the e-stop is pressed."""
+"""Returns True when the e-stop is pressed."""
 
 
 class Watchdog:
-    """Polls the e-stop, and sees when the loop stands still. The loop in turn calls `beat` and reads `stop`.
+    """Polls the e-stop and detects a stalled loop. The loop calls `beat` and reads `stop` in every
+    step.
 
-    When the loop stands still it cannot send commands, so the arm holds its last one; `stalled` then keeps it
-    from sending more when it wakes up, and `on_stall` is called.
+    A stalled loop sends no commands, so the arm holds its last one. The event `stalled` keeps the
+    loop from sending more when it resumes, and `on_stall` is called.
     """
 
     def __init__(
@@ -29,7 +32,7 @@ class Watchdog:
     ) -> None:
         self._period_s, self._stall_s, self._estop, self._on_stall = period_s, stall_s, estop, on_stall
         self._beat = self._polled = time.monotonic()
-        self._stop: Stop | None = None
+        self._stop: StopReason | None = None
         self.stalled = threading.Event()
         self._closing = threading.Event()
         self._poller = threading.Thread(target=self._poll, name="blm-estop", daemon=True)
@@ -39,12 +42,12 @@ class Watchdog:
             self._poller.start()
 
     def beat(self) -> None:
-        """The loop is alive."""
+        """Signal that the loop is alive."""
         self._beat = time.monotonic()
 
     @property
-    def stop(self) -> Stop | None:
-        """Why the arm must stop, if it must."""
+    def stop(self) -> StopReason | None:
+        """Why the arm must stop; None if it need not."""
         if self._stop is not None:
             return self._stop
         if self._estop is not None and (silent := time.monotonic() - self._polled) > self._stall_s:
@@ -52,7 +55,7 @@ class Watchdog:
         return None
 
     def close(self, timeout_s: float) -> bool:
-        """End the threads; whether they ended within this time."""
+        """End the threads. Returns whether they ended within `timeout_s`."""
         self._closing.set()
         threads = [thread for thread in (self._guard, self._poller) if thread.ident is not None]
         for thread in threads:

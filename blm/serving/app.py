@@ -1,4 +1,4 @@
-"""One process for both spaces: chat in the OpenAI form and actions in the OpenPI form, on one port."""
+"""The server: OpenAI chat completions and OpenPI actions from one process, on one port."""
 
 from __future__ import annotations
 
@@ -20,73 +20,77 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from blm.serving.access import connections
-from blm.serving.access.gate import Gate
-from blm.serving.access.keys import SECURITY_HEADERS, Access, origin_text
+from blm.serving.access.keys import SECURITY_HEADERS, AccessControl, origin_text
 from blm.serving.access.login import add_login
+from blm.serving.access.middleware import AccessMiddleware
 from blm.serving.errors import RequestError
 from blm.serving.metrics import Metrics
 from blm.serving.protocols.openai.completions import ChatService, add_chat
-from blm.serving.protocols.openai.conversation import Limits
+from blm.serving.protocols.openai.conversation import ChatLimits
 from blm.serving.protocols.openai.models import add_models
 from blm.serving.protocols.openai.reply import Reasoning
 from blm.serving.protocols.openai.tokenizing import add_tokenizing
 from blm.serving.protocols.openpi import wire
 from blm.serving.protocols.openpi.routes import OPENPI_PATHS, add_policy
-from blm.serving.scheduler import Engine, Room, Speaker
+from blm.serving.scheduler import ModelScheduler, SchedulerLimits, TokenGenerator
 from blm.types import Policy
 
 log = logging.getLogger(__name__)
 GRACE_S = 4.0
-"""What has begun may take this long to end when the server is told to stop."""
+"""Grace period at shutdown: how long requests in progress may take to finish [s]."""
 
 
 def create_app(
     policy: Policy | None = None,
-    speaker: Speaker | None = None,
+    generator: TokenGenerator | None = None,
     *,
     name: str = "BLM",
     api_key: str | None = None,
-    access: Access | None = None,
-    limits: Limits | None = None,
-    room: Room | None = None,
+    access: AccessControl | None = None,
+    chat_limits: ChatLimits | None = None,
+    scheduler_limits: SchedulerLimits | None = None,
     reasoning: Reasoning = "inline",
 ) -> FastAPI:
-    """Build the server around a policy, a speaker, or both; the routes of what is missing say so.
+    """Build the server for a policy, a generator, or both. Routes of the missing one return an
+    error.
 
-    `api_key` is short for `access=Access([api_key])`. `reasoning`: where thoughts go, into the answer's text
-    or apart. The policy must keep no memory between requests: OpenPI has no message for a new episode.
-    Raises BlmError for an empty or unprintable key.
+    `api_key` is short for `access=AccessControl([api_key])`. `reasoning` says where the text
+    between <think> and </think> goes: into the content of the answer, or into `reasoning_content`.
+    The policy must be stateless, because OpenPI has no message for the start of an episode. Raises
+    BlmError for an empty or unprintable key.
     """
-    access = access or Access([] if api_key is None else [api_key])
-    engine = Engine(policy, speaker, room)
-    metrics = Metrics(lambda: engine.waiting)
+    access = access or AccessControl([] if api_key is None else [api_key])
+    scheduler = ModelScheduler(policy, generator, scheduler_limits)
+    metrics = Metrics(lambda: scheduler.waiting)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        engine.close()
-        await run_in_threadpool(engine.join)
+        scheduler.close()
+        await run_in_threadpool(scheduler.join)
 
     app = FastAPI(title=name, version=version("blm"), docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.state.engine, app.state.metrics, app.state.access = engine, metrics, access
+    app.state.scheduler = scheduler
+    app.state.metrics = metrics
+    app.state.access = access
     app.state.connections = connections.ConnectionTable()
-    app.state.serves = ["chat"] * (speaker is not None) + ["actions"] * (policy is not None)
-    _add_gate_and_errors(app, access)
+    app.state.serves = ["chat"] * (generator is not None) + ["actions"] * (policy is not None)
+    _add_middleware(app, access)
     _add_status(app, policy)
-    add_models(app, engine, name, app.state.serves)
+    add_models(app, scheduler, name, app.state.serves)
     add_login(app, access)
-    if speaker is not None:
+    if generator is not None:
         service = ChatService(
             name=name,
-            engine=engine,
+            scheduler=scheduler,
             metrics=metrics,
-            limits=limits or Limits(),
+            limits=chat_limits or ChatLimits(),
             reasoning=reasoning,
             fingerprint=None if policy is None else policy.contract.revision,
         )
         app.state.chat = service
         add_chat(app, service)
-        if (tokenizer := getattr(speaker, "tokenizer", None)) is not None:
+        if (tokenizer := getattr(generator, "tokenizer", None)) is not None:
             add_tokenizing(app, service, tokenizer)
     else:
         app.add_api_route("/v1/chat/completions", _no_chat, methods=["POST"], include_in_schema=False)
@@ -98,34 +102,37 @@ def create_app(
     return app
 
 
-def _add_gate_and_errors(app: FastAPI, access: Access) -> None:
+def _add_middleware(app: FastAPI, access: AccessControl) -> None:
+    """Add error handlers, access control, and CORS headers for the allowed origins."""
     app.router.default = _not_found
     app.add_exception_handler(RequestError, _on_error)
     app.add_exception_handler(HTTPException, _on_error)
-    app.add_exception_handler(ClientDisconnect, _on_leaving)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_error)
-    if access.trust.origins:
-        origins = [origin_text(origin) for origin in access.trust.origins]
+    if access.host_policy.origins:
+        origins = [origin_text(origin) for origin in access.host_policy.origins]
         app.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    app.add_middleware(Gate, access=access)  # added last: it comes first
+    app.add_middleware(AccessMiddleware, access=access)  # added last, so that it runs first
 
 
 class Server(uvicorn.Server):
-    """Told to stop, it takes nothing new and lets what has begun come to its end, for GRACE_S at most."""
+    """At shutdown it refuses new requests and lets those in progress finish, for GRACE_S at
+    most."""
 
     async def shutdown(self, sockets: Any = None) -> None:
         app: Any = self.config.app
-        app.state.engine.close(GRACE_S - 1)
+        app.state.scheduler.close(GRACE_S - 1)
         await super().shutdown(sockets)
 
 
 def server_config(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> uvicorn.Config:
-    """The uvicorn settings that OpenPI clients need, with our connections.
+    """Return uvicorn's settings for OpenPI clients, with the connection limits of
+    `access.connections`.
 
-    Frames may be as large as the contract's observations, and are not compressed. What a proxy claims in
-    X-Forwarded-* is not believed: the client could have written it.
+    Websocket frames may be as large as the contract's observations and are not compressed.
+    X-Forwarded-* headers are ignored, because any client can send them.
     """
-    policy = app.state.engine.policy
+    policy = app.state.scheduler.policy
     return uvicorn.Config(
         app,
         host,
@@ -146,15 +153,16 @@ def serve(
 ) -> None:
     """Run until interrupted, on `sockets` if they are given (`blm.addresses.bind`).
 
-    `host='0.0.0.0'` opens the server to the network: give `create_app` keys then.
+    `host='0.0.0.0'` makes the server reachable from the network; give `create_app` API keys then.
     """
-    _allow_files(2 * connections.MAX_CONNECTIONS)
-    with suppress(KeyboardInterrupt):  # after a clean end
+    _raise_file_limit(2 * connections.MAX_CONNECTIONS)
+    with suppress(KeyboardInterrupt):  # raised after a clean shutdown
         Server(server_config(app, host, port)).run(sockets)
 
 
-def _allow_files(most: int) -> None:
-    """Raise this process's own limit on open files, where the system lets it: each connection is one."""
+def _raise_file_limit(most: int) -> None:
+    """Raise this process's limit on open files if permitted: each connection needs a file
+    descriptor."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -165,27 +173,27 @@ def _allow_files(most: int) -> None:
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer for paths without a route; Starlette's own answer to a websocket says nothing."""
+    """Reply on paths without a route; Starlette's own reply to a websocket carries no message."""
     error = RequestError(404, f"no such path: {scope['path'][:200]}")
     await JSONResponse(error.to_json(), error.status)(scope, receive, send)
 
 
 async def _no_chat() -> Response:
     raise RequestError(
-        404, "this checkpoint has no chat, only actions: ask on the websocket at /", code="no_chat"
+        404, "this checkpoint has no chat, only actions: connect to the websocket at /", code="no_chat"
     )
 
 
 async def _no_policy(socket: WebSocket) -> None:
     message = (
-        "this checkpoint has no policy, only chat: ask at /v1/chat/completions, or serve one of Stage II"
+        "this checkpoint has no policy, only chat: use /v1/chat/completions, or serve a Stage II checkpoint"
     )
     error = RequestError(404, message, code="no_policy")
     await socket.send_denial_response(JSONResponse(error.to_json(), error.status))
 
 
-async def _on_leaving(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # for the log: the client has disconnected
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
@@ -193,9 +201,9 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):  # no such route or method
         headers |= error.headers or {}
         error = RequestError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}")
-    if not isinstance(error, RequestError):  # the server logs it; this answer passes no other middleware
+    if not isinstance(error, RequestError):  # uvicorn logs it; this response passes no other middleware
         headers |= SECURITY_HEADERS
-        error = RequestError(500, "the server failed to answer; its log says why")
+        error = RequestError(500, "internal server error; see the server's log")
     if error.status == 503:
         headers["Retry-After"] = "1"
     return JSONResponse(error.to_json(), error.status, headers)
@@ -210,12 +218,12 @@ def _add_status(app: FastAPI, policy: Policy | None) -> None:
     @app.get("/healthz", response_class=PlainTextResponse)
     @app.get("/health", response_class=PlainTextResponse)
     async def health(request: Request) -> Response:
-        found = app.state.engine.health()
+        found = app.state.scheduler.health()
         if found.status == "ok":
             return PlainTextResponse("OK\n")
-        if found.status == "failed":  # why is for those who may use the model
-            why = f": {found.reason}" if app.state.access.is_signed_in(request) else ""
-            return PlainTextResponse(f"the model failed{why}\n", 500)
+        if found.status == "failed":  # the reason is shown to clients with a key only
+            reason = f": {found.reason}" if app.state.access.is_signed_in(request) else ""
+            return PlainTextResponse(f"the model failed{reason}\n", 500)
         return PlainTextResponse(f"{found.status}\n", 503, {"Retry-After": "1"})
 
     @app.get("/version")

@@ -1,40 +1,35 @@
-"""Errors of requests in OpenAI's form, and values shortened for messages."""
+"""HTTP errors in OpenAI's format."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from blm.types import BlmError
+from blm.types import BlmError, shorten
 
 QUOTED_CHARACTERS = 60
-"""Of a client's value in an error message: enough to recognise it, and no echo of a megabyte."""
+"""Longest part of a client's value in an error message: enough to recognise it."""
 MESSAGE_CHARACTERS = 500
 """Longest error message."""
 
 
 class RequestError(BlmError):
-    """A request that cannot be served: an HTTP status, and which parameter is at fault."""
+    """A request that cannot be served: the HTTP status, a message, and the parameter at fault."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(shortened(message, MESSAGE_CHARACTERS))
+        super().__init__(shorten(message, MESSAGE_CHARACTERS, quote=False))
         self.status, self.code = status, code
-        self.param = None if param is None else shortened(param, QUOTED_CHARACTERS)
+        self.param = None if param is None else shorten(param, QUOTED_CHARACTERS, quote=False)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the body of the response."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def shortened(text: str, most: int = QUOTED_CHARACTERS) -> str:
-    """Return `text` on one line, cut to `most` characters."""
-    cut = text if len(text) <= most else text[: most - 1] + "…"
-    return cut if cut.isprintable() else "".join(c if c.isprintable() else " " for c in cut)
-
-
 def quoted(value: object) -> str:
-    """Return how a value of a request reads in an error message, whatever its size."""
+    """Return a JSON value of a request for an error message: short, and in the terms of JSON."""
     if isinstance(value, str):
-        return f"'{shortened(value)}'"
+        return f"'{shorten(value, QUOTED_CHARACTERS, quote=False)}'"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int):

@@ -1,4 +1,5 @@
-"""What waits for the model, and how it is told: queues that are fair to clients, and two kinds of jobs."""
+"""Requests to the model: a request queue that is fair to clients, action requests and chat
+requests."""
 
 from __future__ import annotations
 
@@ -24,145 +25,165 @@ from blm.types import (
 )
 
 log = logging.getLogger(__name__)
-Job = TypeVar("Job", bound=Hashable)
+Queued = TypeVar("Queued", bound=Hashable)
 
 
 class BusyError(BlmError):
-    """The queue is full, or the server is going down; try again later."""
+    """The request queue is full, or the server is shutting down; the client may try again later."""
 
 
 class ModelError(RuntimeError):
-    """The model, or the thread that runs it, did not do what it should."""
+    """The model, or the thread that runs it, failed or returned an invalid result."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineLimits:
-    """How much the engine takes on at a time."""
+class SchedulerLimits:
+    """Sizes of queues and batches, and the timeouts of the health check."""
 
-    actions_waiting: int = 256
-    actions_per_client: int = 64
-    """Observations of one client that may wait."""
-    chats_waiting: int = 64
-    chats_per_client: int = 32
-    actions_together: int = 32
-    """Observations in one pass."""
-    answers_together: int = 16
-    """Answers in progress."""
-    prompts_together: int = 4
-    """Prompts that are being tokenised and read; they take turns."""
+    max_queued_actions: int = 256
+    max_queued_actions_per_client: int = 64
+    max_queued_chats: int = 64
+    max_queued_chats_per_client: int = 32
+    max_action_batch: int = 32
+    """Observations in one forward pass of the policy."""
+    max_sequences: int = 16
+    """Answers that are generated at the same time."""
+    max_prefills: int = 4
+    """Chat requests that are tokenized or prefilled at the same time; they take turns."""
     cache_tokens: int = 65_536
-    """Tokens whose keys and values all answers in progress may keep."""
+    """Capacity of the KV cache [tokens], shared by all running sequences."""
     stall_s: float = 30.0
-    """Work that does not move for so long means that the model's thread hangs."""
+    """The health check fails when pending work makes no progress for this long [s]."""
     check_s: float = 1.0
-    """How often a failed model is tried again."""
+    """Time between two checks of a model that has failed [s]."""
 
 
-class FairQueue(Generic[Job]):
-    """Jobs by client. Clients take turns, so that one with many jobs holds up another for one job only."""
+class FairQueue(Generic[Queued]):
+    """A request queue with one line per client, served round-robin.
+
+    A client with many requests delays the next request of another client by one request only.
+    """
 
     def __init__(self, kind: str, limit: int, per_client: int) -> None:
+        """`kind` names the requests in error messages."""
         self.kind, self.limit, self.per_client = kind, limit, per_client
-        self._clients = OrderedDict[Hashable, dict[Job, None]]()
+        self._clients = OrderedDict[Hashable, dict[Queued, None]]()
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
-    def put(self, job: Job, client: Hashable | None) -> None:
-        """Append a job. Jobs without a client share one turn. Raises BusyError when there is no room."""
-        mine = self._clients.get(client, {})
+    def put(self, request: Queued, client: Hashable | None) -> None:
+        """Append a request. Requests without a client share one line. Raises BusyError if it is
+        full."""
+        line = self._clients.get(client, {})
         if self._count >= self.limit:
-            raise BusyError(f"{self.limit} {self.kind} requests are waiting already; try again")
-        if client is not None and len(mine) >= self.per_client:
             raise BusyError(
-                f"{self.per_client} {self.kind} requests of this client are waiting already, which is its "
-                "limit; try again"
+                f"Request queue is full: {self.limit} {self.kind} requests are waiting; try again"
             )
-        mine[job] = None
-        self._clients[client] = mine
+        if client is not None and len(line) >= self.per_client:
+            raise BusyError(
+                f"{self.per_client} {self.kind} requests of this client are waiting, which is the limit per "
+                "client; try again"
+            )
+        line[request] = None
+        self._clients[client] = line
         self._count += 1
 
-    def pop(self) -> Job | None:
-        """Take the first job of the client whose turn it is; None when nobody waits."""
+    def pop(self) -> Queued | None:
+        """Remove and return the first request of the client whose turn it is; None if the queue is
+        empty."""
         if not self._clients:
             return None
-        client, jobs = self._clients.popitem(last=False)
-        job = next(iter(jobs))
-        del jobs[job]
+        client, line = self._clients.popitem(last=False)
+        request = next(iter(line))
+        del line[request]
         self._count -= 1
-        if jobs:
-            self._clients[client] = jobs
-        return job
+        if line:
+            self._clients[client] = line
+        return request
 
-    def first(self) -> Job | None:
-        """Return what `pop` would take."""
+    def first(self) -> Queued | None:
+        """Return the request that `pop` would return."""
         return next(iter(next(iter(self._clients.values()))), None) if self._clients else None
 
-    def take(self, most: int) -> list[Job]:
-        """Take at most so many jobs, from the clients in turn."""
-        return [job for _ in range(min(most, self._count)) if (job := self.pop()) is not None]
+    def take(self, most: int) -> list[Queued]:
+        """Remove and return up to `most` requests, round-robin over the clients."""
+        count = min(most, self._count)
+        return [request for _ in range(count) if (request := self.pop()) is not None]
 
-    def remove(self, job: Job, client: Hashable | None) -> bool:
-        """Take out a job that nobody waits for; False if it is not here any more."""
-        jobs = self._clients.get(client, {})
-        if job not in jobs:
+    def remove(self, request: Queued, client: Hashable | None) -> bool:
+        """Remove a cancelled request. Returns False if it is no longer in the queue."""
+        line = self._clients.get(client, {})
+        if request not in line:
             return False
-        del jobs[job]
+        del line[request]
         self._count -= 1
-        if not jobs:
+        if not line:
             del self._clients[client]
         return True
 
 
 @dataclass(frozen=True)
-class Acted:
+class ActionResult:
+    """The reply to an action request."""
+
     chunk: ActionChunk
     infer_ms: float
-    """Of the pass that made it."""
-    together: int
-    """Observations in that pass."""
+    """Duration of the forward pass that produced the chunk [ms]."""
+    batch_size: int
+    """Observations in that forward pass."""
 
 
 @dataclass(frozen=True, eq=False)
-class ActionJob:
+class ActionRequest:
+    """An observation that waits for its action chunk."""
+
     observation: Observation
     deadline: float
-    done: Future[Acted]
+    """On the clock of `time.monotonic` [s]; infinite without a deadline."""
+    done: Future[ActionResult]
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One answer as far as it has come."""
+    """The state of one generated sequence at one moment."""
 
     text: str
+    """The whole text so far."""
     tokens: int
+    """Number of generated tokens."""
     ended: Literal["stop", "length"] | None
+    """The finish reason; None while the sequence is running."""
 
 
 @dataclass(eq=False)
-class ChatJob:
-    """A conversation with its answers; iterate over snapshots of all answers. Slow readers skip some."""
+class ChatRequest:
+    """A conversation and the sequences that are generated for it, one per sampling.
+
+    Asynchronous iteration yields the stream state: the newest snapshot of every sequence. A slow
+    reader skips intermediate snapshots.
+    """
 
     messages: Sequence[Message]
     samplings: Sequence[Sampling]
     loop: asyncio.AbstractEventLoop
+    """The event loop of the reader."""
     client: Hashable | None = None
-    answers: Sequence[GeneratedAnswer] = ()
+    sequences: Sequence[GeneratedSequence] = ()
     prompt_tokens: int = 0
     cache_tokens: int = 0
-    """What its answers may come to keep."""
-    left: bool = False
-    """Nobody listens any more."""
+    """Upper bound of the KV-cache entries of its sequences."""
+    cancelled: bool = False
     _latest: list[Snapshot] | Exception | None = None
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def tell(self, latest: list[Snapshot] | Exception) -> None:
-        """Replace what the reader sees next; from any thread."""
+    def publish(self, latest: list[Snapshot] | Exception) -> None:
+        """Replace the stream state that the reader sees next. May be called from any thread."""
         try:
             self.loop.call_soon_threadsafe(self._set, latest)
-        except RuntimeError:  # its event loop is gone, and with it whoever asked
-            log.info("an answer came after its reader had gone")
+        except RuntimeError:  # the reader's event loop is closed
+            log.info("discarded the update of a chat request: its reader is gone")
 
     def _set(self, latest: list[Snapshot] | Exception) -> None:
         if not isinstance(self._latest, Exception):
@@ -170,7 +191,8 @@ class ChatJob:
         self._changed.set()
 
     async def __aiter__(self) -> AsyncIterator[list[Snapshot]]:
-        """Yield the state of all answers as it changes. Raises what went wrong in the model's thread."""
+        """Yield the snapshots of all sequences whenever they change. Raises the error of the
+        model."""
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -183,35 +205,46 @@ class ChatJob:
                 return
 
 
-class GeneratedAnswer(Protocol):
-    """An answer in progress. It may have an `error`, of what ended it but for its tokens."""
+class GeneratedSequence(Protocol):
+    """A sequence in progress. An optional attribute `error` holds the exception that ended it
+    early."""
 
     tokens: list[int]
     ended: Literal["stop", "length"] | None
-    """By the model's end token, or for want of room; None: it goes on."""
+    """Finish reason: "stop" at the end token, "length" at the token limit; None while running."""
 
     @property
     def prompt_tokens(self) -> int: ...
 
 
 class TokenGenerator(Protocol):
-    """Gives several answers at once, each token by token."""
+    """Generates several sequences at once, token by token."""
 
     @property
     def running(self) -> Sequence[Any]: ...
 
     def start(
         self, conversations: Sequence[Sequence[Message]], samplings: Sequence[Sampling]
-    ) -> Sequence[GeneratedAnswer]: ...
+    ) -> Sequence[GeneratedSequence]:
+        """Prefill the conversations and generate the first token of each sequence."""
+        ...
 
-    def step(self) -> None: ...
+    def step(self) -> None:
+        """Generate the next token of running sequences."""
+        ...
 
-    def drop(self, answer: Any) -> None: ...
+    def drop(self, answer: Any) -> None:
+        """Abandon a sequence."""
+        ...
 
-    def text(self, answer: Any) -> str: ...
+    def text(self, answer: Any) -> str:
+        """Return the text of a sequence so far."""
+        ...
 
 
 class PreparedPrompt(Protocol):
+    """A tokenized prompt."""
+
     @property
     def tokens(self) -> int: ...
 
@@ -220,25 +253,32 @@ class PreparedPrompt(Protocol):
 
 
 @runtime_checkable
-class PiecewiseGenerator(TokenGenerator, Protocol):
-    """One that tokenises in any thread and reads prompts in pieces, such as `Generation`."""
+class ChunkedPrefillGenerator(TokenGenerator, Protocol):
+    """A generator with chunked prefill, such as `Generation`: it tokenizes in any thread, and
+    prefills a prompt in bounded steps."""
 
     def prepare(self, messages: Sequence[Message], samplings: Sequence[Sampling]) -> PreparedPrompt: ...
 
     def begin(self, prompt: Any) -> Any: ...
 
-    def advance(self, prefill: Any) -> Sequence[GeneratedAnswer] | None: ...
+    def advance(self, prefill: Any) -> Sequence[GeneratedSequence] | None:
+        """Run one step of a prefill; return its sequences after the last step, None before."""
+        ...
 
 
 @runtime_checkable
 class BatchPolicy(Policy, Protocol):
-    """A policy that answers several observations in one pass."""
+    """A policy that decides on several observations in one forward pass."""
 
     def act_batch(self, observations: Sequence[Observation]) -> Sequence[ActionChunk]: ...
 
 
 def as_exception(error: BaseException) -> Exception:
-    """Return an error that a waiting task can be given: some end its event loop or cannot be raised there."""
+    """Return an exception that is safe to raise in a waiting task.
+
+    StopIteration cannot be raised in a coroutine, and CancelledError or SystemExit would end the
+    wrong task.
+    """
     dangerous = StopIteration | StopAsyncIteration | FutureCancelledError
     if isinstance(error, Exception) and not isinstance(error, dangerous):
         return error
@@ -246,23 +286,24 @@ def as_exception(error: BaseException) -> Exception:
 
 
 def check_chunk(chunk: Any, observation: Observation, contract: PolicyContract) -> ActionChunk:
-    """Return a chunk that a robot may be sent. Raises ModelError for another shape or type, or NaN."""
+    """Return a chunk that may be sent to a robot. Raises ModelError for a wrong shape or type, or
+    NaN."""
     dim = contract.action_spaces[observation.robot].dim
     if not isinstance(chunk, ActionChunk):
-        raise ModelError(f"the policy gave {type(chunk).__name__} instead of an ActionChunk")
+        raise ModelError(f"the policy returned {type(chunk).__name__} instead of an ActionChunk")
     actions = np.asarray(chunk.actions)
     if actions.dtype.kind not in "fiu" or actions.ndim != 2 or actions.shape[1] != dim or not len(actions):
         raise ModelError(
-            f"the policy gave actions of {actions.dtype} {actions.shape}; needed for '{observation.robot}': "
-            f"numbers (steps, {dim})"
+            f"the policy returned actions of {actions.dtype} {actions.shape}; '{observation.robot}' needs "
+            f"numbers of shape (steps, {dim})"
         )
     if not np.isfinite(actions).all():
-        raise ModelError("the policy gave actions that are not finite; they are not sent")
+        raise ModelError("the policy returned actions that are not finite; they are not sent")
     return chunk
 
 
 def blank_observation(contract: PolicyContract, robot: str) -> Observation:
-    """An observation that the contract accepts: black pictures, joints in the middle of their range."""
+    """Return a valid observation: black pictures, and every joint in the middle of its range."""
     space, side = contract.action_spaces[robot], contract.image_size
     return Observation(
         images={camera: np.zeros((side, side, 3), np.uint8) for camera in contract.cameras},

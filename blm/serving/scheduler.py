@@ -1,8 +1,15 @@
-"""One thread runs the model for everybody: actions in batches, and chat in small pieces between them.
+"""The scheduler: one thread runs the model for all clients, batches of actions first, chat in
+between.
 
-An action never waits for a whole prompt or answer: between two batches of actions the model encodes a few
-pictures, reads one piece of a prompt, or makes one token of some answers. Tokenising and the preparation of
-pictures happen in another thread.
+An action request never waits for a whole prompt or answer. Between two batches of actions the model
+runs one bounded step of chat: it encodes a few pictures, prefills one piece of a prompt, or
+generates one token of the running sequences. Tokenizing and image preprocessing run in another
+thread.
+
+Why there are two batching queues: this one serves several clients in turn over asyncio, with
+deadlines and with chat between the batches; `blm.evaluation.physical.policy_host` answers the
+worker processes of one evaluation over pipes, where every observation must be answered and nothing
+may be late or refused.
 """
 
 from __future__ import annotations
@@ -16,139 +23,150 @@ import time
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
-from blm.serving.model_thread import ActionWork, ChatWork
 from blm.serving.requests import (
-    Acted,
-    ActionJob,
+    ActionRequest,
+    ActionResult,
     BatchPolicy,
     BusyError,
-    ChatJob,
-    EngineLimits,
+    ChatRequest,
+    ChunkedPrefillGenerator,
     FairQueue,
     ModelError,
-    PiecewiseGenerator,
     PreparedPrompt,
+    SchedulerLimits,
     TokenGenerator,
     as_exception,
     blank_observation,
 )
+from blm.serving.runners import ActionRunner, ChatRunner
 from blm.types import BlmError, ChatCapacity, Message, Observation, Policy, Sampling
 
 __all__ = [
-    "Acted",
+    "ActionResult",
     "BatchPolicy",
     "BusyError",
-    "Engine",
-    "EngineLimits",
     "Health",
     "ModelError",
-    "Room",
-    "Speaker",
+    "ModelScheduler",
+    "SchedulerLimits",
+    "TokenGenerator",
     "blank_observation",
 ]
 log = logging.getLogger(__name__)
 YIELD_S = 2e-4
-"""Pause after each turn. A thread that waits for Python's lock is woken whenever torch lets go of it, and
-seldom gets it in time: without a pause the event loop stood still for 4 s, on two busy cores, until a prompt
-was read."""
+"""Pause after each iteration [s]. A thread that waits for the interpreter lock (GIL) is woken
+whenever torch releases it, and seldom gets it in time: without a pause the event loop stood still
+for 4 s, on two busy cores, until a prompt was prefilled."""
 SWITCH_S = 5e-4
-"""How long another thread keeps Python's lock when the model's wants it back (`sys.setswitchinterval`). A
-decision asks for it about 700 times; with Python's own 5 ms one thread that reads JSON makes it 3.5 s."""
-Room: TypeAlias = EngineLimits
-Speaker: TypeAlias = TokenGenerator
+"""How long another thread may hold the GIL when the model thread needs it [s]
+(`sys.setswitchinterval`). One decision acquires the GIL about 700 times; with Python's default of 5
+ms, a thread that parses JSON makes it take 3.5 s."""
 
 
 @dataclass(frozen=True)
 class Health:
-    """Whether the model works. "ok" after the last try or answer succeeded and while its thread moves."""
+    """Whether the model works. "ok" while the model thread makes progress, and the last request or
+    health check succeeded."""
 
     status: Literal["warming up", "ok", "failed", "closing"]
     reason: str = ""
 
 
-class Engine:
-    """The model's thread and the queues before it."""
+class ModelScheduler:
+    """The model thread, and the request queues in front of it."""
 
     def __init__(
-        self, policy: Policy | None, speaker: TokenGenerator | None, room: EngineLimits | None = None
+        self, policy: Policy | None, generator: TokenGenerator | None, limits: SchedulerLimits | None = None
     ) -> None:
-        self.policy, self.speaker, self.room = policy, speaker, room or EngineLimits()
-        limits = self.room
+        self.policy, self.generator = policy, generator
+        self.limits = limits = limits or SchedulerLimits()
         self.ready = threading.Event()
-        """Set when the model has been tried once."""
-        self._acting = ActionWork(policy) if policy is not None else None
-        self._chatting = ChatWork(speaker, limits) if speaker is not None else None
-        self._actions = FairQueue[ActionJob]("action", limits.actions_waiting, limits.actions_per_client)
-        self._chats = FairQueue[ChatJob]("chat", limits.chats_waiting, limits.chats_per_client)
-        self._preparing = dict[ChatJob, float]()
-        """Conversations that are being tokenised, and since when."""
-        self._prepared = list[tuple[ChatJob, PreparedPrompt | None]]()
-        self._left = list[ChatJob]()
-        self._changed, self._closing, self._end = threading.Condition(), False, float("inf")
+        """Set after the first health check."""
+        self._action_runner = ActionRunner(policy) if policy is not None else None
+        self._chat_runner = ChatRunner(generator, limits) if generator is not None else None
+        self._actions = FairQueue[ActionRequest](
+            "action", limits.max_queued_actions, limits.max_queued_actions_per_client
+        )
+        self._chats = FairQueue[ChatRequest](
+            "chat", limits.max_queued_chats, limits.max_queued_chats_per_client
+        )
+        self._tokenizing = dict[ChatRequest, float]()
+        """Chat requests in the tokenizer thread -> when they got there [s, monotonic]."""
+        self._prepared = list[tuple[ChatRequest, PreparedPrompt | None]]()
+        self._cancelled = list[ChatRequest]()
+        self._changed = threading.Condition()
+        self._closing = False
+        self._close_at = float("inf")
+        """When unfinished requests receive an error [s, monotonic]."""
         self._ended: Exception | None = None
-        """Why the thread takes nothing any more."""
-        self._idle, self._moved, self._next_check = False, time.monotonic(), 0.0
-        self._to_tokenise = queue.SimpleQueue[ChatJob | None]()
+        """The error for every new request once the model thread has ended."""
+        self._idle = False
+        self._progress_at = time.monotonic()
+        self._next_check = 0.0
+        self._to_tokenize = queue.SimpleQueue[ChatRequest | None]()
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
         self._thread = threading.Thread(target=self._run, name="blm-model", daemon=True)
         self._thread.start()
-        threading.Thread(target=self._tokenise_all, name="blm-tokeniser", daemon=True).start()
+        threading.Thread(target=self._tokenize_all, name="blm-tokenizer", daemon=True).start()
 
-    # --- callers ---
+    # --- called by the routes ---
 
     async def act(
         self, observation: Observation, within_s: float = float("inf"), client: Hashable | None = None
-    ) -> Acted:
-        """Return the next chunk. `client`: who asks; clients are served in turn.
+    ) -> ActionResult:
+        """Return the next action chunk. Clients, told apart by `client`, are served round-robin.
 
-        Raises BusyError, LateError, ModelError, and whatever the policy raises.
+        Raises BusyError if the queue is full, LateError after `within_s` seconds, ModelError for an
+        invalid chunk, and whatever the policy raises.
         """
-        job = ActionJob(observation, time.monotonic() + within_s, Future())
+        request = ActionRequest(observation, time.monotonic() + within_s, Future())
         with self._changed:
-            self._require_open(self._acting, "policy")
-            self._actions.put(job, client)
+            self._require_open(self._action_runner, "policy")
+            self._actions.put(request, client)
             self._wake()
         try:
-            return await asyncio.wrap_future(job.done)
+            return await asyncio.wrap_future(request.done)
         finally:
-            job.done.cancel()
+            request.done.cancel()
             with self._changed:
-                self._actions.remove(job, client)  # of a caller that left: its place is free at once
+                self._actions.remove(request, client)  # frees its place at once if the caller was cancelled
 
-    def talk(
+    def chat(
         self, messages: Sequence[Message], samplings: Sequence[Sampling], client: Hashable | None = None
-    ) -> ChatJob:
-        """Begin answers to one conversation, one for each sampling. Raises BusyError; `leave` ends them."""
-        job = ChatJob(messages, samplings, asyncio.get_running_loop(), client)
+    ) -> ChatRequest:
+        """Start to generate one sequence per sampling; call `cancel` at the end. Raises
+        BusyError."""
+        request = ChatRequest(messages, samplings, asyncio.get_running_loop(), client)
         with self._changed:
-            self._require_open(self._chatting, "chat")
-            self._chats.put(job, client)
+            self._require_open(self._chat_runner, "chat")
+            self._chats.put(request, client)
             self._wake()
-        return job
+        return request
 
-    def leave(self, talk: ChatJob) -> None:
-        """Nobody listens any more: its answers stop with the piece of work in progress."""
+    def cancel(self, request: ChatRequest) -> None:
+        """Stop a chat request after the current step; does nothing if it has finished."""
         with self._changed:
-            talk.left = True
-            if not self._chats.remove(talk, talk.client):
-                self._left.append(talk)
+            request.cancelled = True
+            if not self._chats.remove(request, request.client):
+                self._cancelled.append(request)
             self._wake()
 
     @property
     def capacity(self) -> ChatCapacity | None:
-        """What one chat request can hold at most; None without chat or for a generator that does not say."""
-        return getattr(self.speaker, "capacity", None)
+        """The size limits of one chat request; None without chat, or if the generator states
+        none."""
+        return getattr(self.generator, "capacity", None)
 
     @property
     def waiting(self) -> dict[str, int]:
-        """How many wait, or are being answered."""
-        chatting = self._chatting
+        """Number of requests that are queued or in progress, by kind."""
+        chat = self._chat_runner
         return {
             "actions": len(self._actions),
-            "chats": len(self._chats) + len(self._preparing) + len(self._prepared),
-            "answers": len(chatting.answering) + len(chatting.before_first_token()) if chatting else 0,
+            "chats": len(self._chats) + len(self._tokenizing) + len(self._prepared),
+            "answers": len(chat.decoding) + len(chat.before_first_token()) if chat else 0,
         }
 
     @property
@@ -158,182 +176,198 @@ class Engine:
         return ModelError(health.reason) if health.status == "failed" else None
 
     def health(self) -> Health:
-        """Tell whether the model can answer now; from any thread, at once."""
+        """Return whether the model can answer now. Never blocks; may be called from any thread."""
         if not self._thread.is_alive() and not self._closing:
-            return Health("failed", f"the model's thread has ended: {self._ended!r}")
+            return Health("failed", f"the model thread has ended: {self._ended!r}")
         if self._closing:
-            return Health("closing", "the server is going down")
+            return Health("closing", "the server is shutting down")
         if not self.ready.is_set():
             return Health("warming up")
-        now, since = time.monotonic(), min(self._preparing.copy().values(), default=float("inf"))
-        for what, began in (("model", float("inf") if self._idle else self._moved), ("tokeniser", since)):
-            if now - began > self.room.stall_s:
-                return Health("failed", f"the {what} has not moved for {now - began:.0f} s while work waits")
-        for work in (self._acting, self._chatting):
-            if work is not None and work.error is not None:
-                return Health("failed", repr(work.error))
+        now = time.monotonic()
+        model_since = float("inf") if self._idle else self._progress_at
+        tokenizer_since = min(self._tokenizing.copy().values(), default=float("inf"))
+        for name, since in (("model", model_since), ("tokenizer", tokenizer_since)):
+            if now - since > self.limits.stall_s:
+                return Health("failed", f"the {name} thread has made no progress for {now - since:.0f} s")
+        for runner in (self._action_runner, self._chat_runner):
+            if runner is not None and runner.error is not None:
+                return Health("failed", repr(runner.error))
         return Health("ok")
 
     def close(self, grace_s: float = 0.0) -> None:
-        """Take nothing new; give what has begun so long to end, then end it with BusyError."""
+        """Refuse new requests. After `grace_s` seconds, unfinished requests receive a BusyError."""
         with self._changed:
-            self._closing, self._end = True, min(self._end, time.monotonic() + grace_s)
+            self._closing = True
+            self._close_at = min(self._close_at, time.monotonic() + grace_s)
             self._changed.notify()
 
     def join(self) -> None:
-        """Wait until the thread has ended, after `close`."""
+        """Wait until the model thread has ended, after `close`."""
         self._thread.join()
 
-    def _require_open(self, work: ActionWork | ChatWork | None, what: str) -> None:
-        if work is None:
-            raise BlmError(f"this server has no {what}")
+    def _require_open(self, runner: ActionRunner | ChatRunner | None, space: str) -> None:
+        if runner is None:
+            raise BlmError(f"this server has no {space}")
         if self._closing:
-            raise BusyError("the server is going down")
+            raise BusyError("the server is shutting down")
         if self._ended is not None:
             raise self._ended
 
     def _wake(self) -> None:
         if self._idle:
-            self._idle, self._moved = False, time.monotonic()
+            self._idle, self._progress_at = False, time.monotonic()
         self._changed.notify()
 
-    # --- the model's thread ---
+    # --- the model thread ---
 
     def _run(self) -> None:
         error: Exception | None = None
         try:
-            for work in (self._acting, self._chatting):
-                if work is not None:
-                    work.check()
-            self._moved = time.monotonic()
+            for runner in (self._action_runner, self._chat_runner):
+                if runner is not None:
+                    runner.check()
+            self._progress_at = time.monotonic()
             self.ready.set()
-            while self._turn():
-                self._moved = time.monotonic()
-        except BaseException as problem:  # a fault of this module: whoever waits must know
-            log.critical("the model's thread has ended", exc_info=problem)
-            error = ModelError(f"the model's thread has ended: {as_exception(problem)!r}")
+            while self._iterate():
+                self._progress_at = time.monotonic()
+        except BaseException as problem:  # a bug in this module: waiting clients must receive an error
+            log.critical("the model thread has ended", exc_info=problem)
+            error = ModelError(f"the model thread has ended: {as_exception(problem)!r}")
         finally:
-            self._finish(error or BusyError("the server is going down"))
+            self._fail_all(error or BusyError("the server is shutting down"))
 
-    def _turn(self) -> bool:
-        """One batch of actions, then one piece of chat; False when the thread shall end."""
+    def _iterate(self) -> bool:
+        """Run one batch of actions, then one step of chat. Returns False when the thread should
+        end."""
         with self._changed:
             while not self._has_work():
-                if self._closing and not (self._preparing or (time.monotonic() < self._end and self._chats)):
+                if self._closing and not self._may_still_chat():
                     return False
                 self._idle = True
-                self._changed.wait(self._patience())
+                self._changed.wait(self._wait_timeout())
             self._idle = False
-            if self._closing and time.monotonic() >= self._end:
+            if self._closing and time.monotonic() >= self._close_at:
                 return False
-            actions = self._actions.take(self.room.actions_together)
-            left, self._left = self._left, []
-            self._begin_chats()
+            actions = self._actions.take(self.limits.max_action_batch)
+            cancelled, self._cancelled = self._cancelled, []
+            self._admit_chats()
             prepared, self._prepared = self._prepared, []
-        if self._acting is not None:
-            self._acting.serve(actions)
-            self._moved = time.monotonic()
-        if self._chatting is not None:
-            for job, prompt in prepared:
-                self._chatting.add(job, prompt)
-            for job in left:
-                self._chatting.forget(job)
-            self._chatting.work()
-        self._check_suspects()
+        if self._action_runner is not None:
+            self._action_runner.run(actions)
+            self._progress_at = time.monotonic()
+        if self._chat_runner is not None:
+            for request, prompt in prepared:
+                self._chat_runner.add(request, prompt)
+            for request in cancelled:
+                self._chat_runner.cancel(request)
+            self._chat_runner.step()
+        self._repeat_checks()
         time.sleep(YIELD_S)
         return True
 
     def _has_work(self) -> bool:
-        chatting = self._chatting is not None and self._chatting.busy
         return bool(
             self._actions
-            or self._left
+            or self._cancelled
             or self._prepared
-            or chatting
-            or self._chats_can_begin()
-            or self._due()
+            or (self._chat_runner is not None and self._chat_runner.busy)
+            or self._can_admit_chat()
+            or self._check_due()
         )
 
-    def _chats_can_begin(self) -> bool:
-        """Whether there is room for the next conversation; one that is larger than all room comes alone."""
+    def _may_still_chat(self) -> bool:
+        """Whether a chat request may still come to the model during the grace period."""
+        return bool(self._tokenizing or (time.monotonic() < self._close_at and self._chats))
+
+    def _can_admit_chat(self) -> bool:
+        """Whether the next chat request fits; one that exceeds the limits is admitted alone."""
         following = self._chats.first()
         if following is None:
             return False
-        begun = [*self._preparing, *(job for job, _ in self._prepared)]
-        answering = list[ChatJob]()
-        if self._chatting is not None:
-            begun += self._chatting.before_first_token()
-            answering = self._chatting.answering
-        answers = sum(len(job.samplings) for job in (*begun, *answering, following))
-        return len(begun) < self.room.prompts_together and (
-            answers <= self.room.answers_together or not (begun or answering)
+        started = [*self._tokenizing, *(request for request, _ in self._prepared)]
+        decoding = list[ChatRequest]()
+        if self._chat_runner is not None:
+            started += self._chat_runner.before_first_token()
+            decoding = self._chat_runner.decoding
+        sequences = sum(len(request.samplings) for request in (*started, *decoding, following))
+        return len(started) < self.limits.max_prefills and (
+            sequences <= self.limits.max_sequences or not (started or decoding)
         )
 
-    def _begin_chats(self) -> None:
-        """Hand conversations to the tokeniser; those that need none can go on."""
-        while self._chats_can_begin():
-            job = self._chats.pop()
-            assert job is not None
-            if isinstance(self.speaker, PiecewiseGenerator):
-                self._preparing[job] = time.monotonic()
-                self._to_tokenise.put(job)
+    def _admit_chats(self) -> None:
+        """Pass queued chat requests to the tokenizer thread, or on at once if the generator needs
+        none."""
+        while self._can_admit_chat():
+            request = self._chats.pop()
+            assert request is not None
+            if isinstance(self.generator, ChunkedPrefillGenerator):
+                self._tokenizing[request] = time.monotonic()
+                self._to_tokenize.put(request)
             else:
-                self._prepared.append((job, None))
+                self._prepared.append((request, None))
 
-    def _suspects(self) -> list[ActionWork | ChatWork]:
-        works = (self._acting, self._chatting)
-        return [work for work in works if work is not None and (work.suspect or work.error is not None)]
+    def _to_check(self) -> list[ActionRunner | ChatRunner]:
+        runners = (self._action_runner, self._chat_runner)
+        return [one for one in runners if one is not None and (one.needs_check or one.error is not None)]
 
-    def _due(self) -> bool:
-        return not self._closing and bool(self._suspects()) and time.monotonic() >= self._next_check
+    def _check_due(self) -> bool:
+        return not self._closing and bool(self._to_check()) and time.monotonic() >= self._next_check
 
-    def _patience(self) -> float | None:
-        """How long to wait for work [s]; None: until there is some."""
-        ends = [self._end] if self._closing else [self._next_check] if self._suspects() else []
-        finite = [end - time.monotonic() for end in ends if end < float("inf")]
-        return max(0.0, min(finite)) if finite else None
+    def _wait_timeout(self) -> float | None:
+        """Return how long to wait for work [s]; None for no timeout."""
+        if self._closing:
+            until = self._close_at
+        elif self._to_check():
+            until = self._next_check
+        else:
+            return None
+        return max(0.0, until - time.monotonic()) if until < float("inf") else None
 
-    def _check_suspects(self) -> None:
-        """Try again what has failed, so that health tells what is and not what was."""
-        if self._due():
-            for work in self._suspects():
-                work.check()
-            self._next_check = time.monotonic() + self.room.check_s
+    def _repeat_checks(self) -> None:
+        """Repeat the health check of a runner that failed, so that `health` reports the present
+        state."""
+        if self._check_due():
+            for runner in self._to_check():
+                runner.check()
+            self._next_check = time.monotonic() + self.limits.check_s
 
-    def _finish(self, error: Exception) -> None:
-        """Tell everybody who waits."""
+    def _fail_all(self, error: Exception) -> None:
+        """End every unfinished request with this error."""
         with self._changed:
             self._ended = error
-            actions, chats = self._actions.take(len(self._actions)), self._chats.take(len(self._chats))
-            chats += [*self._preparing, *(job for job, _ in self._prepared)]
-            self._preparing.clear()
+            actions = self._actions.take(len(self._actions))
+            chats = self._chats.take(len(self._chats))
+            chats += [*self._tokenizing, *(request for request, _ in self._prepared)]
+            self._tokenizing.clear()
         for action in actions:
             if action.done.set_running_or_notify_cancel():
                 action.done.set_exception(error)
-        for job in chats:
-            job.tell(error)
-        if self._chatting is not None:
-            self._chatting.end(error)
-        self._to_tokenise.put(None)
+        for request in chats:
+            request.publish(error)
+        if self._chat_runner is not None:
+            self._chat_runner.fail_all(error)
+        self._to_tokenize.put(None)
         self.ready.set()
 
-    # --- the tokeniser's thread ---
+    # --- the tokenizer thread ---
 
-    def _tokenise_all(self) -> None:
-        while (job := self._to_tokenise.get()) is not None:
-            prompt, problem = None, None
+    def _tokenize_all(self) -> None:
+        while (request := self._to_tokenize.get()) is not None:
+            prompt: PreparedPrompt | None = None
+            problem: Exception | None = None
             try:
-                assert isinstance(self.speaker, PiecewiseGenerator)
-                if not job.left:
-                    prompt = self.speaker.prepare(job.messages, job.samplings)
+                assert isinstance(self.generator, ChunkedPrefillGenerator)
+                if not request.cancelled:
+                    prompt = self.generator.prepare(request.messages, request.samplings)
             except BaseException as error:
                 problem = as_exception(error)
             with self._changed:
-                self._preparing.pop(job, None)
-                if prompt is not None and not job.left:
-                    self._prepared.append((job, prompt))
-                if problem is not None and not isinstance(problem, BlmError) and self._chatting is not None:
-                    self._chatting.suspect = True
+                self._tokenizing.pop(request, None)
+                if prompt is not None and not request.cancelled:
+                    self._prepared.append((request, prompt))
+                user_error = problem is None or isinstance(problem, BlmError)
+                if not user_error and self._chat_runner is not None:
+                    self._chat_runner.needs_check = True
                 self._wake()
             if problem is not None:
-                job.tell(problem)
+                request.publish(problem)

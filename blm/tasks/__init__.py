@@ -1,8 +1,11 @@
-"""The tasks, and the environment that runs any of them on any robot. To add one: a file, a registry line."""
+"""The tasks, and the environment that runs any task on any robot.
+
+To add a task, write its file and add a line to the registry.
+"""
 
 from blm.tasks.env import Env, EnvState
 from blm.tasks.registry import TASKS
 from blm.tasks.rendering import gl_backend
-from blm.tasks.spec import ObjectState, TaskSpec, World
+from blm.tasks.spec import ObjectState, TaskSpec, TaskState
 
-__all__ = ["TASKS", "Env", "EnvState", "ObjectState", "TaskSpec", "World", "gl_backend"]
+__all__ = ["TASKS", "Env", "EnvState", "ObjectState", "TaskSpec", "TaskState", "gl_backend"]

@@ -1,6 +1,6 @@
-"""Random looks: colours, light and cameras vary from episode to episode, the physics does not.
+"""Domain randomisation of the appearance: colours, light and cameras vary, the physics does not.
 
-For data that a policy should not overfit to. Evaluation scenes are plain.
+It is for training data; the standard evaluation scenes have the plain appearance.
 """
 
 from __future__ import annotations
@@ -13,21 +13,22 @@ import numpy as np
 from blm.types import BlmError
 
 _STREAM = 4
-"""Place of the looks among an episode's random streams (see Env.reset)."""
+"""Number of this random stream of an episode; `Env.reset` uses streams 0 to 3."""
 _TASK_SHARE = 0.3
-"""Items of the task change colour by this share only: instructions name their colours."""
+"""Factor of the colour change of task items, because instructions name their colours."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Appearance:
-    """How much the looks vary; 0 is not at all."""
+    """Amplitudes of the randomisation; 0 means no variation."""
 
     colors: float = 0.0
-    """Greatest change of the red, green and blue of table and robot, 0..1."""
+    """Maximum change of the red, green and blue of table and robot (0..1)."""
     light: float = 0.0
-    """Greatest change of the brightness, as a share; the light's direction turns by up to as many rad."""
+    """Maximum relative change of the brightness, and maximum change of the light's direction [rad]."""
     camera: float = 0.0
-    """Standard deviation of a third-person camera's position [m]; a tenth of it, of its direction [rad]."""
+    """Standard deviation of a third-person camera's position [m]. Its direction varies by a tenth
+    [rad]."""
 
     def __post_init__(self) -> None:
         if not all(0 <= value <= most for value, most in zip(astuple(self), (1, 1, 0.2), strict=True)):
@@ -35,25 +36,30 @@ class Appearance:
 
 
 PLAIN = Appearance()
+"""No randomisation."""
 
 
-class Look:
-    """The looks of one compiled model, which it changes in place and can always bring back."""
+class AppearanceRandomizer:
+    """Randomises the appearance of one compiled model in place."""
 
     def __init__(self, model: mujoco.MjModel, appearance: Appearance) -> None:
-        self._model, self._appearance = model, appearance
-        self._rgba, self._positions = model.geom_rgba.copy(), model.cam_pos.copy()
+        self._model = model
+        self._appearance = appearance
+        self._rgba = model.geom_rgba.copy()
+        self._positions = model.cam_pos.copy()
         self._quaternions = model.cam_quat.copy()
         self._lights = {name: getattr(model, name).copy() for name in ("light_diffuse", "light_dir")}
         robot_end = model.body("right_finger").id
         self._share = np.where(model.geom_bodyid <= robot_end, 1.0, _TASK_SHARE)[:, None]
         self._fixed = np.flatnonzero(model.cam_bodyid == 0)
 
-    def change(self, seed: int) -> None:
-        """Give the episode of `seed` its looks; distractors keep the colours that they were dressed in."""
+    def apply(self, seed: int) -> None:
+        """Apply the appearance of the episode `seed`; distractors keep their colours."""
         if self._appearance == PLAIN:
             return
-        model, vary, rng = self._model, self._appearance, np.random.default_rng((seed, _STREAM))
+        model = self._model
+        vary = self._appearance
+        rng = np.random.default_rng((seed, _STREAM))
         tint = self._share * rng.uniform(-1, 1, (model.nbody, 3))[model.geom_bodyid] * vary.colors
         plain = np.array([not model.body(body).name.startswith("distractor") for body in model.geom_bodyid])
         model.geom_rgba[plain, :3] = np.clip(self._rgba[:, :3] + tint, 0, 1)[plain]

@@ -1,4 +1,7 @@
-"""Extra coloured things on the table, for questions about a scene. Seen only: nothing touches them."""
+"""Distractors: extra coloured objects on the table.
+
+They are visible, but nothing collides with them.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,26 @@ from blm.tasks.scene import SHAPES
 from blm.tasks.spec import PALETTE, Item, Part, Placement, Pose, pose
 from blm.types import BlmError
 
-Extras = tuple[tuple[Item, Pose], ...]
-"""Distractors: what number i looks like, and where it stands."""
+Distractors = tuple[tuple[Item, Pose], ...]
+"""Item and pose of each distractor."""
 _REACH = 0.22
-"""Distractors lie within +- this of the workspace's centre, in x and y [m]."""
+"""Distractors lie within +- this of the workspace's centre in x and y [m]."""
 _ATTEMPTS = 2000
+"""Number of positions that are tried."""
 
 
 def draw_distractors(
     rng: np.random.Generator, robot: RobotSpec, items: Sequence[Item], placement: Placement, count: int
-) -> Extras:
-    """Draw `count` things that overlap nothing in plan; no two things share both kind and colour.
+) -> Distractors:
+    """Draw `count` distractors that do not overlap in plan.
 
-    Raises BlmError when the table is too full.
+    Each has another combination of kind and colour.
+
+    Raises BlmError if there is not enough room on the table.
     """
     taken = [(np.array(placement[item.name][0][:2]), _radius(item)) for item in items]
-    said = {("ball" if item.kind == "sphere" else item.kind, item.color) for item in items}
-    choices = [(k, c) for k in ("cube", "ball", "cylinder") for c in PALETTE if (k, c) not in said]
+    used = {("ball" if item.kind == "sphere" else item.kind, item.color) for item in items}
+    choices = [(k, c) for k in ("cube", "ball", "cylinder") for c in PALETTE if (k, c) not in used]
     drawn: list[tuple[Item, Pose]] = []
     for _ in range(_ATTEMPTS):
         if len(drawn) == count or not choices:
@@ -50,17 +56,19 @@ def draw_distractors(
     return tuple(drawn)
 
 
-def dress(model: mujoco.MjModel, extras: Extras) -> None:
-    """Give the model's distractor bodies these looks."""
-    for item, _ in extras:
+def show_distractors(model: mujoco.MjModel, distractors: Distractors) -> None:
+    """Set shape, size and colour of the model's distractor bodies."""
+    for item, _ in distractors:
         geom, part = model.body(item.name).geomadr[0], item.parts[0]
-        model.geom_type[geom], model.geom_size[geom] = SHAPES[part.shape], part.size
-        model.geom_rgba[geom], model.geom_rbound[geom] = PALETTE[part.color], np.linalg.norm(part.size)
+        model.geom_type[geom] = SHAPES[part.shape]
+        model.geom_size[geom] = part.size
+        model.geom_rgba[geom] = PALETTE[part.color]
+        model.geom_rbound[geom] = np.linalg.norm(part.size)
         model.geom_pos[geom] = part.position
 
 
 def _radius(item: Item) -> float:
-    """Radius of a circle around the item's origin that holds it in plan."""
+    """Return the radius of the item's bounding circle in plan [m]."""
     return max(
         np.hypot(*part.position[:2]) + (np.hypot(*part.size[:2]) if part.shape == "box" else part.size[0])
         for part in item.parts

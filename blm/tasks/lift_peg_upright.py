@@ -5,16 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 from blm.robots import RobotSpec
-from blm.tasks.spec import Item, Part, Placement, Region, TaskSpec, World, pose
+from blm.tasks.spec import Item, Part, Placement, Region, TaskSpec, TaskState, pose
 
-HALF_LENGTH, HALF_WIDTH = 0.12, 0.025
-"""Of the peg [m]; it weighs 0.6 kg."""
-UPRIGHT, LEVEL = 0.08, 0.005
-"""Greatest lean [rad] and greatest error of the centre's height [m]."""
+HALF_LENGTH = 0.12
+"""Half the length of the peg [m]; it weighs 0.6 kg."""
+HALF_WIDTH = 0.025
+"""Half the width of the peg [m]."""
+UPRIGHT = 0.08
+"""Maximum angle from the vertical for success [rad]."""
+LEVEL = 0.005
+"""Maximum error of the centre's height for success [m]."""
 
 
-def lean(world_axis: np.ndarray) -> float:
-    """Angle between the peg's axis [3], either way up, and the vertical [rad]."""
+def angle_from_vertical(world_axis: np.ndarray) -> float:
+    """Return the angle between the peg's axis [3], either end up, and the vertical [rad]."""
     return float(np.arccos(np.clip(abs(world_axis[2]), 0.0, 1.0)))
 
 
@@ -31,13 +35,13 @@ def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Place
     return {"peg": pose(*region.draw(rng), HALF_WIDTH)}
 
 
-def _success(world: World) -> dict[str, bool]:
-    peg = world.objects["peg"]
+def _success(state: TaskState) -> dict[str, bool]:
+    peg = state.objects["peg"]
     w, x, y, z = peg.quaternion
     axis = np.array([1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)])  # its local x
-    upright = lean(axis) < UPRIGHT
+    upright = angle_from_vertical(axis) < UPRIGHT
     level = bool(abs(peg.position[2] - HALF_LENGTH) < LEVEL)
-    grasped = "peg" in world.grasped
+    grasped = "peg" in state.grasped
     return {
         "is_upright": upright,
         "is_on_table": level,

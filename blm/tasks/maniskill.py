@@ -1,9 +1,10 @@
-"""ManiSkill 3.0.1's own Panda tasks behind the interface of `Env`: a second simulator as a check on ours.
+"""ManiSkill 3.0.1's Panda tasks behind the interface of `Env`, to check our simulator.
 
-Physics (PhysX), objects, where they start, success rules and meshes are ManiSkill's; names, action space,
-cameras and instructions are ours: data and policies pass from one simulator to the other. It needs an
-environment of its own (scripts/maniskill.sh); see docs/maniskill.md. A seed names another scene here than in
-`Env`; the same seed gives the same episode, bit for bit, on one machine.
+Physics (PhysX), objects, initial states, success rules and meshes are ManiSkill's. Names, action
+space, cameras and instructions are ours, so data and policies transfer between the simulators.
+ManiSkill needs a Python environment of its own (scripts/maniskill.sh); see docs/maniskill.md. A
+seed gives another scene than in `Env`; the same seed gives the same episode, bit for bit, on one
+machine.
 """
 
 from __future__ import annotations
@@ -25,37 +26,37 @@ from blm.robots import ROBOTS
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.env import Env
 from blm.tasks.scene import CAMERAS
-from blm.tasks.spec import Item, ObjectState, World
+from blm.tasks.spec import Item, ObjectState, TaskState
 from blm.types import BlmError, FloatArray, ImageArray, lookup
 
 _HAND = "panda_hand"
-"""The link that carries the wrist camera; its frame is that of our hand."""
+"""Link that carries the wrist camera; its frame equals the frame of our hand."""
 MAX_STEPS = 300
-"""ManiSkill's scripts are slower than our expert: LiftPegUpright takes up to 200 steps before it settles."""
+"""Step limit. ManiSkill's scripts are slower than our expert: LiftPegUpright takes up to 200 steps."""
 _RANGE = (0.01, 100.0)
-"""Near and far clipping plane of the cameras [m], those of ManiSkill's."""
+"""Near and far clipping planes of the cameras [m], as in ManiSkill."""
 
 
 @dataclass(frozen=True)
-class Counterpart:
-    """What one of our tasks is called in ManiSkill."""
+class ManiSkillTask:
+    """The ManiSkill task that corresponds to one of ours, with the names of its parts."""
 
     id: str
     objects: Mapping[str, str]
     """Our item -> attribute of the ManiSkill task."""
     flags: Mapping[str, str] = field(default_factory=dict)
-    """Our condition -> ManiSkill's, for those that it reports."""
+    """Our condition -> ManiSkill's condition, if it reports one."""
 
 
-COUNTERPARTS = {
-    "push_cube": Counterpart("PushCube-v1", {"cube": "obj", "target": "goal_region"}),
-    "pull_cube": Counterpart("PullCube-v1", {"cube": "obj", "target": "goal_region"}),
-    "pick_cube": Counterpart(
+MANISKILL_TASKS = {
+    "push_cube": ManiSkillTask("PushCube-v1", {"cube": "obj", "target": "goal_region"}),
+    "pull_cube": ManiSkillTask("PullCube-v1", {"cube": "obj", "target": "goal_region"}),
+    "pick_cube": ManiSkillTask(
         "PickCube-v1",
         {"cube": "cube", "goal": "goal_site"},
         {"is_at_goal": "is_obj_placed", "is_robot_static": "is_robot_static", "is_grasped": "is_grasped"},
     ),
-    "stack_cube": Counterpart(
+    "stack_cube": ManiSkillTask(
         "StackCube-v1",
         {"cube": "cubeA", "lower": "cubeB"},
         {
@@ -64,30 +65,34 @@ COUNTERPARTS = {
             "is_grasped": "is_cubeA_grasped",
         },
     ),
-    "place_sphere": Counterpart(
+    "place_sphere": ManiSkillTask(
         "PlaceSphere-v1",
         {"ball": "obj", "bin": "bin"},
         {"is_in_bin": "is_obj_on_bin", "is_ball_static": "is_obj_static", "is_grasped": "is_obj_grasped"},
     ),
-    "lift_peg_upright": Counterpart("LiftPegUpright-v1", {"peg": "peg"}),
+    "lift_peg_upright": ManiSkillTask("LiftPegUpright-v1", {"peg": "peg"}),
 }
 
 
 def to_maniskill(action: FloatArray) -> FloatArray:
-    """Our action [8] -> one of `pd_joint_pos`: joints [rad] as they are, gripper 0..1 -> -1..1.
+    """Convert our action [8] to `pd_joint_pos`: gripper 0..1 -> -1..1.
 
-    The ends mean the same. ManiSkill aims at finger positions -.01 (to press) to .04 m, we at 0 to .04 m.
+    Both ends have the same meaning. ManiSkill's finger targets are -0.01 m (to press) to 0.04 m,
+    ours 0 to 0.04 m.
     """
     return np.append(action[:-1], 2 * np.float64(action[-1]) - 1).astype(np.float32)
 
 
 def from_maniskill(action: FloatArray) -> FloatArray:
-    """Inverse of `to_maniskill`."""
+    """Convert an action of `pd_joint_pos` to ours: the inverse of `to_maniskill`."""
     return np.append(action[:-1], (np.float64(action[-1]) + 1) / 2).astype(np.float32)
 
 
 def require_maniskill() -> None:
-    """Import ManiSkill and register its tasks. Raises BlmError that says how to install it."""
+    """Import ManiSkill, which registers its tasks.
+
+    Raises BlmError with installation instructions.
+    """
     driver = Path(sys.prefix, "mesa", "icd.json")  # where scripts/maniskill.sh puts a software Vulkan
     if driver.exists() and not {"VK_ICD_FILENAMES", "VK_DRIVER_FILES"} & os.environ.keys():
         os.environ["VK_ICD_FILENAMES"] = str(driver)
@@ -98,11 +103,14 @@ def require_maniskill() -> None:
             f"ManiSkill is not installed here ({error}); it has an environment of its own. Run "
             "scripts/maniskill.sh, then use .venv-maniskill/bin/python"
         ) from error
-    mani_skill.logger.setLevel(logging.ERROR)  # it warns of its own tasks at each reset
+    mani_skill.logger.setLevel(logging.ERROR)  # its own tasks log warnings at each reset
 
 
 class ManiSkillEnv(Env):
-    """`Env` with ManiSkill inside: no MuJoCo model, so no `get_state`, `set_state`, `project` and masks."""
+    """`Env` on ManiSkill.
+
+    Without a MuJoCo model it has no `get_state`, `set_state`, `project` and `mask`.
+    """
 
     def __init__(
         self,
@@ -117,7 +125,7 @@ class ManiSkillEnv(Env):
         appearance: Appearance = PLAIN,
     ) -> None:
         lookup("robot in ManiSkill", robot, {"panda": ROBOTS["panda"]})
-        self._counterpart = lookup("task in ManiSkill", task, COUNTERPARTS)
+        self._maniskill_task = lookup("task in ManiSkill", task, MANISKILL_TASKS)
         self._describe(robot, task, cameras, image_size, distractors)
         if distractors or appearance != PLAIN:
             raise BlmError(
@@ -125,7 +133,7 @@ class ManiSkillEnv(Env):
             )
         self._max_episode_steps = MAX_STEPS if max_steps is None else max_steps
         self._terminate, self._steps = terminate_on_success, 0
-        self._views: dict[tuple[str, int], Any] = {}
+        self._cameras: dict[tuple[str, int], Any] = {}
         self.simulation = self._make()
         """ManiSkill's own environment; `blm.planner.maniskill` runs its scripts on it."""
 
@@ -137,7 +145,7 @@ class ManiSkillEnv(Env):
         modes: dict[str, Any] = {"obs_mode": "none", "reward_mode": "none", "control_mode": "pd_joint_pos"}
         devices: dict[str, Any] = {"sim_backend": "physx_cpu", "render_backend": renderer}
         try:
-            return gymnasium.make(self._counterpart.id, robot_uids="panda", **modes, **devices).unwrapped
+            return gymnasium.make(self._maniskill_task.id, robot_uids="panda", **modes, **devices).unwrapped
         except RuntimeError as error:
             raise BlmError(
                 f"ManiSkill cannot start: {error}. It needs a Vulkan driver; without a GPU that is Mesa 24.3 "
@@ -147,33 +155,32 @@ class ManiSkillEnv(Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start the episode that `seed` names. Options: "phrasing" (index), "arm" ("home" only).
+        """Start the episode of `seed`. Options: "phrasing" (index), "arm" ("home" only).
 
         Raises BlmError for an unknown option or phrasing, and for a random start of the arm.
         """
         gymnasium.Env.reset(self, seed=seed)
-        chosen: dict[str, Any] = {"arm": "home", "phrasing": None}
-        for option in options or {}:
-            lookup("reset option", option, chosen)
-        chosen |= options or {}
+        chosen = self._reset_options(options)
         if chosen["arm"] != "home":
             raise BlmError(f"ManiSkill starts at 'home', not '{chosen['arm']}'; collect with random_starts 0")
         if seed is None:
-            seed = int(self.np_random.integers(10_000_000, 2**31))  # beyond every named range of seeds
+            seed = self._free_seed()
         phrasing = chosen["phrasing"]
-        if phrasing is None:  # drawn as in Env: a seed has the same wording in both
+        if phrasing is None:  # drawn as in Env, so that a seed has the same instruction in both
             phrasing = int(np.random.default_rng((seed, 1)).integers(len(self.task_spec.phrasings)))
         self.task_description, self._seed = self.task_spec.instruction(phrasing), seed
         self.restart()
         return self.observe(), self._info()
 
     def restart(self) -> None:
-        """Go back to the start of the episode.
+        """Return to the start of the episode.
 
-        The scene is built anew: PhysX remembers contacts, so a scene that was used goes on differently.
+        The scene is rebuilt, because PhysX keeps contact state: a used scene would evolve
+        differently.
         """
         self.simulation.reset(seed=self._seed, options={"reconfigure": True})
-        self._steps, self._views = 0, {}  # the cameras are gone with the old scene
+        self._steps = 0
+        self._cameras = {}  # cameras belong to the old scene
 
     def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Hold the targets for one control step. Raises ContractError on a wrong shape or a NaN."""
@@ -183,12 +190,13 @@ class ManiSkillEnv(Env):
         self.seconds["physics"] += time.perf_counter() - began
         self._steps += 1
         info = self._info()
-        done, late = info["success"] and self._terminate, self._steps >= self._max_episode_steps
+        done = info["success"] and self._terminate
+        late = self._steps >= self._max_episode_steps
         return self.observe(), float(info["success"]), done, late, info
 
     @property
     def at_start(self) -> bool:
-        """Whether no step was taken yet."""
+        """Whether no step was taken in this episode."""
         return self._steps == 0
 
     def state(self) -> NDArray[np.float32]:
@@ -197,44 +205,44 @@ class ManiSkillEnv(Env):
 
     @property
     def gripper_opening(self) -> float:
-        """0 closed .. 1 open, measured."""
+        """Measured gripper opening: 0 closed .. 1 open."""
         return float(np.clip(self._joints()[-2:].mean() / self.robot.gripper.stroke, 0.0, 1.0))
 
     def tcp(self) -> tuple[FloatArray, FloatArray]:
-        """Position [3] and rotation [3, 3] of the tool; column z approaches, column y is the closing axis."""
+        """Return world position [3] and rotation [3, 3] of the tool centre point; see `Env.tcp`."""
         pose = self.simulation.agent.tcp.pose.to_transformation_matrix()[0].cpu().numpy()
         return pose[:3, 3].astype(np.float64), pose[:3, :3].astype(np.float64)
 
     def objects(self) -> dict[str, ObjectState]:
-        """Every item by our name, as it is now; those that physics does not move have no speed."""
+        """Return the present state of every item by our name; fixed items have no speed."""
         return {item.name: self._object(item) for item in self.items}
 
     def is_grasping(self, name: str) -> bool:
-        """ManiSkill's rule: both fingers press with .5 N or more within 85 deg of the closing axis."""
+        """Apply ManiSkill's rule: both fingers press with >= 0.5 N within 85 deg of the axis."""
         return bool(self.simulation.agent.is_grasping(self._actor(name)))
 
-    def world(self) -> World:
-        """What our own success rules would see."""
+    def task_state(self) -> TaskState:
+        """Return the state that our own success rules judge."""
         grasped = frozenset(i.name for i in self.items if i.role == "free" and self.is_grasping(i.name))
         speed = float(self.simulation.agent.robot.get_qvel()[0, self._arm].abs().max())
-        return World(self.robot, self.objects(), speed, grasped)
+        return TaskState(self.robot, self.objects(), speed, grasped)
 
     def evaluate(self) -> dict[str, bool]:
-        """Conditions now, by our names: ManiSkill's where it reports them, ours elsewhere.
+        """Return the conditions by our names: ManiSkill's if it reports them, else ours.
 
         "success" is always ManiSkill's.
         """
         theirs = self.simulation.evaluate()
-        known = {ours: bool(theirs[name]) for ours, name in self._counterpart.flags.items()}
-        return self.task_spec.success(self.world()) | known | {"success": bool(theirs["success"])}
+        known = {ours: bool(theirs[name]) for ours, name in self._maniskill_task.flags.items()}
+        return self.task_spec.success(self.task_state()) | known | {"success": bool(theirs["success"])}
 
     def picture(self, camera: str, size: int | None = None) -> ImageArray:
-        """Return uint8 [size, size, 3] (default: image_size), from where our scene has this camera.
+        """Return uint8 [size, size, 3] of a camera at its pose in our scene.
 
-        Nothing is hidden: ManiSkill's own sensors do not see PickCube's goal, these do.
+        Unlike ManiSkill's own sensors, these cameras show PickCube's goal.
         """
         began = time.perf_counter()
-        view = self._view(lookup("camera", camera, dict.fromkeys(CAMERAS, camera)), size or self.image_size)
+        view = self._camera(lookup("camera", camera, dict.fromkeys(CAMERAS, camera)), size or self.image_size)
         self.simulation.scene.update_render(update_sensors=False, update_human_render_cameras=False)
         view.capture()
         rgb = view.get_obs(depth=False, position=False, segmentation=False)["rgb"]
@@ -243,32 +251,36 @@ class ManiSkillEnv(Env):
         return picture
 
     def close(self) -> None:
-        self._views = {}
+        self._cameras = {}
         self.simulation.close()
 
-    def _view(self, name: str, size: int) -> Any:
-        """A camera of the present scene; made when it is first used, its resolution is fixed."""
-        if (name, size) not in self._views:
+    def _camera(self, name: str, size: int) -> Any:
+        """Return a camera of the present scene; it is created on first use with a fixed resolution."""
+        if (name, size) not in self._cameras:
             from mani_skill.sensors.camera import Camera, CameraConfig
             from mani_skill.utils.sapien_utils import look_at
 
             if (where := CAMERAS[name]) is None:
-                mount, hand = self.robot.wrist_camera, self.simulation.agent.robot.links_map[_HAND]
-                pose, fovy = look_at(mount.eye, mount.target, up=(1, 0, 0)), mount.fovy
+                mount = self.robot.wrist_camera
+                hand = self.simulation.agent.robot.links_map[_HAND]
+                pose = look_at(mount.eye, mount.target, up=(1, 0, 0))
+                fovy = mount.fovy
             else:
                 x, y = self.task_spec.region(self.robot).centre
-                shift, hand = np.array([x + self.task_spec.view_shift, y, 0.0]), None
-                pose, fovy = look_at(*(np.add(point, shift) for point in where[:2])), where[2]
+                shift = np.array([x + self.task_spec.view_shift, y, 0.0])
+                hand = None
+                pose = look_at(*(np.add(point, shift) for point in where[:2]))
+                fovy = where[2]
             lens = CameraConfig(f"{name}-{size}", pose, size, size, np.radians(fovy), *_RANGE, mount=hand)
-            self._views[name, size] = Camera(lens, self.simulation.scene)
-        return self._views[name, size]
+            self._cameras[name, size] = Camera(lens, self.simulation.scene)
+        return self._cameras[name, size]
 
     def _joints(self) -> FloatArray:
-        """Arm joints [rad] and the two fingers [m], [9]."""
+        """Return the positions of the arm joints [rad] and the two fingers [m], [9]."""
         return np.asarray(self.simulation.agent.robot.get_qpos()[0].cpu().numpy(), dtype=np.float64)
 
     def _actor(self, name: str) -> Any:
-        return getattr(self.simulation, lookup("object", name, self._counterpart.objects))
+        return getattr(self.simulation, lookup("object", name, self._maniskill_task.objects))
 
     def _object(self, item: Item) -> ObjectState:
         actor = self._actor(item.name)

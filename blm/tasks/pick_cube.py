@@ -1,6 +1,7 @@
-"""PickCube: lift the red cube to the green goal and hold it there. After ManiSkill 3.0.1 PickCube-v1.
+"""PickCube, after ManiSkill 3.0.1 PickCube-v1: hold the red cube at the green goal.
 
-The goal sphere is visible (ManiSkill hides it from its sensors), else images would not say where it is.
+The goal sphere is visible, unlike in ManiSkill, whose sensors do not show it; the policy only sees
+images.
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 import numpy as np
 
 from blm.robots import RobotSpec
-from blm.tasks.spec import STATIC_SPEED, Item, Part, Placement, Region, TaskSpec, World, cube, pose
+from blm.tasks.spec import STATIC_SPEED, Item, Part, Placement, Region, TaskSpec, TaskState, cube, pose
 
 
 def goal_tolerance(robot: RobotSpec) -> float:
-    """Radius of the goal and greatest distance from it [m]: .025; .0225 with the WidowX AI's smaller cube."""
+    """Return the radius of the goal, also the tolerance for success [m]: 0.025.
+
+    0.0225 for the WidowX AI.
+    """
     return 1.25 * robot.workspace.cube_half
 
 
@@ -24,14 +28,16 @@ def _items(robot: RobotSpec) -> tuple[Item, ...]:
 
 def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Placement:
     half = robot.workspace.cube_half
-    start, yaw, goal = region.draw(rng), float(rng.uniform(0, 2 * np.pi)), region.draw(rng)
+    start = region.draw(rng)
+    yaw = float(rng.uniform(0, 2 * np.pi))
+    goal = region.draw(rng)
     height = half + float(rng.uniform(0, robot.workspace.height))
     return {"cube": pose(*start, half, yaw), "goal": pose(*goal, height)}
 
 
-def _success(world: World) -> dict[str, bool]:
-    near = bool(np.linalg.norm(world.offset("cube", "goal")) <= goal_tolerance(world.robot))
-    static, grasped = world.robot_speed <= STATIC_SPEED, "cube" in world.grasped
+def _success(state: TaskState) -> dict[str, bool]:
+    near = bool(np.linalg.norm(state.offset("cube", "goal")) <= goal_tolerance(state.robot))
+    static, grasped = state.robot_speed <= STATIC_SPEED, "cube" in state.grasped
     return {"is_at_goal": near, "is_robot_static": static, "is_grasped": grasped, "success": near and static}
 
 

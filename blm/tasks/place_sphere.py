@@ -1,19 +1,27 @@
-"""PlaceSphere: put the blue ball into the shallow bin and let go. After ManiSkill 3.0.1 PlaceSphere-v1."""
+"""PlaceSphere: put the blue ball into the shallow bin and let go.
+
+After ManiSkill 3.0.1 PlaceSphere-v1.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 from blm.robots import RobotSpec
-from blm.tasks.spec import Item, Part, Placement, Region, TaskSpec, World, pose
+from blm.tasks.spec import Item, Part, Placement, Region, TaskSpec, TaskState, pose
 
 RADIUS = 0.02
-_WALL, _RIM = 0.0025, 0.005
-"""Half thickness of the bin's floor and walls; half height of its walls [m]. The ball just fits inside."""
+"""Radius of the ball [m]."""
+_WALL = 0.0025
+"""Half the thickness of the bin's floor and walls [m]; the ball just fits inside."""
+_RIM = 0.005
+"""Half the height of the bin's walls [m]."""
 REST = RADIUS + _WALL
-"""Height of the ball's centre above the bin's when it lies inside [m]."""
-_BALL_X, _BIN_X = (-1.0, -0.5), (0.0, 1.0)
-"""Where along the region's half extent ball and bin start; both start anywhere across it."""
+"""Height of the ball's centre above the bin's origin when it lies inside [m]."""
+_BALL_X = (-1.0, -0.5)
+"""Range of the ball's initial x in the region, as a multiple of the region's half extent."""
+_BIN_X = (0.0, 1.0)
+"""The same for the bin; both start anywhere in y."""
 
 
 def _items(robot: RobotSpec) -> tuple[Item, ...]:
@@ -36,10 +44,10 @@ def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Place
     return {"ball": pose(*ball, RADIUS), "bin": pose(*bin_at, _WALL)}
 
 
-def _success(world: World) -> dict[str, bool]:
-    offset = world.offset("ball", "bin")
+def _success(state: TaskState) -> dict[str, bool]:
+    offset = state.offset("ball", "bin")
     on = bool(np.linalg.norm(offset[:2]) <= 0.005 and abs(offset[2] - REST) <= 0.005)
-    static, grasped = world.objects["ball"].is_static, "ball" in world.grasped
+    static, grasped = state.objects["ball"].is_static, "ball" in state.grasped
     done = on and static and not grasped
     return {"is_in_bin": on, "is_ball_static": static, "is_grasped": grasped, "success": done}
 
@@ -58,5 +66,5 @@ PLACE_SPHERE = TaskSpec(
     ),
     held_out_phrasings=("The blue sphere belongs in the white box: bring it there.",),
     object="ball",
-    regions={"widowxai": Region((-0.25, 0.0), (0.1, 0.05))},  # ball and bin stay apart
+    regions={"widowxai": Region((-0.25, 0.0), (0.1, 0.05))},  # keeps ball and bin apart
 )

@@ -1,4 +1,7 @@
-"""PullCube: pull the blue cube onto the round target before it. After ManiSkill 3.0.1 PullCube-v1."""
+"""PullCube: pull the blue cube onto the round target before it.
+
+After ManiSkill 3.0.1 PullCube-v1.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import numpy as np
 
 from blm.robots import RobotSpec
 from blm.tasks.push_cube import TARGET_DISTANCE, TARGET_RADIUS, cube_and_target
-from blm.tasks.spec import Placement, Region, TaskSpec, World, pose
+from blm.tasks.spec import Placement, Region, TaskSpec, TaskState, pose
 
 
 def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Placement:
@@ -14,8 +17,8 @@ def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Place
     return {"cube": pose(x, y, robot.workspace.cube_half), "target": pose(x - TARGET_DISTANCE, y, 0)}
 
 
-def _success(world: World) -> dict[str, bool]:
-    near = bool(np.linalg.norm(world.offset("cube", "target")[:2]) < TARGET_RADIUS)
+def _success(state: TaskState) -> dict[str, bool]:
+    near = bool(np.linalg.norm(state.offset("cube", "target")[:2]) < TARGET_RADIUS)
     return {"is_at_target": near, "success": near}
 
 
@@ -33,7 +36,9 @@ PULL_CUBE = TaskSpec(
     ),
     held_out_phrasings=("Get the blue cube to the bullseye by pulling it.",),
     object="cube",
-    regions={"widowxai": Region((-0.13, 0.0), (0.05, 0.05))},  # else the target lies at the arm's own foot
+    regions={
+        "widowxai": Region((-0.13, 0.0), (0.05, 0.05))
+    },  # otherwise the target would be at the robot's base
     prehensile=False,
     view_shift=-0.1,
 )

@@ -1,19 +1,24 @@
-"""PushCube: push the blue cube onto the round target ahead of it. After ManiSkill 3.0.1 PushCube-v1."""
+"""PushCube: push the blue cube onto the round target ahead of it.
+
+After ManiSkill 3.0.1 PushCube-v1.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 from blm.robots import RobotSpec
-from blm.tasks.spec import Item, Part, Placement, Region, TaskSpec, World, cube, pose
+from blm.tasks.spec import Item, Part, Placement, Region, TaskSpec, TaskState, cube, pose
 
-TARGET_RADIUS, TARGET_DISTANCE = 0.1, 0.2
-"""The target's radius; how far its centre lies from the cube [m]."""
+TARGET_RADIUS = 0.1
+"""Radius of the target [m]."""
+TARGET_DISTANCE = 0.2
+"""Distance of the target's centre from the cube at the start [m]."""
 _RINGS = ("red", "white", "red", "white", "red")
 
 
 def cube_and_target(robot: RobotSpec) -> tuple[Item, ...]:
-    """A blue cube and a flat round target."""
+    """Return a blue cube and a flat round target."""
     rings = tuple(
         Part("cylinder", (TARGET_RADIUS * (1 - index / len(_RINGS)), 0.0004 * (index + 1), 0.0), color)
         for index, color in enumerate(_RINGS)
@@ -27,9 +32,9 @@ def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Place
     return {"cube": pose(x, y, robot.workspace.cube_half), "target": pose(x + TARGET_DISTANCE, y, 0)}
 
 
-def _success(world: World) -> dict[str, bool]:
-    near = bool(np.linalg.norm(world.offset("cube", "target")[:2]) < TARGET_RADIUS)
-    low = bool(world.objects["cube"].position[2] < world.robot.workspace.cube_half + 0.005)
+def _success(state: TaskState) -> dict[str, bool]:
+    near = bool(np.linalg.norm(state.offset("cube", "target")[:2]) < TARGET_RADIUS)
+    low = bool(state.objects["cube"].position[2] < state.robot.workspace.cube_half + 0.005)
     return {"is_at_target": near, "is_on_table": low, "success": near and low}
 
 

@@ -1,6 +1,7 @@
-"""Offscreen pictures of a MuJoCo model. No environment variable is needed before `import mujoco`.
+"""Offscreen rendering of a MuJoCo model. No environment variable is needed before `import mujoco`.
 
-MUJOCO_GL is obeyed when set (egl, osmesa, glfw, cgl), else set to the choice made, for MuJoCo's own loader.
+MUJOCO_GL (egl, osmesa, glfw, cgl) is respected if it is set. Otherwise it is set to the backend
+chosen here, because MuJoCo's own loader reads it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _open: weakref.WeakSet[Renderer] = weakref.WeakSet()
 
 
 def gl_backend() -> str:
-    """Return the OpenGL backend that pictures are made with. Raises BlmError when the machine has none."""
+    """Return the OpenGL backend for rendering. Raises BlmError if the machine has none."""
     if chosen := os.environ.get("MUJOCO_GL", "").lower():
         lookup("MUJOCO_GL", chosen, _BACKENDS)
         return chosen
@@ -59,7 +60,10 @@ def _close_all() -> None:
 
 
 class Renderer:
-    """Square pictures of one model, up to `size` pixels a side. Holds an OpenGL context until `close`."""
+    """Renders square pictures of one model, up to `size` px per side.
+
+    Holds an OpenGL context until `close`.
+    """
 
     _gl: Any = None
 
@@ -80,13 +84,14 @@ class Renderer:
         self._camera.fixedcamid = self._model.camera(camera).id
         every = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(self._model, data, self._options, None, self._camera, every, self._scene)
-        image, view = np.empty((size, size, 3), dtype=np.uint8), mujoco.MjrRect(0, 0, size, size)
+        image = np.empty((size, size, 3), dtype=np.uint8)
+        view = mujoco.MjrRect(0, 0, size, size)
         mujoco.mjr_render(view, self._scene, self._context)
         mujoco.mjr_readPixels(image, None, view, self._context)
         return np.ascontiguousarray(image[::-1])
 
     def geoms(self, data: mujoco.MjData, camera: str, size: int) -> NDArray[np.int64]:
-        """Return int64 [size, size]: the id of the geom that each pixel shows, -1 for none."""
+        """Return the segmentation int64 [size, size]: the geom id of each pixel, -1 for none."""
         flags = self._scene.flags
         flags[_FLAGS.mjRND_SEGMENT] = flags[_FLAGS.mjRND_IDCOLOR] = 1
         codes = self.rgb(data, camera, size) @ np.array([1, 256, 65536])
@@ -106,4 +111,4 @@ class Renderer:
             self._gl = None
 
     def __del__(self) -> None:
-        self.close()  # in its own context: buffers freed in another's would spoil that one's pictures
+        self.close()  # makes its own context current first; freeing in another one would corrupt its pictures

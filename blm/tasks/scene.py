@@ -1,18 +1,18 @@
-"""Builds the MuJoCo model of a robot, a task's items and distractors on a table, with light and cameras.
+"""Builds the MuJoCo model of a scene: robot, items, distractors, table, light, cameras.
 
-With these contact settings scripted grasps held in 100 of 100 trials on each arm. Friction and density of
-items are ManiSkill's.
+With these contact settings, scripted grasps held in 100 of 100 trials on each arm. Friction and
+density of items are ManiSkill's.
 """
 
 from __future__ import annotations
 
 import mujoco
 
-from blm.robots import RobotSpec, add_robot, look_at
+from blm.robots import RobotSpec, add_robot, camera_quaternion
 from blm.tasks.spec import PALETTE, Item, Part, TaskSpec, Vector
 
 SUBSTEPS = 25
-"""Physics steps of 2 ms in a control step of 50 ms."""
+"""Number of physics steps (2 ms) in a control step (50 ms)."""
 SHAPES = {
     "box": mujoco.mjtGeom.mjGEOM_BOX,
     "sphere": mujoco.mjtGeom.mjGEOM_SPHERE,
@@ -23,17 +23,23 @@ CAMERAS: dict[str, tuple[Vector, Vector, float] | None] = {
     "side": ((0.41, -0.85, 0.55), (0.03, -0.03, 0.127), 28.5),
     "wrist": None,
 }
-"""Third-person cameras: eye, point looked at (from the workspace's centre), vertical field of view [deg].
+"""Third-person cameras: eye and target relative to the workspace's centre [m], vertical field of
+view [deg].
 
-Fitted to show PickCube's space and most of PushCube's targets at less than 5 mm a pixel (table, 112 px).
-Base and side stand 100 deg apart in azimuth: together they give depth. The wrist camera is the robot's."""
+They show PickCube's space and most of PushCube's targets at less than 5 mm per pixel (table, 112
+px). Base and side are 100 deg apart in azimuth, so together they give depth. The wrist camera
+belongs to the robot.
+"""
 ROLLING = (0.3, 0.005, 0.0005)
-"""Sliding, torsional, rolling friction of a ball: without the last it would never come to rest."""
+"""Sliding, torsional and rolling friction of a ball. Without rolling friction it would never stop."""
 _SKY, _TABLE = (0.55, 0.60, 0.66), (0.78, 0.70, 0.60, 1.0)
 
 
 def build_model(robot: RobotSpec, task: TaskSpec, distractors: int) -> mujoco.MjModel:
-    """Compile the scene. Bodies are named after items; distractors, unseen at first, "distractor0"..."""
+    """Compile the scene.
+
+    Bodies have the names of items; distractors (hidden at first) "distractor0"...
+    """
     spec = mujoco.MjSpec()
     _set_options(spec)
     _add_room(spec)
@@ -42,7 +48,7 @@ def build_model(robot: RobotSpec, task: TaskSpec, distractors: int) -> mujoco.Mj
     for name, view in CAMERAS.items():
         if view is not None:
             eye, target = ((point[0] + x, point[1] + y, point[2]) for point in view[:2])
-            pose = look_at(eye, target, (0, 0, 1))
+            pose = camera_quaternion(eye, target, (0, 0, 1))
             spec.worldbody.add_camera(name=name, pos=eye, quat=pose, fovy=view[2])
     add_robot(spec, robot)
     unseen = (Part("box", (0.02, 0.02, 0.02), "white", position=(0, 0, -1)),)
@@ -56,12 +62,15 @@ def build_model(robot: RobotSpec, task: TaskSpec, distractors: int) -> mujoco.Mj
 
 def _set_options(spec: mujoco.MjSpec) -> None:
     option, geom, visual = spec.option, spec.default.geom, spec.visual
-    option.timestep, option.integrator = 0.002, mujoco.mjtIntegrator.mjINT_IMPLICITFAST
+    option.timestep = 0.002
+    option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     option.cone, option.impratio = mujoco.mjtCone.mjCONE_ELLIPTIC, 10
     option.jacobian = mujoco.mjtJacobian.mjJAC_DENSE  # MuJoCo 4.0.0 solves sparse ones wrongly
     geom.solref, geom.solimp = (0.01, 1), (0.95, 0.99, 0.001, 0.5, 2)
     geom.friction, geom.density = (0.3, 0.005, 0.0001), 1000
-    visual.quality.shadowsize = visual.quality.offsamples = 0  # each costs more than all the rest in software
+    visual.quality.shadowsize = visual.quality.offsamples = (
+        0  # each costs more than everything else in software rendering
+    )
     visual.quality.numslices, visual.quality.numstacks = 12, 6
     visual.headlight.ambient = visual.headlight.diffuse = (0.35, 0.35, 0.35)
     visual.headlight.specular = (0.05, 0.05, 0.05)
@@ -75,7 +84,9 @@ def _add_room(spec: mujoco.MjSpec) -> None:
     table = spec.worldbody.add_geom(name="table", type=SHAPES["box"], size=(0.75, 0.75, 0.02))
     table.pos, table.rgba = (-0.15, 0, -0.02), _TABLE
     sky = spec.add_texture(name="sky", type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, width=8, height=48)
-    sky.builtin, sky.rgb1, sky.rgb2 = mujoco.mjtBuiltin.mjBUILTIN_FLAT, _SKY, _SKY
+    sky.builtin = mujoco.mjtBuiltin.mjBUILTIN_FLAT
+    sky.rgb1 = _SKY
+    sky.rgb2 = _SKY
 
 
 def _add_item(spec: mujoco.MjSpec, item: Item) -> None:

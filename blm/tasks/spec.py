@@ -1,7 +1,9 @@
-"""What a task is, as data: its objects, where they start, when it is solved, how to ask for it.
+"""Task specifications as data: objects, initial states, success rule and instructions.
 
-Sizes and regions come from `robot.workspace`, so that a task serves every robot. A success rule sees plain
-numbers and needs no simulator. World frame, m, rad, quaternions wxyz.
+Sizes and regions come from `robot.workspace`, so a task works for every robot. A success rule only
+sees numbers and needs no simulator. World frame (x forward from the robot, y left, z up), m, rad,
+quaternions wxyz. `suite_version` hashes the representation of items and regions, so the names of
+their classes and fields are part of the suite's version.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ Pose = tuple[Vector, tuple[float, float, float, float]]
 Placement = Mapping[str, Pose]
 """Item name -> position, quaternion."""
 STATIC_SPEED = 0.2
-"""A robot whose joints all turn slower than this is static [rad/s] (ManiSkill is_static)."""
+"""A robot is static if all its joints are slower than this [rad/s] (ManiSkill, is_static)."""
 PALETTE = {
     "red": (0.85, 0.10, 0.10, 1.0),
     "green": (0.10, 0.75, 0.20, 1.0),
@@ -36,7 +38,7 @@ PALETTE = {
 
 @dataclass(frozen=True)
 class Part:
-    """One primitive of an item, in the item's frame."""
+    """One primitive shape of an item, in the item's frame."""
 
     shape: Literal["box", "sphere", "cylinder"]
     size: Vector
@@ -48,15 +50,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Item:
-    """One thing in the scene."""
+    """One object or marker of the scene."""
 
     name: str
     kind: str
-    """What to call it: cube, ball, disc, peg, bin..."""
+    """Its kind in instructions and questions: cube, ball, disc, peg, bin..."""
     color: str
     parts: tuple[Part, ...]
     role: Literal["free", "fixed", "marker"] = "free"
-    """free: moves under physics; fixed: collides but stays; marker: seen only, nothing touches it."""
+    """free: moves under physics; fixed: collides but does not move; marker: visible, does not
+    collide."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Region:
 
 @dataclass(frozen=True, eq=False)
 class ObjectState:
-    """One thing in the scene, now."""
+    """The present state of one item."""
 
     name: str
     kind: str
@@ -85,29 +88,29 @@ class ObjectState:
     size: Vector = (0.0, 0.0, 0.0)
     """Size of its first part; see `Part.size`."""
     speed: float = 0.0
-    """Of its centre [m/s]."""
+    """Speed of its centre [m/s]."""
     spin: float = 0.0
     """Angular speed [rad/s]."""
 
     @property
     def is_static(self) -> bool:
-        """Whether it rests, by ManiSkill's thresholds (.01 m/s, .5 rad/s)."""
+        """Whether it is at rest, by ManiSkill's thresholds (0.01 m/s, 0.5 rad/s)."""
         return self.speed <= 0.01 and self.spin <= 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class World:
-    """What a success rule may look at."""
+class TaskState:
+    """The state that a success rule judges."""
 
     robot: RobotSpec
     objects: Mapping[str, ObjectState]
     robot_speed: float
-    """Greatest arm joint speed [rad/s]."""
+    """Maximum arm joint speed [rad/s]."""
     grasped: frozenset[str]
-    """Names of the objects between the fingers."""
+    """Names of the grasped objects."""
 
     def offset(self, name: str, other: str) -> FloatArray:
-        """Position of `name` minus that of `other`, [3]."""
+        """Return the position of `name` minus that of `other`, [3]."""
         return self.objects[name].position - self.objects[other].position
 
 
@@ -119,32 +122,36 @@ class TaskSpec:
     title: str
     items: Callable[[RobotSpec], tuple[Item, ...]]
     sample: Callable[[np.random.Generator, RobotSpec, Region], Placement]
-    """Draws where things start, the movable ones within the region."""
-    success: Callable[[World], dict[str, bool]]
-    """Named conditions; one of them is "success"."""
+    """Draws the initial poses, those of movable items within the region."""
+    success: Callable[[TaskState], dict[str, bool]]
+    """Returns named conditions; one of them is "success"."""
     phrasings: tuple[str, ...]
     """Instructions used in training and by default."""
     held_out_phrasings: tuple[str, ...]
     """Instructions kept for evaluation; their indices follow those of `phrasings`."""
     object: str
-    """Name of the item that has to be moved."""
+    """Name of the item that the task moves."""
     prehensile: bool = True
-    """Whether that item has to be grasped."""
+    """Whether that item must be grasped."""
     regions: Mapping[str, Region] = field(default_factory=dict)
-    """Robot name -> where objects spawn, for arms that cannot do the task over their whole workspace."""
+    """Robot name -> spawn region, for arms that cannot do the task in their whole workspace."""
     view_shift: float = 0.0
-    """How far the third-person cameras move along x, away from the robot, to keep the task in view [m]."""
+    """Shift of the third-person cameras along x that keeps the task in view [m]."""
     max_steps: int = 200
-    """ManiSkill registers 50, shorter than its own demonstrations."""
+    """Step limit. ManiSkill registers 50, which is shorter than its own demonstrations."""
 
     def region(self, robot: RobotSpec) -> Region:
-        """Where this robot's objects spawn: its own entry, or the workspace of the robot."""
+        """Return the spawn region of a robot: its entry in `regions`, or its whole workspace."""
         area = robot.workspace
         return self.regions.get(robot.name, Region(area.centre, (area.half, area.half)))
 
     def instruction(self, index: int) -> str:
-        """Return phrasing `index`, held-out ones counted last. Raises BlmError when out of range."""
-        every, seen = self.phrasings + self.held_out_phrasings, len(self.phrasings)
+        """Return phrasing `index`, held-out ones counted last.
+
+        Raises BlmError when out of range.
+        """
+        every = self.phrasings + self.held_out_phrasings
+        seen = len(self.phrasings)
         if not 0 <= index < len(every):
             raise BlmError(
                 f"task '{self.name}' has no phrasing {index}; valid: 0..{seen - 1} (training), "
@@ -154,9 +161,10 @@ class TaskSpec:
 
 
 def pose(x: float, y: float, z: float, yaw: float = 0.0) -> Pose:
-    """Return position and quaternion of something turned by `yaw` [rad] about the vertical."""
+    """Return position [m] and quaternion of an item rotated by `yaw` [rad] about the vertical."""
     return (float(x), float(y), float(z)), (float(np.cos(yaw / 2)), 0.0, 0.0, float(np.sin(yaw / 2)))
 
 
 def cube(name: str, color: str, half: float) -> Item:
+    """Return a cube with half edge length `half` [m]."""
     return Item(name, "cube", color, (Part("box", (half, half, half), color),))

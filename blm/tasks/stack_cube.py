@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from blm.robots import RobotSpec
-from blm.tasks.spec import Item, Placement, Region, TaskSpec, World, cube, pose
+from blm.tasks.spec import Item, Placement, Region, TaskSpec, TaskState, cube, pose
 
 _SPREAD = (1.0, 2.0)
-"""The cubes lie within the region's half extents times this of a common centre drawn from the region."""
+"""The cubes lie around a common centre, which is drawn from the region, within its half extents
+times this."""
 
 
 def _items(robot: RobotSpec) -> tuple[Item, ...]:
@@ -18,7 +19,7 @@ def _items(robot: RobotSpec) -> tuple[Item, ...]:
 
 def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Placement:
     half = robot.workspace.cube_half
-    apart = 2 * (np.sqrt(2) * half + 0.001)  # discs around the cubes do not overlap, however they are turned
+    apart = 2 * (np.sqrt(2) * half + 0.001)  # bounding circles do not overlap at any yaw
     centre, spread = np.array(region.draw(rng)), np.array(region.half) * _SPREAD
     while True:
         (x, y), (u, v) = centre + spread * rng.uniform(-1, 1, size=(2, 2))
@@ -28,11 +29,12 @@ def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Place
     return {"cube": pose(x, y, half, yaws[0]), "lower": pose(u, v, half, yaws[1])}
 
 
-def _success(world: World) -> dict[str, bool]:
-    half, offset = world.robot.workspace.cube_half, world.offset("cube", "lower")
+def _success(state: TaskState) -> dict[str, bool]:
+    half = state.robot.workspace.cube_half
+    offset = state.offset("cube", "lower")
     level = abs(offset[2] - 2 * half) <= 0.005
     on = bool(np.linalg.norm(offset[:2]) <= np.sqrt(2) * half + 0.005 and level)
-    static, grasped = world.objects["cube"].is_static, "cube" in world.grasped
+    static, grasped = state.objects["cube"].is_static, "cube" in state.grasped
     done = on and static and not grasped
     return {"is_on_lower": on, "is_cube_static": static, "is_grasped": grasped, "success": done}
 
@@ -51,7 +53,7 @@ STACK_CUBE = TaskSpec(
     ),
     held_out_phrasings=("Build a tower: red cube above, green cube below.",),
     object="cube",
-    # Half of ManiSkill's spread: from .3 m to the side no camera of ours would see the cubes.
+    # Half of ManiSkill's range: none of our cameras shows cubes 0.3 m to the side.
     regions=dict.fromkeys(("panda", "xarm6", "xarm7"), Region((0.0, 0.0), (0.05, 0.05)))
     | {"widowxai": Region((-0.25, 0.0), (0.025, 0.025))},
 )

@@ -1,4 +1,4 @@
-"""What the suite is, as one version: results and datasets name it, so that a change does not go unnoticed."""
+"""The version of the suite, which results and datasets record, so that a change is noticed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from blm.tasks.registry import TASKS
 from blm.types import lookup
 
 SUITE_VERSION = "2"
-"""Raise it when a success rule or the physics changes; sizes, regions and wordings are hashed anyway."""
+"""Increase it if a success rule or the physics changes; sizes, regions and instructions are hashed."""
 
 
 def suite_version(robots: Sequence[str], tasks: Sequence[str]) -> str:
-    """Version and short hash of these arms and tasks: all constants, regions, phrasings, step limits."""
+    """Return version and short hash of robots and tasks: everything that defines scenes.
+
+    The hash covers the representation of `RobotSpec`, `Item` and `Region`, including the names of
+    classes and fields.
+    """
     arms = [lookup("robot", name, ROBOTS) for name in robots]
     specs = [lookup("task", name, TASKS) for name in tasks]
     words = [[spec.phrasings, spec.held_out_phrasings, spec.max_steps, spec.view_shift] for spec in specs]

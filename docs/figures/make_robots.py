@@ -12,7 +12,7 @@ import mujoco
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from blm.robots import ROBOTS, RobotSpec, add_robot, look_at
+from blm.robots import ROBOTS, RobotSpec, add_robot, camera_quaternion
 from blm.tasks.rendering import Renderer
 
 
@@ -34,7 +34,8 @@ def portrait(robot: RobotSpec, size: int, azimuth_deg: float) -> Image.Image:
     target = (robot.base_position[0] + 0.24, 0, 0.33)
     angle = np.radians(azimuth_deg)
     eye = (target[0] + 1.6 * np.cos(angle), 1.6 * np.sin(angle), 0.7)
-    spec.worldbody.add_camera(name="portrait", pos=eye, quat=look_at(eye, target, (0, 0, 1)), fovy=30)
+    quaternion = camera_quaternion(eye, target, (0, 0, 1))
+    spec.worldbody.add_camera(name="portrait", pos=eye, quat=quaternion, fovy=30)
     model = spec.compile()
     data = mujoco.MjData(model)
     data.qpos[: len(robot.home)] = robot.home

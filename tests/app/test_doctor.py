@@ -70,7 +70,7 @@ def at(place, value):
 
 def test_good_datasets_say_what_is_in_them(folder, tmp_path):
     (check,) = examine_path(folder)
-    assert check.fix == "" and "arm: 3 episodes, 28 frames, 2 cameras; all files as the" in check.found
+    assert check.fix == "" and "arm: 3 episodes, 28 frames, 2 cameras; all files match the" in check.found
     for writer in (write_v2, write_v3):
         (check,) = examine_path(writer(tmp_path / writer.__name__))
         assert check.fix == "" and "gantry: 4 episodes, 27 frames, 2 cameras; no manifest" in check.found
@@ -102,7 +102,7 @@ def test_joints_that_never_move_and_foreign_units_are_named(folder):
 
     edit(folder, **{"action": lambda values: values * [1, 0, 1], "observation.state": degrees})
     statistics = "stats.json is not of these frames"
-    assert found(folder, "are these degrees", "has one target in all frames", statistics, statistics)
+    assert found(folder, "are these degrees", "has the same target in all frames", statistics, statistics)
 
 
 def test_statistics_are_compared_in_full(folder):
@@ -199,7 +199,7 @@ def test_an_unfinished_collection_says_how_to_finish_it(tmp_path):
     stage_episode(out / ".staging", "arm/push/2", EPISODES[1])
     (out / "collect.json").write_text(json.dumps({"robots": ["arm"]}))
     unfinished, missing = examine_path(out)
-    assert unfinished.found == "unfinished collection, 2 episodes are kept"
+    assert unfinished.found == "unfinished collection with 2 finished episodes"
     assert missing.found == "dataset: missing"
     assert all("run the same collect command again" in check.fix for check in (unfinished, missing))
 
@@ -344,7 +344,7 @@ def test_any_folder_can_be_examined(tmp_path, content):
 
 
 def test_progress_is_shown_on_large_sets(folder, capsys, monkeypatch):
-    monkeypatch.setattr("blm.app.doctor.MANY", 1)
+    monkeypatch.setattr("blm.app.doctor.PROGRESS_FROM", 1)
     seen = []
     monkeypatch.setattr("blm.app.doctor.track", lambda things, title, **_: seen.append(title) or things)
     assert not faults(folder)

@@ -168,7 +168,7 @@ def test_a_model_of_our_own_parts_is_refused_and_nothing_is_left(tmp_path):
 def test_a_folder_that_gives_other_logits_is_not_exported(tmp_path, monkeypatch):
     tiny_smolvlm("smolvlm").save(tmp_path / "tuned")
     monkeypatch.setattr(Backbone, "probe_logits", lambda self: torch.ones(2, self.model.vocab_size))
-    with pytest.raises(BlmError, match="differ by"):
+    with pytest.raises(BlmError, match="differ from ours by"):
         export_vllm(str(tmp_path / "tuned"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["tuned"]
 

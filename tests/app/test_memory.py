@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blm.app.memory import count, describe, plan
+from blm.app.memory import count_parameters, describe, estimate_memory
 from blm.app.recipes import RECIPES
 from blm.backbone import Backbone
 from blm.backbone.published_shapes import shape_of
@@ -25,7 +25,7 @@ from blm.types import UnknownNameError
 def test_shapes_have_the_published_number_of_parameters(name, parameters, head):
     """Half of "total_size" in model.safetensors.index.json of Qwen/Qwen2.5-VL-{3B,7B}-Instruct (bfloat16)."""
     recipe = RECIPES[name]()
-    made, text = plan(recipe), shape_of(name).text_config
+    made, text = estimate_memory(recipe), shape_of(name).text_config
     assert made.backbone == parameters
     attention = text.hidden_size * (text.hidden_size * 2 + 2 * text.num_key_value_heads * 128)
     biases = text.hidden_size + 2 * text.num_key_value_heads * 128
@@ -34,20 +34,21 @@ def test_shapes_have_the_published_number_of_parameters(name, parameters, head):
     assert made.tokens == 3 * (64 + 2) + 60, "224 px are 8 x 8 tokens"
 
 
-def test_a_plan_is_what_a_real_model_has():
+def test_the_estimate_is_what_a_real_model_has():
     recipe = RECIPES["nano"]()
-    made, backbone = plan(recipe), Backbone.load("nano")
-    assert made.backbone == count(backbone.model) and made.hidden == backbone.hidden_size
+    made, backbone = estimate_memory(recipe), Backbone.load("nano")
+    assert made.backbone == count_parameters(backbone.model) and made.hidden == backbone.hidden_size
     policy = PolicyNetwork(recipe.stage2.policy, backbone.hidden_size, 4)
-    assert made.policy == count(policy) == sum(value.numel() for value in policy.state_dict().values())
-    last = count(backbone.decoder.layers[3])
+    assert made.policy == count_parameters(policy)
+    assert made.policy == sum(value.numel() for value in policy.state_dict().values())
+    last = count_parameters(backbone.decoder.layers[3])
     assert made.tapped == made.backbone - last, "words and head are one matrix"
-    assert made.stage2 == 20 * made.policy and made.acting == 2 * made.tapped + 4 * made.policy
+    assert made.stage2_bytes == 20 * made.policy and made.inference_bytes == 2 * made.tapped + 4 * made.policy
 
 
 def test_the_paper_s_scale_trains_from_the_cache_in_16_gib():
-    made = plan(RECIPES["qwen2_5_vl_7b"]())
-    assert made.stage2 < 16 * 2**30 < 2 * made.backbone + made.stage2
+    made = estimate_memory(RECIPES["qwen2_5_vl_7b"]())
+    assert made.stage2_bytes < 16 * 2**30 < 2 * made.backbone + made.stage2_bytes
     assert not torch.cuda.is_initialized() or torch.cuda.memory_allocated() == 0
     assert "8,292.2 M parameters" in describe(RECIPES["qwen2_5_vl_7b"]())
     with pytest.raises(UnknownNameError, match="qwen2_5_vl_7b"):
@@ -55,14 +56,14 @@ def test_the_paper_s_scale_trains_from_the_cache_in_16_gib():
 
 
 @pytest.mark.slow
-def test_measured_memory_of_stage_two_holds_the_plan(tmp_path):
+def test_measured_memory_of_stage_two_holds_the_estimate(tmp_path):
     script = Path(__file__).parents[2] / "benchmarks/memory.py"
     command = [sys.executable, str(script), "--recipes", "smol", "--batch-sizes", "1", "9"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout[done.stdout.index("\n") :])["recipes"]["smol"]
     used = found["peak_gib"]["1"] - found["idle_gib"]
     assert found["weights_moments_average_gib"] == pytest.approx(
-        plan(RECIPES["smol"]()).stage2 / 2**30, abs=1e-3
+        estimate_memory(RECIPES["smol"]()).stage2_bytes / 2**30, abs=1e-3
     )
     assert found["weights_moments_average_gib"] < used < 0.3
     assert found["peak_gib"]["9"] > found["idle_gib"] and found["largest_batch_in_12_gib"] > 100

@@ -19,9 +19,10 @@ import pytest
 from blm import BLM, Image, Message, Observation
 from blm.app.pipeline import read_ledger, run_stages
 from blm.app.policies import load_checkpoint
-from blm.app.recipes import RECIPES, Demonstrations
+from blm.app.recipe import DemonstrationSettings
+from blm.app.recipes import RECIPES
 from blm.app.stages import STAGES, write_report
-from blm.app.studies import STUDIES, changed, run_study
+from blm.app.studies import STUDIES, run_study, with_field
 from blm.backbone import Backbone
 from blm.corpora import read_corpus, read_questions
 from blm.datasets.files import write_manifest
@@ -29,8 +30,8 @@ from blm.datasets.lerobot import open_dataset
 from blm.datasets.lerobot_writer import FORMAT
 from blm.datasets.video import probe
 from blm.evaluation import EVALUATION_SEEDS, PhysicalProtocol, evaluate_digital, evaluate_physical
-from blm.evaluation.digital.runner import Asking
-from blm.evaluation.results import load_result, without_times
+from blm.evaluation.digital.runner import DigitalEvalConfig
+from blm.evaluation.result_files import load_result
 from blm.io import read_json
 from blm.policy.policy import CheckpointPolicy
 from blm.serving import RemotePolicy
@@ -48,7 +49,7 @@ def tiny():
         robots=ROBOTS,
         tasks=TASKS,
         workers=0,
-        demonstrations=Demonstrations(episodes=2, held_out_episodes=1),
+        demonstrations=DemonstrationSettings(episodes=2, held_out_episodes=1),
         corpus=replace(ci.corpus, scenes=8, held_out_scenes=4),
         evaluation=replace(ci.evaluation, max_steps=16, max_questions=12),
     )
@@ -70,7 +71,7 @@ def model(run):
 
 def served(model):
     """The address of a running server with this model."""
-    return running(model, model.speaker())
+    return running(model, model.generator())
 
 
 def observation(model, robot="panda", seed=0):
@@ -82,10 +83,10 @@ def observation(model, robot="panda", seed=0):
 
 
 def test_a_second_run_does_nothing(run):
-    before = {name: entry["seconds"] for name, entry in read_ledger(run).items()}
+    before = {name: record.seconds for name, record in read_ledger(run).items()}
     stamp = (run / "stage2/checkpoint/manifest.json").stat().st_mtime_ns
     run_stages(STAGES, list(STAGES), tiny(), run)
-    assert {name: entry["seconds"] for name, entry in read_ledger(run).items()} == before
+    assert {name: record.seconds for name, record in read_ledger(run).items()} == before
     assert (run / "stage2/checkpoint/manifest.json").stat().st_mtime_ns == stamp
 
 
@@ -112,13 +113,13 @@ def test_stage_two_left_the_backbone_alone(run, model):
 
 def test_stage_two_changed_no_answer(run, model, tmp_path):
     folder = run / "corpora/held_out"
-    questions, asking = read_questions(folder)[:20], Asking(root=folder)
+    questions, config = read_questions(folder)[:20], DigitalEvalConfig(root=folder)
     before, after = (
-        evaluate_digital(chat, questions, tmp_path / name, model=name, asking=asking)
+        evaluate_digital(chat, questions, tmp_path / name, model=name, config=config)
         for name, chat in (("before", Backbone.load(run / "stage1/backbone")), ("after", model))
     )
-    told = [(row["id"], row["raw"], row["score"]) for row in before["rows"]]
-    assert told == [(row["id"], row["raw"], row["score"]) for row in after["rows"]] and len(told) == 20
+    told = [(p.id, p.raw, p.score) for p in before.predictions]
+    assert told == [(p.id, p.raw, p.score) for p in after.predictions] and len(told) == 20
 
 
 def test_every_robot_acts_within_its_limits(model):
@@ -151,8 +152,8 @@ def test_evaluation_through_the_socket_gives_the_same_episodes(run, model, tmp_p
     with served(model) as address:
         remote = partial(RemotePolicy, f"ws://{address}/")
         there = evaluate_physical(remote, protocol, tmp_path / "there", workers=0, videos_per_cell=0)
-    timeless = [[without_times(row) for row in result["rows"]] for result in (here, there)]
-    assert timeless[0] == timeless[1] and here["model"] == there["model"]
+    timeless = [[episode.without_times() for episode in result.episodes] for result in (here, there)]
+    assert timeless[0] == timeless[1] and here.model == there.model
 
 
 def test_one_server_chats_and_acts(model):
@@ -237,8 +238,8 @@ def test_a_study_gives_every_model_the_same_steps_and_scenes(run):
     assert list(made[0]["solved"]) == ["panda/push_cube", "widowxai/push_cube"]
     folders = [run / "studies/variants" / row["result"] for row in made]
     results = [load_result(folder) for folder in folders]
-    assert len({result["protocol_hash"] for result in results}) == 1
-    assert all([row["id"] for row in r["rows"]] == [row["id"] for row in results[0]["rows"]] for r in results)
+    assert len({result.protocol_hash for result in results}) == 1
+    assert len({tuple(episode.id for episode in result.episodes) for result in results}) == 1
     alone = CheckpointPolicy.load(folders[1] / "widowxai-push_cube/checkpoint")
     assert list(alone.contract.action_spaces) == ["widowxai"]
     assert report.read_text().count("|\n") == 6 and "per robot and task | 2 | 160" in report.read_text()
@@ -284,8 +285,8 @@ def test_a_study_needs_a_run_and_fields_that_a_recipe_has(run, tmp_path):
     with pytest.raises(BlmError, match=r"has no episodes; a study needs"):
         run_study("models", tiny(), tmp_path)
     with pytest.raises(BlmError, match=r"a recipe has no field 'layers'"):
-        changed(tiny(), "stage2.layers", 2)
-    assert changed(tiny(), "stage2.policy.bridge.latents", 3).stage2.policy.bridge.latents == 3
+        with_field(tiny(), "stage2.layers", 2)
+    assert with_field(tiny(), "stage2.policy.bridge.latents", 3).stage2.policy.bridge.latents == 3
 
 
 def example(name):
@@ -331,4 +332,4 @@ def test_the_example_evaluates_a_server(model, tmp_path, capsys):
             f"ws://{address}", tasks=("push_cube",), episodes=1, max_steps=10, out=tmp_path
         )
     assert "panda  push_cube  1" in re.sub(" +", "  ", capsys.readouterr().out)
-    assert load_result(tmp_path)["overall"]["n"] == 1
+    assert load_result(tmp_path).summary.overall.n == 1

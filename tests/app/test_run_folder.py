@@ -12,7 +12,7 @@ import pytest
 
 from blm.app.pipeline import LEDGER, RECIPE, Stage, differences, read_ledger, run_stages
 from blm.app.recipes import RECIPES
-from blm.io import hold
+from blm.io import lock_folder
 from blm.types import BlmError
 
 CI = RECIPES["ci"]()
@@ -61,7 +61,7 @@ def test_a_refused_flag_can_be_corrected(tmp_path):
             run_stages(stages(refuse), ["a"], recipe, tmp_path)
     run_stages(stages(), ["a"], CI, tmp_path)
     assert (
-        read_ledger(tmp_path)["a"]["done"]
+        read_ledger(tmp_path)["a"].done
         and json.loads((tmp_path / RECIPE).read_text())["corpus"]["turns"] == 4
     )
 
@@ -93,7 +93,7 @@ def test_files_of_others_are_kept(tmp_path, name, content):
 
 def test_a_ledger_of_an_older_version_still_tells_what_differs(tmp_path):
     run_stages(stages(), ["a"], CI, tmp_path)
-    ledger = read_ledger(tmp_path)
+    ledger = json.loads((tmp_path / LEDGER).read_text())
     del ledger["a"]["settings"]
     (tmp_path / LEDGER).write_text(json.dumps(ledger))
     with pytest.raises(BlmError, match=r"corpus.turns 4, asked for: 9"):
@@ -101,7 +101,7 @@ def test_a_ledger_of_an_older_version_still_tells_what_differs(tmp_path):
 
 
 def test_one_process_a_run_folder(tmp_path):
-    with hold(tmp_path), pytest.raises(BlmError, match="another process is using"):
+    with lock_folder(tmp_path), pytest.raises(BlmError, match="another process is using"):
         run_stages(stages(), ["a"], CI, tmp_path)
 
 

@@ -42,7 +42,7 @@ def test_mp4_has_all_frames_with_cameras_side_by_side(tmp_path: Path) -> None:
     path = viewing.write_mp4(EPISODE, tmp_path / "e.mp4")
     assert count_frames(path) == T
     frame = VideoFile(path).read(T - 1)
-    side = viewing.PANEL
+    side = viewing.MIN_VIDEO_PICTURE
     assert side >= 224 and frame.shape[0] > side and frame.shape[1] >= 2 * side
     assert (np.abs(frame.astype(int) - 200).max(-1) < 6).sum() > 0.9 * side * side  # the enlarged pictures
     assert (np.abs(frame.astype(int) - 60).max(-1) < 6).sum() > 0.9 * side * side
@@ -52,7 +52,7 @@ def test_mp4_has_all_frames_with_cameras_side_by_side(tmp_path: Path) -> None:
 def test_success_shows_from_its_first_frame_on() -> None:
     marks = [green(viewing.video_frame(EPISODE, t)[:-20]) for t in range(T)]  # without the bar at the bottom
     assert max(marks[:6]) == 0 and min(marks[6:]) > 50
-    assert [viewing.success_from(e) for e in (EPISODE, FAILED)] == [6, T]
+    assert [viewing.first_success_frame(e) for e in (EPISODE, FAILED)] == [6, T]
     assert green(viewing.video_frame(FAILED, T - 1)) == 0
 
 
@@ -79,14 +79,14 @@ def test_any_picture_size_and_a_long_instruction_fit(side: int) -> None:
     wide = dataclasses.replace(EPISODE, images=images, instruction="word " * 60, primitives=())
     frame = viewing.video_frame(wide, 0)
     assert frame.shape[0] % 2 == frame.shape[1] % 2 == 0
-    assert frame.shape[0] > max(side, viewing.PANEL)
+    assert frame.shape[0] > max(side, viewing.MIN_VIDEO_PICTURE)
 
 
 def test_contact_sheet_has_a_row_for_each_camera_of_each_episode(tmp_path: Path) -> None:
     path = viewing.contact_sheet([EPISODE, FAILED], tmp_path / "sheet.png", moments=4)
     with Image.open(path) as sheet:
         pixels = np.asarray(sheet)
-    side = viewing.THUMBNAIL
+    side = viewing.MIN_SHEET_PICTURE
     assert pixels.shape[0] > 3 * side and pixels.shape[1] >= 4 * side
     shown = (pixels == 200).all(-1).sum() / side**2, (pixels == 60).all(-1).sum() / side**2
     assert 7 < shown[0] <= 8 and 3.5 < shown[1] <= 4  # two episodes, four moments; tags and marks cover some
@@ -99,7 +99,7 @@ def test_suite_sheet_has_a_cell_for_each_robot_and_task(tmp_path: Path) -> None:
     path = viewing.suite_sheet(cells, tmp_path / "suite.png", moments=3)
     with Image.open(path) as sheet:
         pixels = np.asarray(sheet)
-    side = viewing.THUMBNAIL
+    side = viewing.MIN_SHEET_PICTURE
     assert pixels.shape[0] > 2 * side and pixels.shape[1] > 2 * 3 * side
     assert 8.5 < (pixels == 200).all(-1).sum() / side**2 <= 9  # three cells; the fourth one is empty
     assert green(pixels) == 2 * 5 * side  # one solved moment in each of two cells

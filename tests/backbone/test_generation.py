@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blm.backbone import Backbone, build_nano
-from blm.backbone.generation.batch import Answer
+from blm.backbone.generation.batch import GeneratedSequence
 from blm.backbone.generation.detokenizer import WINDOW, Detokenizer
-from blm.backbone.generation.generator import Generation, positions_of
+from blm.backbone.generation.generator import Generation
 from blm.backbone.generation.sampling import ScoreError, choose_token
 from blm.backbone.prompt import question_prompt
 from blm.types import BlmError, Image, Message, Sampling
@@ -33,7 +33,9 @@ def build_nano_once() -> Backbone:
     return build_nano()
 
 
-def read(generation: Generation, messages: Sequence[Message], ways: list[Sampling]) -> list[Answer]:
+def read(
+    generation: Generation, messages: Sequence[Message], ways: list[Sampling]
+) -> list[GeneratedSequence]:
     """Piece by piece, as a server does."""
     prefill = generation.begin(generation.prepare(messages, ways))
     while (answers := generation.advance(prefill)) is None:
@@ -46,7 +48,7 @@ def finish(generation: Generation) -> None:
         generation.step()
 
 
-def alone(backbone: Backbone, messages: tuple[Message, ...], sampling: Sampling) -> Answer:
+def alone(backbone: Backbone, messages: tuple[Message, ...], sampling: Sampling) -> GeneratedSequence:
     generation = Generation(backbone)
     (answer,) = generation.start([messages], [sampling])
     finish(generation)
@@ -55,7 +57,7 @@ def alone(backbone: Backbone, messages: tuple[Message, ...], sampling: Sampling)
 
 def test_answers_that_begin_and_end_at_any_time_are_those_given_alone(backbone: Backbone) -> None:
     ways = [Sampling(max_tokens=3), Sampling(max_tokens=9, temperature=0.8, seed=5), Sampling(max_tokens=6)]
-    generation, answers = Generation(backbone), list[Answer]()
+    generation, answers = Generation(backbone), list[GeneratedSequence]()
     for prompt, way in zip(PROMPTS, ways, strict=True):
         answers += generation.start([prompt], [way])
         generation.step()
@@ -177,7 +179,7 @@ def test_a_prompt_read_in_pieces_is_the_one_read_at_once(backbone: Backbone, siz
             pass
         inputs = backbone.encode([prompt])
         with torch.no_grad():
-            expected = backbone.model(**inputs, position_ids=positions_of(backbone, inputs)).logits[:, -1]
+            expected = backbone.model(**inputs, position_ids=backbone.position_ids(inputs)).logits[:, -1]
         assert prefill.logits is not None
         torch.testing.assert_close(prefill.logits, expected, atol=1e-4, rtol=1e-4)
         (answer,) = read(generation, prompt, [way])
@@ -189,7 +191,7 @@ def test_prompts_read_in_turn_join_answers_of_other_lengths(backbone: Backbone) 
     """Pieces of two prompts, steps of an answer and a picture in each mix; nobody's tokens change."""
     way, prompts = Sampling(max_tokens=12), (PROMPTS[1], mixed_prompt(), PROMPTS[0])
     generation = Generation(backbone, piece_tokens=5)
-    answers = dict[int, Answer]()
+    answers = dict[int, GeneratedSequence]()
     prefills = {n: generation.begin(generation.prepare(prompt, [way])) for n, prompt in enumerate(prompts)}
     while prefills or generation.running:
         for number, prefill in list(prefills.items()):
@@ -218,7 +220,7 @@ def test_batches_stay_within_their_bound(backbone: Backbone) -> None:
     while generation.running:
         generation.step()
         for batch in generation._batches:
-            assert len(batch.answers) == 1 or len(batch.answers) * batch.length <= generation.step_tokens
+            assert len(batch.sequences) == 1 or len(batch.sequences) * batch.length <= generation.step_tokens
     expected = alone(backbone, PROMPTS[1], way).tokens
     assert all(answer.tokens == expected for answer in answers)
 
@@ -259,7 +261,7 @@ def test_a_start_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     expected = alone(backbone, PROMPTS[1], way).tokens
     failing, generation = Failing(backbone, monkeypatch), Generation(backbone)
     (other,) = read(generation, PROMPTS[1], [way])
-    before = [(batch, list(batch.answers), batch.length) for batch in generation._batches]
+    before = [(batch, list(batch.sequences), batch.length) for batch in generation._batches]
     for change in (no_memory, bad_rows(0), bad_rows(0, value=float("inf")), bad_rows(0, value=-float("inf"))):
         failing.change = change
         for ways in ([way], [way, replace(way, temperature=1.0)]):
@@ -267,9 +269,9 @@ def test_a_start_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
                 read(generation, PROMPTS[0], ways)
             with pytest.raises((torch.OutOfMemoryError, ScoreError)):
                 generation.start([PROMPTS[0]] * len(ways), ways)
-        assert [(batch, batch.answers, batch.length) for batch in generation._batches] == before
+        assert [(batch, batch.sequences, batch.length) for batch in generation._batches] == before
     failing.change = None
-    monkeypatch.setattr(Generation, "_place", lambda *_: no_memory(None))
+    monkeypatch.setattr(Generation, "_join", lambda *_: no_memory(None))
     with pytest.raises(torch.OutOfMemoryError):
         read(generation, PROMPTS[0], [way])
     finish(generation)

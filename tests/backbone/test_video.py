@@ -19,7 +19,7 @@ import transformers.models.qwen2_vl
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 from blm.backbone import Backbone, build_nano, video_prompt
-from blm.backbone.generation.generator import Generation, positions_of
+from blm.backbone.generation.generator import Generation
 from blm.backbone.video import (
     DEFAULTS,
     Clip,
@@ -33,11 +33,11 @@ from blm.backbone.video import (
 )
 from blm.media import frame_references, with_pixels
 from blm.training.sft.loss import MaskedLossModel
-from blm.training.sft.mixture_sampler import Source
+from blm.training.sft.mixture_sampler import TokenizedSource
 from blm.training.sft.pack import pack
-from blm.training.sft.tokenize import Limits, make_row
+from blm.training.sft.tokenize import TokenizationConfig, tokenize_conversation
 from blm.training.sft.train import _require_no_videos
-from blm.training.sft.vision_features import FeatureCache, eye_of
+from blm.training.sft.vision_features import VisionFeatureCache, vision_modules
 from blm.types import BlmError, Image, Message, Sampling
 from tests.backbone.record_videos import CASES, CONFIGS, KINDS, OUT, PROMPT, TIMES, digest, frames, sample
 from tests.support.backbones import MAKERS, picture, tiny_qwen
@@ -221,7 +221,7 @@ def test_answers_about_a_long_video_are_those_of_plain_transformers(qwen: Backbo
     assert qwen.answer(conversation, max_tokens=12) == text.strip()
     generation = Generation(qwen)
     (answer,) = generation.start([conversation], [Sampling(max_tokens=12)])
-    assert answer.position == int(positions_of(qwen, inputs).max()) + 1
+    assert answer.position == int(qwen.position_ids(inputs).max()) + 1
 
 
 def test_frames_of_a_file_are_one_video_however_they_are_loaded(qwen: Backbone, tmp_path: Path) -> None:
@@ -232,7 +232,9 @@ def test_frames_of_a_file_are_one_video_however_they_are_loaded(qwen: Backbone, 
     loaded = qwen.read([with_pixels(conversation, tmp_path)])
     assert by_path["video_grid_thw"][:, 0].tolist() == [4]
     assert all(torch.equal(by_path[name], loaded[name]) for name in by_path.keys() | loaded.keys())
-    row = make_row(qwen, (*conversation, Message("assistant", ("x",))), Limits(), tmp_path, Counter())
+    row = tokenize_conversation(
+        qwen, (*conversation, Message("assistant", ("x",))), TokenizationConfig(), tmp_path, Counter()
+    )
     assert row is not None and row.shows_video
     if "second_per_grid_ts" in by_path:  # 3 s in 8 parts, two frames a patch
         assert by_path["second_per_grid_ts"].item() == pytest.approx(2 * 3.0 / 8, abs=1e-3)
@@ -353,7 +355,7 @@ def talks() -> list[tuple[Message, ...]]:
 
 def test_rows_with_videos_are_trained_exactly_as_each_turn_alone(qwen: Backbone) -> None:
     qwen.model.requires_grad_(True)
-    rows = [make_row(qwen, talk, Limits(), None, Counter()) for talk in talks()]
+    rows = [tokenize_conversation(qwen, talk, TokenizationConfig(), None, Counter()) for talk in talks()]
     assert all(row is not None for row in rows)
     kept = [row for row in rows if row is not None]
     packed = MaskedLossModel(qwen)(pack(qwen, [kept], ()))
@@ -362,7 +364,7 @@ def test_rows_with_videos_are_trained_exactly_as_each_turn_alone(qwen: Backbone)
         for asking, answer in zip(talk[::2], talk[1::2], strict=True):
             shown = talk[0].images if asking is not talk[0] else ()
             turn = (Message("user", (*shown, *asking.content)), answer)
-            alone = make_row(qwen, turn, Limits(), None, Counter())
+            alone = tokenize_conversation(qwen, turn, TokenizationConfig(), None, Counter())
             assert alone is not None
             found = MaskedLossModel(qwen)(pack(qwen, [[alone]], ()))
             total, count = total + found.loss_sum, count + int(found.tokens)
@@ -373,13 +375,13 @@ def test_rows_with_videos_are_trained_exactly_as_each_turn_alone(qwen: Backbone)
 
 
 def test_cached_features_of_videos_give_the_loss_of_pixels(qwen: Backbone) -> None:
-    for part in eye_of(qwen):
+    for part in vision_modules(qwen):
         part.requires_grad_(False)
     try:
-        rows = [make_row(qwen, talk, Limits(), None, Counter()) for talk in talks()]
+        rows = [tokenize_conversation(qwen, talk, TokenizationConfig(), None, Counter()) for talk in talks()]
         kept = [row for row in rows if row is not None]
         counts = Counter[str]()
-        cached = FeatureCache(qwen, counts)(kept)
+        cached = VisionFeatureCache(qwen, counts)(kept)
         assert counts["distinct pictures"] == 3 and not any(row.shows_video for row in cached)
         losses = [
             MaskedLossModel(qwen, cached=given is cached)(pack(qwen, [given], ())).loss_sum
@@ -391,14 +393,14 @@ def test_cached_features_of_videos_give_the_loss_of_pixels(qwen: Backbone) -> No
 
 
 def test_sharded_training_refuses_videos_by_name(qwen: Backbone) -> None:
-    rows = [make_row(qwen, talk, Limits(), None, Counter()) for talk in talks()]
-    source = Source(name="clips", rows=[row for row in rows if row is not None])
+    rows = [tokenize_conversation(qwen, talk, TokenizationConfig(), None, Counter()) for talk in talks()]
+    source = TokenizedSource(name="clips", examples=[row for row in rows if row is not None])
     with pytest.raises(BlmError, match="'clips' has videos"):
         _require_no_videos([source])
-    _require_no_videos([Source(name="text", rows=source.rows[2:])])
+    _require_no_videos([TokenizedSource(name="text", examples=source.examples[2:])])
 
 
 def test_shrinking_holds_for_the_frames_of_videos(qwen: Backbone) -> None:
     counts = Counter[str]()
-    row = make_row(qwen, talks()[1], Limits(max_pixels=32 * 32), None, counts)
+    row = tokenize_conversation(qwen, talks()[1], TokenizationConfig(max_pixels=32 * 32), None, counts)
     assert row is not None and counts["pictures shrunk"] == 4

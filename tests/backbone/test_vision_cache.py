@@ -11,7 +11,7 @@ import torch
 from blm.backbone import Backbone
 from blm.backbone.generation.generator import Generation
 from blm.backbone.prompt import control_prompt, question_prompt
-from blm.backbone.vision_cache import remember_sight
+from blm.backbone.vision_cache import cache_vision_features
 from blm.types import Sampling
 from tests.support.backbones import MAKERS
 
@@ -41,7 +41,7 @@ def test_an_action_and_a_question_share_one_look(name):
     plain, backbone = MAKERS[name](), MAKERS[name]()
     plain.model.load_state_dict(backbone.model.state_dict())
     counted = Counted(backbone)
-    remember_sight(backbone, most=2)
+    cache_vision_features(backbone, max_entries=2)
     for seed, looks in ((0, 1), (0, 1), (1, 2), (0, 2), (2, 3), (1, 4)):  # 1 was longest ago when 2 came
         seen = pictures(seed)
         prompt = control_prompt("push", "panda", seen)
@@ -55,7 +55,7 @@ def test_an_action_and_a_question_share_one_look(name):
 def test_one_pixel_is_enough_to_look_again():
     backbone = next(iter(MAKERS.values()))()
     counted = Counted(backbone)
-    remember_sight(backbone)
+    cache_vision_features(backbone)
     seen = pictures(0)
     first = backbone.tap(backbone.encode([control_prompt("push", "panda", seen)]), 2).hidden
     seen["wrist"][5, 7] = 255 - seen["wrist"][5, 7]
@@ -66,7 +66,7 @@ def test_one_pixel_is_enough_to_look_again():
 def test_training_looks_each_time():
     backbone = next(iter(MAKERS.values()))()
     counted = Counted(backbone)
-    remember_sight(backbone)
+    cache_vision_features(backbone)
     inputs = backbone.encode([control_prompt("push", "panda", pictures(0))])
     backbone.model.train()
     for _ in range(2):
@@ -78,7 +78,7 @@ def test_training_looks_each_time():
 def test_a_long_prompt_read_in_pieces_shares_the_look(name):
     backbone = MAKERS[name]()
     counted = Counted(backbone)
-    remember_sight(backbone)
+    cache_vision_features(backbone)
     seen = pictures(0)
     backbone.tap(backbone.encode([control_prompt("push", "panda", seen)]), 2)
     generation = Generation(backbone, piece_tokens=64)
@@ -94,7 +94,7 @@ def test_a_long_prompt_read_in_pieces_shares_the_look(name):
 def test_what_is_kept_is_bounded_in_bytes(name):
     backbone = MAKERS[name]()
     counted = Counted(backbone)
-    remember_sight(backbone, max_bytes=100)  # less than one look
+    cache_vision_features(backbone, max_bytes=100)  # less than one look
     for _ in range(2):
         backbone.tap(backbone.encode([control_prompt("push", "panda", pictures(0))]), 2)
     assert counted.looks == 2
@@ -104,7 +104,7 @@ def test_threads_may_look_at_once():
     backbone = next(iter(MAKERS.values()))()
     prompts = [backbone.encode([control_prompt("push", "panda", pictures(seed))]) for seed in range(6)]
     expected = [backbone.tap(inputs, 2).hidden for inputs in prompts]
-    remember_sight(backbone, most=2)
+    cache_vision_features(backbone, max_entries=2)
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
             for found, wanted in zip(

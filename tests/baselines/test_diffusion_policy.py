@@ -12,7 +12,7 @@ import torch
 
 from blm.app.policies import load_checkpoint
 from blm.baselines.diffusion_policy import BaselineConfig, DiffusionPolicy, scheduler, train_baseline
-from blm.baselines.network import DiffusionConfig, DiffusionNetwork, ImageEncoder, words_of
+from blm.baselines.network import DiffusionConfig, DiffusionNetwork, ImageEncoder, bag_of_words
 from blm.datasets.lerobot import open_dataset
 from blm.evaluation.physical.policy_host import ActsInBatches
 from blm.policy.network import PolicyConfig
@@ -79,17 +79,17 @@ def test_the_denoiser_has_the_shape_of_its_input_for_any_number_of_levels():
     for widths in ((16,), (16, 24), (16, 24, 32)):
         network = DiffusionNetwork(replace(SIZES, widths=widths), ("base", "wrist"), 3, 5)
         pictures = [torch.zeros(2, 3, 64, 64)] * 2
-        words = [words_of("push it", 64), words_of("lift", 64)]
-        condition = network.look(pictures, torch.zeros(2, 5), words, torch.tensor([0, 2]))
+        words = [bag_of_words("push it", 64), bag_of_words("lift", 64)]
+        condition = network.encode_condition(pictures, torch.zeros(2, 5), words, torch.tensor([0, 2]))
         noisy = torch.randn(2, 16, 5)
         assert network.unet(noisy, torch.tensor([0.0, 99.0]), condition).shape == noisy.shape
 
 
 def test_words_are_told_apart_and_their_order_by_pairs():
-    same = words_of("Push the cube.", 1024), words_of("push THE cube", 1024)
+    same = bag_of_words("Push the cube.", 1024), bag_of_words("push THE cube", 1024)
     assert torch.equal(*same) and len(same[0]) == 5
-    assert set(words_of("cube the push", 1024).tolist()) != set(same[0].tolist())
-    assert words_of("", 1024).tolist() == words_of("nothing", 1024).tolist()
+    assert set(bag_of_words("cube the push", 1024).tolist()) != set(same[0].tolist())
+    assert bag_of_words("", 1024).tolist() == bag_of_words("nothing", 1024).tolist()
 
 
 def test_it_learns_both_robots_and_comes_back_the_same(config, trained):
@@ -117,7 +117,7 @@ def test_a_killed_training_continues_to_the_same_bits(config, tmp_path, monkeypa
     whole = train_baseline(config, tmp_path / "whole", {})
     with monkeypatch.context() as patch:
         patch.setattr(
-            "blm.training.loop.loop._due", lambda done, every: 1 / 0 if done == 5 else done % every == 0
+            "blm.training.loop.loop._is_due", lambda done, every: 1 / 0 if done == 5 else done % every == 0
         )
         with pytest.raises(ZeroDivisionError):
             train_baseline(config, tmp_path / "parts", {})

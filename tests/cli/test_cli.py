@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
+import subprocess
+import sys
+
 import pytest
 
 from blm.app.pipeline import Stage, read_ledger, run_stages, stage_key
 from blm.app.recipes import RECIPES
-from blm.cli import COMMANDS, find_command, main, parse_recipe
+from blm.app.stages import STAGES
+from blm.cli import COMMANDS, main
+from blm.cli.command import CliCommand, find_command, print_error
+from blm.cli.runs import Demo
 from blm.datasets.lerobot_writer import write_json
 from blm.datasets.video import count_frames
 from blm.types import BlmError
@@ -29,9 +36,10 @@ def test_dotted_overrides_reach_the_recipe(tmp_path):
         "panda",
         "xarm6",
     ]
-    recipe, folder = parse_recipe("demo", arguments)
-    assert (recipe.stage2.loop.steps, recipe.robots, folder) == (7, ("panda", "xarm6"), tmp_path)
-    assert recipe.corpus == RECIPES["ci"]().corpus
+    command = Demo.parse("demo", arguments)
+    assert (command.recipe.stage2.loop.steps, command.recipe.robots) == (7, ("panda", "xarm6"))
+    assert command.folder == tmp_path
+    assert command.recipe.corpus == RECIPES["ci"]().corpus
 
 
 @pytest.mark.parametrize(
@@ -43,7 +51,7 @@ def test_dotted_overrides_reach_the_recipe(tmp_path):
         (["collect", "--robots", "pandas"], "unknown robot 'pandas'. Did you mean 'panda'?"),
         (["collect", "--tasks", "pickcube"], "unknown task 'pickcube'. Did you mean 'pick_cube'?"),
         (["collect", "--cameras", "bas"], "unknown camera 'bas'. Did you mean 'base'?"),
-        (["collect", "--episodes", "3"], "name the folder to write first: blm collect OUT"),
+        (["collect", "--episodes", "3"], "name the folder to write: blm collect OUT"),
         (["collect", "OUT", "--correct"], "--policy CHECKPOINT and --correct belong together"),
         (["collect", "no/such", "--verify"], "'no/such' holds no finished collection"),
         (["train", "stage2", "--run", "x", "--stage2.loop.stepps", "3"], "--stage2.loop.steps"),
@@ -62,8 +70,13 @@ def test_wrong_input_names_the_valid_choices(arguments, complaint, capsys):
     assert complaint in " ".join((output.err + output.out).split())
 
 
+def test_brackets_in_an_error_are_printed(capsys):
+    print_error(BlmError("name it: blm collect OUT [flags], not [/bold]"))
+    assert "error: name it: blm collect OUT [flags], not [/bold]" in capsys.readouterr().err
+
+
 def test_two_word_commands_are_found():
-    assert find_command(["train", "stage1", "--x"])[::2] == ("train stage1", ["--x"])
+    assert find_command(["train", "stage1", "--x"]) == ("train stage1", ["--x"])
     assert {"demo", "serve", "doctor"} <= set(COMMANDS)
 
 
@@ -101,7 +114,7 @@ def test_stages_are_skipped_continued_and_refused(tmp_path):
         run_stages(steps, ["b"], recipe, tmp_path)
     with pytest.raises(RuntimeError, match="interrupted"):
         run_stages(steps, ["a", "b"], recipe, tmp_path)
-    assert [entry["done"] for entry in read_ledger(tmp_path).values()] == [True, False]
+    assert [record.done for record in read_ledger(tmp_path).values()] == [True, False]
     run_stages(steps, ["a", "b"], recipe, tmp_path)
     run_stages(steps, ["a", "b"], recipe, tmp_path)
     assert log == ["a", "b", "b"]
@@ -161,3 +174,21 @@ def test_collect_verify_evaluate_and_compare(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["compare", str(tmp_path / "replay"), str(tmp_path / "replay")])
     assert "replay check" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_class_with_help_and_an_example(name):
+    module, _, class_name = COMMANDS[name].target.partition(":")
+    command = getattr(importlib.import_module(f"blm.cli.{module}"), class_name)
+    assert issubclass(command, CliCommand)
+    assert f"Example: blm {name} " in command.__doc__.replace("\n    ", " ")
+    assert not COMMANDS[name].stage or COMMANDS[name].stage in STAGES
+
+
+def test_the_table_of_commands_loads_no_torch():
+    code = (
+        "import sys, contextlib; from blm.cli import main\n"
+        "with contextlib.suppress(SystemExit): main(['--help'])\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 
 from blm.app.recipes import RECIPES
-from blm.app.studies import changed
+from blm.app.studies import with_field
+from blm.baselines.diffusion_policy import BaselineConfig
 from blm.cli import corpus, digital, main, physical, training
-from blm.corpora import CurationConfig, SceneCorpusConfig
-from blm.corpora.converters import Settings as ConvertSettings
+from blm.corpora import ConverterConfig, CurationConfig, SceneCorpusConfig
 from blm.evaluation.digital.benchmarks.sharerobot_split import SplitConfig
 from blm.planner import CollectConfig
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.train import PolicyTrainingConfig
+from blm.training.sft.train import Stage1Config
 from blm.types import BlmError
 
 BAD = {int: (-7_000_000_000, 10**24, math.nan), float: (-1e30, math.nan, math.inf)}
@@ -31,21 +33,25 @@ CONFIGS: dict[str, Any] = {
     "corpus build": SceneCorpusConfig(
         robots=("panda",), tasks=("push_cube",), cameras=("base",), image_size=64, scenes=1, first_seed=10_000
     ),
-    "corpus validate": corpus.Validate(folder=Path("in")),
-    "corpus convert": ConvertSettings(),
+    "corpus validate": corpus.ValidateCorpus(folder=Path("in")),
+    "corpus convert": ConverterConfig(),
     "corpus curate": CurationConfig(),
     "corpus sharerobot": SplitConfig(),
-    "train stage1": training.TrainStage1(out=Path("out"), corpus=("in",), loop=LOOP),
+    "train stage1": training.TrainStage1(out=Path("out"), corpus=("in",), config=Stage1Config(loop=LOOP)),
     "train stage2": training.TrainStage2(
         out=Path("out"),
-        datasets=(),
-        backbone="nano",
-        intents=HiddenStateConfig(layer=1, cameras=("base",)),
-        loop=LOOP,
+        config=PolicyTrainingConfig(
+            datasets=(),
+            backbone="nano",
+            intents=HiddenStateConfig(layer=1, cameras=("base",)),
+            loop=LOOP,
+        ),
     ),
-    "train baseline": training.TrainBaseline(out=Path("out"), datasets=(), cameras=("base",), loop=LOOP),
-    "eval physical": physical.Evaluate(model="zero", out=Path("out")),
-    "eval digital": digital.Evaluate(benchmark="scene", data=Path("in"), model="nano", out=Path("out")),
+    "train baseline": BaselineConfig(datasets=(), cameras=("base",), loop=LOOP),
+    "eval physical": physical.EvaluatePhysical(model="zero", out=Path("out")),
+    "eval digital": digital.EvaluateDigital(
+        benchmark="scene", data=Path("in"), model="nano", out=Path("out")
+    ),
     "demo": RECIPES["demo"](),
 }
 """Command -> its settings; every number in them is a flag."""
@@ -105,7 +111,7 @@ def test_every_number_of_every_command_has_limits(command):
             path = name.replace("-", "_")
             old = attrgetter(path)(CONFIGS[command])
             try:
-                changed(CONFIGS[command], path, (value,) * len(old) if isinstance(old, tuple) else value)
+                with_field(CONFIGS[command], path, (value,) * len(old) if isinstance(old, tuple) else value)
                 wrong.append(f"{name}={value} was accepted")
             except BlmError as error:
                 if path.rpartition(".")[2] not in str(error):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from blm.backbone import Backbone
-from blm.cli.training import split_weight, stage1
+from blm.cli.training import split_weight
 from blm.corpora.format.messages import Conversation, write_corpus
 from blm.types import BlmError, Image, Message
+from tests.support.commands import run_command
 
 FLAGS = ["--loop.steps=4", "--loop.batch-size=4", "--loop.eval-every=2", "--lora.rank=2", "--pack-length=128"]
 
@@ -42,7 +43,7 @@ def test_it_trains_evaluates_and_goes_on(corpora: Path, capsys: pytest.CaptureFi
         str(corpora / "text.txt"),
         *FLAGS,
     ]
-    stage1("train stage1", arguments)
+    run_command("train stage1", arguments)
     shown = capsys.readouterr().out
     assert "kept: 4" in shown and "perplexity" in shown and "held-out loss" in shown
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -52,7 +53,7 @@ def test_it_trains_evaluates_and_goes_on(corpora: Path, capsys: pytest.CaptureFi
     assert json.loads((out / "command.json").read_text())["pack_length"] == 128
     weights = (out / "backbone/model.safetensors").read_bytes()
     assert (out / "adapter/adapter_model.safetensors").exists() and Backbone.load(out / "backbone")
-    stage1("train stage1", arguments)
+    run_command("train stage1", arguments)
     assert (out / "backbone/model.safetensors").read_bytes() == weights
 
 
@@ -63,8 +64,8 @@ def test_an_unclean_corpus_is_refused_by_line_or_skipped_aloud(
     file.write_text(file.read_text() + '{"messages": [{"role": "user"')
     arguments = [str(corpora / "out"), "--corpus", str(corpora / "scenes"), *FLAGS]
     with pytest.raises(BlmError, match=r"scenes.corpus.jsonl:4"):
-        stage1("train stage1", arguments)
-    stage1("train stage1", [*arguments, "--skip-bad"])
+        run_command("train stage1", arguments)
+    run_command("train stage1", [*arguments, "--skip-bad"])
     assert "corpus.jsonl:4" in "".join(capsys.readouterr()).replace("\n", "")  # the path may be wrapped
 
 

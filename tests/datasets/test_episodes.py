@@ -12,8 +12,8 @@ import pytest
 
 from blm.datasets import video
 from blm.datasets.lerobot import open_dataset, stage_episode
-from blm.datasets.statistics import compute_stats, histogram_stats, image_histogram
-from blm.types import BlmError, ContractError, Stats
+from blm.datasets.statistics import Stats, compute_stats, histogram_stats, image_histogram
+from blm.types import BlmError, ContractError
 from tests.support.episodes import EPISODES, SIDE, SPACE, make_episode, numbered_frames, write
 
 

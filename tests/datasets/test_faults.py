@@ -18,7 +18,7 @@ from blm.datasets import lerobot_writer as writing_module
 from blm.datasets.files import MANIFEST
 from blm.datasets.lerobot import finalize_dataset, open_dataset, stage_episode, verify_files
 from blm.datasets.lerobot_writer import DATA_FILE
-from blm.io import DamagedError, settled, write_json
+from blm.io import DamagedError, recover_folder, write_json
 from blm.types import BlmError
 from tests.support.episodes import EPISODES, SIDE, SPACE, make_episode, write
 from tests.support.kills import killed_at
@@ -225,7 +225,7 @@ def test_killed_while_writing_a_rerun_gives_the_same_bytes(tmp_path):
             process.send_signal(signal.SIGKILL)
         states.add(frozenset(path.name for path in tmp_path.iterdir()))
         if out.exists():
-            assert contents(settled(out)) == expected, "what has the final name is whole"
+            assert contents(recover_folder(out)) == expected, "what has the final name is whole"
         assert contents(finalize_dataset(staged, out, **LAYOUT)) == expected
         assert sorted(path.name for path in tmp_path.iterdir()) == ["arm", "calm", "staging"]
     hidden = {name for names in states for name in names if name.startswith(".arm.")}

@@ -147,7 +147,7 @@ def test_ambiguous_descriptions_are_refused(tmp_path, changes, said):
         (
             "data/chunk-000/episode_000001.parquet",
             replaced("action", [[1.0, 2.0, 3.0]] * 4 + [[1.0, float("nan"), 0.0]]),
-            "action is not finite in 1 frames, in episodes 1; mend it with",
+            "action is not finite in 1 frames, in episodes 1; fix it with",
         ),
     ],
 )

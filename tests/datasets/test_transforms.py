@@ -8,9 +8,9 @@ from blm.datasets.transforms import (
     ActionTransform,
     Normalize,
     RobotTransforms,
-    absurd_ranges,
     action_chunks,
     fit_transforms,
+    implausible_ranges,
 )
 from blm.types import ActionSpace, BlmError
 
@@ -113,4 +113,4 @@ def test_degrees_and_percent_are_refused_by_name(data):
     ):
         with pytest.raises(BlmError, match=message):
             fit_transforms(SPACE, states * scale, chunks * scale, inside, True)
-    assert list(absurd_ranges(SPACE, states, chunks)) == []
+    assert list(implausible_ranges(SPACE, states, chunks)) == []

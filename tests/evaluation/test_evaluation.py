@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,17 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
 
 from blm.evaluation import DigitalProtocol, compare, evaluate_digital, format_comparison, load_result
-from blm.evaluation.digital import summary
 from blm.evaluation.digital.benchmarks.scene_questions import SCENE
 from blm.evaluation.digital.parsers.coordinates import Coordinates
-from blm.evaluation.digital.runner import Asking
-from blm.evaluation.digital.scoring import Rules, Scored, overlap, score
+from blm.evaluation.digital.result import DigitalResult
+from blm.evaluation.digital.runner import DigitalEvalConfig
+from blm.evaluation.digital.scoring import ItemScore, ScoringConfig, overlap, score
+from blm.evaluation.digital.summary import balanced_accuracy
 from blm.evaluation.statistics import effective_size, holm, mcnemar, paired_difference, success_rate, wilson
 from blm.types import BlmError, ContractError, Image, Message, Question
 
@@ -120,6 +125,21 @@ def test_paired_difference() -> None:
     assert paired_difference([True] * 4, [False] * 4, list("aabb")).p_value is None
 
 
+@given(st.integers(0, 300), st.integers(1, 300))
+def test_wilson_is_that_of_scipy_where_n_is_whole(hits: int, n: int) -> None:
+    """Scipy takes whole counts only; ours takes an effective sample size too."""
+    hits = min(hits, n)
+    theirs = stats.binomtest(hits, n).proportion_ci(method="wilson")
+    assert wilson(hits / n, n) == pytest.approx((theirs.low, theirs.high), abs=1e-9)
+
+
+@given(st.integers(0, 200), st.integers(0, 200))
+def test_mcnemar_has_its_closed_form(only_first: int, only_second: int) -> None:
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    exact = min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+    assert mcnemar(only_first, only_second) == pytest.approx(exact, abs=1e-9)
+
+
 def test_holm_corrects_for_the_number_of_tests() -> None:
     """Holm 1979: the smallest p times n, the next times n - 1, and never less than one before."""
     assert holm([0.04, 0.01, None, 0.03]) == pytest.approx([0.06, 0.03, None, 0.06])
@@ -171,32 +191,32 @@ SCRIPT = {
 }
 
 
-def examine(chat: Scripted, out: Path, asked: Sequence[Question] = ASKED, **options: object) -> dict:
+def examine(chat: Scripted, out: Path, asked: Sequence[Question] = ASKED, **options: object) -> DigitalResult:
     return evaluate_digital(chat, asked, out, train_questions=TRAIN, **{"model": "script", **options})
 
 
 def test_digital_scores_every_item_beside_the_baselines(tmp_path: Path) -> None:
     result = examine(Scripted(SCRIPT), tmp_path)
-    assert result == json.loads((tmp_path / "result.json").read_text())
-    assert [row["score"] for row in result["rows"]] == [1, 0, 1, 0, 1]
-    assert result["rows"][0]["raw"] == "<think>hm</think>Red." and result["rows"][0]["parsed"] == "Red."
-    assert (result["overall"]["hits"], result["overall"]["n"], result["overall"]["unread"]) == (3, 5, 1)
-    kinds = result["kinds"]
-    assert {kind: part["n"] for kind, part in kinds.items()} == {"color": 3, "point": 1, "count": 1}
-    assert kinds["point"]["unread"] == 1 and kinds["point"]["median_error"] is None
-    majority, prior = (result["baselines"][name] for name in ("majority", "question_only"))
-    assert (majority["kinds"]["color"]["hits"], prior["kinds"]["color"]["hits"]) == (1, 2)
-    assert majority["kinds"]["point"]["hits"] == 1  # (200, 400), the median, is 30 away
-    assert majority["kinds"]["point"]["median_error"] == pytest.approx(30)
-    assert majority["kinds"]["count"]["hits"] == 0  # never trained: no guess
-    gain = prior["model_minus_baseline"]
-    assert gain["difference"] == pytest.approx(0.0) and gain["n"] == 5
+    assert json.dumps(result.to_json(), indent=1) == (tmp_path / "result.json").read_text()
+    assert [p.score for p in result.predictions] == [1, 0, 1, 0, 1]
+    assert result.predictions[0].raw == "<think>hm</think>Red." and result.predictions[0].parsed == "Red."
+    overall, kinds = result.summary.overall, result.summary.kinds
+    assert (overall.hits, overall.n, overall.unread) == (3, 5, 1)
+    assert {kind: part.n for kind, part in kinds.items()} == {"color": 3, "point": 1, "count": 1}
+    assert kinds["point"].unread == 1 and kinds["point"].median_error is None
+    majority, prior = (result.baselines[name].summary.kinds for name in ("majority", "question_only"))
+    assert (majority["color"].hits, prior["color"].hits) == (1, 2)
+    assert majority["point"].hits == 1  # (200, 400), the median, is 30 away
+    assert majority["point"].median_error == pytest.approx(30)
+    assert majority["count"].hits == 0  # never trained: no guess
+    gain = result.baselines["question_only"].model_minus_baseline
+    assert gain.difference == pytest.approx(0.0) and gain.n == 5
 
 
 def test_digital_resumes_and_batches(tmp_path: Path) -> None:
     chat = Scripted(SCRIPT)
     first, again = (examine(chat, tmp_path) for _ in range(2))
-    assert chat.asked == 5 and again["rows"] == first["rows"]
+    assert chat.asked == 5 and again.predictions == first.predictions
     examine(chat, tmp_path, model="other weights")
     assert chat.asked == 10
 
@@ -207,17 +227,17 @@ def test_digital_resumes_and_batches(tmp_path: Path) -> None:
 
     brief = replace(SCENE, max_tokens=7, system="Be brief.")
     batched = examine(Batched(SCRIPT), tmp_path / "batched", benchmark=brief)
-    assert batched["rows"] == first["rows"]
+    assert batched.predictions == first.predictions
     with pytest.raises(ContractError, match=r"max_tokens: 7 here, 128 there(.|\n)*prompt: 'Be brief.' here"):
         compare(batched, first)
 
 
 def test_digital_protocol_names_the_items(tmp_path: Path) -> None:
     base = examine(Scripted(SCRIPT), tmp_path / "a")
-    assert DigitalProtocol(**base["protocol"]).count == 5
+    assert base.protocol.count == 5
     repainted = [*ASKED[:4], question(4, "count", "How many cubes?", "2", 103)]
     other = examine(Scripted(SCRIPT), tmp_path / "b", repainted)
-    assert other["protocol"]["items"] != base["protocol"]["items"]
+    assert other.protocol.items != base.protocol.items
     on_disk = replace(ASKED[0], messages=(Message("user", (Image(path="x.png"), "What?")),))
     with pytest.raises(BlmError, match="not in memory"):
         examine(Scripted(SCRIPT), tmp_path / "c", [on_disk])
@@ -238,15 +258,15 @@ def test_pictures_come_from_the_folder(tmp_path: Path) -> None:
         Question(id=p, kind="k", group=p, answer=str(i), messages=(Message("user", (Image(path=p), "?")),))
         for i, p in enumerate(paths)
     ]
-    asking = Asking(root=tmp_path, batch=2)
-    result = evaluate_digital(Sees(), asked, tmp_path / "a", model="m", asking=asking)
-    assert result["overall"]["rate"] == 1 and result["baselines"] == {}
+    config = DigitalEvalConfig(root=tmp_path, batch=2)
+    result = evaluate_digital(Sees(), asked, tmp_path / "a", model="m", config=config)
+    assert result.summary.overall.rate == 1 and result.baselines == {}
     PIL.Image.fromarray(np.full((2, 2, 3), 9, np.uint8)).save(tmp_path / paths[0])
-    other = evaluate_digital(Sees(), asked, tmp_path / "b", model="m", asking=asking)
-    assert other["protocol"]["items"] != result["protocol"]["items"] and other["overall"]["hits"] == 2
+    other = evaluate_digital(Sees(), asked, tmp_path / "b", model="m", config=config)
+    assert other.protocol.items != result.protocol.items and other.summary.overall.hits == 2
     (tmp_path / paths[0]).unlink()
     with pytest.raises(BlmError, match=r"question 'images/0.png': cannot read picture .*0.png"):
-        evaluate_digital(Sees(), asked, tmp_path / "c", model="m", asking=asking)
+        evaluate_digital(Sees(), asked, tmp_path / "c", model="m", config=config)
 
 
 def letter(index: int, kind: str = "k", answer: str = "B") -> Question:
@@ -268,16 +288,16 @@ class Constant:
 def test_another_parser_asks_nothing_again(tmp_path: Path) -> None:
     chat, questions = Constant("The answer is (B)."), [letter(index) for index in range(4)]
     ours = evaluate_digital(chat, questions, tmp_path, model="m")
-    compat = Asking(compat="cosmos_letter")
-    theirs = evaluate_digital(chat, questions, tmp_path, model="m", asking=compat)
-    assert (ours["overall"]["rate"], theirs["overall"]["rate"], len(chat.limits)) == (1, 0, 4)
-    assert theirs["rows"][0]["parsed"] == "T"
+    compat = DigitalEvalConfig(compat="cosmos_letter")
+    theirs = evaluate_digital(chat, questions, tmp_path, model="m", config=compat)
+    assert (ours.summary.overall.rate, theirs.summary.overall.rate, len(chat.limits)) == (1, 0, 4)
+    assert theirs.predictions[0].parsed == "T"
     with pytest.raises(ContractError, match="compat: '' here, 'cosmos_letter' there"):
         compare(ours, theirs)
     with pytest.raises(BlmError, match=r"unknown compat parser 'cosmos'.*cosmos_letter"):
-        evaluate_digital(chat, questions, tmp_path, model="m", asking=Asking(compat="cosmos"))
-    with pytest.raises(BlmError, match="'egothink' reads judge answers; here are choice"):
-        evaluate_digital(chat, questions, tmp_path, model="m", asking=Asking(compat="egothink"))
+        evaluate_digital(chat, questions, tmp_path, model="m", config=DigitalEvalConfig(compat="cosmos"))
+    with pytest.raises(BlmError, match="'egothink' reads judge answers; these questions need choice"):
+        evaluate_digital(chat, questions, tmp_path, model="m", config=DigitalEvalConfig(compat="egothink"))
 
 
 def test_benchmark_says_how_long_and_what_mean(tmp_path: Path) -> None:
@@ -285,8 +305,8 @@ def test_benchmark_says_how_long_and_what_mean(tmp_path: Path) -> None:
     chat, benchmark = Constant("B"), replace(SCENE, long={"plan": 300}, average="kinds", max_tokens=5)
     result = evaluate_digital(chat, questions, tmp_path, model="m", benchmark=benchmark)
     assert sorted(chat.limits) == [5, 5, 5, 5, 300]
-    assert [row["id"] for row in result["rows"]] == ["0", "1", "2", "3", "4"]
-    assert result["overall"]["rate"] == 0.8 and result["headline"]["rate"] == 0.5
+    assert [p.id for p in result.predictions] == ["0", "1", "2", "3", "4"]
+    assert result.summary.overall.rate == 0.8 and result.summary.headline.rate == 0.5
     assert load_result(tmp_path) == result
     with pytest.raises(BlmError, match="no questions"):
         evaluate_digital(chat, [], tmp_path, model="m")
@@ -303,20 +323,20 @@ def test_balanced_accuracy_shows_what_the_mean_hides(tmp_path: Path) -> None:
         for i, (kind, answer) in enumerate(zip(kinds, answers, strict=True))
     ]
     result = evaluate_digital(Constant("No, it does not."), questions, tmp_path, model="m")
-    assert result["overall"]["rate"] == 0.75
-    part = result["balanced"]["success"]
-    assert (part["rate"], part["yes"]["rate"], part["no"]["rate"], part["said_yes"]) == (0.5, 0, 1, 0)
-    assert [*result["balanced"]] == ["success"]
-    assert summary.balanced([row for row in result["rows"] if row["reference"] == "no"]) == {}
+    assert result.summary.overall.rate == 0.75
+    part = result.summary.balanced["success"]
+    assert (part.rate, part.yes.rate, part.no.rate, part.said_yes) == (0.5, 0, 1, 0)
+    assert [*result.summary.balanced] == ["success"]
+    assert balanced_accuracy([p for p in result.predictions if p.reference == "no"]) == {}
 
 
 # --- scorers ---
 
 
-def scored(scorer: str, answer: str, raw: str, coordinates: str = "thousandths", **more: object) -> Scored:
+def scored(scorer: str, answer: str, raw: str, coordinates: str = "thousandths", **more: object) -> ItemScore:
     asked = Question(id="q", kind="k", messages=(), answer=answer, group="g", scorer=scorer, **more)  # type: ignore[arg-type]
     protocol = DigitalProtocol(items="", count=1, max_tokens=8, prompt="")
-    return score(asked, raw, Rules(protocol, Coordinates.parse(coordinates)))
+    return score(asked, raw, ScoringConfig(protocol, Coordinates.parse(coordinates)))
 
 
 def test_distances() -> None:
@@ -330,7 +350,7 @@ def test_distances() -> None:
     vector = scored("metric", "(12, -3, 20) cm", "(12, -3, 21) cm")
     assert vector.score == 1 and vector.error == pytest.approx(1)
     assert scored("metric", "(12, -3, 20) cm", "12 cm").parsed is None  # another form
-    with pytest.raises(BlmError, match="reference 'left' is no point"):
+    with pytest.raises(BlmError, match="reference 'left' is not a point"):
         scored("point", "left", "(1, 2)")
 
 
@@ -381,7 +401,7 @@ def test_compare_digital_clusters_by_scene(tmp_path: Path) -> None:
 
 
 def test_the_name_of_a_pair_does_not_tell_a_baseline_the_answer() -> None:
-    from blm.evaluation.digital.runner import _baselines
+    from blm.evaluation.digital.text_baselines import text_baselines
 
     def ask(kind: str, answer: str, number: int) -> Question:
         words = (Message("user", ("Is it done?",)),)
@@ -390,5 +410,5 @@ def test_the_name_of_a_pair_does_not_tell_a_baseline_the_answer() -> None:
     train = [ask("success_positive", "yes", n) for n in range(3)] + [
         ask("success_negative", "no", n) for n in range(2)
     ]
-    for guess in _baselines(train).values():
+    for guess in text_baselines(train).values():
         assert guess(train[0]) == guess(train[-1]) == "yes"

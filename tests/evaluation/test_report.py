@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import re
-import time
 from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
@@ -18,11 +17,13 @@ import PIL.Image
 import pytest
 
 from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy, evaluate_digital, evaluate_physical
-from blm.evaluation.physical.evaluate import summarise
 from blm.evaluation.physical.outcome import REASONS
+from blm.evaluation.physical.result import EpisodeResult, Execution, PhysicalResult, SharedPolicy
+from blm.evaluation.physical.summary import summarise
 from blm.evaluation.protocol import digest, phrasing_of
 from blm.evaluation.report import ReportData, build_report
-from blm.evaluation.results import machine, write_result
+from blm.evaluation.result_files import write_result
+from blm.evaluation.results import this_machine
 from blm.robots import ROBOTS
 from blm.tasks import TASKS
 from blm.types import BlmError, Image, Message, PolicyContract, Question
@@ -135,7 +136,7 @@ def test_a_conversation_is_shown_with_its_picture(run: Path, tmp_path: Path) -> 
     (tmp_path / "dialogue.json").write_text(json.dumps({"picture": "seen.png", "lines": lines}))
     text = page(replace(full(run), dialogue=tmp_path / "dialogue.json"), tmp_path)
     assert "Where is &lt;it&gt;?</td>" in text and "<b>(1, 2)</b>" in text
-    (shown,) = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="What the model saw"', text)
+    (shown,) = re.findall(r'<img src="data:image/png;base64,([^"]+)" alt="The picture of the dialogue"', text)
     assert base64.b64decode(shown) == (tmp_path / "seen.png").read_bytes()
 
 
@@ -175,33 +176,49 @@ def test_lost_video_is_an_error(run: Path, tmp_path: Path) -> None:
 
 def synthetic(out: Path, model: str, rate: float) -> Path:
     """A made-up result of suite24: cell c has about rate * (1 + c) / 24 solved, failures take turns."""
-    protocol, rows = PhysicalProtocol.named("suite24", CONTRACT), []
+    protocol, episodes = PhysicalProtocol.named("suite24", CONTRACT), []
     cells = list(dict.fromkeys((robot, task) for robot, task, _ in protocol.scenes))
     for robot, task, seed in protocol.scenes:
         solved = seed < 50 * rate * (1 + cells.index((robot, task))) / len(cells)
-        row = {"id": f"{robot}/{task}/{seed}", "robot": robot, "task": task, "seed": seed, "scene": "s"}
-        row |= {
-            "phrasing": phrasing_of(protocol, seed),
-            "instruction": "Do it.",
-            "video": None,
-            "act_ms": 9.0,
-        }
-        row |= {"success_once": solved, "success_at_end": solved, "steps": 200, "first_success": None}
-        row |= {"success_at_limit": solved and seed != 1}
-        rows.append(row | {"reason": "" if solved else REASONS[seed % 5]})
-    times = {f"seconds_{part}": 60.0 for part in ("policy", "physics", "rendering")}
-    parts = {"kind": "physical", "score": "success_once", "model": model, **summarise(rows), **times}
-    served = {"calls": 100, "observations": 250}
-    write_result(
-        out,
-        protocol,
-        time.monotonic(),
-        **parts,
-        machine=machine(),
-        shared_policy=served,
+        episodes.append(
+            EpisodeResult(
+                id=f"{robot}/{task}/{seed}",
+                robot=robot,
+                task=task,
+                seed=seed,
+                scene="s",
+                instruction="Do it.",
+                phrasing=phrasing_of(protocol, seed),
+                video=None,
+                seconds_policy=0.1,
+                seconds_physics=0.1,
+                seconds_rendering=0.1,
+                act_ms=9.0,
+                success_once=solved,
+                success_at_end=solved,
+                steps=200,
+                first_success=None,
+                reason="" if solved else REASONS[seed % 5],
+                success_at_limit=solved and seed != 1,
+            )
+        )
+    execution = Execution(
         workers=2,
-        rows=rows,
+        shared_policy=SharedPolicy(max_batch=64, calls=100, observations=250),
+        seconds_policy=60.0,
+        seconds_physics=60.0,
+        seconds_rendering=60.0,
     )
+    result = PhysicalResult(
+        protocol=protocol,
+        machine=this_machine(),
+        seconds=1.0,
+        model=model,
+        summary=summarise(episodes),
+        execution=execution,
+        episodes=tuple(episodes),
+    )
+    write_result(out, result)
     return out / "result.json"
 
 
@@ -241,13 +258,13 @@ def test_every_cell_says_how_its_episodes_ended(suite: str) -> None:
     for reason in REASONS:
         assert f"--{reason}:" in suite and f"<i></i>{reason.replace('_', ' ')} (" in suite
     assert suite.count('class="stack"') == 24 and "2.5</td>" in suite  # observations per call
-    assert "worded as never in training" in suite and "the world waits for the policy" in suite
+    assert "held-out wordings" in suite and "the simulation waits for the policy" in suite
 
 
 def test_a_replay_check_is_no_result(run: Path, tmp_path: Path) -> None:
     result = json.loads((run / "still/result.json").read_text())
-    result["protocol"]["purpose"] = "replay check"
+    result["protocol"] |= {"purpose": "replay check", "recorded": [["panda", "push_cube", 10_000]]}
     result["protocol_hash"] = digest(result["protocol"])
     (tmp_path / "result.json").write_text(json.dumps(result))
-    with pytest.raises(BlmError, match="'replay' is a replay check on training scenes, no score"):
+    with pytest.raises(BlmError, match="'replay' is a replay check, which is not a score"):
         page(ReportData(title="x", physical={"replay": tmp_path / "result.json"}), tmp_path)

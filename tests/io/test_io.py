@@ -177,7 +177,7 @@ def test_a_killed_swap_leaves_the_old_or_the_new_folder(tmp_path, exchange):
     seen = set()
 
     def check():
-        io.settled(target)
+        io.recover_folder(target)
         found = tree(target)
         assert len({found["a.txt"], found["sub/b.txt"]}) == 1 and found["notes.txt"] == "mine"
         seen.add(found["a.txt"])
@@ -198,7 +198,7 @@ def test_a_killed_new_folder_is_whole_or_missing(tmp_path):
 
         def check(make=make):
             if target.exists():
-                io.settled(target)
+                io.recover_folder(target)
                 assert tree(target) == {"a.txt": "1", "sub/b.txt": "1"}
                 with io.new_folder(target, written=io.files_below) as work:
                     fill(work, 1)
@@ -308,7 +308,7 @@ def test_two_processes_that_replace_one_folder_leave_one_whole_one(tmp_path):
         children.append(child)
     for child in children:
         os.waitpid(child, 0)
-    io.settled(target)
+    io.recover_folder(target)
     found = tree(target)
     assert found["a.txt"] == found["sub/b.txt"]
     replace(target, 9)
@@ -378,15 +378,15 @@ def test_a_work_folder_belongs_to_its_settings_and_to_us(tmp_path):
 
 
 def test_a_run_folder_is_held_by_one_process(tmp_path):
-    with io.hold(tmp_path / "run"):
+    with io.lock_folder(tmp_path / "run"):
         if (child := os.fork()) == 0:
             try:
-                with io.hold(tmp_path / "run"):
+                with io.lock_folder(tmp_path / "run"):
                     os._exit(1)
             except BlmError as error:
                 os._exit(0 if "another process is using" in str(error) else 2)
         assert os.waitpid(child, 0)[1] == 0
-    with io.hold(tmp_path / "run"):
+    with io.lock_folder(tmp_path / "run"):
         pass
     assert list((tmp_path / "run").iterdir()) == []
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from blm.jobs import Unit, read_journal, run_units
+from blm.jobs import WorkUnit, read_journal, run_units
 from blm.types import BlmError, UnknownNameError
 
 _SETTING: list[str] = []
@@ -103,8 +103,8 @@ def recall(payload: int) -> dict[str, Any]:
     return {"setting": _SETTING, "threads": os.environ.get("OMP_NUM_THREADS")}
 
 
-def units(folder: Path, n: int = 5) -> list[Unit]:
-    return [Unit(f"u{i}", (i, str(folder))) for i in range(n)]
+def units(folder: Path, n: int = 5) -> list[WorkUnit]:
+    return [WorkUnit(f"u{i}", (i, str(folder))) for i in range(n)]
 
 
 def runs(folder: Path) -> list[int]:
@@ -228,7 +228,7 @@ def test_a_killed_run_leaves_no_workers_and_continues(tmp_path: Path, how: signa
 def test_a_full_disk_ends_the_run_and_keeps_whole_lines(tmp_path: Path) -> None:
     errors = start("run_on_a_full_disk", tmp_path).communicate(timeout=120)[1]
     assert "BlmError: cannot write to the journal" in errors
-    assert "what is finished is kept" in errors
+    assert "finished units are kept" in errors
     text = (tmp_path / "j.jsonl").read_text()
     assert [json.loads(line)["key"] for line in text.splitlines()] == ["u0", "u1"]
     assert text.endswith("\n")
@@ -299,7 +299,7 @@ def test_an_exception_names_its_unit_and_keeps_what_finished(
 
 
 def test_duplicate_keys_are_refused(tmp_path: Path) -> None:
-    twice = [Unit("same", 1), Unit("same", 2)]
+    twice = [WorkUnit("same", 1), WorkUnit("same", 2)]
     with pytest.raises(BlmError, match="duplicate keys"):
         run_units(square, twice, journal=tmp_path / "j.jsonl", workers=0)
 
@@ -308,7 +308,7 @@ def test_setup_runs_once_in_each_worker_with_one_thread(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    work = [Unit(str(i), i) for i in range(3)]
+    work = [WorkUnit(str(i), i) for i in range(3)]
     results = run_units(
         recall, work, journal=tmp_path / "j.jsonl", workers=1, setup=remember, setup_args=("hello",)
     )

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from blm import jobs
-from blm.jobs import Unit, read_journal, run_units
+from blm.jobs import WorkUnit, read_journal, run_units
 from blm.types import BlmError
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra blm[ray]")
@@ -81,7 +81,7 @@ def meet(payload: tuple[int, Path]) -> dict[str, Any]:
 def run(
     job: Callable[[Any], dict[str, Any]], folder: Path, on: str = "ray", workers: int = 2
 ) -> dict[str, Any]:
-    units = [Unit(f"u{i}", (i, folder)) for i in range(UNITS)]
+    units = [WorkUnit(f"u{i}", (i, folder)) for i in range(UNITS)]
     how: dict[str, Any] = {"setup": begin, "setup_args": ("hello",), "engine": on, "workers": workers}
     return run_units(job, units, journal=folder / "journal.jsonl", **how)
 
@@ -157,11 +157,11 @@ def be_interrupted(folder: Path) -> None:
 def start(name: str, folder: Path, **variables: str) -> subprocess.Popen[str]:
     """Call a function of this file in a new process."""
     code = f"import sys, pathlib, tests.jobs.test_ray as t; t.{name}(pathlib.Path(sys.argv[1]))"
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | variables
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    environment_variables = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | variables
+    environment_variables["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-c", code, str(folder)],
-        env=environment,
+        env=environment_variables,
         stdout=subprocess.DEVNULL,  # Ray says here that a worker died
         stderr=subprocess.PIPE,
         text=True,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from blm.datasets.lerobot import open_dataset
-from blm.io import hold
+from blm.io import lock_folder
 from blm.planner.collect import CollectConfig, collect, draw_perturbation, make_expert
 from blm.planner.demonstration import TAKE_OVER, Perturbation, demonstrate, replay
 from blm.planner.expert import HOLD_STEPS
@@ -373,7 +373,7 @@ def test_a_flag_may_be_corrected_before_anything_was_collected(tmp_path, monkeyp
 
 
 def test_two_collections_into_one_folder_are_refused(tmp_path):
-    with hold(tmp_path), pytest.raises(BlmError, match="another process is using"):
+    with lock_folder(tmp_path), pytest.raises(BlmError, match="another process is using"):
         collect(ONE, tmp_path)
 
 

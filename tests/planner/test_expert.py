@@ -53,10 +53,10 @@ def test_inverse_kinematics_inverts_forward_kinematics(planners, name):
     for _ in range(20):
         place = over(planner, 0.0) + rng.uniform((-area.half, -area.half, 0.02), (area.half, area.half, 0.15))
         pose = make_pose(place, yaw=rng.uniform(-0.7, 0.7), tilt=0.2)
-        q = planner.solve(pose, home)
+        q = planner.inverse_kinematics(pose, home)
         assert q is not None
         assert ((low <= q) & (q <= high)).all()
-        reached = planner.forward(q)
+        reached = planner.forward_kinematics(q)
         assert np.linalg.norm(reached.translation() - place) < POSITION_TOLERANCE
         np.testing.assert_allclose(reached.rotation().as_matrix(), pose.rotation().as_matrix(), atol=3e-3)
 
@@ -71,8 +71,8 @@ def test_tool_points_down_and_forward():
 def test_trajectories_keep_to_the_line_and_the_limits(planners, name):
     planner = planners[name]
     home = np.array(planner.robot.home)
-    start, end = planner.forward(home), make_pose(over(planner, 0.06) + 0.03)
-    waypoints = planner.path(home, [end])
+    start, end = planner.forward_kinematics(home), make_pose(over(planner, 0.06) + 0.03)
+    waypoints = planner.plan_cartesian(home, [end])
     np.testing.assert_array_equal(planner.retime(np.stack([home, home]), 0.2), home[None])
     fast, slow = planner.retime(waypoints, 10.0), planner.retime(waypoints, 0.1)
     np.testing.assert_allclose(fast[-1], waypoints[-1], atol=1e-6)
@@ -82,7 +82,7 @@ def test_trajectories_keep_to_the_line_and_the_limits(planners, name):
     assert len(fast) < len(slow)
     for targets in (fast, slow):
         for q in targets:
-            offset = planner.forward(q).translation() - start.translation()
+            offset = planner.forward_kinematics(q).translation() - start.translation()
             assert np.linalg.norm(offset - offset @ line / length**2 * line) < 0.004
         at_rest = np.concatenate([[home, home], targets, targets[-1:]])
         speed = np.abs(np.diff(at_rest, axis=0)) / CONTROL_STEP
@@ -95,9 +95,9 @@ def test_what_cannot_be_reached_has_a_reason(planners):
     planner = planners["xarm6"]
     home = np.array(planner.robot.home)
     with pytest.raises(PlanError, match="unreachable"):
-        planner.detour(home, make_pose((2.0, 0.0, 0.1)), np.random.default_rng(0))
+        planner.plan_joint_space(home, make_pose((2.0, 0.0, 0.1)), np.random.default_rng(0))
     with pytest.raises(PlanError, match="collision"):
-        planner.path(home, [make_pose((0.0, 0.0, -0.05))])
+        planner.plan_cartesian(home, [make_pose((0.0, 0.0, -0.05))])
 
 
 def test_a_detour_goes_around_the_base_where_lines_cannot(planners):
@@ -106,11 +106,11 @@ def test_a_detour_goes_around_the_base_where_lines_cannot(planners):
     behind = np.array([3.1, *home[1:]])
     pose = make_pose(over(planner, 0.2))
     with pytest.raises(PlanError):
-        planner.path(behind, [pose])
-    waypoints = planner.detour(behind, pose, np.random.default_rng(0))
+        planner.plan_cartesian(behind, [pose])
+    waypoints = planner.plan_joint_space(behind, pose, np.random.default_rng(0))
     np.testing.assert_array_equal(waypoints[0], behind)
     assert not any(planner.collides(q) for q in waypoints)
-    assert np.linalg.norm(planner.forward(waypoints[-1]).translation() - pose.translation()) < 1e-3
+    assert np.linalg.norm(planner.forward_kinematics(waypoints[-1]).translation() - pose.translation()) < 1e-3
 
 
 # --- expert ---

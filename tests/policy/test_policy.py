@@ -15,9 +15,8 @@ from blm.backbone.nano.model import make_nano
 from blm.bridge import BridgeConfig
 from blm.datasets.transforms import Normalize, RobotTransforms
 from blm.policy import checkpoint as checkpoint_module
-from blm.policy import flow
-from blm.policy import policy as policy_module
-from blm.policy.checkpoint import identified
+from blm.policy import codec, flow
+from blm.policy.checkpoint import with_hashes
 from blm.policy.heads import IndexedLinear, with_embodiments
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, FrozenProof, RealTimeChunkingPolicy
@@ -345,11 +344,11 @@ def test_the_contract_names_what_actions_are_normalised_by(saved):
     (robot, transforms), *_ = policy.transforms.items()
     wider = replace(transforms.state, high=np.asarray(transforms.state.high) + 1)
     transforms = {**policy.transforms, robot: replace(transforms, state=wider)}
-    other = identified(policy.contract, policy.network, transforms, policy.frozen.fingerprint)
+    other = with_hashes(policy.contract, policy.network, transforms, policy.frozen.fingerprint)
     assert other.revision == policy.contract.revision
     assert policy.contract.statistics and other.statistics != policy.contract.statistics
     turned = dict(reversed(policy.transforms.items()))
-    assert identified(policy.contract, policy.network, turned).statistics == policy.contract.statistics
+    assert with_hashes(policy.contract, policy.network, turned).statistics == policy.contract.statistics
 
 
 @pytest.mark.parametrize(
@@ -383,7 +382,7 @@ def test_a_foreign_format_folder_or_prompt_is_refused(copied, tmp_path, monkeypa
     with pytest.raises(BlmError, match=r"no checkpoint at .* give the folder that Stage II wrote"):
         CheckpointPolicy.load(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(policy_module, "control_prompt", lambda *_: make_prompt("other words"))
+        patch.setattr(codec, "control_prompt", lambda *_: make_prompt("other words"))
         with pytest.raises(BlmError, match="control prompts of version"):
             CheckpointPolicy.load(copied)
     config = json.loads((copied / "config.json").read_text())
@@ -428,7 +427,7 @@ def test_keys_and_values_of_intent_tokens_are_made_once_per_chunk(monkeypatch):
     network, batch = make_network().eval(), make_batch()
     intent = network.bridge(batch.hidden, batch.mask)
     arguments = (batch.noise, batch.tau, intent, batch.state, batch.embodiment)
-    memory = network.dit.remember(intent)
+    memory = network.dit.cache_intent(intent)
     assert [kept is not None for kept in memory] == [True, False, True, False]
     for made, slow in zip(network.velocity(*arguments, memory), network.velocity(*arguments), strict=True):
         torch.testing.assert_close(made, slow, rtol=0, atol=0)
@@ -443,12 +442,12 @@ def test_keys_and_values_of_intent_tokens_are_made_once_per_chunk(monkeypatch):
 
 
 def test_the_chunk_in_progress_binds_less_and_less():
-    weights = flow.continuation_weights(left=6, frozen=2, horizon=8)
+    weights = flow.prefix_weights(length=6, inference_delay=2, horizon=8)
     assert weights[:2].tolist() == [1.0, 1.0] and weights[6:].tolist() == [0.0, 0.0]
     assert (weights[2:6].diff() < 0).all() and 0 < weights[5] < weights[2] < 1
     c = (6 - 3) / (6 - 2 + 1)
     assert weights[3].item() == pytest.approx(c * (np.exp(c) - 1) / (np.e - 1))
-    assert flow.continuation_weights(3, 3, 5).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
+    assert flow.prefix_weights(3, 3, 5).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
 
 
 def test_guidance_leads_where_it_is_wanted_and_only_there():
@@ -460,15 +459,15 @@ def test_guidance_leads_where_it_is_wanted_and_only_there():
         return -x / (1 - tau.view(-1, 1, 1)) * 0.5  # weak, so that clean actions depend on x
 
     free = flow.euler(velocity, noise, 8)
-    led = flow.euler(flow.guided(velocity, wanted, weights), noise, 8)
+    led = flow.euler(flow.guided(velocity, flow.ActionPrefix(wanted, weights)), noise, 8)
     assert (led[:, :4] - wanted[:, :4]).abs().mean() < 0.6 * (free[:, :4] - wanted[:, :4]).abs().mean()
     torch.testing.assert_close(led[:, 4:], free[:, 4:])
 
 
 def test_a_policy_goes_on_from_its_last_chunk(saved):
     policy, look = saved[0], make_observation("arm")
-    going_on = RealTimeChunkingPolicy(policy)
-    first = going_on.act(look)
+    chunking = RealTimeChunkingPolicy(policy)
+    first = chunking.act(look)
     np.testing.assert_array_equal(first.actions, policy.act(look).actions)
     again = replace(look, seed=5)
     left = first.actions[policy.contract.execute :]
@@ -476,11 +475,11 @@ def test_a_policy_goes_on_from_its_last_chunk(saved):
     def jump(chunk: ActionChunk) -> float:
         return float(np.abs(chunk.actions[: len(left)] - left)[0].mean())
 
-    assert jump(going_on.act(again)) < 0.6 * jump(policy.act(again))
-    going_on.reset()
-    np.testing.assert_array_equal(going_on.act(again).actions, policy.act(again).actions)
+    assert jump(chunking.act(again)) < 0.6 * jump(policy.act(again))
+    chunking.reset()
+    np.testing.assert_array_equal(chunking.act(again).actions, policy.act(again).actions)
     with pytest.raises(BlmError, match="frozen is 9"):
-        policy.act(replace(look, chunk=left, frozen=9))
+        policy.act(replace(look, chunk=left, inference_delay=9))
     with pytest.raises(BlmError, match=r"the chunk in progress is \(40, "):
         policy.act(replace(look, chunk=np.repeat(left, 40, axis=0)[:40]))
 

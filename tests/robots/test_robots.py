@@ -9,7 +9,7 @@ import mujoco
 import numpy as np
 import pytest
 
-from blm.robots import ROBOTS, RobotSpec, add_robot, look_at
+from blm.robots import ROBOTS, RobotSpec, add_robot, camera_quaternion
 from blm.tasks import Env
 from blm.types import BlmError, FloatArray
 
@@ -211,7 +211,7 @@ def test_a_grasped_cube_stays_in_the_hand_while_the_arm_moves(robot):
 
 def test_cameras_look_at_their_target_with_the_top_up():
     rotation = np.zeros(9)
-    mujoco.mju_quat2Mat(rotation, np.array(look_at((1, 0, 1), (0, 0, 0), (0, 0, 1))))
+    mujoco.mju_quat2Mat(rotation, np.array(camera_quaternion((1, 0, 1), (0, 0, 0), (0, 0, 1))))
     right, up, back = rotation.reshape(3, 3).T
     np.testing.assert_allclose(back, [math.sqrt(0.5), 0, math.sqrt(0.5)], atol=1e-12)
     np.testing.assert_allclose(right, [0, 1, 0], atol=1e-12)

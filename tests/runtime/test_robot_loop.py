@@ -18,14 +18,14 @@ import numpy as np
 import pytest
 from websockets.sync.server import ServerConnection
 
-from blm.runtime import Arm, Driver, Limits, RobotLike, RunLog, Safety, State, StoppedError, Units
+from blm.runtime import Arm, ArmLimits, Driver, RobotLike, RunLog, Safety, State, StoppedError, Units
 from blm.serving import RemotePolicy
 from blm.types import ActionChunk, BlmError, Observation, Policy
 from tests.support.openpi_server import fake_server, reply
 from tests.support.serving import CONTRACT, SIDE, EchoPolicy, running
 
 SPACE = CONTRACT.action_spaces["panda"]
-LIMITS = Limits.of(SPACE, velocity=[2.0] * 7, acceleration=[20.0] * 7)
+LIMITS = ArmLimits.of(SPACE, velocity=[2.0] * 7, acceleration=[20.0] * 7)
 
 
 class FakeArm:
@@ -66,8 +66,8 @@ class Moving(EchoPolicy):
         return ActionChunk(actions=np.clip(observation.state + rise, -2.5, 2.5).astype(np.float32))
 
 
-def check(arm: FakeArm, limits: Limits = LIMITS) -> None:
-    """All commands are within the limits, by a check that knows nothing of the shaper.
+def check(arm: FakeArm, limits: ArmLimits = LIMITS) -> None:
+    """All commands are within the limits, by a check that knows nothing of the limiter.
 
     The arm's times differ from the loop's by the jitter of this machine, and after a gap the loop may slow
     down at once: so a step may lie anywhere between 0 and the one before, and beyond by the limit of
@@ -142,8 +142,8 @@ def test_units_of_the_arm_are_translated_both_ways() -> None:
         ({"joint3.pos": float("nan")}, "'joint3.pos' is nan"),
         ({"joint3.pos": "far"}, "'joint3.pos' is not a number"),
         ({"joint3.pos": np.zeros(2)}, "'joint3.pos' is not a number"),
-        ({"base": np.zeros((SIDE, SIDE, 3), np.uint8)}, "'base' gives a blank picture"),
-        ({"base": np.full((SIDE, SIDE, 3), (0, 135, 0), np.uint8)}, "'base' gives a blank picture"),
+        ({"base": np.zeros((SIDE, SIDE, 3), np.uint8)}, "'base' gives a blank image"),
+        ({"base": np.full((SIDE, SIDE, 3), (0, 135, 0), np.uint8)}, "'base' gives a blank image"),
         ({"base": np.full((SIDE, SIDE, 3), np.nan)}, "'base': float64"),
         ({"base": np.ones((SIDE, SIDE), np.uint8)}, "needed: uint8"),
         ({"base": np.ones((SIDE, 9, 3), np.uint8)}, "the policy needs 8x8: crop and resize"),
@@ -228,7 +228,7 @@ def test_a_hanging_policy_is_left_behind_and_a_failing_one_is_made_anew() -> Non
         return policy
 
     arm = FakeArm()
-    driver = driver_of(arm, make, safety=Safety(patience_s=1.0))
+    driver = driver_of(arm, make, safety=Safety(max_hold_s=1.0))
     error = stopped(driver)
     assert error.kind == "patience" and driver.report.reconnections == 1 and len(made) == 2
     assert (arm.sent[-1][1] == arm.sent[-2][1]).all()
@@ -348,7 +348,7 @@ def test_a_killed_server_that_comes_back_is_found(timeout_s: float) -> None:
             return RemotePolicy(f"ws://{address}", timeout_s=timeout_s)
 
         arm = FakeArm()
-        driver = driver_of(arm, make, safety=Safety(patience_s=20))
+        driver = driver_of(arm, make, safety=Safety(max_hold_s=20))
 
         def kill() -> None:
             while len(arm.sent) < 6:
@@ -368,7 +368,7 @@ def test_a_server_that_stays_away_stops_the_arm() -> None:
     with ExitStack() as only:
         address = only.enter_context(running(Moving(), None))
         driver = driver_of(
-            arm, lambda: RemotePolicy(f"ws://{address}", timeout_s=2), safety=Safety(patience_s=0.8)
+            arm, lambda: RemotePolicy(f"ws://{address}", timeout_s=2), safety=Safety(max_hold_s=0.8)
         )
         threading.Timer(1.0, only.close).start()
         error = stopped(driver)
@@ -407,7 +407,7 @@ def test_a_hostile_server_moves_no_arm_out_of_its_limits(seed: int) -> None:
             reply(socket, request, actions=good)
 
     with fake_server(answer) as address:
-        driver = driver_of(arm, lambda: RemotePolicy(address, timeout_s=1.0), safety=Safety(patience_s=1.5))
+        driver = driver_of(arm, lambda: RemotePolicy(address, timeout_s=1.0), safety=Safety(max_hold_s=1.5))
         with suppress(StoppedError):
             driver.run(2.0)
     assert driver.report.kind in ("finished", "policy", "patience") and arm.disconnections == 1

@@ -17,9 +17,16 @@ from hypothesis import strategies as st
 
 from blm.runtime import Safety, State
 from blm.runtime.arm import Reading
-from blm.runtime.chunks import Reply, Request, Timeline
-from blm.runtime.states import Event, Found, Inputs, Late, Lost, Malformed
+from blm.runtime.states import (
+    PolicyEvent,
+    PolicyLost,
+    PolicyReconnected,
+    ReplyLate,
+    ReplyMalformed,
+    StepInputs,
+)
 from blm.runtime.supervisor import Supervisor
+from blm.runtime.timeline import ChunkReply, ChunkRequest, ChunkTimeline
 from blm.types import BlmError
 from tests.support.runtime import HOME, HORIZON, LIMITS, World, contract, picture
 
@@ -30,7 +37,7 @@ GOAL = np.array([0.6, -0.3, 0.7, 0.2])
 def towards(goal: np.ndarray = GOAL, speed: float = 1.0) -> Any:
     """A policy that moves to the goal evenly, as a trained one does."""
 
-    def act(request: Request) -> np.ndarray:
+    def act(request: ChunkRequest) -> np.ndarray:
         state, most = request.observation.state, speed * LIMITS.period
         way = goal - state
         steps = np.arange(HORIZON)[:, None] / max(1.0, float(np.abs(way).max() / most))
@@ -75,7 +82,7 @@ class HostileWorld(World):
         self.rng = np.random.default_rng(seed)
         self.level = level * self.rng.random(30) ** 6
         start = HOME + self.rng.normal(0, 0.03, 4)
-        safety = Safety(patience_s=2.0, start_s=1.0, accept_wider_limits=True)
+        safety = Safety(max_hold_s=2.0, start_s=1.0, accept_wider_limits=True)
         super().__init__(
             self.act,
             seconds=8.0,
@@ -83,14 +90,14 @@ class HostileWorld(World):
             safety=safety,
             promise=contract(low=(-9.0,) * 4, high=(9.0,) * 4),
         )
-        self.old: list[Event] = []
+        self.old: list[PolicyEvent] = []
         self.frozen = self.blocked = self.busy = self.dark = 0
         self.lost = False
 
     def happens(self, kind: int) -> bool:
         return bool(self.rng.random() < self.level[kind])
 
-    def act(self, request: Request) -> Any:
+    def act(self, request: ChunkRequest) -> Any:
         rng, state = self.rng, request.observation.state
         if self.happens(0):
             return BAD_CHUNKS[rng.integers(len(BAD_CHUNKS))]
@@ -105,27 +112,32 @@ class HostileWorld(World):
             walk = np.asfortranarray(walk)
         return walk
 
-    def answer(self, request: Request) -> list[tuple[float, Event]]:
+    def answer(self, request: ChunkRequest) -> list[tuple[float, PolicyEvent]]:
         rng = self.rng
-        reply = Reply(number=request.number, observed_at=request.observed_at, actions=self.policy(request))
+        reply = ChunkReply(
+            number=request.number, observed_at=request.observed_at, actions=self.policy(request)
+        )
         if self.happens(4):
             reply = replace(reply, number=rng.choice([0, -1, request.number + 1, math.nan]))
         if self.happens(5):
             reply = replace(reply, observed_at=rng.choice([0.0, self.now + 9, math.nan]))
         if self.happens(6):
             reply = replace(reply, number=str(request.number), observed_at=None)
-        event: Event = reply
+        event: PolicyEvent = reply
         if self.happens(7):
-            event = rng.choice([Late(request.number), Malformed("text")])
+            event = rng.choice([ReplyLate(request.number), ReplyMalformed("text")])
         if self.happens(8):
             lie = (
                 contract(low=(-9.0,) * 4, high=(8.0,) * 4)
                 if self.happens(9)
-                else self.supervisor.dialogue.contract
+                else self.supervisor.session.contract
             )
-            return [(self.now + 0.1, Lost("gone")), (self.now + rng.exponential(0.7), Found(lie))]
+            return [
+                (self.now + 0.1, PolicyLost("gone")),
+                (self.now + rng.exponential(0.7), PolicyReconnected(lie)),
+            ]
         delay = rng.exponential(0.5) if self.happens(10) else self.latency
-        sent: list[tuple[float, Event]] = [(self.now + delay, event)]
+        sent: list[tuple[float, PolicyEvent]] = [(self.now + delay, event)]
         if self.happens(11):
             sent.append((self.now + delay + rng.exponential(0.2), event))
         if self.happens(12) and self.old:
@@ -230,16 +242,16 @@ def test_chunks_are_trimmed_by_their_real_age(latency: float, first: int) -> Non
     (at, command), asked = world.checker.commands[0], world.requests[0]
     assert (at - asked.observed_at) * fast.rate_hz == pytest.approx(first)
     assert command == pytest.approx(chunk[first])
-    late = World(lambda request: chunk, latency=0.41, seconds=0.05, safety=Safety(patience_s=2.0))
+    late = World(lambda request: chunk, latency=0.41, seconds=0.05, safety=Safety(max_hold_s=2.0))
     report = late.run()
     assert report.kind == "policy" and not report.steps and report.dropped["expired"] >= 3
 
 
 def test_between_two_actions_the_target_is_interpolated() -> None:
-    timeline = Timeline(20.0, HORIZON, 4, 1.0)
+    timeline = ChunkTimeline(20.0, HORIZON, 4, 1.0)
     chunk = np.random.default_rng(0).normal(size=(HORIZON, 4))
-    timeline.pending = Request(number=1, observed_at=5.0, asked_at=5.0, observation=None)  # type: ignore[arg-type]
-    assert timeline.receive(Reply(number=1, observed_at=5.0, actions=chunk), 5.01) is None
+    timeline.pending = ChunkRequest(number=1, observed_at=5.0, asked_at=5.0, observation=None)  # type: ignore[arg-type]
+    assert timeline.receive(ChunkReply(number=1, observed_at=5.0, actions=chunk), 5.01) is None
     target = timeline.target(5.0 + 2.25 / 20)
     assert target is not None
     assert target.wanted == pytest.approx(0.75 * chunk[2] + 0.25 * chunk[3])
@@ -252,7 +264,7 @@ def test_between_two_actions_the_target_is_interpolated() -> None:
 
 def test_duplicates_late_and_reordered_replies_are_dropped() -> None:
     class Replaying(World):
-        def answer(self, request: Request) -> list[tuple[float, Event]]:
+        def answer(self, request: ChunkRequest) -> list[tuple[float, PolicyEvent]]:
             first = super().answer(request)
             if request.number == 3:
                 return first * 3
@@ -415,11 +427,14 @@ class Faulty(World):
             return math.nan
         return super().wait()
 
-    def answer(self, request: Request) -> list[tuple[float, Event]]:
+    def answer(self, request: ChunkRequest) -> list[tuple[float, PolicyEvent]]:
         if self.on and self.kind == "lost":
-            return [(self.now + 0.1, Lost("ConnectionError: gone"))]
+            return [(self.now + 0.1, PolicyLost("ConnectionError: gone"))]
         if self.on and self.kind == "other":
-            return [(self.now + 0.1, Lost("gone")), (self.now + 0.3, Found(contract(revision="other")))]
+            return [
+                (self.now + 0.1, PolicyLost("gone")),
+                (self.now + 0.3, PolicyReconnected(contract(revision="other"))),
+            ]
         if self.on and self.kind == "silent":
             return []
         return super().answer(request)
@@ -431,28 +446,28 @@ class Faulty(World):
         ("unread", "observation", "no observation for .* no frame", 1.3),
         ("hanging", "observation", "get_observation has not returned", 1.3),
         ("nan", "observation", "finite numbers", 1.3),
-        ("frozen", "camera", "'base' has shown the same picture", 0.0),
-        ("frozen later", "camera", "'base' has shown the same picture", 1.0),
-        ("ring", "camera", "same picture", 1.5),
-        ("one camera", "camera", "'base' has shown the same picture", 1.0),
-        ("blocked", "following", "joint2 is .* rad from where it was sent", 2.0),
-        ("escaped", "following", "joint2 is", 1.0),
+        ("frozen", "camera", "'base' has shown the same image", 0.0),
+        ("frozen later", "camera", "'base' has shown the same image", 1.0),
+        ("ring", "camera", "same image", 1.5),
+        ("one camera", "camera", "'base' has shown the same image", 1.0),
+        ("blocked", "following", "joint2 has a following error of .* rad", 2.0),
+        ("escaped", "following", "joint2 has", 1.0),
         ("unsent", "send", "commands have failed .* bus", 1.0),
         ("blocking send", "send", "send_action has not returned", 1.0),
         ("stalled", "stalled", "did not run for 4.00 s", 4.5),
         ("backwards", "clock", "must be monotonic", 0.5),
         ("nan time", "clock", "must be monotonic", 0.5),
         ("lost", "patience", "held for 3.0 s: ConnectionError: gone", 4.5),
-        ("other", "contract", "serves another policy", 1.0),
+        ("other", "contract", "has another policy", 1.0),
         ("silent", "patience", "held for 3.0 s: no chunk for this time", 4.5),
     ],
 )
 def test_each_fault_holds_then_stops(kind: str, stop: str, reason: str, most_s: float) -> None:
-    def swing(request: Request) -> np.ndarray:
+    def swing(request: ChunkRequest) -> np.ndarray:
         t = request.observed_at + np.arange(HORIZON)[:, None] * LIMITS.period
         return HOME + np.array([0.6, 0.5, 0.0, 0.0]) * np.sin(1.5 * (t - 0.3)) * min(1.0, request.observed_at)
 
-    world = Faulty(swing, seconds=30.0, safety=Safety(patience_s=3.0))
+    world = Faulty(swing, seconds=30.0, safety=Safety(max_hold_s=3.0))
     world.kind = kind
     report = world.run()
     assert report.kind == stop, report
@@ -497,16 +512,16 @@ def test_a_policy_that_always_wants_the_impossible_is_stopped() -> None:
 
 def test_a_policy_that_repeats_itself_is_stopped_unless_nothing_moves() -> None:
     report = World(constant(GOAL), seconds=30.0, safety=Safety(clamp_s=99)).run()
-    assert report.kind == "policy" and "one chunk again and again" in report.reason
+    assert report.kind == "policy" and "repeated the same chunk" in report.reason
     assert World(constant(HOME), seconds=12.0).run().kind == "finished"
 
 
 def test_a_chunk_is_never_used_beyond_its_horizon() -> None:
     class Once(World):
-        def answer(self, request: Request) -> list[tuple[float, Event]]:
+        def answer(self, request: ChunkRequest) -> list[tuple[float, PolicyEvent]]:
             return super().answer(request) if request.number == 1 else []
 
-    world = Once(towards(), seconds=30.0, safety=Safety(patience_s=2.0))
+    world = Once(towards(), seconds=30.0, safety=Safety(max_hold_s=2.0))
     report = world.run()
     assert report.kind == "patience"
     running = world.states.count(State.RUNNING)
@@ -561,9 +576,9 @@ def test_other_robots_are_refused_and_narrower_limits_accepted() -> None:
 
 def test_a_stop_before_the_start_sends_nothing() -> None:
     supervisor = Supervisor(LIMITS, contract(), "push")
-    decision = supervisor.step(Inputs(now=0.0, stop=("signal", "SIGTERM received")))
+    decision = supervisor.step(StepInputs(now=0.0, stop=("signal", "SIGTERM received")))
     assert decision.state is State.STOPPED and decision.command is None
-    assert supervisor.report.kind == "signal" and supervisor.step(Inputs(now=1.0)).command is None
+    assert supervisor.report.kind == "signal" and supervisor.step(StepInputs(now=1.0)).command is None
 
 
 def test_the_page_about_real_arms_lists_every_stop_with_its_bounds() -> None:

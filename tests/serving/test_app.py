@@ -24,13 +24,12 @@ from PIL.ExifTags import Base
 from prometheus_client.parser import text_string_to_metric_families
 
 from blm.serving.access import connections
-from blm.serving.access import keys as access
 from blm.serving.app import create_app
 from blm.serving.client import RemotePolicy
-from blm.serving.protocols.openai.conversation import Limits
-from blm.serving.protocols.openai.reply import AnswerText
+from blm.serving.protocols.openai.conversation import ChatLimits
+from blm.serving.protocols.openai.reply import VisibleText
 from blm.serving.protocols.openpi import wire
-from blm.serving.scheduler import Acted, BusyError, Engine, Room
+from blm.serving.scheduler import ActionResult, BusyError, ModelScheduler, SchedulerLimits
 from blm.types import (
     ActionChunk,
     BlmError,
@@ -47,9 +46,9 @@ from tests.support.serving import (
     JSON,
     PNG,
     BatchEcho,
+    EchoGenerator,
     EchoPolicy,
-    EchoSpeaker,
-    EndlessSpeaker,
+    EndlessGenerator,
     ask,
     body,
     connected,
@@ -66,7 +65,7 @@ from tests.support.serving import (
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with running(EchoPolicy(), EchoSpeaker()) as address:
+    with running(EchoPolicy(), EchoGenerator()) as address:
         yield address
 
 
@@ -221,7 +220,7 @@ def test_a_failing_policy_is_told_and_the_server_goes_on(server: str) -> None:
     seen = Observation(**{**vars(observation()), "instruction": "break"})
     with pytest.raises(BlmError, match=r"reports: the policy failed.*the weights are gone"):
         remote.act(seen)
-    with pytest.raises(BlmError, match="connect anew"):
+    with pytest.raises(BlmError, match="reconnect"):
         remote.act(observation())
     again = RemotePolicy(f"ws://{server}")
     assert again.act(observation()).actions.shape == (4, 8)
@@ -246,7 +245,7 @@ def test_no_server_and_slow_server_raise_blm_errors() -> None:
 def test_a_server_without_our_contract_is_driven_when_the_user_states_it() -> None:
     seen: list[dict] = []
     with foreign_openpi_server(seen) as address:
-        with pytest.raises(ContractError, match=r"sends no policy contract .*; say what it needs"):
+        with pytest.raises(ContractError, match=r"sends no policy contract .*; pass RemotePolicy"):
             RemotePolicy(f"ws://{address}")
         remote = RemotePolicy(f"ws://{address}", contract=EchoPolicy().contract)
         chunk = remote.act(observation())
@@ -262,7 +261,7 @@ def test_client_imports_no_torch() -> None:
 
 @uses_openpi_client
 def test_api_key_guards_both_spaces() -> None:
-    with running(EchoPolicy(), EchoSpeaker(), api_key="sesame") as address:
+    with running(EchoPolicy(), EchoGenerator(), api_key="sesame") as address:
         with pytest.raises(BlmError, match=r"401.*api_key"):
             RemotePolicy(f"ws://{address}")
         RemotePolicy(f"ws://{address}", api_key="sesame").close()
@@ -330,8 +329,8 @@ def test_raw_stream_ends_with_done(server: str) -> None:
 
 
 REFUSED_CONTENT = {
-    "url": (picture("http://169.254.169.254/latest"), 400, "opens no address"),
-    "file": (picture("file:///etc/passwd"), 400, "opens no address and no file"),
+    "url": (picture("http://169.254.169.254/latest"), 400, "does not load URLs"),
+    "file": (picture("file:///etc/passwd"), 400, "does not load URLs or files"),
     "not base64": (picture(PNG + "???"), 400, "not an image"),
     "not an image": (picture(PNG + base64.b64encode(b"hello").decode()), 400, "not an image"),
     "cut image": (picture(PNG + png((1, 2, 3), size=(64, 64))[:100]), 400, "not an image"),
@@ -367,7 +366,7 @@ def test_bad_chat_requests_say_why(server: str, asked: dict[str, object], status
 
 
 def test_size_limits() -> None:
-    with running(None, EchoSpeaker(), limits=Limits(body_bytes=2000, pixels=100)) as address:
+    with running(None, EchoGenerator(), chat_limits=ChatLimits(body_bytes=2000, pixels=100)) as address:
         url = f"http://{address}/v1/chat/completions"
         assert httpx.post(url, content=b"{" + b" " * 3000, headers=JSON).status_code == 413
         assert httpx.post(url, content=b"not json", headers=JSON).status_code == 400
@@ -378,8 +377,10 @@ def test_size_limits() -> None:
 
 
 def test_full_queue_is_503_with_retry_after_and_control_still_served() -> None:
-    speaker = EndlessSpeaker()
-    with running(EchoPolicy(), speaker, room=Room(chats_waiting=1, answers_together=1)) as address:
+    generator = EndlessGenerator()
+    with running(
+        EchoPolicy(), generator, scheduler_limits=SchedulerLimits(max_queued_chats=1, max_sequences=1)
+    ) as address:
         url = f"http://{address}/v1/chat/completions"
         replies: list[httpx.Response] = []
 
@@ -396,35 +397,35 @@ def test_full_queue_is_503_with_retry_after_and_control_still_served() -> None:
         remote = RemotePolicy(f"ws://{address}")
         assert remote.act(observation()).actions.shape == (4, 8)
         remote.close()
-        speaker.enough.set()
+        generator.enough.set()
         for thread in asking:
             thread.join()
         assert [reply.status_code for reply in replies[2:]] == [200, 200]
 
 
 def test_a_chat_ends_when_its_client_leaves() -> None:
-    speaker = EndlessSpeaker()
-    with running(None, speaker) as address:
+    generator = EndlessGenerator()
+    with running(None, generator) as address:
         url = f"http://{address}/v1/chat/completions"
         with suppress(httpx.ReadTimeout):
             httpx.post(url, json=body("hi", max_tokens=4096), timeout=0.3)
-        wait_for(lambda: not speaker.running)
+        wait_for(lambda: not generator.running)
         asked = body("hi", max_tokens=4096, stream=True)
         with httpx.stream("POST", url, json=asked, timeout=5) as reply:
             for number, _ in enumerate(reply.iter_lines()):
                 if number > 20:
                     break
-        wait_for(lambda: not speaker.running)
+        wait_for(lambda: not generator.running)
 
 
-class SlowSpeaker(EchoSpeaker):
+class SlowGenerator(EchoGenerator):
     def step(self) -> None:
         time.sleep(0.02)
         super().step()
 
 
 def test_a_stream_comes_in_pieces() -> None:
-    with running(None, SlowSpeaker()) as address:
+    with running(None, SlowGenerator()) as address:
         client = openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0)
         chunks = list(ask(client, "one two three four five", stream=True, n=2))
         client.close()
@@ -450,7 +451,7 @@ def test_what_is_sent_is_never_taken_back(stop: list[str]) -> None:
     expected = whole.lstrip()
     cuts = [cut for cut in map(expected.find, stop) if cut >= 0]
     expected = expected[: min(cuts)] if cuts else expected.rstrip()
-    answer, sent = AnswerText(stop), ""
+    answer, sent = VisibleText(stop), ""
     for length in range(1, len(whole) + 1):
         if answer.finish is None:
             sent += answer.add(whole[:length], length, "length" if length == len(whole) else None)
@@ -460,7 +461,7 @@ def test_what_is_sent_is_never_taken_back(stop: list[str]) -> None:
 
 
 def test_half_a_character_waits_for_the_other_half() -> None:
-    answer = AnswerText([])
+    answer = VisibleText([])
     assert answer.add("a\ufffd", 1, None) == "a"
     assert answer.add("aé", 2, None) == "é"
 
@@ -469,21 +470,21 @@ def test_half_a_character_waits_for_the_other_half() -> None:
 
 
 def test_an_action_waits_for_one_token_and_not_for_an_answer() -> None:
-    speaker = EndlessSpeaker()
+    generator = EndlessGenerator()
 
     async def scenario() -> None:
-        engine = Engine(EchoPolicy(), speaker)
-        talk = engine.talk((Message("user", ("hi",)),), [Sampling(max_tokens=4096)])
-        await anext(aiter(talk))
+        scheduler = ModelScheduler(EchoPolicy(), generator)
+        chat = scheduler.chat((Message("user", ("hi",)),), [Sampling(max_tokens=4096)])
+        await anext(aiter(chat))
         for seed in range(5):
-            before = speaker.steps
-            acted = await engine.act(observation(seed=seed))
-            assert (acted.chunk.actions == EchoPolicy().act(observation(seed=seed)).actions).all()
-            assert speaker.steps <= before + 3
-        engine.leave(talk)
-        engine.close()
-        engine.join()
-        assert not speaker.running
+            before = generator.steps
+            result = await scheduler.act(observation(seed=seed))
+            assert (result.chunk.actions == EchoPolicy().act(observation(seed=seed)).actions).all()
+            assert generator.steps <= before + 3
+        scheduler.cancel(chat)
+        scheduler.close()
+        scheduler.join()
+        assert not generator.running
 
     asyncio.run(scenario())
 
@@ -492,24 +493,24 @@ def test_observations_that_wait_are_answered_together_each_its_own() -> None:
     policy = BatchEcho()
 
     async def scenario() -> None:
-        engine = Engine(policy, None, Room(actions_together=4))
+        scheduler = ModelScheduler(policy, None, SchedulerLimits(max_action_batch=4))
         seen = [observation(seed=seed) for seed in range(10)]
         seen[5] = Observation(**{**vars(seen[5]), "instruction": "break"})
-        jobs = [asyncio.create_task(engine.act(one)) for one in seen]
+        jobs = [asyncio.create_task(scheduler.act(one)) for one in seen]
         await asyncio.sleep(0.1)
         jobs[2].cancel()
         policy.go.set()
         done = await asyncio.gather(*jobs, return_exceptions=True)
-        for number, (acted, one) in enumerate(zip(done, seen, strict=True)):
+        for number, (result, one) in enumerate(zip(done, seen, strict=True)):
             if number == 2:
-                assert isinstance(acted, asyncio.CancelledError)
+                assert isinstance(result, asyncio.CancelledError)
             elif number == 5:
-                assert isinstance(acted, RuntimeError)
+                assert isinstance(result, RuntimeError)
             else:
-                assert (acted.chunk.actions == EchoPolicy().act(one).actions).all()
+                assert (result.chunk.actions == EchoPolicy().act(one).actions).all()
         assert max(policy.sizes) == 4
-        engine.close()
-        engine.join()
+        scheduler.close()
+        scheduler.join()
 
     asyncio.run(scenario())
 
@@ -536,9 +537,9 @@ def test_a_chunk_in_progress_reaches_the_policy() -> None:
     left = np.arange(24, dtype=np.float32).reshape(3, 8)
     with running(Notes(), None) as address:
         remote = RemotePolicy(f"ws://{address}")
-        remote.act(Observation(**{**vars(observation()), "chunk": left, "frozen": 2}))
+        remote.act(Observation(**{**vars(observation()), "chunk": left, "inference_delay": 2}))
         remote.close()
-    assert got[-1].frozen == 2 and (got[-1].chunk == left).all()
+    assert got[-1].inference_delay == 2 and (got[-1].chunk == left).all()
 
 
 def test_health_waits_for_the_first_run_and_tells_of_a_broken_model() -> None:
@@ -564,8 +565,8 @@ def test_health_waits_for_the_first_run_and_tells_of_a_broken_model() -> None:
 
 
 def test_what_has_begun_ends_well_when_the_server_is_told_to_stop() -> None:
-    speaker, replies = EndlessSpeaker(), list[str]()
-    with running(EchoPolicy(), speaker) as address:
+    generator, replies = EndlessGenerator(), list[str]()
+    with running(EchoPolicy(), generator) as address:
         url = f"http://{address}/v1/chat/completions"
 
         def post() -> None:
@@ -573,12 +574,12 @@ def test_what_has_begun_ends_well_when_the_server_is_told_to_stop() -> None:
 
         asking = threading.Thread(target=post)
         asking.start()
-        wait_for(lambda: bool(speaker.running))
+        wait_for(lambda: bool(generator.running))
         remote = RemotePolicy(f"ws://{address}")
         start = time.monotonic()
     assert time.monotonic() - start < 6
     asking.join()
-    assert "going down" in replies[0].splitlines()[-2]
+    assert "shutting down" in replies[0].splitlines()[-2]
     with pytest.raises(BlmError, match="closed"):
         remote.act(observation())
 
@@ -588,8 +589,8 @@ HEADERS = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Typ
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/ch", HEADERS])
 def test_who_never_asks_is_cut_off(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(access, "PATIENCE_S", 0.5)
-    with running(EchoPolicy(), EchoSpeaker()) as address, connected(address) as half_open:
+    monkeypatch.setattr(connections, "REQUEST_TIMEOUT_S", 0.5)
+    with running(EchoPolicy(), EchoGenerator()) as address, connected(address) as half_open:
         remote = RemotePolicy(f"ws://{address}")
         half_open.sendall(sent)
         start = time.monotonic()
@@ -598,8 +599,8 @@ def test_who_never_asks_is_cut_off(sent: bytes, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_body_that_drips_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(access, "PATIENCE_S", 0.5)
-    with running(None, EchoSpeaker()) as address, connected(address) as slow:
+    monkeypatch.setattr(connections, "REQUEST_TIMEOUT_S", 0.5)
+    with running(None, EchoGenerator()) as address, connected(address) as slow:
         slow.sendall(HEADERS + b"Content-Length: 1000\r\n\r\n")
         for _ in range(20):
             slow.sendall(b" ")
@@ -611,7 +612,7 @@ def test_a_body_that_drips_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_more_connections_than_there_is_room_for_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 8)
     monkeypatch.setattr(connections, "ADDRESS_SHARE", 1.0)
-    with running(EchoPolicy(), EchoSpeaker()) as address, ExitStack() as stack:
+    with running(EchoPolicy(), EchoGenerator()) as address, ExitStack() as stack:
         for _ in range(8):
             stack.enter_context(closing(RemotePolicy(f"ws://{address}")))
         assert httpx.get(f"http://{address}/v1/models").status_code == 503
@@ -651,20 +652,22 @@ def test_the_line_is_bounded() -> None:
     policy = BatchEcho()
 
     async def scenario() -> None:
-        engine = Engine(policy, EchoSpeaker(), Room(actions_waiting=2, actions_together=1))
-        engine.ready.wait(5)
-        jobs = list[asyncio.Task[Acted]]()
+        scheduler = ModelScheduler(
+            policy, EchoGenerator(), SchedulerLimits(max_queued_actions=2, max_action_batch=1)
+        )
+        scheduler.ready.wait(5)
+        jobs = list[asyncio.Task[ActionResult]]()
         for seed in range(3):  # one is worked on, two wait
-            jobs.append(asyncio.create_task(engine.act(observation(seed=seed))))
+            jobs.append(asyncio.create_task(scheduler.act(observation(seed=seed))))
             await asyncio.sleep(0.1)
         with pytest.raises(BusyError, match="2 action requests are waiting"):
-            await engine.act(observation())
+            await scheduler.act(observation())
         policy.go.set()
         await asyncio.gather(*jobs)
-        engine.close()
-        engine.join()
-        with pytest.raises(BusyError, match="going down"):
-            await engine.act(observation())
+        scheduler.close()
+        scheduler.join()
+        with pytest.raises(BusyError, match="shutting down"):
+            await scheduler.act(observation())
 
     asyncio.run(scenario())
 

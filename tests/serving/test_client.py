@@ -219,11 +219,11 @@ OTHER_SERVERS = {
     "not found": (b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", "status 404"),
     "a redirect to elsewhere": (
         b"HTTP/1.1 302 Found\r\nLocation: ftp://x\r\nContent-Length: 0\r\n\r\n",
-        "is no policy server|not of the form|status 302",
+        "is not a policy server|not of the form|status 302",
     ),
-    "no HTTP": (b"220 mail.example ESMTP\r\n", "is no policy server"),
-    "nothing": (b"", "is no policy server"),
-    "binary": (bytes(range(256)), "is no policy server"),
+    "no HTTP": (b"220 mail.example ESMTP\r\n", "is not a policy server"),
+    "nothing": (b"", "is not a policy server"),
+    "binary": (bytes(range(256)), "is not a policy server"),
 }
 
 
@@ -301,9 +301,9 @@ def proxied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_loopback_needs_no_proxy(proxied: None) -> None:
     from blm.types import Message
-    from tests.support.serving import EchoSpeaker
+    from tests.support.serving import EchoGenerator
 
-    with running(EchoPolicy(), EchoSpeaker()) as address:
+    with running(EchoPolicy(), EchoGenerator()) as address:
         port = address.partition(":")[2]
         for host in ("127.0.0.1", "localhost", "LOCALHOST"):
             with RemotePolicy(f"ws://{host}:{port}") as remote:

@@ -18,11 +18,11 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from websockets.sync.client import connect
 
 from blm.serving.errors import MESSAGE_CHARACTERS, RequestError
-from blm.serving.protocols.openai.conversation import Limits, parse_request
-from blm.serving.protocols.openai.schema import DEFAULTS, HARMLESS, ChatRequest
+from blm.serving.protocols.openai.conversation import ChatLimits, parse_request
+from blm.serving.protocols.openai.schema import DEFAULTS, IGNORED, ChatCompletionRequest
 from blm.serving.protocols.openpi import wire
 from blm.types import BlmError
-from tests.support.serving import CONTRACT, JSON, EchoPolicy, EchoSpeaker, observation, running
+from tests.support.serving import CONTRACT, JSON, EchoGenerator, EchoPolicy, observation, running
 
 MANY = int(os.environ.get("BLM_FUZZ", "300"))
 """Inputs for each test; the slow runs take 10,000."""
@@ -131,7 +131,7 @@ turns = st.fixed_dictionaries(
         "reasoning_content": jsons,
     },
 )
-CHAT_FIELDS = (*ChatRequest.model_fields, *DEFAULTS, *HARMLESS)
+CHAT_FIELDS = (*ChatCompletionRequest.model_fields, *DEFAULTS, *IGNORED)
 given_fields = st.dictionaries(
     st.sampled_from(CHAT_FIELDS) | st.text(max_size=12), st.none() | st.integers(-3, 10) | jsons, max_size=4
 )
@@ -151,7 +151,7 @@ def to_body(chat: object) -> bytes:
 @given(chats.map(to_body) | st.binary(max_size=300))
 def test_any_chat_request(body: bytes) -> None:
     try:
-        parsed = parse_request(body, Limits())
+        parsed = parse_request(body, ChatLimits())
         assert parsed.request.samplings(4096)
         parsed.conversation.decoded()
     except RequestError as error:
@@ -196,7 +196,7 @@ def test_a_socket_tells_why_and_others_go_on(live: str, frame: bytes) -> None:
 @pytest.fixture(scope="module")
 def live():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with running(EchoPolicy(), EchoSpeaker()) as address:
+    with running(EchoPolicy(), EchoGenerator()) as address:
         yield address
         assert httpx.get(f"http://{address}/health").status_code == 200
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB

@@ -19,10 +19,18 @@ from hypothesis import strategies as st
 
 from blm.backbone import build_nano
 from blm.backbone.generation.generator import Generation
-from blm.serving.requests import ChatJob, FairQueue, Snapshot
-from blm.serving.scheduler import BusyError, Engine, EngineLimits, ModelError
+from blm.serving.requests import ChatRequest, FairQueue, Snapshot
+from blm.serving.scheduler import BusyError, ModelError, ModelScheduler, SchedulerLimits
 from blm.types import ActionChunk, BlmError, Message, Observation, Sampling
-from tests.support.serving import EchoPolicy, EchoSpeaker, EndlessSpeaker, Words, body, observation, running
+from tests.support.serving import (
+    EchoGenerator,
+    EchoPolicy,
+    EndlessGenerator,
+    Words,
+    body,
+    observation,
+    running,
+)
 
 T = TypeVar("T")
 HELLO = (Message("user", ("hello there",)),)
@@ -41,27 +49,29 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
-async def answer(engine: Engine, messages: Sequence[Message] = HELLO, way: Sampling | None = None) -> str:
-    talk = engine.talk(messages, [way or Sampling(max_tokens=4)])
+async def answer(
+    scheduler: ModelScheduler, messages: Sequence[Message] = HELLO, way: Sampling | None = None
+) -> str:
+    chat = scheduler.chat(messages, [way or Sampling(max_tokens=4)])
     try:
         last: list[Snapshot] = []
-        async for snapshots in talk:
+        async for snapshots in chat:
             last = snapshots
         return last[0].text
     finally:
-        engine.leave(talk)
+        scheduler.cancel(chat)
 
 
-def stop(engine: Engine) -> None:
-    engine.close()
-    engine.join()
+def stop(scheduler: ModelScheduler) -> None:
+    scheduler.close()
+    scheduler.join()
 
 
 # --- actions ---
 
 
 class Scripted(EchoPolicy):
-    """Answers each batch as `script` says, but for the observations that the engine itself tries."""
+    """Answers each batch as `script` says, but for the observations that the scheduler itself tries."""
 
     def __init__(self, script: Callable[[Sequence[Observation]], Any]) -> None:
         super().__init__()
@@ -139,20 +149,20 @@ def test_everyone_gets_a_reply_from_a_policy_that_misbehaves(name: str) -> None:
     policy = Scripted(HOSTILE_POLICIES[name])
 
     async def scenario() -> None:
-        engine = Engine(policy, None)
+        scheduler = ModelScheduler(policy, None)
         policy.hold.clear()
-        jobs = [asyncio.create_task(engine.act(observation(seed=seed))) for seed in range(5)]
+        requests = [asyncio.create_task(scheduler.act(observation(seed=seed))) for seed in range(5)]
         await asyncio.sleep(0.05)
         policy.hold.set()
-        replies = await asyncio.gather(*jobs, return_exceptions=True)
+        replies = await asyncio.gather(*requests, return_exceptions=True)
         if name == "too many":  # asked alone it gives two for one
             assert all(isinstance(reply, ModelError) for reply in replies)
         assert all(isinstance(reply, Exception) for reply in replies), replies
         policy.script = good
-        acted = await engine.act(observation())
-        assert (acted.chunk.actions == EchoPolicy().act(observation()).actions).all()
-        assert engine.health().status == "ok" and engine.failed is None
-        stop(engine)
+        result = await scheduler.act(observation())
+        assert (result.chunk.actions == EchoPolicy().act(observation()).actions).all()
+        assert scheduler.health().status == "ok" and scheduler.failed is None
+        stop(scheduler)
 
     run(scenario)
 
@@ -166,11 +176,11 @@ def test_a_bad_chunk_is_kept_from_its_robot_and_no_other() -> None:
         ]
 
     async def scenario() -> None:
-        engine = Engine(Scripted(third_is_nan), None)
-        jobs = [engine.act(observation(seed=seed)) for seed in range(6)]
-        replies = await asyncio.gather(*jobs, return_exceptions=True)
+        scheduler = ModelScheduler(Scripted(third_is_nan), None)
+        requests = [scheduler.act(observation(seed=seed)) for seed in range(6)]
+        replies = await asyncio.gather(*requests, return_exceptions=True)
         assert [isinstance(reply, ModelError) for reply in replies] == [seed == 3 for seed in range(6)]
-        stop(engine)
+        stop(scheduler)
 
     run(scenario)
 
@@ -183,14 +193,16 @@ def test_one_clients_rows_do_not_starve_another() -> None:
     policy = Scripted(good)
 
     async def scenario() -> None:
-        engine = Engine(policy, None, EngineLimits(actions_together=4, actions_per_client=50))
-        await until(engine.ready.is_set)
+        scheduler = ModelScheduler(
+            policy, None, SchedulerLimits(max_action_batch=4, max_queued_actions_per_client=50)
+        )
+        await until(scheduler.ready.is_set)
         policy.hold.clear()
-        flood = [asyncio.create_task(engine.act(named("flood"), client="flood"))]
-        await until(lambda: not engine._actions and not engine._idle)
-        flood += [asyncio.create_task(engine.act(named("flood", n), client="flood")) for n in range(50)]
-        await until(lambda: len(engine._actions) == 50)
-        others = [asyncio.create_task(engine.act(named(who), client=who)) for who in ("a", "b")]
+        flood = [asyncio.create_task(scheduler.act(named("flood"), client="flood"))]
+        await until(lambda: not scheduler._actions and not scheduler._idle)
+        flood += [asyncio.create_task(scheduler.act(named("flood", n), client="flood")) for n in range(50)]
+        await until(lambda: len(scheduler._actions) == 50)
+        others = [asyncio.create_task(scheduler.act(named(who), client=who)) for who in ("a", "b")]
         await asyncio.sleep(0.05)
         policy.hold.set()
         await asyncio.gather(*others)
@@ -201,13 +213,13 @@ def test_one_clients_rows_do_not_starve_another() -> None:
         replies = await asyncio.gather(*flood, return_exceptions=True)
         assert not [reply for reply in replies if isinstance(reply, Exception)]
         policy.hold.clear()
-        flood = [asyncio.create_task(engine.act(named("flood", n), client="flood")) for n in range(60)]
+        flood = [asyncio.create_task(scheduler.act(named("flood", n), client="flood")) for n in range(60)]
         await asyncio.sleep(0.05)
         policy.hold.set()
         replies = await asyncio.gather(*flood, return_exceptions=True)
         busy = [str(reply) for reply in replies if isinstance(reply, BusyError)]
         assert busy and all("50 action requests of this client" in reply for reply in busy)
-        stop(engine)
+        stop(scheduler)
 
     run(scenario)
 
@@ -216,23 +228,23 @@ def test_cancelled_observations_free_their_places_at_once() -> None:
     policy = Scripted(good)
 
     async def scenario() -> None:
-        engine = Engine(policy, None, EngineLimits(actions_together=1, actions_waiting=4))
-        await until(engine.ready.is_set)
+        scheduler = ModelScheduler(policy, None, SchedulerLimits(max_action_batch=1, max_queued_actions=4))
+        await until(scheduler.ready.is_set)
         policy.hold.clear()
-        first = asyncio.create_task(engine.act(named("first"), client="first"))
-        await until(lambda: len(engine._actions) == 0 and not engine._idle)
+        first = asyncio.create_task(scheduler.act(named("first"), client="first"))
+        await until(lambda: len(scheduler._actions) == 0 and not scheduler._idle)
         for _ in range(20):
-            jobs = [asyncio.create_task(engine.act(named("gone"), client="gone")) for _ in range(4)]
+            requests = [asyncio.create_task(scheduler.act(named("gone"), client="gone")) for _ in range(4)]
             await asyncio.sleep(0)
-            assert engine.waiting["actions"] == 4
-            for job in jobs:
-                job.cancel()
-            await asyncio.gather(*jobs, return_exceptions=True)
-            assert engine.waiting["actions"] == 0
+            assert scheduler.waiting["actions"] == 4
+            for request in requests:
+                request.cancel()
+            await asyncio.gather(*requests, return_exceptions=True)
+            assert scheduler.waiting["actions"] == 0
         policy.hold.set()
         await first
         assert [name for batch in policy.batches for name in batch] == ["first"]
-        stop(engine)
+        stop(scheduler)
 
     run(scenario)
 
@@ -251,7 +263,7 @@ def test_the_queue_is_fair_and_bounded_whatever_happens(steps: list[tuple[str, i
         client: Hashable = client_number or None
         if what == "put":
             number += 1
-            mine = [job for job in model if job[0] == client]
+            mine = [request for request in model if request[0] == client]
             full = len(model) >= 8 or (client is not None and len(mine) >= 3)
             try:
                 queue.put((client, number), client)
@@ -261,18 +273,18 @@ def test_the_queue_is_fair_and_bounded_whatever_happens(steps: list[tuple[str, i
             except BusyError:
                 assert full
         elif what == "remove" and model:
-            job = model[pick % len(model)]
-            assert queue.remove(job, job[0]) and not queue.remove(job, job[0])
-            model.remove(job)
+            request = model[pick % len(model)]
+            assert queue.remove(request, request[0]) and not queue.remove(request, request[0])
+            model.remove(request)
         elif what == "pop":
             first = queue.first()
             taken = queue.pop()
             assert taken == first and (taken is None) == (not model)
             if taken is not None:
-                assert taken == next(job for job in model if job[0] == taken[0]), "in order for each client"
+                assert taken == next(one for one in model if one[0] == taken[0]), "in order for each client"
                 model.remove(taken)
                 since = {who: count + 1 for who, count in since.items()} | {taken[0]: 0}
-        since = {who: count for who, count in since.items() if any(job[0] == who for job in model)}
+        since = {who: count for who, count in since.items() if any(request[0] == who for request in model)}
         assert len(queue) == len(model) and all(count <= 3 for count in since.values()), "a turn for each"
 
 
@@ -283,22 +295,22 @@ def test_a_temperature_of_almost_nothing_ends_no_chat() -> None:
     """It left a half-started answer behind; from then on every chat was a 500."""
 
     async def scenario() -> None:
-        engine = Engine(None, Generation(build_nano()))
-        expected = await answer(engine)
+        scheduler = ModelScheduler(None, Generation(build_nano()))
+        expected = await answer(scheduler)
         for temperature in (1e-38, 5e-324, 1e-320, 1e-7):
             for top_p in (1.0, 1e-320, 1e-46):
                 assert (
-                    await answer(engine, way=Sampling(max_tokens=4, temperature=temperature, top_p=top_p))
+                    await answer(scheduler, way=Sampling(max_tokens=4, temperature=temperature, top_p=top_p))
                     == expected
                 )
-        assert await answer(engine) == expected
-        assert engine.health().status == "ok"
-        stop(engine)
+        assert await answer(scheduler) == expected
+        assert scheduler.health().status == "ok"
+        stop(scheduler)
 
     run(scenario)
 
 
-class FailingGenerator(EchoSpeaker):
+class FailingGenerator(EchoGenerator):
     """Fails where `where` says, on conversations that say "break"."""
 
     def __init__(self, where: str, error: BaseException) -> None:
@@ -339,18 +351,18 @@ ERRORS = [RuntimeError("no weights"), MemoryError(), StopIteration(), SystemExit
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
 def test_everyone_gets_a_reply_from_a_generator_that_misbehaves(where: str, error: BaseException) -> None:
     async def scenario() -> None:
-        engine = Engine(EchoPolicy(), FailingGenerator(where, error))
+        scheduler = ModelScheduler(EchoPolicy(), FailingGenerator(where, error))
         bad = (Message("user", ("please break now ok",)),)
         replies = await asyncio.gather(
-            *(answer(engine, bad if number % 2 else HELLO) for number in range(6)), return_exceptions=True
+            *(answer(scheduler, bad if number % 2 else HELLO) for number in range(6)), return_exceptions=True
         )
         assert all(isinstance(reply, Exception | str) for reply in replies)
         if where in ("start", "text"):
             assert [isinstance(reply, str) for reply in replies] == [True, False] * 3
-        assert await answer(engine) == "user: hello there"
-        assert (await engine.act(observation())).chunk.actions.shape == (4, 8)
-        await until(lambda: engine.health().status == "ok")
-        stop(engine)
+        assert await answer(scheduler) == "user: hello there"
+        assert (await scheduler.act(observation())).chunk.actions.shape == (4, 8)
+        await until(lambda: scheduler.health().status == "ok")
+        stop(scheduler)
 
     run(scenario)
 
@@ -359,19 +371,19 @@ def test_health_tells_whether_a_token_can_be_made_now() -> None:
     generator = FailingGenerator("start", RuntimeError("no weights"))
 
     async def scenario() -> None:
-        engine = Engine(EchoPolicy(), generator, EngineLimits(check_s=0.05))
-        await until(lambda: engine.health().status == "ok")
+        scheduler = ModelScheduler(EchoPolicy(), generator, SchedulerLimits(check_s=0.05))
+        await until(lambda: scheduler.health().status == "ok")
         generator.broken = True
         with pytest.raises(RuntimeError, match="no weights"):
-            await answer(engine)
-        await until(lambda: engine.health().status == "failed")
-        assert "no weights" in engine.health().reason and "no weights" in str(engine.failed)
-        assert (await engine.act(observation())).chunk.actions.shape == (4, 8), "robots are served"
+            await answer(scheduler)
+        await until(lambda: scheduler.health().status == "failed")
+        assert "no weights" in scheduler.health().reason and "no weights" in str(scheduler.failed)
+        assert (await scheduler.act(observation())).chunk.actions.shape == (4, 8), "robots are served"
         generator.broken = False
-        await until(lambda: engine.health().status == "ok")  # nobody asked: it was tried
-        assert await answer(engine) == "user: hello there"
-        stop(engine)
-        assert engine.health().status == "closing"
+        await until(lambda: scheduler.health().status == "ok")  # nobody asked: it was tried
+        assert await answer(scheduler) == "user: hello there"
+        stop(scheduler)
+        assert scheduler.health().status == "closing"
 
     run(scenario)
 
@@ -380,55 +392,55 @@ def test_a_thread_that_hangs_is_not_healthy() -> None:
     policy = Scripted(good)
 
     async def scenario() -> None:
-        engine = Engine(policy, None, EngineLimits(stall_s=0.2))
-        await until(engine.ready.is_set)
+        scheduler = ModelScheduler(policy, None, SchedulerLimits(stall_s=0.2))
+        await until(scheduler.ready.is_set)
         await asyncio.sleep(0.4)
-        assert engine.health().status == "ok", "nobody waits for anything"
+        assert scheduler.health().status == "ok", "nobody waits for anything"
         policy.hold.clear()
-        job = asyncio.create_task(engine.act(observation()))
+        request = asyncio.create_task(scheduler.act(observation()))
         await asyncio.sleep(0.05)
-        assert engine.health().status == "ok"
+        assert scheduler.health().status == "ok"
         await asyncio.sleep(0.4)
-        assert engine.health().status == "failed" and "has not moved" in engine.health().reason
+        assert scheduler.health().status == "failed" and "has made no progress" in scheduler.health().reason
         policy.hold.set()
-        await job
-        await until(lambda: engine.health().status == "ok")
-        stop(engine)
+        await request
+        await until(lambda: scheduler.health().status == "ok")
+        stop(scheduler)
 
     run(scenario)
 
 
 def test_when_the_thread_dies_everyone_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    speaker, policy = EndlessSpeaker(), Scripted(good)
+    generator, policy = EndlessGenerator(), Scripted(good)
 
     async def scenario() -> None:
-        engine = Engine(policy, speaker)
-        await until(engine.ready.is_set)
-        talking = asyncio.create_task(answer(engine, way=Sampling(max_tokens=4096)))
-        await until(lambda: bool(speaker.running))
+        scheduler = ModelScheduler(policy, generator)
+        await until(scheduler.ready.is_set)
+        talking = asyncio.create_task(answer(scheduler, way=Sampling(max_tokens=4096)))
+        await until(lambda: bool(generator.running))
         policy.hold.clear()
-        acting = [asyncio.create_task(engine.act(observation())) for _ in range(3)]
+        acting = [asyncio.create_task(scheduler.act(observation())) for _ in range(3)]
         await asyncio.sleep(0.05)
-        monkeypatch.setattr(engine, "_has_work", lambda: 1 / 0)
+        monkeypatch.setattr(scheduler, "_has_work", lambda: 1 / 0)
         policy.hold.set()
-        late = [asyncio.create_task(engine.act(observation())), asyncio.create_task(answer(engine))]
+        late = [asyncio.create_task(scheduler.act(observation())), asyncio.create_task(answer(scheduler))]
         replies = await asyncio.gather(talking, *acting, *late, return_exceptions=True)
         assert isinstance(replies[0], ModelError) and "has ended" in str(replies[0])
         assert all(isinstance(reply, Exception) for reply in replies[-2:])
-        engine.join()
+        scheduler.join()
         for _ in range(2):
             with pytest.raises(ModelError, match="has ended"):
-                await engine.act(observation())
+                await scheduler.act(observation())
             with pytest.raises(ModelError, match="has ended"):
-                await answer(engine)
-        assert engine.health().status == "failed" and "ZeroDivisionError" in engine.health().reason
+                await answer(scheduler)
+        assert scheduler.health().status == "failed" and "ZeroDivisionError" in scheduler.health().reason
 
     run(scenario)
 
 
 def test_the_endpoint_says_what_the_engine_says() -> None:
     generator = FailingGenerator("start", RuntimeError("no weights"))
-    with running(None, generator, room=EngineLimits(check_s=0.05)) as address:
+    with running(None, generator, scheduler_limits=SchedulerLimits(check_s=0.05)) as address:
         url = f"http://{address}"
         wait_for_status(url, 200)
         generator.broken = True
@@ -477,18 +489,18 @@ def test_actions_come_between_the_pieces_of_a_long_prompt(
     long = (Message("user", ("What can you do with it? " * 100,)),)
 
     async def scenario() -> None:
-        engine = Engine(Scripted(acts), generation)
-        await until(engine.ready.is_set)
+        scheduler = ModelScheduler(Scripted(acts), generation)
+        await until(scheduler.ready.is_set)
         events.clear()
-        asking = [asyncio.create_task(answer(engine, long, Sampling(max_tokens=8))) for _ in range(3)]
-        while not all(job.done() for job in asking):
-            await engine.act(observation())
-        texts = [job.result() for job in asking]
+        asking = [asyncio.create_task(answer(scheduler, long, Sampling(max_tokens=8))) for _ in range(3)]
+        while not all(request.done() for request in asking):
+            await scheduler.act(observation())
+        texts = [request.result() for request in asking]
         assert len(set(texts)) == 1
         between = max(len(part.split()) for part in " ".join(events).split("act"))
         assert events.count("piece") > 30 and between <= 2, events
-        assert await answer(engine, long, Sampling(max_tokens=8)) == texts[0]
-        stop(engine)
+        assert await answer(scheduler, long, Sampling(max_tokens=8)) == texts[0]
+        stop(scheduler)
 
     run(scenario)
 
@@ -497,14 +509,14 @@ def test_a_short_question_does_not_wait_for_a_long_prompt(generation: Generation
     long = (Message("user", ("What can you do with it? " * 250,)),)
 
     async def scenario() -> None:
-        engine = Engine(None, generation)
-        await until(engine.ready.is_set)
-        reading = asyncio.create_task(answer(engine, long))
-        await until(lambda: engine.waiting["answers"] == 1)
-        await answer(engine)
+        scheduler = ModelScheduler(None, generation)
+        await until(scheduler.ready.is_set)
+        reading = asyncio.create_task(answer(scheduler, long))
+        await until(lambda: scheduler.waiting["answers"] == 1)
+        await answer(scheduler)
         assert not reading.done()
         await reading
-        stop(engine)
+        stop(scheduler)
 
     run(scenario)
 
@@ -514,16 +526,16 @@ def test_who_leaves_at_any_moment_leaves_nothing_behind(generation: Generation, 
     long = (Message("user", ("What can you do with it? " * 60,)),)
 
     async def scenario() -> None:
-        engine = Engine(None, generation)
-        expected = await answer(engine, long)
+        scheduler = ModelScheduler(None, generation)
+        expected = await answer(scheduler, long)
         for pause in (0, 0.002, 0.005, 0.01, 0.02, 0.04, 0.08):
-            talk = engine.talk(long, [Sampling(max_tokens=500, seed=n) for n in range(answers)])
+            chat = scheduler.chat(long, [Sampling(max_tokens=500, seed=n) for n in range(answers)])
             await asyncio.sleep(pause)
-            engine.leave(talk)
-        await until(lambda: set(engine.waiting.values()) == {0})
+            scheduler.cancel(chat)
+        await until(lambda: set(scheduler.waiting.values()) == {0})
         assert not generation.running
-        assert await answer(engine, long) == expected
-        stop(engine)
+        assert await answer(scheduler, long) == expected
+        stop(scheduler)
 
     run(scenario)
 
@@ -539,85 +551,87 @@ def test_what_does_not_fit_is_refused_and_what_fails_harms_no_other(
         return forward(*given, **named)
 
     async def scenario() -> None:
-        engine = Engine(None, generation, EngineLimits(check_s=0.05))
-        expected = await answer(engine)
+        scheduler = ModelScheduler(None, generation, SchedulerLimits(check_s=0.05))
+        expected = await answer(scheduler)
         for text in ("x" * 10**6, "0 " * 5000, "<image>"):
             with pytest.raises(BlmError):
-                await answer(engine, (Message("user", (text,)),))
+                await answer(scheduler, (Message("user", (text,)),))
         monkeypatch.setattr(generation.backbone.model, "forward", failing)
-        running_one = asyncio.create_task(answer(engine, way=Sampling(max_tokens=3000)))
+        running_one = asyncio.create_task(answer(scheduler, way=Sampling(max_tokens=3000)))
         await until(lambda: bool(generation.running) or running_one.done())
         fails.set()
         with suppress(torch.OutOfMemoryError):
             await running_one
         with pytest.raises(torch.OutOfMemoryError):
-            await answer(engine)
-        await until(lambda: engine.health().status == "failed")
+            await answer(scheduler)
+        await until(lambda: scheduler.health().status == "failed")
         fails.clear()
-        await until(lambda: engine.health().status == "ok")
-        assert await answer(engine) == expected and not generation.running
-        stop(engine)
+        await until(lambda: scheduler.health().status == "ok")
+        assert await answer(scheduler) == expected and not generation.running
+        stop(scheduler)
 
     run(scenario)
 
 
 def test_a_reader_that_is_slow_keeps_no_more_than_the_last_state() -> None:
     async def scenario() -> None:
-        job = ChatJob(HELLO, [Sampling()], asyncio.get_running_loop())
+        request = ChatRequest(HELLO, [Sampling()], asyncio.get_running_loop())
         for count in range(1000):
-            job.tell([Snapshot("x" * count, count, None)])
-        job.tell([Snapshot("all", 1001, "stop")])
+            request.publish([Snapshot("x" * count, count, None)])
+        request.publish([Snapshot("all", 1001, "stop")])
         await asyncio.sleep(0)
-        assert [s[0].text async for s in job] == ["all"]
+        assert [s[0].text async for s in request] == ["all"]
 
     run(scenario)
 
 
 def test_a_reader_whose_loop_is_gone_harms_nobody() -> None:
-    engine = Engine(None, EchoSpeaker())
+    scheduler = ModelScheduler(None, EchoGenerator())
 
     async def leave_without_a_word() -> None:
-        engine.talk(HELLO, [Sampling(max_tokens=4)])
+        scheduler.chat(HELLO, [Sampling(max_tokens=4)])
 
     for _ in range(3):
         asyncio.run(leave_without_a_word())
-    assert asyncio.run(answer(engine)) == "user: hello there"
-    stop(engine)
+    assert asyncio.run(answer(scheduler)) == "user: hello there"
+    stop(scheduler)
 
 
 def test_chats_of_one_client_do_not_starve_another() -> None:
-    speaker = EndlessSpeaker()
+    generator = EndlessGenerator()
 
     async def scenario() -> None:
-        engine = Engine(None, speaker, EngineLimits(answers_together=1, chats_per_client=5))
-        await until(engine.ready.is_set)
-        talks = [engine.talk(HELLO, [Sampling(max_tokens=4096)], client="flood") for _ in range(5)]
-        await until(lambda: bool(speaker.running))
-        talks.append(engine.talk(HELLO, [Sampling(max_tokens=4096)], client="flood"))
+        scheduler = ModelScheduler(
+            None, generator, SchedulerLimits(max_sequences=1, max_queued_chats_per_client=5)
+        )
+        await until(scheduler.ready.is_set)
+        chats = [scheduler.chat(HELLO, [Sampling(max_tokens=4096)], client="flood") for _ in range(5)]
+        await until(lambda: bool(generator.running))
+        chats.append(scheduler.chat(HELLO, [Sampling(max_tokens=4096)], client="flood"))
         with pytest.raises(BusyError, match="5 chat requests of this client"):
-            engine.talk(HELLO, [Sampling()], client="flood")
-        other = engine.talk((Message("user", ("other",)),), [Sampling(max_tokens=3)], client="other")
-        engine.leave(talks[0])
-        engine.leave(talks[1])
-        async for _ in talks[2]:
+            scheduler.chat(HELLO, [Sampling()], client="flood")
+        other = scheduler.chat((Message("user", ("other",)),), [Sampling(max_tokens=3)], client="other")
+        scheduler.cancel(chats[0])
+        scheduler.cancel(chats[1])
+        async for _ in chats[2]:
             break
-        engine.leave(talks[2])
+        scheduler.cancel(chats[2])
         async for _ in other:
             break
-        assert not any(talk.answers for talk in talks[3:])
-        stop(engine)
+        assert not any(chat.sequences for chat in chats[3:])
+        stop(scheduler)
 
     run(scenario)
 
 
 def test_a_server_without_chat_or_policy_says_so() -> None:
     async def scenario() -> None:
-        engine = Engine(None, None)
+        scheduler = ModelScheduler(None, None)
         with pytest.raises(BlmError, match="no policy"):
-            await engine.act(observation())
+            await scheduler.act(observation())
         with pytest.raises(BlmError, match="no chat"):
-            engine.talk(HELLO, [Sampling()])
-        await until(lambda: engine.health().status == "ok")
-        stop(engine)
+            scheduler.chat(HELLO, [Sampling()])
+        await until(lambda: scheduler.health().status == "ok")
+        stop(scheduler)
 
     run(scenario)

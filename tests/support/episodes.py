@@ -1,4 +1,4 @@
-"""Small episodes and their data set."""
+"""Small episodes, and a dataset of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPACE = ActionSpace(
 
 
 def numbered_frames(numbers):
-    """Pictures that carry their number as a 4 x 4 grid of dark and bright blocks, in one tint per camera."""
+    """Return pictures that encode their number as a 4 x 4 grid of dark and bright blocks."""
     bits = np.array([[(n >> k) & 1 for k in range(16)] for n in numbers], np.uint8).reshape(-1, 4, 4)
     grey = np.kron(40 + 170 * bits, np.ones((1, SIDE // 4, SIDE // 4), np.uint8))
     return np.stack([grey, grey, grey // 2], axis=-1)

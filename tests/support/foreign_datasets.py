@@ -1,4 +1,4 @@
-"""LeRobot data sets as other programs write them."""
+"""LeRobotDatasets as other programs write them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STARTS = np.cumsum([0, *LENGTHS])
 
 
 def picture(key, i):
-    """Frame i of one camera: grey that grows with i."""
+    """Return frame i of one camera, whose grey level increases with i."""
     return np.full((*SHAPES[key], 3), 20 + 8 * i, np.uint8)
 
 
@@ -42,7 +42,7 @@ def features(**changes):
 
 
 def rows(episode, lists=pa.list_):
-    """The columns of one episode's frames."""
+    """Return the columns of one episode's frames."""
     n = LENGTHS[episode]
     place = slice(STARTS[episode], STARTS[episode + 1])
     kind = lists(pa.float32()) if lists is pa.list_ else pa.list_(pa.float32(), 3)
@@ -64,7 +64,7 @@ def write_info(folder, changes, **info):
 
 
 def write_v2(folder, version="v2.1", **changes):
-    """One file an episode, three episodes a chunk."""
+    """Write one file per episode and three episodes per chunk."""
     name = "chunk-{episode_chunk:03d}/%s/episode_{episode_index:06d}"
     data, videos = f"data/{name.replace('/%s', '')}.parquet", f"videos/{name % '{video_key}'}.mp4"
     write_info(folder, changes, codebase_version=version, data_path=data, video_path=videos)
@@ -85,7 +85,7 @@ def write_v2(folder, version="v2.1", **changes):
 
 
 def write_v3(folder, **changes):
-    """Two data files, two video files for one camera and one for the other, in two chunks."""
+    """Write two data files, and two video files for one camera and one for the other, in two chunks."""
     name = "chunk-{chunk_index:03d}/file-{file_index:03d}"
     data, videos = f"data/{name}.parquet", f"videos/{{video_key}}/{name}.mp4"
     write_info(folder, changes, codebase_version="v3.0", data_path=data, video_path=videos)

@@ -9,11 +9,14 @@ from collections.abc import Callable
 from blm.io import folders
 
 STEPS = ("rename", "replace", "unlink", "rmdir", "mkdir", "open", "write", "fsync")
-"""Calls of the system between which a process is killed."""
+"""System calls before which a process is killed."""
 
 
 def killed_at(step: int, work: Callable[[], object], *, exchange: bool = True) -> bool:
-    """Run `work` in a process that is killed just before its n-th call of the system; whether it was."""
+    """Run `work` in a child process that is killed just before its n-th system call.
+
+    Returns whether the child was killed. Without `exchange`, folders cannot be exchanged atomically.
+    """
     child = os.fork()
     if child == 0:
         count = 0

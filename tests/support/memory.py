@@ -16,7 +16,7 @@ MEGABYTE = 2**20
 
 @contextmanager
 def memory_below(most: float) -> Iterator[None]:
-    """Fail if Python allocates more bytes meanwhile; Pillow's own memory is not among them."""
+    """Fail if Python allocates more than `most` bytes in the context. Pillow's own memory is not counted."""
     tracemalloc.start()
     try:
         yield

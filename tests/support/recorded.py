@@ -6,6 +6,7 @@ import numpy as np
 
 
 def recorded():
+    """Return the primitive labels and the success flags of an episode with flickering labels."""
     runs = [
         ("approach", 8),
         ("descend", 9),

@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from blm.runtime import Limits, Report, Safety, State
+from blm.runtime import ArmLimits, RunReport, Safety, State
 from blm.runtime.arm import Reading
-from blm.runtime.chunks import Reply, Request
-from blm.runtime.states import Event, Inputs
+from blm.runtime.states import PolicyEvent, StepInputs
 from blm.runtime.supervisor import Supervisor
+from blm.runtime.timeline import ChunkReply, ChunkRequest
 from blm.types import ActionSpace, PolicyContract
 
 SIDE, HORIZON, EXECUTE = 4, 8, 4
 NAMES = ("joint1", "joint2", "joint3", "gripper")
-LIMITS = Limits(
+LIMITS = ArmLimits(
     robot="panda",
     names=NAMES,
     low=(-2.0, -1.0, 0.1, 0.0),
@@ -28,7 +28,7 @@ LIMITS = Limits(
 HOME = np.array([0.0, 0.2, 0.5, 1.0])
 
 
-def contract(limits: Limits = LIMITS, **changes: Any) -> PolicyContract:
+def contract(limits: ArmLimits = LIMITS, **changes: Any) -> PolicyContract:
     space: dict[str, Any] = {
         "robot": limits.robot,
         "names": limits.names,
@@ -53,9 +53,9 @@ def picture(number: int) -> np.ndarray:
 
 @dataclass
 class Checker:
-    """Judges commands by the definition of the limits, without the shaper's own arithmetic."""
+    """Judges commands by the definition of the limits, without the limiter's own arithmetic."""
 
-    limits: Limits
+    limits: ArmLimits
     position: np.ndarray | None = None
     step: np.ndarray = field(default_factory=lambda: np.zeros(0))
     at: float | None = None
@@ -71,9 +71,11 @@ class Checker:
         assert (command >= low).all() and (command <= high).all(), (command, low, high)
         step, gap = command - self.position, dt if self.at is None else now - self.at
         assert gap >= dt * (1 - 1e-5), f"two commands within {gap} s"
-        assert (np.abs(step) <= np.array(limits.velocity) * dt).all(), step / dt
+        # positions are float64: a difference of two steps is exact to a few times their last bit
+        rounding = 4 * np.spacing(np.maximum(np.abs(command), np.abs(self.position)))
+        assert (np.abs(step) <= np.array(limits.velocity) * dt + rounding).all(), step / dt
         change = np.abs(step - self.step)
-        assert (change <= np.array(limits.acceleration) * dt**2).all(), change / dt**2
+        assert (change <= np.array(limits.acceleration) * dt**2 + rounding).all(), change / dt**2
         # A late command moved the arm more slowly than its step says: the next one speeds up from there.
         self.position, self.at, self.step = command, now, step * min(1.0, dt / gap)
         self.commands.append((now, command))
@@ -88,9 +90,9 @@ class World:
 
     def __init__(
         self,
-        policy: Callable[[Request], Any],
+        policy: Callable[[ChunkRequest], Any],
         *,
-        limits: Limits = LIMITS,
+        limits: ArmLimits = LIMITS,
         safety: Safety | None = None,
         seconds: float = 10.0,
         latency: float = 0.1,
@@ -102,9 +104,9 @@ class World:
             limits, promise or contract(limits), "push", safety=safety, seconds=seconds
         )
         self.state, self.target, self.now = np.array(start, float), np.array(start, float), 0.0
-        self.steps, self.inbox = 0, list[tuple[float, Event]]()
+        self.steps, self.inbox = 0, list[tuple[float, PolicyEvent]]()
         self.checker, self.measured = Checker(limits), np.array(start, float)
-        self.requests: list[Request] = []
+        self.requests: list[ChunkRequest] = []
         self.states: list[State] = []
 
     # hooks
@@ -116,9 +118,9 @@ class World:
     def move(self) -> None:
         self.state = self.target.copy()
 
-    def answer(self, request: Request) -> list[tuple[float, Event]]:
+    def answer(self, request: ChunkRequest) -> list[tuple[float, PolicyEvent]]:
         actions = self.policy(request)
-        reply = Reply(number=request.number, observed_at=request.observed_at, actions=actions)
+        reply = ChunkReply(number=request.number, observed_at=request.observed_at, actions=actions)
         return [(self.now + self.latency, reply)]
 
     def inputs(self) -> dict[str, Any]:
@@ -135,7 +137,7 @@ class World:
         due = [event for at, event in self.inbox if at <= self.now + 1e-9]
         self.inbox = [(at, event) for at, event in self.inbox if at > self.now + 1e-9]
         fields = {"now": self.now, "reading": reading, "read_error": error, "events": due} | self.inputs()
-        decision = self.supervisor.step(Inputs(**fields))
+        decision = self.supervisor.step(StepInputs(**fields))
         good = self.supervisor.health.reading
         if good is not None and self.checker.position is None:
             self.measured = good.state
@@ -151,8 +153,8 @@ class World:
         self.steps += 1
         self.now += self.wait()
 
-    def run(self, most: int = 2000) -> Report:
+    def run(self, most: int = 2000) -> RunReport:
         while self.supervisor.state is not State.STOPPED and self.steps < most:
             self.step()
-        assert self.supervisor.step(Inputs(now=self.now + 1)).command is None or self.steps == most
+        assert self.supervisor.step(StepInputs(now=self.now + 1)).command is None or self.steps == most
         return self.supervisor.report

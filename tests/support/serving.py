@@ -20,7 +20,7 @@ from openpi_client import msgpack_numpy
 from PIL import Image as Pillow
 
 from blm.serving.app import Server, create_app, server_config
-from blm.serving.scheduler import Speaker
+from blm.serving.scheduler import TokenGenerator
 from blm.types import (
     ActionChunk,
     ActionSpace,
@@ -88,7 +88,7 @@ class Words:
             self.ended = "length"
 
 
-class EchoSpeaker:
+class EchoGenerator:
     """Says what it got, word by word: words, picture colours, and how it was to be drawn."""
 
     def __init__(self) -> None:
@@ -134,9 +134,11 @@ def observation(robot: str = "panda", seed: int = 3, size: int = SIDE) -> Observ
     return Observation(images=images, state=state, instruction="push the cube", robot=robot, seed=seed)
 
 
-def running(policy: Policy | None, speaker: Speaker | None, **options: object) -> AbstractContextManager[str]:
+def running(
+    policy: Policy | None, generator: TokenGenerator | None, **options: object
+) -> AbstractContextManager[str]:
     """A real server on a free port; gives 'host:port'."""
-    return running_app(create_app(policy, speaker, **options))
+    return running_app(create_app(policy, generator, **options))
 
 
 def free_port() -> int:
@@ -205,7 +207,7 @@ def foreign_openpi_server(seen: list[dict]) -> Iterator[str]:
         thread.join()
 
 
-class EndlessSpeaker(EchoSpeaker):
+class EndlessGenerator(EchoGenerator):
     """Goes on until `enough` is set."""
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ from blm.planner.arm_planner import PlanError
 from blm.planner.demonstration import Perturbation, demonstrate, replay
 from blm.robots import ROBOTS
 from blm.tasks import TASKS, Env
-from blm.tasks.maniskill import COUNTERPARTS, ManiSkillEnv, from_maniskill, require_maniskill, to_maniskill
+from blm.tasks.maniskill import MANISKILL_TASKS, ManiSkillEnv, from_maniskill, require_maniskill, to_maniskill
 from blm.tasks.scene import CAMERAS
 from blm.types import BlmError, UnknownNameError
 
@@ -50,14 +50,14 @@ def test_actions_convert_and_convert_back():
     assert to_maniskill(np.ones(8))[-1] == 1  # open
 
 
-@pytest.mark.parametrize("task", COUNTERPARTS)
+@pytest.mark.parametrize("task", MANISKILL_TASKS)
 def test_names_are_those_of_our_tasks(task):
-    counterpart = COUNTERPARTS[task]
+    counterpart = MANISKILL_TASKS[task]
     assert set(counterpart.objects) == {item.name for item in TASKS[task].items(ROBOTS["panda"])}
     env = Env("panda", task, cameras=())
     env.reset(seed=0)
     assert set(counterpart.flags) <= env.evaluate().keys()
-    assert scripts.SEGMENTS.keys() == COUNTERPARTS.keys()
+    assert scripts.SEGMENTS.keys() == MANISKILL_TASKS.keys()
 
 
 def test_says_how_to_install_it(monkeypatch):
@@ -195,7 +195,7 @@ def test_the_goal_is_in_the_pictures(env):
 
 
 @inside
-@pytest.mark.parametrize("task", COUNTERPARTS)
+@pytest.mark.parametrize("task", MANISKILL_TASKS)
 def test_scripts_make_demonstrations_that_replay(task):
     env = ManiSkillEnv("panda", task, cameras=("base",), image_size=32, terminate_on_success=False)
     expert = scripts.ManiSkillExpert(env, np.random.default_rng(0))
@@ -210,7 +210,7 @@ def test_scripts_make_demonstrations_that_replay(task):
 
 
 @inside
-@pytest.mark.parametrize("task", COUNTERPARTS)
+@pytest.mark.parametrize("task", MANISKILL_TASKS)
 def test_our_success_rule_judges_as_theirs(task):
     """At every step of a demonstration and of its continuation with a wild arm, our rule on their state.
 
@@ -223,10 +223,10 @@ def test_our_success_rule_judges_as_theirs(task):
     while not expert.done:
         theirs = env.step(expert.act()[0])[4]["success"]
         verdicts.add(theirs)
-        assert env.task_spec.success(env.world())["success"] == theirs
+        assert env.task_spec.success(env.task_state())["success"] == theirs
     for _ in range(60):
         action = np.append(env.state()[:7] + rng.normal(0, 0.15, 7), rng.uniform()).astype(np.float32)
-        theirs, ours = env.step(action)[4]["success"], env.task_spec.success(env.world())["success"]
+        theirs, ours = env.step(action)[4]["success"], env.task_spec.success(env.task_state())["success"]
         assert theirs == ours or (theirs and task == "lift_peg_upright")
     assert verdicts == {False, True}
     env.close()

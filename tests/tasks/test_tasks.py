@@ -15,7 +15,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from blm.robots import ROBOTS
-from blm.tasks import TASKS, Env, ObjectState, World, gl_backend
+from blm.tasks import TASKS, Env, ObjectState, TaskState, gl_backend
 from blm.tasks.appearance import Appearance
 from blm.tasks.distractors import draw_distractors
 from blm.tasks.spec import Region
@@ -40,10 +40,10 @@ def equal(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def world(robot: str, speed: float = 0.0, **positions: tuple[float, float, float]) -> World:
+def world(robot: str, speed: float = 0.0, **positions: tuple[float, float, float]) -> TaskState:
     upright = np.array([1.0, 0, 0, 0])
     objects = {name: ObjectState(name, "", "", np.array(at), upright) for name, at in positions.items()}
-    return World(ROBOTS[robot], objects, speed, frozenset())
+    return TaskState(ROBOTS[robot], objects, speed, frozenset())
 
 
 @pytest.mark.parametrize(("robot", "task"), CELLS)
@@ -112,7 +112,7 @@ def put_down(robot, task, name, position, speed=0.0, spin=0.0, grasped=(), **oth
     upright = np.array([1.0, 0, 0, 0])
     objects = {other: ObjectState(other, "", "", np.array(at), upright) for other, at in others.items()}
     objects[name] = ObjectState(name, "", "", np.array(position), upright, speed=speed, spin=spin)
-    return TASKS[task].success(World(ROBOTS[robot], objects, 0.0, frozenset(grasped)))
+    return TASKS[task].success(TaskState(ROBOTS[robot], objects, 0.0, frozenset(grasped)))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_lift_peg_needs_a_peg_on_either_end(lean, height, success, end):
     angle = end * (np.pi / 2 - lean)
     turned = np.array([np.cos(angle / 2), 0, np.sin(angle / 2), 0])
     peg = ObjectState("peg", "", "", np.array([0, 0, height]), turned)
-    flags = TASKS["lift_peg_upright"].success(World(ROBOTS["panda"], {"peg": peg}, 0.0, frozenset()))
+    flags = TASKS["lift_peg_upright"].success(TaskState(ROBOTS["panda"], {"peg": peg}, 0.0, frozenset()))
     assert flags["success"] is success
 
 
@@ -342,7 +342,7 @@ def test_cameras_show_the_task_closely(robot):
         focal = 56 / np.tan(np.radians(env.model.cam(camera).fovy[0]) / 2)
         assert depth / focal < 0.005, "more than 5 mm a pixel"
     robot_share = np.isin(env.model.geom_bodyid, range(1, env.model.body("right_finger").id + 1))
-    geoms = env._draw().geoms(env.data, "wrist", 112)
+    geoms = env._ensure_renderer().geoms(env.data, "wrist", 112)
     assert np.append(robot_share, False)[geoms].mean() < 0.4, "the hand fills the wrist camera's image"
 
 

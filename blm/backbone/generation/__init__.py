@@ -1,1 +1,1 @@
-"""Answers token by token, for many conversations at once."""
+"""Text generation with continuous batching."""

@@ -1,6 +1,6 @@
-"""Answers in progress that share each pass, and their keys and values.
+"""Sequences that are generated in one batch, and their key-value cache.
 
-Shapes: B answers, L positions of the longest, D numbers of a head, V vocabulary.
+Shapes: B sequences, L positions of the longest, D size of an attention head, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,46 +19,48 @@ from blm.types import Sampling
 
 
 @dataclass(eq=False)
-class Answer:
-    """One answer in progress."""
+class GeneratedSequence:
+    """An answer while it is generated, and afterwards."""
 
     prompt: Tensor
-    """[L] tokens asked with."""
+    """[L] token ids of the prompt."""
     position: int
-    """Where the next token stands, for the model's position code."""
+    """Position id of the next token."""
     sampling: Sampling
     tokens: list[int] = field(default_factory=list)
+    """Token ids generated so far."""
     ended: Literal["stop", "length"] | None = None
-    """By the model's end token, or because there was no more room."""
+    """Finish reason: the model's end token, or the limit on tokens; None while it is running."""
     error: Exception | None = None
-    """Why it could not go on."""
+    """The error that ended it."""
 
     def __post_init__(self) -> None:
-        self.draw = torch.Generator().manual_seed(self.sampling.seed)
+        self.generator = torch.Generator().manual_seed(self.sampling.seed)
         self.seen: Tensor | None = None
-        """[V] bool: tokens of prompt and answer, where repetition is penalised."""
+        """[V] bool: tokens of prompt and answer, if the sampling penalises repetition."""
         self.detokenizer: Detokenizer | None = None
 
     @property
     def prompt_tokens(self) -> int:
-        """How many tokens it was asked with, pictures included."""
+        """Number of prompt tokens, placeholders of pictures included."""
         return len(self.prompt)
 
     @property
-    def goes_on(self) -> bool:
+    def is_running(self) -> bool:
+        """True until it has ended or failed."""
         return self.ended is None and self.error is None
 
 
 @dataclass(frozen=True, eq=False)
-class RowCache:
-    """Keys and values, a row for each answer, padded on the left."""
+class KeyValueCache:
+    """Keys and values of a batch, one row for each sequence, padded on the left."""
 
     cache: DynamicCache
     mask: Tensor
     """[B, L], 0 at padding."""
 
-    def select(self, rows: Sequence[int]) -> RowCache:
-        """Return copies of these rows, without the padding that only others needed."""
+    def select(self, rows: Sequence[int]) -> KeyValueCache:
+        """Return a copy of these rows, cut to the longest of them."""
         index = torch.tensor(rows, device=self.mask.device)
         mask = self.mask[index]
         longest = int(mask.sum(1).amax())
@@ -66,56 +68,60 @@ class RowCache:
             (keys[:, :, -longest:][index], values[:, :, -longest:][index])
             for keys, values in _layers(self.cache)
         ]
-        return RowCache(_cache_of(layers), mask[:, -longest:])
+        return KeyValueCache(_cache_of(layers), mask[:, -longest:])
 
-    def joined(self, other: RowCache) -> RowCache:
-        """Return the rows of both, padded to the longer one."""
+    def joined(self, other: KeyValueCache) -> KeyValueCache:
+        """Return the rows of both caches, padded to the longer one."""
         length = max(self.mask.shape[1], other.mask.shape[1])
 
-        def joined(*both: Tensor) -> Tensor:
+        def padded(*both: Tensor) -> Tensor:
             return torch.cat([F.pad(x, (0, 0, length - x.shape[2], 0)) for x in both])
 
         layers = [
-            (joined(keys, more_keys), joined(values, more_values))
+            (padded(keys, more_keys), padded(values, more_values))
             for (keys, values), (more_keys, more_values) in zip(
                 _layers(self.cache), _layers(other.cache), strict=True
             )
         ]
         masks = [F.pad(mask, (length - mask.shape[1], 0)) for mask in (self.mask, other.mask)]
-        return RowCache(_cache_of(layers), torch.cat(masks))
+        return KeyValueCache(_cache_of(layers), torch.cat(masks))
 
-    def longer(self) -> RowCache:
-        """Return the same after a pass that added one position to each row."""
-        return RowCache(self.cache, F.pad(self.mask, (0, 1), value=1))
+    def extended(self) -> KeyValueCache:
+        """Return the cache for a pass that adds one position to each row."""
+        return KeyValueCache(self.cache, F.pad(self.mask, (0, 1), value=1))
 
 
 @dataclass(eq=False)
 class Batch:
-    answers: list[Answer]
-    rows: RowCache
-    """One for each answer."""
+    """Sequences that share each forward pass."""
+
+    sequences: list[GeneratedSequence]
+    cache: KeyValueCache
+    """One row for each sequence."""
 
     @property
     def length(self) -> int:
-        """Positions of the longest."""
-        return self.rows.mask.shape[1]
+        """Positions of the longest sequence, prompt included."""
+        return self.cache.mask.shape[1]
 
     def joined(self, other: Batch) -> Batch:
-        return Batch(self.answers + other.answers, self.rows.joined(other.rows))
+        """Return a batch of the sequences of both."""
+        return Batch(self.sequences + other.sequences, self.cache.joined(other.cache))
 
-    def select(self, places: Sequence[int]) -> Batch:
-        return Batch([self.answers[place] for place in places], self.rows.select(places))
+    def select(self, rows: Sequence[int]) -> Batch:
+        """Return a batch of these rows."""
+        return Batch([self.sequences[row] for row in rows], self.cache.select(rows))
 
 
-def fail(answers: Sequence[Answer], error: Exception) -> None:
-    """Let those that go on do so no more."""
-    for answer in answers:
-        if answer.goes_on:
-            answer.error = error
+def fail(sequences: Sequence[GeneratedSequence], error: Exception) -> None:
+    """End the sequences that are still running with this error."""
+    for sequence in sequences:
+        if sequence.is_running:
+            sequence.error = error
 
 
 def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [B, heads, L, D] of each layer."""
+    """Return keys and values [B, heads, L, D] of each layer."""
     layers: list[Any] = cache.layers
     return [(layer.keys, layer.values) for layer in layers if layer.is_initialized]
 
@@ -123,7 +129,7 @@ def _layers(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
 def _cache_of(layers: Sequence[tuple[Tensor, Tensor]]) -> DynamicCache:
     cache = DynamicCache()
     for number, (keys, values) in enumerate(layers):
-        cache.update(keys[:, :, :0], values[:, :, :0], number)  # makes the layer; no copy of what it holds
+        cache.update(keys[:, :, :0], values[:, :, :0], number)  # creates the layer without a copy
         layer: Any = cache.layers[number]
         layer.keys, layer.values = keys, values
     return cache

@@ -1,22 +1,22 @@
-"""Text of an answer in progress, decoded as it grows."""
+"""Incremental detokenization of a growing answer."""
 
 from __future__ import annotations
 
 from typing import Any
 
 HALF = "\ufffd"
-"""What a tokenizer writes for bytes that are no character, or not yet."""
+"""The replacement character, which stands for bytes that do not form a character, or not yet."""
 WINDOW = 64
-"""Tokens that are decoded again with each new one, at most. A character has at most four bytes, each of which
-may be a token of its own; a longer run of half characters is no text."""
+"""Maximum number of tokens to decode again with each new one. A character has at most four bytes,
+each of which may be a token of its own; a longer run of incomplete characters is no text."""
 
 
 class Detokenizer:
     """Adds tokens to a text at a cost that does not grow with the text.
 
-    A token's text may depend on the tokens before it (spaces, halves of a character), so a window of the last
-    tokens is decoded with and without the new ones, and the difference is what they add. The same is done by
-    Hugging Face's text-generation-inference (`decode_token`).
+    A token's text may depend on the tokens before it (spaces, halves of a character), so a window
+    of the last tokens is decoded with and without the new ones, and the difference is what they
+    add. The same is done by Hugging Face's text-generation-inference (`decode_token`).
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -44,7 +44,7 @@ class Detokenizer:
                 self._start = self._read - 1
 
     def _added(self) -> str:
-        """What the tokens from `_read` on add to the text."""
+        """Return the text that the tokens from `_read` on add."""
         if self._read == len(self._tokens):
             return ""
         before = self._decode(self._tokens[self._start : self._read])

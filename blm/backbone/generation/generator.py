@@ -1,9 +1,10 @@
-"""Answers token by token: conversations begin and end at any time, and those that fit share a pass.
+"""Text generation with continuous batching and chunked prefill.
 
-No call takes longer than one bounded piece of work: `advance` reads one piece of a prompt, `step` makes one
-token of the answers of one batch. What fails harms nothing else: a prompt that cannot be read was never among
-the answers, and an answer that cannot go on leaves them with its `error`.
-Shapes: B answers in a batch, L positions of the longest, V vocabulary.
+Conversations begin and end at any time; sequences that fit share a forward pass. Each call does one
+bounded piece of work: `advance` prefills one chunk of a prompt, `step` generates one token for one
+batch. A failure affects nothing else: a prompt that cannot be read never joins a batch, and a
+sequence that cannot continue leaves its batch with its `error` set. Shapes: B sequences in a batch,
+L positions of the longest, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,69 +16,70 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from blm.backbone.generation.batch import Answer, Batch, RowCache, fail
+from blm.backbone.generation.batch import Batch, GeneratedSequence, KeyValueCache, fail
 from blm.backbone.generation.detokenizer import Detokenizer
-from blm.backbone.generation.prefill import Prefill, PrefixReader, Prompt
-from blm.backbone.generation.sampling import ScoreError, choose_token, is_greedy, penalise
+from blm.backbone.generation.prefill import ChunkRunner, Prefill, Prompt
+from blm.backbone.generation.sampling import TokenChooser
+from blm.backbone.model import MultimodalModel
 from blm.backbone.tokenizing import BackboneTokenizer
-from blm.backbone.video import grids_of, token_types
 from blm.types import BlmError, ChatCapacity, Message, Sampling
-
-if TYPE_CHECKING:
-    from blm.backbone.backbone import Backbone, Inputs
 
 log = logging.getLogger(__name__)
 CACHE_TOKENS = 65_536
-"""Tokens whose keys and values one request may keep: 2-4 GB at 7 B parameters. No longer context is served,
-whatever the model could hold; it is also 16 answers of 4096 tokens, nano's whole context."""
+"""Maximum tokens in the key-value cache of one request: 2-4 GB at 7 B parameters. It bounds the
+context length, whatever the model could hold; it is also 16 answers of 4096 tokens, nano's whole
+context."""
 BYTES_PER_TOKEN = 16
-"""Text with more bytes per token than this is padding: English has about 4, no language more than 8."""
+"""Maximum bytes of text per token, for bounds on a request: English has about 4, no language more
+than 8."""
 MAX_IMAGES = 64
-"""Pictures in one conversation: a video of 64 frames."""
+"""Maximum pictures in one conversation: a video of 64 frames."""
 PIECE_TOKENS = {"cpu": 128}
-"""Prompt tokens in one pass, by kind of device."""
+"""Prompt tokens in one prefill pass, by device type."""
 PIECE_TOKENS_ELSEWHERE = 512
-"""On an accelerator: the prefill budget at which vLLM's chunked prefill starts (`max_num_batched_tokens`)."""
+"""On an accelerator: the prefill budget at which vLLM's chunked prefill starts
+(`max_num_batched_tokens`)."""
 STEP_TOKENS = {"cpu": 8192}
-"""Cached tokens in one pass that makes tokens: each of them is read, and copied once, for each new one."""
+"""Cached tokens in one decoding pass, which reads and copies each of them for each new token."""
 STEP_TOKENS_ELSEWHERE = 262_144
 
 
 class Generation:
-    """The answers that a model is giving; but for `prepare` and the limits it belongs to one thread."""
+    """The sequences that a model is generating. Only `prepare` and the limits may be used by other
+    threads."""
 
     def __init__(
-        self, backbone: Backbone, *, piece_tokens: int | None = None, step_tokens: int | None = None
+        self, backbone: MultimodalModel, *, piece_tokens: int | None = None, step_tokens: int | None = None
     ) -> None:
-        """`piece_tokens`, `step_tokens`: bounds on one call's work, else as measured for the device."""
+        """`piece_tokens`, `step_tokens`: tokens of one prefill and one decoding pass; None: by
+        device."""
         device = str(backbone.model.device.type)
         self.backbone = backbone
         self.piece_tokens = piece_tokens or PIECE_TOKENS.get(device, PIECE_TOKENS_ELSEWHERE)
         self.step_tokens = step_tokens or STEP_TOKENS.get(device, STEP_TOKENS_ELSEWHERE)
         self._batches = list[Batch]()
-        self._reader = PrefixReader(backbone)
+        self._chunk_runner = ChunkRunner(backbone)
         takes = inspect.signature(backbone.model.forward).parameters
         self._cache_name = "cache" if "cache" in takes else "past_key_values"  # before transformers 5.24
         config = backbone.model.generation_config
-        self._ends = set(np.atleast_1d(config.eos_token_id).tolist())
-        self._penalty = config.repetition_penalty or 1.0
+        end_tokens = np.atleast_1d(config.eos_token_id).tolist()
+        self._chooser = TokenChooser(end_tokens, config.repetition_penalty or 1.0)
 
     # --- limits: any thread ---
 
     @property
     def context_length(self) -> int:
-        """Tokens that a prompt and its answer may have together."""
+        """Maximum tokens of a prompt and its answer together."""
         return min(self.backbone.decoder.config.max_position_embeddings, CACHE_TOKENS)
 
     @cached_property
     def capacity(self) -> ChatCapacity:
-        """What one request can hold at most."""
+        """Limits on one request."""
         longest = max(len(token.encode()) for token in self.backbone.processor.tokenizer.get_vocab())
         image_tokens = self.tokens_per_image(1, 1)
         return ChatCapacity(
@@ -88,33 +90,35 @@ class Generation:
         )
 
     def tokens_per_image(self, width: int, height: int) -> int:
-        """Return how many tokens a picture of this size [px] takes, without looking at one."""
+        """Return the number of tokens of a picture of this size [px]."""
         counted = self.backbone.processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
         return int(counted.num_image_tokens[0])
 
     # --- prompts: any thread ---
 
     @cached_property
-    def _front(self) -> Backbone:
-        """The backbone with a processor of its own, so that no action waits while a prompt is tokenised."""
-        front = copy.copy(self.backbone)
-        front.processor = copy.deepcopy(self.backbone.processor)
-        front._processing = threading.Lock()
-        return front
+    def _tokenizing_backbone(self) -> MultimodalModel:
+        """The backbone with its own copy of the processor, so that no action waits for
+        tokenization."""
+        backbone = copy.copy(self.backbone)
+        backbone.processor = copy.deepcopy(self.backbone.processor)
+        backbone._processing = threading.Lock()
+        return backbone
 
     @cached_property
     def tokenizer(self) -> BackboneTokenizer:
-        """What counts tokens beside the model's thread."""
-        return BackboneTokenizer(self._front)
+        """The tokenizer for other threads than the model's."""
+        return BackboneTokenizer(self._tokenizing_backbone)
 
     def prepare(self, messages: Sequence[Message], samplings: Sequence[Sampling]) -> Prompt:
-        """Tokenise one conversation, with an answer for each sampling; may run in any thread.
+        """Tokenise one conversation, to be answered once for each sampling; may run in any thread.
 
-        Answers are clamped to what the context holds. Raises BlmError for a prompt that does not fit, before
-        it is tokenised where its size alone tells, and as `Backbone.render` and `Backbone.process` do.
+        `max_tokens` is reduced to the room that the context leaves. Raises BlmError for a prompt
+        that does not fit (before tokenization where its size alone shows it), and as
+        `Backbone.render` and `Backbone.process` do.
         """
         self._require_room(messages)
-        inputs = self._front.read([messages])
+        inputs = self._tokenizing_backbone.read([messages])
         length, count = inputs["input_ids"].shape[1], len(samplings)
         room = min(self.context_length, CACHE_TOKENS // count) - length
         if room < 1:
@@ -123,7 +127,7 @@ class Generation:
                 f"{length + room}, the answer's first token included: use fewer pictures or words"
             )
         clamped = [replace(s, max_tokens=min(s.max_tokens, room)) for s in samplings]
-        return Prompt(inputs, positions_of(self._front, inputs), clamped, [0] * count)
+        return Prompt(inputs, self.backbone.position_ids(inputs), clamped, [0] * count)
 
     def _require_room(self, messages: Sequence[Message]) -> None:
         capacity = self.capacity
@@ -146,18 +150,19 @@ class Generation:
     # --- the model's thread ---
 
     @property
-    def running(self) -> list[Answer]:
-        """The answers in progress."""
-        return [answer for batch in self._batches for answer in batch.answers]
+    def running(self) -> list[GeneratedSequence]:
+        """The sequences that are being generated."""
+        return [sequence for batch in self._batches for sequence in batch.sequences]
 
     def begin(self, prompt: Prompt) -> Prefill:
-        """Return a prompt's reading, of which nothing is done yet."""
-        return Prefill(self._reader, prompt, self.piece_tokens, self._cache_name)
+        """Return the prefill of a prompt, not yet started."""
+        return Prefill(self._chunk_runner, prompt, self.piece_tokens, self._cache_name)
 
-    def advance(self, prefill: Prefill) -> list[Answer] | None:
-        """Read one piece; after the last one return the answers, each with its first token.
+    def advance(self, prefill: Prefill) -> list[GeneratedSequence] | None:
+        """Run one piece of a prefill; after the last one return its sequences, each with its first
+        token.
 
-        Raises whatever stands in the way; then nothing has changed but the prefill, which is of no more use.
+        On an error only the prefill has changed; it cannot be used any more.
         """
         if prefill.logits is None and not prefill.advance():
             return None
@@ -165,10 +170,11 @@ class Generation:
 
     def start(
         self, conversations: Sequence[Sequence[Message]], samplings: Sequence[Sampling]
-    ) -> list[Answer]:
-        """Read conversations in one pass, choose the first token of each answer, and go on with them.
+    ) -> list[GeneratedSequence]:
+        """Prefill conversations in one pass, choose the first token of each answer, and add them to
+        a batch.
 
-        Raises BlmError as `Backbone.encode` does; when anything fails, nothing has changed.
+        Raises BlmError as `Backbone.encode` does. On any error no running sequence has changed.
         """
         inputs = {name: value.cpu() for name, value in self.backbone.encode(conversations).items()}
         limit = self.backbone.decoder.config.max_position_embeddings
@@ -176,171 +182,120 @@ class Generation:
             replace(sampling, max_tokens=max(1, min(sampling.max_tokens, limit - length)))
             for sampling, length in zip(samplings, inputs["attention_mask"].sum(1).tolist(), strict=True)
         ]
-        prompt = Prompt(inputs, positions_of(self.backbone, inputs), clamped, range(len(clamped)))
-        prefill = Prefill(self._reader, prompt, None, self._cache_name)
+        prompt = Prompt(inputs, self.backbone.position_ids(inputs), clamped, range(len(clamped)))
+        prefill = Prefill(self._chunk_runner, prompt, None, self._cache_name)
         prefill.advance()
-        while (answers := self._enter(prefill)) is None:
+        while (sequences := self._enter(prefill)) is None:
             pass
-        return answers
+        return sequences
 
     @torch.no_grad()
     def step(self) -> None:
-        """Choose the next token of every answer of one batch, the batches in turn.
+        """Generate the next token of every sequence of one batch; batches take turns (round robin).
 
-        An answer that ends is not among those running any more; nor is one that fails, which has an `error`.
-        When a whole pass fails, its batch does, and no other.
+        A sequence that ends, or fails with an `error`, leaves its batch. When a whole pass fails,
+        all sequences of its batch fail, and no others.
         """
         if not self._batches:
             return
         batch = self._batches.pop(0)
         try:
-            self._batches += self._stepped(batch)
+            self._batches += self._decode_step(batch)
         except Exception as error:
-            log.exception("a batch of %d answers failed", len(batch.answers))
-            fail(batch.answers, error)
+            log.exception("a batch of %d answers failed", len(batch.sequences))
+            fail(batch.sequences, error)
 
-    def drop(self, answer: Answer) -> None:
-        """Stop an answer that nobody waits for any more."""
+    def drop(self, sequence: GeneratedSequence) -> None:
+        """Stop a sequence whose client has left."""
         for batch in self._batches:
-            if answer in batch.answers:
-                answer.ended = "length"
+            if sequence in batch.sequences:
+                sequence.ended = "length"
                 self._batches.remove(batch)
-                self._batches += self._kept(batch)
+                self._batches += self._without_ended(batch)
                 return
 
-    def text(self, answer: Answer) -> str:
-        """Return what an answer says so far; each new token costs the same, however long it is."""
-        if answer.detokenizer is None:
-            if not answer.goes_on:
+    def text(self, sequence: GeneratedSequence) -> str:
+        """Return the text generated so far; the cost of a call does not grow with the text."""
+        if sequence.detokenizer is None:
+            if not sequence.is_running:
                 tokenizer: Any = self.backbone.processor.tokenizer
-                return str(tokenizer.decode(answer.tokens, skip_special_tokens=True))
-            answer.detokenizer = Detokenizer(self.backbone.processor.tokenizer)
-        return answer.detokenizer.text(answer.tokens)
+                return str(tokenizer.decode(sequence.tokens, skip_special_tokens=True))
+            sequence.detokenizer = Detokenizer(self.backbone.processor.tokenizer)
+        return sequence.detokenizer.text(sequence.tokens)
 
     @torch.no_grad()
-    def _enter(self, prefill: Prefill) -> list[Answer] | None:
-        """Choose first tokens, copy what was read for one batch of answers a call, then take them all on."""
-        if prefill.answers is None:
-            prefill.answers = self._first_tokens(prefill)
-        staying = [number for number, answer in enumerate(prefill.answers) if answer.goes_on]
-        together = max(1, self.step_tokens // prefill.prompt.tokens)
-        copied = sum(len(batch.answers) for batch in prefill.copied)
-        if some := staying[copied : copied + together]:
-            rows = RowCache(prefill.cache, prefill.mask).select([prefill.prompt.rows[n] for n in some])
-            prefill.copied.append(Batch([prefill.answers[number] for number in some], rows))
-        if copied + len(some) < len(staying):
+    def _enter(self, prefill: Prefill) -> list[GeneratedSequence] | None:
+        """Choose first tokens, then copy the key-value cache, one batch a call; then join the
+        batches."""
+        if prefill.sequences is None:
+            prefill.sequences = self._first_tokens(prefill)
+        running = [number for number, sequence in enumerate(prefill.sequences) if sequence.is_running]
+        batch_size = max(1, self.step_tokens // prefill.prompt.tokens)
+        copied = sum(len(batch.sequences) for batch in prefill.copied)
+        if chosen := running[copied : copied + batch_size]:
+            whole = KeyValueCache(prefill.cache, prefill.mask)
+            cache = whole.select([prefill.prompt.rows[number] for number in chosen])
+            prefill.copied.append(Batch([prefill.sequences[number] for number in chosen], cache))
+        if copied + len(chosen) < len(running):
             return None
         batches = list(self._batches)
         for batch in prefill.copied:
-            self._place(batches, batch)
+            self._join(batches, batch)
         self._batches = batches
-        return prefill.answers
+        return prefill.sequences
 
-    def _first_tokens(self, prefill: Prefill) -> list[Answer]:
+    def _first_tokens(self, prefill: Prefill) -> list[GeneratedSequence]:
         prompt, mask = prefill.prompt, prefill.mask
         assert prefill.logits is not None
         rows = torch.tensor(prompt.rows, device=mask.device)
         # The largest position is not always the last: Qwen2.5-VL gives late patches of a video larger ones.
         following = prompt.positions.reshape(-1, *mask.shape).amax((0, 2)) + 1
-        answers = [
-            Answer(prefill.ids[row][mask[row].bool()], int(following[row]), sampling)
+        sequences = [
+            GeneratedSequence(prefill.ids[row][mask[row].bool()], int(following[row]), sampling)
             for row, sampling in zip(prompt.rows, prompt.samplings, strict=True)
         ]
-        self._choose(answers, prefill.logits[rows])
-        if errors := [answer.error for answer in answers if answer.error is not None]:
+        self._chooser.choose(sequences, prefill.logits[rows])
+        if errors := [sequence.error for sequence in sequences if sequence.error is not None]:
             raise errors[0]
-        return answers
+        return sequences
 
-    def _place(self, batches: list[Batch], entering: Batch) -> None:
-        """Join a batch that stays small enough, else be one more."""
+    def _join(self, batches: list[Batch], entering: Batch) -> None:
+        """Merge a new batch into the first that stays within `step_tokens`, else append it."""
         for number, batch in enumerate(batches):
             longest = max(batch.length, entering.length)
-            if (len(batch.answers) + len(entering.answers)) * longest <= self.step_tokens:
+            if (len(batch.sequences) + len(entering.sequences)) * longest <= self.step_tokens:
                 batches[number] = batch.joined(entering)
                 return
         batches.append(entering)
 
-    def _stepped(self, batch: Batch) -> list[Batch]:
-        device, rows = batch.rows.mask.device, batch.rows.longer()
+    def _decode_step(self, batch: Batch) -> list[Batch]:
+        """Generate one token for each sequence of a batch; return the batch or batches that
+        remain."""
+        device, cache = batch.cache.mask.device, batch.cache.extended()
         out = self.backbone.model(
-            input_ids=torch.tensor([[answer.tokens[-1]] for answer in batch.answers], device=device),
-            position_ids=torch.tensor([[answer.position] for answer in batch.answers], device=device),
-            attention_mask=rows.mask,
+            input_ids=torch.tensor([[one.tokens[-1]] for one in batch.sequences], device=device),
+            position_ids=torch.tensor([[one.position] for one in batch.sequences], device=device),
+            attention_mask=cache.mask,
             use_cache=True,
-            **{self._cache_name: rows.cache},
+            **{self._cache_name: cache.cache},
         )
-        batch.rows = rows
-        for answer in batch.answers:
-            answer.position += 1
-        self._choose(batch.answers, out.logits[:, -1])
-        return self._kept(batch)
+        batch.cache = cache
+        for sequence in batch.sequences:
+            sequence.position += 1
+        self._chooser.choose(batch.sequences, out.logits[:, -1])
+        return self._without_ended(batch)
 
-    def _kept(self, batch: Batch) -> list[Batch]:
-        """Return a batch without the answers that have ended, in two halves where it has grown too large."""
-        rows = [row for row, answer in enumerate(batch.answers) if answer.goes_on]
+    def _without_ended(self, batch: Batch) -> list[Batch]:
+        """Return a batch without its ended sequences, in two halves where it has grown too
+        large."""
+        rows = [row for row, sequence in enumerate(batch.sequences) if sequence.is_running]
         try:
             if len(rows) > 1 and len(rows) * batch.length > self.step_tokens:
                 half = len(rows) // 2
                 return [batch.select(rows[:half]), batch.select(rows[half:])]
-            if len(rows) < len(batch.answers):
+            if len(rows) < len(batch.sequences):
                 return [batch.select(rows)] if rows else []
-        except Exception as error:  # no memory for the copy
-            fail(batch.answers, error)
+        except Exception as error:  # out of memory for the copy
+            fail(batch.sequences, error)
             return []
         return [batch]
-
-    def _choose(self, answers: Sequence[Answer], logits: Tensor) -> None:
-        """Add a token to each answer; one for which none can be chosen has an error from now on."""
-        scores = logits.float()
-        likeliest, usable = scores.argmax(-1).tolist(), scores.amax(-1).isfinite().tolist()
-        for answer, row, first, good in zip(answers, scores, likeliest, usable, strict=True):
-            try:
-                if not good:
-                    raise ScoreError("the model gave scores that are not finite")
-                token = self._draw(answer, row) if self._draws(answer.sampling) else first
-            except Exception as error:
-                fail([answer], error)
-                continue
-            answer.tokens.append(token)
-            if answer.seen is not None:
-                answer.seen[token] = True
-            if token in self._ends:
-                answer.ended = "stop"
-            elif len(answer.tokens) >= answer.sampling.max_tokens:
-                answer.ended = "length"
-
-    def _penalty_of(self, sampling: Sampling) -> float:
-        return self._penalty if sampling.repetition_penalty is None else sampling.repetition_penalty
-
-    def _draws(self, sampling: Sampling) -> bool:
-        return not is_greedy(sampling) or self._penalty_of(sampling) != 1.0
-
-    def _draw(self, answer: Answer, scores: Tensor) -> int:
-        """Choose from scores [V] as the answer's sampling says."""
-        penalty = self._penalty_of(answer.sampling)
-        if penalty != 1.0:
-            if answer.seen is None:
-                answer.seen = torch.zeros_like(scores, dtype=torch.bool)
-                answer.seen[answer.prompt] = True
-            scores = penalise(scores, answer.seen, penalty)
-        return choose_token(scores, answer.sampling, answer.draw)
-
-
-def positions_of(backbone: Backbone, inputs: Inputs) -> Tensor:
-    """Return the positions [B, L] of left-padded prompts, or [3, B, L] for M-RoPE models with pictures.
-
-    Given explicitly, so that no call depends on what a model remembers of an earlier one.
-    """
-    mask = inputs["attention_mask"]
-    grids = grids_of(inputs)
-    if not grids:
-        return (mask.cumsum(-1) - 1).clamp_min(0)
-    ids = inputs["input_ids"]
-    model: Any = backbone.model.base_model
-    three, _ = model.get_rope_index(
-        input_ids=ids,
-        mm_token_type_ids=token_types(backbone.processor, ids),
-        attention_mask=mask,
-        **grids,
-    )
-    return three

@@ -1,8 +1,9 @@
-"""Reading a prompt piece by piece, so that whoever shares the model waits for one piece and not for all.
+"""Chunked prefill: a prompt is processed in pieces, between which the model serves other requests.
 
-A piece is one pass over a few pictures, or one over at most `size` tokens that follow those read so far. The
-keys and values are those of one pass over everything, up to rounding: attention is causal.
-Shapes: B conversations, L prompt positions, N pictures, V vocabulary, d hidden size.
+A piece is one pass of the vision tower over a few pictures, or one pass of the language model over
+the next `size` tokens. Keys and values equal those of one pass over everything, up to rounding:
+attention is causal. Shapes: B conversations, L prompt positions, N pictures, V vocabulary, d hidden
+size.
 """
 
 from __future__ import annotations
@@ -10,23 +11,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
-from blm.backbone.generation.batch import Answer, Batch
+from blm.backbone.generation.batch import Batch, GeneratedSequence
+from blm.backbone.model import Inputs, MultimodalModel, shallow_copy
 from blm.backbone.video import MEDIA
 from blm.types import Sampling
-
-if TYPE_CHECKING:
-    from blm.backbone.backbone import Backbone, Inputs
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """Conversations as the model reads them, on the CPU, padded on the left."""
+    """Tokenized conversations, on the CPU, padded on the left, and how to answer them."""
 
     inputs: Inputs
     positions: Tensor
@@ -34,22 +33,23 @@ class Prompt:
     samplings: Sequence[Sampling]
     """One for each answer."""
     rows: Sequence[int]
-    """The conversation that each answer belongs to."""
+    """The conversation (row of `inputs`) of each answer."""
 
     @property
     def tokens(self) -> int:
-        """Length of the longest conversation."""
+        """Tokens of the longest conversation."""
         return self.inputs["input_ids"].shape[1]
 
     @property
     def cache_tokens(self) -> int:
-        """Tokens whose keys and values its answers keep at most."""
+        """Maximum tokens in the key-value cache of its answers."""
         return sum(self.tokens + sampling.max_tokens for sampling in self.samplings)
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Pictures that are encoded in one pass, and the placeholders that they fill, in reading order."""
+class _PictureGroup:
+    """Pictures that are encoded in one pass, and the placeholders that they fill, in reading
+    order."""
 
     pictures: slice
     placeholders: slice
@@ -57,30 +57,35 @@ class _Group:
     last_column: int
 
 
-class PrefixReader:
-    """Runs a model over pieces of a prompt. Belongs to one thread; the model itself is not changed."""
+class ChunkRunner:
+    """Runs a model over pieces of a prompt, with vision features computed before.
 
-    def __init__(self, backbone: Backbone) -> None:
+    Belongs to one thread; the model itself does not change.
+    """
+
+    def __init__(self, backbone: MultimodalModel) -> None:
         self.backbone = backbone
-        self._model = shallow(backbone.model)
+        self._model = shallow_copy(backbone.model)
         base = backbone.model.base_model
-        view: Any = self._model if base is backbone.model else shallow(base)
+        view: Any = self._model if base is backbone.model else shallow_copy(base)
         if view is not self._model:
             self._model._modules[backbone.model.base_model_prefix] = view
         view.get_image_features = self._current_features
         self._features: Any = None
 
     def encode(self, pixel_values: Tensor, grid: Tensor | None) -> Any:
-        """Return what the model's vision part gives for some pictures."""
+        """Return the vision features of some pictures, as the model's `get_image_features` returns
+        them."""
         base: Any = self.backbone.model.base_model
         more = {} if grid is None else {"image_grid_thw": grid}
         return base.get_image_features(pixel_values=pixel_values, **more, return_dict=True)
 
-    def read(self, features: Any, **inputs: Any) -> Any:
-        """Run the model with `features` at the picture placeholders of this piece, if it has any."""
+    def run(self, features: Any, **inputs: Any) -> Any:
+        """Run the model with `features` at the picture placeholders of this piece, if it has
+        any."""
         self._features = features
         try:
-            if features is not None:  # what is in it does not matter: the features are there
+            if features is not None:  # a stand-in: `get_image_features` returns the features
                 inputs["pixel_values"] = torch.empty(0)
             return self._model(**inputs)
         finally:
@@ -91,44 +96,49 @@ class PrefixReader:
 
 
 class Prefill:
-    """A prompt that is being read. `advance` does one piece of the work."""
+    """The prefill of one prompt; `advance` does one piece of it."""
 
-    def __init__(self, reader: PrefixReader, prompt: Prompt, size: int | None, cache_name: str) -> None:
+    def __init__(self, runner: ChunkRunner, prompt: Prompt, size: int | None, cache_name: str) -> None:
         """`size`: tokens in one pass; None: everything in one pass."""
         self.prompt, self.cache = prompt, DynamicCache()
-        self._reader, self._cache_name = reader, cache_name
+        self._runner, self._cache_name = runner, cache_name
         self._done = 0
         self.logits: Tensor | None = None
-        """[B, V] scores of the first token of each answer, once all is read."""
-        self.answers: list[Answer] | None = None
-        """With their first tokens."""
+        """[B, V] logits of the first token of each answer, when the prefill is complete."""
+        self.sequences: list[GeneratedSequence] | None = None
+        """The answers, with their first tokens."""
         self.copied = list[Batch]()
-        """What was read, for each of the answers that go on."""
-        self.ids: Tensor = reader.backbone.place({"ids": prompt.inputs["input_ids"]})["ids"]
-        self.mask: Tensor = reader.backbone.place({"mask": prompt.inputs["attention_mask"]})["mask"]
+        """Copies of the key-value cache for the sequences that are running."""
+        self.ids: Tensor = runner.backbone.place({"ids": prompt.inputs["input_ids"]})["ids"]
+        self.mask: Tensor = runner.backbone.place({"mask": prompt.inputs["attention_mask"]})["mask"]
         self._positions = prompt.positions.to(self.ids.device)
-        seen = prompt.inputs["input_ids"] == reader.backbone.processor.image_token_id
-        self._numbers = torch.where(seen, seen.flatten().cumsum(0).view_as(seen) - 1, -1)
+        is_placeholder = prompt.inputs["input_ids"] == runner.backbone.processor.image_token_id
+        self._numbers = torch.where(
+            is_placeholder, is_placeholder.flatten().cumsum(0).view_as(is_placeholder) - 1, -1
+        )
         """[B, L] number of each placeholder in reading order, -1 elsewhere."""
-        self._size = size or 2 * seen.numel()  # then both bounds hold everything
-        self._groups = self._grouped(seen)
+        self._size = size or 2 * is_placeholder.numel()  # large enough for one pass
+        self._groups = self._picture_groups(is_placeholder)
         # Videos are read in one pass too: only files on this machine hold any, no request to a server does.
         whole = self._size >= prompt.tokens and len(self._groups) <= 1
         self._at_once = whole or "video_grid_thw" in prompt.inputs
         self._encoded = list[Any]()
-        """Features of the groups so far; None for those that are not needed any more."""
+        """Features of the groups so far; None for those whose placeholders are all processed."""
 
     @torch.no_grad()
     def advance(self) -> bool:
-        """Encode one group of pictures or read one piece of text; True when all is read."""
+        """Encode one group of pictures, or process one chunk of tokens; True when the prompt is
+        complete."""
         if self._at_once:
-            self._read_whole()
+            self._run_whole()
             return True
         end = min(self._done + self._size, self.prompt.tokens)
         if len(self._encoded) < len(self._groups) and self._groups[len(self._encoded)].first_column < end:
             self._encoded.append(self._encode(self._groups[len(self._encoded)]))
             return False
-        out = self._reader.read(self._features(end), input_ids=self.ids[:, self._done : end], **self._at(end))
+        out = self._runner.run(
+            self._features(end), input_ids=self.ids[:, self._done : end], **self._arguments(end)
+        )
         self._done = end
         for number, group in enumerate(self._groups[: len(self._encoded)]):
             if group.last_column < end:
@@ -137,14 +147,18 @@ class Prefill:
             self.logits = out.logits[:, -1]
         return self.logits is not None
 
-    def _read_whole(self) -> None:
-        """One pass over pictures and text, as for an action: what was seen for one is known for the other."""
+    def _run_whole(self) -> None:
+        """Run pictures and text in one pass, as for an action, so that both share the vision
+        cache."""
         pictures = {name: value for name, value in self.prompt.inputs.items() if name in MEDIA}
-        pictures = self._reader.backbone.place(pictures)
-        out = self._reader.backbone.model(input_ids=self.ids, **pictures, **self._at(self.prompt.tokens))
+        pictures = self._runner.backbone.place(pictures)
+        out = self._runner.backbone.model(
+            input_ids=self.ids, **pictures, **self._arguments(self.prompt.tokens)
+        )
         self.logits = out.logits[:, -1]
 
-    def _at(self, end: int) -> dict[str, Any]:
+    def _arguments(self, end: int) -> dict[str, Any]:
+        """Return the arguments of the model's forward for the tokens up to column `end`."""
         return {
             "attention_mask": self.mask[:, :end],
             "position_ids": self._positions[..., self._done : end],
@@ -153,7 +167,7 @@ class Prefill:
             "logits_to_keep": 1,
         }
 
-    def _encode(self, group: _Group) -> Any:
+    def _encode(self, group: _PictureGroup) -> Any:
         inputs = self.prompt.inputs
         pixels, grid = inputs["pixel_values"], inputs.get("image_grid_thw")
         if grid is None:
@@ -161,11 +175,12 @@ class Prefill:
         else:  # patches of all pictures stand in one row
             patches = [0, *grid.prod(-1).cumsum(0).tolist()]
             pixels = pixels[patches[group.pictures.start] : patches[group.pictures.stop]]
-            grid = self._reader.backbone.place({"grid": grid[group.pictures]})["grid"]
-        return self._reader.encode(self._reader.backbone.place({"pixels": pixels})["pixels"], grid)
+            grid = self._runner.backbone.place({"grid": grid[group.pictures]})["grid"]
+        return self._runner.encode(self._runner.backbone.place({"pixels": pixels})["pixels"], grid)
 
     def _features(self, end: int) -> Any:
-        """Features for the placeholders among the next columns, in the form that the model wants."""
+        """Return the features of the placeholders up to column `end`, as `get_image_features`
+        would."""
         numbers = self._numbers[:, self._done : end]
         wanted = numbers[numbers >= 0]
         if not len(wanted):
@@ -184,27 +199,30 @@ class Prefill:
             ]
         return chosen
 
-    def _grouped(self, seen: Tensor) -> list[_Group]:
-        """Pictures in reading order, as many together as have half of `size` tokens, at least one.
+    def _picture_groups(self, is_placeholder: Tensor) -> list[_PictureGroup]:
+        """Split the pictures, in reading order, into groups of at most half of `size` tokens, or
+        one picture.
 
-        Half: for nano, two pictures cost as much as 64 tokens of text do.
+        Half: for nano, two pictures cost as much as 64 tokens of text.
         """
-        columns = seen.nonzero()[:, 1].tolist()
-        groups, first, begin, token = list[_Group](), 0, 0, 0
+        columns = is_placeholder.nonzero()[:, 1].tolist()
+        groups, first, begin, token = list[_PictureGroup](), 0, 0, 0
         sizes = self._picture_sizes(len(columns))
         for number, size in enumerate(sizes):
             token += size
             last = number + 1 == len(sizes)
             if last or token + sizes[number + 1] - begin > self._size // 2:
                 inside = columns[begin:token]
-                groups.append(_Group(slice(first, number + 1), slice(begin, token), min(inside), max(inside)))
+                groups.append(
+                    _PictureGroup(slice(first, number + 1), slice(begin, token), min(inside), max(inside))
+                )
                 first, begin = number + 1, token
         return groups
 
     def _picture_sizes(self, placeholders: int) -> list[int]:
         inputs = self.prompt.inputs
         if "image_grid_thw" in inputs:
-            merged = self._reader.backbone.model.config.vision_config.spatial_merge_size**2
+            merged = self._runner.backbone.model.config.vision_config.spatial_merge_size**2
             sizes: list[int] = (inputs["image_grid_thw"].prod(-1) // merged).tolist()
             return sizes
         count = len(inputs.get("pixel_values", ()))
@@ -212,7 +230,8 @@ class Prefill:
 
 
 def _select(parts: Sequence[tuple[Any, Tensor]]) -> Any:
-    """Pick rows of picture features in the form in which they came: [N, T, d] as [K, 1, d], else [[K, d]]."""
+    """Select K rows of picture features, in the layout of the first: [N, T, d] as [K, 1, d], else
+    [[K, d]]."""
     first = parts[0][0]
     square = isinstance(first, Tensor) and first.ndim == 3
     flat = [
@@ -220,10 +239,3 @@ def _select(parts: Sequence[tuple[Any, Tensor]]) -> Any:
     ]
     rows = torch.cat(flat)
     return rows[:, None] if square else (rows,)
-
-
-def shallow(module: nn.Module) -> nn.Module:
-    """Return a view of a module: its children may be exchanged, and attributes set, without touching it."""
-    view = copy.copy(module)
-    view.__dict__["_modules"] = dict(module._modules)
-    return view

@@ -1,7 +1,8 @@
-"""Weights with which an untrained transformer continues a text as it went on before.
+"""Initialisation with induction heads, with which an untrained transformer can copy earlier text.
 
-These are the induction heads of "In-context Learning and Induction Heads" (Olsson et al., 2022). Training a
-nano found them only after minutes on text alone, or never (docs/LOG.md); they stay trainable.
+"In-context Learning and Induction Heads" (Olsson et al., 2022): where the last tokens occurred
+before, the heads predict the token that followed them. Training nano formed such heads only after
+minutes on text alone, or never (docs/LOG.md). The weights stay trainable.
 """
 
 from __future__ import annotations
@@ -14,80 +15,91 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
 
 EMBEDDED = 0.06
-"""Standard deviation of an embedding's numbers: about 1 / sqrt(width); 0.02 is for wide models."""
+"""Standard deviation of embedding weights: about 1 / sqrt(width); the usual 0.02 is for wide
+models."""
 NEAR = 150
-"""A text is found again over this many places: about a question and a thought."""
+"""Maximum distance of the earlier text [tokens]: about a question and a thought."""
 QUIET, CARRY, WRITE = 0.1, 2.0, 10.0
-"""What blocks add, times what the usual initialisation has; what stood before, and what is copied, times an
-embedding."""
+"""Scale of the output of blocks, relative to the usual initialisation; scales of the previous-token
+output and of the copied token, relative to an embedding."""
 LOOK, MATCH = 40.0, 20.0
-"""Largest logits of heads that look back, and of those that look for a text."""
+"""Maximum attention logits of previous-token heads, and of induction heads."""
 
 
 @torch.no_grad()
-def start_copying(model: LlamaModel) -> None:
-    """Set the first two blocks of an even number of heads, with biases, in place.
+def init_induction_heads(model: LlamaModel) -> None:
+    """Initialise induction heads in the first two blocks, in place.
 
-    Half of the heads of block 0 tell each place which token stood one place before, the others which stood
-    two before. Half of those of block 1 look for the place whose two predecessors are the present token and
-    the one before it, and write what stands there.
+    In block 0, half of the heads copy the token one position back, the others the token two
+    positions back (previous-token heads). In block 1, half of the heads attend to the position
+    whose two predecessors are the current token and the one before it, and copy the token at that
+    position (induction heads). The model must have an even number of heads, and biases in its
+    attention.
     """
     blocks = cast(list[LlamaDecoderLayer], [*model.layers])
-    for block in blocks:  # else tokens drown in what random blocks add to them
+    for block in blocks:  # else the output of random blocks is larger than the embeddings
         block.self_attn.o_proj.weight.mul_(QUIET)
         cast(nn.Linear, block.mlp.down_proj).weight.mul_(QUIET)
     heads = model.config.num_attention_heads
     frequencies: Tensor = model.rotary_emb.inv_freq
     for head in range(heads // 2):
-        carried, *written = _carry(blocks[0].self_attn, (head, heads // 2 + head), frequencies)
-        _find(blocks[1].self_attn, head, frequencies, carried, written)
+        pair = (head, heads // 2 + head)
+        carried, *written = _init_previous_token_heads(blocks[0].self_attn, pair, frequencies)
+        _init_induction_head(blocks[1].self_attn, head, frequencies, carried, written)
 
 
-def _carry(
+def _init_previous_token_heads(
     attention: LlamaAttention, heads: tuple[int, int], frequencies: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Let two heads look one and two places back, and write what they see.
+    """Let two heads copy the tokens one and two positions back.
 
-    Returns [D, C] each, for a head of size D: what they see of a token, and where each writes it.
+    Returns directions [D, C] for a head of size D and width C: those that the heads read from an
+    embedding, and those that each of them writes to.
     """
     dims, width = attention.head_dim, attention.config.hidden_size
     carried, written = _directions(dims, width), (_directions(dims, width), _directions(dims, width))
-    for back, (head, where) in enumerate(zip(heads, written, strict=True), start=1):
+    for distance, (head, directions) in enumerate(zip(heads, written, strict=True), start=1):
         rows = _rows(attention, head)
-        _look_back(attention, rows, frequencies, back)
+        _attend_back(attention, rows, frequencies, distance)
         attention.v_proj.weight[rows] = carried
-        attention.o_proj.weight[:, rows] = CARRY * EMBEDDED * where.T
+        attention.o_proj.weight[:, rows] = CARRY * EMBEDDED * directions.T
     return carried, *written
 
 
-def _look_back(attention: LlamaAttention, rows: slice, frequencies: Tensor, back: int) -> None:
-    """Let a head look `back` places back: with constant query and key, RoPE's phases add up there only."""
+def _attend_back(attention: LlamaAttention, rows: slice, frequencies: Tensor, distance: int) -> None:
+    """Let a head attend `distance` positions back: with constant query and key, RoPE's phases align
+    there."""
     fast = (frequencies > 1 / 50).float()
     size = (LOOK * math.sqrt(attention.head_dim) / fast.sum()).sqrt() * fast
-    turn = frequencies * back
+    angle = frequencies * distance
     attention.q_proj.bias[rows] = torch.cat([size, 0 * size])
-    attention.k_proj.bias[rows] = torch.cat([size * turn.cos(), size * turn.sin()])
+    attention.k_proj.bias[rows] = torch.cat([size * angle.cos(), size * angle.sin()])
     attention.q_proj.weight[rows] *= 0.1
     attention.k_proj.weight[rows] *= 0.1
 
 
-def _find(
+def _init_induction_head(
     attention: LlamaAttention, head: int, frequencies: Tensor, carried: Tensor, written: list[Tensor]
 ) -> None:
-    """Let a head look for the present token and the one before it, among what was written one and two places
-    after them, in the numbers that RoPE hardly turns; and copy the token that it finds."""
+    """Let a head match the current token and the one before it with the outputs of previous-token
+    heads.
+
+    The match uses the dimensions that RoPE hardly rotates over NEAR positions. The head copies the
+    token at the matching position.
+    """
     dims, width = attention.head_dim, attention.config.hidden_size
     rows, half = _rows(attention, head), dims // 2
     slow = [i for i in range(half) if float(frequencies[i]) * NEAR < math.pi / 2]
     one, two = ([d for i in slow[start::2] for d in (i, i + half)] for start in (0, 1))
     query, key = torch.zeros(2, dims, width)
     ends = len(one), len(one) + len(two)
-    for places, of, asked, found in (
+    for indices, part, query_directions, key_directions in (
         (one, slice(0, ends[0]), carried, written[0]),
         (two, slice(*ends), written[0], written[1]),
     ):
-        sharp = math.sqrt(MATCH * math.sqrt(dims) / len(places))
-        query[places], key[places] = sharp * asked[of], sharp * found[of]
+        scale = math.sqrt(MATCH * math.sqrt(dims) / len(indices))
+        query[indices] = scale * query_directions[part]
+        key[indices] = scale * key_directions[part]
     for projection, value in ((attention.q_proj, query), (attention.k_proj, key)):
         projection.weight[rows] = value + 0.05 * projection.weight[rows]
     copied = _directions(dims, width)
@@ -96,9 +108,10 @@ def _find(
 
 
 def _rows(attention: LlamaAttention, head: int) -> slice:
+    """Return the rows of a head in the projections of an attention."""
     return slice(head * attention.head_dim, (head + 1) * attention.head_dim)
 
 
 def _directions(count: int, width: int) -> Tensor:
-    """[count, width]: random orthonormal rows."""
+    """Return random orthonormal rows [count, width]."""
     return torch.linalg.qr(torch.randn(width, count)).Q.T

@@ -1,7 +1,9 @@
-"""`nano`: a 2 M-parameter image-text-to-text model of a stock class, small enough to train on two CPU cores.
+"""`nano`: a 2 M-parameter image-text-to-text model of a stock class, small enough to train on two
+CPU cores.
 
-`LlavaForConditionalGeneration` with a convolutional eye (`eye.py`). Only the eye is ours; it is registered
-with transformers' Auto classes on import. Processor, chat template and folder are stock.
+`LlavaForConditionalGeneration` with a convolutional vision tower (`vision_tower.py`). Only the
+vision tower is our own class; it is registered with transformers' Auto classes on import. Processor
+and folder are stock.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from blm.backbone.nano.induction import EMBEDDED, start_copying
+from blm.backbone.nano.induction import EMBEDDED, init_induction_heads
 from blm.backbone.nano.vision_tower import GRID, IMAGE_SIZE, ConvVision, ConvVisionConfig
 
 IMAGE_TOKEN, PAD_TOKEN, END_TOKEN = "<image>", "<pad>", "<|end|>"
@@ -41,7 +43,7 @@ SAMPLE_TEXTS = (
     "Task: push the blue cube to the target. What is the next primitive? approach grasp move place push hold",
     "Is there a red cube on the table? yes no What colour is the sphere? green How many objects are there?",
 )
-"""What the tokenizer is trained on when no corpus is given."""
+"""Texts for the tokenizer when no corpus is given."""
 
 ROPE_BASE = 1e6
 
@@ -50,7 +52,7 @@ AutoModel.register(ConvVisionConfig, ConvVision)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE: any text survives a round trip; each digit is a token, so numbers are spelt."""
+    """Train a byte-level BPE tokenizer, lossless for any text; each digit is a token of its own."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\d|, (?=\d)| ?\p{L}+| ?[^\s\p{L}\d]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -67,7 +69,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTo
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens(list(THOUGHT_TOKENS))  # not special: what was thought is shown
+    tokenizer.add_tokens(list(THOUGHT_TOKENS))  # not special: thoughts are part of the decoded text
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD_TOKEN,
@@ -79,7 +81,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTo
 
 
 def picture_processor(side: int) -> CLIPImageProcessorPil:
-    """Return the stock processor that stretches every picture to `side` x `side` px, values in -1 .. 1."""
+    """Return the stock processor that resizes every picture to `side` x `side` px, with values in
+    -1 .. 1."""
     size = {"height": side, "width": side}
     return CLIPImageProcessorPil(
         size=size,
@@ -104,7 +107,7 @@ def make_nano(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Return an untrained model and its processor, with a tokenizer trained on `texts`.
 
-    `things` are what its eye has maps for, `steps` and `views` those that it tells apart.
+    Its vision tower has a heat map for each of `things`, and classifies `steps` and `views`.
     """
     tokenizer = train_tokenizer(texts, vocab_size)
     processor = LlavaProcessor(
@@ -125,7 +128,7 @@ def make_nano(
         num_key_value_heads=4,
         max_position_embeddings=4096,
         initializer_range=EMBEDDED,
-        attention_bias=True,  # lets a head look at a fixed distance
+        attention_bias=True,  # for previous-token heads; see induction.py
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_BASE},
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -145,9 +148,9 @@ def make_nano(
 
 
 def untrained(config: LlavaConfig, *, seed: int) -> LlavaForConditionalGeneration:
-    """Return the nano of this config that training starts from: random weights, but heads that copy."""
+    """Return a nano with random weights and induction heads, from which training starts."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
-        start_copying(cast(LlamaModel, model.base_model.language_model))
+        init_induction_heads(cast(LlamaModel, model.base_model.language_model))
     return model

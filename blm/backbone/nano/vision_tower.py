@@ -1,10 +1,11 @@
-"""nano's eye: a small convolutional network that looks for named things.
+"""nano's vision tower: a small convolutional network that localises named things.
 
-It has one map for each thing that it was taught to find (`training/eye.py`): a distribution over 28 x 28
-cells and "nowhere". The things that are most surely there become tokens that say what, where in the picture,
-where from the robot, and how it looks, as region features did in early vision-language models (UNITER, Chen
-et al., 2020); the quarters of the picture are the other tokens. All of them say which step the picture looks
-like, and which camera took it. Shapes: N pictures, M maps, T tokens, P = 784 cells, F features, S steps.
+It has one heat map for each thing that it was trained to localise
+(`training/pretraining/vision_tower.py`): a distribution over 28 x 28 cells and "nowhere". The most
+probable things become tokens with their name, position in the picture, position in the robot's
+frame and appearance, like the region features of early vision-language models (UNITER, Chen et al.,
+2020); the other tokens are the quarters of the picture. Every token also has the predicted step of
+the task and the camera. Shapes: N pictures, M maps, T tokens, P = 784 cells, F features, S steps.
 """
 
 from __future__ import annotations
@@ -27,29 +28,34 @@ IMAGE_SIZE, GRID = 112, 4
 CELLS = 28
 """Cells per side."""
 QUARTERS = 4
-"""Tokens for the quarters of the picture; the others are for things."""
+"""Number of tokens for the quarters of the picture; the others are for things."""
 FOUND = GRID * GRID - QUARTERS
+"""Number of tokens for things."""
 WORDS = 64
-"""Things are told apart by at most so many words."""
+"""Maximum number of words in the names of things, and size of their one-hot code."""
 NAME_SCALE, LOOK_SCALE, DECIMAL_SCALE = 24.0, 0.3, 30.0
-"""Make the few numbers that say what and where a thing is count among the many that say how it looks. Spelt
-numbers were learnt the faster the larger they were: 1, 4, 10, 30; names then had to grow too, to be about as
-long as all numbers together (docs/LOG.md)."""
+"""Weights of name, appearance and digits in a token: without them the few features of name and
+position are outweighed by the many of appearance. Digits were learnt faster at larger scales (1, 4,
+10, 30); names then need a norm of about that of all digits together (docs/LOG.md)."""
 VIEW_SCALE = 4.0
-"""The same for which camera took the picture."""
+"""Weight of the camera in a token."""
 FREQUENCIES = (1, 2, 4, 5, 10)
-"""Half periods of the position code over the picture. 5 and 10 tell apart what decimal digits need."""
+"""Half periods of the Fourier features over the picture. 5 and 10 resolve decimal digits."""
 REACH = 0.5
-"""Places from the robot are given in this [m], so that most lie within -1 .. 1 or 0 .. 2."""
+"""Unit of positions in the robot's frame [m], in which most of them lie within -1 .. 1 or 0 ..
+2."""
 PERIODS = (2.0, 1.0, 0.2, 0.1)
-"""Periods of their code [m]. 1 and 0.1 tell apart what decimal digits of centimetres need."""
+"""Periods of the Fourier features of these positions [m]. 1 and 0.1 resolve decimal digits of
+centimetres."""
 DECIMAL = 22
-"""Numbers that spell one: two for its sign, ten for its tens, ten for its ones."""
+"""Size of the digit code of a number: two for the sign, ten for the tens, ten for the ones."""
 STEPS, VIEWS = 16, 4
-"""Steps, and cameras, are told apart up to these numbers."""
+"""Maximum numbers of steps and of cameras."""
 
 
 class ConvVisionConfig(PretrainedConfig):
+    """Sizes and vocabulary of the vision tower."""
+
     model_type = "blm_conv_vision"
 
     def __init__(
@@ -61,13 +67,16 @@ class ConvVisionConfig(PretrainedConfig):
         views: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        """`things`: what is looked for, of at most WORDS - FOUND words; at most STEPS, VIEWS others."""
-        words = sorted({word for thing in things for word in words_of(thing)})
+        """`things`: names to localise, of at most WORDS - FOUND words; at most STEPS `steps`, VIEWS
+        `views`."""
+        words = sorted({word for thing in things for word in map_words(thing)})
         if len(words) > WORDS - FOUND:
-            raise BlmError(f"nano's eye knows at most {WORDS - FOUND} words, not {len(words)}: {words}")
+            raise BlmError(
+                f"nano's vision tower knows at most {WORDS - FOUND} words, not {len(words)}: {words}"
+            )
         for kind, names, most in (("steps", steps, STEPS), ("views", views, VIEWS)):
             if len(names) > most:
-                raise BlmError(f"nano's eye tells at most {most} {kind} apart, not {len(names)}: {names}")
+                raise BlmError(f"nano's vision tower knows at most {most} {kind}, not {len(names)}: {names}")
         self.channels, self.width = channels, width
         self.things, self.steps, self.views = list(things), list(steps), list(views)
         self.image_size, self.patch_size = IMAGE_SIZE, IMAGE_SIZE // GRID
@@ -76,13 +85,15 @@ class ConvVisionConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
-def words_of(thing: str) -> list[str]:
-    """What a thing's map is the sum of: its colour and kind, or its whole name."""
+def map_words(thing: str) -> list[str]:
+    """Return the words whose scores add up to a thing's map: colour and kind, or the whole name."""
     words = thing.split()
     return words if len(words) == 2 else [thing]
 
 
 class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions with a residual connection, pre-activation."""
+
     def __init__(self, channels: int, dilation: int = 1) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation)
@@ -93,11 +104,12 @@ class ResidualBlock(nn.Module):
 
 
 class ConvVision(PreTrainedModel):
-    """[N, 3, 112, 112] normalised pixels -> [N, 16, C] tokens: what is there, where, and how it looks.
+    """Vision tower: normalised pixels [N, 3, 112, 112] -> tokens [N, 16, C] of things and quarters.
 
-    A map's place is the mean of a Fourier position code under a softmax over the cells: the spatial softmax
-    of "Deep Spatial Autoencoders for Visuomotor Learning" (Finn et al., 2016). The score of "red cube" is
-    that of "red" plus that of "cube", so each word is learnt from all things that share it.
+    The position of a thing is the mean of Fourier features under the softmax of its map: the
+    spatial softmax of "Deep Spatial Autoencoders for Visuomotor Learning" (Finn et al., 2016). The
+    score of "red cube" is the sum of those of "red" and "cube", so each word is trained on all
+    things that share it.
     """
 
     config_class = ConvVisionConfig
@@ -106,9 +118,9 @@ class ConvVision(PreTrainedModel):
     def __init__(self, config: ConvVisionConfig) -> None:
         super().__init__(config)
         c, w = config.channels, config.width
-        self.maps_made = max(len(config.things), FOUND)  # untaught, it looks for things without a name
-        self.words = list(dict.fromkeys(word for thing in config.things for word in words_of(thing)))
-        self.stem = nn.Sequential(  # half resolution tells a cube of 7 px from a cylinder
+        self.num_maps = max(len(config.things), FOUND)  # before pretraining, maps have no names
+        self.words = list(dict.fromkeys(word for thing in config.things for word in map_words(thing)))
+        self.stem = nn.Sequential(  # at half resolution a cube of 7 px differs from a cylinder
             nn.Conv2d(3, c // 3, 4, stride=2, padding=1),
             ResidualBlock(c // 3),
             nn.ReLU(),
@@ -118,8 +130,8 @@ class ConvVision(PreTrainedModel):
         self.down = nn.Conv2d(c, w, 3, stride=2, padding=1)
         self.coarse = nn.Sequential(ResidualBlock(w), ResidualBlock(w, 2))
         self.up = nn.Conv2d(w, 4 * c, 1)
-        self.score = nn.Conv2d(c, len(self.words) + self.maps_made - len(config.things), 1)
-        self.nowhere = nn.Parameter(torch.zeros(self.maps_made))
+        self.score = nn.Conv2d(c, len(self.words) + self.num_maps - len(config.things), 1)
+        self.nowhere = nn.Parameter(torch.zeros(self.num_maps))
         seen = WORDS + QUARTERS + 2 + 4 * len(FREQUENCIES) + 2 * c + 4 * w
         self.metric = nn.Sequential(nn.Linear(seen, 192), nn.ReLU(), nn.Linear(192, 3))
         self.fixed, self.view = nn.Linear(c, 1), nn.Linear(4 * w, VIEWS)
@@ -137,10 +149,10 @@ class ConvVision(PreTrainedModel):
                 if isinstance(block, ResidualBlock):
                     nn.init.zeros_(block.conv2.weight)
             nn.init.normal_(module.score.weight, std=0.05)
-            nn.init.constant_(module.nowhere, 6.0)  # about log P: nothing is anywhere yet
+            nn.init.constant_(module.nowhere, 6.0)  # about log P: initially everything is nowhere
 
     def features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the cells look like [N, F, P], and a summary of the picture [N, 4 W]."""
+        """Return features of the cells [N, F, P], and a summary of the picture [N, 4 W]."""
         fine = self.fine(self.stem(pixel_values))
         coarse = F.relu(self.coarse(self.down(F.relu(fine))))
         features = F.relu(self.both(fine + F.pixel_shuffle(self.up(coarse), 2))).flatten(2)
@@ -148,64 +160,76 @@ class ConvVision(PreTrainedModel):
         return features, torch.cat([halves.mean(-1), halves.amax(-1)], dim=-1).flatten(1)
 
     def maps(self, features: Tensor) -> Tensor:
-        """[N, F, P] -> the log-probabilities [N, M, P + 1] of cells, and of nowhere."""
+        """Return log-probabilities [N, M, P + 1] of cells and "nowhere", for features [N, F, P]."""
         scores = F.conv1d(features, self.score.weight.flatten(2), self.score.bias)
         scores = torch.einsum("mk,nkp->nmp", self.mixing.to(scores), scores)
         nowhere = self.nowhere.expand(len(scores), -1)[..., None]
         return torch.cat([scores, nowhere], dim=-1).log_softmax(-1)
 
-    def looks(
+    def describe(
         self, features: Tensor, summary: Tensor, weights: Tensor, names: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What things with these weights over cells [N, T, P] and names [N, T, W] are like.
+        """Describe things by their weights over cells [N, T, P] and their names [N, T, W].
 
-        Returns [N, T, ...]: the code of their place in the picture, their looks and those of the whole
-        picture, and their places from the robot [REACH m].
+        Returns, each [N, T, ...]: Fourier features of the position in the picture; appearance of
+        the thing and of the whole picture; position in the robot's frame [units of REACH].
         """
-        looks = F.layer_norm(weights @ features.transpose(1, 2), features.shape[1:2])
-        whole = self.whole(features)[:, None].expand_as(looks)
-        place = weights @ position_code(CELLS, CELLS).to(weights)
-        both = torch.cat([looks, whole], dim=-1)
-        around = summary[:, None].expand(-1, weights.shape[1], -1)
-        return place, both, self.metric(torch.cat([names, place, both, around], dim=-1))
+        appearance = F.layer_norm(weights @ features.transpose(1, 2), features.shape[1:2])
+        average = self.average(features)[:, None].expand_as(appearance)
+        place = weights @ image_position_features(CELLS, CELLS).to(weights)
+        both = torch.cat([appearance, average], dim=-1)
+        context = summary[:, None].expand(-1, weights.shape[1], -1)
+        return place, both, self.metric(torch.cat([names, place, both, context], dim=-1))
 
-    def whole(self, features: Tensor) -> Tensor:
-        """[N, F, P] -> [N, F]: the looks of the whole picture."""
+    def average(self, features: Tensor) -> Tensor:
+        """Return the normalised mean over all cells [N, F] of features [N, F, P]."""
         return F.layer_norm(features.mean(-1), features.shape[1:2])
 
     @cached_property
     def mixing(self) -> Tensor:
-        """[M, scores] of 0 and 1, on the CPU: which scores a map is the sum of."""
-        mixing = torch.zeros(self.maps_made, self.score.out_channels)
+        """Matrix [M, scores] of 0 and 1, on the CPU: the scores that add up to each map."""
+        mixing = torch.zeros(self.num_maps, self.score.out_channels)
         for place, thing in enumerate(self.config.things):
-            for word in words_of(thing):
+            for word in map_words(thing):
                 mixing[place, self.words.index(word)] = 1
-        rest = self.maps_made - len(self.config.things)
+        rest = self.num_maps - len(self.config.things)
         mixing[len(self.config.things) :, len(self.words) :] = torch.eye(rest)
         return mixing
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
+        """Return tokens [N, 16, C] of the FOUND most probable things, then of the quarters."""
         features, summary = self.features(pixel_values)
-        logs = self.maps(features)
-        there = 1 - logs[..., -1].exp()
-        found = there.topk(FOUND, dim=1).indices.sort(dim=1).values
+        log_maps = self.maps(features)
+        presence = 1 - log_maps[..., -1].exp()
+        found = presence.topk(FOUND, dim=1).indices.sort(dim=1).values
         rows = torch.arange(len(found), device=found.device)[:, None]
-        weights = torch.cat([logs[rows, found, :-1].softmax(-1), _quarters(logs)], dim=1)
-        sure = torch.cat([there[rows, found], there.new_ones(len(there), QUARTERS)], dim=1)[..., None]
+        weights = torch.cat([log_maps[rows, found, :-1].softmax(-1), _quarters(log_maps)], dim=1)
+        certain = presence.new_ones(len(presence), QUARTERS)
+        presence = torch.cat([presence[rows, found], certain], dim=1)[..., None]
         names = self.names(found)
-        place, looks, metres = self.looks(features, summary, weights, names)
-        fixed = self.fixed(looks[..., -features.shape[1] :]).sigmoid()
-        thing = (torch.arange(GRID * GRID) < FOUND).to(sure)[:, None]
-        spelt = decimal_code((place[..., :2] + 1) * 50) * thing
-        metres = torch.cat([metric_code(metres), decimal_code(100 * REACH * metres)], dim=-1) * fixed * thing
+        place, appearance, position = self.describe(features, summary, weights, names)
+        is_fixed = self.fixed(appearance[..., -features.shape[1] :]).sigmoid()  # a fixed camera
+        is_thing = (torch.arange(GRID * GRID) < FOUND).to(presence)[:, None]
+        digits = digit_features((place[..., :2] + 1) * 50) * is_thing
+        metric = [metric_position_features(position), digit_features(100 * REACH * position)]
+        metric_features = torch.cat(metric, dim=-1) * is_fixed * is_thing
+        parts = [
+            NAME_SCALE * names,
+            torch.ones_like(presence),
+            place,
+            digits,
+            metric_features,
+            LOOK_SCALE * appearance,
+        ]
         view = VIEW_SCALE * self.view(summary).softmax(-1)
-        whole = torch.cat([self.doing(summary).softmax(-1), view], dim=-1)[:, None]
-        told = [NAME_SCALE * names, torch.ones_like(sure), place, spelt, metres, LOOK_SCALE * looks]
-        tokens = torch.cat([sure * torch.cat(told, dim=-1), whole.expand(-1, GRID * GRID, -1)], dim=-1)
+        context = torch.cat([self.doing(summary).softmax(-1), view], dim=-1)[:, None]
+        per_thing = presence * torch.cat(parts, dim=-1)
+        tokens = torch.cat([per_thing, context.expand(-1, GRID * GRID, -1)], dim=-1)
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
 
     def names(self, found: Tensor) -> Tensor:
-        """[N, K] numbers of maps -> [N, K + 4, WORDS + QUARTERS]: words of each, then the quarters."""
+        """Return one-hot names [N, K + 4, WORDS + QUARTERS] of maps [N, K], followed by the
+        quarters."""
         words = self.mixing.to(self.nowhere)[found]
         words = F.pad(words, (0, WORDS - words.shape[-1], 0, QUARTERS))
         quarter = torch.eye(QUARTERS).to(words).expand(len(found), -1, -1)
@@ -213,28 +237,36 @@ class ConvVision(PreTrainedModel):
 
 
 def _quarters(like: Tensor) -> Tensor:
-    """[N, 4, P]: uniform weights over the cells of each quarter."""
+    """Return uniform weights [N, 4, P] over the cells of each quarter."""
     half = torch.arange(CELLS) * 2 // CELLS
     quarter = (half[:, None] * 2 + half[None, :]).flatten()
     weights = F.one_hot(quarter, QUARTERS).T.to(like)
     return (weights / weights.sum(-1, keepdim=True)).expand(len(like), -1, -1)
 
 
-def position_code(height: int, width: int) -> Tensor:
-    """Return [height * width, 2 + 4 F]: x, y in -1 .. 1; sin, cos of pi f x, pi f y for F frequencies f."""
+def image_position_features(height: int, width: int) -> Tensor:
+    """Return Fourier features of the cells [height * width, 2 + 4 F].
+
+    x, y in -1 .. 1, then sin and cos of pi f x and pi f y for F frequencies f.
+    """
     lines = [(torch.arange(n) + 0.5) / n * 2 - 1 for n in (height, width)]
     y, x = torch.meshgrid(*lines, indexing="ij")
     return _fourier(torch.stack([x, y], dim=-1).reshape(-1, 2), FREQUENCIES)
 
 
-def metric_code(place: Tensor) -> Tensor:
-    """[..., 3] places from the robot [REACH m] -> [..., 3 + 6 P]: the same, and sin, cos for P periods."""
+def metric_position_features(place: Tensor) -> Tensor:
+    """Return Fourier features [..., 3 + 6 P], for P periods, of positions [..., 3] in units of
+    REACH."""
     return _fourier(place, [2 * REACH / period for period in PERIODS])
 
 
-def decimal_code(number: Tensor) -> Tensor:
-    """[..., N] numbers -> [..., 22 N]: sign, tens and ones of each as answers spell it, so that reading it
-    is linear; in between two whole numbers a mean of both."""
+def digit_features(number: Tensor) -> Tensor:
+    """Return digit codes [..., 22 N] of numbers [..., N]: one-hot sign, tens and ones, as answers
+    spell them.
+
+    So a linear layer can read the digits. Between two whole numbers it is the weighted mean of
+    their codes.
+    """
     whole = number.detach().floor()
     share = (number - whole)[..., None]
 

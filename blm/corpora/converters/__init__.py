@@ -1,7 +1,7 @@
-"""Published corpora -> the messages format: `CONVERTERS` says what each reads and where the data come from.
+"""Converters of published corpora to the messages format, listed in `CONVERTERS`.
 
-Nothing is dropped in silence: rows that cannot be converted are collected with their reasons and raised
-together, or returned when the caller asks to skip them.
+No row is dropped silently: rows that cannot be converted are collected with their reasons and
+raised together, or returned if the caller asks to skip them.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from blm.corpora.converters import chats
 from blm.corpora.converters.cosmos import cosmos_reason1
 from blm.corpora.converters.easy_vqa import easy_vqa, package_folder
 from blm.corpora.converters.lerobot import lerobot
-from blm.corpora.converters.rows import Rows, Settings, media_root
+from blm.corpora.converters.rows import ConverterConfig, Rows, media_root
 from blm.corpora.converters.sharerobot import frames_root, sharerobot
 from blm.corpora.format.faults import Fault, RowError, summarise
 from blm.corpora.format.messages import Conversation, write_corpus
 from blm.types import BlmError, lookup
 
-__all__ = ["CONVERTERS", "Conversion", "Converter", "Settings", "convert"]
+__all__ = ["CONVERTERS", "Conversion", "Converter", "ConverterConfig", "convert"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Converter:
-    """One published form of data."""
+    """The converter of one published data format."""
 
     reads: str
-    """What the source is."""
+    """Description of the source files."""
     origin: str
-    """Where such data come from."""
-    rows: Callable[[Path, Settings], Rows]
-    media: Callable[[Path, Settings], Path] = media_root
-    """Folder that the media references of its rows are relative to."""
+    """Where such data are published."""
+    rows: Callable[[Path, ConverterConfig], Rows]
+    media: Callable[[Path, ConverterConfig], Path] = media_root
+    """Returns the folder that the media references of the rows are relative to."""
 
 
 CONVERTERS: dict[str, Converter] = {
@@ -84,7 +84,7 @@ CONVERTERS: dict[str, Converter] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """What became of the rows: `read` = `written` + the number of `skipped`."""
+    """Counts of a conversion: `read` = `written` + the number of `skipped`."""
 
     read: int
     written: int
@@ -92,15 +92,17 @@ class Conversion:
 
 
 def convert(
-    name: str, source: Path, out: Path, settings: Settings | None = None, *, skip_bad: bool = False
+    name: str, source: Path, out: Path, settings: ConverterConfig | None = None, *, skip_bad: bool = False
 ) -> Conversion:
     """Convert `source` into the new corpus folder `out`; media are linked or copied into it.
 
-    All rows are read before bad ones are reported. Then BlmError names counts and places of each reason, and
-    `out` is not made; with `skip_bad` they are returned instead. The same call again uses the media that an
-    interrupted run had stored. Raises UnknownNameError for another converter.
+    All rows are read before faulty ones are reported. Then a BlmError gives the counts and places
+    of each reason, and `out` is not created; with `skip_bad` faulty rows are returned instead.
+    After an interrupted run, the same call reuses the media that were stored. Raises
+    UnknownNameError for an unknown converter.
     """
-    converter, settings = lookup("converter", name, CONVERTERS), settings or Settings()
+    converter = lookup("converter", name, CONVERTERS)
+    settings = settings or ConverterConfig()
     faults: list[Fault] = []
     count = 0
 
@@ -115,7 +117,7 @@ def convert(
                 yield row
         if faults and not skip_bad:
             raise BlmError(
-                f"{len(faults)} of {count} rows of '{source}' cannot be converted; mend them or skip them "
+                f"{len(faults)} of {count} rows of '{source}' cannot be converted; fix them or skip them "
                 f"(--skip-bad):\n{summarise(faults)}"
             )
         if count == len(faults):

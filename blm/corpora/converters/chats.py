@@ -1,4 +1,4 @@
-"""Rows of general vision-language corpora: LLaVA, ShareGPT and OpenAI or LLaMA-Factory messages."""
+"""Converters of LLaVA, ShareGPT, OpenAI and LLaMA-Factory corpora."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from blm.corpora.converters.rows import (
+    ConverterConfig,
     Rows,
-    Settings,
     conversation,
-    field,
     media_list,
     media_root,
     read_json_rows,
     read_turns,
+    require_field,
     tagged_messages,
 )
 from blm.corpora.format.faults import RowError
@@ -32,22 +32,25 @@ _PARTS = {
 """Type of a content part -> the key of its value."""
 
 
-def llava(source: Path, settings: Settings) -> Rows:
-    """Rows with "conversations" of from/value and one tag for each file under image(s) or video(s)."""
+def llava(source: Path, settings: ConverterConfig) -> Rows:
+    """Convert rows with "conversations" of from/value and one media tag per file."""
     return _chats(source, settings, ("conversations",), "llava")
 
 
-def sharegpt(source: Path, settings: Settings) -> Rows:
-    """LLaMA-Factory's ShareGPT form: "conversations" or "messages", "images", "videos", "system"."""
+def sharegpt(source: Path, settings: ConverterConfig) -> Rows:
+    """Convert LLaMA-Factory's ShareGPT rows, with media lists and a system prompt."""
     return _chats(source, settings, ("conversations", "messages"), "sharegpt")
 
 
-def messages(source: Path, settings: Settings) -> Rows:
-    """Rows with "messages" of role/content; a content is a text with tags, or a list of parts."""
+def messages(source: Path, settings: ConverterConfig) -> Rows:
+    """Convert rows with "messages" of role/content.
+
+    A content is a text with tags or a list of parts.
+    """
     return _chats(source, settings, ("messages",), "messages")
 
 
-def _chats(source: Path, settings: Settings, keys: tuple[str, ...], name: str) -> Rows:
+def _chats(source: Path, settings: ConverterConfig, keys: tuple[str, ...], name: str) -> Rows:
     root = media_root(source, settings)
     for where, identity, row in read_json_rows(source):
         try:
@@ -61,17 +64,17 @@ def _chats(source: Path, settings: Settings, keys: tuple[str, ...], name: str) -
 
 
 def _named(made: Conversation, row: Mapping[str, Any]) -> Conversation:
-    """Keep the group and the kinds of a row that has them."""
-    kinds = field(row, "kinds", list) if "kinds" in row else list(made.kinds)
+    """Take over the group and the kinds of the row if it has any."""
+    kinds = require_field(row, "kinds", list) if "kinds" in row else list(made.kinds)
     if len(kinds) != len(made.kinds) or not all(isinstance(kind, str) and kind for kind in kinds):
         raise RowError("wrong number of kinds", f"{kinds} for {len(made.kinds)} answers")
-    group = field(row, "group", str) if "group" in row else made.group
+    group = require_field(row, "group", str) if "group" in row else made.group
     return replace(made, kinds=tuple(kinds), group=group)
 
 
-def _messages(row: Any, keys: tuple[str, ...], root: Path, settings: Settings) -> tuple[Message, ...]:
+def _messages(row: Any, keys: tuple[str, ...], root: Path, settings: ConverterConfig) -> tuple[Message, ...]:
     key = next((key for key in keys if isinstance(row, Mapping) and key in row), keys[0])
-    turns = read_turns(field(row, key, list))
+    turns = read_turns(require_field(row, key, list))
     if unread := [name for name in ("tools", "audio", "audios") if row.get(name)]:
         raise RowError("unsupported content", f"the row has {', '.join(unread)}")
     if row.get("system"):
@@ -82,7 +85,7 @@ def _messages(row: Any, keys: tuple[str, ...], root: Path, settings: Settings) -
 
 
 def _flatten(role: str, content: Any, media: dict[str, list[str]]) -> str:
-    """Return a content as one text with tags; the files of its parts join `media`."""
+    """Return a content as one text with tags; the files of its parts are appended to `media`."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

@@ -1,9 +1,10 @@
-"""Cosmos-Reason1 rows (RoboVQA, BridgeV2, HoloAssist, AgiBot), as NVIDIA publishes them on the hub.
+"""Converter of Cosmos-Reason1: RoboVQA, BridgeV2, HoloAssist and AgiBot.
 
-A folder for each set with JSON arrays of {"video": "clips/<name>.mp4", "conversations": [role/content]} (the
-SFT sets: system, user, assistant) or {"video", "qa_pairs": {"question", "index2ans", "answer"}} (RL and
-benchmark sets: multiple choice). Texts have no media tags: the clip belongs to the first question. Only the
-RoboVQA clips are in the hub's repository, so clips are found by their path or, as upstream does, by name.
+Each set is a folder with JSON arrays of {"video": "clips/<name>.mp4", "conversations":
+[role/content]} (SFT sets: system, user, assistant) or {"video", "qa_pairs": {"question",
+"index2ans", "answer"}} (RL and benchmark sets: multiple choice). Texts have no media tags; the clip
+belongs to the first question. Only the RoboVQA clips are in the hub's repository, so clips are
+found by path or, as upstream does, by file name.
 """
 
 from __future__ import annotations
@@ -15,24 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from blm.corpora.converters.rows import (
+    ConverterConfig,
     Rows,
-    Settings,
     conversation,
-    field,
     media_root,
     read_json_rows,
     read_turns,
+    require_field,
     tagged_messages,
 )
 from blm.corpora.format.faults import RowError
 from blm.media import VIDEOS
 
 SYSTEM = "Answer the questions."
-ASK = "Answer with the option's letter from the given choices directly."
+OPTION_PROMPT = "Answer with the option's letter from the given choices directly."
 
 
-def cosmos_reason1(source: Path, settings: Settings) -> Rows:
-    root, name = media_root(source, settings), settings.source or "cosmos_reason1"
+def cosmos_reason1(source: Path, settings: ConverterConfig) -> Rows:
+    """Convert the rows of one or more sets."""
+    root = media_root(source, settings)
+    name = settings.source or "cosmos_reason1"
     untagged = replace(settings, untagged="first")
 
     @cache
@@ -46,7 +49,7 @@ def cosmos_reason1(source: Path, settings: Settings) -> Rows:
         try:
             if isinstance(row, RowError):
                 raise row
-            video = field(row, "video", str)
+            video = require_field(row, "video", str)
             clip = video if (root / video).is_file() else _by_name(video, clips())
             part = Path(where).parent.name  # the set: a folder of the hub's repository
             for number, (kind, turns) in enumerate(_dialogues(row, part)):
@@ -66,19 +69,23 @@ def _by_name(video: str, clips: Mapping[str, list[str]]) -> str:
 
 
 def _dialogues(row: Mapping[str, Any], part: str) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return kind and turns of each dialogue of a row; multiple choices become one each."""
+    """Return kind and turns of each dialogue in a row.
+
+    Each multiple choice is a dialogue of its own.
+    """
     if "qa_pairs" not in row:
-        turns = read_turns(field(row, "conversations", list))
+        turns = read_turns(require_field(row, "conversations", list))
         thinks = any("<think>" in str(text) for role, text in turns if role == "assistant")
         return [(f"{part}_reasoning" if thinks else part, turns)]
-    pairs = field(row, "qa_pairs", (list, dict))
+    pairs = require_field(row, "qa_pairs", (list, dict))
     return [(f"{part}_choice", _choice(pair)) for pair in (pairs if isinstance(pairs, list) else [pairs])]
 
 
 def _choice(pair: Any) -> list[tuple[str, str]]:
-    options, question = field(pair, "index2ans", dict), field(pair, "question", str)
-    answer = field(pair, "answer" if "answer" in pair else "correct_answer", str)
+    options = require_field(pair, "index2ans", dict)
+    question = require_field(pair, "question", str)
+    answer = require_field(pair, "answer" if "answer" in pair else "correct_answer", str)
     if answer not in options:
         raise RowError("malformed row", f"answer {answer!r} is no option; there are {', '.join(options)}")
-    lines = [question, *(f"({letter}) {text}" for letter, text in sorted(options.items())), ASK]
+    lines = [question, *(f"({letter}) {text}" for letter, text in sorted(options.items())), OPTION_PROMPT]
     return [("system", SYSTEM), ("user", "\n".join(lines)), ("assistant", answer)]

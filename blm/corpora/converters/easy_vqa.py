@@ -1,6 +1,7 @@
-"""easy-VQA (the package `easy-vqa`, MIT): questions about one coloured shape, both splits.
+"""Converter of easy-VQA (package `easy-vqa`, MIT license): questions about one coloured shape.
 
-All questions about one picture become ONE conversation, so that they share it. Source: "train" or "test".
+All questions about a picture form one conversation, so that they share it. The source is "train" or
+"test".
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from blm.corpora.converters.rows import Rows, Settings
+from blm.corpora.converters.rows import ConverterConfig, Rows
 from blm.corpora.format.messages import Conversation
 from blm.io import read_json
 from blm.types import BlmError, Image, Message
@@ -18,14 +19,15 @@ SHAPES = ("circle", "rectangle", "triangle")
 
 
 def package_folder() -> Path:
-    """Folder of the installed package. Raises BlmError when there is none."""
+    """Return the folder of the installed package. Raises BlmError if it is not installed."""
     spec = find_spec("easy_vqa")
     if spec is None or spec.origin is None:
         raise BlmError("easy-VQA is not installed: `pip install 'blm[easy-vqa]'`")
     return Path(spec.origin).parent
 
 
-def easy_vqa(source: Path, settings: Settings) -> Rows:
+def easy_vqa(source: Path, settings: ConverterConfig) -> Rows:
+    """Convert one split."""
     split = source.name
     if split not in SPLITS:
         raise BlmError(f"easy-VQA has the splits {', '.join(SPLITS)}; got '{source}'")
@@ -49,14 +51,14 @@ def easy_vqa(source: Path, settings: Settings) -> Rows:
                 id=name,
                 group=str(image.path),
                 source=settings.source or "easy_vqa",
-                kinds=tuple(kind_of(answer) for _, answer in asked),
+                kinds=tuple(question_kind(answer) for _, answer in asked),
                 messages=tuple(messages),
             ),
         )
 
 
-def kind_of(answer: str) -> str:
-    """What a question is about, told by its answer: yes_no, shape or colour."""
+def question_kind(answer: str) -> str:
+    """Return the kind of a question, which follows from its answer: yes_no, shape or colour."""
     if answer in ("yes", "no"):
         return "yes_no"
     return "shape" if answer in SHAPES else "colour"

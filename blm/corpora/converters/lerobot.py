@@ -1,9 +1,9 @@
-"""Episodes of a LeRobotDataset: what the robot is told, how far it is, and what comes next.
+"""Converter of LeRobotDatasets: questions about an episode's instruction, progress and primitive.
 
-Works for our own datasets and for foreign ones (v2.0, v2.1, v3.0), which say no more than an instruction. A
-video that holds one episode is referred to; of a video with many, frames are stored as pictures, because
-reading one frame late in it would decode all before. The rich questions about episodes are in
-`blm.corpora.scenes.questions`.
+It reads our datasets and foreign ones (v2.0, v2.1, v3.0), which only have an instruction. A video
+that holds one episode is referenced. From a video with many episodes, frames are stored as
+pictures, because reading a late frame would decode all frames before it. Richer questions about
+episodes are in `blm.corpora.scenes.episodes`.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from blm.corpora.converters.rows import Rows, Settings
-from blm.corpora.converters.sharerobot import pick
+from blm.corpora.converters.rows import ConverterConfig, Rows, evenly_spaced
 from blm.corpora.format.faults import RowError
 from blm.corpora.format.messages import Conversation
 from blm.datasets.dataset import EpisodeDataset
 from blm.datasets.lerobot import open_dataset
 from blm.types import BlmError, ContractError, Image, Message
 
-PARTS = (0.25, 0.5, 0.75, 1.0)
-"""Shares of an episode after which its progress is asked."""
+PROGRESS = (0.25, 0.5, 0.75, 1.0)
+"""Shares of an episode at which its progress is asked."""
 
 
-def lerobot(source: Path, settings: Settings) -> Rows:
+def lerobot(source: Path, settings: ConverterConfig) -> Rows:
+    """Convert all episodes of one dataset. Raises ContractError for a camera that it lacks."""
     dataset = open_dataset(source)
     cameras = settings.cameras or dataset.cameras[:1]
     if missing := set(cameras) - set(dataset.cameras):
@@ -41,18 +41,18 @@ def lerobot(source: Path, settings: Settings) -> Rows:
 
 
 def _episode(
-    dataset: EpisodeDataset, episode: int, camera: str, settings: Settings
+    dataset: EpisodeDataset, episode: int, camera: str, settings: ConverterConfig
 ) -> Iterator[Conversation]:
     first, end = int(dataset.starts[episode]), int(dataset.starts[episode + 1])
     instruction = dataset.instructions[int(dataset.task_index[first])].strip()
     name = f"lerobot/{dataset.folder.resolve().name}/{episode}"
-    if dataset.seeds[episode] >= 0:  # ours: the group that questions about the same scene have
+    if dataset.seeds[episode] >= 0:  # our own scene: the group of all questions about it
         group = f"episode/{dataset.space.robot}/{dataset.tasks[episode]}/{dataset.seeds[episode]}"
     else:
         group = name
-    for part in PARTS:
+    for part in PROGRESS:
         last = first + max(round(part * (end - first)), 1) - 1
-        rows = _spread(first, last, settings.frames or 8)
+        rows = evenly_spaced(range(first, last + 1), settings.frames or 8)
         asked = [("progress", f"The task: {instruction} How much of it is done, in percent?", f"{part:.0%}")]
         if part == 1.0:
             asked.insert(0, ("instruction", "What is the robot told to do?", instruction))
@@ -76,16 +76,13 @@ def _episode(
         )
 
 
-def _spread(first: int, last: int, count: int) -> list[int]:
-    rows = [str(row) for row in range(first, last + 1)]
-    return [int(row) for row in pick(rows, count)]
-
-
 def _picture(dataset: EpisodeDataset, episode: int, row: int, camera: str) -> Image:
-    footage = dataset.footage[camera]
-    if np.count_nonzero(footage.file == footage.file[episode]) > 1:
+    camera_videos = dataset.camera_videos[camera]
+    if np.count_nonzero(camera_videos.file == camera_videos.file[episode]) > 1:
         return Image(dataset.frames([row], camera)[0])
-    number = int(footage.first[episode]) + row - int(dataset.starts[episode])
-    file = footage.files[int(footage.file[episode])].relative_to(dataset.folder).as_posix()
-    middle = (number + 0.5) / float(dataset.info["fps"])  # not its edge: times in files are rounded
+    number = int(camera_videos.first[episode]) + row - int(dataset.starts[episode])
+    file = camera_videos.files[int(camera_videos.file[episode])].relative_to(dataset.folder).as_posix()
+    middle = (number + 0.5) / float(
+        dataset.info["fps"]
+    )  # not the frame's edge, because times in files are rounded
     return Image(path=f"{file}#t={middle:.4f}")

@@ -1,7 +1,8 @@
-"""What all converters share: rows of JSON files, and texts whose media tags stand for files.
+"""Shared by all converters: rows of JSON files, and texts with media tags.
 
-A tag `<image>` or `<video>` in a question stands for the next file of its list. A video becomes evenly spaced
-frame references. Nothing is guessed: another number of tags than files is a fault of that row.
+A tag `<image>` or `<video>` in a question stands for the next file of the row's list. A video
+becomes evenly spaced frame references. Nothing is guessed: if the numbers of tags and files differ,
+the row is faulty.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+import numpy as np
 
 from blm.corpora.format.faults import RowError
-from blm.corpora.format.messages import Conversation, check_text, check_turns
-from blm.corpora.format.pictures import find_media
+from blm.corpora.format.find_media import find_media
+from blm.corpora.format.messages import Conversation, check_text, check_turns, parse_json_line
 from blm.media import frame_references, split_time
 from blm.types import BlmError, Image, Message, require_numbers
 
@@ -27,37 +30,40 @@ ROLES = {
     "model": "assistant",
     "system": "system",
 }
-"""Names that published rows have for the three roles."""
+"""Role names in published rows -> our three roles."""
+Item = TypeVar("Item")
 _TAG = re.compile(r"<(image|video)>")
 Rows = Iterator[tuple[str, Conversation | RowError]]
-"""Where a row stands ("file.json:17"), and what it became."""
+"""Yields the place of each row ("file.json:17") and its conversation, or what is wrong with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How rows become conversations."""
+class ConverterConfig:
+    """How rows are converted to conversations."""
 
     frames: int = 8
-    """Frames that a video becomes, from the middles of equal parts. Of longer lists of frames (ShareRobot)
-    so many are used, evenly spaced, the first and the last among them; 0 uses all of such a list."""
+    """Number of frames per video, from the middles of equal parts. Lists of frames (ShareRobot) are
+    subsampled evenly, including the first and the last frame; 0 uses the whole list."""
     media: Path | None = None
-    """Folder that media references are relative to; default: the source folder, or that of the file."""
+    """Folder that media references are relative to. Default: the source folder, or the folder of
+    the file."""
     source: str = ""
-    """Name of the source in the rows; default: the converter's. Kinds are named after it where rows do not
-    tell the kind of their questions."""
+    """Name of the source in the rows. Default: the converter's name. It is also the kind of
+    questions whose rows have no kind."""
     untagged: Literal["refuse", "first"] = "refuse"
-    """Rows that have media but no tag at all: name them as faults, or show the media first."""
+    """Rows that have media but no tag: report them as faults, or put the media before the first
+    question."""
     cameras: tuple[str, ...] = ()
-    """Of a robot dataset; default: the first camera."""
+    """Cameras of a robot dataset. Default: the first camera."""
 
     def __post_init__(self) -> None:
         require_numbers(self, frames=(0, 100_000))
 
 
 def read_json_rows(source: Path) -> Iterator[tuple[str, str, Any | RowError]]:
-    """Yield place, a name for an id, and row, of a JSON array, a JSONL file, or a folder of such.
+    """Yield place, id and row of a JSON array, a JSONL file or a folder of these.
 
-    Raises BlmError for a source that is missing or a file that holds no rows.
+    Raises BlmError for a missing source and for a file without rows.
     """
     if not source.exists():
         raise BlmError(f"'{source}' does not exist; name the JSON or JSONL file, or the folder of them")
@@ -68,22 +74,21 @@ def read_json_rows(source: Path) -> Iterator[tuple[str, str, Any | RowError]]:
         raise BlmError(f"'{source}' holds no .json or .jsonl file")
     for file in files:
         name = file.name if file == source else file.relative_to(source).as_posix()
-        for number, row in _lines(file) if file.suffix == ".jsonl" else _array(file):
+        for number, row in _read_jsonl(file) if file.suffix == ".jsonl" else _read_json_array(file):
             yield f"{file}:{number}", f"{name}:{number}", row
 
 
-def _lines(file: Path) -> Iterator[tuple[int, Any | RowError]]:
+def _read_jsonl(file: Path) -> Iterator[tuple[int, Any | RowError]]:
     with file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 try:
-                    yield number, json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    reason = "malformed JSON" if line.endswith(b"\n") else "truncated last line"
-                    yield number, RowError(reason, str(error))
+                    yield number, parse_json_line(line)
+                except RowError as error:
+                    yield number, error
 
 
-def _array(file: Path) -> Iterator[tuple[int, Any]]:
+def _read_json_array(file: Path) -> Iterator[tuple[int, Any]]:
     try:
         rows = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -93,12 +98,24 @@ def _array(file: Path) -> Iterator[tuple[int, Any]]:
     yield from enumerate(rows, start=1)
 
 
-def media_root(source: Path, settings: Settings) -> Path:
+def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
+    """Return at most `count` evenly spaced items, including the first and the last.
+
+    If `count` is 0, return all items.
+    """
+    if not count or len(items) <= count:
+        return list(items)
+    places = np.linspace(0, len(items) - 1, count).round().astype(int) if count > 1 else [len(items) - 1]
+    return [items[int(place)] for place in places]
+
+
+def media_root(source: Path, settings: ConverterConfig) -> Path:
+    """Return the folder that media references are relative to."""
     return (settings.media or (source if source.is_dir() else source.parent)).absolute()
 
 
-def field(row: Any, key: str, kind: type | tuple[type, ...]) -> Any:
-    """Return `row[key]`. Raises RowError unless it is there and of that type."""
+def require_field(row: Any, key: str, kind: type | tuple[type, ...]) -> Any:
+    """Return `row[key]`. Raises RowError if it is missing or of another type."""
     if not isinstance(row, Mapping) or not isinstance(row.get(key), kind):
         found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
         raise RowError("malformed row", f"'{key}' is missing or of another type; it has {found}")
@@ -106,7 +123,7 @@ def field(row: Any, key: str, kind: type | tuple[type, ...]) -> Any:
 
 
 def media_list(row: Mapping[str, Any], *keys: str) -> list[str]:
-    """Return the references under the first of `keys` that the row has: a text, or a list of texts."""
+    """Return the media references under the first of `keys` in the row: a text or a list of texts."""
     value: Any = next((row[key] for key in keys if row.get(key)), [])
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
@@ -115,7 +132,7 @@ def media_list(row: Mapping[str, Any], *keys: str) -> list[str]:
 
 
 def read_turns(turns: Any) -> list[tuple[str, Any]]:
-    """Return (role, content) of turns with "from" and "value" or with "role" and "content"."""
+    """Return (role, content) of turns that have "from" and "value", or "role" and "content"."""
     found = []
     for turn in turns:
         if not isinstance(turn, Mapping) or not (
@@ -134,11 +151,12 @@ def tagged_messages(
     turns: Sequence[tuple[str, str]],
     media: Mapping[str, Sequence[str]],
     root: Path,
-    settings: Settings,
+    settings: ConverterConfig,
 ) -> tuple[Message, ...]:
-    """Return messages with each tag replaced by the next file of `media` ("image" and "video" -> references).
+    """Return messages in which each tag is replaced by the next file of its kind.
 
-    Raises RowError for tags and files that do not match, and for media that are missing or unreadable.
+    `media` maps "image" and "video" to references. Raises RowError if the numbers of tags and files
+    differ, and for missing or unreadable media.
     """
     queues = {kind: list(files) for kind, files in media.items()}
     texts = [(role, check_text(text)) for role, text in turns]
@@ -161,7 +179,7 @@ def tagged_messages(
         parts: list[str | Image] = []
         for place, piece in enumerate(_TAG.split(text)):
             if place % 2:
-                parts += show(piece, queues[piece].pop(0), root, settings)
+                parts += image_references(piece, queues[piece].pop(0), root, settings)
             elif piece.strip():
                 parts.append(piece.strip() if tags else piece)
         messages.append(Message(role, tuple(parts)))  # type: ignore[arg-type]
@@ -169,8 +187,11 @@ def tagged_messages(
     return tuple(messages)
 
 
-def show(kind: str, reference: str, root: Path, settings: Settings) -> list[Image]:
-    """Return a picture, or the frames of a video, as references. Raises RowError for what is not there."""
+def image_references(kind: str, reference: str, root: Path, settings: ConverterConfig) -> list[Image]:
+    """Return references to a picture, or to the frames of a video.
+
+    Raises RowError for missing files.
+    """
     file = find_media(reference, root)
     if kind == "image":
         return [Image(path=reference)]
@@ -188,7 +209,10 @@ def conversation(
     group: str = "",
     kind: str = "",
 ) -> Conversation:
-    """Return a conversation; by default grouped by its first media file, of the source's kind."""
+    """Return a conversation.
+
+    The default group is its first media file, the default kind the source.
+    """
     media = [image.path for message in messages for image in message.images]
     first = f"{source}/{split_time(str(media[0]))[0]}" if media else identity
     answers = sum(message.role == "assistant" for message in messages)

@@ -1,7 +1,7 @@
-"""Which turns to drop so that no question kind and no answer has more than its share.
+"""Select turns to drop, so that no question kind and no answer exceeds its share.
 
-Turns are chosen by a hash of the seed and of what the turn says: the choice depends neither on order nor on
-what else there is, and what was kept is kept again.
+Turns are ranked by a hash of the seed and of their text. The choice therefore depends neither on
+their order nor on other turns, and curating the result again keeps everything.
 """
 
 from __future__ import annotations
@@ -11,44 +11,41 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
-from blm.corpora.format.messages import Conversation, end_of_pictures, spoken
+from blm.corpora.format.messages import Conversation, end_of_pictures, without_thought
+from blm.types import base_kind
 
 Balance = Literal["none", "kind", "question"]
-Turn = tuple[int, int]
-"""Number of the conversation and of its turn."""
+TurnIndex = tuple[int, int]
+"""Index of a conversation, and index of a turn in it."""
 
 
 def normalise(text: str) -> str:
-    """Lower case, words only: what makes two texts the same for duplicates and leaks."""
+    """Return the words of a text in lower case; texts with equal words count as duplicates."""
     return " ".join(re.findall(r"[\w+-]+", text.lower()))
 
 
-def stem_of(kind: str) -> str:
-    """'success_positive' and 'success_negative' -> 'success'."""
-    return kind.removesuffix("_positive").removesuffix("_negative")
-
-
 def yes_or_no(answer: str) -> str | None:
-    """'Yes.' -> 'yes'; None for another answer."""
+    """Return 'yes' or 'no' for such an answer (e.g. 'Yes.'), else None."""
     plain = normalise(answer)
     return plain if plain in ("yes", "no") else None
 
 
-def over_cap(rows: Sequence[Conversation], most: int | None, seed: int) -> set[Turn]:
-    """Return the turns beyond `most` of each kind."""
-    kinds: dict[str, list[Turn]] = {}
+def over_cap(rows: Sequence[Conversation], most: int | None, seed: int) -> set[TurnIndex]:
+    """Return the surplus turns beyond `most` of each kind."""
+    kinds: dict[str, list[TurnIndex]] = {}
     for turn, kind, _ in _turns(rows) if most is not None else ():
         kinds.setdefault(kind, []).append(turn)
     return _surplus(rows, ((turns, most or 0) for turns in kinds.values()), seed)
 
 
-def unbalanced(rows: Sequence[Conversation], balance: Balance, seed: int) -> set[Turn]:
-    """Return the turns of the more frequent of yes and no that have no partner with the other.
+def unbalanced(rows: Sequence[Conversation], balance: Balance, seed: int) -> set[TurnIndex]:
+    """Return the surplus turns of the more frequent answer of yes and no.
 
-    Partners have the same stem, or with "question" the same stem and words. A stem that is answered by only
-    one of the two cannot be balanced and stays; words that are always answered alike then go.
+    Turns are balanced within their base kind or, with "question", within their base kind and
+    question text. A base kind with only one of the two answers cannot be balanced and stays. With
+    "question", question texts that always have the same answer are dropped.
     """
-    parts: list[tuple[list[Turn], int]] = []
+    parts: list[tuple[list[TurnIndex], int]] = []
     for yes, no in yes_no_turns(rows).values() if balance != "none" else ():
         if yes and no:
             sides = [_by_words(rows, side, balance) for side in (yes, no)]
@@ -58,21 +55,23 @@ def unbalanced(rows: Sequence[Conversation], balance: Balance, seed: int) -> set
     return _surplus(rows, parts, seed)
 
 
-def _by_words(rows: Sequence[Conversation], turns: Sequence[Turn], balance: Balance) -> dict[str, list[Turn]]:
+def _by_words(
+    rows: Sequence[Conversation], turns: Sequence[TurnIndex], balance: Balance
+) -> dict[str, list[TurnIndex]]:
     if balance == "kind":
         return {"": list(turns)}
-    found: dict[str, list[Turn]] = {}
+    found: dict[str, list[TurnIndex]] = {}
     for number, turn in turns:
-        found.setdefault(normalise(_asked(rows[number], turn)), []).append((number, turn))
+        found.setdefault(normalise(_question_words(rows[number], turn)), []).append((number, turn))
     return found
 
 
-def yes_no_turns(rows: Sequence[Conversation]) -> dict[str, tuple[list[Turn], list[Turn]]]:
-    """Return stem -> turns answered yes, and no, for the stems that are answered by nothing else."""
-    stems: dict[str, tuple[list[Turn], list[Turn]]] = {}
+def yes_no_turns(rows: Sequence[Conversation]) -> dict[str, tuple[list[TurnIndex], list[TurnIndex]]]:
+    """Return base kind -> (turns answered yes, turns answered no), for kinds without other answers."""
+    stems: dict[str, tuple[list[TurnIndex], list[TurnIndex]]] = {}
     other: set[str] = set()
     for turn, kind, answer in _turns(rows):
-        stem, side = stem_of(kind), yes_or_no(answer)
+        stem, side = base_kind(kind), yes_or_no(answer)
         if side is None:
             other.add(stem)
         else:
@@ -80,16 +79,18 @@ def yes_no_turns(rows: Sequence[Conversation]) -> dict[str, tuple[list[Turn], li
     return {stem: sides for stem, sides in sorted(stems.items()) if stem not in other}
 
 
-def _turns(rows: Sequence[Conversation]) -> Iterator[tuple[Turn, str, str]]:
+def _turns(rows: Sequence[Conversation]) -> Iterator[tuple[TurnIndex, str, str]]:
     for number, row in enumerate(rows):
         answers = (message for message in row.messages if message.role == "assistant")
         for turn, (kind, answer) in enumerate(zip(row.kinds, answers, strict=True)):
-            yield (number, turn), kind, spoken(answer.text)
+            yield (number, turn), kind, without_thought(answer.text)
 
 
-def _surplus(rows: Sequence[Conversation], parts: Iterable[tuple[list[Turn], int]], seed: int) -> set[Turn]:
-    """Return, of each list of turns, all but so many; those of the lowest rank stay."""
-    dropped: set[Turn] = set()
+def _surplus(
+    rows: Sequence[Conversation], parts: Iterable[tuple[list[TurnIndex], int]], seed: int
+) -> set[TurnIndex]:
+    """Return the turns of each list beyond its maximum; those with the lowest ranks stay."""
+    dropped: set[TurnIndex] = set()
     for turns, most in parts:
         if len(turns) > most:
             dropped |= set(sorted(turns, key=lambda turn: _rank(rows[turn[0]], turn[1], seed))[most:])
@@ -97,13 +98,16 @@ def _surplus(rows: Sequence[Conversation], parts: Iterable[tuple[list[Turn], int
 
 
 def _rank(row: Conversation, turn: int, seed: int) -> bytes:
-    """A random number of a turn, by what it says and not its place: dropping others renumbers it."""
+    """Return a pseudo-random rank of a turn that depends on its text.
+
+    Its index would not do, because dropping other turns renumbers it.
+    """
     answers = [message for message in row.messages if message.role == "assistant"]
-    said = f"{seed}\0{row.id}\0{row.kinds[turn]}\0{_asked(row, turn)}\0{answers[turn].text}"
-    return hashlib.sha256(said.encode()).digest()
+    content = f"{seed}\0{row.id}\0{row.kinds[turn]}\0{_question_words(row, turn)}\0{answers[turn].text}"
+    return hashlib.sha256(content.encode()).digest()
 
 
-def _asked(row: Conversation, turn: int) -> str:
-    """The words of a question behind its last picture: those before it may come from a dropped turn."""
+def _question_words(row: Conversation, turn: int) -> str:
+    """Return the text of a question after its last picture."""
     user = [message for message in row.messages if message.role == "user"][turn]
     return "".join(part for part in user.content[end_of_pictures(user) :] if isinstance(part, str))

@@ -1,10 +1,11 @@
 """Replay: text-only conversations in which a model repeats itself, to be mixed into Stage I.
 
-The base model answers prompts made here, so nothing is downloaded and no other teacher is imitated. Answers
-are drawn from its own distribution at temperature 1: on such text the base has zero expected gradient, while
-greedy answers would teach it to be surer than it was. The prompts are made from a seed: general ones, and
-ones about half of the topics of Python's own manual (`pydoc_data.topics`). The other half is held-out text,
-on which `blm.training.sft.retention` measures what was kept.
+The base model answers prompts made here, so nothing is downloaded and no other teacher is imitated.
+Answers are drawn from its own distribution at temperature 1: on such text the base has zero
+expected gradient, while greedy answers would teach it to be surer than it was. The prompts are made
+from a seed: general ones, and ones about half of the topics of Python's own manual
+(`pydoc_data.topics`). The other half is held-out text, on which `blm.training.sft.retention`
+measures what was kept.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ import numpy as np
 
 from blm.backbone import Backbone
 from blm.corpora.format.messages import Conversation, write_corpus
-from blm.corpora.scenes.build import PARTS, parts_of, remove_parts
+from blm.corpora.scenes.build import SHARDS_KIND, remove_shards, shards_folder
 from blm.io import work_folder
-from blm.jobs import Unit, run_units
+from blm.jobs import WorkUnit, run_units
 from blm.types import BlmError, Message
 
 MOST = 10_000_000
@@ -73,7 +74,10 @@ def topic_texts(held_out: bool) -> dict[str, str]:
 
 
 def replay_prompts(seed: int) -> Iterator[tuple[str, str]]:
-    """Endless (group, prompt), half general, half about the manual; none twice before all were used."""
+    """Yield (group, prompt) endlessly, half of them general, half about the manual.
+
+    No prompt is repeated before all of its half were used.
+    """
     titles = topic_texts(held_out=False)
     pools = (
         [(f"replay/{subject}", form.format(subject)) for form in GENERAL for subject in SUBJECTS],
@@ -87,10 +91,12 @@ def replay_prompts(seed: int) -> Iterator[tuple[str, str]]:
 
 
 def build_replay(backbone: Backbone, out: Path, count: int, *, seed: int = 0) -> int:
-    """Write a corpus of `count` conversations at `out`; return how many more were answered but not kept.
+    """Write a corpus of `count` conversations at `out`.
 
-    Empty answers and those that do not end within MAX_TOKENS are not kept. A killed run continues. Raises
-    BlmError when `out` exists, or when the model leaves most prompts without a whole answer.
+    Return how many more were answered but not kept.
+
+    Empty answers and those that do not end within MAX_TOKENS are not kept. A killed run continues.
+    Raises BlmError when `out` exists, or when the model leaves most prompts without a whole answer.
     """
     if out.exists():
         raise BlmError(f"corpus folder '{out}' exists; move it away or name another one")
@@ -99,28 +105,28 @@ def build_replay(backbone: Backbone, out: Path, count: int, *, seed: int = 0) ->
     if not 0 <= seed < 2**32:
         raise BlmError(f"seed is {seed}; it must be 0 to {2**32 - 1:,}")
     revision = backbone.fingerprint()[:16]
-    shards = work_folder(parts_of(out), PARTS, {"replay": revision, "seed": seed})
+    shards = work_folder(shards_folder(out), SHARDS_KIND, {"replay": revision, "seed": seed})
 
     def answer(payload: tuple[int, Sequence[tuple[str, str]]]) -> dict[str, Any]:
         number, asked = payload
         prompts = [(Message("user", (prompt,)),) for _, prompt in asked]
         return {"answers": backbone.complete(prompts, max_tokens=MAX_TOKENS, seed=seed * 1_000_003 + number)}
 
-    prompts, units = replay_prompts(seed), list[Unit]()
+    prompts, units = replay_prompts(seed), list[WorkUnit]()
     kept, answered = list[Conversation](), 0
     while len(kept) < count:
         if answered > 20 * count + 100 * BATCH:
             raise BlmError(f"only {len(kept)} of {answered} answers ended within {MAX_TOKENS} tokens")
         for _ in range(-(-(count - len(kept)) // BATCH)):
             part = list(itertools.islice(prompts, BATCH))
-            units.append(Unit(f"{revision}/{seed}/{MAX_TOKENS}/{len(units)}", (len(units), part)))
+            units.append(WorkUnit(f"{revision}/{seed}/{MAX_TOKENS}/{len(units)}", (len(units), part)))
         done = run_units(answer, units, journal=shards / "journal.jsonl", workers=0, title="replay")
         asked = [prompt for unit in units for prompt in unit.payload[1]]
         answers = [answer for unit in units for answer in done[unit.key]["answers"]]
         answered, kept = len(answers), list(_conversations(asked, answers))
     unused = answered - len(kept)
     write_corpus(out, kept[:count])
-    remove_parts(out)
+    remove_shards(out)
     return unused
 
 

@@ -1,4 +1,4 @@
-"""What a curation reports: what every step dropped and why, and how the answers are spread."""
+"""The report of a curation: what every step dropped and why, and the distribution of answers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from blm.corpora.format.faults import EXAMPLES
 from blm.corpora.format.messages import Conversation
 
 LISTED = 12
-"""Answers of a kind that a report lists; the others are counted as "other"."""
+"""Number of answers listed per kind; the others are counted as "other"."""
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """How many went for one reason, and the first of them."""
+class DropCount:
+    """Number of items dropped for one reason, and the first of them."""
 
     count: int
     examples: tuple[str, ...]
@@ -25,32 +25,33 @@ class Dropped:
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What one step let through. `rows_in` = `rows_out` + what it dropped of rows."""
+    """Counts of one step: `rows_in` = `rows_out` + the number of dropped rows."""
 
     name: str
     rows_in: int
     rows_out: int
     turns_in: int
     turns_out: int
-    reasons: Mapping[str, Dropped]
-    """Of conversations; of turns for the last two steps."""
+    reasons: Mapping[str, DropCount]
+    """Reason -> dropped conversations; dropped turns in the last two steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceReport:
-    """What one source gives."""
+    """Counts of one source."""
 
     read: int
     kept: int
     turns: int
     weight: float
     share: float
-    """Part of what is drawn in training: weight * turns, scaled to the share of replay; all add up to 1."""
+    """Share in the training mixture: weight * turns, scaled to the share of replay. Shares sum to
+    1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurationReport:
-    """What stayed, what went and why, and how the answers are spread."""
+    """What was kept, what was dropped and why, and the distribution of answers."""
 
     settings: Mapping[str, Any]
     """The configuration, and the names of the evaluation sets."""
@@ -60,15 +61,15 @@ class CurationReport:
     steps: Sequence[StepReport]
     sources: Mapping[str, SourceReport]
     before: Mapping[str, Mapping[str, int]]
-    """Question kind -> answer -> count, over all that could be read; the rarest answers as "other"."""
+    """Question kind -> answer -> count over all readable rows; rare answers count as "other"."""
     answers: Mapping[str, Mapping[str, int]]
-    """The same of what was kept."""
+    """The same for the kept rows."""
     yes_no: Mapping[str, Mapping[str, Sequence[int]]]
-    """Stem of a yes/no kind -> "before" and "after" -> numbers of yes and no."""
+    """Base kind of yes/no questions -> "before" and "after" -> numbers of yes and no."""
 
 
-class Reasons:
-    """Counts with their first examples."""
+class DropReasons:
+    """Counts drops by reason and keeps the first examples of each."""
 
     def __init__(self) -> None:
         self.rows: Counter[str] = Counter()
@@ -80,33 +81,33 @@ class Reasons:
         if self.rows[reason] <= EXAMPLES:
             self.places.setdefault(reason, []).append(f"{place} ({detail})" if detail else place)
 
-    def report(self) -> dict[str, Dropped]:
-        return {reason: Dropped(n, tuple(self.places[reason])) for reason, n in self.rows.most_common()}
+    def report(self) -> dict[str, DropCount]:
+        return {reason: DropCount(n, tuple(self.places[reason])) for reason, n in self.rows.most_common()}
 
 
 def count_turns(rows: Iterable[Conversation]) -> int:
     return sum(len(row.kinds) for row in rows)
 
 
-def spread_of(rows: Sequence[Conversation]) -> dict[str, dict[str, int]]:
-    """Return question kind -> answer -> count; points, boxes and lengths are not listed."""
+def answer_counts(rows: Sequence[Conversation]) -> dict[str, dict[str, int]]:
+    """Return question kind -> answer -> count; numeric answers are not listed."""
     found: dict[str, Counter[str]] = {}
     for row in rows:
         for question in row.questions():
             if question.scorer not in ("point", "box", "metric"):
                 found.setdefault(question.kind, Counter())[question.answer] += 1
-    spread = {}
+    listed = {}
     for kind, counter in sorted(found.items()):
-        spread[kind] = dict(counter.most_common(LISTED))
-        if rest := counter.total() - sum(spread[kind].values()):
-            spread[kind]["other"] = rest
-    return spread
+        listed[kind] = dict(counter.most_common(LISTED))
+        if rest := counter.total() - sum(listed[kind].values()):
+            listed[kind]["other"] = rest
+    return listed
 
 
 def yes_no_shares(
     read: Sequence[Conversation], kept: Sequence[Conversation]
 ) -> dict[str, dict[str, tuple[int, int]]]:
-    """Return stem -> "before" and "after" -> numbers of yes and no."""
+    """Return base kind -> "before" and "after" -> numbers of yes and no."""
     after = yes_no_turns(kept)
     return {
         stem: {

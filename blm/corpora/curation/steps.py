@@ -1,10 +1,10 @@
-"""Curation as a visible pipeline: named steps in a fixed order, and a report that accounts for every row.
+"""Curation as a fixed pipeline of named steps, with a report that accounts for every row.
 
-schema -> media -> limits -> duplicates -> leaks -> kinds -> answers, then the shares of the sources.
+Steps: schema, media, limits, duplicates, leaks, kinds, answers; then the shares of the sources.
 
-The first five drop whole conversations. The last two drop single turns (a question with its answer), see
-blm.corpora.curation.balance; a conversation that loses its last turn is dropped. Nothing else is changed, and
-curating what was kept changes nothing.
+The first five drop whole conversations. The last two drop single turns (a question with its answer;
+see blm.corpora.curation.balance), and a conversation that loses its last turn is dropped. Nothing
+else is changed, and curating the result again changes nothing.
 """
 
 from __future__ import annotations
@@ -18,47 +18,50 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from blm.corpora.curation.balance import Balance, Turn, normalise, over_cap, unbalanced
+from blm.corpora.curation.balance import Balance, TurnIndex, normalise, over_cap, unbalanced
 from blm.corpora.curation.report import (
     CurationReport,
-    Reasons,
+    DropReasons,
     SourceReport,
     StepReport,
+    answer_counts,
     count_turns,
-    spread_of,
     yes_no_shares,
 )
 from blm.corpora.format.faults import RowError
 from blm.corpora.format.messages import CORPUS_FILE, Conversation, scan_corpus, write_corpus
-from blm.corpora.format.pictures import SIDE, Gallery, Look, NearIndex
+from blm.corpora.format.perceptual_hash import SIDE, MediaHasher, NearDuplicateIndex, PictureHash
 from blm.io import new_folder, write_json
 from blm.types import BlmError, Question, require_numbers
 
 Length = Callable[[Conversation, Path], int]
-"""Length of a conversation whose media are in a folder: tokens of a backbone, for example."""
+"""Returns the length of a conversation whose media are in a folder, e.g. in tokens of a backbone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurationConfig:
-    """What is kept. Numbers of None mean no limit."""
+    """Settings of a curation. None means no limit."""
 
     max_length: int | None = None
-    """Longest conversation, in characters or in what `length` counts (see `curate_sources`)."""
+    """Maximum length of a conversation, in characters or in units of `length` (see
+    `curate_sources`)."""
     max_pixels: int | None = None
-    """Largest picture [px]."""
+    """Maximum size of a picture [px]."""
     max_pictures: int | None = None
-    """Most pictures in a conversation."""
+    """Maximum number of pictures in a conversation."""
     hash_distance: int = 6
-    """Pictures whose 256-bit difference hashes differ in at most so many bits, and whose colours are the
-    same, count as equal. Measured: JPEG of quality 80 moves up to 4 bits, scaling by 1.5 up to 6; none of
-    25,000 pairs of different scenes of ours, and none of 125,000 of easy-VQA, is that near."""
+    """Maximum Hamming distance of two 256-bit perceptual hashes for near-duplicates (with similar
+    mean colours). Measured: JPEG of quality 80 changes up to 4 bits, scaling by 1.5 up to 6. None
+    of 25,000 pairs of different scenes of ours, and none of 125,000 pairs of easy-VQA, is that
+    near."""
     max_per_kind: int | None = None
-    """Most turns of one question kind."""
+    """Maximum number of turns of one question kind."""
     balance: Balance = "kind"
-    """Keep as many yes as no, over each question kind that is answered by them (`<stem>_positive` and
-    `<stem>_negative` are one), or over each wording of a question, so that the words alone tell nothing."""
+    """Keep as many yes as no answers within each yes/no kind (`<kind>_positive` and
+    `<kind>_negative` count as one), or within each question text, so that the text alone does not
+    tell the answer."""
     replay: float = 0.0
-    """Share of general replay in what is drawn in training."""
+    """Share of general replay in the training mixture."""
     general: tuple[str, ...] = ()
     """Names of the sources that are general replay."""
     seed: int = 0
@@ -74,12 +77,12 @@ class CurationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One corpus folder."""
+    """One corpus folder and its weight."""
 
     name: str
     folder: Path
     weight: float = 1.0
-    """How often its turns are drawn, beside those of a source of weight 1."""
+    """Sampling weight of its turns, relative to a source of weight 1."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:
@@ -87,8 +90,8 @@ class Source:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One conversation, and where it came from."""
+class SourcedConversation:
+    """A conversation with its source."""
 
     conversation: Conversation
     source: Source
@@ -98,19 +101,19 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSet:
-    """Questions that training must not have seen."""
+    """Evaluation questions, which must not leak into training."""
 
     name: str
     questions: Sequence[Question]
     root: Path | None = None
-    """Folder of their pictures; None: only their groups are compared."""
+    """Folder of their pictures; if None, only their groups are compared."""
 
 
 @dataclass
-class _Run:
-    """The conversations still in, and what was counted on the way."""
+class _CurationState:
+    """The remaining conversations, and the counts so far."""
 
-    entries: list[Entry]
+    entries: list[SourcedConversation]
     steps: list[StepReport] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
 
@@ -118,9 +121,9 @@ class _Run:
     def rows(self) -> list[Conversation]:
         return [entry.conversation for entry in self.entries]
 
-    def filter(self, name: str, fault: Callable[[Entry], str | None]) -> None:
-        """Drop the entries for which `fault` names a reason."""
-        kept, reasons = [], Reasons()
+    def filter(self, name: str, fault: Callable[[SourcedConversation], str | None]) -> None:
+        """Drop entries for which `fault` returns "reason | detail" or raises RowError."""
+        kept, reasons = [], DropReasons()
         for entry in track(self.entries, f"curating: {name}", console=Console(stderr=True)):
             try:
                 reason = fault(entry)
@@ -132,9 +135,9 @@ class _Run:
                 kept.append(entry)
         self._step(name, kept, reasons, reasons.rows)
 
-    def drop_turns(self, name: str, reason: str, dropped: set[Turn]) -> None:
-        """Drop single turns, and conversations that have none left."""
-        kept, reasons, emptied = [], Reasons(), Counter[str]()
+    def drop_turns(self, name: str, reason: str, dropped: set[TurnIndex]) -> None:
+        """Drop single turns, and conversations that lose all their turns."""
+        kept, reasons, emptied = [], DropReasons(), Counter[str]()
         for number, entry in enumerate(self.entries):
             turns = range(len(entry.conversation.kinds))
             left = [turn for turn in turns if (number, turn) not in dropped]
@@ -149,7 +152,9 @@ class _Run:
                 emptied[reason] += 1
         self._step(name, kept, reasons, emptied)
 
-    def _step(self, name: str, kept: list[Entry], reasons: Reasons, rows: Counter[str]) -> None:
+    def _step(
+        self, name: str, kept: list[SourcedConversation], reasons: DropReasons, rows: Counter[str]
+    ) -> None:
         step = StepReport(
             name=name,
             rows_in=len(self.entries),
@@ -173,17 +178,17 @@ def curate(
     evaluation_groups: Iterable[str] = (),
     config: CurationConfig | None = None,
 ) -> tuple[list[Conversation], CurationReport]:
-    """Curate one corpus that was read already; by default without balancing.
+    """Curate one corpus that is in memory; by default without balancing.
 
-    `evaluation_groups` are the groups of every evaluation set present: training on one of them would be a
+    `evaluation_groups` are the groups of all evaluation sets: training on one of them would be a
     leak. Returns the kept conversations in their order, and the report.
     """
     source = Source(name=folder.name, folder=folder)
     entries = [
-        Entry(conversation=row, source=source, where=f"{folder / CORPUS_FILE}: {row.id}")
+        SourcedConversation(conversation=row, source=source, where=f"{folder / CORPUS_FILE}: {row.id}")
         for row in conversations
     ]
-    run = _Run(entries)
+    run = _CurationState(entries)
     kept, report = _pipeline(run, config or CurationConfig(balance="none"), (), set(evaluation_groups), None)
     return [entry.conversation for entry in kept], report
 
@@ -194,25 +199,27 @@ def curate_sources(
     *,
     evaluation: Sequence[EvaluationSet] = (),
     length: Length | None = None,
-) -> tuple[list[Entry], CurationReport]:
-    """Curate corpora together: doubles are found across them, and kinds are balanced over all.
+) -> tuple[list[SourcedConversation], CurationReport]:
+    """Curate several corpora together.
 
-    `length` measures a conversation for `max_length` (a backbone's tokens, say); by default its characters
-    count. Raises BlmError for sources of equal names, general sources that are none, and a folder that is no
-    corpus.
+    Duplicates are found across all corpora, and kinds are balanced over all of them.
+
+    `length` measures a conversation for `max_length`, e.g. in tokens of a backbone; by default, in
+    characters. Raises BlmError for sources with equal names, unknown general sources, and a folder
+    that is not a corpus.
     """
     names = [source.name for source in sources]
     if len(set(names)) != len(names) or not set(config.general) <= set(names):
         raise BlmError(f"sources {names} need different names, general {config.general} must be among them")
-    entries, reasons = [], Reasons()
+    entries, reasons = [], DropReasons()
     for source in sources:
         for number, row in scan_corpus(source.folder):
             where = f"{source.folder / CORPUS_FILE}:{number}"
             if isinstance(row, RowError):
                 reasons.add(f"{row.reason} | {row.detail}", where)
             else:
-                entries.append(Entry(conversation=row, source=source, where=where))
-    run = _Run(entries)
+                entries.append(SourcedConversation(conversation=row, source=source, where=where))
+    run = _CurationState(entries)
     step = StepReport(
         name="schema",
         rows_in=len(entries) + reasons.rows.total(),
@@ -227,10 +234,10 @@ def curate_sources(
     return _pipeline(run, config, evaluation, groups, length)
 
 
-def write_curated(entries: Sequence[Entry], report: CurationReport, out: Path) -> None:
-    """Write OUT/<source>, one corpus folder a source, and OUT/curation.json, in one step.
+def write_curated(entries: Sequence[SourcedConversation], report: CurationReport, out: Path) -> None:
+    """Write one corpus folder per source, OUT/<source>, and OUT/curation.json, atomically.
 
-    Media are linked, or copied where the disk cannot link. Raises BlmError when `out` exists.
+    Media are hard-linked, or copied to another disk. Raises BlmError if `out` exists.
     """
     with new_folder(out) as work:
         for source in {entry.source.name: entry.source for entry in entries}.values():
@@ -240,28 +247,28 @@ def write_curated(entries: Sequence[Entry], report: CurationReport, out: Path) -
 
 
 def _pipeline(
-    run: _Run,
+    run: _CurationState,
     config: CurationConfig,
     evaluation: Sequence[EvaluationSet],
     groups: set[str],
     length: Length | None,
-) -> tuple[list[Entry], CurationReport]:
-    galleries: dict[Path, Gallery] = {}
+) -> tuple[list[SourcedConversation], CurationReport]:
+    hashers: dict[Path, MediaHasher] = {}
 
-    def looks(entry: Entry) -> tuple[Look, ...]:
+    def hashes(entry: SourcedConversation) -> tuple[PictureHash, ...]:
         folder = entry.source.folder
-        return galleries.setdefault(folder, Gallery(folder)).looks(entry.conversation.media)
+        return hashers.setdefault(folder, MediaHasher(folder)).hashes(entry.conversation.media)
 
-    def opened(entry: Entry) -> None:
-        looks(entry)
+    def opened(entry: SourcedConversation) -> None:
+        hashes(entry)
 
     read = run.entries
     run.filter("media", opened)
-    run.filter("limits", lambda entry: _over_limit(entry, config, looks(entry), length))
-    seen: NearIndex[str] = NearIndex(config.hash_distance)
-    run.filter("duplicates", lambda entry: _double(entry, looks(entry), seen))
+    run.filter("limits", lambda entry: _limit_reason(entry, config, hashes(entry), length))
+    seen: NearDuplicateIndex[str] = NearDuplicateIndex(config.hash_distance)
+    run.filter("duplicates", lambda entry: _duplicate_reason(entry, hashes(entry), seen))
     asked = _leak_index(evaluation, config.hash_distance)
-    run.filter("leaks", lambda entry: _leak(entry, looks(entry), asked, groups))
+    run.filter("leaks", lambda entry: _leak_reason(entry, hashes(entry), asked, groups))
     surplus = over_cap(run.rows, config.max_per_kind, config.seed)
     run.drop_turns("kinds", f"more than {config.max_per_kind} of its kind", surplus)
     surplus = unbalanced(run.rows, config.balance, config.seed)
@@ -272,57 +279,65 @@ def _pipeline(
         dropped=dict(run.dropped),
         steps=tuple(run.steps),
         sources=_shares(read, run.entries, config),
-        before=spread_of([entry.conversation for entry in read]),
-        answers=spread_of(run.rows),
+        before=answer_counts([entry.conversation for entry in read]),
+        answers=answer_counts(run.rows),
         yes_no=yes_no_shares([entry.conversation for entry in read], run.rows),
     )
     return run.entries, report
 
 
-def _over_limit(
-    entry: Entry,
+def _limit_reason(
+    entry: SourcedConversation,
     config: CurationConfig,
-    looks: Sequence[Look],
+    hashes: Sequence[PictureHash],
     length: Length | None,
 ) -> str | None:
     row, most = entry.conversation, config.max_length
     if most is not None and (long := (length or characters)(row, entry.source.folder)) > most:
         return f"longer than {most} | {long}"
-    if config.max_pixels is not None and any(look.size > config.max_pixels for look in looks):
-        return f"a picture of more than {config.max_pixels} px | {max(look.size for look in looks)}"
-    if config.max_pictures is not None and len(looks) > config.max_pictures:
-        return f"more than {config.max_pictures} pictures | {len(looks)}"
+    if config.max_pixels is not None and any(one.size > config.max_pixels for one in hashes):
+        return f"a picture of more than {config.max_pixels} px | {max(one.size for one in hashes)}"
+    if config.max_pictures is not None and len(hashes) > config.max_pictures:
+        return f"more than {config.max_pictures} pictures | {len(hashes)}"
     return None
 
 
 def characters(conversation: Conversation, folder: Path) -> int:
+    """Return the length of a conversation in characters."""
     return sum(len(message.text) for message in conversation.messages)
 
 
-def _double(entry: Entry, looks: tuple[Look, ...], seen: NearIndex[str]) -> str | None:
+def _duplicate_reason(
+    entry: SourcedConversation, hashes: tuple[PictureHash, ...], seen: NearDuplicateIndex[str]
+) -> str | None:
     key = tuple((message.role, normalise(message.text)) for message in entry.conversation.messages)
-    if (first := seen.find(key, looks)) is not None:
+    if (first := seen.find(key, hashes)) is not None:
         return f"duplicate | of {first}"
-    seen.add(key, looks, entry.where)
+    seen.add(key, hashes, entry.where)
     return None
 
 
-def _leak_index(evaluation: Sequence[EvaluationSet], distance: int) -> NearIndex[str]:
-    index: NearIndex[str] = NearIndex(distance)
+def _leak_index(evaluation: Sequence[EvaluationSet], distance: int) -> NearDuplicateIndex[str]:
+    index: NearDuplicateIndex[str] = NearDuplicateIndex(distance)
     for part in evaluation:
-        gallery = Gallery(part.root) if part.root is not None else None
-        for question in part.questions if gallery is not None else ():
-            assert gallery is not None
+        hasher = MediaHasher(part.root) if part.root is not None else None
+        for question in part.questions if hasher is not None else ():
+            assert hasher is not None
             images = [image for message in question.messages for image in message.images]
             text = normalise(question.messages[-1].text)
-            index.add(text, gallery.looks(images), f"{part.name}: {question.id}")
+            index.add(text, hasher.hashes(images), f"{part.name}: {question.id}")
     return index
 
 
-def _leak(entry: Entry, looks: Sequence[Look], asked: NearIndex[str], groups: set[str]) -> str | None:
+def _leak_reason(
+    entry: SourcedConversation,
+    hashes: Sequence[PictureHash],
+    asked: NearDuplicateIndex[str],
+    groups: set[str],
+) -> str | None:
     if entry.conversation.group in groups:
         return f"leak: its group is in an evaluation set | {entry.conversation.group}"
-    by_picture = {id(image): look for image, look in zip(entry.conversation.media, looks, strict=True)}
+    by_picture = {id(image): one for image, one in zip(entry.conversation.media, hashes, strict=True)}
     for _, question, _ in entry.conversation.turns():
         pictures = tuple(by_picture[id(image)] for image in question.images)
         if (found := asked.find(normalise(question.text), pictures)) is not None:
@@ -330,8 +345,13 @@ def _leak(entry: Entry, looks: Sequence[Look], asked: NearIndex[str], groups: se
     return None
 
 
-def _shares(read: Sequence[Entry], kept: Sequence[Entry], config: CurationConfig) -> dict[str, SourceReport]:
-    """Turns times weight, scaled so that the general sources together have the share of replay."""
+def _shares(
+    read: Sequence[SourcedConversation], kept: Sequence[SourcedConversation], config: CurationConfig
+) -> dict[str, SourceReport]:
+    """Return the reports of the sources.
+
+    Shares are turns times weight, scaled to the share of replay.
+    """
     sources = {entry.source.name: entry.source for entry in read}
     rows = {name: [e.conversation for e in kept if e.source.name == name] for name in sources}
     mass = {name: source.weight * count_turns(rows[name]) for name, source in sources.items()}

@@ -1,4 +1,4 @@
-"""What can be wrong with a row of a corpus: every reason by name, with its rule; counts and summaries."""
+"""Faults of corpus rows: all reasons with the rules that they violate, counts and summaries."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from blm.types import BlmError
 
 EXAMPLES = 3
-"""Places named for each reason in a summary."""
+"""Number of places listed per reason in a summary."""
 REASONS: dict[str, str] = {
     "malformed JSON": "a line is one JSON object in UTF-8",
     "truncated last line": "the file was cut while it was written; write it again",
@@ -32,15 +32,15 @@ REASONS: dict[str, str] = {
     "too long": "a conversation fits the token limit",
     "answer not learnt": "the chat template leaves every answer as a text of its own",
 }
-"""Everything that can be wrong with a row, and the rule it breaks."""
+"""Reason -> the rule that a row violates."""
 
 
 class RowError(BlmError):
-    """What is wrong with one row: one of `REASONS`, and the detail."""
+    """The fault of one row: one of `REASONS` and a detail."""
 
     def __init__(self, reason: str, detail: str) -> None:
         assert reason in REASONS, reason
-        super().__init__(reason, detail)  # both, so that it comes whole from a worker process
+        super().__init__(reason, detail)  # both, so that it can be unpickled from a worker process
         self.reason, self.detail = reason, detail
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ class RowError(BlmError):
 
 @dataclass(frozen=True)
 class Fault:
-    """A row that is wrong, where it stands ("file:line"), and why."""
+    """A faulty row: its place ("file:line"), the reason and a detail."""
 
     where: str
     reason: str
@@ -57,12 +57,12 @@ class Fault:
 
 
 def count_faults(faults: Iterable[Fault]) -> dict[str, int]:
-    """Return reason -> number, the most frequent first."""
+    """Return reason -> count, the most frequent first."""
     return dict(Counter(fault.reason for fault in faults).most_common())
 
 
 def summarise(faults: Sequence[Fault]) -> str:
-    """Return one line a reason: how many, the rule, and the first places."""
+    """Return one line per reason: the count, the rule and the first places."""
     lines = []
     for reason, count in count_faults(faults).items():
         places = [f"{f.where} ({f.detail})" for f in faults if f.reason == reason][:EXAMPLES]

@@ -1,15 +1,16 @@
-"""The corpus format: one folder with `corpus.jsonl` and the media that it names.
+"""The corpus format: a folder with `corpus.jsonl` and the media that it references.
 
-A line is one conversation in the OpenAI content-part form:
-`{"id", "group", "source", "kinds": [...], "messages": [{"role", "content": [{"type": "text", "text"} |
-{"type": "image_url", "image_url": {"url": "images/ab12.png"}}]}, ...]}`. A content may be a plain string.
-Urls are media references below the folder: a picture, or a video frame `clips/a.mp4#t=1.25` (see blm.media).
-An optional system turn comes first, then user and assistant turns alternate, and the last is an answer.
+A line is one conversation in the OpenAI content-part format: `{"id", "group", "source", "kinds":
+[...], "messages": [{"role", "content": [{"type": "text", "text"} | {"type": "image_url",
+"image_url": {"url": "images/ab12.png"}}]}, ...]}`. A content may be a plain string. URLs are media
+references below the folder: a picture, or a video frame `clips/a.mp4#t=1.25` (see blm.media). An
+optional system turn comes first, then user and assistant turns alternate, and the last is an
+answer.
 
-Only "messages" is required, so that rows of other programs are valid too. Defaults: id "row-<line>"; source
-"messages"; group "<source>/<first media file>", or else the id; kinds the source's name for each answer.
-Only this module reads and writes the format. A row that breaks it is a `RowError` (see
-blm.corpora.format.faults).
+Only "messages" is required, so that rows of other programs are valid. Defaults: id "row-<line>";
+source "messages"; group "<source>/<first media file>", or else the id; the source's name as kind of
+each answer. Only this module reads and writes the format. A row that violates it is a `RowError`
+(see blm.corpora.format.faults).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import PIL.Image
 from blm.corpora.format.faults import RowError
 from blm.io import MARK, new_folder, replacing
 from blm.media import locate, split_time
-from blm.seeds import reserved
+from blm.seeds import count_reserved_seeds
 from blm.types import BlmError, Image, Message, Question, Scorer
 
 CORPUS_FILE = "corpus.jsonl"
@@ -39,14 +40,14 @@ MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """A dialogue with its reference answers in the assistant turns."""
+    """A dialogue whose assistant turns are the reference answers."""
 
     id: str
     group: str
     """Conversations about the same scene share a group: 'scene/<robot>/<task>/<seed>'."""
     source: str
     kinds: tuple[str, ...]
-    """One per assistant turn."""
+    """Question kinds, one per assistant turn."""
     messages: tuple[Message, ...]
 
     @property
@@ -54,7 +55,10 @@ class Conversation:
         return tuple(image for message in self.messages for image in message.images)
 
     def turns(self) -> Iterator[tuple[str, Message, Message]]:
-        """Yield kind, question and answer of each turn; a question has all pictures shown so far."""
+        """Yield kind, question and answer of each turn.
+
+        A question includes all pictures shown so far.
+        """
         shown: tuple[str | Image, ...] = ()
         body = [message for message in self.messages if message.role != "system"]
         for kind, asked, answer in zip(self.kinds, body[::2], body[1::2], strict=True):
@@ -62,8 +66,12 @@ class Conversation:
             shown = (*shown, *asked.content[: end_of_pictures(asked)])
 
     def select(self, turns: Sequence[int]) -> Conversation:
-        """Return the conversation with these turns only, in order; the first of them gets the pictures."""
-        wanted, kept = set(turns), [m for m in self.messages if m.role == "system"]
+        """Return the conversation with these turns only.
+
+        The first of them gets all earlier pictures.
+        """
+        wanted = set(turns)
+        kept = [m for m in self.messages if m.role == "system"]
         pending: tuple[str | Image, ...] = ()
         body = [message for message in self.messages if message.role != "system"]
         for turn, (asked, answer) in enumerate(zip(body[::2], body[1::2], strict=True)):
@@ -76,7 +84,7 @@ class Conversation:
         return replace(self, kinds=kinds, messages=tuple(kept))
 
     def questions(self) -> Iterator[Question]:
-        """Ask every turn on its own: system turn, pictures so far, that turn's text, no earlier answers."""
+        """Yield each turn as a question of its own, with the pictures shown so far."""
         system = tuple(message for message in self.messages if message.role == "system")
         for turn, (kind, asked, answer) in enumerate(self.turns()):
             scorer = scorer_of(kind)
@@ -84,7 +92,7 @@ class Conversation:
                 id=f"{self.id}/{turn}",
                 kind=kind,
                 messages=(*system, asked),
-                answer=spoken(answer.text),
+                answer=without_thought(answer.text),
                 group=self.group,
                 scorer=scorer,
                 options=options_of(asked.text) if scorer == "choice" else (),
@@ -92,25 +100,25 @@ class Conversation:
 
 
 def end_of_pictures(message: Message) -> int:
-    """Return the number of content parts up to the last picture."""
+    """Return the number of content parts up to and including the last picture."""
     return 1 + max((i for i, part in enumerate(message.content) if isinstance(part, Image)), default=-1)
 
 
-THOUGHT = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
+THOUGHT_PATTERN = re.compile(r"\A\s*<think>.*?</think>\s*", re.DOTALL)
 
 
-def spoken(answer: str) -> str:
-    """An answer without the thought before it: what it is judged by."""
-    return THOUGHT.sub("", answer, count=1)
+def without_thought(answer: str) -> str:
+    """Return an answer without its thought; only this part is scored."""
+    return THOUGHT_PATTERN.sub("", answer, count=1)
 
 
-def spoken_after(thought: str, answer: str) -> str:
-    """An answer with a thought before it, if there is one."""
+def with_thought(thought: str, answer: str) -> str:
+    """Return an answer with its thought in front, if there is one."""
     return f"<think>{thought}</think>{answer}" if thought else answer
 
 
 def scorer_of(kind: str) -> Scorer:
-    """How answers of a question kind are judged: told by its name."""
+    """Return the scorer of a question kind, which follows from its name."""
     for beginning in ("point", "box", "metric"):
         if kind.startswith(beginning):
             return beginning
@@ -118,7 +126,7 @@ def scorer_of(kind: str) -> Scorer:
 
 
 def options_of(question: str) -> tuple[str, ...]:
-    """The options of a multiple choice: its lines "(A) ...", "(B) ..."."""
+    """Return the options of a multiple choice: the lines "(A) ...", "(B) ..."."""
     return tuple(re.findall(r"^\([A-Z]\) (.+)$", question, re.MULTILINE))
 
 
@@ -126,9 +134,10 @@ def options_of(question: str) -> tuple[str, ...]:
 
 
 def scan_corpus(folder: Path) -> Iterator[tuple[int, Conversation | RowError]]:
-    """Yield line number and conversation, or what is wrong with that line, one at a time. Media stay closed.
+    """Yield the number of each line and its conversation, or the fault of that line.
 
-    Blank lines hold nothing and are passed over. Raises BlmError for a folder that is no corpus.
+    Media are not opened, and blank lines are skipped. Raises BlmError for a folder that is not a
+    corpus.
     """
     path = folder / CORPUS_FILE
     if not path.is_file():
@@ -136,12 +145,12 @@ def scan_corpus(folder: Path) -> Iterator[tuple[int, Conversation | RowError]]:
             f"'{folder}' is not a corpus folder: {CORPUS_FILE} is missing; make one with `blm corpus`"
         )
     lines: dict[str, int] = {}
-    with path.open("rb") as file:  # bytes: texts may hold U+2028, at which a text file would be split too
+    with path.open("rb") as file:  # bytes, because text files are also split at U+2028
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = parse_row(_decode(line), number)
+                row = parse_row(parse_json_line(line), number)
                 if (first := lines.setdefault(row.id, number)) != number:
                     raise RowError("duplicate id", f"'{row.id}' is also line {first}")
                 yield number, row
@@ -150,7 +159,10 @@ def scan_corpus(folder: Path) -> Iterator[tuple[int, Conversation | RowError]]:
 
 
 def read_corpus(folder: Path) -> list[Conversation]:
-    """Read a corpus. Raises BlmError naming file, line and rule for a row that breaks the format."""
+    """Read a corpus.
+
+    Raises BlmError that names file, line and rule for a row that violates the format.
+    """
     rows = []
     for number, row in scan_corpus(folder):
         if isinstance(row, RowError):
@@ -160,22 +172,29 @@ def read_corpus(folder: Path) -> list[Conversation]:
 
 
 def reserved_scenes(rows: Iterable[Conversation]) -> dict[str, int]:
-    """Return purpose -> number of our scenes in these rows that are reserved for it, and not for training."""
+    """Return purpose -> number of our scenes in these rows that are reserved for it."""
     groups = {tuple(row.group.split("/")) for row in rows}
     scenes = {group for group in groups if len(group) == 4 and group[0] in ("scene", "episode")}
-    return reserved(int(group[3]) for group in scenes if group[3].isdigit())
+    return count_reserved_seeds(int(group[3]) for group in scenes if group[3].isdigit())
 
 
 TEACHING = ("control", "scan")
-"""Kinds of turns that only teach: their long answers are no questions of an evaluation."""
+"""Beginnings of kinds of turns that only teach; their long answers are not evaluated."""
 
 
 def read_questions(folder: Path) -> list[Question]:
-    """The questions of a corpus, each asked alone, without those that only teach; raises as `read_corpus`."""
+    """Return the questions of a corpus without teaching turns.
+
+    Raises BlmError as `read_corpus` does.
+    """
     return [q for row in read_corpus(folder) for q in row.questions() if not q.kind.startswith(TEACHING)]
 
 
-def _decode(line: bytes) -> Any:
+def parse_json_line(line: bytes) -> Any:
+    """Parse one line of a JSONL file.
+
+    Raises RowError for malformed JSON and a truncated last line.
+    """
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -184,7 +203,7 @@ def _decode(line: bytes) -> Any:
 
 
 def parse_row(row: Any, number: int) -> Conversation:
-    """Return the conversation of one row of the format. Raises RowError; `number` names a row without id."""
+    """Return the conversation of one row. `number` names a row without id. Raises RowError."""
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
         raise RowError("malformed row", "it is no object with a list 'messages'")
     if beside := [key for key in MEDIA_KEYS if row.get(key)]:
@@ -193,7 +212,8 @@ def parse_row(row: Any, number: int) -> Conversation:
         )
     messages = tuple(_message(message) for message in row["messages"])
     check_turns(messages)
-    identity, source = _text(row, "id", f"row-{number}"), _text(row, "source", "messages")
+    identity = _text(row, "id", f"row-{number}")
+    source = _text(row, "source", "messages")
     answers = sum(message.role == "assistant" for message in messages)
     kinds = row.get("kinds", [source] * answers)
     if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind for kind in kinds):
@@ -206,13 +226,13 @@ def parse_row(row: Any, number: int) -> Conversation:
 
 
 def check_turns(messages: Sequence[Message]) -> None:
-    """Raise RowError unless the turns are in order and none is empty."""
+    """Raise RowError if the turns are out of order or one of them is empty."""
     roles = [message.role for message in messages]
     body = roles[1:] if roles[:1] == ["system"] else roles
     if not body or body != ["user", "assistant"] * (len(body) // 2):
         raise RowError("roles out of order", ", ".join(roles) or "no turns")
     for turn, message in enumerate(messages):
-        blank = not spoken(message.text).strip()
+        blank = not without_thought(message.text).strip()
         if message.role == "assistant" and (blank or message.images):
             raise RowError("empty answer", f"turn {turn}" + (" holds a picture" if message.images else ""))
         if message.role == "user" and blank and not message.images:
@@ -245,7 +265,10 @@ def _part(part: Any) -> str | Image:
 
 
 def check_text(text: Any) -> str:
-    """Return `text`. Raises RowError for another type, and for half a character (a lone surrogate)."""
+    """Return `text`.
+
+    Raises RowError for another type, and for a lone surrogate (half a character).
+    """
     if not isinstance(text, str):
         raise RowError("malformed row", f"a text is {type(text).__name__}")
     if not text.isascii():
@@ -267,12 +290,13 @@ def _text(row: dict[str, Any], key: str, default: str) -> str:
 
 
 def write_corpus(folder: Path, conversations: Iterable[Conversation], *, media: Path | None = None) -> int:
-    """Write a corpus folder in one step and return the number of conversations.
+    """Write a corpus folder atomically; return the number of conversations.
 
-    Pictures in memory are stored as PNG under a name made of their content, so equal ones are stored once.
-    Media that are paths below the folder `media` get a hard link in the new one, or a copy on another disk;
-    without `media` paths are written as they are. What a killed run had stored is used again; an error leaves
-    nothing. Raises BlmError when `folder` exists: a corpus is never overwritten.
+    Pictures in memory are stored as PNG files that are named by a hash of their content, so equal
+    pictures are stored once. Media that are paths below the folder `media` are hard-linked, or
+    copied to another disk; without `media`, paths are written unchanged. Media that a killed run
+    stored are reused; an error leaves nothing behind. Raises BlmError if `folder` exists: a corpus
+    is never overwritten.
     """
     count = 0
     with new_folder(folder, resume=True) as work:
@@ -282,7 +306,7 @@ def write_corpus(folder: Path, conversations: Iterable[Conversation], *, media: 
                 file.write(json.dumps(_to_row(conversation, work, media, stored)) + "\n")
                 count += 1
         for path in (path for path in work.rglob("*") if path.is_file() and path not in stored):
-            path.unlink()  # of a run that was given up
+            path.unlink()  # left by an interrupted run with other rows
     return count
 
 
@@ -307,7 +331,7 @@ def _to_row(
 
 
 def _store(image: Image, folder: Path, media: Path | None, stored: set[Path]) -> str:
-    """Store one picture or video below `folder`; return the reference to it."""
+    """Store one picture or video below `folder`; return its reference."""
     if image.pixels is None and media is None:
         return str(image.path)
     if image.pixels is not None:
@@ -336,9 +360,9 @@ def _link(source: Path, target: Path) -> None:
     have = source.stat()
     if there and (there.st_size, there.st_mtime_ns) == (have.st_size, have.st_mtime_ns):
         return
-    target.unlink(missing_ok=True)  # of a killed run; its permissions may be those of another file
+    target.unlink(missing_ok=True)  # left by a killed run; it may be a link to another file
     with replacing(target) as temporary:
         try:
             os.link(source, temporary)
-        except OSError:  # another disk, or one without links
+        except OSError:  # another disk, or a file system without hard links
             shutil.copy2(source, temporary)

@@ -1,8 +1,8 @@
-"""Check a whole corpus before training: every fault with its file and line, counted by reason.
+"""Validate a whole corpus before training: every fault with its file and line, counted by reason.
 
-Without a backbone: the format, and every picture and video frame is decoded. With one: what the model would
-read, as it would read it. Training starts on a clean corpus, or on what `clean_corpus` leaves when the caller
-asks to skip the rest.
+Without a backbone, the format is checked and every picture and video frame is decoded. With a
+backbone, the prompts are checked as the model would read them. Training requires a clean corpus, or
+the rows that `clean_corpus` keeps if the caller asks to skip faulty ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.progress import track
 
 from blm.corpora.format.faults import Fault, RowError, count_faults, summarise
 from blm.corpora.format.messages import CORPUS_FILE, Conversation, scan_corpus
-from blm.corpora.format.pictures import Gallery
+from blm.corpora.format.perceptual_hash import MediaHasher
 from blm.media import load_pixels
 from blm.types import BlmError
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """What is wrong with a corpus."""
+    """The result of validating a corpus."""
 
     folder: Path
     rows: int
     faults: tuple[Fault, ...]
-    """One for each row that is wrong, the first thing that is wrong with it."""
+    """The first fault of each faulty row."""
 
     @property
     def counts(self) -> dict[str, int]:
-        """Reason -> rows."""
+        """Reason -> number of rows."""
         return count_faults(self.faults)
 
     @property
@@ -47,9 +47,9 @@ class Validation:
 def validate_corpus(
     folder: Path, *, backbone: Backbone | None = None, max_tokens: int | None = None
 ) -> Validation:
-    """Check every row of a corpus; `max_tokens` is the longest conversation in tokens of the backbone.
+    """Check every row of a corpus; `max_tokens` limits a conversation in tokens of the backbone.
 
-    Raises BlmError for a folder that is no corpus, and for a token limit without a backbone.
+    Raises BlmError for a folder that is not a corpus, and for a token limit without a backbone.
     """
     rows, faults = 0, []
     for _, fault in _check(folder, backbone, max_tokens):  # one at a time: a corpus may not fit in memory
@@ -65,10 +65,10 @@ def clean_corpus(
     max_tokens: int | None = None,
     skip_bad: bool = False,
 ) -> list[Conversation]:
-    """Return the conversations of a corpus that has no fault.
+    """Return the conversations of a corpus without faults.
 
-    With `skip_bad` those without a fault, after printing to stderr what is skipped; else BlmError names
-    counts and places of each reason. Raises BlmError when nothing is left.
+    With `skip_bad`, faulty rows are skipped and summarised on stderr. Otherwise a BlmError gives
+    the counts and places of each reason. Raises BlmError if no row is left.
     """
     checked = list(_check(folder, backbone, max_tokens))
     faults = [fault for _, fault in checked if fault is not None]
@@ -78,7 +78,7 @@ def clean_corpus(
         raise BlmError(f"{summary}; no row is left\n{summarise(faults)}".rstrip())
     if faults and not skip_bad:
         raise BlmError(
-            f"{summary}; mend them (`blm corpus validate {folder}` lists them) or skip them (--skip-bad):\n"
+            f"{summary}; fix them (`blm corpus validate {folder}` lists them) or skip them (--skip-bad):\n"
             f"{summarise(faults)}"
         )
     if faults:
@@ -89,17 +89,17 @@ def clean_corpus(
 def _check(
     folder: Path, backbone: Backbone | None, max_tokens: int | None
 ) -> Iterator[tuple[Conversation | None, Fault | None]]:
-    """Yield every row of the format, and what is wrong with it."""
+    """Yield every row, or its fault."""
     if max_tokens is not None and backbone is None:
         raise BlmError(f"a limit of {max_tokens} tokens needs a backbone to count them: --backbone NAME")
-    gallery = Gallery(folder)
+    hasher = MediaHasher(folder)
     reserved = reserved_tokens(backbone) if backbone is not None else []
     rows = track(scan_corpus(folder), f"checking {folder.name}", console=Console(stderr=True))
     for number, row in rows:
         try:
             if isinstance(row, RowError):
                 raise row
-            gallery.looks(row.media)
+            hasher.hashes(row.media)
             if backbone is not None:
                 check_with_backbone(row, folder, backbone, reserved, max_tokens)
             yield row, None
@@ -108,7 +108,7 @@ def _check(
 
 
 def reserved_tokens(backbone: Backbone) -> list[str]:
-    """Return the texts that the backbone's tokenizer reads as one token with a meaning of its own."""
+    """Return the texts of the special tokens of the backbone's tokenizer."""
     tokenizer = backbone.processor.tokenizer
     added = [str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
     return sorted({*added, *tokenizer.all_special_tokens, backbone.processor.image_token})
@@ -121,10 +121,11 @@ def check_with_backbone(
     reserved: Sequence[str],
     max_tokens: int | None = None,
 ) -> None:
-    """Raise RowError unless the backbone can be trained on this conversation, whole.
+    """Raise RowError unless the backbone can be trained on the whole conversation.
 
-    No text holds one of the `reserved` tokens; every answer stands behind the prompt that asks for it; there
-    is one picture feature for each placeholder; and the tokens fit `max_tokens` and the model's context.
+    No text may contain one of the `reserved` tokens, every answer must follow its prompt in the
+    rendered text, there must be one picture feature per placeholder, and the tokens must fit
+    `max_tokens` and the model's context.
     """
     for turn, message in enumerate(row.messages):
         if found := [token for token in reserved if token in message.text]:
@@ -143,7 +144,7 @@ def check_with_backbone(
 def count_tokens(row: Conversation, folder: Path, backbone: Backbone) -> int:
     """Return the length of a conversation in tokens, pictures included.
 
-    Raises RowError when it is longer than the context, or placeholders and picture features differ.
+    Raises RowError if it exceeds the context, or if placeholders and picture features differ.
     """
     images = [load_pixels(image, folder) for image in row.media]
     try:

@@ -1,7 +1,7 @@
-"""Build the scene-question corpus: random scenes, and moments of recorded episodes.
+"""Build the corpus of scene questions: random scenes, and frames of recorded episodes.
 
-Work is cut into shards that run in parallel and survive a kill; the shards are merged in turn, so the corpus
-depends on the configuration only.
+The work is split into shards, which run in parallel and survive a kill. Shards are merged in a
+fixed order, so the corpus depends on the configuration only.
 """
 
 from __future__ import annotations
@@ -18,57 +18,59 @@ import numpy as np
 from rich.console import Console
 
 from blm.corpora.format.messages import CORPUS_FILE, Conversation, read_corpus, write_corpus
-from blm.corpora.scenes.episodes import moment_facts, read_steps
-from blm.corpora.scenes.facts import Drawer, by_kind, to_messages
+from blm.corpora.scenes.annotations import QuestionSampler, by_kind, to_messages
+from blm.corpora.scenes.episodes import frame_annotations, read_steps
+from blm.corpora.scenes.observation import SceneObserver, rearrange
 from blm.corpora.scenes.questions import control_turn, scan_step, scan_turns, scene_turns
 from blm.corpora.scenes.templates import Wording
-from blm.corpora.scenes.view import Observer, stage
 from blm.datasets.dataset import EpisodeDataset
 from blm.datasets.lerobot import open_dataset
 from blm.io import MARK, remove_own, work_folder
-from blm.jobs import MAX_WORKERS, Unit, run_units
-from blm.seeds import reserved, warning
+from blm.jobs import MAX_WORKERS, WorkUnit, run_units
+from blm.seeds import count_reserved_seeds, reserved_seeds_warning
 from blm.tasks import Env
 from blm.types import BlmError, ImageArray, require_numbers
 
 SCENES_PER_SHARD = 400
 EPISODES_PER_SHARD = 60
 FRAME_GAP = 3
-"""Frames between two pictures of a sequence: .15 s."""
+"""Number of frames between two pictures of a sequence: 0.15 s at 20 Hz."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SceneCorpusConfig:
-    """What to ask about, and where the scenes come from."""
+    """Which questions to generate, and from which scenes."""
 
     robots: tuple[str, ...]
     tasks: tuple[str, ...]
     cameras: tuple[str, ...]
     image_size: int
     scenes: int
-    """Random scenes, spread evenly over robots x tasks."""
+    """Number of random scenes, distributed evenly over robots x tasks."""
     first_seed: int
     """Scene i has seed first_seed + i; training and held-out corpora use disjoint ranges."""
     turns: int = 8
-    """Questions about each scene."""
+    """Number of questions about each scene."""
     pointing: float = 0.3
-    """Share of points and boxes among them, a quarter of it boxes: learnt slowest, and needed by a policy."""
+    """Share of points and boxes (one quarter boxes): they are learnt slowest, and a policy needs
+    them."""
     metric: float = 0.2
-    """Share of positions, ways and distances in cm."""
+    """Share of positions, displacements and distances in cm."""
     choice: float = 0.25
     """Share of multiple choice among the questions that allow it."""
     wording: Wording = "seen"
-    """Which wordings to use; the held-out ones are for evaluation."""
+    """Which templates to use; the held-out ones are for evaluation."""
     max_distractors: int = 3
+    """Maximum number of distractor objects in a scene."""
     teach: bool = True
-    """Add turns that only teach, the policy's own prompt and what each view shows, and the thoughts that
-    answers follow from. Off for held-out corpora: none of it is a benchmark item."""
+    """Add teaching turns (the control prompt, the content of each view) and thoughts before
+    answers. Off for held-out corpora, because these are no benchmark items."""
     episodes: Path | None = None
-    """Folder with one dataset per robot whose frames are asked about too."""
+    """Folder with one dataset per robot; their frames are asked about too."""
     frames_per_episode: int = 6
-    """Moments of each episode that are asked about."""
+    """Number of frames of each episode that are asked about."""
     frame_turns: int = 5
-    """Questions about each moment."""
+    """Number of questions about each frame."""
 
     def __post_init__(self) -> None:
         if not (self.robots and self.tasks and self.cameras):
@@ -95,50 +97,55 @@ class SceneCorpusConfig:
 
 
 def build_scene_corpus(config: SceneCorpusConfig, out: Path, *, workers: int = 2) -> int:
-    """Write the corpus folder `out`; return the number of conversations. Resumes after a kill.
+    """Write the corpus folder `out`; return the number of conversations. A killed run resumes.
 
-    Raises BlmError when `out` exists, or when its unfinished work is of another configuration.
+    Raises BlmError if `out` exists, or if unfinished work of another configuration is there.
     """
     if out.exists():
         raise BlmError(f"corpus folder '{out}' exists; move it away or name another one")
     if not 0 <= workers <= MAX_WORKERS:
         raise BlmError(f"workers is {workers}; it must be 0 to {MAX_WORKERS:,}")
-    counts = reserved(range(config.first_seed, config.first_seed + config.scenes)) if config.teach else {}
+    counts = (
+        count_reserved_seeds(range(config.first_seed, config.first_seed + config.scenes))
+        if config.teach
+        else {}
+    )
     if counts:
-        Console(stderr=True).print(f"warning: {warning(str(out), counts)}", soft_wrap=True)
-    shards = work_folder(parts_of(out), PARTS, asdict(config))
+        Console(stderr=True).print(f"warning: {reserved_seeds_warning(str(out), counts)}", soft_wrap=True)
+    shards = work_folder(shards_folder(out), SHARDS_KIND, asdict(config))
     units = [
-        Unit(name, (source, config, part, shards / name))
+        WorkUnit(name, (source, config, part, shards / name))
         for source, name, part in itertools.chain(_scene_shards(config), _episode_shards(config))
     ]
     run_units(write_shard, units, journal=shards / "journal.jsonl", workers=workers, title="scene questions")
     folders = [unit.payload[3] for unit in units]
     count = write_corpus(out, _merge(folders), media=_pool(folders, shards / "pool"))
-    remove_parts(out)
+    remove_shards(out)
     return count
 
 
-PARTS = "parts of a corpus"
+SHARDS_KIND = "parts of a corpus"
+"""Kind in the mark of a folder with unfinished shards."""
 
 
-def parts_of(out: Path) -> Path:
-    """Where the unfinished parts of a corpus lie."""
+def shards_folder(out: Path) -> Path:
+    """Return the folder of the unfinished shards of a corpus."""
     return out.with_name(out.name + ".shards")
 
 
-def remove_parts(out: Path) -> None:
-    """Remove what a run that was killed at its very end left beside a finished corpus; else do nothing."""
-    if out.exists() and (parts_of(out) / MARK).is_file():
+def remove_shards(out: Path) -> None:
+    """Remove the shards that a run killed at its end left beside a finished corpus."""
+    if out.exists() and (shards_folder(out) / MARK).is_file():
         names = (CORPUS_FILE, "journal.jsonl", MARK)
-        remove_own(parts_of(out), lambda name: name.name in names or name.parts[-2:-1] == ("images",))
+        remove_own(shards_folder(out), lambda name: name.name in names or name.parts[-2:-1] == ("images",))
 
 
-Part = tuple[str, str, Sequence[int]]
-"""Robot, task (none for episodes), numbers of the scenes or episodes."""
+ShardItems = tuple[str, str, Sequence[int]]
+"""Robot, task (empty for episodes), and the numbers of the scenes or episodes of a shard."""
 
 
-def _scene_shards(config: SceneCorpusConfig) -> Iterator[tuple[str, str, Part]]:
-    """One arm and task a shard: an environment costs as much as fifty scenes."""
+def _scene_shards(config: SceneCorpusConfig) -> Iterator[tuple[str, str, ShardItems]]:
+    """Yield shards of one robot and task each: an environment costs as much as 50 scenes."""
     cells = list(itertools.product(config.robots, config.tasks))
     for number, (robot, task) in enumerate(cells):
         for start in range(number, config.scenes, len(cells) * SCENES_PER_SHARD):
@@ -150,55 +157,59 @@ def _scene_shards(config: SceneCorpusConfig) -> Iterator[tuple[str, str, Part]]:
             )
 
 
-def _episode_shards(config: SceneCorpusConfig) -> Iterator[tuple[str, str, Part]]:
+def _episode_shards(config: SceneCorpusConfig) -> Iterator[tuple[str, str, ShardItems]]:
     if config.episodes is None:
         return
     for robot in config.robots:
         count = open_dataset(config.episodes / robot).num_episodes
         shards = -(-count // EPISODES_PER_SHARD)
-        for first in range(shards):  # every n-th episode: a shard holds all tasks
+        for first in range(shards):  # every n-th episode, so that a shard holds all tasks
             yield "frames", f"frames-{robot}-{first:04d}", (robot, "", range(first, count, shards))
 
 
 def write_shard(payload: tuple[str, SceneCorpusConfig, Any, Path]) -> dict[str, Any]:
-    """Write one shard as a small corpus of its own (a work unit: running it twice changes nothing)."""
+    """Write one shard as a small corpus of its own: an idempotent work unit."""
     source, config, part, folder = payload
-    conversations = _random_scenes(config, part) if source == "scenes" else _moments(config, part)
+    conversations = (
+        _scene_conversations(config, part) if source == "scenes" else _episode_conversations(config, part)
+    )
     if not folder.exists():
         write_corpus(folder, conversations)
     return {"folder": str(folder)}
 
 
-def _drawer(config: SceneCorpusConfig, *stream: int) -> Drawer:
+def _sampler(config: SceneCorpusConfig, *stream: int) -> QuestionSampler:
     rng = np.random.default_rng((config.first_seed, *stream))
-    return Drawer(rng, config.wording, config.choice, letters=not config.teach)
+    return QuestionSampler(rng, config.wording, config.choice, letters=not config.teach)
 
 
-def _random_scenes(config: SceneCorpusConfig, part: Part) -> Iterator[Conversation]:
+def _scene_conversations(config: SceneCorpusConfig, part: ShardItems) -> Iterator[Conversation]:
     robot, task, numbers = part
-    drawer = _drawer(config, numbers[0])
+    sampler = _sampler(config, numbers[0])
     with ExitStack() as stack:
 
         @cache
-        def observer(distractors: int) -> Observer:
+        def observer_for(distractors: int) -> SceneObserver:
             env = Env(robot, task, cameras=(), image_size=config.image_size, distractors=distractors)
-            return stack.enter_context(closing(Observer(env, config.cameras)))
+            return stack.enter_context(closing(SceneObserver(env, config.cameras)))
 
         for number in numbers:
-            yield _random_scene(config, observer, config.first_seed + number, drawer)
+            yield _scene_conversation(config, observer_for, config.first_seed + number, sampler)
 
 
-def _random_scene(config: SceneCorpusConfig, observer: Any, seed: int, drawer: Drawer) -> Conversation:
+def _scene_conversation(
+    config: SceneCorpusConfig, observer_for: Any, seed: int, sampler: QuestionSampler
+) -> Conversation:
     rng = np.random.default_rng(seed)
-    look: Observer = observer(int(rng.integers(config.max_distractors + 1)))
-    env = look.env
+    observer: SceneObserver = observer_for(int(rng.integers(config.max_distractors + 1)))
+    env = observer.env
     env.reset(seed=seed, options={"arm": "random"})
-    scene = look.scene(stage(env, rng))
+    scene = observer.observe(rearrange(env, rng))
     if config.teach:
         scene = scene.in_centimetres()
-    turns = scene_turns(scene, config.turns, drawer, pointing=config.pointing, metric=config.metric)
+    turns = scene_turns(scene, config.turns, sampler, pointing=config.pointing, metric=config.metric)
     turns += scan_turns(scene) if config.teach else []
-    if config.teach and (env.task_spec.prehensile or scene.staging != "held"):
+    if config.teach and (env.task_spec.prehensile or scene.arrangement != "held"):
         turns.append(control_turn(scene, env.task_description, env.embodiment))
     group = f"scene/{env.embodiment}/{env.task}/{seed}"
     return Conversation(
@@ -212,13 +223,13 @@ def _random_scene(config: SceneCorpusConfig, observer: Any, seed: int, drawer: D
     )
 
 
-def _moments(config: SceneCorpusConfig, part: Part) -> Iterator[Conversation]:
-    """Questions about moments of recorded episodes, as many in one step as in another."""
+def _episode_conversations(config: SceneCorpusConfig, part: ShardItems) -> Iterator[Conversation]:
+    """Yield questions about frames of recorded episodes, distributed evenly over the steps."""
     assert config.episodes is not None
     robot, _, episodes = part
     dataset = open_dataset(config.episodes / robot)
-    drawer = _drawer(config, episodes[0], 1)
-    for episode in drawer.rng.permutation(
+    sampler = _sampler(config, episodes[0], 1)
+    for episode in sampler.rng.permutation(
         episodes
     ):  # tasks mixed: any beginning of a corpus is a fair sample
         first, stop = dataset.starts[episode : episode + 2]
@@ -226,11 +237,13 @@ def _moments(config: SceneCorpusConfig, part: Part) -> Iterator[Conversation]:
             dataset.tasks[episode], dataset.primitives[first:stop], dataset.success[first:stop]
         )
         moments = [(index, frame) for index in range(len(steps.names)) for frame in steps.moments(index)]
-        for index, frame in _spread(moments, config.frames_per_episode, drawer.rng):
+        for index, frame in _balance_steps(moments, config.frames_per_episode, sampler.rng):
             instruction = dataset.instructions[dataset.task_index[first + frame]]
-            turns = drawer.ask(by_kind(moment_facts(steps, index, frame, instruction)), config.frame_turns)
+            turns = sampler.sample_turns(
+                by_kind(frame_annotations(steps, index, frame, instruction)), config.frame_turns
+            )
             turns += [scan_step(steps.names[index])] if config.teach else []
-            images = _pictures(dataset, config.cameras, first, frame, drawer.rng)
+            images = _pictures(dataset, config.cameras, first, frame, sampler.rng)
             yield Conversation(
                 id=f"episode/{robot}/{episode}/{frame}",
                 group=f"episode/{robot}/{dataset.tasks[episode]}/{dataset.seeds[episode]}",
@@ -240,24 +253,27 @@ def _moments(config: SceneCorpusConfig, part: Part) -> Iterator[Conversation]:
             )
 
 
-def _spread(
+def _balance_steps(
     moments: Sequence[tuple[int, int]], count: int, rng: np.random.Generator
 ) -> list[tuple[int, int]]:
-    """Draw moments, a step as often as any other."""
+    """Sample frames so that every step occurs equally often."""
     steps = {index: [m for m in moments if m[0] == index] for index, _ in moments}
     drawn = [
         (index, int(turn), steps[index][place])
         for index in steps
         for turn, place in enumerate(rng.permutation(len(steps[index])))
     ]
-    order = rng.permutation(len(drawn))  # ties between steps are broken by chance
+    order = rng.permutation(len(drawn))  # ties between steps are broken at random
     return [m for _, _, m in sorted((drawn[i] for i in order), key=lambda d: d[1])[:count]]
 
 
 def _pictures(
     dataset: EpisodeDataset, cameras: Sequence[str], first: int, frame: int, rng: np.random.Generator
 ) -> list[ImageArray]:
-    """The moment in all views, or what led to it: two frames in all views, three in the first view."""
+    """Return the pictures of one frame, or of a sequence of frames that leads to it.
+
+    A sequence has two frames in all views, or three in the first view.
+    """
     form = int(rng.integers(4))
     frames, views = {2: (2, cameras), 3: (3, cameras[:1])}.get(form, (1, cameras))
     rows = [int(first) + max(0, frame - FRAME_GAP * back) for back in reversed(range(frames))]
@@ -266,7 +282,7 @@ def _pictures(
 
 
 def _pool(folders: Sequence[Path], pool: Path) -> Path:
-    """Move the pictures of all shards into one folder: their names are made of their content."""
+    """Move the pictures of all shards into one folder; their names are hashes of their content."""
     (pool / "images").mkdir(parents=True, exist_ok=True)
     for picture in (picture for folder in folders for picture in (folder / "images").glob("*.png")):
         picture.replace(pool / "images" / picture.name)
@@ -274,6 +290,6 @@ def _pool(folders: Sequence[Path], pool: Path) -> Path:
 
 
 def _merge(folders: Sequence[Path]) -> Iterator[Conversation]:
-    """Take from each shard in turn: any beginning of the corpus is a fair sample of it."""
+    """Interleave the shards, so that any prefix of the corpus is a fair sample of it."""
     for taken in itertools.zip_longest(*(read_corpus(folder) for folder in folders)):
         yield from filter(None, taken)

@@ -1,4 +1,4 @@
-"""Which thing is nearest to a mark, which is farthest, which of two is nearer: from places alone."""
+"""Questions that compare distances: nearest, farthest, and the nearer of two."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from itertools import permutations
 
 import numpy as np
 
-from blm.corpora.scenes.facts import Fact
+from blm.corpora.scenes.annotations import Annotation
 
 AIR_GAP = 0.06
-"""Things are compared only when their distances differ by at least this [m]; one may be in the air."""
+"""Minimum difference of two distances that are compared [m]; one object may be in the air."""
 
 Places = Mapping[str, np.ndarray]
-"""Name -> place [3] in the frame of the robot's base [m]."""
+"""Name -> position [3] in the frame of the robot's base [m]."""
 
 
-def comparisons(mark: str, places: Places, *, nearest: bool = True) -> Iterator[Fact]:
-    """Yield what can be asked about the distances of all other places from a mark.
+def comparisons(mark: str, places: Places, *, nearest: bool = True) -> Iterator[Annotation]:
+    """Yield the questions about the distances of all other positions from `mark`.
 
-    `nearest` is false where the answer is known without looking: something is in the gripper.
+    Set `nearest` to False if the nearest object is known without looking, e.g. when the gripper
+    holds it.
     """
     far = {
         name: float(np.linalg.norm(place - places[mark])) for name, place in places.items() if name != mark
@@ -27,33 +28,34 @@ def comparisons(mark: str, places: Places, *, nearest: bool = True) -> Iterator[
     ranked = sorted(far, key=lambda name: (far[name], name))
     if len(ranked) < 2:
         return
-    words, (first, second), (before, last) = {"thing": mark}, ranked[:2], ranked[-2:]
+    words = {"thing": mark}
+    first, second = ranked[:2]
+    before, last = ranked[-2:]
     if far[second] - far[first] >= AIR_GAP and nearest:
         thought = ranking(mark, places, "nearest")
-        yield Fact("comparing_nearest", first, words, tuple(ranked[1:]), thought)
+        yield Annotation("comparing_nearest", first, words, tuple(ranked[1:]), thought)
     if far[last] - far[before] >= AIR_GAP:
         thought = ranking(mark, places, "farthest")
-        yield Fact("comparing_farthest", last, words, tuple(ranked[:-1]), thought)
+        yield Annotation("comparing_farthest", last, words, tuple(ranked[:-1]), thought)
     for one, two in permutations(ranked, 2):
         if abs(far[one] - far[two]) >= AIR_GAP:
             asked = {"goal": mark, "thing": one, "other": two}
             thought = ranking(mark, {name: places[name] for name in (mark, one, two)}, "nearest")
-            yield Fact("comparing_closer", min(one, two, key=far.__getitem__), asked, thought=thought)
+            yield Annotation("comparing_closer", min(one, two, key=far.__getitem__), asked, thought=thought)
 
 
 def ranking(mark: str, places: Places, word: str) -> str:
-    """Write where things are, the way from the mark to each, and how far that is [cm]; then which is
-    nearest or farthest."""
-    ways = {name: place - places[mark] for name, place in sorted(places.items()) if name != mark}
-    far = {name: float(np.linalg.norm(way)) for name, way in ways.items()}
-    told = (
-        f"{name} {vector(places[name])}: {vector(way)} {name} {round(100 * far[name])}"
-        for name, way in ways.items()
+    """Write the thought of a comparison: positions, displacements, distances [cm], result."""
+    displacements = {name: place - places[mark] for name, place in sorted(places.items()) if name != mark}
+    far = {name: float(np.linalg.norm(displacement)) for name, displacement in displacements.items()}
+    parts = (
+        f"{name} {vector(places[name])}: {vector(displacement)} {name} {round(100 * far[name])}"
+        for name, displacement in displacements.items()
     )
     chosen = (min if word == "nearest" else max)(far, key=far.__getitem__)
-    return f"{', '.join([f'{mark} {vector(places[mark])}', *told])}; {word} {chosen}"
+    return f"{', '.join([f'{mark} {vector(places[mark])}', *parts])}; {word} {chosen}"
 
 
 def vector(offset: np.ndarray) -> str:
-    """Write a vector [m] in whole cm."""
+    """Write a vector [m] in whole centimetres, e.g. '(12, -3, 0)'."""
     return f"({', '.join(str(round(100 * float(value))) for value in offset)})"

@@ -1,7 +1,7 @@
-"""Recorded episodes as questions see them: the steps of each task, and the ShareRobot kinds about a moment.
+"""Recorded episodes as a sequence of steps, and annotations of the ShareRobot kinds about a frame.
 
-Primitives that a picture hardly tells apart count as one step: closing in and closing the fingers, lifting
-and carrying, letting go and drawing back.
+Primitives that look alike in a picture are merged into one step: descending and grasping, lifting
+and carrying, releasing and retreating.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from blm.corpora.scenes.facts import Fact
+from blm.corpora.scenes.annotations import Annotation
 from blm.types import BlmError, lookup
 
 MERGED = {"lift": "move", "retreat": "release"}
-"""Primitive -> the step that it belongs to, in every task."""
+"""Primitive -> the step that it is merged into, in every task."""
 IN_TASK = {
     "push_cube": {},
     "pull_cube": {},
@@ -24,7 +24,7 @@ IN_TASK = {
     "place_sphere": {"descend": "grasp"},
     "lift_peg_upright": {"descend": "grasp", "lift": "lift", "turn": "lift"},
 }
-"""Task -> the same, in this task."""
+"""Task -> further merged primitives, in this task."""
 PHRASES = {
     "push_cube": ("blue cube", "target"),
     "pull_cube": ("blue cube", "target"),
@@ -33,7 +33,7 @@ PHRASES = {
     "place_sphere": ("blue ball", "white bin"),
     "lift_peg_upright": ("peg", "table"),
 }
-"""Task -> what its object and its goal are called."""
+"""Task -> names of its object and its goal."""
 WORDS = {
     "approach": "approach the {object}",
     "descend": "descend to the {object}",
@@ -46,47 +46,55 @@ WORDS = {
     "release": "release the {object}",
     "hold": "hold still",
 }
-"""Step -> how answers name it."""
+"""Step -> its template in answers."""
 SHORT_RUN = 3
-"""Runs of a label shorter than this flicker: they count to the step before them [frames]."""
-AFTER, BEFORE = 3, 4
-"""Moments nearer than this after a change of step, or before one, are not asked about [frames]."""
-SOON, LATER = 9, 13
-"""A touch within the first comes in the next half second; one after the second does not [frames of 50 ms]."""
+"""Runs of a label that are shorter than this are flicker and count to the step before [frames]."""
+AFTER = 3
+"""Frames after a change of step that are not asked about."""
+BEFORE = 4
+"""Frames before a change of step that are not asked about."""
+SOON = 9
+"""A contact within this time comes "in the next half second" [frames of 50 ms]."""
+LATER = 13
+"""A contact after this time does not [frames of 50 ms]; between the two, it is not asked about."""
 
 
 @dataclass(frozen=True)
-class Steps:
+class EpisodeSteps:
     """The steps of one episode, in order."""
 
     task: str
     names: tuple[str, ...]
     starts: tuple[int, ...]
-    """First frame of each, and the number of frames."""
+    """First frame of each step, followed by the number of frames."""
     contact: int
-    """Frame at which the fingers begin to touch the object; the number of frames if never."""
+    """Frame at which the fingers start to touch the object; the number of frames if never."""
     done: int
-    """First frame from which the task is solved; the number of frames if never."""
+    """First frame from which the task stays solved; the number of frames if never."""
 
     @property
     def regular(self) -> bool:
-        """Whether every step comes once: then what comes before and after can be told from the task."""
+        """Whether every step occurs once, so that its neighbours follow from the task."""
         return len(set(self.names)) == len(self.names)
 
     def moments(self, index: int) -> range:
-        """Frames well inside a step."""
+        """Return the frames of a step that are not close to a change of step."""
         last = index == len(self.names) - 1
         return range(
             self.starts[index] + (AFTER if index else 0), self.starts[index + 1] - (0 if last else BEFORE)
         )
 
     def phrase(self, name: str) -> str:
+        """Return a step as answers name it, e.g. 'grasp the red cube'."""
         thing, goal = PHRASES[self.task]
         return WORDS[name].format(object=thing, goal=goal)
 
 
-def read_steps(task: str, primitives: Sequence[str] | np.ndarray, success: np.ndarray) -> Steps:
-    """Find the steps in the primitive labels of an episode's frames. Raises BlmError for an unknown one."""
+def read_steps(task: str, primitives: Sequence[str] | np.ndarray, success: np.ndarray) -> EpisodeSteps:
+    """Segment an episode into steps by the primitive labels of its frames.
+
+    Raises BlmError for an unknown primitive.
+    """
     merged = MERGED | lookup("task", task, IN_TASK)
     names = [merged.get(str(primitive), str(primitive)) for primitive in primitives]
     unknown = sorted({*names} - {*WORDS})
@@ -95,13 +103,13 @@ def read_steps(task: str, primitives: Sequence[str] | np.ndarray, success: np.nd
     runs: list[tuple[str, int]] = []
     for frame, name in enumerate(names):
         if names[frame : frame + SHORT_RUN] != [name] * len(names[frame : frame + SHORT_RUN]) and runs:
-            continue  # the label does not last: it counts to the step before it
+            continue  # flicker
         if not runs or runs[-1][0] != name:
             runs.append((name, frame))
     count = len(names)
     touching = np.flatnonzero(np.isin(np.asarray(primitives), ("grasp", "push", "pull")))
     solved_for = count if success.all() else int(np.argmin(success[::-1]))
-    return Steps(
+    return EpisodeSteps(
         task=task,
         names=tuple(name for name, _ in runs),
         starts=(*(frame for _, frame in runs), count),
@@ -110,8 +118,8 @@ def read_steps(task: str, primitives: Sequence[str] | np.ndarray, success: np.nd
     )
 
 
-def moment_facts(steps: Steps, index: int, frame: int, instruction: str) -> Iterator[Fact]:
-    """Everything that may be asked about a frame in step `index`."""
+def frame_annotations(steps: EpisodeSteps, index: int, frame: int, instruction: str) -> Iterator[Annotation]:
+    """Yield all annotations of a frame in step `index`."""
     phrases = [steps.phrase(name) for name in steps.names]
     now = phrases[index]
     thought = f"now {now}"
@@ -119,38 +127,40 @@ def moment_facts(steps: Steps, index: int, frame: int, instruction: str) -> Iter
         thought = f"{', '.join(steps.names)}; {thought}"
         yield from _ordered(steps, index, phrases, instruction, thought)
     others = tuple(sorted({*phrases} - {now}))
-    yield Fact("generative_affordance", now, {}, others)
+    yield Annotation("generative_affordance", now, {}, others)
     asked = f"{thought}; asked {now}"
-    yield Fact("discriminative_affordance_positive", "yes", {"step": now}, thought=asked)
+    yield Annotation("discriminative_affordance_positive", "yes", {"step": now}, thought=asked)
     thing = PHRASES[steps.task][0]
     if frame + SOON >= steps.contact > frame:
-        yield Fact("forecasting_touch", "yes", {"thing": thing}, thought=f"now {now}")
+        yield Annotation("forecasting_touch", "yes", {"thing": thing}, thought=f"now {now}")
     elif frame + LATER < steps.contact or (now == "hold still" and "release" in steps.names):
-        yield Fact("forecasting_touch", "no", {"thing": thing}, thought=f"now {now}")
+        yield Annotation("forecasting_touch", "no", {"thing": thing}, thought=f"now {now}")
     task = {"step": instruction.rstrip(".")}
     if steps.done > frame + LATER:
-        yield Fact("success_negative", "no", task, thought=thought)
+        yield Annotation("success_negative", "no", task, thought=thought)
     elif frame >= steps.done + AFTER:
-        yield Fact("success_positive", "yes", task, thought=thought)
+        yield Annotation("success_positive", "yes", task, thought=thought)
 
 
-def _ordered(steps: Steps, index: int, phrases: list[str], instruction: str, thought: str) -> Iterator[Fact]:
-    """What follows from the order of the steps."""
+def _ordered(
+    steps: EpisodeSteps, index: int, phrases: list[str], instruction: str, thought: str
+) -> Iterator[Annotation]:
+    """Yield the annotations that follow from the order of the steps."""
     for other, phrase in enumerate(phrases):
         if abs(other - index) >= 2:
             asked = f"{thought}; asked {phrase}"
-            yield Fact("discriminative_affordance_negative", "no", {"step": phrase}, thought=asked)
+            yield Annotation("discriminative_affordance_negative", "no", {"step": phrase}, thought=asked)
         if 0 < other < len(phrases) - 1 and other != index:
             kind, answer = ("success_positive", "yes") if other < index else ("success_negative", "no")
-            yield Fact(kind, answer, {"step": phrase}, thought=thought)
+            yield Annotation(kind, answer, {"step": phrase}, thought=thought)
     for kind, other in (("future_prediction", index + 1), ("past_description", index - 1)):
         answer = phrases[other] if 0 <= other < len(phrases) else "nothing"
         wrong = tuple(sorted({*phrases, "nothing"} - {answer, phrases[index]}))
-        yield Fact(kind, answer, {}, wrong, thought)
+        yield Annotation(kind, answer, {}, wrong, thought)
     names = steps.names
-    yield Fact("remaining_steps", ", ".join(names[index + 1 :]) or "nothing", thought=thought)
-    yield Fact("planning", ", ".join(names[index:]), {"task": instruction}, thought=thought)
+    yield Annotation("remaining_steps", ", ".join(names[index + 1 :]) or "nothing", thought=thought)
+    yield Annotation("planning", ", ".join(names[index:]), {"task": instruction}, thought=thought)
     for known in range(index + 1):
         wrong = tuple({*phrases[known:]} - {phrases[index]})
         words = {"task": instruction, "done": ", ".join(names[:known]) or "nothing"}
-        yield Fact("planning_with_context", phrases[index], words, wrong)
+        yield Annotation("planning_with_context", phrases[index], words, wrong)

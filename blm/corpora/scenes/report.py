@@ -1,4 +1,4 @@
-"""What a corpus asks, and how much of it can be answered without looking: a leaky kind is seen at once."""
+"""Statistics of a corpus: its questions, and how many can be answered from the text alone."""
 
 from __future__ import annotations
 
@@ -6,29 +6,34 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from blm.corpora.format.messages import Conversation, spoken
-from blm.corpora.scenes.facts import stem_of
+from blm.corpora.format.messages import Conversation, without_thought
+from blm.types import base_kind
 
 
 @dataclass(frozen=True, kw_only=True)
 class KindSummary:
-    """One kind of question; a pair of yes and no is one kind here."""
+    """Statistics of one question kind; a pair of yes and no kinds counts as one."""
 
     kind: str
     questions: int
     texts: int
-    """Different question texts."""
+    """Number of different question texts."""
     answers: Mapping[str, int]
-    """Answer -> how often, the commonest first."""
+    """Answer -> count, the most frequent first."""
     blind: float | None
-    """Share of held-out questions that the commonest training answer to the very same text gets right (to a
-    new text, the commonest answer of the kind); None without held-out questions of the kind."""
+    """Accuracy on held-out questions of the most frequent training answer to the same text.
+
+    For a new text it is the most frequent answer of the kind. None without held-out questions.
+    """
 
 
 def describe(
     training: Iterable[Conversation], held_out: Iterable[Conversation] = ()
 ) -> tuple[KindSummary, ...]:
-    """Summarise every kind of question of a training corpus; `held_out` is answered from its texts."""
+    """Summarise every question kind of a training corpus.
+
+    `held_out` is answered from its texts alone.
+    """
     learnt, asked = _triples(training), _triples(held_out)
     by_text: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     by_kind: dict[str, Counter[str]] = defaultdict(Counter)
@@ -52,11 +57,11 @@ def describe(
 
 
 def _triples(conversations: Iterable[Conversation]) -> Sequence[tuple[str, str, str]]:
-    """Kind (without _positive and _negative), question text, answer of every turn."""
+    """Return base kind, question text and answer of every turn."""
     found = []
     for row in conversations:
         asked = [message.text for message in row.messages if message.role == "user"]
-        answers = [spoken(message.text) for message in row.messages if message.role == "assistant"]
+        answers = [without_thought(message.text) for message in row.messages if message.role == "assistant"]
         for kind, text, answer in zip(row.kinds, asked, answers, strict=True):
-            found.append((kind if kind.endswith("_choice") else stem_of(kind), text, answer))
+            found.append((kind if kind.endswith("_choice") else base_kind(kind), text, answer))
     return found

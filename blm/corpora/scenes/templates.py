@@ -1,11 +1,12 @@
-"""The wordings of every kind of question: those trained on, and those kept for evaluation.
+"""Question templates of every kind: those for training, and held-out ones for evaluation.
 
-A wording is a pattern: `[a|b|]` stands for one of its alternatives, which may be empty and hold no
-brackets; `expansions` lists the questions that a pattern stands for. `{...}` are filled from a fact. A
-multiple choice puts its options on lines of its own after any of these.
+A template is a pattern in which `[a|b|]` stands for one of its alternatives. An alternative may be
+empty and holds no brackets. `expansions` lists the questions that a pattern stands for, and `{...}`
+is filled from an annotation. A multiple choice adds its options on lines of their own.
 
-The seen ones are many, as a model that is trained from scratch on a few learns these by heart and reads no
-other. The held-out ones put words and pieces of seen ones, of this kind or others, together anew.
+There are many training templates, because a model that is trained from scratch on a few memorises
+them and understands no others. Held-out templates recombine words and phrases of training
+templates, of the same kind or of others.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ Wording = Literal["seen", "held_out"]
 
 
 class Wordings(NamedTuple):
-    """What one kind of question may be called."""
+    """The templates of one kind of question."""
 
     seen: tuple[str, ...]
     held_out: tuple[str, ...]
 
 
 def expansions(pattern: str) -> list[str]:
-    """List the wordings that a pattern stands for, in the order of its alternatives; fields stay."""
-    parts = re.split(r"\[(.*?)\]", pattern)  # every second one was in brackets
+    """List the wordings that a pattern stands for, in the order of its alternatives; `{...}` stays."""
+    parts = re.split(r"\[(.*?)\]", pattern)  # every second part was in brackets
     return [
         "".join(chosen) for chosen in product(*(p.split("|") if i % 2 else [p] for i, p in enumerate(parts)))
     ]
@@ -120,7 +121,7 @@ def _distance(start: str, end: str) -> Wordings:
     )
 
 
-def _way(start: str, end: str) -> Wordings:
+def _displacement(start: str, end: str) -> Wordings:
     return _wordings(
         f"How must the {start} [move|go] [to|to reach] the {end} in cm?",
         f"[Give|Find|Name] the way from the {start} to the {end} in cm.",
@@ -301,8 +302,8 @@ TEMPLATES: dict[str, Wordings] = {
         "In cm, [tell where the {thing} is|give the position of the {thing}].",
         held_out=("Tell the position of the {thing} in cm.", "In cm, at which position is the {thing}?"),
     ),
-    "metric_gripper_to_object": _way("gripper", "{thing}"),
-    "metric_object_to_goal": _way("{thing}", "{goal}"),
+    "metric_gripper_to_object": _displacement("gripper", "{thing}"),
+    "metric_object_to_goal": _displacement("{thing}", "{goal}"),
     "metric_gripper_distance": _distance("gripper", "{thing}"),
     "metric_goal_distance": _distance("{thing}", "{goal}"),
     "metric_height": _wordings(

@@ -1,4 +1,7 @@
-"""Benchmarks of the digital space: questions with known answers. To add one: its file, its line here."""
+"""Benchmarks of the digital space: questions with reference answers.
+
+A new benchmark needs a file in `benchmarks` and a line in BENCHMARKS.
+"""
 
 from collections.abc import Mapping
 
@@ -29,6 +32,6 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "easy_vqa": EASY_VQA,
     "scene": SCENE,
 }
-"""The six of BLM1's table first."""
+"""Name -> benchmark; the six of BLM1's table come first."""
 
 __all__ = ["BENCHMARKS", "Benchmark", "evaluate_digital"]

@@ -1,4 +1,4 @@
-"""What the evaluation knows of a model beyond `Chat`: batches, refusals, and answers kept on disk."""
+"""Access to the model under evaluation: batches, refused conversations, cached answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from blm.types import BlmError, Chat, Message
 
 
 class AnswerError(BlmError):
-    """This one conversation has no answer (refused, too long); it counts as wrong, others may go well."""
+    """One conversation has no answer (refused, too long): it counts as wrong, the run continues."""
 
 
 @runtime_checkable
@@ -28,13 +28,13 @@ class AnswersBatches(Protocol):
 def answer_all(
     chat: Chat, conversations: Sequence[Sequence[Message]], max_tokens: int
 ) -> list[str | AnswerError]:
-    """Ask every conversation, together where the model can."""
+    """Ask every conversation, in one batch where the model supports it."""
     if isinstance(chat, AnswersBatches):
         return list(chat.answer_batch(conversations, max_tokens=max_tokens))
-    return [_one(chat, messages, max_tokens) for messages in conversations]
+    return [_answer_one(chat, messages, max_tokens) for messages in conversations]
 
 
-def _one(chat: Chat, messages: Sequence[Message], max_tokens: int) -> str | AnswerError:
+def _answer_one(chat: Chat, messages: Sequence[Message], max_tokens: int) -> str | AnswerError:
     try:
         return chat.answer(messages, max_tokens=max_tokens)
     except AnswerError as error:
@@ -42,10 +42,10 @@ def _one(chat: Chat, messages: Sequence[Message], max_tokens: int) -> str | Answ
 
 
 class AnswerCache:
-    """One small file for each answer, named by the hash of all that it depends on. Safe between threads."""
+    """One small file for each answer, named by a hash of its inputs. Safe between threads."""
 
     def __init__(self, folder: Path | None) -> None:
-        """Without a folder nothing is kept."""
+        """Without a folder, nothing is cached."""
         self.folder = folder
 
     @staticmethod
@@ -53,13 +53,13 @@ class AnswerCache:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def get(self, key: str) -> str | None:
-        """The kept answer, or None. Raises BlmError for a damaged file."""
+        """Return the cached answer, or None. Raises BlmError for a damaged file."""
         if self.folder is None or not (file := self._file(key)).exists():
             return None
         try:
             return str(json.loads(file.read_text())["answer"])
         except (ValueError, KeyError, TypeError) as error:
-            raise BlmError(f"kept answer '{file}' is damaged ({error!r}); move it away") from error
+            raise BlmError(f"cached answer '{file}' is damaged ({error!r}); move it away") from error
 
     def put(self, key: str, answer: str) -> None:
         if self.folder is None:

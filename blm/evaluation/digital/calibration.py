@@ -1,7 +1,7 @@
-"""Answers with known grades: a judge that does not agree with most of them grades nothing else well.
+"""Answers with known grades, to calibrate a judge before it grades anything.
 
-Written for this purpose, in the manner of EgoThink (short answers, plans) and ShareRobot (next, past and
-remaining steps); no row is taken from a benchmark.
+Written for this purpose, in the manner of EgoThink (short answers, plans) and ShareRobot (next,
+past and remaining steps); no row is taken from a benchmark.
 """
 
 from __future__ import annotations

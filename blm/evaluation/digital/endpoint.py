@@ -1,9 +1,9 @@
-"""Any OpenAI-compatible endpoint as a Chat: concurrent, cached on disk, patient with the network only.
+"""Any OpenAI-compatible endpoint as a Chat: concurrent, with a cache on disk, retries and timeouts.
 
-An answer is asked for once. What is tried again are requests that got no answer: a dropped connection, 408,
-429 (for as long as Retry-After says) and 5xx. A request that the server refuses for its content (400, 413,
-422, a content filter) is an `AnswerError` for that question alone; a wrong key, an unknown model and a server
-that stays away end the run, which continues from there when it is started again.
+Requests without an answer are retried with exponential backoff: a dropped connection, 408, 429
+(after Retry-After) and 5xx. A request that the server refuses for its content (400, 413, 422, a
+content filter) is an `AnswerError` for that question alone. A wrong key, an unknown model and a
+server that stays away end the run; the same command continues it.
 """
 
 from __future__ import annotations
@@ -26,29 +26,30 @@ from blm.media import load_pixels
 from blm.types import BlmError, Image, Message, require_numbers
 
 REFUSED = (400, 413, 422)
-"""The request's content is at fault: prompt too long, a picture refused, a filter."""
-PATIENT = (408, 429)
-"""Tried again, as are all 5xx."""
+"""Statuses for bad content of a request: prompt too long, picture refused, content filter."""
+RETRIED = (408, 429)
+"""Statuses that are retried, as are all 5xx."""
 LONGEST_WAIT = 60.0
-"""Between two tries [s]."""
+"""Longest wait between two attempts [s]."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How to ask, and how long to try."""
+class EndpointSettings:
+    """Sampling, concurrency, timeout and retries of an endpoint."""
 
     temperature: float = 0.0
     seed: int | None = 0
-    """Passed on; None for servers that refuse it."""
+    """Sampling seed, sent with each request; None for servers that refuse one."""
     token_field: str = "max_tokens"
-    """Some models want max_completion_tokens."""
+    """Field of the token limit; some models want max_completion_tokens."""
     concurrency: int = 8
-    """Requests at the same time."""
+    """Concurrent requests."""
     attempts: int = 6
+    """Most attempts of one request."""
     timeout: float = 300.0
     """Of one request [s]."""
     first_wait: float = 1.0
-    """Before the second try; it doubles from try to try [s]."""
+    """Wait before the second attempt; it doubles from attempt to attempt [s]."""
 
     def __post_init__(self) -> None:
         require_numbers(
@@ -67,10 +68,12 @@ class Endpoint:
         *,
         api_key: str | None = None,
         cache: Path | None = None,
-        settings: Settings | None = None,
+        settings: EndpointSettings | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.model, self.url, self.settings = model, url.rstrip("/"), settings or Settings()
+        self.model = model
+        self.url = url.rstrip("/")
+        self.settings = settings or EndpointSettings()
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         limits = httpx.Limits(max_connections=self.settings.concurrency)
         try:
@@ -84,7 +87,8 @@ class Endpoint:
             raise BlmError(
                 f"cannot use the proxy that the environment names for {self.url}: {error}"
             ) from error
-        self._cache, self._sleep = AnswerCache(cache), sleep
+        self._cache = AnswerCache(cache)
+        self._sleep = sleep
 
     @property
     def name(self) -> str:
@@ -92,7 +96,10 @@ class Endpoint:
         return f"{self.model}@{self.url}"
 
     def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
-        """Return the answer. Raises AnswerError for a refused conversation, BlmError for a failing server."""
+        """Return the answer.
+
+        Raises AnswerError for a refused conversation, BlmError for a server that fails.
+        """
         body = self._body(messages, max_tokens)
         key = AnswerCache.key(self.url, body)
         kept = self._cache.get(key)
@@ -105,7 +112,7 @@ class Endpoint:
     def answer_batch(
         self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 128
     ) -> list[str | AnswerError]:
-        """Ask all at once; a refused one has its AnswerError in its place. Raises BlmError as `answer`."""
+        """Ask all concurrently. A refused one gives an AnswerError; raises BlmError like `answer`."""
 
         def ask(messages: Sequence[Message]) -> str | AnswerError:
             try:
@@ -131,7 +138,8 @@ class Endpoint:
         return body if settings.seed is None else {**body, "seed": settings.seed}
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        trouble, wait = "", 0.0
+        trouble = ""
+        wait = 0.0
         for attempt in range(self.settings.attempts):
             if attempt:
                 self._sleep(wait)
@@ -145,12 +153,12 @@ class Endpoint:
                 trouble = f"{type(error).__name__}: {error}"
                 continue
             trouble = f"status {response.status_code}: {_reason(response)}"
-            if response.status_code not in PATIENT and response.status_code < 500:
+            if response.status_code not in RETRIED and response.status_code < 500:
                 raise self._refusal(response.status_code, trouble)
             wait = min(max(wait, _seconds(response.headers.get("Retry-After"))), LONGEST_WAIT)
         raise BlmError(
-            f"no answer from '{self.name}' in {self.settings.attempts} tries; last: {trouble}. What was "
-            "answered is kept: run the same command again when the server is back"
+            f"no answer from '{self.name}' in {self.settings.attempts} attempts; last: {trouble}. Answers so "
+            "far are kept: run the same command again when the server is back"
         )
 
     def _refusal(self, status: int, trouble: str) -> BlmError:
@@ -184,16 +192,16 @@ def _part(part: str | Image) -> dict[str, Any]:
 
 
 def _text(reply: dict[str, Any]) -> str:
-    """The words of a reply. Raises AnswerError where a filter left none, BlmError for another form."""
+    """The text of a reply. Raises AnswerError where a filter left none, BlmError for another form."""
     try:
         choice = reply["choices"][0]
         message = choice["message"]
         text = message.get("content")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise BlmError(f"a reply is not of the OpenAI form ({error!r}): {str(reply)[:200]}") from error
+        raise BlmError(f"a reply does not have the OpenAI form ({error!r}): {str(reply)[:200]}") from error
     if text is None:
         why = message.get("refusal") or f"finish reason {choice.get('finish_reason')}"
-        raise AnswerError(f"no words in the reply ({why})")
+        raise AnswerError(f"the reply has no text ({why})")
     return str(text)
 
 
@@ -206,7 +214,7 @@ def _reason(response: httpx.Response) -> str:
 
 
 def _seconds(header: str | None) -> float:
-    """Retry-After as a number of seconds; dates, and nothing, are 0."""
+    """Retry-After in seconds; 0 for a date or a missing header."""
     try:
         return max(0.0, float(header or 0))
     except ValueError:

@@ -1,8 +1,8 @@
-"""Verifiable instructions: does a model still do as it is told? A program judges, strictly.
+"""Verifiable instructions in the manner of IFEval, to measure what fine-tuning preserves.
 
-In the manner of IFEval (Zhou et al. 2023, arXiv:2311.07911): each prompt holds one rule that its answer keeps
-or breaks, whatever else it says. Nothing is forgiven: no preamble is stripped, no emphasis removed. A few
-prompts check knowledge instead. All are text; compare a tuned model with its base, probe by probe.
+Each prompt holds one rule that a program checks (Zhou et al. 2023, arXiv:2311.07911, strict
+accuracy): no preamble is stripped and no emphasis removed. A few prompts check knowledge instead.
+All are text only; compare a fine-tuned model with its base model item by item.
 """
 
 from __future__ import annotations
@@ -10,23 +10,40 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from blm.evaluation.digital.answers import answer_all
-from blm.evaluation.statistics import success_rate
+from blm.evaluation.statistics import Rate, success_rate
 from blm.types import Chat, Message, Question
 
-MAX_TOKENS, BATCH = 128, 20
+MAX_TOKENS = 128
+"""Longest answer."""
+BATCH = 20
+"""Instructions asked together."""
 Rule = Callable[[str], bool]
+"""Answer -> whether it follows the rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
-    """One instruction and the program that says whether an answer keeps it."""
+class VerifiableInstruction:
+    """A prompt with one rule, and the program that checks whether an answer follows it."""
 
     question: Question
-    keeps: Rule
+    check: Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructionAnswer:
+    """A model's answer to one instruction."""
+
+    id: str
+    kind: str
+    """instruction_<family>; of the family "knowledge" are the prompts that check knowledge."""
+    group: str
+    question: str
+    raw: str
+    """The answer, or why there is none."""
+    correct: bool
 
 
 def words(text: str) -> list[str]:
@@ -147,13 +164,13 @@ _RULES: tuple[tuple[str, str, Rule], ...] = (
     ("knowledge", "At how many degrees Celsius does water boil? Give a number in digits.", mentions("100")),
     ("knowledge", "What is the chemical formula of water?", lambda text: "H2O" in text or "H₂O" in text),
 )  # fmt: skip
-"""Family, prompt, rule. A change makes results of before and after incomparable."""
+"""Family, prompt, rule. Results from before and after a change cannot be compared."""
 
 
-def instruction_probes() -> list[Probe]:
-    """All probes, in a fixed order."""
-    probes = []
-    for number, (family, prompt, keeps) in enumerate(_RULES):
+def verifiable_instructions() -> list[VerifiableInstruction]:
+    """Return all instructions, in a fixed order."""
+    instructions = []
+    for number, (family, prompt, check) in enumerate(_RULES):
         question = Question(
             id=f"instruction/{number:02d}",
             kind=f"instruction_{family}",
@@ -161,32 +178,42 @@ def instruction_probes() -> list[Probe]:
             answer="",
             group=f"instruction/{number:02d}",
         )
-        probes.append(Probe(question=question, keeps=keeps))
-    return probes
+        instructions.append(VerifiableInstruction(question=question, check=check))
+    return instructions
 
 
-def score(probe: Probe, answer: str) -> bool:
-    """Whether the answer, as the model gave it, keeps the rule."""
-    return bool(answer.strip()) and probe.keeps(answer.strip())
+def follows(instruction: VerifiableInstruction, answer: str) -> bool:
+    """Return whether the unedited answer follows the rule. An empty answer never does."""
+    return bool(answer.strip()) and instruction.check(answer.strip())
 
 
-def run_probes(chat: Chat, probes: Sequence[Probe] | None = None) -> list[dict[str, Any]]:
-    """Ask every probe; one row each: id, kind, group, question, raw answer, correct. No answer is wrong."""
-    chosen = instruction_probes() if probes is None else probes
-    rows = []
+def run_instructions(
+    chat: Chat, instructions: Sequence[VerifiableInstruction] | None = None
+) -> list[InstructionAnswer]:
+    """Ask all of the instructions, or the given ones. A refused one counts as wrong."""
+    chosen = verifiable_instructions() if instructions is None else instructions
+    answers: list[InstructionAnswer] = []
     for start in range(0, len(chosen), BATCH):
-        part = chosen[start : start + BATCH]
-        answers = answer_all(chat, [probe.question.messages for probe in part], MAX_TOKENS)
-        for probe, answer in zip(part, answers, strict=True):
-            row: dict[str, Any] = {name: getattr(probe.question, name) for name in ("id", "kind", "group")}
-            row |= {"question": probe.question.messages[-1].text, "raw": str(answer)}
-            rows.append(row | {"correct": isinstance(answer, str) and score(probe, answer)})
-    return rows
+        batch = chosen[start : start + BATCH]
+        replies = answer_all(chat, [one.question.messages for one in batch], MAX_TOKENS)
+        for instruction, reply in zip(batch, replies, strict=True):
+            question = instruction.question
+            answers.append(
+                InstructionAnswer(
+                    id=question.id,
+                    kind=question.kind,
+                    group=question.group,
+                    question=question.messages[-1].text,
+                    raw=str(reply),
+                    correct=isinstance(reply, str) and follows(instruction, reply),
+                )
+            )
+    return answers
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Rates with their 95 % intervals: over all, for the instructions, for the knowledge."""
-    knowledge = [row["correct"] for row in rows if row["kind"] == "instruction_knowledge"]
-    told = [row["correct"] for row in rows if row["kind"] != "instruction_knowledge"]
-    parts = {"all": [*told, *knowledge], "instructions": told, "knowledge": knowledge}
-    return {name: asdict(success_rate(part)) for name, part in parts.items() if part}
+def summarise(answers: Sequence[InstructionAnswer]) -> dict[str, Rate]:
+    """Return the rates of "all", "instructions" and "knowledge", if they have answers."""
+    knowledge = [a.correct for a in answers if a.kind == "instruction_knowledge"]
+    instructions = [a.correct for a in answers if a.kind != "instruction_knowledge"]
+    parts = {"all": [*instructions, *knowledge], "instructions": instructions, "knowledge": knowledge}
+    return {name: success_rate(part) for name, part in parts.items() if part}

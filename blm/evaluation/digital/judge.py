@@ -1,8 +1,9 @@
-"""A language model compares a free answer with the reference: 0, 0.5 or 1, as EgoThink and ShareRobot do.
+"""LLM judge: grades a free-form answer against the reference as 0, 0.5 or 1.
 
-The judge sees words only. Its reply must hold exactly one rating, [[0]], [[0.5]] or [[1]]; any other reply is
-a failed judgement: the answer scores 0 and is counted as failed, never asked again and never left out. The
-prompt is ours (EgoThink's rubric, other words); its hash and the judge's name are part of the protocol.
+EgoThink and ShareRobot grade in the same way. The judge sees text only. Its reply must hold exactly
+one rating, [[0]], [[0.5]] or [[1]]; any other reply is a failed judgement: the answer scores 0 and
+counts as failed, and is neither asked again nor left out. The prompt is ours (EgoThink's rubric in
+other words); its hash and the judge's name are part of the protocol.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import track
@@ -20,6 +21,7 @@ from blm.evaluation.digital.answers import AnswerCache, AnswerError, answer_all
 from blm.evaluation.digital.calibration import CALIBRATION
 from blm.evaluation.digital.parsers.compat import COMPAT
 from blm.evaluation.digital.parsers.extraction import normalise, without_reasoning
+from blm.evaluation.digital.result import JudgeCalibration
 from blm.evaluation.protocol import digest
 from blm.types import Chat, Message
 
@@ -41,12 +43,14 @@ Give 0 if it is wrong, contradicts the reference, refuses, names no answer, or h
 Length and style do not count. Say in one sentence why, then the rating on a line of its own, exactly so:
 Rating: [[1]] or Rating: [[0.5]] or Rating: [[0]]"""
 MAX_TOKENS = 512
+"""Longest reply of the judge."""
 BATCH = 64
+"""Answers graded together."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One answer to grade."""
+class AnswerToGrade:
+    """A free-form answer with its question and reference."""
 
     question: str
     reference: str
@@ -55,7 +59,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge made of it."""
+    """The judge's grade of one answer."""
 
     score: float | None
     """0, 0.5 or 1; None for a failed judgement."""
@@ -63,11 +67,11 @@ class Verdict:
 
 
 class Judge(Protocol):
-    """Anything that grades answers."""
+    """Grades free-form answers."""
 
     @property
     def name(self) -> str:
-        """Of the model; part of the protocol."""
+        """Name of the judging model; part of the protocol."""
         ...
 
     @property
@@ -75,21 +79,23 @@ class Judge(Protocol):
         """Hash of the prompt; part of the protocol."""
         ...
 
-    def grade(self, answers: Sequence[Asked]) -> list[Verdict]: ...
+    def grade(self, answers: Sequence[AnswerToGrade]) -> list[Verdict]: ...
 
 
 class LanguageJudge:
-    """Any Chat as judge; give it temperature 0. Replies are kept in `cache` by all that they depend on."""
+    """Any Chat as judge; use temperature 0. `cache` keeps its replies on disk."""
 
     def __init__(self, chat: Chat, name: str, *, cache: Path | None = None, compat: str = "") -> None:
-        """`compat`: an entry of COMPAT that reads the ratings in the upstream way."""
-        self.chat, self.name, self.prompt = chat, name, digest([SYSTEM, PROMPT, MAX_TOKENS])
+        """`compat`: the entry of COMPAT whose rating parser is used."""
+        self.chat = chat
+        self.name = name
+        self.prompt = digest([SYSTEM, PROMPT, MAX_TOKENS])
         self._cache = AnswerCache(cache)
         self._read = (compat and COMPAT[compat].rating) or read_rating
 
-    def grade(self, answers: Sequence[Asked]) -> list[Verdict]:
-        """Grade all; what is already known is not asked. Raises BlmError when the judge cannot be reached."""
-        keys = {self._key(asked): asked for asked in answers}
+    def grade(self, answers: Sequence[AnswerToGrade]) -> list[Verdict]:
+        """Grade all answers that are not cached. Raises BlmError when the judge cannot be reached."""
+        keys = {self._key(answer): answer for answer in answers}
         todo = [key for key in keys if self._cache.get(key) is None]
         fresh: dict[str, str] = {}
         batches = [todo[start : start + BATCH] for start in range(0, len(todo), BATCH)]
@@ -102,18 +108,18 @@ class LanguageJudge:
         replies = [fresh.get(key) or self._cache.get(key) or "" for key in map(self._key, answers)]
         return [Verdict(self._read(reply), reply) for reply in replies]
 
-    def _key(self, asked: Asked) -> str:
-        return AnswerCache.key(self.prompt, self.name, asked.question, asked.reference, asked.answer)
+    def _key(self, graded: AnswerToGrade) -> str:
+        return AnswerCache.key(self.prompt, self.name, graded.question, graded.reference, graded.answer)
 
 
 class MatchJudge:
-    """No language model: 1 where the answer contains the reference's words. Not the paper's metric."""
+    """String match in place of a model: 1 where the answer contains the reference."""
 
     name = "exact-or-contained match (not the paper's metric)"
     prompt = ""
 
-    def grade(self, answers: Sequence[Asked]) -> list[Verdict]:
-        return [Verdict(float(_contained(asked.reference, asked.answer)), "") for asked in answers]
+    def grade(self, answers: Sequence[AnswerToGrade]) -> list[Verdict]:
+        return [Verdict(float(_contained(graded.reference, graded.answer)), "") for graded in answers]
 
 
 def _contained(reference: str, answer: str) -> bool:
@@ -121,25 +127,25 @@ def _contained(reference: str, answer: str) -> bool:
     return bool(words) and re.search(rf"\b{re.escape(words)}\b", normalise(answer)) is not None
 
 
-def _messages(asked: Asked) -> tuple[Message, ...]:
-    return Message("system", (SYSTEM,)), Message("user", (PROMPT.format(**asdict(asked)),))
+def _messages(graded: AnswerToGrade) -> tuple[Message, ...]:
+    return Message("system", (SYSTEM,)), Message("user", (PROMPT.format(**asdict(graded)),))
 
 
 def read_rating(reply: str) -> float | None:
-    """The rating in a reply after its reasoning; None unless there is exactly one value of the three."""
+    """Return the rating in a reply after its reasoning; None unless exactly one is found."""
     found = {float(value) for value in re.findall(r"\[\[(-?\d+(?:\.\d+)?)\]\]", without_reasoning(reply))}
     return found.pop() if len(found) == 1 and found <= {0.0, 0.5, 1.0} else None
 
 
-def calibrate(judge: Judge) -> dict[str, Any]:
-    """Let the judge grade answers whose grades are known; return how often it agrees."""
-    asked = [Asked(question, reference, answer) for question, reference, answer, _ in CALIBRATION]
-    verdicts = judge.grade(asked)
+def calibrate(judge: Judge) -> JudgeCalibration:
+    """Let the judge grade answers whose grades are known."""
+    answers = [AnswerToGrade(question, reference, answer) for question, reference, answer, _ in CALIBRATION]
+    verdicts = judge.grade(answers)
     pairs = [(verdict.score, label) for verdict, (*_, label) in zip(verdicts, CALIBRATION, strict=True)]
     gaps = [abs((given if given is not None else 0.0) - label) for given, label in pairs]
-    return {
-        "n": len(pairs),
-        "agree": sum(given == label for given, label in pairs),
-        "failed": sum(given is None for given, _ in pairs),
-        "mean_gap": sum(gaps) / len(gaps),
-    }
+    return JudgeCalibration(
+        n=len(pairs),
+        agree=sum(given == label for given, label in pairs),
+        failed=sum(given is None for given, _ in pairs),
+        mean_gap=sum(gaps) / len(gaps),
+    )

@@ -1,10 +1,10 @@
-"""Ask any Chat the questions of any benchmark: resumable, in batches, beside baselines without pictures."""
+"""Run a benchmark of questions on any Chat: resumable, in batches, with text-only baselines."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,31 +16,33 @@ import numpy as np
 from blm.evaluation.digital.answers import AnswerError, answer_all
 from blm.evaluation.digital.benchmarks.benchmark import Benchmark
 from blm.evaluation.digital.benchmarks.scene_questions import SCENE
-from blm.evaluation.digital.judge import Asked, Judge, calibrate
+from blm.evaluation.digital.judge import AnswerToGrade, Judge, calibrate
 from blm.evaluation.digital.parsers.compat import COMPAT
-from blm.evaluation.digital.parsers.coordinates import Coordinates, read_metric, read_numbers
-from blm.evaluation.digital.parsers.extraction import normalise
-from blm.evaluation.digital.scoring import Rules, score
-from blm.evaluation.digital.summary import Row, stem_of, summarise, versus
+from blm.evaluation.digital.parsers.coordinates import Coordinates
+from blm.evaluation.digital.result import DigitalResult, JudgeRecord, Prediction
+from blm.evaluation.digital.scoring import ScoringConfig, score
+from blm.evaluation.digital.summary import compare_with_baseline, summarise
+from blm.evaluation.digital.text_baselines import text_baselines
 from blm.evaluation.protocol import DigitalProtocol, digest
-from blm.evaluation.results import require_free, write_result
-from blm.jobs import Unit, run_units
+from blm.evaluation.result_files import require_free, write_result
+from blm.evaluation.results import this_machine
+from blm.jobs import WorkUnit, run_units
 from blm.media import locate, split_time, with_pixels
 from blm.types import BlmError, Chat, Image, Message, Question, lookup, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asking:
-    """How the questions are put to one model."""
+class DigitalEvalConfig:
+    """How one model is asked, and how its answers are read."""
 
     root: Path | None = None
-    """Folder of the pictures; None when all are in memory."""
+    """Folder of the pictures; None when all of them are in memory."""
     coordinates: str = "thousandths"
     """How this model writes places: thousandths, unit, yx1000, pixels or pixels:WIDTHxHEIGHT."""
     compat: str = ""
-    """Upstream parser of digital/compat.py that reads the answers instead of ours."""
+    """Upstream parser of digital/parsers/compat.py that reads the answers instead of ours."""
     batch: int = 16
-    """Questions handed over at once, and lost at most when the run is killed."""
+    """Questions in one batch: at most so many answers are lost when the run is killed."""
 
     def __post_init__(self) -> None:
         require_numbers(self, batch=(1, 100_000))
@@ -55,38 +57,48 @@ def evaluate_digital(
     train_questions: Sequence[Question] = (),
     benchmark: Benchmark = SCENE,
     judge: Judge | None = None,
-    asking: Asking = Asking(),
-) -> dict[str, Any]:
-    """Ask every question, score, compare with the baselines; write `out`/result.json and return it.
+    config: DigitalEvalConfig = DigitalEvalConfig(),
+) -> DigitalResult:
+    """Ask every question, score the answers, compare with baselines; write and return the result.
 
-    `train_questions` feed the baselines only. `model` names the weights: a killed run continues from
-    `out`/journal.jsonl only under the same name. Raises BlmError for no questions, duplicate ids, a missing
-    picture, questions that need a judge where there is none, and a model that cannot be reached.
+    `train_questions` feed the baselines only. `model` names the weights: a killed run continues
+    from `out`/journal.jsonl only under the same name. The result is written to `out`/result.json.
+    Raises BlmError for no questions, duplicate ids, a missing picture, questions that need a judge
+    where there is none, and a model that cannot be reached.
     """
     start = monotonic()
     require_free(out)
-    _check(questions, judge, asking)
-    protocol = _protocol(questions, benchmark, judge, asking)
-    rules = Rules(protocol, Coordinates.parse(asking.coordinates), asking.root)
-    about_judge = _examine(judge) if judge and protocol.judge else {}
-    raw = _ask(chat, questions, protocol, out, model, asking)
-    rows = [_row(question, *answer, rules) for question, answer in zip(questions, raw, strict=True)]
+    _check(questions, judge, config)
+    protocol = _protocol(questions, benchmark, judge, config)
+    scoring = ScoringConfig(protocol, Coordinates.parse(config.coordinates), config.root)
+    record = _calibrate_judge(judge) if judge and protocol.judge else None
+    raw = _ask(chat, questions, protocol, out, model, config)
+    predictions = [
+        _predict(question, *answer, scoring) for question, answer in zip(questions, raw, strict=True)
+    ]
     if judge:
-        _grade(rows, judge)
+        predictions = _grade(predictions, judge)
     baselines = {}
     if train_questions and not protocol.judge:
-        for name, guess in _baselines(train_questions).items():
-            ours = replace(protocol, compat="")
-            guessed = [_row(q, guess(q), None, Rules(ours, root=asking.root)) for q in questions]
-            baselines[name] = versus(rows, guessed, benchmark.average)
-    parts = {"kind": "digital", "score": "score", "model": model, "coordinates": asking.coordinates}
-    summary = summarise(rows, benchmark.average)
-    return write_result(
-        out, protocol, start, **parts, **summary, judge=about_judge, baselines=baselines, rows=rows
+        ours = ScoringConfig(replace(protocol, compat=""), root=config.root)
+        for name, guess in text_baselines(train_questions).items():
+            guesses = [_predict(question, guess(question), None, ours) for question in questions]
+            baselines[name] = compare_with_baseline(predictions, guesses, benchmark.average)
+    result = DigitalResult(
+        protocol=protocol,
+        machine=this_machine(),
+        seconds=monotonic() - start,
+        model=model,
+        coordinates=config.coordinates,
+        summary=summarise(predictions, benchmark.average),
+        judge=record,
+        baselines=baselines,
+        predictions=tuple(predictions),
     )
+    return write_result(out, result)
 
 
-def _check(questions: Sequence[Question], judge: Judge | None, asking: Asking) -> None:
+def _check(questions: Sequence[Question], judge: Judge | None, config: DigitalEvalConfig) -> None:
     if not questions:
         raise BlmError("no questions; check the benchmark's folder, or the limit")
     twice = [name for name, count in Counter(q.id for q in questions).items() if count > 1]
@@ -95,38 +107,40 @@ def _check(questions: Sequence[Question], judge: Judge | None, asking: Asking) -
     free = [question.id for question in questions if question.scorer == "judge"]
     if free and judge is None:
         raise BlmError(
-            f"{len(free)} of {len(questions)} questions (first: '{free[0]}') have free-form answers, which a "
-            "judge grades: --judge openai:MODEL@URL; --judge match compares words: not the paper's metric"
+            f"{len(free)} of {len(questions)} questions (first: '{free[0]}') have free-form answers and "
+            "need a judge: --judge openai:MODEL@URL; --judge match compares words, not the paper's metric"
         )
-    if asking.compat:
-        upstream = lookup("compat parser", asking.compat, COMPAT)
+    if config.compat:
+        upstream = lookup("compat parser", config.compat, COMPAT)
         scorers = {q.scorer for q in questions}
         parts = {"choice": upstream.choice, "points": upstream.points, "judge": upstream.rating}
         if not any(part for scorer, part in parts.items() if scorer in scorers):
             able = ", ".join(scorer for scorer, part in parts.items() if part)
-            raise BlmError(f"'{asking.compat}' reads {able} answers; here are {', '.join(sorted(scorers))}")
+            raise BlmError(
+                f"'{config.compat}' reads {able} answers; these questions need {', '.join(sorted(scorers))}"
+            )
 
 
 def _protocol(
-    questions: Sequence[Question], benchmark: Benchmark, judge: Judge | None, asking: Asking
+    questions: Sequence[Question], benchmark: Benchmark, judge: Judge | None, config: DigitalEvalConfig
 ) -> DigitalProtocol:
     judged = judge is not None and any(question.scorer == "judge" for question in questions)
     return DigitalProtocol(
         benchmark=benchmark.name,
-        items=digest([_key(question, asking.root) for question in questions]),
+        items=digest([_key(question, config.root) for question in questions]),
         count=len(questions),
         max_tokens=benchmark.max_tokens,
         long=dict(benchmark.long),
         prompt=benchmark.system,
         average=benchmark.average,
-        compat=asking.compat,
+        compat=config.compat,
         judge=judge.name if judge and judged else "",
         judge_prompt=judge.prompt if judge and judged else "",
     )
 
 
 def _key(question: Question, root: Path | None) -> list[Any]:
-    """What identifies a question: its words, its pictures, its answer."""
+    """Return everything that identifies a question: its words, pictures and answer."""
     parts = [
         part if isinstance(part, str) else _picture(part, root, question.id)
         for message in question.messages
@@ -138,11 +152,11 @@ def _key(question: Question, root: Path | None) -> list[Any]:
 
 
 def _picture(image: Image, root: Path | None, name: str) -> str:
-    """Hash of a picture without decoding it: of its file, with the time of a video frame, or its pixels."""
+    """Hash a picture without decoding it: its file and the time of a video frame, or its pixels."""
     if image.pixels is not None:
         return hashlib.sha256(np.asarray(image.pixels).tobytes()).hexdigest()
     if root is None or image.path is None:
-        raise BlmError(f"question '{name}' has a picture that is not in memory; say which folder it is in")
+        raise BlmError(f"question '{name}' has a picture that is not in memory; name its folder")
     file = locate(image.path, root)
     try:
         state = file.stat()
@@ -157,8 +171,8 @@ def _hash(file: Path, modified: int, size: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-Raw = tuple[str, str | None]
-"""What the model said, and why it said nothing."""
+RawAnswer = tuple[str, str | None]
+"""The model's words, and why there are none."""
 
 
 def _ask(
@@ -167,15 +181,15 @@ def _ask(
     protocol: DigitalProtocol,
     out: Path,
     model: str,
-    asking: Asking,
-) -> list[Raw]:
-    """The raw answers. They depend on neither parser nor judge: another one of those asks nothing again."""
+    config: DigitalEvalConfig,
+) -> list[RawAnswer]:
+    """Return the raw answers. They depend on neither parser nor judge, so the journal serves any."""
     system = (Message("system", (protocol.prompt,)),) if protocol.prompt else ()
     limits = [protocol.long.get(question.kind, protocol.max_tokens) for question in questions]
-    order = sorted(range(len(questions)), key=limits.__getitem__)  # one limit a batch
+    order = sorted(range(len(questions)), key=limits.__getitem__)  # a batch has one limit
 
     def answer(places: Sequence[int]) -> dict[str, Any]:
-        asked = [(*system, *_loaded(questions[place], asking.root)) for place in places]
+        asked = [(*system, *_loaded(questions[place], config.root)) for place in places]
         said = answer_all(chat, asked, limits[places[0]])
         failures = {str(i): str(reply) for i, reply in enumerate(said) if isinstance(reply, AnswerError)}
         return {"raw": [reply if isinstance(reply, str) else "" for reply in said], "failures": failures}
@@ -183,12 +197,12 @@ def _ask(
     name = digest([protocol.items, protocol.max_tokens, dict(protocol.long), protocol.prompt])
     batches: list[list[int]] = []
     for place in order:
-        if not batches or len(batches[-1]) == asking.batch or limits[batches[-1][0]] != limits[place]:
+        if not batches or len(batches[-1]) == config.batch or limits[batches[-1][0]] != limits[place]:
             batches.append([])
         batches[-1].append(place)
-    units = [Unit(f"{name}/{model}/{asking.batch}/{i}", batch) for i, batch in enumerate(batches)]
+    units = [WorkUnit(f"{name}/{model}/{config.batch}/{i}", batch) for i, batch in enumerate(batches)]
     done = run_units(answer, units, journal=out / "journal.jsonl", workers=0, title="questions")
-    answers: dict[int, Raw] = {}
+    answers: dict[int, RawAnswer] = {}
     for unit, result in zip(units, done.values(), strict=True):
         for i, (place, text) in enumerate(zip(unit.payload, result["raw"], strict=True)):
             answers[place] = text, result["failures"].get(str(i))
@@ -199,59 +213,31 @@ def _loaded(question: Question, root: Path | None) -> tuple[Message, ...]:
     return question.messages if root is None else with_pixels(question.messages, root)
 
 
-def _row(question: Question, raw: str, failure: str | None, rules: Rules) -> Row:
-    row = {name: getattr(question, name) for name in ("id", "kind", "group", "scorer")}
-    row |= {"question": question.messages[-1].text, "reference": question.answer, "raw": raw}
-    return row | {"failure": failure} | asdict(score(question, raw, rules))
+def _predict(question: Question, raw: str, failure: str | None, scoring: ScoringConfig) -> Prediction:
+    return Prediction(
+        id=question.id,
+        kind=question.kind,
+        group=question.group,
+        scorer=question.scorer,
+        question=question.messages[-1].text,
+        reference=question.answer,
+        raw=raw,
+        failure=failure,
+        **asdict(score(question, raw, scoring)),
+    )
 
 
-def _examine(judge: Judge) -> dict[str, Any]:
-    """Before anything is asked: the judge can be reached, and what it makes of answers with known grades."""
-    return {"model": judge.name, "prompt": judge.prompt, "calibration": calibrate(judge)}
+def _calibrate_judge(judge: Judge) -> JudgeRecord:
+    """Calibrate the judge before any question is asked; raises BlmError when it cannot be reached."""
+    return JudgeRecord(judge.name, judge.prompt, calibrate(judge))
 
 
-def _grade(rows: Sequence[Row], judge: Judge) -> None:
-    """Grade the free-form rows in place. Empty answers are wrong unasked."""
-    graded = [row for row in rows if row["scorer"] == "judge" and row["parsed"] is not None]
-    verdicts = judge.grade([Asked(row["question"], row["reference"], row["parsed"]) for row in graded])
-    for row, verdict in zip(graded, verdicts, strict=True):
-        failed = verdict.score is None
-        row |= {"score": verdict.score or 0.0, "unjudged": failed, "judgement": verdict.reply}
-
-
-def _baselines(train: Sequence[Question]) -> dict[str, Callable[[Question], str]]:
-    """Guess from the training answers: the usual one of the kind, or of the very same question text.
-
-    The yes and the no of a pair are one kind: its name would give the answer away.
-    """
-    alike: dict[tuple[str, ...], list[Question]] = defaultdict(list)
-    for question in train:
-        alike[(stem_of(question.kind),)].append(question)
-        alike[stem_of(question.kind), question.messages[-1].text].append(question)
-    usual = {key: _usual(part) for key, part in alike.items()}
-
-    def majority(question: Question) -> str:
-        return usual.get((stem_of(question.kind),), "")
-
-    def question_only(question: Question) -> str:
-        return usual.get((stem_of(question.kind), question.messages[-1].text), majority(question))
-
-    return {"majority": majority, "question_only": question_only}
-
-
-def _usual(questions: Sequence[Question]) -> str:
-    """The most frequent answer, or the median place or length."""
-    read: dict[str, Callable[[str], tuple[float, ...] | None]] = {
-        "point": lambda text: next(iter(read_numbers(text, 2)), None),
-        "box": lambda text: next(iter(read_numbers(text, 4)), None),
-        "metric": read_metric,
+def _grade(predictions: Sequence[Prediction], judge: Judge) -> list[Prediction]:
+    """Grade the free-form predictions. Empty answers are wrong without asking the judge."""
+    free = [p for p in predictions if p.scorer == "judge" and p.parsed is not None]
+    verdicts = judge.grade([AnswerToGrade(p.question, p.reference, p.parsed or "") for p in free])
+    graded = {
+        p.id: replace(p, score=verdict.score or 0.0, unjudged=verdict.score is None, judgement=verdict.reply)
+        for p, verdict in zip(free, verdicts, strict=True)
     }
-    places = [read[q.scorer](q.answer) if q.scorer in read else None for q in questions]
-    found = [place for place in places if place is not None]
-    usual_length = Counter(map(len, found)).most_common(1)
-    if not usual_length:
-        return Counter(normalise(question.answer) for question in questions).most_common(1)[0][0]
-    same = [place for place in found if len(place) == usual_length[0][0]]
-    middle = ", ".join(str(int(value)) for value in np.median(same, axis=0).round())
-    text = middle if len(same[0]) == 1 else f"({middle})"
-    return f"{text} cm" if questions[0].scorer == "metric" else text
+    return [graded.get(p.id, p) for p in predictions]

@@ -1,7 +1,10 @@
-"""From a model's words to a score from 0 to 1. A change of rule raises `DigitalProtocol.parser`.
+"""Scorers: from a raw answer to a score from 0 to 1.
 
-What cannot be read scores 0 and is counted. Equality is of words: lower case, no punctuation, no articles,
-numbers as digits; where the reference is yes or no, a leading yes or no is the answer.
+A changed rule needs a new version in `DigitalProtocol.parser`.
+
+An answer that cannot be read scores 0 and is counted. Exact match compares words: lower case, no
+punctuation, no articles, numbers as digits; where the reference is yes or no, a leading yes or no
+is the answer.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from blm.evaluation.digital.parsers.compat import COMPAT, Upstream, share_inside
+from blm.evaluation.digital.parsers.compat import COMPAT, Upstream, mean_mask_value
 from blm.evaluation.digital.parsers.coordinates import (
     THOUSANDTHS,
     Coordinates,
@@ -28,25 +31,25 @@ from blm.types import BlmError, ImageArray, Question, Scorer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scored:
-    """The verdict on one answer."""
+class ItemScore:
+    """The score of one answer."""
 
     score: float
     """0 wrong .. 1 right."""
     parsed: str | None
-    """What was read; None when nothing could be."""
+    """The answer as it was read; None when nothing could be read."""
     error: float | None = None
     """Distance of a point to the reference in thousandths of the image, or of a length in cm."""
     points: int | None = None
-    """How many points were given, where several may be."""
+    """Number of points, where several may be given."""
 
 
-UNREAD = Scored(score=0.0, parsed=None)
+UNREAD = ItemScore(score=0.0, parsed=None)
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What an answer is judged by."""
+class ScoringConfig:
+    """The rules that all answers of a benchmark are scored by."""
 
     protocol: DigitalProtocol
     coordinates: Coordinates = THOUSANDTHS
@@ -58,58 +61,58 @@ class Rules:
         return COMPAT[self.protocol.compat] if self.protocol.compat else None
 
 
-def score(question: Question, raw: str, rules: Rules) -> Scored:
-    """Judge a raw answer; questions for a judge are only read, not scored."""
-    return _SCORERS[question.scorer](question, raw, rules)
+def score(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
+    """Score a raw answer. An answer for the judge is only read, and has score 0 until it is judged."""
+    return _SCORERS[question.scorer](question, raw, config)
 
 
-def _exact(question: Question, raw: str, rules: Rules) -> Scored:
+def _exact(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
     text, reference = final_answer(raw), normalise(question.answer)
     if reference in ("yes", "no"):
         said = read_yes_no(text)
-        return Scored(score=float(said == reference), parsed=said)
-    return Scored(score=float(normalise(text) == reference and text != ""), parsed=text or None)
+        return ItemScore(score=float(said == reference), parsed=said)
+    return ItemScore(score=float(normalise(text) == reference and text != ""), parsed=text or None)
 
 
-def _choice(question: Question, raw: str, rules: Rules) -> Scored:
-    upstream = rules.upstream
+def _choice(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
+    upstream = config.upstream
     if upstream and upstream.choice:
         letter = upstream.choice(raw, question.options)
     else:
         letter = read_choice(final_answer(raw), question.options)
     right = letter is not None and letter.lower() == question.answer.strip(" ().").lower()
-    return Scored(score=float(right), parsed=letter)
+    return ItemScore(score=float(right), parsed=letter)
 
 
-def _point(question: Question, raw: str, rules: Rules) -> Scored:
+def _point(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
     reference = _reference(question, 2)
-    found = read_numbers(final_answer(raw), 2, rules.coordinates, picture_size(question, rules))
+    found = read_numbers(final_answer(raw), 2, config.coordinates, picture_size(question, config))
     if not found or not inside(found[0]):
         return UNREAD
     error = math.dist(found[0], reference)
-    return Scored(score=float(error <= rules.protocol.point_radius), parsed=_show(found[0]), error=error)
+    return ItemScore(score=float(error <= config.protocol.point_radius), parsed=_show(found[0]), error=error)
 
 
-def _points(question: Question, raw: str, rules: Rules) -> Scored:
+def _points(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
     """Share of the points on the mask; a point outside the picture is a miss."""
     if question.mask is None:
-        raise BlmError(f"question '{question.id}' is about points, but has no mask")
-    grey: ImageArray = load_pixels(question.mask, rules.root)[..., 0]
+        raise BlmError(f"question '{question.id}' asks for points but has no mask")
+    grey: ImageArray = load_pixels(question.mask, config.root)[..., 0]
     height, width = grey.shape
-    upstream = rules.upstream
+    upstream = config.upstream
     if upstream and upstream.points and upstream.mask:
         pixels = upstream.points(raw, width, height)
         shown = "; ".join(_show(pixel) for pixel in pixels[:20])
-        share = share_inside(pixels, upstream.mask(grey))
-        return Scored(score=share, parsed=shown or None, points=len(pixels))
-    found = read_numbers(final_answer(raw), 2, rules.coordinates, (width, height))
+        share = mean_mask_value(pixels, upstream.mask(grey))
+        return ItemScore(score=share, parsed=shown or None, points=len(pixels))
+    found = read_numbers(final_answer(raw), 2, config.coordinates, (width, height))
     if not found:
-        return Scored(score=0.0, parsed=None, points=0)
-    hits = [inside(place) and _white(grey, place) for place in found]
-    return Scored(score=float(np.mean(hits)), parsed="; ".join(map(_show, found)), points=len(found))
+        return ItemScore(score=0.0, parsed=None, points=0)
+    hits = [inside(place) and _is_white(grey, place) for place in found]
+    return ItemScore(score=float(np.mean(hits)), parsed="; ".join(map(_show, found)), points=len(found))
 
 
-def _white(grey: ImageArray, place: Sequence[float]) -> bool:
+def _is_white(grey: ImageArray, place: Sequence[float]) -> bool:
     """Whether the pixel at a place in thousandths is white."""
     row, column = (
         min(int(p * side / 1000 + 1e-9), side - 1) for p, side in zip(place[::-1], grey.shape, strict=True)
@@ -117,54 +120,60 @@ def _white(grey: ImageArray, place: Sequence[float]) -> bool:
     return bool(grey[row, column] > 127)
 
 
-def _box(question: Question, raw: str, rules: Rules) -> Scored:
+def _box(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
     reference = _reference(question, 4)
-    found = read_numbers(final_answer(raw), 4, rules.coordinates, picture_size(question, rules))
+    found = read_numbers(final_answer(raw), 4, config.coordinates, picture_size(question, config))
     if not found or not inside(found[0]) or found[0][0] >= found[0][2] or found[0][1] >= found[0][3]:
         return UNREAD
-    right = overlap(found[0], reference) >= rules.protocol.box_overlap
-    return Scored(score=float(right), parsed=_show(found[0]))
+    right = overlap(found[0], reference) >= config.protocol.box_overlap
+    return ItemScore(score=float(right), parsed=_show(found[0]))
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
     """Intersection over union of two boxes (x1, y1, x2, y2)."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
     shared = max(width, 0.0) * max(height, 0.0)
     union = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - shared
     return shared / union if union > 0 else 0.0
 
 
-def _metric(question: Question, raw: str, rules: Rules) -> Scored:
-    reference, found = read_metric(question.answer), read_metric(final_answer(raw))
+def _metric(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
+    reference = read_metric(question.answer)
+    found = read_metric(final_answer(raw))
     if reference is None:
-        raise BlmError(f"question '{question.id}': the reference {question.answer!r} is no length in cm")
+        raise BlmError(f"question '{question.id}': the reference {question.answer!r} is not a length in cm")
     if found is None or len(found) != len(reference):
         return UNREAD
     error = math.dist(found, reference)
-    return Scored(
-        score=float(error <= rules.protocol.metric_radius), parsed=f"{_show(found)} cm", error=error
+    return ItemScore(
+        score=float(error <= config.protocol.metric_radius), parsed=f"{_show(found)} cm", error=error
     )
 
 
-def _judge(question: Question, raw: str, rules: Rules) -> Scored:
-    return Scored(score=0.0, parsed=final_answer(raw) or None)
+def _judge(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
+    return ItemScore(score=0.0, parsed=final_answer(raw) or None)
 
 
 def _reference(question: Question, count: int) -> tuple[float, ...]:
     found = read_numbers(question.answer, count)
     if not found:
-        raise BlmError(f"question '{question.id}': the reference {question.answer!r} is no {question.scorer}")
+        raise BlmError(
+            f"question '{question.id}': the reference {question.answer!r} is not a {question.scorer}"
+        )
     return found[0]
 
 
-def picture_size(question: Question, rules: Rules) -> tuple[int, int] | None:
+def picture_size(question: Question, config: ScoringConfig) -> tuple[int, int] | None:
     """Width and height of the question's last picture, where the model's coordinates depend on it."""
-    if rules.coordinates.kind != "pixels" or rules.coordinates.size:
+    if config.coordinates.kind != "pixels" or config.coordinates.size:
         return None
     pictures = [image for message in question.messages for image in message.images]
     if not pictures:
-        raise BlmError(f"question '{question.id}' has no picture; pixels of what? Say pixels:WIDTHxHEIGHT")
-    height, width = load_pixels(pictures[-1], rules.root).shape[:2]
+        raise BlmError(
+            f"question '{question.id}' has no picture to give the size in pixels; use pixels:WIDTHxHEIGHT"
+        )
+    height, width = load_pixels(pictures[-1], config.root).shape[:2]
     return width, height
 
 
@@ -173,7 +182,7 @@ def _show(values: Sequence[float]) -> str:
     return text if len(values) == 1 else f"({text})"
 
 
-_SCORERS: dict[Scorer, Callable[[Question, str, Rules], Scored]] = {
+_SCORERS: dict[Scorer, Callable[[Question, str, ScoringConfig], ItemScore]] = {
     "exact": _exact,
     "choice": _choice,
     "point": _point,

@@ -1,4 +1,4 @@
-"""A smaller version of a benchmark: questions at even distances."""
+"""A subset of a benchmark: questions at even distances."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from blm.types import BlmError, Question
 
 
 def evenly_spaced(questions: Sequence[Question], limit: int | None) -> list[Question]:
-    """Return `limit` of the questions, at even distances, or all. Raises BlmError for a limit below 1."""
+    """Return `limit` of the questions, evenly spaced, or all of them.
+
+    Raises BlmError for a limit below 1.
+    """
     if limit is None or limit >= len(questions):
         return list(questions)
     if limit < 1:

@@ -1,93 +1,103 @@
-"""Rows of answers -> scores with intervals, per kind and over all, and what a mean hides."""
+"""Predictions -> scores with intervals, by kind of question and over all, and balanced accuracies."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from blm.evaluation.digital.parsers.extraction import normalise
-from blm.evaluation.statistics import paired_difference, success_rate
+from blm.evaluation.digital.result import (
+    AnswerSummary,
+    BalancedAccuracy,
+    BaselineResult,
+    DigitalSummary,
+    Headline,
+    Prediction,
+)
+from blm.evaluation.statistics import Rate, paired_difference, success_rate
+from blm.types import base_kind
 
-Row = dict[str, Any]
 YES_NO = {"yes", "no"}
+Average = Literal["items", "kinds"]
 
 
-def summarise(rows: Sequence[Row], average: Literal["items", "kinds"]) -> dict[str, Any]:
-    """`headline` is the benchmark's own mean, `overall` that over all questions, `kinds` each kind's."""
-    kinds = sorted({row["kind"] for row in rows})
-    of_kind = {kind: _part([row for row in rows if row["kind"] == kind]) for kind in kinds}
-    strata = [row["kind"] for row in rows] if average == "kinds" else None
-    headline = {"average": average, **_rate(rows, strata)}
-    return {"headline": headline, "overall": _part(rows), "kinds": of_kind, "balanced": balanced(rows)}
+def summarise(predictions: Sequence[Prediction], average: Average) -> DigitalSummary:
+    """Summarise the predictions of one model or baseline; `average` defines the headline score."""
+    kinds = sorted({p.kind for p in predictions})
+    strata = [p.kind for p in predictions] if average == "kinds" else None
+    return DigitalSummary(
+        headline=Headline(**asdict(_rate(predictions, strata)), average=average),
+        overall=_answer_summary(predictions),
+        kinds={kind: _answer_summary([p for p in predictions if p.kind == kind]) for kind in kinds},
+        balanced=balanced_accuracy(predictions),
+    )
 
 
-def _rate(rows: Sequence[Row], strata: Sequence[str] | None = None) -> dict[str, Any]:
-    scores, groups = [row["score"] for row in rows], [row["group"] for row in rows]
-    return asdict(success_rate(scores, groups, strata))
+def _rate(predictions: Sequence[Prediction], strata: Sequence[str] | None = None) -> Rate:
+    return success_rate([p.score for p in predictions], [p.group for p in predictions], strata)
 
 
-def _part(rows: Sequence[Row]) -> dict[str, Any]:
-    """Rate clustered by group, what could not be read or judged, and medians of the distances.
+def _answer_summary(predictions: Sequence[Prediction]) -> AnswerSummary:
+    """Rate clustered by group, what could not be read or judged, and medians of the distances."""
+    counts = [p.points for p in predictions if p.points is not None]
+    return AnswerSummary(
+        **asdict(_rate(predictions)),
+        unread=sum(p.parsed is None for p in predictions),
+        refused=sum(p.failure is not None for p in predictions),
+        unjudged=sum(bool(p.unjudged) for p in predictions),
+        median_error=_median_error([p for p in predictions if p.scorer == "point"]),
+        median_error_cm=_median_error([p for p in predictions if p.scorer == "metric"]),
+        points_per_answer=float(np.mean(counts)) if counts else None,
+    )
 
-    An unread place is infinitely far away; a median that is infinite is given as None.
+
+def _median_error(predictions: Sequence[Prediction]) -> float | None:
+    """Median distance; an unread place is infinitely far away, and an infinite median is None."""
+    errors = [np.inf if p.error is None else p.error for p in predictions]
+    median = float(np.median(errors)) if errors else np.inf
+    return median if np.isfinite(median) else None
+
+
+def balanced_accuracy(predictions: Sequence[Prediction]) -> dict[str, BalancedAccuracy]:
+    """Mean of the recalls of yes and of no, for each base kind whose references are all yes or no.
+
+    Kinds named `<base>_positive` and `<base>_negative` have one base kind. A model that always says
+    no scores 0.5. The entry "all" is added for more than one base kind.
     """
-    given = [row["points"] for row in rows if row["points"] is not None]
-    return {
-        **_rate(rows),
-        "unread": sum(row["parsed"] is None for row in rows),
-        "refused": sum(row["failure"] is not None for row in rows),
-        "unjudged": sum(bool(row.get("unjudged")) for row in rows),
-        "median_error": _median([row for row in rows if row["scorer"] == "point"]),
-        "median_error_cm": _median([row for row in rows if row["scorer"] == "metric"]),
-        "points_per_answer": float(np.mean(given)) if given else None,
-    }
-
-
-def _median(rows: Sequence[Row]) -> float | None:
-    far = [np.inf if row["error"] is None else row["error"] for row in rows]
-    middle = float(np.median(far)) if far else np.inf
-    return middle if np.isfinite(middle) else None
-
-
-def balanced(rows: Sequence[Row]) -> dict[str, Any]:
-    """Mean of the recalls on yes and on no, for each stem of kinds that only know yes and no.
-
-    Kinds named `<stem>_positive` and `<stem>_negative` are one stem. A model that always says no has 0.5.
-    """
-    answers: dict[str, set[str]] = {}
-    for row in rows:
-        answers.setdefault(row["kind"], set()).add(normalise(row["reference"]))
-    stems: dict[str, list[Row]] = {}
-    for row in rows:
-        if answers[row["kind"]] <= YES_NO:
-            stems.setdefault(stem_of(row["kind"]), []).append(row)
-    both = {name: part for name, part in stems.items() if {normalise(r["reference"]) for r in part} == YES_NO}
+    references: dict[str, set[str]] = {}
+    for p in predictions:
+        references.setdefault(p.kind, set()).add(normalise(p.reference))
+    parts: dict[str, list[Prediction]] = {}
+    for p in predictions:
+        if references[p.kind] <= YES_NO:
+            parts.setdefault(base_kind(p.kind), []).append(p)
+    both = {kind: part for kind, part in parts.items() if {normalise(p.reference) for p in part} == YES_NO}
     if len(both) > 1:
-        both["all"] = [row for part in both.values() for row in part]
-    return {name: _recalls(part) for name, part in both.items()}
+        both["all"] = [p for part in both.values() for p in part]
+    return {kind: _recalls(part) for kind, part in both.items()}
 
 
-def stem_of(kind: str) -> str:
-    return kind.removesuffix("_positive").removesuffix("_negative")
+def _recalls(predictions: Sequence[Prediction]) -> BalancedAccuracy:
+    references = [normalise(p.reference) for p in predictions]
+    said_yes = [normalise(p.parsed or "").split()[:1] == ["yes"] for p in predictions]
+    return BalancedAccuracy(
+        **asdict(_rate(predictions, references)),
+        yes=_rate([p for p, reference in zip(predictions, references, strict=True) if reference == "yes"]),
+        no=_rate([p for p, reference in zip(predictions, references, strict=True) if reference == "no"]),
+        said_yes=float(np.mean(said_yes)),
+    )
 
 
-def _recalls(rows: Sequence[Row]) -> dict[str, Any]:
-    references = [normalise(row["reference"]) for row in rows]
-    sides = {
-        word: _rate([row for row, reference in zip(rows, references, strict=True) if reference == word])
-        for word in ("yes", "no")
-    }
-    said = [normalise(row["parsed"] or "").split()[:1] == ["yes"] for row in rows]
-    return {**_rate(rows, references), **sides, "said_yes": float(np.mean(said))}
-
-
-def versus(
-    rows: Sequence[Row], guessed: Sequence[Row], average: Literal["items", "kinds"]
-) -> Mapping[str, Any]:
-    """A baseline's summary, and the model's gain over it on the same questions."""
-    ours, theirs = ([row["score"] for row in side] for side in (rows, guessed))
-    gain = paired_difference(ours, theirs, [row["group"] for row in rows])
-    return {**summarise(guessed, average), "model_minus_baseline": asdict(gain)}
+def compare_with_baseline(
+    predictions: Sequence[Prediction], baseline: Sequence[Prediction], average: Average
+) -> BaselineResult:
+    """Summarise a baseline, and the model's gain over it on the same questions."""
+    gain = paired_difference(
+        [p.score for p in predictions],
+        [p.score for p in baseline],
+        [p.group for p in predictions],
+    )
+    return BaselineResult(summarise(baseline, average), gain)

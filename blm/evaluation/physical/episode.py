@@ -1,4 +1,4 @@
-"""One closed-loop episode in a worker process: (robot, task, seed) -> a row of the result."""
+"""One closed-loop episode in a worker process: (robot, task, seed) -> JSON of an EpisodeResult."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import av
 import numpy as np
 
+from blm.chunks import ChunkExecutor
 from blm.evaluation.physical.outcome import StepOutcome, judge, observe_step
 from blm.evaluation.physical.policy_host import HostedPolicy
 from blm.evaluation.protocol import PhysicalProtocol, digest, phrasing_of
@@ -25,14 +26,16 @@ VIDEO_CAMERA, VIDEO_SIZE = "base", 240
 
 
 @runtime_checkable
-class Privileged(Protocol):
-    """A policy that looks into the simulator, such as the planning expert; told of each new episode."""
+class PrivilegedPolicy(Protocol):
+    """A policy that sees the simulator's state, such as the planning expert."""
 
-    def attach(self, env: Env) -> None: ...
+    def attach(self, env: Env) -> None:
+        """Prepare for a new episode in this environment, which has been reset."""
+        ...
 
 
-class Worker:
-    """What one worker process keeps between episodes: the policy, and the environment of the last cell."""
+class EpisodeWorker:
+    """State of a worker process between episodes: its policy, and the last cell's environment."""
 
     def __init__(self, make_policy: Callable[[], Policy], protocol: PhysicalProtocol, out: Path) -> None:
         self.make_policy, self.protocol, self.out = make_policy, protocol, out
@@ -59,40 +62,40 @@ class Worker:
         close(self.__dict__.pop("policy", None))
 
 
-_worker: Worker | None = None
+_worker: EpisodeWorker | None = None
 
 
 def set_up(make_policy: Callable[[], Policy], protocol: PhysicalProtocol, out: Path) -> None:
     """Prepare this process for `run_episode`."""
     global _worker
     tear_down()
-    _worker = Worker(make_policy, protocol, out)
+    _worker = EpisodeWorker(make_policy, protocol, out)
 
 
 def tear_down() -> None:
-    """Free what this process holds for episodes, if anything."""
+    """Free the worker state of this process, if there is any."""
     global _worker
     close(_worker)
     _worker = None
 
 
 def close(thing: object) -> None:
-    """Close what can be closed: environments and remote policies hold resources, other policies none."""
+    """Call `close` of an environment or policy that has one."""
     if hasattr(thing, "close"):
         thing.close()
 
 
 @dataclass
-class Clock:
+class EpisodeTimer:
     """Wall time of one episode [s]."""
 
     policy: float = 0.0
-    """Waiting for answers."""
+    """Waiting for the policy."""
     physics: float = 0.0
     """Stepping the simulation, and judging."""
     rendering: float = 0.0
     decisions: list[float] = field(default_factory=list)
-    """Of each decision, without the wait for its turn."""
+    """Duration of each decision, without the wait in the queue of a shared policy."""
 
     @contextmanager
     def timing(self, part: str) -> Iterator[None]:
@@ -102,7 +105,7 @@ class Clock:
 
 
 def run_episode(unit: tuple[str, str, int, bool]) -> dict[str, Any]:
-    """One episode: (robot, task, seed, whether to film it) -> its row."""
+    """Run one episode, (robot, task, seed, whether to film it), and return its row."""
     assert _worker is not None, "run_episode needs set_up"
     robot, task, seed, film = unit
     protocol, policy, env, spec = _worker.protocol, _worker.policy, _worker.env(robot, task), TASKS[task]
@@ -112,9 +115,9 @@ def run_episode(unit: tuple[str, str, int, bool]) -> dict[str, Any]:
     things = [np.round([*thing.position, *thing.quaternion], 6) for thing in env.objects().values()]
     scene = digest([part.tolist() for part in (*things, np.round(env.state(), 6))])
     policy.reset()
-    if isinstance(policy, Privileged):
+    if isinstance(policy, PrivilegedPolicy):
         policy.attach(env)
-    start, clock = env.objects()[spec.object].position, Clock()
+    start, clock = env.objects()[spec.object].position, EpisodeTimer()
     frames: list[ImageArray] = []
     moments: list[StepOutcome] = []
     actions = drive(policy, env, seed, protocol, clock)
@@ -136,47 +139,40 @@ def run_episode(unit: tuple[str, str, int, bool]) -> dict[str, Any]:
     row |= {"instruction": env.task_description, "phrasing": phrasing, "video": video}
     row |= {f"seconds_{part}": getattr(clock, part) for part in ("policy", "physics", "rendering")}
     row |= {"act_ms": 1000 * float(np.median(clock.decisions))}
-    outcome = judge(start, moments[:judged], prehensile=spec.prehensile)
+    outcome = asdict(judge(start, moments[:judged], prehensile=spec.prehensile))
     return row | outcome | {"success_at_limit": moments[-1].success if len(moments) == limit else None}
 
 
 def drive(
-    policy: Policy, env: Env, seed: int, protocol: PhysicalProtocol, clock: Clock
+    policy: Policy, env: Env, seed: int, protocol: PhysicalProtocol, clock: EpisodeTimer
 ) -> Iterator[FloatArray]:
-    """Yield the action of each control step.
+    """Yield the action of each control step; see `ChunkExecutor` for chunks that arrive late.
 
-    A chunk holds one action for each step from that of its observation on, and the policy is asked again
-    when `execute` of those steps are over. With a latency of L seconds the chunk arrives ceil(L * rate) steps
-    late: until then the steps go by with what is left of the chunk before (then its last target is held; at
-    the start, the arm's own position), and the actions meant for them are skipped. A policy that is still
-    late when the next question is due is asked again at once. Only the pictures that the policy sees are
-    drawn: rendering costs more than physics.
+    With a latency of L seconds a chunk arrives ceil(L * rate) steps late; the arm holds its own position
+    until the first one. Only the pictures that the policy sees are rendered: rendering costs more than
+    physics.
     """
-    plan, begun, step = env.state()[None], 0, 0
+    executor = ChunkExecutor(protocol.execute, hold=env.state())
     while True:
-        with clock.timing("rendering"):
-            images = {camera: env.picture(camera) for camera in protocol.cameras}
-        observation = Observation(
-            images=images,
-            state=env.state(),
-            instruction=env.task_description,
-            robot=env.embodiment,
-            seed=decision_seed(seed, step),
-        )
-        with clock.timing("policy"):
-            chunk, seconds = _ask(policy, observation)
-        clock.decisions.append(seconds)
-        asked, arrival = step, step + _delay(protocol, seconds)
-        for step in range(asked, arrival):
-            yield plan[min(step - begun, len(plan) - 1)]
-        plan, begun, step = chunk, asked, arrival
-        for step in range(arrival, asked + protocol.execute):
-            yield plan[step - begun]
-        step = max(arrival, asked + protocol.execute)
+        if executor.decision_due:
+            with clock.timing("rendering"):
+                images = {camera: env.picture(camera) for camera in protocol.cameras}
+            observation = Observation(
+                images=images,
+                state=env.state(),
+                instruction=env.task_description,
+                robot=env.embodiment,
+                seed=decision_seed(seed, executor.step),
+            )
+            with clock.timing("policy"):
+                chunk, seconds = _ask(policy, observation)
+            clock.decisions.append(seconds)
+            executor.receive(chunk, _delay(protocol, seconds))
+        yield executor.next_action()
 
 
 def _ask(policy: Policy, observation: Observation) -> tuple[FloatArray, float]:
-    """The chunk [H, D], and how long the decision took [s]."""
+    """Return the chunk [H, D], and the duration of the decision [s]."""
     begin = time.perf_counter()
     chunk = np.asarray(policy.act(observation).actions, dtype=np.float32)
     seconds = policy.seconds if isinstance(policy, HostedPolicy) else time.perf_counter() - begin
@@ -188,7 +184,7 @@ def _ask(policy: Policy, observation: Observation) -> tuple[FloatArray, float]:
 
 
 def _delay(protocol: PhysicalProtocol, seconds: float) -> int:
-    """Control steps between an observation and the answer to it."""
+    """Return the control steps between an observation and the arrival of its chunk."""
     if protocol.latency == "none":
         return 0
     late = seconds if protocol.latency == "measured" else float(protocol.latency)

@@ -1,4 +1,4 @@
-"""What became of one episode: success, and of a failure the reason, from what each step showed."""
+"""Outcome of one episode: success, or the reason of the failure, from the state after each step."""
 
 from __future__ import annotations
 
@@ -14,33 +14,50 @@ from blm.types import FloatArray
 Reason = Literal["never_grasped", "never_touched", "dropped", "missed_goal", "timeout"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 MOVED = 0.01
-"""An object that was never further than this from where it started was not touched [m]."""
-OPENED, OPENING_STEPS = 0.02, 4
-"""Letting go on purpose: within so many steps of the grasp's end, the gripper is told to be more than this
-wider (0..1) than it was while it held."""
+"""An object that never moved further than this from its start was not touched [m]."""
+OPENED = 0.02
+OPENING_STEPS = 4
+"""A release is deliberate if, within OPENING_STEPS after the end of the grasp, the commanded
+opening exceeds the opening during the grasp by more than OPENED (0..1)."""
 
 
 @dataclass(frozen=True, eq=False)
 class StepOutcome:
-    """What the state after one step says about the task's object."""
+    """The state of the task's object after one control step."""
 
     success: bool
     goal: bool
-    """All of the task's conditions hold but those on rest and grasp: the object is where it should be."""
+    """The object is at its goal: all conditions of the task hold but those on rest and grasp."""
     held: bool
     resting: bool
     position: FloatArray
     """[3], m."""
     opening: float
-    """The gripper's, measured."""
+    """Measured opening of the gripper (0..1)."""
     command: float
-    """The opening that it was told to have in this step."""
+    """Commanded opening of the gripper in this step (0..1)."""
+
+
+@dataclass(frozen=True)
+class EpisodeOutcome:
+    """Success of an episode, or the reason of its failure."""
+
+    success_once: bool
+    success_at_end: bool
+    steps: int
+    first_success: int | None
+    """First step after which the task's rule held, counted from 1; None for a failure."""
+    reason: Reason | Literal[""]
+    """Empty for an episode that succeeded at some step."""
 
 
 def observe_step(env: Env, command: float, info: Mapping[str, Any]) -> StepOutcome:
-    """Read the moment after `env.step`, which returned `info` for an action with this gripper `command`."""
+    """Observe the state after `env.step`.
+
+    `info` is what it returned, `command` the gripper opening in the action.
+    """
     flags = {name: bool(value) for name, value in info.items() if isinstance(value, bool | np.bool_)}
-    place = [value for name, value in flags.items() if not _about_rest_or_grasp(name)]
+    place = [value for name, value in flags.items() if not _is_about_rest_or_grasp(name)]
     thing = env.objects()[env.task_spec.object]
     return StepOutcome(
         success=flags["success"],
@@ -53,52 +70,52 @@ def observe_step(env: Env, command: float, info: Mapping[str, Any]) -> StepOutco
     )
 
 
-def _about_rest_or_grasp(name: str) -> bool:
+def _is_about_rest_or_grasp(name: str) -> bool:
     return "success" in name or "static" in name or name == "is_grasped"
 
 
-def judge(start: FloatArray, moments: Sequence[StepOutcome], *, prehensile: bool) -> dict[str, Any]:
-    """The outcome fields of an episode's row; `start` [3] is where the object was before the first step.
+def judge(start: FloatArray, steps: Sequence[StepOutcome], *, prehensile: bool) -> EpisodeOutcome:
+    """Judge an episode; `start` [3] is the position of the object before the first step.
 
-    A failure, an episode without success at any step, has the first reason that fits:
+    A failure is an episode without success at any step. Its reason is the first that fits:
     never_grasped  the object has to be grasped, and was held at no step
     never_touched  it has to be pushed or pulled, and was never more than 1 cm from its start
-    timeout        at the last step it was held, or was where it should be while something else was missing
-                   (the object or the arm still moved)
-    dropped        the last grasp ended though the gripper was not told to open (see OPENED)
+    timeout        at the last step it was held, or was at its goal while another condition was
+                   missing (the object or the arm still moved)
+    dropped        the last grasp ended without a command to open (see OPENED)
     timeout        at the last step the object still moved
-    missed_goal    the rest: it was let go, or pushed, and lies somewhere else
+    missed_goal    otherwise: it was released, or pushed, and lies somewhere else
     """
-    first = first_success(moments)
-    return {
-        "success_once": first > 0,
-        "success_at_end": moments[-1].success,
-        "steps": len(moments),
-        "first_success": first or None,
-        "reason": "" if first else _reason(start, moments, prehensile),
-    }
+    first = first_success(steps)
+    return EpisodeOutcome(
+        success_once=first > 0,
+        success_at_end=steps[-1].success,
+        steps=len(steps),
+        first_success=first or None,
+        reason="" if first else _reason(start, steps, prehensile),
+    )
 
 
-def first_success(moments: Sequence[StepOutcome]) -> int:
-    """The first step after which the rule held, counted from 1; 0 for none."""
-    return next((step for step, moment in enumerate(moments, start=1) if moment.success), 0)
+def first_success(steps: Sequence[StepOutcome]) -> int:
+    """Return the first step after which the rule held, counted from 1; 0 for none."""
+    return next((number for number, step in enumerate(steps, start=1) if step.success), 0)
 
 
-def _reason(start: FloatArray, moments: Sequence[StepOutcome], prehensile: bool) -> Reason:
-    last = moments[-1]
-    if prehensile and not any(moment.held for moment in moments):
+def _reason(start: FloatArray, steps: Sequence[StepOutcome], prehensile: bool) -> Reason:
+    last = steps[-1]
+    if prehensile and not any(step.held for step in steps):
         return "never_grasped"
-    if not prehensile and all(np.linalg.norm(moment.position - start) <= MOVED for moment in moments):
+    if not prehensile and all(np.linalg.norm(step.position - start) <= MOVED for step in steps):
         return "never_touched"
     if last.goal or last.held:
         return "timeout"
-    if prehensile and _lost(moments):
+    if prehensile and _is_dropped(steps):
         return "dropped"
     return "missed_goal" if last.resting else "timeout"
 
 
-def _lost(moments: Sequence[StepOutcome]) -> bool:
-    """Whether the last grasp, which has ended, ended against the gripper's will."""
-    end = max(step for step, moment in enumerate(moments) if moment.held) + 1
-    widest = max(moment.command for moment in moments[end : end + OPENING_STEPS])
-    return widest <= moments[end - 1].opening + OPENED
+def _is_dropped(steps: Sequence[StepOutcome]) -> bool:
+    """Return whether the last grasp, which has ended, ended without a command to open."""
+    end = max(index for index, step in enumerate(steps) if step.held) + 1
+    widest = max(step.command for step in steps[end : end + OPENING_STEPS])
+    return widest <= steps[end - 1].opening + OPENED

@@ -1,8 +1,12 @@
-"""One policy for many environments: what worker processes ask at the same time is answered in one call.
+"""One policy for many environments: concurrent requests of worker processes form batches.
 
-The policy lives in the process that evaluates, on a thread; the workers need neither torch nor weights.
-Requests travel over a local connection with a random key. Nothing waits for company: a call takes whatever
-came in while the one before it ran.
+The policy runs on a thread of the evaluating process; the workers need neither torch nor weights.
+Requests travel over a local connection that a random key protects. No request waits for a batch to
+fill: each call takes the requests that arrived during the call before it.
+
+Two batching queues exist because their clients differ: here every worker waits for its answer,
+which is never late or refused; `blm.serving.scheduler` serves clients in turn, with deadlines,
+limits on queues, and chat between the batches.
 """
 
 from __future__ import annotations
@@ -18,15 +22,16 @@ from multiprocessing import AuthenticationError, Pipe
 from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any, Protocol, runtime_checkable
 
+from blm.evaluation.physical.result import SharedPolicy
 from blm.types import ActionChunk, BlmError, ContractError, Observation, Policy, PolicyContract
 
 _GONE = (EOFError, OSError)
-"""What a connection raises when the process at its other end has ended."""
+"""Raised by a connection when the process at its other end has ended."""
 
 
 @runtime_checkable
 class ActsInBatches(Protocol):
-    """A policy that decides on several observations at once, on each as if it had seen no other."""
+    """A policy that decides on several independent observations in one call."""
 
     def act_batch(self, observations: Sequence[Observation]) -> Sequence[ActionChunk]: ...
 
@@ -34,8 +39,9 @@ class ActsInBatches(Protocol):
 class PolicyHost:
     """Serves one policy to worker processes, from a thread, while the `with` block lasts.
 
-    A worker that dies is forgotten, and a new one may connect at any time. When the policy raises, those
-    whose observations were in that call get the error. A policy without `act_batch` is asked one by one.
+    A worker that dies is dropped, and a new one may connect at any time. When the policy raises,
+    the error goes to the workers whose observations were in that batch. A policy without
+    `act_batch` is called once for each observation.
     """
 
     def __init__(self, policy: Policy, *, max_batch: int = 64) -> None:
@@ -48,21 +54,21 @@ class PolicyHost:
         family = "AF_UNIX" if hasattr(socket, "AF_UNIX") else "AF_INET"
         self._listener = Listener(family=family, backlog=128, authkey=self._key)
         self._workers: list[Connection] = []
-        self._bell, self._ring = Pipe(duplex=False)
+        self._wake_receiver, self._wake_sender = Pipe(duplex=False)
         self._ended = False
         self._threads = [threading.Thread(target=call, daemon=True) for call in (self._accept, self._serve)]
         self.calls = self.observations = 0
-        """How often the policy was called, and for how many observations."""
+        """Number of calls of the policy, and of observations in them."""
 
     @property
-    def door(self) -> tuple[Any, bytes, PolicyContract]:
-        """What makes a `HostedPolicy` in another process: address, key, contract."""
+    def connection_info(self) -> tuple[Any, bytes, PolicyContract]:
+        """Arguments of `HostedPolicy` in a worker: address, key, contract."""
         return self._listener.address, self._key, self._policy.contract
 
     @property
-    def served(self) -> dict[str, int]:
-        """What was done, for the record: with batches, a policy may round differently from run to run."""
-        return {"max_batch": self._size, "calls": self.calls, "observations": self.observations}
+    def served(self) -> SharedPolicy:
+        """The number of calls and observations so far."""
+        return SharedPolicy(max_batch=self._size, calls=self.calls, observations=self.observations)
 
     def __enter__(self) -> PolicyHost:
         for thread in self._threads:
@@ -71,32 +77,32 @@ class PolicyHost:
 
     def __exit__(self, *_: object) -> None:
         self._ended = True
-        self._ring.send_bytes(b"end")
+        self._wake_sender.send_bytes(b"end")
         with suppress(*_GONE):
-            Client(self._listener.address, authkey=self._key).close()  # wakes the thread that accepts
+            Client(self._listener.address, authkey=self._key).close()  # wakes `_accept`
         for thread in self._threads:
             thread.join()
         self._listener.close()
-        for connection in (*self._workers, self._bell, self._ring):
+        for connection in (*self._workers, self._wake_receiver, self._wake_sender):
             connection.close()
 
     def _accept(self) -> None:
         while not self._ended:
             try:
                 self._workers.append(self._listener.accept())
-            except (*_GONE, AuthenticationError):  # it died while it knocked, or has no business here
+            except (*_GONE, AuthenticationError):  # the worker died, or has no key
                 time.sleep(0.01)
                 continue
-            self._ring.send_bytes(b"new")
+            self._wake_sender.send_bytes(b"new")
 
     def _serve(self) -> None:
         while not self._ended:
-            ready = wait([self._bell, *self._workers])
-            if self._bell in ready:
-                self._bell.recv_bytes()
+            ready = wait([self._wake_receiver, *self._workers])
+            if self._wake_receiver in ready:
+                self._wake_receiver.recv_bytes()
             waiting: list[tuple[Connection, Observation]] = []
             for worker in ready:
-                if worker is not self._bell and isinstance(worker, Connection):
+                if worker is not self._wake_receiver and isinstance(worker, Connection):
                     try:
                         waiting.append((worker, worker.recv()))
                     except _GONE:
@@ -104,18 +110,19 @@ class PolicyHost:
             for first in range(0, len(waiting), self._size):
                 self._answer(waiting[first : first + self._size])
 
-    def _answer(self, asked: Sequence[tuple[Connection, Observation]]) -> None:
-        """Decide on these observations in one call, and send each its actions and the call's seconds."""
+    def _answer(self, requests: Sequence[tuple[Connection, Observation]]) -> None:
+        """Call the policy once; send each worker its actions and the duration of the call [s]."""
         begin, error = time.perf_counter(), None
         try:
-            chunks = _decide(self._policy, [observation for _, observation in asked])
-        except Exception as raised:  # the run has to end with it, in the process that runs the episode
+            chunks = _decide(self._policy, [observation for _, observation in requests])
+        except Exception as raised:  # reraised in the worker
             user = isinstance(raised, BlmError)
             error = (user, str(raised) if user else traceback.format_exc())
         seconds = time.perf_counter() - begin
-        self.calls, self.observations = self.calls + 1, self.observations + len(asked)
-        for index, (worker, _) in enumerate(asked):
-            with suppress(*_GONE):  # its end is noticed when it is read from
+        self.calls += 1
+        self.observations += len(requests)
+        for index, (worker, _) in enumerate(requests):
+            with suppress(*_GONE):  # `_serve` drops it when it reads from it
                 worker.send((error, None if error else chunks[index].actions, seconds))
 
 
@@ -129,16 +136,16 @@ def _decide(policy: Policy, observations: Sequence[Observation]) -> Sequence[Act
 
 
 class HostedPolicy:
-    """A worker's end of a `PolicyHost`: a `Policy` without weights. Made from the host's `door`."""
+    """The worker's side of a `PolicyHost`: a `Policy` without weights, from its `connection_info`."""
 
     def __init__(self, address: Any, key: bytes, contract: PolicyContract) -> None:
         self.contract = contract
         self.seconds = 0.0
-        """How long the call took that gave the last answer, without the wait for its turn."""
+        """Duration of the call that gave the last chunk, without the wait in the queue [s]."""
         self._host = Client(address, authkey=key)
 
     def act(self, observation: Observation) -> ActionChunk:
-        """Ask for a chunk. Raises what the policy raised: BlmError, or RuntimeError with its traceback."""
+        """Request a chunk. Raises the policy's BlmError, or RuntimeError with its traceback."""
         try:
             self._host.send(observation)
             error, actions, self.seconds = self._host.recv()
@@ -150,7 +157,7 @@ class HostedPolicy:
         return ActionChunk(actions=actions, rate_hz=self.contract.rate_hz)
 
     def reset(self) -> None:
-        """Nothing: a policy that several environments share keeps no memory of an episode."""
+        """Do nothing: a shared policy has no memory of an episode."""
 
     def close(self) -> None:
         self._host.close()

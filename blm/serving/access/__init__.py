@@ -1,1 +1,1 @@
-"""Who may use the server, and how connections behave."""
+"""Access control: API keys, host and origin checks, login, and limits on connections."""

@@ -1,10 +1,12 @@
-"""Connections: how long a client may take, how many there are, and which one goes when there are too many.
+"""Limits on connections: timeouts, their number, and which idle one is closed when there are too
+many.
 
-uvicorn bounds neither the time of a half-sent request nor the number of websockets. Here one table counts
-both kinds. A connection is *busy* while a request of its is answered or its websocket is open; only busy ones
-count towards MAX_CONNECTIONS. The others wait for a request, and the table closes them when it needs the
-place: those without a key first, of the address that holds most, the longest silent one. So whoever
-opens sockets and says nothing, or half of something, keeps nobody out.
+uvicorn limits neither the time of a half-sent request nor the number of websockets. Here one table
+counts both. A connection is *busy* while a request on it is being answered or while its websocket
+is open; only busy connections count towards MAX_CONNECTIONS. When there are too many, the table
+closes idle connections: first those that have not sent a valid key, then those of the address that
+has the most, then the one that has been idle the longest. So a client that opens sockets and sends
+nothing, or half a request, keeps nobody out.
 """
 
 from __future__ import annotations
@@ -24,101 +26,110 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from websockets.frames import Frame
 from websockets.http11 import Request, Response
 
-from blm.serving.access import keys as access
+from blm.serving.access.keys import SECURITY_HEADERS
 from blm.serving.errors import RequestError
 
 log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 1000
-"""Requests in progress and open websockets; further ones get status 503."""
-RESERVED = 100
-"""Of these, places that only clients with a key get, on a server with keys."""
+"""Maximum number of busy connections; further requests receive status 503."""
+RESERVED_FOR_KEYS = 100
+"""How many of these are reserved for clients with a key, on a server with keys."""
 ADDRESS_SHARE = 0.75
-"""Part of the places that one address may hold while it shows no key."""
-WAITING = 64
-"""Connections beyond MAX_CONNECTIONS, on which requests are read: for /health, a key, or a refusal."""
+"""Share of MAX_CONNECTIONS that one address may use without a key."""
+IDLE_SLOTS = 64
+"""Connections accepted beyond MAX_CONNECTIONS, so that a request on them can be read: it may be for
+/health, carry a key, or be refused."""
+REQUEST_TIMEOUT_S = 20.0
+"""Longest time for the headers of a request, for its body, and for one websocket message [s]."""
 KEEP_ALIVE_S = 100.0
-"""An idle connection stays open for this long [s]: longer than in the pools that may reuse it (httpx 5,
-aiohttp 15, AWS load balancers 60, nginx 75, Go 90), else a client sends into one that is being closed."""
+"""Keep-alive timeout of an idle connection [s]: longer than in the connection pools of clients
+(httpx 5, aiohttp 15, AWS load balancers 60, nginx 75, Go 90), else a client may send on one that is
+being closed."""
 WRITE_TIMEOUT_S = 30.0
-"""A client that takes nothing of what it asked for is dropped after this time [s]."""
-BODY_GRACE = 3.0
-"""The routes answer a late body with 408; who goes on sending is cut off after this many times that."""
+"""A client that reads nothing of its reply is disconnected after this time [s]."""
+BODY_TIMEOUT_FACTOR = 3.0
+"""The routes answer a late body with status 408 after REQUEST_TIMEOUT_S; a client that keeps
+sending is disconnected after this many times that."""
 MAX_FRAGMENTS = 1024
-"""Frames of one websocket message; empty ones cost memory that a limit on bytes does not see."""
-MAX_AHEAD = 4096
-"""Messages that a websocket's client may have sent ahead of the one that is being answered."""
+"""Maximum frames of one websocket message; empty frames take memory that a limit on bytes does not
+count."""
+MAX_QUEUED_MESSAGES = 4096
+"""Maximum websocket messages that a client may send before the current one is answered."""
 MAX_PINGS = 100
-"""Pings a second; clients send one every 20 seconds."""
+"""Maximum pings per second; clients send one every 20 seconds."""
 PARSED_AT_ONCE = 16 * 1024
-"""Bytes of a websocket; up to 256 kB come in one piece, and 40,000 frames in them would take a second."""
+"""Bytes of a websocket that are parsed at a time: reads of up to 256 kB may hold 40,000 frames,
+which would block the event loop for a second."""
 
 
 @dataclass(eq=False)
-class Connection:
-    """One TCP connection. The gate finds it in the ASGI scope at `state["connection"]`."""
+class TrackedConnection:
+    """One TCP connection. The middleware finds it in the ASGI scope at `state["connection"]`."""
 
     table: ConnectionTable
     transport: asyncio.Transport
     address: str
-    trusted: bool = False
-    """Whether a valid key came over it."""
+    authenticated: bool = False
+    """Whether it has sent a valid key."""
     busy: bool = False
-    since: float = field(default_factory=time.monotonic)
+    idle_since: float = field(default_factory=time.monotonic)
     """When it was opened, or its last request was answered [s, monotonic]."""
 
 
 class ConnectionTable:
-    """All connections of one server. To be used in its event loop only."""
+    """All connections of one server. Use it in the server's event loop only."""
 
     def __init__(self) -> None:
-        self._open = set[Connection]()
-        self._held = Counter[str]()
+        self._open = set[TrackedConnection]()
+        self._per_address = Counter[str]()
         self._busy = 0
-        self._busy_untrusted = Counter[str]()
+        self._busy_anonymous = Counter[str]()
 
-    def add(self, transport: asyncio.Transport) -> Connection:
-        """Take up a new connection; beyond the limit the least useful waiting one is closed for it."""
+    def add(self, transport: asyncio.Transport) -> TrackedConnection:
+        """Register a new connection; beyond the limit, close an idle one for it."""
         peer = transport.get_extra_info("peername")
-        connection = Connection(self, transport, str(peer[0]) if isinstance(peer, tuple) else "")
+        connection = TrackedConnection(self, transport, str(peer[0]) if isinstance(peer, tuple) else "")
         self._open.add(connection)
-        self._held[connection.address] += 1
-        if len(self._open) > MAX_CONNECTIONS + WAITING:
-            waiting = (one for one in self._open if not one.busy and one is not connection)
-            victim = min(waiting, key=lambda one: (one.trusted, -self._held[one.address], one.since))
+        self._per_address[connection.address] += 1
+        if len(self._open) > MAX_CONNECTIONS + IDLE_SLOTS:
+            idle = (one for one in self._open if not one.busy and one is not connection)
+            victim = min(
+                idle, key=lambda one: (one.authenticated, -self._per_address[one.address], one.idle_since)
+            )
             self.remove(victim)
             victim.transport.abort()
         return connection
 
-    def remove(self, connection: Connection) -> None:
+    def remove(self, connection: TrackedConnection) -> None:
         if connection in self._open:
             self._open.remove(connection)
             self.leave(connection)
-            _decrement(self._held, connection.address)
+            _decrement(self._per_address, connection.address)
 
-    def enter(self, connection: Connection, *, trusted: bool, keys: bool) -> None:
-        """A request begins. Raises RequestError 503 when all places are taken; `leave` gives it back.
+    def enter(self, connection: TrackedConnection, *, authenticated: bool, keys: bool) -> None:
+        """Mark a connection as busy until `leave`. Raises RequestError 503 if too many are.
 
-        `trusted`: it shows a valid key. `keys`: the server has keys at all.
+        `authenticated`: the request carries a valid key. `keys`: the server has keys.
         """
-        connection.trusted |= trusted
+        connection.authenticated |= authenticated
         if connection.busy:
             return
-        limit = MAX_CONNECTIONS - (RESERVED if keys and not connection.trusted else 0)
-        mine = self._busy_untrusted[connection.address]
-        if self._busy >= limit or (not connection.trusted and mine >= ADDRESS_SHARE * MAX_CONNECTIONS):
+        limit = MAX_CONNECTIONS - (RESERVED_FOR_KEYS if keys and not connection.authenticated else 0)
+        mine = self._busy_anonymous[connection.address]
+        if self._busy >= limit or (not connection.authenticated and mine >= ADDRESS_SHARE * MAX_CONNECTIONS):
             raise RequestError(503, f"{self._busy} connections are in use; try again", code="busy")
         connection.busy = True
         self._busy += 1
-        if not connection.trusted:
-            self._busy_untrusted[connection.address] += 1
+        if not connection.authenticated:
+            self._busy_anonymous[connection.address] += 1
 
-    def leave(self, connection: Connection) -> None:
-        """Its request is answered, or its websocket closed."""
+    def leave(self, connection: TrackedConnection) -> None:
+        """Mark a connection as idle: its request is answered, or its websocket is closed."""
         if connection.busy:
-            connection.busy, connection.since = False, time.monotonic()
+            connection.busy, connection.idle_since = False, time.monotonic()
             self._busy -= 1
-            if not connection.trusted:
-                _decrement(self._busy_untrusted, connection.address)
+            if not connection.authenticated:
+                _decrement(self._busy_anonymous, connection.address)
 
     def __len__(self) -> int:
         return len(self._open)
@@ -134,17 +145,18 @@ def _decrement(counts: Counter[str], key: str) -> None:
         del counts[key]
 
 
-class WriteWatch:
-    """Drops a connection whose client takes nothing: its replies would stay in memory for ever."""
+class WriteTimeout:
+    """Aborts a connection whose client stops reading, so that its replies do not stay in memory for
+    ever."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport, self._loop = transport, asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._left = 0
+        self._unread = 0
 
     def start(self) -> None:
         self.stop()
-        self._left = _unacknowledged(self._transport)
+        self._unread = _unacknowledged(self._transport)
         self._timer = self._loop.call_later(WRITE_TIMEOUT_S, self._check)
 
     def stop(self) -> None:
@@ -153,16 +165,17 @@ class WriteWatch:
             self._timer = None
 
     def _check(self) -> None:
-        if _unacknowledged(self._transport) < self._left:  # slow, but it reads
+        if _unacknowledged(self._transport) < self._unread:  # slow, but it reads
             self.start()
         else:
             self._transport.abort()
 
 
 def _unacknowledged(transport: asyncio.Transport) -> int:
-    """Bytes that the client has not taken yet: ours, and where the system tells (SIOCOUTQ) its socket's.
+    """Return the bytes that the client has not acknowledged: in our write buffer and, where the
+    system tells (SIOCOUTQ), in the socket's send buffer.
 
-    A socket's own buffer holds megabytes, so ours alone may stand still while a slow client reads.
+    The socket's buffer holds megabytes, so ours alone may not shrink while a slow client reads.
     """
     size = transport.get_write_buffer_size()
     opened = transport.get_extra_info("socket")
@@ -177,49 +190,49 @@ def _unacknowledged(transport: asyncio.Transport) -> int:
 
 
 class HttpProtocol(H11Protocol):
-    """uvicorn's protocol, with a time limit for every request on a connection and a place in the table."""
+    """uvicorn's protocol, with a timeout for every request, and registered in the connection
+    table."""
 
-    connection: Connection
-    _writes: WriteWatch
-    _owed: tuple[str | None, Any] = (None, None)
-    """What the client has begun and not finished, and the request before it."""
+    connection: TrackedConnection
+    _writes: WriteTimeout
+    _awaited: tuple[str | None, Any] = (None, None)
+    """The part of a request that has begun to arrive ("headers" or "body"), and the request before
+    it."""
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         table: ConnectionTable = self.config.app.state.connections  # type: ignore[union-attr]
-        self.connection, self._writes = table.add(transport), WriteWatch(transport)
+        self.connection, self._writes = table.add(transport), WriteTimeout(transport)
         self.app_state = {**self.app_state, "connection": self.connection}
-        self._watch()
+        self._update_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_watching()
+        self._stop_timers()
         self.connection.table.remove(self.connection)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._watch()
+        self._update_timer()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._watch()
+        self._update_timer()
 
     def handle_websocket_upgrade(self, event: h11.Request) -> None:
-        self._stop_watching()
+        self._stop_timers()
         super().handle_websocket_upgrade(event)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no HTTP in the same form as every other error."""
+        """Reply to malformed HTTP with an error in the same form as every other error."""
         body = json.dumps(RequestError(400, msg).to_json()).encode()
         headers = {
             "Content-Type": "application/json",
             "Content-Length": str(len(body)),
             "Connection": "close",
         }
-        lines = [
-            (name.encode(), value.encode()) for name, value in (headers | access.SECURITY_HEADERS).items()
-        ]
+        lines = [(name.encode(), value.encode()) for name, value in (headers | SECURITY_HEADERS).items()]
         response = h11.Response(status_code=400, headers=lines, reason=b"Bad Request")
         for event in (response, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
@@ -233,77 +246,79 @@ class HttpProtocol(H11Protocol):
         super().resume_writing()
         self._writes.stop()
 
-    def _watch(self) -> None:
-        """Start the clock when the client begins to owe something, and stop it when that has come."""
+    def _update_timer(self) -> None:
+        """Start a timer when headers or a body begin to arrive, and stop it when they are
+        complete."""
         if self.transport.get_protocol() is not self or self.transport.is_closing():
-            self._stop_watching()
+            self._stop_timers()
             return
-        state, owed = self.conn.their_state, None
+        state, awaited = self.conn.their_state, None
         if state is h11.SEND_BODY:
-            owed = "body"
+            awaited = "body"
         elif state is h11.IDLE and (self.cycle is None or self.conn.trailing_data[0]):
-            owed = "headers"
-        if (owed, self.cycle) == self._owed:
+            awaited = "headers"
+        if (awaited, self.cycle) == self._awaited:
             return
-        self._stop_watching()
-        self._owed = (owed, self.cycle)
-        if owed is not None:
-            limit = access.PATIENCE_S * (BODY_GRACE if owed == "body" else 1.0)
-            self._timer = self.loop.call_later(limit, self._overdue)
+        self._stop_timers()
+        self._awaited = (awaited, self.cycle)
+        if awaited is not None:
+            timeout = REQUEST_TIMEOUT_S * (BODY_TIMEOUT_FACTOR if awaited == "body" else 1.0)
+            self._timer = self.loop.call_later(timeout, self._on_timeout)
 
-    def _stop_watching(self) -> None:
-        self._owed = (None, None)
+    def _stop_timers(self) -> None:
+        self._awaited = (None, None)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self._writes.stop()
 
-    def _overdue(self) -> None:
-        if self.flow.read_paused:  # the server has not read what came: not the client's fault
-            self._timer = self.loop.call_later(access.PATIENCE_S, self._overdue)
+    def _on_timeout(self) -> None:
+        if self.flow.read_paused:  # the server has not read the received data: not the client's fault
+            self._timer = self.loop.call_later(REQUEST_TIMEOUT_S, self._on_timeout)
         else:
             self.transport.close()
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's protocol, with a time limit for each message from its first byte on; silence is free."""
+    """uvicorn's protocol, with a timeout for each message from its first byte; an idle socket stays
+    open."""
 
-    _writes: WriteWatch
+    _writes: WriteTimeout
     _timer: asyncio.TimerHandle | None = None
     _finished = False
     _second, _pings = 0.0, 0
-    """The second in which pings are counted, and how many came in it."""
+    """Start of the second in which pings are counted, and their number."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        self._writes = WriteWatch(self.transport)
+        self._writes = WriteTimeout(self.transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._writes.stop()
-        connection: Connection = self.app_state["connection"]
+        connection: TrackedConnection = self.app_state["connection"]
         connection.table.remove(connection)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        self._finished = not self.handshake_initiated  # the handshake itself comes in one piece
+        self._finished = not self.handshake_initiated  # the handshake itself arrives in one piece
         for start in range(0, len(data), PARSED_AT_ONCE):
             super().data_received(data[start : start + PARSED_AT_ONCE])
-            if self.queue.qsize() > MAX_AHEAD:
-                self._fail(1008, f"more than {MAX_AHEAD} messages were sent ahead")
+            if self.queue.qsize() > MAX_QUEUED_MESSAGES:
+                self._fail(1008, f"more than {MAX_QUEUED_MESSAGES} messages are waiting")
             if self.transport.is_closing():
                 break
         partial = bool(self.frames or self.conn.reader.buffer) or not self._finished
         if self._finished or not partial:
             self._stop_timer()
         if partial and self._timer is None and not self.transport.is_closing():
-            self._timer = self.loop.call_later(access.PATIENCE_S, self._overdue)
+            self._timer = self.loop.call_later(REQUEST_TIMEOUT_S, self._on_timeout)
 
     def handle_connect(self, event: Request) -> None:
         send = self.conn.send_response
 
         def send_secured(response: Response) -> None:
-            for name, value in access.SECURITY_HEADERS.items():
+            for name, value in SECURITY_HEADERS.items():
                 response.headers.setdefault(name, value)
             send(response)
 
@@ -313,7 +328,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     async def send(self, message: Any) -> None:
         await super().send(message)
         if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
-            self.handshake_complete = True  # refused: else uvicorn logs an error for each refusal
+            self.handshake_complete = True  # else uvicorn logs an error for each refused handshake
 
     def send_receive_event_to_app(self) -> None:
         self._finished = True
@@ -341,7 +356,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._writes.start()
-        self.transport.pause_reading()  # else answers to pings pile up for one who never reads
+        self.transport.pause_reading()  # else pongs accumulate for a client that never reads
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -349,12 +364,12 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         if not self.read_paused:
             self.transport.resume_reading()
 
-    def _overdue(self) -> None:
+    def _on_timeout(self) -> None:
         self._timer = None
-        if self.read_paused:  # the server has not read what came: not the client's fault
-            self._timer = self.loop.call_later(access.PATIENCE_S, self._overdue)
+        if self.read_paused:  # the server has not read the received data: not the client's fault
+            self._timer = self.loop.call_later(REQUEST_TIMEOUT_S, self._on_timeout)
         else:
-            self._fail(1008, f"a message did not arrive within {access.PATIENCE_S:g} s")
+            self._fail(1008, f"a message did not arrive within {REQUEST_TIMEOUT_S:g} s")
 
     def _fail(self, code: int, reason: str) -> None:
         if self.close_sent or self.transport.is_closing():

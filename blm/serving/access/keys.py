@@ -1,4 +1,4 @@
-"""Who may use the server: API keys, browser sessions made from them, and the names it goes by."""
+"""API keys, login sessions, the rate limiter for failed logins, and the host and origin policy."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from blm.addresses import is_loopback, read_authority, read_ip, to_url
 from blm.serving.errors import RequestError
 from blm.types import BlmError
 
-PATIENCE_S = 20.0
-"""Longest time for the headers of a request, and then for its body [s]."""
 SESSION_S = 12 * 3600.0
-"""A browser that signed in stays signed in for this long [s]."""
+"""Lifetime of a login session [s]."""
 MAX_SESSIONS = 256
-"""Browsers signed in at a time; a further one ends the oldest session."""
-LOGIN_TRIES, LOGIN_REFILL_S = 10, 6.0
-"""Wrong keys that one address may send at once, and the time until it may send one more [s]."""
+"""Maximum login sessions; a further login ends the oldest session."""
+LOGIN_TRIES = 10
+"""Failed logins that one address may send at once."""
+LOGIN_REFILL_S = 6.0
+"""Time until it may try once more [s]."""
 KEY_VARIABLE = "BLM_API_KEY"
 MAX_KEY_FILE = 65536
-"""Largest file of keys [bytes]."""
+"""Maximum size of a key file [bytes]."""
 DEFAULT_PORTS = {"http": 80, "https": 443}
 Origin = tuple[str, str, int]
 """Scheme, host in lower case, port."""
 MAX_ADDRESSES = 4096
-"""Addresses whose wrong keys are counted; the one that was quiet the longest is forgotten first."""
+"""Addresses whose failed logins are counted; the least recent one is forgotten first."""
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'none'",
@@ -44,20 +44,22 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-"""On every response, errors too. With the referrer policy no-referrer browsers would send 'Origin: null' with
-the login form (Fetch standard, "append a request Origin header")."""
+"""Sent with every response, including errors. With `no-referrer`, browsers would send 'Origin:
+null' with the login form (Fetch standard, "append a request Origin header")."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trust:
-    """Which names and pages the server takes for its own, beside loopback names and IP literals."""
+class HostPolicy:
+    """Host names of the server, beside loopback names and IP addresses, and the origins it
+    allows."""
 
     hosts: frozenset[str] = field(default_factory=frozenset)
     origins: frozenset[Origin] = field(default_factory=frozenset)
 
     @classmethod
-    def read(cls, hosts: Iterable[str] = (), origins: Iterable[str] = ()) -> Trust:
-        """Read the values of --allowed-host and --allowed-origin. Raises BlmError for a malformed one."""
+    def read(cls, hosts: Iterable[str] = (), origins: Iterable[str] = ()) -> HostPolicy:
+        """Read the values of --allowed-host and --allowed-origin. Raises BlmError for a malformed
+        one."""
         names = set[str]()
         for host in hosts:
             try:
@@ -65,14 +67,16 @@ class Trust:
             except ValueError:
                 name, port = "", None
             if not name or port is not None:
-                raise BlmError(f"--allowed-host '{host[:80]}': give a host name alone, such as robot.local")
+                raise BlmError(
+                    f"--allowed-host '{host[:80]}': expected a host name without port, such as robot.local"
+                )
             names.add(name)
         pages = set[Origin]()
         for origin in origins:
             page = read_origin(origin.removesuffix("/"))
             if page is None:
                 raise BlmError(
-                    f"--allowed-origin '{origin[:80]}': give scheme and host, such as https://lab.example"
+                    f"--allowed-origin '{origin[:80]}': expected scheme and host, such as https://lab.example"
                 )
             pages.add(page)
         return cls(hosts=frozenset(names), origins=frozenset(pages))
@@ -81,34 +85,37 @@ class Trust:
         return is_loopback(host) or read_ip(host) is not None or host in self.hosts
 
 
-class Access:
-    """The keys and names of one server, at `app.state.access`; without keys no request needs one."""
+class AccessControl:
+    """Keys, sessions and host policy of one server, at `app.state.access`. Without keys it is open
+    to all."""
 
-    def __init__(self, keys: Sequence[str] = (), trust: Trust | None = None) -> None:
-        """Raises BlmError for a key that is empty, or has characters that a header cannot carry."""
+    def __init__(self, keys: Sequence[str] = (), host_policy: HostPolicy | None = None) -> None:
+        """Raises BlmError for a key that is empty or has characters that a header cannot carry."""
         self._keys = tuple(check_key(key) for key in keys)
-        self.trust = trust or Trust()
+        self.host_policy = host_policy or HostPolicy()
         self.internal_key = secrets.token_urlsafe(32)
-        """Accepted like a key and never shown: for what this process asks of its own server."""
-        self.sessions = Sessions()
-        self.login_limit = RateLimit(LOGIN_TRIES, LOGIN_REFILL_S)
+        """Accepted like a key and never shown: for requests of this process to its own server."""
+        self.sessions = LoginSessions()
+        self.login_limit = RateLimiter(LOGIN_TRIES, LOGIN_REFILL_S)
 
     @property
     def needs_key(self) -> bool:
         return bool(self._keys)
 
     def accepts(self, given: str) -> bool:
-        """Whether `given` is one of the keys, compared in constant time."""
+        """Return whether `given` is one of the keys. Compares in constant time."""
         data = given.encode("utf-8", "surrogateescape")
         known = [key.encode() for key in (*self._keys, self.internal_key)]
         return sum(hmac.compare_digest(data, key) for key in known) > 0
 
     def is_signed_in(self, connection: HTTPConnection) -> bool:
-        """Whether a request or websocket brings a key or a session; always true without keys."""
-        return not self.needs_key or self.shows_key(connection)
+        """Return whether the client may use the server: with a valid key or session, if it needs
+        one."""
+        return not self.needs_key or self.has_valid_key(connection)
 
-    def shows_key(self, connection: HTTPConnection) -> bool:
-        """Whether it brings a valid key or session, even if none is needed."""
+    def has_valid_key(self, connection: HTTPConnection) -> bool:
+        """Return whether the request carries a valid key or session; False on a server without
+        keys."""
         given = _given_key(connection.headers.getlist("authorization"))
         if given is not None:
             return self.needs_key and self.accepts(given)
@@ -116,13 +123,13 @@ class Access:
         return token is not None and self.needs_key and self.sessions.knows(token)
 
     def require(self, connection: HTTPConnection) -> None:
-        """Raise RequestError 401 unless `is_signed_in`. The gate before all routes does this already."""
+        """Raise RequestError 401 unless `is_signed_in`."""
         if not self.is_signed_in(connection):
             raise RequestError(401, "wrong or missing API key", code="invalid_api_key")
 
 
 def read_origin(text: str) -> Origin | None:
-    """Return scheme, host and port of an Origin header; None for 'null' and anything malformed."""
+    """Return scheme, host and port of an Origin header; None for 'null' and for a malformed one."""
     scheme, separator, authority = text.strip().lower().partition("://")
     if not separator or scheme not in DEFAULT_PORTS:
         return None
@@ -134,20 +141,21 @@ def read_origin(text: str) -> Origin | None:
 
 
 def origin_text(origin: Origin) -> str:
-    """Return an origin as browsers write it: without the port that its scheme implies."""
+    """Return an origin as browsers write it: without the default port of its scheme."""
     scheme, host, port = origin
     url = to_url(scheme, host, port)
     return url.removesuffix(f":{port}") if port == DEFAULT_PORTS[scheme] else url
 
 
-class Sessions:
-    """Browsers that signed in: random tokens, kept as hashes, each with an end. Not shared by processes."""
+class LoginSessions:
+    """Random session tokens with an expiry time. Only their hashes are stored, in this process's
+    memory."""
 
     def __init__(self) -> None:
         self._ends: OrderedDict[bytes, float] = OrderedDict()
 
     def start(self) -> str:
-        """Return the token of a new session; beyond MAX_SESSIONS the oldest one ends."""
+        """Return the token of a new session; beyond MAX_SESSIONS, the oldest session ends."""
         now = time.monotonic()
         for digest in [digest for digest, end in self._ends.items() if end <= now]:
             del self._ends[digest]
@@ -158,7 +166,7 @@ class Sessions:
         return token
 
     def knows(self, token: str) -> bool:
-        """Whether the session exists and has not ended."""
+        """Return whether the session exists and has not expired."""
         return self._ends.get(_digest(token), float("-inf")) > time.monotonic()
 
     def end(self, token: str) -> None:
@@ -168,19 +176,22 @@ class Sessions:
         return len(self._ends)
 
 
-class RateLimit:
-    """A token bucket for each address: `burst` tries at once, then one each `refill_s`. Bounded in memory."""
+class RateLimiter:
+    """A token bucket per address: `burst` tries at once, then one per `refill_s` seconds.
+
+    It keeps at most MAX_ADDRESSES buckets.
+    """
 
     def __init__(self, burst: int, refill_s: float) -> None:
         self.burst, self.refill_s = burst, refill_s
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def wait_s(self, address: str) -> float:
-        """Return 0 if the address may try now, else the time until it may [s]."""
+        """Return how long the address must wait before its next try [s]; 0 if it may try now."""
         return max(0.0, (1.0 - self._tokens(address)) * self.refill_s)
 
     def count(self, address: str) -> None:
-        """Note a failed try."""
+        """Count a failed try."""
         self._buckets[address] = (self._tokens(address) - 1.0, time.monotonic())
         self._buckets.move_to_end(address)
         while len(self._buckets) > MAX_ADDRESSES:
@@ -192,9 +203,12 @@ class RateLimit:
 
 
 def check_key(key: str) -> str:
-    """Return the key. Raises BlmError, which never shows it, unless it is printable ASCII without spaces."""
+    """Return the key if it is printable ASCII without spaces.
+
+    Raises BlmError otherwise; the message does not contain the key.
+    """
     if not key.strip():
-        raise BlmError("the API key is empty; give at least one printable character, or no key at all")
+        raise BlmError("the API key is empty; give at least one printable character, or no key")
     if not all("!" <= character <= "~" for character in key):
         raise BlmError(
             "the API key has spaces or characters beyond ASCII; use letters, digits and punctuation"
@@ -205,22 +219,23 @@ def check_key(key: str) -> str:
 def read_keys(
     given: str | None, file: Path | None, environment: Mapping[str, str]
 ) -> tuple[list[str], list[str]]:
-    """Return the keys of --api-key, else --api-key-file, else BLM_API_KEY; and warnings about them.
+    """Return the keys of --api-key-file, --api-key or the variable BLM_API_KEY, and warnings about
+    them.
 
-    Without any of these there are none. Raises BlmError for an empty key, file or variable: a secret that
-    failed to arrive must not open the server.
+    Without any of these there are no keys. Raises BlmError for an empty key, file or variable,
+    because a secret that is missing by mistake must not open the server.
     """
     if given is not None and file is not None:
         raise BlmError("give --api-key-file or --api-key, not both")
     if file is not None:
         return _keys_of_file(file)
     if given is not None:
-        warning = "everyone on this machine can read --api-key in `ps`; use BLM_API_KEY or --api-key-file"
+        warning = "other users of this machine can see --api-key in `ps`; use BLM_API_KEY or --api-key-file"
         return [check_key(given)], [warning]
     if KEY_VARIABLE not in environment:
         return [], []
     if not environment[KEY_VARIABLE].strip():
-        raise BlmError(f"{KEY_VARIABLE} is set and empty; give it a key, or unset it to need none")
+        raise BlmError(f"{KEY_VARIABLE} is set but empty; set it to a key, or unset it to need no key")
     return [check_key(environment[KEY_VARIABLE])], []
 
 
@@ -234,23 +249,24 @@ def _keys_of_file(file: Path) -> tuple[list[str], list[str]]:
     except UnicodeDecodeError:
         raise BlmError(f"--api-key-file '{file}' is not a text file") from None
     if len(data) > MAX_KEY_FILE:
-        raise BlmError(f"--api-key-file '{file}' has more than {MAX_KEY_FILE} bytes; give one key a line")
+        raise BlmError(f"--api-key-file '{file}' has more than {MAX_KEY_FILE} bytes; write one key per line")
     keys = [line.strip() for line in text.splitlines() if line.strip()]
     if not keys:
-        raise BlmError(f"--api-key-file '{file}' has no key; write one a line")
+        raise BlmError(f"--api-key-file '{file}' has no key; write one per line")
     shared = stat.S_ISREG(mode) and mode & 0o077 and os.name == "posix"
     warning = f"other users may read or change '{file}'; run: chmod 600 {shlex.quote(str(file))}"
     return [check_key(key) for key in keys], [warning] if shared else []
 
 
 def cookie_name(connection: HTTPConnection) -> str:
-    """Browsers share the cookies of a host between its ports, so the name says which port set it."""
+    """Return the name of the session cookie. It contains the port, because browsers share the
+    cookies of a host between its ports."""
     server = connection.scope.get("server") or ("", None)
     return f"blm_session_{server[1] or 'local'}"
 
 
 def _given_key(values: Sequence[str]) -> str | None:
-    """Return the key of an Authorization header; None if there is none, or more than one."""
+    """Return the key of the Authorization header; None without one, and for more than one."""
     if len(values) != 1:
         return None
     scheme, _, given = values[0].partition(" ")

@@ -1,7 +1,8 @@
-"""Signing in with a browser, which cannot send an API key with a page or a websocket: a form, then a cookie.
+"""Login for browsers, which cannot send an API key with a page or a websocket: a form, then a
+cookie.
 
-The cookie holds a random token, not the key. It is HttpOnly and SameSite=Strict, and the gate accepts it from
-pages of this server only.
+The cookie holds a random token, not the key. It is HttpOnly and SameSite=Strict, and the access
+middleware accepts it from pages of this server only.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from urllib.parse import parse_qs
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
 
-from blm.serving.access.keys import SESSION_S, Access, cookie_name
+from blm.serving.access.keys import SESSION_S, AccessControl, cookie_name
 from blm.serving.errors import RequestError
 
 PAGE_PATH, LOGIN_PATH, LOGOUT_PATH = "/playground", "/playground/login", "/playground/logout"
 FORM = "application/x-www-form-urlencoded"
 MAX_BODY = 8192
-"""Largest login [bytes]."""
+"""Maximum size of a login request [bytes]."""
 FORM_POLICY = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'"
 
 
 def login_page(message: str = "", status: int = 401) -> HTMLResponse:
-    """The form that asks for the key. `message` stands where login.html has {{MESSAGE}}."""
+    """Return the login form, login.html, with `message` in place of {{MESSAGE}}."""
     page = files("blm.serving.playground").joinpath("login.html").read_text("utf-8")
     return HTMLResponse(
         page.replace("{{MESSAGE}}", html.escape(message)),
@@ -35,14 +36,15 @@ def login_page(message: str = "", status: int = 401) -> HTMLResponse:
     )
 
 
-def add_login(app: FastAPI, access: Access) -> None:
-    """Add the routes that start and end a session. The gate has checked Host, Origin and content type."""
+def add_login(app: FastAPI, access: AccessControl) -> None:
+    """Add the login and logout routes. The middleware has checked host, origin and content type
+    before."""
 
     @app.post(LOGIN_PATH, include_in_schema=False)
     async def login(request: Request) -> Response:
         address = request.client.host if request.client else ""
         if wait := math.ceil(access.login_limit.wait_s(address)):
-            message = f"too many wrong keys from this address; try again in {wait} s"
+            message = f"too many failed logins from this address; try again in {wait} s"
             return _refusal(request, RequestError(429, message), {"Retry-After": str(wait)})
         given = await _read_key(request)
         if access.needs_key and not access.accepts(given):
@@ -62,7 +64,7 @@ def add_login(app: FastAPI, access: Access) -> None:
 
 
 def _set_cookie(request: Request, reply: Response, token: str, lifetime_s: float) -> None:
-    origin = request.headers.get("origin", "")  # behind a proxy that ends TLS only the browser knows
+    origin = request.headers.get("origin", "")  # behind a TLS proxy only the browser knows the scheme
     reply.set_cookie(
         cookie_name(request),
         token,

@@ -1,8 +1,9 @@
-"""One page to watch a served model drive a simulated robot, disturb it, and ask about what it sees.
+"""The playground: a web page that shows the served model in control of a simulated robot, and chats
+with it.
 
-Everything goes through the protocols that any client uses: the simulated robot asks for actions over OpenPI's
-websocket, the page asks questions over chat completions. With an API key the server's gate lets in only
-browsers that have signed in, and a websocket only with their cookie or the key: nobody waits in here without.
+It uses the same protocols as any client: the simulated robot requests actions over OpenPI's
+websocket, and the page asks questions over chat completions. On a server with API keys, the access
+middleware admits only browsers that have logged in, and websockets only with their cookie or a key.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ from fastapi.responses import HTMLResponse
 
 from blm.robots import ROBOTS
 from blm.serving.playground.rollout import ServedModel
-from blm.serving.playground.session import Session, Simulators, own_address
+from blm.serving.playground.session import Simulators, VisitorSession, own_address
 from blm.tasks import TASKS
 from blm.types import BlmError, PolicyContract
 
 PATH = "/playground"
 MAX_VISITORS = 4
-"""Visitors at a time; each may hold two simulators."""
+"""Maximum visitors at a time; each may run two simulators."""
 EVICTABLE_S = 60.0
-"""When all places are taken, a visitor who was idle for so long gives his to a new one."""
+"""When there are too many visitors, one who has been idle for this long is disconnected for a new
+one [s]."""
 
 
 def add_playground(
@@ -37,19 +39,20 @@ def add_playground(
     beside: Mapping[str, str] | None = None,
     beside_key: str | None = None,
 ) -> None:
-    """Add the page to a server that `create_app` made.
+    """Add the page to a server from `create_app`.
 
-    Without a `contract` (a model that has no policy) scenes can be looked at and asked about, not driven.
-    `beside`: name -> ws:// address of other servers to compare with; they get `beside_key` and never a key of
-    this server. Raises BlmError when one of them has this server's name.
+    Without a `contract` (a model without a policy), scenes can be viewed and asked about, but not
+    driven. `beside`: name -> ws:// address of other servers to compare with; they receive
+    `beside_key` and never a key of this server. Raises BlmError if one of them has this server's
+    name.
     """
     if name in (beside or {}):
-        raise BlmError(f"--beside names another server '{name}', as this one is called; choose another name")
+        raise BlmError(f"--beside: '{name}' is the name of this server; choose another name")
     others = {other: ServedModel(uri=uri, api_key=beside_key) for other, uri in (beside or {}).items()}
     facts = page_facts(app, contract, name, list(others))
     template = files(__package__).joinpath("page.html").read_text("utf-8")
     template = template.replace("{{FACTS}}", json.dumps(facts).replace("<", "\\u003c"))
-    sessions, simulators = set[Session](), Simulators()
+    sessions, simulators = set[VisitorSession](), Simulators()
 
     @app.get(PATH)
     async def get_page() -> HTMLResponse:
@@ -62,15 +65,15 @@ def add_playground(
         if len(sessions) >= MAX_VISITORS:
             idlest = max(sessions, key=lambda session: session.idle_s)
             if idlest.idle_s < EVICTABLE_S:
-                message = f"{MAX_VISITORS} visitors are here already; try again later"
+                message = f"the playground is full ({MAX_VISITORS} visitors); try again later"
                 await socket.send_json({"type": "error", "message": message})
                 await socket.close(1013, message)
                 return
             sessions.discard(idlest)
-            idlest.ask_to_leave(1000, "another visitor took the place of this idle page")
+            idlest.request_close(1000, "this idle page was closed for another visitor")
         own = own_address(socket.scope.get("server")) if contract is not None else None
         model = ServedModel(uri=own, contract=contract, api_key=app.state.access.internal_key)
-        session = Session(socket, {name: model, **others}, simulators)
+        session = VisitorSession(socket, {name: model, **others}, simulators)
         sessions.add(session)
         try:
             await session.run()
@@ -83,7 +86,7 @@ def add_playground(
 def page_facts(
     app: FastAPI, contract: PolicyContract | None, name: str, others: Sequence[str]
 ) -> dict[str, Any]:
-    """What the page needs to know about model, scenes and server."""
+    """Return the data of the page: model, scenes and server."""
     robots = [robot for robot in ROBOTS if contract is None or robot in contract.action_spaces]
     return {
         "model": name,
@@ -98,7 +101,7 @@ def page_facts(
 
 
 def content_policy(nonce: str) -> str:
-    """The page runs its own script and style only, loads nothing from elsewhere, and stands in no frame."""
+    """Return the Content-Security-Policy of the page: own script and style only, no frames."""
     return "; ".join([
         "default-src 'none'",
         "connect-src 'self'",
@@ -112,11 +115,11 @@ def content_policy(nonce: str) -> str:
 
 
 def read_beside(entries: Sequence[str]) -> dict[str, str]:
-    """Read NAME=ws://HOST:PORT. Raises BlmError for anything else, and for a name given twice."""
+    """Parse NAME=ws://HOST:PORT. Raises BlmError for another form, and for a duplicate name."""
     found = dict[str, str]()
     for entry in entries:
         name, _, address = entry.partition("=")
         if not name or name in found or not address.startswith(("ws://", "wss://")):
-            raise BlmError(f"'{entry}' is not of the form NAME=ws://HOST:PORT with a name of its own")
+            raise BlmError(f"'{entry}' is not of the form NAME=ws://HOST:PORT with a unique name")
         found[name] = address
     return found

@@ -1,4 +1,5 @@
-"""One simulated robot that a served model drives over the real protocol, in a thread of its own."""
+"""A rollout: one simulated robot, in a thread of its own, controlled by a served model over
+OpenPI."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image as Pillow
 
+from blm.chunks import ChunkExecutor
 from blm.robots import ROBOTS
 from blm.serving.client import RemotePolicy
 from blm.serving.playground.suggestions import suggested_questions
@@ -25,28 +27,29 @@ from blm.types import BlmError, ImageArray, Observation, PolicyContract, decisio
 
 log = logging.getLogger(__name__)
 LARGE, SMALL = 400, 240
-"""Sides of the pictures for people [px]: the first camera's, the others'."""
+"""Side of the images on the page [px]: of the first camera, and of the others."""
 MAX_STEPS = 200
 SETTLE_STEPS = 10
-"""Steps that are still driven after the task is solved: then the page says whether it stayed solved."""
+"""Steps after the task is solved; then the page shows whether it stayed solved."""
 MAX_SHIFT = 0.3
-"""An object is moved at most so far by one command [m]."""
+"""Largest shift of an object by one command [m]."""
 TABLE_HALF = 0.5
-"""An object stays within this of the workspace's centre along x and y [m]: further out no camera shows it."""
+"""Largest distance of an object from the workspace's centre along x and y [m]; no camera shows it
+further out."""
 MAX_INSTRUCTION = 300
 MAX_WAITING_COMMANDS = 16
 POLICY_TIMEOUT_S = 30.0
-"""Longest wait for one reply of a model, and for a connection to it."""
+"""Timeout of a connection to a model and of each of its replies [s]."""
 CHAT_CAMERAS, CHAT_IMAGE_SIZE = ("base", "side", "wrist"), 112
-"""What a model without a policy is shown: it has no contract that says it."""
+"""Cameras and image size for a model without a policy, which has no contract."""
 
-State = Literal["ready", "connecting", "driving", "paused", "solved", "unsolved", "stopped", "error"]
-DRIVING: tuple[State, ...] = ("connecting", "driving")
+RolloutState = Literal["ready", "connecting", "driving", "paused", "solved", "unsolved", "stopped", "error"]
+DRIVING: tuple[RolloutState, ...] = ("connecting", "driving")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scene:
-    """What a visitor chose to see."""
+class SceneRequest:
+    """The scene that a visitor has chosen."""
 
     robot: str
     task: str
@@ -55,16 +58,14 @@ class Scene:
     """Replaces the task's own instruction unless empty."""
 
     @classmethod
-    def read(cls, command: Mapping[str, Any]) -> Scene:
-        """Raises BlmError that names the field at fault."""
+    def read(cls, command: Mapping[str, Any]) -> SceneRequest:
+        """Parse a command. Raises BlmError that names the wrong field."""
         robot, task = (str(command.get(key))[:80] for key in ("robot", "task"))
         lookup("robot", robot, ROBOTS)
         lookup("task", task, TASKS)
         seed, instruction = command.get("seed"), command.get("instruction") or ""
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-            raise BlmError(
-                f"the seed is {reprlib.repr(seed)}; it must be a whole number from 0 to 2147483647"
-            )
+            raise BlmError(f"the seed is {reprlib.repr(seed)}; it must be an integer from 0 to 2147483647")
         if not isinstance(instruction, str) or len(instruction) > MAX_INSTRUCTION:
             raise BlmError(f"an instruction is a text of at most {MAX_INSTRUCTION} characters")
         return cls(robot=robot, task=task, seed=seed, instruction=instruction.strip())
@@ -72,18 +73,21 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """A model that can drive, and how to reach it."""
+    """A served model, and how to connect to it."""
 
     uri: str | None
-    """ws:// address; None for a server that has no policy: its scenes can be looked at, not driven."""
+    """ws:// address; None for a server without a policy, whose scenes can be viewed, but not
+    driven."""
     contract: PolicyContract | None = None
-    """None: unknown until connected to."""
+    """None: received on connection."""
     api_key: str | None = None
 
     def connect(self) -> RemotePolicy:
-        """Raises BlmError when there is no policy, or nobody answers."""
+        """Connect to the policy. Raises BlmError if there is none, or the connection fails."""
         if self.uri is None:
-            raise BlmError("this server has no policy: its model answers questions and cannot drive a robot")
+            raise BlmError(
+                "this server has no policy: its model answers questions and cannot control a robot"
+            )
         return RemotePolicy(self.uri, api_key=self.api_key, timeout_s=POLICY_TIMEOUT_S)
 
     def find_contract(self) -> PolicyContract | None:
@@ -94,19 +98,19 @@ class ServedModel:
 
 
 class Rollout(threading.Thread):
-    """A scene that can be looked at, driven, paused and disturbed, until it is closed.
+    """A scene that can be viewed, driven, paused and disturbed until it is closed.
 
-    The thread owns the simulator and its OpenGL context: both are made and freed in it.
+    The thread owns the simulator and its OpenGL context: both are created and freed in it.
     """
 
     notify: Callable[[dict[str, Any]], None]
-    """Gets messages for the visitor, {"type": ..}, from this thread; set it before `start`. The last message
-    is {"type": "closed"}."""
+    """Called in this thread with messages for the visitor, {"type": ..}; set it before `start`. The
+    last message is {"type": "closed"}."""
 
-    def __init__(self, scene: Scene, model: ServedModel, *, drive: bool) -> None:
+    def __init__(self, scene: SceneRequest, model: ServedModel, *, drive: bool) -> None:
         super().__init__(name="blm-playground", daemon=True)
         self.scene, self.model = scene, model
-        self.state: State = "connecting" if drive else "ready"
+        self.state: RolloutState = "connecting" if drive else "ready"
         self._commands: queue.Queue[Mapping[str, Any]] = queue.Queue(MAX_WAITING_COMMANDS)
         self._closing = threading.Event()
         self._policy: RemotePolicy | None = None
@@ -116,14 +120,14 @@ class Rollout(threading.Thread):
     # --- called from other threads ---
 
     def send(self, command: Mapping[str, Any]) -> None:
-        """Hand over a command. Raises BlmError when too many are waiting."""
+        """Queue a command. Raises BlmError if the queue is full."""
         try:
             self._commands.put_nowait(command)
         except queue.Full:
-            raise BlmError(f"{MAX_WAITING_COMMANDS} commands are waiting already; wait a moment") from None
+            raise BlmError(f"{MAX_WAITING_COMMANDS} commands are waiting; try again in a moment") from None
 
     def request_close(self) -> None:
-        """Ask the thread to end; it does so after the reply that it may be waiting for."""
+        """Ask the thread to end, which it does after a reply that it may be waiting for."""
         self._closing.set()
         with suppress(queue.Full):
             self._commands.put_nowait({"type": "wake"})
@@ -169,17 +173,17 @@ class Rollout(threading.Thread):
                     self._closing.wait(self._advance(env, steps))
                 else:
                     steps = steps if self.state == "paused" else None
-                self._obey_waiting(env, block=self.state not in DRIVING)
+                self._handle_commands(env, block=self.state not in DRIVING)
 
     def _advance(self, env: Env, steps: Iterator[float]) -> float:
-        """Drive one step; return how long to wait before the next [s]."""
+        """Execute one step; return the time until the next one [s]."""
         begin = time.monotonic()
         try:
             period_s = next(steps)
-        except Exception as error:  # of the model or the connection to it: the scene stays to be looked at
+        except Exception as error:  # of the model or the connection to it: the scene can still be viewed
             message = str(error)
             if not isinstance(error, BlmError):
-                log.exception("a model failed to drive")
+                log.exception("a playground run failed")
                 message = f"the run failed: {reprlib.repr(error)}"
             self._fail(message)
             period_s = 0.0
@@ -189,23 +193,22 @@ class Rollout(threading.Thread):
         return max(0.0, period_s - (time.monotonic() - begin))
 
     def _drive(self, env: Env) -> Iterator[float]:
-        """Drive step by step, yielding the control period [s]; the simulation waits for the model."""
+        """Execute control steps, yielding the control period [s]. The simulation waits for the
+        model."""
         self._show(env)
         policy = self._policy = self.model.connect()
         contract = policy.contract
         period_s = 1 / float(np.clip(contract.rate_hz, 1, 100))
         self.state = "driving"
+        executor = ChunkExecutor(contract.execute, hold=env.state())
         while True:
-            step = self._status["step"]
-            observation = observe(env, contract, decision_seed(self.scene.seed, step))
-            begin = time.monotonic()
-            chunk = policy.act(observation).actions
-            self._status["latency_ms"] = round(1000 * (time.monotonic() - begin))
-            if len(chunk) == 0:
-                raise BlmError("the model sent a chunk without actions")
-            for action in chunk[: max(1, contract.execute)]:
-                self._count_step(bool(env.step(action)[4]["success"]))
-                yield period_s
+            if executor.decision_due:
+                observation = observe(env, contract, decision_seed(self.scene.seed, self._status["step"]))
+                begin = time.monotonic()
+                executor.receive(policy.act(observation).actions)
+                self._status["latency_ms"] = round(1000 * (time.monotonic() - begin))
+            self._count_step(bool(env.step(executor.next_action())[4]["success"]))
+            yield period_s
 
     def _count_step(self, success: bool) -> None:
         status = self._status
@@ -218,18 +221,18 @@ class Rollout(threading.Thread):
         elif status["step"] >= MAX_STEPS:
             self.state = "unsolved"
 
-    def _obey_waiting(self, env: Env, *, block: bool) -> None:
-        """Carry out all commands that wait; with `block`, wait for the first."""
+    def _handle_commands(self, env: Env, *, block: bool) -> None:
+        """Handle all queued commands; with `block`, wait for the first one."""
         with suppress(queue.Empty):
             command = self._commands.get(block=block)
             while not self._closing.is_set():
                 try:
-                    self._obey(env, command)
+                    self._handle_command(env, command)
                 except BlmError as error:
                     self.notify({"type": "error", "message": str(error)})
                 command = self._commands.get_nowait()
 
-    def _obey(self, env: Env, command: Mapping[str, Any]) -> None:
+    def _handle_command(self, env: Env, command: Mapping[str, Any]) -> None:
         kind = command["type"]
         if kind == "drive" and self.state == "ready":
             self.state = "connecting"
@@ -243,8 +246,9 @@ class Rollout(threading.Thread):
         elif kind == "look":
             cameras = {camera: data_uri(env.picture(camera), "PNG") for camera in env.cameras}
             number = command.get("id")
-            asked = number if isinstance(number, int) and abs(number) < 2**53 else None
-            self.notify({"type": "look", "id": asked, "images": cameras, "step": self._status["step"]})
+            request_id = number if isinstance(number, int) and abs(number) < 2**53 else None
+            step = self._status["step"]
+            self.notify({"type": "look", "id": request_id, "images": cameras, "step": step})
         elif kind == "move":
             move_object(env, command)
             self._show(env)
@@ -260,7 +264,7 @@ class Rollout(threading.Thread):
             for index, camera in enumerate(env.cameras)
         }
         self.notify({"type": "frame", "images": images, "state": self.state, **self._status})
-        if self.state not in DRIVING:  # while a model drives they stay where a pointer may be
+        if self.state not in DRIVING:  # during a run they must not move under the pointer
             self._suggest(env)
 
     def _suggest(self, env: Env) -> None:
@@ -271,7 +275,7 @@ class Rollout(threading.Thread):
 
 
 def describe(env: Env) -> dict[str, Any]:
-    """The message that introduces a scene: its instruction, its cameras, what can be moved."""
+    """Return the message that describes a scene: instruction, cameras, movable objects."""
     objects = {name: f"{thing.color} {thing.kind}" for name, thing in env.objects().items()}
     return {
         "type": "scene",
@@ -283,7 +287,7 @@ def describe(env: Env) -> dict[str, Any]:
 
 
 def observe(env: Env, contract: PolicyContract, seed: int) -> Observation:
-    """What the model gets of this moment."""
+    """Return the model's observation of the present state."""
     return Observation(
         images={camera: env.picture(camera, contract.image_size) for camera in contract.cameras},
         state=env.state(),
@@ -294,7 +298,8 @@ def observe(env: Env, contract: PolicyContract, seed: int) -> Observation:
 
 
 def move_object(env: Env, command: Mapping[str, Any]) -> None:
-    """Shift an object by `dx`, `dy` [m]. Raises BlmError for an unknown one, and for a shift too far."""
+    """Shift an object by `dx`, `dy` [m]. Raises BlmError for an unknown object or too large a
+    shift."""
     shift = [command.get("dx"), command.get("dy")]
     if not all(isinstance(value, int | float) and abs(value) <= MAX_SHIFT for value in shift):
         raise BlmError(f"dx and dy are numbers of at most {MAX_SHIFT} m, got {reprlib.repr(shift)}")
@@ -302,7 +307,9 @@ def move_object(env: Env, command: Mapping[str, Any]) -> None:
     by = np.array([float(shift[0] or 0), float(shift[1] or 0), 0.0])
     offset = (lookup("object", name, objects).position + by)[:2] - env.task_spec.region(env.robot).centre
     if np.abs(offset).max() > TABLE_HALF:
-        raise BlmError(f"the {name} would leave the table: it stays within {TABLE_HALF} m of the middle")
+        raise BlmError(
+            f"the {name} would leave the table: at most {TABLE_HALF} m from its centre are allowed"
+        )
     env.shift_object(name, by)
 
 

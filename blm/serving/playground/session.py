@@ -1,4 +1,5 @@
-"""One browser's socket: reads its commands, runs its scenes, sends what they show. All of it is bounded."""
+"""A visitor's websocket: receives commands, runs rollouts, sends their messages. All queues are
+bounded."""
 
 from __future__ import annotations
 
@@ -14,28 +15,31 @@ from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
 
-from blm.serving.playground.rollout import DRIVING, Rollout, Scene, ServedModel
+from blm.serving.playground.rollout import DRIVING, Rollout, SceneRequest, ServedModel
 from blm.types import BlmError
 
 MAX_ROLLOUTS = 8
-"""Simulators at a time, over all visitors: each is a thread with an OpenGL context."""
+"""Maximum simulators of all visitors; each is a thread with an OpenGL context."""
 MAX_COMMAND_CHARS = 4096
 MAX_WAITING_MESSAGES = 32
-"""Messages besides pictures that a visitor may be behind by; a browser that is slower is let go."""
+"""Maximum queued messages other than frames; a browser that falls further behind is
+disconnected."""
 SEND_TIMEOUT_S = 20.0
-"""A browser that takes nothing for so long is let go."""
+"""A browser that does not read for this long is disconnected [s]."""
 GOODBYE_S = 1.0
-"""How long a browser may take to hear why it is let go; the server then drops the connection in its time."""
+"""Timeout of the close frame with its reason [s]."""
 IDLE_S = 600.0
-"""A visitor who neither commands nor watches a run for so long is let go."""
+"""Idle timeout: a visitor without commands or a running rollout is disconnected [s]."""
 CLOSE_TIMEOUT_S = 5.0
-"""How long a new scene waits for the end of the one before."""
+"""How long a new scene waits until the previous one has closed [s]."""
 STARTS_PER_S, STARTS_AT_ONCE = 2.0, 8
+"""Rate limit of new scenes: sustained rate [1/s] and burst."""
 COMMANDS_PER_S, COMMANDS_AT_ONCE = 40.0, 80
+"""Rate limit of commands: sustained rate [1/s] and burst."""
 
 
 class CloseError(Exception):
-    """The connection ends here: a websocket close code and the reason that the page shows."""
+    """Closes the connection, with a websocket close code and a reason that the page shows."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -43,14 +47,14 @@ class CloseError(Exception):
 
 
 class TokenBucket:
-    """Allows `burst` events at once and `rate` a second in the long run."""
+    """A rate limiter: `burst` events at once, and `rate` per second in the long run."""
 
     def __init__(self, rate: float, burst: int) -> None:
         self.rate, self.burst = rate, burst
         self.tokens, self.filled = float(burst), time.monotonic()
 
     def wait_s(self) -> float:
-        """Take a token and return 0, or take none and return how long it is until there is one [s]."""
+        """Take a token and return 0, or return the time until a token is available [s]."""
         now = time.monotonic()
         self.tokens, self.filled = min(self.burst, self.tokens + self.rate * (now - self.filled)), now
         if self.tokens < 1:
@@ -59,8 +63,9 @@ class TokenBucket:
         return 0.0
 
 
-class Outbox:
-    """Messages on their way to one browser: of pictures only the newest waits, of others a bounded number."""
+class MessageQueue:
+    """Messages for one browser: only the newest frame of each side, and a bounded number of
+    others."""
 
     def __init__(self) -> None:
         self._frames = dict[int, dict[str, Any]]()
@@ -73,17 +78,17 @@ class Outbox:
         if message["type"] == "frame":
             self._frames[side] = message
         elif message["type"] == "error" and message in self._others:
-            pass  # a flood of wrong commands gets one answer at a time
+            pass  # a flood of wrong commands receives one error at a time
         elif len(self._others) < MAX_WAITING_MESSAGES:
             if message["type"] == "scene":
-                self._frames.pop(side, None)  # it shows the scene before
+                self._frames.pop(side, None)  # it shows the previous scene
             self._others.append(message)
         else:
             self.overflowed = True
         self._filled.set()
 
     async def get(self) -> dict[str, Any]:
-        """Raises CloseError when the browser is too far behind."""
+        """Return the next message. Raises CloseError when the browser is too far behind."""
         while True:
             if self.overflowed:
                 raise CloseError(1008, "the browser is too slow to keep up")
@@ -96,57 +101,60 @@ class Outbox:
 
 
 class Simulators:
-    """Counts the simulators of all visitors."""
+    """The running simulators of all visitors."""
 
     def __init__(self) -> None:
         self.running = set[Rollout]()
 
     def check_room(self, count: int) -> None:
-        """Raises BlmError unless `count` more may run."""
+        """Raise BlmError unless `count` more simulators may run."""
         if len(self.running) + count > MAX_ROLLOUTS:
             raise BlmError(
-                f"{len(self.running)} simulators are running, {MAX_ROLLOUTS} may; try again in a moment"
+                f"{len(self.running)} of at most {MAX_ROLLOUTS} simulators are running; try again in a moment"
             )
 
 
-class Session:
-    """One visitor: at most one scene at a time, with a simulator for each of one or two models."""
+class VisitorSession:
+    """One visitor, with at most one scene at a time, and a simulator for each of one or two
+    models."""
 
     def __init__(self, socket: WebSocket, models: Mapping[str, ServedModel], simulators: Simulators) -> None:
         self.socket, self.models, self.simulators = socket, models, simulators
         self.loop = asyncio.get_running_loop()
-        self.outbox = Outbox()
+        self.message_queue = MessageQueue()
         self.rollouts = list[Rollout]()
-        self.chosen: tuple[Scene, list[str]] | None = None
+        self.chosen: tuple[SceneRequest, list[str]] | None = None
         self._starts = TokenBucket(STARTS_PER_S, STARTS_AT_ONCE)
         self._commands = TokenBucket(COMMANDS_PER_S, COMMANDS_AT_ONCE)
         self._active_at = time.monotonic()
         self._some_closed = asyncio.Event()
         self._leave: CloseError | None = None
-        self._told_to_leave = asyncio.Event()
+        self._close_requested = asyncio.Event()
 
     @property
     def idle_s(self) -> float:
-        """Time since the last command, or 0 while a model drives [s]."""
+        """Time since the last command; 0 while a model controls the robot [s]."""
         driving = any(rollout.state in DRIVING for rollout in self.rollouts)
         return 0.0 if driving else time.monotonic() - self._active_at
 
-    def ask_to_leave(self, code: int, reason: str) -> None:
+    def request_close(self, code: int, reason: str) -> None:
         self._leave = CloseError(code, reason)
-        self._told_to_leave.set()
+        self._close_requested.set()
 
     async def run(self) -> None:
-        """Serve until the browser leaves or has to; every thread has been told to end then."""
-        tasks = [asyncio.create_task(work) for work in (self._send(), self._receive(), self._wait_to_leave())]
+        """Serve until the browser disconnects or is disconnected; then close all rollouts."""
+        tasks = [
+            asyncio.create_task(work)
+            for work in (self._send(), self._receive(), self._wait_for_close_request())
+        ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         except CloseError as error:
             with suppress(RuntimeError, WebSocketDisconnect, TimeoutError):
-                async with asyncio.timeout(
-                    GOODBYE_S
-                ):  # a browser that takes nothing does not take this either
+                # a browser that does not read does not read this either
+                async with asyncio.timeout(GOODBYE_S):
                     await self.socket.close(error.code, error.reason)
         except WebSocketDisconnect:
             pass
@@ -156,19 +164,19 @@ class Session:
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._close_scene()
 
-    async def _wait_to_leave(self) -> None:
-        await self._told_to_leave.wait()
+    async def _wait_for_close_request(self) -> None:
+        await self._close_requested.wait()
         assert self._leave is not None
         raise self._leave
 
     async def _send(self) -> None:
         while True:
-            message = await self.outbox.get()
+            message = await self.message_queue.get()
             try:
                 async with asyncio.timeout(SEND_TIMEOUT_S):
                     await self.socket.send_json(message)
             except TimeoutError:
-                raise CloseError(1008, "the browser takes no messages") from None
+                raise CloseError(1008, "the browser does not read its messages") from None
 
     async def _receive(self) -> None:
         while True:
@@ -183,13 +191,13 @@ class Session:
                 raise WebSocketDisconnect(message.get("code", 1005))
             self._active_at = time.monotonic()
             if wait_s := self._commands.wait_s():
-                await asyncio.sleep(wait_s)  # nothing more is read meanwhile: a flood waits at its source
+                await asyncio.sleep(wait_s)  # reading stops meanwhile, so a flood waits in the browser
             try:
-                await self._obey(read_command(message.get("text")))
+                await self._handle_command(read_command(message.get("text")))
             except BlmError as error:
-                self.outbox.put({"type": "error", "message": str(error)})
+                self.message_queue.put({"type": "error", "message": str(error)})
 
-    async def _obey(self, command: Mapping[str, Any]) -> None:
+    async def _handle_command(self, command: Mapping[str, Any]) -> None:
         kind = command.get("type")
         if kind in ("start", "preview"):
             await self._open_scene(command, drive=kind == "start")
@@ -204,8 +212,9 @@ class Session:
             )
 
     async def _open_scene(self, command: Mapping[str, Any], *, drive: bool) -> None:
-        """Show a scene, and let the models drive in it; one that is shown already is driven as it is."""
-        scene, names = Scene.read(command), self._model_names(command)
+        """Show a scene and, with `drive`, start the models; a scene that is shown already is
+        kept."""
+        scene, names = SceneRequest.read(command), self._model_names(command)
         shown = self.rollouts and self.chosen == (scene, names)
         if shown and drive and all(rollout.state == "ready" for rollout in self.rollouts):
             for rollout in self.rollouts:
@@ -214,7 +223,7 @@ class Session:
         if self._starts.wait_s():
             raise BlmError("too many scenes in a short time; wait a second")
         if not await self._close_scene():
-            raise BlmError("the run before still waits for its model; try again in a few seconds")
+            raise BlmError("the previous run still waits for its model; try again in a few seconds")
         self.simulators.check_room(len(names))
         self.chosen = scene, names
         for side, name in enumerate(names):
@@ -222,7 +231,7 @@ class Session:
 
     def _start_rollout(self, side: int, rollout: Rollout) -> None:
         def notify(message: dict[str, Any]) -> None:  # in the rollout's thread
-            with suppress(RuntimeError):  # the event loop is closed: the server is going down
+            with suppress(RuntimeError):  # the event loop is closed: the server is shutting down
                 self.loop.call_soon_threadsafe(self._deliver, rollout, {**message, "side": side})
 
         rollout.notify = notify
@@ -232,14 +241,14 @@ class Session:
 
     def _deliver(self, rollout: Rollout, message: dict[str, Any]) -> None:
         if message["type"] == "closed":
-            rollout.join(1.0)  # that was its last statement: this takes no longer than a switch of threads
+            rollout.join(1.0)  # returns at once: this was the thread's last statement
             self.simulators.running.discard(rollout)
             self._some_closed.set()
         elif rollout in self.rollouts:
-            self.outbox.put(message)
+            self.message_queue.put(message)
 
     async def _close_scene(self) -> bool:
-        """End the scene's threads; False when one still runs after CLOSE_TIMEOUT_S."""
+        """End the threads of the scene. Returns False if one still runs after CLOSE_TIMEOUT_S."""
         for rollout in self.rollouts:
             rollout.request_close()
         with suppress(TimeoutError):
@@ -259,7 +268,7 @@ class Session:
 
 
 def read_command(text: str | None) -> dict[str, Any]:
-    """Parse a command. Raises BlmError for what is none, CloseError for one that is too long."""
+    """Parse a command. Raises BlmError if it is invalid, and CloseError if it is too long."""
     if text is None:
         raise BlmError("a command is a text frame with a JSON object")
     if len(text) > MAX_COMMAND_CHARS:
@@ -278,9 +287,9 @@ def _refuse_constant(name: str) -> Any:
 
 
 def own_address(server: tuple[str, int | None] | None) -> str | None:
-    """ws:// address at which a server reaches itself, from ASGI's `scope["server"]`; None over a Unix socket.
+    """Return the ws:// address at which a server reaches itself, from ASGI's `scope["server"]`.
 
-    An address that stands for all of them, and a link-local one, is reached through loopback.
+    Unspecified and link-local addresses are reached through loopback. None for a Unix socket.
     """
     if server is None or server[1] is None:
         return None

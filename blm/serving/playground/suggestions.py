@@ -1,6 +1,6 @@
-"""Questions to suggest about a scene: in wordings that Stage I trains, about what is in the scene.
+"""Suggested questions about a scene, in the wording of Stage I's training data.
 
-Kinds and wordings are those of `blm.corpora`, which a server does not import; a test compares them.
+Kinds and wording are those of `blm.corpora`, which a server does not import; a test compares them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ QUESTIONS = {
     "other": "Is there a {thing} on the table?",
     "point": "Point to the {thing} in the {camera} view.",
 }
-"""Kind -> question; its fields are filled from the scene."""
+"""Kind -> question template."""
 
 BY_TASK: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
     "push_cube": (
@@ -75,16 +75,18 @@ BY_TASK: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
         ("other", {"thing": "red cube"}),
     ),
 }
-"""Task -> kinds of its questions and what they are about, most telling first."""
+"""Task -> kinds of its questions and the fields of their templates, most interesting first."""
 
 MIN_GAP = 0.05
-"""Sides are suggested for things that lie at least so far apart [m]: nearer, either answer would do."""
+"""Questions about sides are suggested for objects at least this far apart [m]; otherwise the answer
+is unclear."""
 MIDDLE, OUTSIDE = 0.02, 0.08
-"""The middle of the table is within the first of its centre line, left and right begin at the second [m]."""
+"""Distances from the table's centre line [m]: up to the first is the middle, from the second left
+or right."""
 
 
 def suggested_questions(env: Env) -> list[str]:
-    """Questions that have one clear answer in the environment's present state."""
+    """Return the questions that have one clear answer in the present state of the environment."""
     task = BY_TASK.get(env.task, (("next", {}),))
     places = {
         thing.name if thing.kind in ("sphere", "disc") else f"{thing.color} {thing.kind}": thing.position
@@ -102,7 +104,7 @@ def _is_clear(kind: str, about: dict[str, str], places: dict[str, FloatArray], e
     if kind in ("side", "depth"):
         x, y, _ = abs(places[about["thing"]] - places[about["other"]])
         return bool((y if kind == "side" else x) >= MIN_GAP)
-    if kind == "way":  # there is one as long as it is not there
+    if kind == "way":  # unclear once the object is at its goal
         return bool(max(abs(places[about["thing"]] - places[about["other"]])[:2]) >= MIN_GAP)
     if kind == "table":
         off = abs(places[about["thing"]][1] - env.task_spec.region(env.robot).centre[1])

@@ -1,1 +1,1 @@
-"""The protocols that clients speak."""
+"""Wire protocols: OpenAI chat completions, OpenPI websockets, Isaac-GR00T over ZeroMQ."""

@@ -1,8 +1,9 @@
-"""Training in several processes: who this one is, DDP or FSDP2 around a module, sums over all of them.
+"""Distributed training: ranks, DDP or FSDP2 around a module, reductions over all processes.
 
-`accelerate launch` (or torchrun) starts the processes; without a launcher there is one and nothing changes.
-FSDP2 is torch's `fully_shard`: parameters are DTensors split over the processes. accelerate's own set-up of
-it knows accelerators only; this one also runs on CPUs (gloo), where the tests are.
+`accelerate launch` (or torchrun) starts the processes; without a launcher there is one process.
+FSDP2 is torch's `fully_shard`: parameters become DTensors that are sharded over the processes.
+accelerate sets it up for accelerators only; this module also runs on CPUs (gloo), where the tests
+run.
 """
 
 from __future__ import annotations
@@ -27,28 +28,29 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Part:
-    """One of `count` parts of the work of a step: what one process reads at once."""
+class DataShard:
+    """One of `count` interleaved shards of a batch or of a list of items."""
 
     index: int = 0
     count: int = 1
 
     def of(self, items: Sequence[T]) -> Sequence[T]:
+        """Return every `count`-th item, beginning with `index`."""
         return items[self.index :: self.count]
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that train together."""
+    """The processes that train together, seen from this one."""
 
     rank: int
     count: int
     device: torch.device
-    """Of this process."""
+    """Device of this process."""
 
     @classmethod
     def join(cls, kind: str = "cpu") -> Processes:
-        """Meet the other processes, if a launcher started any; `kind` is a type of torch device."""
+        """Join the process group, if a launcher started one; `kind` is a torch device type."""
         state = PartialState(cpu=kind == "cpu")
         device = torch.device(kind) if state.num_processes == 1 or kind == "cpu" else state.device
         return cls(state.process_index, state.num_processes, device)
@@ -57,45 +59,48 @@ class Processes:
     def first(self) -> bool:
         return self.rank == 0
 
-    def parts(self, accumulate: int) -> list[Part]:
-        """Return the parts that this process works on in a step, one after the other."""
-        return [Part(turn * self.count + self.rank, accumulate * self.count) for turn in range(accumulate)]
+    def data_shards(self, accumulate: int) -> list[DataShard]:
+        """Return the shards of a step's batch that this process handles, one micro-batch each."""
+        count = accumulate * self.count
+        return [DataShard(turn * self.count + self.rank, count) for turn in range(accumulate)]
 
     def sum(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
-        """Return sums over all processes, which must give the same names."""
+        """Return sums over all processes, all of which must pass the same names."""
         names = sorted(values)
-        parts = [torch.as_tensor(values[name], device=self.device).detach() for name in names]
-        total = torch.stack([part.to(torch.float64) for part in parts])
+        scalars = [torch.as_tensor(values[name], device=self.device).detach() for name in names]
+        total = torch.stack([scalar.to(torch.float64) for scalar in scalars])
         if self.count > 1:
             dist.all_reduce(total)
         return dict(zip(names, total.tolist(), strict=True))
 
     def gather(self, value: Tensor) -> list[Tensor]:
-        """Return a tensor of one shape from every process, in order of rank, on the CPU."""
+        """Return the tensors (all of one shape) of every process, in order of rank, on the CPU."""
         if self.count == 1:
             return [value]
-        room = [torch.empty_like(value, device=self.device) for _ in range(self.count)]
-        dist.all_gather(room, value.to(self.device))
-        return [part.cpu() for part in room]
+        gathered = [torch.empty_like(value, device=self.device) for _ in range(self.count)]
+        dist.all_gather(gathered, value.to(self.device))
+        return [tensor.cpu() for tensor in gathered]
 
     def gather_objects(self, value: T) -> list[T]:
+        """Return the objects of every process, in order of rank; they are pickled on the way."""
         if self.count == 1:
             return [value]
-        room: list[Any] = [None] * self.count
-        dist.all_gather_object(room, value)
-        return room
+        gathered: list[Any] = [None] * self.count
+        dist.all_gather_object(gathered, value)
+        return gathered
 
     def leave(self) -> None:
-        """End the meeting of the processes; the program is about to end."""
+        """Destroy the process group, before the program ends."""
         PartialState().destroy_process_group()
 
     def wait(self) -> None:
+        """Wait until all processes arrive here."""
         if self.count > 1:
             dist.barrier()
 
 
-class Step(nn.Module):
-    """`loss_fn` as the forward of a module, so that what wraps modules can wrap any function of a batch."""
+class LossModule(nn.Module):
+    """A module whose forward is `loss_fn`: DDP and FSDP2 wrap modules, not functions."""
 
     def __init__(self, module: nn.Module, loss_fn: Callable[..., Any]) -> None:
         super().__init__()
@@ -105,90 +110,95 @@ class Step(nn.Module):
         return self.loss_fn(batch)
 
 
-def wants_shards() -> bool:
+def fsdp_requested() -> bool:
     """Return whether `accelerate launch --use_fsdp` started this process."""
     return bool(parse_flag_from_env("ACCELERATE_USE_FSDP"))
 
 
-def spread(
+def wrap_for_processes(
     module: nn.Module, loss_fn: Callable[..., Any], processes: Processes, shard: bool
 ) -> tuple[nn.Module, Callable[[], None]]:
-    """Return a module whose forward is `loss_fn` and whose backward averages gradients over the processes.
+    """Return a module whose forward is `loss_fn` and whose backward averages gradients over the
+    processes.
 
-    With `shard` the parameters of `module` become DTensors, one unit per block (the classes that transformers
-    models name in `_no_split_modules`), and every process must use the same parameters in a step (see
-    `MaskedLossModel`); else each process keeps all parameters. The function returned makes `module` plain
-    again.
+    With `shard` the parameters of `module` become DTensors (FSDP2), one unit per block (the classes
+    that transformers models name in `_no_split_modules`), and every process must use the same
+    parameters in a step (see `MaskedLossModel`); else each process keeps all parameters (DDP). The
+    second result is a function that undoes the wrapping.
     """
-    step = Step(module, loss_fn)
+    loss_module = LossModule(module, loss_fn)
     if processes.count == 1:
-        return step, lambda: None
+        return loss_module, lambda: None
     if not shard:
-        # a process whose rows have no picture uses no parameter of the eye, hence `find_unused_parameters`
-        return DistributedDataParallel(
-            step, find_unused_parameters=True, broadcast_buffers=False
-        ), lambda: None
+        # a process whose samples have no picture uses no parameter of the vision tower
+        wrapped = DistributedDataParallel(loss_module, find_unused_parameters=True, broadcast_buffers=False)
+        return wrapped, lambda: None
     plain = [(part, type(part), _hooks(part)) for part in module.modules()]
     mesh = init_device_mesh(processes.device.type, (processes.count,))
     blocks = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
     for part in [part for part in module.modules() if type(part).__name__ in blocks]:
         fully_shard(part, mesh=mesh)
-    fully_shard(step, mesh=mesh)
+    fully_shard(loss_module, mesh=mesh)
 
-    def undo() -> None:
-        _make_parameters_whole(module)
+    def unwrap() -> None:
+        _unshard_parameters(module)
         for part, kind, hooks in plain:
             part.__class__ = kind
             part.__dict__.update(hooks)
 
-    return step, undo
+    return loss_module, unwrap
 
 
 def _hooks(module: nn.Module) -> dict[str, Any]:
-    """Copies of the hooks of a module: `fully_shard` adds some and offers no way back."""
+    """Return copies of a module's hooks: `fully_shard` adds hooks and offers no way to remove
+    them."""
     return {name: copy.copy(value) for name, value in vars(module).items() if "_hooks" in name}
 
 
-def _make_parameters_whole(module: nn.Module) -> None:
-    """Replace DTensors by whole parameters in every process; tied ones stay tied."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
+def _unshard_parameters(module: nn.Module) -> None:
+    """Replace DTensors by full parameters in every process; tied parameters stay tied."""
+    full: dict[nn.Parameter, nn.Parameter] = {}
     for name, value in list(module.named_parameters(remove_duplicate=False)):
-        if value not in made:
-            made[value] = nn.Parameter(full(value.detach()), requires_grad=value.requires_grad)
+        if value not in full:
+            full[value] = nn.Parameter(full_tensor(value.detach()), requires_grad=value.requires_grad)
         owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner).register_parameter(leaf, made[value])
+        module.get_submodule(owner).register_parameter(leaf, full[value])
 
 
-def unsynced(step: nn.Module) -> AbstractContextManager[None]:
-    """Return the context of all but the last part of a step: DDP then keeps gradients to itself."""
-    return step.no_sync() if isinstance(step, DistributedDataParallel) else nullcontext()
+def without_gradient_sync(loss_module: nn.Module) -> AbstractContextManager[None]:
+    """Return the context for all but the last micro-batch of a step, in which DDP averages no
+    gradients."""
+    if isinstance(loss_module, DistributedDataParallel):
+        return loss_module.no_sync()
+    return nullcontext()
 
 
 @contextmanager
-def whole(step: nn.Module) -> Iterator[None]:
-    """Have all weights in every process for a while, so that a model can be used as if there were one."""
-    units = [part for part in step.modules() if isinstance(part, FSDPModule)]
+def gathered_weights(loss_module: nn.Module) -> Iterator[None]:
+    """Unshard all weights inside the context, so that each process can evaluate the model alone."""
+    units = [part for part in loss_module.modules() if isinstance(part, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
     yield
     for unit in units:
         unit.reshard()
-        unit.set_reshard_after_forward(unit is not step, recurse=False)
+        unit.set_reshard_after_forward(unit is not loss_module, recurse=False)
 
 
-def full(value: Tensor) -> Tensor:
-    """Return a whole tensor; every process must call this for a DTensor."""
+def full_tensor(value: Tensor) -> Tensor:
+    """Return the unsharded tensor; every process must call this for a DTensor."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def fill(value: Tensor, whole_value: Tensor) -> None:
-    """Copy a whole tensor, the same in every process, into a tensor or into this process's part of it."""
-    if isinstance(value, DTensor):
+def copy_full_tensor(source: Tensor, target: Tensor) -> None:
+    """Copy a full tensor, equal in every process, into a tensor or into this process's shard of
+    it."""
+    if isinstance(target, DTensor):
         from torch.distributed.tensor import distribute_tensor
 
-        here = whole_value.to(value.device)
-        local = distribute_tensor(here, value.device_mesh, value.placements, src_data_rank=None)
-        value.to_local().copy_(local.to_local())
+        here = source.to(target.device)
+        local = distribute_tensor(here, target.device_mesh, target.placements, src_data_rank=None)
+        target.to_local().copy_(local.to_local())
     else:
-        value.copy_(whole_value)
+        target.copy_(source)

@@ -1,20 +1,22 @@
-"""The one training loop: cosine schedule, log, checkpoints and exact resume, in one process or many.
+"""The training loop: forward, backward, clip, optimizer step, EMA, log, checkpoint, exact resume.
 
-A run is a pure function of the initial weights, the batches and the config; a killed run continues from its
-last checkpoint to the same weights, bit for bit on a CPU. The work of a step is cut into parts (processes
-times `accumulate`); the loss is the mean over all of them, so how many there are changes only the rounding.
-`out/log.jsonl` gets rows of step, loss and metrics (means since the last row), grad_norm, lr, samples_per_s,
-tokens_per_s, padding_share, data_share (time spent waiting for batches) and seconds.
+Its parts are files of their own: the learning-rate schedule (`lr_schedule.py`), optimizers, EMA,
+data prefetching (`batches.py`), DDP and FSDP2 (`distributed.py`), metrics, checkpoints
+(`state.py`).
+
+A run is a pure function of the initial weights, the batches and the config; a killed run continues
+from its last checkpoint to the same weights, bit for bit on a CPU. The batch of a step is split
+into micro-batches (processes times `accumulate`). Gradients are averaged over all of them, so their
+number changes only the rounding. `out/log.jsonl` gets rows of step, loss and metrics (means since
+the last row), grad_norm, lr, samples_per_s, tokens_per_s, padding_share, data_share (share of time
+spent waiting for batches), seconds.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,11 +27,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from blm.io import hold
-from blm.training.loop.distributed import Part, Processes, full, spread, unsynced, wants_shards, whole
-from blm.training.loop.metrics import Log, Meter
+from blm.io import lock_folder
+from blm.training.loop.batches import Microbatch, prefetch
+from blm.training.loop.distributed import (
+    DataShard,
+    Processes,
+    fsdp_requested,
+    full_tensor,
+    gathered_weights,
+    without_gradient_sync,
+    wrap_for_processes,
+)
+from blm.training.loop.ema import Ema
+from blm.training.loop.lr_schedule import cosine_with_warmup
+from blm.training.loop.metrics import Meter, MetricsLog
 from blm.training.loop.optimizers import Optimizers
-from blm.training.loop.state import cut_log, restore, save
+from blm.training.loop.state import restore_state, save_state, truncate_log
 from blm.types import BlmError, require_numbers
 
 _MAY_CHANGE = ("log_every", "save_every", "eval_every", "title", "keep", "shard", "accumulate", "trackers")
@@ -39,33 +52,40 @@ _MAY_CHANGE = ("log_every", "save_every", "eval_every", "title", "keep", "shard"
 class LoopConfig:
     steps: int
     batch_size: int
-    """Samples of a step, over all processes and parts."""
+    """Samples of a step, over all processes and micro-batches."""
     lr: float = 1e-3
-    """Peak learning rate: linear warm-up, then half a cosine to zero."""
+    """Peak learning rate; see lr_schedule.py."""
     muon: float = 0.0
-    """Peak rate of Muon for matrices inside blocks (see optimizers.py); 0: AdamW for all. About 0.02."""
+    """Peak learning rate of Muon for matrices inside blocks (see optimizers.py), about 0.02; 0:
+    AdamW for all parameters."""
     weight_decay: float = 0.01
-    """Of parameters with two or more dimensions."""
+    """For parameters with two or more dimensions only."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's beta_1 and beta_2."""
     warmup_fraction: float = 0.03
+    """Share of all steps in which the learning rate rises."""
     clip: float = 1.0
-    """Largest norm of the whole gradient."""
+    """Maximum norm of the gradient of all parameters together."""
     accumulate: int = 1
-    """Parts that a process works on one after the other in a step: memory for time, with the same result."""
+    """Gradient accumulation: micro-batches that a process handles one after the other in a step.
+    Saves memory, costs time, gives the same result."""
     shard: bool = False
-    """Split weights and moments over the processes (FSDP2) instead of copying them (DDP); the flag --use_fsdp
-    of `accelerate launch` does the same."""
+    """Shard weights and optimizer moments over the processes (FSDP2) instead of copying them (DDP),
+    as does the flag --use_fsdp of `accelerate launch`."""
     log_every: int = 10
+    """Steps between rows of the log."""
     save_every: int = 500
+    """Steps between checkpoints."""
     keep: int = 1
-    """Checkpoints that stay: the last ones."""
+    """Number of checkpoints to keep; older ones are removed."""
     eval_every: int = 0
-    """Steps between calls of `on_eval`; 0: at the end only."""
+    """Steps between evaluations; 0: evaluate at the end only."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Also send the log there, through accelerate; the package must be installed."""
+    """Also send the log to these trackers, through accelerate; their packages must be installed."""
     seed: int = 0
-    """For `next_batch`, and for what the model draws (dropout)."""
+    """For the order of samples, and for dropout."""
     title: str = "training"
+    """Label of the progress bar."""
 
     def __post_init__(self) -> None:
         counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep")
@@ -82,45 +102,10 @@ class LoopConfig:
 B = TypeVar("B")
 
 
-@dataclass(frozen=True)
-class Piece(Generic[B]):
-    """What a process reads at once."""
-
-    batch: B
-    ids: Sequence[object]
-    """Names of its samples, for error messages and samples_per_s."""
-    weight: float = 1.0
-    """How many things (answer tokens, for instance) its loss is the mean of."""
-    tokens: int = 0
-    """Real tokens, for tokens_per_s."""
-    positions: int = 0
-    """Tokens and padding, for padding_share."""
-
-
-class Ema:
-    """A copy of a module whose weights w follow the trained ones v: w <- d w + (1 - d) v.
-
-    It is whole in every process, also when the trained weights are split.
-    d = min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage.
-    """
-
-    def __init__(self, module: nn.Module, decay: float = 0.995) -> None:
-        self.decay = decay
-        self.module = copy.deepcopy(module).eval().requires_grad_(False)
-
-    @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
-        for average, trained in zip(self.module.parameters(), module.parameters(), strict=True):
-            average.lerp_(full(trained.detach()), weight)
-        for mine, theirs in zip(self.module.buffers(), module.buffers(), strict=True):
-            mine.copy_(theirs)
-
-
 def run_loop(
     module: nn.Module,
     loss_fn: Callable[[B], tuple[Tensor, Mapping[str, Tensor | float]]],
-    next_batch: Callable[[int, Part], Piece[B]],
+    next_batch: Callable[[int, DataShard], Microbatch[B]],
     config: LoopConfig,
     out: Path,
     *,
@@ -128,15 +113,18 @@ def run_loop(
     ema: Ema | None = None,
     on_eval: Callable[[int], Mapping[str, float]] | None = None,
 ) -> None:
-    """Train the parameters of `module` that require gradients; continue the run in `out`, if there is one.
+    """Train the parameters of `module` that require gradients; resume the run in `out`, if there is
+    one.
 
-    `next_batch(step, part)`, step = 0, 1, .., must depend on its arguments (and the seed) alone: it runs one
-    step ahead in its own thread, so it may not use torch's global generator; the parts of a step together
-    are its batch. `loss_fn(batch)` gives the mean loss of a piece and metrics to log, means too, under
-    bfloat16 autocast on CUDA. `learning_rate(name)` replaces `config.lr` for a parameter. `on_eval(steps
-    done)` adds its numbers to a log row; every process calls it, with all weights at hand. Raises BlmError at
-    a loss or gradient that is not finite, before the weights are touched, and when `out` holds a run of
-    another config or module, or when another process trains there.
+    `next_batch(step, shard)`, step = 0, 1, .., returns one micro-batch; those of all shards form
+    the batch of the step. It must depend on its arguments (and the seed) alone: it runs one step
+    ahead in its own thread, so it may not use torch's global generator. `loss_fn(batch)` returns
+    the mean loss of a micro-batch and metrics to log (means, too); on CUDA it runs under bfloat16
+    autocast. `learning_rate(name)` replaces `config.lr` for a parameter. `on_eval(steps done)`
+    returns numbers to add to a log row; every process calls it, with unsharded weights.
+
+    Raises BlmError when a loss or gradient is not finite, before the weights change; when `out`
+    holds a run of another config or module; and when another process trains there.
     """
     out.mkdir(parents=True, exist_ok=True)
     kind = next(module.parameters()).device.type
@@ -144,9 +132,9 @@ def run_loop(
     if config.batch_size < processes.count * config.accumulate:
         parts = f"{processes.count} processes x {config.accumulate} parts"
         raise BlmError(f"batch_size is {config.batch_size}, but a step has {parts}; each needs a sample")
-    wrapped, undo = spread(module, loss_fn, processes, config.shard or wants_shards())
+    wrapped, unwrap = wrap_for_processes(module, loss_fn, processes, config.shard or fsdp_requested())
     devices = [torch.cuda.current_device()] if kind == "cuda" else []
-    with hold(out) if processes.first else nullcontext(), torch.random.fork_rng(devices=devices):
+    with lock_folder(out) if processes.first else nullcontext(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed * 65_537 + processes.rank)
         optimizer = Optimizers(
             module,
@@ -157,13 +145,15 @@ def run_loop(
             weight_decay=config.weight_decay,
         )
         _Run[B](wrapped, module, config, out, processes, optimizer, ema).train(next_batch, on_eval)
-    undo()
+    unwrap()
 
 
 @dataclass
 class _Run(Generic[B]):
-    step: nn.Module
-    """Its forward is the loss; wrapped for several processes."""
+    """One call of `run_loop`."""
+
+    loss_module: nn.Module
+    """Its forward computes the loss; wrapped in DDP or FSDP2 for several processes."""
     module: nn.Module
     config: LoopConfig
     out: Path
@@ -173,30 +163,32 @@ class _Run(Generic[B]):
 
     def train(
         self,
-        next_batch: Callable[[int, Part], Piece[B]],
+        next_batch: Callable[[int, DataShard], Microbatch[B]],
         on_eval: Callable[[int], Mapping[str, float]] | None,
     ) -> None:
         config, first = self.config, self.processes.first
-        start, before = restore(self.out, asdict(config), self.tensors(), self.processes, _MAY_CHANGE)
+        start, seconds = restore_state(self.out, asdict(config), self.tensors(), self.processes, _MAY_CHANGE)
         if first:
-            cut_log(self.out / "log.jsonl", start)
-        meter, done = Meter(before), start
+            truncate_log(self.out / "log.jsonl", start)
+        meter = Meter(seconds)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with (
             Progress(*columns, console=Console(stderr=True), disable=not first) as bar,
-            Log(self.out, config.trackers, asdict(config), on=first) as log,
+            MetricsLog(self.out, config.trackers, asdict(config), on=first) as log,
         ):
             task = bar.add_task(config.title, total=config.steps, completed=start)
-            ahead = _ahead(next_batch, range(start, config.steps), self.processes.parts(config.accumulate))
-            for step, (pieces, wait) in enumerate(ahead, start):
-                values, sizes = self.update(step, pieces)
+            shards = self.processes.data_shards(config.accumulate)
+            batches = prefetch(next_batch, range(start, config.steps), shards)
+            for step, (microbatches, wait) in enumerate(batches, start):
+                values, sizes = self.update(step, microbatches)
                 meter.add(values, sizes, wait)
-                done, last = step + 1, step + 1 == config.steps
-                evaluate = on_eval is not None and (last or _due(done, config.eval_every))
-                if last or evaluate or _due(done, config.log_every):
-                    row = {"step": done, **meter.row(config.lr * _schedule(config, step))}
+                done = step + 1
+                last = done == config.steps
+                evaluate = on_eval is not None and (last or _is_due(done, config.eval_every))
+                if last or evaluate or _is_due(done, config.log_every):
+                    row = {"step": done, **meter.row(config.lr * self.lr_factor(step))}
                     if on_eval is not None and evaluate:
-                        with whole(self.step):
+                        with gathered_weights(self.loss_module):
                             found = dict(on_eval(done))
                         row |= found
                         if first:
@@ -204,56 +196,68 @@ class _Run(Generic[B]):
                             bar.console.print(f"step {done}: {text}", highlight=False, soft_wrap=True)
                     log.write(row)
                     meter = Meter(meter.seconds)
-                if last or _due(done, config.save_every):
+                if last or _is_due(done, config.save_every):
                     header = {"done": done, "seconds": meter.seconds, "config": asdict(config)}
-                    save(self.out, header, self.tensors(), self.processes, config.keep)
+                    save_state(self.out, header, self.tensors(), self.processes, config.keep)
                 bar.update(task, advance=1, description=f"{config.title}  loss {values['loss']:.4f}")
 
-    def update(self, step: int, pieces: Sequence[Piece[B]]) -> tuple[dict[str, float], dict[str, float]]:
-        """Make one optimizer step; return loss, metrics and gradient norm before clipping, and sizes."""
+    def update(
+        self, step: int, microbatches: Sequence[Microbatch[B]]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Make one optimizer step; return (loss, metrics and gradient norm before clipping) and
+        sizes."""
         self.optimizer.zero_grad()
         kind = self.processes.device.type
         sizes = self.processes.sum(
             {
-                "weight": sum(piece.weight for piece in pieces),
-                "samples": sum(len(piece.ids) for piece in pieces),
-                "tokens": sum(piece.tokens for piece in pieces),
-                "positions": sum(piece.positions for piece in pieces),
+                "weight": sum(microbatch.weight for microbatch in microbatches),
+                "samples": sum(len(microbatch.ids) for microbatch in microbatches),
+                "tokens": sum(microbatch.tokens for microbatch in microbatches),
+                "positions": sum(microbatch.positions for microbatch in microbatches),
             }
         )
         sums = defaultdict[str, Any](float)
-        for piece in pieces:
-            share = piece.weight / max(sizes["weight"], 1.0e-9)
-            with unsynced(self.step) if piece is not pieces[-1] else nullcontext():
+        for microbatch in microbatches:
+            share = microbatch.weight / max(sizes["weight"], 1.0e-9)
+            last = microbatch is microbatches[-1]
+            with nullcontext() if last else without_gradient_sync(self.loss_module):
                 with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-                    loss, metrics = self.step(piece.batch)
-                (loss * (share * self.processes.count)).backward()  # the processes' gradients are averaged
+                    loss, metrics = self.loss_module(microbatch.batch)
+                (loss * (share * self.processes.count)).backward()  # DDP and FSDP average over processes
             for name, metric in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums[name] + metric * share
         values = self.processes.sum(sums)
         values["grad_norm"] = self.clip()
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            mine = [name for piece in pieces for name in piece.ids]
-            ids = [name for part in self.processes.gather_objects(mine) for name in part]
+            mine = [name for microbatch in microbatches for name in microbatch.ids]
+            ids = [name for names in self.processes.gather_objects(mine) for name in names]
             raise BlmError(
                 f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}, samples {ids}: "
                 "not finite. Lower the learning rate or look at these samples; the last checkpoint is intact"
             )
-        self.optimizer.step(_schedule(self.config, step))
+        self.optimizer.step(self.lr_factor(step))
         if self.ema is not None:
             self.ema.update(self.module, step)
         return values, sizes
 
+    def lr_factor(self, step: int) -> float:
+        """Return the share of its peak that every learning rate has at a step."""
+        return cosine_with_warmup(step, steps=self.config.steps, warmup_fraction=self.config.warmup_fraction)
+
     def clip(self) -> float:
-        """Clip the whole gradient; return its norm before. What no row needed gets a gradient of zero."""
+        """Clip the gradient of all parameters; return its norm before clipping.
+
+        Parameters that no sample used get a gradient of zero: to AdamW, zero and none are not the
+        same.
+        """
         parameters = list(self.optimizer.names.values())
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        return full(nn.utils.clip_grad_norm_(parameters, self.config.clip)).item()
+        return full_tensor(nn.utils.clip_grad_norm_(parameters, self.config.clip)).item()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a checkpoint holds; frozen parameters belong to whoever froze them."""
+        """Return the tensors of a checkpoint; frozen parameters are not among them."""
         tensors = {f"buffer/{name}": value for name, value in self.module.named_buffers()}
         tensors |= {f"weight/{name}": p.detach() for name, p in self.optimizer.names.items()}
         tensors |= {f"moment/{name}": value for name, value in self.optimizer.state().items()}
@@ -263,29 +267,5 @@ class _Run(Generic[B]):
         return tensors
 
 
-def _due(done: int, every: int) -> bool:
+def _is_due(done: int, every: int) -> bool:
     return every > 0 and done % every == 0
-
-
-def _ahead(
-    next_batch: Callable[[int, Part], Piece[B]], steps: range, parts: Sequence[Part]
-) -> Iterator[tuple[list[Piece[B]], float]]:
-    """Yield the pieces of a step and the seconds waited for them, making those of one step ahead."""
-
-    def make(step: int) -> list[Piece[B]]:
-        return [next_batch(step, part) for part in parts]
-
-    with ThreadPoolExecutor(1, "batches") as pool:
-        ahead = [pool.submit(make, step) for step in steps[:1]]
-        for step in steps:
-            begin = time.perf_counter()
-            pieces = ahead.pop().result()
-            ahead = [pool.submit(make, step + 1)] if step + 1 in steps else []
-            yield pieces, time.perf_counter() - begin
-
-
-def _schedule(config: LoopConfig, step: int) -> float:
-    """Return the share of its peak that every rate has at a step."""
-    warmup = max(1, round(config.warmup_fraction * config.steps))
-    fall = 0.5 + 0.5 * math.cos(math.pi * max(0, step - warmup) / max(1, config.steps - warmup))
-    return min(1.0, (step + 1) / warmup) * fall

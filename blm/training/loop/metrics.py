@@ -1,4 +1,4 @@
-"""What a training run records: rows of means and rates in `log.jsonl`, and in trackers if wanted."""
+"""Metrics of a training run: rows of means and rates in `log.jsonl`, and in experiment trackers."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from blm.types import BlmError
 
 
 class Meter:
-    """What goes into the next row of the log."""
+    """Accumulates the metrics of the next row of the log."""
 
     def __init__(self, seconds: float) -> None:
-        """`seconds` were spent before."""
+        """`seconds`: training time before this row, also that of an interrupted run."""
         self.seconds, self.begin, self.waited = seconds, time.perf_counter(), 0.0
         self.values, self.sizes = defaultdict[str, list[float]](list), defaultdict[str, float](float)
 
     def add(self, values: Mapping[str, float], sizes: Mapping[str, float], wait: float) -> None:
-        """Not-a-number: this step has no such value."""
+        """Add one step: metrics (NaN where the step has none), sizes, seconds spent waiting for
+        data."""
         for name, value in values.items():
             self.values[name] += [] if math.isnan(value) else [value]
         for name, size in sizes.items():
@@ -33,6 +34,7 @@ class Meter:
         self.waited += wait
 
     def row(self, lr: float) -> dict[str, float]:
+        """Return the means of metrics, and rates, since the last row."""
         elapsed = time.perf_counter() - self.begin
         self.seconds += elapsed
         row = {name: fmean(values) for name, values in self.values.items() if values}
@@ -43,15 +45,15 @@ class Meter:
         return row | {"data_share": self.waited / elapsed, "seconds": self.seconds}
 
 
-class Log:
-    """`out/log.jsonl` and trackers."""
+class MetricsLog:
+    """Writes rows to `out/log.jsonl` and to trackers; a context manager."""
 
     def __init__(self, out: Path, trackers: Sequence[str], config: Mapping[str, Any], *, on: bool) -> None:
-        """`on`: False in all processes but the first, which writes for all."""
+        """`on`: False in all processes but the first, which writes for all of them."""
         self.trackers = [_tracker(name, out, config) for name in trackers] if on else []
         self.file = (out / "log.jsonl").open("a") if on else None
 
-    def __enter__(self) -> Log:
+    def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *_: object) -> None:

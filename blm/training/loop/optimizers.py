@@ -1,7 +1,8 @@
-"""The optimizers of a run: AdamW, and if wanted Muon for the matrices inside a network's blocks.
+"""The optimizers of a run: AdamW, and optionally Muon for the matrices inside a network's blocks.
 
-Muon (Jordan et al., 2024, "Muon: An optimizer for hidden layers in neural networks") orthogonalises the
-moment of each matrix; docs/LOG.md tells what that gives here. It is torch's own, of torch 2.9 and later.
+Muon (Jordan et al., 2024, "Muon: An optimizer for hidden layers in neural networks") orthogonalises
+the momentum of each matrix. The implementation is torch's, of torch 2.9 and later; docs/LOG.md has
+measurements.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks)\.\d+\.")
 
 
 class Optimizers:
-    """What steps all trained parameters of a module; moments exist from the start, to be filled by `restore`.
+    """Steps all trained parameters of a module, some with AdamW and some with Muon.
 
-    `rate(name)` is the peak rate of AdamW for a parameter. With `muon` above 0 matrices in blocks are
-    Muon's, at `muon * rate(name) / lr`. Weight decay is for parameters of two or more dimensions. Raises
-    BlmError when nothing is to be trained, and for Muon without torch 2.9 or on sharded weights.
+    `learning_rate(name)` is the peak learning rate of AdamW for a parameter. With `muon` above 0,
+    matrices in blocks are stepped by Muon, at `muon * learning_rate(name) / lr`. Weight decay
+    applies to parameters of two or more dimensions. Moments exist from the start, so that
+    `restore_state` can fill them. Raises BlmError when no parameter is trained, and for Muon
+    without torch 2.9 or on sharded weights.
     """
 
     def __init__(
         self,
         module: nn.Module,
-        rate: Callable[[str], float],
+        learning_rate: Callable[[str], float],
         *,
         lr: float,
         muon: float,
@@ -43,37 +46,37 @@ class Optimizers:
         groups = defaultdict[tuple[bool, float, float], list[nn.Parameter]](list)
         for name, p in self.names.items():
             inner = muon > 0 and p.ndim == 2 and BLOCK.search(name) is not None
-            peak = rate(name) * (muon / lr if inner else 1.0)
+            peak = learning_rate(name) * (muon / lr if inner else 1.0)
             groups[inner, peak, weight_decay if p.ndim >= 2 else 0.0].append(p)
         options: dict[bool, list[dict[str, object]]] = {True: [], False: []}
         for (inner, peak, decay), ps in groups.items():
             options[inner].append({"params": ps, "peak": peak, "weight_decay": decay})
-        self.parts: list[torch.optim.Optimizer] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
         if options[False]:
-            self.parts.append(torch.optim.AdamW(options[False], lr=lr, betas=betas, fused=True))
+            self.optimizers.append(torch.optim.AdamW(options[False], lr=lr, betas=betas, fused=True))
         if options[True]:
-            self.parts.append(_muon(options[True]))
-        for part in self.parts:
-            for p in (p for group in part.param_groups for p in group["params"]):
-                part.state[p] = _moments(part, p)
+            self.optimizers.append(_muon(options[True]))
+        for optimizer in self.optimizers:
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                optimizer.state[p] = _initial_moments(optimizer, p)
 
-    def step(self, schedule: float) -> None:
-        """Step every parameter at this share of its peak rate."""
-        for part in self.parts:
-            for group in part.param_groups:
-                group["lr"] = group["peak"] * schedule
-            part.step()
+    def step(self, lr_factor: float) -> None:
+        """Step every parameter at this share of its peak learning rate."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * lr_factor
+            optimizer.step()
 
     def zero_grad(self) -> None:
-        for part in self.parts:
-            part.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
 
     def state(self) -> dict[str, Tensor]:
-        """The moments, by parameter and name."""
+        """Return the moments, named "<parameter>/<moment>"."""
         found: dict[str, Tensor] = {}
         for name, p in self.names.items():
-            part = next(part for part in self.parts if p in part.state)
-            found |= {f"{name}/{key}": value for key, value in part.state[p].items()}
+            optimizer = next(one for one in self.optimizers if p in one.state)
+            found |= {f"{name}/{key}": value for key, value in optimizer.state[p].items()}
         return found
 
 
@@ -86,8 +89,8 @@ def _muon(options: list[dict[str, object]]) -> torch.optim.Optimizer:
     return made(options)
 
 
-def _moments(part: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
-    if not isinstance(part, torch.optim.AdamW):
+def _initial_moments(optimizer: torch.optim.Optimizer, p: nn.Parameter) -> dict[str, Tensor]:
+    if not isinstance(optimizer, torch.optim.AdamW):
         return {"momentum_buffer": torch.zeros_like(p)}
     step = torch.zeros((), dtype=torch.float32, device=p.device)
     return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}

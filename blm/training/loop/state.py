@@ -1,7 +1,8 @@
-"""Checkpoints of the training loop: everything that a run needs to go on to the same bits, in safetensors.
+"""Checkpoints of the training loop, from which a run resumes to the same bits, in safetensors.
 
-`out/state-<steps done>.safetensors` holds trained weights, buffers, moments, the moving average and random
-states; its header the config. Tensors are stored whole, so the number of processes may change between runs.
+`out/state-<steps done>.safetensors` holds trained weights, buffers, optimizer moments, the EMA and
+the states of the random-number generators; its header holds the config. Tensors are stored
+unsharded, so the number of processes may change between runs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from blm.io import replacing, write_text
-from blm.training.loop.distributed import Processes, fill, full
+from blm.training.loop.distributed import Processes, copy_full_tensor, full_tensor
 from blm.types import BlmError
 
 _NAME = re.compile(r"state-\d{8,}\.safetensors")
@@ -29,22 +30,23 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted(path for path in out.glob("state-*.safetensors") if _NAME.fullmatch(path.name))
 
 
-def save(
+def save_state(
     out: Path, run: Mapping[str, Any], tensors: Mapping[str, Tensor], processes: Processes, keep: int
 ) -> None:
-    """Write the checkpoint of `run["done"]` steps in one move, and remove all but the last `keep`.
+    """Write the checkpoint after `run["done"]` steps atomically, and remove all but the last
+    `keep`.
 
-    Every process must call this; the first one writes.
+    Every process must call this; the first one writes. `run` becomes the header.
     """
     written, storages = {}, set[int]()
     for name, value in tensors.items():
-        whole = full(value.detach())
+        tensor = full_tensor(value.detach())
         if processes.first:
-            whole = whole.to("cpu").contiguous()
-            where = whole.untyped_storage().data_ptr()
-            # only what shares memory is copied: the format refuses it, and all of it may not fit twice
-            written[name] = whole.clone() if where in storages else whole
-            storages.add(where)
+            tensor = tensor.to("cpu").contiguous()
+            storage = tensor.untyped_storage().data_ptr()
+            # safetensors refuses shared memory; cloning everything might exceed memory
+            written[name] = tensor.clone() if storage in storages else tensor
+            storages.add(storage)
     written |= _random_states(processes)
     if processes.first:
         with replacing(out / f"state-{run['done']:08d}.safetensors") as temporary:
@@ -62,17 +64,19 @@ def _random_states(processes: Processes) -> dict[str, Tensor]:
     return states
 
 
-def restore(
+def restore_state(
     out: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     processes: Processes,
     may_change: tuple[str, ...],
 ) -> tuple[int, float]:
-    """Copy the newest checkpoint of `out`, if any, into `tensors`; return steps done and seconds spent.
+    """Copy the newest checkpoint of `out`, if any, into `tensors`; return steps done and seconds
+    spent.
 
-    Raises BlmError for a run of another module, or of another config but for the fields in `may_change`.
-    Random states are those of this process's rank; a rank that the run did not have keeps its own.
+    Restores the random states of this process's rank; a rank that the run did not have keeps its
+    own. Raises BlmError for a run of another module, or of a config that differs in fields other
+    than `may_change`.
     """
     found = checkpoints(out)
     if not found:
@@ -80,7 +84,7 @@ def restore(
     with safe_open(found[-1], "pt") as saved:
         header = json.loads((saved.metadata() or {}).get("run", "{}"))
         if not {"done", "seconds", "config"} <= header.keys():
-            raise BlmError(f"'{found[-1]}' is no checkpoint of a training here; use a new folder")
+            raise BlmError(f"'{found[-1]}' is no checkpoint of this program; use a new folder")
         mine = json.loads(json.dumps(config))
         there = {**header["config"], **{name: mine[name] for name in may_change}}
         if there != mine:
@@ -92,7 +96,7 @@ def restore(
             raise BlmError(f"{out} holds a run of another module: {strange} are in one of them only")
         with torch.no_grad():
             for name, value in tensors.items():
-                fill(value, saved.get_tensor(name))
+                copy_full_tensor(saved.get_tensor(name), value)
         if (cpu := f"rng/cpu/{processes.rank}") in stored:
             torch.set_rng_state(saved.get_tensor(cpu))
         if (cuda := f"rng/cuda/{processes.rank}") in stored and torch.cuda.is_available():
@@ -100,10 +104,11 @@ def restore(
     return header["done"], header["seconds"]
 
 
-def cut_log(log: Path, done: int) -> None:
-    """Remove the rows of a log after step `done`, and a row that a kill left unfinished.
+def truncate_log(log: Path, done: int) -> None:
+    """Remove the rows of a log after step `done`, and a last row that a killed process left
+    incomplete.
 
-    Raises BlmError for a file with rows that no training wrote: nothing of it is touched.
+    Raises BlmError, and leaves the file as it is, if it is no log of a training run.
     """
     text = log.read_text() if log.exists() else ""
     rows = text[: text.rfind("\n") + 1].splitlines()

@@ -1,7 +1,8 @@
-"""Stage II from a checkpoint: go on with its robots, or add further arms to it.
+"""Initial weights of Stage II: random, or those of a checkpoint, to which further robots may be
+added.
 
-A further arm is one more row in each per-embodiment weight. Trained with `only_new`, nothing else changes:
-what drives the other robots stays as it was, bit for bit.
+A further robot is one more row in each per-embodiment weight. With `only_new` only that row is
+trained, so the actions of the other robots stay the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,56 +22,62 @@ from blm.types import ActionSpace, BlmError, PolicyContract
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
-    """What a training begins with."""
+class InitialPolicy:
+    """The network that training starts from."""
 
     network: PolicyNetwork
     robots: tuple[str, ...]
-    """In the order of the rows of indexed weights."""
-    before: CheckpointPolicy | None = None
-    """The checkpoint that it goes on from."""
+    """In the order of their rows in the indexed weights."""
+    checkpoint: CheckpointPolicy | None = None
+    """The checkpoint that the weights come from."""
     only_new: bool = False
+    """Train only the rows of robots that the checkpoint does not have."""
 
     @property
-    def old(self) -> int:
-        """Number of rows that the checkpoint had."""
-        return len(self.before.contract.action_spaces) if self.before is not None else 0
+    def num_checkpoint_robots(self) -> int:
+        """Number of robots, and so of rows, of the checkpoint."""
+        return len(self.checkpoint.contract.action_spaces) if self.checkpoint is not None else 0
 
     def transforms(self) -> dict[str, RobotTransforms]:
-        """Those of the checkpoint: normalisation is a part of what was trained."""
-        return dict(self.before.transforms) if self.before is not None else {}
+        """Return the transforms of the checkpoint: its weights presuppose its normalisation."""
+        return dict(self.checkpoint.transforms) if self.checkpoint is not None else {}
 
     def spaces(self) -> dict[str, ActionSpace]:
-        return dict(self.before.contract.action_spaces) if self.before is not None else {}
+        """Return the action spaces of the checkpoint."""
+        return dict(self.checkpoint.contract.action_spaces) if self.checkpoint is not None else {}
 
     def freeze(self) -> None:
-        """Let only rows of indexed weights train, if only new ones shall."""
+        """With `only_new`, freeze all but the indexed weights; see also `restore_old_rows`."""
         if self.only_new:
             self.network.requires_grad_(False)
-            for layer in indexed(self.network):
+            for layer in indexed_layers(self.network):
                 layer.requires_grad_(True)
 
     @torch.no_grad()
-    def restore(self, trained: PolicyNetwork) -> None:
-        """Give rows back that were not to change: weight decay reached them, no loss did."""
-        if self.only_new and self.before is not None:
-            for now, then in zip(indexed(trained), indexed(self.before.network), strict=True):
-                now.weight[: self.old] = then.weight
-                now.bias[: self.old] = then.bias
+    def restore_old_rows(self, trained: PolicyNetwork) -> None:
+        """With `only_new`, copy the rows of the checkpoint's robots back: weight decay has changed
+        them."""
+        if self.only_new and self.checkpoint is not None:
+            count = self.num_checkpoint_robots
+            old_layers = indexed_layers(self.checkpoint.network)
+            for layer, old in zip(indexed_layers(trained), old_layers, strict=True):
+                layer.weight[:count] = old.weight
+                layer.bias[:count] = old.bias
 
 
-def indexed(network: nn.Module) -> list[IndexedLinear]:
+def indexed_layers(network: nn.Module) -> list[IndexedLinear]:
+    """Return the layers with one row of weights for each robot."""
     return [layer for layer in network.modules() if isinstance(layer, IndexedLinear)]
 
 
-def fresh(config: PolicyConfig, hidden_size: int, robots: Sequence[str], seed: int) -> Start:
-    """Return a network with random weights."""
+def from_scratch(config: PolicyConfig, hidden_size: int, robots: Sequence[str], seed: int) -> InitialPolicy:
+    """Return a network with random weights; torch's global generator keeps its state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Start(PolicyNetwork(config, hidden_size, len(robots)), tuple(robots))
+        return InitialPolicy(PolicyNetwork(config, hidden_size, len(robots)), tuple(robots))
 
 
-def continued(
+def from_checkpoint(
     policy: CheckpointPolicy,
     *,
     backbone: Backbone,
@@ -78,17 +85,18 @@ def continued(
     config: PolicyConfig,
     contract: PolicyContract,
     only_new: bool,
-) -> Start:
-    """Return a copy of the network of a checkpoint, with rows for those of `contract` that it does not know.
+) -> InitialPolicy:
+    """Return a copy of a checkpoint's network, with a further row for each new robot of `contract`.
 
-    Raises BlmError unless backbone, layer, policy and what robots share are those of the checkpoint, and if
-    `only_new` leaves nothing to train, or would train on a robot that shall not change.
+    Raises BlmError unless backbone, layer, policy config, cameras, image size and rate are those of
+    the checkpoint; and if `only_new` is set with no new robot, or with datasets of the checkpoint's
+    robots.
     """
     policy.frozen.require(backbone, "the checkpoint to start from")
-    there, old = policy.network.config, policy.contract
+    old = policy.contract
     pairs = {
         "layer": (policy.layer, layer),
-        "policy": (there, config),
+        "policy": (policy.network.config, config),
         "cameras": (old.cameras, contract.cameras),
         "image_size": (old.image_size, contract.image_size),
         "rate_hz": (old.rate_hz, contract.rate_hz),
@@ -105,4 +113,4 @@ def continued(
             "give datasets of other robots, or let all train"
         )
     network = with_embodiments(policy.network, len(new)).requires_grad_(True)
-    return Start(network, (*old.action_spaces, *new), policy, only_new)
+    return InitialPolicy(network, (*old.action_spaces, *new), policy, only_new)

@@ -1,7 +1,7 @@
-"""Which demonstrations a step of Stage II learns from, and their vectors.
+"""The sampler of Stage II: which frames a step trains on, and the batch made of them.
 
-A draw is a function of (seed, step) alone, noise and times included; the parts of a step, on several
-processes or one after the other, are together the samples of the whole.
+The samples of a step, their noise and flow times are a function of (seed, step) alone; the data
+shards of a step, on several processes or one after the other, together hold its samples.
 """
 
 from __future__ import annotations
@@ -19,55 +19,56 @@ from torch import Tensor
 from blm.datasets.lerobot import EpisodeDataset
 from blm.datasets.mixture import IndexArray, Mixture, kept_frames, split_episodes
 from blm.datasets.transforms import RobotTransforms, action_chunks, fit_transforms
+from blm.policy.codec import pad_dims
 from blm.policy.flow import sample_time
 from blm.policy.network import PolicyBatch, PolicyConfig
-from blm.policy.policy import pad_dims
-from blm.seeds import warning
-from blm.training.loop.distributed import Part
-from blm.training.policy.hidden_states import Rows, collate
+from blm.seeds import reserved_seeds_warning
+from blm.training.loop.distributed import DataShard
+from blm.training.policy.hidden_states import HiddenStateRows, collate
 from blm.types import ActionSpace, BlmError, PolicyContract
 
-WHOLE = Part()
+WHOLE_BATCH = DataShard()
 
 
-class Intents(Protocol):
-    """Where H_k of frames comes from: a cache, or the backbone."""
+class HiddenStateSource(Protocol):
+    """Source of the hidden states H_k of frames: a cache, or the backbone."""
 
-    def rows(self, frames: IndexArray, views: IndexArray | None = None) -> Rows: ...
+    def read(self, frames: IndexArray, views: IndexArray | None = None) -> HiddenStateRows: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PolicyDataset:
-    """What one dataset contributes: its episodes are split; its robot's transforms fit the training parts."""
+    """A dataset split into training and held-out frames, with its hidden states and transforms."""
 
     dataset: EpisodeDataset
-    intents: Intents | None
-    """None: the policy reads the pictures themselves."""
+    hidden_states: HiddenStateSource | None
+    """None: for a policy that takes pictures."""
     transforms: RobotTransforms
+    """Fitted to the training frames of all datasets of its robot."""
     train: IndexArray
     """Frame numbers."""
     held_out: IndexArray
-    """Frame numbers, of other episodes."""
+    """Frame numbers, of other episodes than `train`."""
     embodiment: int
-    """Number of its row in the indexed weights."""
+    """Row of its robot in the indexed weights."""
 
 
 @dataclass(frozen=True)
-class Draw:
-    """The samples of one part of a step."""
+class SampledFrames:
+    """The samples of one data shard of a step."""
 
-    robots: IndexArray
+    datasets: IndexArray
     """[B] numbers of datasets, ascending."""
     frames: IndexArray
-    """[B] frames in them."""
+    """[B] frame numbers in them."""
     views: IndexArray
-    """[B] augmented views; 0: the frame as it is."""
+    """[B] numbers of augmented views; 0: the frame itself."""
     noise: Tensor
     """[B, H, D] standard normal."""
     tau: Tensor
     """[B] flow times."""
     values: float
-    """Real values of a sample, on average over the whole step."""
+    """Mean number of real (not padded) action values of a sample, over the whole step."""
 
 
 def split(
@@ -80,19 +81,21 @@ def split(
     robots: Sequence[str],
     transforms: Mapping[str, RobotTransforms] | None = None,
 ) -> list[PolicyDataset]:
-    """Split the episodes of each dataset; fit a robot's transforms, unless they are given, to all of its.
+    """Split the episodes of each dataset, and fit the transforms of each robot, unless they are
+    given.
 
-    `robots` are in the order of their rows in the indexed weights. The result has no intents.
+    `robots` are in the order of their rows in the indexed weights. The result has no hidden states
+    yet.
     """
     parts = [(data, *_split_frames(data, stride, held_out, seed)) for data in datasets]
     fitted = dict(transforms or {})
     for robot in {data.space.robot for data in datasets} - {*fitted}:
         mine = [(data, train) for data, train, _ in parts if data.space.robot == robot]
-        fitted[robot] = _fit(mine, policy)
+        fitted[robot] = _fit_robot_transforms(mine, policy)
     return [
         PolicyDataset(
             dataset=data,
-            intents=None,
+            hidden_states=None,
             transforms=fitted[data.space.robot],
             train=train,
             held_out=held,
@@ -111,8 +114,10 @@ def _split_frames(
     return kept[~is_held], kept[is_held]
 
 
-def _fit(parts: Sequence[tuple[EpisodeDataset, IndexArray]], policy: PolicyConfig) -> RobotTransforms:
-    """Fit transforms to these frames of one robot's datasets."""
+def _fit_robot_transforms(
+    parts: Sequence[tuple[EpisodeDataset, IndexArray]], policy: PolicyConfig
+) -> RobotTransforms:
+    """Fit transforms to these frames of the datasets of one robot."""
     rows = []
     for data, train in parts:
         ends = data.starts[data.episode_index[train] + 1]
@@ -124,7 +129,8 @@ def _fit(parts: Sequence[tuple[EpisodeDataset, IndexArray]], policy: PolicyConfi
 def joint_contract(
     datasets: Sequence[EpisodeDataset], policy: PolicyConfig, *, cameras: tuple[str, ...], execute: int
 ) -> PolicyContract:
-    """Return the contract of one policy for all. Raises BlmError for datasets that do not go together."""
+    """Return the contract of one policy for all datasets. Raises BlmError for datasets that do not
+    match."""
     if len({data.content_hash for data in datasets}) != len(datasets) or not datasets:
         raise BlmError(f"give datasets, each once; got {[str(data.folder) for data in datasets]}")
     spaces = dict[str, ActionSpace]()
@@ -149,12 +155,13 @@ def joint_contract(
     )
 
 
-class Sampler:
-    """Draws the samples of each step: a robot and task by weight, then one of their frames."""
+class PolicySampler:
+    """Draws the samples of each step: a dataset and task by weight, then one of its frames
+    uniformly."""
 
     def __init__(
         self,
-        robots: Sequence[PolicyDataset],
+        datasets: Sequence[PolicyDataset],
         policy: PolicyConfig,
         *,
         batch_size: int,
@@ -163,105 +170,120 @@ class Sampler:
         views: int = 0,
         train: bool = True,
     ) -> None:
-        """`weights` as in PolicyTrainingConfig; `views`: augmented ones; `train`: else held out."""
-        self.robots, self.policy, self.views = robots, policy, views if train else 0
-        groups = list(_groups(robots, weights, train=train))
+        """`weights` as in PolicyTrainingConfig; `views`: augmented views of a frame.
+
+        `train`: sample training frames; else held-out frames, without augmentation.
+        """
+        self.datasets, self.policy = datasets, policy
+        self.views = views if train else 0
+        groups = list(_groups(datasets, weights, train=train))
         if not groups:
             raise BlmError("nothing to learn from: no robot and task in the data has a weight above zero")
-        self.robot = np.array([robot for robot, _, _ in groups])
-        self.frames = [frames for _, frames, _ in groups]
+        self.group_datasets = np.array([number for number, _, _ in groups])
+        self.group_frames = [frames for _, frames, _ in groups]
         self.mixture = Mixture(
-            sizes=tuple(map(len, self.frames)),
+            sizes=tuple(map(len, self.group_frames)),
             weights=tuple(weight for _, _, weight in groups),
             batch_size=batch_size,
             seed=2 * seed + (not train),
         )
 
-    def draw(self, step: int, part: Part = WHOLE) -> Draw:
+    def sample(self, step: int, shard: DataShard = WHOLE_BATCH) -> SampledFrames:
+        """Return the samples of one data shard of a step."""
         group, chosen = self.mixture.batch(step)
-        frames = np.array([self.frames[g][i] for g, i in zip(group, chosen, strict=True)])
-        robots = self.robot[group]
+        frames = np.array([self.group_frames[g][i] for g, i in zip(group, chosen, strict=True)])
+        datasets = self.group_datasets[group]
         seed = np.random.SeedSequence([self.mixture.seed, step]).generate_state(1)[0]
         generator = torch.Generator().manual_seed(int(seed))
-        noise = torch.randn((len(robots), self.policy.horizon, self.policy.max_dim), generator=generator)
-        tau = sample_time(len(robots), generator)
-        views = np.random.default_rng((self.mixture.seed, step, 1)).integers(self.views + 1, size=len(robots))
-        values = sum(self._values(i, frames[robots == i]) for i in np.unique(robots))
-        mine = np.arange(len(robots))[part.index :: part.count]
-        return Draw(robots[mine], frames[mine], views[mine], noise[mine], tau[mine], values / len(robots))
+        count = len(datasets)
+        noise = torch.randn((count, self.policy.horizon, self.policy.max_dim), generator=generator)
+        tau = sample_time(count, generator)
+        views = np.random.default_rng((self.mixture.seed, step, 1)).integers(self.views + 1, size=count)
+        values = sum(self._count_values(i, frames[datasets == i]) for i in np.unique(datasets))
+        mine = np.arange(count)[shard.index :: shard.count]
+        return SampledFrames(
+            datasets[mine], frames[mine], views[mine], noise[mine], tau[mine], values / count
+        )
 
-    def vectors(self, draw: Draw) -> dict[str, Any]:
-        """The fields of a PolicyBatch that need no picture."""
-        parts = [self._vectors(i, draw.frames[draw.robots == i]) for i in np.unique(draw.robots)]
+    def vectors(self, samples: SampledFrames) -> dict[str, Any]:
+        """Return the fields of a PolicyBatch other than hidden states."""
+        numbers = np.unique(samples.datasets)
+        parts = [self._vectors(i, samples.frames[samples.datasets == i]) for i in numbers]
         state, actions, real = (torch.cat(values) for values in zip(*parts, strict=True))
-        where = zip(draw.robots, draw.frames, strict=True)
+        where = zip(samples.datasets, samples.frames, strict=True)
         return {
             "state": state,
             "actions": actions,
             "real": real.bool(),
-            "embodiment": torch.tensor([self.robots[i].embodiment for i in draw.robots]),
-            "noise": draw.noise,
-            "tau": draw.tau,
-            "ids": [(str(self.robots[i].dataset.folder), int(frame)) for i, frame in where],
-            "values": draw.values,
+            "embodiment": torch.tensor([self.datasets[i].embodiment for i in samples.datasets]),
+            "noise": samples.noise,
+            "tau": samples.tau,
+            "ids": [(str(self.datasets[i].dataset.folder), int(frame)) for i, frame in where],
+            "values": samples.values,
         }
 
-    def __call__(self, step: int, part: Part = WHOLE) -> PolicyBatch:
-        """Return one part of the batch of a step, with hidden states now and in the future."""
-        draw = self.draw(step, part)
-        now, later = list[Any](), list[Any]()
-        for number in np.unique(draw.robots):
-            mine, robot = draw.robots == number, self.robots[number]
-            assert robot.intents is not None, "this sampler was made for pictures"
-            frames = draw.frames[mine]
-            now += robot.intents.rows(frames, draw.views[mine])
+    def __call__(self, step: int, shard: DataShard = WHOLE_BATCH) -> PolicyBatch:
+        """Return the batch of one data shard of a step, with hidden states now and `future_steps`
+        ahead."""
+        samples = self.sample(step, shard)
+        now, future = list[Any](), list[Any]()
+        for number in np.unique(samples.datasets):
+            mine, source = samples.datasets == number, self.datasets[number]
+            assert source.hidden_states is not None, "this sampler was made for a policy that takes pictures"
+            frames = samples.frames[mine]
+            now += source.hidden_states.read(frames, samples.views[mine])
             if self.policy.future_weight:
-                ends = robot.dataset.starts[robot.dataset.episode_index[frames] + 1]
-                later += robot.intents.rows(np.minimum(frames + self.policy.future_steps, ends - 1))
+                ends = source.dataset.starts[source.dataset.episode_index[frames] + 1]
+                future += source.hidden_states.read(np.minimum(frames + self.policy.future_steps, ends - 1))
         hidden, mask = collate(now)
-        future_hidden, future_mask = collate(later or now)
+        future_hidden, future_mask = collate(future or now)
         return PolicyBatch(
             hidden=hidden,
             mask=mask,
             future_hidden=future_hidden,
             future_mask=future_mask,
-            **self.vectors(draw),
+            **self.vectors(samples),
         )
 
-    def _values(self, index: int, frames: IndexArray) -> float:
-        """Real values in the action chunks of one robot's frames."""
-        data = self.robots[index].dataset
+    def _count_values(self, index: int, frames: IndexArray) -> float:
+        """Count the real action values in the chunks of these frames of one dataset."""
+        data = self.datasets[index].dataset
         left = data.starts[data.episode_index[frames] + 1] - frames
         return float(np.minimum(left, self.policy.horizon).sum() * data.space.dim)
 
     def _vectors(self, index: int, frames: IndexArray) -> tuple[Tensor, ...]:
-        """State, actions, and what is real in them, of one robot's frames."""
-        robot, policy = self.robots[index], self.policy
-        data = robot.dataset
+        """Return state [B, D], actions [B, H, D] and their mask [B, H, D] for frames of one
+        dataset."""
+        source, policy = self.datasets[index], self.policy
+        data = source.dataset
         ends, states = data.starts[data.episode_index[frames] + 1], data.states[frames]
         chunks, inside = action_chunks(data.actions, frames, ends, policy.horizon)
         values = (
-            robot.transforms.state.forward(states),
-            robot.transforms.actions.forward(chunks, states),
+            source.transforms.state.forward(states),
+            source.transforms.actions.forward(chunks, states),
             np.broadcast_to(inside[..., None], chunks.shape).astype(np.float32),
         )
         return tuple(pad_dims(value, policy.max_dim) for value in values)
 
 
-def anything_held_out(robots: Sequence[PolicyDataset], weights: Mapping[str, float]) -> bool:
-    """Whether any held-out frame has a weight: few episodes may hold out none of what is trained."""
-    return any(True for _ in _groups(robots, weights, train=False))
+def anything_held_out(datasets: Sequence[PolicyDataset], weights: Mapping[str, float]) -> bool:
+    """Return whether any held-out frame has a weight above 0; with few episodes there may be
+    none."""
+    return any(True for _ in _groups(datasets, weights, train=False))
 
 
 def _groups(
-    robots: Sequence[PolicyDataset], weights: Mapping[str, float], *, train: bool
+    datasets: Sequence[PolicyDataset], weights: Mapping[str, float], *, train: bool
 ) -> Iterator[tuple[int, IndexArray, float]]:
-    """Yield number of the robot, frames and weight of each robot and task; robots come in order."""
-    known = {robot.dataset.space.robot for robot in robots} | {t for r in robots for t in r.dataset.tasks}
+    """Yield number of the dataset, frames and weight of each dataset and task, in the order of
+    datasets."""
+    known = {source.dataset.space.robot for source in datasets}
+    known |= {task for source in datasets for task in source.dataset.tasks}
     if unknown := sorted({*weights} - known):
         raise BlmError(f"weights for {unknown}, which no dataset holds; valid: {', '.join(sorted(known))}")
-    for number, robot in enumerate(robots):
-        data, frames = robot.dataset, robot.train if train else robot.held_out
+    for number, source in enumerate(datasets):
+        data = source.dataset
+        frames = source.train if train else source.held_out
         tasks = np.asarray(data.tasks)[data.episode_index[frames]]
         for task in sorted({*tasks.tolist()}):
             mine = frames[tasks == task]
@@ -271,18 +293,19 @@ def _groups(
 
 
 def warn_of_reserved(datasets: Sequence[EpisodeDataset]) -> dict[str, Any]:
-    """Print a warning for each dataset with scenes that are reserved; return what a checkpoint says of them.
+    """Print a warning for each dataset with scenes of reserved seeds, and return the provenance to
+    store.
 
-    That is {"reserved_seeds": {folder: {purpose: episodes}}}, or nothing if there are none.
+    That is {"reserved_seeds": {folder: {purpose: episodes}}}, or {} if there are none.
     """
     found = {str(data.folder): counts for data in datasets if (counts := data.reserved_seeds)}
     for folder, counts in found.items():
-        Console(stderr=True).print(f"warning: {warning(folder, counts)}", soft_wrap=True)
+        Console(stderr=True).print(f"warning: {reserved_seeds_warning(folder, counts)}", soft_wrap=True)
     return {"reserved_seeds": found} if found else {}
 
 
 def require_weights(weights: Mapping[str, float]) -> None:
-    """Raise BlmError for a weight that is not a number from 0 on."""
+    """Raise BlmError for a weight that is negative or not finite."""
     for name, weight in weights.items():
         if not 0 <= weight < math.inf:
             raise BlmError(f"the weight of '{name}' is {weight}; it must be 0 (never) or more")

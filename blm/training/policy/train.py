@@ -1,7 +1,8 @@
-"""Stage II: train bridge and policy on demonstrations, with the backbone frozen, and prove that it was.
+"""Stage II, policy training: bridge and policy on demonstrations, with a frozen backbone.
 
-One joint model for several robots, each with one row in the indexed weights. With a cache of intents the
-backbone is in memory only before the first step and after the last.
+One policy for several robots, each with one row in the indexed weights. With a hidden-state cache
+the backbone is in memory only before the first step and after the last. The run ends with a proof
+that the backbone has not changed.
 """
 
 from __future__ import annotations
@@ -24,56 +25,63 @@ from blm.io import replacing
 from blm.policy.checkpoint import require_free
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, FrozenProof
-from blm.training.loop.distributed import Part, Processes
-from blm.training.loop.loop import Ema, LoopConfig, Piece, run_loop
-from blm.training.policy.add_robot import Start, continued, fresh
+from blm.training.loop.batches import Microbatch
+from blm.training.loop.distributed import DataShard, Processes
+from blm.training.loop.ema import Ema
+from blm.training.loop.loop import LoopConfig, run_loop
+from blm.training.policy.add_robot import InitialPolicy, from_checkpoint, from_scratch
 from blm.training.policy.hidden_states import (
     HiddenStateConfig,
     LiveHiddenStates,
     cache_hidden_states,
-    claim,
     describe,
 )
 from blm.training.policy.sampler import (
-    Intents,
+    HiddenStateSource,
     PolicyDataset,
-    Sampler,
+    PolicySampler,
     anything_held_out,
     joint_contract,
     require_weights,
     split,
     warn_of_reserved,
 )
+from blm.training.run_inputs import require_same_inputs
 from blm.types import BlmError, PolicyContract, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyTrainingConfig:
-    """All of Stage II."""
+    """Stage II: data, backbone, policy, training loop."""
 
     datasets: tuple[Path, ...]
-    """Dataset folders, one or several a robot (demonstrations, corrections)."""
+    """Dataset folders, one or several for each robot (demonstrations, corrections)."""
     backbone: str
     """Folder that Stage I wrote, or a name of BACKBONES."""
     intents: HiddenStateConfig
+    """Hidden states H_k, from which the bridge makes intent tokens."""
     loop: LoopConfig
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     cache: Path | None = None
-    """Folder for the intent caches, one a dataset, shared by runs; None: compute H_k for every batch anew."""
+    """Folder of the hidden-state caches, one for each dataset, shared by runs; None: compute H_k
+    for every batch."""
     start: Path | None = None
-    """Checkpoint to go on from, with its robots or with further ones; None: random weights."""
+    """Checkpoint whose weights to start from, with its robots or with further ones; None: random
+    weights."""
     only_new: bool = False
-    """Train nothing but the rows of robots that the checkpoint does not know."""
+    """Train only the rows of robots that the checkpoint does not have."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Robot or task -> how many times as often as others its frames are drawn; 0: never."""
+    """Robot or task -> sampling weight of its frames, relative to 1; 0: never sampled."""
     execute: int = 8
-    """Actions of a chunk to execute before asking again; stored in the contract."""
+    """Actions of a chunk to execute before the next observation; stored in the contract."""
     held_out: float = 0.05
-    """Fraction of the episodes of each dataset kept for the validation loss; 0: none."""
+    """Fraction of the episodes of each dataset that is held out for the validation loss; 0:
+    none."""
     validation_batches: int = 8
+    """Batches of held-out frames in one validation."""
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the backbone."""
+    """Precision of the backbone's weights."""
 
     def __post_init__(self) -> None:
         require_numbers(self, held_out=(0, 0.9), validation_batches=(0, 1_000_000))
@@ -87,11 +95,12 @@ class PolicyTrainingConfig:
             raise BlmError(f"stride {stride} of the intents must divide future_steps = {steps}")
 
 
-def open_robots(
-    backbone: Backbone, datasets: Sequence[EpisodeDataset], config: PolicyTrainingConfig, start: Start
+def open_datasets(
+    backbone: Backbone, datasets: Sequence[EpisodeDataset], config: PolicyTrainingConfig, start: InitialPolicy
 ) -> list[PolicyDataset]:
-    """Split the episodes, fit the transforms, and fill the caches of intents, if wanted."""
-    robots = split(
+    """Split the episodes, fit the transforms, and open the hidden states, filling caches where
+    needed."""
+    opened = split(
         datasets,
         config.policy,
         stride=config.intents.stride,
@@ -101,29 +110,33 @@ def open_robots(
         transforms=start.transforms(),
     )
     return [
-        replace(robot, intents=_intents(backbone, robot.dataset, config, name))
-        for robot, name in zip(robots, cache_names(datasets), strict=True)
+        replace(one, hidden_states=_hidden_states(backbone, one.dataset, config, name))
+        for one, name in zip(opened, cache_names(datasets), strict=True)
     ]
 
 
-def _intents(backbone: Backbone, dataset: EpisodeDataset, config: PolicyTrainingConfig, name: str) -> Intents:
+def _hidden_states(
+    backbone: Backbone, dataset: EpisodeDataset, config: PolicyTrainingConfig, name: str
+) -> HiddenStateSource:
     if config.cache is None:
         return LiveHiddenStates(backbone, dataset, config.intents)
     return cache_hidden_states(backbone, config.backbone, dataset, config.intents, config.cache / name)
 
 
 def cache_names(datasets: Sequence[EpisodeDataset]) -> list[str]:
-    """Return "panda" for the first dataset of a robot, then "panda-2", .."""
+    """Return the folder names of caches: "panda" for the first dataset of a robot, then "panda-2",
+    .."""
     names = [data.space.robot for data in datasets]
-    counts = (names[: place + 1].count(name) for place, name in enumerate(names))
+    counts = (names[: number + 1].count(name) for number, name in enumerate(names))
     return [name if count == 1 else f"{name}-{count}" for name, count in zip(names, counts, strict=True)]
 
 
-def sampler_of(
-    robots: Sequence[PolicyDataset], config: PolicyTrainingConfig, *, train: bool = True
-) -> Sampler:
-    return Sampler(
-        robots,
+def make_sampler(
+    datasets: Sequence[PolicyDataset], config: PolicyTrainingConfig, *, train: bool = True
+) -> PolicySampler:
+    """Return the sampler of training frames, or of held-out frames."""
+    return PolicySampler(
+        datasets,
         config.policy,
         batch_size=config.loop.batch_size,
         seed=config.loop.seed,
@@ -133,19 +146,23 @@ def sampler_of(
     )
 
 
-Drive = Callable[[int, CheckpointPolicy], Mapping[str, float]]
-"""What a policy does after so many steps: "success" (0..1), and what else shall be logged."""
+ClosedLoopValidation = Callable[[int, CheckpointPolicy], Mapping[str, float]]
+"""(steps done, policy) -> metrics of closed-loop episodes: "success" (0..1), and others to log."""
 
 
 def train_stage2(
-    config: PolicyTrainingConfig, out: Path, provenance: Mapping[str, Any], *, drive: Drive | None = None
+    config: PolicyTrainingConfig,
+    out: Path,
+    provenance: Mapping[str, Any],
+    *,
+    validate: ClosedLoopValidation | None = None,
 ) -> Path:
-    """Train, log to `out/log.jsonl`, write and return the folder `out/checkpoint`; a killed run continues.
+    """Train a policy, log to `out/log.jsonl`, write and return the folder `out/checkpoint`.
 
-    `out/best` is the checkpoint of the evaluation with the highest success of `drive`, which then needs the
-    backbone in memory, or without it with the lowest validation loss. `provenance` (the command, for
-    instance) is stored in both, and below "start" that of the checkpoint that training went on from. Raises
-    BlmError if datasets and config do not fit together, and if the backbone is not bit for bit what it was.
+    A killed run resumes. `out/best` is the checkpoint with the highest success in `validate` (which
+    keeps the backbone in memory), or without it, with the lowest validation loss. `provenance` (the
+    command, for instance) is stored in both, with that of the checkpoint to start from as "start".
+    Raises BlmError if datasets and config do not match, and if the backbone has changed.
     """
     processes = Processes.join(torch.device(config.device).type)
     config = replace(config, device=str(processes.device))
@@ -155,22 +172,17 @@ def train_stage2(
     contract = joint_contract(datasets, config.policy, cameras=config.intents.cameras, execute=config.execute)
     start = _start(backbone, contract, config)
     inputs = _inputs(backbone, datasets, start, config)
-    origin = {"start": start.before.provenance} if start.before is not None else {}
+    origin = {"start": start.checkpoint.provenance} if start.checkpoint is not None else {}
     facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs, **origin}
     facts |= warn_of_reserved(datasets) if processes.first else {}
     if processes.first:
-        for name in ("checkpoint", "best"):
-            require_free(out / name)
-        claim(out / "inputs.json", inputs, f"'{out}' holds another run")
-        robots = open_robots(backbone, datasets, config, start)  # fills the caches
-    processes.wait()
-    if not processes.first:
-        robots = open_robots(backbone, datasets, config, start)
+        _prepare_folder(out, inputs)
+    opened = _open_first_alone(processes, lambda: open_datasets(backbone, datasets, config, start))
 
     def policy(weights: PolicyNetwork) -> CheckpointPolicy:
-        start.restore(weights)
+        start.restore_old_rows(weights)
         spaces = {**start.spaces(), **contract.action_spaces}
-        fitted = {robot.dataset.space.robot: robot.transforms for robot in robots}
+        fitted = {one.dataset.space.robot: one.transforms for one in opened}
         return CheckpointPolicy(
             backbone=backbone,
             frozen=frozen,
@@ -180,16 +192,19 @@ def train_stage2(
             contract=replace(contract, action_spaces={name: spaces[name] for name in start.robots}),
         )
 
-    ema, driven = Ema(start.network, config.policy.ema), drive if processes.first else None
-    if config.cache is not None and drive is None:
+    def validate_weights(step: int, weights: PolicyNetwork) -> Mapping[str, float]:
+        return validate(step, policy(weights)) if validate is not None and processes.first else {}
+
+    ema = Ema(start.network, config.policy.ema)
+    if config.cache is not None and validate is None:
         del backbone
-    _run(start.network, ema, robots, config, out, driven and (lambda step, now: driven(step, policy(now))))
-    if config.cache is not None and drive is None:
+    _run(start.network, ema, opened, config, out, validate_weights)
+    if config.cache is not None and validate is None:
         backbone = _load_backbone(config)
     frozen.require(backbone, "after Stage II")
     if processes.first:
         policy(cast(PolicyNetwork, ema.module)).save(out / "checkpoint", facts)
-        best = Best(out)
+        best = BestCheckpoint(out)
         if best.facts:
             best.load(start.network)
             policy(start.network).save(out / "best", {**facts, **best.facts})
@@ -197,11 +212,31 @@ def train_stage2(
     return out / "checkpoint"
 
 
-def _start(backbone: Backbone, contract: PolicyContract, config: PolicyTrainingConfig) -> Start:
+def _prepare_folder(out: Path, inputs: Mapping[str, Any]) -> None:
+    """Raise BlmError if the run may not write to `out`; record its inputs."""
+    for name in ("checkpoint", "best"):
+        require_free(out / name)
+    require_same_inputs(out / "inputs.json", inputs, f"'{out}' holds another run")
+
+
+def _open_first_alone(
+    processes: Processes, open_all: Callable[[], list[PolicyDataset]]
+) -> list[PolicyDataset]:
+    """Open the datasets in the first process, which fills the caches, and only then in the
+    others."""
+    if processes.first:
+        opened = open_all()
+    processes.wait()
+    return opened if processes.first else open_all()
+
+
+def _start(backbone: Backbone, contract: PolicyContract, config: PolicyTrainingConfig) -> InitialPolicy:
     if config.start is None:
-        start = fresh(config.policy, backbone.hidden_size, list(contract.action_spaces), config.loop.seed)
+        start = from_scratch(
+            config.policy, backbone.hidden_size, list(contract.action_spaces), config.loop.seed
+        )
     else:
-        start = continued(
+        start = from_checkpoint(
             CheckpointPolicy.load(config.start),
             backbone=backbone,
             layer=config.intents.layer,
@@ -215,22 +250,22 @@ def _start(backbone: Backbone, contract: PolicyContract, config: PolicyTrainingC
 
 
 def _inputs(
-    backbone: Backbone, datasets: Sequence[EpisodeDataset], start: Start, config: PolicyTrainingConfig
+    backbone: Backbone, datasets: Sequence[EpisodeDataset], start: InitialPolicy, config: PolicyTrainingConfig
 ) -> dict[str, Any]:
-    """Everything that a run depends on, beside the loop's own config."""
+    """Return everything that a run depends on, beside the loop's own config, for inputs.json."""
     return {
         "robots": list(start.robots),
         "intents": [describe(backbone, data, config.intents) for data in datasets],
         "policy": asdict(config.policy),
         "weights": dict(config.weights),
         "held_out": config.held_out,
-        "start": start.before.contract.revision if start.before is not None else "",
+        "start": start.checkpoint.contract.revision if start.checkpoint is not None else "",
         "only_new": config.only_new,
     }
 
 
-class Best:
-    """The weights of the best evaluation of a run, in `out/best.safetensors`."""
+class BestCheckpoint:
+    """Tracks the weights with the best validation of a run, in `out/best.safetensors`."""
 
     def __init__(self, out: Path) -> None:
         self.file, self.facts = out / "best.safetensors", dict[str, str]()
@@ -238,54 +273,60 @@ class Best:
             with safe_open(self.file, "pt") as stored:
                 self.facts = stored.metadata() or {}
 
-    def keep(self, weights: nn.Module, step: int, found: Mapping[str, float]) -> None:
-        """Keep these weights if they are the best so far: by success, or without it by validation loss."""
-        score = found.get("success", -found.get("val_loss_flow", math.inf))
+    def update(self, weights: nn.Module, step: int, metrics: Mapping[str, float]) -> None:
+        """Save these weights if they are the best so far: by success, or else by validation
+        loss."""
+        score = metrics.get("success", -metrics.get("val_loss_flow", math.inf))
         if score > float(self.facts.get("score", -math.inf)):
             self.facts = {"score": str(score), "step": str(step)}
             with replacing(self.file) as temporary:
                 save_file(weights.state_dict(), temporary, self.facts)
 
     def load(self, network: nn.Module) -> None:
+        """Copy the best weights into `network`."""
         network.load_state_dict(load_file(self.file))
 
 
 def _run(
     network: PolicyNetwork,
     ema: Ema,
-    robots: Sequence[PolicyDataset],
+    datasets: Sequence[PolicyDataset],
     config: PolicyTrainingConfig,
     out: Path,
-    drive: Callable[[int, PolicyNetwork], Mapping[str, float]] | None,
+    validate: Callable[[int, PolicyNetwork], Mapping[str, float]],
 ) -> None:
-    teacher, names = cast(PolicyNetwork, ema.module), ("loss_flow", "loss_future")
-    best, first = Best(out), Processes.join(torch.device(config.device).type).first
+    """Run the training loop; the EMA is both teacher of the future loss and the network to
+    validate."""
+    teacher = cast(PolicyNetwork, ema.module)
+    names = ("loss_flow", "loss_future")
+    best = BestCheckpoint(out)
+    first = Processes.join(torch.device(config.device).type).first
 
     def loss(batch: PolicyBatch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         losses = network.loss(batch.to(config.device), teacher)
         return losses["loss"], {name: losses[name].detach() for name in names}
 
-    held = anything_held_out(robots, config.weights)
-    if config.held_out and not held and first:
+    held_out = anything_held_out(datasets, config.weights)
+    if config.held_out and not held_out and first:
         Console(stderr=True).print("no held-out episode is of what is trained: there is no validation loss")
 
     def evaluate(step: int) -> Mapping[str, float]:
-        found = dict[str, float]()
-        if held and config.validation_batches:
-            batches = map(sampler_of(robots, config, train=False), range(config.validation_batches))
-            rows = [teacher.loss(batch.to(config.device), teacher) for batch in batches]
-            found |= {f"val_{name}": sum(float(row[name]) for row in rows) / len(rows) for name in names}
-        if drive is not None:
-            found |= drive(step, teacher)
+        metrics = dict[str, float]()
+        if held_out and config.validation_batches:
+            batches = map(make_sampler(datasets, config, train=False), range(config.validation_batches))
+            losses = [teacher.loss(batch.to(config.device), teacher) for batch in batches]
+            for name in names:
+                metrics[f"val_{name}"] = sum(float(loss[name]) for loss in losses) / len(losses)
+        metrics |= validate(step, teacher)
         if first:
-            best.keep(teacher, step, found)
-        return found
+            best.update(teacher, step, metrics)
+        return metrics
 
-    sampler = sampler_of(robots, config)
+    sampler = make_sampler(datasets, config)
 
-    def next_batch(step: int, part: Part) -> Piece[PolicyBatch]:
-        batch = sampler(step, part)
-        return Piece(batch, batch.ids, weight=len(batch.ids))
+    def next_batch(step: int, shard: DataShard) -> Microbatch[PolicyBatch]:
+        batch = sampler(step, shard)
+        return Microbatch(batch, batch.ids, weight=len(batch.ids))
 
     run_loop(network, loss, next_batch, config.loop, out, ema=ema, on_eval=evaluate)
 

@@ -1,9 +1,11 @@
-"""What a new nano learns before Stage I proper, and what it learns beside it.
+"""Pretraining of nano, before Stage I.
 
-A pretrained backbone can see, read a list and compute before it is fine-tuned; nano starts from nothing.
-First its eye learns to find things (`eye.py`). Then the language model is drilled: it tells what the eye has
-found in one picture at a time, and, from conversations that show no picture but tell what is in it, what
-follows from that - ways, distances, order. Some of these stay in Stage I proper.
+A pretrained backbone can perceive, read lists and compute before it is fine-tuned; nano starts from
+random weights. First its vision tower learns to localise things (`vision_tower.py`). Then the
+language model is trained on the grounding drill (which things are in a picture, and where, one
+picture at a time) and on text-only scenes: conversations that list the positions of things in words
+instead of showing pictures, and ask for distances, directions and order. Text-only scenes are also
+a part of Stage I.
 """
 
 from __future__ import annotations
@@ -20,74 +22,82 @@ import numpy as np
 from blm.backbone import Backbone, build_nano
 from blm.backbone.nano.vision_tower import ConvVision
 from blm.corpora import Conversation
+from blm.corpora.scenes.annotations import QuestionSampler, QuestionTurn, by_kind, to_messages
 from blm.corpora.scenes.comparing import comparisons
-from blm.corpora.scenes.facts import Drawer, Turn, by_kind, to_messages
 from blm.corpora.scenes.questions import read_scan
 from blm.training.loop.loop import LoopConfig
-from blm.training.pretraining.vision_tower import scanned, teach_eye
+from blm.training.pretraining.vision_tower import pretrain_vision_tower, scanned_views
 from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
 from blm.types import Message
 
-EYE = LoopConfig(steps=3000, batch_size=32, lr=3e-3, clip=5.0, title="nano's eye")
-DRILL = LoopConfig(steps=1500, batch_size=8, lr=2e-3, muon=0.02, title="nano's drill")
-FINDING = ("scan", "point", "box")
-"""Kinds that say what and where things are in a view: NAME_VIEW."""
-COMPARED = 4
-"""More comparisons in a told conversation: to choose the least of several numbers and say whose it is takes
-a small model from scratch far more examples than scenes hold questions (docs/LOG.md)."""
-TOLD_SHARE = 0.25
-"""Share of told conversations in the drill and in Stage I proper."""
+VISION_TOWER_LOOP = LoopConfig(steps=3000, batch_size=32, lr=3e-3, clip=5.0, title="nano's eye")
+GROUNDING_DRILL_LOOP = LoopConfig(steps=1500, batch_size=8, lr=2e-3, muon=0.02, title="nano's drill")
+GROUNDING_KINDS = ("scan", "point", "box")
+"""Kinds of questions about which things are in a view, and where; a kind is named KIND_VIEW."""
+EXTRA_COMPARISONS = 4
+"""Comparisons added to a text-only scene: to select the smallest of several numbers and name
+its object takes a small model from scratch far more examples than scenes have questions
+(docs/LOG.md)."""
+TEXT_ONLY_SHARE = 0.25
+"""Share of text-only scenes in the grounding drill and in Stage I."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schooling:
-    """What a new nano learns before Stage I proper. Finding comes first: mixed with all other questions from
-    the beginning it was not learnt within the runs in docs/LOG.md."""
+class NanoPretrainingConfig:
+    """Pretraining of a new nano. Localisation comes first: mixed with all other questions from the
+    beginning, it was not learnt within the runs in docs/LOG.md."""
 
-    eye: LoopConfig = EYE
-    """The eye alone."""
-    drill: LoopConfig = DRILL
-    """The language model: one picture at a time, and what is told."""
+    eye: LoopConfig = VISION_TOWER_LOOP
+    """Training of the vision tower alone."""
+    drill: LoopConfig = GROUNDING_DRILL_LOOP
+    """Training of the language model, on the grounding drill and on text-only scenes."""
 
 
-def taught_nano(
-    corpora: Sequence[tuple[Sequence[Conversation], Path]], schooling: Schooling, out: Path, *, seed: int = 0
+def pretrain_nano(
+    corpora: Sequence[tuple[Sequence[Conversation], Path]],
+    config: NanoPretrainingConfig,
+    out: Path,
+    *,
+    seed: int = 0,
 ) -> Backbone:
-    """Return a nano with a tokenizer of these corpora's texts, which finds the things that they scan.
+    """Return a pretrained nano, with a tokenizer trained on the texts of these corpora.
 
-    `corpora` are conversations and the folder of their pictures; without scans in them it stays untrained.
-    Continues a killed schooling in `out`.
+    `corpora` are conversations and the folder of their pictures. Without scan turns in them the
+    weights stay random. Resumes a killed run in `out`.
     """
-    views = [view for rows, root in corpora for row in rows for view in scanned(row, root)]
-    things = sorted({name for view in views for name in view.places or ()})
+    views = [view for rows, root in corpora for row in rows for view in scanned_views(row, root)]
+    things = sorted({name for view in views for name in view.positions or ()})
     steps, names = (sorted({getattr(view, kind) for view in views} - {""}) for kind in ("step", "name"))
     texts = (m.text for rows, _ in corpora for row in rows for m in row.messages)
     backbone = build_nano(texts, seed=seed, things=things, steps=steps, views=names)
     if not views:
         return backbone
-    teach_eye(backbone, views, schooling.eye, out / "eye")
-    views_alone = [(root, [one.messages for row in rows for one in alone(row)]) for rows, root in corpora]
+    pretrain_vision_tower(backbone, views, config.eye, out / "eye")
+    drills = [
+        (root, [one.messages for row in rows for one in grounding_drill(row)]) for rows, root in corpora
+    ]
     sources = [
         TrainingSource(name=root.name, conversations=found, root=root, weight=float(len(found)))
-        for root, found in views_alone
+        for root, found in drills
         if found
     ]
     if not sources:
         return backbone
-    sources = with_told(sources, [rows for rows, _ in corpora], schooling.drill)
-    seen = schooling.drill.steps * schooling.drill.batch_size
-    sources = [replace(source, conversations=source.conversations[:seen]) for source in sources]
-    train_stage1(backbone, sources, Stage1Config(loop=schooling.drill, vision_scale=0.0), out / "drill")
+    sources = add_text_only_scenes(sources, [rows for rows, _ in corpora], config.drill)
+    count = config.drill.steps * config.drill.batch_size  # no more than training will use
+    sources = [replace(source, conversations=source.conversations[:count]) for source in sources]
+    train_stage1(backbone, sources, Stage1Config(loop=config.drill, vision_scale=0.0), out / "drill")
     return backbone
 
 
-def alone(row: Conversation) -> Iterator[Conversation]:
-    """Each picture that shows something, with the turns that say what and where things are in it."""
+def grounding_drill(row: Conversation) -> Iterator[Conversation]:
+    """Yield a conversation for each picture that shows something, with the turns about what is
+    where in it."""
     images, answers = row.media, [m.text for m in row.messages if m.role == "assistant"]
     scans = [turn for turn, kind in enumerate(row.kinds) if kind.startswith("scan_") and kind != "scan_step"]
     for image, scan in zip(images, scans, strict=False):
         view = row.kinds[scan].removeprefix("scan")
-        kinds = [f"{finding}{view}" for finding in FINDING]
+        kinds = [f"{kind}{view}" for kind in GROUNDING_KINDS]
         turns = [turn for turn, kind in enumerate(row.kinds) if kind in kinds]
         if read_scan(answers[scan]):
             first, *rest = (Message(m.role, (m.text,)) for m in row.select(turns).messages)
@@ -96,50 +106,61 @@ def alone(row: Conversation) -> Iterator[Conversation]:
 
 
 def is_nano(backbone: Backbone) -> bool:
-    """Whether a backbone has nano's eye."""
+    """Return whether a backbone has nano's vision tower."""
     return isinstance(getattr(backbone.model.base_model, "vision_tower", None), ConvVision)
 
 
-def for_nano(
+def nano_sources(
     sources: Sequence[tuple[Sequence[Conversation], Path, float]], loop: LoopConfig
 ) -> list[TrainingSource]:
-    """What a taught nano learns in Stage I proper, of conversations, the folder of their pictures, and their
-    weight: all but the scans, and what can be told as well."""
-    rest = [
+    """Return the sources of Stage I for a pretrained nano: conversations without scan turns,
+    text-only scenes.
+
+    `sources` are conversations, the folder of their pictures, and their weight.
+    """
+    without_scans = [
         TrainingSource(
             name=root.name,
-            conversations=[without_scans(row).messages for row in rows],
+            conversations=[without_scan_turns(row).messages for row in rows],
             root=root,
             weight=weight,
-            places=[f"{root}, {row.id}" for row in rows],
+            locations=[f"{root}, {row.id}" for row in rows],
         )
         for rows, root, weight in sources
     ]
-    return with_told(rest, [rows for rows, _, _ in sources], loop)
+    return add_text_only_scenes(without_scans, [rows for rows, _, _ in sources], loop)
 
 
-def with_told(
+def add_text_only_scenes(
     sources: Sequence[TrainingSource], corpora: Iterable[Sequence[Conversation]], loop: LoopConfig
 ) -> list[TrainingSource]:
-    """Add what is told of these conversations, if anything is: as much, drawn from all, as `loop` reads."""
+    """Add a source of text-only scenes drawn from all conversations, as many as training with
+    `loop` uses."""
     rows = [row for rows in corpora for row in rows]
     order = np.random.default_rng(loop.seed).permutation(len(rows))
-    found = (talk.messages for index in order if (talk := told(rows[index])) is not None)
-    said = list(islice(found, ceil(TOLD_SHARE * loop.steps * loop.batch_size)))
-    weight = TOLD_SHARE / (1 - TOLD_SHARE) * sum(source.weight for source in sources)
-    more = [TrainingSource(name="told", conversations=said, weight=weight)] if said else []
-    return [*sources, *more]
+    scenes = (scene.messages for index in order if (scene := text_only_scene(rows[index])) is not None)
+    conversations = list(islice(scenes, ceil(TEXT_ONLY_SHARE * loop.steps * loop.batch_size)))
+    if not conversations:
+        return list(sources)
+    weight = TEXT_ONLY_SHARE / (1 - TEXT_ONLY_SHARE) * sum(source.weight for source in sources)
+    return [*sources, TrainingSource(name="told", conversations=conversations, weight=weight)]
 
 
-def without_scans(row: Conversation) -> Conversation:
-    """What is left for Stage I proper: the drill has taught the scans, a fifth of all tokens."""
+def without_scan_turns(row: Conversation) -> Conversation:
+    """Return a conversation without its scan turns, a fifth of all tokens: the drill has trained on
+    them."""
     rest = [turn for turn, kind in enumerate(row.kinds) if not kind.startswith("scan")]
     return row.select(rest) if rest else row
 
 
-def told(row: Conversation) -> Conversation | None:
-    """The turns whose answers follow from a thought, with what the scans say about places from the robot in
-    place of pictures, and more comparisons of these places; None if it has none."""
+def text_only_scene(row: Conversation) -> Conversation | None:
+    """Return the turns whose answers follow from a thought, with positions in words in place of
+    pictures.
+
+    The first question begins with the positions [cm from the robot] that the scan turns list;
+    further comparisons of these positions are added. None if the conversation has no such turns or
+    positions.
+    """
     answers = [message.text for message in row.messages if message.role == "assistant"]
     both = list(zip(row.kinds, answers, strict=True))
     scans = [read_scan(text) for kind, text in both if kind.startswith("scan_") and kind != "scan_step"]
@@ -147,20 +168,26 @@ def told(row: Conversation) -> Conversation | None:
     turns = [n for n, (_, text) in enumerate(both) if text.startswith("<think>")]
     if not (places and turns):
         return None
-    said = ", ".join(f"{name} {places[name]}" for name in sorted(places))
+    listed = ", ".join(f"{name} {places[name]}" for name in sorted(places))
     chosen, more = row.select(turns), _compared(row.id, places)
     words = [Message(m.role, (m.text,)) for m in chosen.messages]
     first = next(index for index, message in enumerate(words) if message.role == "user")
-    words[first] = Message("user", ("\n".join(filter(None, (said, words[first].text))),))
-    messages, kinds = (*words, *to_messages((), more, thoughts=True)), tuple(turn.kind for turn in more)
+    words[first] = Message("user", ("\n".join(filter(None, (listed, words[first].text))),))
     return Conversation(
-        id=row.id, group=row.group, source="told", kinds=chosen.kinds + kinds, messages=messages
+        id=row.id,
+        group=row.group,
+        source="told",
+        kinds=chosen.kinds + tuple(turn.kind for turn in more),
+        messages=(*words, *to_messages((), more, thoughts=True)),
     )
 
 
-def _compared(name: str, places: Mapping[str, tuple[int, ...]]) -> list[Turn]:
-    """Draw comparisons of places [cm], seeded by the conversation's name. What has no colour (the gripper,
-    a mark on the table) is no object: others are compared by their distance from it."""
+def _compared(name: str, places: Mapping[str, tuple[int, ...]]) -> list[QuestionTurn]:
+    """Draw comparisons of positions [cm], seeded by the name of the conversation.
+
+    Things without a colour (the gripper, a mark on the table) are reference points: objects are
+    compared by their distance from them.
+    """
     metres = {thing: np.array(place) / 100 for thing, place in places.items()}
     objects = {thing: place for thing, place in metres.items() if " " in thing}
     marks = metres.items()
@@ -168,6 +195,6 @@ def _compared(name: str, places: Mapping[str, tuple[int, ...]]) -> list[Turn]:
     if not groups:
         return []
     rng = np.random.default_rng(crc32(name.encode()))
-    drawer = Drawer(rng, choice=0.0)
-    kinds = rng.choice(sorted(groups), COMPARED)
-    return [drawer.word(groups[kind][int(rng.integers(len(groups[kind])))]) for kind in kinds]
+    sampler = QuestionSampler(rng, choice=0.0)
+    kinds = rng.choice(sorted(groups), EXTRA_COMPARISONS)
+    return [sampler.phrase(groups[kind][int(rng.integers(len(groups[kind])))]) for kind in kinds]

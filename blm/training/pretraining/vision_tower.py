@@ -1,9 +1,10 @@
-"""nano's eye learns to find named things before Stage I, as the eye of any larger backbone was pretrained.
+"""Pretraining of nano's vision tower: localisation of named things, as larger vision towers were
+pretrained.
 
-It learns from the corpus's own "scan" turns. Some list all that a view shows: the map of each thing becomes a
-distribution over the cells of the picture, and "nowhere" where it is not; views that do not move with the arm
-also tell where things are from the robot. Each names its view; others name the step under way. Shapes: N
-pictures, M things.
+The labels are the "scan" turns of the corpus. Some list all things in a view: the heat map of each
+thing is trained towards a distribution over the cells of the picture, or "nowhere". Views of fixed
+cameras also give positions in the robot's frame. Each turn names its view; others name the step
+under way. Shapes: N pictures, M things.
 """
 
 from __future__ import annotations
@@ -24,147 +25,166 @@ from blm.backbone.nano.vision_tower import CELLS, IMAGE_SIZE, REACH, ConvVision,
 from blm.corpora import Conversation
 from blm.corpora.scenes.questions import POINT_SCALE, read_scan
 from blm.media import load_pixels
-from blm.training.loop.distributed import Part
-from blm.training.loop.loop import LoopConfig, Piece, run_loop
+from blm.training.loop.batches import Microbatch
+from blm.training.loop.distributed import DataShard
+from blm.training.loop.loop import LoopConfig, run_loop
 from blm.types import Image
 
-SPREAD = 0.5
-"""Standard deviation of a target around its point [cells]."""
-METRIC_WEIGHT, MILLIMETRES = 20.0, 0.005
-"""Loss per metre of error in a place from the robot, rounded below the second [m]: corpora tell whole cm."""
+TARGET_STD = 0.5
+"""Standard deviation of a target heat map around its point [cells]."""
+METRIC_WEIGHT = 20.0
+"""Weight of the position error [1/m]."""
+METRIC_ROUNDING = 0.005
+"""Position errors are smoothed below this [m]: labels are in whole centimetres."""
 
 
 @dataclass(frozen=True)
-class View:
-    """One picture, and where its things are."""
+class ScannedView:
+    """One picture with labels from scan turns."""
 
     image: Image
     root: Path
-    places: dict[str, tuple[int, ...]] | None
-    """Where: thousandths of the picture's sides, and where it is known cm from the robot. None: not told."""
+    positions: dict[str, tuple[int, ...]] | None
+    """Thing -> x, y [thousandths of the picture's sides], then, if known, x, y, z from the robot
+    [cm].
+
+    None: not labelled.
+    """
     step: str = ""
-    """Which step is under way, if told."""
+    """The step under way, if labelled."""
     name: str = ""
-    """Which camera took it, if told."""
+    """The camera, if labelled."""
 
 
-def scanned(row: Conversation, root: Path) -> list[View]:
-    """The views of a conversation that it scans: its n-th scan is about its n-th picture.
+def scanned_views(row: Conversation, root: Path) -> list[ScannedView]:
+    """Return the labelled views of a conversation: its n-th scan turn is about its n-th picture.
 
-    A named step is that of all its pictures.
+    A labelled step applies to all its pictures.
     """
     images = [image for message in row.messages for image in message.images]
     answers = [message.text for message in row.messages if message.role == "assistant"]
-    told = {kind: text for kind, text in zip(row.kinds, answers, strict=True) if kind.startswith("scan")}
-    if step := told.pop("scan_step", ""):
-        return [View(image, root, None, step) for image in images]
+    scans = {kind: text for kind, text in zip(row.kinds, answers, strict=True) if kind.startswith("scan")}
+    if step := scans.pop("scan_step", ""):
+        return [ScannedView(image, root, None, step) for image in images]
     return [
-        View(image, root, read_scan(text), name=kind.removeprefix("scan_"))
-        for image, (kind, text) in zip(images, told.items(), strict=False)
+        ScannedView(image, root, read_scan(text), name=kind.removeprefix("scan_"))
+        for image, (kind, text) in zip(images, scans.items(), strict=False)
     ]
 
 
-def teach_eye(backbone: Backbone, views: Sequence[View], loop: LoopConfig, out: Path) -> None:
-    """Train the eye of a nano in place; its log is `out/log.jsonl`."""
-    eye = backbone.model.base_model.vision_tower
-    assert isinstance(eye, ConvVision) and isinstance(eye.config, ConvVisionConfig)
-    lessons = lessons_of(views, eye.config)
+def pretrain_vision_tower(
+    backbone: Backbone, views: Sequence[ScannedView], loop: LoopConfig, out: Path
+) -> None:
+    """Train the vision tower of a nano in place; its log is `out/log.jsonl`."""
+    tower = backbone.model.base_model.vision_tower
+    assert isinstance(tower, ConvVision) and isinstance(tower.config, ConvVisionConfig)
+    all_targets = grounding_targets(views, tower.config)
 
-    def next_batch(step: int, part: Part) -> Piece[tuple[Tensor, Lessons]]:
+    def next_batch(step: int, shard: DataShard) -> Microbatch[tuple[Tensor, GroundingTargets]]:
         drawn = np.random.default_rng((loop.seed, step)).integers(0, len(views), loop.batch_size)
-        mine = part.of(drawn.tolist())
+        mine = shard.of(drawn.tolist())
         pictures = [load_pixels(views[row].image, views[row].root) for row in mine]
         inputs = backbone.processor.image_processor(pictures, return_tensors="pt")
-        batch = inputs["pixel_values"], Lessons(*(value[mine] for value in lessons))
-        return Piece(batch, mine, weight=len(mine))
+        batch = inputs["pixel_values"], GroundingTargets(*(value[mine] for value in all_targets))
+        return Microbatch(batch, mine, weight=len(mine))
 
-    def loss(batch: tuple[Tensor, Lessons]) -> tuple[Tensor, dict[str, Tensor | float]]:
-        return eye_loss(eye, batch[0].to(eye.device), Lessons(*(v.to(eye.device) for v in batch[1])))
+    def loss(batch: tuple[Tensor, GroundingTargets]) -> tuple[Tensor, dict[str, Tensor | float]]:
+        pixels, targets = batch
+        on_device = GroundingTargets(*(value.to(tower.device) for value in targets))
+        return vision_tower_loss(tower, pixels.to(tower.device), on_device)
 
-    eye.train()
-    run_loop(eye, loss, next_batch, loop, out)
-    eye.eval()
+    tower.train()
+    run_loop(tower, loss, next_batch, loop, out)
+    tower.eval()
 
 
-class Lessons(NamedTuple):
-    """What N pictures show. Not-a-number, or -1 for a step or view: not told."""
+class GroundingTargets(NamedTuple):
+    """Labels of N pictures. NaN, or -1 for a step or view: not labelled."""
 
     points: Tensor
-    """[N, M, 2] fractions of the picture; negative: the thing is not there."""
+    """[N, M, 2] x, y as fractions of the picture; negative: the thing is not in the picture."""
     metres: Tensor
-    """[N, M, 3] places from the robot [m]."""
+    """[N, M, 3] positions in the robot's frame [m]."""
     step: Tensor
-    """[N]."""
+    """[N] class of the step under way."""
     view: Tensor
-    """[N]."""
+    """[N] class of the camera."""
 
 
-def lessons_of(views: Sequence[View], known: ConvVisionConfig) -> Lessons:
-    """Return what views show, in the eye's order of things, steps and cameras."""
-    things, points = known.things, torch.full((len(views), len(known.things), 2), -1.0)
-    metres = torch.full((*points.shape[:2], 3), torch.nan)
+def grounding_targets(views: Sequence[ScannedView], known: ConvVisionConfig) -> GroundingTargets:
+    """Return the labels of views, in the vision tower's order of things, steps and cameras."""
+    things = known.things
+    points = torch.full((len(views), len(things), 2), -1.0)
+    metres = torch.full((len(views), len(things), 3), torch.nan)
     for row, view in enumerate(views):
-        if view.places is None:
+        if view.positions is None:
             points[row] = torch.nan
-        for name, place in (view.places or {}).items():
-            points[row, things.index(name)] = torch.tensor(place[:2]) / POINT_SCALE
-            if len(place) == 5:
-                metres[row, things.index(name)] = torch.tensor(place[2:]) / 100
+        for name, position in (view.positions or {}).items():
+            points[row, things.index(name)] = torch.tensor(position[:2]) / POINT_SCALE
+            if len(position) == 5:
+                metres[row, things.index(name)] = torch.tensor(position[2:]) / 100
     steps = [known.steps.index(view.step) if view.step else -1 for view in views]
     names = [known.views.index(view.name) if view.name else -1 for view in views]
-    return Lessons(points, metres, torch.tensor(steps), torch.tensor(names))
+    return GroundingTargets(points, metres, torch.tensor(steps), torch.tensor(names))
 
 
-def eye_loss(eye: ConvVision, pixels: Tensor, lessons: Lessons) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """Mean loss over N pictures [N, 3, 112, 112], and how far off the eye is in them.
+def vision_tower_loss(
+    tower: ConvVision, pixels: Tensor, targets: GroundingTargets
+) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """Return the mean loss over pictures [N, 3, 112, 112], and metrics of localisation and
+    classification.
 
-    Not-a-number where they tell nothing about it: all processes of a training must name the same metrics.
+    Metrics without labels in the batch are NaN: all processes of a run must report the same names.
     """
-    points, metres, *_ = lessons
-    features, summary = eye.features(pixels)
-    logs = eye.maps(features)[:, : points.shape[1]]
-    told = ~points[:, 0, 0].isnan()
-    error = -(target(points[told]) * logs[told]).sum()
-    log: dict[str, Tensor | float] = dict.fromkeys(("mm_off", "steps_right", "views_right"), math.nan)
-    log["pixels_off"] = pixels_off(logs[told], points[told])
+    points, metres, *_ = targets
+    features, summary = tower.features(pixels)
+    log_maps = tower.maps(features)[:, : points.shape[1]]
+    labelled = ~points[:, 0, 0].isnan()
+    loss = -(target_heatmaps(points[labelled]) * log_maps[labelled]).sum()
+    metrics: dict[str, Tensor | float] = dict.fromkeys(("mm_off", "steps_right", "views_right"), math.nan)
+    metrics["pixels_off"] = localisation_error(log_maps[labelled], points[labelled])
     rows, things = (~metres[..., 0].isnan()).nonzero(as_tuple=True)
     if len(rows):
-        weights, names = logs[rows, things, None, :-1].softmax(-1), eye.names(things[:, None])[:, :1]
-        _, _, found = eye.looks(features[rows], summary[rows], weights, names)
-        off = REACH * found[:, 0] - metres[rows, things]
-        error = error + METRIC_WEIGHT * (off.square() + MILLIMETRES**2).sqrt().sum()
-        log["mm_off"] = 1000 * off.detach().norm(dim=-1).median()
-    if told.any():
-        whole = eye.whole(features)[told]
-        fixed = (~metres[told][..., 0].isnan()).any(-1, keepdim=True).to(whole)
-        error = error + F.binary_cross_entropy_with_logits(eye.fixed(whole), fixed, reduction="sum")
-    for name, head, label in (("steps", eye.doing, lessons.step), ("views", eye.view, lessons.view)):
-        if (told := label >= 0).any():
-            guess = head(summary[told])
-            error = error + F.cross_entropy(guess, label[told], reduction="sum")
-            log[f"{name}_right"] = (guess.argmax(-1) == label[told]).float().mean()
-    return error / len(pixels), log
+        weights = log_maps[rows, things, None, :-1].softmax(-1)
+        names = tower.names(things[:, None])[:, :1]
+        _, _, positions = tower.describe(features[rows], summary[rows], weights, names)
+        error = REACH * positions[:, 0] - metres[rows, things]
+        loss = loss + METRIC_WEIGHT * (error.square() + METRIC_ROUNDING**2).sqrt().sum()
+        metrics["mm_off"] = 1000 * error.detach().norm(dim=-1).median()
+    if labelled.any():
+        average = tower.average(features)[labelled]
+        is_fixed = (~metres[labelled][..., 0].isnan()).any(-1, keepdim=True).to(average)
+        loss = loss + F.binary_cross_entropy_with_logits(tower.fixed(average), is_fixed, reduction="sum")
+    for name, head, label in (("steps", tower.doing, targets.step), ("views", tower.view, targets.view)):
+        if (known := label >= 0).any():
+            logits = head(summary[known])
+            loss = loss + F.cross_entropy(logits, label[known], reduction="sum")
+            metrics[f"{name}_right"] = (logits.argmax(-1) == label[known]).float().mean()
+    return loss / len(pixels), metrics
 
 
-def target(points: Tensor) -> Tensor:
-    """[N, M, 2] fractions, negative for what is not there -> [N, M, P + 1] distributions."""
-    there = points[..., :1] >= 0
+def target_heatmaps(points: Tensor) -> Tensor:
+    """Return distributions [N, M, P + 1] over cells and "nowhere" for points [N, M, 2], negative if
+    absent."""
+    present = points[..., :1] >= 0
     cells = (torch.arange(CELLS, device=points.device) + 0.5) / CELLS
-    x, y = torch.exp(-(((points[..., None] - cells) * CELLS / SPREAD) ** 2) / 2).unbind(-2)
+    x, y = torch.exp(-(((points[..., None] - cells) * CELLS / TARGET_STD) ** 2) / 2).unbind(-2)
     near = (y[..., :, None] * x[..., None, :]).flatten(-2)
-    near = near / near.sum(-1, keepdim=True).clamp_min(1e-9) * there
-    return torch.cat([near, (~there).to(near)], dim=-1)
+    near = near / near.sum(-1, keepdim=True).clamp_min(1e-9) * present
+    return torch.cat([near, (~present).to(near)], dim=-1)
 
 
 @torch.no_grad()
-def pixels_off(logs: Tensor, points: Tensor) -> Tensor:
-    """Median distance of what is there from where its map points to [px]; of nothing it is not a number."""
-    distance = (places(logs) - points).norm(dim=-1)[points[..., 0] >= 0]
+def localisation_error(log_maps: Tensor, points: Tensor) -> Tensor:
+    """Return the median distance [px] of expected and true points of present things; NaN if there
+    are none."""
+    distance = (expected_points(log_maps) - points).norm(dim=-1)[points[..., 0] >= 0]
     return IMAGE_SIZE * distance.median() if len(distance) else torch.tensor(math.nan)
 
 
-def places(logs: Tensor) -> Tensor:
-    """[N, M, P + 1] log-probabilities of cells and nowhere -> [N, M, 2] fractions, if anywhere."""
-    cells = (torch.arange(CELLS, device=logs.device) + 0.5) / CELLS
-    weights = logs[..., :-1].softmax(-1).unflatten(-1, (CELLS, CELLS))
+def expected_points(log_maps: Tensor) -> Tensor:
+    """Return mean points [N, M, 2] (fractions) of log-probabilities [N, M, P + 1] of cells and
+    "nowhere"."""
+    cells = (torch.arange(CELLS, device=log_maps.device) + 0.5) / CELLS
+    weights = log_maps[..., :-1].softmax(-1).unflatten(-1, (CELLS, CELLS))
     return torch.stack([(weights.sum(-2) * cells).sum(-1), (weights.sum(-1) * cells).sum(-1)], dim=-1)

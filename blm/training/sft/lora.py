@@ -1,8 +1,9 @@
-"""Low-rank adapters (LoRA) in the language model, through `peft`; the projector may train fully beside them.
+"""LoRA: low-rank adapters in the language model, through `peft`; the projector may be trained fully
+as well.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021: W x + (alpha / rank) B A x, with B = 0
-at the start. The adapters stand inside the backbone's own model, so whatever trains or taps it needs to know
-nothing of them.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021: W x + (alpha / rank) B A x,
+with B = 0 at the start. The adapters are modules inside the backbone's model, so the training loop
+and `Backbone.tap` need no special case.
 """
 
 from __future__ import annotations
@@ -24,14 +25,17 @@ from blm.types import BlmError, require_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
+    """Low-rank adapters of the language model."""
+
     rank: int = 0
-    """Of the adapters; 0: train the weights themselves."""
+    """Rank of the adapters; 0: train the weights themselves."""
     alpha: int = 0
-    """Adapters count alpha / rank times; 0: twice the rank."""
+    """Adapters are scaled by alpha / rank; 0: twice the rank."""
     dropout: float = 0.0
-    """Of what enters an adapter."""
+    """Dropout on the input of an adapter."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Last names of the layers of the language model that get adapters ("q_proj"), or all its linear ones."""
+    """Names of the linear layers that get adapters ("q_proj"), without their path; "all-linear":
+    all of them."""
 
     def __post_init__(self) -> None:
         require_numbers(self, rank=(0, 65_536), alpha=(0, 10**9), dropout=(0, 1))
@@ -40,9 +44,10 @@ class Lora:
 
 
 def add_adapters(backbone: Backbone, lora: Lora, *, projector: bool, seed: int) -> peft.PeftModel:
-    """Put adapters into the backbone's language model and freeze the rest, the projector only if wanted.
+    """Add adapters to the backbone's language model, and freeze all other weights.
 
-    Raises BlmError for targets that the language model does not have.
+    With `projector` the projector is trained, too. Raises BlmError for targets that the language
+    model does not have.
     """
     (decoder,) = (name for name, part in backbone.model.named_modules() if part is backbone.decoder)
     linear = [
@@ -55,7 +60,7 @@ def add_adapters(backbone: Backbone, lora: Lora, *, projector: bool, seed: int) 
             valid = sorted({name.rsplit(".", 1)[-1] for name in linear})
             raise BlmError(f"lora.targets {sorted(missing)} are no linear layers here; valid: {valid}")
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
+        warnings.simplefilter("ignore", FutureWarning)  # peft calls transformers by a deprecated name
         torch.manual_seed(seed)
         return peft.get_peft_model(
             backbone.model,
@@ -70,7 +75,7 @@ def add_adapters(backbone: Backbone, lora: Lora, *, projector: bool, seed: int) 
 
 
 def _projectors(model: nn.Module) -> list[str]:
-    """Return the largest modules that belong to the projector as a whole and can be called."""
+    """Return the outermost modules of the projector that have a forward."""
     found: list[str] = []
     for name, part in model.named_modules():
         inside = any(name.startswith(f"{one}.") for one in found)
@@ -80,8 +85,11 @@ def _projectors(model: nn.Module) -> list[str]:
 
 
 def merge_adapters(backbone: Backbone, adapted: peft.PeftModel, folder: Path | None) -> None:
-    """Save the adapters alone, in peft's format, then add them to the weights: the model is stock again."""
+    """Save the adapters in peft's format to `folder`, if given, and merge them into the weights.
+
+    Afterwards the model is a stock transformers model again.
+    """
     if folder is not None:
         save_folder(folder, lambda work: adapted.save_pretrained(str(work), safe_serialization=True))
-    merged: Any = adapted.merge_and_unload()
-    assert merged is backbone.model
+    forward_arguments: Any = adapted.merge_and_unload()
+    assert forward_arguments is backbone.model

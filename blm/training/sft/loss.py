@@ -1,4 +1,5 @@
-"""The loss of Stage I: cross-entropy of the assistant's tokens; the language head runs on them only."""
+"""The loss of Stage I: cross-entropy under the loss mask. The language head runs on the masked
+tokens only."""
 
 from __future__ import annotations
 
@@ -9,71 +10,83 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blm.backbone import Backbone, Inputs
-from blm.training.sft.pack import ExampleBatch, probe_rows
-from blm.training.sft.prefix_attention import is_turned
-from blm.training.sft.tokenize import join, ready
-from blm.training.sft.vision_features import encode, eye_of, is_frozen, merged, see
+from blm.training.sft.pack import ExampleBatch, probe_examples
+from blm.training.sft.prefix_attention import uses_prefix_attention
+from blm.training.sft.tokenize import concatenate_vision_inputs
+from blm.training.sft.vision_features import (
+    encode_pictures,
+    forward_arguments,
+    is_frozen,
+    vision_features,
+    vision_modules,
+)
 
 
-class Answers(NamedTuple):
-    """Sums over the learnt tokens of a batch. A tuple, because FSDP looks for tensors in tuples only."""
+class MaskedLoss(NamedTuple):
+    """Sums over the masked tokens of a batch. A tuple, because FSDP finds tensors in tuples
+    only."""
 
     loss_sum: Tensor
-    """Of their cross-entropies [nats], float32."""
+    """Sum of cross-entropies [nats], float32."""
     tokens: Tensor
-    """How many they are."""
+    """Number of tokens."""
     correct: Tensor
-    """How many of them are the model's first choice."""
+    """Number of tokens that are the model's likeliest choice."""
 
 
 class MaskedLossModel(nn.Module):
-    """Stage I as one module, for DDP and FSDP to wrap: a batch in, sums over its answers out.
+    """Stage I as one module, for DDP and FSDP to wrap: an `ExampleBatch` in, a `MaskedLoss` out.
 
-    All ranks must run the same modules, or some wait for others for ever. So a batch without pictures runs
-    the eye on a dummy picture and counts it zero times, if the eye is trained, or `sharded` over ranks. One
-    process does the same, because a zero gradient and none are not the same to AdamW. A frozen eye stays in
-    evaluation mode.
+    All ranks must run the same modules, or some wait for others forever. So for a batch without
+    pictures the vision tower runs on a dummy picture whose output is multiplied by zero, if the
+    tower is trained or `sharded` over ranks. A single process does the same, because to AdamW a
+    gradient of zero and no gradient are not the same. Frozen vision modules stay in evaluation
+    mode.
     """
 
     def __init__(self, backbone: Backbone, *, sharded: bool = False, cached: bool = False) -> None:
-        """`cached`: batches are of rows from `cache_features`. Freeze first what shall be frozen."""
+        """`cached`: examples have cached vision features. Freeze parameters before this call."""
         super().__init__()
         self.model, self.backbone = backbone.model, backbone
-        self.sharded, self.eye = sharded, eye_of(backbone)
-        if cached and self.eye:
-            self.dummy = encode(backbone, self.dummy)
+        self.sharded, self.vision_modules = sharded, vision_modules(backbone)
+        if cached and self.vision_modules:
+            self.dummy_picture = encode_pictures(backbone, self.dummy_picture)
 
     @cached_property
-    def dummy(self) -> Inputs:
-        """What the eye reads for one picture."""
-        return join([probe_rows(self.backbone)[1].media(self.backbone)])
+    def dummy_picture(self) -> Inputs:
+        """The vision inputs of one picture."""
+        return concatenate_vision_inputs([probe_examples(self.backbone)[1].vision_inputs(self.backbone)])
 
     def train(self, mode: bool = True) -> MaskedLossModel:
+        """Set the training mode, except of frozen vision modules."""
         super().train(mode)
-        for part in self.eye:
-            if is_frozen(part):
-                part.eval()
+        for module in self.vision_modules:
+            if is_frozen(module):
+                module.eval()
         return self
 
-    def forward(self, batch: ExampleBatch) -> Answers:
-        inputs = ready(self.backbone, batch.inputs)
-        # the mask of the next token: the first one is never predicted
+    def forward(self, batch: ExampleBatch) -> MaskedLoss:
+        """Return the loss of the tokens of answers, each predicted from the tokens before it."""
+        inputs = self.backbone.place(batch.inputs)
+        # shifted by one: the logits at a position predict the next token; the first is never predicted
         loss_mask = batch.loss_mask.to(inputs["input_ids"].device).roll(-1, dims=1)
         targets = inputs["input_ids"].roll(-1, dims=1)[loss_mask]
-        nothing = self._nothing(inputs)
-        read = merged(self.backbone, inputs)
-        if batch.turns is not None and is_turned(self.backbone):
-            read["turns"] = batch.turns.to(loss_mask.device)
-        logits = self.model(**read, use_cache=False, logits_to_keep=loss_mask).logits.float()
+        zero = self._zero_of_unused_vision(inputs)
+        arguments = forward_arguments(self.backbone, inputs)
+        if batch.prefix_layout is not None and uses_prefix_attention(self.backbone):
+            arguments["prefix_layout"] = batch.prefix_layout.to(loss_mask.device)
+        logits = self.model(**arguments, use_cache=False, logits_to_keep=loss_mask).logits.float()
         loss = F.cross_entropy(logits, targets, reduction="sum")
-        right = (logits.argmax(-1) == targets).sum()
-        return Answers(loss + nothing, targets.new_tensor(len(targets)), right)
+        correct = (logits.argmax(-1) == targets).sum()
+        return MaskedLoss(loss + zero, targets.new_tensor(len(targets)), correct)
 
-    def _nothing(self, inputs: Inputs) -> Tensor | float:
-        """Zero, for which the eye has run on the dummy picture if the batch has none."""
-        needed = self.eye and (self.sharded or not all(map(is_frozen, self.eye)))
-        if not needed or "video_grid_thw" in inputs or not inputs.keys().isdisjoint(self.dummy):
+    def _zero_of_unused_vision(self, inputs: Inputs) -> Tensor | float:
+        """Return zero; if the batch has no pictures, as the vision output of the dummy picture
+        times zero."""
+        needed = self.vision_modules and (self.sharded or not all(map(is_frozen, self.vision_modules)))
+        if not needed or "video_grid_thw" in inputs or not inputs.keys().isdisjoint(self.dummy_picture):
             return 0.0
-        seen = see(self.backbone, ready(self.backbone, self.dummy))
-        deep = getattr(seen, "deepstack_features", None) or []
-        return sum((piece.float() * 0).sum() for group in (seen.pooler_output, *deep) for piece in group)
+        output = vision_features(self.backbone, self.backbone.place(self.dummy_picture))
+        deepstack = getattr(output, "deepstack_features", None) or []
+        groups = (output.pooler_output, *deepstack)
+        return sum((features.float() * 0).sum() for group in groups for features in group)

@@ -1,6 +1,7 @@
-"""Which rows a step trains on, and how they are laid out: a pure function of the step and a seed.
+"""Mixture sampler: which examples a step trains on, and how they are packed; a function of step and
+seed.
 
-Steps are counted in rows, so the mixture is the same however rows are packed and over however many ranks.
+A step has a fixed number of examples, so packing and the number of ranks do not change the mixture.
 """
 
 from __future__ import annotations
@@ -13,143 +14,154 @@ from functools import lru_cache
 
 import numpy as np
 
-from blm.training.sft.tokenize import Row
+from blm.training.sft.tokenize import TokenizedExample
 from blm.types import BlmError
 
-GOLDEN, BLOCK = (5**0.5 - 1) / 2, 4096
-Place = tuple[int, int]
-"""Source, row."""
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+BLOCK = 4096
+"""Draws between two stored counts."""
+ExampleIndex = tuple[int, int]
+"""Number of a source, and of an example in it."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """Rows of one kind, e.g. scene questions, or general replay."""
+class TokenizedSource:
+    """Examples of one kind, e.g. scene questions, or general replay."""
 
     name: str
-    rows: Sequence[Row]
+    examples: Sequence[TokenizedExample]
     weight: float = 1.0
-    """Its share of all rows trained on is weight / sum of weights, whatever the number of its rows."""
+    """Its share of all training examples is weight / sum of weights, whatever its size."""
 
     def __post_init__(self) -> None:
-        if not self.rows or self.weight <= 0:
+        if not self.examples or self.weight <= 0:
             raise BlmError(
-                f"source '{self.name}' has {len(self.rows)} rows and weight {self.weight}; leave it out"
+                f"source '{self.name}' has {len(self.examples)} rows and weight {self.weight}; leave it out"
             )
 
 
 class MixtureSampler:
-    """Picks rows for each step and packs them.
+    """Draws the examples of each step, and packs them into sequences.
 
-    Sources take turns in the order of the golden-ratio sequence: after n rows the count of each is within a
-    few rows of n times its share. A source is shuffled anew each time it has been gone through.
+    Sources alternate in the order of the golden-ratio sequence (additive recurrence): after n
+    examples the count of each source is within a few examples of n times its share. Each epoch of a
+    source has its own order.
     """
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[TokenizedSource],
         *,
-        rows_per_step: int,
+        examples_per_step: int,
         pack_length: int,
         seed: int,
-        world: int = 1,
+        world_size: int = 1,
     ) -> None:
-        """`pack_length` [tokens]: rows may share a sequence up to this, or the longest row of the step; 0:
-        one row a sequence. `world`: ranks.
+        """`pack_length` [tokens]: examples share a sequence up to this length, or that of the
+        longest example of the step; 0: one example a sequence. `world_size`: number of ranks.
 
-        Raises BlmError unless each rank gets the same number of rows.
+        Raises BlmError unless each rank gets the same number of examples.
         """
         if not sources:
             raise BlmError("no rows to train on")
-        if rows_per_step < 1 or rows_per_step % world:
-            raise BlmError(f"{rows_per_step} rows a step over {world} processes: give a multiple of {world}")
-        self.sources, self.world, self.seed = list(sources), world, seed
-        self.rows_per_step, self.pack_length = rows_per_step, pack_length
+        if examples_per_step < 1 or examples_per_step % world_size:
+            raise BlmError(
+                f"{examples_per_step} rows a step over {world_size} processes: "
+                f"give a multiple of {world_size}"
+            )
+        self.sources, self.world_size, self.seed = list(sources), world_size, seed
+        self.examples_per_step, self.pack_length = examples_per_step, pack_length
         weights = np.array([source.weight for source in sources])
         self.shares = weights / weights.sum()
-        self._first = np.random.default_rng(seed).random()
-        self._before = [np.zeros(len(sources), dtype=np.int64)]
+        self._offset = np.random.default_rng(seed).random()
+        self._counts_before_block = [np.zeros(len(sources), dtype=np.int64)]
         self._order = lru_cache(2 * len(sources))(self._shuffled)
 
-    def rows(self, step: int) -> list[Place]:
-        """Return the rows of a step."""
-        begin = step * self.rows_per_step
-        counts, start = self._counts(begin // BLOCK), begin // BLOCK * BLOCK
-        turns = self._turns(start, begin + self.rows_per_step)
-        counts = counts + np.bincount(turns[: begin - start], minlength=len(counts))
-        places = []
-        for source in turns[begin - start :].tolist():
-            epoch, at = divmod(int(counts[source]), len(self.sources[source].rows))
+    def examples(self, step: int) -> list[ExampleIndex]:
+        """Return the examples of a step."""
+        begin = step * self.examples_per_step
+        start = begin // BLOCK * BLOCK
+        order = self._source_order(start, begin + self.examples_per_step)
+        counts = self._counts(begin // BLOCK)
+        counts = counts + np.bincount(order[: begin - start], minlength=len(counts))
+        chosen = []
+        for source in order[begin - start :].tolist():
+            epoch, index = divmod(int(counts[source]), len(self.sources[source].examples))
             counts[source] += 1
-            places.append((source, int(self._order(source, epoch)[at])))
-        return places
+            chosen.append((source, int(self._order(source, epoch)[index])))
+        return chosen
 
-    def groups(self, step: int, rank: int = 0) -> list[list[Place]]:
-        """Return the rows of a step that share a sequence, for each sequence of a rank; longest first.
+    def sequences(self, step: int, rank: int = 0) -> list[list[ExampleIndex]]:
+        """Return the sequences of a step for one rank, as the examples in each; longest first.
 
         All ranks get the same number of sequences.
         """
-        groups = self._packed(self.rows(step))
-        while len(groups) % self.world:
-            largest = max(groups, key=len)
+        sequences = self._pack(self.examples(step))
+        while len(sequences) % self.world_size:
+            largest = max(sequences, key=len)
             half = len(largest) // 2
-            groups[groups.index(largest)] = largest[:half]
-            groups.append(largest[half:])
-        groups.sort(key=lambda group: -sum(map(self.length, group)))
-        return groups[rank :: self.world]
+            sequences[sequences.index(largest)] = largest[:half]
+            sequences.append(largest[half:])
+        sequences.sort(key=lambda sequence: -self._tokens(sequence))
+        return sequences[rank :: self.world_size]
 
-    def length(self, place: Place) -> int:
-        """Tokens of a row."""
-        source, row = place
-        return len(self.sources[source].rows[row])
+    def length(self, index: ExampleIndex) -> int:
+        """Return the number of tokens of an example."""
+        source, example = index
+        return len(self.sources[source].examples[example])
 
     def describe(self, steps: int) -> dict[str, float]:
-        """Return means over the first steps: sequences and tokens a step, and the rows of each source."""
-        picked = [place for step in range(steps) for place in self.rows(step)]
-        rows = Counter(self.sources[source].name for source, _ in picked)
-        groups = [group for step in range(steps) for group in self._packed(self.rows(step))]
-        tokens = sum(self.length(place) for group in groups for place in group)
-        total = {"sequences": len(groups), "tokens": tokens} | {f"rows of {n}": c for n, c in rows.items()}
+        """Return means over the first steps: sequences and tokens a step, and examples of each
+        source."""
+        drawn = [index for step in range(steps) for index in self.examples(step)]
+        counts = Counter(self.sources[source].name for source, _ in drawn)
+        sequences = [one for step in range(steps) for one in self._pack(self.examples(step))]
+        total = {"sequences": len(sequences), "tokens": sum(map(self._tokens, sequences))}
+        total |= {f"rows of {name}": count for name, count in counts.items()}
         return {name: value / steps for name, value in total.items()}
 
-    def _packed(self, places: list[Place]) -> list[list[Place]]:
-        """Pack rows up to the length that wastes least: all sequences of a step are padded to the longest."""
+    def _pack(self, indices: list[ExampleIndex]) -> list[list[ExampleIndex]]:
+        """Pack examples up to the length with the least padding: the step is padded to its longest
+        sequence."""
         if not self.pack_length:
-            return [[place] for place in places]
-        longest = max(map(self.length, places))
+            return [[index] for index in indices]
+        longest = max(map(self.length, indices))
         lengths = {longest, *np.linspace(longest, max(longest, self.pack_length), 8).astype(int).tolist()}
-        packings = [(self._best_fit(places, length), length) for length in sorted(lengths)]
-        return min(packings, key=lambda made: len(made[0]) * max(map(self._tokens, made[0])))[0]
+        packings = [self._best_fit(indices, length) for length in sorted(lengths)]
+        return min(packings, key=lambda packing: len(packing) * max(map(self._tokens, packing)))
 
-    def _tokens(self, group: Sequence[Place]) -> int:
-        return sum(map(self.length, group))
+    def _tokens(self, sequence: Sequence[ExampleIndex]) -> int:
+        return sum(map(self.length, sequence))
 
-    def _best_fit(self, places: list[Place], length: int) -> list[list[Place]]:
-        """Pack the longest first, each into the fullest sequence that still has room."""
-        groups: list[list[Place]] = []
+    def _best_fit(self, indices: list[ExampleIndex], length: int) -> list[list[ExampleIndex]]:
+        """Best-fit decreasing: the longest example first, each into the fullest sequence that has
+        room."""
+        sequences: list[list[ExampleIndex]] = []
         rooms: list[tuple[int, int]] = []
-        for place in sorted(places, key=self.length, reverse=True):
-            needed = self.length(place)
+        for index in sorted(indices, key=self.length, reverse=True):
+            needed = self.length(index)
             at = bisect_left(rooms, (needed, -1))
-            room, number = rooms.pop(at) if at < len(rooms) else (length, len(groups))
-            if number == len(groups):
-                groups.append([])
-            groups[number].append(place)
+            room, number = rooms.pop(at) if at < len(rooms) else (length, len(sequences))
+            if number == len(sequences):
+                sequences.append([])
+            sequences[number].append(index)
             insort(rooms, (room - needed, number))
-        return groups
+        return sequences
 
     def _counts(self, block: int) -> np.ndarray:
-        """Rows of each source before a block of places."""
-        while len(self._before) <= block:
-            end = len(self._before) * BLOCK
-            turns = self._turns(end - BLOCK, end)
-            self._before.append(self._before[-1] + np.bincount(turns, minlength=len(self.sources)))
-        return self._before[block]
+        """Return the number of draws from each source before a block."""
+        stored = self._counts_before_block
+        while len(stored) <= block:
+            end = len(stored) * BLOCK
+            order = self._source_order(end - BLOCK, end)
+            stored.append(stored[-1] + np.bincount(order, minlength=len(self.sources)))
+        return stored[block]
 
-    def _turns(self, begin: int, end: int) -> np.ndarray:
-        """Source of each place from `begin` to `end`."""
-        points = (self._first + np.arange(begin, end) * GOLDEN) % 1
+    def _source_order(self, begin: int, end: int) -> np.ndarray:
+        """Return the source of each draw from `begin` to `end`."""
+        points = (self._offset + np.arange(begin, end) * GOLDEN_RATIO) % 1
         return np.searchsorted(np.cumsum(self.shares)[:-1], points, side="right")
 
     def _shuffled(self, source: int, epoch: int) -> np.ndarray:
         generator = np.random.default_rng((self.seed, source, epoch))
-        return generator.permutation(len(self.sources[source].rows))
+        return generator.permutation(len(self.sources[source].examples))

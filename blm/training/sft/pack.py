@@ -1,8 +1,8 @@
-"""Rows -> batches: several rows in one sequence, under a mask and positions that make each as if alone.
+"""Packing: several examples in one sequence, which do not attend to each other.
 
-Exact packing needs both, spelt out: transformers builds a mask from positions in some models and call forms
-and silently lets rows see each other in others. `require_exact` proves it for the model at hand.
-Shapes: G sequences of L positions.
+Exact packing needs an explicit mask and explicit position ids: transformers derives a mask from
+positions in some models and call forms, and in others silently lets examples attend to each other.
+`require_exact` proves it for the model at hand. Shapes: G sequences of L positions.
 """
 
 from __future__ import annotations
@@ -17,26 +17,37 @@ from torch import Tensor
 
 from blm.backbone import Backbone, Inputs
 from blm.media import load_pixels
-from blm.training.sft.prefix_attention import Turns, lay_out
-from blm.training.sft.tokenize import Limits, Messages, Row, join, make_row, ready, separated
+from blm.training.sft.prefix_attention import PrefixAttentionLayout, prefix_attention_layout
+from blm.training.sft.tokenize import (
+    Messages,
+    TokenizationConfig,
+    TokenizedExample,
+    concatenate_vision_inputs,
+    split_turns,
+    tokenize_conversation,
+)
 from blm.types import BlmError, Image, Message
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference of packed and unpacked logits, relative to the largest logit: rounding stays a tenth
-below it, rows that see each other lie above."""
+"""Maximum difference of packed and unpacked logits, relative to the largest logit: rounding errors
+are a tenth of it, examples that attend to each other exceed it."""
 
 
 @dataclass(frozen=True)
 class ExampleBatch:
+    """Examples in G padded sequences."""
+
     ids: tuple[int, ...]
-    """Indices of conversations."""
+    """Numbers of its examples."""
     inputs: Inputs
+    """Arguments of the model's forward, on the CPU."""
     loss_mask: Tensor
-    """[G, L] bool."""
+    """[G, L] bool, True at the tokens of answers."""
     tokens: int
-    """Positions that are no padding."""
-    turns: Turns | None = None
-    """The same as the attention mask, for a decoder that is `turned`; None: a causal mask says it."""
+    """Tokens without padding."""
+    prefix_layout: PrefixAttentionLayout | None = None
+    """The attention mask in the form that `use_prefix_attention` takes; None: a causal mask
+    suffices."""
 
     @property
     def padding(self) -> float:
@@ -44,61 +55,75 @@ class ExampleBatch:
         return 1 - self.tokens / self.loss_mask.numel()
 
 
-def collate(backbone: Backbone, rows: Sequence[Row], ids: tuple[int, ...]) -> ExampleBatch:
-    """Pad rows on the right, one a sequence."""
-    return pack(backbone, [[row] for row in rows], ids)
+def collate(backbone: Backbone, examples: Sequence[TokenizedExample], ids: tuple[int, ...]) -> ExampleBatch:
+    """Pad examples on the right, one a sequence."""
+    return pack(backbone, [[example] for example in examples], ids)
 
 
-def pack(backbone: Backbone, groups: Sequence[Sequence[Row]], ids: tuple[int, ...]) -> ExampleBatch:
-    """Lay each group of rows end to end in one sequence and pad these on the right.
+def pack(
+    backbone: Backbone, sequences: Sequence[Sequence[TokenizedExample]], ids: tuple[int, ...]
+) -> ExampleBatch:
+    """Concatenate the examples of each sequence, and pad the sequences on the right.
 
-    A position attends to earlier positions of its row that are shared or of its own turn. Padding attends to
-    padding. Raises BlmError for a model that does not take such a mask.
+    A position attends to those earlier positions of its example that belong to the shared prefix or
+    to its own turn. Padding attends to padding. Raises BlmError for a model that does not take such
+    a mask.
     """
-    rows = [row for group in groups for row in group]
-    shape = (len(groups), max(sum(map(len, group)) for group in groups))
+    examples = [example for sequence in sequences for example in sequence]
+    shape = (len(sequences), max(sum(map(len, sequence)) for sequence in sequences))
     tokens = np.full(shape, backbone.processor.tokenizer.pad_token_id)
-    owner, segment_ids = np.full(shape, -1), np.zeros(shape, dtype=np.int64)
+    example_ids = np.full(shape, -1)
+    segment_ids = np.zeros(shape, dtype=np.int64)
     loss_mask = np.zeros(shape, dtype=bool)
-    positions = np.zeros((max(len(row.positions) for row in rows), *shape), dtype=np.int64)
-    for line, group in enumerate(groups):
+    axes = max(len(example.position_ids) for example in examples)
+    position_ids = np.zeros((axes, *shape), dtype=np.int64)
+    for row, sequence in enumerate(sequences):
         end = 0
-        for number, row in enumerate(group):
-            place = (line, slice(end, end := end + len(row)))
-            tokens[place], owner[place] = row.tokens, number
-            loss_mask[place], segment_ids[place] = row.loss_mask, row.segment_ids
-            positions[:, *place] = row.positions
-    alone = all(len(group) == 1 for group in groups) and not segment_ids.any()
-    mask = torch.from_numpy((owner >= 0).astype(np.int64)) if alone else _mask(backbone, owner, segment_ids)
-    places = torch.from_numpy(positions if len(positions) > 1 else positions[0])
-    inputs = {"input_ids": torch.from_numpy(tokens), "attention_mask": mask, "position_ids": places}
-    inputs |= join([row.media(backbone) for row in rows])
-    turns = None if alone else lay_out(owner, segment_ids)
-    return ExampleBatch(ids, inputs, torch.from_numpy(loss_mask), sum(map(len, rows)), turns)
+        for number, example in enumerate(sequence):
+            span = (row, slice(end, end := end + len(example)))
+            tokens[span] = example.tokens
+            example_ids[span] = number
+            segment_ids[span] = example.segment_ids
+            loss_mask[span] = example.loss_mask
+            position_ids[:, *span] = example.position_ids
+    plain = all(len(sequence) == 1 for sequence in sequences) and not segment_ids.any()
+    inputs = {
+        "input_ids": torch.from_numpy(tokens),
+        "attention_mask": (
+            torch.from_numpy((example_ids >= 0).astype(np.int64))
+            if plain
+            else _attention_mask(backbone, example_ids, segment_ids)
+        ),
+        "position_ids": torch.from_numpy(position_ids if axes > 1 else position_ids[0]),
+    }
+    inputs |= concatenate_vision_inputs([example.vision_inputs(backbone) for example in examples])
+    layout = None if plain else prefix_attention_layout(example_ids, segment_ids)
+    return ExampleBatch(ids, inputs, torch.from_numpy(loss_mask), sum(map(len, examples)), layout)
 
 
-def _mask(backbone: Backbone, owner: np.ndarray, segment_ids: np.ndarray) -> Tensor:
-    """Return the attention mask [G, 1, L, L], True where attended."""
+def _attention_mask(backbone: Backbone, example_ids: np.ndarray, segment_ids: np.ndarray) -> Tensor:
+    """Return the attention mask [G, 1, L, L] bool, True where attended."""
     kind = backbone.model.config._attn_implementation
     if kind != "sdpa":
         raise BlmError(
             f"this model was loaded with '{kind}' attention; packing and separate_turns need 'sdpa'. "
             "Load it so, or set pack_length=0 and separate_turns=False"
         )
-    same = torch.from_numpy(owner[:, :, None] == owner[:, None, :])
-    turn = torch.from_numpy(
+    same_example = torch.from_numpy(example_ids[:, :, None] == example_ids[:, None, :])
+    same_turn_or_prefix = torch.from_numpy(
         (segment_ids[:, :, None] == segment_ids[:, None, :]) | (segment_ids[:, None, :] == 0)
     )
-    return same.logical_and_(turn).tril_()[:, None]
+    return same_example.logical_and_(same_turn_or_prefix).tril_()[:, None]
 
 
 @torch.no_grad()
 def require_exact(backbone: Backbone) -> float:
-    """Return the error of packing with this model: the largest difference of logits, relative to their size.
+    """Return the error of packing with this model: the largest difference of logits, relative to
+    the largest.
 
-    Three rows in one sequence, with pictures and two turns, with one picture, and with none, are compared
-    with plain calls of the model on each turn alone. Raises BlmError, naming the model, if the error is above
-    the tolerance of its precision (TOLERANCE).
+    Three examples in one sequence (pictures and two turns, one picture, none) are compared with
+    plain calls of the model on each turn alone. Raises BlmError, naming the model, if the error
+    exceeds TOLERANCE.
     """
     kinds = set(getattr(backbone.decoder.config, "layer_types", None) or ())
     name, precision = type(backbone.model).__name__, backbone.model.dtype
@@ -118,36 +143,41 @@ def require_exact(backbone: Backbone) -> float:
 
 
 def _probe_logits(backbone: Backbone) -> tuple[Tensor, Tensor]:
-    """Return logits [positions, V] of all turns of the probe, packed and alone."""
-    talks, rows = probe_talks(backbone), probe_rows(backbone)
-    inputs = ready(backbone, pack(backbone, [rows], ()).inputs)
-    logits = backbone.model(**inputs, use_cache=False).logits[0].float().split([len(row) for row in rows])
+    """Return logits [positions, V] of all turns of the probe conversations, packed and alone."""
+    conversations, examples = probe_conversations(backbone), probe_examples(backbone)
+    inputs = backbone.place(pack(backbone, [examples], ()).inputs)
+    logits = backbone.model(**inputs, use_cache=False).logits[0].float()
     packed, alone = [], []
-    for talk, row, mine in zip(talks, rows, logits, strict=True):
-        for number, turn in enumerate(separated(talk), start=1):
-            packed.append(mine[torch.from_numpy((row.segment_ids == 0) | (row.segment_ids == number))])
+    for conversation, example, own in zip(
+        conversations, examples, logits.split(list(map(len, examples))), strict=True
+    ):
+        for number, turn in enumerate(split_turns(conversation), start=1):
+            attended = (example.segment_ids == 0) | (example.segment_ids == number)
+            packed.append(own[torch.from_numpy(attended)])
             pictures = [load_pixels(image) for message in turn for image in message.images]
             plain = backbone.place(backbone.process([backbone.render(turn, prompt=False)], pictures))
             alone.append(backbone.model(**plain, use_cache=False).logits[0].float())
     return torch.cat(packed), torch.cat(alone)
 
 
-def probe_talks(backbone: Backbone) -> list[Messages]:
-    """Return three short conversations that tell whether packing is exact."""
+def probe_conversations(backbone: Backbone) -> list[Messages]:
+    """Return three short conversations on which packing is checked."""
     ramp = np.arange(112, dtype=np.uint8)
     picture = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :] * 2, np.uint8(64)), axis=-1)
-    sees = hasattr(backbone.model.base_model, "get_image_features")
-    images = [Image(picture), Image(255 - picture)] if sees else []
+    has_vision = hasattr(backbone.model.base_model, "get_image_features")
+    images = [Image(picture), Image(255 - picture)] if has_vision else []
     what = (Message("user", (*images, "What is in the picture?")), Message("assistant", ("a ramp",)))
     more = (Message("user", ("Is it grey?",)), Message("assistant", ("no",)))
     one = (Message("user", (*images[1:], "What is in the picture?")), what[1])
     return [(*what, *more), one, more]
 
 
-def probe_rows(backbone: Backbone) -> list[Row]:
-    """Return the rows of the probe: pictures and two turns, one picture, text."""
-    rows = [
-        make_row(backbone, talk, Limits(max_length=1_000_000), None, Counter())
-        for talk in probe_talks(backbone)
+def probe_examples(backbone: Backbone) -> list[TokenizedExample]:
+    """Return the probe conversations as examples: pictures and two turns, one picture, text
+    only."""
+    config = TokenizationConfig(max_length=1_000_000)
+    examples = [
+        tokenize_conversation(backbone, conversation, config, None, Counter())
+        for conversation in probe_conversations(backbone)
     ]
-    return [row for row in rows if row is not None]
+    return [example for example in examples if example is not None]

@@ -1,4 +1,5 @@
-"""Which part of an image-text-to-text model a parameter belongs to, by its name in transformers' models."""
+"""Parameter groups: vision tower, projector and language model, by their names in transformers
+models."""
 
 from __future__ import annotations
 
@@ -21,20 +22,21 @@ PARTS: dict[PartName, tuple[str, ...]] = {
     "vision": ("vision_tower", "visual", "vision_model"),
     "language": ("language_model", "text_model", "lm_head"),
 }
-"""Part -> names of its modules; the first part that has one wins."""
+"""DataShard -> names of its modules; the first part that has one wins."""
 
 
 def part_of(name: str) -> PartName | None:
-    """Return the part of a parameter or module, None if none has its name."""
+    """Return the part of a parameter or module of this name; None if it belongs to no part."""
     words = set(name.split("."))
     return next((part for part, modules in PARTS.items() if words & set(modules)), None)
 
 
 def freeze_parts(model: nn.Module, scales: Mapping[PartName, float]) -> dict[str, int]:
-    """Let those parts train whose scale is above 0; return how many numbers of each part do.
+    """Train the parts whose scale is above 0, freeze the others; return the trained parameters of
+    each part.
 
-    Raises BlmError for a parameter of no known part, and for a scale other than 1 of a part that the model
-    does not have: what was meant would not happen.
+    Raises BlmError for a parameter of no known part, and for a scale other than 1 of a part that
+    the model does not have, which would have no effect.
     """
     trained: Counter[str] = Counter(dict.fromkeys(scales, 0))
     seen: set[str] = set()

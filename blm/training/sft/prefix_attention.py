@@ -1,8 +1,10 @@
-"""Attention of rows whose turns share a prefix: each turn attends to the prefix and to itself, nothing else.
+"""Prefix attention: turns that share a prefix attend to the prefix and to themselves, not to each
+other.
 
-A dense mask says the same, but costs the square of the row. Here queries of a turn meet only the keys that
-they may see: positions are gathered in blocks of about one length, attended, and put back in order. It is an
-attention function of transformers (AttentionInterface), so any of its decoders takes it unchanged.
+A dense mask gives the same result, but costs the square of the sequence length. Here the queries of
+a turn meet only the keys that they attend to: positions are gathered into blocks of similar length,
+attended, and scattered back. It is an attention function of transformers (AttentionInterface), so
+any decoder of transformers can use it.
 """
 
 from __future__ import annotations
@@ -21,84 +23,97 @@ from transformers.masking_utils import sdpa_mask
 
 from blm.backbone import Backbone
 
-NAME = "blm_turns"
-CALL = 2**14
-"""What one more call of attention is taken to cost, in products of a query and a key. It decides how many
-lengths blocks are padded to; the results do not depend on it."""
-Block = tuple[np.ndarray, np.ndarray]
-"""Positions of a turn, and those before it that it may see."""
+NAME = "blm_prefix_attention"
+ATTENTION_CALL_COST = 2**14
+"""Assumed overhead of one attention call, in products of a query and a key. It determines how many
+lengths blocks are padded to; results do not depend on it."""
+AttentionBlock = tuple[np.ndarray, np.ndarray]
+"""Positions of a turn (or of a prefix), and positions of the prefix that it attends to."""
 
 
-class Turns(NamedTuple):
-    """Which positions attend to which, in buckets of N blocks. FSDP looks for tensors in tuples only."""
+class PrefixAttentionLayout(NamedTuple):
+    """Which positions attend to which, in buckets of N blocks. A tuple: FSDP finds tensors in
+    tuples only."""
 
     queries: tuple[Tensor, ...]
-    """[N, Q] each: positions in the flattened batch; a short block repeats its last."""
+    """[N, Q] each: positions in the flattened batch; a short block repeats its last position."""
     keys: tuple[Tensor, ...]
     """[N, K] each."""
     masks: tuple[Tensor, ...]
     """[N, 1, Q, K] each, True where attended."""
-    back: Tensor
-    """[G * L]: where each position's result is among those of all blocks; padding takes any."""
+    scatter: Tensor
+    """[G * L]: index of each position's result among those of all blocks; arbitrary at padding."""
 
-    def to(self, device: torch.device) -> Turns:
+    def to(self, device: torch.device) -> PrefixAttentionLayout:
+        """Return a copy on this device."""
         queries, keys, masks = (tuple(part.to(device) for part in parts) for parts in self[:3])
-        return Turns(queries, keys, masks, self.back.to(device))
+        return PrefixAttentionLayout(queries, keys, masks, self.scatter.to(device))
 
 
-def lay_out(owner: np.ndarray, segment_ids: np.ndarray) -> Turns:
-    """Return the blocks of sequences [G, L]: `owner` numbers rows, -1 is padding; `segment_ids` as in Row."""
-    length, nothing = owner.shape[1], np.zeros(0, dtype=np.int64)
-    blocks: list[Block] = []
-    for line, (owners, branches) in enumerate(zip(owner, segment_ids, strict=True)):
-        for number in range(int(owners.max()) + 1):
-            at = np.flatnonzero(owners == number)
-            of, at = branches[at], at + line * length
-            shared = at[of == 0]
-            blocks += [(shared, nothing)] if len(shared) else []
-            blocks += [(at[of == turn], shared) for turn in range(1, int(of.max()) + 1)]
+def prefix_attention_layout(example_ids: np.ndarray, segment_ids: np.ndarray) -> PrefixAttentionLayout:
+    """Return the layout of sequences [G, L].
+
+    `example_ids` number the examples of each sequence, -1 is padding; `segment_ids` as in
+    TokenizedExample.
+    """
+    length, no_prefix = example_ids.shape[1], np.zeros(0, dtype=np.int64)
+    blocks: list[AttentionBlock] = []
+    for row, (examples, segments) in enumerate(zip(example_ids, segment_ids, strict=True)):
+        for number in range(int(examples.max()) + 1):
+            index = np.flatnonzero(examples == number)
+            segment = segments[index]
+            position = index + row * length
+            prefix = position[segment == 0]
+            blocks += [(prefix, no_prefix)] if len(prefix) else []
+            blocks += [(position[segment == turn], prefix) for turn in range(1, int(segment.max()) + 1)]
     blocks.sort(key=lambda block: len(block[0]))
-    back, count = np.zeros(owner.size, dtype=np.int64), 0
-    made: list[tuple[Tensor, Tensor, Tensor]] = []
+    scatter, count = np.zeros(example_ids.size, dtype=np.int64), 0
+    buckets: list[tuple[Tensor, Tensor, Tensor]] = []
     for bucket in _buckets(blocks):
-        made.append(tuple(map(torch.from_numpy, _padded(bucket))))  # type: ignore[arg-type]
-        wide = made[-1][0].shape[1]
+        buckets.append(tuple(map(torch.from_numpy, _padded(bucket))))  # type: ignore[arg-type]
+        width = buckets[-1][0].shape[1]
         for own, _ in bucket:
-            back[own] = count + np.arange(len(own))
-            count += wide
-    queries, keys, masks = zip(*made, strict=True)
-    return Turns(queries, keys, masks, torch.from_numpy(back))
+            scatter[own] = count + np.arange(len(own))
+            count += width
+    queries, keys, masks = zip(*buckets, strict=True)
+    return PrefixAttentionLayout(queries, keys, masks, torch.from_numpy(scatter))
 
 
-def _buckets(blocks: list[Block]) -> list[list[Block]]:
-    """Split sorted blocks such that padding each part to its longest costs least, a call each included."""
+def _buckets(blocks: list[AttentionBlock]) -> list[list[AttentionBlock]]:
+    """Split sorted blocks into buckets such that padding and the overhead of calls together cost
+    least.
+
+    Dynamic programming over the end of the last bucket.
+    """
     own, shared = (np.array([len(block[side]) for block in blocks]) for side in (0, 1))
     best, begins = np.zeros(len(blocks) + 1), np.zeros(len(blocks) + 1, dtype=np.int64)
     for end in range(1, len(blocks) + 1):
-        wide = np.maximum.accumulate(shared[:end][::-1])[::-1] + own[end - 1]
-        costs = best[:end] + CALL + np.arange(end, 0, -1) * own[end - 1] * wide
+        key_length = np.maximum.accumulate(shared[:end][::-1])[::-1] + own[end - 1]
+        costs = best[:end] + ATTENTION_CALL_COST + np.arange(end, 0, -1) * own[end - 1] * key_length
         begins[end] = costs.argmin()
         best[end] = costs.min()
-    parts, end = [], len(blocks)
+    buckets, end = [], len(blocks)
     while end:
-        parts.append(blocks[begins[end] : end])
+        buckets.append(blocks[begins[end] : end])
         end = int(begins[end])
-    return parts[::-1]
+    return buckets[::-1]
 
 
-def _padded(bucket: list[Block]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries [N, Q], keys [N, S + Q] and mask [N, 1, Q, S + Q] of blocks (own positions, shared ones)."""
-    long, shares = (max(len(block[side]) for block in bucket) for side in (0, 1))
-    queries = np.stack([np.pad(own, (0, long - len(own)), mode="edge") for own, _ in bucket])
-    before = np.stack([np.pad(shared, (0, shares - len(shared))) for _, shared in bucket])
-    seen = np.arange(shares) < np.array([len(shared) for _, shared in bucket])[:, None]
-    causal = np.tri(long, dtype=bool)
-    own = np.broadcast_to(causal, (len(bucket), long, long))
-    prefix = np.broadcast_to(seen[:, None], (len(bucket), long, shares))
-    return queries, np.concatenate([before, queries], axis=1), np.concatenate([prefix, own], axis=2)[:, None]
+def _padded(bucket: list[AttentionBlock]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return queries [N, Q], keys [N, S + Q] and mask [N, 1, Q, S + Q] of blocks, padded to Q and
+    S."""
+    count = len(bucket)
+    turn_length, prefix_length = (max(len(block[side]) for block in bucket) for side in (0, 1))
+    queries = np.stack([np.pad(own, (0, turn_length - len(own)), mode="edge") for own, _ in bucket])
+    prefixes = np.stack([np.pad(prefix, (0, prefix_length - len(prefix))) for _, prefix in bucket])
+    is_prefix = np.arange(prefix_length) < np.array([len(prefix) for _, prefix in bucket])[:, None]
+    causal = np.broadcast_to(np.tri(turn_length, dtype=bool), (count, turn_length, turn_length))
+    prefix_mask = np.broadcast_to(is_prefix[:, None], (count, turn_length, prefix_length))
+    keys = np.concatenate([prefixes, queries], axis=1)
+    return queries, keys, np.concatenate([prefix_mask, causal], axis=2)[:, None]
 
 
-def attend(
+def prefix_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -106,35 +121,42 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    turns: Turns | None = None,
+    prefix_layout: PrefixAttentionLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention [G, heads, L, D] -> [G, L, heads, D]; without `turns` as the mask says."""
-    if turns is None:
+    """Scaled dot-product attention of [G, heads, L, D] -> [G, L, heads, D], with the signature of
+    transformers.
+
+    Without `prefix_layout` it is ordinary attention under `attention_mask`.
+    """
+    if prefix_layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     flat = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
-    made = []
-    for queries, keys, mask in zip(*turns[:3], strict=True):
+    grouped_query = query.shape[1] != key.shape[1]
+    results = []
+    for queries, keys, mask in zip(*prefix_layout[:3], strict=True):
         parts = zip(flat, (queries, keys, keys), strict=True)
-        q, k, v = (_rows(rows, at).transpose(1, 2) for rows, at in parts)
-        shared_heads = query.shape[1] != key.shape[1]
-        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling, enable_gqa=shared_heads)
-        made.append(mixed.transpose(1, 2).flatten(0, 1))
-    out = torch.cat(made).index_select(0, turns.back)
+        q, k, v = (_gather(values, positions).transpose(1, 2) for values, positions in parts)
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout, scale=scaling, enable_gqa=grouped_query
+        )
+        results.append(mixed.transpose(1, 2).flatten(0, 1))
+    out = torch.cat(results).index_select(0, prefix_layout.scatter)
     return out.unflatten(0, (len(query), -1)), None
 
 
-def _rows(rows: Tensor, at: Tensor) -> Tensor:
-    """Gather rows at positions of any shape."""
-    return rows.index_select(0, at.flatten()).unflatten(0, at.shape)
+def _gather(values: Tensor, positions: Tensor) -> Tensor:
+    """Gather rows of `values` [P, ...] at positions of any shape."""
+    return values.index_select(0, positions.flatten()).unflatten(0, positions.shape)
 
 
 @contextmanager
-def turned(backbone: Backbone) -> Iterator[None]:
-    """Let the decoder attend by turns where it is given them; it must have been loaded with "sdpa"."""
-    AttentionInterface.register(NAME, attend)
+def use_prefix_attention(backbone: Backbone) -> Iterator[None]:
+    """Let the decoder use prefix attention where it is given a layout, if it was loaded with
+    "sdpa"."""
+    AttentionInterface.register(NAME, prefix_attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     config = backbone.decoder.config
     before = config._attn_implementation
@@ -146,5 +168,6 @@ def turned(backbone: Backbone) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def is_turned(backbone: Backbone) -> bool:
+def uses_prefix_attention(backbone: Backbone) -> bool:
+    """Return whether `use_prefix_attention` is in effect."""
     return bool(backbone.decoder.config._attn_implementation == NAME)

@@ -1,11 +1,12 @@
-"""How much of its language a tuned model kept: divergence from its base, and perplexity, on held-out text.
+"""Retention: how far a fine-tuned model has moved from its base on held-out text (KL divergence,
+perplexity).
 
-Per token, with p the base and q the tuned model, both reading the same tokens (in nats):
+Per token, with p the base and q the fine-tuned model under teacher forcing (in nats):
 
     KL(p || q) = sum_v p(v) (log p(v) - log q(v))
     NLL(q) = -log q(next token),  perplexity = exp(mean NLL)
 
-The divergence is the sharper sign: perplexity may stay while a model forgets how it used to answer.
+The divergence is the more sensitive of the two: perplexity may stay while a model's answers change.
 """
 
 from __future__ import annotations
@@ -24,19 +25,23 @@ from blm.corpora.curation.replay import topic_texts
 from blm.types import BlmError
 
 RESAMPLES = 2000
-"""Of the blocks, for the 95 % intervals (percentile bootstrap, Efron 1979)."""
+"""Bootstrap resamples of the blocks, for 95 % intervals (percentile bootstrap, Efron 1979)."""
 
 
 def held_out_texts() -> list[str]:
-    """English prose that comes with Python: topics of its manual that no replay prompt is about.
+    """Return English prose that ships with Python: topics of its manual that no replay prompt is
+    about.
 
-    It differs a little between versions of Python: compare runs of one version.
+    It differs a little between versions of Python, so compare runs of one version.
     """
     return list(topic_texts(held_out=True).values())
 
 
 def read_texts(path: Path, size: int = 1500) -> list[str]:
-    """Cut a text file at blank lines into parts of `size` or more characters. Raises BlmError naming it."""
+    """Split a text file at blank lines into parts of at least `size` characters.
+
+    Raises BlmError for a file that cannot be read.
+    """
     try:
         paragraphs = re.split(r"\n\s*\n", path.read_text(encoding="utf-8").strip())
     except (OSError, UnicodeDecodeError) as error:
@@ -50,10 +55,10 @@ def read_texts(path: Path, size: int = 1500) -> list[str]:
 
 
 class Retention:
-    """Remembers what a base model says about some texts; made before training, asked during and after it.
+    """Compares a model in training with its base on some texts; create it before training.
 
-    The base's last hidden states and a copy of its head are kept, so its distributions come back in full and
-    exactly: top-k lists or rounded logits would not do. It costs the size of the head (113 MB for smol).
+    It keeps the last hidden states of the base and a copy of its head, so the base's distributions
+    are reproduced exactly and over the whole vocabulary. The copy costs memory (113 MB for smol).
     """
 
     def __init__(self, backbone: Backbone, texts: Sequence[str] = (), *, length: int = 64) -> None:
@@ -69,10 +74,12 @@ class Retention:
         self.hidden = list(self._read(backbone))
 
     def measure(self, backbone: Backbone) -> dict[str, float]:
-        """Compare `backbone`, tuned from the base or the base itself, with the base; intervals are 95 %.
+        """Compare `backbone`, tuned from the base or the base itself, with the base; intervals are
+        95 %.
 
-        Returns kl, kl_low, kl_high, perplexity_base, perplexity, nll_rise (tuned minus base), nll_rise_low,
-        nll_rise_high and text_tokens. Raises BlmError when the two split the texts into other tokens.
+        Returns kl, kl_low, kl_high, perplexity_base, perplexity, nll_rise (tuned minus base),
+        nll_rise_low, nll_rise_high and text_tokens. Raises BlmError when the two split the texts
+        into other tokens.
         """
         if self._blocks(backbone) != self.blocks or _head(backbone).weight.shape != self.head.weight.shape:
             raise BlmError("base and tuned model have unlike tokenizers; a divergence needs the same tokens")

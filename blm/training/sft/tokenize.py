@@ -1,6 +1,7 @@
-"""Conversations -> rows: tokens, which of them are learnt, and the pictures. Shapes: L positions.
+"""Tokenization: conversations -> token ids, loss mask, segment ids, position ids. Shapes: L
+positions.
 
-Pictures are read again whenever a row is used: a corpus of them does not fit in memory.
+Pictures are loaded again whenever an example is used: those of a corpus do not fit into memory.
 """
 
 from __future__ import annotations
@@ -17,28 +18,28 @@ import torch
 from torch import Tensor
 
 from blm.backbone import Backbone, Inputs
-from blm.backbone.video import Clip, Video, grids_of, load_media, token_types
-from blm.backbone.video import media_of as media_of_messages
+from blm.backbone.video import Clip, Video, grids_of, load_media, media_of
 from blm.types import BlmError, Image, ImageArray, Message, require_numbers
 
 Messages = tuple[Message, ...]
-Media = Mapping[str, tuple[Tensor, ...]]
-"""What a model reads beside tokens ("pixel_values", Qwen's "image_grid_thw", ..), or cached features, in
-reading order."""
+VisionInputs = Mapping[str, tuple[Tensor, ...]]
+"""Model inputs beside tokens ("pixel_values", Qwen's "image_grid_thw", ..), or cached vision
+features, in reading order."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How a conversation becomes a row."""
+class TokenizationConfig:
+    """How a conversation becomes a training example."""
 
     separate_turns: bool = True
-    """Let a turn see the pictures and its own question, not the other turns: each is then trained exactly as
-    it is asked alone, while the pictures are read once. Set it to False for dialogues about pictures that
-    refer back; conversations without pictures, and those with pictures in later turns, always stay whole."""
+    """Prefix attention: each turn attends to the pictures and to itself, not to other turns. Each
+    is then trained exactly as if it were asked alone, while the pictures are encoded once. Set it
+    to False for dialogues whose turns refer back; conversations without pictures, and those with
+    pictures in later turns, are never separated."""
     max_length: int = 2048
-    """Rows longer than this [tokens] lose their last turns; pictures are never cut."""
+    """Maximum length of an example [tokens]; longer ones lose their last turns, never a picture."""
     max_pixels: int | None = None
-    """Larger pictures are shrunk to this many pixels before the model's own processing."""
+    """Larger pictures are scaled down to this many pixels before the model's own processing."""
 
     def __post_init__(self) -> None:
         require_numbers(self, max_length=(2, 10**9), max_pixels=(1, 10**12))
@@ -47,62 +48,69 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """Pictures and videos, and the text that has their placeholders."""
+class ProcessorInput:
+    """Pictures and videos, and the text with their placeholders, from which the processor makes
+    vision inputs."""
 
     text: str
     images: tuple[Image | Clip, ...]
     root: Path | None
+    """Folder that image paths are relative to."""
     max_pixels: int | None
 
-    def read(self, backbone: Backbone) -> tuple[Inputs, int]:
-        """Return what the model's processor makes of them, and how many pictures were shrunk."""
+    def process(self, backbone: Backbone) -> tuple[Inputs, int]:
+        """Load the pictures and process them; return the inputs and how many pictures were scaled
+        down."""
         whole, clips = load_media(self.images, self.root)
-        images = [shrunk(pixels, self.max_pixels) for pixels in whole]
-        count = sum(small is not pixels for small, pixels in zip(images, whole, strict=True))
+        images = [limit_pixels(picture, self.max_pixels) for picture in whole]
+        count = sum(small is not picture for small, picture in zip(images, whole, strict=True))
         videos = list[Video]()
         for clip in clips:
-            frames = [shrunk(frame, self.max_pixels) for frame in clip.frames]
+            frames = [limit_pixels(frame, self.max_pixels) for frame in clip.frames]
             count += sum(small.shape != clip.frames.shape[1:] for small in frames)
             videos.append(Video(np.stack(frames), clip.times))
         return backbone.process([self.text], images, videos=videos), count
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenizedExample:
     """One conversation, ready to train on: all its turns behind one copy of its pictures."""
 
     tokens: np.ndarray
-    """[L] int64."""
+    """[L] int64 token ids."""
     loss_mask: np.ndarray
-    """[L] bool: the tokens of answers and their end tokens."""
+    """[L] bool, True at the tokens of answers, end tokens included."""
     segment_ids: np.ndarray
-    """[L] int64: 0 is seen by all later positions, j > 0 by turn j only."""
-    positions: np.ndarray
-    """[1 or 3, L] int64: a turn counts on from the end of what is shared; three rows are M-RoPE's."""
-    shown: Shown | None = None
-    """None: no pictures, or their features are cached."""
-    features: Media = field(default_factory=dict)
-    """Cached features of its pictures."""
+    """[L] int64: 0 for the shared prefix, which all later positions attend to; j > 0 for turn j,
+    which only turn j attends to."""
+    position_ids: np.ndarray
+    """[1, L] int64, or [3, L] for M-RoPE: those of each turn continue from the end of the shared
+    prefix."""
+    processor_input: ProcessorInput | None = None
+    """None: it has no pictures, or their features are cached."""
+    features: VisionInputs = field(default_factory=dict)
+    """Cached vision features of its pictures."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     @property
     def shows_video(self) -> bool:
-        """Whether the model's eye will see a video for this row."""
-        return self.shown is not None and any(isinstance(part, Clip) for part in self.shown.images)
+        """Whether the vision tower runs on a video for this example."""
+        source = self.processor_input
+        return source is not None and any(isinstance(part, Clip) for part in source.images)
 
-    def media(self, backbone: Backbone) -> Media:
-        """Return the features of its pictures, or what the model's processor makes of them."""
-        if self.shown is None:
+    def vision_inputs(self, backbone: Backbone) -> VisionInputs:
+        """Return the cached features of its pictures, or load the pictures and process them."""
+        if self.processor_input is None:
             return self.features
-        return media_of(self.shown.read(backbone)[0])
+        return vision_inputs_of(self.processor_input.process(backbone)[0])
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny tensors: handing each to a second thread costs more than it saves."""
+def single_torch_thread() -> Iterator[None]:
+    """Let torch use one thread: for thousands of tiny tensors, threads cost more time than they
+    save."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -111,61 +119,69 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def make_row(
-    backbone: Backbone, messages: Messages, limits: Limits, root: Path | None, counts: Counter[str]
-) -> Row | None:
-    """Tokenise one conversation; None if even its first turn is too long. `counts` says what happened."""
-    turns = separated(messages) if limits.separate_turns else [messages]
-    images = media_of_messages(turns[0], backbone.videos_as)
-    shown = Shown(backbone.render(turns[0], prompt=False), images, root, limits.max_pixels)
-    read, changed = shown.read(backbone)
-    tokens, loss_mask, segment_ids = _segments(backbone, read["input_ids"][0].numpy(), turns)
-    if len(tokens) > limits.max_length:
+def tokenize_conversation(
+    backbone: Backbone,
+    messages: Messages,
+    config: TokenizationConfig,
+    root: Path | None,
+    counts: Counter[str],
+) -> TokenizedExample | None:
+    """Tokenise one conversation; None if even its first turn is too long. `counts` records the
+    outcome."""
+    turns = split_turns(messages) if config.separate_turns else [messages]
+    images = media_of(turns[0], backbone.videos_as)
+    source = ProcessorInput(backbone.render(turns[0], prompt=False), images, root, config.max_pixels)
+    inputs, changed = source.process(backbone)
+    tokens, loss_mask, segment_ids = _segments(backbone, inputs["input_ids"][0].numpy(), turns)
+    if len(tokens) > config.max_length:
         counts["turns cut"] += 1
         last = max(index for index, message in enumerate(messages) if message.role == "user")
         if any(message.role == "assistant" for message in messages[:last]):
-            return make_row(backbone, messages[:last], limits, root, counts)
+            return tokenize_conversation(backbone, messages[:last], config, root, counts)
         counts["dropped, too long"] += 1
         return None
     counts["kept"] += 1
     if changed:
         counts["pictures shrunk"] += changed
-    positions = _positions(backbone, tokens, segment_ids, media_of(read) if images else {})
-    return Row(tokens, loss_mask, segment_ids, positions, shown if images else None)
+    position_ids = _position_ids(backbone, tokens, segment_ids, vision_inputs_of(inputs) if images else {})
+    return TokenizedExample(tokens, loss_mask, segment_ids, position_ids, source if images else None)
 
 
-def shrunk(pixels: ImageArray, most: int | None) -> ImageArray:
-    """Return a picture of at most `most` pixels in the same proportions; itself if it is no larger."""
+def limit_pixels(pixels: ImageArray, max_pixels: int | None) -> ImageArray:
+    """Scale a picture [height, width, 3] down to at most `max_pixels`; return a smaller one
+    unchanged."""
     height, width = pixels.shape[:2]
-    if most is None or height * width <= most:
+    if max_pixels is None or height * width <= max_pixels:
         return pixels
-    scale = (most / (height * width)) ** 0.5
+    scale = (max_pixels / (height * width)) ** 0.5
     size = (max(1, int(width * scale)), max(1, int(height * scale)))
     return np.asarray(PIL.Image.fromarray(pixels).resize(size, PIL.Image.Resampling.BICUBIC))
 
 
-def media_of(read: Inputs) -> Media:
-    """Return what a processor made of the pictures of one conversation."""
-    words = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
-    return {name: (value,) for name, value in read.items() if name not in words}
+def vision_inputs_of(inputs: Inputs) -> VisionInputs:
+    """Return the inputs that describe the pictures, of those that a processor made for one
+    conversation."""
+    of_text = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+    return {name: (value,) for name, value in inputs.items() if name not in of_text}
 
 
 def _segments(
     backbone: Backbone, first: np.ndarray, turns: Sequence[Messages]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return tokens, loss mask and segment ids of turns behind one prefix; `first` is turn 0 with pictures.
+    """Return token ids, loss mask and segment ids [L] of turns behind one shared prefix.
 
-    What all turns begin with is shared, but a turn's answer never begins right after it: the token before
-    each learnt one must be of the same turn.
+    `first` are the token ids of turn 0, with all placeholders of its pictures. The tokens with
+    which all turns begin form the prefix. It ends before the last token that precedes an answer:
+    that token predicts the answer's first one, so both must belong to the same turn.
     """
-    placeholder = _placeholders(backbone)
-    plain = [_answers(backbone, turn) for turn in turns]  # with one placeholder a picture
-    loss_mask = _spread(first, *plain[0], placeholder)
+    placeholders = _placeholders(backbone)
+    plain = [_tokens_and_loss_mask(backbone, turn) for turn in turns]  # with one placeholder a picture
+    loss_mask = _expand_loss_mask(first, *plain[0], placeholders)
     if len(turns) == 1:
         return first, loss_mask, np.zeros(len(first), dtype=np.int64)
     tails = []
     for tokens, answers in plain:
-        cut = _end_of_pictures(tokens, placeholder)
+        cut = _end_of_pictures(tokens, placeholders)
         tails.append((tokens[cut:], answers[cut:]))
     same = min(int(answers.argmax()) - 1 for _, answers in tails)
     starts = np.stack([tail[:same] for tail, _ in tails])
@@ -181,73 +197,78 @@ def _segments(
 
 
 def _placeholders(backbone: Backbone) -> np.ndarray:
-    """Return the tokens that stand for pictures and videos."""
+    """Return the ids of the tokens that stand for pictures and videos."""
     processor = backbone.processor
     video = getattr(processor, "video_token_id", None)
     return np.array([processor.image_token_id, *([] if video is None else [video])])
 
 
-def _spread(
-    tokens: np.ndarray, plain: np.ndarray, loss_mask: np.ndarray, placeholder: np.ndarray
+def _expand_loss_mask(
+    tokens: np.ndarray, plain: np.ndarray, loss_mask: np.ndarray, placeholders: np.ndarray
 ) -> np.ndarray:
-    """Carry `loss_mask` from `plain`, with one placeholder a picture, to `tokens`, with pictures written out.
+    """Transfer a loss mask from `plain`, with one placeholder a picture, to `tokens`, with all of
+    them.
 
-    How a picture is written out is the processor's secret; the text between pictures is the same in both.
+    Only the processor knows how many placeholders it writes for a picture, and which tokens around
+    them; the text between two pictures is the same in both.
     """
-    wide, end, stop = np.zeros(len(tokens), dtype=bool), len(tokens), len(plain)
-    for cut in (*np.flatnonzero(np.isin(plain, placeholder))[::-1].tolist(), -1):
-        piece, mine = plain[cut + 1 : stop], loss_mask[cut + 1 : stop]
-        if mine.any():
-            starts = np.lib.stride_tricks.sliding_window_view(tokens[:end], len(piece))
-            end = int(np.flatnonzero((starts == piece).all(axis=1))[-1])
-            wide[end : end + len(piece)] = mine
+    expanded, end, stop = np.zeros(len(tokens), dtype=bool), len(tokens), len(plain)
+    for cut in (*np.flatnonzero(np.isin(plain, placeholders))[::-1].tolist(), -1):
+        text, mask = plain[cut + 1 : stop], loss_mask[cut + 1 : stop]
+        if mask.any():
+            windows = np.lib.stride_tricks.sliding_window_view(tokens[:end], len(text))
+            end = int(np.flatnonzero((windows == text).all(axis=1))[-1])
+            expanded[end : end + len(text)] = mask
         stop = cut
-    return wide
+    return expanded
 
 
-def _positions(backbone: Backbone, tokens: np.ndarray, segment_ids: np.ndarray, media: Media) -> np.ndarray:
-    at = np.arange(len(tokens))
-    positions = at[None]
-    grids = grids_of(join([media]))
-    if grids:
-        ids = torch.from_numpy(tokens)[None]
-        three, _ = backbone.model.base_model.get_rope_index(
-            input_ids=ids, mm_token_type_ids=token_types(backbone.processor, ids), **grids
-        )
-        positions = three[:, 0].numpy()
-    begin = np.maximum.accumulate(np.where(np.diff(segment_ids, prepend=0) != 0, at, 0))
+def _position_ids(
+    backbone: Backbone, tokens: np.ndarray, segment_ids: np.ndarray, vision_inputs: VisionInputs
+) -> np.ndarray:
+    """Return position ids [1 or 3, L]; each turn continues from the end of the shared prefix."""
+    ids = torch.from_numpy(tokens)[None]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs |= grids_of(concatenate_vision_inputs([vision_inputs]))
+    positions = backbone.position_ids(inputs).reshape(-1, len(tokens)).numpy()
+    index = np.arange(len(tokens))
+    begin = np.maximum.accumulate(np.where(np.diff(segment_ids, prepend=0) != 0, index, 0))
     return positions - np.where(segment_ids > 0, begin - np.argmax(segment_ids > 0), 0)
 
 
-def _end_of_pictures(tokens: np.ndarray, placeholder: np.ndarray) -> int:
-    where = np.flatnonzero(np.isin(tokens, placeholder))
+def _end_of_pictures(tokens: np.ndarray, placeholders: np.ndarray) -> int:
+    where = np.flatnonzero(np.isin(tokens, placeholders))
     return int(where[-1]) + 1 if len(where) else 0
 
 
-def separated(messages: Messages) -> list[Messages]:
-    """Return each turn as its own conversation, with all the pictures, if they are in the first turn."""
+def split_turns(messages: Messages) -> list[Messages]:
+    """Split a dialogue about pictures into one conversation a turn, each with all the pictures.
+
+    Returns the dialogue unsplit if it has no pictures, or has them in later turns.
+    """
     system = tuple(message for message in messages if message.role == "system")
     users = [message for message in messages if message.role == "user"]
     answers = [message for message in messages if message.role == "assistant"]
-    turns = [message.role for message in messages[len(system) :]]
-    seen = [message.role for message in messages if message.images]
-    if turns != ["user", "assistant"] * len(users) or seen != ["user"] or not users[0].images:
+    roles = [message.role for message in messages[len(system) :]]
+    roles_with_pictures = [message.role for message in messages if message.images]
+    if roles != ["user", "assistant"] * len(users) or roles_with_pictures != ["user"] or not users[0].images:
         return [messages]
     last = max(index for index, part in enumerate(users[0].content) if isinstance(part, Image))
     pictures = users[0].content[: last + 1]
-    asked = [users[0], *(Message("user", (*pictures, *message.content)) for message in users[1:])]
-    return [(*system, question, answer) for question, answer in zip(asked, answers, strict=True)]
+    questions = [users[0], *(Message("user", (*pictures, *message.content)) for message in users[1:])]
+    return [(*system, question, answer) for question, answer in zip(questions, answers, strict=True)]
 
 
-def _answers(backbone: Backbone, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
-    """Return the tokens of a conversation, one placeholder a picture, and which of them are answers.
+def _tokens_and_loss_mask(backbone: Backbone, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
+    """Return token ids and loss mask [L] of a conversation, with one placeholder a picture.
 
-    An answer is what the template adds between the prompt that asks for it and the conversation that has it,
-    up to the first end token; so this works for any template that does not rewrite earlier turns.
+    An answer is the text by which the rendered conversation with it is longer than the prompt
+    before it, up to the first end token. So this works for any chat template that does not rewrite
+    earlier turns. Raises BlmError for another template, and for a conversation without an answer.
     """
     text = backbone.render(messages, prompt=False)
-    read = backbone.processor.tokenizer.backend_tokenizer.encode(text)  # ten times the speed of a call
-    tokens, offsets = np.asarray(read.ids), np.asarray(read.offsets)
+    encoding = backbone.processor.tokenizer.backend_tokenizer.encode(text)  # ten times as fast as a call
+    tokens, offsets = np.asarray(encoding.ids), np.asarray(encoding.offsets)
     loss_mask = np.zeros(len(tokens), dtype=bool)
     for index, message in enumerate(messages):
         if message.role != "assistant":
@@ -269,13 +290,7 @@ def _end_tokens(backbone: Backbone) -> list[int]:
     return list(np.atleast_1d(backbone.model.generation_config.eos_token_id))
 
 
-def join(media: Sequence[Media]) -> Inputs:
-    """Concatenate media in order."""
-    names = dict.fromkeys(name for one in media for name in one)
-    return {name: torch.cat([piece for one in media for piece in one.get(name, ())]) for name in names}
-
-
-def ready(backbone: Backbone, inputs: Inputs) -> Inputs:
-    """Return inputs on the model's device, pictures in its precision."""
-    device = backbone.model.device
-    return backbone.place({name: value.to(device, non_blocking=True) for name, value in inputs.items()})
+def concatenate_vision_inputs(parts: Sequence[VisionInputs]) -> Inputs:
+    """Concatenate the vision inputs of several conversations, in order."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: torch.cat([value for part in parts for value in part.get(name, ())]) for name in names}

@@ -1,4 +1,4 @@
-"""Conversations become rows: each process of a run reads its share, and all of them get all rows."""
+"""Tokenization of corpora: each process tokenises a shard, and all of them receive all examples."""
 
 from __future__ import annotations
 
@@ -11,101 +11,120 @@ from rich.console import Console
 from rich.progress import track
 
 from blm.backbone import Backbone
-from blm.training.loop.distributed import Part, Processes
-from blm.training.sft.mixture_sampler import Source
-from blm.training.sft.tokenize import Limits, Row, make_row
-from blm.training.sft.vision_features import FeatureCache
+from blm.training.loop.distributed import DataShard, Processes
+from blm.training.sft.mixture_sampler import TokenizedSource
+from blm.training.sft.tokenize import TokenizationConfig, TokenizedExample, tokenize_conversation
+from blm.training.sft.vision_features import VisionFeatureCache
 from blm.types import BlmError, Message
 
-READ_TOGETHER = 256
-"""Conversations of a process between two exchanges; if features are wanted, their pictures wait so long."""
+CONVERSATIONS_PER_EXCHANGE = 256
+"""Conversations that a process tokenises between two exchanges. With cached features their pictures
+stay in memory until then."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSource:
-    """Conversations of one kind."""
+    """Conversations of one kind, and their weight in the mixture."""
 
     name: str
     conversations: Sequence[Sequence[Message]]
     root: Path | None = None
-    """Folder below which their pictures lie."""
+    """Folder that image paths are relative to."""
     weight: float = 1.0
-    """Its share of the rows trained on, relative to the other sources."""
-    places: Sequence[str] = ()
-    """Where each conversation stands ("file:line"), for messages."""
+    """Its share of the training examples, relative to the other sources."""
+    locations: Sequence[str] = ()
+    """Where each conversation comes from ("file:line"), for messages."""
 
-    def place(self, index: int) -> str:
-        return self.places[index] if self.places else f"{self.name}, conversation {index}"
+    def location(self, index: int) -> str:
+        """Return where conversation `index` comes from."""
+        return self.locations[index] if self.locations else f"{self.name}, conversation {index}"
 
 
 @dataclass
-class Share:
-    """What one process read of a block."""
+class TokenizedShard:
+    """The examples of one process, of one block of conversations."""
 
-    rows: list[Row | None] = field(default_factory=list)
-    """None: not to be trained on."""
+    examples: list[TokenizedExample | None] = field(default_factory=list)
+    """None: a conversation that is not used."""
     faults: list[tuple[int, str]] = field(default_factory=list)
-    """Number of a conversation that cannot be used, and why."""
+    """Number of each conversation that cannot be used, and the reason."""
 
 
-class Reader:
-    """Reads sources together with the other processes; `counts` says what happened in this one."""
+class CorpusTokenizer:
+    """Tokenises sources together with the other processes; `counts` has the outcomes in this
+    process."""
 
     def __init__(
-        self, backbone: Backbone, limits: Limits, processes: Processes, *, skip_bad: bool, features: bool
+        self,
+        backbone: Backbone,
+        config: TokenizationConfig,
+        processes: Processes,
+        *,
+        skip_bad: bool,
+        cache_features: bool,
     ) -> None:
-        """With `features` pictures become those of the frozen eye, 256 conversations at a time."""
-        self.backbone, self.limits, self.processes, self.skip_bad = backbone, limits, processes, skip_bad
+        """With `cache_features`, pictures are replaced by their features, 256 conversations at a
+        time."""
+        self.backbone, self.config, self.processes = backbone, config, processes
+        self.skip_bad = skip_bad
         self.counts: Counter[str] = Counter()
-        self.see = FeatureCache(backbone, self.counts) if features else None
+        self.feature_cache = VisionFeatureCache(backbone, self.counts) if cache_features else None
         self.console = Console(stderr=True, quiet=not processes.first)
 
-    def read(self, source: TrainingSource) -> Source:
-        """Return all rows of a source. Raises BlmError naming a conversation of no use, in every process."""
-        count, total = self.processes.count, len(source.conversations)
-        size = READ_TOGETHER * count
-        blocks = [range(begin, min(begin + size, total)) for begin in range(0, total, size)]
-        rows = list[Row]()
-        for block in track(blocks, f"reading {source.name}", console=self.console):
-            own = Part(self.processes.rank, count).of(block)
-            mine = self._share(source, own)
-            shares = self.processes.gather_objects(mine)
-            shares[self.processes.rank] = mine  # and not a copy
-            self._tell(source, sorted(fault for share in shares for fault in share.faults))
-            mixed = (shares[place % count].rows[place // count] for place in range(len(block)))
-            rows += [row for row in mixed if row is not None]
-        if not rows:
-            raise BlmError(f"no conversation of '{source.name}' can be trained on: {dict(self.counts)}")
-        return Source(name=source.name, rows=rows, weight=source.weight)
+    def tokenize(self, source: TrainingSource) -> TokenizedSource:
+        """Return all examples of a source.
 
-    def total(self) -> Counter[str]:
-        """Return what happened in all processes."""
-        seen = {*self.see.features} if self.see is not None else set[str]()
-        parts = self.processes.gather_objects((self.counts, seen))
-        counts = sum((part for part, _ in parts), Counter[str]())
-        if self.see is not None:
-            counts["distinct pictures"] = len(set[str]().union(*(pictures for _, pictures in parts)))
+        Raises BlmError, in every process, naming a conversation that cannot be used (unless
+        `skip_bad`), and when no conversation is left.
+        """
+        count, total = self.processes.count, len(source.conversations)
+        size = CONVERSATIONS_PER_EXCHANGE * count
+        blocks = [range(begin, min(begin + size, total)) for begin in range(0, total, size)]
+        examples = list[TokenizedExample]()
+        for block in track(blocks, f"reading {source.name}", console=self.console):
+            own = DataShard(self.processes.rank, count).of(block)
+            mine = self._tokenize_shard(source, own)
+            shards = self.processes.gather_objects(mine)
+            shards[self.processes.rank] = mine  # instead of a pickled copy
+            self._report_faults(source, sorted(fault for shard in shards for fault in shard.faults))
+            in_order = (shards[n % count].examples[n // count] for n in range(len(block)))
+            examples += [example for example in in_order if example is not None]
+        if not examples:
+            raise BlmError(f"no conversation of '{source.name}' can be trained on: {dict(self.counts)}")
+        return TokenizedSource(name=source.name, examples=examples, weight=source.weight)
+
+    def total_counts(self) -> Counter[str]:
+        """Return the outcomes in all processes: conversations kept, cut, dropped, pictures, .."""
+        pictures = {*self.feature_cache.features} if self.feature_cache is not None else set[str]()
+        gathered = self.processes.gather_objects((self.counts, pictures))
+        counts = sum((part for part, _ in gathered), Counter[str]())
+        if self.feature_cache is not None:
+            counts["distinct pictures"] = len(set[str]().union(*(keys for _, keys in gathered)))
         return counts
 
-    def _share(self, source: TrainingSource, numbers: Sequence[int]) -> Share:
-        share = Share()
+    def _tokenize_shard(self, source: TrainingSource, numbers: Sequence[int]) -> TokenizedShard:
+        shard = TokenizedShard()
         for number in numbers:
-            messages, row = tuple(source.conversations[number]), None
+            messages, example = tuple(source.conversations[number]), None
             try:
-                row = make_row(self.backbone, messages, self.limits, source.root, self.counts)
+                example = tokenize_conversation(
+                    self.backbone, messages, self.config, source.root, self.counts
+                )
             except BlmError as error:
-                share.faults.append((number, str(error)))
+                shard.faults.append((number, str(error)))
                 if not self.skip_bad:
                     break
                 self.counts["skipped, bad"] += 1
-            share.rows.append(row)
-        if self.see is not None:
-            seen = iter(self.see([row for row in share.rows if row is not None]))
-            share.rows = [None if row is None else next(seen) for row in share.rows]
-        return share
+            shard.examples.append(example)
+        if self.feature_cache is not None:
+            cached = iter(self.feature_cache([one for one in shard.examples if one is not None]))
+            shard.examples = [None if example is None else next(cached) for example in shard.examples]
+        return shard
 
-    def _tell(self, source: TrainingSource, faults: Sequence[tuple[int, str]]) -> None:
+    def _report_faults(self, source: TrainingSource, faults: Sequence[tuple[int, str]]) -> None:
         for number, reason in faults:
             if not self.skip_bad:
-                raise BlmError(f"{source.place(number)}: {reason}; skip_bad leaves such rows out")
-            self.console.print(f"skipped {source.place(number)}: {reason}", highlight=False, soft_wrap=True)
+                raise BlmError(f"{source.location(number)}: {reason}; skip_bad leaves such rows out")
+            self.console.print(
+                f"skipped {source.location(number)}: {reason}", highlight=False, soft_wrap=True
+            )

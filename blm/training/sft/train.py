@@ -1,8 +1,8 @@
-"""Stage I: supervised fine-tuning of a backbone on conversations, with loss on the assistant's tokens only.
+"""Stage I: supervised fine-tuning of a backbone on conversations, with loss on the assistant's
+tokens only.
 
-A weighted mixture of sources (own questions, general replay) is tokenised once, before training; pictures
-are read one step ahead, or wait as features if the eye is frozen. The language head runs on answer positions
-only.
+A weighted mixture of sources (own questions, general replay) is tokenised once, before training.
+Pictures are loaded one step ahead, or cached as vision features if the vision tower is frozen.
 """
 
 from __future__ import annotations
@@ -20,41 +20,47 @@ from torch import Tensor
 from blm.backbone import Backbone
 from blm.backbone.saving import require_free
 from blm.io import write_json
-from blm.training.loop.distributed import Part, Processes, wants_shards
-from blm.training.loop.loop import LoopConfig, Piece, run_loop
-from blm.training.policy.hidden_states import claim
+from blm.training.loop.batches import Microbatch
+from blm.training.loop.distributed import DataShard, Processes, fsdp_requested
+from blm.training.loop.loop import LoopConfig, run_loop
+from blm.training.run_inputs import require_same_inputs
 from blm.training.sft.lora import Lora, add_adapters, merge_adapters
 from blm.training.sft.loss import MaskedLossModel
-from blm.training.sft.mixture_sampler import MixtureSampler, Place, Source
+from blm.training.sft.mixture_sampler import ExampleIndex, MixtureSampler, TokenizedSource
 from blm.training.sft.pack import ExampleBatch, collate, pack, require_exact
 from blm.training.sft.parameter_groups import PartName, freeze_parts, part_of
-from blm.training.sft.prefix_attention import turned
-from blm.training.sft.tokenize import Limits, Row, one_thread
-from blm.training.sft.tokenize_corpora import Reader, TrainingSource
+from blm.training.sft.prefix_attention import use_prefix_attention
+from blm.training.sft.tokenize import TokenizationConfig, TokenizedExample, single_torch_thread
+from blm.training.sft.tokenize_corpora import CorpusTokenizer, TrainingSource
 from blm.types import BlmError, require_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage1Config:
+    """Stage I: what is trained, on which form of the data, at which learning rates."""
+
     loop: LoopConfig
     vision_scale: float | None = None
-    """Times `loop.lr` is the rate of the vision tower; 0 freezes it. By default 1, with LoRA 0."""
+    """Learning rate of the vision tower, relative to `loop.lr`; 0 freezes it. By default 1, with
+    LoRA 0."""
     projector_scale: float = 1.0
-    """The same for what turns vision features into tokens."""
+    """The same for the projector, which maps vision features to token embeddings."""
     language_scale: float = 1.0
-    """The same for language model, embeddings and head; with LoRA for the adapters."""
+    """The same for language model, embeddings and head; with LoRA, for the adapters."""
     lora: Lora = field(default_factory=Lora)
-    """Train adapters of the language model instead of its weights."""
-    limits: Limits = field(default_factory=Limits)
+    """Train low-rank adapters of the language model instead of its weights."""
+    limits: TokenizationConfig = field(default_factory=TokenizationConfig)
+    """Tokenization of conversations."""
     pack_length: int = 0
-    """Rows share a sequence up to this length [tokens], once that is proved exact for the model; 0: each row
-    has one for itself, padded."""
+    """Pack examples into sequences of up to this length [tokens], after a check that packing is
+    exact for the model; 0: one example a sequence, padded."""
     cache_features: bool = False
-    """See each picture once, before training; needs a frozen vision tower."""
+    """Encode each picture once, before training; needs a frozen vision tower."""
     checkpoint_blocks: bool = False
-    """Recompute blocks in the backward pass: less memory, the same gradients."""
+    """Activation checkpointing: recompute blocks in the backward pass. Saves memory; same
+    gradients."""
     skip_bad: bool = False
-    """Leave out conversations that cannot be used, and print each; else the first of them ends the run."""
+    """Skip and report conversations that cannot be used; else the first of them ends the run."""
 
     def __post_init__(self) -> None:
         require_numbers(
@@ -69,10 +75,11 @@ class Stage1Config:
 
     @property
     def scales(self) -> dict[PartName, float]:
+        """Learning rates of the parts of the model, relative to `loop.lr`."""
         vision = self.vision_scale if self.vision_scale is not None else float(not self.lora.rank)
         return {"vision": vision, "projector": self.projector_scale, "language": self.language_scale}
 
-    def rate(self, name: str) -> float:
+    def learning_rate(self, name: str) -> float:
         """Return the peak learning rate of a parameter."""
         part = part_of(name)
         assert part is not None, name
@@ -87,49 +94,49 @@ def train_stage1(
     *,
     on_eval: Callable[[int], Mapping[str, float]] | None = None,
 ) -> Counter[str]:
-    """Train `backbone` in place and save it to `out/backbone`; return what happened to the conversations.
+    """Train `backbone` in place, save it to `out/backbone`, and count kept and dropped
+    conversations.
 
-    The counts are in `out/rows.json` too. With LoRA the adapters are in `out/adapter`, and merged into the
-    backbone. `on_eval(steps done)` is called with the model in evaluation mode. Raises BlmError naming the
-    conversation that cannot be used.
+    The counts are written to `out/rows.json`, too. With LoRA the adapters are saved to
+    `out/adapter`, and merged into the backbone. `on_eval(steps done)` is called with the model in
+    evaluation mode. Raises BlmError naming a conversation that cannot be used.
     """
     processes, model = Processes.join(backbone.model.device.type), backbone.model
     adapted = _choose_trained(backbone, config)
-    read, counts = _read(backbone, sources, config, processes)
-    schedule = MixtureSampler(
-        read,
-        rows_per_step=config.loop.batch_size,
+    tokenized, counts = _tokenize(backbone, sources, config, processes)
+    sampler = MixtureSampler(
+        tokenized,
+        examples_per_step=config.loop.batch_size,
         pack_length=config.pack_length,
         seed=config.loop.seed,
-        world=processes.count * config.loop.accumulate,
+        world_size=processes.count * config.loop.accumulate,
     )
     if processes.first:
-        claim(out / "inputs.json", _inputs(backbone, read, config), f"'{out}' holds another run")
+        inputs = _run_inputs(backbone, tokenized, config)
+        require_same_inputs(out / "inputs.json", inputs, f"'{out}' holds another run")
         for name in ("backbone", "adapter"):
             require_free(out / name)
         write_json(out / "rows.json", dict(counts))
-    sharded = processes.count > 1 and (config.loop.shard or wants_shards())
-    if sharded:
-        _require_no_videos(read)
-    answers = MaskedLossModel(backbone, sharded=sharded, cached=config.cache_features)
+    sharded = processes.count > 1 and (config.loop.shard or fsdp_requested())
+    _require_no_videos(tokenized if sharded else ())
+    loss_model = MaskedLossModel(backbone, sharded=sharded, cached=config.cache_features)
     if config.checkpoint_blocks:
         model.activation_checkpointing_enable()
 
-    def next_batch(step: int, part: Part) -> Piece[ExampleBatch]:
-        return _piece(backbone, read, schedule.groups(step, part.index))
+    def next_batch(step: int, shard: DataShard) -> Microbatch[ExampleBatch]:
+        return _microbatch(backbone, tokenized, sampler.sequences(step, shard.index))
 
     def loss(batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        found = answers.train()(batch)
-        return found.loss_sum / found.tokens, {"token_accuracy": found.correct / found.tokens}
+        sums = loss_model.train()(batch)
+        return sums.loss_sum / sums.tokens, {"token_accuracy": sums.correct / sums.tokens}
 
     def evaluate(step: int) -> Mapping[str, float]:
-        answers.eval()
+        loss_model.eval()
         return on_eval(step) if on_eval is not None else {}
 
-    with turned(backbone):
-        run_loop(
-            model, loss, next_batch, config.loop, out, learning_rate=config.rate, on_eval=on_eval and evaluate
-        )
+    rate, evaluation = config.learning_rate, on_eval and evaluate
+    with use_prefix_attention(backbone):
+        run_loop(model, loss, next_batch, config.loop, out, learning_rate=rate, on_eval=evaluation)
     if config.checkpoint_blocks:
         model.activation_checkpointing_disable()
     if adapted is not None:
@@ -141,13 +148,14 @@ def train_stage1(
     return counts
 
 
-def _require_no_videos(read: Sequence[Source]) -> None:
-    """Raise BlmError for rows with videos: sharded ranks must run the vision tower equally often.
+def _require_no_videos(sources: Sequence[TokenizedSource]) -> None:
+    """Raise BlmError for examples with videos: sharded ranks must run the vision tower equally often.
 
-    It runs once for images and once more for videos, so ranks whose batches differ would wait for ever.
+    It runs once for images and once more for videos, so ranks whose batches differ would wait
+    forever.
     """
-    for source in read:
-        if any(row.shows_video for row in source.rows):
+    for source in sources:
+        if any(example.shows_video for example in source.examples):
             raise BlmError(
                 f"'{source.name}' has videos, which sharded training cannot read as videos: set "
                 "cache_features, train without sharding, or set the backbone's videos_as to 'frames'"
@@ -155,7 +163,10 @@ def _require_no_videos(read: Sequence[Source]) -> None:
 
 
 def _choose_trained(backbone: Backbone, config: Stage1Config) -> PeftModel | None:
-    """Freeze what shall not train; return adapters, if wanted. Raises BlmError if rows cannot be packed."""
+    """Freeze the parts with a scale of 0; add LoRA adapters, if configured, and return them.
+
+    Raises BlmError if the config asks for packing and the model cannot pack exactly.
+    """
     adapted = None
     if config.lora.rank:
         projector = config.projector_scale > 0
@@ -167,34 +178,46 @@ def _choose_trained(backbone: Backbone, config: Stage1Config) -> PeftModel | Non
     return adapted
 
 
-def _piece(
-    backbone: Backbone, read: Sequence[Source], groups: Sequence[Sequence[Place]]
-) -> Piece[ExampleBatch]:
-    rows = [[read[source].rows[row] for source, row in group] for group in groups]
-    ids = [f"{read[source].name} {row}" for group in groups for source, row in group]
-    batch = pack(backbone, rows, tuple(range(len(ids))))
-    return Piece(batch, ids, float(batch.loss_mask.sum()), batch.tokens, batch.loss_mask.numel())
+def _microbatch(
+    backbone: Backbone, tokenized: Sequence[TokenizedSource], sequences: Sequence[Sequence[ExampleIndex]]
+) -> Microbatch[ExampleBatch]:
+    examples = [[tokenized[source].examples[index] for source, index in sequence] for sequence in sequences]
+    ids = [f"{tokenized[source].name} {index}" for sequence in sequences for source, index in sequence]
+    batch = pack(backbone, examples, tuple(range(len(ids))))
+    return Microbatch(
+        batch,
+        ids,
+        weight=float(batch.loss_mask.sum()),
+        tokens=batch.tokens,
+        positions=batch.loss_mask.numel(),
+    )
 
 
-def _read(
+def _tokenize(
     backbone: Backbone, sources: Sequence[TrainingSource], config: Stage1Config, processes: Processes
-) -> tuple[list[Source], Counter[str]]:
-    """Tokenise all sources, and see their pictures if features are wanted; with counts of what happened."""
-    with one_thread():
-        reader = Reader(
+) -> tuple[list[TokenizedSource], Counter[str]]:
+    """Tokenise all sources, cache vision features if configured, and count the outcomes."""
+    with single_torch_thread():
+        tokenizer = CorpusTokenizer(
             backbone,
             config.limits,
             processes,
             skip_bad=config.skip_bad,
-            features=config.cache_features,
+            cache_features=config.cache_features,
         )
-        return [reader.read(source) for source in sources], reader.total()
+        return [tokenizer.tokenize(source) for source in sources], tokenizer.total_counts()
 
 
-def _inputs(backbone: Backbone, sources: Sequence[Source], config: Stage1Config) -> dict[str, object]:
-    """What a run is made from, beside the loop's own config."""
+def _run_inputs(
+    backbone: Backbone, tokenized: Sequence[TokenizedSource], config: Stage1Config
+) -> dict[str, object]:
+    """Return what a run is made from, for `inputs.json`.
+
+    Without the loop's config, which the loop compares itself, and without `limits`, which show in
+    the tokens.
+    """
     facts = asdict(config)
-    for name in ("loop", "skip_bad", "checkpoint_blocks", "limits"):  # the loop compares its own; rows tell
+    for name in ("loop", "skip_bad", "checkpoint_blocks", "limits"):
         del facts[name]
     digest = hashlib.sha256()
     for name, parameter in sorted(backbone.model.named_parameters()):
@@ -202,21 +225,23 @@ def _inputs(backbone: Backbone, sources: Sequence[Source], config: Stage1Config)
         sample = flat[:: max(1, len(flat) // 256)].float().cpu()
         digest.update(name.encode() + sample.numpy().tobytes())
     facts["backbone"] = digest.hexdigest()
-    for source in sources:
+    for source in tokenized:
         digest = hashlib.sha256()
-        for row in source.rows:
-            digest.update(row.tokens.tobytes())
-        facts[f"source {source.name}"] = [len(source.rows), source.weight, digest.hexdigest()]
+        for example in source.examples:
+            digest.update(example.tokens.tobytes())
+        facts[f"source {source.name}"] = [len(source.examples), source.weight, digest.hexdigest()]
     return facts
 
 
 @torch.no_grad()
-def held_out_loss(backbone: Backbone, rows: Sequence[Row], batch_size: int) -> dict[str, float]:
-    """Return the mean loss [nats] and accuracy per answer token of rows, each right after true words only."""
-    answers, sums = MaskedLossModel(backbone).eval(), torch.zeros(3, dtype=torch.float64)
-    for begin in range(0, len(rows), batch_size):
-        some = rows[begin : begin + batch_size]
-        made = answers(collate(backbone, some, tuple(range(len(some)))))
-        sums += torch.stack([value.cpu().double() for value in made])
+def held_out_loss(
+    backbone: Backbone, examples: Sequence[TokenizedExample], batch_size: int
+) -> dict[str, float]:
+    """Return mean loss [nats] and accuracy per token of the answers, under teacher forcing."""
+    loss_model, sums = MaskedLossModel(backbone).eval(), torch.zeros(3, dtype=torch.float64)
+    for begin in range(0, len(examples), batch_size):
+        some = examples[begin : begin + batch_size]
+        result = loss_model(collate(backbone, some, tuple(range(len(some)))))
+        sums += torch.stack([value.cpu().double() for value in result])
     loss, tokens, correct = sums.tolist()
     return {"held_out_loss": loss / tokens, "held_out_accuracy": correct / tokens}

@@ -1,7 +1,9 @@
-"""Frozen vision features, computed once per distinct picture and fed in place of pixels.
+"""Vision features: computed by the vision tower, or cached once per distinct picture in place of
+pixels.
 
-What is kept depends on what is trained. If the whole eye is frozen, its output: any model. If only the
-projector behind the tower is trained, what enters the projector: LLaVA- and SmolVLM-type models.
+Two things can be cached. If tower and projector are frozen: the output of both, for any model. If
+only the projector behind the tower is trained: the input of the projector, for LLaVA- and
+SmolVLM-type models.
 """
 
 from __future__ import annotations
@@ -17,153 +19,170 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from blm.backbone import Backbone, Inputs
 from blm.backbone.vision_cache import content_key
-from blm.training.sft.tokenize import Media, Row, join, ready
+from blm.training.sft.tokenize import TokenizedExample, VisionInputs, concatenate_vision_inputs
 from blm.types import BlmError
 
 PROJECTORS = ("multi_modal_projector", "connector")
-"""Names of projectors that are modules of their own, behind the tower."""
-AT_ONCE = 64
-"""Pictures that a tower sees in one pass."""
-Features = dict[str, Tensor]
-"""Of one picture or several: "tower_features" [units, tokens, width], or "picture_features" [tokens, width]
-with, for Qwen3-VL, "deepstack_features" [tokens, blocks, width]. Of a video both begin with "video_"."""
-VIDEO = "video_"
+"""Names of projectors that are modules of their own, behind the vision tower."""
+PICTURES_PER_PASS = 64
+"""Maximum pictures in one pass of the vision tower."""
+PictureFeatures = dict[str, Tensor]
+"""Of one picture or several: "tower_features" [pictures, tokens, width], or "picture_features"
+[tokens, width] with, for Qwen3-VL, "deepstack_features" [tokens, blocks, width]. Of a video, the
+last two names begin with "video_"."""
+VIDEO_PREFIX = "video_"
 GRIDS = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}
-"""Sizes of pictures and videos -> their patches, which stand in one row."""
+"""Grid sizes of pictures and of videos -> their patches, concatenated."""
 
 
 @dataclass
-class Seen(BaseModelOutputWithPooling):
-    """Cached features in the form in which the models of transformers take what their own eye made."""
+class VisionOutput(BaseModelOutputWithPooling):
+    """Cached features in the form in which transformers models take the output of their vision
+    tower."""
 
     pooler_output: Any = None
-    """Tensors [tokens, width], one or several pictures each."""
+    """Tensors [tokens, width], of one or several pictures each."""
     deepstack_features: Any = None
-    """Of Qwen3-VL, alike for each of its blocks."""
+    """Qwen3-VL: the same for each of its DeepStack blocks."""
 
 
-def eye_of(backbone: Backbone) -> list[nn.Module]:
-    """Return the modules that see: those beside the decoder. An empty list for a model of text only."""
+def vision_modules(backbone: Backbone) -> list[nn.Module]:
+    """Return the modules beside the decoder: vision tower and projector. Empty for a model of text
+    only."""
     parts = backbone.model.base_model.children()
     return [part for part in parts if not any(module is backbone.decoder for module in part.modules())]
 
 
-def is_frozen(part: nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in part.parameters())
+def is_frozen(module: nn.Module) -> bool:
+    """Return whether no parameter of a module is trained."""
+    return not any(parameter.requires_grad for parameter in module.parameters())
 
 
-class FeatureCache:
-    """Puts features in place of the pixels of rows, as many at a time as the caller likes."""
+class VisionFeatureCache:
+    """Replaces the pixels of examples by vision features; equal pictures are encoded once."""
 
     def __init__(self, backbone: Backbone, counts: Counter[str]) -> None:
-        """`counts` gets 'pictures' and 'distinct pictures'. Raises BlmError unless the tower is frozen."""
+        """`counts` gets 'pictures' and 'distinct pictures'. Raises BlmError unless the tower is
+        frozen."""
         projector = _trained_projector(backbone)
-        self.backbone, self.counts, self.together = backbone, counts, AT_ONCE if projector is not None else 1
-        self.features: dict[str, Features] = {}
+        self.backbone, self.counts = backbone, counts
+        self.batch_size = PICTURES_PER_PASS if projector is not None else 1
+        self.features: dict[str, PictureFeatures] = {}
+        """By the content key of a picture."""
 
-    def __call__(self, rows: Sequence[Row]) -> list[Row]:
-        keys, unseen = [], dict[str, Inputs]()
-        for row in rows:
-            units = [(content_key(unit), unit) for unit in _units(row.media(self.backbone))]
-            keys.append([key for key, _ in units])
-            self.counts["pictures"] += len(units)
-            unseen |= {key: unit for key, unit in units if key not in self.features}
-            if len(unseen) >= self.together or row is rows[-1]:
-                self.features |= _see_all(self.backbone, unseen, self.together)
-                self.counts["distinct pictures"] += len(unseen)
-                unseen = {}
+    def __call__(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
+        """Return the examples with cached features in place of pictures."""
+        keys = []
+        missing = dict[str, Inputs]()
+        for example in examples:
+            pictures = _split_pictures(example.vision_inputs(self.backbone))
+            keyed = [(content_key(picture), picture) for picture in pictures]
+            keys.append([key for key, _ in keyed])
+            self.counts["pictures"] += len(keyed)
+            missing |= {key: picture for key, picture in keyed if key not in self.features}
+            if len(missing) >= self.batch_size or example is examples[-1]:
+                self.features |= _encode_all(self.backbone, missing, self.batch_size)
+                self.counts["distinct pictures"] += len(missing)
+                missing = {}
         return [
-            replace(row, shown=None, features=_gather([self.features[key] for key in group]))
-            for row, group in zip(rows, keys, strict=True)
+            replace(example, processor_input=None, features=_collect([self.features[key] for key in own]))
+            for example, own in zip(examples, keys, strict=True)
         ]
 
 
-def _see_all(backbone: Backbone, units: Mapping[str, Inputs], together: int) -> dict[str, Features]:
-    """Return the features of units; those of one shape are seen in one pass if several may be."""
-    made: dict[str, Features] = {}
-    shapes = defaultdict[object, list[str]](list)
-    for place, (key, unit) in enumerate(units.items()):
-        alike = tuple((name, value.shape) for name, value in unit.items())
-        shapes[alike if together > 1 and not GRIDS.keys() & unit.keys() else place].append(key)
-    for keys in shapes.values():
-        joined = {name: torch.cat([units[key][name] for key in keys]) for name in units[keys[0]]}
-        features = encode(backbone, joined)
-        pieces = {n: v.split(1) if len(keys) > 1 else (v,) for n, v in features.items()}
-        for place, key in enumerate(keys):
-            # a copy: another process gets whole storages, of which a piece would be one picture in many
-            made[key] = {name: parts[place].clone() for name, parts in pieces.items()}
-    return made
+def _encode_all(
+    backbone: Backbone, pictures: Mapping[str, Inputs], batch_size: int
+) -> dict[str, PictureFeatures]:
+    """Return the features of pictures by key; those of one shape share a pass if `batch_size` is
+    above 1."""
+    encoded: dict[str, PictureFeatures] = {}
+    groups = defaultdict[object, list[str]](list)
+    for number, (key, picture) in enumerate(pictures.items()):
+        shapes = tuple((name, value.shape) for name, value in picture.items())
+        groups[shapes if batch_size > 1 and not GRIDS.keys() & picture.keys() else number].append(key)
+    for keys in groups.values():
+        batch = {name: torch.cat([pictures[key][name] for key in keys]) for name in pictures[keys[0]]}
+        features = encode_pictures(backbone, batch)
+        split = {n: v.split(1) if len(keys) > 1 else (v,) for n, v in features.items()}
+        for index, key in enumerate(keys):
+            # cloned: a view would be sent to other processes with the whole storage of its batch
+            encoded[key] = {name: parts[index].clone() for name, parts in split.items()}
+    return encoded
 
 
 @torch.no_grad()
-def encode(backbone: Backbone, media: Inputs) -> Features:
-    """Return the features of a picture, or of pictures for a projector, on the CPU.
+def encode_pictures(backbone: Backbone, vision_inputs: Inputs) -> PictureFeatures:
+    """Return the features to cache for a picture (or several, if a projector is trained), on the
+    CPU.
 
-    Raises BlmError unless the tower is frozen.
+    Raises BlmError unless the vision tower is frozen.
     """
-    projector, entered = _trained_projector(backbone), list[Tensor]()
-    eye = eye_of(backbone)
-    modes = [part.training for part in eye]
-    for part in eye:
-        part.eval()
-    hook = projector and projector.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+    projector, projector_inputs = _trained_projector(backbone), list[Tensor]()
+    modules = vision_modules(backbone)
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    hook = projector and projector.register_forward_pre_hook(
+        lambda _, inputs: projector_inputs.append(inputs[0])
+    )
     try:
-        seen = see(backbone, ready(backbone, media))
+        output = vision_features(backbone, backbone.place(vision_inputs))
     finally:
         if hook:
             hook.remove()
-        for part, mode in zip(eye, modes, strict=True):
-            part.train(mode)
+        for module, mode in zip(modules, modes, strict=True):
+            module.train(mode)
     if projector is not None:
-        return {"tower_features": entered[0].cpu()}
-    kind = VIDEO if "video_grid_thw" in media else ""
-    features = {f"{kind}picture_features": torch.cat(list(seen.pooler_output)).cpu()}
-    if deep := getattr(seen, "deepstack_features", None):
-        layers = [torch.cat(list(layer)) for layer in deep]
-        features[f"{kind}deepstack_features"] = torch.stack(layers, dim=1).cpu()
+        return {"tower_features": projector_inputs[0].cpu()}
+    prefix = VIDEO_PREFIX if "video_grid_thw" in vision_inputs else ""
+    features = {f"{prefix}picture_features": torch.cat(list(output.pooler_output)).cpu()}
+    if deepstack := getattr(output, "deepstack_features", None):
+        layers = [torch.cat(list(layer)) for layer in deepstack]
+        features[f"{prefix}deepstack_features"] = torch.stack(layers, dim=1).cpu()
     return features
 
 
-def see(backbone: Backbone, inputs: Inputs) -> Any:
-    """Return what the model's eye makes of the pictures, or cached features, among `inputs`.
+def vision_features(backbone: Backbone, inputs: Inputs) -> Any:
+    """Return the vision features of the pictures, or of the cached features, among `inputs`.
 
-    A video among `inputs` must come without pictures. The result has `pooler_output` and, for Qwen3-VL,
-    `deepstack_features`, as transformers' own output has.
+    Like the output of `get_image_features` of transformers the result has `pooler_output` and, for
+    Qwen3-VL, `deepstack_features`. A video among `inputs` must come without pictures.
     """
     base: Any = backbone.model.base_model
     if "tower_features" in inputs:
         projected = projector_of(backbone)(inputs["tower_features"])
-        return Seen(pooler_output=[projected.flatten(0, -2)])
+        return VisionOutput(pooler_output=[projected.flatten(0, -2)])
     if "picture_features" in inputs:
-        deep = inputs.get("deepstack_features")
-        layers = [[layer] for layer in deep.unbind(1)] if deep is not None else None
-        return Seen(pooler_output=[inputs["picture_features"]], deepstack_features=layers)
-    words = ("input_ids", "attention_mask", "position_ids")
-    pictures = {name: value for name, value in inputs.items() if name not in words}
+        deepstack = inputs.get("deepstack_features")
+        layers = [[layer] for layer in deepstack.unbind(1)] if deepstack is not None else None
+        return VisionOutput(pooler_output=[inputs["picture_features"]], deepstack_features=layers)
+    of_text = ("input_ids", "attention_mask", "position_ids")
+    pictures = {name: value for name, value in inputs.items() if name not in of_text}
     if "video_grid_thw" in pictures:
         return base.get_video_features(**pictures, return_dict=True)
     return base.get_image_features(**pictures, return_dict=True)
 
 
-def merged(backbone: Backbone, inputs: Inputs) -> dict[str, Any]:
-    """Return the arguments of the model's forward: cached features become what its eye would give."""
+def forward_arguments(backbone: Backbone, inputs: Inputs) -> dict[str, Any]:
+    """Return the arguments of the model's forward, with cached features as the vision tower's
+    output."""
     if not any(name.endswith("_features") for name in inputs):
         return dict(inputs)
-    words = {name: value for name, value in inputs.items() if not name.endswith("_features")}
-    pictures = {name: value for name, value in inputs.items() if name not in words}
-    videos = {
-        name.removeprefix(VIDEO): pictures.pop(name) for name in list(pictures) if name.startswith(VIDEO)
-    }
-    kinds = {"image": pictures, "video": videos}
-    return {
-        **words,
-        "mm_encoder_outputs": {kind: see(backbone, part) for kind, part in kinds.items() if part},
-    }
+    others = {name: value for name, value in inputs.items() if not name.endswith("_features")}
+    pictures = {name: value for name, value in inputs.items() if name not in others}
+    names = [name for name in pictures if name.startswith(VIDEO_PREFIX)]
+    videos = {name.removeprefix(VIDEO_PREFIX): pictures.pop(name) for name in names}
+    cached = {"image": pictures, "video": videos}
+    outputs = {kind: vision_features(backbone, features) for kind, features in cached.items() if features}
+    return {**others, "mm_encoder_outputs": outputs}
 
 
 def _trained_projector(backbone: Backbone) -> nn.Module | None:
-    """Return the projector if it alone of the eye is trained; None if nothing is. Raises BlmError else."""
-    trained = [part for part in eye_of(backbone) if not is_frozen(part)]
+    """Return the projector if only it is trained of the vision modules; None if nothing is trained.
+
+    Raises BlmError if anything else is trained.
+    """
+    trained = [part for part in vision_modules(backbone) if not is_frozen(part)]
     if not trained:
         return None
     projector = projector_of(backbone)
@@ -177,27 +196,27 @@ def _trained_projector(backbone: Backbone) -> nn.Module | None:
 
 
 def projector_of(backbone: Backbone) -> Any:
-    """Return the projector, if it is a module of its own; None if not."""
+    """Return the projector, if it is a module of its own; else None."""
     parts = dict(backbone.model.base_model.named_children())
     return next((parts[name] for name in PROJECTORS if name in parts), None)
 
 
-def _units(media: Media) -> list[Inputs]:
-    """Split media into single pictures (SmolVLM: tiles) and, after them, single videos."""
-    if not media:
+def _split_pictures(vision_inputs: VisionInputs) -> list[Inputs]:
+    """Split vision inputs into those of single pictures (SmolVLM: tiles), then of single videos."""
+    if not vision_inputs:
         return []
-    whole = join([media])
+    whole = concatenate_vision_inputs([vision_inputs])
     if GRIDS.keys() & whole.keys():
-        units = list[Inputs]()
+        single = list[Inputs]()
         for name, pixels in GRIDS.items():
             grids = whole.get(name, torch.zeros(0, 3, dtype=torch.long))
             patches = whole[pixels].split(grids.prod(-1).tolist()) if len(grids) else ()
-            units += [{pixels: p, name: g[None]} for p, g in zip(patches, grids, strict=True)]
-        return units
-    pieces = {name: value.split(1) for name, value in whole.items()}
-    return [dict(zip(pieces, unit, strict=True)) for unit in zip(*pieces.values(), strict=True)]
+            single += [{pixels: p, name: g[None]} for p, g in zip(patches, grids, strict=True)]
+        return single
+    parts = {name: value.split(1) for name, value in whole.items()}
+    return [dict(zip(parts, picture, strict=True)) for picture in zip(*parts.values(), strict=True)]
 
 
-def _gather(pictures: Sequence[Features]) -> Media:
+def _collect(pictures: Sequence[PictureFeatures]) -> VisionInputs:
     names = dict.fromkeys(name for picture in pictures for name in picture)
     return {name: tuple(picture[name] for picture in pictures if name in picture) for name in names}

@@ -10,9 +10,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from blm.corpora import CONVERTERS, Settings, convert, read_corpus, validate_corpus
+from blm.corpora import CONVERTERS, ConverterConfig, convert, read_corpus, validate_corpus
 from blm.corpora.converters.easy_vqa import package_folder
-from blm.corpora.converters.sharerobot import kind_of, pick
+from blm.corpora.converters.rows import evenly_spaced
+from blm.corpora.converters.sharerobot import task_kind
 from blm.corpora.format.messages import CORPUS_FILE
 from blm.datasets import video
 from blm.io import read_json
@@ -78,7 +79,7 @@ def share_robot(tmp_path):
 def test_sharerobot_rows(share_robot, tags, frames):
     rows = [share(30, conversations=human(f"{tags}Can you <lift the lid> now?", "yes"))]
     write(share_robot / "planning/train/a.json", rows)
-    settings = Settings(frames=frames)
+    settings = ConverterConfig(frames=frames)
     convert("sharerobot", share_robot / "planning/train", share_robot / "out", settings)
     row = only(share_robot / "out")
     assert (row.kinds, row.source) == (("discriminative_affordance_positive",), "sharerobot")
@@ -108,7 +109,7 @@ def test_sharerobot_faults_are_named(share_robot, change, reason):
     file = write(share_robot / "planning/train/a.json", [share(2), share(2, **change), share(3)])
     out = share_robot / "out"
     with pytest.raises(BlmError, match=rf"(?s)1 of 3 rows.*1 x {reason} .*a\.json:2"):
-        convert("sharerobot", file, out, Settings(media=share_robot / "planning/images"))
+        convert("sharerobot", file, out, ConverterConfig(media=share_robot / "planning/images"))
     assert not out.exists()
     done = convert("sharerobot", file.parent, out, skip_bad=True)
     assert (done.read, done.written) == (3, 2)
@@ -118,13 +119,13 @@ def test_sharerobot_faults_are_named(share_robot, change, reason):
 
 
 def test_sharerobot_kinds_and_frames():
-    assert kind_of("Success_(Negative)_Task") == "success_negative"
-    assert kind_of("Planning_with_Context_Task") == "planning_with_context"
+    assert task_kind("Success_(Negative)_Task") == "success_negative"
+    assert task_kind("Planning_with_Context_Task") == "planning_with_context"
     names = [str(i) for i in range(30)]
     for count in range(1, 31):
-        some = pick(names, count)
+        some = evenly_spaced(names, count)
         assert len(set(some)) == count and some[-1] == "29" and (count == 1 or some[0] == "0")
-    assert pick(names, 0) == pick(names, 40) == names
+    assert evenly_spaced(names, 0) == evenly_spaced(names, 40) == names
 
 
 # --- Cosmos-Reason1 -----------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def test_cosmos_conversations_and_choices(tmp_path):
         {"video": "clips/a.mp4", "qa_pairs": [choice, choice | {"correct_answer": "A"}]},
     ]
     write(tmp_path / "robovqa/sft.json", rows)
-    convert("cosmos_reason1", tmp_path / "robovqa", tmp_path / "out", Settings(frames=4))
+    convert("cosmos_reason1", tmp_path / "robovqa", tmp_path / "out", ConverterConfig(frames=4))
     found = read_corpus(tmp_path / "out")
     assert validate_corpus(tmp_path / "out").clean and len(found) == 4
     kinds = ["robovqa", "robovqa_reasoning", "robovqa_choice", "robovqa_choice"]
@@ -211,7 +212,10 @@ def test_sharegpt_mixes_pictures_videos_and_system(tmp_path):
         "system": "Be brief.",
     }
     convert(
-        "sharegpt", write(tmp_path / "r.json", [row]), tmp_path / "out", Settings(frames=3, source="demo")
+        "sharegpt",
+        write(tmp_path / "r.json", [row]),
+        tmp_path / "out",
+        ConverterConfig(frames=3, source="demo"),
     )
     got = only(tmp_path / "out")
     assert (got.source, got.kinds) == ("demo", ("demo",))
@@ -268,7 +272,7 @@ def test_faults_of_chats_are_named(tmp_path, name, text, media, reason):
 def test_rows_without_tags_are_shown_first_when_asked(tmp_path):
     picture(tmp_path / "a.png")
     file = write(tmp_path / "r.json", [{"messages": [*human("What?"), *human("Why?")], "images": ["a.png"]}])
-    convert("sharegpt", file, tmp_path / "out", Settings(untagged="first"))
+    convert("sharegpt", file, tmp_path / "out", ConverterConfig(untagged="first"))
     row = only(tmp_path / "out")
     assert [len(message.images) for message in row.messages] == [1, 0, 0, 0]
 
@@ -303,7 +307,7 @@ def test_unknown_converters_and_settings():
     with pytest.raises(BlmError, match="Did you mean 'sharerobot'"):
         convert("share_robot", None, None)
     with pytest.raises(BlmError, match="frame"):
-        Settings(frames=-1)
+        ConverterConfig(frames=-1)
     assert all(converter.reads and converter.origin for converter in CONVERTERS.values())
 
 
@@ -327,7 +331,7 @@ def test_easy_vqa_keeps_every_question_and_shares_pictures(tmp_path):
 def test_episodes_of_other_programs(tmp_path, version):
     """In v2 each episode has its video, so frames are references; in v3 they share one and are stored."""
     source = (write_v2 if version == "v2" else write_v3)(tmp_path / "robot")
-    convert("lerobot", source, tmp_path / "out", Settings(frames=3, cameras=("observation.image",)))
+    convert("lerobot", source, tmp_path / "out", ConverterConfig(frames=3, cameras=("observation.image",)))
     rows = read_corpus(tmp_path / "out")
     assert validate_corpus(tmp_path / "out").clean and len(rows) == 4 * len(LENGTHS)
     assert all(("#t=" in image.path) == (version == "v2") for row in rows for image in row.media)
@@ -339,7 +343,7 @@ def test_episodes_of_other_programs(tmp_path, version):
     end = [q for row in rows for q in row.questions()][-1].messages[-1].images[-1]
     assert abs(int(load_pixels(end, tmp_path / "out")[0, 0, 0]) - (20 + 8 * last)) <= 4, "the last frame"
     with pytest.raises(BlmError, match="lacks wrist"):
-        convert("lerobot", source, tmp_path / "no", Settings(cameras=("wrist",)))
+        convert("lerobot", source, tmp_path / "no", ConverterConfig(cameras=("wrist",)))
 
 
 def test_converting_twice_gives_the_same_bytes(tmp_path):

@@ -20,12 +20,12 @@ from blm.corpora import (
     write_corpus,
     write_curated,
 )
-from blm.corpora.curation.balance import normalise, stem_of, yes_no_turns
+from blm.corpora.curation.balance import normalise, yes_no_turns
 from blm.corpora.format.faults import RowError
 from blm.corpora.format.messages import CORPUS_FILE, Conversation, parse_row, reserved_scenes
-from blm.corpora.format.pictures import NearIndex, look_at
+from blm.corpora.format.perceptual_hash import NearDuplicateIndex, perceptual_hash
 from blm.media import with_pixels
-from blm.types import BlmError, Image, Message
+from blm.types import BlmError, Image, Message, base_kind
 
 
 def conversation(name="a", value=0, group="g", **changes):
@@ -387,13 +387,13 @@ def test_a_question_about_an_evaluation_picture_is_a_leak(tmp_path):
 
 def test_near_index_equals_comparing_with_everything(rng):
     """The slow obvious version: a loop over all."""
-    base = [look_at(noise(i)) for i in range(6)]
+    base = [perceptual_hash(noise(i)) for i in range(6)]
     looks = [
         replace(look, bits=look.bits ^ sum(1 << int(b) for b in rng.choice(256, int(flips), replace=False)))
         for look in base
         for flips in rng.integers(0, 7, 12)
     ]
-    index = NearIndex(3)
+    index = NearDuplicateIndex(3)
     for number, look in enumerate(looks):
         near = any(look.near(other, 3) for other in looks[:number])
         assert (index.find("key", (look,)) is not None) == near
@@ -402,20 +402,20 @@ def test_near_index_equals_comparing_with_everything(rng):
 
 
 def test_a_picture_looks_the_same_after_scaling_and_compression(tmp_path):
-    looks = [look_at(noise(seed, 96)) for seed in range(8)]
+    looks = [perceptual_hash(noise(seed, 96)) for seed in range(8)]
     for seed, look in enumerate(looks):
         picture = PIL.Image.fromarray(noise(seed, 96))
         picture.save(tmp_path / "a.jpg", quality=90)
         with PIL.Image.open(tmp_path / "a.jpg") as compressed:
-            assert look.near(look_at(np.asarray(compressed)), 6)
-        assert look.near(look_at(np.asarray(picture.resize((144, 144)))), 6)
+            assert look.near(perceptual_hash(np.asarray(compressed)), 6)
+        assert look.near(perceptual_hash(np.asarray(picture.resize((144, 144)))), 6)
         assert not any(look.near(other, 6) for place, other in enumerate(looks) if place != seed)
 
 
 def test_names_and_texts_are_normalised():
     assert normalise("Is it  Red?\n") == normalise("is it red") != normalise("is it not red")
     assert normalise("(12, -3) cm") != normalise("(12, 3) cm")
-    assert stem_of("success_positive") == stem_of("success_negative") == stem_of("success")
+    assert base_kind("success_positive") == base_kind("success_negative") == base_kind("success")
 
 
 @pytest.mark.parametrize("change", [{"replay": 0.2}, {"general": ("a",)}, {"replay": 1.0, "general": ("a",)}])

@@ -10,7 +10,6 @@ import PIL.Image
 import pytest
 
 from blm.backbone import build_nano
-from blm.cli import corpus as commands
 from blm.corpora import clean_corpus, read_corpus, validate_corpus, write_corpus
 from blm.corpora.format.faults import REASONS
 from blm.corpora.format.messages import CORPUS_FILE, Conversation
@@ -18,6 +17,7 @@ from blm.corpora.format.validate import check_with_backbone, reserved_tokens
 from blm.datasets import video
 from blm.types import BlmError, Image, Message
 from tests.support.backbones import MAKERS
+from tests.support.commands import run_command
 
 PICTURES = {
     "media missing": "images/none.png",
@@ -147,7 +147,7 @@ def test_text_only_rows_are_valid(tmp_path):
 
 def run(name, *arguments):
     try:
-        getattr(commands, name)(f"corpus {name}", [str(argument) for argument in arguments])
+        run_command(f"corpus {name}", [str(argument) for argument in arguments])
     except SystemExit as end:
         return end.code
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blm.corpora.scenes.episodes import AFTER, BEFORE, IN_TASK, moment_facts, read_steps
+from blm.corpora.scenes.episodes import AFTER, BEFORE, IN_TASK, frame_annotations, read_steps
 from blm.planner.decompositions import DECOMPOSITIONS
 from blm.tasks import TASKS
 from blm.types import BlmError
@@ -58,8 +58,8 @@ def test_steps_of_an_episode():
 def test_questions_about_a_moment():
     labels, solved = recorded()
     steps = read_steps("pick_cube", labels, solved)
-    facts = list(moment_facts(steps, 2, 30, "Lift it."))
-    answers = {(fact.kind, *fact.words.values()): fact.answer for fact in facts}
+    annotations = list(frame_annotations(steps, 2, 30, "Lift it."))
+    answers = {(annotation.kind, *annotation.words.values()): annotation.answer for annotation in annotations}
     assert answers["generative_affordance",] == "move the red cube to the goal"
     assert answers["future_prediction",] == "hold still"
     assert answers["past_description",] == "grasp the red cube"
@@ -69,8 +69,8 @@ def test_questions_about_a_moment():
     assert answers["success_positive", "grasp the red cube"] == "yes"
     assert answers["discriminative_affordance_negative", "approach the red cube"] == "no"
     assert ("success_positive", "Lift it") not in answers, "the task is about to be done: not asked"
-    assert {f.answer for f in facts if f.kind == "forecasting_touch"} == set()
-    early = {(f.kind, *f.words.values()): f.answer for f in moment_facts(steps, 0, 3, "Lift it.")}
+    assert {f.answer for f in annotations if f.kind == "forecasting_touch"} == set()
+    early = {(f.kind, *f.words.values()): f.answer for f in frame_annotations(steps, 0, 3, "Lift it.")}
     assert early["forecasting_touch", "red cube"] == "no"
     assert early["success_negative", "Lift it"] == "no"
     assert early["past_description",] == "nothing"
@@ -82,16 +82,16 @@ def test_what_comes_before_and_after_follows_from_the_steps(task):
     steps = read_steps(task, labels, np.zeros(len(labels), bool))
     assert steps.regular
     for index in range(len(steps.names)):
-        for fact in moment_facts(steps, index, steps.starts[index] + 4, "Do it."):
-            if not fact.thought or fact.kind == "forecasting_touch":
+        for annotation in frame_annotations(steps, index, steps.starts[index] + 4, "Do it."):
+            if not annotation.thought or annotation.kind == "forecasting_touch":
                 continue
-            thought, _, asked = fact.thought.partition("; asked ")
-            assert asked == (fact.words["step"] if fact.kind.startswith("discriminative") else "")
+            thought, _, asked = annotation.thought.partition("; asked ")
+            assert asked == (annotation.words["step"] if annotation.kind.startswith("discriminative") else "")
             listed, now = thought.split("; now ")
             names = listed.split(", ")
             phrases = [steps.phrase(name) for name in names]
             at = phrases.index(now)
-            step = fact.words.get("step", "")
+            step = annotation.words.get("step", "")
             place = phrases.index(step) if step in phrases else len(phrases)
             expected = {
                 "past_description": phrases[at - 1] if at else "nothing",
@@ -103,12 +103,12 @@ def test_what_comes_before_and_after_follows_from_the_steps(task):
                 "success_positive": "yes" if place < at else "no",
                 "success_negative": "yes" if place < at else "no",
             }
-            assert (at, names) == (index, [*steps.names]) and fact.answer == expected[fact.kind]
+            assert (at, names) == (index, [*steps.names]) and annotation.answer == expected[annotation.kind]
 
 
 def test_steps_that_come_twice_are_not_listed():
     labels = [name for name in ("approach", "push", "approach", "push") for _ in range(10)]
     steps = read_steps("push_cube", labels, np.zeros(40, bool))
-    thoughts = {fact.thought for fact in moment_facts(steps, 2, 25, "Do it.")}
+    thoughts = {annotation.thought for annotation in frame_annotations(steps, 2, 25, "Do it.")}
     now = steps.phrase("approach")
     assert thoughts == {"", f"now {now}", f"now {now}; asked {now}"}

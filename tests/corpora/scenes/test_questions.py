@@ -11,10 +11,17 @@ import numpy as np
 import pytest
 
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, read_corpus
-from blm.corpora.format.messages import CORPUS_FILE, options_of, read_questions, spoken
-from blm.corpora.scenes.build import _moments
+from blm.corpora.format.messages import CORPUS_FILE, options_of, read_questions, without_thought
+from blm.corpora.scenes.annotations import LETTERS, Annotation, QuestionSampler, by_kind
+from blm.corpora.scenes.build import _episode_conversations
 from blm.corpora.scenes.episodes import read_steps
-from blm.corpora.scenes.facts import LETTERS, Drawer, Fact, by_kind, stem_of
+from blm.corpora.scenes.observation import (
+    SceneObject,
+    SceneObservation,
+    SceneObserver,
+    box_of,
+    rearrange,
+)
 from blm.corpora.scenes.questions import (
     POINT_SCALE,
     control_turn,
@@ -24,14 +31,13 @@ from blm.corpora.scenes.questions import (
     main_direction,
     read_scan,
     scan_turns,
-    scene_facts,
+    scene_annotations,
     scene_turns,
 )
 from blm.corpora.scenes.report import describe
 from blm.corpora.scenes.templates import TEMPLATES, expansions
-from blm.corpora.scenes.view import Observer, Scene, Thing, box_of, stage
 from blm.tasks import Env
-from blm.types import BlmError, Episode
+from blm.types import BlmError, Episode, base_kind
 from tests.support.episodes import write
 from tests.support.recorded import recorded
 
@@ -40,31 +46,35 @@ CAMERAS = ("base", "wrist")
 
 
 def thing(color, kind, x, y, role="distractor"):
-    return Thing(f"{color}_{kind}", f"{color} {kind}", kind, color, np.array([x, y, 0.02]), role)
+    return SceneObject(f"{color}_{kind}", f"{color} {kind}", kind, color, np.array([x, y, 0.02]), role)
 
 
 def flat_scene(*things, tcp=(0.1, -0.1, 0.1)):
     points = {"base": {"gripper": (0.5, 0.5)}}
-    return Scene(things, np.array(tcp), points, {}, {"base": {}}, np.zeros(3), np.zeros(2))
+    return SceneObservation(things, np.array(tcp), points, {}, {"base": {}}, np.zeros(3), np.zeros(2))
 
 
 SCENE = flat_scene(thing("red", "cube", 0.0, 0.1, "object"), thing("blue", "ball", 0.1, -0.1))
 
 
 def asked(scene, kind):
-    return {tuple(fact.words.values()): fact.answer for fact in scene_facts(scene) if fact.kind == kind}
+    return {
+        tuple(annotation.words.values()): annotation.answer
+        for annotation in scene_annotations(scene)
+        if annotation.kind == kind
+    }
 
 
 @pytest.fixture(scope="module")
 def observed():
-    """Scenes of two arms and all tasks in all stagings, with the environment's own numbers beside each."""
+    """Scenes of two arms and all tasks in all arrangements, with the environment's own numbers."""
     found = []
     for robot, task in [("panda", "stack_cube"), ("panda", "push_cube"), ("widowxai", "pick_cube")]:
         with Env(robot, task, cameras=(), distractors=2) as env:
-            observer, rng = Observer(env, CAMERAS), np.random.default_rng(0)
+            observer, rng = SceneObserver(env, CAMERAS), np.random.default_rng(0)
             for seed in range(12):
                 env.reset(seed=seed, options={"arm": "random"})
-                scene = observer.scene(stage(env, rng))
+                scene = observer.observe(rearrange(env, rng))
                 masks = {c: {k: env.mask(k, c) for k in env.objects()} for c in CAMERAS} if seed < 3 else {}
                 found.append((scene, {k: s.position for k, s in env.objects().items()}, env.tcp()[0], masks))
             observer.close()
@@ -93,36 +103,36 @@ def test_relations_are_antisymmetric(observed):
 
 
 def test_answers_are_those_of_the_simulators_state(observed):
-    stagings = Counter()
+    arrangements = Counter()
     for scene, positions, tcp, _ in observed:
-        stagings[scene.staging] += 1
-        names = {t.label: positions[t.key] for t in scene.things} | {"gripper": tcp}
+        arrangements[scene.arrangement] += 1
+        names = {t.label: positions[t.key] for t in scene.objects} | {"gripper": tcp}
         base = scene.base
-        for fact in scene_facts(scene):
-            words = list(fact.words.values())
-            numbers = np.array([int(n) for n in re.findall(r"-?\d+", fact.answer)])
-            if fact.kind == "metric_position":
+        for annotation in scene_annotations(scene):
+            words = list(annotation.words.values())
+            numbers = np.array([int(n) for n in re.findall(r"-?\d+", annotation.answer)])
+            if annotation.kind == "metric_position":
                 assert np.abs(numbers / 100 - (names[words[0]] - base)).max() <= 0.0051
-            elif fact.kind == "metric_gripper_to_object":
+            elif annotation.kind == "metric_gripper_to_object":
                 assert np.abs(numbers / 100 - (names[words[0]] - tcp)).max() <= 0.0051
-            elif fact.kind == "metric_object_to_goal":
+            elif annotation.kind == "metric_object_to_goal":
                 assert np.abs(numbers / 100 - (names[words[1]] - names[words[0]])).max() <= 0.0051
-            elif fact.kind == "metric_goal_distance":
+            elif annotation.kind == "metric_goal_distance":
                 assert abs(numbers[0] / 100 - np.linalg.norm(names[words[1]] - names[words[0]])) <= 0.0051
-            elif fact.kind == "affordance_held":
+            elif annotation.kind == "affordance_held":
                 near = np.linalg.norm(names[words[0]] - tcp) < 0.001
-                assert (fact.answer == "yes") == near
-            elif fact.kind == "existence":
-                assert (fact.answer == "yes") == (words[0] in names)
-            elif fact.kind == "counting" and words == ["object"]:
-                assert fact.answer == str(sum(t.solid for t in scene.things))
-    assert len(stagings) == 4, stagings
+                assert (annotation.answer == "yes") == near
+            elif annotation.kind == "existence":
+                assert (annotation.answer == "yes") == (words[0] in names)
+            elif annotation.kind == "counting" and words == ["object"]:
+                assert annotation.answer == str(sum(t.solid for t in scene.objects))
+    assert len(arrangements) == 4, arrangements
 
 
 def test_boxes_hold_exactly_the_pixels_of_their_object(observed):
     seen = 0
     for scene, _, _, masks in observed:
-        keys = {t.label: t.key for t in scene.things}
+        keys = {t.label: t.key for t in scene.objects}
         for camera in masks:
             for name, (left, top, right, bottom) in scene.boxes[camera].items():
                 rows, columns = np.nonzero(masks[camera][keys[name]])
@@ -153,26 +163,32 @@ def test_formats():
 
 
 def test_what_is_hidden_is_not_asked():
-    hidden = replace(SCENE, things=(SCENE.things[0], replace(SCENE.things[1], seen=False)))
-    kinds = {fact.kind for fact in scene_facts(hidden)}
+    hidden = replace(SCENE, objects=(SCENE.objects[0], replace(SCENE.objects[1], seen=False)))
+    kinds = {annotation.kind for annotation in scene_annotations(hidden)}
     assert not kinds & {"existence", "counting", "left_right", "comparing_nearest"}
-    assert any("gripper" in fact.thought for fact in scene_facts(SCENE))
+    assert any("gripper" in annotation.thought for annotation in scene_annotations(SCENE))
     for points in ({}, {"base": {}}):
-        facts = list(scene_facts(replace(SCENE, points=points)))
-        assert not [fact for fact in facts if "gripper" in (fact.thought, *fact.words.values())]
+        annotations = list(scene_annotations(replace(SCENE, points=points)))
+        assert not [
+            annotation
+            for annotation in annotations
+            if "gripper" in (annotation.thought, *annotation.words.values())
+        ]
 
 
 def test_no_answer_is_much_commoner_than_the_others(rng):
-    drawer = Drawer(rng, choice=0.0)
+    sampler = QuestionSampler(rng, choice=0.0)
     answers = {"existence": Counter(), "situated_move": Counter()}
     for _ in range(600):  # yes is rare, and one direction is the rule
         yes = rng.random(9) < 0.2
-        facts = [Fact("existence", "yes" if y else "no", {"thing": str(i)}) for i, y in enumerate(yes)]
+        annotations = [
+            Annotation("existence", "yes" if y else "no", {"thing": str(i)}) for i, y in enumerate(yes)
+        ]
         way = str(rng.choice(["down", "left", "right"], p=[0.9, 0.05, 0.05]))
-        for group in (facts, [Fact("situated_move", way, {"thing": "cube"})]):
-            if (fact := drawer.draw(group)) is not None:
-                answers[fact.kind][fact.answer] += 1
-                answers.setdefault("/".join(fact.subject), Counter())[fact.answer] += 1
+        for group in (annotations, [Annotation("situated_move", way, {"thing": "cube"})]):
+            if (annotation := sampler.sample(group)) is not None:
+                answers[annotation.kind][annotation.answer] += 1
+                answers.setdefault("/".join(annotation.subject), Counter())[annotation.answer] += 1
     assert abs(answers["existence"]["yes"] / answers["existence"].total() - 0.5) < 0.02
     for subject in (key for key in answers if key.startswith("existence/")):
         assert abs(answers[subject]["yes"] - answers[subject]["no"]) <= 2
@@ -180,17 +196,22 @@ def test_no_answer_is_much_commoner_than_the_others(rng):
 
 
 def test_positive_and_negative_kinds_are_balanced_together(rng):
-    drawer = Drawer(rng)
-    facts = [Fact("success_positive", "yes", {"step": "a"}), Fact("success_negative", "no", {"step": "a"})]
-    drawn = Counter(drawer.draw(facts).kind for _ in range(200))
+    sampler = QuestionSampler(rng)
+    annotations = [
+        Annotation("success_positive", "yes", {"step": "a"}),
+        Annotation("success_negative", "no", {"step": "a"}),
+    ]
+    drawn = Counter(sampler.sample(annotations).kind for _ in range(200))
     assert abs(drawn["success_positive"] - 100) <= 2
-    assert list(by_kind(facts)) == ["success"]
+    assert list(by_kind(annotations)) == ["success"]
 
 
 def test_options_are_in_random_order(rng):
-    drawer = Drawer(rng, choice=1.0)
+    sampler = QuestionSampler(rng, choice=1.0)
     wrong = ("green", "blue", "pink", "white")
-    turns = [drawer.word(Fact("attribute_color", "red", {"thing": "cube"}, wrong)) for _ in range(900)]
+    turns = [
+        sampler.phrase(Annotation("attribute_color", "red", {"thing": "cube"}, wrong)) for _ in range(900)
+    ]
     for turn in turns:
         options = options_of(turn.question)
         assert turn.kind == "attribute_color_choice" and len({*options}) == len(options) in (2, 3, 4)
@@ -296,7 +317,7 @@ def test_no_kind_can_be_answered_blindly(corpora, tmp_path):
     for summary in describe(train, held_out):
         if summary.questions >= 25:
             assert summary.blind is not None and summary.blind < 0.8, summary
-    kinds = Counter(stem_of(kind) for row in train for kind in row.kinds)
+    kinds = Counter(base_kind(kind.removesuffix("_choice")) for row in train for kind in row.kinds)
     assert sum(n for kind, n in kinds.items() if kind.startswith(("point", "box", "metric"))) > 200
     choices = sum(kind.endswith("_choice") for row in train for kind in row.kinds)
     assert 0 < choices / (sum(kinds.values()) - kinds["control"]) < 1 / 3
@@ -308,7 +329,7 @@ def test_no_kind_can_be_answered_blindly(corpora, tmp_path):
 def test_moments_show_one_to_three_frames_and_their_questions(tmp_path):
     episodes(tmp_path)
     made = config(robots=("arm",), episodes=tmp_path)
-    rows = list(_moments(made, ("arm", "", range(3))))
+    rows = list(_episode_conversations(made, ("arm", "", range(3))))
     assert len(rows) == 18
     for row in rows:
         told = dict(zip(row.kinds, row.messages[1::2], strict=True))
@@ -319,7 +340,7 @@ def test_moments_show_one_to_three_frames_and_their_questions(tmp_path):
         values = [round(float(image.pixels.mean()) / 4) for image in pictures]
         assert len(pictures) in (2, 3, 4) and values == sorted(values), "frames are in order of time"
         assert abs(values[-1] - frame) <= 1, "the moment comes last"
-    yes_no = Counter(spoken(m.text) for row in rows for m in row.messages[1::2])
+    yes_no = Counter(without_thought(m.text) for row in rows for m in row.messages[1::2])
     assert abs(yes_no["yes"] - yes_no["no"]) <= 6
 
 
@@ -332,9 +353,9 @@ def test_control_prompt_says_where_things_are(observed):
     turn = control_turn(scene, "Stack it.", "panda")
     assert re.search(r"base: object \(\d+, \d+\), goal", turn.answer)
     following = {"sampled": "approach", "displaced": "approach", "held": "move", "done": "hold"}
-    assert turn.answer.split()[-1] == following[scene.staging]
+    assert turn.answer.split()[-1] == following[scene.arrangement]
     for camera, scan in zip(CAMERAS, scan_turns(scene), strict=True):
-        named = {t.label: t.position for t in scene.things} | {"gripper": scene.tcp}
+        named = {t.label: t.position for t in scene.objects} | {"gripper": scene.tcp}
         found = read_scan(scan.answer)
         assert found.keys() == scene.points[camera].keys()
         for name, told in found.items():
@@ -342,7 +363,7 @@ def test_control_prompt_says_where_things_are(observed):
             assert len(told) == (2 if camera == "wrist" else 5)
             where = format_vector(named[name] - scene.base)
             assert camera == "wrist" or f"{told[2:]} cm" == where
-    turns = scene_turns(scene, 10, Drawer(np.random.default_rng(0)), pointing=0.5, metric=0.2)
+    turns = scene_turns(scene, 10, QuestionSampler(np.random.default_rng(0)), pointing=0.5, metric=0.2)
     assert len(turns) == 10
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from blm.cli.sharerobot import split_sharerobot as command
+from blm.cli.sharerobot import SplitShareRobot
 from blm.evaluation.digital import BENCHMARKS, evaluate_digital
 from blm.evaluation.digital.benchmarks.easy_vqa import load_split
 from blm.evaluation.digital.benchmarks.erqa import options_in
-from blm.evaluation.digital.benchmarks.pointing import asked_in
+from blm.evaluation.digital.benchmarks.pointing import with_convention
 from blm.evaluation.digital.benchmarks.published import EGOTHINK_KINDS, SHAREROBOT_KINDS, SIX
-from blm.evaluation.digital.benchmarks.sharerobot import spread
+from blm.evaluation.digital.benchmarks.sharerobot import evenly_spaced_frames
 from blm.evaluation.digital.benchmarks.sharerobot_split import (
     HELD,
     KINDS,
@@ -29,7 +29,7 @@ from blm.evaluation.digital.benchmarks.sharerobot_split import (
     split_sharerobot,
 )
 from blm.evaluation.digital.judge import MatchJudge
-from blm.evaluation.digital.runner import Asking
+from blm.evaluation.digital.runner import DigitalEvalConfig
 from blm.media import load_pixels, with_pixels
 from blm.types import BlmError, Message, Question
 from tests.support.benchmarks import (
@@ -134,10 +134,10 @@ def test_end_to_end(case, name, folders, tmp_path):
             model="made",
             benchmark=benchmark,
             judge=MatchJudge(),
-            asking=Asking(root=folder),
+            config=DigitalEvalConfig(root=folder),
         )
-        assert result["headline"]["rate"] == pytest.approx(score)
-        assert result["overall"]["n"] == len(questions)
+        assert result.summary.headline.rate == pytest.approx(score)
+        assert result.summary.overall.n == len(questions)
         if make is Oracle:
             assert chat.systems == {benchmark.system}
             assert chat.limits == {benchmark.max_tokens, *benchmark.long.values()}
@@ -163,7 +163,7 @@ def test_record_and_missing_folder(name, tmp_path):
 
 
 def test_scene_questions_are_given(tmp_path):
-    with pytest.raises(BlmError, match="are given, not loaded"):
+    with pytest.raises(BlmError, match="come from a corpus"):
         load("scene", make_fixture("scene", tmp_path / "corpus"))
 
 
@@ -218,7 +218,7 @@ def test_sharerobot_kinds_scorers_and_groups(folders):
 @pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 30])
 def test_spread_takes_both_ends(count):
     values = [str(number) for number in range(count)]
-    chosen = spread(values, 8)
+    chosen = evenly_spaced_frames(values, 8)
     assert len(chosen) == min(8, count) and chosen[0] == "0" and chosen[-1] == values[-1]
     assert chosen == sorted(set(chosen), key=int)
 
@@ -270,13 +270,13 @@ def test_points_are_asked_in_one_convention(folders):
 )
 def test_points_can_be_asked_in_another_convention(convention, form, words, folders):
     for question in load("refspatial", folders["refspatial"]):
-        text = asked_in(question, convention).messages[0].text
+        text = with_convention(question, convention).messages[0].text
         assert form in text and words in text and text.startswith("Please point out the square next to")
-        assert asked_in(question, "thousandths") == question
-    several = asked_in(load("where2place", folders["where2place"])[0], "yx1000").messages[0].text
+        assert with_convention(question, "thousandths") == question
+    several = with_convention(load("where2place", folders["where2place"])[0], "yx1000").messages[0].text
     assert "[(y1, x1), (y2, x2), ...]" in several
     with pytest.raises(BlmError, match="unknown coordinates 'feet'"):
-        asked_in(question, "feet")
+        with_convention(question, "feet")
 
 
 def test_refspatial_leaves_unseen_out(folders):
@@ -382,7 +382,7 @@ def test_questions_without_clips(tmp_path):
 def test_unknown_and_missing_dimension(tmp_path):
     folder = make_fixture("egothink", tmp_path / "e")
     shutil.copytree(folder / "Activity", folder / "Dreams")
-    with pytest.raises(BlmError, match=r"Dreams' is no dimension.*Reasoning/situated"):
+    with pytest.raises(BlmError, match=r"Dreams' is not a dimension.*Reasoning/situated"):
         load("egothink", folder)
     shutil.rmtree(folder / "Dreams")
     shutil.rmtree(folder / "Object/existence")
@@ -564,7 +564,7 @@ def test_held_out_rows_convert_like_the_published_ones(published, tmp_path):
 
 
 def test_split_command(published, capsys):
-    command("sharerobot", [str(published), "--episodes", "3", "--seed", "5"])
+    SplitShareRobot.parse("sharerobot", [str(published), "--episodes", "3", "--seed", "5"]).run([])
     printed = capsys.readouterr().out
     assert "60 questions held out (3 x 2 x 10 kinds, seed 5)" in printed and "9 episodes left" in printed
     assert len(load("sharerobot", published)) == 60

@@ -18,18 +18,18 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from blm.app.chats import find_chat, find_endpoint
-from blm.cli import digital as commands
+from blm.app.chats import load_chat, open_endpoint
 from blm.corpora.format.messages import Conversation, write_corpus
-from blm.evaluation import DigitalProtocol, load_result
+from blm.evaluation import load_result
 from blm.evaluation.digital import BENCHMARKS
 from blm.evaluation.digital.answers import AnswerError
 from blm.evaluation.digital.benchmarks import published
-from blm.evaluation.digital.endpoint import Endpoint, Settings
-from blm.evaluation.digital.runner import Asking, evaluate_digital
-from blm.evaluation.results import write_result
+from blm.evaluation.digital.endpoint import Endpoint, EndpointSettings
+from blm.evaluation.digital.runner import DigitalEvalConfig, evaluate_digital
+from blm.evaluation.result_files import write_result
 from blm.types import BlmError, Image, Message, Question, Sampling
 from tests.support.benchmarks import make_fixture
+from tests.support.commands import run_command
 from tests.support.serving import EchoSpeaker, Words, running
 
 
@@ -116,7 +116,7 @@ def waits() -> list[float]:
 
 @pytest.fixture
 def endpoint(server: Server, waits: list[float]) -> Iterator[Endpoint]:
-    settings = Settings(attempts=3, timeout=10, concurrency=4)
+    settings = EndpointSettings(attempts=3, timeout=10, concurrency=4)
     made = Endpoint("m", server.url, api_key="secret", settings=settings, sleep=waits.append)
     yield made
     made.close()
@@ -154,9 +154,11 @@ def test_only_transport_faults_are_tried_again(
 
 def test_a_server_that_stays_away_ends_the_run(server: Server, endpoint: Endpoint) -> None:
     server.script = [(500, b"oops")] * 3
-    with pytest.raises(BlmError, match=r"no answer from 'm@.* in 3 tries; last: status 500: oops.*is kept"):
+    with pytest.raises(
+        BlmError, match=r"no answer from 'm@.* in 3 attempts; last: status 500: oops.*are kept"
+    ):
         endpoint.answer(ask("red"))
-    gone = Endpoint("m", "http://127.0.0.1:9/v1", settings=Settings(attempts=2), sleep=lambda _: None)
+    gone = Endpoint("m", "http://127.0.0.1:9/v1", settings=EndpointSettings(attempts=2), sleep=lambda _: None)
     with pytest.raises(BlmError, match="ConnectError"):
         gone.answer(ask("red"))
     gone.close()
@@ -168,7 +170,7 @@ def test_a_server_that_stays_away_ends_the_run(server: Server, endpoint: Endpoin
         ((401, fault("bad key")), r"refuses the API key \(status 401: bad key\); set OPENAI_API_KEY"),
         ((404, fault("no such model")), r"has no model 'm' .* it has: small, large"),
         ((418, b"teapot"), r"answers status 418: teapot"),
-        ((200, {"choices": []}), r"not of the OpenAI form"),
+        ((200, {"choices": []}), r"does not have the OpenAI form"),
     ],
 )
 def test_what_no_retry_mends_is_said_clearly(
@@ -206,7 +208,7 @@ def test_cache(server: Server, tmp_path: Path) -> None:
             assert endpoint.answer(ask("red")) == "red"
     assert len(server.bodies) == 2  # the same model is asked once, whoever asks
     made[0].answer(ask("red"), max_tokens=9)
-    with closing(Endpoint("m", server.url, cache=tmp_path, settings=Settings(seed=None))) as seedless:
+    with closing(Endpoint("m", server.url, cache=tmp_path, settings=EndpointSettings(seed=None))) as seedless:
         seedless.answer(ask("red"))
     assert len(server.bodies) == 4 and "seed" not in server.bodies[-1]
     server.script = [(400, fault("no"))]
@@ -226,23 +228,23 @@ QUESTIONS = [
 def test_evaluation_over_an_endpoint_survives_an_outage(server: Server, tmp_path: Path) -> None:
     """The run stops at the outage, keeps what it had, and ends as if nothing had happened."""
     server.script = [None] * 5 + [(500, b"down")] * 2
-    settings = Settings(attempts=2, concurrency=1, first_wait=0.0)
+    settings = EndpointSettings(attempts=2, concurrency=1, first_wait=0.0)
     endpoint = Endpoint("m", server.url, cache=tmp_path / "answers", settings=settings)
-    asking = Asking(batch=3)
+    config = DigitalEvalConfig(batch=3)
     with pytest.raises(BlmError, match="no answer from"):
-        evaluate_digital(endpoint, QUESTIONS, tmp_path, model="m", asking=asking)
+        evaluate_digital(endpoint, QUESTIONS, tmp_path, model="m", config=config)
     asked = len(server.bodies)
-    result = evaluate_digital(endpoint, QUESTIONS, tmp_path, model="m", asking=asking)
-    assert result["overall"]["rate"] == 1 and len(server.bodies) - asked == 5
+    result = evaluate_digital(endpoint, QUESTIONS, tmp_path, model="m", config=config)
+    assert result.summary.overall.rate == 1 and len(server.bodies) - asked == 5
     server.script = [(400, fault("refused"))]
     other = evaluate_digital(endpoint, QUESTIONS[:2], tmp_path / "b", model="m")
-    assert other["overall"]["rate"] == 1  # all from the cache
+    assert other.summary.overall.rate == 1  # all from the cache
     endpoint.close()
     fresh = Endpoint("m", server.url, settings=settings)
     failed = evaluate_digital(fresh, QUESTIONS[:4], tmp_path / "c", model="m")
     fresh.close()
-    assert failed["overall"]["refused"] == 1 and failed["overall"]["hits"] == 3
-    assert failed["rows"][0]["failure"] == "refused with status 400: refused"
+    assert failed.summary.overall.refused == 1 and failed.summary.overall.hits == 3
+    assert failed.predictions[0].failure == "refused with status 400: refused"
 
 
 class Echo(EchoSpeaker):
@@ -255,18 +257,18 @@ def test_our_own_server_is_such_an_endpoint() -> None:
     messages = (Message("user", (Image(np.zeros((3, 5, 3), np.uint8)), "hi")),)
     with running(None, Echo(), name="BLM", api_key="k") as address:
         name = f"openai:BLM@http://{address}/v1"
-        named = find_chat(name, api_key="k")
+        named = load_chat(name, api_key="k")
         assert isinstance(named.chat, Endpoint)
         assert named.chat.answer(messages, max_tokens=5) == "hi [(3, 5, 3)] 5"
-        assert named.name == f"BLM@http://{address}/v1"
+        assert named.revision == f"BLM@http://{address}/v1"
         named.chat.close()
         with (
-            closing(find_endpoint(name, api_key="wrong")) as locked,
+            closing(open_endpoint(name, api_key="wrong")) as locked,
             pytest.raises(BlmError, match="refuses the API key"),
         ):
             locked.answer(messages)
         with (
-            closing(find_endpoint(name.replace("BLM@", "other@"), api_key="k")) as unknown,
+            closing(open_endpoint(name.replace("BLM@", "other@"), api_key="k")) as unknown,
             pytest.raises(BlmError, match=r"has no model 'other' .* it has: BLM"),
         ):
             unknown.answer(messages)
@@ -275,10 +277,10 @@ def test_our_own_server_is_such_an_endpoint() -> None:
 def test_names(tmp_path: Path) -> None:
     for bad in ("openai:m", "openai:m@localhost:8000", "openai:@http://h/v1"):
         with pytest.raises(BlmError, match="openai:MODEL@http"):
-            find_chat(bad)
+            load_chat(bad)
     with pytest.raises(BlmError, match=r"unknown model 'nan'. Did you mean 'nano'.* openai:MODEL@URL"):
-        find_chat("nan")
-    with closing(find_endpoint("openai:org/m@1@http://h/v1/")) as endpoint:
+        load_chat("nan")
+    with closing(open_endpoint("openai:org/m@1@http://h/v1/")) as endpoint:
         assert endpoint.name == "org/m@1@http://h/v1"
 
 
@@ -307,7 +309,7 @@ def make_corpus(folder: Path, rows: int) -> None:
 
 def run_eval(server: Server, data: Path, out: Path, *more: str, benchmark: str = "scene") -> None:
     where = ["--benchmark", benchmark, "--data", str(data), "--out", str(out)]
-    commands.evaluate("eval digital", [*where, "--model", f"openai:m@{server.url}", *more])
+    run_command("eval digital", [*where, "--model", f"openai:m@{server.url}", *more])
 
 
 def test_command_evaluates_a_corpus(
@@ -320,10 +322,10 @@ def test_command_evaluates_a_corpus(
     shown = capsys.readouterr().out
     assert "83.3%" in shown and "model minus question only: -16.7 points" in shown
     result = load_result(tmp_path / "out")
-    assert result["protocol"]["benchmark"] == "scene" and result["model"] == f"m@{server.url}"
+    assert result.protocol.benchmark == "scene" and result.model == f"m@{server.url}"
     assert "83 %" in (tmp_path / "out/report.html").read_text()
     run_eval(server, tmp_path / "corpus", tmp_path / "few", "--limit", "3")
-    assert [row["id"] for row in load_result(tmp_path / "few")["rows"]] == ["c0/0", "c2/0", "c4/0"]
+    assert [p.id for p in load_result(tmp_path / "few").predictions] == ["c0/0", "c2/0", "c4/0"]
     for bad, message in (
         (("--coordinates", "inches"), "valid: thousandths"),
         (("--judge", "gpt"), "not of the form openai:MODEL@"),
@@ -345,12 +347,12 @@ def test_command_on_published_layouts(
         make_fixture(name, tmp_path / name)
     flags = ("--compat", "cosmos_letter")
     run_eval(server, tmp_path / "robovqa", tmp_path / "a", *flags, benchmark="robovqa")
-    assert load_result(tmp_path / "a")["protocol"]["compat"] == "cosmos_letter"
+    assert load_result(tmp_path / "a").protocol.compat == "cosmos_letter"
     parts = server.bodies[0]["messages"][-1]["content"]
     assert {part["type"] for part in parts} == {"text", "image_url"}
     run_eval(server, tmp_path / "egothink", tmp_path / "b", "--judge", "match", benchmark="egothink")
     result, shown = load_result(tmp_path / "b"), capsys.readouterr().out
-    assert len(result["kinds"]) == 12 and result["headline"]["average"] == "kinds"
+    assert len(result.summary.kinds) == 12 and result.summary.headline.average == "kinds"
     assert "not the paper's metric" in shown and "EgoThink" in shown and "BLM1" in shown
     limits = {body["max_tokens"] for body in server.bodies}
     assert {30, 300} <= limits
@@ -360,10 +362,8 @@ def test_command_on_published_layouts(
 
 def as_benchmark(result: Path, out: Path, name: str) -> Path:
     """The same result under another benchmark's name."""
-    value = load_result(result)
-    protocol = DigitalProtocol(**{**value["protocol"], "benchmark": name})
-    heads = ("format", "protocol", "protocol_hash", "machine", "seconds")
-    write_result(out, protocol, 0.0, **{key: part for key, part in value.items() if key not in heads})
+    found = load_result(result)
+    write_result(out, replace(found, protocol=replace(found.protocol, benchmark=name)))
     return out
 
 
@@ -376,7 +376,7 @@ def test_table_in_the_papers_shape(tmp_path: Path, capsys: pytest.CaptureFixture
     folders = [as_benchmark(tmp_path / "r", tmp_path / name, name) for name in published.SIX]
     page, text = tmp_path / "t.html", tmp_path / "t.md"
     for out in (page, text):
-        commands.table("eval table", [*map(str, folders), "--out", str(out)])
+        run_command("eval table", [*map(str, folders), "--out", str(out)])
     lines = text.read_text().splitlines()
     assert (
         lines[2] == "| model | robovqa | agibot | holoassist | robofail | egothink | sharerobot | average |"
@@ -386,7 +386,7 @@ def test_table_in_the_papers_shape(tmp_path: Path, capsys: pytest.CaptureFixture
     theirs = next(line for line in lines if line.startswith("| BLM1"))
     assert "published, not measured" in theirs and "95.5 (90–98)" in theirs and theirs.endswith("| 64.9 |")
     assert "published, not measured" in page.read_text()
-    commands.table("eval table", [str(folders[0]), f"other={folders[1]}"])
+    run_command("eval table", [str(folders[0]), f"other={folders[1]}"])
     shown = capsys.readouterr().out
     assert "mine" in shown and "other" in shown and "–" not in shown.split("average")[0]
     for bad, message in (
@@ -395,7 +395,7 @@ def test_table_in_the_papers_shape(tmp_path: Path, capsys: pytest.CaptureFixture
         ([str(folders[0]), "--out", "t.pdf"], "written as .md or .html"),
     ):
         with pytest.raises(BlmError, match=message):
-            commands.table("eval table", bad)
+            run_command("eval table", bad)
 
 
 def test_published_rows_are_whole() -> None:

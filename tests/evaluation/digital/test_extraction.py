@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from blm.evaluation.digital.parsers.compat import COMPAT, share_inside
+from blm.evaluation.digital.parsers.compat import COMPAT, mean_mask_value
 from blm.evaluation.digital.parsers.coordinates import Coordinates, read_metric, read_numbers
 from blm.evaluation.digital.parsers.extraction import final_answer, normalise, read_choice, read_yes_no
 from blm.types import BlmError
@@ -299,8 +299,8 @@ def test_upstream_masks_and_shares() -> None:
     assert worth["lmms_eval"].tolist() == [[0, 0], [1, 1]]
     assert worth["flagevalmm"][0, 1] == pytest.approx(100 / 255)  # JPEG edges count in part
     assert worth["roborefer"].tolist() == [[0, 1], [1, 1]]
-    assert share_inside([(0, 1), (1, 1), (5, 5), (0, 0)], worth["lmms_eval"]) == 0.5
-    assert share_inside([], worth["lmms_eval"]) == 0
+    assert mean_mask_value([(0, 1), (1, 1), (5, 5), (0, 0)], worth["lmms_eval"]) == 0.5
+    assert mean_mask_value([], worth["lmms_eval"]) == 0
 
 
 def test_upstream_rating() -> None:

@@ -11,7 +11,7 @@ import pytest
 from blm.evaluation import compare, load_result
 from blm.evaluation.digital.answers import AnswerError
 from blm.evaluation.digital.calibration import CALIBRATION
-from blm.evaluation.digital.judge import Asked, LanguageJudge, MatchJudge, calibrate, read_rating
+from blm.evaluation.digital.judge import AnswerToGrade, LanguageJudge, MatchJudge, calibrate, read_rating
 from blm.evaluation.digital.runner import evaluate_digital
 from blm.types import BlmError, Message, Question
 
@@ -67,15 +67,18 @@ def test_calibration_is_a_fair_exam() -> None:
     labels = [label for *_, label in CALIBRATION]
     assert {*labels} == {0.0, 0.5, 1.0} and max(map(labels.count, labels)) < 0.6 * len(labels)
     n = len(CALIBRATION)
-    assert calibrate(LanguageJudge(Oracle(), "good"))["agree"] == n
+    assert calibrate(LanguageJudge(Oracle(), "good")).agree == n
     worse = calibrate(LanguageJudge(Oracle(wrong=2, silent=3), "worse"))
-    assert (worse["n"], worse["agree"], worse["failed"]) == (n, n - 5, 3) and worse["mean_gap"] > 0
+    assert (worse.n, worse.agree, worse.failed) == (n, n - 5, 3) and worse.mean_gap > 0
     matched = calibrate(MatchJudge())
-    assert 0 < matched["agree"] < n and matched["failed"] == 0  # comparing words is no judge
+    assert 0 < matched.agree < n and matched.failed == 0  # comparing words is no judge
 
 
 def test_judge_asks_once_and_keeps_the_replies(tmp_path: Path) -> None:
-    oracle, asked = Oracle("[[0.5]]"), [Asked("q", "r", "a"), Asked("q", "r", "b"), Asked("q", "r", "a")]
+    oracle, asked = (
+        Oracle("[[0.5]]"),
+        [AnswerToGrade("q", "r", "a"), AnswerToGrade("q", "r", "b"), AnswerToGrade("q", "r", "a")],
+    )
     judge = LanguageJudge(oracle, "m", cache=tmp_path)
     assert [verdict.score for verdict in judge.grade(asked)] == [0.5] * 3 and oracle.asked == 2
     judge.grade(asked)
@@ -87,15 +90,15 @@ def test_judge_asks_once_and_keeps_the_replies(tmp_path: Path) -> None:
     assert unclear.grade(asked[:1])[0].score is None
     unclear.grade(asked[:1])
     assert unclear.chat.asked == 1  # a failed judgement is not asked again until it pleases
-    assert judge.grade([Asked("q", "r", "{braces} [[1]]")])[0].score == 0.5
+    assert judge.grade([AnswerToGrade("q", "r", "{braces} [[1]]")])[0].score == 0.5
 
 
 def test_damaged_cache_is_named(tmp_path: Path) -> None:
     judge = LanguageJudge(Oracle(), "m", cache=tmp_path)
-    judge.grade([Asked("q", "r", "a")])
+    judge.grade([AnswerToGrade("q", "r", "a")])
     next(tmp_path.rglob("*.json")).write_text("{")
     with pytest.raises(BlmError, match=r"damaged .* move it away"):
-        judge.grade([Asked("q", "r", "a")])
+        judge.grade([AnswerToGrade("q", "r", "a")])
 
 
 def free(index: int, kind: str = "planning") -> Question:
@@ -117,13 +120,11 @@ def test_judged_run(tmp_path: Path) -> None:
     judge = LanguageJudge(Oracle("Rating: [[0.5]]"), "judge-1", cache=tmp_path / "cache")
     says = Says("r", "", "<think>r", "filtered", "x")
     result = evaluate_digital(says, questions, tmp_path / "a", model="m", judge=judge)
-    assert [row["score"] for row in result["rows"]] == [0.5, 0, 0, 0, 0.5]
-    overall = result["overall"]
-    assert (overall["hits"], overall["n"], overall["unread"], overall["unjudged"]) == (1.0, 5, 2, 1)
-    assert result["judge"]["model"] == "judge-1" and result["judge"]["calibration"]["agree"] == len(
-        CALIBRATION
-    )
-    assert result["protocol"]["judge"] == "judge-1" and result["protocol"]["judge_prompt"] == judge.prompt
+    assert [p.score for p in result.predictions] == [0.5, 0, 0, 0, 0.5]
+    overall = result.summary.overall
+    assert (overall.hits, overall.n, overall.unread, overall.unjudged) == (1.0, 5, 2, 1)
+    assert result.judge.model == "judge-1" and result.judge.calibration.agree == len(CALIBRATION)
+    assert result.protocol.judge == "judge-1" and result.protocol.judge_prompt == judge.prompt
     assert load_result(tmp_path / "a") == result
     better = evaluate_digital(Says(*"rxxxx"), questions, tmp_path / "b", model="n", judge=judge)
     gain = compare(better, result)
@@ -137,4 +138,4 @@ def test_free_answers_need_a_judge(tmp_path: Path) -> None:
     with pytest.raises(BlmError, match=r"1 of 1 questions .* --judge match .* not the paper's metric"):
         evaluate_digital(Says("r"), [free(0)], tmp_path, model="m")
     result = evaluate_digital(Says("The R!"), [free(0)], tmp_path, model="m", judge=MatchJudge())
-    assert result["overall"]["rate"] == 1 and "not the paper's metric" in result["protocol"]["judge"]
+    assert result.summary.overall.rate == 1 and "not the paper's metric" in result.protocol.judge

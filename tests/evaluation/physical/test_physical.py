@@ -21,7 +21,7 @@ import av
 import numpy as np
 import pytest
 
-from blm.app.policies import contract_of, find_policy
+from blm.app.policies import contract_of, policy_factory
 from blm.evaluation import (
     PROTOCOLS,
     PhysicalProtocol,
@@ -34,14 +34,14 @@ from blm.evaluation import (
     format_comparison,
     load_result,
 )
-from blm.evaluation.physical.episode import Clock, decision_seed, drive
+from blm.evaluation.physical.episode import EpisodeTimer, decision_seed, drive
 from blm.evaluation.physical.outcome import REASONS, StepOutcome, judge, observe_step
 from blm.evaluation.physical.policy_host import HostedPolicy, PolicyHost
+from blm.evaluation.physical.result import PhysicalResult, SharedPolicy
 from blm.evaluation.protocol import (
     phrasing_of,
     protocol_hash,
 )
-from blm.evaluation.results import without_times
 from blm.evaluation.statistics import wilson
 from blm.robots import ROBOTS
 from blm.seeds import EVALUATION_SEEDS, STAGE1_HELD_OUT_SEEDS, TRAINING_SEEDS
@@ -76,15 +76,15 @@ def protocol(**changes: object) -> PhysicalProtocol:
 
 def run(
     policy: type[ZeroPolicy], out: Path, *, contract: PolicyContract = CONTRACT, **changes: object
-) -> dict:
+) -> PhysicalResult:
     """Evaluate in this process, without videos."""
     make = partial(policy, contract)
     return evaluate_physical(make, protocol(**changes), out, workers=0, videos_per_cell=0)
 
 
-def same(one: dict, other: dict) -> bool:
+def same(one: PhysicalResult, other: PhysicalResult) -> bool:
     """Whether two results hold the same episodes, apart from the time they took."""
-    rows = [[without_times(row) for row in result["rows"]] for result in (one, other)]
+    rows = [[episode.without_times() for episode in result.episodes] for result in (one, other)]
     assert rows[0] == rows[1]
     return True
 
@@ -151,9 +151,9 @@ def test_suite_hash_follows_the_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "wrong, complaint",
     [
-        ({"latency": -1.0}, "seconds from 0 on"),
-        ({"latency": float("nan")}, "seconds from 0 on"),
-        ({"latency": "slow"}, "seconds from 0 on"),
+        ({"latency": -1.0}, "seconds, 0 or more"),
+        ({"latency": float("nan")}, "seconds, 0 or more"),
+        ({"latency": "slow"}, "seconds, 0 or more"),
         ({"phrasing": "unseen"}, "seen, held_out or both"),
         ({"max_steps": 0}, "max_steps is 0, must be 1 or more"),
         ({"settle_steps": -1}, "settle_steps is -1, must be 0 or more"),
@@ -208,14 +208,13 @@ class Spoiler(Cheat):
 
 
 def test_success_once_and_at_end(tmp_path: Path) -> None:
-    done = run(Cheat, tmp_path / "a")
-    row = done["rows"][0]
-    assert row["success_once"] and row["success_at_end"] and row["first_success"] == 1 and row["reason"] == ""
-    assert row["steps"] == 11  # the first success, then ten steps to settle
-    assert row["video"] is None and not (tmp_path / "a" / "videos").exists()
-    lost = run(Spoiler, tmp_path / "b")
-    assert lost["overall"]["success_once"]["hits"] == 2 and lost["overall"]["success_at_end"]["hits"] == 0
-    assert lost["overall"]["success_at_limit"]["hits"] == 0
+    done = run(Cheat, tmp_path / "a").episodes[0]
+    assert done.success_once and done.success_at_end and done.first_success == 1 and done.reason == ""
+    assert done.steps == 11  # the first success, then ten steps to settle
+    assert done.video is None and not (tmp_path / "a" / "videos").exists()
+    lost = run(Spoiler, tmp_path / "b").summary.overall
+    assert lost.success_once.hits == 2 and lost.success_at_end.hits == 0
+    assert lost.success_at_limit.hits == 0
 
 
 class LateSpoiler(Cheat):
@@ -230,44 +229,51 @@ class LateSpoiler(Cheat):
 
 def test_success_at_the_step_limit(tmp_path: Path) -> None:
     """An evaluation drives on after a success: whoever spoils it afterwards is told so."""
-    kept, spoilt = run(Cheat, tmp_path / "a")["overall"], run(LateSpoiler, tmp_path / "b")["overall"]
-    assert kept["success_at_limit"]["hits"] == kept["n"] == 2
-    assert spoilt["success_once"]["hits"] == spoilt["success_at_end"]["hits"] == 2
-    assert spoilt["success_at_limit"]["hits"] == 0
+    kept, spoilt = run(Cheat, tmp_path / "a"), run(LateSpoiler, tmp_path / "b")
+    kept, spoilt = kept.summary.overall, spoilt.summary.overall
+    assert kept.success_at_limit.hits == kept.n == 2
+    assert spoilt.success_once.hits == spoilt.success_at_end.hits == 2
+    assert spoilt.success_at_limit.hits == 0
 
 
 def test_a_validation_ends_an_episode_after_its_success(tmp_path: Path) -> None:
     panda = replace(CONTRACT, action_spaces={"panda": ROBOTS["panda"].action_space})
     asked = PhysicalProtocol.for_validation(panda, tasks=["push_cube"], episodes=1)
-    row = evaluate_physical(partial(Cheat, panda), asked, tmp_path, workers=0, videos_per_cell=0)["rows"][0]
-    assert row["success_once"] and row["success_at_limit"] is None
+    result = evaluate_physical(partial(Cheat, panda), asked, tmp_path, workers=0, videos_per_cell=0)
+    assert result.episodes[0].success_once and result.episodes[0].success_at_limit is None
+    assert result.summary.overall.success_at_limit is None
 
 
 def test_result_file_is_complete(tmp_path: Path) -> None:
     asked = protocol(robots=["panda", "xarm6"], phrasing="both", episodes=3)
     result = evaluate_physical(make_random, asked, tmp_path, workers=0)
-    assert result == json.loads((tmp_path / "result.json").read_text()) == load_result(tmp_path)
+    assert result == load_result(tmp_path)
+    assert json.dumps(result.to_json(), indent=1) == (tmp_path / "result.json").read_text()
     ids = [f"{robot}/push_cube/{seed}" for robot in ("panda", "xarm6") for seed in (0, 1, 2)]
-    assert [row["id"] for row in result["rows"]] == ids
-    assert [(c["robot"], c["n"]) for c in result["cells"]] == [("panda", 3), ("xarm6", 3)]
-    assert result["overall"]["success_once"]["high"] == pytest.approx(wilson(0, 6)[1])
-    for part, n, reworded in [(result, 6, 2), *((cell, 3, 1) for cell in result["cells"])]:
-        whole = part.get("overall", part)
-        assert whole["n"] == n and whole["reasons"] == {**dict.fromkeys(REASONS, 0), "never_touched": n}
-        assert {name: p["n"] for name, p in part["phrasings"].items()} == {
+    assert [episode.id for episode in result.episodes] == ids
+    assert [(cell.robot, cell.summary.n) for cell in result.summary.cells] == [("panda", 3), ("xarm6", 3)]
+    assert result.summary.overall.success_once.high == pytest.approx(wilson(0, 6)[1])
+    summary = result.summary
+    parts = [(summary.overall, summary.phrasings, 6, 2)]
+    parts += [(cell.summary, cell.phrasings, 3, 1) for cell in summary.cells]
+    for whole, phrasings, n, reworded in parts:
+        assert whole.n == n and whole.reasons == {**dict.fromkeys(REASONS, 0), "never_touched": n}
+        assert {name: p.n for name, p in phrasings.items()} == {
             "seen": n - reworded,
             "held_out": reworded,
         }
-    assert result["protocol"]["simulator"].startswith("mujoco") and result["machine"]["cores"] >= 1
+    assert result.protocol.simulator.startswith("mujoco") and result.machine.cores >= 1
     for part in ("policy", "physics", "rendering"):
-        assert result[f"seconds_{part}"] == sum(row[f"seconds_{part}"] for row in result["rows"]) > 0
-    for row in result["rows"]:
-        assert (row["video"] is not None) == (row["seed"] == 0)
-        worded = TASKS["push_cube"].held_out_phrasings if row["seed"] == 1 else TASKS["push_cube"].phrasings
-        assert row["instruction"] in worded and row["phrasing"] == (
-            "held_out" if row["seed"] == 1 else "seen"
-        )
-    with av.open(str(tmp_path / result["rows"][0]["video"])) as video:
+        name = f"seconds_{part}"
+        total = sum(getattr(episode, name) for episode in result.episodes)
+        assert getattr(result.execution, name) == total > 0
+    for episode in result.episodes:
+        assert (episode.video is not None) == (episode.seed == 0)
+        held_out = episode.seed == 1
+        task = TASKS["push_cube"]
+        assert episode.instruction in (task.held_out_phrasings if held_out else task.phrasings)
+        assert episode.phrasing == ("held_out" if held_out else "seen")
+    with av.open(str(tmp_path / result.episodes[0].video)) as video:
         stream = video.streams.video[0]
         assert stream.codec_context.name == "h264" and stream.frames == 14
 
@@ -282,7 +288,7 @@ def test_a_finished_run_is_not_repeated_and_a_longer_one_is(tmp_path: Path) -> N
 
     first = run(Counting, tmp_path)
     assert calls == [decision_seed(seed, step) for seed in (0, 1) for step in (0, 4, 8, 12)]
-    assert run(Counting, tmp_path)["rows"] == first["rows"] and len(calls) == 8
+    assert run(Counting, tmp_path).episodes == first.episodes and len(calls) == 8
     run(Counting, tmp_path, max_steps=8)
     assert len(calls) == 12
 
@@ -292,7 +298,7 @@ def test_a_nameless_policy_does_not_continue_a_run(tmp_path: Path) -> None:
         def __init__(self, contract: PolicyContract) -> None:
             self.contract = contract
 
-    assert run(Nameless, tmp_path)["model"] == "unnamed"
+    assert run(Nameless, tmp_path).model == "unnamed"
     with pytest.raises(BlmError, match="has no revision in its contract"):
         run(Nameless, tmp_path)
 
@@ -311,9 +317,11 @@ def test_a_policy_of_another_contract_does_not_continue_a_run(tmp_path: Path) ->
 
 
 def test_episodes_of_a_server_without_a_contract_are_never_taken_for_anothers(tmp_path: Path) -> None:
-    def evaluate(address: str, **how: Any) -> dict[str, Any]:
+    def evaluate(address: str, **how: Any) -> PhysicalResult:
         look: Any = {"cameras": CONTRACT.cameras, "image_size": CONTRACT.image_size}
-        make = find_policy(f"ws://{address}", **look, horizon=4, execute=4, api_key=None, device="cpu", **how)
+        make = policy_factory(
+            f"ws://{address}", **look, horizon=4, execute=4, api_key=None, device="cpu", **how
+        )
         protocol = PhysicalProtocol.for_policy(
             contract_of(make), robots=("panda",), tasks=("push_cube",), episodes=1, max_steps=4
         )
@@ -321,11 +329,11 @@ def test_episodes_of_a_server_without_a_contract_are_never_taken_for_anothers(tm
 
     seen: list[dict] = []
     with foreign_openpi_server(seen) as address:
-        assert evaluate(address)["model"] == "unnamed" and len(seen) == 1
+        assert evaluate(address).model == "unnamed" and len(seen) == 1
         with pytest.raises(BlmError, match=r"no revision in its contract.*--server-name"):
             evaluate(address)
         named = evaluate(address, server_name="pi0-base")
-        assert named["model"] == f"pi0-base at ws://{address}" and len(seen) == 2
+        assert named.model == f"pi0-base at ws://{address}" and len(seen) == 2
         evaluate(address, server_name="pi0-base")
         assert len(seen) == 2, "the same model goes on"
         evaluate(address, server_name="pi0-tuned")
@@ -344,8 +352,8 @@ def test_held_out_phrasings(tmp_path: Path) -> None:
     seen = run(RandomPolicy, tmp_path, max_steps=1)
     unseen = run(RandomPolicy, tmp_path, max_steps=1, phrasing="held_out")
     task = TASKS["push_cube"]
-    assert {row["instruction"] for row in seen["rows"]} <= set(task.phrasings)
-    assert {row["instruction"] for row in unseen["rows"]} <= set(task.held_out_phrasings)
+    assert {episode.instruction for episode in seen.episodes} <= set(task.phrasings)
+    assert {episode.instruction for episode in unseen.episodes} <= set(task.held_out_phrasings)
 
 
 def test_policy_that_breaks_its_promise_is_named(tmp_path: Path) -> None:
@@ -414,7 +422,7 @@ OPENING = moment(opening=0.5, command=0.51, resting=False, position=np.array([0.
 )
 def test_reasons(prehensile: bool, moments: Sequence[StepOutcome], reason: str) -> None:
     outcome = judge(np.zeros(3), moments, prehensile=prehensile)
-    assert outcome["reason"] == reason and outcome["success_once"] == (reason == "")
+    assert outcome.reason == reason and outcome.success_once == (reason == "")
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -476,8 +484,8 @@ class Losing(Puppet):
 )
 def test_reasons_in_the_simulator(tmp_path: Path, policy: type, task: str, reason: str) -> None:
     result = run(policy, tmp_path, tasks=[task], max_steps=48, first_seed=3)
-    assert [row["reason"] for row in result["rows"]] == [reason] * 2
-    assert result["cells"][0]["reasons"][reason] == result["overall"]["reasons"][reason] == 2
+    assert [episode.reason for episode in result.episodes] == [reason] * 2
+    assert result.summary.cells[0].summary.reasons[reason] == result.summary.overall.reasons[reason] == 2
 
 
 # --- one policy for several processes ---
@@ -514,12 +522,9 @@ def test_worker_processes_and_a_socket_give_the_same_episodes(tmp_path: Path) ->
         shared = evaluate_physical(make_remote, protocol(), tmp_path / "shared", workers=2, share_policy=True)
     assert same(local, spawned) and same(local, remote) and same(local, shared)
     assert compare(local, remote).difference == 0
-    assert spawned["shared_policy"] is None
-    assert shared["shared_policy"] == {
-        "max_batch": 1,
-        "calls": 8,
-        "observations": 8,
-    }  # one by one: it has no act_batch
+    assert spawned.execution.shared_policy is None
+    one_by_one = SharedPolicy(max_batch=1, calls=8, observations=8)  # it has no act_batch
+    assert shared.execution.shared_policy == one_by_one
 
 
 def test_sharing_a_policy_changes_nothing(tmp_path: Path) -> None:
@@ -527,11 +532,11 @@ def test_sharing_a_policy_changes_nothing(tmp_path: Path) -> None:
     policy = batched()
     many = evaluate_physical(lambda: policy, protocol(episodes=6), tmp_path / "many", workers=3)
     assert same(alone, many)
-    assert many["shared_policy"] == {"max_batch": 64, "calls": len(policy.sizes), "observations": 24}
+    assert many.execution.shared_policy == SharedPolicy(64, len(policy.sizes), 24)
     assert sum(policy.sizes) == 24 and max(policy.sizes) <= 3
     single = evaluate_physical(lambda: policy, protocol(episodes=6), tmp_path / "one", workers=3, max_batch=1)
     assert same(alone, single)
-    assert single["shared_policy"] == {"max_batch": 1, "calls": 24, "observations": 24}
+    assert single.execution.shared_policy == SharedPolicy(1, 24, 24)
 
 
 def test_a_killed_worker_is_replaced(tmp_path: Path) -> None:
@@ -579,7 +584,7 @@ def test_what_waits_is_answered_in_one_call(max_batch: int, sizes: list[int]) ->
     state = np.zeros(8, np.float32)
     seen = [Observation(images={}, state=state, instruction="", robot="panda", seed=i) for i in range(4)]
     with PolicyHost(policy, max_batch=max_batch) as host:
-        workers = [HostedPolicy(*host.door) for _ in seen]
+        workers = [HostedPolicy(*host.connection_info) for _ in seen]
         workers[0]._host.send(seen[0])
         assert entered.wait(30)
         for worker, observation in zip(workers[1:], seen[1:], strict=True):
@@ -602,14 +607,14 @@ def host() -> Iterator[PolicyHost]:
 def test_host_serves_new_workers_after_dead_ones(host: PolicyHost) -> None:
     space = ROBOTS["panda"].action_space
     seen = Observation(images={}, state=np.zeros(space.dim), instruction="", robot="panda", seed=3)
-    first, second = HostedPolicy(*host.door), HostedPolicy(*host.door)
+    first, second = HostedPolicy(*host.connection_info), HostedPolicy(*host.connection_info)
     first._host.send(seen)
     first.close()  # dies without reading its answer
     assert (second.act(seen).actions == RandomPolicy(CONTRACT).act(seen).actions).all()
     assert second.contract == replace(CONTRACT, revision="random") and second.seconds >= 0.02
     with pytest.raises(multiprocessing.AuthenticationError):
-        HostedPolicy(host.door[0], b"wrong", CONTRACT)
-    third = HostedPolicy(*host.door)
+        HostedPolicy(host.connection_info[0], b"wrong", CONTRACT)
+    third = HostedPolicy(*host.connection_info)
     assert (third.act(seen).actions == second.act(seen).actions).all()
     third.close()
     second.close()
@@ -643,11 +648,12 @@ evaluate_physical(batched, protocol(**{asked!r}), Path({str(tmp_path / "cut")!r}
     assert journal.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
     whole = evaluate_physical(batched, protocol(**asked), tmp_path / "whole", workers=2)
     assert same(resumed, whole)
-    for one, other in zip(resumed["cells"], whole["cells"], strict=True):
-        assert one["success_once"] == other["success_once"] and one["reasons"] == other["reasons"]
-    for row in whole["rows"]:
+    for one, other in zip(resumed.summary.cells, whole.summary.cells, strict=True):
+        assert one.summary.success_once == other.summary.success_once
+        assert one.summary.reasons == other.summary.reasons
+    for episode in whole.episodes:
         pictures = [
-            (tmp_path / name / row["video"]).read_bytes() for name in ("cut", "whole") if row["video"]
+            (tmp_path / name / episode.video).read_bytes() for name in ("cut", "whole") if episode.video
         ]
         assert len(set(pictures)) <= 1
 
@@ -692,12 +698,14 @@ class Numbered:
 def test_latency_gives_exactly_these_actions(latency: float | str, horizon: int, wanted: list[int]) -> None:
     fake = Numbered(horizon)
     asked = replace(protocol(latency=latency), cameras=())
-    played = [int(action[0]) for action, _ in zip(drive(fake, fake, 0, asked, Clock()), wanted, strict=False)]
+    played = [
+        int(action[0]) for action, _ in zip(drive(fake, fake, 0, asked, EpisodeTimer()), wanted, strict=False)
+    ]
     assert played == wanted
 
 
 def test_measured_latency_is_the_time_that_the_policy_takes() -> None:
-    fake, clock = Numbered(6, seconds=0.055), Clock()
+    fake, clock = Numbered(6, seconds=0.055), EpisodeTimer()
     actions = drive(fake, fake, 0, replace(protocol(latency="measured"), cameras=()), clock)
     played = [int(next(actions)[0]) for _ in range(8)]
     late = [int(np.ceil(seconds * 20)) for seconds in clock.decisions]
@@ -712,10 +720,10 @@ def test_latency_in_the_simulator(tmp_path: Path) -> None:
     with pytest.raises(ContractError, match=r"latency: 'none' here, 0.0 there"):
         compare(prompt, instant)
     late = run(RandomPolicy, tmp_path / "c", latency=0.15, max_steps=16)
-    assert late["protocol"]["latency"] == 0.15 and len(late["rows"]) == 2
+    assert late.protocol.latency == 0.15 and len(late.episodes) == 2
     policy = batched()
     live = evaluate_physical(lambda: policy, protocol(latency="measured"), tmp_path / "d", workers=2)
-    assert set(policy.sizes) == {1} and live["rows"][0]["act_ms"] >= 20
+    assert set(policy.sizes) == {1} and live.episodes[0].act_ms >= 20
 
 
 # --- replay ---
@@ -757,11 +765,12 @@ def test_replay_plays_what_was_executed(tmp_path: Path) -> None:
     result = evaluate_physical(partial(Watched, episodes), asked, tmp_path, workers=0)
     for episode, states in zip(episodes, told, strict=True):
         assert np.array_equal(states, episode.states[::8])  # bit for bit
-    assert result["protocol"]["purpose"] == "replay check" and result["overall"]["n"] == 2
+    assert result.protocol.purpose == "replay check" and result.summary.overall.n == 2
     assert load_result(tmp_path) == result
-    for purpose in ("replay check", "validation"):
-        other = {**result, "protocol": {**result["protocol"], "purpose": purpose}}
-        with pytest.raises(BlmError, match=rf"is a {purpose}: it is no score; compare evaluations"):
+    validation = PhysicalProtocol.for_validation(policy.contract, tasks=["pull_cube"], episodes=1)
+    for protocol, purpose in ((result.protocol, "replay check"), (validation, "validation")):
+        other = replace(result, protocol=protocol)
+        with pytest.raises(BlmError, match=rf"is a {purpose}, which is not a score; compare evaluations"):
             compare(other, other)
 
 
@@ -789,14 +798,14 @@ def test_compare_refuses_unlike_runs(tmp_path: Path) -> None:
     assert (gain.only_first, gain.p_value) == (2, 0.5)
     with pytest.raises(ContractError, match="max_steps: 3 here, 4 there"):
         compare(solved, run(ZeroPolicy, tmp_path / "c", max_steps=4))
-    still["rows"][0]["scene"] = "elsewhere"
+    first, second = still.episodes
+    moved = replace(still, episodes=(replace(first, scene="elsewhere"), second))
     with pytest.raises(
         ContractError, match=r"'panda/push_cube/0' started from another scene \(\w+ here, elsewhere there"
     ):
-        compare(solved, still)
-    still["rows"].pop()
+        compare(solved, moved)
     with pytest.raises(ContractError, match="2 items here, 1 there"):
-        compare(solved, still)
+        compare(solved, replace(still, episodes=(first,)))
 
 
 def test_comparison_by_cell_and_wording(tmp_path: Path) -> None:

@@ -17,14 +17,22 @@ from hypothesis import strategies as st
 
 from blm import addresses
 from blm.serving.access import keys as access_module
-from blm.serving.access.keys import Access, RateLimit, Sessions, Trust, check_key, read_keys, read_origin
+from blm.serving.access.keys import (
+    AccessControl,
+    HostPolicy,
+    LoginSessions,
+    RateLimiter,
+    check_key,
+    read_keys,
+    read_origin,
+)
 from blm.serving.access.login import login_page
 from blm.serving.app import create_app
 from blm.serving.client import RemotePolicy
 from blm.types import BlmError
 from tests.support.serving import (
+    EchoGenerator,
     EchoPolicy,
-    EchoSpeaker,
     ask,
     body,
     connected,
@@ -43,15 +51,15 @@ HEADERS = {
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    trust = Trust.read(["Robot.Local."], ["https://lab.example"])
-    with running(EchoPolicy(), EchoSpeaker(), access=Access(trust=trust)) as address:
+    host_policy = HostPolicy.read(["Robot.Local."], ["https://lab.example"])
+    with running(EchoPolicy(), EchoGenerator(), access=AccessControl(host_policy=host_policy)) as address:
         yield address
 
 
 @contextmanager
-def page_running(access: Access) -> Iterator[str]:
+def page_running(access: AccessControl) -> Iterator[str]:
     """A server with a page at /playground, which shows the model's name."""
-    app = create_app(EchoPolicy(), EchoSpeaker(), access=access)
+    app = create_app(EchoPolicy(), EchoGenerator(), access=access)
 
     @app.get("/playground")
     async def page() -> str:
@@ -65,7 +73,7 @@ def page_running(access: Access) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[str]:
-    with page_running(Access([KEY, "second-key"])) as address:
+    with page_running(AccessControl([KEY, "second-key"])) as address:
         yield address
 
 
@@ -210,7 +218,10 @@ def test_own_pages_programs_and_allowed_pages_are_served(server: str) -> None:
     reply = post(server, page)
     assert reply.status_code == 200 and reply.headers["access-control-allow-origin"] == page["Origin"]
     assert handshake(server, f"Host: {server}", "Origin: https://lab.example")[0] == 101
-    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "x-stainless-os"}
+    asks = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "x-stainless-os",
+    }
     asked = httpx.request("OPTIONS", f"http://{server}/v1/chat/completions", headers={**page, **asks})
     assert asked.status_code == 200 and "x-stainless-os" in asked.headers["access-control-allow-headers"]
     own = f"Origin: http://{server}"
@@ -255,10 +266,10 @@ def test_read_origin() -> None:
         assert read_origin(bad) is None
     for flag in (["https://a/b"], ["null"], ["*"], ["a"]):
         with pytest.raises(BlmError, match="--allowed-origin"):
-            Trust.read((), flag)
+            HostPolicy.read((), flag)
     for flag in (["a:80"], ["http://a"], ["*"], [""]):
         with pytest.raises(BlmError, match="--allowed-host"):
-            Trust.read(flag)
+            HostPolicy.read(flag)
 
 
 # --- content type and headers ---
@@ -381,7 +392,7 @@ def test_keys_that_cannot_work_are_refused_and_not_shown(key: str) -> None:
     with pytest.raises(BlmError, match="the API key") as caught:
         check_key(key)
     assert len(key) < 3 or key not in str(caught.value)
-    for make in (lambda: create_app(EchoPolicy(), api_key=key), lambda: Access([KEY, key])):
+    for make in (lambda: create_app(EchoPolicy(), api_key=key), lambda: AccessControl([KEY, key])):
         with pytest.raises(BlmError, match="the API key"):
             make()
 
@@ -467,8 +478,8 @@ def test_logging_in_is_for_pages_of_this_server_and_bounded(guarded: str) -> Non
 
 
 def test_behind_https_the_cookie_is_secure() -> None:
-    trust = Trust.read(["robot.example"], ["https://robot.example"])
-    with page_running(Access([KEY], trust)) as address:
+    host_policy = HostPolicy.read(["robot.example"], ["https://robot.example"])
+    with page_running(AccessControl([KEY], host_policy)) as address:
         headers = {"Host": "robot.example", "Origin": "https://robot.example"}
         reply = httpx.post(f"http://{address}/playground/login", data={"key": KEY}, headers=headers)
         assert reply.status_code == 303 and "Secure" in reply.headers["set-cookie"]
@@ -477,7 +488,7 @@ def test_behind_https_the_cookie_is_secure() -> None:
 def test_guessing_is_slowed_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(access_module, "LOGIN_TRIES", 3)
     monkeypatch.setattr(access_module, "LOGIN_REFILL_S", 0.5)
-    with page_running(Access([KEY])) as address, httpx.Client() as browser:
+    with page_running(AccessControl([KEY])) as address, httpx.Client() as browser:
         assert [sign_in(browser, address, "guess").status_code for _ in range(4)] == [401, 401, 401, 429]
         late = sign_in(browser, address)
         assert late.status_code == 429 and int(late.headers["retry-after"]) >= 1
@@ -490,13 +501,13 @@ def test_guessing_is_slowed_down(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sessions_end_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    sessions = Sessions()
+    sessions = LoginSessions()
     tokens = [sessions.start() for _ in range(access_module.MAX_SESSIONS + 5)]
     assert len(sessions) == access_module.MAX_SESSIONS
     assert [sessions.knows(token) for token in tokens[:6]] == [False] * 5 + [True]
     monkeypatch.setattr(access_module, "SESSION_S", -1.0)
     assert not sessions.knows(sessions.start()) and not sessions.knows("") and not sessions.knows("\udcff")
-    limit = RateLimit(2, 60)
+    limit = RateLimiter(2, 60)
     for number in range(access_module.MAX_ADDRESSES + 10):
         limit.count(str(number))
     assert len(limit._buckets) == access_module.MAX_ADDRESSES

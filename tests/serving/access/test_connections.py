@@ -14,12 +14,11 @@ import pytest
 from websockets.sync.client import connect
 
 from blm.serving.access import connections
-from blm.serving.access import keys as access
-from blm.serving.access.keys import Access
-from blm.serving.app import _allow_files, create_app, server_config
+from blm.serving.access.keys import AccessControl
+from blm.serving.app import _raise_file_limit, create_app, server_config
 from blm.serving.client import RemotePolicy
 from blm.types import BlmError
-from tests.support.serving import EchoPolicy, EchoSpeaker, body, connected, observation, running, wait_for
+from tests.support.serving import EchoGenerator, EchoPolicy, body, connected, observation, running, wait_for
 
 KEY = "open-sesame"
 BEARER = {"Authorization": f"Bearer {KEY}"}
@@ -40,7 +39,7 @@ HALVES = {
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(access, "PATIENCE_S", 0.4)
+    monkeypatch.setattr(connections, "REQUEST_TIMEOUT_S", 0.4)
     monkeypatch.setattr(connections, "KEEP_ALIVE_S", 1.0)
 
 
@@ -56,7 +55,7 @@ def ended_after(opened: socket.socket, start: float, most: float = 8.0) -> float
 @pytest.mark.parametrize("key", [None, KEY])
 @pytest.mark.parametrize("sent", HALVES.values(), ids=HALVES)
 def test_whoever_stops_halfway_is_cut_off(sent: bytes, key: str | None, hasty: None) -> None:
-    with running(EchoPolicy(), EchoSpeaker(), api_key=key) as address, connected(address) as opened:
+    with running(EchoPolicy(), EchoGenerator(), api_key=key) as address, connected(address) as opened:
         start = time.monotonic()
         opened.sendall(sent)
         assert 0.3 < ended_after(opened, start) < 4
@@ -64,7 +63,7 @@ def test_whoever_stops_halfway_is_cut_off(sent: bytes, key: str | None, hasty: N
 
 @pytest.mark.parametrize("start_with", [b"", GET])
 def test_dripping_does_not_stop_the_clock(start_with: bytes, hasty: None) -> None:
-    with running(None, EchoSpeaker()) as address, connected(address) as opened:
+    with running(None, EchoGenerator()) as address, connected(address) as opened:
         opened.sendall(start_with + b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
         start = time.monotonic()
         with pytest.raises(OSError):
@@ -75,7 +74,7 @@ def test_dripping_does_not_stop_the_clock(start_with: bytes, hasty: None) -> Non
 
 
 def test_whole_requests_one_after_the_other_are_not_timed(hasty: None) -> None:
-    with running(None, EchoSpeaker()) as address, connected(address) as opened:
+    with running(None, EchoGenerator()) as address, connected(address) as opened:
         for _ in range(12):  # three times as long as one request may take
             opened.sendall(GET)
             data = b""
@@ -89,17 +88,17 @@ def test_whole_requests_one_after_the_other_are_not_timed(hasty: None) -> None:
 
 
 def test_idle_connections_outlive_the_pools_of_clients() -> None:
-    config = server_config(create_app(None, EchoSpeaker()))
+    config = server_config(create_app(None, EchoGenerator()))
     assert config.timeout_keep_alive > 90, "Go's pool, the most patient of the common ones, waits 90 s"
-    config.app.state.engine.close()
+    config.app.state.scheduler.close()
 
 
 @pytest.mark.parametrize("key", [None, KEY])
 def test_a_thousand_sockets_of_strangers_lock_nobody_out(key: str | None) -> None:
     """With the real limits: more connections than the server holds, of every kind, all from one address."""
-    _allow_files(8192)
+    _raise_file_limit(8192)
     sent = list(HALVES.values())
-    with running(EchoPolicy(), EchoSpeaker(), api_key=key) as address, ExitStack() as stack:
+    with running(EchoPolicy(), EchoGenerator(), api_key=key) as address, ExitStack() as stack:
         headers = BEARER if key else {}
         wait_for(lambda: httpx.get(f"http://{address}/health").status_code == 200)
         client = stack.enter_context(httpx.Client(headers=headers, timeout=5))
@@ -124,8 +123,8 @@ def test_a_thousand_sockets_of_strangers_lock_nobody_out(key: str | None) -> Non
 
 def test_open_websockets_count_and_health_still_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 12)
-    monkeypatch.setattr(connections, "WAITING", 4)
-    with running(EchoPolicy(), EchoSpeaker()) as address, ExitStack() as stack:
+    monkeypatch.setattr(connections, "IDLE_SLOTS", 4)
+    with running(EchoPolicy(), EchoGenerator()) as address, ExitStack() as stack:
         for _ in range(9):  # three quarters: the share of one address
             stack.enter_context(connect(f"ws://{address}", compression=None))
         with pytest.raises(BlmError, match=r"503.*connections are in use"):
@@ -142,9 +141,9 @@ def test_open_websockets_count_and_health_still_answers(monkeypatch: pytest.Monk
 
 def test_with_keys_all_places_are_for_those_who_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 12)
-    monkeypatch.setattr(connections, "RESERVED", 6)
-    monkeypatch.setattr(connections, "WAITING", 4)
-    with running(EchoPolicy(), EchoSpeaker(), api_key=KEY) as address, ExitStack() as stack:
+    monkeypatch.setattr(connections, "RESERVED_FOR_KEYS", 6)
+    monkeypatch.setattr(connections, "IDLE_SLOTS", 4)
+    with running(EchoPolicy(), EchoGenerator(), api_key=KEY) as address, ExitStack() as stack:
         for _ in range(12):
             stack.enter_context(RemotePolicy(f"ws://{address}", api_key=KEY))
         assert httpx.get(f"http://{address}/v1/models", headers=BEARER).status_code == 503
@@ -154,9 +153,9 @@ def test_with_keys_all_places_are_for_those_who_have_one(monkeypatch: pytest.Mon
 
 def test_a_login_that_never_ends_takes_no_place_of_key_holders(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 8)
-    monkeypatch.setattr(connections, "RESERVED", 4)
+    monkeypatch.setattr(connections, "RESERVED_FOR_KEYS", 4)
     login = POST.replace(b"/v1/chat/completions", b"/playground/login") + b"Content-Length: 100\r\n\r\n{"
-    with running(EchoPolicy(), EchoSpeaker(), api_key=KEY) as address, ExitStack() as stack:
+    with running(EchoPolicy(), EchoGenerator(), api_key=KEY) as address, ExitStack() as stack:
         for _ in range(40):
             stack.enter_context(connected(address)).sendall(login)
         time.sleep(0.2)
@@ -177,14 +176,14 @@ class FakeTransport:
 
 def test_the_greediest_address_goes_first_and_key_holders_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 6)
-    monkeypatch.setattr(connections, "WAITING", 2)
+    monkeypatch.setattr(connections, "IDLE_SLOTS", 2)
     table = connections.ConnectionTable()
 
-    def open_from(host: str) -> connections.Connection:
+    def open_from(host: str) -> connections.TrackedConnection:
         return table.add(FakeTransport(host))  # type: ignore[arg-type]
 
     holder, quiet = open_from("key"), open_from("quiet")
-    table.enter(holder, trusted=True, keys=True)
+    table.enter(holder, authenticated=True, keys=True)
     table.leave(holder)
     greedy = [open_from("greedy") for _ in range(20)]
     assert len(table) == 8
@@ -192,14 +191,14 @@ def test_the_greediest_address_goes_first_and_key_holders_last(monkeypatch: pyte
     assert [one.transport.aborted for one in greedy] == [True] * 14 + [False] * 6
     for one in greedy[14:]:
         with suppress(BlmError):
-            table.enter(one, trusted=False, keys=False)
+            table.enter(one, authenticated=False, keys=False)
     assert table.busy == 5, "one address gets three quarters of six, rounded up"
-    table.enter(holder, trusted=True, keys=True)
+    table.enter(holder, authenticated=True, keys=True)
     assert table.busy == 6
     for one in (holder, quiet, *greedy):
         table.remove(one)
         table.remove(one)
-    assert len(table) == table.busy == 0 and not table._held and not table._busy_untrusted
+    assert len(table) == table.busy == 0 and not table._per_address and not table._busy_anonymous
 
 
 # --- websockets ---
@@ -285,7 +284,7 @@ def test_who_reads_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_who_reads_slowly_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "WRITE_TIMEOUT_S", 0.3)
-    app = create_app(None, EchoSpeaker())
+    app = create_app(None, EchoGenerator())
 
     @app.get("/large")
     async def large() -> str:
@@ -306,8 +305,8 @@ def test_who_reads_slowly_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_access_object_is_at_the_app() -> None:
-    app = create_app(None, EchoSpeaker(), access=Access([KEY]))
+    app = create_app(None, EchoGenerator(), access=AccessControl([KEY]))
     assert app.state.access.accepts(KEY) and not app.state.access.accepts("")
     assert app.state.access.accepts(app.state.access.internal_key)
     assert KEY not in json.dumps(app.openapi())
-    app.state.engine.close()
+    app.state.scheduler.close()

@@ -22,16 +22,16 @@ from websockets.sync.client import ClientConnection, connect
 
 from blm.serving.app import create_app
 from blm.serving.playground import PATH, add_playground, content_policy, read_beside, rollout, session
-from blm.serving.playground.session import CloseError, Outbox, TokenBucket, own_address, read_command
+from blm.serving.playground.session import CloseError, MessageQueue, TokenBucket, own_address, read_command
 from blm.tasks import Env, rendering
 from blm.types import ActionChunk, BlmError, Observation
 from tests.support.playground import CONTRACT, StillPolicy
-from tests.support.serving import EchoSpeaker, running_app
+from tests.support.serving import EchoGenerator, running_app
 
 
 def serving(**options: Any) -> AbstractContextManager[str]:
     policy, key = options.pop("policy", None) or StillPolicy(), options.pop("api_key", None)
-    app = create_app(policy, EchoSpeaker(), api_key=key)
+    app = create_app(policy, EchoGenerator(), api_key=key)
     add_playground(app, CONTRACT, name="BLM", **options)
     return running_app(app)
 
@@ -346,7 +346,7 @@ def test_simulators_are_counted_over_all_visitors(monkeypatch: pytest.MonkeyPatc
         start(first)
         until(first, "frame", state="driving")
         start(second)
-        assert "1 may" in until(second, "error")["message"]
+        assert "at most 1" in until(second, "error")["message"]
         first.close()
         wait_for(lambda: not rollout_threads())
         start(second)
@@ -528,21 +528,21 @@ def test_a_flood_of_commands_waits_at_its_source(monkeypatch: pytest.MonkeyPatch
 
 def test_of_pictures_only_the_newest_waits_and_a_browser_too_far_behind_is_let_go() -> None:
     async def check() -> None:
-        outbox = Outbox()
+        message_queue = MessageQueue()
         for step in range(1000):
-            outbox.put({"type": "frame", "step": step, "side": 0})
-            outbox.put({"type": "frame", "step": step, "side": 1})
-        outbox.put({"type": "error", "message": "x"})
-        assert (await outbox.get())["type"] == "error"
-        assert [(await outbox.get())["step"] for _ in range(2)] == [999, 999]
-        outbox.put({"type": "frame", "step": 1})
-        outbox.put({"type": "scene"})
-        assert (await outbox.get())["type"] == "scene"  # the picture was of the scene before
+            message_queue.put({"type": "frame", "step": step, "side": 0})
+            message_queue.put({"type": "frame", "step": step, "side": 1})
+        message_queue.put({"type": "error", "message": "x"})
+        assert (await message_queue.get())["type"] == "error"
+        assert [(await message_queue.get())["step"] for _ in range(2)] == [999, 999]
+        message_queue.put({"type": "frame", "step": 1})
+        message_queue.put({"type": "scene"})
+        assert (await message_queue.get())["type"] == "scene"  # the picture was of the scene before
         for number in range(1000):
-            outbox.put({"type": "look", "id": number})
-        assert len(outbox._others) <= session.MAX_WAITING_MESSAGES
+            message_queue.put({"type": "look", "id": number})
+        assert len(message_queue._others) <= session.MAX_WAITING_MESSAGES
         with pytest.raises(CloseError, match="too slow"):
-            await outbox.get()
+            await message_queue.get()
 
     asyncio.run(check())
 
@@ -633,7 +633,7 @@ def test_a_server_that_stops_ends_its_rollouts() -> None:
 
 
 def test_a_model_without_a_policy_can_be_asked_but_does_not_drive() -> None:
-    app = create_app(None, EchoSpeaker())
+    app = create_app(None, EchoGenerator())
     add_playground(app, None, name="BLM")
     with running_app(app) as address, visit(address) as socket:
         assert '"policy": false' in httpx.get(f"http://{address}{PATH}").text

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from blm.backbone.prompt import question_prompt
+from blm.corpora.scenes.annotations import Annotation
 from blm.corpora.scenes.episodes import PHRASES
-from blm.corpora.scenes.facts import Fact
-from blm.corpora.scenes.questions import scene_facts
+from blm.corpora.scenes.observation import SceneObserver
+from blm.corpora.scenes.questions import scene_annotations
 from blm.corpora.scenes.templates import TEMPLATES, expansions
-from blm.corpora.scenes.view import Observer
 from blm.robots import ROBOTS
 from blm.serving.app import create_app
 from blm.serving.playground import PATH, add_playground, session
@@ -24,7 +24,7 @@ from blm.serving.playground.suggestions import BY_TASK, QUESTIONS, suggested_que
 from blm.tasks import TASKS, Env
 from blm.types import BlmError, Message, Sampling
 from tests.support.playground import CONTRACT, StillPolicy
-from tests.support.serving import EchoSpeaker, Words, running_app
+from tests.support.serving import EchoGenerator, Words, running_app
 
 # --- suggested questions ---
 
@@ -74,7 +74,7 @@ def test_a_question_with_two_right_answers_is_not_suggested() -> None:
     env.close()
 
 
-def answered_rightly(answer: str, fact: Fact) -> bool:
+def answered_rightly(answer: str, fact: Annotation) -> bool:
     """Exactly, or with numbers within 2 cm or 4 hundredths of the picture."""
     answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL).strip().rstrip(".")
     if not fact.kind.startswith(("point", "metric")):
@@ -93,10 +93,13 @@ def test_the_released_model_answers_what_is_suggested() -> None:
     for index, task in enumerate(TASKS):
         robot = list(ROBOTS)[index % len(ROBOTS)]
         env = Env(robot, task, cameras=cameras, image_size=model.contract.image_size)
-        with closing(env), closing(Observer(env, cameras)) as observer:
+        with closing(env), closing(SceneObserver(env, cameras)) as observer:
             env.reset(seed=4000 + index)
-            scene = observer.scene()
-            facts = [Fact("generative_affordance", f"approach the {PHRASES[task][0]}"), *scene_facts(scene)]
+            scene = observer.observe()
+            facts = [
+                Annotation("generative_affordance", f"approach the {PHRASES[task][0]}"),
+                *scene_annotations(scene),
+            ]
             worded = {
                 text.format(**fact.words): fact
                 for fact in facts
@@ -151,7 +154,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt install chromium)")
 
 
-class Thinker(EchoSpeaker):
+class Thinker(EchoGenerator):
     def begin(self, messages: Sequence[Message], sampling: Sampling) -> Words:
         if messages[-1].text == "too long":
             raise BlmError("the conversation has 9000 tokens, the model reads 4096")

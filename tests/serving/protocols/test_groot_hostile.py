@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from blm.serving.protocols.groot import codec, zmtp
 from blm.serving.protocols.groot import server as groot
-from blm.serving.scheduler import EngineLimits
+from blm.serving.scheduler import SchedulerLimits
 from blm.types import ActionChunk, BlmError, Observation
 from tests.support.groot import Client, batch, running
 from tests.support.serving import CONTRACT, EchoPolicy, observation, wait_for
@@ -91,7 +91,7 @@ def answer(peer: socket.socket) -> Any:
 
 
 def pinged(port: int, within_s: float = 10.0) -> socket.socket:
-    """A connection whose first request was answered; opened again while the server has no place for it."""
+    """A connection whose first request was answered; decoded again while the server has no place for it."""
     end = time.monotonic() + within_s
     while True:
         peer = raw(port, b"")
@@ -168,7 +168,7 @@ def test_a_ping_of_the_protocol_is_answered_and_a_flood_of_them_ends(port: int) 
 
 
 def test_who_does_not_read_replies_is_cut_off(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zmtp, "UNREAD_S", 0.3)
+    monkeypatch.setattr(zmtp, "WRITE_TIMEOUT_S", 0.3)
     ask = message(msgpack.packb({"endpoint": "get_modality_config"}))
     with raw(port) as peer, pytest.raises(ConnectionError):
         for _ in range(100_000):
@@ -190,13 +190,13 @@ def test_who_does_not_read_replies_is_cut_off(port: int, monkeypatch: pytest.Mon
     ids=lambda sent: str(len(sent)),
 )
 def test_half_a_request_is_not_waited_for(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groot, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(groot, "REQUEST_TIMEOUT_S", 0.3)
     with running(EchoPolicy()) as port, raw(port, sent) as peer:
         assert is_closed(peer)
 
 
 def test_a_client_that_has_asked_may_pause_between_requests_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(groot, "PATIENCE_S", 1.0)
+    monkeypatch.setattr(groot, "REQUEST_TIMEOUT_S", 1.0)
     with running(EchoPolicy()) as port:
         with raw(port, HELLO + message(PING)) as peer:
             assert answer(peer)["status"] == "ok"
@@ -477,7 +477,10 @@ def test_a_batch_is_answered_row_by_row_up_to_a_limit(port: int) -> None:
 
 def test_a_large_batch_does_not_hold_up_another_client() -> None:
     policy = Slow()
-    with running(policy, room=EngineLimits(actions_together=4)) as port, connected(port) as big:
+    with (
+        running(policy, scheduler_limits=SchedulerLimits(max_action_batch=4)) as port,
+        connected(port) as big,
+    ):
         thread = threading.Thread(
             target=lambda: big.call("get_action", batch(*(observation(seed=1) for _ in range(32))))
         )
@@ -496,7 +499,10 @@ def test_rows_end_when_one_of_them_fails() -> None:
     data = batch(*(observation(seed=1) for _ in range(32)))
     texts = data["observation"]["language"]["annotation.human.task_description"]
     texts[0] = ["break"]
-    with running(policy, room=EngineLimits(actions_together=1)) as port, connected(port) as client:
+    with (
+        running(policy, scheduler_limits=SchedulerLimits(max_action_batch=1)) as port,
+        connected(port) as client,
+    ):
         assert "the weights are gone" in client.call("get_action", data)["error"]
         time.sleep(0.2)
         assert len(policy.passes) <= 3
@@ -506,7 +512,7 @@ def test_rows_end_when_one_of_them_fails() -> None:
 
 def test_rows_end_when_their_client_has_gone() -> None:
     policy = Slow()
-    with running(policy, room=EngineLimits(actions_together=1)) as port:
+    with running(policy, scheduler_limits=SchedulerLimits(max_action_batch=1)) as port:
         data = batch(*(observation(seed=1) for _ in range(32)))
         with raw(port, HELLO + message(codec.pack({"data": data}))):
             wait_for(lambda: len(policy.passes) >= 2)

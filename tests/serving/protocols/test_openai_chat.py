@@ -1,4 +1,4 @@
-"""Chat in the OpenAI form: hostile sizes, pictures of all kinds, fields, thoughts, tokens."""
+"""Chat in the OpenAI form: hostile sizes, pictures of all kinds, fields, thinking, tokens."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from blm.backbone import build_nano
 from blm.backbone.generation.generator import Generation
 from blm.serving.errors import MESSAGE_CHARACTERS, RequestError, quoted
 from blm.serving.protocols.openai import request_body
-from blm.serving.protocols.openai.conversation import UNSTATED, Limits, parse_request
-from blm.serving.protocols.openai.reply import AnswerInProgress, AnswerText, overlap
+from blm.serving.protocols.openai.conversation import DEFAULT_CAPACITY, ChatLimits, parse_request
+from blm.serving.protocols.openai.reply import ChoiceState, VisibleText, overlap
 from blm.serving.protocols.openai.request_body import MemoryBudget, Reservation
-from blm.serving.protocols.openai.schema import DEFAULTS, HARMLESS
+from blm.serving.protocols.openai.schema import DEFAULTS, IGNORED
 from blm.types import ChatCapacity, Message, Sampling
 from tests.support.memory import MEGABYTE, data_uri, memory_below
 from tests.support.serving import (
     CONTRACT,
     JSON,
     PNG,
+    EchoGenerator,
     EchoPolicy,
-    EchoSpeaker,
     Words,
     ask,
     body,
@@ -42,11 +42,11 @@ from tests.support.serving import (
     running,
 )
 
-LIMITS = Limits()
+LIMITS = ChatLimits()
 
 
 def refused(
-    request: dict[str, Any] | bytes, limits: Limits = LIMITS, capacity: ChatCapacity = UNSTATED
+    request: dict[str, Any] | bytes, limits: ChatLimits = LIMITS, capacity: ChatCapacity = DEFAULT_CAPACITY
 ) -> str:
     """The message with which a request is refused, which must be short and quick."""
     data = request if isinstance(request, bytes) else json.dumps(request).encode()
@@ -73,9 +73,9 @@ HOSTILE: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "invalid parts": (body([{"type": "nothing"}] * 12_000), "parts are not supported"),
     "messages": ({**body("x"), "messages": [{"role": "user", "content": "a"}] * 10_000}, "10000 messages"),
     "empty parts": (body([{"type": "text", "text": ""}] * 10_000), "10001 messages and parts"),
-    "60 large pictures of 1 bit": (body(picture(BIG_PNG) * 60), "60 pictures; at most 8"),
+    "60 large pictures of 1 bit": (body(picture(BIG_PNG) * 60), "60 images; at most 8"),
     "8 large pictures of 1 bit": (body(picture(BIG_PNG) * 8), "at most 32000000 together"),
-    "30 ordinary pictures": (body(picture(PNG + png((1, 2, 3))) * 30), "30 pictures; at most 8"),
+    "30 ordinary pictures": (body(picture(PNG + png((1, 2, 3))) * 30), "30 images; at most 8"),
     "stop strings": (body("x", stop=["a"] * 2_000_000), "characters"),
     "many stop strings": (body("x", stop=["a"] * 1000), "stop.*at most 16"),
     "a long stop string": (body("x", stop="a" * MEGABYTE), "stop.*at most 256"),
@@ -89,9 +89,15 @@ HOSTILE: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "many field names": (body("x", **{f"field{n}": n for n in range(10_000)}), "unknown field"),
     "a long value": (body("x", response_format="j" * MEGABYTE), "response_format"),
     "a large value": (body("x", tools=[{"a": n} for n in range(9_000)]), "tools: a list of 9000"),
-    "a long url": (body(picture("http://" + "a" * MEGABYTE)), "opens no address"),
-    "a long head of an url": (body(picture("data:image/" + "a" * MEGABYTE + ";base64,")), "opens no address"),
-    "parameters of an url": (body(picture("data:image/png" + ";a=b" * MEGABYTE + ";base64,")), "opens no"),
+    "a long url": (body(picture("http://" + "a" * MEGABYTE)), "does not load URLs"),
+    "a long head of an url": (
+        body(picture("data:image/" + "a" * MEGABYTE + ";base64,")),
+        "does not load URLs",
+    ),
+    "parameters of an url": (
+        body(picture("data:image/png" + ";a=b" * MEGABYTE + ";base64,")),
+        "does not load",
+    ),
     "tool calls": (
         {
             "model": "BLM",
@@ -108,7 +114,7 @@ HOSTILE: dict[str, tuple[dict[str, Any] | bytes, str]] = {
     "a surrogate in UTF-8": (b'{"model":"\xed\xa0\x80"}', "not JSON"),
     "no UTF-8": (b'{"model":"\xff"}', "not JSON"),
     "two documents": (b"{} {}", "not JSON"),
-    "a list": (b"[1]", "a list of 1; a JSON object"),
+    "a list": (b"[1]", "a list of 1; expected a JSON object"),
     "nothing": (b"", "not JSON"),
 }
 
@@ -152,9 +158,9 @@ def test_what_the_context_holds_is_accepted() -> None:
 def test_the_body_limit_follows_from_what_the_model_holds() -> None:
     few = ChatCapacity(context_tokens=512, image_tokens=64, max_text_bytes=8192, max_images=1)
     assert LIMITS.body(few) < 5 * MEGABYTE < 16 * MEGABYTE < LIMITS.body(NANO) < 20 * MEGABYTE
-    assert Limits(body_bytes=7).body(NANO) == 7
-    with running(None, EchoSpeaker()) as address:
-        url, most = f"http://{address}/v1/chat/completions", LIMITS.body(UNSTATED)
+    assert ChatLimits(body_bytes=7).body(NANO) == 7
+    with running(None, EchoGenerator()) as address:
+        url, most = f"http://{address}/v1/chat/completions", LIMITS.body(DEFAULT_CAPACITY)
         reply = httpx.post(url, content=b"{" + b" " * most, headers=JSON, timeout=30)
         assert reply.status_code == 413 and str(most) in reply.json()["error"]["message"]
 
@@ -198,11 +204,11 @@ def test_memory_of_all_requests_is_bounded_and_comes_back() -> None:
 
 def test_many_large_bodies_neither_stall_the_server_nor_fill_its_memory() -> None:
     """Twenty at once: each is answered or told to come again; health and the smallest chat stay quick."""
-    limits = Limits(memory_bytes=48 * MEGABYTE)
+    limits = ChatLimits(memory_bytes=48 * MEGABYTE)
     noise = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
     large = json.dumps(body(picture(data_uri(Pillow.fromarray(noise), compress_level=0)))).encode()
     app_memory = list[int]()
-    with running(EchoPolicy(), EchoSpeaker(), limits=limits) as address:
+    with running(EchoPolicy(), EchoGenerator(), chat_limits=limits) as address:
         url, statuses = f"http://{address}/v1/chat/completions", list[int]()
 
         def post() -> None:
@@ -233,7 +239,7 @@ def test_many_large_bodies_neither_stall_the_server_nor_fill_its_memory() -> Non
 def test_refused_and_abandoned_requests_give_their_memory_back() -> None:
     from blm.serving.app import create_app
 
-    app = create_app(None, EchoSpeaker())
+    app = create_app(None, EchoGenerator())
     from tests.support.serving import running_app
 
     with running_app(app) as address:
@@ -267,7 +273,7 @@ def test_quoted_values_are_short_and_on_one_line(value: object) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    with running(EchoPolicy(), EchoSpeaker()) as address:
+    with running(EchoPolicy(), EchoGenerator()) as address:
         yield address
 
 
@@ -321,7 +327,7 @@ def test_fields_that_are_not_honoured_are_refused_by_name(
     assert told.value.param == name and told.value.code == "unsupported_parameter"
 
 
-@pytest.mark.parametrize("name", sorted({*DEFAULTS, *HARMLESS}))
+@pytest.mark.parametrize("name", sorted({*DEFAULTS, *IGNORED}))
 def test_defaults_of_fields_that_are_not_honoured_are_accepted(client: openai.OpenAI, name: str) -> None:
     for value in (None, *DEFAULTS.get(name, ("anything",))):
         assert ask(client, "x", extra_body={name: value}).choices[0].message.content == "user: x"
@@ -333,7 +339,7 @@ def test_defaults_of_fields_that_are_not_honoured_are_accepted(client: openai.Op
 def test_a_slip_in_a_name_is_told(client: openai.OpenAI, name: str, close: str) -> None:
     with pytest.raises(openai.BadRequestError, match=f"unknown field '{name}'; did you mean '{close}'"):
         ask(client, "x", extra_body={name: 1})
-    with pytest.raises(openai.BadRequestError, match="unknown field 'zzzzzzz'; honoured: model, messages"):
+    with pytest.raises(openai.BadRequestError, match="unknown field 'zzzzzzz'; supported: model, messages"):
         ask(client, "x", extra_body={"zzzzzzz": 1})
 
 
@@ -485,7 +491,7 @@ def test_forms_of_content(client: openai.OpenAI) -> None:
 # --- answers ---
 
 
-class Thinker(EchoSpeaker):
+class Thinker(EchoGenerator):
     """Thinks before it answers; a token is a character."""
 
     ANSWER = "<think>two cubes </think>\n 2 cubes"
@@ -512,7 +518,7 @@ def streamed(client: openai.OpenAI, **options: Any) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize(
-    "extra, content, thoughts",
+    "extra, content, thinking",
     [
         ({}, "2 cubes", "two cubes "),
         ({"separate_reasoning": True}, "2 cubes", "two cubes "),
@@ -520,11 +526,11 @@ def streamed(client: openai.OpenAI, **options: Any) -> tuple[str, str]:
         ({"include_reasoning": False}, "2 cubes", ""),
     ],
 )
-def test_thoughts_stand_apart(thinker: str, extra: dict[str, Any], content: str, thoughts: str) -> None:
+def test_thoughts_stand_apart(thinker: str, extra: dict[str, Any], content: str, thinking: str) -> None:
     with openai.OpenAI(base_url=f"http://{thinker}/v1", api_key="none", max_retries=0) as client:
         message = ask(client, "x", extra_body=extra).choices[0].message
-        assert (message.content, getattr(message, "reasoning_content", None) or "") == (content, thoughts)
-        assert streamed(client, extra_body=extra) == (content, thoughts)
+        assert (message.content, getattr(message, "reasoning_content", None) or "") == (content, thinking)
+        assert streamed(client, extra_body=extra) == (content, thinking)
         cut = ask(client, "x", max_tokens=12).choices[0]
         assert (cut.finish_reason, cut.message.content, cut.message.reasoning_content) == (
             "length",
@@ -547,24 +553,24 @@ TEXTS = st.lists(
     TEXTS.map("".join), st.lists(st.sampled_from(["a", "ab", "b a", "<", "aa<", " "]), max_size=3), st.data()
 )
 def test_streams_say_what_whole_replies_say(text: str, stops: list[str], data: st.DataObject) -> None:
-    """However an answer is cut into steps, content and thoughts are the same, and nothing is taken back."""
+    """However an answer is cut into steps, content and thinking are the same, and nothing is taken back."""
     for reasoning in ("inline", "separate", "hidden"):
-        whole = AnswerInProgress(0, stops, reasoning)
+        whole = ChoiceState(0, stops, reasoning)
         whole.add(text, 9, "stop")
         steps = data.draw(st.lists(st.integers(0, len(text)), max_size=8).map(sorted))
-        answer, content, thoughts = AnswerInProgress(0, stops, reasoning), "", ""
+        answer, content, thinking = ChoiceState(0, stops, reasoning), "", ""
         for end in steps:
             if answer.finish is None:
                 delta = answer.add(text[:end], end, None)
-                content, thoughts = content + delta.content, thoughts + delta.reasoning
+                content, thinking = content + delta.content, thinking + delta.reasoning
         if answer.finish is None:
             delta = answer.add(text, 9, "stop")
-            content, thoughts = content + delta.content, thoughts + delta.reasoning
-        assert (content, thoughts) == (answer.split.content, answer.split.thoughts)
-        assert (content, thoughts) == (whole.split.content, whole.split.thoughts)
+            content, thinking = content + delta.content, thinking + delta.reasoning
+        assert (content, thinking) == (answer.split.content, answer.split.thinking)
+        assert (content, thinking) == (whole.split.content, whole.split.thinking)
         assert answer.finish == "stop"
         if reasoning == "inline":
-            assert thoughts == "" and content == answer.text.sent
+            assert thinking == "" and content == answer.text.sent
         else:
             assert not content.startswith("<think>") or text.count("<think>") > 1
 
@@ -575,7 +581,7 @@ def test_overlap_is_the_longest_beginning_at_the_end(text: str, mark: str) -> No
 
 
 def test_long_answers_with_hostile_stop_strings_take_linear_time() -> None:
-    answer = AnswerText(["a" * 255 + c for c in "bcdefghijklmnopq"])
+    answer = VisibleText(["a" * 255 + c for c in "bcdefghijklmnopq"])
     start = time.process_time()
     for length in range(1, 4096):
         answer.add("a" * length, length, None)
@@ -591,7 +597,7 @@ def test_every_chunk_may_tell_the_tokens(client: openai.OpenAI) -> None:
 
 
 def test_an_error_while_an_answer_streams_is_its_last_event() -> None:
-    class Breaks(EchoSpeaker):
+    class Breaks(EchoGenerator):
         def step(self) -> None:
             if any(len(answer.tokens) > 2 and len(answer.words) > 5 for answer in self.running):
                 self.running = []
@@ -665,14 +671,14 @@ def test_tokens_and_back(nano: tuple[str, Generation], text: str) -> None:
 
 TOKENS_REFUSED: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "neither": ("tokenize", {"model": "BLM"}, 400, "one of prompt and messages"),
-    "both": ("tokenize", {"prompt": "a", "messages": [{"role": "user"}]}, 400, "not both"),
+    "both": ("tokenize", {"prompt": "a", "messages": [{"role": "user"}]}, 400, "exactly one"),
     "a long prompt": ("tokenize", {"prompt": "a" * MEGABYTE}, 400, "1048576 bytes of text"),
     "a long message": ("tokenize", {"messages": body("a" * MEGABYTE)["messages"]}, 400, "bytes of text"),
-    "no picture": ("tokenize", {"messages": body(picture("data:x"))["messages"]}, 400, "opens no address"),
+    "no picture": ("tokenize", {"messages": body(picture("data:x"))["messages"]}, 400, "does not load URLs"),
     "another model": ("tokenize", {"model": "gpt", "prompt": "a"}, 404, "does not exist"),
     "a slip": ("tokenize", {"promt": "a"}, 400, "did you mean 'prompt'"),
     "a reserved word": ("tokenize", {"messages": body("<image>")["messages"]}, 400, "reserved"),
-    "no token": ("detokenize", {"tokens": [10**6]}, 400, "1000000 is no token"),
+    "no token": ("detokenize", {"tokens": [10**6]}, 400, "1000000 is not a token id"),
     "a negative token": ("detokenize", {"tokens": [-1]}, 400, "tokens.0"),
     "a huge token": ("detokenize", {"tokens": [10**400]}, 400, "an integer of more than 40 digits"),
     "many tokens": ("detokenize", {"tokens": [1] * 5000}, 400, "5000 tokens"),

@@ -19,11 +19,11 @@ from PIL import ImageCms
 from PIL.ExifTags import Base
 
 from blm.serving.errors import RequestError
-from blm.serving.protocols.openai.conversation import Limits
+from blm.serving.protocols.openai.conversation import ChatLimits
 from blm.serving.protocols.openai.images import decode, read_pictures
 from tests.support.memory import MEGABYTE, as_uri, data_uri, memory_below
 
-LIMITS = Limits()
+LIMITS = ChatLimits()
 
 
 def seen(uri: str) -> np.ndarray:

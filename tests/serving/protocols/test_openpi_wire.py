@@ -23,9 +23,9 @@ from websockets.sync.client import ClientConnection, connect
 from blm.serving.access.connections import MAX_FRAGMENTS
 from blm.serving.app import create_app
 from blm.serving.client import RemotePolicy
+from blm.serving.protocols.msgpack_limits import MAX_DEPTH, check_limits
 from blm.serving.protocols.openpi import wire
-from blm.serving.protocols.scan import MAX_DEPTH, scan
-from blm.serving.scheduler import Room
+from blm.serving.scheduler import SchedulerLimits
 from blm.types import (
     MAX_INSTRUCTION,
     BlmError,
@@ -81,7 +81,7 @@ ATTACKS: dict[str, tuple[Callable[[], bytes], str]] = {
     "levels": (lambda: b"\x91" * (LIMIT - 1) + b"\x00", "levels"),
     "levels below the root of a map": (lambda: b"\x81\xa1x" * 100_000 + b"\x00", "levels"),
     "announced only": (lambda: b"\xdd\xff\xff\xff\xff", "more than .* items"),
-    "announced data": (lambda: b"\xc6\xff\xff\xff\xff", "ends before"),
+    "announced data": (lambda: b"\xc6\xff\xff\xff\xff", "truncated"),
     "a second message": (lambda: frame_of() * 2, "follow the end"),
     "keys": (lambda: msgpack.packb({str(i): i for i in range(150_000)}), "more than .* items"),
     "state of many numbers": (lambda: frame_of(observation__state=[0.0] * 200_000), "send arrays"),
@@ -201,11 +201,11 @@ def test_the_scan_counts_what_msgpack_builds(value: Any) -> None:
     data, items = msgpack.packb(value), count(value)
     if depth(value) > MAX_DEPTH:
         with pytest.raises(BlmError, match="levels"):
-            scan(data, items)
+            check_limits(data, items)
         return
-    places = scan(data, items)
+    places = check_limits(data, items)
     with pytest.raises(BlmError, match="more than"):
-        scan(data, items - 1)
+        check_limits(data, items - 1)
     if isinstance(value, dict):
         found = [msgpack.packb(msgpack.unpackb(data[place])) for place in places]
         assert found == [msgpack.packb(part) for pair in value.items() for part in pair]
@@ -220,7 +220,7 @@ truncated = st.tuples(nested.map(msgpack.packb), st.floats(0, 1)).map(lambda p: 
 @given(st.binary(max_size=60) | truncated)
 def test_the_scan_takes_nothing_that_msgpack_does_not(data: bytes) -> None:
     try:
-        scan(data, 1000)
+        check_limits(data, 1000)
     except BlmError:
         return
     unpacker = msgpack.Unpacker(strict_map_key=False)
@@ -491,14 +491,14 @@ def test_frames_sent_ahead_are_answered_in_order(server: str) -> None:
 
 def test_the_request_of_a_client_that_left_leaves_the_engine() -> None:
     policy = BatchEcho()
-    app = create_app(policy, room=Room(actions_together=1))
+    app = create_app(policy, scheduler_limits=SchedulerLimits(max_action_batch=1))
     with running_app(app) as address, opened(address) as first:
         first.send(frame_of())
         time.sleep(0.2)  # its observation is in work now: what follows waits
         for _ in range(3):
             with opened(address) as gone:
                 gone.send(frame_of(seed=9))
-                wait_for(lambda: app.state.engine.waiting["actions"] > 0)
+                wait_for(lambda: app.state.scheduler.waiting["actions"] > 0)
         time.sleep(0.2)
         policy.go.set()
         assert "actions" in wire.unpack(first.recv(timeout=10))
@@ -526,7 +526,7 @@ def masked(first: int, data: bytes = b"") -> bytes:
 def test_fragments_without_end_close_the_connection(server: str) -> None:
     with handshaken(server) as raw:
         raw.sendall(masked(0x02) + masked(0x00) * (MAX_FRAGMENTS - 2) + masked(0x80, frame_of()[:100]))
-        assert b"ends before" in read_all(raw)  # as many as are allowed make a message
+        assert b"truncated" in read_all(raw)  # as many as are allowed make a message
     with handshaken(server) as raw:
         raw.sendall(masked(0x02) + masked(0x00) * (MAX_FRAGMENTS + 5))
         assert b"a message has more than 1024 fragments" in read_all(raw)

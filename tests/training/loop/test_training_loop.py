@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blm.training.loop import state as checkpoint
-from blm.training.loop.distributed import Part, Processes
-from blm.training.loop.loop import Ema, LoopConfig, Piece, run_loop
+from blm.training.loop.batches import Microbatch
+from blm.training.loop.distributed import DataShard, Processes
+from blm.training.loop.ema import Ema
+from blm.training.loop.loop import LoopConfig, run_loop
 from blm.training.loop.optimizers import Optimizers
 from blm.training.loop.state import checkpoints
 from blm.types import BlmError
@@ -28,10 +30,10 @@ class Points:
     ids: tuple[int, ...]
 
 
-def batch_of(step: int, part: Part) -> Piece[Points]:
+def batch_of(step: int, part: DataShard) -> Microbatch[Points]:
     rng = np.random.default_rng((CONFIG.seed, step))
     points = part.of(torch.from_numpy(rng.normal(size=(4, 3)).astype(np.float32)))
-    return Piece(Points(points, (step, step + 1)), (step, step + 1), weight=len(points))
+    return Microbatch(Points(points, (step, step + 1)), (step, step + 1), weight=len(points))
 
 
 class Noisy(nn.Module):
@@ -111,7 +113,7 @@ def test_first_step_is_adamw_by_the_textbook(tmp_path: Path) -> None:
     weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
     config = LoopConfig(steps=1, batch_size=1, lr=0.1, weight_decay=0.5, warmup_fraction=0.0, clip=1e9)
     batch = Points(torch.tensor([[1.0, -2.0]]), (0,))
-    piece = Piece(batch, batch.ids)
+    piece = Microbatch(batch, batch.ids)
     run_loop(module, lambda b: (module(b.x).sum(), {}), lambda step, part: piece, config, tmp_path)
     # Adam's first step is lr * sign(gradient); decay multiplies matrices by 1 - lr * decay, not biases.
     expected = weight * (1 - 0.1 * 0.5) - 0.1 * batch.x.sign()
@@ -192,7 +194,9 @@ def test_muon_gets_the_matrices_in_blocks_and_nothing_else() -> None:
         assert sorted(key.rsplit("/")[0] for key in state if key.endswith("momentum_buffer")) == expected
         adam = {key.rsplit("/")[0] for key in state if key.endswith("exp_avg")}
         assert adam == optimizers.names.keys() - {*expected}
-        peaks = {type(part).__name__: {g["peak"] for g in part.param_groups} for part in optimizers.parts}
+        peaks = {
+            type(part).__name__: {g["peak"] for g in part.param_groups} for part in optimizers.optimizers
+        }
         assert peaks == {"AdamW": {1e-3}} | ({"Muon": {0.02 * 1e-3 / 1e-2}} if muon else {})
 
 
@@ -250,7 +254,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_error_in_a_batch_reaches_the_caller(tmp_path: Path) -> None:
-    def broken(step: int, part: Part) -> Piece[Points]:
+    def broken(step: int, part: DataShard) -> Microbatch[Points]:
         if step == 2:
             raise BlmError("corpus row 7 has no picture")
         return batch_of(step, part)
@@ -286,7 +290,7 @@ def test_a_step_in_parts_is_the_step_in_one(tmp_path: Path) -> None:
 
 
 def test_the_log_tells_tokens_and_padding_and_old_checkpoints_go(tmp_path: Path) -> None:
-    def padded(step: int, part: Part) -> Piece[Points]:
+    def padded(step: int, part: DataShard) -> Microbatch[Points]:
         return replace(batch_of(step, part), tokens=30, positions=40)
 
     module = Noisy()
@@ -341,7 +345,7 @@ def test_only_tensors_that_share_memory_are_copied_to_be_saved(tmp_path, monkeyp
         save_file(written, path, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", watch)
-    checkpoint.save(tmp_path, {"done": 1}, tensors, Processes(0, 1, torch.device("cpu")), keep=1)
+    checkpoint.save_state(tmp_path, {"done": 1}, tensors, Processes(0, 1, torch.device("cpu")), keep=1)
     assert seen["a"] == matrix.data_ptr() != seen["again"] and seen["b"] == tensors["b"].data_ptr()
     saved = load_file(checkpoints(tmp_path)[0])
     assert all(torch.equal(saved[name], value) for name, value in tensors.items())

@@ -16,8 +16,8 @@ from blm.training.policy.hidden_states import (
     augmented,
     cache_hidden_states,
     collate,
-    packed,
-    unpacked,
+    dequantize_int8,
+    quantize_int8,
 )
 from blm.types import BlmError
 from tests.support.hidden_states import make_backbone, make_dataset
@@ -41,9 +41,9 @@ def cached(world, tmp_path_factory):
 def test_cache_holds_what_a_direct_tap_of_one_frame_gives(world, cached):
     backbone, _, dataset = world
     frames = np.array([45, 0, 19, 60])  # any order, all episodes and shards, two prompt lengths
-    rows = cached[0].rows(frames)
+    rows = cached[0].read(frames)
     for frame, row in zip(frames, rows, strict=True):
-        slow = LiveHiddenStates(backbone, dataset, CONFIG).rows(np.array([frame]))[0]
+        slow = LiveHiddenStates(backbone, dataset, CONFIG).read(np.array([frame]))[0]
         assert row.dtype == np.float16 and row.shape == slow.shape
         np.testing.assert_allclose(row, slow, rtol=2e-3, atol=2e-3)
     assert len({len(row) for row in rows}) == 2
@@ -51,7 +51,7 @@ def test_cache_holds_what_a_direct_tap_of_one_frame_gives(world, cached):
 
 
 def test_collate_pads_on_the_right_and_masks_the_padding(cached):
-    rows = cached[0].rows(np.array([0, 19]))
+    rows = cached[0].read(np.array([0, 19]))
     hidden, mask = collate(rows)
     assert mask.sum(1).tolist() == [len(row) for row in rows]
     for i, row in enumerate(rows):
@@ -90,7 +90,7 @@ def test_only_what_is_not_there_yet_must_fit_on_the_disk(world, tmp_path, monkey
     assert not list((tmp_path / "new").glob("*.npy"))
     again = cache_hidden_states(backbone, str(source), dataset, CONFIG, tmp_path / "made")
     frames = np.arange(61)
-    assert all(np.array_equal(a, b) for a, b in zip(made.rows(frames), again.rows(frames), strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(made.read(frames), again.read(frames), strict=True))
 
 
 def test_a_stale_cache_is_refused_with_what_differs(world, cached, tmp_path):
@@ -133,10 +133,10 @@ def test_workers_write_the_same_bytes_and_a_stride_keeps_fewer_frames(world, tmp
     kept = kept_frames(dataset.starts, 8)
     assert [shard["frames"] for shard in a.values()] == [shard["frames"] for shard in b.values()]
     assert [frame for shard in a.values() for frame in shard["frames"]] == kept.tolist()
-    for mine, theirs in zip(stores[0].rows(kept), stores[1].rows(kept), strict=True):
+    for mine, theirs in zip(stores[0].read(kept), stores[1].read(kept), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=2e-3, atol=2e-3)
-    with pytest.raises(AssertionError, match="without intents"):
-        stores[0].rows(np.array([1]))
+    with pytest.raises(AssertionError, match="not in the hidden-state cache"):
+        stores[0].read(np.array([1]))
 
 
 @pytest.mark.parametrize("precision", ["float16", "int8"])
@@ -146,11 +146,11 @@ def test_views_and_precisions_hold_what_a_direct_tap_gives(world, tmp_path, prec
     made = cache_hidden_states(backbone, str(source), dataset, config, tmp_path)
     frames, views = np.array([45, 0, 19, 60, 0]), np.array([1, 2, 0, 2, 0])
     live = LiveHiddenStates(backbone, dataset, config)
-    for row, slow in zip(made.rows(frames, views), live.rows(frames, views), strict=True):
+    for row, slow in zip(made.read(frames, views), live.read(frames, views), strict=True):
         slack = np.abs(slow).max(-1, keepdims=True) / (230 if precision == "int8" else 1000)
         assert row.dtype == np.float16 and (np.abs(row - slow) <= slack).all()
-    plain, seen = live.rows(frames), made.rows(frames)
-    assert np.abs(plain[0] - live.rows(frames, views)[0]).max() > 1e-3, "a view is another picture"
+    plain, seen = live.read(frames), made.read(frames)
+    assert np.abs(plain[0] - live.read(frames, views)[0]).max() > 1e-3, "a view is another picture"
     np.testing.assert_allclose(seen[0], plain[0], atol=np.abs(plain[0]).max() / 200)
     shards = json.loads((tmp_path / "manifest.json").read_text()).values()
     assert all(("error" in shard) == (precision == "int8") for shard in shards)
@@ -169,10 +169,10 @@ def test_int8_is_exact_where_it_can_be():
     values = np.array(
         [[127.0, -127.0, 0.0, 64.0], [0.0, 0.0, 0.0, 0.0], [1e-3, -5e-4, 0.0, 1e-3]], np.float32
     )
-    stored = packed(values)
+    stored = quantize_int8(values)
     assert stored.dtype == np.uint8 and stored.shape == (3, 8)
-    np.testing.assert_allclose(unpacked(stored)[:2], values[:2])
-    assert np.abs(unpacked(stored)[2] - values[2]).max() <= 1e-3 / 254 + 1e-6
+    np.testing.assert_allclose(dequantize_int8(stored)[:2], values[:2])
+    assert np.abs(dequantize_int8(stored)[2] - values[2]).max() <= 1e-3 / 254 + 1e-6
 
 
 def test_views_are_made_of_frame_and_number_alone():

@@ -12,13 +12,13 @@ from blm.datasets.lerobot import open_dataset
 from blm.policy.checkpoint import read_config
 from blm.policy.network import PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
-from blm.training.loop.distributed import Part
+from blm.training.loop.distributed import DataShard
 from blm.training.loop.loop import LoopConfig
-from blm.training.policy import train as imitate
-from blm.training.policy.add_robot import fresh
+from blm.training.policy import train as policy_training
+from blm.training.policy.add_robot import from_scratch
 from blm.training.policy.hidden_states import HiddenStateConfig
-from blm.training.policy.sampler import PolicyDataset, Sampler, split
-from blm.training.policy.train import PolicyTrainingConfig, open_robots, sampler_of, train_stage2
+from blm.training.policy.sampler import PolicyDataset, PolicySampler, split
+from blm.training.policy.train import PolicyTrainingConfig, make_sampler, open_datasets, train_stage2
 from blm.types import BlmError, Observation
 from tests.support.hidden_states import make_backbone, make_dataset
 from tests.support.policy_training import POLICY
@@ -44,15 +44,15 @@ def config(tmp_path_factory) -> PolicyTrainingConfig:
 
 
 def robots_of(config: PolicyTrainingConfig) -> list[PolicyDataset]:
-    start = fresh(config.policy, 32, ["arm", "leg"], 0)
+    start = from_scratch(config.policy, 32, ["arm", "leg"], 0)
     datasets = [open_dataset(folder) for folder in config.datasets]
-    return open_robots(Backbone.load(config.backbone), datasets, config, start)
+    return open_datasets(Backbone.load(config.backbone), datasets, config, start)
 
 
 def test_losses_from_the_cache_equal_those_without_within_half_precision(config):
     torch.manual_seed(0)
     network = PolicyNetwork(POLICY, 32, 2)
-    cached, live = (sampler_of(robots_of(c), c) for c in (config, replace(config, cache=None)))
+    cached, live = (make_sampler(robots_of(c), c) for c in (config, replace(config, cache=None)))
     for step in (0, 5):
         a, b = cached(step), live(step)
         for name in ("mask", "future_mask", "state", "actions", "real", "embodiment", "noise", "tau"):
@@ -64,10 +64,10 @@ def test_losses_from_the_cache_equal_those_without_within_half_precision(config)
 
 def test_a_batch_holds_what_its_frames_say(config):
     robots = robots_of(config)
-    batch = sampler_of(robots, config)(3)
-    again = sampler_of(robots, config)(3)
+    batch = make_sampler(robots, config)(3)
+    again = make_sampler(robots, config)(3)
     assert torch.equal(batch.noise, again.noise) and batch.ids == again.ids
-    assert not torch.equal(batch.noise, sampler_of(robots, config)(4).noise)
+    assert not torch.equal(batch.noise, make_sampler(robots, config)(4).noise)
     names = [str(robot.dataset.folder) for robot in robots]
     for i, (name, frame) in enumerate(batch.ids):
         robot = robots[names.index(name)]
@@ -81,15 +81,15 @@ def test_a_batch_holds_what_its_frames_say(config):
         there = batch.actions[i, :, : data.space.dim].double().numpy()
         undone = robot.transforms.actions.inverse(there, data.states[frame])
         np.testing.assert_allclose(undone[:inside], data.actions[frame : frame + inside], atol=1e-5)
-        later = robot.intents.rows(np.array([min(frame + 6, data.starts[e + 1] - 1)]))[0]
+        later = robot.hidden_states.read(np.array([min(frame + 6, data.starts[e + 1] - 1)]))[0]
         assert torch.equal(batch.future_hidden[i][batch.future_mask[i]], torch.from_numpy(np.array(later)))
 
 
 def test_the_parts_of_a_step_are_the_samples_of_the_whole(config):
     torch.manual_seed(0)
-    network, sampler = PolicyNetwork(POLICY, 32, 2), sampler_of(robots_of(config), config)
+    network, sampler = PolicyNetwork(POLICY, 32, 2), make_sampler(robots_of(config), config)
     whole = sampler(3)
-    parts = [sampler(3, Part(index, 3)) for index in range(3)]
+    parts = [sampler(3, DataShard(index, 3)) for index in range(3)]
     for index, part in enumerate(parts):
         assert part.ids == whole.ids[index::3] and torch.equal(part.noise, whole.noise[index::3])
     assert {len(part.ids) for part in parts} == {5, 6}
@@ -102,7 +102,7 @@ def test_weights_say_how_often_robots_and_tasks_are_drawn(config):
     robots = robots_of(config)
 
     def legs(**weights: float) -> float:
-        sampler = sampler_of(robots, replace(config, weights=weights))
+        sampler = make_sampler(robots, replace(config, weights=weights))
         return np.mean([Path(folder).name == "leg" for step in range(40) for folder, _ in sampler(step).ids])
 
     even = len(robots[1].train) / (len(robots[0].train) + len(robots[1].train))
@@ -119,11 +119,11 @@ def test_statistics_come_from_training_episodes_only(config):
     held = np.unique(dataset.episode_index[robot.held_out])
     assert len(held) == 1 and not set(held) & set(dataset.episode_index[robot.train])
     poisoned = np.where(np.isin(dataset.episode_index, held)[:, None], 99.0, dataset.actions)
-    (other,) = open_robots(
+    (other,) = open_datasets(
         Backbone.load(config.backbone),
         [replace(dataset, actions=poisoned)],
         replace(config, cache=None),
-        fresh(config.policy, 32, ["arm"], 0),
+        from_scratch(config.policy, 32, ["arm"], 0),
     )
     assert other.transforms.to_json() == robot.transforms.to_json()
 
@@ -157,7 +157,7 @@ def test_several_datasets_of_a_robot_share_its_row_and_its_transforms(config, tm
     np.testing.assert_allclose(
         demonstrations.transforms.state.low[:-1], np.quantile(states, 0.002, axis=0)[:-1], rtol=1e-6
     )
-    sampler = sampler_of(robots, both)
+    sampler = make_sampler(robots, both)
     drawn = [folder for step in range(60) for folder, _ in sampler(step).ids]
     frames = [len(robot.train) for robot in robots]
     for robot, count in zip(robots, frames, strict=True):
@@ -209,7 +209,7 @@ def test_a_finished_run_is_repeated_by_nothing_and_other_inputs_are_refused(conf
 def test_a_killed_run_continues_to_the_same_checkpoint(config, tmp_path, monkeypatch):
     config = replace(config, loop=replace(config.loop, steps=12, save_every=5))
     whole = train_stage2(config, tmp_path / "whole", {})
-    original = Sampler.__call__
+    original = PolicySampler.__call__
 
     def killed(self, step, part):
         if step == 8:
@@ -217,7 +217,7 @@ def test_a_killed_run_continues_to_the_same_checkpoint(config, tmp_path, monkeyp
         return original(self, step, part)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Sampler, "__call__", killed)
+        patch.setattr(PolicySampler, "__call__", killed)
         with pytest.raises(KeyboardInterrupt):
             train_stage2(config, tmp_path / "parts", {})
     parts = train_stage2(config, tmp_path / "parts", {})
@@ -228,15 +228,15 @@ def test_the_best_checkpoint_is_that_of_the_best_evaluation(config, tmp_path):
     config = replace(config, loop=replace(config.loop, steps=12, eval_every=3, save_every=3))
     scores, seen = iter([0.2, 0.8, 0.5, 0.8]), []
 
-    def drive(step: int, policy: CheckpointPolicy) -> dict[str, float]:
+    def validate(step: int, policy: CheckpointPolicy) -> dict[str, float]:
         seen.append((step, policy.contract.revision))
         if len(seen) == 4 and len({step for step, _ in seen}) == 4:
             raise KeyboardInterrupt
         return {"success": next(scores)}
 
     with pytest.raises(KeyboardInterrupt):
-        train_stage2(config, tmp_path, {}, drive=drive)
-    train_stage2(config, tmp_path, {}, drive=drive)
+        train_stage2(config, tmp_path, {}, validate=validate)
+    train_stage2(config, tmp_path, {}, validate=validate)
     revisions = dict(seen)
     assert [step for step, _ in seen] == [3, 6, 9, 12, 12]
     assert CheckpointPolicy.load(tmp_path / "best").contract.revision == revisions[6], "of equals the first"
@@ -309,14 +309,14 @@ def test_a_backbone_that_changes_during_stage_two_is_noticed(config, tmp_path, m
     def disturb(model: torch.nn.Module) -> None:
         next(model.parameters()).data.flatten()[0] += 1e-3
 
-    def run(network, ema, robots, config, out, drive):
+    def run(network, ema, datasets, config, out, validate):
         if cached:
             disturb(backbone.model)
             backbone.save(tmp_path / "backbone")
         else:
-            disturb(robots[0].intents.backbone.model)
+            disturb(datasets[0].hidden_states.backbone.model)
 
-    monkeypatch.setattr(imitate, "_run", run)
+    monkeypatch.setattr(policy_training, "_run", run)
     with pytest.raises(BlmError, match=r"after Stage II: the backbone .* is not the frozen one"):
         train_stage2(config, tmp_path / "out", {})
     assert not (tmp_path / "out/checkpoint").exists()

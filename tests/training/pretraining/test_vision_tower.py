@@ -25,31 +25,31 @@ from blm.backbone.nano.vision_tower import (
     WORDS,
     ConvVision,
     ConvVisionConfig,
-    decimal_code,
-    metric_code,
+    digit_features,
+    metric_position_features,
 )
 from blm.corpora.format.messages import Conversation
 from blm.corpora.scenes.questions import read_scan
 from blm.training.loop.loop import LoopConfig
 from blm.training.loop.metrics import Meter
 from blm.training.pretraining.nano import (
-    COMPARED,
-    TOLD_SHARE,
-    Schooling,
-    alone,
-    for_nano,
+    EXTRA_COMPARISONS,
+    TEXT_ONLY_SHARE,
+    NanoPretrainingConfig,
+    grounding_drill,
     is_nano,
-    taught_nano,
-    told,
-    without_scans,
+    nano_sources,
+    pretrain_nano,
+    text_only_scene,
+    without_scan_turns,
 )
 from blm.training.pretraining.vision_tower import (
-    Lessons,
-    eye_loss,
-    lessons_of,
-    places,
-    scanned,
-    target,
+    GroundingTargets,
+    expected_points,
+    grounding_targets,
+    scanned_views,
+    target_heatmaps,
+    vision_tower_loss,
 )
 from blm.types import BlmError, Image, Message
 
@@ -96,25 +96,25 @@ def moment(seed: int) -> Conversation:
 
 def test_targets_are_distributions_with_their_mean_at_the_point():
     points = torch.tensor([[[0.5, 0.25], [-1.0, -1.0]]])
-    made = target(points)
+    made = target_heatmaps(points)
     assert torch.allclose(made.sum(-1), torch.ones(1, 2))
     assert made[0, 1, -1] == 1.0
     cells = (torch.arange(CELLS) + 0.5) / CELLS
     grid = made[0, 0, :-1].unflatten(0, (CELLS, CELLS))
     assert torch.isclose((grid.sum(0) * cells).sum(), torch.tensor(0.5), atol=1e-3)
     assert torch.isclose((grid.sum(1) * cells).sum(), torch.tensor(0.25), atol=1e-3)
-    assert torch.allclose(places(made.clamp_min(1e-12).log())[0, 0], points[0, 0], atol=1e-3)
+    assert torch.allclose(expected_points(made.clamp_min(1e-12).log())[0, 0], points[0, 0], atol=1e-3)
 
 
 def test_scans_belong_to_their_pictures_and_drills_are_what_finds():
     both = scene(0)
-    (view,) = scanned(both, Path())
-    assert view.image is both.messages[0].images[0] and len(view.places) == 2
+    (view,) = scanned_views(both, Path())
+    assert view.image is both.messages[0].images[0] and len(view.positions) == 2
     assert view.name == "base" and not view.step
-    for x, y, *place in view.places.values():
+    for x, y, *place in view.positions.values():
         assert np.abs(np.subtract(place, where(0.112 * x, 0.112 * y))).max() <= 1
-    (view,) = scanned(moment(0), Path())
-    assert view.places is None and view.step in ("lift", "lower")
+    (view,) = scanned_views(moment(0), Path())
+    assert view.positions is None and view.step in ("lift", "lower")
 
 
 def test_a_drill_shows_one_picture_at_a_time_and_asks_of_it_alone():
@@ -131,13 +131,13 @@ def test_a_drill_shows_one_picture_at_a_time_and_asks_of_it_alone():
     made = row(0, pixels[0], *turns.items())
     first = Message("user", (*map(Image, pixels), made.messages[0].text))
     made = replace(made, messages=(first, *made.messages[1:]))
-    base, side = alone(made)
+    base, side = grounding_drill(made)
     assert base.kinds == ("scan_base", "point_base") and side.kinds == ("point_side", "scan_side")
     for view, level in ((base, 10), (side, 20)):
         (image,) = view.media
         assert image.pixels.mean() == level and view.messages[0].images == (image,)
         assert [m.text for m in view.messages[1::2]] == [turns[kind] for kind in view.kinds]
-    assert not list(alone(made.select([1]))), "a conversation without scans has nothing to find"
+    assert not list(grounding_drill(made.select([1]))), "a conversation without scans has nothing to find"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -152,44 +152,46 @@ def test_scans_are_read_as_they_are_written(seed):
 
 def test_the_metric_code_is_the_place_and_its_phases():
     metres = torch.rand(7, 3) * 2 - 1
-    code = metric_code(metres / REACH)
+    code = metric_position_features(metres / REACH)
     place, sines, cosines = code.split([3, 3 * len(PERIODS), 3 * len(PERIODS)], dim=-1)
     phases = 2 * math.pi * metres[..., None] / torch.tensor(PERIODS)
     assert torch.allclose(place, metres / REACH)
     assert torch.allclose(sines.unflatten(-1, (3, -1)), phases.sin(), atol=1e-4)
     assert torch.allclose(cosines.unflatten(-1, (3, -1)), phases.cos(), atol=1e-4)
-    turned = metric_code((metres + PERIODS[0]) / REACH)  # the longest period holds whole ones of all others
-    assert torch.allclose(turned[..., 3:], code[..., 3:], atol=1e-4)
+    use_prefix_attention = metric_position_features(
+        (metres + PERIODS[0]) / REACH
+    )  # the longest period holds whole ones of all others
+    assert torch.allclose(use_prefix_attention[..., 3:], code[..., 3:], atol=1e-4)
 
 
 def test_numbers_are_spelt_as_answers_spell_them():
     values = torch.tensor([[0.0, 7.0, -12.0, 85.0, 99.0, -3.0]])
-    code = decimal_code(values).unflatten(-1, (-1, DECIMAL))[0]
+    code = digit_features(values).unflatten(-1, (-1, DECIMAL))[0]
     for value, spelt in zip(values[0].tolist(), code, strict=True):
         sign, tens, ones = (part.argmax().item() for part in spelt.split([2, 10, 10]))
         assert (-1) ** sign * (10 * tens + ones) == value and spelt.sum() == 3 * DECIMAL_SCALE
-    between = decimal_code(torch.tensor([19.25]))
+    between = digit_features(torch.tensor([19.25]))
     assert torch.allclose(
-        between, 0.75 * decimal_code(torch.tensor([19.0])) + 0.25 * decimal_code(torch.tensor([20.0]))
+        between, 0.75 * digit_features(torch.tensor([19.0])) + 0.25 * digit_features(torch.tensor([20.0]))
     )
     number = torch.tensor([4.5], requires_grad=True)
-    (decimal_code(number) @ torch.arange(float(DECIMAL))).backward()
+    (digit_features(number) @ torch.arange(float(DECIMAL))).backward()
     assert number.grad.item() == DECIMAL_SCALE, "more ones: the eye can learn through it"
 
 
-def lessons(count: int = 4) -> tuple[ConvVision, torch.Tensor, Lessons]:
+def labelled_pictures(count: int = 4) -> tuple[ConvVision, torch.Tensor, GroundingTargets]:
     torch.manual_seed(0)
     eye = ConvVision(
         ConvVisionConfig(things=["red cube", "goal"], steps=["lift", "lower"], views=["base", "wrist"])
     )
-    told = Lessons(*(torch.rand(count, 2, n) for n in (2, 3)), *[torch.arange(count) % 2] * 2)
+    told = GroundingTargets(*(torch.rand(count, 2, n) for n in (2, 3)), *[torch.arange(count) % 2] * 2)
     return eye, torch.randn(count, 3, 112, 112), told
 
 
-def reached(eye: ConvVision, pixels: torch.Tensor, told: Lessons) -> tuple[float, set[str]]:
+def reached(eye: ConvVision, pixels: torch.Tensor, told: GroundingTargets) -> tuple[float, set[str]]:
     """The loss, and which heads get a gradient from it."""
     eye.zero_grad()
-    loss, _ = eye_loss(eye, pixels, told)
+    loss, _ = vision_tower_loss(eye, pixels, told)
     loss.backward()
     heads = ("score", "metric", "fixed", "doing", "view")
     grads = {name: [p.grad for p in getattr(eye, name).parameters()] for name in heads}
@@ -197,11 +199,11 @@ def reached(eye: ConvVision, pixels: torch.Tensor, told: Lessons) -> tuple[float
 
 
 def test_what_is_not_told_teaches_nothing():
-    eye, pixels, told = lessons()
+    eye, pixels, told = labelled_pictures()
     _, heads = reached(eye, pixels, told)
     assert heads == {"score", "metric", "fixed", "doing", "view"}
     none = told.step * 0 - 1
-    unknown = Lessons(*(torch.full_like(value, torch.nan) for value in told[:2]), none, none)
+    unknown = GroundingTargets(*(torch.full_like(value, torch.nan) for value in told[:2]), none, none)
     for name, without in {"metres": "metric", "step": "doing", "view": "view"}.items():
         loss, heads = reached(eye, pixels, told._replace(**{name: getattr(unknown, name)}))
         assert math.isfinite(loss) and without not in heads and len(heads) == 4
@@ -210,10 +212,12 @@ def test_what_is_not_told_teaches_nothing():
 
 
 def test_metrics_have_the_same_names_whatever_is_told():
-    eye, pixels, told = lessons()
-    _, every = eye_loss(eye, pixels, told)
-    none = Lessons(*(torch.full_like(value, torch.nan) for value in told[:2]), *[told.step * 0 - 1] * 2)
-    _, nothing = eye_loss(eye, pixels, none)
+    eye, pixels, told = labelled_pictures()
+    _, every = vision_tower_loss(eye, pixels, told)
+    none = GroundingTargets(
+        *(torch.full_like(value, torch.nan) for value in told[:2]), *[told.step * 0 - 1] * 2
+    )
+    _, nothing = vision_tower_loss(eye, pixels, none)
     assert nothing.keys() == every.keys() and all(math.isfinite(value) for value in every.values())
     assert all(math.isnan(value) for value in nothing.values())
     meter = Meter(0.0)
@@ -224,11 +228,13 @@ def test_metrics_have_the_same_names_whatever_is_told():
 
 
 def test_the_loss_is_the_mean_over_pictures():
-    eye, pixels, told = lessons()
+    eye, pixels, told = labelled_pictures()
     told.points[0], told.metres[0], told.metres[1, 1], told.step[1] = torch.nan, torch.nan, torch.nan, -1
     told.points[2, 0] = -1
     told.metres[2, 0] = torch.nan
-    each = [reached(eye, pixels[i : i + 1], Lessons(*(v[i : i + 1] for v in told)))[0] for i in range(4)]
+    each = [
+        reached(eye, pixels[i : i + 1], GroundingTargets(*(v[i : i + 1] for v in told)))[0] for i in range(4)
+    ]
     assert reached(eye, pixels, told)[0] == pytest.approx(np.mean(each), rel=1e-4)
 
 
@@ -259,25 +265,25 @@ def test_an_untaught_eye_still_sees():
 
 
 @pytest.mark.slow
-def test_schooling_finds_things_in_new_pictures(tmp_path):
+def test_pretraining_finds_things_in_new_pictures(tmp_path):
     torch.set_num_threads(1)
     rows = [make(seed) for seed in range(120) for make in (scene, moment)]
-    schooling = Schooling(
+    config = NanoPretrainingConfig(
         eye=LoopConfig(steps=120, batch_size=16, lr=3e-3, clip=5.0, save_every=1000),
         drill=LoopConfig(steps=2, batch_size=4),
     )
-    backbone = taught_nano([(rows, tmp_path)], schooling, tmp_path / "run")
+    backbone = pretrain_nano([(rows, tmp_path)], config, tmp_path / "run")
     eye = backbone.model.base_model.vision_tower
     assert eye.config.things == ["blue square", "green square", "red square"]
     assert eye.config.steps == ["lift", "lower"]
 
-    views = [view for seed in range(1000, 1030) for view in scanned(scene(seed), tmp_path)]
-    views += [view for seed in range(1000, 1030) for view in scanned(moment(seed), tmp_path)]
+    views = [view for seed in range(1000, 1030) for view in scanned_views(scene(seed), tmp_path)]
+    views += [view for seed in range(1000, 1030) for view in scanned_views(moment(seed), tmp_path)]
     pictures = [view.image.pixels for view in views]
     inputs = backbone.processor.image_processor(pictures, return_tensors="pt")
     with torch.no_grad():
-        _, log = eye_loss(eye, inputs["pixel_values"], lessons_of(views, eye.config))
-    told = [place[2:] for view in views for place in (view.places or {}).values()]
+        _, log = vision_tower_loss(eye, inputs["pixel_values"], grounding_targets(views, eye.config))
+    told = [place[2:] for view in views for place in (view.positions or {}).values()]
     guess = np.median([math.dist(where(56, 56), place) for place in told])
     assert log["pixels_off"] < 3.0  # chance is above 30
     assert log["mm_off"] < 10 * 0.5 * guess  # always to guess the middle of all places gives 10 * guess
@@ -287,21 +293,21 @@ def test_schooling_finds_things_in_new_pictures(tmp_path):
 def test_stage_one_proper_leaves_out_what_the_drill_taught():
     row = scene(0)
     assert any(kind.startswith("scan") for kind in row.kinds)
-    rest = without_scans(row)
+    rest = without_scan_turns(row)
     assert rest.kinds == tuple(kind for kind in row.kinds if not kind.startswith("scan"))
     assert rest.media == row.media, "the pictures come with the first turn that is left"
     only = row.select([turn for turn, kind in enumerate(row.kinds) if kind.startswith("scan")])
-    assert without_scans(only) == only, "a conversation keeps at least one turn"
+    assert without_scan_turns(only) == only, "a conversation keeps at least one turn"
 
 
 def test_told_places_are_compared_by_their_distances():
     places = {"gripper": (40, 3, 12), "red cube": (50, -4, 2), "blue ball": (55, 20, 2), "bin": (30, -20, 0)}
     scan = ", ".join(f"{name} (1, 2) at {place}" for name, place in places.items())
     turns = ("scan_base", scan), ("counting", "<think>blue ball, red cube</think>2")
-    words = told(row(0, np.zeros((112, 112, 3), np.uint8), *turns))
-    again = told(row(0, np.zeros((112, 112, 3), np.uint8), *turns))
+    words = text_only_scene(row(0, np.zeros((112, 112, 3), np.uint8), *turns))
+    again = text_only_scene(row(0, np.zeros((112, 112, 3), np.uint8), *turns))
     assert words == again, "drawn by the name"
-    assert words.kinds[0] == "counting" and len(words.kinds) == 1 + COMPARED
+    assert words.kinds[0] == "counting" and len(words.kinds) == 1 + EXTRA_COMPARISONS
     for kind, question, answer in zip(
         words.kinds[1:], words.messages[2::2], words.messages[3::2], strict=True
     ):
@@ -327,18 +333,20 @@ def test_what_follows_from_places_is_told_without_pictures():
         ("scan_wrist", "red cube (70, 80)"),
         ("counting", "<think>red cube</think>1"),
     )
-    words = told(seen)
+    words = text_only_scene(seen)
     assert words.kinds == ("metric_gripper_distance", "counting") and not words.media
     assert words.messages[0].text == "gripper (40, 3, 12), red cube (50, -4, 2)\nAsk 1."
     assert [m.text for m in words.messages[1::2]] == [seen.messages[n].text for n in (3, 9)]
-    assert told(seen.select([0, 2])) is None, "nothing follows"
-    assert told(seen.select([1, 4])) is None, "nothing is told"
+    assert text_only_scene(seen.select([0, 2])) is None, "nothing follows"
+    assert text_only_scene(seen.select([1, 4])) is None, "nothing is told"
 
     loop = LoopConfig(steps=2, batch_size=4)
-    first, words = for_nano([([seen, seen.select([0])], Path("scenes"), 3.0)], loop)
-    assert first.weight == 3.0 and words.weight == pytest.approx(3.0 * TOLD_SHARE / (1 - TOLD_SHARE))
+    first, words = nano_sources([([seen, seen.select([0])], Path("scenes"), 3.0)], loop)
+    assert first.weight == 3.0 and words.weight == pytest.approx(
+        3.0 * TEXT_ONLY_SHARE / (1 - TEXT_ONLY_SHARE)
+    )
     assert len(first.conversations) == 2 and len(words.conversations) == 1
-    assert for_nano([([seen.select([0])], Path("scenes"), 3.0)], loop)[0].weight == 3.0
-    *_, words = for_nano([([seen] * 9, Path("a"), 1.0), ([seen] * 9, Path("b"), 1.0)], loop)
-    assert len(words.conversations) == TOLD_SHARE * 8, "no more than training will read"
+    assert nano_sources([([seen.select([0])], Path("scenes"), 3.0)], loop)[0].weight == 3.0
+    *_, words = nano_sources([([seen] * 9, Path("a"), 1.0), ([seen] * 9, Path("b"), 1.0)], loop)
+    assert len(words.conversations) == TEXT_ONLY_SHARE * 8, "no more than training will read"
     assert is_nano(build_nano())

@@ -14,16 +14,27 @@ import torch
 from blm.backbone import Backbone, build_nano
 from blm.media import load_pixels
 from blm.training.sft import pack as packing
-from blm.training.sft.loss import Answers, MaskedLossModel
-from blm.training.sft.mixture_sampler import MixtureSampler, Source
-from blm.training.sft.pack import collate, pack, probe_rows, probe_talks, require_exact
-from blm.training.sft.prefix_attention import Block, _buckets, lay_out, turned
-from blm.training.sft.tokenize import Limits, Row, make_row, separated, shrunk
-from blm.training.sft.vision_features import FeatureCache, eye_of, is_frozen, projector_of
+from blm.training.sft.loss import MaskedLoss, MaskedLossModel
+from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource
+from blm.training.sft.pack import collate, pack, probe_conversations, probe_examples, require_exact
+from blm.training.sft.prefix_attention import (
+    AttentionBlock,
+    _buckets,
+    prefix_attention_layout,
+    use_prefix_attention,
+)
+from blm.training.sft.tokenize import (
+    TokenizationConfig,
+    TokenizedExample,
+    limit_pixels,
+    split_turns,
+    tokenize_conversation,
+)
+from blm.training.sft.vision_features import VisionFeatureCache, is_frozen, projector_of, vision_modules
 from blm.types import BlmError, Image, Message
 from tests.support.backbones import MAKERS
 
-LIMITS = Limits()
+LIMITS = TokenizationConfig()
 
 
 @pytest.fixture(scope="module", params=sorted(MAKERS))
@@ -47,13 +58,15 @@ def picture(seed: int, height: int = 64, width: int = 64) -> Image:
 
 
 def talk(*parts: str | Image | tuple[str | Image, ...]) -> tuple[Message, ...]:
-    """Turns of user and assistant."""
+    """PrefixAttentionLayout of user and assistant."""
     contents = [part if isinstance(part, tuple) else (part,) for part in parts]
     return tuple(Message("assistant" if i % 2 else "user", part) for i, part in enumerate(contents))
 
 
-def row(backbone: Backbone, messages: tuple[Message, ...], limits: Limits = LIMITS) -> Row:
-    made = make_row(backbone, messages, limits, None, Counter())
+def row(
+    backbone: Backbone, messages: tuple[Message, ...], limits: TokenizationConfig = LIMITS
+) -> TokenizedExample:
+    made = tokenize_conversation(backbone, messages, limits, None, Counter())
     assert made is not None
     return made
 
@@ -71,15 +84,17 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
         assert ((a - b).abs().max() / size) < 1e-5, name
 
 
-def run(backbone: Backbone, groups: Sequence[Sequence[Row]], *, cached: bool = False) -> Answers:
+def run(
+    backbone: Backbone, groups: Sequence[Sequence[TokenizedExample]], *, cached: bool = False
+) -> MaskedLoss:
     return MaskedLossModel(backbone, cached=cached)(pack(backbone, groups, ()))
 
 
 def plain_loss(backbone: Backbone) -> torch.Tensor:
     """Sum of cross-entropies of the probe's turns, by the model's own loss on one conversation at a time."""
     total = torch.zeros(())
-    for messages in probe_talks(backbone):
-        for turn in separated(messages):
+    for messages in probe_conversations(backbone):
+        for turn in split_turns(messages):
             alone = collate(backbone, [row(backbone, turn)], ())
             pictures = [load_pixels(image) for message in turn for image in message.images]
             inputs = backbone.process([backbone.render(turn, prompt=False)], pictures)
@@ -96,7 +111,7 @@ def test_packed_rows_give_the_logits_of_each_turn_alone(backbone: Backbone) -> N
 def test_packed_rows_give_the_loss_and_gradients_of_each_turn_alone(
     backbone: Backbone, order: list[list[int]]
 ) -> None:
-    rows = probe_rows(backbone)
+    rows = probe_examples(backbone)
     groups = [[rows[index] for index in group] for group in order]
     wanted = gradients(backbone, lambda: plain_loss(backbone))
     found = gradients(backbone, lambda: run(backbone, groups).loss_sum)
@@ -109,11 +124,11 @@ def test_attending_by_turns_gives_the_loss_and_gradients_of_each_turn_alone(
     backbone: Backbone, order: list[list[int]]
 ) -> None:
     """The mask says nothing here: all that is seen comes from the blocks."""
-    rows = probe_rows(backbone)
+    rows = probe_examples(backbone)
     batch = pack(backbone, [[rows[index] for index in group] for group in order], ())
     blind = {**batch.inputs, "attention_mask": torch.zeros_like(batch.inputs["attention_mask"])}
     wanted = gradients(backbone, lambda: plain_loss(backbone))
-    with turned(backbone):
+    with use_prefix_attention(backbone):
         found = gradients(backbone, lambda: MaskedLossModel(backbone)(replace(batch, inputs=blind)).loss_sum)
     assert_same(found, wanted)
     assert backbone.decoder.config._attn_implementation == "sdpa"
@@ -124,12 +139,12 @@ def test_blocks_hold_every_position_once_and_what_it_may_see() -> None:
     owner = np.array([[0] * 30 + [1] * 20, [0] * 38 + [-1] * 12])
     segment_ids = np.sort(rng.integers(0, 4, owner.shape), axis=1)
     segment_ids[0, 30:] = np.sort(rng.integers(0, 3, 20))
-    made, seen = lay_out(owner, segment_ids), np.zeros((2, 100, 100), bool)[0]
+    made, seen = prefix_attention_layout(owner, segment_ids), np.zeros((2, 100, 100), bool)[0]
     rank = 0
     for queries, keys, masks in zip(*made[:3], strict=True):
         for block in range(len(queries)):
             for place, query in enumerate(queries[block].tolist()):
-                if made.back[query] == rank:
+                if made.scatter[query] == rank:
                     seen[query, keys[block][masks[block, 0, place]].numpy()] = True
                 rank += 1
     flat = [part.reshape(-1) for part in (owner, segment_ids, np.repeat([[0], [1]], 50, axis=1))]
@@ -187,11 +202,11 @@ def test_only_answers_and_their_ends_are_learnt_wherever_the_pictures_are(
     ]
     for messages in dialogues:
         for separate in (True, False):
-            made = row(backbone, messages, Limits(separate_turns=separate))
+            made = row(backbone, messages, TokenizationConfig(separate_turns=separate))
             learnt = backbone.processor.tokenizer.decode(made.tokens[made.loss_mask]).split(end)
             answers = [message.text for message in messages if message.role == "assistant"]
             assert [text.strip() for text in learnt] == [*answers, ""]  # SmolVLM puts a space before
-            assert made.positions.shape[1] == len(made) == len(made.segment_ids)
+            assert made.position_ids.shape[1] == len(made) == len(made.segment_ids)
 
 
 def test_turns_share_all_that_they_begin_with_but_not_the_token_before_an_answer(nano: Backbone) -> None:
@@ -218,15 +233,15 @@ def test_dialogues_without_pictures_stay_whole(nano: Backbone) -> None:
 def test_large_pictures_are_shrunk_in_proportion_and_counted(backbone: Backbone) -> None:
     counts: Counter[str] = Counter()
     big = talk((picture(0, 200, 300), picture(1, 20, 20), "What?"), "that")
-    limits = Limits(max_pixels=6000)
-    assert make_row(backbone, big, limits, None, counts) is not None
+    limits = TokenizationConfig(max_pixels=6000)
+    assert tokenize_conversation(backbone, big, limits, None, counts) is not None
     assert counts == {"kept": 1, "pictures shrunk": 1}
-    assert shrunk(np.zeros((200, 300, 3), np.uint8), 6000).shape == (63, 94, 3)
+    assert limit_pixels(np.zeros((200, 300, 3), np.uint8), 6000).shape == (63, 94, 3)
 
 
-def rows_of(*lengths: int) -> list[Row]:
+def examples_of(*lengths: int) -> list[TokenizedExample]:
     none = np.zeros(0, dtype=np.int64)
-    return [Row(np.zeros(n, dtype=np.int64), none, none, none) for n in lengths]
+    return [TokenizedExample(np.zeros(n, dtype=np.int64), none, none, none) for n in lengths]
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (3.0, 1.0), (0.7, 0.2, 0.1), (1.0, 100.0)])
@@ -234,32 +249,35 @@ def test_the_mixture_follows_the_weights_and_goes_through_each_source_evenly(
     weights: tuple[float, ...],
 ) -> None:
     sizes = (50, 7, 13)
-    sources = [Source(name=str(i), rows=rows_of(*[4] * sizes[i]), weight=w) for i, w in enumerate(weights)]
-    schedule = MixtureSampler(sources, rows_per_step=6, pack_length=0, seed=3)
+    sources = [
+        TokenizedSource(name=str(i), examples=examples_of(*[4] * sizes[i]), weight=w)
+        for i, w in enumerate(weights)
+    ]
+    schedule = MixtureSampler(sources, examples_per_step=6, pack_length=0, seed=3)
     steps = 900
-    picked = [place for step in range(steps) for place in schedule.rows(step)]
-    again = MixtureSampler(sources, rows_per_step=6, pack_length=64, seed=3)
-    assert again.rows(steps - 1) == picked[-6:] and again.rows(17) == picked[17 * 6 : 18 * 6]
+    picked = [place for step in range(steps) for place in schedule.examples(step)]
+    again = MixtureSampler(sources, examples_per_step=6, pack_length=64, seed=3)
+    assert again.examples(steps - 1) == picked[-6:] and again.examples(17) == picked[17 * 6 : 18 * 6]
     for source, weight in enumerate(weights):
         mine = [row for s, row in picked if s == source]
         assert abs(len(mine) - weight / sum(weights) * len(picked)) < 4
         epochs = [mine[i : i + sizes[source]] for i in range(0, len(mine), sizes[source])]
         assert all(sorted(epoch) == list(range(sizes[source])) for epoch in epochs[:-1])
         assert epochs[0] != epochs[1]
-    assert MixtureSampler(sources, rows_per_step=6, pack_length=0, seed=4).rows(0) != picked[:6]
+    assert MixtureSampler(sources, examples_per_step=6, pack_length=0, seed=4).examples(0) != picked[:6]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("length", [0, 64, 100])
 def test_ranks_share_the_rows_of_a_step_in_sequences_that_fit(world: int, length: int) -> None:
     rng = np.random.default_rng(0)
-    source = Source(name="a", rows=rows_of(*rng.integers(5, 60, 200), 120))
-    schedule = MixtureSampler([source], rows_per_step=32, pack_length=length, seed=0, world=world)
+    source = TokenizedSource(name="a", examples=examples_of(*rng.integers(5, 60, 200), 120))
+    schedule = MixtureSampler([source], examples_per_step=32, pack_length=length, seed=0, world_size=world)
     for step in range(12):
-        ranks = [schedule.groups(step, rank) for rank in range(world)]
+        ranks = [schedule.sequences(step, rank) for rank in range(world)]
         groups = [group for rank in ranks for group in rank]
         assert len({len(rank) for rank in ranks}) == 1
-        assert sorted(place for group in groups for place in group) == sorted(schedule.rows(step))
+        assert sorted(place for group in groups for place in group) == sorted(schedule.examples(step))
         tokens = [sum(map(schedule.length, group)) for group in groups]
         longest = max(schedule.length(place) for group in groups for place in group)
         assert all(total <= max(length, longest) for total in tokens)
@@ -271,26 +289,26 @@ def test_ranks_share_the_rows_of_a_step_in_sequences_that_fit(world: int, length
 
 
 def test_rows_of_one_length_are_packed_only_where_that_pays() -> None:
-    sources = [Source(name="a", rows=rows_of(*[300] * 40))]
-    assert len(MixtureSampler(sources, rows_per_step=8, pack_length=1200, seed=0).groups(0)) == 8, (
+    sources = [TokenizedSource(name="a", examples=examples_of(*[300] * 40))]
+    assert len(MixtureSampler(sources, examples_per_step=8, pack_length=1200, seed=0).sequences(0)) == 8, (
         "nothing to gain"
     )
-    sources.append(Source(name="b", rows=rows_of(900)))
-    assert len(MixtureSampler(sources, rows_per_step=8, pack_length=1, seed=0).groups(0)) == 6
+    sources.append(TokenizedSource(name="b", examples=examples_of(900)))
+    assert len(MixtureSampler(sources, examples_per_step=8, pack_length=1, seed=0).sequences(0)) == 6
 
 
 def test_bad_schedules_are_refused() -> None:
-    source = Source(name="a", rows=rows_of(3))
+    source = TokenizedSource(name="a", examples=examples_of(3))
     with pytest.raises(BlmError, match="multiple of 2"):
-        MixtureSampler([source], rows_per_step=3, pack_length=0, seed=0, world=2)
+        MixtureSampler([source], examples_per_step=3, pack_length=0, seed=0, world_size=2)
     with pytest.raises(BlmError, match="no rows"):
-        MixtureSampler([], rows_per_step=3, pack_length=0, seed=0)
+        MixtureSampler([], examples_per_step=3, pack_length=0, seed=0)
     with pytest.raises(BlmError, match="'b' has 0 rows"):
-        Source(name="b", rows=[])
+        TokenizedSource(name="b", examples=[])
 
 
-def freeze_eye(backbone: Backbone, projector: bool) -> None:
-    for part in eye_of(backbone):
+def freeze_vision(backbone: Backbone, projector: bool) -> None:
+    for part in vision_modules(backbone):
         part.requires_grad_(False)
     if projector:
         projector_of(backbone).requires_grad_(True)
@@ -300,13 +318,13 @@ def freeze_eye(backbone: Backbone, projector: bool) -> None:
 def test_cached_features_give_the_same_loss_and_gradients(backbone: Backbone, projector: bool) -> None:
     if projector and projector_of(backbone) is None:
         pytest.skip("its merger is a part of its tower")
-    freeze_eye(backbone, projector)
-    rows = probe_rows(backbone)
+    freeze_vision(backbone, projector)
+    rows = probe_examples(backbone)
     wanted = gradients(backbone, lambda: run(backbone, [rows]).loss_sum)
     counts: Counter[str] = Counter()
-    cached = FeatureCache(backbone, counts)(rows)
+    cached = VisionFeatureCache(backbone, counts)(rows)
     assert counts == {"pictures": 3, "distinct pictures": 2}
-    assert all(one.shown is None for one in cached)
+    assert all(one.processor_input is None for one in cached)
     found = gradients(backbone, lambda: run(backbone, [cached], cached=True).loss_sum)
     assert_same(found, wanted)
     assert bool(found) and any("projector" in name or "connector" in name for name in found) == projector
@@ -314,7 +332,7 @@ def test_cached_features_give_the_same_loss_and_gradients(backbone: Backbone, pr
 
 def test_features_of_a_trained_eye_are_not_cached(backbone: Backbone) -> None:
     with pytest.raises(BlmError, match="cannot be cached"):
-        FeatureCache(backbone, Counter())
+        VisionFeatureCache(backbone, Counter())
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -322,8 +340,8 @@ def test_a_batch_of_text_runs_the_eye_for_nothing(backbone: Backbone, cached: bo
     if cached:
         if projector_of(backbone) is None:
             pytest.skip("its merger is a part of its tower")
-        freeze_eye(backbone, True)
-    model, text = MaskedLossModel(backbone, cached=cached), probe_rows(backbone)[2]
+        freeze_vision(backbone, True)
+    model, text = MaskedLossModel(backbone, cached=cached), probe_examples(backbone)[2]
     batch = pack(backbone, [[text]], ())
     found = gradients(backbone, lambda: model(batch).loss_sum)
     trained = [name for name, p in backbone.model.named_parameters() if p.requires_grad]
@@ -333,7 +351,7 @@ def test_a_batch_of_text_runs_the_eye_for_nothing(backbone: Backbone, cached: bo
     plain = MaskedLossModel(backbone)(batch)
     assert torch.allclose(model(batch).loss_sum, plain.loss_sum)
     runs: list[object] = []
-    hook = eye_of(backbone)[-1].register_forward_hook(lambda *_: runs.append(1))
+    hook = vision_modules(backbone)[-1].register_forward_hook(lambda *_: runs.append(1))
     MaskedLossModel(backbone, sharded=True)(batch)
     hook.remove()
     assert runs
@@ -341,17 +359,21 @@ def test_a_batch_of_text_runs_the_eye_for_nothing(backbone: Backbone, cached: bo
 
 def test_a_frozen_eye_stays_in_evaluation_mode(nano: Backbone) -> None:
     model = MaskedLossModel(nano)
-    assert model.train().training and nano.model.training and all(part.training for part in model.eye)
-    freeze_eye(nano, projector=True)
+    assert (
+        model.train().training and nano.model.training and all(part.training for part in model.vision_modules)
+    )
+    freeze_vision(nano, projector=True)
     model.train()
-    assert [part.training for part in model.eye] == [not is_frozen(part) for part in model.eye]
+    assert [part.training for part in model.vision_modules] == [
+        not is_frozen(part) for part in model.vision_modules
+    ]
 
 
 def test_logits_of_other_tokens_are_not_made(nano: Backbone) -> None:
     shapes: list[torch.Size] = []
     head = nano.model.get_output_embeddings()
     hook = head.register_forward_hook(lambda _, __, out: shapes.append(out.shape))
-    answers = run(nano, [probe_rows(nano)])
+    answers = run(nano, [probe_examples(nano)])
     hook.remove()
     assert shapes == [(int(answers.tokens), head.out_features)]
 
@@ -360,11 +382,11 @@ def test_turns_are_padded_in_the_cheapest_parts(monkeypatch: pytest.MonkeyPatch)
     """Against all ways to split a few blocks; a long one is not what the short ones are padded to."""
     rng = np.random.default_rng(0)
     for call in (1, 300, 10**6):
-        monkeypatch.setattr("blm.training.sft.prefix_attention.CALL", call)
+        monkeypatch.setattr("blm.training.sft.prefix_attention.ATTENTION_CALL_COST", call)
         own = np.sort(rng.integers(1, 40, 7))
         blocks = [(np.zeros(n, np.int64), np.zeros(int(rng.integers(0, 30)), np.int64)) for n in own]
 
-        def cost(parts: list[list[Block]], call: int = call) -> int:
+        def cost(parts: list[list[AttentionBlock]], call: int = call) -> int:
             sizes = [[tuple(map(len, block)) for block in part] for part in parts]
             most = [tuple(map(max, zip(*part, strict=True))) for part in sizes]
             return sum(call + len(part) * q * (q + s) for part, (q, s) in zip(parts, most, strict=True))

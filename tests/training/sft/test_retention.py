@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -15,7 +14,13 @@ from torch.nn import functional as F
 from blm.backbone import Backbone, build_nano
 from blm.corpora.curation import replay
 from blm.corpora.format.messages import read_corpus
-from blm.evaluation.digital.instructions import Probe, instruction_probes, run_probes, score, summarise
+from blm.evaluation.digital.instructions import (
+    VerifiableInstruction,
+    follows,
+    run_instructions,
+    summarise,
+    verifiable_instructions,
+)
 from blm.training.sft.retention import Retention, held_out_texts, read_texts
 from blm.types import BlmError
 from tests.support.backbones import MAKERS
@@ -167,7 +172,7 @@ def test_a_replay_corpus_is_text_only_exact_in_number_and_resumes(tmp_path: Path
 
 def test_drawn_answers_depend_on_the_seed_alone() -> None:
     backbone, state = build_nano(), torch.get_rng_state()
-    asked = [probe.question.messages for probe in instruction_probes()[:2]]
+    asked = [probe.question.messages for probe in verifiable_instructions()[:2]]
     drawn = [backbone.complete(asked, max_tokens=12, seed=seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert torch.equal(torch.get_rng_state(), state)
@@ -259,27 +264,27 @@ BAD = {
 }
 
 
-def probe_of(part: str) -> Probe:
-    (probe,) = [p for p in instruction_probes() if part in p.question.messages[-1].text]
+def probe_of(part: str) -> VerifiableInstruction:
+    (probe,) = [p for p in verifiable_instructions() if part in p.question.messages[-1].text]
     return probe
 
 
 @pytest.mark.parametrize("part", GOOD)
 def test_probes_accept_answers_that_keep_the_rule(part: str) -> None:
-    assert score(probe_of(part), GOOD[part])
+    assert follows(probe_of(part), GOOD[part])
 
 
 @pytest.mark.parametrize("part", BAD)
 def test_probes_refuse_answers_that_break_it(part: str) -> None:
     for answer in BAD[part]:
-        assert not score(probe_of(part), answer), answer
+        assert not follows(probe_of(part), answer), answer
 
 
 def test_every_probe_has_a_passing_answer_above_and_none_accepts_silence() -> None:
-    probes = instruction_probes()
+    probes = verifiable_instructions()
     assert len(probes) >= 24 and len({probe.question.id for probe in probes}) == len(probes)
     assert {probe.question.id for probe in probes} == {probe_of(part).question.id for part in GOOD}
-    assert not any(score(probe, answer) for probe in probes for answer in ("", "  \n"))
+    assert not any(follows(probe, answer) for probe in probes for answer in ("", "  \n"))
 
 
 def test_a_run_gives_rows_and_rates() -> None:
@@ -287,10 +292,9 @@ def test_a_run_gives_rows_and_rates() -> None:
         def answer(self, messages, *, max_tokens):
             return "Paris"
 
-    rows = run_probes(Parrot())
-    assert json.loads(json.dumps(rows)) == rows
-    right = {row["question"] for row in rows if row["correct"]}
+    rows = run_instructions(Parrot())
+    right = {row.question for row in rows if row.correct}
     assert "What is the capital of France?" in right and "What is the capital of Japan?" not in right
     found = summarise(rows)
-    assert found["all"]["n"] == found["instructions"]["n"] + found["knowledge"]["n"] == len(rows)
-    assert found["all"]["hits"] == len(right) and found["all"]["low"] < found["all"]["rate"]
+    assert found["all"].n == found["instructions"].n + found["knowledge"].n == len(rows)
+    assert found["all"].hits == len(right) and found["all"].low < found["all"].rate

@@ -15,18 +15,18 @@ import torch
 
 from blm.backbone import Backbone, build_nano
 from blm.io import read_json
-from blm.training.loop.distributed import Part
+from blm.training.loop.distributed import DataShard
 from blm.training.loop.loop import LoopConfig
 from blm.training.sft.lora import Lora, add_adapters
 from blm.training.sft.loss import MaskedLossModel
 from blm.training.sft.pack import ExampleBatch, collate
 from blm.training.sft.parameter_groups import freeze_parts, part_of
-from blm.training.sft.tokenize import Limits, make_row
+from blm.training.sft.tokenize import TokenizationConfig, tokenize_conversation
 from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
 from blm.types import BlmError, Image, Message
 from tests.support.backbones import MAKERS, tiny_qwen
 
-LIMITS = Limits()
+LIMITS = TokenizationConfig()
 CONFIG = Stage1Config(loop=LoopConfig(steps=60, batch_size=4, lr=3e-3))
 TEXTS = ["Point to the red cube.", "(512, 430)", "How many cubes? two", "assistant"]
 CARELESS = "Say <|end|> assistant <|assistant|> twice."
@@ -59,8 +59,10 @@ def nano() -> Backbone:
     return build_nano(TEXTS)
 
 
-def batch(backbone: Backbone, limits: Limits, *conversations: tuple[Message, ...]) -> ExampleBatch:
-    rows = [make_row(backbone, c, limits, None, Counter()) for c in conversations]
+def batch(
+    backbone: Backbone, limits: TokenizationConfig, *conversations: tuple[Message, ...]
+) -> ExampleBatch:
+    rows = [tokenize_conversation(backbone, c, limits, None, Counter()) for c in conversations]
     return collate(backbone, [row for row in rows if row is not None], tuple(range(len(rows))))
 
 
@@ -77,7 +79,9 @@ def test_answers_and_their_end_tokens_are_learnt_and_nothing_else(backbone: Back
     image = picture(0, size(backbone))
     talk = dialogue(("How many cubes?", "two"), ("assistant", "(512, 430)"), images=(image,))
     for separate in (True, False):
-        row = make_row(backbone, talk, Limits(separate_turns=separate), None, Counter())
+        row = tokenize_conversation(
+            backbone, talk, TokenizationConfig(separate_turns=separate), None, Counter()
+        )
         assert row is not None
         segments = [row.segment_ids == number for number in np.unique(row.segment_ids)]
         learnt = [
@@ -90,7 +94,7 @@ def test_answers_and_their_end_tokens_are_learnt_and_nothing_else(backbone: Back
 
 
 def test_words_of_the_template_in_a_question_do_not_open_the_mask(nano: Backbone) -> None:
-    row = make_row(nano, dialogue((CARELESS, "no")), LIMITS, None, Counter())
+    row = tokenize_conversation(nano, dialogue((CARELESS, "no")), LIMITS, None, Counter())
     assert row is not None
     assert nano.processor.tokenizer.decode(row.tokens[row.loss_mask]) == "no<|end|>"
 
@@ -98,7 +102,7 @@ def test_words_of_the_template_in_a_question_do_not_open_the_mask(nano: Backbone
 def test_the_loss_is_the_models_own_with_other_labels_masked(backbone: Backbone) -> None:
     image = picture(1, size(backbone))
     talks = [dialogue(("How many?", "two"), images=(image,)), dialogue(("Say it.", "(512, 430)"))]
-    made = batch(backbone, Limits(separate_turns=False), *talks[:1])
+    made = batch(backbone, TokenizationConfig(separate_turns=False), *talks[:1])
     answers = MaskedLossModel(backbone)(made)
     labels = made.inputs["input_ids"].masked_fill(~made.loss_mask, -100)
     inputs = backbone.encode([talks[0][:1]])
@@ -192,12 +196,12 @@ def test_merged_adapters_answer_as_adapters_beside_the_base_do(name: str, tmp_pa
     before = backbone.model(**inputs).logits
     config = replace(CONFIG, loop=replace(CONFIG.loop, steps=5), lora=Lora(rank=4, dropout=0.1))
     train_stage1(backbone, [source(talk)], config, tmp_path)
-    merged = backbone.model(**inputs).logits
+    forward_arguments = backbone.model(**inputs).logits
     again = Backbone.load(tmp_path / "backbone").model(**inputs).logits
     with warnings.catch_warnings(action="ignore"):  # peft asks transformers by an old name
         beside = peft.PeftModel.from_pretrained(base.model, tmp_path / "adapter").eval()(**inputs).logits
-    assert not torch.allclose(merged, before, atol=1e-3)
-    assert torch.equal(merged, again) and torch.allclose(merged, beside, atol=1e-4)
+    assert not torch.allclose(forward_arguments, before, atol=1e-3)
+    assert torch.equal(forward_arguments, again) and torch.allclose(forward_arguments, beside, atol=1e-4)
     assert not any("lora" in key or "modules_to_save" in key for key in backbone.model.state_dict())
     kept = [key for key, value in MAKERS[name]().model.named_parameters() if part_of(key) == "vision"]
     weights = dict(backbone.model.named_parameters())
@@ -239,7 +243,7 @@ def test_the_mixture_has_the_weights_asked_for(pack_length: int, tmp_path: Path,
     def count(*arguments: Any, **options: Any) -> None:
         next_batch = arguments[2]
         for step in range(50):
-            seen.update(str(name).split()[0] for name in next_batch(step, Part()).ids)
+            seen.update(str(name).split()[0] for name in next_batch(step, DataShard()).ids)
 
     config = replace(CONFIG, pack_length=pack_length)
     rare, often = dialogue(("How many?", "two")), dialogue(("Who?", "a robot"))
@@ -257,12 +261,15 @@ def test_the_mixture_has_the_weights_asked_for(pack_length: int, tmp_path: Path,
 def test_long_rows_lose_their_last_turns_never_a_picture(nano: Backbone) -> None:
     counts: Counter[str] = Counter()
     talk = dialogue(("How many cubes?", "two"), ("x" * 300, "no"), images=(picture(7),))
-    limits = Limits(max_length=60)
+    limits = TokenizationConfig(max_length=60)
     config = replace(CONFIG, limits=limits)
-    row = make_row(nano, talk, limits, None, counts)
+    row = tokenize_conversation(nano, talk, limits, None, counts)
     assert row is not None and len(row.tokens) <= 60 and counts == {"turns cut": 1, "kept": 1}
     assert (row.tokens == nano.processor.image_token_id).sum() == 16
-    assert make_row(nano, dialogue(("x" * 300, "no"), images=(picture(8),)), limits, None, counts) is None
+    assert (
+        tokenize_conversation(nano, dialogue(("x" * 300, "no"), images=(picture(8),)), limits, None, counts)
+        is None
+    )
     with pytest.raises(BlmError, match="no conversation of 'made' can be trained on"):
         train_stage1(nano, [source(dialogue(("x" * 300, "no")))], config, Path("unused"))
 
@@ -280,7 +287,7 @@ def test_bad_rows_are_skipped_only_when_asked_and_then_printed(
     nano: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     broken = (Message("user", (Image(path="nowhere.png"), "How many?")), Message("assistant", ("two",)))
-    talks = source(dialogue(("How many?", "two")), broken, places=["a.jsonl:1", "a.jsonl:2"])
+    talks = source(dialogue(("How many?", "two")), broken, locations=["a.jsonl:1", "a.jsonl:2"])
     with pytest.raises(BlmError, match=r"a.jsonl:2: .*nowhere.png.*; skip_bad"):
         train_stage1(nano, [talks], CONFIG, tmp_path)
     config = replace(CONFIG, skip_bad=True, loop=replace(CONFIG.loop, steps=1))

@@ -15,8 +15,8 @@ import torch
 from blm.backbone import build_nano
 from blm.training.loop.distributed import Processes
 from blm.training.sft import tokenize_corpora as reading
-from blm.training.sft.tokenize import Limits, Row
-from blm.training.sft.tokenize_corpora import Reader, TrainingSource
+from blm.training.sft.tokenize import TokenizationConfig, TokenizedExample
+from blm.training.sft.tokenize_corpora import CorpusTokenizer, TrainingSource
 from blm.types import BlmError, Image, Message
 
 
@@ -54,7 +54,7 @@ def conversations(count: int, bad: tuple[int, ...] = (), long: tuple[int, ...] =
 
 def read(count: int, features: bool = False, skip_bad: bool = True, **made: Any) -> list[Any]:
     """What each of `count` processes gets: rows and counts, or the complaint."""
-    meeting, limits = Meeting(count), Limits(max_length=60)
+    meeting, limits = Meeting(count), TokenizationConfig(max_length=60)
     source = TrainingSource(name="some", conversations=conversations(23, **made))
     backbones = [build_nano(["Question 0: word", "Answer 1."]) for _ in range(count)]
 
@@ -62,9 +62,9 @@ def read(count: int, features: bool = False, skip_bad: bool = True, **made: Any)
         backbone = backbones[rank]
         backbone.model.base_model.vision_tower.requires_grad_(False)
         processes = meeting.of(rank) if count > 1 else Processes(0, 1, torch.device("cpu"))
-        reader = Reader(backbone, limits, processes, skip_bad=skip_bad, features=features)
+        tokenizer = CorpusTokenizer(backbone, limits, processes, skip_bad=skip_bad, cache_features=features)
         try:
-            return reader.read(source).rows, reader.total()
+            return tokenizer.tokenize(source).examples, tokenizer.total_counts()
         except BlmError as error:
             return str(error)
 
@@ -72,14 +72,14 @@ def read(count: int, features: bool = False, skip_bad: bool = True, **made: Any)
         return list(pool.map(work, range(count)))
 
 
-def same(one: Row, other: Row) -> bool:
+def same(one: TokenizedExample, other: TokenizedExample) -> bool:
     """Features up to rounding: how many pictures the eye sees at once differs."""
     media = one.features.keys() == other.features.keys() and all(
         torch.allclose(a, b, atol=1e-4)
         for name in one.features
         for a, b in zip(one.features[name], other.features[name], strict=True)
     )
-    arrays = ("tokens", "loss_mask", "segment_ids", "positions")
+    arrays = ("tokens", "loss_mask", "segment_ids", "position_ids")
     return media and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays)
 
 
@@ -92,7 +92,7 @@ def test_processes_read_what_one_reads(count, features, monkeypatch, capsys):
     assert counts["kept"] == len(rows) == 18 and counts["skipped, bad"] == 3
     assert counts["dropped, too long"] == 2
     assert counts["distinct pictures"] == (3 if features else 0)
-    monkeypatch.setattr(reading, "READ_TOGETHER", 4)
+    monkeypatch.setattr(reading, "CONVERSATIONS_PER_EXCHANGE", 4)
     for others, total in read(count, features, **made):
         assert len(others) == len(rows) and all(map(same, others, rows))
         assert +total == +Counter(counts)
@@ -104,7 +104,7 @@ def test_processes_read_what_one_reads(count, features, monkeypatch, capsys):
 
 
 def test_the_first_conversation_of_no_use_ends_all_processes(monkeypatch):
-    monkeypatch.setattr(reading, "READ_TOGETHER", 4)
+    monkeypatch.setattr(reading, "CONVERSATIONS_PER_EXCHANGE", 4)
     found = read(3, skip_bad=False, bad=(11, 8, 22))
     assert len({*found}) == 1 and "some, conversation 8" in found[0]
 

@@ -1,4 +1,4 @@
-"""What a benchmark is: where its data lie, how its questions are asked, and how its score is summed."""
+"""A benchmark as data: where to get it, how its questions are asked, how its score is averaged."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ class Benchmark:
 
     name: str
     title: str
-    """As papers write it."""
+    """Name as papers write it."""
     get: str
-    """Where exactly to get the data, and how they have to lie in the folder; shown when they do not."""
+    """Where to get the data, and the expected layout of the folder; shown when it is missing."""
     licence: str
     load: Callable[[Path], list[Question]]
-    """Read the folder. Pictures stay references relative to it. Raises BlmError naming file and rule."""
+    """Read the folder; pictures stay relative references. Raises BlmError with file and rule."""
     system: str = ""
     """System message put before each question."""
     max_tokens: int = 32
-    """Longest answer."""
+    """Longest answer [tokens]."""
     long: Mapping[str, int] = field(default_factory=dict)
-    """Kinds of questions that get another length."""
+    """Kind of question -> its own limit of tokens."""
     average: Literal["items", "kinds"] = "items"
-    """items: every question counts the same. kinds: the unweighted mean over the kinds."""
+    """Headline score: the mean over questions, or the unweighted mean over the kinds."""
 
     def questions(self, folder: Path) -> list[Question]:
-        """The questions of `folder`. Raises BlmError that says where to get them when it does not exist."""
+        """Load the questions. Raises BlmError, which tells where to get them, without the folder."""
         if not folder.is_dir():
             raise BlmError(f"no data of {self.title} at '{folder}'. {self.get}")
         return self.load(folder)

@@ -1,15 +1,16 @@
-"""The four multiple-choice sets of Cosmos-Reason1-Benchmark: clips and questions with lettered options.
+"""The four multiple-choice sets of Cosmos-Reason1-Benchmark: questions about video clips.
 
 Layout, for a set `robovqa`: FOLDER/robovqa/robovqa_benchmark_qa_pairs.json, a list of {"video":
 "clips/x.mp4", "qa_pairs": {"question", "index2ans": {"A": ...}, "answer"} or a list of such}, and
-FOLDER/robovqa/clips/x.mp4. Checked against examples/benchmark/tools/eval of nvidia-cosmos/cosmos-reason1
-(loader, prompt, letter mode with 10 tokens, `correct_answer` as another name of `answer`) and the listing
-of the hub. Assumed: that options are lettered A, B, .. without a gap.
+FOLDER/robovqa/clips/x.mp4. Checked against examples/benchmark/tools/eval of
+nvidia-cosmos/cosmos-reason1 (loader, prompt, letter mode with 10 tokens, `correct_answer` as
+another name of `answer`) and the listing of the hub. Assumed: that options are lettered A, B, ..
+without a gap.
 
-What differs on purpose: 4 frames a second like there, but at most 8 (there: all); models that read videos as
-videos get them as one (`Backbone.videos_as`), other models and endpoints get pictures;
-an unread answer is wrong at once (there: asked again, ten times, ever more at random); a missing clip is an
-error (there: its questions are left out).
+Deliberate differences from upstream: 4 frames a second like there, but at most 8 (upstream: all);
+models that read videos as videos get them as one (`Backbone.videos_as`), others get pictures; an
+unread answer is wrong at once (upstream: asked again, up to ten times, ever more at random); a
+missing clip is an error (upstream: its questions are left out).
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from blm.evaluation.digital.benchmarks.benchmark import Benchmark
 from blm.evaluation.digital.benchmarks.layout import Row, letter_of, read_rows
 from blm.types import BlmError, Message, Question
 
-RATE, MOST = 4.0, 8
-"""Frames a second, and the most of them that a question shows."""
+FRAME_RATE = 4.0
+"""Frames per second."""
+MAX_FRAMES = 8
+"""Most frames that a question shows."""
 ASK = "Answer with the option's letter from the given choices directly."
 _GET = (
     "Get it with `hf download --repo-type dataset nvidia/Cosmos-Reason1-Benchmark --local-dir FOLDER` "
@@ -33,7 +36,7 @@ _GET = (
 
 
 def cosmos(name: str, title: str, clips: str, licence: str) -> Benchmark:
-    """The record of one set. `clips` says where the clips come from."""
+    """Return the benchmark of one set. `clips` tells where the clips come from."""
     get = _GET.format(name=name, clips=clips)
     return Benchmark(
         name=name,
@@ -53,7 +56,7 @@ def _load(folder: Path, *, name: str, get: str) -> list[Question]:
     questions = []
     for place, row in enumerate(rows):
         clip = f"{name}/{row.text('video')}"
-        pictures = row.frames(clip, folder, rate=RATE, most=MOST)
+        pictures = row.frames(clip, folder, rate=FRAME_RATE, most=MAX_FRAMES)
         pairs = row.field("qa_pairs")
         for number, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
             if not isinstance(pair, dict):

@@ -1,9 +1,10 @@
-"""easy-VQA: one coloured shape on a small picture, 13 possible answers, train and test in one package.
+"""easy-VQA: one coloured shape on a small picture, 13 possible answers, train and test splits.
 
-Layout, that of the package `easy-vqa` 1.0: FOLDER/data/test/questions.json, a list of [question, answer,
-number of the picture], FOLDER/data/test/images/<number>.png and FOLDER/data/answers.txt; the same for train.
-Checked on the installed package: 1,000 pictures and 9,673 questions to test, 4,000 and 38,575 to train.
-A model that sees no picture reaches 67 %: the usual answer to the same words in the training split.
+Layout, that of the package `easy-vqa` 1.0: FOLDER/data/test/questions.json, a list of [question,
+answer, number of the picture], FOLDER/data/test/images/<number>.png and FOLDER/data/answers.txt;
+the same for train. Checked on the installed package: 1,000 pictures and 9,673 questions to test,
+4,000 and 38,575 to train. A model that sees no picture reaches 67 %: the usual answer to the same
+words in the training split.
 """
 
 from __future__ import annotations

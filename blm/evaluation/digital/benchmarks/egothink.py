@@ -1,11 +1,12 @@
 """EgoThink: what a person can know and do, asked about one picture seen through the person's eyes.
 
-Layout: FOLDER/<dimension>/annotations.json, a list of {"source_dataset", "image_path": ["1.jpg"], "question",
-"answer"}, and FOLDER/<dimension>/images/1.jpg, for the twelve dimensions below. Checked in data/ of
-AdaCheng/EgoThink: the folders, the fields, the place of the pictures, 30 new tokens and 300 for planning.
+Layout: FOLDER/<dimension>/annotations.json, a list of {"source_dataset", "image_path": ["1.jpg"],
+"question", "answer"}, and FOLDER/<dimension>/images/1.jpg, for the twelve dimensions below. Checked
+in data/ of AdaCheng/EgoThink: the folders, the fields, the place of the pictures, 30 new tokens and
+300 for planning.
 
-What differs on purpose: there every model has its own prompt, here all have the one below; there an answer
-that the judge could not rate is left out of the mean, here it counts as wrong.
+Deliberate differences from upstream: all models have the prompt below (upstream: one each); an
+answer that the judge could not rate counts as wrong (upstream: it is left out of the mean).
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ GET = (
 def _load(folder: Path) -> list[Question]:
     found = {file.parent.relative_to(folder).as_posix() for file in folder.rglob("annotations.json")}
     if unknown := sorted(found - {*DIMENSIONS}):
-        raise BlmError(f"'{folder}/{unknown[0]}' is no dimension of EgoThink; valid: {', '.join(DIMENSIONS)}")
+        raise BlmError(
+            f"'{folder}/{unknown[0]}' is not a dimension of EgoThink; valid: {', '.join(DIMENSIONS)}"
+        )
     return [question for dimension in DIMENSIONS for question in _read(folder, dimension)]
 
 

@@ -1,11 +1,12 @@
 """ERQA: embodied reasoning about one or several photographs, with lettered options.
 
-Layout: FOLDER/data/*.parquet as on the hub, with question_id, question, question_type, images, visual_indices
-and answer; or FOLDER/erqa.jsonl with the same fields, where images are paths below FOLDER. The pictures in
-the parquet are written once to FOLDER/unpacked. `visual_indices` are places in the text of the question: a
-picture stands before the character of its index; without indices, or with zeros only, all stand first.
-Checked against the loader of FlagEvalMM (tasks/erqa/process.py), which interleaves so, the task of lmms-eval
-and a published example. Assumed: the names of the parquet files, and all of the jsonl form.
+Layout: FOLDER/data/*.parquet as on the hub, with question_id, question, question_type, images,
+visual_indices and answer; or FOLDER/erqa.jsonl with the same fields, where images are paths below
+FOLDER. The pictures in the parquet are written once to FOLDER/unpacked. `visual_indices` are
+positions in the text of the question: a picture stands before the character of its index; without
+indices, or with zeros only, all pictures come first. Checked against the loader of FlagEvalMM
+(tasks/erqa/process.py), which interleaves in this way, the task of lmms-eval and a published
+example. Assumed: the names of the parquet files, and all of the jsonl form.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _question(row: Row, folder: Path) -> Question:
 
 
 def options_in(question: str) -> tuple[str, ...]:
-    """The options that follow "Choices:" as "A. .. B. ..", without the request that ends the question.
+    """Return the options after "Choices:", "A. .. B. ..", without the request at the end.
 
     A question without that word is searched as a whole.
     """

@@ -1,6 +1,7 @@
-"""What benchmarks publish, row by row: JSON, JSON lines and parquet, and the pictures and clips they name.
+"""Published benchmark files row by row: JSON, JSON lines, parquet, and their pictures and clips.
 
-Every problem is a BlmError that names the file, the row (counted from 1) and the rule. Nothing is skipped.
+Every problem is a BlmError that names the file, the row (counted from 1) and the rule. Nothing is
+skipped.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from blm.media import frame_references, locate, video_seconds
 from blm.types import BlmError, Image
 
 UNPACKED = "unpacked"
-"""Folder beside the parquet files that takes the pictures stored inside them."""
+"""Folder beside the parquet files for the pictures stored inside them."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One published row, and where it stands."""
+    """One published row, and its place in the file."""
 
     where: str
     data: Mapping[str, Any]
@@ -32,27 +33,27 @@ class Row:
         return BlmError(f"{self.where}: {rule}")
 
     def field(self, name: str) -> Any:
-        """Return a field. Raises BlmError with the fields that there are when it is missing."""
+        """Return a field. Raises BlmError, which lists the fields of the row, when it is missing."""
         if self.data.get(name) is None:
-            raise self.error(f"field '{name}' is missing; there are: {', '.join(self.data) or 'none'}")
+            raise self.error(f"field '{name}' is missing; present: {', '.join(self.data) or 'none'}")
         return self.data[name]
 
     def text(self, name: str) -> str:
-        """Return a field that is a text with something in it, or a whole number (of an id)."""
+        """Return a field that is a text that is not empty, or an integer (of an id)."""
         value = self.field(name)
         if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
             raise self.error(f"field '{name}' is {value!r}; needed: a text that is not empty")
         return str(value).strip()
 
     def items(self, name: str) -> list[Any]:
-        """Return a field that is a list with something in it."""
+        """Return a field that is a list that is not empty."""
         value = self.field(name)
         if not isinstance(value, list) or not value:
             raise self.error(f"field '{name}' is {str(value)[:80]!r}; needed: a list that is not empty")
         return value
 
     def file(self, reference: str, folder: Path) -> str:
-        """Return `reference` when it names a file below `folder`."""
+        """Return `reference`. Raises BlmError unless it names a file below `folder`."""
         try:
             path = locate(reference, folder)
         except BlmError as error:
@@ -62,7 +63,7 @@ class Row:
         return reference
 
     def frames(self, clip: str, folder: Path, *, rate: float, most: int) -> list[Image]:
-        """Frames of a clip: `rate` a second, evenly spaced, at least one and at most `most`."""
+        """Return frames of a clip: `rate` per second, evenly spaced, at least one, at most `most`."""
         path = locate(self.file(clip, folder), folder)
         try:
             count = min(max(round(rate * video_seconds(path)), 1), most)
@@ -71,10 +72,10 @@ class Row:
             raise self.error(str(error)) from error
 
     def picture(self, value: Any, folder: Path) -> Image:
-        """A picture given as a path below `folder`, or as parquet stores it: {"bytes", "path"}.
+        """Return a picture: a path below `folder`, or {"bytes", "path"} as parquet stores it.
 
-        The latter is written once to `folder`/unpacked, under a name made of its content: equal pictures
-        get equal references.
+        The latter is written once to `folder`/unpacked, under a name made of its content: equal
+        pictures get equal references.
         """
         if isinstance(value, str) and value:
             return Image(path=self.file(value, folder))
@@ -89,7 +90,7 @@ class Row:
 
 
 def read_rows(file: Path, get: str) -> list[Row]:
-    """Rows of a file, each an object. Raises BlmError as `read_values` does, and for anything else."""
+    """Return the rows of a file, which must be objects. Raises BlmError like `read_values`."""
     rows = []
     for where, value in read_values(file, get):
         if not isinstance(value, dict):
@@ -99,9 +100,10 @@ def read_rows(file: Path, get: str) -> list[Row]:
 
 
 def read_values(file: Path, get: str) -> list[tuple[str, Any]]:
-    """Where each value of a .json (a list), .jsonl or .parquet file stands, and the value.
+    """Return the place and the value of each row of a .json (a list), .jsonl or .parquet file.
 
-    Raises BlmError, which ends in `get`, for a file that is missing, cannot be read or holds nothing.
+    Raises BlmError, which ends in `get`, for a file that is missing, cannot be read or holds
+    nothing.
     """
     if not file.is_file():
         raise BlmError(f"'{file}' is missing. {get}")
@@ -142,7 +144,7 @@ _READERS: Mapping[str, Callable[[Path], Any]] = {
 
 
 def find_files(folder: Path, patterns: Sequence[str], get: str) -> list[Path]:
-    """Files of the first pattern that finds any, in order of name. Raises BlmError when none does."""
+    """Return the files of the first pattern with a match, sorted. Raises BlmError for no match."""
     for pattern in patterns:
         if found := sorted(folder.glob(pattern)):
             return found
@@ -150,7 +152,7 @@ def find_files(folder: Path, patterns: Sequence[str], get: str) -> list[Path]:
 
 
 def letter_of(row: Row, answer: str, options: Sequence[str]) -> str:
-    """The reference answer as the letter of one of the options. Raises BlmError for any other letter."""
+    """Return the reference answer as a letter. Raises BlmError unless it names an option."""
     letters = list(ascii_uppercase[: len(options)])
     letter = answer.strip(" ().").upper()
     if letter not in letters:

@@ -1,7 +1,8 @@
 """Benchmarks that ask for points in a picture and score the share of them inside a mask.
 
-Published questions ask for unlike kinds of coordinates. We take their request off and ask for the project's
-own, whole numbers from 0 to 1000 over width and height, y down; `asked_in` asks for another convention.
+Published questions ask for unlike kinds of coordinates. We take their request off and ask for the
+project's own, whole numbers from 0 to 1000 over width and height, y down; `with_convention` asks
+for another one.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def request(ask: str, convention: str = "thousandths") -> str:
     return ask.format(points=lookup("coordinates", convention, REQUESTS).format(points=form))
 
 
-def asked_in(question: Question, convention: str) -> Question:
-    """A question of this module that asks for another convention, for a model that knows only that one."""
+def with_convention(question: Question, convention: str) -> Question:
+    """Return a question of this module that asks for another convention of coordinates."""
     *before, last = question.messages
     *pictures, text = last.content
     ask = ONE if request(ONE) in str(text) else SEVERAL
@@ -47,7 +48,10 @@ def asked_in(question: Question, convention: str) -> Question:
 def point_question(
     row: Row, name: str, *, kind: str, text: str, ask: str, picture: Image, mask: Image
 ) -> Question:
-    """A question whose answer is right where `mask` is white. `text` may hold the published request."""
+    """Return a question whose points are right where `mask` is white.
+
+    `text` may contain the published request for coordinates, which is removed.
+    """
     asked = " ".join(_THEIRS.sub(" ", text).split())
     if not asked:
         raise row.error("the question has no words but its request for coordinates")

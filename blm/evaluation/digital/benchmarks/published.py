@@ -6,7 +6,7 @@ Source: the tables on https://boundless-large-model.github.io. The order of colu
 from __future__ import annotations
 
 SIX = ("robovqa", "agibot", "holoassist", "robofail", "egothink", "sharerobot")
-"""Benchmarks whose plain mean is the paper's average; the first four have 110, 100, 100 and 100 questions."""
+"""Benchmarks of the paper's average; the first four have 110, 100, 100 and 100 questions."""
 
 DIGITAL: dict[str, tuple[float, ...]] = {
     "GPT-4o": (75.45, 38.00, 54.00, 58.00, 72.42, 61.30),

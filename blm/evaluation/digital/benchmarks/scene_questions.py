@@ -15,7 +15,7 @@ GET = (
 
 
 def _load(folder: Path) -> NoReturn:
-    raise BlmError(f"the questions of benchmark 'scene' are given, not loaded from '{folder}'. {GET}")
+    raise BlmError(f"the questions of benchmark 'scene' come from a corpus, not from '{folder}'. {GET}")
 
 
 SCENE = Benchmark(

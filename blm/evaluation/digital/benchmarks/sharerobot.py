@@ -1,16 +1,18 @@
 """ShareRobot planning: ten kinds of questions about the frames of an episode, free or yes/no.
 
 Layout: FOLDER/planning/test/*.json, lists of {"id": ".../rt_frames_success/<episode>", "task":
-"Future_Prediction_Task", "selected_step", "conversations", "image"}. The conversations are {"from": "human",
-"value": "<image> <image> ..\\n<the question>"} and {"from": "gpt", "value": "<the answer>"}; the images
-"rt_frames_success/<episode>/frame_0.png", .. lie below FOLDER/planning/images. With FOLDER/split.json, which
-`blm corpus sharerobot` writes, planning/heldout is asked instead. Checked against the README of
-FlagOpen/ShareRobot, the listings of the hub (planning/jsons, train and test with ten files each) and three
-public programs that read them. Assumed: the place of the frames after unpacking (three are tried), and
-that the published test rows are what papers score.
+"Future_Prediction_Task", "selected_step", "conversations", "image"}. The conversations are {"from":
+"human", "value": "<image> <image> ..\\n<the question>"} and {"from": "gpt", "value": "<the
+answer>"}; the images "rt_frames_success/<episode>/frame_0.png", .. lie below
+FOLDER/planning/images. With FOLDER/split.json, which `blm corpus sharerobot` writes,
+planning/heldout is asked instead. Checked against the README of FlagOpen/ShareRobot, the listings
+of the hub (planning/jsons, train and test with ten files each) and three public programs that read
+them. Assumed: the place of the frames after unpacking (three are tried), and that the published
+test rows are what papers score.
 
-What differs on purpose: at most 8 frames of up to 30, evenly spaced, the last included; questions whose
-reference is yes or no ask for just that and are compared, not judged; the others go to the judge.
+Deliberate differences from upstream: at most 8 frames of up to 30, evenly spaced, the last
+included; questions whose reference is yes or no ask for just that and are compared, not judged; the
+others go to the judge.
 """
 
 from __future__ import annotations
@@ -24,11 +26,15 @@ from blm.evaluation.digital.benchmarks.layout import Row, find_files, read_rows
 from blm.evaluation.digital.benchmarks.sharerobot_split import SPLIT, episodes_of, kind_of, read_split
 from blm.types import Image, Message, Question
 
-MOST = 8
-"""Frames that a question shows."""
+MAX_FRAMES = 8
+"""Most frames that a question shows."""
 YES_NO = "Answer yes or no."
-ROOTS = ("planning/images", "planning", "planning/images/mnt/hpfs/baaiei/jyShi/ShareRobot/planning")
-"""Where the frames may lie, as the archive was unpacked."""
+FRAME_ROOTS = (
+    "planning/images",
+    "planning",
+    "planning/images/mnt/hpfs/baaiei/jyShi/ShareRobot/planning",
+)
+"""Folders where the frames may be, depending on how the archive was unpacked."""
 GET = (
     "Get it with `hf download --repo-type dataset BAAI/ShareRobot --include 'planning/*' --local-dir FOLDER` "
     "(2.4 GB of questions, 510 GB of frames in 95 parts), then `cat "
@@ -50,7 +56,7 @@ def _load(folder: Path) -> list[Question]:
 
 def _question(number: int, row: Row, folder: Path) -> Question:
     kind, episode = kind_of(row), episodes_of(row)[0]
-    human, answer = turns_of(row)
+    human, answer = question_and_answer(row)
     published = [str(name) for name in row.items("image")]
     marks = human.count("<image>")
     if marks and marks != len(published):
@@ -59,7 +65,7 @@ def _question(number: int, row: Row, folder: Path) -> Question:
     if not text:
         raise row.error("the question has no words")
     yes_no = answer.strip(" .").lower() in ("yes", "no")
-    pictures = [_picture(row, name, folder) for name in spread(published, MOST)]
+    pictures = [_picture(row, name, folder) for name in evenly_spaced_frames(published, MAX_FRAMES)]
     return Question(
         id=f"{kind}/{episode}/{number}",
         kind=kind,
@@ -70,14 +76,14 @@ def _question(number: int, row: Row, folder: Path) -> Question:
     )
 
 
-def spread(values: Sequence[str], most: int) -> list[str]:
-    """At most `most` of the values, evenly spaced, the last included (and the first, of two or more)."""
+def evenly_spaced_frames(values: Sequence[str], most: int) -> list[str]:
+    """Return at most `most` values, evenly spaced, with the last (and, of two or more, the first)."""
     count = min(most, len(values))
     return [values[-1 - (index * (len(values) - 1)) // max(count - 1, 1)] for index in reversed(range(count))]
 
 
-def turns_of(row: Row) -> tuple[str, str]:
-    """The question and the answer of a row. Raises BlmError unless they are one turn of each."""
+def question_and_answer(row: Row) -> tuple[str, str]:
+    """Return question and answer of a row. Raises BlmError unless each is one turn."""
     turns = [Row(row.where, t if isinstance(t, dict) else {}) for t in row.items("conversations")]
     speakers = [turn.text("from") for turn in turns]
     if speakers != ["human", "gpt"]:
@@ -87,10 +93,10 @@ def turns_of(row: Row) -> tuple[str, str]:
 
 def _picture(row: Row, name: str, folder: Path) -> Image:
     below = name[name.find("rt_frames_success/") :] if "rt_frames_success/" in name else name.lstrip("/")
-    for root in ROOTS:
+    for root in FRAME_ROOTS:
         if (folder / root / below).is_file():
             return row.picture(f"{root}/{below}", folder)
-    raise row.error(f"'{below}' is not in '{folder}' below any of: {', '.join(ROOTS)}. {GET}")
+    raise row.error(f"'{below}' is not in '{folder}' below any of: {', '.join(FRAME_ROOTS)}. {GET}")
 
 
 SHAREROBOT = Benchmark(

@@ -1,10 +1,11 @@
-"""A held-out split of ShareRobot's planning questions: by episode, seeded, with a proof that nothing leaks.
+"""A held-out split of ShareRobot's planning questions: by episode, seeded, checked for leaks.
 
-BLM1 reports 4,100 questions: 10 kinds x 205 episodes x the 2 templates that each episode has of each kind.
-Which episodes is not published; this draws such a set from the training files, so that a model trained on
-the rest can be measured. It writes, into the folder of the dataset, `planning/heldout/<kind>.json` (the rows
-drawn, in the published form, so that converters and leak checks read them), `training.json` (the episodes
-that are left to train on) and, last, `split.json` (what was drawn, in numbers, and the held-out episodes).
+BLM1 reports 4,100 questions: 10 kinds x 205 episodes x the 2 templates that each episode has of
+each kind. Which episodes is not published; this draws such a set from the training files, so that a
+model trained on the rest can be measured. It writes, into the folder of the dataset,
+`planning/heldout/<kind>.json` (the rows drawn, in the published form, so that converters and leak
+checks read them), `training.json` (the episodes that are left to train on) and, last, `split.json`
+(what was drawn, in numbers, and the held-out episodes).
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from blm.evaluation.digital.benchmarks.layout import Row, find_files, read_rows
 from blm.io import write_json
 from blm.types import BlmError, require_numbers
 
-SPLIT, TRAINING, HELD = "split.json", "training.json", "planning/heldout"
+SPLIT = "split.json"
+TRAINING = "training.json"
+HELD = "planning/heldout"
 KINDS = (
     "discriminative_affordance_negative",
     "discriminative_affordance_positive",
@@ -58,7 +61,7 @@ class SplitConfig:
 
 
 def kind_of(row: Row) -> str:
-    """'Success_(Positive)_Task' -> 'success_positive'. Raises BlmError for a task that is none of the ten."""
+    """'Success_(Positive)_Task' -> 'success_positive'. Raises BlmError for an unknown task."""
     kind = row.text("task").lower().replace("(", "").replace(")", "").removesuffix("_task")
     if kind not in KINDS:
         raise row.error(f"task '{row.data['task']}' is unknown; valid: {', '.join(KINDS)}")
@@ -78,9 +81,10 @@ def _episode(name: str) -> str:
 def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str] = ()) -> dict[str, Any]:
     """Draw the held-out questions and write both files; return what was drawn, in numbers.
 
-    `exclude` are episodes that a model was trained on already: none of them is drawn. The same files,
-    configuration and exclusions give the same split, in whatever order the files list their rows.
-    Raises BlmError when a split exists, when there are too few episodes, or when an episode is on both sides.
+    `exclude` are episodes that a model was trained on already: none of them is drawn. The same
+    files, configuration and exclusions give the same split, in whatever order the files list their
+    rows. Raises BlmError when a split exists, when there are too few episodes, or when an episode
+    is on both sides.
     """
     if (folder / SPLIT).exists():
         raise BlmError(f"'{folder / SPLIT}' exists; to {_MAKE}")
@@ -99,7 +103,7 @@ def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str]
     if len(able) < config.episodes:
         raise BlmError(
             f"{len(able)} of {len(counts)} episodes of '{folder / config.source}' have {config.templates} "
-            f"questions of each of the {len(KINDS)} kinds and are free; needed: {config.episodes}"
+            f"questions of each of the {len(KINDS)} kinds and are not excluded; needed: {config.episodes}"
         )
     order = np.random.default_rng(config.seed).permutation(len(able))
     held = {able[index] for index in order[: config.episodes]}
@@ -145,7 +149,7 @@ def _draw(rows: Iterable[Row], held: Collection[str], config: SplitConfig) -> li
     for (kind, episode), cell in sorted(cells.items()):
         if len(cell) < config.templates:
             raise BlmError(
-                f"episode '{episode}' has equal rows of kind {kind}; {config.templates} unlike needed"
+                f"episode '{episode}' has equal rows of kind {kind}; {config.templates} different ones needed"
             )
         picked = rng.choice(len(cell), config.templates, replace=False)
         drawn += [row for index, (_, row) in enumerate(sorted(cell.items())) if index in picked]
@@ -162,7 +166,10 @@ def require_disjoint(rows: Iterable[Row], training: Iterable[str], where: str) -
 
 
 def read_training(file: Path) -> list[str]:
-    """Episodes that are trained on: of a `training.json`, or of any JSON list of ids. Raises BlmError."""
+    """Read the training episodes: of a `training.json`, or of any JSON list of ids.
+
+    Raises BlmError for a file of another form.
+    """
     value = _read(file)
     ids = value.get("ids") if isinstance(value, dict) else value
     if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):

@@ -1,14 +1,14 @@
-"""Where2Place: point to free space that a sentence describes; right is the share of points inside a mask.
+"""Where2Place: point to free space that a sentence describes; scored by the share inside a mask.
 
-Layout, original: FOLDER/point_questions.jsonl with question_id, image, text and category, FOLDER/images and
-FOLDER/masks; the mask has the name of its picture, or the number of its line in two digits, from 00. Layout,
-FlagEval: FOLDER/data/*.parquet with question_id, question, question_type, image and mask. Checked against
-both dataset cards, summarize_vqa.py of wentaoyuan/RoboPoint (number of the line) and the loaders of
-FlagEvalMM and lmms-eval. Not known: whether every row has a category; without one
-the kind is 'free_space'.
+Layout, original: FOLDER/point_questions.jsonl with question_id, image, text and category,
+FOLDER/images and FOLDER/masks; the mask has the name of its picture, or the number of its line in
+two digits, from 00. Layout, FlagEval: FOLDER/data/*.parquet with question_id, question,
+question_type, image and mask. Checked against both dataset cards, summarize_vqa.py of
+wentaoyuan/RoboPoint (number of the line) and the loaders of FlagEvalMM and lmms-eval. Not known:
+whether every row has a category; without one the kind is 'free_space'.
 
-What differs on purpose: one form of coordinates (pointing.py); a mask's pixel is white or it is not; an
-answer without points is wrong (in RoboPoint's script a failed parse leaves the mean).
+Deliberate differences from upstream: one form of coordinates (pointing.py); masks are binary; an
+answer without points is wrong (RoboPoint's script leaves it out of the mean).
 """
 
 from __future__ import annotations

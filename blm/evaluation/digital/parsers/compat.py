@@ -1,7 +1,8 @@
 """The upstream benchmarks' own answer parsers, faults included: to reproduce published numbers.
 
-Each reproduces the behaviour of one public function at one commit, re-implemented from that behaviour. They
-see the raw answer: none of them removes a reasoning block. `COMPAT` names them for `--compat`.
+Each reproduces the behaviour of one public function at one commit, re-implemented from that
+behaviour. They see the raw answer: none of them removes a reasoning block. `COMPAT` names them for
+`--compat`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LETTERS = "ABCDEFGH"
 
 @dataclass(frozen=True, kw_only=True)
 class Upstream:
-    """What one upstream evaluation reads its own way; None where it has nothing to say."""
+    """The parsers of one upstream evaluation; None where it has none of its own."""
 
     source: str
     """Repository, file and commit."""
@@ -30,13 +31,13 @@ class Upstream:
     points: Callable[[str, int, int], Pixels] | None = None
     """Answer, width and height of the mask [px] -> points."""
     mask: Callable[[ImageArray], FloatArray] | None = None
-    """Grey mask 0..255 -> what a point on each pixel is worth."""
+    """Grey mask 0..255 -> score of a point on each pixel."""
     rating: Callable[[str], float | None] | None = None
     """Reply of the judge -> score."""
 
 
 def cosmos_letter(text: str, options: Sequence[str] = ()) -> str | None:
-    """Cosmos-Reason1, letter mode: the first capital letter of the text, whatever word it belongs to."""
+    """Cosmos-Reason1, letter mode: the first capital letter of the text, even inside a word."""
     found = re.search("[A-Z]", text)
     return found[0] if found else None
 
@@ -57,10 +58,10 @@ _PHRASES = (
 
 
 def lmms_eval_mcq(text: str, options: Sequence[str] = ()) -> str | None:
-    """lmms-eval's shared extractor, first version: the best-ranked place of a letter, the last of equals.
+    """lmms-eval's shared extractor, first version: the best-ranked letter, the last of equals.
 
-    Ranks: start 10, end 9, anywhere after an answer phrase 7, "(B)" 6, "B." 5, "B:" 4, "B)" 3, "B " 2; only
-    when none applies, anywhere. Letters inside words count for all but start and end.
+    Ranks: start 10, end 9, anywhere after an answer phrase 7, "(B)" 6, "B." 5, "B:" 4, "B)" 3, "B "
+    2; only when none applies, anywhere. Letters inside words count for all but start and end.
     """
     letters = LETTERS[: len(options)] if options else LETTERS
     plain = text.strip()
@@ -102,8 +103,9 @@ _VLM_REFUSALS = (
 def vlmevalkit_can_infer(text: str, options: Sequence[str] = ()) -> str | None:
     """VLMEvalKit's `can_infer`, without its language-model fallback and with VERBOSE unset.
 
-    A letter that is the only option among the words, and among the last four, counts ("A" the article too);
-    else "answer is X"; else the only option whose text is contained. A refusal reads as Z.
+    A letter that is the only option among the words, and among the last four, counts ("A" the
+    article too); else "answer is X"; else the only option whose text is contained. A refusal reads
+    as Z.
     """
     letters = {chr(ord("A") + index): option.lower() for index, option in enumerate(options)}
     letters = letters or dict.fromkeys("ABCD", "")
@@ -145,7 +147,10 @@ def lmms_eval_points(text: str, width: int, height: int) -> Pixels:
 
 
 def flagevalmm_points(text: str, width: int, height: int) -> Pixels:
-    """FlagEvalMM, Where2Place: last line only; a pair with a "." is 0..1, else pixels; a box is all in it."""
+    """FlagEvalMM, Where2Place: only the last line; a pair with a "." is 0..1, others are pixels.
+
+    A box stands for all pixels in it.
+    """
     return _mixed_points(text.split("\n")[-1], width, height, inside=True)
 
 
@@ -155,7 +160,10 @@ def roborefer_points(text: str, width: int, height: int) -> Pixels:
 
 
 def _mixed_points(text: str, width: int, height: int, *, inside: bool) -> Pixels:
-    """`inside`: cut boxes at the picture's sides. A box turned inside out is empty (upstream: no row)."""
+    """Read points and boxes; `inside` cuts boxes at the picture's sides.
+
+    A box with negative extent is empty (upstream: the row is dropped).
+    """
     points: Pixels = []
     for entry in (found for found in _tuples(text) if len(found) in (2, 4)):
         values = [float(number) for number in entry]
@@ -170,7 +178,7 @@ def _mixed_points(text: str, width: int, height: int, *, inside: bool) -> Pixels
         else:
             x0, y0, x1, y1 = (int(value) for value in values)
             columns, rows = range(x0, x1), range(y0, y1)
-            if inside:  # upstream paints the box into a picture, so it is cut at the picture's sides
+            if inside:  # upstream draws the box into a picture
                 columns, rows = (
                     range(side)[slice(a, b)] for side, a, b in ((width, x0, x1), (height, y0, y1))
                 )
@@ -178,10 +186,10 @@ def _mixed_points(text: str, width: int, height: int, *, inside: bool) -> Pixels
     return points
 
 
-def share_inside(points: Pixels, worth: FloatArray) -> float:
-    """Mean worth of the points; those outside the mask [height, width] are worth nothing, as upstream."""
-    height, width = worth.shape
-    found = [worth[int(y), int(x)] if 0 <= x < width and 0 <= y < height else 0.0 for x, y in points]
+def mean_mask_value(points: Pixels, mask: FloatArray) -> float:
+    """Mean of the mask [height, width] at the points; 0 for a point outside of it, as upstream."""
+    height, width = mask.shape
+    found = [mask[int(y), int(x)] if 0 <= x < width and 0 <= y < height else 0.0 for x, y in points]
     return float(np.mean(found)) if found else 0.0
 
 

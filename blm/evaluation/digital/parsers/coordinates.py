@@ -1,8 +1,9 @@
-"""Places and lengths in an answer: points, boxes, distances. The caller names the model's one convention.
+"""Coordinates and lengths in an answer: points, boxes, distances. The caller names the convention.
 
-Four are in use, and numbers alone do not tell them apart: integers 0..1000 of each side (ours, Qwen3-VL),
-floats 0..1 (RoboPoint, Where2Place), pixels of the picture as the model saw it (Qwen2.5-VL, RoboBrain 2.0),
-and y before x on 0..1000 (Gemini). All become thousandths of the picture's width and height, y down.
+Four are in use, and numbers alone do not tell them apart: integers 0..1000 of each side (ours,
+Qwen3-VL), floats 0..1 (RoboPoint, Where2Place), pixels of the picture as the model saw it
+(Qwen2.5-VL, RoboBrain 2.0), and y before x on 0..1000 (Gemini). All become thousandths of the
+picture's width and height, y down.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ _NUMBER = r"[-+]?\d+(?:\.\d+)?"
 
 @dataclass(frozen=True)
 class Coordinates:
-    """How a model writes places in a picture."""
+    """The convention in which a model writes coordinates."""
 
     kind: Literal["thousandths", "unit", "pixels", "yx1000"]
     size: tuple[int, int] | None = None
-    """Width and height of the picture that pixels belong to; None: the question's own."""
+    """Width and height of the picture that pixels refer to; None for the question's own."""
 
     @classmethod
     def parse(cls, text: str) -> Coordinates:
@@ -68,11 +69,14 @@ THOUSANDTHS = Coordinates("thousandths")
 def read_numbers(
     text: str, count: int, coordinates: Coordinates = THOUSANDTHS, size: tuple[int, int] | None = None
 ) -> list[tuple[float, ...]]:
-    """All groups of `count` coordinates, "(x, y)", "[x, y]" or Molmo's <point x= y=>, in thousandths."""
+    """Read all groups of `count` coordinates, in thousandths.
+
+    Forms are "(x, y)", "[x, y]" and Molmo's <point x= y=>.
+    """
     number = rf"\s*({_NUMBER})\s*"
     groups = re.findall(r"[(\[]" + ",".join([number] * count) + r"[)\]]", text)
     if count == 2 and not groups:
-        tags = re.findall(rf'\bx\d*="({_NUMBER})"\s+y\d*="({_NUMBER})"', text)  # percent, whatever the rest
+        tags = re.findall(rf'\bx\d*="({_NUMBER})"\s+y\d*="({_NUMBER})"', text)  # always percent
         return [tuple(round(float(number) * 10, 6) for number in tag) for tag in tags]
     places = [coordinates.to_thousandths(group, size) for group in groups]
     return [place for place in places if place is not None]
@@ -86,7 +90,8 @@ def inside(place: Sequence[float]) -> bool:
 def read_metric(text: str) -> tuple[float, ...] | None:
     """A length or vector in cm: "12 cm", "0.12 m", "(12, -3, 20) cm"; without a unit it is cm.
 
-    None for several different ones. Vectors go before lengths, lengths with a unit before bare numbers.
+    None for several different ones. Vectors go before lengths, lengths with a unit before bare
+    numbers.
     """
     unit = r"\s*(mm|cm|m|(?:milli|centi)?met(?:er|re)s?)\b"
     vector = rf"[(\[]\s*({_NUMBER}(?:\s*,\s*{_NUMBER})+)\s*[)\]](?:{unit})?"

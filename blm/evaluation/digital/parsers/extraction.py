@@ -1,9 +1,10 @@
-"""From a model's words to the answer that it gave, or to None: nothing is guessed.
+"""Answer extraction: from a model's raw text to its answer, or to None. Nothing is guessed.
 
-The answer is what follows the reasoning. A letter counts where it is the whole answer, stands at the start or
-end of it as a label, is declared ("the answer is (B)", "C is correct"), or is the only one in brackets; two
-letters of equal standing, a denied letter and a refusal read as None. "A" before a word is an article. An
-option's own text stands for its letter. Places and lengths are read in coordinates.py.
+The answer is what follows the reasoning. A letter counts where it is the whole answer, stands at
+the start or end of it as a label, is declared ("the answer is (B)", "C is correct"), or is the only
+one in brackets; two letters of equal standing, a denied letter and a refusal read as None. "A"
+before a word is an article. An option's own text stands for its letter. Places and lengths are read
+in coordinates.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Literal
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _DIGITS = {word: str(number) for number, word in enumerate(_NUMBERS)}
 _THINK = r"[<◁](?P<close>/?)(?:think|thinking|thought|reasoning)[>▷]"
-_LETTER = (  # in brackets or quotes; a capital, where A and I are no words; a small letter that ends the line
+# in brackets or quotes; a capital, unless A or I is a word; a small letter that ends the line
+_LETTER = (
     r"""(?:["'(\[](?P<b>[A-Za-z])["')\]]|(?P<u>[B-HJ-Z]|[AI](?!\s+[a-z]))(?![\w'’-])"""
     r"""|(?P<l>[a-z])(?=\s*[.!]?\s*$))"""
 )
@@ -54,13 +56,14 @@ _DECLARED = (
     re.compile(r"""答案(?:是|为|:)\s*(?P<not>不)?["'(\[]?(?P<u>[A-Z])"""),
 )
 _AMBIGUOUS = "?"
-"""Read where letters stand against each other or a letter is denied: no further rule may decide."""
+"""Read where letters contradict each other or a letter is denied: no later rule decides."""
 
 
 def final_answer(raw: str) -> str:
-    """The answer without the reasoning around it; empty when the reasoning was cut off before an answer.
+    """Return the answer without the reasoning; empty when the reasoning was cut off.
 
-    The last <answer> tag or \\boxed{} counts, else the last line "Answer: ...", else all that follows.
+    The last <answer> tag or \\boxed{} counts, else the last line "Answer: ...", else all that
+    follows.
     """
     text = without_reasoning(raw)
     tagged = re.findall(r"<answer>(.*?)(?:</answer>|$)", text, re.DOTALL | re.IGNORECASE)
@@ -71,7 +74,7 @@ def final_answer(raw: str) -> str:
 
 
 def without_reasoning(raw: str) -> str:
-    """What follows the last closed reasoning block; empty when one was opened and never closed."""
+    """Return the text after the last closed reasoning block; empty when one was never closed."""
     text = unicodedata.normalize("NFKC", raw)
     tags = list(re.finditer(_THINK, text, re.IGNORECASE))
     if tags and not tags[-1]["close"]:
@@ -87,7 +90,7 @@ def normalise(text: str) -> str:
 
 
 def read_yes_no(text: str) -> Literal["yes", "no"] | None:
-    """Yes or no: the first word, or what "the answer is" says. Both at once are neither."""
+    """Read yes or no: the first word, or the word after "the answer is". Both at once are None."""
     words = text.lower().strip(" \t\n*_`\"'([")
     found = re.match(r"(yes|no)\b(?!\s*[/|,]?\s*(?:and|or)?\s*(?:yes|no)\b)", words)
     declared = re.findall(r"\banswer (?:is|would be)[\s:\"'*]*(yes|no)\b", words)
@@ -96,7 +99,7 @@ def read_yes_no(text: str) -> Literal["yes", "no"] | None:
 
 
 def read_choice(text: str, options: Sequence[str] = ()) -> str | None:
-    """The letter of the option that the answer names, in upper case, or None.
+    """Return the letter of the option that the answer names, in upper case, or None.
 
     `text` is a `final_answer`. Without `options` the letters A to H are known.
     """
@@ -117,7 +120,9 @@ def _whole(text: str) -> str | None:
 
 
 def _at_start(text: str) -> str | None:
-    """ "B. Pick it up", "(b) pick it up", "B, because ..", unless several lines or an alternative follow."""
+    """ "B. Pick it up", "(b) pick it up", "B, because ..", unless several lines or an alternative
+    follow.
+    """
     found = _START.match(text)
     if found is None:
         either = re.match(r"[\"'(\[]?[A-Z][\"')\]]?(?=\s*(?:,|/|&|\||or\b|and\b))", text)
@@ -135,7 +140,7 @@ def _at_start(text: str) -> str | None:
 
 
 def _declared(text: str) -> str | None:
-    """The last letter that is called the answer."""
+    """The last letter that is declared to be the answer."""
     found = [match for pattern in _DECLARED for match in pattern.finditer(text)]
     if not found:
         return None

@@ -1,1 +1,1 @@
-"""Actions for clients of Isaac-GR00T."""
+"""The ZeroMQ protocol of Isaac-GR00T's PolicyClient."""

@@ -1,9 +1,9 @@
-"""What GR00T's clients send and get: msgpack with arrays as .npy files, and observations in batches.
+"""GR00T's wire format: msgpack with arrays as .npy files, and batches of observations.
 
-An array is {"__ndarray_class__": True, "as_npy": the bytes of a .npy file}. What is observed are batches
-with time: "video" camera -> uint8 [B, T, H, W, 3], "state" -> arm [B, T, D - 1] and gripper [B, T, 1],
-"language" one key -> [[text]]; the last frame counts. Source: gr00t/policy/server_client.py of
-NVIDIA/Isaac-GR00T, commit 38624df.
+An array is {"__ndarray_class__": True, "as_npy": the bytes of a .npy file}. An observation is a
+batch B with a time axis T: "video" camera -> uint8 [B, T, H, W, 3], "state" -> arm [B, T, D - 1]
+and gripper [B, T, 1], "language" one key -> [[text]]; only the last frame is used. Source:
+gr00t/policy/server_client.py of NVIDIA/Isaac-GR00T, commit 38624df.
 """
 
 from __future__ import annotations
@@ -17,36 +17,39 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from blm.serving.protocols.msgpack_limits import MAX_TEXT, check_limits
 from blm.serving.protocols.openpi import wire
-from blm.serving.protocols.scan import MAX_TEXT, scan
 from blm.types import BlmError, Observation, PolicyContract, shorten
 
 PARTS = ("arm", "gripper")
-"""State and action in GR00T's terms, as `meta/modality.json` of our datasets has them."""
+"""The modality keys of state and action, as in `meta/modality.json` of our datasets."""
 MAX_ROWS = 32
-"""Observations of one request: as many as one pass of the engine takes on a GPU."""
+"""Maximum observations of one request: the scheduler's batch size on a GPU."""
 MARGIN = 2
-"""How much larger than a full batch a message may be: an older frame beside each one."""
+"""Ratio of the message limit to a full batch, which leaves room for one older frame per
+observation."""
 _TOKEN, _MAX_TOKEN = "api_token", 1024
 _MAGIC = b"\x93NUMPY"
 _HEADER_LENGTH = {1: 2, 2: 4, 3: 4}
-"""Bytes of the header's length by the format's major version."""
+"""Size of the header-length field, by major version of the format [bytes]."""
 _HEADER = re.compile(
     rb"\{'descr': '([<>|=][biuf]\d{1,2})', 'fortran_order': (False|True), "
     rb"'shape': \(([\d, ]{0,200})\), \} *\n"
 )
-"""Exactly what np.save writes for numbers. NumPy's own reader hands the header to Python's parser."""
+"""The header that np.save writes for numbers. NumPy's own reader passes the header to Python's
+parser."""
 
 
 def message_limit(contract: PolicyContract) -> int:
-    """Largest message of a client [bytes]: MARGIN times MAX_ROWS observations."""
+    """Return the maximum size of a client's message [bytes]: MARGIN times MAX_ROWS observations."""
     dim = max(space.dim for space in contract.action_spaces.values())
     row = 3 * len(contract.cameras) * contract.image_size**2 + 8 * dim + MAX_TEXT
     return max(wire.SMALLEST_LIMIT, MARGIN * MAX_ROWS * row)
 
 
 def item_limit() -> int:
-    """Most items of a request: a text in lists for each row, and room for keys of others."""
+    """Return the maximum msgpack items of a request: nested texts per row, and 1024 for other
+    keys."""
     return 1024 + 8 * MAX_ROWS
 
 
@@ -55,18 +58,17 @@ def pack(message: Any) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """Decode a message. Raises BlmError for what is malformed or too much; arrays must hold numbers."""
-    scan(data, item_limit())
+    """Decode a message. Raises BlmError for malformed data, too many items, and arrays without
+    numbers."""
+    check_limits(data, item_limit())
     return _unpack_counted(data)
 
 
 def read_request(message: bytes, accepts: Callable[[str], bool] | None) -> Mapping[str, Any]:
-    """Decode a request, after `accepts` has found its key to be right. Raises BlmError.
-
-    With None no key is needed.
-    """
-    items = scan(message, item_limit())
-    if accepts is not None and not _is_right(message, items, accepts):
+    """Decode a request after `accepts` has accepted its API key; None needs no key. Raises
+    BlmError."""
+    items = check_limits(message, item_limit())
+    if accepts is not None and not _has_valid_key(message, items, accepts):
         raise BlmError(f"wrong or missing {_TOKEN}")
     request = _unpack_counted(message)
     if not isinstance(request, Mapping):
@@ -74,8 +76,9 @@ def read_request(message: bytes, accepts: Callable[[str], bool] | None) -> Mappi
     return request
 
 
-def _is_right(message: bytes, items: list[slice], accepts: Callable[[str], bool]) -> bool:
-    """Find the key among the items of the outermost map; nothing else is decoded for this."""
+def _has_valid_key(message: bytes, items: list[slice], accepts: Callable[[str], bool]) -> bool:
+    """Find and check the API key among the items of the outermost map, without decoding the
+    others."""
     given: Any = None
     try:
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -109,7 +112,8 @@ def _decode(value: dict[Any, Any]) -> Any:
 
 
 def _read_npy(data: Any) -> np.ndarray[Any, Any]:
-    """The array of a .npy file, read-only and as large as its data. Raises ValueError."""
+    """Return the array of a .npy file, read-only and exactly as large as its data. Raises
+    ValueError."""
     if not isinstance(data, bytes) or data[:6] != _MAGIC or data[6:7] not in (b"\1", b"\2", b"\3"):
         raise ValueError(f"not a .npy file: {shorten(data, 40)}")
     begin = 8 + _HEADER_LENGTH[data[6]]
@@ -124,10 +128,10 @@ def _read_npy(data: Any) -> np.ndarray[Any, Any]:
 
 
 def to_observations(data: Any, contract: PolicyContract) -> list[Observation]:
-    """Read the observations of "get_action", one of each row of the batch.
+    """Return the observations of a "get_action" request, one per row of the batch.
 
-    "options" may name the "robot", needed unless the policy has one only, and a "seed". Raises ContractError
-    or BlmError that names what is wrong.
+    "options" may hold a "seed", and the "robot", which is required if the policy has more than one.
+    Raises ContractError or BlmError that names the fault.
     """
     try:
         seen, options = _map(_map(data, "data")["observation"], "observation"), options_of(data)
@@ -164,7 +168,7 @@ def to_observations(data: Any, contract: PolicyContract) -> list[Observation]:
 
 
 def options_of(data: Any) -> Mapping[str, Any]:
-    """The "options" in the data of a request, which may be left out. Raises TypeError."""
+    """Return the optional "options" of a request. Raises TypeError."""
     options = _map(data, "data").get("options")
     return {} if options is None else _map(options, "'options'")
 
@@ -176,7 +180,7 @@ def _map(value: Any, what: str) -> Mapping[str, Any]:
 
 
 def _texts(value: Any) -> list[str]:
-    """One text a row, each as it is or as a list of which the last counts."""
+    """Return one text per row. A row is a text, or a list of which the last text counts."""
     if not isinstance(value, list):
         raise TypeError(f"language must be a list of texts, got {shorten(value)}")
     texts = [row[-1] if isinstance(row, list) and row else row for row in value]
@@ -187,7 +191,7 @@ def _texts(value: Any) -> list[str]:
 
 
 def _last(what: str, value: Any, dimensions: int, kinds: str) -> np.ndarray[Any, Any]:
-    """The last frame of each row of a batch with time."""
+    """Return the last frame of each row of a batch with a time axis."""
     if not isinstance(value, np.ndarray) or value.ndim != dimensions or value.dtype.kind not in kinds:
         raise TypeError(f"{what} must be an array with {dimensions} dimensions, got {shorten(value)}")
     if not value.shape[1]:

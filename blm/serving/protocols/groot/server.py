@@ -1,8 +1,8 @@
-"""GR00T's protocol beside ours: requests over ZeroMQ, for clients of Isaac-GR00T's PolicyServer.
+"""A server for Isaac-GR00T's PolicyClient: requests over ZeroMQ.
 
-A request is msgpack {"endpoint", "data", "api_token"}; the reply to "get_action" is [actions, info], to a
-fault {"error": why}; see `groot_codec` for what they hold. "kill", with which any client ends theirs, is
-refused.
+A request is msgpack {"endpoint", "data", "api_token"}. The reply to "get_action" is [actions,
+info]; an error is {"error": message}; see `codec` for their contents. The endpoint "kill", with
+which any client can stop GR00T's own server, is refused.
 """
 
 from __future__ import annotations
@@ -17,37 +17,39 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI
 
-from blm.serving.access.keys import Access
+from blm.serving.access.keys import AccessControl
+from blm.serving.protocols.disconnect import cancel_on_disconnect
 from blm.serving.protocols.groot import codec
-from blm.serving.protocols.groot.zmtp import Peer, Request
+from blm.serving.protocols.groot.zmtp import ZmtpConnection, ZmtpRequest
 from blm.serving.protocols.openpi import wire
-from blm.serving.protocols.peers import while_connected
-from blm.serving.scheduler import Acted, Engine
+from blm.serving.scheduler import ActionResult, ModelScheduler
 from blm.types import BlmError, Observation, Policy, PolicyContract, shorten
 
 log = logging.getLogger(__name__)
 ENDPOINTS = ("get_action", "get_modality_config", "ping", "reset")
 MAX_CLIENTS = 64
-"""Connections. When all are taken, a new one replaces the oldest that has not yet sent a right request."""
-PATIENCE_S = 20.0
-"""A client has this long for its first right request, and for each message that it has begun."""
+"""Maximum connections. Beyond it, a new one replaces the oldest that has not sent a valid request
+yet."""
+REQUEST_TIMEOUT_S = 20.0
+"""Timeout of a client's first valid request, and of every message from its first byte [s]."""
 LONGEST_ERROR = 1000
-"""Characters of an error that a client is told."""
+"""Longest error message that is sent to a client [characters]."""
 LARGE_AT_ONCE = 4
-"""Large messages that are read at a time, each for clients before and after their first right request."""
+"""Large messages that are read at the same time; new and established connections have separate
+limits."""
 
 
 def add_groot(app: FastAPI, policy: Policy, *, host: str = "127.0.0.1", port: int = 5555) -> None:
-    """Let `app` also listen for GR00T clients, from its start to its end; they share its engine and keys.
+    """Let `app` also serve GR00T clients while it runs; they share its scheduler and API keys.
 
-    Raises BlmError at the start if the address is taken.
+    The startup of the app raises BlmError if the address is in use.
     """
     rest = app.router.lifespan_context
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
         async with rest(app) as state:
-            groot = GrootServer(app.state.engine, policy.contract, app.state.access)
+            groot = GrootServer(app.state.scheduler, policy.contract, app.state.access)
             try:
                 listening = await asyncio.start_server(groot.serve, host, port)
             except OSError as error:
@@ -61,85 +63,91 @@ def add_groot(app: FastAPI, policy: Policy, *, host: str = "127.0.0.1", port: in
 
 
 class GrootServer:
-    """Answers clients; of each one request is in work at a time, with all its rows."""
+    """Serves GR00T clients. A connection has one request in progress at a time, of up to MAX_ROWS
+    rows."""
 
-    def __init__(self, engine: Engine, contract: PolicyContract, access: Access) -> None:
-        self._engine, self._contract = engine, contract
+    def __init__(self, scheduler: ModelScheduler, contract: PolicyContract, access: AccessControl) -> None:
+        self._scheduler, self._contract = scheduler, contract
         self._accepts = access.accepts if access.needs_key else None
         self._limit = codec.message_limit(contract)
-        self._unproven, self._proven = dict[asyncio.Task[None], None](), set[asyncio.Task[None]]()
-        """Connections before and after their first right request; the former in the order of their coming."""
+        self._new = dict[asyncio.Task[None], None]()
+        """Tasks of the connections without a valid request so far, oldest first."""
+        self._established = set[asyncio.Task[None]]()
+        """Tasks of the other connections."""
         self._slots = asyncio.Semaphore(LARGE_AT_ONCE), asyncio.Semaphore(LARGE_AT_ONCE)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Talk with one client until it leaves."""
-        task, peer = asyncio.current_task(), Peer(reader, writer)
+        """Serve one client until it disconnects."""
+        task = asyncio.current_task()
+        connection = ZmtpConnection(reader, writer)
         assert task is not None
-        if not self._make_place():
-            peer.close()
+        if not self._make_room():
+            connection.close()
             return
-        self._unproven[task] = None
+        self._new[task] = None
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         address = writer.get_extra_info("peername")
         try:
-            await self._converse(peer, f"groot {address}", task)
+            await self._serve_connection(connection, f"groot {address}", task)
         except (EOFError, OSError, TimeoutError, BlmError) as error:
-            log.info("the GR00T client at %s is gone: %s %s", address, type(error).__name__, shorten(error))
+            log.info("GR00T client %s disconnected: %s %s", address, type(error).__name__, shorten(error))
         except asyncio.CancelledError:
-            log.info("the GR00T client at %s is cut off", address)
+            log.info("GR00T client %s: connection closed by the server", address)
         finally:
-            self._unproven.pop(task, None)
-            self._proven.discard(task)
-            peer.close()
+            self._new.pop(task, None)
+            self._established.discard(task)
+            connection.close()
 
     async def close(self) -> None:
-        """Cut off all clients."""
-        tasks = [*self._unproven, *self._proven]
+        """Close all connections."""
+        tasks = [*self._new, *self._established]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _make_place(self) -> bool:
-        if len(self._unproven) + len(self._proven) < MAX_CLIENTS:
+    def _make_room(self) -> bool:
+        if len(self._new) + len(self._established) < MAX_CLIENTS:
             return True
-        if not self._unproven:
+        if not self._new:
             return False
-        oldest = next(iter(self._unproven))
-        del self._unproven[oldest]
+        oldest = next(iter(self._new))
+        del self._new[oldest]
         oldest.cancel()
         return True
 
-    async def _converse(self, peer: Peer, client: str, task: asyncio.Task[None]) -> None:
-        opened: Mapping[str, Any] | None = None
-        async with asyncio.timeout(PATIENCE_S):
-            await peer.shake_hands()
-            while opened is None:
-                request = await peer.receive(self._limit, PATIENCE_S, self._slots[0])
-                opened = await self._open(peer, request)
-        self._unproven.pop(task, None)
-        self._proven.add(task)
-        receiving = self._start_receiving(peer)
+    async def _serve_connection(
+        self, connection: ZmtpConnection, client: str, task: asyncio.Task[None]
+    ) -> None:
+        decoded: Mapping[str, Any] | None = None
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            await connection.handshake()
+            while decoded is None:
+                request = await connection.receive(self._limit, REQUEST_TIMEOUT_S, self._slots[0])
+                decoded = await self._decode(connection, request)
+        self._new.pop(task, None)
+        self._established.add(task)
+        receiving = self._start_receiving(connection)
         try:
             while True:
-                if opened is not None:
-                    reply = await while_connected(self._answer(opened, client), receiving)
-                    await peer.send(request, reply)
+                if decoded is not None:
+                    reply = await cancel_on_disconnect(self._answer(decoded, client), receiving)
+                    await connection.send(request, reply)
                 request = await receiving
-                receiving = self._start_receiving(peer)
-                opened = await self._open(peer, request)
+                receiving = self._start_receiving(connection)
+                decoded = await self._decode(connection, request)
         finally:
             receiving.cancel()
             await asyncio.gather(receiving, return_exceptions=True)
 
-    def _start_receiving(self, peer: Peer) -> asyncio.Task[Request]:
-        return asyncio.create_task(peer.receive(self._limit, PATIENCE_S, self._slots[1]))
+    def _start_receiving(self, connection: ZmtpConnection) -> asyncio.Task[ZmtpRequest]:
+        return asyncio.create_task(connection.receive(self._limit, REQUEST_TIMEOUT_S, self._slots[1]))
 
-    async def _open(self, peer: Peer, request: Request) -> Mapping[str, Any] | None:
-        """Decode a request; None when it cannot be answered, and the client has been told why."""
+    async def _decode(self, connection: ZmtpConnection, request: ZmtpRequest) -> Mapping[str, Any] | None:
+        """Decode a request. If it is invalid, send the error to the client and return None."""
         try:
             return codec.read_request(request.body, self._accepts)
         except BlmError as error:
-            await peer.send(request, codec.pack({"error": shorten(error, LONGEST_ERROR)}))
+            await connection.send(request, codec.pack({"error": shorten(error, LONGEST_ERROR)}))
             return None
 
     async def _answer(self, request: Mapping[str, Any], client: str) -> bytes:
@@ -157,25 +165,27 @@ class GrootServer:
         if endpoint == "ping":
             return {"status": "ok", "message": "Server is running"}
         if endpoint == "reset":
-            return {}  # the policy keeps nothing between requests
+            return {}  # the policy is stateless
         if endpoint == "get_modality_config":
             return _modalities(self._contract)
         if endpoint != "get_action":
             raise BlmError(f"unknown endpoint {shorten(endpoint)}; choose from {', '.join(ENDPOINTS)}")
         data = request.get("data")
         observations = codec.to_observations(data, self._contract)
-        acted = await self._act(observations, wire.deadline_s(codec.options_of(data)), client)
-        actions = np.stack([one.chunk.actions for one in acted]).astype(np.float32)
-        info = {"infer_ms": max(one.infer_ms for one in acted), "revision": self._contract.revision}
+        results = await self._act(observations, wire.deadline_s(codec.options_of(data)), client)
+        actions = np.stack([result.chunk.actions for result in results]).astype(np.float32)
+        infer_ms = max(result.infer_ms for result in results)
+        info = {"infer_ms": infer_ms, "revision": self._contract.revision}
         return [{"arm": actions[..., :-1], "gripper": actions[..., -1:]}, info]
 
     async def _act(
         self, observations: Sequence[Observation], within_s: float, client: str
-    ) -> Sequence[Acted]:
-        """A chunk for each row. When one fails, or the client has gone, the others leave the engine."""
+    ) -> Sequence[ActionResult]:
+        """Return a result per row. If one fails or the client disconnects, the others are
+        cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
-                rows = [group.create_task(self._engine.act(one, within_s, client)) for one in observations]
+                rows = [group.create_task(self._scheduler.act(one, within_s, client)) for one in observations]
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
         return [row.result() for row in rows]

@@ -1,9 +1,10 @@
-"""The server's side of ZMTP 3.0, the protocol of ZeroMQ on TCP, as far as REQ sockets need it.
+"""The server side of ZMTP 3.0, the protocol of ZeroMQ over TCP, as far as REQ sockets need it.
 
-Not libzmq, because it gathers all parts of a message before a program sees one, however many there are: 60 MB
-from a peer without key made 1.6 GB here. It also takes connections without limit and does not say when a peer
-has gone. Here everything is read piece by piece, with limits on size, parts and time.
-Sources: https://rfc.zeromq.org/spec/23/ (ZMTP 3.0), /37/ (3.1: PING), /28/ (envelopes of requests).
+Not libzmq, because it collects all parts of a message, however many, before the program sees one:
+60 MB from a peer without a key took 1.6 GB. It also accepts connections without limit, and does not
+report that a peer has disconnected. Here everything is read piece by piece, with limits on size,
+parts and time. Sources: https://rfc.zeromq.org/spec/23/ (ZMTP 3.0), /37/ (3.1: PING), /28/
+(envelopes of requests).
 """
 
 from __future__ import annotations
@@ -15,58 +16,63 @@ from dataclasses import dataclass
 from blm.types import BlmError
 
 _GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
-"""Signature, version 3.0, no security mechanism; the API key is in the request."""
+"""Signature, version 3.0, security mechanism NULL; the API key is in the request."""
 _READY = b"\x05READY" + b"\x0bSocket-Type" + (6).to_bytes(4, "big") + b"ROUTER"
 _MORE, _LONG, _COMMAND = 1, 2, 4
-"""Flags of a frame: another part follows; the size has eight bytes; not a message."""
+"""Flags of a frame: another part follows; the size has eight bytes; the frame is a command."""
 MAX_PARTS = 8
-"""Of a message: its envelope, an empty part, the request."""
+"""Maximum parts of a message: its envelope, an empty part, the body."""
 MAX_COMMAND = 512
-"""Bytes of a command; the longest that is expected is READY with an identity of 255 bytes."""
+"""Maximum size of a command [bytes]; the longest expected is READY with an identity of 255
+bytes."""
 MAX_COMMANDS = 100
-"""Commands a second; libzmq's heartbeats come a few times a second at most."""
+"""Maximum commands per second; libzmq sends heartbeats a few times per second at most."""
 MAX_ENVELOPE = 256 * MAX_PARTS
 SMALL = 2 * 2**20
-"""Messages up to this size [bytes] need no slot."""
-UNREAD_S = 20.0
-"""A peer that does not read its replies for so long is cut off [s]."""
+"""Messages up to this size need no slot [bytes]."""
+WRITE_TIMEOUT_S = 20.0
+"""A peer that does not read its replies for this long is disconnected [s]."""
 
 
 class ProtocolError(BlmError):
-    """What a peer sends is not ZMTP, or more than it may send."""
+    """The peer sent data that is not ZMTP, or exceeded a limit."""
 
 
 @dataclass(frozen=True)
-class Request:
+class ZmtpRequest:
+    """A message of a REQ socket."""
+
     envelope: tuple[bytes, ...]
-    """Goes back before the reply; ends with the empty part."""
+    """Sent back before the reply; ends with the empty part."""
     body: bytes
 
 
-class Peer:
-    """One connection. Nothing here waits for ever but `receive` for the first byte of a message."""
+class ZmtpConnection:
+    """One connection. Every wait has a timeout, except `receive` for the first byte of a
+    message."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self._second, self._commands = 0.0, 0
 
-    async def shake_hands(self) -> None:
-        """Exchange greetings. Raises ProtocolError, and EOFError when the peer leaves."""
+    async def handshake(self) -> None:
+        """Exchange greetings. Raises ProtocolError, and EOFError when the peer disconnects."""
         self._writer.write(_GREETING + _frame(_COMMAND, _READY))
         greeting = await self._reader.readexactly(len(_GREETING))
         if greeting[0] != 0xFF or greeting[9] != 0x7F or greeting[10] < 3:
             raise ProtocolError("the peer does not speak ZMTP 3; use libzmq 4 or later")
         if greeting[12:32].rstrip(b"\0") != b"NULL":
-            raise ProtocolError("the peer wants a security mechanism; only NULL is offered")
+            raise ProtocolError("the peer requests a security mechanism; only NULL is supported")
         flags, size = await self._header(await self._reader.readexactly(1))
         if not flags & _COMMAND or not (await self._reader.readexactly(size)).startswith(b"\x05READY"):
             raise ProtocolError("the peer did not send READY")
 
-    async def receive(self, limit: int, within_s: float, slots: asyncio.Semaphore) -> Request:
-        """Return the next request, of at most `limit` bytes and read within `within_s` of its first byte.
+    async def receive(self, limit: int, within_s: float, slots: asyncio.Semaphore) -> ZmtpRequest:
+        """Return the next request, of at most `limit` bytes and complete `within_s` after its first
+        byte.
 
-        One above SMALL takes one of `slots` while it is read. Raises ProtocolError, TimeoutError, and
-        EOFError when the peer has left.
+        A request above SMALL takes one of `slots` while it is read. Raises ProtocolError,
+        TimeoutError, and EOFError when the peer has disconnected.
         """
         while True:
             first = await self._reader.readexactly(1)
@@ -76,29 +82,30 @@ class Peer:
                 break
         if b"" not in parts[:-1] or parts.index(b"") != len(parts) - 2:
             raise ProtocolError("not a request of a REQ socket: an envelope, an empty part, one body")
-        return Request(tuple(parts[:-1]), parts[-1])
+        return ZmtpRequest(tuple(parts[:-1]), parts[-1])
 
-    async def send(self, request: Request, reply: bytes) -> None:
-        """Answer. Raises TimeoutError when the peer does not read, and OSError when it has left."""
+    async def send(self, request: ZmtpRequest, reply: bytes) -> None:
+        """Send a reply. Raises TimeoutError if the peer does not read, and OSError if it has
+        disconnected."""
         for part in request.envelope:
             self._writer.write(_frame(_MORE, part))
         self._writer.write(_frame(0, reply))
         await self._drain()
 
     def close(self) -> None:
-        """Cut the connection; a peer that is there has read its replies by now, and connects anew."""
+        """Close the connection; replies that the peer has not read by now are discarded."""
         self._writer.close()
         if self._writer.transport.get_write_buffer_size():
             self._writer.transport.abort()
 
     async def _parts(self, first: bytes, limit: int, slots: asyncio.Semaphore) -> list[bytes]:
-        """All parts of a message; none for a command."""
+        """Return all parts of a message; none for a command."""
         parts, total = list[bytes](), 0
         while True:
             flags, size = await self._header(first)
             total += size
             if flags & _COMMAND:
-                await self._obey(await self._reader.readexactly(size))
+                await self._handle_command(await self._reader.readexactly(size))
                 if not parts:
                     return []
             elif total > limit + MAX_ENVELOPE or len(parts) == MAX_PARTS:
@@ -113,7 +120,7 @@ class Peer:
             first = await self._reader.readexactly(1)
 
     async def _header(self, first: bytes) -> tuple[int, int]:
-        """Flags and size of the frame that begins with this byte."""
+        """Return flags and size of the frame that begins with this byte."""
         flags = first[0]
         if flags > 7 or (flags & _COMMAND and flags & _MORE):
             raise ProtocolError(f"no frame of ZMTP begins with byte {flags:#04x}")
@@ -122,20 +129,20 @@ class Peer:
             raise ProtocolError(f"a command has at most {MAX_COMMAND} bytes, got {size}")
         return flags, size
 
-    async def _obey(self, command: bytes) -> None:
+    async def _handle_command(self, command: bytes) -> None:
         now = time.monotonic()
         if now - self._second > 1:
             self._second, self._commands = now, 0
         self._commands += 1
         if self._commands > MAX_COMMANDS:
             raise ProtocolError(f"more than {MAX_COMMANDS} commands within a second")
-        if command.startswith(b"\x04PING"):  # a time to live of two bytes, then what is to come back
+        if command.startswith(b"\x04PING"):  # a time to live of two bytes, then the context to return
             self._writer.write(_frame(_COMMAND, b"\x04PONG" + command[7:23]))
             await self._drain()
 
     async def _drain(self) -> None:
-        await asyncio.sleep(0)  # neither reading nor writing need let others in: a flood would keep them out
-        async with asyncio.timeout(UNREAD_S):
+        await asyncio.sleep(0)  # reads and writes may never suspend: without this, a flood blocks the loop
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
             await self._writer.drain()
 
 

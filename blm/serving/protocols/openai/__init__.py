@@ -1,1 +1,1 @@
-"""Chat in the OpenAI form."""
+"""OpenAI-compatible chat completions, model list and tokenization."""

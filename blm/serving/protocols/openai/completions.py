@@ -1,4 +1,4 @@
-"""Routes of chat in the OpenAI form."""
+"""POST /v1/chat/completions: OpenAI-compatible chat, whole or streamed."""
 
 from __future__ import annotations
 
@@ -18,45 +18,53 @@ from starlette.types import Receive, Scope, Send
 from blm.serving.errors import RequestError, quoted
 from blm.serving.metrics import Metrics
 from blm.serving.protocols.openai.conversation import (
-    UNSTATED,
-    Conversation,
-    Limits,
+    DEFAULT_CAPACITY,
+    ChatLimits,
+    EncodedConversation,
     ParsedChat,
     parse_request,
 )
-from blm.serving.protocols.openai.reply import AnswerInProgress, ChatReply, Delta, Reasoning, event, usage
+from blm.serving.protocols.openai.reply import ChoiceDelta, ChoiceState, Reasoning, ReplyFormat, event, usage
 from blm.serving.protocols.openai.request_body import MemoryBudget, Reservation, read_body
-from blm.serving.protocols.openai.schema import ChatRequest, body_schema
-from blm.serving.scheduler import BusyError, Engine
+from blm.serving.protocols.openai.schema import ChatCompletionRequest, body_schema
+from blm.serving.scheduler import BusyError, ModelScheduler
 from blm.types import BlmError, ChatCapacity, Message
 
 COPIES_IN_PARSING = 3
-"""Of a body: itself, its JSON, and the pictures' files out of their base64."""
-ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"description": "the answer, or with `stream` its pieces", "content": {"text/event-stream": {}}},
-    400: {"description": "the field at fault, and why"},
+"""Memory while a body is parsed, in multiples of its size: the body, its JSON, the decoded image
+files."""
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    400: {"description": "a field is wrong; the error names it and the reason"},
     401: {"description": "wrong or missing API key"},
-    404: {"description": "another model's name"},
+    404: {"description": "the model does not exist on this server"},
     408: {"description": "the body did not arrive in time"},
     413: {"description": "the body is too large"},
-    503: {"description": "too many requests wait, or take too much memory; see Retry-After"},
+    503: {"description": "too many requests are queued, or they take too much memory; see Retry-After"},
 }
-Deltas = AsyncGenerator[list[Delta], None]
+CHAT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the answer; with `stream`, server-sent events",
+        "content": {"text/event-stream": {}},
+    },
+    **ERROR_RESPONSES,
+}
+"""Responses in the OpenAPI document, by status."""
+Deltas = AsyncGenerator[list[ChoiceDelta], None]
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatService:
-    """What the routes of chat share."""
+    """State shared by the chat and tokenization routes."""
 
     name: str
-    """Model name that clients ask for."""
-    engine: Engine
+    """The name of the model in requests."""
+    scheduler: ModelScheduler
     metrics: Metrics
-    limits: Limits
+    limits: ChatLimits
     reasoning: Reasoning = "inline"
     fingerprint: str | None = None
-    """`system_fingerprint` of replies: hash of the weights."""
+    """`system_fingerprint` of replies: the hash of the weights."""
     budget: MemoryBudget = field(init=False)
     parsing: anyio.CapacityLimiter = field(init=False)
 
@@ -66,28 +74,30 @@ class ChatService:
 
     @property
     def capacity(self) -> ChatCapacity:
-        return self.engine.capacity or UNSTATED
+        return self.scheduler.capacity or DEFAULT_CAPACITY
 
     def parse(self, body: bytearray) -> ParsedChat:
-        """Read a chat request. Raises RequestError."""
+        """Parse and check a chat request. Raises RequestError."""
         return parse_request(body, self.limits, self.capacity)
 
     async def in_thread(self, work: Callable[[], Result]) -> Result:
-        """Run what takes long off the event loop, a bounded number at a time."""
+        """Run blocking work in a thread, at most `limits.parsing_threads` at a time."""
         return await to_thread.run_sync(work, limiter=self.parsing)
 
     async def parsed(
         self, request: Request, reservation: Reservation, parse: Callable[[bytearray], Result]
     ) -> Result:
-        """Return what `parse` makes of the body of a request. Raises RequestError."""
+        """Read the body of a request and return the result of `parse`. Raises RequestError."""
         body = await read_body(request, self.limits.body(self.capacity), reservation)
         reservation.hold(COPIES_IN_PARSING * len(body))
         result = await self.in_thread(lambda: parse(body))
-        reservation.hold(len(body))  # the pictures' files
+        reservation.hold(len(body))  # the image files
         return result
 
-    async def decoded(self, conversation: Conversation, reservation: Reservation) -> tuple[Message, ...]:
-        """Return a conversation with its pictures. Raises RequestError."""
+    async def decoded(
+        self, conversation: EncodedConversation, reservation: Reservation
+    ) -> tuple[Message, ...]:
+        """Return a conversation with decoded images. Raises RequestError."""
         reservation.hold(reservation.held + conversation.decoding_bytes)
         messages = await self.in_thread(conversation.decoded)
         reservation.hold(conversation.decoded_bytes)
@@ -102,14 +112,16 @@ class ChatService:
 def add_chat(app: FastAPI, service: ChatService) -> None:
     """Add POST /v1/chat/completions."""
 
-    @app.post("/v1/chat/completions", openapi_extra=body_schema(ChatRequest), responses=ANSWERS)
+    schema = body_schema(ChatCompletionRequest)
+
+    @app.post("/v1/chat/completions", openapi_extra=schema, responses=CHAT_RESPONSES)
     async def completions(request: Request) -> Response:
         reservation = Reservation(service.budget)
         try:
             parsed = await service.parsed(request, reservation, service.parse)
             service.require_model(parsed.request.model)
             messages = await service.decoded(parsed.conversation, reservation)
-            reply = await _Answering(service, parsed.request, messages, reservation).reply(request)
+            reply = await _ChatHandler(service, parsed.request, messages, reservation).reply(request)
         except BaseException as error:
             reservation.release()
             if isinstance(error, RequestError):
@@ -119,39 +131,38 @@ def add_chat(app: FastAPI, service: ChatService) -> None:
         return reply
 
 
-class _Answering:
-    """One chat request, from the queue before the model to its reply."""
+class _ChatHandler:
+    """Answers one chat request: queues it, and turns its stream state into the reply."""
 
     def __init__(
         self,
         service: ChatService,
-        request: ChatRequest,
+        request: ChatCompletionRequest,
         messages: tuple[Message, ...],
         reservation: Reservation,
     ) -> None:
         self.service, self.request, self.messages, self.reservation = service, request, messages, reservation
         self.samplings = request.samplings(service.capacity.context_tokens)
         reasoning = reasoning_of(request, service.reasoning)
-        self.answers = [
-            AnswerInProgress(index, request.stops, reasoning) for index in range(len(self.samplings))
-        ]
-        self.form = ChatReply(service.name, service.fingerprint)
+        self.choices = [ChoiceState(index, request.stops, reasoning) for index in range(len(self.samplings))]
+        self.reply_format = ReplyFormat(service.name, service.fingerprint)
         self.prompt_tokens = 0
         self.client: str | None = None
-        """Its address: clients take turns before the model."""
+        """The client's address; the request queue serves clients round-robin."""
 
     async def reply(self, request: Request) -> Response:
-        """Raises RequestError, before anything is sent, for what the model cannot answer."""
+        """Return the response. Raises RequestError, before anything is sent, if the model cannot
+        answer."""
         self.client = None if request.client is None else request.client.host
         deltas = self.deltas()
         if not self.request.stream:
-            leaving = asyncio.ensure_future(_disconnected(request))
-            answering = asyncio.ensure_future(_drain(deltas))
+            disconnect = asyncio.ensure_future(_wait_for_disconnect(request))
+            answering = asyncio.ensure_future(_consume(deltas))
             try:
-                done, _ = await asyncio.wait({leaving, answering}, return_when=asyncio.FIRST_COMPLETED)
+                done, _ = await asyncio.wait({disconnect, answering}, return_when=asyncio.FIRST_COMPLETED)
             finally:
-                leaving.cancel()
-                if not answering.done():  # nobody waits for the answer any more
+                disconnect.cancel()
+                if not answering.done():  # the client has disconnected
                     answering.cancel()
                     with suppress(asyncio.CancelledError):
                         await answering
@@ -159,7 +170,7 @@ class _Answering:
             if answering not in done:
                 return Response(status_code=499)
             answering.result()
-            return JSONResponse(self.form.whole(self.answers, self.prompt_tokens))
+            return JSONResponse(self.reply_format.completion(self.choices, self.prompt_tokens))
         try:
             first = await anext(deltas)
         except BaseException:
@@ -168,36 +179,36 @@ class _Answering:
         return _Stream(self.events(first, deltas), deltas, self.reservation)
 
     async def deltas(self) -> Deltas:
-        """Yield what is new of the answers. Raises RequestError."""
+        """Yield the new text of all choices. Raises RequestError."""
         start, first = monotonic(), True
-        engine, metrics = self.service.engine, self.service.metrics
+        scheduler, metrics = self.service.scheduler, self.service.metrics
         try:
-            talk = engine.talk(self.messages, self.samplings, self.client)
+            chat = scheduler.chat(self.messages, self.samplings, self.client)
         except BusyError as error:
             raise refusal(error) from error
         try:
-            async for states in talk:
-                self.prompt_tokens = talk.prompt_tokens
+            async for snapshots in chat:
+                self.prompt_tokens = chat.prompt_tokens
                 if first:
                     metrics.first_token.observe(monotonic() - start)
                     first = False
                 yield [
-                    answer.add(state.text, state.tokens, state.ended)
-                    for answer, state in zip(self.answers, states, strict=True)
-                    if answer.finish is None
+                    choice.add(snapshot.text, snapshot.tokens, snapshot.ended)
+                    for choice, snapshot in zip(self.choices, snapshots, strict=True)
+                    if choice.finish is None
                 ]
-                if all(answer.finish for answer in self.answers):
+                if all(choice.finish for choice in self.choices):
                     break
         except Exception as error:
             raise refusal(error) from error
         finally:
-            engine.leave(talk)
-            metrics.tokens.inc(sum(answer.text.tokens for answer in self.answers))
+            scheduler.cancel(chat)
+            metrics.tokens.inc(sum(choice.text.tokens for choice in self.choices))
 
-    async def events(self, first: list[Delta], deltas: Deltas) -> AsyncIterator[str]:
-        """Server-sent events. An error becomes the last one."""
-        for answer in self.answers:
-            yield event(self.form.first_chunk(answer.index))
+    async def events(self, first: list[ChoiceDelta], deltas: Deltas) -> AsyncIterator[str]:
+        """Yield server-sent events. An error becomes the last event."""
+        for choice in self.choices:
+            yield event(self.reply_format.first_chunk(choice.index))
         try:
             for text in self.chunks(first):
                 yield text
@@ -208,19 +219,20 @@ class _Answering:
             yield event(error.to_json())
             return
         if self.request.includes_usage:
-            yield event(self.form.usage_chunk(self.answers, self.prompt_tokens))
+            yield event(self.reply_format.usage_chunk(self.choices, self.prompt_tokens))
         yield "data: [DONE]\n\n"
 
-    def chunks(self, deltas: list[Delta]) -> list[str]:
-        found = [chunk for delta in deltas for chunk in self.form.chunks(delta)]
-        if self.request.counts_on:
-            counts = {"usage": usage(self.answers, self.prompt_tokens)}
-            found = [chunk | counts for chunk in found]
-        return [event(chunk) for chunk in found]
+    def chunks(self, deltas: list[ChoiceDelta]) -> list[str]:
+        chunks = [chunk for delta in deltas for chunk in self.reply_format.chunks(delta)]
+        if self.request.continuous_usage:
+            counts = {"usage": usage(self.choices, self.prompt_tokens)}
+            chunks = [chunk | counts for chunk in chunks]
+        return [event(chunk) for chunk in chunks]
 
 
 class _Stream(StreamingResponse):
-    """Events of an answer that ends with its connection, even if that is lost before the first event."""
+    """A stream of events. Closes `deltas`, which cancels the request, when the connection ends,
+    even if it is lost before the first event."""
 
     def __init__(self, events: AsyncIterator[str], deltas: Deltas, reservation: Reservation) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -234,8 +246,9 @@ class _Stream(StreamingResponse):
             await self.deltas.aclose()
 
 
-def reasoning_of(request: ChatRequest, default: Reasoning) -> Reasoning:
-    """Return where the thoughts of an answer go: the request's wish before the server's setting."""
+def reasoning_of(request: ChatCompletionRequest, default: Reasoning) -> Reasoning:
+    """Return how to send the reasoning of an answer: as the request says, else as the server was
+    started."""
     if request.include_reasoning is False:
         return "hidden"
     if request.separate_reasoning is None:
@@ -244,7 +257,7 @@ def reasoning_of(request: ChatRequest, default: Reasoning) -> Reasoning:
 
 
 def refusal(error: Exception) -> RequestError:
-    """Return what an error of the model's thread is for the client."""
+    """Return the HTTP error for an exception of the scheduler or the model."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, BlmError):
@@ -252,12 +265,12 @@ def refusal(error: Exception) -> RequestError:
     return RequestError(500, f"the chat failed: {error!r}")
 
 
-async def _drain(deltas: Deltas) -> None:
+async def _consume(deltas: Deltas) -> None:
     async with aclosing(deltas):
         async for _ in deltas:
             pass
 
 
-async def _disconnected(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

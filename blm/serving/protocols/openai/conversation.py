@@ -1,6 +1,7 @@
-"""A chat request: bytes -> JSON -> checked request -> conversation. No model and no network in here.
+"""Parse a chat request: bytes -> JSON -> validated request -> conversation. No model and no network
+here.
 
-The order is that of the costs: sizes are counted and capped before anything is tokenised or decoded.
+Cheap checks come first: sizes are limited before anything is tokenized or decoded.
 """
 
 from __future__ import annotations
@@ -19,29 +20,31 @@ from blm.serving.protocols.openai.images import (
 )
 from blm.serving.protocols.openai.request_body import load_object, validated
 from blm.serving.protocols.openai.schema import (
-    ChatRequest,
+    ChatCompletionRequest,
+    ChatMessage,
     ImagePart,
     RefusalPart,
     ToolCall,
-    Turn,
     check_fields,
 )
 from blm.types import ChatCapacity, Image, Message
 
-__all__ = ["Limits", "ParsedChat", "RequestError", "parse_request"]
+__all__ = ["ChatLimits", "ParsedChat", "RequestError", "parse_request"]
 
-UNSTATED = ChatCapacity(context_tokens=4096, image_tokens=1, max_text_bytes=65_536, max_images=16)
-"""For a speaker that does not state what it can hold."""
+DEFAULT_CAPACITY = ChatCapacity(context_tokens=4096, image_tokens=1, max_text_bytes=65_536, max_images=16)
+"""For a generator that does not state its capacity."""
 PICTURE_BYTES = 4 * 2**20
-"""Encoded; an ordinary photo of 12 megapixels."""
+"""Size of an encoded photo of 12 megapixels [bytes]."""
 LARGE_PICTURES = 4
-"""So many of PICTURE_BYTES fit into a body; more must be smaller."""
+"""Number of such photos that fit into a body; more images must be smaller."""
 ESCAPED_BYTES = 6
-"""A byte of text as JSON writes it at worst: \\u0041."""
+"""Longest JSON form of one byte of text, such as \\u0041 [bytes]."""
 FIELD_BYTES = 2**18
-"""Of a body, for all that is neither text nor pictures."""
-VALUES_PER_TOKEN, FIELD_VALUES = 8, 10_000
-"""JSON values of a body: what a context of text can hold (a token may be as many brackets), and fields."""
+"""Size of the remaining fields of a body [bytes]."""
+VALUES_PER_TOKEN = 8
+"""JSON values that one token of context may become: a token may consist of several brackets."""
+FIELD_VALUES = 10_000
+"""JSON values of the remaining fields."""
 
 Role = Literal["system", "user", "assistant"]
 ROLES: Mapping[str, Role] = {
@@ -52,40 +55,42 @@ ROLES: Mapping[str, Role] = {
     "tool": "user",
     "function": "user",
 }
-"""Role in a request -> role that the model knows."""
+"""Role in a request -> role in the chat template."""
 ContentPart = str | tuple[str, str]
-"""A text, or place in the request and data URI of a picture."""
+"""A text, or an image as its path in the request and its data URI."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What clients may ask of the server. None: what follows from the model's context."""
+class ChatLimits:
+    """Size limits of chat requests."""
 
     body_bytes: int | None = None
+    """Maximum size of a request body; None derives it from the model's context length."""
     pixels: int = 16_000_000
-    """Of one picture: an ordinary photo has 12 million."""
+    """Maximum pixels of one image; a photo has about 12 million."""
     total_pixels: int = 32_000_000
-    """Of all pictures in one request."""
+    """Maximum pixels of all images in one request."""
     memory_bytes: int = 512 * 2**20
-    """Of all requests in progress, from the first byte of a body to the end of the answer."""
+    """Memory of all requests in progress, from the first byte of a body to the end of the
+    answer."""
     parsing_threads: int = 2
-    """Requests that are parsed, decoded or tokenised at a time; the others wait."""
+    """Maximum requests that are parsed, decoded or tokenized at a time; others wait."""
 
     def body(self, capacity: ChatCapacity) -> int:
-        """Return the largest body that can be answered."""
+        """Return the maximum size of a request body [bytes]."""
         if self.body_bytes is not None:
             return self.body_bytes
         pictures = min(capacity.max_images, LARGE_PICTURES) * PICTURE_BYTES
         return pictures + ESCAPED_BYTES * capacity.max_text_bytes + FIELD_BYTES
 
     def values(self, capacity: ChatCapacity) -> int:
-        """Return the most JSON values of a body."""
+        """Return the maximum number of JSON values in a request body."""
         return VALUES_PER_TOKEN * capacity.context_tokens + FIELD_VALUES
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """Turns whose sizes are checked and whose pictures are not decoded yet."""
+class EncodedConversation:
+    """A conversation whose sizes are checked and whose images are still encoded."""
 
     turns: Sequence[tuple[Role, Sequence[str | EncodedPicture]]]
     """Role, and content in reading order."""
@@ -96,18 +101,18 @@ class Conversation:
 
     @property
     def decoded_bytes(self) -> int:
-        """Memory that the decoded pictures take."""
+        """Memory of the decoded images."""
         return BYTES_PER_PIXEL * sum(picture.pixels for picture in self.pictures)
 
     @property
     def decoding_bytes(self) -> int:
-        """Memory that decoding takes at its worst moment."""
+        """Peak memory of decoding."""
         return self.decoded_bytes + DECODING_BYTES_PER_PIXEL * max(
             (p.pixels for p in self.pictures), default=0
         )
 
     def decoded(self) -> tuple[Message, ...]:
-        """Return what the model is asked. Raises RequestError for a broken picture."""
+        """Return the conversation with decoded images. Raises RequestError for a broken image."""
         return tuple(
             Message(
                 role, tuple(part if isinstance(part, str) else Image(pixels=decode(part)) for part in parts)
@@ -118,23 +123,28 @@ class Conversation:
 
 @dataclass(frozen=True)
 class ParsedChat:
-    request: ChatRequest
-    conversation: Conversation
+    request: ChatCompletionRequest
+    conversation: EncodedConversation
 
 
-def parse_request(body: bytes | bytearray, limits: Limits, capacity: ChatCapacity = UNSTATED) -> ParsedChat:
-    """Read a request body. Raises RequestError with status 400, naming field, value and rule."""
+def parse_request(
+    body: bytes | bytearray, limits: ChatLimits, capacity: ChatCapacity = DEFAULT_CAPACITY
+) -> ParsedChat:
+    """Parse a request body. Raises RequestError with status 400 that names the field, value and
+    rule."""
     document = load_object(body, limits.values(capacity))
-    check_fields(document, ChatRequest)
-    request = validated(ChatRequest, document)
-    return ParsedChat(request, read_conversation(request.messages, limits, capacity))
+    check_fields(document, ChatCompletionRequest)
+    request = validated(ChatCompletionRequest, document)
+    return ParsedChat(request, encode_conversation(request.messages, limits, capacity))
 
 
-def read_conversation(turns: Sequence[Turn], limits: Limits, capacity: ChatCapacity) -> Conversation:
-    """Check the sizes of a conversation and read the headers of its pictures.
+def encode_conversation(
+    turns: Sequence[ChatMessage], limits: ChatLimits, capacity: ChatCapacity
+) -> EncodedConversation:
+    """Check the sizes of a conversation and read the headers of its images.
 
-    Raises RequestError for more turns and parts than the context has tokens, more text than it holds, more
-    pictures, or more pixels.
+    Raises RequestError for more messages and parts than the context has tokens, for more text or
+    images than fit into it, and for too many pixels.
     """
     parts = len(turns) + sum(len(turn.content) for turn in turns if isinstance(turn.content, list))
     if parts > capacity.context_tokens:
@@ -149,12 +159,10 @@ def read_conversation(turns: Sequence[Turn], limits: Limits, capacity: ChatCapac
     )
     uris = [part for parts in rendered for part in parts if not isinstance(part, str)]
     if len(uris) > capacity.max_images:
-        message = (
-            f"messages: {len(uris)} pictures; at most {capacity.max_images} fit into the model's context"
-        )
+        message = f"messages: {len(uris)} images; at most {capacity.max_images} fit into the model's context"
         raise RequestError(400, message, "messages", "too_many_images")
     pictures = iter(read_pictures(uris, limits.pixels, limits.total_pixels))
-    return Conversation(
+    return EncodedConversation(
         [
             (ROLES[turn.role], [part if isinstance(part, str) else next(pictures) for part in parts])
             for turn, parts in zip(turns, rendered, strict=True)
@@ -163,7 +171,7 @@ def read_conversation(turns: Sequence[Turn], limits: Limits, capacity: ChatCapac
 
 
 def check_text_size(field: str, texts: Sequence[str], capacity: ChatCapacity) -> None:
-    """Raise RequestError for more text than the context can hold, whatever it says."""
+    """Raise RequestError for more text than the context can hold, whatever its tokenization."""
     size = sum(len(text.encode()) for text in texts)
     if size > capacity.max_text_bytes:
         message = (
@@ -173,11 +181,12 @@ def check_text_size(field: str, texts: Sequence[str], capacity: ChatCapacity) ->
         raise RequestError(400, message, field, "context_length_exceeded")
 
 
-def _content(turn: Turn, index: int, tools: Mapping[str, str]) -> list[ContentPart]:
-    """Return the content of a turn in reading order. `tools`: id of a call -> name of its tool.
+def _content(turn: ChatMessage, index: int, tools: Mapping[str, str]) -> list[ContentPart]:
+    """Return the content of a turn in reading order. `tools`: id of a tool call -> name of the
+    tool.
 
-    The model knows no tools. A call in a history reads `Call of NAME(ARGUMENTS)`, its result is a turn of the
-    user that begins with `Result of NAME: `.
+    The model does not support tools. A tool call in the history becomes the text `Call of
+    NAME(ARGUMENTS)`, and its result becomes a turn of the user that begins with `Result of NAME: `.
     """
     parts = list[ContentPart]()
     if turn.role in ("tool", "function"):
@@ -198,7 +207,7 @@ def _content(turn: Turn, index: int, tools: Mapping[str, str]) -> list[ContentPa
     return parts
 
 
-def _calls(turn: Turn) -> list[ToolCall]:
+def _calls(turn: ChatMessage) -> list[ToolCall]:
     if turn.role != "assistant":
         return []
     return (turn.tool_calls or []) + ([ToolCall(function=turn.function_call)] if turn.function_call else [])

@@ -1,8 +1,8 @@
-"""Size and orientation of a picture from its first bytes, before anything is decoded.
+"""Read the size and orientation of an image from its headers, before anything is decoded.
 
-Metadata (EXIF, XMP, ICC profiles, comments, texts, further frames of an APNG) is left out of what is decoded:
-none of it changes the pixels that a model sees, and decoders spend memory on it, warn about it or refuse the
-picture for it. Only the orientation is read.
+Metadata (EXIF, XMP, ICC profiles, comments, texts, further frames of an APNG) is removed before
+decoding: it does not change the pixels, and decoders spend memory on it, warn about it or refuse
+the image because of it. Only the orientation is read.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 MAX_CHUNKS = 10_000
-"""Chunks or segments of one file. Encoders write one for each 8 kB or more."""
+"""Maximum chunks or segments of one file. Encoders write one per 8 kB or more."""
 MAX_SCANS = 64
-"""Passes of a progressive JPEG; encoders make about 10. Each goes over the whole picture, so thousands in
-a small file would take minutes."""
+"""Maximum scans of a progressive JPEG; encoders write about 10. Each covers the whole image, so
+thousands in a small file would take minutes."""
 MAX_EXIF_ENTRIES = 200
-"""Entries of an EXIF directory that are searched for the orientation."""
+"""Maximum entries of an EXIF directory that are searched for the orientation."""
 _ORIENTATION = 0x0112
 _PNG_DECODED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -27,7 +27,7 @@ _JPEG_ALONE = frozenset((0x01, *range(0xD0, 0xD9)))
 
 
 class PictureError(ValueError):
-    """Bytes that are not a picture of an accepted format; the message says why."""
+    """The bytes are not an image of a supported format; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class PictureHeader:
     format: str
     """Its name in Pillow."""
     width: int
-    """[px], as stored: before it is turned."""
+    """[px], as stored, before the orientation is applied."""
     height: int
     orientation: int
     """1 .. 8, as in EXIF; 1: upright."""
@@ -50,12 +50,12 @@ def read_header(data: bytes) -> PictureHeader:
             try:
                 return read(data)
             except (struct.error, IndexError) as error:
-                raise PictureError("it ends before its size is told") from error
+                raise PictureError("it ends before its size") from error
     raise PictureError(f"its first bytes are {data[:8].hex(' ') or 'missing'}")
 
 
 def orientation_of(exif: bytes) -> int:
-    """Return the orientation in a TIFF block, 1 where it has none or is broken."""
+    """Return the orientation in a TIFF block; 1 if it has none or is broken."""
     exif = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
     if order is None:
@@ -84,7 +84,7 @@ def _png(data: bytes) -> PictureHeader:
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield kind, start and end of each chunk; the last one may be cut off."""
+    """Yield type, start and end of each chunk; the last one may be truncated."""
     start = 8
     for _ in range(MAX_CHUNKS):
         if start + 8 > len(data):
@@ -101,7 +101,7 @@ def _jpeg(data: bytes) -> PictureHeader:
         marker, end = data[at + 1], at + 2
         if data[at] != 0xFF:
             raise PictureError("its segments are broken")
-        if marker == 0xFF:  # filling
+        if marker == 0xFF:  # fill byte
             at += 1
             continue
         if marker in (0xDA, 0xD9):
@@ -112,20 +112,20 @@ def _jpeg(data: bytes) -> PictureHeader:
             size = struct.unpack_from(">HH", data, at + 5)
         if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
             orientation = orientation_of(data[at + 4 : end])
-        if not (
-            0xE1 <= marker <= 0xED or marker in (0xEF, 0xFE)
-        ):  # JFIF and Adobe tell how colours are coded
+        # JFIF (0xE0) and Adobe (0xEE) segments are kept: they define the colour encoding
+        if not (0xE1 <= marker <= 0xED or marker in (0xEF, 0xFE)):
             kept.append(data[at:end])
         at = end
     if size is None:
-        raise PictureError("its size is not told before its pixels")
+        raise PictureError("its size does not come before its pixels")
     if data.count(b"\xff\xda", at) > MAX_SCANS:
         raise PictureError(f"it has more than {MAX_SCANS} scans")
     return PictureHeader("JPEG", size[1], size[0], orientation, b"".join([*kept, data[at:]]))
 
 
 def _webp(data: bytes) -> PictureHeader:
-    """RFC 9649, section 2.7; sizes in the bitstreams: RFC 6386, section 9.1, and RFC 9649, section 3.4."""
+    """RFC 9649, section 2.7; sizes in the bitstreams: RFC 6386, section 9.1, and RFC 9649, section
+    3.4."""
     kind = data[12:16] if data[8:12] == b"WEBP" else b""
     if kind == b"VP8X":
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
@@ -135,7 +135,7 @@ def _webp(data: bytes) -> PictureHeader:
         (bits,) = struct.unpack_from("<I", data, 21)
         width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     else:
-        raise PictureError("it is no WEBP picture")
+        raise PictureError("it is not a WEBP image")
     orientation, at = 1, 12
     for _ in range(MAX_CHUNKS):
         if at + 8 > len(data):
@@ -148,12 +148,12 @@ def _webp(data: bytes) -> PictureHeader:
 
 
 def _gif(data: bytes) -> PictureHeader:
-    """GIF89a, sections 18 to 20: the canvas grows to its first frame, which may be larger."""
+    """GIF89a, sections 18 to 20: the canvas grows to the first frame, which may be larger."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     at, in_extension = 13 + (3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else 0), False
     for _ in range(MAX_CHUNKS):
         first = data[at]
-        if in_extension:  # blocks that begin with their length, up to an empty one
+        if in_extension:  # sub-blocks that begin with their length, up to an empty one
             at, in_extension = at + 1 + first, first > 0
         elif first == 0x21:
             at, in_extension = at + 2, True

@@ -1,4 +1,4 @@
-"""Pictures inside requests: a data URI -> upright RGB pixels, within limits that hold before decoding."""
+"""Images in requests: data URI -> upright RGB pixels. Size limits are checked before decoding."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image as Pillow
 
-from blm.serving.errors import RequestError, quoted, shortened
+from blm.serving.errors import QUOTED_CHARACTERS, RequestError, quoted
 from blm.serving.protocols.openai.image_headers import PictureError, PictureHeader, read_header
-from blm.types import ImageArray
+from blm.types import ImageArray, shorten
 
 FORMATS = "PNG, JPEG, WEBP, GIF (its first frame) and BMP"
 MAX_ASPECT = 200
-"""Longest to shortest side; the image processors of Qwen-VL refuse more."""
+"""Maximum ratio of the longer to the shorter side; the image processors of Qwen-VL refuse more."""
 BYTES_PER_PIXEL = 3
 DECODING_BYTES_PER_PIXEL = 12
-"""What a picture takes meanwhile at most: RGBA (4), its alpha (1), the RGB of Pillow (4), the array (3)."""
+"""Peak memory of decoding: RGBA (4), its alpha (1), Pillow's RGB (4), the array (3)."""
 _HEAD = re.compile(r"\s*data:image(?:/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]*)*;base64\s*", re.IGNORECASE)
 _HEAD_CHARACTERS = 200
 _PERCENT_CODES = {"%2B": "+", "%2F": "/", "%3D": "=", "%0A": "", "%0D": "", "%20": ""}
-"""What of base64 may stand in a URI percent-encoded, RFC 3986."""
+"""Characters of base64 that may be percent-encoded in a URI, RFC 3986."""
 _ONE_ALPHABET = bytes.maketrans(b"-_", b"+/")
 _TRANSPOSE = {
     2: Pillow.Transpose.FLIP_LEFT_RIGHT,
@@ -35,15 +35,15 @@ _TRANSPOSE = {
     7: Pillow.Transpose.TRANSVERSE,
     8: Pillow.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what makes it upright (EXIF 2.32, table 6)."""
+"""EXIF orientation -> the operation that makes the image upright (EXIF 2.32, table 6)."""
 
 
 @dataclass(frozen=True)
 class EncodedPicture:
-    """A picture whose size is known, but which is not decoded yet."""
+    """An image whose size is known, but which is not decoded yet."""
 
     where: str
-    """Its place in the request, for errors."""
+    """Its path in the request, for error messages."""
     header: PictureHeader
 
     @property
@@ -52,10 +52,10 @@ class EncodedPicture:
 
 
 def read_pictures(uris: Sequence[tuple[str, str]], most: int, most_total: int) -> list[EncodedPicture]:
-    """Read the headers of the pictures in (place, data URI) pairs; nothing is decoded.
+    """Read the headers of images given as (path, data URI) pairs; nothing is decoded.
 
-    Raises RequestError for what is no picture, for more than `most` pixels in one, and for more than
-    `most_total` in all of them.
+    Raises RequestError for data that is not an image, for more than `most` pixels in one image, and
+    for more than `most_total` pixels in all images.
     """
     pictures, total = list[EncodedPicture](), 0
     for where, uri in uris:
@@ -65,7 +65,7 @@ def read_pictures(uris: Sequence[tuple[str, str]], most: int, most_total: int) -
         if total > most_total:
             raise RequestError(
                 400,
-                f"{where}: the pictures up to here have {total} pixels; at most {most_total} together",
+                f"{where}: the images up to here have {total} pixels; at most {most_total} together",
                 where,
             )
         pictures.append(picture)
@@ -73,15 +73,15 @@ def read_pictures(uris: Sequence[tuple[str, str]], most: int, most_total: int) -
 
 
 def decode(picture: EncodedPicture) -> ImageArray:
-    """Return uint8 RGB [height, width, 3], upright; what is transparent is white. Raises RequestError.
+    """Return uint8 RGB [height, width, 3], upright, on a white background. Raises RequestError.
 
-    The picture keeps its size: scaled down here, a model would see other pixels than in training.
+    The image keeps its size, because the model's image processor resizes it as in training.
     """
     header = picture.header
     try:
         with Pillow.open(io.BytesIO(header.data), formats=(header.format,)) as image:
             if image.width * image.height > picture.pixels:
-                raise PictureError("its headers tell different sizes")
+                raise PictureError("its headers contain different sizes")
             image.load()
             return np.asarray(_upright(_to_rgb(image), header.orientation))
     except Exception as error:  # decoders of broken files raise almost anything
@@ -92,7 +92,7 @@ def _header(uri: str, where: str) -> PictureHeader:
     head, comma, coded = uri.partition(",")
     if not comma or len(head) > _HEAD_CHARACTERS or not _HEAD.fullmatch(head):
         message = (
-            f"{where}: got {quoted(uri)}; this server opens no address and no file, send the picture itself: "
+            f"{where}: got {quoted(uri)}; this server does not load URLs or files: send the image itself, as "
             "'data:image/png;base64,' and the base64 of its file"
         )
         raise RequestError(400, message, where)
@@ -103,29 +103,31 @@ def _header(uri: str, where: str) -> PictureHeader:
 
 
 def _from_base64(coded: str) -> bytes:
-    """Read base64 of either alphabet (RFC 4648, sections 4 and 5), wrapped or not, padded or not."""
+    """Decode base64 of either alphabet (RFC 4648, sections 4 and 5); line breaks and padding are
+    optional."""
     if "%" in coded:
         for code, character in _PERCENT_CODES.items():
             coded = coded.replace(code, character).replace(code.lower(), character)
     data = coded.encode("ascii").translate(_ONE_ALPHABET, b" \t\r\n\f\v").rstrip(b"=")
     if len(data) % 4 == 1:
-        raise PictureError("its base64 is cut off")
+        raise PictureError("its base64 is truncated")
     return binascii.a2b_base64(data + b"=" * (-len(data) % 4), strict_mode=True)
 
 
 def _check_size(width: int, height: int, where: str, most: int) -> None:
     if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
         message = (
-            f"{where}: {width} x {height} pixels; sides of at least 1 and at most {MAX_ASPECT}:1 are needed"
+            f"{where}: {width} x {height} pixels; sides of at least 1 and an aspect ratio of at most "
+            f"{MAX_ASPECT}:1 are needed"
         )
         raise RequestError(400, message, where)
     if width * height > most:
-        message = f"{where}: {width} x {height} is more than {most} pixels; scale the picture down"
+        message = f"{where}: {width} x {height} is more than {most} pixels; scale the image down"
         raise RequestError(400, message, where)
 
 
 def _to_rgb(image: Pillow.Image) -> Pillow.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion would clip at 255
+    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow's own conversion would clip at 255
         return Pillow.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")
@@ -140,6 +142,5 @@ def _upright(image: Pillow.Image, orientation: int) -> Pillow.Image:
 
 
 def _refusal(where: str, reason: str) -> RequestError:
-    return RequestError(
-        400, f"{where}: not an image ({shortened(reason)}); accepted: {FORMATS} in base64", where
-    )
+    reason = shorten(reason, QUOTED_CHARACTERS, quote=False)
+    return RequestError(400, f"{where}: not an image ({reason}); accepted: {FORMATS} in base64", where)

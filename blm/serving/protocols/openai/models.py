@@ -1,4 +1,4 @@
-"""Routes that say which model is served."""
+"""GET /v1/models: the list of models."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 from fastapi import FastAPI
 
 from blm.serving.errors import RequestError, quoted
-from blm.serving.scheduler import Engine
+from blm.serving.scheduler import ModelScheduler
 
 
-def add_models(app: FastAPI, engine: Engine, name: str, serves: Sequence[str]) -> None:
-    """Add GET /v1/models and GET /v1/models/NAME, in OpenAI's form with vLLM's `root` and `max_model_len`.
+def add_models(app: FastAPI, scheduler: ModelScheduler, name: str, serves: Sequence[str]) -> None:
+    """Add GET /v1/models and GET /v1/models/NAME in OpenAI's format, with vLLM's `root` and
+    `max_model_len`.
 
-    `serves` says what the model can be asked for: "chat", "actions" or both.
+    `serves` lists the abilities of the model: "chat", "actions" or both.
     """
     created = int(time.time())
 
     def card() -> dict[str, Any]:
-        capacity = engine.capacity
+        capacity = scheduler.capacity
         context = None if capacity is None else capacity.context_tokens
         return {
             "id": name,
@@ -37,7 +38,7 @@ def add_models(app: FastAPI, engine: Engine, name: str, serves: Sequence[str]) -
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [card()]}
 
-    @app.get("/v1/models/{model:path}", responses={404: {"description": "another model's name"}})
+    @app.get("/v1/models/{model:path}", responses={404: {"description": "unknown model"}})
     async def one_model(model: str) -> dict[str, Any]:
         if model != name:
             message = f"the model {quoted(model)} does not exist; this server has {quoted(name)}"

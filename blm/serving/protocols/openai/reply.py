@@ -1,4 +1,4 @@
-"""Replies in the OpenAI form: what of an answer may be sent, its thoughts apart, and the JSON around it."""
+"""Chat replies in OpenAI's format: visible text up to a stop string, reasoning split off, JSON."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 Finish = Literal["stop", "length"]
 Reasoning = Literal["inline", "separate", "hidden"]
-"""Where thoughts go: into the text as the model wrote them, into `reasoning_content`, or nowhere."""
-THOUGHT_BEGINS, THOUGHT_ENDS = "<think>", "</think>"
+"""Where <think>..</think> goes: into the content, into `reasoning_content`, or nowhere."""
+THINK_START, THINK_END = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
-class Delta:
-    """What one answer adds to what was sent."""
+class ChoiceDelta:
+    """New text of one choice since the previous delta."""
 
     index: int
     content: str
@@ -25,95 +25,104 @@ class Delta:
     finish: Finish | None
 
 
-class AnswerText:
-    """What of one answer may be sent: text that need not be taken back, up to the first stop string."""
+class VisibleText:
+    """The part of a growing text that can be sent: never to be taken back, and up to a stop
+    string."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops, self.sent, self.tokens = stops, "", 0
         self.finish: Finish | None = None
 
     def add(self, text: str, tokens: int, ended: Finish | None) -> str:
-        """Take the whole answer so far; return what is new to send.
+        """Take the whole text so far and return the new part to send.
 
-        No stop string begins in what was sent, so the search goes on where that ends.
+        No stop string begins in the text that was sent, so the search starts at its end. The stop
+        string that is complete first ends the text, so that the reply does not depend on the sizes
+        of the pieces in which the text arrives.
         """
-        self.tokens, text = tokens, text.lstrip()
-        cuts = [cut for stop in self.stops if (cut := text.find(stop, len(self.sent))) >= 0]
-        if cuts:
-            text, self.finish = text[: min(cuts)], "stop"
+        self.tokens = tokens
+        text = text.lstrip()
+        found = [(start, stop) for stop in self.stops if (start := text.find(stop, len(self.sent))) >= 0]
+        if found:
+            start, _ = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
+            text = text[:start]
+            self.finish = "stop"
         elif ended:
             text, self.finish = text.rstrip(), ended
         else:
-            text = text.rstrip("\ufffd").rstrip()  # half of a character, or space that may end the answer
+            # hold back an incomplete UTF-8 character, and white space that may end the text
+            text = text.rstrip("\ufffd").rstrip()
             text = text[: len(text) - max((overlap(text, stop) for stop in self.stops), default=0)]
         new = text[len(self.sent) :]
         self.sent += new
         return new
 
 
-class ThoughtSplitter:
-    """Parts the thoughts `<think>..</think>` at the beginning of an answer from what follows."""
+class ReasoningSplitter:
+    """Splits a streamed text into the reasoning `<think>..</think>` at its beginning, and the
+    content."""
 
     def __init__(self, reasoning: Reasoning) -> None:
         self.reasoning = reasoning
-        self.content = self.thoughts = ""
+        self.content = self.thinking = ""
         self._rest, self._place = "", "content" if reasoning == "inline" else "start"
 
     def add(self, text: str, ended: bool) -> tuple[str, str]:
-        """Take what is new of an answer; return what is new of its content and of its thoughts."""
+        """Take new text; return the new parts of content and reasoning."""
         self._rest += text
-        content = thoughts = ""
+        content = thinking = ""
         if self._place == "start" and self._decided(ended):
-            thinks = self._rest.startswith(THOUGHT_BEGINS)
-            self._place = "thoughts" if thinks else "content"
-            self._rest = self._rest.removeprefix(THOUGHT_BEGINS)
-        if self._place == "thoughts":
-            thoughts, mark, after = self._rest.partition(THOUGHT_ENDS)
-            kept = 0 if mark or ended else overlap(thoughts, THOUGHT_ENDS)
-            self._rest = after if mark else thoughts[len(thoughts) - kept :]
-            thoughts = thoughts[: len(thoughts) - kept]
-            self._place = "between" if mark else "thoughts"
+            thinks = self._rest.startswith(THINK_START)
+            self._place = "thinking" if thinks else "content"
+            self._rest = self._rest.removeprefix(THINK_START)
+        if self._place == "thinking":
+            thinking, mark, after = self._rest.partition(THINK_END)
+            kept = 0 if mark or ended else overlap(thinking, THINK_END)
+            self._rest = after if mark else thinking[len(thinking) - kept :]
+            thinking = thinking[: len(thinking) - kept]
+            self._place = "between" if mark else "thinking"
         if self._place == "between":
             self._rest = self._rest.lstrip()
             self._place = "content" if self._rest else "between"
         if self._place == "content":
             content, self._rest = self._rest, ""
-        thoughts = "" if self.reasoning == "hidden" else thoughts
-        self.content, self.thoughts = self.content + content, self.thoughts + thoughts
-        return content, thoughts
+        thinking = "" if self.reasoning == "hidden" else thinking
+        self.content, self.thinking = self.content + content, self.thinking + thinking
+        return content, thinking
 
     def _decided(self, ended: bool) -> bool:
-        """Whether it is clear if the answer begins with a thought."""
-        return ended or not THOUGHT_BEGINS.startswith(self._rest) or self._rest == THOUGHT_BEGINS
+        """Return whether it is decided if the text begins with <think>."""
+        return ended or not THINK_START.startswith(self._rest) or self._rest == THINK_START
 
 
 def overlap(text: str, mark: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `mark`; not the whole of it."""
+    """Return the length of the longest proper prefix of `mark` with which `text` ends."""
     at = text.find(mark[0], max(0, len(text) - len(mark) + 1))
     while at >= 0 and not mark.startswith(text[at:]):
         at = text.find(mark[0], at + 1)
     return len(text) - at if at >= 0 else 0
 
 
-class AnswerInProgress:
-    """One answer of a reply: its text up to a stop string, in content and thoughts."""
+class ChoiceState:
+    """The stream state of one choice of a reply: its text up to a stop string, as content and
+    reasoning."""
 
     def __init__(self, index: int, stops: Sequence[str], reasoning: Reasoning) -> None:
-        self.index, self.text, self.split = index, AnswerText(stops), ThoughtSplitter(reasoning)
+        self.index, self.text, self.split = index, VisibleText(stops), ReasoningSplitter(reasoning)
 
     @property
     def finish(self) -> Finish | None:
         return self.text.finish
 
-    def add(self, text: str, tokens: int, ended: Finish | None) -> Delta:
-        """Take the whole answer so far; return what is new to send."""
+    def add(self, text: str, tokens: int, ended: Finish | None) -> ChoiceDelta:
+        """Take the whole text so far and return the new part to send."""
         new = self.text.add(text, tokens, ended)
-        content, thoughts = self.split.add(new, self.finish is not None)
-        return Delta(self.index, content, thoughts, self.finish)
+        content, thinking = self.split.add(new, self.finish is not None)
+        return ChoiceDelta(self.index, content, thinking, self.finish)
 
 
-class ChatReply:
-    """The JSON of one reply, whole or in chunks."""
+class ReplyFormat:
+    """Builds the JSON of one reply: a completion, or the chunks of a stream."""
 
     def __init__(self, model: str, fingerprint: str | None) -> None:
         self.head = {
@@ -123,34 +132,36 @@ class ChatReply:
             "system_fingerprint": fingerprint,
         }
 
-    def whole(self, answers: Sequence[AnswerInProgress], prompt_tokens: int) -> dict[str, Any]:
-        choices = []
-        for answer in answers:
-            message: dict[str, str | None] = {"role": "assistant", "content": answer.split.content}
-            if answer.split.reasoning == "separate":
-                message["reasoning_content"] = answer.split.thoughts or None
-            choices.append(
-                {"index": answer.index, "message": message, "finish_reason": answer.finish, "logprobs": None}
+    def completion(self, choices: Sequence[ChoiceState], prompt_tokens: int) -> dict[str, Any]:
+        """Return a reply that is not streamed."""
+        rows = []
+        for choice in choices:
+            message: dict[str, str | None] = {"role": "assistant", "content": choice.split.content}
+            if choice.split.reasoning == "separate":
+                message["reasoning_content"] = choice.split.thinking or None
+            rows.append(
+                {"index": choice.index, "message": message, "finish_reason": choice.finish, "logprobs": None}
             )
         return {
             **self.head,
             "object": "chat.completion",
-            "choices": choices,
-            "usage": usage(answers, prompt_tokens),
+            "choices": rows,
+            "usage": usage(choices, prompt_tokens),
         }
 
     def first_chunk(self, index: int) -> dict[str, Any]:
+        """Return the chunk that opens a choice with its role."""
         return self._chunk([_choice(index, {"role": "assistant", "content": ""})])
 
-    def chunks(self, delta: Delta) -> list[dict[str, Any]]:
-        """Return what adds to one answer: text, then the reason of its end."""
+    def chunks(self, delta: ChoiceDelta) -> list[dict[str, Any]]:
+        """Return the chunks of a delta: its text, then its finish reason."""
         parts = {"reasoning_content": delta.reasoning, "content": delta.content}
         added = [self._chunk([_choice(delta.index, {name: text})]) for name, text in parts.items() if text]
         return added + ([self._chunk([_choice(delta.index, {}, delta.finish)])] if delta.finish else [])
 
-    def usage_chunk(self, answers: Sequence[AnswerInProgress], prompt_tokens: int) -> dict[str, Any]:
-        """Return the last chunk of a stream that was asked for its tokens."""
-        return self._chunk([]) | {"usage": usage(answers, prompt_tokens)}
+    def usage_chunk(self, choices: Sequence[ChoiceState], prompt_tokens: int) -> dict[str, Any]:
+        """Return the last chunk of a stream with `include_usage`."""
+        return self._chunk([]) | {"usage": usage(choices, prompt_tokens)}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self.head, "object": "chat.completion.chunk", "choices": choices}
@@ -161,13 +172,13 @@ def event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data)}\n\n"
 
 
-def usage(answers: Sequence[AnswerInProgress], prompt_tokens: int) -> dict[str, int]:
-    """Return the tokens read and made; those of thoughts are among the latter."""
-    made = sum(answer.text.tokens for answer in answers)
+def usage(choices: Sequence[ChoiceState], prompt_tokens: int) -> dict[str, int]:
+    """Return the token counts; completion tokens include those of the reasoning."""
+    generated = sum(choice.text.tokens for choice in choices)
     return {
         "prompt_tokens": prompt_tokens,
-        "completion_tokens": made,
-        "total_tokens": prompt_tokens + made,
+        "completion_tokens": generated,
+        "total_tokens": prompt_tokens + generated,
     }
 
 

@@ -1,4 +1,4 @@
-"""Bodies of requests: read within time and memory, then JSON whose size is known before it is parsed."""
+"""Request bodies: read with limits on time and memory, then parsed as JSON of limited size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi import Request
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
-from blm.serving.access import keys as access
+from blm.serving.access import connections
 from blm.serving.errors import RequestError, quoted
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -18,22 +18,23 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class MemoryBudget:
-    """Bytes that all requests in progress may hold together. Belongs to the event loop's thread."""
+    """Memory limit of all requests in progress together [bytes]. Use it in the event loop only."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
 
 
 class Reservation:
-    """One request's share of the budget, given back at the end of the `with` block."""
+    """The part of the memory budget that one request holds, until `release`."""
 
     def __init__(self, budget: MemoryBudget) -> None:
         self.budget, self.held = budget, 0
 
     def hold(self, size: int) -> None:
-        """Hold `size` bytes from now on. Raises RequestError with status 503 when others hold too much.
+        """Change the reservation to `size` bytes. Raises RequestError 503 if other requests hold
+        too much.
 
-        A request that is alone may exceed the budget: it would never be answered otherwise.
+        A request that is alone may exceed the budget, since it would never be answered otherwise.
         """
         others = self.budget.held - self.held
         if size > self.held and others and others + size > self.budget.limit:
@@ -47,29 +48,34 @@ class Reservation:
 
 
 async def read_body(request: Request, most: int, reservation: Reservation) -> bytearray:
-    """Read a body of at most `most` bytes. Raises RequestError: 408 too slow, 413 too large, 503 no room."""
+    """Read a body of at most `most` bytes.
+
+    Raises RequestError with status 408 (too slow), 413 (too large) or 503 (no memory).
+    """
     too_large = RequestError(413, f"the request body is larger than {most} bytes", None, "body_too_large")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > most:
         raise too_large
     body = bytearray()
     try:
-        async with asyncio.timeout(access.PATIENCE_S):
+        async with asyncio.timeout(connections.REQUEST_TIMEOUT_S):
             async for piece in request.stream():
                 if len(body) + len(piece) > most:
                     raise too_large
                 reservation.hold(len(body) + len(piece))
                 body += piece
     except TimeoutError:
-        raise RequestError(408, f"the request body did not arrive within {access.PATIENCE_S:g} s") from None
+        message = f"the request body did not arrive within {connections.REQUEST_TIMEOUT_S:g} s"
+        raise RequestError(408, message) from None
     return body
 
 
 def load_object(body: bytes | bytearray, most_values: int) -> dict[str, Any]:
     """Parse a JSON object of at most `most_values` values. Raises RequestError with status 400.
 
-    Values are counted by the characters before them, also where those stand in a text: base64 has none of
-    them, and texts are bounded anyway. A name that is given twice has its last value, as in JavaScript.
+    Values are counted by the characters ',', '[' and '{', including those inside strings: base64
+    contains none of them, and the length of texts is limited anyway. Of duplicate names the last
+    value counts, as in JavaScript.
     """
     count = sum(body.count(mark) for mark in (b",", b"[", b"{"))
     if count > most_values:
@@ -80,16 +86,18 @@ def load_object(body: bytes | bytearray, most_values: int) -> dict[str, Any]:
     except ValueError as error:
         raise RequestError(400, f"the request body is not JSON: {error}") from error
     if not isinstance(document, dict):
-        raise RequestError(400, f"the request body is {quoted(document)}; a JSON object is needed")
+        raise RequestError(400, f"the request body is {quoted(document)}; expected a JSON object")
     return document
 
 
 def validated(kind: type[Model], document: Mapping[str, Any]) -> Model:
-    """Return the request in a JSON object. Raises RequestError with status 400, naming the field at fault."""
+    """Validate a JSON object as a request. Raises RequestError with status 400 that names the wrong
+    field."""
     try:
         return kind.model_validate(document)
     except ValidationError as error:
-        # of a field with several forms there is one error for each form: tell the nearest to what was meant
+        # pydantic reports one error per alternative of a union: show the alternative that came
+        # closest
         found = max(
             error.errors(include_url=False),
             key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")),
@@ -109,7 +117,8 @@ def _refusal(found: ErrorDetails, document: Mapping[str, Any]) -> RequestError:
 
 
 def _path(found: ErrorDetails, document: Mapping[str, Any]) -> str:
-    """Return the field at fault as it stands in the document, without pydantic's names of alternatives."""
+    """Return the path of the wrong field in the document, without pydantic's names of union
+    alternatives."""
     node: Any = document
     path = list[str]()
     for number, step in enumerate(found["loc"]):

@@ -1,7 +1,8 @@
-"""Fields of requests in the OpenAI form: which are honoured, and which must have their default.
+"""Request schemas in OpenAI's format: supported fields, ignored fields, and fields that must be
+default.
 
-A field that changes the answer and is not honoured is refused by name: dropped in silence, it would give a
-client an answer that it takes for another.
+A field that would change the answer and is not supported is refused by name. If it were ignored, a
+client would take the answer for a different one.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, Strict
 
-from blm.serving.errors import RequestError, quoted, shortened
+from blm.serving.errors import QUOTED_CHARACTERS, RequestError, quoted
 from blm.types import Sampling
 
 DEFAULT_MAX_TOKENS = 256
 MAX_ANSWERS = 8
-"""Answers to one request (`n`)."""
+"""Maximum of `n`, the number of answers to one request."""
 MAX_STOPS = 16
-"""OpenAI takes 4 stop strings."""
+"""Maximum number of stop strings; OpenAI allows 4."""
 MAX_STOP_CHARACTERS = 256
 GREEDY_TEMPERATURE = 1e-5
-"""Below it the likeliest token is taken, as in vLLM (`_SAMPLING_EPS`): scores divided by less overflow."""
+"""Below this temperature decoding is greedy, as in vLLM (`_SAMPLING_EPS`): smaller divisors
+overflow."""
 SMALLEST_TOP_P = 1e-9
-"""For `top_p: 0`, which OpenAI takes: only the likeliest token stays."""
+"""Stands for `top_p: 0`, which OpenAI accepts: only the likeliest token remains."""
 
 Int = Annotated[int, Strict()]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
@@ -39,21 +41,21 @@ class ImageUrl(BaseModel):
 
 
 class TextPart(BaseModel):
-    """`input_text` and `output_text` are OpenAI's names in the Responses form."""
+    """Text; `input_text` and `output_text` are the names in OpenAI's Responses API."""
 
     type: Literal["text", "input_text", "output_text"]
     text: Text
 
 
 class RefusalPart(BaseModel):
-    """Of an earlier answer of another model."""
+    """A refusal in an earlier answer of another model."""
 
     type: Literal["refusal"]
     refusal: Text
 
 
 class ImagePart(BaseModel):
-    """`detail` is not read: a picture is seen as the model was trained to see pictures."""
+    """An image. `detail` is ignored: images are preprocessed as in training."""
 
     type: Literal["image_url", "input_image"]
     image_url: ImageUrl | Text
@@ -72,8 +74,8 @@ class ToolCall(BaseModel):
     function: Function | None = None
 
 
-class Turn(BaseModel):
-    """One message; fields that are not here are not read."""
+class ChatMessage(BaseModel):
+    """One message; other fields are ignored."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | Annotated[list[Part], Field(fail_fast=True)] | None = None
@@ -91,16 +93,16 @@ class StreamOptions(BaseModel):
 Stop = Annotated[Text, Field(max_length=MAX_STOP_CHARACTERS)]
 
 
-class ChatRequest(BaseModel):
-    """What is honoured of a chat request."""
+class ChatCompletionRequest(BaseModel):
+    """The supported fields of a chat request."""
 
     model: Text
-    messages: Annotated[list[Turn], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_tokens: Int | None = Field(None, ge=1)
     max_completion_tokens: Int | None = Field(None, ge=1)
-    """The newer name, which counts if both are given. Either is cut to the model's context."""
+    """The newer name, which takes precedence. Both are capped at the model's context length."""
     temperature: Number | None = Field(None, ge=0, le=2)
-    """Without it greedy: questions about a scene have one answer."""
+    """Default: greedy decoding, because questions about a scene have one answer."""
     top_p: Number | None = Field(None, ge=0, le=1)
     repetition_penalty: Number | None = Field(None, ge=0.1, le=2)
     seed: Int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -109,12 +111,14 @@ class ChatRequest(BaseModel):
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
     separate_reasoning: Flag | None = None
-    """Thoughts as `reasoning_content` (true) or in the text (false); without it as the server was started."""
+    """True: reasoning in `reasoning_content`; false: in the text; default: as the server was
+    started."""
     include_reasoning: Flag | None = None
-    """False leaves thoughts out of the reply."""
+    """False removes the reasoning from the reply."""
 
     def samplings(self, context_tokens: int) -> list[Sampling]:
-        """Return how each of the `n` answers is drawn; the n-th has the n-th seed from `seed` on."""
+        """Return the sampling parameters of each of the `n` answers. Answer i uses the seed `seed +
+        i`."""
         limit = self.max_completion_tokens or self.max_tokens or DEFAULT_MAX_TOKENS
         first = self.seed if self.seed is not None else secrets.randbits(62)
         temperature = self.temperature or 0.0
@@ -136,25 +140,25 @@ class ChatRequest(BaseModel):
 
     @property
     def includes_usage(self) -> bool:
-        """Whether the last chunk of a stream tells the tokens."""
+        """Whether the last chunk of a stream carries the token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     @property
-    def counts_on(self) -> bool:
-        """Whether every chunk of a stream tells the tokens so far, as vLLM does."""
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream carries the token counts so far, as in vLLM."""
         return self.includes_usage and bool(
             self.stream_options and self.stream_options.continuous_usage_stats
         )
 
 
 class TokenizeRequest(BaseModel):
-    """vLLM's: the tokens of a text, or of messages as the model would read them."""
+    """As in vLLM: tokenize a text, or messages with the chat template."""
 
     model: Text | None = None
     prompt: Text | None = None
-    messages: Annotated[list[Turn], Field(min_length=1, fail_fast=True)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: Flag | None = None
-    """Of a prompt; without it they are added. Messages have those of the chat template."""
+    """For `prompt` only; default true. Messages have the special tokens of the chat template."""
     return_token_strs: Flag | None = None
 
 
@@ -163,13 +167,13 @@ class DetokenizeRequest(BaseModel):
     tokens: Annotated[list[Annotated[Int, Field(ge=0)]], Field(fail_fast=True)]
 
 
-HARMLESS = frozenset(
+IGNORED = frozenset(
     (
         "user", "safety_identifier", "metadata", "service_tier", "prompt_cache_key", "prompt_cache_retention",
         "parallel_tool_calls", "reasoning_effort", "verbosity", "request_id", "priority", "cache_salt",
     )
 )  # fmt: skip
-"""Labels, and hints that no answer must follow: they are not read."""
+"""Labels and hints that do not have to change the answer."""
 
 DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
@@ -230,17 +234,18 @@ DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "enable_thinking": (),
     "thinking_token_budget": (),
 }
-"""Fields of OpenAI's and vLLM's requests that are not honoured -> what may be given, beside null."""
+"""Unsupported fields of OpenAI's and vLLM's requests -> accepted values, beside null."""
 
 
 def check_fields(document: Mapping[str, Any], kind: type[BaseModel]) -> None:
-    """Refuse the first field that would be dropped in silence. Raises RequestError with status 400."""
+    """Raise RequestError with status 400 for an unknown field, and for an unsupported one with a
+    value other than its default."""
     for name, value in document.items():
-        if name in kind.model_fields or name in HARMLESS:
+        if name in kind.model_fields or name in IGNORED:
             continue
         if name not in DEFAULTS:
-            close = difflib.get_close_matches(shortened(name), kind.model_fields, 1)
-            hint = f"did you mean '{close[0]}'?" if close else f"honoured: {', '.join(kind.model_fields)}"
+            close = difflib.get_close_matches(name[:QUOTED_CHARACTERS], kind.model_fields, 1)
+            hint = f"did you mean '{close[0]}'?" if close else f"supported: {', '.join(kind.model_fields)}"
             raise RequestError(400, f"unknown field {quoted(name)}; {hint}", name, "unknown_parameter")
         if value is not None and value not in DEFAULTS[name]:
             allowed = " or ".join(json.dumps(default) for default in (*DEFAULTS[name], None))
@@ -249,14 +254,15 @@ def check_fields(document: Mapping[str, Any], kind: type[BaseModel]) -> None:
 
 
 def body_schema(kind: type[BaseModel]) -> dict[str, Any]:
-    """Return what the OpenAPI document says about the body of a request."""
+    """Return the `requestBody` of the OpenAPI document for a request schema."""
     schema = kind.model_json_schema()
     content = {"application/json": {"schema": _inlined(schema, schema.get("$defs", {}))}}
     return {"requestBody": {"required": True, "content": content}}
 
 
 def _inlined(schema: Any, parts: Mapping[str, Any]) -> Any:
-    """Put each part of a JSON schema where it is referred to: an operation of OpenAPI can hold no others."""
+    """Replace each `$ref` of a JSON schema by its definition: an OpenAPI operation cannot hold
+    `$defs`."""
     if isinstance(schema, list):
         return [_inlined(value, parts) for value in schema]
     if not isinstance(schema, dict):

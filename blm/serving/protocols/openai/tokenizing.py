@@ -1,4 +1,4 @@
-"""Routes that count tokens as the model does, in vLLM's form: POST /tokenize and /detokenize."""
+"""POST /tokenize and /detokenize, as in vLLM: count tokens with the model's tokenizer."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from typing import Any, Protocol
 from fastapi import FastAPI, Request
 
 from blm.serving.errors import RequestError, quoted
-from blm.serving.protocols.openai.completions import ANSWERS, ChatService
-from blm.serving.protocols.openai.conversation import Conversation, check_text_size, read_conversation
+from blm.serving.protocols.openai.completions import ERROR_RESPONSES, ChatService
+from blm.serving.protocols.openai.conversation import (
+    EncodedConversation,
+    check_text_size,
+    encode_conversation,
+)
 from blm.serving.protocols.openai.request_body import Reservation, load_object, validated
 from blm.serving.protocols.openai.schema import DetokenizeRequest, TokenizeRequest, body_schema, check_fields
 from blm.types import BlmError, Message
 
-RESPONSES = {status: about for status, about in ANSWERS.items() if status != 200}
-
 
 class ChatTokenizer(Protocol):
-    """Counts as the model does; `blm.backbone.tokenizing.BackboneTokenizer` is one. Its calls may overlap."""
+    """The model's tokenizer, such as `blm.backbone.tokenizing.BackboneTokenizer`. It must be
+    thread-safe."""
 
     @property
     def vocabulary(self) -> int: ...
@@ -34,9 +37,9 @@ class ChatTokenizer(Protocol):
 
 
 def add_tokenizing(app: FastAPI, service: ChatService, tokenizer: ChatTokenizer) -> None:
-    """Add both routes. They run in threads beside the model's, and with the limits of a chat."""
+    """Add both routes. They run in threads beside the model thread, with the limits of chat."""
 
-    @app.post("/tokenize", openapi_extra=body_schema(TokenizeRequest), responses=RESPONSES)
+    @app.post("/tokenize", openapi_extra=body_schema(TokenizeRequest), responses=ERROR_RESPONSES)
     async def tokenize(request: Request) -> dict[str, Any]:
         reservation = Reservation(service.budget)
         try:
@@ -49,7 +52,7 @@ def add_tokenizing(app: FastAPI, service: ChatService, tokenizer: ChatTokenizer)
         finally:
             reservation.release()
 
-    @app.post("/detokenize", openapi_extra=body_schema(DetokenizeRequest), responses=RESPONSES)
+    @app.post("/detokenize", openapi_extra=body_schema(DetokenizeRequest), responses=ERROR_RESPONSES)
     async def detokenize(request: Request) -> dict[str, str]:
         reservation = Reservation(service.budget)
         try:
@@ -60,15 +63,17 @@ def add_tokenizing(app: FastAPI, service: ChatService, tokenizer: ChatTokenizer)
             reservation.release()
 
 
-def _read_tokenize(service: ChatService, body: bytearray) -> tuple[TokenizeRequest, Conversation | None]:
+def _read_tokenize(
+    service: ChatService, body: bytearray
+) -> tuple[TokenizeRequest, EncodedConversation | None]:
     limits, capacity = service.limits, service.capacity
     document = load_object(body, limits.values(capacity))
     check_fields(document, TokenizeRequest)
     parsed = validated(TokenizeRequest, document)
     if (parsed.prompt is None) == (parsed.messages is None):
-        raise RequestError(400, "one of prompt and messages is needed, and not both", "prompt")
+        raise RequestError(400, "exactly one of prompt and messages is required", "prompt")
     if parsed.messages is not None:
-        return parsed, read_conversation(parsed.messages, limits, capacity)
+        return parsed, encode_conversation(parsed.messages, limits, capacity)
     check_text_size("prompt", [parsed.prompt or ""], capacity)
     return parsed, None
 
@@ -103,6 +108,6 @@ def _read_detokenize(service: ChatService, tokenizer: ChatTokenizer, body: bytea
         message = f"tokens: {len(parsed.tokens)} tokens; the context has {capacity.context_tokens}"
         raise RequestError(400, message, "tokens", "context_length_exceeded")
     if wrong := [token for token in parsed.tokens if token >= tokenizer.vocabulary][:1]:
-        message = f"tokens: {quoted(wrong[0])} is no token; they are 0 .. {tokenizer.vocabulary - 1}"
+        message = f"tokens: {quoted(wrong[0])} is not a token id; ids are 0 .. {tokenizer.vocabulary - 1}"
         raise RequestError(400, message, "tokens")
     return parsed

@@ -1,1 +1,1 @@
-"""Actions in the OpenPI form."""
+"""OpenPI's websocket protocol for robot policies."""

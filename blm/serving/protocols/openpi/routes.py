@@ -1,4 +1,4 @@
-"""Routes of actions in the OpenPI form: one websocket a robot."""
+"""OpenPI's websocket routes: one connection per robot."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any
 from fastapi import FastAPI, WebSocket, WebSocketDisconnect
 
 from blm.serving.metrics import Metrics
+from blm.serving.protocols.disconnect import cancel_on_disconnect
 from blm.serving.protocols.openpi import wire
-from blm.serving.protocols.peers import while_connected
-from blm.serving.scheduler import Engine
+from blm.serving.scheduler import ModelScheduler
 from blm.types import BlmError, LateError, Policy, shorten
 
 log = logging.getLogger(__name__)
 OPENPI_PATHS = ("/", "/v1/realtime/robot/openpi")
-"""OpenPI's own path, and the one that vLLM-Omni serves."""
+"""OpenPI's own path, and that of vLLM-Omni."""
 _LONGEST_ERROR = 1000
-"""Characters of an error that a client is told."""
+"""Longest error message that is sent to a client [characters]."""
 
 
 def add_policy(app: FastAPI, policy: Policy) -> None:
-    """Add OpenPI's routes to an app that has an engine, metrics and, before all routes, a gate."""
+    """Add OpenPI's routes to an app that has a scheduler, metrics and access control."""
 
     async def openpi(socket: WebSocket) -> None:
-        await socket.accept()  # the gate has asked for the key
+        await socket.accept()  # the access middleware has checked the key
         requests, status = app.state.metrics.requests, "refused"
         try:
-            await _converse(socket, policy, app.state.engine, app.state.metrics)
+            await _serve_connection(socket, policy, app.state.scheduler, app.state.metrics)
         except WebSocketDisconnect:
             return
         except BlmError as error:
@@ -46,13 +46,18 @@ def add_policy(app: FastAPI, policy: Policy) -> None:
         app.add_api_websocket_route(path, openpi)
 
 
-async def _converse(socket: WebSocket, policy: Policy, engine: Engine, metrics: Metrics) -> None:
-    """Send the contract, then answer observations with chunks until the client leaves.
+async def _serve_connection(
+    socket: WebSocket, policy: Policy, scheduler: ModelScheduler, metrics: Metrics
+) -> None:
+    """Send the contract, then reply to observations with action chunks until the client
+    disconnects.
 
-    One request of a socket is worked on at a time. The next one is awaited meanwhile: that shows when the
-    client has gone, and its request then leaves the engine.
+    A connection has one request in progress at a time. Meanwhile the next message is awaited, which
+    shows when the client disconnects; its request is then cancelled.
     """
-    contract, previous, client = policy.contract, dict[str, float](), f"openpi {socket.client}"
+    contract = policy.contract
+    client = f"openpi {socket.client}"
+    previous = dict[str, float]()
     await socket.send_bytes(wire.pack(contract.to_json()))
     receiving = asyncio.create_task(_receive(socket))
     try:
@@ -64,28 +69,28 @@ async def _converse(socket: WebSocket, policy: Policy, engine: Engine, metrics: 
             observation, echo = wire.to_observation(request, contract), wire.echo(request)
             within_s = wire.deadline_s(request)
             try:
-                acted = await while_connected(engine.act(observation, within_s, client), receiving)
+                result = await cancel_on_disconnect(scheduler.act(observation, within_s, client), receiving)
             except LateError as error:
                 late = {**echo, wire.LATE: str(error), "waited_ms": _milliseconds_since(start)}
                 await socket.send_bytes(wire.pack(late))
                 metrics.requests.labels("action", "late").inc()
                 continue
             timing = {"infer_ms": _milliseconds_since(start), **previous}
-            policy_timing = {"infer_ms": acted.infer_ms, "together": acted.together}
-            reply = {"actions": acted.chunk.actions, "policy_timing": policy_timing, "server_timing": timing}
+            policy_timing = {"infer_ms": result.infer_ms, "together": result.batch_size}
+            reply = {"actions": result.chunk.actions, "policy_timing": policy_timing, "server_timing": timing}
             await socket.send_bytes(wire.pack(echo | reply))
             previous = {"prev_total_ms": _milliseconds_since(start)}
             metrics.requests.labels("action", "ok").inc()
             metrics.action.observe(time.monotonic() - start)
-            metrics.infer.observe(acted.infer_ms / 1000)
-            metrics.together.observe(acted.together)
+            metrics.infer.observe(result.infer_ms / 1000)
+            metrics.action_batch.observe(result.batch_size)
     finally:
         receiving.cancel()
         await asyncio.gather(receiving, return_exceptions=True)
 
 
 async def _receive(socket: WebSocket) -> Mapping[str, Any]:
-    """Return the next frame. Raises WebSocketDisconnect when there will be none."""
+    """Return the next frame. Raises WebSocketDisconnect when the client has disconnected."""
     frame = await socket.receive()
     if frame["type"] == "websocket.disconnect":
         raise WebSocketDisconnect(frame.get("code", 1006))
@@ -95,18 +100,18 @@ async def _receive(socket: WebSocket) -> Mapping[str, Any]:
 def _binary(frame: Mapping[str, Any]) -> bytes:
     data = frame.get("bytes")
     if not data:
-        what = "a text frame" if frame.get("text") is not None else "an empty frame"
-        raise BlmError(f"this is {what}; send an observation as msgpack in a binary frame")
+        kind = "a text frame" if frame.get("text") is not None else "an empty frame"
+        raise BlmError(f"received {kind}; send an observation as msgpack in a binary frame")
     return bytes(data)
 
 
 async def _refuse(socket: WebSocket, reason: str) -> None:
-    """OpenPI's form of an error: a text frame, then close 1011."""
+    """Report an error as OpenPI does: a text frame, then close code 1011."""
     try:
         await socket.send_text(reason)
         await socket.close(code=1011)
     except (RuntimeError, WebSocketDisconnect):
-        log.info("a client left before it could be told: %s", reason)
+        log.info("the client disconnected before it received the error: %s", reason)
 
 
 def _milliseconds_since(start: float) -> float:

@@ -1,9 +1,10 @@
-"""The OpenPI wire format: msgpack with NumPy arrays, and the observation keys that we accept.
+"""The OpenPI wire format: msgpack with NumPy arrays, and the keys of requests and replies.
 
-The codec is byte-for-byte that of `openpi_client.msgpack_numpy` (openpi-client 0.1.2): an array is a map with
-the bytes keys `__ndarray__`, `data`, `dtype` and `shape`. Text keys, which some clients send, are read too.
-A message is counted (`blm.serving.protocols.scan`) before anything of it is built, and no number in it
-decides how much memory is taken: an array is exactly as large as its data.
+The codec equals `openpi_client.msgpack_numpy` (openpi-client 0.1.2) byte for byte: an array is a
+map with the bytes keys `__ndarray__`, `data`, `dtype` and `shape`. Text keys, which some clients
+send, are read too. The size of a message is checked (`blm.serving.protocols.msgpack_limits`) before
+any object is built, and no number in it decides how much memory is allocated: an array is exactly
+as large as its data.
 """
 
 from __future__ import annotations
@@ -16,46 +17,54 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from blm.serving.protocols.scan import MAX_TEXT, scan
+from blm.serving.protocols.msgpack_limits import MAX_TEXT, check_limits
 from blm.types import BlmError, ContractError, Observation, PolicyContract, shorten
 
 STATE, PROMPT, ROBOT, SEED = "observation/state", "prompt", "robot", "seed"
 CHUNK, FROZEN = "chunk", "frozen"
-"""Real-time chunking: what is left of the chunk in progress, and how much of it is carried out meanwhile."""
+"""Real-time chunking: the remaining actions of the current chunk, and how many of them are executed
+during inference."""
 DEADLINE = "deadline_ms"
-"""After this time from the arrival of a request a chunk is of no use; the reply then says LATE."""
+"""Deadline of a request, from its arrival [ms]. When it is missed, the reply has LATE and no
+actions."""
 LATE = "late"
 REQUEST_ID, OBSERVED = "request_id", "observed_s"
-"""A client's own number of its request, and when its observation was made on its own clock [s]. Whoever
-answers returns both unchanged, so that the client can tell whose reply it holds and how old it is."""
+"""The client's number of the request, and the time of the observation on the client's clock [s].
+The server echoes both, so that the client can match the reply with its request and knows its
+age."""
 IMAGES = "observation/images/"
+"""Prefix of the camera's name."""
 OPENPI_IMAGES = {"base": "observation/image", "wrist": "observation/wrist_image"}
-"""Camera -> the name that OpenPI's own examples give it."""
+"""Camera -> its key in OpenPI's own examples."""
 MAX_ITEMS = 16_384
-"""Items of a message from a server: a contract has about 60 for each robot."""
+"""Maximum msgpack items of a message from a server; a contract has about 60 per robot."""
 MAX_SEED = 2**63 - 1
-"""Largest seed that torch and NumPy generators both take."""
+"""Largest seed that the generators of both torch and NumPy accept."""
 SMALLEST_LIMIT = 2 * 2**20
-"""A frame of two 640x480 pictures, the usual wrong size, must arrive to be told the right one."""
+"""Smallest frame limit [bytes]: a frame with two 640x480 images, the most common wrong size, must
+be received so that the error can name the right size."""
 MARGIN = 4
-"""How much larger than an observation a frame may be: pictures sent as float32 must arrive to be refused."""
+"""Ratio of the frame limit to an observation: images sent as float32 must be received to be
+refused."""
 _DTYPE = re.compile(r"[<>|=][a-zA-Z]\d{0,9}(\[\w{1,9}\])?")
 _SCALARS: dict[str, type | tuple[type, ...]] = {
     "b": bool, "i": int, "u": int, "f": (int, float), "U": str, "S": bytes,
 }  # fmt: skip
-"""What a NumPy scalar of each kind is sent as; NumPy's types take more, e.g. `bytes_(n)` makes n bytes."""
+"""Python type of a NumPy scalar of each kind. NumPy's constructors accept more: `bytes_(n)` makes n
+bytes."""
 _MAX_EMPTY = 2**16
-"""Longest side of an array without elements, whose data do not bound it."""
+"""Longest side of an empty array, whose shape its data do not limit."""
 
 
 def pack(message: Any) -> bytes:
-    """Encode to msgpack. Raises BlmError for arrays of structures, objects or complex numbers."""
+    """Encode as msgpack. Raises BlmError for arrays of structures, objects or complex numbers."""
     return msgpack.packb(message, default=_encode)
 
 
 def unpack(data: bytes, max_items: int = MAX_ITEMS) -> Any:
-    """Decode msgpack; arrays come out read-only. Raises BlmError for what is malformed or too much."""
-    scan(data, max_items)
+    """Decode msgpack; arrays are read-only. Raises BlmError for malformed data and too many
+    items."""
+    check_limits(data, max_items)
     try:
         return msgpack.unpackb(data, object_hook=_decode)
     except BlmError:
@@ -66,14 +75,15 @@ def unpack(data: bytes, max_items: int = MAX_ITEMS) -> Any:
 
 
 def frame_limit(contract: PolicyContract) -> int:
-    """Largest frame that a client of this policy may send [bytes]: MARGIN times a whole observation."""
+    """Return the maximum size of a client's frame [bytes]: MARGIN times a complete observation."""
     dim = max(space.dim for space in contract.action_spaces.values())
     pictures = 3 * len(contract.cameras) * contract.image_size**2
     return max(SMALLEST_LIMIT, MARGIN * (pictures + 8 * dim * (contract.horizon + 1) + 2 * MAX_TEXT))
 
 
 def item_limit(contract: PolicyContract) -> int:
-    """Most items of a request: a chunk in progress as lists of numbers, and room for keys of others."""
+    """Return the maximum msgpack items of a request: a chunk as lists of numbers, and 1024 for
+    other keys."""
     dim = max(space.dim for space in contract.action_spaces.values())
     return 1024 + (contract.horizon + 1) * (dim + 1)
 
@@ -116,7 +126,8 @@ def _read_array(data: Any, dtype: Any, shape: Any) -> np.ndarray[Any, Any]:
 
 
 def _read_dtype(text: Any) -> np.dtype[Any]:
-    if not isinstance(text, str) or not _DTYPE.fullmatch(text):  # NumPy would evaluate parts of a longer one
+    # only simple dtypes: NumPy would evaluate parts of a longer string
+    if not isinstance(text, str) or not _DTYPE.fullmatch(text):
         raise ValueError(f"dtype {shorten(text)}")
     return _plain(np.dtype(text))
 
@@ -128,16 +139,20 @@ def _plain(dtype: np.dtype[Any]) -> np.dtype[Any]:
 
 
 def to_request(observation: Observation, plain: bool = False) -> dict[str, Any]:
-    """The flat map that a client sends for one observation; `plain` prefers OpenPI's own picture names."""
+    """Return the flat map of a request. With `plain`, images have the keys of OpenPI's examples."""
     names = OPENPI_IMAGES if plain else {}
-    images = {names.get(camera, IMAGES + camera): image for camera, image in observation.images.items()}
-    words = {PROMPT: observation.instruction, ROBOT: observation.robot, SEED: observation.seed}
-    going_on = {} if observation.chunk is None else {CHUNK: observation.chunk, FROZEN: observation.frozen}
-    return {STATE: observation.state, **images, **words, **going_on}
+    request: dict[str, Any] = {STATE: observation.state}
+    for camera, image in observation.images.items():
+        request[names.get(camera, IMAGES + camera)] = image
+    request |= {PROMPT: observation.instruction, ROBOT: observation.robot, SEED: observation.seed}
+    if observation.chunk is not None:
+        request |= {CHUNK: observation.chunk, FROZEN: observation.inference_delay}
+    return request
 
 
 def echo(request: Any) -> dict[str, Any]:
-    """What a reply returns of its request unchanged. Raises ContractError for a number that is none."""
+    """Return the fields of a request that the reply echoes. Raises ContractError if they are not
+    numbers."""
     if not isinstance(request, Mapping):
         return {}
     kinds: dict[str, Any] = {REQUEST_ID: int, OBSERVED: int | float}
@@ -150,7 +165,8 @@ def echo(request: Any) -> dict[str, Any]:
 
 
 def deadline_s(request: Mapping[str, Any]) -> float:
-    """How long a client waits for its chunk [s]; for ever if it does not say. Raises ContractError."""
+    """Return the deadline of a request [s]; infinite without one. Raises ContractError if it is
+    invalid."""
     value = request.get(DEADLINE, math.inf)
     if not _is_number(value) or not value > 0:
         raise ContractError(f"'{DEADLINE}' must be a positive number of milliseconds, got {shorten(value)}")
@@ -158,7 +174,8 @@ def deadline_s(request: Mapping[str, Any]) -> float:
 
 
 def to_observation(request: Any, contract: PolicyContract) -> Observation:
-    """Read a client's map and check it. Raises ContractError with the key at fault and what is accepted."""
+    """Decode and check a request. Raises ContractError that names the wrong key and the accepted
+    keys."""
     try:
         observation = _read(request, contract)
     except (KeyError, TypeError, ValueError) as error:
@@ -192,7 +209,7 @@ def _read(request: Mapping[str, Any], contract: PolicyContract) -> Observation:
         robot=robot,
         seed=_whole(SEED, request),
         chunk=None if chunk is None else _numbers(CHUNK, chunk, levels=2),
-        frozen=_whole(FROZEN, request),
+        inference_delay=_whole(FROZEN, request),
     )
 
 
@@ -206,7 +223,7 @@ def _whole(key: str, request: Mapping[str, Any]) -> int:
 
 
 def _numbers(key: str, value: Any, levels: int) -> np.ndarray[Any, Any]:
-    """An array, or lists of numbers; the contract checks its shape and kind."""
+    """Return an array, or lists of numbers as an array; the contract checks shape and dtype."""
     if isinstance(value, np.ndarray):
         return value
     if not _is_nested(value, levels):
@@ -215,7 +232,10 @@ def _numbers(key: str, value: Any, levels: int) -> np.ndarray[Any, Any]:
 
 
 def _is_nested(value: Any, levels: int) -> bool:
-    """Whether these are lists of numbers; NumPy would also read text, and pad it to the longest."""
+    """Return whether the value is a list of numbers, nested `levels` deep.
+
+    `np.asarray` alone would also accept text, and pad it to the longest.
+    """
     if not levels:
         return _is_number(value)
     if isinstance(value, np.ndarray):

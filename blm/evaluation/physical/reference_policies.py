@@ -1,6 +1,7 @@
-"""Policies without a model: what a score must beat before it means anything, and the replay of recordings.
+"""Policies without a model: hold still, random motion, and replay of recorded episodes.
 
-The first two take the contract of the policy under test, so that both run under one protocol.
+The first two are baselines. They take the contract of the policy under test, so that both run under
+one protocol.
 """
 
 from __future__ import annotations
@@ -16,17 +17,15 @@ from blm.tasks import Env
 from blm.types import ActionChunk, BlmError, Episode, FloatArray, Observation, PolicyContract
 
 REACH_RAD = 0.2
-"""A random target lies within this of the present joint position [rad]."""
-
-
+"""Greatest distance of a random target from the current joint position [rad]."""
 REPLAY_CHUNK = 8
-"""Recorded actions handed out at a time."""
+"""Recorded actions in one chunk."""
 SAME_STATE = 1e-4
-"""Greatest difference between the recorded first state and the scene's [rad]; recordings are float32."""
+"""Greatest difference of the first state from the recorded one, which is float32 [rad]."""
 
 
 class ZeroPolicy:
-    """Holds still."""
+    """Hold-still policy: every target is the current state."""
 
     name = "zero"
 
@@ -40,12 +39,12 @@ class ZeroPolicy:
         return ActionChunk(actions=actions, rate_hz=self.contract.rate_hz)
 
     def target(self, observation: Observation) -> FloatArray:
-        """[D] where to go and stay for one chunk."""
+        """Return the target [D] of a whole chunk."""
         return observation.state
 
 
 class RandomPolicy(ZeroPolicy):
-    """Moves every joint to a random place nearby, and the gripper to a random opening."""
+    """Moves every joint to a random position nearby, and the gripper to a random opening."""
 
     name = "random"
 
@@ -58,15 +57,16 @@ class RandomPolicy(ZeroPolicy):
 
 
 class ReplayPolicy:
-    """Plays what was executed in recorded episodes, each in its own scene: it must succeed there again.
+    """Executes the actions of recorded episodes again, each in its own scene.
 
-    For `PhysicalProtocol.for_replay` with the same episodes: a check of data and simulator, never a score.
+    Use it with `PhysicalProtocol.for_replay` of the same episodes. It checks the data and the
+    simulator and is not a score: every recorded success must succeed again.
     """
 
     def __init__(self, episodes: Sequence[Episode]) -> None:
-        """`episodes` need no pictures; their metric "random_start" says where the arm started."""
+        """`episodes` need no pictures; their metric "random_start" tells where the arm started."""
         self._episodes = {(episode.robot, episode.task, episode.seed): episode for episode in episodes}
-        recording = hashlib.sha256(b"".join(_played(episode).tobytes() for episode in episodes))
+        recording = hashlib.sha256(b"".join(_executed_actions(episode).tobytes() for episode in episodes))
         robots = dict.fromkeys(episode.robot for episode in episodes)
         self.contract = PolicyContract(
             action_spaces={name: ROBOTS[name].action_space for name in robots},
@@ -81,7 +81,7 @@ class ReplayPolicy:
     def reset(self) -> None: ...
 
     def attach(self, env: Env) -> None:
-        """Bring the scene to the start of its recording. Raises BlmError where they do not agree."""
+        """Bring the scene to the start of its recording. Raises BlmError where the two differ."""
         seed = env.np_random_seed
         name = f"{env.embodiment}/{env.task}/{seed}"
         episode = self._episodes.get((env.embodiment, env.task, seed))
@@ -92,19 +92,20 @@ class ReplayPolicy:
         if gap > SAME_STATE:
             raise BlmError(
                 f"episode '{name}' was recorded from another start (state differs by {gap:.2g}); the suite "
-                "has changed since, or it was made from a state that its seed does not give"
+                "has changed since, or the episode did not start from the scene of its seed"
             )
-        self._left = _played(episode)
+        self._left = _executed_actions(episode)
 
     def act(self, observation: Observation) -> ActionChunk:
-        """The next recorded actions; after the end, the last one again."""
-        chunk, self._left = self._left[:REPLAY_CHUNK], self._left[REPLAY_CHUNK:]
+        """Return the next recorded actions; after the end, the last one repeatedly."""
+        chunk = self._left[:REPLAY_CHUNK]
         missing = REPLAY_CHUNK - len(chunk)
-        self._left = self._left if len(self._left) else chunk[-1:]
+        rest = self._left[REPLAY_CHUNK:]
+        self._left = rest if len(rest) else chunk[-1:]
         actions = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
         return ActionChunk(actions=actions, rate_hz=self.contract.rate_hz)
 
 
-def _played(episode: Episode) -> FloatArray:
-    """[T, D] what the arm was told; in a noisy episode the actions are only what it should have done."""
+def _executed_actions(episode: Episode) -> FloatArray:
+    """Return the commands [T, D]. With action noise, they differ from the recorded labels."""
     return episode.actions if episode.executed is None else episode.executed

@@ -1,44 +1,50 @@
-"""Shape commands: inside the position limits, limited in velocity and acceleration from the last one sent.
+"""Limit commands in position, velocity and acceleration.
 
-Discrete time, per joint. Let x be the last command, v its step (x minus the command before), and V, A the
-largest step and the largest change of a step: V = velocity / rate, A = acceleration / rate^2. Braking as hard
-as allowed from step v > 0 goes on by D(v) = (v - A) + (v - 2A) + .. (positive terms only). Invariant:
+Discrete time, per joint. Let x be the last command, v its step (x minus the command before it), and
+V, A the largest step and the largest change of a step: V = velocity / rate, A = acceleration /
+rate^2. From step v > 0, maximal braking covers the distance D(v) = (v - A) + (v - 2A) + ..
+(positive terms only). Invariant:
 
     x + D(v) <= high  if v >= 0,     x - D(-v) >= low  if v <= 0,     |v| <= V.
 
-The next step v' is chosen with |v' - v| <= A, |v'| <= V and x + v' + D(v') <= high (alike for low), which is
-the invariant again. Such a v' always exists: for v > A it is v - A, because v - A + D(v - A) = D(v); else 0.
-So from every state that the shaper can reach there is a next command within all limits, for ever. In
-continuous time this is the rule v <= sqrt(2 a d), with d the distance to the limit.
+The next step v' is chosen with |v' - v| <= A, |v'| <= V and x + v' + D(v') <= high (likewise for
+low), which is the invariant again. Such a v' always exists: for v > A it is v - A, because v - A +
+D(v - A) = D(v); else 0. So every state that the limiter can reach has a next command within all
+limits. In continuous time this is the rule v <= sqrt(2 a d), with d the distance to the limit.
 
-A start outside the limits has v = 0; the distance to the limit counts as 0 there, so the joint can only stay
-or move back in.
+At a start outside the limits v = 0, and the distance to the limit counts as 0, so the joint can
+only stay or move back inside.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from blm.runtime.limits import Limits
+from blm.runtime.limits import ArmLimits
 from blm.types import FloatArray
 
 MARGIN = 1e-6
-"""Share of V and A kept back, so that rounding never carries a command over the stated limits."""
+"""Relative reduction of V and A, so that no command exceeds the stated limits by rounding."""
 
 
 def largest_step(distance: FloatArray, change: FloatArray) -> FloatArray:
-    """Return the largest step v after which braking by `change` per step ends within `distance` >= 0.
+    """Return the largest step v from which braking by `change` per step ends within `distance` >=
+    0.
 
-    It solves v + D(v) = distance: with n = ceil(v / A) - 1 braking steps, (n + 1) v - A n (n + 1) / 2.
+    It solves v + D(v) = distance, where n = ceil(v / A) - 1 braking steps cover
+    v + D(v) = (n + 1) v - A n (n + 1) / 2.
     """
     n = np.maximum(np.ceil((np.sqrt(1 + 8 * distance / change) - 3) / 2), 0.0)
     return distance / (n + 1) + change * n / 2
 
 
-class Shaper:
-    """Turns wanted positions into commands: `start` once, then `track` or `brake`, and `sent` each time."""
+class CommandLimiter:
+    """Turns target positions into commands within the limits.
 
-    def __init__(self, limits: Limits) -> None:
+    Call `start` once, then for each command `track` or `brake`, and `sent`.
+    """
+
+    def __init__(self, limits: ArmLimits) -> None:
         self.low, self.high = np.array(limits.low), np.array(limits.high)
         self._most = np.array(limits.velocity) * limits.period * (1 - MARGIN)
         self._change = np.array(limits.acceleration) * limits.period**2 * (1 - MARGIN)
@@ -51,25 +57,27 @@ class Shaper:
 
     @property
     def position(self) -> FloatArray:
-        """The last command sent [D]; before the first one, where the arm was measured."""
-        assert self._position is not None, "start comes first"
+        """The last command sent [D]; before the first one, the measured state."""
+        assert self._position is not None, "call start first"
         return self._position
 
     @property
     def still(self) -> bool:
-        """Whether the last command repeated the one before."""
+        """Whether the last command equals the one before it."""
         return not self._step.any()
 
     def start(self, measured: FloatArray) -> None:
-        """Begin at a finite measured state [D], at rest."""
+        """Start at a finite measured state [D], at rest."""
         assert np.isfinite(measured).all(), measured
         self._position, self._step = np.array(measured, np.float64), np.zeros(len(self.low))
 
     def track(self, wanted: FloatArray, ahead: FloatArray) -> FloatArray:
-        """Return the command [D] that follows `wanted`, which will move by `ahead` until the next command.
+        """Return the command [D] towards the target `wanted`, which moves by `ahead` until the next
+        command.
 
-        A trajectory within the limits is followed exactly. To any other the command moves as fast as
-        allowed without overshooting: seen from the moving target it brakes in time. Both must be finite.
+        A trajectory within the limits is followed exactly. Otherwise the command moves as fast as
+        allowed without overshooting: relative to the moving target it brakes in time. Both must be
+        finite.
         """
         then = np.clip(wanted + ahead, self.low, self.high)
         wanted = np.clip(wanted, self.low, self.high)
@@ -78,13 +86,15 @@ class Shaper:
         return self._limited(ahead + np.copysign(largest_step(np.abs(gap), self._change), gap))
 
     def brake(self) -> FloatArray:
-        """Return the command [D] that comes to rest as fast as allowed; at rest, the last command again."""
+        """Return the command [D] that brakes as fast as allowed; at rest, the last command
+        again."""
         return self._limited(self._braked())
 
     def sent(self, command: FloatArray, elapsed_periods: float) -> None:
-        """Note a command that was sent so many control periods (>= 1) after the one before.
+        """Record a command and the control periods (>= 1) since the one before it.
 
-        After a gap the arm has slowed down by itself; it must then speed up again within the limit.
+        After a gap the arm has slowed down by itself, so its speed must rise again within the
+        limit.
         """
         self._step = (command - self.position) * min(1.0, 1 / max(elapsed_periods, 1e-9))
         self._position = command
@@ -98,6 +108,6 @@ class Shaper:
         down = largest_step(np.maximum(x - self.low, 0.0), self._change)
         most = np.minimum(np.minimum(v + self._change, self._most), up)
         least = np.maximum(np.maximum(v - self._change, -self._most), -down)
-        # Braking is allowed in exact arithmetic; rounding must not make the interval empty.
+        # In exact arithmetic braking is always allowed; rounding must not make the interval empty.
         step = np.clip(step, np.minimum(least, braked), np.maximum(most, braked))
         return np.clip(x + step, np.minimum(self.low, x), np.maximum(self.high, x))

@@ -1,4 +1,5 @@
-"""Threads at the edge of the loop: each carries out one blocking call at a time, and can be left behind."""
+"""Threads for blocking calls of robot drivers, which the loop can abandon if a call never
+returns."""
 
 from __future__ import annotations
 
@@ -9,8 +10,8 @@ from concurrent.futures import Future, wait
 from typing import Any
 
 
-class Worker:
-    """One daemon thread for calls that may never return. The caller never waits longer than it says."""
+class CallThread:
+    """A daemon thread that runs calls in order. Every wait of its caller has a timeout."""
 
     def __init__(self, name: str) -> None:
         self._last: Future[Any] | None = None
@@ -19,18 +20,18 @@ class Worker:
         self._thread.start()
 
     def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        """Carry this out after what was submitted before."""
+        """Run a call after those submitted before."""
         future: Future[Any] = Future()
         self._last = future
         self._jobs.put((future, call))
         return future
 
     def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until everything submitted is carried out; False if that takes longer than this."""
+        """Wait until all submitted calls are done. Returns False after `timeout_s`."""
         return self._last is None or not wait([self._last], timeout_s).not_done
 
     def close(self, timeout_s: float) -> bool:
-        """End the thread when its present call returns; whether it ended within this time."""
+        """End the thread after its current call. Returns whether it ended within `timeout_s`."""
         self._jobs.put(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
@@ -40,6 +41,6 @@ class Worker:
             future, call = job
             try:
                 future.set_result(call())
-            except BaseException as error:  # whatever a driver raises must reach the loop
+            except BaseException as error:  # any exception of a driver must reach the loop
                 future.set_exception(error)
             del job, future, call

@@ -1,7 +1,13 @@
-"""Timed action chunks: which reply belongs to which request, how old it is, and what it wants now.
+"""Action chunks on the robot's clock: matching replies with requests, their age, and the current
+target.
 
-Action i of a chunk is for the time of its observation plus i control periods. A reply is therefore trimmed by
-its real age on the robot's monotonic clock; between two actions the target is interpolated.
+Action i of a chunk is meant for the time of its observation plus i control periods. The target is
+therefore looked up by the chunk's real age on the robot's monotonic clock, and interpolated between
+two actions.
+
+This differs from `blm.chunks.ChunkExecutor`, which counts simulated control steps: a real loop has
+no whole steps, its replies arrive at any time, and a chunk that is too old must not be executed at
+all.
 """
 
 from __future__ import annotations
@@ -15,26 +21,28 @@ import numpy as np
 from blm.types import ContractError, FloatArray, Observation
 
 HUGE = 1e6
-"""Wanted positions are cut off here, so that their differences stay finite; every limit is far below."""
+"""Targets are clipped to this magnitude, so that their differences stay finite; all limits are far
+below."""
 ROUNDING = 1e-6
-"""Control periods by which an age may be wrong."""
+"""Tolerance of an age for rounding errors [control periods]."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """One question to the policy."""
+class ChunkRequest:
+    """A request for an action chunk."""
 
     number: int
-    """1, 2, .. within a run; sent along, and returned by servers of ours."""
+    """1, 2, .. within a run. It is sent with the request, and servers of this package echo it."""
     observed_at: float
-    """When the observation was taken, on the robot's clock [s]; returned too."""
+    """Time of the observation on the robot's clock [s]; echoed as well."""
     asked_at: float
+    """When the request was made [s]."""
     observation: Observation
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reply:
-    """What came back. `number` and `observed_at` are the reply's own, so that they can be checked."""
+class ChunkReply:
+    """A reply, unchecked. `number` and `observed_at` are those of the reply, not of the request."""
 
     number: Any
     observed_at: Any
@@ -42,17 +50,18 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a chunk wants of the next command."""
+class TrackingTarget:
+    """The chunk's target for the next command."""
 
     wanted: FloatArray
-    """[D]"""
+    """[D] target position."""
     ahead: FloatArray
-    """[D] how far it moves within one control period from then on."""
+    """[D] how far the target moves within the next control period."""
 
 
 def check_actions(actions: Any, horizon: int, dim: int) -> FloatArray:
-    """Return a chunk as float64 [H, dim], 1 <= H <= horizon. Raises ContractError for anything else."""
+    """Return a chunk as finite float64 [H, dim], 1 <= H <= horizon. Raises ContractError
+    otherwise."""
     try:
         array = np.asarray(actions)
     except (TypeError, ValueError) as error:
@@ -68,36 +77,37 @@ def check_actions(actions: Any, horizon: int, dim: int) -> FloatArray:
     return np.clip(chunk, -HUGE, HUGE)
 
 
-class Timeline:
-    """The chunk in progress and the request that is under way. All times are on one monotonic clock."""
+class ChunkTimeline:
+    """The current chunk and the pending request. All times are on one monotonic clock."""
 
     def __init__(self, rate_hz: float, horizon: int, dim: int, deadline_s: float) -> None:
         self.rate_hz, self.horizon, self.dim, self.deadline_s = rate_hz, horizon, dim, deadline_s
         self.chunk: FloatArray | None = None
         self.observed_at = 0.0
         self.dropped: Counter[str] = Counter()
-        """Why replies were not used -> how many."""
+        """Reason -> number of replies that were dropped for it."""
         self.malformed = 0
-        """Malformed replies since the last good one."""
-        self.pending: Request | None = None
-        """The request under way."""
+        """Malformed replies since the last valid one."""
+        self.pending: ChunkRequest | None = None
+        """The request whose reply is awaited."""
 
     def give_up(self) -> None:
-        """Forget the request under way: its reply, should it still come, is nobody's."""
+        """Forget the pending request; a reply to it that still arrives is dropped."""
         self.pending = None
 
-    def receive(self, reply: Reply, now: float) -> str | None:
-        """Take a reply as the chunk in progress; else return why it was dropped."""
+    def receive(self, reply: ChunkReply, now: float) -> str | None:
+        """Make a reply the current chunk and return None, or return the reason why it was
+        dropped."""
         reason = self._receive(reply, now)
         if reason is not None:
             self.dropped[reason.split(":")[0]] += 1
         return reason
 
-    def _receive(self, reply: Reply, now: float) -> str | None:
+    def _receive(self, reply: ChunkReply, now: float) -> str | None:
         request = self.pending
         if request is None or not _same(reply.number, request.number):
             return f"not asked for: reply {str(reply.number)[:40]}"
-        self.pending = None  # a second reply with this number is a duplicate
+        self.pending = None  # any further reply with this number is a duplicate
         if not _same(reply.observed_at, request.observed_at):
             return f"of another observation: {str(reply.observed_at)[:40]}, not {request.observed_at}"
         try:
@@ -114,11 +124,12 @@ class Timeline:
         return None
 
     def age(self, now: float) -> float:
-        """Control periods since the observation of the chunk in progress."""
+        """Return the age of the current chunk, counted from its observation [control periods]."""
         return (now - self.observed_at) * self.rate_hz
 
-    def target(self, now: float) -> Target | None:
-        """Return what the chunk in progress wants now; None without one, and when it is over."""
+    def target(self, now: float) -> TrackingTarget | None:
+        """Return the target of the current chunk; None without a chunk, and after its last
+        action."""
         if self.chunk is None:
             return None
         age = self.age(now)
@@ -126,10 +137,10 @@ class Timeline:
             self.chunk = None
             return None
         wanted, then = self._at(age), self._at(age + 1)
-        return Target(wanted, then - wanted)
+        return TrackingTarget(wanted, then - wanted)
 
     def left(self, now: float) -> FloatArray | None:
-        """Return the actions [P, D] still to come of the chunk in progress, the first of them for `now`."""
+        """Return the remaining actions [P, D] of the current chunk, the first of them for `now`."""
         if self.chunk is None or not 0 <= (age := self.age(now)) <= len(self.chunk) - 1:
             return None
         return np.stack([self._at(age + i) for i in range(int(len(self.chunk) - 1 - age) + 1)])

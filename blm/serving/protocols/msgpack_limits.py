@@ -1,9 +1,10 @@
-"""Count what a msgpack message holds before any of it is built.
+"""Limits on msgpack messages, checked before any object is built.
 
-One byte of msgpack can stand for an empty map, which takes 64 bytes in memory: a frame of 16 MiB became more
-than a gigabyte and 16 seconds. The scan reads type bytes and lengths only, steps over text and binary data,
-and ends at the first item beyond the limit, so that a refusal costs no more than an accepted message.
-Source of the type bytes: https://github.com/msgpack/msgpack/blob/master/spec.md
+One byte of msgpack can stand for an empty map, which takes 64 bytes in memory: a frame of 16 MiB
+took more than a gigabyte and 16 seconds. The check reads type bytes and lengths only, skips text
+and binary data, and stops at the first item beyond the limit, so that a refused message costs no
+more than an accepted one. Source of the type bytes:
+https://github.com/msgpack/msgpack/blob/master/spec.md
 """
 
 from __future__ import annotations
@@ -13,28 +14,30 @@ from itertools import pairwise
 from blm.types import MAX_INSTRUCTION, BlmError
 
 MAX_DEPTH = 8
-"""Maps and lists inside one another; an observation of GR00T needs five."""
+"""Maximum nesting of maps and lists; an observation of GR00T needs five levels."""
 MAX_TEXT = 4096
-"""Bytes of one text: names, keys and instructions are far shorter."""
+"""Maximum length of one text [bytes]; names, keys and instructions are far shorter."""
 _FIXED = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8} | {
     0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8, 0xD4: 2, 0xD5: 3, 0xD6: 5, 0xD7: 9, 0xD8: 17,
 }  # fmt: skip
 """Bytes after the type byte of nil, booleans, floats, integers, and extensions of fixed size."""
 _SIZED = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xC7: 1, 0xC8: 2, 0xC9: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
-"""Bytes of the length of binary data, extensions and text."""
+"""Size of the length field of binary data, extensions and text [bytes]."""
 _NESTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
-"""Lists and maps: bytes of the length, and items for each entry."""
+"""Lists and maps: size of the length field [bytes], and items per entry."""
 
 
-def scan(data: bytes, max_items: int) -> list[slice]:
-    """Return where the keys and values of the outermost map lie, in turn; nothing if it is not a map.
+def check_limits(data: bytes, max_items: int) -> list[slice]:
+    """Check a message, and return the slices of the keys and values of its outermost map,
+    alternating.
 
-    Raises BlmError for more than `max_items` items (keys, values and elements on all levels), more than
-    MAX_DEPTH levels, a text of more than MAX_TEXT bytes, and for what is not exactly one msgpack value.
+    The list is empty if the message is not a map. Raises BlmError for more than `max_items` items
+    (keys, values and elements on all levels), more than MAX_DEPTH levels, a text of more than
+    MAX_TEXT bytes, and for data that is not exactly one msgpack value.
     """
     position, items, starts = 0, 1, list[int]()
     missing = [1]
-    """Items that each open level still lacks; the first level is the message itself."""
+    """Number of items still to come on each open level; the first level is the message itself."""
     while missing:
         if not missing[-1]:
             missing.pop()
@@ -57,7 +60,8 @@ def scan(data: bytes, max_items: int) -> list[slice]:
 
 
 def _step(data: bytes, position: int) -> tuple[int, int]:
-    """Read one type byte: where the next one stands, and how many items are inside this one."""
+    """Read one type byte; return the position of the next one, and the number of items inside this
+    one."""
     kind, width, inside, length = data[position] if position < len(data) else -1, 0, 0, 0
     position += 1
     if 0x80 <= kind <= 0x9F:
@@ -78,5 +82,5 @@ def _step(data: bytes, position: int) -> tuple[int, int]:
     elif 0x80 <= kind < 0xE0:
         length = _FIXED[kind]
     if kind < 0 or position + width + length > len(data):
-        raise BlmError("the message ends before what it announces")
+        raise BlmError("the message is truncated")
     return position + width + length, inside

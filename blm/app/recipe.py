@@ -1,0 +1,238 @@
+"""`Recipe`: the settings of one run of the whole loop, and the config of each of its parts.
+
+A recipe holds each setting once. Where a part's own config type fits (`Stage1Config`, `LoopConfig`,
+`PolicyConfig`), the recipe contains it. `CollectConfig`, `SceneCorpusConfig`,
+`PolicyTrainingConfig`, `HiddenStateConfig` and `PhysicalProtocol` also hold robots, folders and
+seeds, which a recipe states once for all parts or which follow from the run folder. For these, the
+recipe contains a small class of settings, and the functions at the end of this file build the
+config: the only place where settings become configs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from blm.corpora import SceneCorpusConfig
+from blm.datasets.lerobot import open_dataset
+from blm.evaluation import PhysicalProtocol
+from blm.planner import CollectConfig
+from blm.policy.network import PolicyConfig
+from blm.robots import ROBOTS
+from blm.seeds import EVALUATION_SEEDS, STAGE1_HELD_OUT_SEEDS, TRAINING_SEEDS, VALIDATION_SEEDS
+from blm.tasks import TASKS
+from blm.tasks.appearance import PLAIN, Appearance
+from blm.tasks.scene import CAMERAS
+from blm.training.loop.loop import LoopConfig
+from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.train import PolicyTrainingConfig
+from blm.training.pretraining.nano import NanoPretrainingConfig
+from blm.training.sft.train import Stage1Config
+from blm.types import BlmError, PolicyContract, lookup, require_numbers
+
+FIRST_EPISODE_SEED = 500_000
+"""Offset of demonstrations in a seed range; scene questions start at 0 and share no scene."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemonstrationSettings:
+    """Demonstrations by the planning expert; `CollectConfig` checks the limits of the fields."""
+
+    episodes: int
+    """Successful demonstrations to keep for each robot and task."""
+    held_out_episodes: int
+    """The same on held-out scenes, for held-out questions about episodes."""
+    noise: tuple[float, ...] = (0.0, 0.01, 0.02)
+    """Standard deviations of noise on executed joint targets [rad]; each episode draws one."""
+    disturbed: float = 0.15
+    """Fraction of episodes with a brief wrong gripper motion, from which the expert recovers."""
+    random_starts: float = 0.3
+    """Fraction of episodes that start away from the home pose."""
+    hold: int = 10
+    """Control steps of holding still at the goal, at the end of each episode."""
+    distractors: int = 0
+    """Coloured objects that play no part in the task."""
+    appearance: Appearance = PLAIN
+    """Random changes of colours, light and cameras."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, held_out_episodes=(1, 1_000_000))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSettings:
+    """Scene questions for Stage I; `SceneCorpusConfig` checks the limits of the fields."""
+
+    scenes: int
+    """Random scenes to ask about, spread evenly over robots and tasks."""
+    held_out_scenes: int
+    """The same for the held-out corpora."""
+    turns: int = 8
+    """Questions about each scene."""
+    max_distractors: int = 3
+    """Maximum number of objects in a scene that play no part in the task."""
+    frames_per_episode: int = 8
+    """Frames of each demonstration to ask about."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, held_out_scenes=(1, 1_000_000))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage1Settings:
+    """Stage I: fine-tuning of the backbone."""
+
+    backbone: str = "nano"
+    """A name of BACKBONES, or a folder."""
+    schooling: NanoPretrainingConfig = field(default_factory=NanoPretrainingConfig)
+    """Pretraining of a fresh nano backbone; other backbones ignore it."""
+    training: Stage1Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage2Settings:
+    """Stage II: training of the bridge and the policy on the frozen backbone."""
+
+    loop: LoopConfig
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    layer: int = 3
+    """k: the block (from 1) of the language model whose hidden states H_k the bridge reads."""
+    stride: int = 2
+    """Cache the hidden states of every n-th frame."""
+    execute: int = 8
+    """Actions of each chunk that are executed before the policy is asked again."""
+    drive: int = 0
+    """Closed-loop validation episodes of each robot and task at every evaluation
+    (`loop.eval_every`); 0: the validation loss alone selects the best checkpoint."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, layer=(1, 10_000), stride=(1, 100_000), drive=(0, len(VALIDATION_SEEDS)))
+        if not 1 <= self.execute <= self.policy.horizon:
+            raise BlmError(f"stage2.execute {self.execute} must lie in 1..horizon = {self.policy.horizon}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Evaluation in both spaces, on seeds that nothing was trained on."""
+
+    episodes: int
+    """Closed-loop episodes for each robot and task."""
+    max_steps: int = 200
+    """Control steps after which an episode ends."""
+    max_questions: int = 600
+    """Maximum number of held-out questions, spread evenly over the scenes."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, episodes=(1, len(EVALUATION_SEEDS)), max_steps=(1, 1_000_000))
+        require_numbers(self, max_questions=(1, 10**9))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run of the whole loop: demonstrations, scene questions, Stage I, Stage II, evaluation."""
+
+    name: str
+    """Name of the recipe; the run folder is runs/NAME unless --run says otherwise."""
+    robots: tuple[str, ...] = tuple(ROBOTS)
+    """Robots of all parts."""
+    tasks: tuple[str, ...] = tuple(TASKS)
+    """Tasks of all parts."""
+    cameras: tuple[str, ...] = ("base", "wrist")
+    """Cameras that the model sees."""
+    image_size: int = 112
+    """Side of the square camera pictures [px], even."""
+    workers: int = 2
+    """Worker processes for collection, scene questions, the hidden-state cache and evaluation; 0:
+    none, all work is done in this process."""
+    engine: Literal["local", "ray"] = "local"
+    """Where collection and closed-loop evaluation run: on this machine, or on a Ray cluster."""
+    demonstrations: DemonstrationSettings
+    corpus: CorpusSettings
+    stage1: Stage1Settings
+    stage2: Stage2Settings
+    evaluation: EvaluationSettings
+
+    def __post_init__(self) -> None:
+        for kind, names, registry in (("robot", self.robots, ROBOTS), ("task", self.tasks, TASKS)):
+            if not names or len(set(names)) != len(names):
+                raise BlmError(f"a recipe needs at least one {kind}, and each only once; got {names}")
+            for name in names:
+                lookup(kind, name, registry)
+        if not self.cameras:
+            raise BlmError(f"a recipe needs at least one camera; valid: {', '.join(CAMERAS)}")
+        require_numbers(self, image_size=(16, 4096))
+        if self.image_size % 2:
+            raise BlmError(f"image_size is {self.image_size}; videos need an even side")
+        collect_config(self, held_out=False)  # the configs check the limits of the remaining settings
+        corpus_config(self, Path(), "train")
+
+
+CorpusName = Literal["train", "held_out", "held_out_wording"]
+RobotsAndTasks = tuple[tuple[str, ...], tuple[str, ...]]
+"""Robots and tasks that one model is trained for."""
+
+
+def collect_config(recipe: Recipe, *, held_out: bool) -> CollectConfig:
+    """Return the config of the demonstrations: for training, or on Stage I's held-out scenes."""
+    settings = recipe.demonstrations
+    seeds = STAGE1_HELD_OUT_SEEDS if held_out else TRAINING_SEEDS
+    values = _values_for(CollectConfig, recipe, settings)
+    values["episodes"] = settings.held_out_episodes if held_out else settings.episodes
+    values["first_seed"] = seeds.start + FIRST_EPISODE_SEED
+    return CollectConfig(**values)
+
+
+def corpus_config(recipe: Recipe, run: Path, corpus: CorpusName) -> SceneCorpusConfig:
+    """Return the config of a corpus of scene questions of a run folder.
+
+    "held_out" and "held_out_wording" ask about the same scenes, the latter in wordings that
+    training never uses.
+    """
+    settings = recipe.corpus
+    training = corpus == "train"
+    values = _values_for(SceneCorpusConfig, recipe, settings)
+    values["scenes"] = settings.scenes if training else settings.held_out_scenes
+    values["first_seed"] = (TRAINING_SEEDS if training else STAGE1_HELD_OUT_SEEDS).start
+    values["episodes"] = run / ("episodes" if training else "episodes_held_out")
+    values["teach"] = training
+    values["wording"] = "held_out" if corpus == "held_out_wording" else "seen"
+    return SceneCorpusConfig(**values)
+
+
+def policy_training_config(
+    recipe: Recipe, run: Path, backbone: Path, cache: Path, trained: RobotsAndTasks
+) -> PolicyTrainingConfig:
+    """Return the config of Stage II for a model of some of the run's robots and tasks.
+
+    `cache` is the folder of the hidden-state caches. Frames of other tasks in the same datasets get
+    weight 0.
+    """
+    robots, tasks = trained
+    datasets = tuple(run / "episodes" / robot for robot in robots)
+    recorded = {task for folder in datasets for task in open_dataset(folder).tasks}
+    values = _values_for(PolicyTrainingConfig, recipe, recipe.stage2)
+    values["datasets"] = datasets
+    values["backbone"] = str(backbone)
+    values["intents"] = HiddenStateConfig(**_values_for(HiddenStateConfig, recipe, recipe.stage2))
+    values["weights"] = dict.fromkeys(sorted(recorded - {*tasks}), 0.0)
+    values["cache"] = cache
+    return PolicyTrainingConfig(**values)
+
+
+def physical_protocol(recipe: Recipe, contract: PolicyContract, trained: RobotsAndTasks) -> PhysicalProtocol:
+    """Return the protocol of the closed-loop evaluation of a model of these robots and tasks."""
+    return PhysicalProtocol.for_policy(
+        contract,
+        robots=trained[0],
+        tasks=trained[1],
+        episodes=recipe.evaluation.episodes,
+        max_steps=recipe.evaluation.max_steps,
+        phrasing="both",
+    )
+
+
+def _values_for(config: type, recipe: Recipe, settings: object) -> dict[str, Any]:
+    """Return the fields that a config shares, by name, with the recipe or a part's settings."""
+    names = {field.name for field in fields(config)}
+    return {name: value for name, value in (vars(recipe) | vars(settings)).items() if name in names}

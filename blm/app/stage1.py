@@ -1,0 +1,71 @@
+"""Prepare Stage I, for runs and for commands: the backbone and its training sources."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from blm.backbone import Backbone
+from blm.corpora.format.messages import Conversation
+from blm.training.pretraining.nano import NanoPretrainingConfig, is_nano, nano_sources, pretrain_nano
+from blm.training.sft.tokenize_corpora import TrainingSource
+from blm.training.sft.train import Stage1Config
+
+NANO = "nano"
+"""The backbone without released weights: it is pretrained on the corpora of Stage I."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingCorpus:
+    """Checked conversations of one corpus folder."""
+
+    name: str
+    """Name of the training source."""
+    folder: Path
+    """Folder that the paths of pictures are relative to."""
+    conversations: Sequence[Conversation]
+    weight: float = 1.0
+    """Share of the training examples, relative to the other corpora."""
+
+
+def load_pretrained(name: str, *, device: str = "cpu") -> Backbone | None:
+    """Load the backbone that Stage I starts from, or return None for a fresh nano.
+
+    Raises UnknownNameError for a name that is neither a backbone nor a folder.
+    """
+    return None if name == NANO else Backbone.load(name, device=device)
+
+
+def prepare_stage1(
+    backbone: Backbone | None,
+    corpora: Sequence[TrainingCorpus],
+    config: Stage1Config,
+    schooling: NanoPretrainingConfig,
+    out: Path,
+    *,
+    device: str = "cpu",
+) -> tuple[Backbone, list[TrainingSource]]:
+    """Return the backbone and the sources for `train_stage1`.
+
+    Without a backbone, a nano gets a tokenizer of these corpora and is pretrained in `out`; an
+    interrupted pretraining is continued.
+    """
+    if backbone is None:
+        texts = [(corpus.conversations, corpus.folder) for corpus in corpora]
+        backbone = pretrain_nano(texts, schooling, out, seed=config.loop.seed)
+        backbone.model.to(device)
+    if is_nano(backbone):
+        shares = [(corpus.conversations, corpus.folder, corpus.weight) for corpus in corpora]
+        return backbone, nano_sources(shares, config.loop)
+    sources = [
+        TrainingSource(
+            name=corpus.name,
+            conversations=[conversation.messages for conversation in corpus.conversations],
+            root=corpus.folder,
+            weight=corpus.weight,
+            locations=[f"{corpus.folder}, {conversation.id}" for conversation in corpus.conversations],
+        )
+        for corpus in corpora
+    ]
+    return backbone, sources

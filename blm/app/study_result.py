@@ -1,0 +1,108 @@
+"""The result of a study: a row for each variant, compared with the first on the same scenes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+from blm.evaluation.statistics import Difference, Rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantResult:
+    """What one variant cost and how well it did."""
+
+    variant: str
+    models: int
+    """Models that were trained for it."""
+    steps: int | None
+    """Training steps of each model; None in files from before it was recorded."""
+    samples: int
+    """Training samples, all models together."""
+    training_seconds: float
+    success: Rate
+    """Success at some step."""
+    success_at_end: Rate | None
+    """None in files from before it was recorded."""
+    success_at_limit: Rate | None
+    solved: Mapping[str, int]
+    """"robot/task" -> episodes solved."""
+    result: str
+    """Folder of the variant's result.json, below studies/variants."""
+    gap: Difference | None = None
+    """This variant minus the first one; None for the first."""
+    p_corrected: float | None = None
+    """p-value of the gap, corrected for the number of variants (Holm)."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form, without the fields that are None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        rates = {
+            name: Rate(**value[name]) if name in value else None
+            for name in ("success", "success_at_end", "success_at_limit")
+        }
+        gap = Difference(**value["gap"]) if "gap" in value else None
+        return cls(**{"steps": None, **value, **rates, "gap": gap})
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """All variants of a study; the first is the reference."""
+
+    study: str
+    recipe: Mapping[str, Any]
+    """The recipe that the variants change, as JSON."""
+    variants: Sequence[VariantResult]
+
+    def to_json(self) -> dict[str, Any]:
+        variants = [variant.to_json() for variant in self.variants]
+        return {"study": self.study, "recipe": self.recipe, "variants": variants}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        variants = [VariantResult.from_json(variant) for variant in value["variants"]]
+        return cls(value["study"], value["recipe"], variants)
+
+    def to_markdown(self) -> str:
+        """Format a table: success of each variant, and its paired difference from the first."""
+        first = self.variants[0]
+        lines = [
+            f"# Study: {self.study}",
+            "",
+            f"n = {first.success.n} episodes on the same scenes; {first.steps:,} steps per model; "
+            "95 % intervals; p: McNemar's exact test, corrected for the number of variants (Holm).",
+            "",
+            "| variant | models | samples seen | training | success once | at end | at step limit "
+            "| against the first | p |",
+            "|---|---|---|---|---|---|---|---|---|",
+            *(_markdown_row(variant) for variant in self.variants),
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def _markdown_row(row: VariantResult) -> str:
+    once, gap, p = row.success, row.gap, row.p_corrected
+    cells = [
+        row.variant,
+        str(row.models),
+        f"{row.samples:,}",
+        f"{row.training_seconds / 60:.1f} min",
+        f"{once.rate:.1%} ({once.low:.1%} to {once.high:.1%})",
+        _percent(row.success_at_end),
+        _percent(row.success_at_limit),
+        _points(gap) if gap is not None else "-",
+        "-" if p is None else f"{p:.2g}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _percent(rate: Rate | None) -> str:
+    return "-" if rate is None else f"{rate.rate:.1%}"
+
+
+def _points(gap: Difference) -> str:
+    return f"{100 * gap.difference:+.1f} ({100 * gap.low:+.1f} to {100 * gap.high:+.1f})"

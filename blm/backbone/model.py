@@ -1,0 +1,307 @@
+"""An image-text-to-text model of transformers and its processor: prompts in, hidden states H_k out.
+
+Shapes: B conversations, L prompt positions, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from blm.backbone.hashing import hash_tensors
+from blm.backbone.prompt import question_prompt, to_chat
+from blm.backbone.video import (
+    Video,
+    VideosAs,
+    check_videos,
+    grids_of,
+    load_media,
+    media_of,
+    reads_videos,
+    token_types,
+    video_arguments,
+)
+from blm.types import BlmError, Message
+
+Inputs = dict[str, Tensor]
+"""Keyword arguments of the model's forward, as its processor makes them."""
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    """Hidden states after block k at the prompt positions."""
+
+    hidden: Tensor
+    """[B, L, d], before the final normalisation."""
+    mask: Tensor
+    """[B, L] bool, False at padding."""
+
+
+class MultimodalModel:
+    """A multimodal language model without its generation: prompt, encode, tap hidden states,
+    freeze, hash.
+
+    `tap` may run in one thread while another thread generates text with the same model.
+
+    `videos_as` says how the frames of a video that stand together in a message reach the model.
+    "video": as one video input, with the family's own patches along time and its own times; the
+    default for Qwen2.5-VL and Qwen3-VL, because their published scores on videos are measured so.
+    "frames": as single images, which is all that other families know, and what a Qwen model should
+    keep that was trained so.
+    """
+
+    def __init__(self, model: PreTrainedModel, processor: Any) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.videos_as: VideosAs = "frames"
+        if reads_videos(processor, model.config.model_type):
+            self.videos_as = "video"
+        self._path = _decoder_path(model)
+        self._processing = threading.Lock()
+
+    @property
+    def decoder(self) -> Any:
+        """The language model inside: embeddings, blocks (`.layers`) and final norm."""
+        return self.model.get_submodule(".".join(self._path))
+
+    @property
+    def num_layers(self) -> int:
+        """Number of transformer blocks of the language model."""
+        return len(self.decoder.layers)
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width of a hidden state."""
+        return self.decoder.config.hidden_size
+
+    def render(self, messages: Sequence[Message], *, prompt: bool) -> str:
+        """Return a conversation as text by the model's own chat template, with one placeholder per
+        picture or video.
+
+        With `prompt` the text ends with the header of the assistant's turn. Raises BlmError if a
+        message contains a placeholder.
+        """
+        for message in messages:
+            for token in (self.processor.image_token, getattr(self.processor, "video_token", None)):
+                if token is not None and token in message.text:
+                    raise BlmError(f"text of the {message.role} contains '{token}', which is reserved")
+        return self.processor.apply_chat_template(
+            to_chat(messages, self.videos_as), tokenize=False, add_generation_prompt=prompt
+        )
+
+    def process(
+        self,
+        texts: Sequence[str],
+        images: Sequence[np.ndarray],
+        *,
+        videos: Sequence[Video] = (),
+        side: Literal["left", "right"] = "left",
+    ) -> Inputs:
+        """Tokenise rendered texts, padded on `side`, and process their pictures and videos, in
+        reading order.
+
+        The result is on the CPU. Raises BlmError when the numbers of placeholders and picture
+        features differ.
+        """
+        more = video_arguments(texts, videos, self.processor)
+        with self._processing:  # a call sets the padding of the fast tokenizer, so threads take turns
+            inputs = dict(
+                self.processor(
+                    text=list(texts),
+                    images=list(images) or None,
+                    padding=True,
+                    padding_side=side,
+                    return_tensors="pt",
+                    **more,
+                )
+            )
+        if "pixel_values" in inputs and inputs["pixel_values"].ndim == 5:
+            inputs["pixel_values"] = _without_missing_pictures(inputs["pixel_values"])
+            inputs.pop("pixel_attention_mask", None)  # all ones: each picture fills its square
+        self.check(inputs)
+        return inputs
+
+    def check(self, inputs: Inputs) -> None:
+        """Raise BlmError if placeholders and picture features differ in number, or exceed the
+        context."""
+        config = self.model.config
+        placeholders = int((inputs["input_ids"] == self.processor.image_token_id).sum())
+        if "image_grid_thw" in inputs:
+            merged = config.vision_config.spatial_merge_size**2
+            features = int(inputs["image_grid_thw"].prod(-1).sum()) // merged
+        elif "pixel_values" in inputs:
+            *count, _, height, width = inputs["pixel_values"].shape
+            side, merged = config.vision_config.patch_size, getattr(config, "scale_factor", 1) ** 2
+            features = math.prod(count) * ((height // side) * (width // side) // merged)
+        else:
+            features = 0
+        if placeholders != features:
+            raise BlmError(
+                f"{placeholders} image placeholders but {features} image features: a picture is missing, "
+                "extra, or was cut by truncation"
+            )
+        check_videos(self.processor, inputs)
+        length, limit = inputs["input_ids"].shape[1], self.decoder.config.max_position_embeddings
+        if length > limit:
+            raise BlmError(
+                f"a prompt has {length} tokens, the context holds {limit}: use fewer pictures or words"
+            )
+
+    def encode(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        side: Literal["left", "right"] = "left",
+        root: Path | None = None,
+    ) -> Inputs:
+        """Return the model inputs of prompts that end where the answer begins, on the model's
+        device.
+
+        Image paths are relative to `root`. Raises BlmError as `render` and `process` do, for
+        pictures that cannot be read, and when a prompt is longer than the context.
+        """
+        return self.place(self.read(conversations, side=side, root=root))
+
+    def read(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        side: Literal["left", "right"] = "left",
+        root: Path | None = None,
+    ) -> Inputs:
+        """Return the inputs that `encode` returns, but on the CPU and in float32."""
+        texts = [self.render(messages, prompt=True) for messages in conversations]
+        media = [part for messages in conversations for part in media_of(messages, self.videos_as)]
+        images, videos = load_media(media, root)
+        return self.process(texts, images, videos=videos, side=side)
+
+    def place(self, inputs: Inputs) -> Inputs:
+        """Move inputs to the model's device, and convert pictures and features to its precision."""
+        exact = ("second_per_grid_ts",)  # positions are computed from it
+        return {
+            name: value.to(
+                self.model.device,
+                self.model.dtype if value.is_floating_point() and name not in exact else None,
+            )
+            for name, value in inputs.items()
+        }
+
+    def position_ids(self, inputs: Inputs) -> Tensor:
+        """Return the position ids [B, L] of left-padded prompts, or [3, B, L] for M-RoPE with
+        pictures.
+
+        They are passed explicitly, so that no call depends on positions that the model kept from
+        another.
+        """
+        mask = inputs["attention_mask"]
+        grids = grids_of(inputs)
+        if not grids:
+            return (mask.cumsum(-1) - 1).clamp_min(0)
+        ids = inputs["input_ids"]
+        model: Any = self.model.base_model
+        positions, _ = model.get_rope_index(
+            input_ids=ids,
+            mm_token_type_ids=token_types(self.processor, ids),
+            attention_mask=mask,
+            **grids,
+        )
+        return positions
+
+    @torch.no_grad()
+    def tap(self, inputs: Inputs, layer: int) -> HiddenStates:
+        """Return H_k, the output of block `layer` (from 1); later blocks and the final norm do not
+        run.
+
+        Where a model adds picture features between blocks (Qwen3-VL's DeepStack), they are
+        included: H_k is the input of block k + 1. Raises BlmError for a layer that the model does
+        not have.
+        """
+        if not 1 <= layer <= self.num_layers:
+            raise BlmError(f"layer {layer} is outside 1 .. {self.num_layers}, the blocks of this model")
+        hidden = _truncated(self.model, self._path, layer)(**inputs, use_cache=False).last_hidden_state
+        return HiddenStates(hidden, inputs["attention_mask"].bool())
+
+    def freeze(self) -> None:
+        """Switch to evaluation mode, and stop gradients of all parameters."""
+        self.model.eval().requires_grad_(False)
+
+    def fingerprint(self) -> str:
+        """Return the sha256 of all parameters and buffers in their present precision, by sorted
+        name."""
+        digest = hashlib.sha256()
+        hash_tensors(digest, {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())})
+        return digest.hexdigest()
+
+    @staticmethod
+    def probe_prompts() -> list[tuple[Message, ...]]:
+        """Return two fixed prompts, one with a picture, whose logits prove that the model is
+        unchanged."""
+        ramp = np.arange(112, dtype=np.uint8)
+        picture = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :] * 2, np.uint8(64)), axis=-1)
+        return [question_prompt("What is in the picture?", [picture]), question_prompt("What can you do?")]
+
+    @torch.no_grad()
+    def probe_logits(self) -> Tensor:
+        """Return the next-token logits [2, V] after the two probe prompts."""
+        return torch.cat(
+            [
+                self.model(**self.encode([prompt])).logits[:, -1].float().cpu()
+                for prompt in self.probe_prompts()
+            ]
+        )
+
+
+def _decoder_path(model: PreTrainedModel) -> tuple[str, ...]:
+    decoder = model.get_decoder()
+    for name, module in model.named_modules():
+        if module is decoder and {"layers", "norm"} <= module._modules.keys():
+            return tuple(name.split("."))
+    raise BlmError(
+        f"{type(model).__name__} has no language model with 'layers' and 'norm'; it cannot be tapped"
+    )
+
+
+def _truncated(model: nn.Module, path: Sequence[str], layer: int) -> nn.Module:
+    """Return a view of model.<path[0]> with blocks 1 .. layer only and no final norm.
+
+    Modules on the path are shallow copies; all others, and every parameter, are shared. The model
+    itself does not change, so another thread may generate with it.
+    """
+    top = view = shallow_copy(model.get_submodule(path[0]))
+    for name in path[1:]:
+        view._modules[name] = shallow_copy(view.get_submodule(name))
+        view = view.get_submodule(name)
+    layers = view.get_submodule("layers")
+    assert isinstance(layers, nn.ModuleList)
+    view._modules |= {"layers": layers[:layer], "norm": nn.Identity()}
+    return top
+
+
+def _without_missing_pictures(pixels: Tensor) -> Tensor:
+    """[B, max pictures, 3, height, width], zeros where a conversation has fewer -> [N, 1, 3,
+    height, width].
+
+    Idefics3 and SmolVLM drop the zeros themselves; without them batches have one layout for all
+    models.
+    """
+    flat = pixels.flatten(0, 1)
+    return flat[flat.flatten(1).any(1)][:, None]
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """Return a view of a module whose children and attributes can be replaced without changing the
+    module."""
+    view = copy.copy(module)
+    view.__dict__["_modules"] = dict(module._modules)
+    return view

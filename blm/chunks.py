@@ -1,0 +1,73 @@
+"""Execution of action chunks: which action belongs to a control step, and when to ask the policy
+again.
+
+A policy returns a chunk of H actions, the first of them for the step of its observation. Of each
+chunk `execute` actions are executed before the next decision (receding horizon). In simulation the
+evaluation, the collector's policy pilot, the playground and the examples use this class. Beside a
+real arm, where time passes continuously, `blm.runtime.timeline` does the same by the chunk's age.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from blm.types import BlmError, FloatArray
+
+
+class ChunkExecutor:
+    """Executes action chunks, one action per control step.
+
+    In every step: if `decision_due`, ask the policy and `receive` its chunk; then execute
+    `next_action`.
+
+    With an inference delay of d steps a chunk arrives d steps after its observation. Until then the
+    steps go by with the rest of the previous chunk, whose last action is held when it is over, and
+    the first d actions of the new chunk are skipped. If the delay is longer than `execute`, the
+    policy is asked again as soon as its chunk has arrived.
+    """
+
+    def __init__(self, execute: int, hold: FloatArray) -> None:
+        """`execute`: actions per decision, at least 1. `hold`: [D] action to hold until the first
+        chunk."""
+        if execute < 1:
+            raise BlmError(f"execute is {execute}; it must be 1 or more")
+        self.execute = execute
+        self.step = 0
+        """Control steps executed so far."""
+        self._chunk = np.asarray(hold)[None]
+        self._observed_at = 0
+        """The step of the observation of the current chunk."""
+        self._arriving: FloatArray | None = None
+        self._asked_at = self._arrives_at = self._due_at = 0
+
+    @property
+    def decision_due(self) -> bool:
+        """Whether the policy must be asked before the next action."""
+        return self.step >= self._due_at
+
+    def receive(self, chunk: FloatArray, delay: int = 0) -> None:
+        """Take the chunk [H, D] for an observation of the present step, which arrives `delay` steps
+        later.
+
+        Raises BlmError for a chunk without actions.
+        """
+        if not len(chunk):
+            raise BlmError("the policy returned a chunk without actions")
+        self._update()
+        self._arriving = chunk
+        self._asked_at = self.step
+        self._arrives_at = self.step + delay
+        self._due_at = max(self._arrives_at, self.step + min(self.execute, len(chunk)))
+
+    def next_action(self) -> FloatArray:
+        """Return the action [D] of the present step, and go to the next step."""
+        self._update()
+        action = self._chunk[min(self.step - self._observed_at, len(self._chunk) - 1)]
+        self.step += 1
+        return action
+
+    def _update(self) -> None:
+        """Switch to the chunk that has arrived, if any."""
+        if self._arriving is not None and self.step >= self._arrives_at:
+            self._chunk, self._observed_at = self._arriving, self._asked_at
+            self._arriving = None

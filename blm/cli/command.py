@@ -1,0 +1,99 @@
+"""How a command is found, parsed and run: each is a dataclass whose fields are its flags."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Self, TypeVar
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from blm.cli import COMMANDS
+from blm.errors import UnknownNameError
+
+T = TypeVar("T")
+OutFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+"""Positional folder that a command writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CliCommand(ABC):
+    """A command: the docstring of a subclass is its help, and its fields are its flags."""
+
+    @classmethod
+    def parse(cls, name: str, arguments: Sequence[str]) -> Self:
+        """Return the command with these arguments; tyro prints help and wrong usage, and exits."""
+        return tyro.cli(cls, args=list(arguments), prog=f"blm {name}")
+
+    @abstractmethod
+    def run(self, command_line: Sequence[str]) -> None:
+        """Run the command. `command_line` is recorded in some of the files that it writes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSelection:
+    """Flags that select recipe and run folder; parsed first, as they set the other defaults."""
+
+    recipe: str | None = None
+    run: Path | None = None
+
+
+def find_command(arguments: list[str]) -> tuple[str, list[str]]:
+    """Split arguments into a command's name, of one or two words, and the rest.
+
+    Without a command, print the table of commands and exit. Raises UnknownNameError for any other
+    word.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _print_commands()
+        raise SystemExit(0)
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            return name, arguments[words:]
+    raise UnknownNameError("command", " ".join(arguments[:2]).split(" -")[0], COMMANDS)
+
+
+def parse_command(name: str, arguments: Sequence[str]) -> CliCommand:
+    """Return the command, ready to run; with --run or --recipe, its stage of a run folder.
+
+    Imports the module of the command. Raises BlmError for values that do not fit.
+    """
+    command = COMMANDS[name]
+    target = command.target
+    if command.stage:
+        selection, _ = split_flags(RunSelection, name, arguments)
+        if selection.recipe is not None or selection.run is not None:
+            target = "runs:StageCommand"
+    module, _, class_name = target.partition(":")
+    kind: type[CliCommand] = getattr(import_module(f"blm.cli.{module}"), class_name)
+    return kind.parse(name, arguments)
+
+
+def split_flags(flags: type[T], name: str, arguments: Sequence[str]) -> tuple[T, list[str]]:
+    """Parse only the flags of one class; return it, and the arguments that it does not have."""
+    return tyro.cli(flags, args=list(arguments), prog=f"blm {name}", return_unknown_args=True, add_help=False)
+
+
+def print_error(error: Exception) -> None:
+    """Print an error in one paragraph on stderr."""
+    message = escape(str(error))  # an error may contain brackets, which are no markup
+    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+
+
+def _print_commands() -> None:
+    table = Table(box=None, show_header=False)
+    for name, command in COMMANDS.items():
+        table.add_row(f"blm {name}", command.summary)
+    console = Console()
+    console.print(
+        "Boundless: one embodied model that answers questions and controls robot arms.\n"
+        "`blm COMMAND --help` shows the flags of a command.\n"
+    )
+    console.print(table)

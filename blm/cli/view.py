@@ -1,0 +1,57 @@
+"""Command that shows recorded episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from blm.cli.command import CliCommand
+from blm.types import BlmError
+
+console = Console()
+
+
+@dataclass(frozen=True, kw_only=True)
+class View(CliCommand):
+    """Write an episode as a video, a contact sheet or a Rerun recording, or one picture of a
+    collection.
+
+    Example: blm view runs/demo/episodes/panda --episode 3 --form sheet
+    """
+
+    dataset: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATASET")]
+    """Folder of one robot's dataset; with `--form suite`, of a collection of several robots."""
+    episode: int = 0
+    """Index of the episode in the dataset, from 0."""
+    form: Literal["mp4", "sheet", "rerun", "suite"] = "mp4"
+    """mp4: video. sheet: PNG with frames side by side. rerun: recording for the Rerun viewer (needs
+    the extra `viewer`). suite: PNG with the first episode of every robot and task."""
+    out: Path | None = None
+    """File to write; by default in the working folder, named after robot and episode."""
+
+    def run(self, command_line: Sequence[str]) -> None:
+        console.print(f"wrote {self._write()}", soft_wrap=True)
+
+    def _write(self) -> Path:
+        from blm.app.viewing import collection_sheet, contact_sheet, write_mp4, write_rerun
+        from blm.datasets.lerobot import open_dataset
+
+        if self.form == "suite":
+            return collection_sheet(self.dataset, self.out or Path("suite.png"))
+        data = open_dataset(self.dataset)
+        if not 0 <= self.episode < data.num_episodes:
+            valid = f"valid are 0..{data.num_episodes - 1}"
+            raise BlmError(f"episode {self.episode} is not in '{self.dataset}': {valid}")
+        suffix = {"mp4": "mp4", "sheet": "png", "rerun": "rrd"}[self.form]
+        path = self.out or Path(f"{data.space.robot}-{self.episode:05d}.{suffix}")
+        episode = data.episode(self.episode)
+        if self.form == "sheet":
+            return contact_sheet([episode], path)
+        if self.form == "mp4":
+            return write_mp4(episode, path)
+        return write_rerun(episode, path, names=data.space.names)

@@ -1,0 +1,234 @@
+"""Result of a closed-loop evaluation: every episode, and success rates per cell and over all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar, Literal, Self
+
+from blm.evaluation.protocol import PhysicalProtocol
+from blm.evaluation.results import EvaluationResult, Machine, ScoredItem
+from blm.evaluation.statistics import Rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeResult:
+    """One episode."""
+
+    id: str
+    """robot/task/seed."""
+    robot: str
+    task: str
+    seed: int
+    scene: str
+    """Hash of the initial poses of all objects and of the arm."""
+    instruction: str
+    phrasing: Literal["seen", "held_out"]
+    """Whether the instruction is worded as in training."""
+    video: str | None
+    """File below the result's folder; None for an episode that was not filmed."""
+    seconds_policy: float
+    """Waiting for the policy [s]."""
+    seconds_physics: float
+    """Stepping the simulation and judging [s]."""
+    seconds_rendering: float
+    """Rendering the pictures that the policy sees [s]."""
+    act_ms: float
+    """Median time of a decision [ms]."""
+    success_once: bool
+    """The task's rule held after some step."""
+    success_at_end: bool
+    """It held after the last judged step."""
+    steps: int
+    """Judged steps."""
+    first_success: int | None
+    """First step after which the rule held, counted from 1; None for a failure."""
+    reason: str
+    """Why it failed, one of REASONS; empty for a success."""
+    success_at_limit: bool | None = None
+    """The rule held at the step limit; None where the episode ended after its success."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(**value)
+
+    def without_times(self) -> Self:
+        """Return the episode with all times zero: the rest is equal when it is run again."""
+        return replace(self, act_ms=0.0, seconds_policy=0.0, seconds_physics=0.0, seconds_rendering=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuccessSummary:
+    """Success rates of a set of episodes, and why the others failed."""
+
+    n: int
+    success_once: Rate
+    success_at_end: Rate
+    success_at_limit: Rate | None
+    """None where episodes ended after their success, so that it was not measured."""
+    reasons: Mapping[str, int]
+    """Each of REASONS -> episodes that failed for it."""
+    act_ms: float
+    """Median time of a decision [ms]."""
+
+    def to_json(self) -> dict[str, Any]:
+        limit = self.success_at_limit
+        return {
+            "n": self.n,
+            "success_once": asdict(self.success_once),
+            "success_at_end": asdict(self.success_at_end),
+            **({} if limit is None else {"success_at_limit": asdict(limit)}),
+            "reasons": dict(self.reasons),
+            "act_ms": self.act_ms,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        limit = value.get("success_at_limit")
+        return cls(
+            n=value["n"],
+            success_once=Rate(**value["success_once"]),
+            success_at_end=Rate(**value["success_at_end"]),
+            success_at_limit=None if limit is None else Rate(**limit),
+            reasons=value["reasons"],
+            act_ms=value["act_ms"],
+        )
+
+
+@dataclass(frozen=True)
+class CellSummary:
+    """The episodes of one cell: one robot and one task."""
+
+    robot: str
+    task: str
+    summary: SuccessSummary
+    phrasings: Mapping[str, SuccessSummary]
+
+    @property
+    def name(self) -> str:
+        """Return "robot/task"."""
+        return f"{self.robot}/{self.task}"
+
+    def to_json(self) -> dict[str, Any]:
+        phrasings = _phrasings_to_json(self.phrasings)
+        return {"robot": self.robot, "task": self.task, **self.summary.to_json(), "phrasings": phrasings}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        phrasings = _phrasings_from_json(value["phrasings"])
+        return cls(value["robot"], value["task"], SuccessSummary.from_json(value), phrasings)
+
+
+def _phrasings_to_json(phrasings: Mapping[str, SuccessSummary]) -> dict[str, Any]:
+    return {name: summary.to_json() for name, summary in phrasings.items()}
+
+
+def _phrasings_from_json(value: Mapping[str, Any]) -> dict[str, SuccessSummary]:
+    return {name: SuccessSummary.from_json(summary) for name, summary in value.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhysicalSummary:
+    """Success rates over all episodes, by phrasing of the instruction, and by cell."""
+
+    overall: SuccessSummary
+    phrasings: Mapping[str, SuccessSummary]
+    cells: tuple[CellSummary, ...]
+    """In the order of the protocol."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "overall": self.overall.to_json(),
+            "phrasings": _phrasings_to_json(self.phrasings),
+            "cells": [cell.to_json() for cell in self.cells],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(
+            overall=SuccessSummary.from_json(value["overall"]),
+            phrasings=_phrasings_from_json(value["phrasings"]),
+            cells=tuple(CellSummary.from_json(cell) for cell in value["cells"]),
+        )
+
+
+@dataclass(frozen=True)
+class SharedPolicy:
+    """What one policy did for all workers. With batches it may round differently from run to run."""
+
+    max_batch: int
+    calls: int
+    observations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How the episodes were run, and where the time went, summed over workers."""
+
+    workers: int
+    shared_policy: SharedPolicy | None
+    """None where each worker had its own policy."""
+    seconds_policy: float
+    seconds_physics: float
+    seconds_rendering: float
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        shared = value["shared_policy"]
+        return cls(
+            workers=value["workers"],
+            shared_policy=None if shared is None else SharedPolicy(**shared),
+            **{name: value[name] for name in ("seconds_policy", "seconds_physics", "seconds_rendering")},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhysicalResult(EvaluationResult):
+    """A closed-loop evaluation of one policy under one protocol."""
+
+    kind: ClassVar[str] = "physical"
+    score: ClassVar[str] = "success_once"
+
+    protocol: PhysicalProtocol
+    summary: PhysicalSummary
+    execution: Execution | None = None
+    """None for a result that was put together from the episodes of several policies."""
+    episodes: tuple[EpisodeResult, ...]
+    """Empty for a published summary."""
+
+    def items(self) -> list[ScoredItem]:
+        return [
+            ScoredItem(
+                id=episode.id,
+                score=float(episode.success_once),
+                stratum=f"{episode.robot} {episode.task}",
+                phrasing=episode.phrasing,
+                scene=episode.scene,
+            )
+            for episode in self.episodes
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        value = super().to_json()
+        execution = {} if self.execution is None else asdict(self.execution)
+        if execution:
+            value["workers"] = execution.pop("workers")
+        value |= self.summary.to_json() | execution
+        if self.episodes:
+            value["rows"] = [episode.to_json() for episode in self.episodes]
+        return value
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(
+            protocol=PhysicalProtocol.from_json(value["protocol"]),
+            machine=Machine.from_json(value["machine"]),
+            seconds=value["seconds"],
+            model=value["model"],
+            summary=PhysicalSummary.from_json(value),
+            execution=Execution.from_json(value) if "workers" in value else None,
+            episodes=tuple(EpisodeResult.from_json(row) for row in value.get("rows", ())),
+        )

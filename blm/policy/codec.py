@@ -1,0 +1,57 @@
+"""The codec of a policy: what goes into the network and what comes out of it, in common formats.
+
+Padding of states and actions to one width for all robots, decoding of normalised actions to chunks,
+and the version of the control prompt. Shape legend: B batch, H action steps, D padded dimension.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blm.backbone import Backbone
+from blm.backbone.prompt import control_prompt, to_chat
+from blm.datasets.transforms import RobotTransforms
+from blm.types import ActionChunk, FloatArray, Observation, PolicyContract
+
+
+def pad_dims(values: FloatArray, size: int) -> Tensor:
+    """Return `values` [.., d] as a float32 tensor [.., size], zero in dimensions that the robot
+    lacks."""
+    missing = [(0, 0)] * (values.ndim - 1) + [(0, size - values.shape[-1])]
+    return torch.from_numpy(np.pad(values, missing).astype(np.float32))
+
+
+def decode_chunks(
+    contract: PolicyContract,
+    transforms: Mapping[str, RobotTransforms],
+    observations: Sequence[Observation],
+    normalised: Tensor,
+) -> list[ActionChunk]:
+    """Return the chunks of absolute targets, clipped to the robots' limits, of normalised actions
+    [B, H, D].
+
+    Relative actions are added to the state of their observation.
+    """
+    chunks = []
+    for o, actions_HD in zip(observations, normalised.double().cpu().numpy(), strict=True):
+        space = contract.action_spaces[o.robot]
+        actions = transforms[o.robot].actions.inverse(actions_HD[:, : space.dim], o.state)
+        assert np.isfinite(actions).all(), "the policy produced an action that is not finite"
+        clipped = np.clip(actions, space.low, space.high).astype(np.float32)
+        chunks.append(ActionChunk(actions=clipped, rate_hz=space.rate_hz))
+    return chunks
+
+
+def prompt_version(backbone: Backbone, cameras: Sequence[str]) -> str:
+    """Return a short hash of the control prompt's wording and of the chat template that renders
+    it."""
+    blank = np.zeros((8, 8, 3), np.uint8)
+    chat = to_chat(control_prompt("{instruction}", "{robot}", dict.fromkeys(cameras, blank)))
+    text = json.dumps([chat, backbone.processor.chat_template])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,49 @@
+"""Micro-batches of the training loop, and a thread that prepares those of the next step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from blm.training.loop.distributed import DataShard
+
+B = TypeVar("B")
+
+
+@dataclass(frozen=True)
+class Microbatch(Generic[B]):
+    """The samples of one forward and backward pass of one process."""
+
+    batch: B
+    """The argument of the loss function."""
+    ids: Sequence[object]
+    """Names of its samples, for error messages and `samples_per_s`."""
+    weight: float = 1.0
+    """Number of terms (answer tokens, or samples) that its mean loss is taken over."""
+    tokens: int = 0
+    """Tokens without padding, for `tokens_per_s`."""
+    positions: int = 0
+    """Tokens and padding, for `padding_share`."""
+
+
+def prefetch(
+    next_batch: Callable[[int, DataShard], Microbatch[B]], steps: range, shards: Sequence[DataShard]
+) -> Iterator[tuple[list[Microbatch[B]], float]]:
+    """Yield the micro-batches of each step, and the seconds spent waiting for them.
+
+    A thread prepares one step ahead.
+    """
+
+    def make(step: int) -> list[Microbatch[B]]:
+        return [next_batch(step, shard) for shard in shards]
+
+    with ThreadPoolExecutor(1, "batches") as pool:
+        pending = [pool.submit(make, step) for step in steps[:1]]
+        for step in steps:
+            begin = time.perf_counter()
+            microbatches = pending.pop().result()
+            pending = [pool.submit(make, step + 1)] if step + 1 in steps else []
+            yield microbatches, time.perf_counter() - begin

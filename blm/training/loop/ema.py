@@ -1,0 +1,33 @@
+"""Exponential moving average (EMA) of the weights of a module."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from blm.training.loop.distributed import full_tensor
+
+
+class Ema:
+    """A copy of a module whose weights w follow the trained weights v: w <- d w + (1 - d) v.
+
+    The decay d grows to its final value: d = min(decay, (1 + step) / (10 + step)), as in
+    TensorFlow's ExponentialMovingAverage. Every process holds the whole copy, also when the trained
+    weights are sharded.
+    """
+
+    def __init__(self, module: nn.Module, decay: float = 0.995) -> None:
+        self.decay = decay
+        self.module = copy.deepcopy(module).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move the average towards `module` after optimizer step `step` (from 0); buffers are
+        copied."""
+        weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
+        for average, trained in zip(self.module.parameters(), module.parameters(), strict=True):
+            average.lerp_(full_tensor(trained.detach()), weight)
+        for copied, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
+            copied.copy_(buffer)
