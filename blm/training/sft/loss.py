@@ -84,7 +84,7 @@ class MaskedLossModel(nn.Module):
         """Return zero; if the batch has no pictures, as the vision output of the dummy picture
         times zero."""
         needed = self.vision_modules and (self.sharded or not all(map(is_frozen, self.vision_modules)))
-        if not needed or not inputs.keys().isdisjoint(self.dummy_picture):
+        if not needed or "video_grid_thw" in inputs or not inputs.keys().isdisjoint(self.dummy_picture):
             return 0.0
         output = vision_features(self.backbone, self.backbone.place(self.dummy_picture))
         deepstack = getattr(output, "deepstack_features", None) or []

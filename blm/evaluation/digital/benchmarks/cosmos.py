@@ -7,9 +7,10 @@ nvidia-cosmos/cosmos-reason1 (loader, prompt, letter mode with 10 tokens, `corre
 another name of `answer`) and the listing of the hub. Assumed: that options are lettered A, B, ..
 without a gap.
 
-Deliberate differences from upstream: frames are given as pictures, 4 a second like there, but at
-most 8 (upstream: all); an unread answer is wrong at once (upstream: asked again, up to ten times,
-ever more at random); a missing clip is an error (upstream: its questions are left out).
+Deliberate differences from upstream: 4 frames a second like there, but at most 8 (upstream: all);
+models that read videos as videos get them as one (`Backbone.videos_as`), others get pictures; an
+unread answer is wrong at once (upstream: asked again, up to ten times, ever more at random); a
+missing clip is an error (upstream: its questions are left out).
 """
 
 from __future__ import annotations
