@@ -30,7 +30,7 @@ from blm.planner.demonstration import TAKE_OVER, Demonstrator, Perturbation, dem
 from blm.planner.expert import HOLD_STEPS, Expert
 from blm.robots import ROBOTS
 from blm.seeds import count_reserved_seeds, reserved_seeds_warning
-from blm.tasks import Env
+from blm.tasks import Env, TaskEnv
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.scene import CAMERAS
 from blm.tasks.suite import suite_version
@@ -313,9 +313,9 @@ def _check_pilot(make: MakePolicy, config: CollectConfig, robot: str, task: str)
     _pilot(make).contract.check(_expert(config, robot, task).env.observation())
 
 
-def make_env(config: CollectConfig, robot: str, task: str, cameras: tuple[str, ...]) -> Env:
+def make_env(config: CollectConfig, robot: str, task: str, cameras: tuple[str, ...]) -> TaskEnv:
     """Return the environment of this configuration with the given cameras."""
-    env_class = Env
+    env_class: type[TaskEnv] = Env
     if config.simulator == "maniskill":
         from blm.tasks.maniskill import ManiSkillEnv
 
@@ -333,9 +333,11 @@ def make_env(config: CollectConfig, robot: str, task: str, cameras: tuple[str, .
 
 def make_expert(config: CollectConfig, robot: str, task: str) -> Demonstrator:
     """Return the expert of one cell, with the environment that it records."""
-    env, rng = make_env(config, robot, task, config.cameras), np.random.default_rng(0)
-    if config.simulator == "maniskill":
-        from blm.planner.maniskill import ManiSkillExpert
+    env = make_env(config, robot, task, config.cameras)
+    rng = np.random.default_rng(0)
+    if not isinstance(env, Env):
+        from blm.planner.maniskill import ManiSkillEnv, ManiSkillExpert
 
-        return ManiSkillExpert(env, rng)  # type: ignore[arg-type,return-value]  # its env is narrower
+        assert isinstance(env, ManiSkillEnv)
+        return ManiSkillExpert(env, rng)
     return Expert(env, rng, config.hold)

@@ -19,7 +19,7 @@ from blm.evaluation.physical.outcome import StepOutcome, judge, observe_step
 from blm.evaluation.physical.policy_host import HostedPolicy
 from blm.evaluation.protocol import PhysicalProtocol, digest, phrasing_of
 from blm.io import replacing
-from blm.tasks import TASKS, Env
+from blm.tasks import TASKS, Env, TaskEnv
 from blm.types import ContractError, FloatArray, ImageArray, Observation, Policy, decision_seed
 
 VIDEO_CAMERA, VIDEO_SIZE = "base", 240
@@ -29,7 +29,7 @@ VIDEO_CAMERA, VIDEO_SIZE = "base", 240
 class PrivilegedPolicy(Protocol):
     """A policy that sees the simulator's state, such as the planning expert."""
 
-    def attach(self, env: Env) -> None:
+    def attach(self, env: TaskEnv) -> None:
         """Prepare for a new episode in this environment, which has been reset."""
         ...
 
@@ -39,16 +39,16 @@ class EpisodeWorker:
 
     def __init__(self, make_policy: Callable[[], Policy], protocol: PhysicalProtocol, out: Path) -> None:
         self.make_policy, self.protocol, self.out = make_policy, protocol, out
-        self._env: Env | None = None
+        self._env: TaskEnv | None = None
 
     @cached_property
     def policy(self) -> Policy:
         return self.make_policy()
 
-    def env(self, robot: str, task: str) -> Env:
+    def env(self, robot: str, task: str) -> TaskEnv:
         if self._env is None or (self._env.embodiment, self._env.task) != (robot, task):
             close(self._env)
-            world = Env
+            world: type[TaskEnv] = Env
             if self.protocol.simulator.startswith("maniskill"):
                 from blm.tasks.maniskill import ManiSkillEnv
 
@@ -144,7 +144,7 @@ def run_episode(unit: tuple[str, str, int, bool]) -> dict[str, Any]:
 
 
 def drive(
-    policy: Policy, env: Env, seed: int, protocol: PhysicalProtocol, clock: EpisodeTimer
+    policy: Policy, env: TaskEnv, seed: int, protocol: PhysicalProtocol, clock: EpisodeTimer
 ) -> Iterator[FloatArray]:
     """Yield the action of each control step; see `ChunkExecutor` for chunks that arrive late.
 
