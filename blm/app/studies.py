@@ -36,7 +36,7 @@ from blm.evaluation.physical.summary import summarise
 from blm.evaluation.result_files import load_result, write_result
 from blm.evaluation.results import this_machine
 from blm.evaluation.statistics import holm
-from blm.io import write_json, write_text
+from blm.io import read_json_lines, write_json, write_text
 from blm.policy.checkpoint import read_contract
 from blm.training.policy.train import PolicyTrainingConfig, train_stage2
 from blm.types import BlmError, lookup
@@ -237,5 +237,5 @@ def untrained_backbone(recipe: Recipe, backbone: Path, folder: Path) -> Path:
 
 def last_log_row(log: Path) -> dict[str, float]:
     """Return the last row of a training log."""
-    row: dict[str, float] = json.loads(log.read_text().splitlines()[-1])
+    row: dict[str, float] = read_json_lines(log)[-1]
     return row
