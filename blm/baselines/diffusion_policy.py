@@ -31,7 +31,7 @@ from blm.policy.checkpoint import (
 )
 from blm.policy.codec import decode_chunks, pad_dims
 from blm.policy.flow import seeded_noise
-from blm.policy.network import PolicyConfig
+from blm.policy.network import ActionVectors, PolicyConfig
 from blm.training.loop.batches import Microbatch
 from blm.training.loop.distributed import DataShard
 from blm.training.loop.ema import Ema
@@ -103,7 +103,7 @@ class Batch:
     """Bag of words of each instruction."""
     steps: Tensor
     """[B] diffusion steps."""
-    vectors: Mapping[str, Any]
+    vectors: ActionVectors
     """The result of `PolicySampler.vectors`."""
 
 

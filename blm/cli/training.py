@@ -84,7 +84,7 @@ class TrainStage1(CliCommand):
 
         def evaluate(step: int) -> dict[str, float]:
             found = held_out_loss(backbone, held_out, self.config.loop.batch_size) if held_out else {}
-            measured = retention.measure(backbone)
+            measured = asdict(retention.measure(backbone))
             return found | {name: value for name, value in measured.items() if name in KEPT}
 
         if processes.first:

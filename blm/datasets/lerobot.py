@@ -19,20 +19,21 @@ import pyarrow.parquet as pq
 
 from blm.datasets.checks import opening_faults
 from blm.datasets.dataset import VECTORS, CameraVideos, EpisodeDataset
-from blm.datasets.files import MANIFEST, verify_files
+from blm.datasets.files import MANIFEST, Manifest, verify_files
 from blm.datasets.lerobot_foreign import load_foreign, matrix
 from blm.datasets.lerobot_writer import (
     CODEBASE_VERSION,
     DATA_FILE,
     EPISODES_FILE,
     FORMAT,
+    BlmInfo,
     finalize_dataset,
     stage_episode,
     video_file,
 )
 from blm.datasets.statistics import Stats
 from blm.io import read_json, reading, recover_folder
-from blm.types import ActionSpace, BlmError
+from blm.types import BlmError
 
 __all__ = [
     "EpisodeDataset",
@@ -82,10 +83,12 @@ def load_dataset(folder: Path | str) -> EpisodeDataset:
 
 
 def _load_own(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
+    with reading(folder / "meta/info.json"):
+        own = BlmInfo.from_json(info["blm"])
     with reading(folder / DATA_FILE):
         table = pq.read_table(folder / DATA_FILE)
         columns = {name: matrix(table[name]) for name in table.column_names}
-        missing = {*VECTORS, info["blm"]["primitive_column"]} - set(columns)
+        missing = {*VECTORS, own.primitive_column} - set(columns)
         if missing:
             raise KeyError(", ".join(sorted(missing)))
     with reading(folder / EPISODES_FILE):
@@ -94,24 +97,23 @@ def _load_own(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
         metrics = tuple(json.loads(text) for text in episodes["blm/metrics"])
     with reading(folder / "meta/tasks.parquet"):
         texts = pq.read_table(folder / "meta/tasks.parquet")["__index_level_0__"].to_pylist()
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    manifest = Manifest.read(folder) if (folder / MANIFEST).exists() else None
     with reading(folder / "meta/stats.json") as path:
         stats = read_json(path)
         vectors = {k: Stats.from_json({**stats[k], "count": stats[k]["count"][0]}) for k in VECTORS}
     with reading(folder / "meta/info.json"):
-        own = info["blm"]
         file = np.zeros(len(starts) - 1, np.int64)
-        shape = (own["image_size"], own["image_size"])
+        shape = (own.image_size, own.image_size)
         return EpisodeDataset(
             folder=folder,
             info=info,
             manifest=manifest,
-            space=ActionSpace.from_json(own["action_space"]),
+            space=own.action_space,
             camera_videos={
                 name: CameraVideos(
                     files=(folder / video_file(name),), file=file, first=starts[:-1], shape=shape
                 )
-                for name in own["cameras"]
+                for name in own.cameras
             },
             stats=vectors,
             states=columns["observation.state"],
@@ -121,7 +123,7 @@ def _load_own(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
             episode_index=columns["episode_index"],
             instructions=tuple(texts),
             task_index=columns["task_index"],
-            primitives=np.array(own["primitives"])[columns[own["primitive_column"]]],
+            primitives=np.array(own.primitives)[columns[own.primitive_column]],
             success=columns["next.success"],
             starts=starts,
             tasks=tuple(episodes["blm/task"]),

@@ -68,7 +68,7 @@ def load_foreign(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
     return EpisodeDataset(
         folder=folder,
         info=info,
-        manifest={},
+        manifest=None,
         space=_space(folder, info, actions),
         camera_videos={
             key.removeprefix("observation.images."): CameraVideos(

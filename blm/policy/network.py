@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,19 @@ class PolicyBatch:
     def to(self, device: torch.device | str) -> PolicyBatch:
         tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
+
+
+class ActionVectors(TypedDict):
+    """The fields of a `PolicyBatch` other than hidden states."""
+
+    state: Tensor
+    actions: Tensor
+    real: Tensor
+    embodiment: Tensor
+    noise: Tensor
+    tau: Tensor
+    ids: Sequence[object]
+    values: float
 
 
 class PolicyNetwork(nn.Module):

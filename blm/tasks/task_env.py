@@ -13,7 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypedDict
 
 import gymnasium
 import numpy as np
@@ -33,7 +33,16 @@ RENDER_SIZE = 480
 """Side of the pictures for people [px]."""
 
 
-class TaskEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]], ABC):
+class EnvObservation(TypedDict):
+    """An observation in LeRobot's form."""
+
+    pixels: dict[str, ImageArray]
+    """Camera -> uint8 [H, W, 3]."""
+    agent_pos: NDArray[np.float32]
+    """Joint positions [rad] and measured gripper opening, [D]."""
+
+
+class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
     """A robot at a table with one task; `robot` and `task` are names in ROBOTS and TASKS.
 
     Seeds, episodes and observations are defined here; a subclass adds the simulator.
@@ -83,7 +92,7 @@ class TaskEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]], ABC):
         self._arm = slice(0, space.dim - 1)
         self.action_space = spaces.Box(self._low.astype(np.float32), self._high.astype(np.float32))
         picture = spaces.Box(0, 255, (self.image_size, self.image_size, 3), np.uint8)
-        self.observation_space = spaces.Dict({
+        self.observation_space = spaces.Dict({  # type: ignore[assignment]  # it is a Space of any dict
             "pixels": spaces.Dict(dict.fromkeys(self.cameras, picture)),
             "agent_pos": spaces.Box(-np.inf, np.inf, (space.dim,), np.float32),
         })  # fmt: skip
@@ -149,7 +158,7 @@ class TaskEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]], ABC):
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+    ) -> tuple[EnvObservation, dict[str, Any]]:
         """Start the episode of `seed`. Options: "phrasing" (index), "arm" ("home" or "random").
 
         Raises BlmError for an unknown option, phrasing or arm start.
@@ -175,7 +184,7 @@ class TaskEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]], ABC):
         """Return one of the random streams of an episode; `name` is in `_STREAMS`."""
         return np.random.default_rng((seed, _STREAMS[name]))
 
-    def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+    def step(self, action: NDArray[np.float32]) -> tuple[EnvObservation, float, bool, bool, dict[str, Any]]:
         """Hold the targets for one control step. Raises ContractError on a wrong shape or a NaN."""
         target = np.clip(self.contract_space.check_state(action, "action"), self._low, self._high)
         self._simulate(target)
@@ -185,7 +194,7 @@ class TaskEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]], ABC):
         late = self._steps >= self._max_episode_steps
         return self.observe(), float(info["success"]), done, late, info
 
-    def observe(self) -> dict[str, Any]:
+    def observe(self) -> EnvObservation:
         """Render all cameras and return the present observation."""
         pixels = {camera: self.picture(camera) for camera in self.cameras}
         return {"pixels": pixels, "agent_pos": self.state()}
@@ -195,9 +204,13 @@ class TaskEnv(gymnasium.Env[dict[str, Any], NDArray[np.float32]], ABC):
 
         `seed` is the policy's sampling seed.
         """
-        pixels, state = self.observe().values()
+        seen = self.observe()
         return Observation(
-            images=pixels, state=state, instruction=self.task_description, robot=self.embodiment, seed=seed
+            images=seen["pixels"],
+            state=seen["agent_pos"],
+            instruction=self.task_description,
+            robot=self.embodiment,
+            seed=seed,
         )
 
     def task_state(self) -> TaskState:

@@ -21,7 +21,7 @@ from blm.datasets.mixture import IndexArray, Mixture, kept_frames, split_episode
 from blm.datasets.transforms import RobotTransforms, action_chunks, fit_transforms
 from blm.policy.codec import pad_dims
 from blm.policy.flow import sample_time
-from blm.policy.network import PolicyBatch, PolicyConfig
+from blm.policy.network import ActionVectors, PolicyBatch, PolicyConfig
 from blm.seeds import reserved_seeds_warning
 from blm.training.loop.distributed import DataShard
 from blm.training.policy.hidden_states import HiddenStateRows, collate
@@ -205,7 +205,7 @@ class PolicySampler:
             datasets[mine], frames[mine], views[mine], noise[mine], tau[mine], values / count
         )
 
-    def vectors(self, samples: SampledFrames) -> dict[str, Any]:
+    def vectors(self, samples: SampledFrames) -> ActionVectors:
         """Return the fields of a PolicyBatch other than hidden states."""
         numbers = np.unique(samples.datasets)
         parts = [self._vectors(i, samples.frames[samples.datasets == i]) for i in numbers]
@@ -292,7 +292,7 @@ def _groups(
                 yield number, mine, weight
 
 
-def warn_of_reserved(datasets: Sequence[EpisodeDataset]) -> dict[str, Any]:
+def warn_of_reserved(datasets: Sequence[EpisodeDataset]) -> dict[str, dict[str, dict[str, int]]]:
     """Print a warning for each dataset with scenes of reserved seeds, and return the provenance to
     store.
 

@@ -60,6 +60,18 @@ class SplitConfig:
         require_numbers(self, episodes=(1, 10**9), templates=(1, 10**6), seed=(0, 2**32 - 1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class SplitSummary(SplitConfig):
+    """What a split holds out, in numbers."""
+
+    questions: int
+    """Held-out questions."""
+    training_episodes: int
+    """Episodes left for training."""
+    excluded: int
+    """Episodes that were excluded, because a model was trained on them already."""
+
+
 def kind_of(row: Row) -> str:
     """'Success_(Positive)_Task' -> 'success_positive'. Raises BlmError for an unknown task."""
     kind = row.text("task").lower().replace("(", "").replace(")", "").removesuffix("_task")
@@ -78,7 +90,7 @@ def _episode(name: str) -> str:
     return name.rpartition("rt_frames_success/")[2].strip("/")
 
 
-def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str] = ()) -> dict[str, Any]:
+def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str] = ()) -> SplitSummary:
     """Draw the held-out questions and write both files; return what was drawn, in numbers.
 
     `exclude` are episodes that a model was trained on already: none of them is drawn. The same
@@ -110,12 +122,10 @@ def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str]
     rows = _draw(_rows(files, "drawing"), held, config)
     left = sorted(set(counts) - held)
     require_disjoint(rows, left, str(folder / SPLIT))
-    numbers = {
-        **asdict(config),
-        "questions": len(rows),
-        "training_episodes": len(left),
-        "excluded": len(exclude),
-    }
+    summary = SplitSummary(
+        **asdict(config), questions=len(rows), training_episodes=len(left), excluded=len(exclude)
+    )
+    numbers = asdict(summary)
     made: dict[Path, Any] = {
         folder / HELD / f"{kind}.json": [dict(row.data) for row in rows if kind_of(row) == kind]
         for kind in KINDS
@@ -126,7 +136,7 @@ def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str]
             raise BlmError(f"'{file}' exists and holds something else; move it away")
     for file, value in made.items():
         write_json(file, value)
-    return numbers
+    return summary
 
 
 def _rows(files: Sequence[Path], title: str) -> Iterator[Row]:
