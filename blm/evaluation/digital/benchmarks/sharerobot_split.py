@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,12 +101,7 @@ def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str]
     if (folder / SPLIT).exists():
         raise BlmError(f"'{folder / SPLIT}' exists; to {_MAKE}")
     files = find_files(folder, (f"{config.source}/*.json",), _MAKE)
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    shared: set[str] = set()
-    for row in _rows(files, "counting"):
-        first, *others = episodes_of(row)
-        counts[first][kind_of(row)] += 1
-        shared |= {first, *others} if others else set()
+    counts, shared = _count_questions(_rows(files, "counting"))
     able = sorted(
         name
         for name, of_kind in counts.items()
@@ -125,18 +120,37 @@ def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str]
     summary = SplitSummary(
         **asdict(config), questions=len(rows), training_episodes=len(left), excluded=len(exclude)
     )
-    numbers = asdict(summary)
-    made: dict[Path, Any] = {
+    contents: dict[Path, Any] = {
         folder / HELD / f"{kind}.json": [dict(row.data) for row in rows if kind_of(row) == kind]
         for kind in KINDS
     }
-    made |= {folder / TRAINING: {**numbers, "ids": left}, folder / SPLIT: {**numbers, "ids": sorted(held)}}
-    for file, value in made.items():  # of a killed run that drew the same, or not ours
+    contents[folder / TRAINING] = {**asdict(summary), "ids": left}
+    contents[folder / SPLIT] = {**asdict(summary), "ids": sorted(held)}
+    _write_all(contents)
+    return summary
+
+
+def _count_questions(rows: Iterable[Row]) -> tuple[dict[str, Counter[str]], set[str]]:
+    """Return episode -> kind -> questions, and the episodes that share pictures with others."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    shared: set[str] = set()
+    for row in rows:
+        first, *others = episodes_of(row)
+        counts[first][kind_of(row)] += 1
+        shared |= {first, *others} if others else set()
+    return counts, shared
+
+
+def _write_all(contents: Mapping[Path, Any]) -> None:
+    """Write JSON files; those of a killed run that drew the same may be there.
+
+    Raises BlmError, before anything is written, if a file holds something else.
+    """
+    for file, value in contents.items():
         if file.exists() and _read(file) != json.loads(json.dumps(value)):
             raise BlmError(f"'{file}' exists and holds something else; move it away")
-    for file, value in made.items():
+    for file, value in contents.items():
         write_json(file, value)
-    return summary
 
 
 def _rows(files: Sequence[Path], title: str) -> Iterator[Row]:
