@@ -31,7 +31,7 @@ from blm.policy.checkpoint import (
 )
 from blm.policy.codec import decode_chunks, pad_dims
 from blm.policy.flow import seeded_noise
-from blm.policy.network import ActionVectors, PolicyConfig
+from blm.policy.network import ActionBatch, PolicyConfig
 from blm.training.loop.batches import Microbatch
 from blm.training.loop.distributed import DataShard
 from blm.training.loop.ema import Ema
@@ -103,7 +103,7 @@ class Batch:
     """Bag of words of each instruction."""
     steps: Tensor
     """[B] diffusion steps."""
-    vectors: ActionVectors
+    vectors: ActionBatch
     """The result of `PolicySampler.vectors`."""
 
 
@@ -191,7 +191,7 @@ def _read_batch(
     rng = np.random.default_rng((config.loop.seed, step, 2))
     steps = torch.from_numpy(rng.integers(config.network.train_steps, size=config.loop.batch_size))
     batch = Batch(joined, tuple(words), steps[shard.index :: shard.count], vectors)
-    return Microbatch(batch, vectors["ids"], weight=len(words))
+    return Microbatch(batch, vectors.ids, weight=len(words))
 
 
 def pixels(pictures: ImageArray) -> Tensor:
@@ -233,13 +233,13 @@ def train_baseline(config: BaselineConfig, out: Path, provenance: Mapping[str, A
 
     def loss(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         v = batch.vectors
-        actions, noise, real = v["actions"] * v["real"], v["noise"] * v["real"], v["real"]
+        actions, noise, real = v.actions * v.real, v.noise * v.real, v.real
         noisy = noise_scheduler.add_noise(actions, noise, batch.steps) * real
         condition = network.encode_condition(
-            [pixels(p) for p in batch.pictures], v["state"], batch.words, v["embodiment"]
+            [pixels(p) for p in batch.pictures], v.state, batch.words, v.embodiment
         )
         error = (network.unet(noisy, batch.steps.float(), condition) - noise).square() * real
-        return error.sum() / (v["values"] * len(actions)), {}
+        return error.sum() / (v.values * len(actions)), {}
 
     run_loop(network, loss, next_batch, loop, out, ema=ema)
     fitted = {one.dataset.space.robot: one.transforms for one in opened}

@@ -126,11 +126,16 @@ class ManiSkillEnv(TaskEnv):
         require_maniskill()
         import torch
 
-        renderer = "gpu" if torch.cuda.is_available() else "cpu"
-        modes: dict[str, Any] = {"obs_mode": "none", "reward_mode": "none", "control_mode": "pd_joint_pos"}
-        devices: dict[str, Any] = {"sim_backend": "physx_cpu", "render_backend": renderer}
         try:
-            return gymnasium.make(self._maniskill_task.id, robot_uids="panda", **modes, **devices).unwrapped
+            return gymnasium.make(
+                self._maniskill_task.id,
+                robot_uids="panda",
+                obs_mode="none",
+                reward_mode="none",
+                control_mode="pd_joint_pos",
+                sim_backend="physx_cpu",
+                render_backend="gpu" if torch.cuda.is_available() else "cpu",
+            ).unwrapped
         except RuntimeError as error:
             raise BlmError(
                 f"ManiSkill cannot start: {error}. It needs a Vulkan driver; without a GPU that is Mesa 24.3 "

@@ -157,7 +157,7 @@ def test_collection_gives_a_dataset_and_a_summary(collected):
     dataset.require(ROBOTS["widowxai"].action_space, ("base",), 64, 20.0)
     assert sorted(dataset.tasks) == ["pick_cube"] * 3 + ["push_cube"] * 3
     assert dataset.seeds == (10_000, 10_001, 10_002) * 2
-    assert dataset.manifest["provenance"]["collect"]["first_seed"] == 10_000
+    assert dataset.provenance["collect"]["first_seed"] == 10_000
     summary = json.loads((collected / "summary.json").read_text())
     cells = summary["robots"]["widowxai"]
     assert [cells[task]["kept"] for task in SMALL.tasks] == [3, 3]

@@ -294,5 +294,5 @@ def test_a_run_gives_rows_and_rates() -> None:
     right = {row.question for row in rows if row.correct}
     assert "What is the capital of France?" in right and "What is the capital of Japan?" not in right
     found = summarise(rows)
-    assert found.all.n == found.instructions.n + found.knowledge.n == len(rows)
-    assert found.all.hits == len(right) and found.all.low < found.all.rate
+    assert found["all"].n == found["instructions"].n + found["knowledge"].n == len(rows)
+    assert found["all"].hits == len(right) and found["all"].low < found["all"].rate
