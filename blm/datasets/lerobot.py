@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from blm.datasets.checks import opening_faults
 from blm.datasets.dataset import VECTORS, CameraVideos, EpisodeDataset
@@ -82,15 +83,21 @@ def load_dataset(folder: Path | str) -> EpisodeDataset:
     return _load_own(folder, info)
 
 
-def _load_own(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
-    with reading(folder / "meta/info.json"):
-        own = BlmInfo.from_json(info["blm"])
+def _read_frames(folder: Path, own: BlmInfo) -> dict[str, NDArray[Any]]:
+    """Return the columns of the data file, one row per frame."""
     with reading(folder / DATA_FILE):
         table = pq.read_table(folder / DATA_FILE)
         columns = {name: matrix(table[name]) for name in table.column_names}
         missing = {*VECTORS, own.primitive_column} - set(columns)
         if missing:
             raise KeyError(", ".join(sorted(missing)))
+    return columns
+
+
+def _load_own(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
+    with reading(folder / "meta/info.json"):
+        own = BlmInfo.from_json(info["blm"])
+    columns = _read_frames(folder, own)
     with reading(folder / EPISODES_FILE):
         episodes = pq.read_table(folder / EPISODES_FILE).to_pydict()
         starts = np.array([*episodes["dataset_from_index"], episodes["dataset_to_index"][-1]])
