@@ -20,7 +20,7 @@ from blm.policy.checkpoint import checkpoint_folder, checkpoint_kind
 from blm.policy.policy import CheckpointPolicy, RealTimeChunkingPolicy
 from blm.robots import ROBOTS
 from blm.serving.client import RemotePolicy
-from blm.tasks import Env
+from blm.tasks import Env, TaskEnv
 from blm.types import ActionChunk, BlmError, Episode, Observation, Policy, PolicyContract
 
 SCHEMES = ("ws://", "wss://")
@@ -42,8 +42,10 @@ class ExpertPolicy:
 
     def reset(self) -> None: ...
 
-    def attach(self, env: Env) -> None:
+    def attach(self, env: TaskEnv) -> None:
         """Start an episode in this environment, from its current state."""
+        if not isinstance(env, Env):
+            raise BlmError("the planning expert reads MuJoCo; it cannot act in another simulator")
         rng = np.random.default_rng((env.np_random_seed, 1))
         if self._expert is None or self._expert.env is not env:
             self._expert = Expert(env, rng)

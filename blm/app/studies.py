@@ -36,7 +36,7 @@ from blm.evaluation.physical.summary import summarise
 from blm.evaluation.result_files import load_result, write_result
 from blm.evaluation.results import this_machine
 from blm.evaluation.statistics import holm
-from blm.io import write_json, write_text
+from blm.io import read_json_lines, write_json, write_text
 from blm.policy.checkpoint import read_contract
 from blm.training.policy.train import PolicyTrainingConfig, train_stage2
 from blm.types import BlmError, lookup
@@ -141,6 +141,14 @@ def run_study(name: str, recipe: Recipe, run: Path, only: Sequence[str] = ()) ->
     return report
 
 
+def _train(variant: Variant, config: PolicyTrainingConfig, out: Path, provenance: Mapping[str, Any]) -> Path:
+    """Train one model of a variant without validation; return its checkpoint."""
+    config = replace(config, loop=replace(config.loop, eval_every=0))
+    if variant.policy == "blm":
+        return train_stage2(config, out, provenance)
+    return train_baseline(baseline_config(config), out, provenance)
+
+
 def run_variant(variant: Variant, recipe: Recipe, run: Path) -> VariantResult:
     """Train and evaluate the models of a variant."""
     for path, new in variant.changes.items():
@@ -149,7 +157,9 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path) -> VariantResult:
     backbone = run / "stage1/backbone"
     if variant.backbone == "untrained":
         backbone = untrained_backbone(recipe, backbone, run / "studies/untrained")
-    stage2, parts, begin = recipe.stage2, variant.parts(recipe), time.monotonic()
+    stage2 = recipe.stage2
+    parts = variant.parts(recipe)
+    begin = time.monotonic()
     cache = f"{backbone.parent.name}-{stage2.layer}-{stage2.stride}-{'-'.join(recipe.cameras)}"
     intents = run / "studies/intents" / cache
     episodes: list[EpisodeResult] = []
@@ -157,12 +167,7 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path) -> VariantResult:
     for robots, tasks in parts:
         work = out / "-".join((*robots, *tasks)) if len(parts) > 1 else out / "joint"
         config = policy_training_config(recipe, run, backbone, intents, (robots, tasks))
-        config = replace(config, loop=replace(config.loop, eval_every=0))
-        facts = {"variant": out.name, "recipe": to_json(recipe)}
-        if variant.policy == "blm":
-            checkpoint = train_stage2(config, work, facts)
-        else:
-            checkpoint = train_baseline(baseline_config(config), work, facts)
+        checkpoint = _train(variant, config, work, {"variant": out.name, "recipe": to_json(recipe)})
         trained += last_log_row(work / "log.jsonl")["seconds"]
         contract = read_contract(checkpoint)
         protocol = physical_protocol(recipe, contract, (robots, tasks))
@@ -237,5 +242,5 @@ def untrained_backbone(recipe: Recipe, backbone: Path, folder: Path) -> Path:
 
 def last_log_row(log: Path) -> dict[str, float]:
     """Return the last row of a training log."""
-    row: dict[str, float] = json.loads(log.read_text().splitlines()[-1])
+    row: dict[str, float] = read_json_lines(log)[-1]
     return row

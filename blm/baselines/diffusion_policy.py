@@ -31,7 +31,7 @@ from blm.policy.checkpoint import (
 )
 from blm.policy.codec import decode_chunks, pad_dims
 from blm.policy.flow import seeded_noise
-from blm.policy.network import PolicyConfig
+from blm.policy.network import ActionBatch, PolicyConfig
 from blm.training.loop.batches import Microbatch
 from blm.training.loop.distributed import DataShard
 from blm.training.loop.ema import Ema
@@ -103,7 +103,7 @@ class Batch:
     """Bag of words of each instruction."""
     steps: Tensor
     """[B] diffusion steps."""
-    vectors: Mapping[str, Any]
+    vectors: ActionBatch
     """The result of `PolicySampler.vectors`."""
 
 
@@ -173,6 +173,27 @@ class DiffusionPolicy:
         return cls(network.to(device), read_transforms(folder), contract)
 
 
+def _read_batch(
+    sampler: PolicySampler, config: BaselineConfig, step: int, shard: DataShard
+) -> Microbatch[Batch]:
+    """Return the part of one process of the batch of a training step."""
+    samples = sampler.sample(step, shard)
+    pictures = list[list[ImageArray]]()
+    words = list[Tensor]()
+    for number in np.unique(samples.datasets):
+        data = sampler.datasets[number].dataset
+        frames = samples.frames[samples.datasets == number]
+        pictures.append([data.frames(frames, camera) for camera in config.cameras])
+        texts = (data.instructions[task] for task in data.task_index[frames])
+        words += [bag_of_words(text, config.network.words) for text in texts]
+    vectors = sampler.vectors(samples)
+    joined = tuple(np.concatenate(views) for views in zip(*pictures, strict=True))
+    rng = np.random.default_rng((config.loop.seed, step, 2))
+    steps = torch.from_numpy(rng.integers(config.network.train_steps, size=config.loop.batch_size))
+    batch = Batch(joined, tuple(words), steps[shard.index :: shard.count], vectors)
+    return Microbatch(batch, vectors.ids, weight=len(words))
+
+
 def pixels(pictures: ImageArray) -> Tensor:
     """Convert pictures [B, side, side, 3] uint8 to [B, 3, side, side] in -1 .. 1."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -208,29 +229,17 @@ def train_baseline(config: BaselineConfig, out: Path, provenance: Mapping[str, A
     ema = Ema(network, config.actions.ema)
 
     def next_batch(step: int, shard: DataShard) -> Microbatch[Batch]:
-        samples = sampler.sample(step, shard)
-        pictures, words = list[list[ImageArray]](), list[Tensor]()
-        for number in np.unique(samples.datasets):
-            data, frames = opened[number].dataset, samples.frames[samples.datasets == number]
-            pictures.append([data.frames(frames, camera) for camera in config.cameras])
-            texts = (data.instructions[task] for task in data.task_index[frames])
-            words += [bag_of_words(text, config.network.words) for text in texts]
-        vectors = sampler.vectors(samples)
-        joined = tuple(np.concatenate(views) for views in zip(*pictures, strict=True))
-        rng = np.random.default_rng((loop.seed, step, 2))
-        steps = torch.from_numpy(rng.integers(config.network.train_steps, size=loop.batch_size))
-        mine = steps[shard.index :: shard.count]
-        return Microbatch(Batch(joined, tuple(words), mine, vectors), vectors["ids"], weight=len(words))
+        return _read_batch(sampler, config, step, shard)
 
     def loss(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         v = batch.vectors
-        actions, noise, real = v["actions"] * v["real"], v["noise"] * v["real"], v["real"]
+        actions, noise, real = v.actions * v.real, v.noise * v.real, v.real
         noisy = noise_scheduler.add_noise(actions, noise, batch.steps) * real
         condition = network.encode_condition(
-            [pixels(p) for p in batch.pictures], v["state"], batch.words, v["embodiment"]
+            [pixels(p) for p in batch.pictures], v.state, batch.words, v.embodiment
         )
         error = (network.unet(noisy, batch.steps.float(), condition) - noise).square() * real
-        return error.sum() / (v["values"] * len(actions)), {}
+        return error.sum() / (v.values * len(actions)), {}
 
     run_loop(network, loss, next_batch, loop, out, ema=ema)
     fitted = {one.dataset.space.robot: one.transforms for one in opened}

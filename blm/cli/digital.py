@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
@@ -18,6 +18,7 @@ from blm.io import write_text
 from blm.types import BlmError, Question, lookup, require_numbers
 
 if TYPE_CHECKING:
+    from blm.evaluation.digital.judge import LanguageJudge, MatchJudge
     from blm.evaluation.digital.result import AnswerSummary, DigitalResult
 
 console = Console()
@@ -132,7 +133,7 @@ def load_questions(benchmark: str, folder: Path) -> list[Question]:
     return lookup("benchmark", benchmark, BENCHMARKS).questions(folder)
 
 
-def find_judge(chosen: EvaluateDigital) -> Any:
+def find_judge(chosen: EvaluateDigital) -> MatchJudge | LanguageJudge | None:
     """Return the judge that --judge names, or None without one."""
     from blm.app.chats import open_endpoint
     from blm.evaluation.digital.judge import LanguageJudge, MatchJudge

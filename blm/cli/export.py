@@ -16,7 +16,25 @@ console = Console()
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportVllm(CliCommand):
+class ExportCommand(CliCommand):
+    """Base of the commands that write a folder, and upload it if the user names a repository."""
+
+    push: str | None = None
+    """Repository ORG/NAME on the Hugging Face hub to upload the folder to."""
+    private: bool = False
+    """Make that repository private."""
+
+    def upload(self, folder: Path) -> None:
+        """Upload the folder, if the user named a repository."""
+        if self.push is not None:
+            from blm.app.export import push_to_hub
+
+            url = push_to_hub(folder, self.push, private=self.private)
+            console.print(f"uploaded: {url}", soft_wrap=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportVllm(ExportCommand):
     """Export the backbone of a checkpoint as a stock transformers folder that vLLM serves.
 
     Checks that plain transformers computes the same logits from it, and prints the `vllm serve`
@@ -31,10 +49,6 @@ class ExportVllm(CliCommand):
     """Maximum number of pictures in a request."""
     context: int = 8192
     """Maximum length of a request with its answer [tokens]."""
-    push: str | None = None
-    """Repository ORG/NAME on the Hugging Face hub to upload the folder to."""
-    private: bool = False
-    """Make that repository private."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.app.export import export_vllm
@@ -42,11 +56,11 @@ class ExportVllm(CliCommand):
         serve = export_vllm(self.source, self.out, images=self.images, context=self.context)
         console.print(f"plain transformers computes the same logits from {self.out}", soft_wrap=True)
         console.print(serve, soft_wrap=True, highlight=False, markup=False)
-        _push(self.out, self.push, self.private)
+        self.upload(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportDataset(CliCommand):
+class ExportDataset(ExportCommand):
     """Copy a dataset with a dataset card, for LeRobot and model hubs, after checking its files.
 
     Example: blm export lerobot runs/demo/episodes/panda panda-dataset
@@ -56,21 +70,17 @@ class ExportDataset(CliCommand):
     """Folder of one robot's dataset."""
     out: OutFolder
     """Folder to write; must not exist."""
-    push: str | None = None
-    """Repository ORG/NAME on the Hugging Face hub to upload the dataset to."""
-    private: bool = False
-    """Make that repository private."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.app.export import export_dataset
 
         export_dataset(self.source, self.out)
         console.print(f"exported: {self.out}", soft_wrap=True)
-        _push(self.out, self.push, self.private)
+        self.upload(self.out)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportCheckpoint(CliCommand):
+class ExportCheckpoint(ExportCommand):
     """Copy a checkpoint with its model card, after checking its files.
 
     Example: blm export checkpoint runs/demo/stage2/checkpoint my-policy
@@ -80,21 +90,10 @@ class ExportCheckpoint(CliCommand):
     """Folder of a checkpoint, or name of a release."""
     out: OutFolder
     """Folder to write; must not exist."""
-    push: str | None = None
-    """Repository ORG/NAME on the Hugging Face hub to upload the checkpoint to."""
-    private: bool = False
-    """Make that repository private."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.app.export import export_checkpoint
 
         export_checkpoint(self.source, self.out)
         console.print(f"exported: {self.out}", soft_wrap=True)
-        _push(self.out, self.push, self.private)
-
-
-def _push(folder: Path, repo: str | None, private: bool) -> None:
-    if repo is not None:
-        from blm.app.export import push_to_hub
-
-        console.print(f"uploaded: {push_to_hub(folder, repo, private=private)}", soft_wrap=True)
+        self.upload(self.out)

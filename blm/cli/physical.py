@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from blm.cli.command import CliCommand, split_flags
 from blm.planner import CollectConfig
+from blm.planner.collection_summary import CollectionSummary
 from blm.types import BlmError, Policy, require_numbers
 
 if TYPE_CHECKING:
@@ -72,10 +73,10 @@ class Collect(CliCommand):
             raise BlmError("name the folder to write: blm collect OUT [flags]; --help shows the flags")
         if self.mode.verify:
             outcome = verify(self.out, workers=self.config.workers, engine=self.config.engine)
-            console.print(f"{outcome['same']} of {outcome['episodes']} episodes replayed bit for bit")
-            for key, what in outcome["differing"].items():
+            console.print(f"{outcome.same} of {outcome.episodes} episodes replayed bit for bit")
+            for key, what in outcome.differing.items():
                 console.print(f"[red]differs:[/red] {key}: {what}")
-            raise SystemExit(bool(outcome["differing"]))
+            raise SystemExit(bool(outcome.differing))
         pilot = partial(load_checkpoint, self.mode.policy) if self.mode.policy else None
         print_summary(collect(self.config, self.out, pilot))
 
@@ -85,7 +86,7 @@ def _print_wide(table: Table) -> None:
     Console(width=max(console.width, WIDTH)).print(table)
 
 
-def print_summary(summary: Mapping[str, Any]) -> None:
+def print_summary(summary: CollectionSummary) -> None:
     """Print what a collection kept and rejected, cell by cell, and where the time went."""
     table = Table(box=None)
     for heading in (
@@ -100,19 +101,20 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     ):
         table.add_column(heading, justify="left" if heading in ("robot", "task") else "right")
     kept = frames = 0
-    for robot, cells in summary["robots"].items():
+    for robot, cells in summary.robots.items():
         for task, cell in cells.items():
-            rejected = dict(cell["rejected"])
+            rejected = dict(cell.rejected)
             far = rejected.pop("unreachable", 0)
-            share = f"{cell['kept'] / max(cell['attempts'] - far, 1):.0%}"
+            share = f"{cell.kept / max(cell.attempts - far, 1):.0%}"
             reasons = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
-            numbers = (cell["kept"], cell["attempts"], far, share, cell["frames"], reasons or "-")
+            numbers = (cell.kept, cell.attempts, far, share, cell.frames, reasons or "-")
             table.add_row(robot, task, *map(str, numbers))
-            kept, frames = kept + cell["kept"], frames + cell["frames"]
+            kept += cell.kept
+            frames += cell.frames
     _print_wide(table)
-    total = sum(summary["seconds_in"].values())
-    parts = ", ".join(f"{part} {s / total:.0%}" for part, s in summary["seconds_in"].items())
-    minutes = summary["seconds"] / 60
+    total = sum(summary.seconds_in.values())
+    parts = ", ".join(f"{part} {s / total:.0%}" for part, s in summary.seconds_in.items())
+    minutes = summary.seconds / 60
     rate = f"{kept} episodes, {frames} frames in {minutes:.1f} min: {kept / minutes:.0f} episodes/min"
     console.print(f"{rate}; time: {parts}", soft_wrap=True)
 

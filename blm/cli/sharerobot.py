@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -39,11 +39,11 @@ class SplitShareRobot(CliCommand):
 
     def run(self, command_line: Sequence[str]) -> None:
         trained = {name for file in self.trained for name in read_training(file)}
-        numbers = split_sharerobot(self.folder, self.config, exclude=trained)
-        each = " x ".join(str(numbers[field.name]) for field in fields(self.config)[:2])
+        summary = split_sharerobot(self.folder, self.config, exclude=trained)
+        each = f"{summary.episodes} x {summary.templates}"
         console.print(
-            f"{numbers['questions']} questions held out ({each} x 10 kinds, seed {self.config.seed}): "
-            f"{self.folder / HELD}\n{numbers['training_episodes']} episodes left for training, none of them "
+            f"{summary.questions} questions held out ({each} x 10 kinds, seed {self.config.seed}): "
+            f"{self.folder / HELD}\n{summary.training_episodes} episodes left for training, none of them "
             f"held out: {self.folder / TRAINING}",
             soft_wrap=True,
         )

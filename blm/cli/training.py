@@ -22,7 +22,7 @@ from blm.cli.command import CliCommand, OutFolder
 from blm.corpora.format.messages import reserved_scenes
 from blm.corpora.format.validate import clean_corpus
 from blm.datasets.lerobot import open_dataset
-from blm.io import write_json
+from blm.io import read_json_lines, write_json
 from blm.seeds import VALIDATION_SEEDS, reserved_seeds_warning
 from blm.training.loop.distributed import Processes
 from blm.training.policy.train import PolicyTrainingConfig, train_stage2
@@ -84,7 +84,7 @@ class TrainStage1(CliCommand):
 
         def evaluate(step: int) -> dict[str, float]:
             found = held_out_loss(backbone, held_out, self.config.loop.batch_size) if held_out else {}
-            measured = retention.measure(backbone)
+            measured = asdict(retention.measure(backbone))
             return found | {name: value for name, value in measured.items() if name in KEPT}
 
         if processes.first:
@@ -94,7 +94,7 @@ class TrainStage1(CliCommand):
         counts = train_stage1(backbone, sources, self.config, self.out, on_eval=evaluate)
         if processes.first:
             console.print(", ".join(f"{name}: {count}" for name, count in counts.items()), soft_wrap=True)
-            rows = [json.loads(line) for line in (self.out / "log.jsonl").read_text().splitlines()]
+            rows = read_json_lines(self.out / "log.jsonl")
             print_training([{"step": 0, **before}, *rows])
             console.print(f"backbone: {self.out / 'backbone'}", soft_wrap=True)
         processes.leave()

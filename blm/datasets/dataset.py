@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from blm.datasets.files import content_hash, describe_files
+from blm.datasets.files import Manifest, content_hash, describe_files
 from blm.datasets.statistics import Stats
 from blm.datasets.video import VideoFile
 from blm.seeds import count_reserved_seeds
@@ -69,8 +69,8 @@ class EpisodeDataset:
     folder: Path
     info: Mapping[str, Any]
     """meta/info.json."""
-    manifest: Mapping[str, Any]
-    """meta/manifest.json; empty for a dataset of another program."""
+    manifest: Manifest | None
+    """meta/manifest.json; None for a dataset of another program."""
     space: ActionSpace
     camera_videos: Mapping[str, CameraVideos]
     """Camera -> its video files."""
@@ -134,7 +134,7 @@ class EpisodeDataset:
     @property
     def provenance(self) -> Mapping[str, Any]:
         """Provenance that the writer of the dataset stored: versions, configuration, seeds."""
-        return dict(self.manifest.get("provenance", {}))
+        return {} if self.manifest is None else self.manifest.provenance
 
     @property
     def reserved_seeds(self) -> dict[str, int]:
@@ -144,7 +144,7 @@ class EpisodeDataset:
     @cached_property
     def content_hash(self) -> str:
         """Hash of all files, from the manifest or computed for a foreign dataset."""
-        return content_hash(self.manifest or {"files": describe_files(self.folder)})
+        return content_hash(self.manifest.files if self.manifest else describe_files(self.folder))
 
     def frames(self, indices: Sequence[int] | IndexArray, camera: str) -> ImageArray:
         """Return frames [n, H, W, 3] of one camera for dataset frame numbers `indices` [n].

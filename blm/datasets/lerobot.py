@@ -16,23 +16,25 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from blm.datasets.checks import opening_faults
 from blm.datasets.dataset import VECTORS, CameraVideos, EpisodeDataset
-from blm.datasets.files import MANIFEST, verify_files
+from blm.datasets.files import MANIFEST, Manifest, verify_files
 from blm.datasets.lerobot_foreign import load_foreign, matrix
 from blm.datasets.lerobot_writer import (
     CODEBASE_VERSION,
     DATA_FILE,
     EPISODES_FILE,
     FORMAT,
+    BlmInfo,
     finalize_dataset,
     stage_episode,
     video_file,
 )
 from blm.datasets.statistics import Stats
 from blm.io import read_json, reading, recover_folder
-from blm.types import ActionSpace, BlmError
+from blm.types import BlmError
 
 __all__ = [
     "EpisodeDataset",
@@ -81,37 +83,44 @@ def load_dataset(folder: Path | str) -> EpisodeDataset:
     return _load_own(folder, info)
 
 
-def _load_own(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
+def _read_frames(folder: Path, own: BlmInfo) -> dict[str, NDArray[Any]]:
+    """Return the columns of the data file, one row per frame."""
     with reading(folder / DATA_FILE):
         table = pq.read_table(folder / DATA_FILE)
         columns = {name: matrix(table[name]) for name in table.column_names}
-        missing = {*VECTORS, info["blm"]["primitive_column"]} - set(columns)
+        missing = {*VECTORS, own.primitive_column} - set(columns)
         if missing:
             raise KeyError(", ".join(sorted(missing)))
+    return columns
+
+
+def _load_own(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
+    with reading(folder / "meta/info.json"):
+        own = BlmInfo.from_json(info["blm"])
+    columns = _read_frames(folder, own)
     with reading(folder / EPISODES_FILE):
         episodes = pq.read_table(folder / EPISODES_FILE).to_pydict()
         starts = np.array([*episodes["dataset_from_index"], episodes["dataset_to_index"][-1]])
         metrics = tuple(json.loads(text) for text in episodes["blm/metrics"])
     with reading(folder / "meta/tasks.parquet"):
         texts = pq.read_table(folder / "meta/tasks.parquet")["__index_level_0__"].to_pylist()
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).exists() else {}
+    manifest = Manifest.read(folder) if (folder / MANIFEST).exists() else None
     with reading(folder / "meta/stats.json") as path:
         stats = read_json(path)
         vectors = {k: Stats.from_json({**stats[k], "count": stats[k]["count"][0]}) for k in VECTORS}
     with reading(folder / "meta/info.json"):
-        own = info["blm"]
         file = np.zeros(len(starts) - 1, np.int64)
-        shape = (own["image_size"], own["image_size"])
+        shape = (own.image_size, own.image_size)
         return EpisodeDataset(
             folder=folder,
             info=info,
             manifest=manifest,
-            space=ActionSpace.from_json(own["action_space"]),
+            space=own.action_space,
             camera_videos={
                 name: CameraVideos(
                     files=(folder / video_file(name),), file=file, first=starts[:-1], shape=shape
                 )
-                for name in own["cameras"]
+                for name in own.cameras
             },
             stats=vectors,
             states=columns["observation.state"],
@@ -121,7 +130,7 @@ def _load_own(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
             episode_index=columns["episode_index"],
             instructions=tuple(texts),
             task_index=columns["task_index"],
-            primitives=np.array(own["primitives"])[columns[own["primitive_column"]]],
+            primitives=np.array(own.primitives)[columns[own.primitive_column]],
             success=columns["next.success"],
             starts=starts,
             tasks=tuple(episodes["blm/task"]),

@@ -6,7 +6,6 @@ must be stored as videos. Shape legend: N frames, E episodes, D dimensions.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from blm.datasets.dataset import VECTORS, CameraVideos, EpisodeDataset, IndexArray
 from blm.datasets.statistics import compute_stats
 from blm.datasets.video import probe
-from blm.io import DamagedError, reading
+from blm.io import DamagedError, read_json_lines, reading
 from blm.types import ActionSpace, BlmError
 
 REWRITE = "fix it with the program that wrote it"
@@ -69,7 +68,7 @@ def load_foreign(folder: Path, info: Mapping[str, Any]) -> EpisodeDataset:
     return EpisodeDataset(
         folder=folder,
         info=info,
-        manifest={},
+        manifest=None,
         space=_space(folder, info, actions),
         camera_videos={
             key.removeprefix("observation.images."): CameraVideos(
@@ -173,11 +172,11 @@ def _layout_v3(folder: Path, info: Mapping[str, Any], videos: Sequence[str]) -> 
 
 def _layout_v2(folder: Path, info: Mapping[str, Any], videos: Sequence[str]) -> _Layout:
     with reading(folder / "meta/episodes.jsonl") as path:
-        lengths = {row["episode_index"]: row["length"] for row in _read_jsonl(path)}
+        lengths = {row["episode_index"]: row["length"] for row in read_json_lines(path)}
     if sorted(lengths) != list(range(len(lengths))):
         raise DamagedError(f"'{path}' does not name episodes 0..{len(lengths) - 1}", REWRITE)
     with reading(folder / "meta/tasks.jsonl") as path:
-        named = {row["task_index"]: row["task"] for row in _read_jsonl(path)}
+        named = {row["task_index"]: row["task"] for row in read_json_lines(path)}
     numbers = np.arange(len(lengths))
 
     def files(template: str, **key: str) -> tuple[Path, ...]:
@@ -222,10 +221,6 @@ def _path(folder: Path, template: str, **fields: Any) -> Path:
     if name.is_absolute() or ".." in name.parts:
         raise BlmError(f"'{folder}/meta/info.json' names the file '{name}', outside of the dataset")
     return folder / name
-
-
-def _read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
 def _read_columns(layout: _Layout, names: list[str]) -> dict[str, NDArray[Any]]:

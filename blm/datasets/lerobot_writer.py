@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -37,9 +38,69 @@ LeRobot."""
 DATA_FILE = f"data/{CHUNK}.parquet"
 EPISODES_FILE = f"meta/episodes/{CHUNK}.parquet"
 
-Row = dict[str, Any]
-"""A staged episode: its description, vectors and histograms."""
 Columns = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlmInfo:
+    """The key "blm" of meta/info.json, for information that LeRobot has no key for."""
+
+    action_space: ActionSpace
+    cameras: tuple[str, ...]
+    image_size: int
+    """Side of the pictures [px]."""
+    primitives: tuple[str, ...]
+    """Names of the primitives, which `primitive_column` is an index into."""
+    primitive_column: str = SUBTASK
+    reserved_seeds: Mapping[str, int] = field(default_factory=dict)
+    """Purpose -> episodes on scenes that are not for training."""
+
+    def to_json(self) -> dict[str, Any]:
+        values = {"format": FORMAT, **asdict(self), "action_space": self.action_space.to_json()}
+        if not self.reserved_seeds:
+            del values["reserved_seeds"]
+        return values
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        return cls(
+            action_space=ActionSpace.from_json(value["action_space"]),
+            cameras=tuple(value["cameras"]),
+            image_size=value["image_size"],
+            primitives=tuple(value["primitives"]),
+            primitive_column=value["primitive_column"],
+            reserved_seeds=value.get("reserved_seeds", {}),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StagedEpisode:
+    """An episode that `stage_episode` wrote: episode.json, vectors.npz and a video per camera."""
+
+    folder: Path
+    key: str
+    robot: str
+    task: str
+    seed: int
+    instruction: str
+    success: bool
+    length: int
+    primitives: Sequence[str]
+    metrics: Mapping[str, float]
+    image_shapes: Mapping[str, Sequence[int]]
+    """Camera -> height, width, channels."""
+    vectors: Columns
+    """"states", "actions", "executed" -> [T, D]."""
+    histograms: Columns
+    """Camera -> histogram of its pixels."""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        with reading(folder):
+            description = json.loads((folder / "episode.json").read_text())
+            arrays = dict(np.load(folder / "vectors.npz"))
+            histograms = {camera: arrays.pop(f"histogram.{camera}") for camera in description["image_shapes"]}
+            return cls(folder=folder, vectors=arrays, histograms=histograms, **description)
 
 
 def video_key(camera: str) -> str:
@@ -63,10 +124,10 @@ def stage_episode(folder: Path, key: str, episode: Episode, fps: int = 20) -> Pa
     _check_episode(key, episode)
 
     def written(target: Path) -> set[str]:
-        description = _read_staged(target)
-        if description.get("key") != key:
+        staged = StagedEpisode.read(target)
+        if staged.key != key:
             raise BlmError(f"'{target}' is not a staged episode '{key}'; move it away")
-        return {"episode.json", "vectors.npz", *(f"{name}.mp4" for name in description["image_shapes"])}
+        return {"episode.json", "vectors.npz", *(f"{name}.mp4" for name in staged.image_shapes)}
 
     target = folder / key
     with writing(folder), new_folder(target, written=written) as work:
@@ -139,97 +200,88 @@ def finalize_dataset(
         raise BlmError(
             f"no episode to write to '{out}': every attempt was rejected, see the rejection counts"
         )
-    rows = [_read_staged(folder) for folder in staged]
-    rows.sort(key=lambda row: (row["task"], row["seed"], row["key"]))
+    rows = [StagedEpisode.read(folder) for folder in staged]
+    rows.sort(key=lambda row: (row.task, row.seed, row.key))
     for row in rows:
-        shapes = {camera: row["image_shapes"].get(camera) for camera in cameras}
-        if row["robot"] != space.robot or any(s != [image_size, image_size, 3] for s in shapes.values()):
+        shapes = {camera: row.image_shapes.get(camera) for camera in cameras}
+        if row.robot != space.robot or any(s != [image_size, image_size, 3] for s in shapes.values()):
             raise ContractError(
-                f"episode '{row['key']}' of robot '{row['robot']}' has images {shapes}; "
+                f"episode '{row.key}' of robot '{row.robot}' has images {shapes}; "
                 f"this dataset is for '{space.robot}' with cameras {tuple(cameras)} of {image_size} px"
             )
-    own = {
-        "format": FORMAT,
-        "action_space": space.to_json(),
-        "cameras": list(cameras),
-        "image_size": image_size,
-        "primitives": sorted({name for row in rows for name in row["primitives"]}),
-        "primitive_column": SUBTASK,
-    }
-    if counts := count_reserved_seeds(row["seed"] for row in rows):
-        own["reserved_seeds"] = counts
+    own = BlmInfo(
+        action_space=space,
+        cameras=tuple(cameras),
+        image_size=image_size,
+        primitives=tuple(sorted({name for row in rows for name in row.primitives})),
+        reserved_seeds=count_reserved_seeds(row.seed for row in rows),
+    )
     with writing(out), new_folder(out, written=partial(written_here, provenance=provenance)) as work:
         _write(work, rows, round(space.rate_hz), own)
         write_manifest(work, FORMAT, provenance)
     return out
 
 
-def _read_staged(folder: Path) -> Row:
-    with reading(folder):
-        description = json.loads((folder / "episode.json").read_text())
-        return dict(description | dict(np.load(folder / "vectors.npz")) | {"folder": folder})
-
-
-def _write(folder: Path, rows: list[Row], fps: int, own: Mapping[str, Any]) -> None:
+def _write(folder: Path, rows: list[StagedEpisode], fps: int, own: BlmInfo) -> None:
     """Write all files of a dataset from the staged episodes in their final order."""
-    for name in (DATA_FILE, EPISODES_FILE, *map(video_file, own["cameras"])):
+    for name in (DATA_FILE, EPISODES_FILE, *map(video_file, own.cameras)):
         (folder / name).parent.mkdir(parents=True)
-    tasks = list(dict.fromkeys(row["instruction"] for row in rows))
-    columns = _columns(rows, fps, tasks, own["primitives"])
+    tasks = list(dict.fromkeys(row.instruction for row in rows))
+    columns = _columns(rows, fps, tasks, own.primitives)
     stats = {name: compute_stats(values) for name, values in columns.items()}
-    for camera in own["cameras"]:
-        stats[video_key(camera)] = histogram_stats(sum(row[f"histogram.{camera}"] for row in rows))
-        concatenate([row["folder"] / f"{camera}.mp4" for row in rows], folder / video_file(camera))
+    for camera in own.cameras:
+        stats[video_key(camera)] = histogram_stats(np.sum([row.histograms[camera] for row in rows], axis=0))
+        concatenate([row.folder / f"{camera}.mp4" for row in rows], folder / video_file(camera))
     pq.write_table(pa.table({k: _to_arrow(v) for k, v in columns.items()}), folder / DATA_FILE)
-    entries = [_entry(row, i, columns, fps, own["cameras"]) for i, row in enumerate(rows)]
+    entries = [_entry(row, i, columns, fps, own.cameras) for i, row in enumerate(rows)]
     pq.write_table(pa.Table.from_pylist(entries), folder / EPISODES_FILE)
     pq.write_table(_text_index("task_index", tasks), folder / "meta/tasks.parquet")
-    pq.write_table(_text_index(SUBTASK, own["primitives"]), folder / "meta/subtasks.parquet")
+    pq.write_table(_text_index(SUBTASK, own.primitives), folder / "meta/subtasks.parquet")
     write_json(folder / "meta/stats.json", {name: _stats_json(value) for name, value in stats.items()})
     write_json(folder / "meta/modality.json", _modality(own))
     write_json(folder / "meta/info.json", _info(rows, columns, fps, own))
 
 
-def _columns(rows: list[Row], fps: int, tasks: list[str], primitives: list[str]) -> Columns:
+def _columns(rows: list[StagedEpisode], fps: int, tasks: list[str], primitives: Sequence[str]) -> Columns:
     """Return the per-frame columns of the data file, with LeRobot's names and types."""
-    lengths = [row["length"] for row in rows]
+    lengths = [row.length for row in rows]
     frame = np.concatenate([np.arange(n) for n in lengths])
     success_from = [
-        row["metrics"].get("success_step", n - 1) if row["success"] else n
+        row.metrics.get("success_step", n - 1) if row.success else n
         for row, n in zip(rows, lengths, strict=True)
     ]
     return {
-        "observation.state": np.concatenate([row["states"] for row in rows]),
-        "action": np.concatenate([row["actions"] for row in rows]),
-        "executed_action": np.concatenate([row["executed"] for row in rows]),
+        "observation.state": np.concatenate([row.vectors["states"] for row in rows]),
+        "action": np.concatenate([row.vectors["actions"] for row in rows]),
+        "executed_action": np.concatenate([row.vectors["executed"] for row in rows]),
         "timestamp": (frame / fps).astype(np.float32),
         "frame_index": frame,
         "episode_index": np.repeat(np.arange(len(rows)), lengths),
         "index": np.arange(len(frame)),
-        "task_index": np.repeat([tasks.index(row["instruction"]) for row in rows], lengths),
+        "task_index": np.repeat([tasks.index(row.instruction) for row in rows], lengths),
         "next.success": frame >= np.repeat(success_from, lengths),
-        SUBTASK: np.array([primitives.index(name) for row in rows for name in row["primitives"]]),
+        SUBTASK: np.array([primitives.index(name) for row in rows for name in row.primitives]),
     }
 
 
-def _entry(row: Row, i: int, columns: Columns, fps: int, cameras: Sequence[str]) -> dict[str, Any]:
+def _entry(row: StagedEpisode, i: int, columns: Columns, fps: int, cameras: Sequence[str]) -> dict[str, Any]:
     """Return row `i` of the episodes table: text, place in the files, statistics."""
     start, stop = (int(x) for x in np.searchsorted(columns["episode_index"], [i, i + 1]))
     entry: dict[str, Any] = {
         "episode_index": i,
-        "tasks": [row["instruction"]],
-        "length": row["length"],
+        "tasks": [row.instruction],
+        "length": row.length,
         "dataset_from_index": start,
         "dataset_to_index": stop,
-        "blm/task": row["task"],
-        "blm/seed": row["seed"],
-        "blm/metrics": json.dumps(row["metrics"]),
+        "blm/task": row.task,
+        "blm/seed": row.seed,
+        "blm/metrics": json.dumps(row.metrics),
     }
     stats = {name: compute_stats(values[start:stop]) for name, values in columns.items()}
     for camera in cameras:
         video = f"videos/{video_key(camera)}"
         entry |= {f"{video}/from_timestamp": start / fps, f"{video}/to_timestamp": stop / fps}
-        stats[video_key(camera)] = histogram_stats(row[f"histogram.{camera}"])
+        stats[video_key(camera)] = histogram_stats(row.histograms[camera])
     for place in ("data", "meta/episodes", *(f"videos/{video_key(camera)}" for camera in cameras)):
         entry |= {f"{place}/chunk_index": 0, f"{place}/file_index": 0}
     for name, value in stats.items():
@@ -237,13 +289,13 @@ def _entry(row: Row, i: int, columns: Columns, fps: int, cameras: Sequence[str])
     return entry
 
 
-def _info(rows: list[Row], columns: Columns, fps: int, own: Mapping[str, Any]) -> dict[str, Any]:
-    space = own["action_space"]
-    cameras = own["cameras"]
-    side = own["image_size"]
+def _info(rows: list[StagedEpisode], columns: Columns, fps: int, own: BlmInfo) -> dict[str, Any]:
+    space = own.action_space
+    cameras = own.cameras
+    side = own.image_size
     features: dict[str, Any] = {}
     for name, values in columns.items():
-        names = list(space["names"]) if values.ndim == 2 else None
+        names = list(space.names) if values.ndim == 2 else None
         features[name] = {"dtype": str(values.dtype), "shape": list(values.shape[1:]) or [1], "names": names}
     video = {"video.height": side, "video.width": side, "video.codec": "h264", "video.pix_fmt": "yuv420p"}
     video |= {"video.fps": fps, "video.channels": 3, "video.is_depth_map": False, "has_audio": False}
@@ -252,10 +304,10 @@ def _info(rows: list[Row], columns: Columns, fps: int, own: Mapping[str, Any]) -
     template = "chunk-{chunk_index:03d}/file-{file_index:03d}"
     return {
         "codebase_version": CODEBASE_VERSION,
-        "robot_type": space["robot"],
+        "robot_type": space.robot,
         "total_episodes": len(rows),
         "total_frames": len(columns["index"]),
-        "total_tasks": len({row["instruction"] for row in rows}),
+        "total_tasks": len({row.instruction for row in rows}),
         "chunks_size": 1000,
         "data_files_size_in_mb": 100,
         "video_files_size_in_mb": 200,
@@ -264,18 +316,18 @@ def _info(rows: list[Row], columns: Columns, fps: int, own: Mapping[str, Any]) -
         "data_path": f"data/{template}.parquet",
         "video_path": f"videos/{{video_key}}/{template}.mp4" if cameras else None,
         "features": features,
-        "blm": own,
+        "blm": own.to_json(),
     }
 
 
-def _modality(own: Mapping[str, Any]) -> dict[str, Any]:
+def _modality(own: BlmInfo) -> dict[str, Any]:
     """Return GR00T's description of the columns: arm and gripper as slices."""
-    dim = len(own["action_space"]["names"])
+    dim = own.action_space.dim
     parts = {"arm": {"start": 0, "end": dim - 1}, "gripper": {"start": dim - 1, "end": dim}}
     return {
         "state": parts,
         "action": parts,
-        "video": {camera: {"original_key": video_key(camera)} for camera in own["cameras"]},
+        "video": {camera: {"original_key": video_key(camera)} for camera in own.cameras},
         "annotation": {
             "human.task_description": {"original_key": "task_index"},
             "human.subtask_description": {"original_key": SUBTASK},

@@ -26,7 +26,7 @@ from blm.evaluation.physical.outcome import REASONS
 from blm.evaluation.physical.result import EpisodeResult, PhysicalResult, SuccessSummary
 from blm.evaluation.result_files import load_result
 from blm.evaluation.statistics import Difference, Rate, success_rate
-from blm.io import write_text
+from blm.io import read_json_lines, write_text
 from blm.robots import ROBOTS
 from blm.tasks import TASKS
 from blm.types import BlmError, ContractError
@@ -219,7 +219,7 @@ def _embedded(file: Path, kind: str) -> str:
 
 def _curve(stage: str, log: Path) -> str:
     """Losses over steps as inline SVG; empty for no rows. Colours follow the page's theme."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    rows = read_json_lines(log) if log.exists() else []
     names = [name for name in dict.fromkeys(k for row in rows for k in row) if "loss" in name]
     if not names:
         return ""

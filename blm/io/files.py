@@ -119,6 +119,16 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """Return the values of a JSON Lines file; blank lines are skipped.
+
+    Raises DamagedError that names the file.
+    """
+    with reading(path):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
+
+
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as stream:

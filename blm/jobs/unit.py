@@ -13,6 +13,7 @@ from typing import Any
 from blm.types import BlmError
 
 Result = dict[str, Any]
+"""The result of a work unit: a JSON object, which the journal stores as a line."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 ONE_THREAD = dict.fromkeys(_THREAD_VARIABLES, "1")
 """Environment of worker processes: without it, workers with many threads slow each other down."""

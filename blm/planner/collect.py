@@ -25,12 +25,13 @@ from rich.console import Console
 from blm.datasets.lerobot import finalize_dataset, stage_episode
 from blm.io import MARK, lock_folder, read_json, remove_own, work_folder, write_json
 from blm.jobs import MAX_WORKERS, Result, WorkUnit, run_units
+from blm.planner.collection_summary import SUMMARY, CellCounts, CollectionSummary
 from blm.planner.decompositions import DECOMPOSITIONS
 from blm.planner.demonstration import TAKE_OVER, Demonstrator, Perturbation, demonstrate
 from blm.planner.expert import HOLD_STEPS, Expert
 from blm.robots import ROBOTS
 from blm.seeds import count_reserved_seeds, reserved_seeds_warning
-from blm.tasks import Env
+from blm.tasks import Env, TaskEnv
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.scene import CAMERAS
 from blm.tasks.suite import suite_version
@@ -117,16 +118,11 @@ class CollectConfig:
             raise BlmError(f"with ManiSkill's scripts hold must be {HOLD_STEPS}: {self.hold}")
 
 
-def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -> dict[str, Any]:
+def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -> CollectionSummary:
     """Collect one LeRobotDataset v3.0 per robot, `out/<robot>/`; write and return the summary.
 
     With a `pilot`, that policy drives the first steps of every episode and the expert completes it. The
     expert's actions are the labels from the first step on: corrections on states that the policy visits.
-
-    `out/summary.json` has "robots" (robot -> task -> attempts, kept, rejected by reason, frames),
-    "seconds" of the run that finished, "seconds_in" (summed over attempts: planning, physics, rendering,
-    encoding), "versions", "suite", "seeds" (first and last tried), "reserved_seeds" (episodes on scenes that
-    are not for training) and "config".
 
     After a kill, the same call resumes; after the end, it returns the summary. Raises BlmError if `out`
     contains a collection of another configuration or files that would be replaced, if another process
@@ -136,23 +132,25 @@ def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -
     wanted["pilot"] = pilot().contract.revision if pilot else None
     with lock_folder(out):
         _claim(out, config, wanted)
-        if not (out / "summary.json").exists():
+        if not (out / SUMMARY).exists():
             _make(config, out, wanted, pilot)
         if (out / STAGING).exists() and not remove_own(out / STAGING, _is_staged):
             Console(stderr=True).print(f"'{out / STAGING}' has files of others: they stay", soft_wrap=True)
         (out / JOURNAL).unlink(missing_ok=True)
-    return dict(read_json(out / "summary.json"))
+    return CollectionSummary.read(out)
 
 
-def _make(config: CollectConfig, out: Path, wanted: dict[str, Any], pilot: MakePolicy | None) -> None:
+def _make(config: CollectConfig, out: Path, wanted: Mapping[str, Any], pilot: MakePolicy | None) -> None:
     """Run all attempts that are missing, then write the datasets and the summary."""
     began = time.monotonic()
     staging = work_folder(out / STAGING, "staged episodes", wanted)
     results = _attempt_all(config, out / JOURNAL, staging, pilot)
     seeds = [int(key.split("/")[2]) for key in results]
+    versions = {name: version(name) for name in ("blm", config.package, *PLANNING)}
+    suite = suite_version(config.robots, config.tasks)
     provenance = {
-        "versions": {name: version(name) for name in ("blm", config.package, *PLANNING)},
-        "suite": suite_version(config.robots, config.tasks),
+        "versions": versions,
+        "suite": suite,
         "seeds": [min(seeds), max(seeds)],
         "collect": wanted,
     }
@@ -169,17 +167,19 @@ def _make(config: CollectConfig, out: Path, wanted: dict[str, Any], pilot: MakeP
     parts: Counter[str] = Counter()
     for result in results.values():
         parts.update(result["seconds"])
-    summary = {
-        "robots": {r: {t: _count(results, r, t) for t in config.tasks} for r in config.robots},
-        "seconds": round(time.monotonic() - began, 1),
-        "seconds_in": {part: round(seconds, 1) for part, seconds in parts.items()},
-        **{key: provenance[key] for key in ("versions", "suite", "seeds")},
-        "reserved_seeds": count_reserved_seeds(
+    summary = CollectionSummary(
+        robots={r: {t: _count(results, r, t) for t in config.tasks} for r in config.robots},
+        seconds=round(time.monotonic() - began, 1),
+        seconds_in={part: round(seconds, 1) for part, seconds in parts.items()},
+        versions=versions,
+        suite=suite,
+        seeds=(min(seeds), max(seeds)),
+        reserved_seeds=count_reserved_seeds(
             int(k.split("/")[2]) for k, result in results.items() if result["kept"]
         ),
-        "config": wanted,
-    }
-    write_json(out / "summary.json", summary)
+        config=wanted,
+    )
+    write_json(out / SUMMARY, summary.to_json())
 
 
 def _is_staged(name: PurePath) -> bool:
@@ -187,13 +187,13 @@ def _is_staged(name: PurePath) -> bool:
     return name.suffix == ".mp4" or name.name in ("episode.json", "vectors.npz", MARK)
 
 
-def _claim(out: Path, config: CollectConfig, wanted: dict[str, Any]) -> None:
+def _claim(out: Path, config: CollectConfig, wanted: Mapping[str, Any]) -> None:
     """Claim `out` for this collection.
 
     Raises BlmError if it belongs to another collection, or contains files that would be replaced.
     """
     claim = out / "collect.json"
-    ours = (*config.robots, "summary.json", "verified.json", JOURNAL, STAGING)
+    ours = (*config.robots, SUMMARY, "verified.json", JOURNAL, STAGING)
     taken = [name for name in ours if os.path.lexists(out / name)]
     if taken and not claim.exists():
         raise BlmError(
@@ -230,7 +230,7 @@ def _attempt_all(
         how: Any = {"workers": config.workers, "engine": config.engine, "title": "collecting"}
         results = run_units(_attempt, units, journal=journal, **how)
         counts = {cell: _count(results, *cell) for cell in tried}
-        missing = {cell: config.episodes - count["kept"] for cell, count in counts.items()}
+        missing = {cell: config.episodes - count.kept for cell, count in counts.items()}
         if not any(missing.values()):
             return results
         for cell, lacking in missing.items():
@@ -239,9 +239,9 @@ def _attempt_all(
             tried[cell] = min(tried[cell] + lacking, limit)
 
 
-def _why(robot: str, task: str, count: Mapping[str, Any], wanted: int) -> str:
+def _why(robot: str, task: str, count: CellCounts, wanted: int) -> str:
     """Return the error message for a cell with too few successful episodes."""
-    reasons: Mapping[str, int] = count["rejected"]
+    reasons = count.rejected
     worst = max(reasons, key=lambda reason: reasons[reason])
     advice = (
         f"the spawn region is out of the arm's reach: change TaskSpec.regions['{robot}'] of '{task}'"
@@ -249,20 +249,20 @@ def _why(robot: str, task: str, count: Mapping[str, Any], wanted: int) -> str:
         else "lower noise or disturbed"
     )
     return (
-        f"{robot} {task}: {count['attempts']} attempts gave {count['kept']} of {wanted} episodes; "
+        f"{robot} {task}: {count.attempts} attempts gave {count.kept} of {wanted} episodes; "
         f"rejected: {reasons}; {advice}"
     )
 
 
-def _count(results: Mapping[str, Result], robot: str, task: str) -> dict[str, Any]:
+def _count(results: Mapping[str, Result], robot: str, task: str) -> CellCounts:
     """Count attempts, kept episodes, rejections and frames of one robot and task."""
     mine = [result for key, result in results.items() if key.startswith(f"{robot}/{task}/")]
-    return {
-        "attempts": len(mine),
-        "kept": sum(result["kept"] for result in mine),
-        "rejected": dict(sorted(Counter(r["reason"] for r in mine if not r["kept"]).items())),
-        "frames": sum(result.get("frames", 0) for result in mine),
-    }
+    return CellCounts(
+        attempts=len(mine),
+        kept=sum(result["kept"] for result in mine),
+        rejected=dict(sorted(Counter(r["reason"] for r in mine if not r["kept"]).items())),
+        frames=sum(result.get("frames", 0) for result in mine),
+    )
 
 
 def _attempt(payload: tuple[CollectConfig, str, str, int, Path, MakePolicy | None]) -> Result:
@@ -313,9 +313,9 @@ def _check_pilot(make: MakePolicy, config: CollectConfig, robot: str, task: str)
     _pilot(make).contract.check(_expert(config, robot, task).env.observation())
 
 
-def make_env(config: CollectConfig, robot: str, task: str, cameras: tuple[str, ...]) -> Env:
+def make_env(config: CollectConfig, robot: str, task: str, cameras: tuple[str, ...]) -> TaskEnv:
     """Return the environment of this configuration with the given cameras."""
-    env_class = Env
+    env_class: type[TaskEnv] = Env
     if config.simulator == "maniskill":
         from blm.tasks.maniskill import ManiSkillEnv
 
@@ -333,9 +333,11 @@ def make_env(config: CollectConfig, robot: str, task: str, cameras: tuple[str, .
 
 def make_expert(config: CollectConfig, robot: str, task: str) -> Demonstrator:
     """Return the expert of one cell, with the environment that it records."""
-    env, rng = make_env(config, robot, task, config.cameras), np.random.default_rng(0)
-    if config.simulator == "maniskill":
-        from blm.planner.maniskill import ManiSkillExpert
+    env = make_env(config, robot, task, config.cameras)
+    rng = np.random.default_rng(0)
+    if not isinstance(env, Env):
+        from blm.planner.maniskill import ManiSkillEnv, ManiSkillExpert
 
-        return ManiSkillExpert(env, rng)  # type: ignore[arg-type,return-value]  # its env is narrower
+        assert isinstance(env, ManiSkillEnv)
+        return ManiSkillExpert(env, rng)
     return Expert(env, rng, config.hold)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from blm.chunks import ChunkExecutor
 from blm.planner.arm_planner import PlanError
 from blm.planner.expert import HOLD_STEPS
-from blm.tasks import Env
+from blm.tasks import TaskEnv
+from blm.tasks.task_env import EnvObservation
 from blm.types import Episode, FloatArray, Observation, Policy, decision_seed
 
 NOISY = {"approach": 1.0, "lift": 1.0, "move": 1.0, "push": 0.3, "pull": 0.3}
@@ -36,7 +37,7 @@ TAKE_OVER = (8, 100)
 class RecordedStep(NamedTuple):
     """One control step of a demonstration."""
 
-    observation: dict[str, Any]
+    observation: EnvObservation
     action: FloatArray
     """The expert's action [D]."""
     executed: FloatArray
@@ -63,9 +64,11 @@ class Perturbation:
 class Demonstrator(Protocol):
     """A source of demonstrations: our `Expert`, or the scripts of another simulator."""
 
-    env: Env
     drops: int
     planning_seconds: float
+
+    @property
+    def env(self) -> TaskEnv: ...
 
     def reset(self, rng: np.random.Generator) -> None: ...
 
@@ -163,7 +166,7 @@ def _failure(expert: Demonstrator, names: tuple[str, ...]) -> str:
     return "missed_grasp" if "grasp" in names and names[-1] in ("approach", "descend", "grasp") else "timeout"
 
 
-def _decide(policy: Policy, env: Env, seen: dict[str, Any], seed: int, step: int) -> FloatArray:
+def _decide(policy: Policy, env: TaskEnv, seen: EnvObservation, seed: int, step: int) -> FloatArray:
     """Return the policy's chunk [H, D] for the present observation."""
     observation = Observation(
         images=seen["pixels"],
@@ -175,7 +178,7 @@ def _decide(policy: Policy, env: Env, seen: dict[str, Any], seed: int, step: int
     return np.asarray(policy.act(observation).actions, dtype=np.float32)
 
 
-def replay(env: Env, episode: Episode) -> str:
+def replay(env: TaskEnv, episode: Episode) -> str:
     """Execute the recorded actions; return "" or a description of the first difference.
 
     States are compared bit for bit before every step, and success at the end.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from blm.datasets.lerobot import open_dataset
-from blm.io import read_json, write_json
+from blm.io import write_json
 from blm.jobs import Result, WorkUnit, run_units
 from blm.planner.collect import CollectConfig, make_env
+from blm.planner.collection_summary import SUMMARY, CollectionSummary
 from blm.planner.demonstration import replay
 from blm.tasks.appearance import Appearance
 from blm.tasks.suite import suite_version
@@ -21,17 +22,27 @@ CHUNK = 20
 """Number of episodes in one work unit."""
 
 
-def verify(out: Path, *, workers: int = 2, engine: Literal["local", "ray"] = "local") -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """The replay of a collection."""
+
+    episodes: int
+    same: int
+    """Episodes that replayed bit for bit."""
+    differing: Mapping[str, str]
+    """robot/task/seed -> the first difference."""
+
+
+def verify(out: Path, *, workers: int = 2, engine: Literal["local", "ray"] = "local") -> Verification:
     """Replay every episode of a collection; write and return `out/verified.json`.
 
-    The result has "episodes", "same" and "differing" (key -> the first difference). Raises BlmError
-    if `out` is not a finished collection, and ContractError if the versions of suite or simulator
-    differ from the recorded ones.
+    Raises BlmError if `out` is not a finished collection, and ContractError if the versions of
+    suite or simulator differ from the recorded ones.
     """
-    if not (out / "summary.json").is_file():
+    if not (out / SUMMARY).is_file():
         raise BlmError(f"'{out}' holds no finished collection (no summary.json); collect it, or finish it")
-    summary = read_json(out / "summary.json")
-    config = read_config(summary["config"])
+    summary = CollectionSummary.read(out)
+    config = read_config(summary.config)
     _require_same_versions(summary, config)
     units = []
     for robot in config.robots:
@@ -46,8 +57,8 @@ def verify(out: Path, *, workers: int = 2, engine: Literal["local", "ray"] = "lo
     )
     differing = {key: what for result in results.values() for key, what in result["differing"].items()}
     episodes = sum(result["episodes"] for result in results.values())
-    outcome = {"episodes": episodes, "same": episodes - len(differing), "differing": differing}
-    write_json(out / "verified.json", outcome)
+    outcome = Verification(episodes=episodes, same=episodes - len(differing), differing=differing)
+    write_json(out / "verified.json", asdict(outcome))
     journal.unlink()
     return outcome
 
@@ -62,9 +73,9 @@ def read_config(stored: Mapping[str, Any]) -> CollectConfig:
     return CollectConfig(**values)
 
 
-def _require_same_versions(summary: Mapping[str, Any], config: CollectConfig) -> None:
+def _require_same_versions(summary: CollectionSummary, config: CollectConfig) -> None:
     simulator = config.package
-    recorded = {simulator: summary["versions"][simulator], "suite": summary["suite"]}
+    recorded = {simulator: summary.versions[simulator], "suite": summary.suite}
     here = {simulator: version(simulator), "suite": suite_version(config.robots, config.tasks)}
     if recorded != here:
         raise ContractError(

@@ -71,18 +71,9 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyBatch:
-    """A training batch with its noise and flow times, so that the loss is a function of its
-    batch."""
+class ActionBatch:
+    """A training batch without the model's view of the scene: states, actions, noise, flow times."""
 
-    hidden: Tensor
-    """[B, L, d] hidden states of the frame."""
-    mask: Tensor
-    """[B, L] True at real prompt positions."""
-    future_hidden: Tensor
-    """[B, L', d] hidden states of the frame `future_steps` ahead."""
-    future_mask: Tensor
-    """[B, L']"""
     state: Tensor
     """[B, D] normalised, zero-padded."""
     actions: Tensor
@@ -100,6 +91,21 @@ class PolicyBatch:
     values: float = 0.0
     """Real values of a sample, on average over the whole step; 0: over this batch. Makes the losses
     of the parts of a step, weighted by their samples, add up to the loss of the whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyBatch(ActionBatch):
+    """A training batch with its noise and flow times, so that the loss is a function of its
+    batch."""
+
+    hidden: Tensor
+    """[B, L, d] hidden states of the frame."""
+    mask: Tensor
+    """[B, L] True at real prompt positions."""
+    future_hidden: Tensor
+    """[B, L', d] hidden states of the frame `future_steps` ahead."""
+    future_mask: Tensor
+    """[B, L']"""
 
     def to(self, device: torch.device | str) -> PolicyBatch:
         tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}

@@ -63,6 +63,38 @@ class FrozenProof:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """The content of config.json in a policy's checkpoint, beside the format version."""
+
+    policy: PolicyConfig
+    contract: PolicyContract
+    layer: int
+    """k, the block of the backbone that is tapped."""
+    prompt: str
+    """Version of the control prompt."""
+    dtype: str
+    """Type of the backbone's weights, such as "bfloat16"."""
+    frozen: FrozenProof
+    provenance: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "blm", **asdict(self), "contract": self.contract.to_json()}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> CheckpointConfig:
+        policy = {**value["policy"], "bridge": BridgeConfig(**value["policy"]["bridge"])}
+        return cls(
+            policy=PolicyConfig(**policy),
+            contract=PolicyContract.from_json(value["contract"]),
+            layer=value["layer"],
+            prompt=value["prompt"],
+            dtype=value["dtype"],
+            frozen=FrozenProof(value["frozen"]["fingerprint"], tuple(value["frozen"]["logits"])),
+            provenance=value["provenance"],
+        )
+
+
 class CheckpointPolicy:
     """A `Policy`: tap the frozen backbone, bridge, Euler steps, inverse transforms, clip to the
     limits."""
@@ -140,22 +172,21 @@ class CheckpointPolicy:
 
     def save(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         """Write the checkpoint folder atomically; it may replace an unaltered checkpoint."""
-        config = {
-            "kind": "blm",
-            "policy": asdict(self.network.config),
-            "contract": self.contract.to_json(),
-            "layer": self.layer,
-            "prompt": prompt_version(self.backbone, self.contract.cameras),
-            "dtype": str(self.backbone.model.dtype).removeprefix("torch."),
-            "frozen": asdict(self.frozen),
-            "provenance": dict(provenance),
-        }
+        config = CheckpointConfig(
+            policy=self.network.config,
+            contract=self.contract,
+            layer=self.layer,
+            prompt=prompt_version(self.backbone, self.contract.cameras),
+            dtype=str(self.backbone.model.dtype).removeprefix("torch."),
+            frozen=self.frozen,
+            provenance=dict(provenance),
+        )
 
         def add_backbone(work: Path) -> None:
             (work / "backbone").mkdir()
             self.backbone.write_into(work / "backbone")
 
-        write_checkpoint(folder, config, self.network.state_dict(), self.transforms, add_backbone)
+        write_checkpoint(folder, config.to_json(), self.network.state_dict(), self.transforms, add_backbone)
 
     @classmethod
     def load(cls, folder: Path | str, *, device: str = "cpu") -> CheckpointPolicy:
@@ -164,29 +195,27 @@ class CheckpointPolicy:
         Raises BlmError, naming the file and a remedy, unless it is complete and unaltered.
         """
         folder = checkpoint_folder(folder)
-        config = read_config(folder)
-        contract = PolicyContract.from_json(config["contract"])
-        backbone = Backbone.load(folder / "backbone", device=device, dtype=getattr(torch, config["dtype"]))
+        config = CheckpointConfig.from_json(read_config(folder))
+        contract = config.contract
+        backbone = Backbone.load(folder / "backbone", device=device, dtype=getattr(torch, config.dtype))
         backbone.freeze()
-        frozen = FrozenProof(config["frozen"]["fingerprint"], tuple(config["frozen"]["logits"]))
-        frozen.require(backbone, f"checkpoint '{folder}'")
-        if (now := prompt_version(backbone, contract.cameras)) != config["prompt"]:
+        config.frozen.require(backbone, f"checkpoint '{folder}'")
+        if (now := prompt_version(backbone, contract.cameras)) != config.prompt:
             raise BlmError(
-                f"checkpoint '{folder}' was trained with control prompts of version {config['prompt']}, this "
+                f"checkpoint '{folder}' was trained with control prompts of version {config.prompt}, this "
                 f"program writes version {now}; use the program version of the checkpoint or train again"
             )
-        policy = {**config["policy"], "bridge": BridgeConfig(**config["policy"]["bridge"])}
         with torch.device("meta"):  # no time, memory or random numbers for weights that are replaced
-            network = PolicyNetwork(PolicyConfig(**policy), backbone.hidden_size, len(contract.action_spaces))
+            network = PolicyNetwork(config.policy, backbone.hidden_size, len(contract.action_spaces))
         network.load_state_dict(load_file(folder / "policy.safetensors", device), assign=True)
         return cls(
             backbone=backbone,
-            frozen=frozen,
-            layer=config["layer"],
+            frozen=config.frozen,
+            layer=config.layer,
             network=network,
             transforms=read_transforms(folder),
             contract=contract,
-            provenance=config["provenance"],
+            provenance=config.provenance,
         )
 
 

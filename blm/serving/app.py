@@ -88,10 +88,7 @@ def create_app(
             reasoning=reasoning,
             fingerprint=None if policy is None else policy.contract.revision,
         )
-        app.state.chat = service
-        add_chat(app, service)
-        if (tokenizer := getattr(generator, "tokenizer", None)) is not None:
-            add_tokenizing(app, service, tokenizer)
+        _add_chat_service(app, service, getattr(generator, "tokenizer", None))
     else:
         app.add_api_route("/v1/chat/completions", _no_chat, methods=["POST"], include_in_schema=False)
     if policy is not None:
@@ -100,6 +97,14 @@ def create_app(
         for path in OPENPI_PATHS:
             app.add_api_websocket_route(path, _no_policy)
     return app
+
+
+def _add_chat_service(app: FastAPI, service: ChatService, tokenizer: Any) -> None:
+    """Add the routes of chat, and those of its tokenizer unless that is None."""
+    app.state.chat = service
+    add_chat(app, service)
+    if tokenizer is not None:
+        add_tokenizing(app, service, tokenizer)
 
 
 def _add_middleware(app: FastAPI, access: AccessControl) -> None:

@@ -7,5 +7,6 @@ from blm.tasks.env import Env, EnvState
 from blm.tasks.registry import TASKS
 from blm.tasks.rendering import gl_backend
 from blm.tasks.spec import ObjectState, TaskSpec, TaskState
+from blm.tasks.task_env import TaskEnv
 
-__all__ = ["TASKS", "Env", "EnvState", "ObjectState", "TaskSpec", "TaskState", "gl_backend"]
+__all__ = ["TASKS", "Env", "EnvState", "ObjectState", "TaskEnv", "TaskSpec", "TaskState", "gl_backend"]

@@ -13,7 +13,7 @@ import numpy as np
 from blm.types import BlmError
 
 _STREAM = 4
-"""Number of this random stream of an episode; `Env.reset` uses streams 0 to 3."""
+"""Number of this random stream of an episode; `TaskEnv` uses streams 0 to 3."""
 _TASK_SHARE = 0.3
 """Factor of the colour change of task items, because instructions name their colours."""
 

@@ -1,37 +1,27 @@
-"""One environment for every robot and task (Gymnasium API).
+"""The environment of any robot and task in MuJoCo: scene, physics, contacts and cameras.
 
-An action follows the robot's `ActionSpace`: absolute joint targets [rad] and the gripper opening (0
-closed, 1 open), held for one control step of 50 ms. Targets beyond the limits are clipped. An
-observation is {"pixels": {camera: uint8 [H, W, 3]}, "agent_pos": float32 [D]}. The same seed gives
-the same episode, bit for bit, on the same machine and versions. World frame: x forward from the
-robot, y left, z up, table top at z = 0.
+`TaskEnv` defines actions, observations, seeds and frames.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium
 import mujoco
 import numpy as np
-from gymnasium import spaces
 from numpy.typing import NDArray
 
-from blm.robots import ROBOTS
 from blm.robots.build import FINGERS
-from blm.tasks.appearance import PLAIN, Appearance, AppearanceRandomizer
+from blm.tasks.appearance import Appearance, AppearanceRandomizer
 from blm.tasks.distractors import Distractors, draw_distractors, show_distractors
-from blm.tasks.registry import TASKS
 from blm.tasks.rendering import Renderer
 from blm.tasks.scene import CAMERAS, SUBSTEPS, build_model
-from blm.tasks.spec import Item, ObjectState, Placement, TaskState
-from blm.types import BlmError, ContractError, FloatArray, ImageArray, Observation, lookup
+from blm.tasks.spec import Item, ObjectState, Placement
+from blm.tasks.task_env import RENDER_SIZE, TaskEnv
+from blm.types import BlmError, ContractError, FloatArray, ImageArray, lookup
 
 _PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
-_RENDER_SIZE = 480
 _GRASP_CONE = np.cos(np.radians(85))
 """A finger's force counts if it is within 85 deg of the closing axis (ManiSkill, is_grasping)."""
 _ATTEMPTS = 5000
@@ -52,88 +42,23 @@ class EnvState:
     """Seed of the episode's appearance."""
 
 
-class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
-    """A robot at a table with one task; `robot` and `task` are names in ROBOTS and TASKS."""
+class Env(TaskEnv):
+    """A robot at a table with one task, simulated in MuJoCo."""
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012  # as Gymnasium declares it
-    render_mode = "rgb_array"
-
-    def __init__(
-        self,
-        robot: str,
-        task: str,
-        *,
-        cameras: Iterable[str] = ("base", "wrist"),
-        image_size: int = 112,
-        max_steps: int | None = None,
-        terminate_on_success: bool = True,
-        distractors: int = 0,
-        appearance: Appearance = PLAIN,
-    ) -> None:
-        self._describe(robot, task, cameras, image_size, distractors)
-        self.model = build_model(self.robot, self.task_spec, distractors)
+    def _make_simulator(self, appearance: Appearance) -> None:
+        self.model = build_model(self.robot, self.task_spec, self._extra)
         self.data = mujoco.MjData(self.model)
         self._randomizer = AppearanceRandomizer(self.model, appearance)
         self._appearance_seed = 0
-        self._max_episode_steps = self.task_spec.max_steps if max_steps is None else max_steps
-        self._terminate = terminate_on_success
-        self._extra = distractors
-        self._steps = 0
         self._distractors: Distractors = ()
         self._renderer: Renderer | None = None
 
-    def _describe(
-        self, robot: str, task: str, cameras: Iterable[str], image_size: int, distractors: int
-    ) -> None:
-        """Set the attributes that are independent of the simulator.
-
-        Raises BlmError for invalid arguments.
-        """
-        self.robot = lookup("robot", robot, ROBOTS)
-        self.task = task
-        self.embodiment = robot
-        self.task_spec = lookup("task", task, TASKS)
-        self.task_description = self.task_spec.instruction(0)
-        self.cameras, self.image_size = tuple(cameras), image_size
-        for camera in self.cameras:
-            lookup("camera", camera, CAMERAS)
-        if not 16 <= image_size <= 1024 or not 0 <= distractors <= 20:
-            raise BlmError(f"image_size {image_size} must be 16..1024, distractors {distractors} 0..20")
-        self.items = self.task_spec.items(self.robot)
-        self.seconds = {"physics": 0.0, "rendering": 0.0}
-        """Time spent in physics and rendering since the environment was made [s]."""
-        space = self.contract_space = self.robot.action_space
-        self._low = np.array(space.low)
-        self._high = np.array(space.high)
-        self._arm = slice(0, space.dim - 1)
-        self.action_space = spaces.Box(self._low.astype(np.float32), self._high.astype(np.float32))
-        picture = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
-        self.observation_space = spaces.Dict({
-            "pixels": spaces.Dict(dict.fromkeys(self.cameras, picture)),
-            "agent_pos": spaces.Box(-np.inf, np.inf, (space.dim,), np.float32),
-        })  # fmt: skip
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start the episode of `seed`. Options: "phrasing" (index), "arm" ("home" or "random").
-
-        Raises BlmError for an unknown option, phrasing or arm start.
-        """
-        super().reset(seed=seed)
-        chosen = self._reset_options(options)
-        lookup("arm start", chosen["arm"], {"home": 0, "random": 0})
-        if seed is None:
-            seed = self._free_seed()
-        placement_rng, phrasing_rng, distractor_rng, arm_rng = (
-            np.random.default_rng((seed, stream)) for stream in range(4)
-        )
-        phrasing = chosen["phrasing"]
-        if phrasing is None:
-            phrasing = int(phrasing_rng.integers(len(self.task_spec.phrasings)))
-        self.task_description, self._steps = self.task_spec.instruction(phrasing), 0
+    def _start_episode(self, seed: int, arm_start: str) -> None:
+        arm_rng = self._stream(seed, "arm")
+        distractor_rng = self._stream(seed, "distractors")
         mujoco.mj_resetData(self.model, self.data)
-        placement = self.task_spec.sample(placement_rng, self.robot, self.task_spec.region(self.robot))
+        region = self.task_spec.region(self.robot)
+        placement = self.task_spec.sample(self._stream(seed, "placement"), self.robot, region)
         self._distractors = draw_distractors(distractor_rng, self.robot, self.items, placement, self._extra)
         show_distractors(self.model, self._distractors)
         self._appearance_seed = seed
@@ -141,51 +66,15 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         self._set_item_poses({**placement, **{item.name: where for item, where in self._distractors}})
         home = np.array(self.robot.home)
         self._set_arm(home + arm_rng.normal(0, self.robot.reset_noise, len(home)), opening=1.0)
-        if chosen["arm"] == "random":
+        if arm_start == "random":
             self._randomise_arm(arm_rng)
         self._refresh()
-        return self.observe(), self._info()
 
-    @staticmethod
-    def _reset_options(options: dict[str, Any] | None) -> dict[str, Any]:
-        """Return the options of a reset with their defaults. Raises UnknownNameError for another option."""
-        chosen: dict[str, Any] = {"arm": "home", "phrasing": None}
-        for option in options or {}:
-            lookup("reset option", option, chosen)
-        return chosen | (options or {})
-
-    def _free_seed(self) -> int:
-        """Draw a seed beyond all reserved ranges of seeds."""
-        return int(self.np_random.integers(10_000_000, 2**31))
-
-    def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Hold the targets for one control step. Raises ContractError on a wrong shape or a NaN."""
-        target = np.clip(self.contract_space.check_state(action, "action"), self._low, self._high)
+    def _simulate(self, target: FloatArray) -> None:
         self.data.ctrl[:] = (*target[:-1], target[-1] * self.robot.gripper.stroke)
-        began = time.perf_counter()
-        mujoco.mj_step(self.model, self.data, nstep=SUBSTEPS)
-        self.seconds["physics"] += time.perf_counter() - began
-        self._steps += 1
+        with self._timed("physics"):
+            mujoco.mj_step(self.model, self.data, nstep=SUBSTEPS)
         self._refresh()
-        info = self._info()
-        done = info["success"] and self._terminate
-        late = self._steps >= self._max_episode_steps
-        return self.observe(), float(info["success"]), done, late, info
-
-    def observe(self) -> dict[str, Any]:
-        """Render all cameras and return the present observation."""
-        pixels = {camera: self.picture(camera) for camera in self.cameras}
-        return {"pixels": pixels, "agent_pos": self.state()}
-
-    def observation(self, seed: int = 0) -> Observation:
-        """Return the present observation as a `types.Observation`.
-
-        `seed` is the policy's sampling seed.
-        """
-        pixels, state = self.observe().values()
-        return Observation(
-            images=pixels, state=state, instruction=self.task_description, robot=self.embodiment, seed=seed
-        )
 
     def state(self) -> NDArray[np.float32]:
         """Joint positions [rad] and measured gripper opening, float32 [D]."""
@@ -260,23 +149,14 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
             for force in forces.values()
         )
 
-    def evaluate(self) -> dict[str, bool]:
-        """Return the task's conditions in the present state; one of them is "success"."""
-        grasped = frozenset(i.name for i in self.items if i.role == "free" and self.is_grasping(i.name))
-        speed = float(np.abs(self.data.qvel[self._arm]).max())
-        return self.task_spec.success(TaskState(self.robot, self.objects(), speed, grasped))
+    def arm_speed(self) -> float:
+        return float(np.abs(self.data.qvel[self._arm]).max())
 
     def picture(self, camera: str, size: int | None = None) -> ImageArray:
         """Return uint8 [size, size, 3] (default: image_size) from any camera of the scene."""
         lookup("camera", camera, CAMERAS)
-        began = time.perf_counter()
-        picture = self._ensure_renderer().rgb(self.data, camera, size or self.image_size)
-        self.seconds["rendering"] += time.perf_counter() - began
-        return picture
-
-    def render(self) -> ImageArray:
-        """Return a larger picture of the camera "base", for people."""
-        return self.picture("base", _RENDER_SIZE)
+        with self._timed("rendering"):
+            return self._ensure_renderer().rgb(self.data, camera, size or self.image_size)
 
     def project(self, points: FloatArray, camera: str) -> FloatArray:
         """Project world points [N, 3] into a camera.
@@ -304,7 +184,7 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
 
     def _ensure_renderer(self) -> Renderer:
         if self._renderer is None:
-            self._renderer = Renderer(self.model, max(self.image_size, _RENDER_SIZE))
+            self._renderer = Renderer(self.model, max(self.image_size, RENDER_SIZE))
         return self._renderer
 
     def _body(self, name: str) -> Any:
@@ -359,8 +239,3 @@ class Env(gymnasium.Env[dict[str, Any], NDArray[np.float32]]):
         warm = self.data.qacc_warmstart.copy()
         mujoco.mj_forward(self.model, self.data)
         self.data.qacc_warmstart[:] = warm
-
-    def _info(self) -> dict[str, Any]:
-        flags = self.evaluate()
-        head = {"task": self.task, "instruction": self.task_description, "is_success": flags["success"]}
-        return head | flags

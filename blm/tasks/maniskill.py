@@ -12,8 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,9 @@ from numpy.typing import NDArray
 
 from blm.robots import ROBOTS
 from blm.tasks.appearance import PLAIN, Appearance
-from blm.tasks.env import Env
 from blm.tasks.scene import CAMERAS
-from blm.tasks.spec import Item, ObjectState, TaskState
+from blm.tasks.spec import Item, ObjectState
+from blm.tasks.task_env import TaskEnv
 from blm.types import BlmError, FloatArray, ImageArray, lookup
 
 _HAND = "panda_hand"
@@ -106,71 +105,50 @@ def require_maniskill() -> None:
     mani_skill.logger.setLevel(logging.ERROR)  # its own tasks log warnings at each reset
 
 
-class ManiSkillEnv(Env):
-    """`Env` on ManiSkill.
+class ManiSkillEnv(TaskEnv):
+    """A robot at a table with one task, simulated in ManiSkill (PhysX)."""
 
-    Without a MuJoCo model it has no `get_state`, `set_state`, `project` and `mask`.
-    """
-
-    def __init__(
-        self,
-        robot: str,
-        task: str,
-        *,
-        cameras: Iterable[str] = ("base", "wrist"),
-        image_size: int = 112,
-        max_steps: int | None = None,
-        terminate_on_success: bool = True,
-        distractors: int = 0,
-        appearance: Appearance = PLAIN,
-    ) -> None:
-        lookup("robot in ManiSkill", robot, {"panda": ROBOTS["panda"]})
-        self._maniskill_task = lookup("task in ManiSkill", task, MANISKILL_TASKS)
-        self._describe(robot, task, cameras, image_size, distractors)
-        if distractors or appearance != PLAIN:
+    def _make_simulator(self, appearance: Appearance) -> None:
+        lookup("robot in ManiSkill", self.embodiment, {"panda": ROBOTS["panda"]})
+        self._maniskill_task = lookup("task in ManiSkill", self.task, MANISKILL_TASKS)
+        if self._extra or appearance != PLAIN:
             raise BlmError(
                 "ManiSkill's scenes are as they are: distractors must be 0 and the appearance plain"
             )
-        self._max_episode_steps = MAX_STEPS if max_steps is None else max_steps
-        self._terminate, self._steps = terminate_on_success, 0
         self._cameras: dict[tuple[str, int], Any] = {}
         self.simulation = self._make()
         """ManiSkill's own environment; `blm.planner.maniskill` runs its scripts on it."""
+
+    def _default_max_steps(self) -> int:
+        return MAX_STEPS
 
     def _make(self) -> Any:
         require_maniskill()
         import torch
 
-        renderer = "gpu" if torch.cuda.is_available() else "cpu"
-        modes: dict[str, Any] = {"obs_mode": "none", "reward_mode": "none", "control_mode": "pd_joint_pos"}
-        devices: dict[str, Any] = {"sim_backend": "physx_cpu", "render_backend": renderer}
         try:
-            return gymnasium.make(self._maniskill_task.id, robot_uids="panda", **modes, **devices).unwrapped
+            return gymnasium.make(
+                self._maniskill_task.id,
+                robot_uids="panda",
+                obs_mode="none",
+                reward_mode="none",
+                control_mode="pd_joint_pos",
+                sim_backend="physx_cpu",
+                render_backend="gpu" if torch.cuda.is_available() else "cpu",
+            ).unwrapped
         except RuntimeError as error:
             raise BlmError(
                 f"ManiSkill cannot start: {error}. It needs a Vulkan driver; without a GPU that is Mesa 24.3 "
                 "or newer, which scripts/maniskill.sh installs"
             ) from error
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start the episode of `seed`. Options: "phrasing" (index), "arm" ("home" only).
+    def _check_arm_start(self, start: str) -> None:
+        if start != "home":
+            raise BlmError(f"ManiSkill starts at 'home', not '{start}'; collect with random_starts 0")
 
-        Raises BlmError for an unknown option or phrasing, and for a random start of the arm.
-        """
-        gymnasium.Env.reset(self, seed=seed)
-        chosen = self._reset_options(options)
-        if chosen["arm"] != "home":
-            raise BlmError(f"ManiSkill starts at 'home', not '{chosen['arm']}'; collect with random_starts 0")
-        if seed is None:
-            seed = self._free_seed()
-        phrasing = chosen["phrasing"]
-        if phrasing is None:  # drawn as in Env, so that a seed has the same instruction in both
-            phrasing = int(np.random.default_rng((seed, 1)).integers(len(self.task_spec.phrasings)))
-        self.task_description, self._seed = self.task_spec.instruction(phrasing), seed
+    def _start_episode(self, seed: int, arm_start: str) -> None:
+        self._seed = seed
         self.restart()
-        return self.observe(), self._info()
 
     def restart(self) -> None:
         """Return to the start of the episode.
@@ -182,17 +160,9 @@ class ManiSkillEnv(Env):
         self._steps = 0
         self._cameras = {}  # cameras belong to the old scene
 
-    def step(self, action: NDArray[np.float32]) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Hold the targets for one control step. Raises ContractError on a wrong shape or a NaN."""
-        target = np.clip(self.contract_space.check_state(action, "action"), self._low, self._high)
-        began = time.perf_counter()
-        self.simulation.step(to_maniskill(target))
-        self.seconds["physics"] += time.perf_counter() - began
-        self._steps += 1
-        info = self._info()
-        done = info["success"] and self._terminate
-        late = self._steps >= self._max_episode_steps
-        return self.observe(), float(info["success"]), done, late, info
+    def _simulate(self, target: FloatArray) -> None:
+        with self._timed("physics"):
+            self.simulation.step(to_maniskill(target))
 
     @property
     def at_start(self) -> bool:
@@ -209,7 +179,7 @@ class ManiSkillEnv(Env):
         return float(np.clip(self._joints()[-2:].mean() / self.robot.gripper.stroke, 0.0, 1.0))
 
     def tcp(self) -> tuple[FloatArray, FloatArray]:
-        """Return world position [3] and rotation [3, 3] of the tool centre point; see `Env.tcp`."""
+        """Return world position [3] and rotation [3, 3] of the tool centre point; see `TaskEnv.tcp`."""
         pose = self.simulation.agent.tcp.pose.to_transformation_matrix()[0].cpu().numpy()
         return pose[:3, 3].astype(np.float64), pose[:3, :3].astype(np.float64)
 
@@ -221,11 +191,8 @@ class ManiSkillEnv(Env):
         """Apply ManiSkill's rule: both fingers press with >= 0.5 N within 85 deg of the axis."""
         return bool(self.simulation.agent.is_grasping(self._actor(name)))
 
-    def task_state(self) -> TaskState:
-        """Return the state that our own success rules judge."""
-        grasped = frozenset(i.name for i in self.items if i.role == "free" and self.is_grasping(i.name))
-        speed = float(self.simulation.agent.robot.get_qvel()[0, self._arm].abs().max())
-        return TaskState(self.robot, self.objects(), speed, grasped)
+    def arm_speed(self) -> float:
+        return float(self.simulation.agent.robot.get_qvel()[0, self._arm].abs().max())
 
     def evaluate(self) -> dict[str, bool]:
         """Return the conditions by our names: ManiSkill's if it reports them, else ours.
@@ -234,21 +201,20 @@ class ManiSkillEnv(Env):
         """
         theirs = self.simulation.evaluate()
         known = {ours: bool(theirs[name]) for ours, name in self._maniskill_task.flags.items()}
-        return self.task_spec.success(self.task_state()) | known | {"success": bool(theirs["success"])}
+        return super().evaluate() | known | {"success": bool(theirs["success"])}
 
     def picture(self, camera: str, size: int | None = None) -> ImageArray:
         """Return uint8 [size, size, 3] of a camera at its pose in our scene.
 
         Unlike ManiSkill's own sensors, these cameras show PickCube's goal.
         """
-        began = time.perf_counter()
-        view = self._camera(lookup("camera", camera, dict.fromkeys(CAMERAS, camera)), size or self.image_size)
-        self.simulation.scene.update_render(update_sensors=False, update_human_render_cameras=False)
-        view.capture()
-        rgb = view.get_obs(depth=False, position=False, segmentation=False)["rgb"]
-        picture = np.ascontiguousarray(rgb[0].cpu().numpy(), dtype=np.uint8)
-        self.seconds["rendering"] += time.perf_counter() - began
-        return picture
+        lookup("camera", camera, CAMERAS)
+        with self._timed("rendering"):
+            view = self._camera(camera, size or self.image_size)
+            self.simulation.scene.update_render(update_sensors=False, update_human_render_cameras=False)
+            view.capture()
+            rgb = view.get_obs(depth=False, position=False, segmentation=False)["rgb"]
+            return np.ascontiguousarray(rgb[0].cpu().numpy(), dtype=np.uint8)
 
     def close(self) -> None:
         self._cameras = {}

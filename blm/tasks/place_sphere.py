@@ -47,9 +47,7 @@ def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Place
 def _success(state: TaskState) -> dict[str, bool]:
     offset = state.offset("ball", "bin")
     on = bool(np.linalg.norm(offset[:2]) <= 0.005 and abs(offset[2] - REST) <= 0.005)
-    static, grasped = state.objects["ball"].is_static, "ball" in state.grasped
-    done = on and static and not grasped
-    return {"is_in_bin": on, "is_ball_static": static, "is_grasped": grasped, "success": done}
+    return state.placed("ball", "is_in_bin", on)
 
 
 PLACE_SPHERE = TaskSpec(

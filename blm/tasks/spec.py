@@ -113,6 +113,16 @@ class TaskState:
         """Return the position of `name` minus that of `other`, [3]."""
         return self.objects[name].position - self.objects[other].position
 
+    def placed(self, name: str, condition: str, in_place: bool) -> dict[str, bool]:
+        """Return the conditions of a placing task: in place, at rest and released.
+
+        `condition` names the first of them.
+        """
+        static = self.objects[name].is_static
+        grasped = name in self.grasped
+        done = in_place and static and not grasped
+        return {condition: in_place, f"is_{name}_static": static, "is_grasped": grasped, "success": done}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSpec:

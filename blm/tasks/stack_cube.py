@@ -34,9 +34,7 @@ def _success(state: TaskState) -> dict[str, bool]:
     offset = state.offset("cube", "lower")
     level = abs(offset[2] - 2 * half) <= 0.005
     on = bool(np.linalg.norm(offset[:2]) <= np.sqrt(2) * half + 0.005 and level)
-    static, grasped = state.objects["cube"].is_static, "cube" in state.grasped
-    done = on and static and not grasped
-    return {"is_on_lower": on, "is_cube_static": static, "is_grasped": grasped, "success": done}
+    return state.placed("cube", "is_on_lower", on)
 
 
 STACK_CUBE = TaskSpec(

@@ -16,9 +16,10 @@ import pytest
 from blm.datasets.lerobot import open_dataset
 from blm.io import lock_folder
 from blm.planner.collect import CollectConfig, collect, draw_perturbation, make_expert
+from blm.planner.collection_summary import CellCounts
 from blm.planner.demonstration import TAKE_OVER, Perturbation, demonstrate, replay
 from blm.planner.expert import HOLD_STEPS
-from blm.planner.verify import verify
+from blm.planner.verify import Verification, verify
 from blm.robots import ROBOTS
 from blm.tasks import Env
 from blm.tasks.appearance import Appearance
@@ -88,7 +89,7 @@ def test_a_pulse_works_the_gripper_the_wrong_way():
 def test_corrections_are_labels_on_the_states_of_another_policy(tmp_path):
     config = dataclasses.replace(SMALL, tasks=("push_cube",), workers=0)
     summary = collect(config, tmp_path / "out", wanderer)
-    assert summary["config"]["pilot"] == "wanderer"
+    assert summary.config["pilot"] == "wanderer"
     dataset = open_dataset(tmp_path / "out/widowxai")
     assert dataset.num_episodes == 3
     for i in range(3):
@@ -100,7 +101,7 @@ def test_corrections_are_labels_on_the_states_of_another_policy(tmp_path):
         assert np.abs(episode.executed - episode.actions)[:driven].max() > 0.05
         np.testing.assert_array_equal(episode.executed[driven:], episode.actions[driven:])
         assert episode.primitives[-HOLD_STEPS:] == ("hold",) * HOLD_STEPS
-    assert verify(tmp_path / "out", workers=0)["same"] == 3
+    assert verify(tmp_path / "out", workers=0).same == 3
     with pytest.raises(BlmError, match=r"pilot: 'wanderer' there, None asked for"):
         collect(config, tmp_path / "out")
 
@@ -133,7 +134,7 @@ def test_looks_vary_and_physics_does_not(tmp_path):
     np.testing.assert_array_equal(one.states, other.states)
     difference = np.abs(one.images["base"].astype(int) - other.images["base"])
     assert difference.mean() > 5
-    assert verify(changed, workers=0) == {"episodes": 1, "same": 1, "differing": {}}
+    assert verify(changed, workers=0) == Verification(episodes=1, same=1, differing={})
 
 
 # --- collector ---
@@ -156,7 +157,7 @@ def test_collection_gives_a_dataset_and_a_summary(collected):
     dataset.require(ROBOTS["widowxai"].action_space, ("base",), 64, 20.0)
     assert sorted(dataset.tasks) == ["pick_cube"] * 3 + ["push_cube"] * 3
     assert dataset.seeds == (10_000, 10_001, 10_002) * 2
-    assert dataset.manifest["provenance"]["collect"]["first_seed"] == 10_000
+    assert dataset.provenance["collect"]["first_seed"] == 10_000
     summary = json.loads((collected / "summary.json").read_text())
     cells = summary["robots"]["widowxai"]
     assert [cells[task]["kept"] for task in SMALL.tasks] == [3, 3]
@@ -194,7 +195,7 @@ def test_a_finished_collection_is_not_made_again(collected, monkeypatch):
     monkeypatch.delattr(collecting, "run_units")
     before = files(collected)
     summary = collect(SMALL, collected)
-    assert summary["robots"]["widowxai"]["pick_cube"]["kept"] == 3
+    assert summary.robots["widowxai"]["pick_cube"].kept == 3
     assert files(collected) == before
     with pytest.raises(BlmError, match=r"episodes: 3 there, 4 asked for"):
         collect(dataclasses.replace(SMALL, episodes=4), collected)
@@ -202,8 +203,8 @@ def test_a_finished_collection_is_not_made_again(collected, monkeypatch):
 
 def test_every_episode_replays(collected):
     outcome = verify(collected, workers=2)
-    assert outcome == {"episodes": 6, "same": 6, "differing": {}}
-    assert json.loads((collected / "verified.json").read_text()) == outcome
+    assert outcome == Verification(episodes=6, same=6, differing={})
+    assert json.loads((collected / "verified.json").read_text()) == dataclasses.asdict(outcome)
     (collected / "verified.json").unlink()
 
 
@@ -211,8 +212,8 @@ def test_a_replay_that_differs_is_named(collected, monkeypatch):
     """Somebody changed the physics without raising the suite's version."""
     monkeypatch.setattr("blm.tasks.env.SUBSTEPS", 24)
     outcome = verify(collected, workers=0)
-    assert outcome["same"] == 0
-    assert "state differs from step 1 on" in outcome["differing"]["widowxai/pick_cube/10000"]
+    assert outcome.same == 0
+    assert "state differs from step 1 on" in outcome.differing["widowxai/pick_cube/10000"]
     (collected / "verified.json").unlink()
 
 
@@ -241,10 +242,10 @@ def test_rejected_seeds_are_counted_and_replaced(tmp_path, monkeypatch):
     config = dataclasses.replace(CLEAN, robots=("panda",), tasks=("pick_cube",), episodes=4, workers=0)
     summary = collect(config, tmp_path)
     assert open_dataset(tmp_path / "panda").seeds == (10_001, 10_003, 10_005, 10_007)
-    cell = summary["robots"]["panda"]["pick_cube"]
+    cell = summary.robots["panda"]["pick_cube"]
     rejected = {"dropped": 2, "unreachable": 2}
-    assert cell == {"attempts": 8, "kept": 4, "rejected": rejected, "frames": 16}
-    assert summary["seeds"] == [10_000, 10_007]
+    assert cell == CellCounts(attempts=8, kept=4, rejected=rejected, frames=16)
+    assert summary.seeds == (10_000, 10_007)
 
 
 def test_a_cell_that_keeps_failing_ends_the_collection(tmp_path, monkeypatch):
@@ -345,7 +346,7 @@ def test_a_dataset_that_appears_while_collecting_is_kept(tmp_path, monkeypatch):
     assert (tmp_path / "panda/data.bin").read_text() == "months of work"
     (tmp_path / "panda").rename(tmp_path / "theirs")
     monkeypatch.setattr(collecting, "demonstrate", half_rejected)
-    assert collect(ONE, tmp_path)["robots"]["panda"]["pick_cube"]["kept"] == 2
+    assert collect(ONE, tmp_path).robots["panda"]["pick_cube"].kept == 2
 
 
 def test_a_note_among_the_staged_episodes_stays(tmp_path, monkeypatch):
@@ -367,7 +368,7 @@ def test_a_flag_may_be_corrected_before_anything_was_collected(tmp_path, monkeyp
         collect(ONE, tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr(collecting, "demonstrate", half_rejected)
-    assert collect(dataclasses.replace(ONE, episodes=3), tmp_path)["config"]["episodes"] == 3
+    assert collect(dataclasses.replace(ONE, episodes=3), tmp_path).config["episodes"] == 3
     with pytest.raises(BlmError, match="episodes: 3 there, 2 asked for"):
         collect(ONE, tmp_path)
 
@@ -380,7 +381,7 @@ def test_two_collections_into_one_folder_are_refused(tmp_path):
 def test_evaluation_scenes_are_warned_of_and_marked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(collecting, "demonstrate", half_rejected)
     summary = collect(dataclasses.replace(ONE, first_seed=9_998), tmp_path / "mixed")
-    assert "warning" in capsys.readouterr().err and summary["reserved_seeds"] == {"evaluation": 1}
+    assert "warning" in capsys.readouterr().err and summary.reserved_seeds == {"evaluation": 1}
     data = open_dataset(tmp_path / "mixed/panda")
     assert data.seeds == (9_999, 10_001) and data.reserved_seeds == {"evaluation": 1}
     assert data.info["blm"]["reserved_seeds"] == {"evaluation": 1}

@@ -199,7 +199,7 @@ def test_one_clients_rows_do_not_starve_another() -> None:
         await until(scheduler.ready.is_set)
         policy.hold.clear()
         flood = [asyncio.create_task(scheduler.act(named("flood"), client="flood"))]
-        await until(lambda: not scheduler._actions and not scheduler._idle)
+        await until(lambda: not scheduler._actions and not scheduler._monitor.idle)
         flood += [asyncio.create_task(scheduler.act(named("flood", n), client="flood")) for n in range(50)]
         await until(lambda: len(scheduler._actions) == 50)
         others = [asyncio.create_task(scheduler.act(named(who), client=who)) for who in ("a", "b")]
@@ -232,7 +232,7 @@ def test_cancelled_observations_free_their_places_at_once() -> None:
         await until(scheduler.ready.is_set)
         policy.hold.clear()
         first = asyncio.create_task(scheduler.act(named("first"), client="first"))
-        await until(lambda: len(scheduler._actions) == 0 and not scheduler._idle)
+        await until(lambda: len(scheduler._actions) == 0 and not scheduler._monitor.idle)
         for _ in range(20):
             requests = [asyncio.create_task(scheduler.act(named("gone"), client="gone")) for _ in range(4)]
             await asyncio.sleep(0)

@@ -15,7 +15,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
 import numpy as np
 
@@ -23,7 +22,7 @@ from blm.backbone import Backbone
 from blm.corpora.format.messages import Conversation, write_corpus
 from blm.corpora.scenes.build import SHARDS_KIND, remove_shards, shards_folder
 from blm.io import work_folder
-from blm.jobs import WorkUnit, run_units
+from blm.jobs import Result, WorkUnit, run_units
 from blm.types import BlmError, Message
 
 MOST = 10_000_000
@@ -107,7 +106,7 @@ def build_replay(backbone: Backbone, out: Path, count: int, *, seed: int = 0) ->
     revision = backbone.fingerprint()[:16]
     shards = work_folder(shards_folder(out), SHARDS_KIND, {"replay": revision, "seed": seed})
 
-    def answer(payload: tuple[int, Sequence[tuple[str, str]]]) -> dict[str, Any]:
+    def answer(payload: tuple[int, Sequence[tuple[str, str]]]) -> Result:
         number, asked = payload
         prompts = [(Message("user", (prompt,)),) for _, prompt in asked]
         return {"answers": backbone.complete(prompts, max_tokens=MAX_TOKENS, seed=seed * 1_000_003 + number)}

@@ -26,7 +26,7 @@ from blm.corpora.scenes.templates import Wording
 from blm.datasets.dataset import EpisodeDataset
 from blm.datasets.lerobot import open_dataset
 from blm.io import MARK, remove_own, work_folder
-from blm.jobs import MAX_WORKERS, WorkUnit, run_units
+from blm.jobs import MAX_WORKERS, Result, WorkUnit, run_units
 from blm.seeds import count_reserved_seeds, reserved_seeds_warning
 from blm.tasks import Env
 from blm.types import BlmError, ImageArray, require_numbers
@@ -167,7 +167,7 @@ def _episode_shards(config: SceneCorpusConfig) -> Iterator[tuple[str, str, Shard
             yield "frames", f"frames-{robot}-{first:04d}", (robot, "", range(first, count, shards))
 
 
-def write_shard(payload: tuple[str, SceneCorpusConfig, Any, Path]) -> dict[str, Any]:
+def write_shard(payload: tuple[str, SceneCorpusConfig, Any, Path]) -> Result:
     """Write one shard as a small corpus of its own: an idempotent work unit."""
     source, config, part, folder = payload
     conversations = (

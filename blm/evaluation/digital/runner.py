@@ -26,7 +26,7 @@ from blm.evaluation.digital.text_baselines import text_baselines
 from blm.evaluation.protocol import DigitalProtocol, digest
 from blm.evaluation.result_files import require_free, write_result
 from blm.evaluation.results import this_machine
-from blm.jobs import WorkUnit, run_units
+from blm.jobs import Result, WorkUnit, run_units
 from blm.media import locate, split_time, with_pixels
 from blm.types import BlmError, Chat, Image, Message, Question, lookup, require_numbers
 
@@ -188,7 +188,7 @@ def _ask(
     limits = [protocol.long.get(question.kind, protocol.max_tokens) for question in questions]
     order = sorted(range(len(questions)), key=limits.__getitem__)  # a batch has one limit
 
-    def answer(places: Sequence[int]) -> dict[str, Any]:
+    def answer(places: Sequence[int]) -> Result:
         asked = [(*system, *_loaded(questions[place], config.root)) for place in places]
         said = answer_all(chat, asked, limits[places[0]])
         failures = {str(i): str(reply) for i, reply in enumerate(said) if isinstance(reply, AnswerError)}

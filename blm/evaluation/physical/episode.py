@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import av
 import numpy as np
@@ -17,9 +17,11 @@ import numpy as np
 from blm.chunks import ChunkExecutor
 from blm.evaluation.physical.outcome import StepOutcome, judge, observe_step
 from blm.evaluation.physical.policy_host import HostedPolicy
+from blm.evaluation.physical.result import EpisodeResult
 from blm.evaluation.protocol import PhysicalProtocol, digest, phrasing_of
 from blm.io import replacing
-from blm.tasks import TASKS, Env
+from blm.jobs import Result
+from blm.tasks import TASKS, Env, TaskEnv
 from blm.types import ContractError, FloatArray, ImageArray, Observation, Policy, decision_seed
 
 VIDEO_CAMERA, VIDEO_SIZE = "base", 240
@@ -29,7 +31,7 @@ VIDEO_CAMERA, VIDEO_SIZE = "base", 240
 class PrivilegedPolicy(Protocol):
     """A policy that sees the simulator's state, such as the planning expert."""
 
-    def attach(self, env: Env) -> None:
+    def attach(self, env: TaskEnv) -> None:
         """Prepare for a new episode in this environment, which has been reset."""
         ...
 
@@ -39,16 +41,16 @@ class EpisodeWorker:
 
     def __init__(self, make_policy: Callable[[], Policy], protocol: PhysicalProtocol, out: Path) -> None:
         self.make_policy, self.protocol, self.out = make_policy, protocol, out
-        self._env: Env | None = None
+        self._env: TaskEnv | None = None
 
     @cached_property
     def policy(self) -> Policy:
         return self.make_policy()
 
-    def env(self, robot: str, task: str) -> Env:
+    def env(self, robot: str, task: str) -> TaskEnv:
         if self._env is None or (self._env.embodiment, self._env.task) != (robot, task):
             close(self._env)
-            world = Env
+            world: type[TaskEnv] = Env
             if self.protocol.simulator.startswith("maniskill"):
                 from blm.tasks.maniskill import ManiSkillEnv
 
@@ -104,20 +106,23 @@ class EpisodeTimer:
         setattr(self, part, getattr(self, part) + time.perf_counter() - begin)
 
 
-def run_episode(unit: tuple[str, str, int, bool]) -> dict[str, Any]:
-    """Run one episode, (robot, task, seed, whether to film it), and return its row."""
+def run_episode(unit: tuple[str, str, int, bool]) -> Result:
+    """Run one episode, (robot, task, seed, whether to film it); return its `EpisodeResult` as JSON."""
     assert _worker is not None, "run_episode needs set_up"
     robot, task, seed, film = unit
-    protocol, policy, env, spec = _worker.protocol, _worker.policy, _worker.env(robot, task), TASKS[task]
+    protocol = _worker.protocol
+    policy = _worker.policy
+    env = _worker.env(robot, task)
+    spec = TASKS[task]
     phrasing = phrasing_of(protocol, seed)
     unseen = {"phrasing": len(spec.phrasings) + seed % len(spec.held_out_phrasings)}
     env.reset(seed=seed, options=unseen if phrasing == "held_out" else None)
-    things = [np.round([*thing.position, *thing.quaternion], 6) for thing in env.objects().values()]
-    scene = digest([part.tolist() for part in (*things, np.round(env.state(), 6))])
+    scene = _scene_hash(env)
     policy.reset()
     if isinstance(policy, PrivilegedPolicy):
         policy.attach(env)
-    start, clock = env.objects()[spec.object].position, EpisodeTimer()
+    start = env.objects()[spec.object].position
+    clock = EpisodeTimer()
     frames: list[ImageArray] = []
     moments: list[StepOutcome] = []
     actions = drive(policy, env, seed, protocol, clock)
@@ -135,16 +140,33 @@ def run_episode(unit: tuple[str, str, int, bool]) -> dict[str, Any]:
     video = f"videos/{robot}-{task}-{seed}.mp4" if film else None
     if video:
         write_video(_worker.out / video, frames, protocol.rate_hz)
-    row = {"id": f"{robot}/{task}/{seed}", "robot": robot, "task": task, "seed": seed, "scene": scene}
-    row |= {"instruction": env.task_description, "phrasing": phrasing, "video": video}
-    row |= {f"seconds_{part}": getattr(clock, part) for part in ("policy", "physics", "rendering")}
-    row |= {"act_ms": 1000 * float(np.median(clock.decisions))}
-    outcome = asdict(judge(start, moments[:judged], prehensile=spec.prehensile))
-    return row | outcome | {"success_at_limit": moments[-1].success if len(moments) == limit else None}
+    result = EpisodeResult(
+        id=f"{robot}/{task}/{seed}",
+        robot=robot,
+        task=task,
+        seed=seed,
+        scene=scene,
+        instruction=env.task_description,
+        phrasing=phrasing,
+        video=video,
+        seconds_policy=clock.policy,
+        seconds_physics=clock.physics,
+        seconds_rendering=clock.rendering,
+        act_ms=1000 * float(np.median(clock.decisions)),
+        **asdict(judge(start, moments[:judged], prehensile=spec.prehensile)),
+        success_at_limit=moments[-1].success if len(moments) == limit else None,
+    )
+    return result.to_json()
+
+
+def _scene_hash(env: TaskEnv) -> str:
+    """Return a hash of the present poses of all objects and of the arm."""
+    poses = [np.round([*thing.position, *thing.quaternion], 6) for thing in env.objects().values()]
+    return digest([part.tolist() for part in (*poses, np.round(env.state(), 6))])
 
 
 def drive(
-    policy: Policy, env: Env, seed: int, protocol: PhysicalProtocol, clock: EpisodeTimer
+    policy: Policy, env: TaskEnv, seed: int, protocol: PhysicalProtocol, clock: EpisodeTimer
 ) -> Iterator[FloatArray]:
     """Yield the action of each control step; see `ChunkExecutor` for chunks that arrive late.
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from blm.tasks import Env
+from blm.tasks import TaskEnv
 from blm.types import FloatArray
 
 Reason = Literal["never_grasped", "never_touched", "dropped", "missed_goal", "timeout"]
@@ -51,7 +51,7 @@ class EpisodeOutcome:
     """Empty for an episode that succeeded at some step."""
 
 
-def observe_step(env: Env, command: float, info: Mapping[str, Any]) -> StepOutcome:
+def observe_step(env: TaskEnv, command: float, info: Mapping[str, Any]) -> StepOutcome:
     """Observe the state after `env.step`.
 
     `info` is what it returned, `command` the gripper opening in the action.

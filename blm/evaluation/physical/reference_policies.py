@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from blm.robots import ROBOTS
-from blm.tasks import Env
+from blm.tasks import TaskEnv
 from blm.types import ActionChunk, BlmError, Episode, FloatArray, Observation, PolicyContract
 
 REACH_RAD = 0.2
@@ -80,7 +80,7 @@ class ReplayPolicy:
 
     def reset(self) -> None: ...
 
-    def attach(self, env: Env) -> None:
+    def attach(self, env: TaskEnv) -> None:
         """Bring the scene to the start of its recording. Raises BlmError where the two differ."""
         seed = env.np_random_seed
         name = f"{env.embodiment}/{env.task}/{seed}"

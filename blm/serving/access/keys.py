@@ -1,4 +1,4 @@
-"""API keys, login sessions, the rate limiter for failed logins, and the host and origin policy."""
+"""API keys, login sessions, and the host and origin policy."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pathlib import Path
 from starlette.requests import HTTPConnection
 
 from blm.addresses import is_loopback, read_authority, read_ip, to_url
+from blm.serving.access.rate_limit import RateLimiter
 from blm.serving.errors import RequestError
 from blm.types import BlmError
 
@@ -34,8 +35,6 @@ MAX_KEY_FILE = 65536
 DEFAULT_PORTS = {"http": 80, "https": 443}
 Origin = tuple[str, str, int]
 """Scheme, host in lower case, port."""
-MAX_ADDRESSES = 4096
-"""Addresses whose failed logins are counted; the least recent one is forgotten first."""
 
 SECURITY_HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'none'",
@@ -174,32 +173,6 @@ class LoginSessions:
 
     def __len__(self) -> int:
         return len(self._ends)
-
-
-class RateLimiter:
-    """A token bucket per address: `burst` tries at once, then one per `refill_s` seconds.
-
-    It keeps at most MAX_ADDRESSES buckets.
-    """
-
-    def __init__(self, burst: int, refill_s: float) -> None:
-        self.burst, self.refill_s = burst, refill_s
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def wait_s(self, address: str) -> float:
-        """Return how long the address must wait before its next try [s]; 0 if it may try now."""
-        return max(0.0, (1.0 - self._tokens(address)) * self.refill_s)
-
-    def count(self, address: str) -> None:
-        """Count a failed try."""
-        self._buckets[address] = (self._tokens(address) - 1.0, time.monotonic())
-        self._buckets.move_to_end(address)
-        while len(self._buckets) > MAX_ADDRESSES:
-            self._buckets.popitem(last=False)
-
-    def _tokens(self, address: str) -> float:
-        tokens, then = self._buckets.get(address, (float(self.burst), 0.0))
-        return min(float(self.burst), tokens + (time.monotonic() - then) / self.refill_s)
 
 
 def check_key(key: str) -> str:

@@ -62,15 +62,11 @@ def add_playground(
 
     async def visit(socket: WebSocket) -> None:
         await socket.accept()
-        if len(sessions) >= MAX_VISITORS:
-            idlest = max(sessions, key=lambda session: session.idle_s)
-            if idlest.idle_s < EVICTABLE_S:
-                message = f"the playground is full ({MAX_VISITORS} visitors); try again later"
-                await socket.send_json({"type": "error", "message": message})
-                await socket.close(1013, message)
-                return
-            sessions.discard(idlest)
-            idlest.request_close(1000, "this idle page was closed for another visitor")
+        if not make_room(sessions):
+            message = f"the playground is full ({MAX_VISITORS} visitors); try again later"
+            await socket.send_json({"type": "error", "message": message})
+            await socket.close(1013, message)
+            return
         own = own_address(socket.scope.get("server")) if contract is not None else None
         model = ServedModel(uri=own, contract=contract, api_key=app.state.access.internal_key)
         session = VisitorSession(socket, {name: model, **others}, simulators)
@@ -81,6 +77,18 @@ def add_playground(
             sessions.discard(session)
 
     app.add_api_websocket_route(f"{PATH}/ws", visit)
+
+
+def make_room(sessions: set[VisitorSession]) -> bool:
+    """Return whether another visitor may come; close the page of an idle one if that is needed."""
+    if len(sessions) < MAX_VISITORS:
+        return True
+    idlest = max(sessions, key=lambda session: session.idle_s)
+    if idlest.idle_s < EVICTABLE_S:
+        return False
+    sessions.discard(idlest)
+    idlest.request_close(1000, "this idle page was closed for another visitor")
+    return True
 
 
 def page_facts(

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -97,6 +97,21 @@ class ServedModel:
         return self.contract
 
 
+@dataclass
+class RolloutProgress:
+    """How far a run has come; part of each frame that the page shows."""
+
+    step: int = 0
+    """Control steps that were executed."""
+    latency_ms: int | None = None
+    """Duration of the last decision [ms]."""
+    solved_at: int | None = None
+    """First step after which the task's rule held."""
+    holds: bool | None = None
+    """Whether the rule still held at the end; None during a run, and for a task that was not
+    solved."""
+
+
 class Rollout(threading.Thread):
     """A scene that can be viewed, driven, paused and disturbed until it is closed.
 
@@ -115,7 +130,7 @@ class Rollout(threading.Thread):
         self._closing = threading.Event()
         self._policy: RemotePolicy | None = None
         self._questions: list[str] | None = None
-        self._status: dict[str, Any] = {"step": 0, "latency_ms": None, "solved_at": None, "holds": None}
+        self._progress = RolloutProgress()
 
     # --- called from other threads ---
 
@@ -203,22 +218,23 @@ class Rollout(threading.Thread):
         executor = ChunkExecutor(contract.execute, hold=env.state())
         while True:
             if executor.decision_due:
-                observation = observe(env, contract, decision_seed(self.scene.seed, self._status["step"]))
+                observation = observe(env, contract, decision_seed(self.scene.seed, self._progress.step))
                 begin = time.monotonic()
                 executor.receive(policy.act(observation).actions)
-                self._status["latency_ms"] = round(1000 * (time.monotonic() - begin))
+                self._progress.latency_ms = round(1000 * (time.monotonic() - begin))
             self._count_step(bool(env.step(executor.next_action())[4]["success"]))
             yield period_s
 
     def _count_step(self, success: bool) -> None:
-        status = self._status
-        status["step"] += 1
-        if success and status["solved_at"] is None:
-            status["solved_at"] = status["step"]
-        solved_at = status["solved_at"]
-        if solved_at is not None and status["step"] >= min(solved_at + SETTLE_STEPS, MAX_STEPS):
-            self.state, status["holds"] = "solved", success
-        elif status["step"] >= MAX_STEPS:
+        progress = self._progress
+        progress.step += 1
+        if success and progress.solved_at is None:
+            progress.solved_at = progress.step
+        solved_at = progress.solved_at
+        if solved_at is not None and progress.step >= min(solved_at + SETTLE_STEPS, MAX_STEPS):
+            self.state = "solved"
+            progress.holds = success
+        elif progress.step >= MAX_STEPS:
             self.state = "unsolved"
 
     def _handle_commands(self, env: Env, *, block: bool) -> None:
@@ -247,7 +263,7 @@ class Rollout(threading.Thread):
             cameras = {camera: data_uri(env.picture(camera), "PNG") for camera in env.cameras}
             number = command.get("id")
             request_id = number if isinstance(number, int) and abs(number) < 2**53 else None
-            step = self._status["step"]
+            step = self._progress.step
             self.notify({"type": "look", "id": request_id, "images": cameras, "step": step})
         elif kind == "move":
             move_object(env, command)
@@ -263,7 +279,7 @@ class Rollout(threading.Thread):
             camera: data_uri(env.picture(camera, SMALL if index else LARGE), "JPEG")
             for index, camera in enumerate(env.cameras)
         }
-        self.notify({"type": "frame", "images": images, "state": self.state, **self._status})
+        self.notify({"type": "frame", "images": images, "state": self.state, **asdict(self._progress)})
         if self.state not in DRIVING:  # during a run they must not move under the pointer
             self._suggest(env)
 

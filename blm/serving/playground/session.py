@@ -15,6 +15,7 @@ from typing import Any
 
 from fastapi import WebSocket, WebSocketDisconnect
 
+from blm.serving.access.rate_limit import TokenBucket
 from blm.serving.playground.rollout import DRIVING, Rollout, SceneRequest, ServedModel
 from blm.types import BlmError
 
@@ -44,23 +45,6 @@ class CloseError(Exception):
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
         self.code, self.reason = code, reason
-
-
-class TokenBucket:
-    """A rate limiter: `burst` events at once, and `rate` per second in the long run."""
-
-    def __init__(self, rate: float, burst: int) -> None:
-        self.rate, self.burst = rate, burst
-        self.tokens, self.filled = float(burst), time.monotonic()
-
-    def wait_s(self) -> float:
-        """Take a token and return 0, or return the time until a token is available [s]."""
-        now = time.monotonic()
-        self.tokens, self.filled = min(self.burst, self.tokens + self.rate * (now - self.filled)), now
-        if self.tokens < 1:
-            return (1 - self.tokens) / self.rate
-        self.tokens -= 1
-        return 0.0
 
 
 class MessageQueue:
@@ -190,7 +174,7 @@ class VisitorSession:
             if message["type"] == "websocket.disconnect":
                 raise WebSocketDisconnect(message.get("code", 1005))
             self._active_at = time.monotonic()
-            if wait_s := self._commands.wait_s():
+            if wait_s := self._commands.try_take():
                 await asyncio.sleep(wait_s)  # reading stops meanwhile, so a flood waits in the browser
             try:
                 await self._handle_command(read_command(message.get("text")))
@@ -220,7 +204,7 @@ class VisitorSession:
             for rollout in self.rollouts:
                 rollout.send({"type": "drive"})
             return
-        if self._starts.wait_s():
+        if self._starts.try_take():
             raise BlmError("too many scenes in a short time; wait a second")
         if not await self._close_scene():
             raise BlmError("the previous run still waits for its model; try again in a few seconds")

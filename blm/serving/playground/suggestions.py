@@ -26,23 +26,17 @@ QUESTIONS = {
 }
 """Kind -> question template."""
 
+_TO_TARGET: tuple[tuple[str, dict[str, str]], ...] = (
+    ("next", {}),
+    ("point", {"thing": "blue cube"}),
+    ("way", {"thing": "blue cube", "other": "target"}),
+    ("table", {"thing": "blue cube"}),
+    ("distance", {"thing": "blue cube", "other": "target"}),
+    ("colour", {"thing": "cube"}),
+)
 BY_TASK: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
-    "push_cube": (
-        ("next", {}),
-        ("point", {"thing": "blue cube"}),
-        ("way", {"thing": "blue cube", "other": "target"}),
-        ("table", {"thing": "blue cube"}),
-        ("distance", {"thing": "blue cube", "other": "target"}),
-        ("colour", {"thing": "cube"}),
-    ),
-    "pull_cube": (
-        ("next", {}),
-        ("point", {"thing": "blue cube"}),
-        ("way", {"thing": "blue cube", "other": "target"}),
-        ("table", {"thing": "blue cube"}),
-        ("distance", {"thing": "blue cube", "other": "target"}),
-        ("colour", {"thing": "cube"}),
-    ),
+    "push_cube": _TO_TARGET,
+    "pull_cube": _TO_TARGET,
     "pick_cube": (
         ("next", {}),
         ("point", {"thing": "red cube"}),

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import torch
 from rich.console import Console
@@ -216,7 +216,7 @@ class _Run(Generic[B]):
                 "positions": sum(microbatch.positions for microbatch in microbatches),
             }
         )
-        sums = defaultdict[str, Any](float)
+        sums = defaultdict[str, Tensor | float](float)
         for microbatch in microbatches:
             share = microbatch.weight / max(sizes["weight"], 1.0e-9)
             last = microbatch is microbatches[-1]

@@ -99,13 +99,26 @@ class LiveHiddenStates:
         return rows
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheShard:
+    """A file of the cache, as the manifest describes it."""
+
+    frames: Sequence[int]
+    """Dataset frames, in order."""
+    lengths: Sequence[int]
+    """Tokens of each row of hidden states; a frame has one row per view."""
+    sha256: str
+    error: float | None = None
+    """RMS error of int8 values relative to the RMS of the values; None for float16."""
+
+
 class CachedHiddenStates:
     """A `HiddenStateSource` that reads H_k from memory-mapped files, as float16."""
 
-    def __init__(self, folder: Path, shards: Mapping[str, Result], config: HiddenStateConfig) -> None:
+    def __init__(self, folder: Path, shards: Mapping[str, CacheShard], config: HiddenStateConfig) -> None:
         self.config, self._files = config, [np.load(folder / name, mmap_mode="r") for name in shards]
-        lengths = [np.asarray(shard["lengths"]) for shard in shards.values()]
-        self._frames = np.concatenate([np.asarray(shard["frames"]) for shard in shards.values()])
+        lengths = [np.asarray(shard.lengths) for shard in shards.values()]
+        self._frames = np.concatenate([np.asarray(shard.frames) for shard in shards.values()])
         self._shard = np.repeat(np.arange(len(lengths)), [len(x) for x in lengths])
         self._length = np.concatenate(lengths)
         self._stop = np.concatenate([np.cumsum(x) for x in lengths])
@@ -197,13 +210,13 @@ def cache_hidden_states(
         )
         _worker.clear()
         write_json(manifest, results)
-    shards: dict[str, Result] = json.loads(manifest.read_text())
+    shards = {name: CacheShard(**shard) for name, shard in json.loads(manifest.read_text()).items()}
     for name, shard in shards.items():
-        if not (folder / name).exists() or sha256_file(folder / name) != shard["sha256"]:
+        if not (folder / name).exists() or sha256_file(folder / name) != shard.sha256:
             raise BlmError(
                 f"intent cache '{folder}': {name} is missing or altered; move the folder away, run again"
             )
-    if errors := [shard["error"] for shard in shards.values() if "error" in shard]:
+    if errors := [shard.error for shard in shards.values() if shard.error is not None]:
         Console(stderr=True).print(f"int8 intents: RMS error {np.mean(errors):.2%} of the values' own RMS")
     return CachedHiddenStates(folder, shards, config)
 
@@ -279,11 +292,12 @@ def _write_shard(payload: tuple[Path, list[IndexArray]]) -> Result:
         for frames in episodes
         for row in live.read(np.repeat(frames, copies), np.tile(np.arange(copies), len(frames)))
     ]
-    values, result = np.concatenate(rows), dict[str, Any]()
+    values = np.concatenate(rows)
+    rounding = dict[str, float]()
     if live.config.precision == "int8":
         stored: NDArray[Any] = quantize_int8(values)
         error = dequantize_int8(stored).astype(np.float32) - values
-        result["error"] = float(np.sqrt(np.mean(error**2) / np.mean(values.astype(np.float32) ** 2)))
+        rounding["error"] = float(np.sqrt(np.mean(error**2) / np.mean(values.astype(np.float32) ** 2)))
     else:
         with np.errstate(over="ignore"):
             stored = values.astype(np.float16)
@@ -292,4 +306,5 @@ def _write_shard(payload: tuple[Path, list[IndexArray]]) -> Result:
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, stored)
     frames = np.concatenate(episodes).tolist()
-    return {"frames": frames, "lengths": [len(row) for row in rows], "sha256": sha256_file(path), **result}
+    lengths = [len(row) for row in rows]
+    return {"frames": frames, "lengths": lengths, "sha256": sha256_file(path), **rounding}

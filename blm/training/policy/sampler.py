@@ -21,7 +21,7 @@ from blm.datasets.mixture import IndexArray, Mixture, kept_frames, split_episode
 from blm.datasets.transforms import RobotTransforms, action_chunks, fit_transforms
 from blm.policy.codec import pad_dims
 from blm.policy.flow import sample_time
-from blm.policy.network import PolicyBatch, PolicyConfig
+from blm.policy.network import ActionBatch, PolicyBatch, PolicyConfig
 from blm.seeds import reserved_seeds_warning
 from blm.training.loop.distributed import DataShard
 from blm.training.policy.hidden_states import HiddenStateRows, collate
@@ -205,22 +205,22 @@ class PolicySampler:
             datasets[mine], frames[mine], views[mine], noise[mine], tau[mine], values / count
         )
 
-    def vectors(self, samples: SampledFrames) -> dict[str, Any]:
-        """Return the fields of a PolicyBatch other than hidden states."""
+    def vectors(self, samples: SampledFrames) -> ActionBatch:
+        """Return the batch without hidden states."""
         numbers = np.unique(samples.datasets)
         parts = [self._vectors(i, samples.frames[samples.datasets == i]) for i in numbers]
         state, actions, real = (torch.cat(values) for values in zip(*parts, strict=True))
         where = zip(samples.datasets, samples.frames, strict=True)
-        return {
-            "state": state,
-            "actions": actions,
-            "real": real.bool(),
-            "embodiment": torch.tensor([self.datasets[i].embodiment for i in samples.datasets]),
-            "noise": samples.noise,
-            "tau": samples.tau,
-            "ids": [(str(self.datasets[i].dataset.folder), int(frame)) for i, frame in where],
-            "values": samples.values,
-        }
+        return ActionBatch(
+            state=state,
+            actions=actions,
+            real=real.bool(),
+            embodiment=torch.tensor([self.datasets[i].embodiment for i in samples.datasets]),
+            noise=samples.noise,
+            tau=samples.tau,
+            ids=[(str(self.datasets[i].dataset.folder), int(frame)) for i, frame in where],
+            values=samples.values,
+        )
 
     def __call__(self, step: int, shard: DataShard = WHOLE_BATCH) -> PolicyBatch:
         """Return the batch of one data shard of a step, with hidden states now and `future_steps`
@@ -242,7 +242,7 @@ class PolicySampler:
             mask=mask,
             future_hidden=future_hidden,
             future_mask=future_mask,
-            **self.vectors(samples),
+            **vars(self.vectors(samples)),
         )
 
     def _count_values(self, index: int, frames: IndexArray) -> float:
@@ -292,7 +292,7 @@ def _groups(
                 yield number, mine, weight
 
 
-def warn_of_reserved(datasets: Sequence[EpisodeDataset]) -> dict[str, Any]:
+def warn_of_reserved(datasets: Sequence[EpisodeDataset]) -> dict[str, dict[str, dict[str, int]]]:
     """Print a warning for each dataset with scenes of reserved seeds, and return the provenance to
     store.
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,24 @@ def read_texts(path: Path, size: int = 1500) -> list[str]:
     return texts
 
 
+@dataclass(frozen=True, kw_only=True)
+class RetentionMeasure:
+    """How far a tuned model has moved from its base on held-out text; intervals are 95 %."""
+
+    kl: float
+    """Divergence of the tuned model from the base [nats per token]."""
+    kl_low: float
+    kl_high: float
+    perplexity_base: float
+    perplexity: float
+    nll_rise: float
+    """Negative log-likelihood, tuned minus base [nats per token]."""
+    nll_rise_low: float
+    nll_rise_high: float
+    text_tokens: float
+    """Tokens that were compared."""
+
+
 class Retention:
     """Compares a model in training with its base on some texts; create it before training.
 
@@ -73,13 +92,11 @@ class Retention:
         self.head = copy.deepcopy(_head(backbone)).requires_grad_(False)
         self.hidden = list(self._read(backbone))
 
-    def measure(self, backbone: Backbone) -> dict[str, float]:
+    def measure(self, backbone: Backbone) -> RetentionMeasure:
         """Compare `backbone`, tuned from the base or the base itself, with the base; intervals are
         95 %.
 
-        Returns kl, kl_low, kl_high, perplexity_base, perplexity, nll_rise (tuned minus base),
-        nll_rise_low, nll_rise_high and text_tokens. Raises BlmError when the two split the texts
-        into other tokens.
+        Raises BlmError when the two split the texts into other tokens.
         """
         if self._blocks(backbone) != self.blocks or _head(backbone).weight.shape != self.head.weight.shape:
             raise BlmError("base and tuned model have unlike tokenizers; a divergence needs the same tokens")
@@ -96,10 +113,17 @@ class Retention:
         (kl_low, kl_high), (low, high) = (
             np.quantile(values, (0.025, 0.975)) for values in (drawn[:, 0], drawn[:, 2] - drawn[:, 1])
         )
-        values = {"kl": kl, "kl_low": kl_low, "kl_high": kl_high}
-        values |= {"perplexity_base": np.exp(base), "perplexity": np.exp(tuned)}
-        values |= {"nll_rise": tuned - base, "nll_rise_low": low, "nll_rise_high": high}
-        return {name: float(value) for name, value in values.items()} | {"text_tokens": float(counts.sum())}
+        return RetentionMeasure(
+            kl=float(kl),
+            kl_low=float(kl_low),
+            kl_high=float(kl_high),
+            perplexity_base=float(np.exp(base)),
+            perplexity=float(np.exp(tuned)),
+            nll_rise=float(tuned - base),
+            nll_rise_low=float(low),
+            nll_rise_high=float(high),
+            text_tokens=float(counts.sum()),
+        )
 
     def _blocks(self, backbone: Backbone) -> list[list[int]]:
         encode = backbone.processor.tokenizer.backend_tokenizer.encode

@@ -112,10 +112,7 @@ def train_stage1(
         world_size=processes.count * config.loop.accumulate,
     )
     if processes.first:
-        inputs = _run_inputs(backbone, tokenized, config)
-        require_same_inputs(out / "inputs.json", inputs, f"'{out}' holds another run")
-        for name in ("backbone", "adapter"):
-            require_free(out / name)
+        _prepare_folder(out, _run_inputs(backbone, tokenized, config))
         write_json(out / "rows.json", dict(counts))
     sharded = processes.count > 1 and (config.loop.shard or fsdp_requested())
     _require_no_videos(tokenized if sharded else ())
@@ -160,6 +157,13 @@ def _require_no_videos(sources: Sequence[TokenizedSource]) -> None:
                 f"'{source.name}' has videos, which sharded training cannot read as videos: set "
                 "cache_features, train without sharding, or set the backbone's videos_as to 'frames'"
             )
+
+
+def _prepare_folder(out: Path, inputs: Mapping[str, object]) -> None:
+    """Record the inputs of the run. Raises BlmError if the run may not write to `out`."""
+    require_same_inputs(out / "inputs.json", inputs, f"'{out}' holds another run")
+    for name in ("backbone", "adapter"):
+        require_free(out / name)
 
 
 def _choose_trained(backbone: Backbone, config: Stage1Config) -> PeftModel | None:

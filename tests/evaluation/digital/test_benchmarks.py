@@ -459,8 +459,8 @@ def published(tmp_path) -> Path:
 
 
 def test_split_is_exact_disjoint_and_asked(published):
-    numbers = split_sharerobot(published, SplitConfig(episodes=4))
-    assert numbers["questions"] == 4 * 2 * 10 and numbers["training_episodes"] == 8
+    summary = split_sharerobot(published, SplitConfig(episodes=4))
+    assert summary.questions == 4 * 2 * 10 and summary.training_episodes == 8
     held, left = (set(json.loads((published / name).read_text())["ids"]) for name in (SPLIT, TRAINING))
     assert len(held) == 4 and not held & left and len(held | left) == 12
     questions = load("sharerobot", published)
@@ -485,7 +485,7 @@ def test_a_list_of_others_in_the_place_of_a_split_is_kept(published):
     (published / TRAINING).rename(published / "theirs.json")
     split_sharerobot(published, SplitConfig(episodes=4))
     (published / SPLIT).unlink()  # as after a kill before the last file
-    assert split_sharerobot(published, SplitConfig(episodes=4))["questions"] == 80
+    assert split_sharerobot(published, SplitConfig(episodes=4)).questions == 80
 
 
 def test_split_is_a_function_of_seed_and_data(published):

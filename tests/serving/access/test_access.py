@@ -21,12 +21,12 @@ from blm.serving.access.keys import (
     AccessControl,
     HostPolicy,
     LoginSessions,
-    RateLimiter,
     check_key,
     read_keys,
     read_origin,
 )
 from blm.serving.access.login import login_page
+from blm.serving.access.rate_limit import MAX_ADDRESSES, RateLimiter
 from blm.serving.app import create_app
 from blm.serving.client import RemotePolicy
 from blm.types import BlmError
@@ -508,9 +508,9 @@ def test_sessions_end_and_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(access_module, "SESSION_S", -1.0)
     assert not sessions.knows(sessions.start()) and not sessions.knows("") and not sessions.knows("\udcff")
     limit = RateLimiter(2, 60)
-    for number in range(access_module.MAX_ADDRESSES + 10):
+    for number in range(MAX_ADDRESSES + 10):
         limit.count(str(number))
-    assert len(limit._buckets) == access_module.MAX_ADDRESSES
+    assert len(limit._buckets) == MAX_ADDRESSES
     assert limit.wait_s("new") == 0
 
 

@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
+from blm.serving.access.rate_limit import TokenBucket
 from blm.serving.app import create_app
 from blm.serving.playground import PATH, add_playground, content_policy, read_beside, rollout, session
-from blm.serving.playground.session import CloseError, MessageQueue, TokenBucket, own_address, read_command
+from blm.serving.playground.session import CloseError, MessageQueue, own_address, read_command
 from blm.tasks import Env, rendering
 from blm.types import ActionChunk, BlmError, Observation
 from tests.support.playground import CONTRACT, StillPolicy
@@ -565,11 +566,11 @@ def test_a_token_bucket_allows_a_burst_and_then_its_rate(monkeypatch: pytest.Mon
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     bucket = TokenBucket(rate=2.0, burst=3)
-    assert [bucket.wait_s() for _ in range(4)] == [0.0, 0.0, 0.0, 0.5]
+    assert [bucket.try_take() for _ in range(4)] == [0.0, 0.0, 0.0, 0.5]
     now += 0.5
-    assert [bucket.wait_s() for _ in range(2)] == [0.0, 0.5]
+    assert [bucket.try_take() for _ in range(2)] == [0.0, 0.5]
     now += 100.0
-    assert [bucket.wait_s() == 0 for _ in range(5)] == [True, True, True, False, False]
+    assert [bucket.try_take() == 0 for _ in range(5)] == [True, True, True, False, False]
 
 
 # --- faults of models and simulators ---

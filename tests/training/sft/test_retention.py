@@ -41,8 +41,8 @@ def noisy(size: float) -> Backbone:
 def test_a_model_has_not_left_itself(name: str) -> None:
     backbone = MAKERS[name]()
     found = Retention(backbone, TEXTS).measure(backbone)
-    assert found["kl"] == found["kl_low"] == found["kl_high"] == found["nll_rise"] == 0.0
-    assert found["perplexity"] == found["perplexity_base"] > 1.0
+    assert found.kl == found.kl_low == found.kl_high == found.nll_rise == 0.0
+    assert found.perplexity == found.perplexity_base > 1.0
 
 
 def test_numbers_equal_a_direct_computation_through_the_whole_model() -> None:
@@ -61,15 +61,13 @@ def test_numbers_equal_a_direct_computation_through_the_whole_model() -> None:
             logs[which] = out.logits[0, :-1].log_softmax(-1)
             losses[which] += [float(out.loss)] * (ids.shape[1] - 1)
         kls += F.kl_div(logs["tuned"], logs["base"], log_target=True, reduction="none").sum(1).tolist()
-    assert found["text_tokens"] == len(kls)
-    assert found["kl"] == pytest.approx(sum(kls) / len(kls), rel=1e-4)
+    assert found.text_tokens == len(kls)
+    assert found.kl == pytest.approx(sum(kls) / len(kls), rel=1e-4)
     for key, which in (("perplexity_base", "base"), ("perplexity", "tuned")):
-        assert found[key] == pytest.approx(math.exp(sum(losses[which]) / len(kls)), rel=1e-4)
-    assert found["nll_rise"] == pytest.approx(
-        math.log(found["perplexity"] / found["perplexity_base"]), rel=1e-6
-    )
-    assert found["kl_low"] <= found["kl"] <= found["kl_high"]
-    assert found["nll_rise_low"] <= found["nll_rise"] <= found["nll_rise_high"]
+        assert getattr(found, key) == pytest.approx(math.exp(sum(losses[which]) / len(kls)), rel=1e-4)
+    assert found.nll_rise == pytest.approx(math.log(found.perplexity / found.perplexity_base), rel=1e-6)
+    assert found.kl_low <= found.kl <= found.kl_high
+    assert found.nll_rise_low <= found.nll_rise <= found.nll_rise_high
 
 
 def test_a_uniform_model_diverges_by_log_v_minus_the_entropy() -> None:
@@ -79,25 +77,25 @@ def test_a_uniform_model_diverges_by_log_v_minus_the_entropy() -> None:
         flat.model.get_output_embeddings().weight.zero_()
     found = Retention(base, TEXTS).measure(flat)
     size = flat.model.get_output_embeddings().out_features
-    assert found["perplexity"] == pytest.approx(size, rel=1e-5)
+    assert found.perplexity == pytest.approx(size, rel=1e-5)
     entropy, count = 0.0, 0
     for text in TEXTS[:3]:
         ids = base.processor.tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             log_p = base.model(input_ids=ids).logits[0, :-1].log_softmax(-1)
         entropy, count = entropy - float((log_p.exp() * log_p).sum()), count + len(log_p)
-    assert found["kl"] == pytest.approx(math.log(size) - entropy / count, rel=1e-4)
+    assert found.kl == pytest.approx(math.log(size) - entropy / count, rel=1e-4)
 
 
 def test_divergence_grows_with_noise_and_the_base_is_remembered() -> None:
     base = build_nano()
     retention = Retention(base, TEXTS)
-    kls = [retention.measure(noisy(size))["kl"] for size in (0.0, 0.005, 0.02, 0.08)]
+    kls = [retention.measure(noisy(size)).kl for size in (0.0, 0.005, 0.02, 0.08)]
     assert kls[0] == 0.0 and kls == sorted(set(kls))
     base.model.train()
     with torch.no_grad():  # training goes on in the base's own memory
         base.model.get_output_embeddings().weight += 0.05
-    assert retention.measure(base)["kl"] > 0.0
+    assert retention.measure(base).kl > 0.0
     assert base.model.training
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,18 @@ class SplitConfig:
         require_numbers(self, episodes=(1, 10**9), templates=(1, 10**6), seed=(0, 2**32 - 1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class SplitSummary(SplitConfig):
+    """What a split holds out, in numbers."""
+
+    questions: int
+    """Held-out questions."""
+    training_episodes: int
+    """Episodes left for training."""
+    excluded: int
+    """Episodes that were excluded, because a model was trained on them already."""
+
+
 def kind_of(row: Row) -> str:
     """'Success_(Positive)_Task' -> 'success_positive'. Raises BlmError for an unknown task."""
     kind = row.text("task").lower().replace("(", "").replace(")", "").removesuffix("_task")
@@ -78,7 +90,7 @@ def _episode(name: str) -> str:
     return name.rpartition("rt_frames_success/")[2].strip("/")
 
 
-def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str] = ()) -> dict[str, Any]:
+def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str] = ()) -> SplitSummary:
     """Draw the held-out questions and write both files; return what was drawn, in numbers.
 
     `exclude` are episodes that a model was trained on already: none of them is drawn. The same
@@ -89,12 +101,7 @@ def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str]
     if (folder / SPLIT).exists():
         raise BlmError(f"'{folder / SPLIT}' exists; to {_MAKE}")
     files = find_files(folder, (f"{config.source}/*.json",), _MAKE)
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    shared: set[str] = set()
-    for row in _rows(files, "counting"):
-        first, *others = episodes_of(row)
-        counts[first][kind_of(row)] += 1
-        shared |= {first, *others} if others else set()
+    counts, shared = _count_questions(_rows(files, "counting"))
     able = sorted(
         name
         for name, of_kind in counts.items()
@@ -110,23 +117,40 @@ def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str]
     rows = _draw(_rows(files, "drawing"), held, config)
     left = sorted(set(counts) - held)
     require_disjoint(rows, left, str(folder / SPLIT))
-    numbers = {
-        **asdict(config),
-        "questions": len(rows),
-        "training_episodes": len(left),
-        "excluded": len(exclude),
-    }
-    made: dict[Path, Any] = {
+    summary = SplitSummary(
+        **asdict(config), questions=len(rows), training_episodes=len(left), excluded=len(exclude)
+    )
+    contents: dict[Path, Any] = {
         folder / HELD / f"{kind}.json": [dict(row.data) for row in rows if kind_of(row) == kind]
         for kind in KINDS
     }
-    made |= {folder / TRAINING: {**numbers, "ids": left}, folder / SPLIT: {**numbers, "ids": sorted(held)}}
-    for file, value in made.items():  # of a killed run that drew the same, or not ours
+    contents[folder / TRAINING] = {**asdict(summary), "ids": left}
+    contents[folder / SPLIT] = {**asdict(summary), "ids": sorted(held)}
+    _write_all(contents)
+    return summary
+
+
+def _count_questions(rows: Iterable[Row]) -> tuple[dict[str, Counter[str]], set[str]]:
+    """Return episode -> kind -> questions, and the episodes that share pictures with others."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    shared: set[str] = set()
+    for row in rows:
+        first, *others = episodes_of(row)
+        counts[first][kind_of(row)] += 1
+        shared |= {first, *others} if others else set()
+    return counts, shared
+
+
+def _write_all(contents: Mapping[Path, Any]) -> None:
+    """Write JSON files; those of a killed run that drew the same may be there.
+
+    Raises BlmError, before anything is written, if a file holds something else.
+    """
+    for file, value in contents.items():
         if file.exists() and _read(file) != json.loads(json.dumps(value)):
             raise BlmError(f"'{file}' exists and holds something else; move it away")
-    for file, value in made.items():
+    for file, value in contents.items():
         write_json(file, value)
-    return numbers
 
 
 def _rows(files: Sequence[Path], title: str) -> Iterator[Row]:
