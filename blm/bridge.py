@@ -18,16 +18,16 @@ from blm.types import BlmError, require_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class BridgeConfig:
-    """Sizes of the bridge."""
+    """Size of the bridge."""
 
     width: int = 128
-    """z, width of an intent token; a multiple of `heads`."""
+    """Width z of an intent token; a multiple of `heads`."""
     latents: int = 8
-    """M, number of intent tokens of an observation."""
+    """Number M of intent tokens per observation."""
     blocks: int = 2
     """Number of Perceiver blocks."""
     heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
 
     def __post_init__(self) -> None:
         require_numbers(self, **dict.fromkeys(("width", "latents", "blocks", "heads"), (1, 100_000)))

@@ -56,16 +56,20 @@ class BaselineConfig:
     """Training of a Diffusion Policy."""
 
     datasets: tuple[Path, ...]
-    """Dataset folders, one or several for each robot."""
+    """Dataset folders, at least one per robot."""
     cameras: tuple[str, ...]
+    """Cameras whose images the policy sees."""
     loop: LoopConfig
+    """Training loop."""
     network: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """Size of the networks."""
     actions: PolicyConfig = field(default_factory=PolicyConfig)
-    """Only horizon, max_dim, relative and ema are used."""
+    """Encoding of actions; only horizon, max_dim, relative and ema are used."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Robot or task -> sampling weight, as in Stage II."""
+    """Sampling weights of frames, as pairs of a robot's or task's name and a number.
+    The default weight is 1; frames of weight 0 are never sampled."""
     execute: int = 8
-    """Actions of a chunk to execute before the next observation."""
+    """Number of actions of a chunk to execute before the next observation."""
     stride: int = 1
     """Train on every n-th frame."""
 

@@ -28,23 +28,23 @@ from blm.types import BlmError, require_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """Sizes of the networks, and diffusion steps."""
+    """Sizes of the networks, and numbers of diffusion steps."""
 
     widths: tuple[int, ...] = (64, 128, 192)
-    """Channels of the U-Net by level, (256, 512, 1024) in the paper; each level but the last halves
-    the number of action steps."""
+    """Number of channels at each level of the U-Net; the paper uses (256, 512, 1024).
+    Each level but the last halves the number of action steps."""
     image_width: int = 64
-    """K, keypoints of a picture."""
+    """Number of keypoints K per image."""
     words: int = 1024
-    """Hash buckets of the bag of words."""
+    """Number of hash buckets of the bag-of-words encoder of the instruction."""
     text_width: int = 64
     """Width of the instruction embedding."""
     robot_width: int = 16
     """Width of the robot embedding."""
     train_steps: int = 100
-    """Diffusion steps of training."""
+    """Number of diffusion steps in training."""
     sampler_steps: int = 10
-    """Steps of the DDIM sampler."""
+    """Number of denoising steps of the DDIM sampler."""
 
     def __post_init__(self) -> None:
         sizes = ("widths", "image_width", "words", "text_width", "robot_width", "train_steps")

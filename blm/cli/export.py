@@ -19,22 +19,23 @@ console = Console()
 class ExportVllm(CliCommand):
     """Export the backbone of a checkpoint as a stock transformers folder that vLLM serves.
 
-    Checks that plain transformers computes the same logits from it, and prints the `vllm serve`
-    command. Example: blm export vllm runs/qwen/stage2/checkpoint qwen-backbone
+    Verifies that plain transformers computes the same logits, and prints the `vllm serve` command.
+
+    Example: blm export vllm runs/qwen/stage2/checkpoint qwen-backbone
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """Checkpoint of Stage II, folder of a backbone, or name of a backbone."""
     out: OutFolder
-    """Folder to write; must not exist."""
+    """Folder to write; it must not exist."""
     images: int = 8
-    """Maximum number of pictures in a request."""
+    """Maximum number of images in a request."""
     context: int = 8192
-    """Maximum length of a request with its answer [tokens]."""
+    """Maximum length of a request and its answer together [tokens]."""
     push: str | None = None
     """Repository ORG/NAME on the Hugging Face hub to upload the folder to."""
     private: bool = False
-    """Make that repository private."""
+    """Create that repository as a private one."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.app.export import export_vllm
@@ -47,7 +48,9 @@ class ExportVllm(CliCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportDataset(CliCommand):
-    """Copy a dataset with a dataset card, for LeRobot and model hubs, after checking its files.
+    """Copy a dataset and add a dataset card, for LeRobot and model hubs.
+
+    The files are checked first.
 
     Example: blm export lerobot runs/demo/episodes/panda panda-dataset
     """
@@ -55,11 +58,11 @@ class ExportDataset(CliCommand):
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATASET")]
     """Folder of one robot's dataset."""
     out: OutFolder
-    """Folder to write; must not exist."""
+    """Folder to write; it must not exist."""
     push: str | None = None
     """Repository ORG/NAME on the Hugging Face hub to upload the dataset to."""
     private: bool = False
-    """Make that repository private."""
+    """Create that repository as a private one."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.app.export import export_dataset
@@ -71,7 +74,7 @@ class ExportDataset(CliCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCheckpoint(CliCommand):
-    """Copy a checkpoint with its model card, after checking its files.
+    """Copy a checkpoint and add a model card. The files are checked first.
 
     Example: blm export checkpoint runs/demo/stage2/checkpoint my-policy
     """
@@ -79,11 +82,11 @@ class ExportCheckpoint(CliCommand):
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """Folder of a checkpoint, or name of a release."""
     out: OutFolder
-    """Folder to write; must not exist."""
+    """Folder to write; it must not exist."""
     push: str | None = None
     """Repository ORG/NAME on the Hugging Face hub to upload the checkpoint to."""
     private: bool = False
-    """Make that repository private."""
+    """Create that repository as a private one."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.app.export import export_checkpoint

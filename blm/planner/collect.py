@@ -47,38 +47,41 @@ _NOT_DATA = ("workers", "engine")
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
-    """Settings of a collection."""
+    """Which demonstrations to record, and how."""
 
     robots: tuple[str, ...] = tuple(ROBOTS)
+    """Names of the robots."""
     tasks: tuple[str, ...] = tuple(DECOMPOSITIONS)
+    """Names of the tasks."""
     episodes: int = 50
     """Number of successful episodes to keep for each robot and task."""
     first_seed: int = 10_000
-    """Seed of the first scene; the following scenes have the following seeds."""
+    """Seed of the first scene; the following scenes use consecutive seeds."""
     cameras: tuple[str, ...] = ("base", "side", "wrist")
+    """Cameras whose images are recorded."""
     image_size: int = 112
-    """Side of the pictures [px], even."""
+    """Width and height of the camera images [px]; must be even."""
     noise: tuple[float, ...] = (0.0, 0.01, 0.02)
-    """Standard deviations of the noise on executed (not recorded) joint targets [rad].
-
-    One value is drawn per episode.
-    """
+    """Standard deviations of the noise added to executed joint targets [rad].
+    Each episode draws one of them; the recorded targets are free of noise."""
     disturbed: float = 0.15
-    """Share of episodes in which the gripper command is inverted for a moment: misses, drops, recoveries."""
+    """Fraction of episodes in which the gripper command is briefly inverted, 0..1.
+    The demonstrations then contain misses, drops and recoveries."""
     random_starts: float = 0.3
-    """Share of episodes that start away from the home pose."""
+    """Fraction of episodes that start away from the home pose, 0..1."""
     hold: int = HOLD_STEPS
-    """Number of steps of holding still at the goal that end an episode. A policy learns to stay there from
-    the steps that lie at least one chunk before the end."""
+    """Number of control steps at the end of each episode in which the arm stays at the goal.
+    A policy learns to stay from steps at least one chunk before the end of an episode."""
     distractors: int = 0
-    """Number of coloured distractor objects."""
+    """Number of coloured distractor objects in each scene."""
     appearance: Appearance = PLAIN
     """Randomisation of colours, light and cameras."""
     simulator: Literal["mujoco", "maniskill"] = "mujoco"
-    """"maniskill" needs its own environment (docs/maniskill.md)."""
+    """Simulator; `maniskill` needs a separate Python environment (docs/maniskill.md)."""
     workers: int = 2
-    """Number of worker processes; 0 runs everything in this process."""
+    """Number of worker processes; 0 runs all work in the main process."""
     engine: Literal["local", "ray"] = "local"
+    """Where the episodes run: on this machine, or on a Ray cluster."""
 
     @property
     def package(self) -> str:

@@ -32,32 +32,38 @@ from blm.types import BlmError, require_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    """Hyper-parameters of bridge, transformer and loss; the defaults are those of nano."""
+    """Sizes of the bridge and the diffusion transformer, and weights of the losses.
+
+    The defaults are those of blm-nano.
+    """
 
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    """Size of the bridge."""
     width: int = 128
-    """w, width of the diffusion transformer."""
+    """Width w of the diffusion transformer; a multiple of 2 * heads."""
     blocks: int = 4
-    """Number of its blocks."""
+    """Number of blocks of the diffusion transformer."""
     heads: int = 4
-    """Its attention heads."""
+    """Number of attention heads of the diffusion transformer."""
     max_dim: int = 16
-    """D, to which the states and actions of all robots are padded."""
+    """Dimension D to which the states and actions of all robots are padded."""
     horizon: int = 16
-    """H, number of actions in a chunk."""
+    """Number of actions H in a chunk."""
     sampler_steps: int = 4
-    """Euler steps with which a chunk is sampled."""
+    """Number of Euler steps from noise to a chunk."""
     future_layer: int = 3
-    """Block (from 1) after which the future loss reads the future tokens: about 3/4 of the depth,
-    as in FLARE."""
+    """Block of the diffusion transformer, counted from 1, that the future-prediction loss reads.
+    FLARE uses a block at about 3/4 of the depth."""
     future_weight: float = 0.2
-    """lambda, the weight of the future loss; 0 switches it off."""
+    """Weight lambda of the future-prediction loss; 0 disables the loss."""
     future_steps: int = 16
-    """Control steps between an observation and the frame that the future tokens predict."""
+    """Number of control steps between an observation and the frame that the future tokens
+    predict."""
     ema: float = 0.995
-    """Decay of the exponential moving average per optimizer step."""
+    """Decay of the exponential moving average of the weights per optimizer step, in [0, 1)."""
     relative: bool = True
-    """Predict joint targets relative to the current joint positions; False: absolute targets."""
+    """Predict joint targets relative to the current joint positions, instead of absolute
+    targets."""
 
     def __post_init__(self) -> None:
         sizes = ("width", "blocks", "heads", "max_dim", "horizon", "sampler_steps", "future_steps")

@@ -42,35 +42,40 @@ class SceneCorpusConfig:
     """Which questions to generate, and from which scenes."""
 
     robots: tuple[str, ...]
+    """Names of the robots."""
     tasks: tuple[str, ...]
+    """Names of the tasks."""
     cameras: tuple[str, ...]
+    """Cameras whose images the questions show."""
     image_size: int
+    """Width and height of the images [px]."""
     scenes: int
-    """Number of random scenes, distributed evenly over robots x tasks."""
+    """Number of random scenes, distributed evenly over all pairs of robot and task."""
     first_seed: int
-    """Scene i has seed first_seed + i; training and held-out corpora use disjoint ranges."""
+    """Seed of the first scene; scene i has seed first_seed + i.
+    Use disjoint ranges for training corpora and held-out corpora."""
     turns: int = 8
     """Number of questions about each scene."""
     pointing: float = 0.3
-    """Share of points and boxes (one quarter boxes): they are learnt slowest, and a policy needs
-    them."""
+    """Fraction of questions that ask for a point or a box, 0..1; a quarter of them ask for a box.
+    These questions are learnt slowest, and control depends on them."""
     metric: float = 0.2
-    """Share of positions, displacements and distances in cm."""
+    """Fraction of questions about positions, displacements and distances in cm, 0..1."""
     choice: float = 0.25
-    """Share of multiple choice among the questions that allow it."""
+    """Fraction of multiple-choice questions among the questions that allow this form, 0..1."""
     wording: Wording = "seen"
-    """Which templates to use; the held-out ones are for evaluation."""
+    """Set of question templates; the held-out templates are for evaluation only."""
     max_distractors: int = 3
     """Maximum number of distractor objects in a scene."""
     teach: bool = True
-    """Add teaching turns (the control prompt, the content of each view) and thoughts before
-    answers. Off for held-out corpora, because these are no benchmark items."""
+    """Add teaching turns (the control prompt, a list of the objects in each view).
+    Also write a chain of thought before answers. Turn it off for held-out corpora."""
     episodes: Path | None = None
-    """Folder with one dataset per robot; their frames are asked about too."""
+    """Folder with one dataset of demonstrations per robot, whose frames are also asked about."""
     frames_per_episode: int = 6
-    """Number of frames of each episode that are asked about."""
+    """Number of frames of each episode to ask about."""
     frame_turns: int = 5
-    """Number of questions about each frame."""
+    """Number of questions about each of these frames."""
 
     def __post_init__(self) -> None:
         if not (self.robots and self.tasks and self.cameras):

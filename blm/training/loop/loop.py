@@ -51,39 +51,41 @@ _MAY_CHANGE = ("log_every", "save_every", "eval_every", "title", "keep", "shard"
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     steps: int
+    """Number of optimizer steps."""
     batch_size: int
-    """Samples of a step, over all processes and micro-batches."""
+    """Number of samples per step, summed over all processes and micro-batches."""
     lr: float = 1e-3
-    """Peak learning rate; see lr_schedule.py."""
+    """Peak learning rate of AdamW, reached after the warm-up."""
     muon: float = 0.0
-    """Peak learning rate of Muon for matrices inside blocks (see optimizers.py), about 0.02; 0:
-    AdamW for all parameters."""
+    """Peak learning rate of Muon, such as 0.02, for the weight matrices inside blocks.
+    The default, 0, optimises all parameters with AdamW."""
     weight_decay: float = 0.01
-    """For parameters with two or more dimensions only."""
+    """Weight decay of parameters with two or more dimensions; other parameters have none."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's beta_1 and beta_2."""
+    """Decay rates beta_1 and beta_2 of AdamW's moment estimates, each in 0..1."""
     warmup_fraction: float = 0.03
-    """Share of all steps in which the learning rate rises."""
+    """Fraction of all steps in which the learning rate rises linearly to its peak, 0..1."""
     clip: float = 1.0
-    """Maximum norm of the gradient of all parameters together."""
+    """Maximum norm of the gradient; larger gradients are scaled down to it."""
     accumulate: int = 1
-    """Gradient accumulation: micro-batches that a process handles one after the other in a step.
-    Saves memory, costs time, gives the same result."""
+    """Gradient accumulation: the number of micro-batches that each process runs per step.
+    A larger number saves memory and costs time; the result is the same up to rounding."""
     shard: bool = False
-    """Shard weights and optimizer moments over the processes (FSDP2) instead of copying them (DDP),
-    as does the flag --use_fsdp of `accelerate launch`."""
+    """Shard the weights and optimizer states over the processes (FSDP2).
+    The default replicates them in every process (DDP); `accelerate launch --use_fsdp` also
+    shards."""
     log_every: int = 10
-    """Steps between rows of the log."""
+    """Number of steps between rows of the log."""
     save_every: int = 500
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     keep: int = 1
-    """Number of checkpoints to keep; older ones are removed."""
+    """Number of recent checkpoints to keep; older ones are removed."""
     eval_every: int = 0
-    """Steps between evaluations; 0: evaluate at the end only."""
+    """Number of steps between evaluations; 0 evaluates at the end only."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Also send the log to these trackers, through accelerate; their packages must be installed."""
+    """Trackers that also receive the log, through accelerate; their packages must be installed."""
     seed: int = 0
-    """For the order of samples, and for dropout."""
+    """Seed for the order of the samples and for dropout."""
     title: str = "training"
     """Label of the progress bar."""
 

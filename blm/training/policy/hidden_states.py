@@ -44,22 +44,23 @@ class HiddenStateConfig:
     """Which hidden states the policy is trained on, and how they are cached."""
 
     layer: int
-    """k, the block (from 1) of the language model whose output is H_k."""
+    """Block k of the language model, counted from 1, whose output is H_k."""
     cameras: tuple[str, ...]
+    """Cameras whose images the backbone sees."""
     stride: int = 1
-    """Cache every n-th frame of an episode, and its last; n must divide the policy's
-    `future_steps`."""
+    """Cache every n-th frame of an episode, and its last frame.
+    This number must divide --policy.future-steps."""
     batch_size: int = 32
-    """Frames in one forward pass."""
+    """Number of frames per forward pass of the backbone."""
     workers: int = 2
-    """Worker processes that fill a cache; 0: this process."""
+    """Number of worker processes that fill a cache; 0 runs all work in the main process."""
     shard_frames: int = 256
-    """A shard ends with the episode that reaches this number of cached frames."""
+    """Number of cached frames after which the cache starts a new shard, at the next episode."""
     precision: Literal["float16", "int8"] = "float16"
-    """Precision of the cache. int8 takes half the space; its error is measured and stored in the
-    manifest."""
+    """Precision of the cache.
+    With int8 the cache takes half the space; its error is measured and stored in the manifest."""
     views: int = 0
-    """Augmented views of each frame (other light, shifted pictures) to cache beside the frame."""
+    """Number of augmented versions of each frame (other light, shifted images) to cache as well."""
 
     def __post_init__(self) -> None:
         most = dict.fromkeys(("layer", "stride", "batch_size", "shard_frames"), (1, 10**9))

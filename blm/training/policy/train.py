@@ -52,34 +52,38 @@ from blm.types import BlmError, PolicyContract, require_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyTrainingConfig:
-    """Stage II: data, backbone, policy, training loop."""
+    """Stage II: datasets, backbone, policy and training loop."""
 
     datasets: tuple[Path, ...]
-    """Dataset folders, one or several for each robot (demonstrations, corrections)."""
+    """Dataset folders, at least one per robot: demonstrations and corrections."""
     backbone: str
-    """Folder that Stage I wrote, or a name of BACKBONES."""
+    """Folder that Stage I wrote, or the name of a backbone."""
     intents: HiddenStateConfig
-    """Hidden states H_k, from which the bridge makes intent tokens."""
+    """Hidden states H_k, which the bridge turns into intent tokens."""
     loop: LoopConfig
+    """Training loop."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """Bridge, diffusion transformer and losses."""
     cache: Path | None = None
-    """Folder of the hidden-state caches, one for each dataset, shared by runs; None: compute H_k
-    for every batch."""
+    """Folder of the hidden-state caches, one per dataset; several runs can share it.
+    Without a cache, H_k is computed for every batch."""
     start: Path | None = None
-    """Checkpoint whose weights to start from, with its robots or with further ones; None: random
-    weights."""
+    """Checkpoint whose weights initialise the training; its robots may be a subset.
+    By default, the weights are random."""
     only_new: bool = False
-    """Train only the rows of robots that the checkpoint does not have."""
+    """Train only the per-robot weights of robots that the checkpoint --start does not have."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Robot or task -> sampling weight of its frames, relative to 1; 0: never sampled."""
+    """Sampling weights of frames, as pairs of a robot's or task's name and a number.
+    The default weight is 1; frames of weight 0 are never sampled."""
     execute: int = 8
-    """Actions of a chunk to execute before the next observation; stored in the contract."""
+    """Number of actions of a chunk to execute before the next observation.
+    It is stored in the contract of the checkpoint."""
     held_out: float = 0.05
-    """Fraction of the episodes of each dataset that is held out for the validation loss; 0:
-    none."""
+    """Fraction of each dataset's episodes that is held out for the validation loss, 0..0.9."""
     validation_batches: int = 8
-    """Batches of held-out frames in one validation."""
+    """Number of held-out batches per validation."""
     device: str = "cpu"
+    """Torch device: cpu, cuda, cuda:N or mps."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the backbone's weights."""
 

@@ -44,13 +44,16 @@ TEXT_ONLY_SHARE = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class NanoPretrainingConfig:
-    """Pretraining of a new nano. Localisation comes first: mixed with all other questions from the
-    beginning, it was not learnt within the runs in docs/LOG.md."""
+    """Pretraining of a new nano backbone.
+
+    Localisation comes first: mixed with all other questions from the beginning, it was not learnt
+    within the runs in docs/LOG.md.
+    """
 
     eye: LoopConfig = VISION_TOWER_LOOP
-    """Training of the vision tower alone."""
+    """Pretraining of the vision tower alone."""
     drill: LoopConfig = GROUNDING_DRILL_LOOP
-    """Training of the language model, on the grounding drill and on text-only scenes."""
+    """Pretraining of the language model, on the grounding drill and on text-only scenes."""
 
 
 def pretrain_nano(

@@ -28,14 +28,14 @@ class Lora:
     """Low-rank adapters of the language model."""
 
     rank: int = 0
-    """Rank of the adapters; 0: train the weights themselves."""
+    """Rank of the adapters; 0 trains the weights themselves."""
     alpha: int = 0
-    """Adapters are scaled by alpha / rank; 0: twice the rank."""
+    """Scale of the adapters, which are multiplied by alpha / rank; 0 means twice the rank."""
     dropout: float = 0.0
-    """Dropout on the input of an adapter."""
+    """Dropout probability at the input of an adapter, in [0, 1)."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Names of the linear layers that get adapters ("q_proj"), without their path; "all-linear":
-    all of them."""
+    """Names of the linear layers that get adapters, without their path, such as q_proj.
+    The default, all-linear, adapts all linear layers."""
 
     def __post_init__(self) -> None:
         require_numbers(self, rank=(0, 65_536), alpha=(0, 10**9), dropout=(0, 1))

@@ -32,14 +32,15 @@ class TokenizationConfig:
     """How a conversation becomes a training example."""
 
     separate_turns: bool = True
-    """Prefix attention: each turn attends to the pictures and to itself, not to other turns. Each
-    is then trained exactly as if it were asked alone, while the pictures are encoded once. Set it
-    to False for dialogues whose turns refer back; conversations without pictures, and those with
-    pictures in later turns, are never separated."""
+    """Prefix attention: each turn attends to the images and to itself, but not to other turns.
+    Each turn is trained exactly as if it were asked alone, and the images are encoded once.
+    Turn it off for dialogues whose turns refer to earlier turns.
+    It does not apply to conversations without images or with images in later turns."""
     max_length: int = 2048
-    """Maximum length of an example [tokens]; longer ones lose their last turns, never a picture."""
+    """Maximum length of an example [tokens].
+    Longer conversations lose their last turns, but never an image."""
     max_pixels: int | None = None
-    """Larger pictures are scaled down to this many pixels before the model's own processing."""
+    """Maximum number of pixels of an image; larger images are scaled down first."""
 
     def __post_init__(self) -> None:
         require_numbers(self, max_length=(2, 10**9), max_pixels=(1, 10**12))

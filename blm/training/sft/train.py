@@ -37,30 +37,33 @@ from blm.types import BlmError, require_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class Stage1Config:
-    """Stage I: what is trained, on which form of the data, at which learning rates."""
+    """Stage I: which weights are trained, at which learning rates, and on which form of the
+    data."""
 
     loop: LoopConfig
+    """Training loop."""
     vision_scale: float | None = None
-    """Learning rate of the vision tower, relative to `loop.lr`; 0 freezes it. By default 1, with
-    LoRA 0."""
+    """Learning rate of the vision tower relative to --loop.lr; 0 freezes it.
+    The default is 1, or 0 with LoRA."""
     projector_scale: float = 1.0
-    """The same for the projector, which maps vision features to token embeddings."""
+    """Learning rate of the projector relative to --loop.lr; 0 freezes it.
+    The projector maps vision features to token embeddings."""
     language_scale: float = 1.0
-    """The same for language model, embeddings and head; with LoRA, for the adapters."""
+    """Learning rate of the language model, its embeddings and its head, relative to --loop.lr.
+    With LoRA, it applies to the adapters."""
     lora: Lora = field(default_factory=Lora)
-    """Train low-rank adapters of the language model instead of its weights."""
+    """LoRA: train low-rank adapters of the language model instead of its weights."""
     limits: TokenizationConfig = field(default_factory=TokenizationConfig)
-    """Tokenization of conversations."""
+    """Tokenization of the conversations."""
     pack_length: int = 0
-    """Pack examples into sequences of up to this length [tokens], after a check that packing is
-    exact for the model; 0: one example a sequence, padded."""
+    """Maximum length of the sequences into which several examples are packed [tokens].
+    Packing is first verified to be exact for the model; 0 pads one example per sequence."""
     cache_features: bool = False
-    """Encode each picture once, before training; needs a frozen vision tower."""
+    """Encode each image once, before training; needs a frozen vision tower."""
     checkpoint_blocks: bool = False
-    """Activation checkpointing: recompute blocks in the backward pass. Saves memory; same
-    gradients."""
+    """Activation checkpointing: recompute blocks in the backward pass to save memory."""
     skip_bad: bool = False
-    """Skip and report conversations that cannot be used; else the first of them ends the run."""
+    """Skip and report invalid conversations; by default, the first one stops the run."""
 
     def __post_init__(self) -> None:
         require_numbers(
