@@ -2,8 +2,8 @@
 
     python benchmarks/digital.py [--repeats 3] [--questions 32] [--batch 16] [--threads 1]
 
-The untrained nano backbone, made-up pictures, the whole of `evaluate_digital` (pictures from disk, journal,
-scoring); speed depends on neither weights nor pictures. Each repeat times both ways, one after the other.
+The untrained nano backbone, made-up images, the whole of `evaluate_digital` (images from disk, journal,
+scoring); speed depends on neither weights nor images. Each repeat times both ways, one after the other.
 The same answers are required of both.
 """
 
@@ -36,7 +36,7 @@ class OneByOne:
 
 
 def make_questions(folder: Path, count: int) -> list[Question]:
-    """Questions of unlike length about pictures of noise, on disk."""
+    """Questions of unlike length about images of noise, on disk."""
     rng, made = np.random.default_rng(0), []
     for index in range(count):
         path = f"{index}.png"

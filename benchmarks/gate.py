@@ -1,4 +1,4 @@
-"""Whether nano's eye sees well enough for control: where it finds things in held-out pictures.
+"""Whether nano's eye sees well enough for control: where it finds things in held-out images.
 
     python benchmarks/gate.py BACKBONE CORPUS [--out gate.json]
 
@@ -70,7 +70,7 @@ def summary(values: list[float]) -> dict[str, Any]:
 def errors(
     model: Backbone, views: list[ScannedView], robots: list[str]
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, list[float]]]:
-    """Errors in px by view and by robot, in mm by view and thing, and wrong things in a picture by view."""
+    """Errors in px by view and by robot, in mm by view and thing, and wrong things in an image by view."""
     eye: ConvVision = model.model.base_model.vision_tower
     config = cast(ConvVisionConfig, eye.config)
     targets, things = grounding_targets(views, config), config.things

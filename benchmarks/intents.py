@@ -2,7 +2,7 @@
 
     python benchmarks/intents.py [--repeats 5] [--steps 4] [--batch-size 32] [--threads 1]
 
-One run on one made-up dataset with the untrained nano backbone: speed does not depend on weights or pictures.
+One run on one made-up dataset with the untrained nano backbone: speed does not depend on weights or images.
 Each repeat times both ways on the same batches, one after the other. The interval of the ratio is a 95 %
 t-interval of its logarithm over the repeats.
 """

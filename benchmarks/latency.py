@@ -37,7 +37,7 @@ INSTRUCTION = "Pick up the red cube and move it to the green goal."
 
 
 class Decision:
-    """The parts of a decision of nano's shape, on pictures and states that do not matter for speed."""
+    """The parts of a decision of nano's shape, on images and states that do not matter for speed."""
 
     def __init__(
         self, backbone: Backbone, network: PolicyNetwork, layer: int, cameras: tuple[str, ...]
@@ -64,7 +64,7 @@ class Decision:
 
 
 class RandomDecision(Decision):
-    """The same with random weights in a published shape; its pictures are ready-made patches."""
+    """The same with random weights in a published shape; its images are ready-made patches."""
 
     def __init__(self, name: str, device: str, dtype: torch.dtype, cameras: int = 2) -> None:
         config, recipe = shape_of(name), RECIPES[name]()

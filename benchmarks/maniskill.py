@@ -2,7 +2,7 @@
 
 Run on a quiet machine: .venv/bin/python benchmarks/maniskill.py [--repeats 10] [--other .venv-maniskill]
 Each simulator lives in a process of its own environment; the two take turns, so that a load from elsewhere
-meets both. Prints control steps (with pictures: observations) per second, Panda in PickCube, as means, and
+meets both. Prints control steps (with images: observations) per second, Panda in PickCube, as means, and
 the ratio ours / ManiSkill as a geometric mean over the pairs, also per second of processor time, which a busy
 machine changes less. Each has a 95 % interval (Student's t).
 """
@@ -39,7 +39,7 @@ def serve(simulator: str, setup: str) -> None:
     env = Env("panda", "pick_cube", cameras=cameras, image_size=size, max_steps=10**9)
     env.reset(seed=0)
     hold = np.array([*env.robot.home, 1.0], dtype=np.float32)
-    env.step(hold)  # the first picture compiles shaders
+    env.step(hold)  # the first image compiles shaders
     for turn, _ in enumerate(sys.stdin):
         start, busy = time.perf_counter(), time.process_time()
         for step in range(steps):

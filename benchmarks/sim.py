@@ -1,8 +1,8 @@
-"""Speed of the simulator on one core: pictures per second and physics steps per second, per robot.
+"""Speed of the simulator on one core: images per second and physics steps per second, per robot.
 
 Run on a quiet machine: LP_NUM_THREADS=1 python benchmarks/sim.py [--repeats 10] [--robots panda xarm6].
-Prints a table in Markdown: means over the repeats with a 95 % interval of the mean (Student's t). A picture
-is a render and its transfer to NumPy; the scene moves between pictures. Physics steps last 2 ms and include
+Prints a table in Markdown: means over the repeats with a 95 % interval of the mean (Student's t). An image
+is a render and its transfer to NumPy; the scene moves between images. Physics steps last 2 ms and include
 the grasp and success checks of `Env`.
 """
 

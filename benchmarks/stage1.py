@@ -7,7 +7,7 @@ model is an untrained nano, whose speed does not depend on its weights. A step i
 packing: rows sharing sequences over one padded row a sequence, in tokens/s that are no padding. turns: each
 position meets only those that it may see, over a dense mask. logits: the
 head on learnt tokens over all tokens, with nano's vocabulary and with one of 49,152. prefix: the questions
-about a picture behind one copy of it over each with its own. features: a frozen eye run once over in each
+about an image behind one copy of it over each with its own. features: a frozen eye run once over in each
 step. data_share: time to make a batch over time of a step, were they not done side by side. Intervals are
 95 % t-intervals of the mean logarithm over the repeats.
 """

@@ -1,8 +1,8 @@
-"""Loads pictures and video frames from disk; no other module opens media files.
+"""Loads images and video frames from disk; no other module opens media files.
 
 A media reference is a path below its folder. With a media fragment (W3C Media Fragments,
 `clip.mp4#t=1.25`) it is the frame of the video at 1.25 s. Files outside the folder and oversized
-pictures are refused.
+images are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import PIL.ImageOps
 from blm.types import BlmError, Image, ImageArray, Message
 
 MAX_PIXELS = 64_000_000
-"""Maximum size of a picture [px]; larger ones are refused before they are decoded."""
+"""Maximum size of an image [px]; larger ones are refused before they are decoded."""
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 """File endings of videos."""
 _TIME = re.compile(r"^(?P<file>.*)#t=(?P<seconds>\d+(?:\.\d+)?)$")
@@ -44,7 +44,7 @@ def load_pixels(image: Image, root: Path | None = None) -> ImageArray:
 
 
 def with_pixels(messages: Sequence[Message], root: Path) -> tuple[Message, ...]:
-    """Return the messages with every picture loaded."""
+    """Return the messages with every image loaded."""
     return tuple(
         Message(m.role, tuple(p if isinstance(p, str) else Image(load_pixels(p, root)) for p in m.content))
         for m in messages
@@ -61,7 +61,7 @@ def locate(reference: str, root: Path) -> Path:
 
 
 def split_time(reference: str) -> tuple[str, float | None]:
-    """Split 'clip.mp4#t=1.25' into file and seconds; seconds are None for a picture."""
+    """Split 'clip.mp4#t=1.25' into file and seconds; seconds are None for an image."""
     found = _TIME.match(reference)
     return (found["file"], float(found["seconds"])) if found else (reference, None)
 
@@ -76,7 +76,7 @@ def _read(file: str, reference: str) -> ImageArray:
 
 
 def read_pixels(file: Path) -> ImageArray:
-    """Read any picture file as upright RGB; transparency is dropped.
+    """Read any image file as upright RGB; transparency is dropped.
 
     Raises BlmError naming the file.
     """

@@ -264,7 +264,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Image:
-    """One picture in a message: pixels in memory, or a path relative to its corpus folder."""
+    """One image in a message: pixels in memory, or a path relative to its corpus folder."""
 
     pixels: ImageArray | None = None
     path: str | None = None
@@ -272,7 +272,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Message:
-    """One chat turn. Content is text and pictures in reading order."""
+    """One chat turn. Content is text and images in reading order."""
 
     role: Literal["system", "user", "assistant"]
     content: tuple[str | Image, ...]
@@ -303,12 +303,12 @@ class Question:
     """All messages up to and including the user's turn, without the answer."""
     answer: str
     group: str
-    """Questions about one picture share a group: confidence intervals are clustered by group."""
+    """Questions about one image share a group: confidence intervals are clustered by group."""
     scorer: Scorer = "exact"
     options: tuple[str, ...] = ()
     """Options of a multiple-choice question; the answer is the letter of one (A, B, ..)."""
     mask: Image | None = None
-    """Correct points are those on white pixels of this picture."""
+    """Correct points are those on white pixels of this image."""
 
 
 def base_kind(kind: str) -> str:
@@ -371,7 +371,7 @@ class ChatCapacity:
     context_tokens: int
     """Tokens of prompt and answer together."""
     image_tokens: int
-    """Tokens that the smallest picture takes; larger pictures may take more."""
+    """Tokens that the smallest image takes; larger images may take more."""
     max_text_bytes: int
     """UTF-8 bytes of all text parts together; more cannot fit into the context."""
     max_images: int

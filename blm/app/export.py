@@ -36,17 +36,16 @@ with torch.no_grad():
 assert not any(name.split(".")[0] == "blm" for name in sys.modules)
 save_file({"logits": torch.cat(logits).contiguous()}, out)
 """
-"""Program that computes logits with plain transformers: this package is never imported."""
+"""Program that computes logits with plain transformers. It never imports this package."""
 
 
 def export_vllm(source: str, out: Path, *, images: int = 8, context: int = 8192) -> str:
-    """Write the backbone of `source` as a stock transformers folder; return its `vllm serve`
-    command.
+    """Write a backbone as a stock transformers folder; return its `vllm serve` command.
 
     `source` is a checkpoint of Stage II, a backbone's folder or a name of BACKBONES. The folder is
     verified: plain transformers, in a process without this package, must compute the same logits
-    for a picture and a text. `images` and `context` [tokens] limit a request. Raises BlmError, and
-    writes nothing, for a model that vLLM does not know or that has parts of our own.
+    for an image and a text. `images` and `context` [tokens] limit a request. Raises BlmError, and
+    writes nothing, for a model that vLLM does not support or that has parts of our own.
     """
     from blm.backbone import Backbone
 

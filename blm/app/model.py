@@ -1,4 +1,4 @@
-"""`BLM`, a model that answers and acts from one checkpoint; and loading of models by name."""
+"""`BLM`, a model that answers and acts from one checkpoint, and loading of models by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from blm.types import ActionChunk, BlmError, Message, Observation, Policy, Polic
 class BLM:
     """A checkpoint that answers questions and controls robots: both a `Policy` and a `Chat`.
 
-    Vision features of recent pictures are cached: a question about a frame for which an action was
+    Vision features of recent images are cached: a question about a frame for which an action was
     just chosen does not run the vision tower again.
     """
 
@@ -92,7 +92,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found, and whose weights are not loaded yet."""
+    """A model that was found but whose weights are not loaded yet."""
 
     kind: Kind
     where: str
@@ -150,9 +150,8 @@ def find_model(
     """Find a release, a checkpoint, the folder of a backbone, or a name of BACKBONES.
 
     For a run folder, this is the model of its last finished training stage. Reads no weights.
-    Raises UnknownNameError for a name that does not exist: the message calls it a `what`, and lists
-    the valid names and `others`. Raises BlmError, describing the folder, for a folder without a
-    model.
+    Raises UnknownNameError for an unknown name; the message calls it a `what`, and lists the valid
+    names and `others`. Raises BlmError, which describes the folder, for a folder without a model.
     """
     name = str(name_or_folder)
     folder = checkpoint_folder(name)
@@ -196,7 +195,7 @@ def _is_backbone(folder: Path) -> bool:
 
 
 def check_device(device: str) -> None:
-    """Raise BlmError unless torch knows the device and this machine has it."""
+    """Raise BlmError unless torch supports the device and this machine has it."""
     try:
         kind = torch.device(device).type
         index = torch.device(device).index

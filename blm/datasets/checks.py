@@ -24,15 +24,15 @@ from blm.types import BlmError
 
 RECOLLECT = "move the dataset folder away and collect again"
 MAX_PROBED_VIDEOS = 64
-"""With more videos per camera than this, opening a dataset only checks that they exist."""
+"""Maximum number of videos per camera to probe on opening; of more, only existence is checked."""
 MAX_CHECKED_EPISODES = 200
-"""Maximum number of episodes whose pictures are compared."""
+"""Maximum number of episodes whose images are compared."""
 MOVED_SHARE = 0.05
-"""An arm moves in an episode if a joint covers this share of its range in the whole dataset."""
+"""Fraction of its range in the dataset that a joint must cover for its arm to count as moved."""
 CODEC_NOISE = 8
-"""Difference between two encodings of the same picture [levels of 255]."""
+"""Difference between two encodings of the same image [levels of 255]."""
 TIMESTAMP_TOLERANCE = 0.1
-"""Maximum error of a timestamp, as a share of a control step."""
+"""Maximum error of a timestamp, as a fraction of a control step."""
 
 
 def opening_faults(dataset: EpisodeDataset) -> Iterator[DamagedError]:
@@ -46,10 +46,10 @@ def opening_faults(dataset: EpisodeDataset) -> Iterator[DamagedError]:
 
 
 def vector_faults(dataset: EpisodeDataset, every: bool = False) -> Iterator[DamagedError]:
-    """Yield wrong shapes, orders and timestamps, values that are not finite, and wrong statistics.
+    """Yield wrong shapes, orders, timestamps, statistics, and values that are not finite.
 
-    Of the statistics, count and extremes are compared; with `every`, also the others, which sorts
-    all frames.
+    Of the statistics, count and extremes are compared; with `every`, also the others, which
+    requires sorting all frames.
     """
     where, lengths = f"dataset '{dataset.folder}'", np.diff(dataset.starts)
     fix = RECOLLECT if dataset.manifest else REWRITE
@@ -124,7 +124,7 @@ def _gap_faults(dataset: EpisodeDataset, camera: str, lengths: NDArray[np.int64]
 def picture_faults(
     dataset: EpisodeDataset, progress: ProgressIterator = no_progress
 ) -> Iterator[DamagedError]:
-    """Yield cameras that show a constant picture during an episode in which the arm moves.
+    """Yield cameras that show a constant image during an episode in which the arm moves.
 
     A few frames of up to MAX_CHECKED_EPISODES episodes are decoded, evenly spaced over the dataset.
     """

@@ -17,7 +17,7 @@ from blm.types import BlmError
 
 MANIFEST = "meta/manifest.json"
 PARTS = ("data", "meta", "videos")
-"""Sub-folders of a dataset; files beside them (README, .gitattributes) do not belong to it."""
+"""Sub-folders of a dataset; files next to them (README, .gitattributes) do not belong to it."""
 
 
 def describe_files(folder: Path) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def content_hash(manifest: Mapping[str, Any]) -> str:
 
 
 ProgressIterator = Callable[[Sequence[Any], str], Iterable[Any]]
-"""Iterates over a sequence unchanged; it may show a progress bar with a title."""
+"""Iterates over a sequence unchanged; it may show a titled progress bar."""
 
 
 def no_progress(items: Sequence[Any], title: str) -> Iterable[Any]:
@@ -76,8 +76,8 @@ def manifest_faults(
 def written_here(folder: Path, provenance: Mapping[str, Any]) -> set[str]:
     """Return the files that this very collection wrote and may therefore replace.
 
-    Raises BlmError for a dataset of another program or collection, and for a dataset that was
-    altered since, because it cannot be reproduced.
+    Raises BlmError for a dataset of another program or collection, and for one that was altered,
+    because it cannot be reproduced.
     """
     remedy = "choose another folder, or move it away"
     if not (folder / MANIFEST).is_file():

@@ -1,6 +1,6 @@
 """Reading LeRobotDatasets v3.0, v2.1 and v2.0 of other programs.
 
-Missing information is marked as unknown, and ambiguous data are refused with a BlmError. Pictures
+Missing information is marked as unknown, and ambiguous data are refused with a BlmError. Images
 must be stored as videos. Shape legend: N frames, E episodes, D dimensions.
 """
 

@@ -1,8 +1,8 @@
 """Video files: encode frames, join files without re-encoding, read exact frames quickly.
 
-The codec is H.264 with a key frame every second frame and no B-frames. So any frame is at most one
-decode away from a key frame, and packets of one file can be appended to another. The round trip
-changes pixels by about 1 of 255 levels (crf 23).
+The codec is H.264 with a key frame every second frame and no B-frames. Any frame is therefore at
+most one decode away from a key frame, and packets of one file can be appended to another. The round
+trip changes pixels by about 1 of 255 levels (crf 23).
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class VideoFile:
         self._decoded = self._container.decode(self._stream)
 
     def _advance(self, index: int) -> av.VideoFrame | None:
-        """Decode up to frame `index`; return None if it does not come."""
+        """Decode up to frame `index`; return None if the stream ends before it."""
         for frame in self._decoded:
             assert frame.pts is not None
             number = self._number(frame.pts)

@@ -312,7 +312,7 @@ def _pilot(make: MakePolicy) -> Policy:
 
 @cache
 def _check_pilot(make: MakePolicy, config: CollectConfig, robot: str, task: str) -> None:
-    """Raise ContractError, once for each cell and process, where the pilot needs other pictures."""
+    """Raise ContractError, once for each cell and process, where the pilot needs other images."""
     _pilot(make).contract.check(_expert(config, robot, task).env.observation())
 
 

@@ -303,7 +303,7 @@ def check_chunk(chunk: Any, observation: Observation, contract: PolicyContract) 
 
 
 def blank_observation(contract: PolicyContract, robot: str) -> Observation:
-    """Return a valid observation: black pictures, and every joint in the middle of its range."""
+    """Return a valid observation: black images, and every joint in the middle of its range."""
     space, side = contract.action_spaces[robot], contract.image_size
     return Observation(
         images={camera: np.zeros((side, side, 3), np.uint8) for camera in contract.cameras},

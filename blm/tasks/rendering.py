@@ -42,7 +42,7 @@ def gl_backend() -> str:
 
 def _new_context(size: int) -> Any:
     backend = os.environ["MUJOCO_GL"] = gl_backend()
-    # Mesa's software renderer draws our small pictures a quarter faster without threads of its own.
+    # Mesa's software renderer draws our small images a quarter faster without threads of its own.
     os.environ.setdefault("LP_NUM_THREADS", "0")
     try:
         context = importlib.import_module(_BACKENDS[backend]).GLContext(size, size)
@@ -60,7 +60,7 @@ def _close_all() -> None:
 
 
 class Renderer:
-    """Renders square pictures of one model, up to `size` px per side.
+    """Renders square images of one model, up to `size` px per side.
 
     Holds an OpenGL context until `close`.
     """
@@ -103,7 +103,7 @@ class Renderer:
         return table[codes]
 
     def close(self) -> None:
-        """Free the picture buffers and the OpenGL context; safe to call twice."""
+        """Free the image buffers and the OpenGL context; safe to call twice."""
         if self._gl is not None:
             self._gl.make_current()
             self._context.free()
@@ -111,4 +111,4 @@ class Renderer:
             self._gl = None
 
     def __del__(self) -> None:
-        self.close()  # makes its own context current first; freeing in another one would corrupt its pictures
+        self.close()  # makes its own context current first; freeing in another one would corrupt its images

@@ -31,14 +31,15 @@ from blm.types import BlmError, ChatCapacity, Message, Sampling
 
 log = logging.getLogger(__name__)
 CACHE_TOKENS = 65_536
-"""Maximum tokens in the key-value cache of one request: 2-4 GB at 7 B parameters. It bounds the
-context length, whatever the model could hold; it is also 16 answers of 4096 tokens, nano's whole
-context."""
+"""Maximum number of tokens in the key-value cache of one request: 2-4 GB at 7 B parameters.
+
+It bounds the context length even of models that support more. It also allows 16 answers of 4096
+tokens, nano's whole context.
+"""
 BYTES_PER_TOKEN = 16
-"""Maximum bytes of text per token, for bounds on a request: English has about 4, no language more
-than 8."""
+"""Maximum bytes of text per token, for bounds on a request: about 4 in English, at most 8."""
 MAX_IMAGES = 64
-"""Maximum pictures in one conversation: a video of 64 frames."""
+"""Maximum number of images in one conversation: a video of 64 frames."""
 PIECE_TOKENS = {"cpu": 128}
 """Prompt tokens in one prefill pass, by device type."""
 PIECE_TOKENS_ELSEWHERE = 512
@@ -50,14 +51,15 @@ STEP_TOKENS_ELSEWHERE = 262_144
 
 
 class Generation:
-    """The sequences that a model is generating. Only `prepare` and the limits may be used by other
-    threads."""
+    """The sequences that a model is generating.
+
+    Other threads may use only `prepare` and the limits.
+    """
 
     def __init__(
         self, backbone: MultimodalModel, *, piece_tokens: int | None = None, step_tokens: int | None = None
     ) -> None:
-        """`piece_tokens`, `step_tokens`: tokens of one prefill and one decoding pass; None: by
-        device."""
+        """Limit the tokens of one prefill pass and of one decoding pass; None: by device type."""
         device = str(backbone.model.device.type)
         self.backbone = backbone
         self.piece_tokens = piece_tokens or PIECE_TOKENS.get(device, PIECE_TOKENS_ELSEWHERE)
@@ -90,7 +92,7 @@ class Generation:
         )
 
     def tokens_per_image(self, width: int, height: int) -> int:
-        """Return the number of tokens of a picture of this size [px]."""
+        """Return the number of tokens of an image of this size [px]."""
         counted = self.backbone.processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
         return int(counted.num_image_tokens[0])
 
@@ -98,8 +100,7 @@ class Generation:
 
     @cached_property
     def _tokenizing_backbone(self) -> MultimodalModel:
-        """The backbone with its own copy of the processor, so that no action waits for
-        tokenization."""
+        """The backbone with a separate processor, so that tokenization never delays an action."""
         backbone = copy.copy(self.backbone)
         backbone.processor = copy.deepcopy(self.backbone.processor)
         backbone._processing = threading.Lock()
@@ -107,7 +108,7 @@ class Generation:
 
     @cached_property
     def tokenizer(self) -> BackboneTokenizer:
-        """The tokenizer for other threads than the model's."""
+        """The tokenizer for threads other than the model's."""
         return BackboneTokenizer(self._tokenizing_backbone)
 
     def prepare(self, messages: Sequence[Message], samplings: Sequence[Sampling]) -> Prompt:
@@ -159,8 +160,7 @@ class Generation:
         return Prefill(self._chunk_runner, prompt, self.piece_tokens, self._cache_name)
 
     def advance(self, prefill: Prefill) -> list[GeneratedSequence] | None:
-        """Run one piece of a prefill; after the last one return its sequences, each with its first
-        token.
+        """Run one piece of a prefill; after the last, return its sequences with their first tokens.
 
         On an error only the prefill has changed; it cannot be used any more.
         """
@@ -171,10 +171,10 @@ class Generation:
     def start(
         self, conversations: Sequence[Sequence[Message]], samplings: Sequence[Sampling]
     ) -> list[GeneratedSequence]:
-        """Prefill conversations in one pass, choose the first token of each answer, and add them to
-        a batch.
+        """Prefill conversations in one pass, and add their answers to a batch.
 
-        Raises BlmError as `Backbone.encode` does. On any error no running sequence has changed.
+        The first token of each answer is chosen here. Raises BlmError as `Backbone.encode` does. On
+        any error no running sequence has changed.
         """
         inputs = {name: value.cpu() for name, value in self.backbone.encode(conversations).items()}
         limit = self.backbone.decoder.config.max_position_embeddings
@@ -225,8 +225,7 @@ class Generation:
 
     @torch.no_grad()
     def _enter(self, prefill: Prefill) -> list[GeneratedSequence] | None:
-        """Choose first tokens, then copy the key-value cache, one batch a call; then join the
-        batches."""
+        """Choose first tokens, copy the key-value cache batch by batch, and join the batches."""
         if prefill.sequences is None:
             prefill.sequences = self._first_tokens(prefill)
         running = [number for number, sequence in enumerate(prefill.sequences) if sequence.is_running]
@@ -268,8 +267,7 @@ class Generation:
         batches.append(entering)
 
     def _decode_step(self, batch: Batch) -> list[Batch]:
-        """Generate one token for each sequence of a batch; return the batch or batches that
-        remain."""
+        """Generate one token for each sequence; return the remaining batch or batches."""
         device, cache = batch.cache.mask.device, batch.cache.extended()
         out = self.backbone.model(
             input_ids=torch.tensor([[one.tokens[-1]] for one in batch.sequences], device=device),
@@ -285,8 +283,7 @@ class Generation:
         return self._without_ended(batch)
 
     def _without_ended(self, batch: Batch) -> list[Batch]:
-        """Return a batch without its ended sequences, in two halves where it has grown too
-        large."""
+        """Return a batch without its ended sequences, split in two if it has grown too large."""
         rows = [row for row, sequence in enumerate(batch.sequences) if sequence.is_running]
         try:
             if len(rows) > 1 and len(rows) * batch.length > self.step_tokens:

@@ -107,7 +107,7 @@ class EvaluationSet:
     name: str
     questions: Sequence[Question]
     root: Path | None = None
-    """Folder of their pictures; if None, only their groups are compared."""
+    """Folder of their images; if None, only their groups are compared."""
 
 
 @dataclass
@@ -179,7 +179,7 @@ def curate(
     evaluation_groups: Iterable[str] = (),
     config: CurationConfig | None = None,
 ) -> tuple[list[Conversation], CurationReport]:
-    """Curate one corpus that is in memory; by default without balancing.
+    """Curate one corpus in memory; by default without balancing.
 
     `evaluation_groups` are the groups of all evaluation sets: training on one of them would be a
     leak. Returns the kept conversations in their order, and the report.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from blm.types import BlmError
 
 EXAMPLES = 3
-"""Number of places listed per reason in a summary."""
+"""Number of examples listed per reason in a summary."""
 REASONS: dict[str, str] = {
     "malformed JSON": "a line is one JSON object in UTF-8",
     "truncated last line": "the file was cut while it was written; write it again",

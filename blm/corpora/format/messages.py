@@ -3,7 +3,7 @@
 A line is one conversation in the OpenAI content-part format: `{"id", "group", "source", "kinds":
 [...], "messages": [{"role", "content": [{"type": "text", "text"} | {"type": "image_url",
 "image_url": {"url": "images/ab12.png"}}]}, ...]}`. A content may be a plain string. URLs are media
-references below the folder: a picture, or a video frame `clips/a.mp4#t=1.25` (see blm.media). An
+references below the folder: an image, or a video frame `clips/a.mp4#t=1.25` (see blm.media). An
 optional system turn comes first, then user and assistant turns alternate, and the last is an
 answer.
 
@@ -57,7 +57,7 @@ class Conversation:
     def turns(self) -> Iterator[tuple[str, Message, Message]]:
         """Yield kind, question and answer of each turn.
 
-        A question includes all pictures shown so far.
+        A question includes all images shown so far.
         """
         shown: tuple[str | Image, ...] = ()
         body = [message for message in self.messages if message.role != "system"]
@@ -68,7 +68,7 @@ class Conversation:
     def select(self, turns: Sequence[int]) -> Conversation:
         """Return the conversation with these turns only.
 
-        The first of them gets all earlier pictures.
+        The first of them gets all earlier images.
         """
         wanted = set(turns)
         kept = [m for m in self.messages if m.role == "system"]
@@ -84,7 +84,7 @@ class Conversation:
         return replace(self, kinds=kinds, messages=tuple(kept))
 
     def questions(self) -> Iterator[Question]:
-        """Yield each turn as a question of its own, with the pictures shown so far."""
+        """Yield each turn as a question of its own, with the images shown so far."""
         system = tuple(message for message in self.messages if message.role == "system")
         for turn, (kind, asked, answer) in enumerate(self.turns()):
             scorer = scorer_of(kind)
@@ -100,7 +100,7 @@ class Conversation:
 
 
 def end_of_pictures(message: Message) -> int:
-    """Return the number of content parts up to and including the last picture."""
+    """Return the number of content parts up to and including the last image."""
     return 1 + max((i for i, part in enumerate(message.content) if isinstance(part, Image)), default=-1)
 
 
@@ -179,7 +179,7 @@ def reserved_scenes(rows: Iterable[Conversation]) -> dict[str, int]:
 
 
 TEACHING = ("control", "scan")
-"""Beginnings of kinds of turns that only teach; their long answers are not evaluated."""
+"""Prefixes of the kinds of teaching turns, whose long answers are not evaluated."""
 
 
 def read_questions(folder: Path) -> list[Question]:
@@ -292,8 +292,8 @@ def _text(row: dict[str, Any], key: str, default: str) -> str:
 def write_corpus(folder: Path, conversations: Iterable[Conversation], *, media: Path | None = None) -> int:
     """Write a corpus folder atomically; return the number of conversations.
 
-    Pictures in memory are stored as PNG files that are named by a hash of their content, so equal
-    pictures are stored once. Media that are paths below the folder `media` are hard-linked, or
+    Images in memory are stored as PNG files that are named by a hash of their content, so equal
+    images are stored once. Media that are paths below the folder `media` are hard-linked, or
     copied to another disk; without `media`, paths are written unchanged. Media that a killed run
     stored are reused; an error leaves nothing behind. Raises BlmError if `folder` exists: a corpus
     is never overwritten.
@@ -331,7 +331,7 @@ def _to_row(
 
 
 def _store(image: Image, folder: Path, media: Path | None, stored: set[Path]) -> str:
-    """Store one picture or video below `folder`; return its reference."""
+    """Store one image or video below `folder`; return its reference."""
     if image.pixels is None and media is None:
         return str(image.path)
     if image.pixels is not None:

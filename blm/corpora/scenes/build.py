@@ -34,7 +34,7 @@ from blm.types import BlmError, ImageArray, require_numbers
 SCENES_PER_SHARD = 400
 EPISODES_PER_SHARD = 60
 FRAME_GAP = 3
-"""Number of frames between two pictures of a sequence: 0.15 s at 20 Hz."""
+"""Number of frames between two images of a sequence: 0.15 s at 20 Hz."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ def shards_folder(out: Path) -> Path:
 
 
 def remove_shards(out: Path) -> None:
-    """Remove the shards that a run killed at its end left beside a finished corpus."""
+    """Remove the shards that a run, killed at its very end, left next to a finished corpus."""
     if out.exists() and (shards_folder(out) / MARK).is_file():
         names = (CORPUS_FILE, "journal.jsonl", MARK)
         remove_own(shards_folder(out), lambda name: name.name in names or name.parts[-2:-1] == ("images",))
@@ -150,7 +150,7 @@ ShardItems = tuple[str, str, Sequence[int]]
 
 
 def _scene_shards(config: SceneCorpusConfig) -> Iterator[tuple[str, str, ShardItems]]:
-    """Yield shards of one robot and task each: an environment costs as much as 50 scenes."""
+    """Yield shards, each of one robot and task: an environment costs as much as 50 scenes."""
     cells = list(itertools.product(config.robots, config.tasks))
     for number, (robot, task) in enumerate(cells):
         for start in range(number, config.scenes, len(cells) * SCENES_PER_SHARD):
@@ -275,7 +275,7 @@ def _balance_steps(
 def _pictures(
     dataset: EpisodeDataset, cameras: Sequence[str], first: int, frame: int, rng: np.random.Generator
 ) -> list[ImageArray]:
-    """Return the pictures of one frame, or of a sequence of frames that leads to it.
+    """Return the images of one frame, or of a sequence of frames that leads to it.
 
     A sequence has two frames in all views, or three in the first view.
     """
@@ -287,7 +287,7 @@ def _pictures(
 
 
 def _pool(folders: Sequence[Path], pool: Path) -> Path:
-    """Move the pictures of all shards into one folder; their names are hashes of their content."""
+    """Move the images of all shards into one folder; their names are hashes of their content."""
     (pool / "images").mkdir(parents=True, exist_ok=True)
     for picture in (picture for folder in folders for picture in (folder / "images").glob("*.png")):
         picture.replace(pool / "images" / picture.name)

@@ -26,7 +26,10 @@ class Wordings(NamedTuple):
 
 
 def expansions(pattern: str) -> list[str]:
-    """List the wordings that a pattern stands for, in the order of its alternatives; `{...}` stays."""
+    """List the wordings that a pattern stands for, in the order of its alternatives.
+
+    `{...}` stays.
+    """
     parts = re.split(r"\[(.*?)\]", pattern)  # every second part was in brackets
     return [
         "".join(chosen) for chosen in product(*(p.split("|") if i % 2 else [p] for i, p in enumerate(parts)))

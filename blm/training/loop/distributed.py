@@ -130,7 +130,7 @@ def wrap_for_processes(
     if processes.count == 1:
         return loss_module, lambda: None
     if not shard:
-        # a process whose samples have no picture uses no parameter of the vision tower
+        # a process whose samples have no image uses no parameter of the vision tower
         wrapped = DistributedDataParallel(loss_module, find_unused_parameters=True, broadcast_buffers=False)
         return wrapped, lambda: None
     plain = [(part, type(part), _hooks(part)) for part in module.modules()]

@@ -85,7 +85,7 @@ class LiveHiddenStates:
         return self.tap([self.dataset.instructions[t] for t in self.dataset.task_index[frames]], images)
 
     def tap(self, instructions: Sequence[str], images: Mapping[str, ImageArray]) -> HiddenStateRows:
-        """Return H_k of n control prompts: n texts, and for each camera pictures [n, height, width,
+        """Return H_k of n control prompts: n texts, and for each camera images [n, height, width,
         3]."""
         prompts = [
             control_prompt(text, self.dataset.space.robot, {camera: images[camera][i] for camera in images})
@@ -142,9 +142,9 @@ def dequantize_int8(stored: NDArray[np.uint8]) -> NDArray[np.float16]:
 def augmented(
     images: Mapping[str, ImageArray], frames: IndexArray, views: IndexArray
 ) -> dict[str, ImageArray]:
-    """Return pictures with random augmentation where the view is not 0, seeded by frame and view.
+    """Return images with random augmentation where the view is not 0, seeded by frame and view.
 
-    Brightness and contrast change by up to 30 %, each colour channel by up to 10 %, and the picture
+    Brightness and contrast change by up to 30 %, each colour channel by up to 10 %, and the image
     shifts by up to 3 % of its side, with the border repeated: about the choices of GR00T N1.5,
     without those that would hide small objects.
     """

@@ -42,7 +42,7 @@ class PolicyDataset:
 
     dataset: EpisodeDataset
     hidden_states: HiddenStateSource | None
-    """None: for a policy that takes pictures."""
+    """None: for a policy that takes images."""
     transforms: RobotTransforms
     """Fitted to the training frames of all datasets of its robot."""
     train: IndexArray

@@ -2,9 +2,9 @@
 
 A pretrained backbone can perceive, read lists and compute before it is fine-tuned; nano starts from
 random weights. First its vision tower learns to localise things (`vision_tower.py`). Then the
-language model is trained on the grounding drill (which things are in a picture, and where, one
-picture at a time) and on text-only scenes: conversations that list the positions of things in words
-instead of showing pictures, and ask for distances, directions and order. Text-only scenes are also
+language model is trained on the grounding drill (which things are in an image, and where, one
+image at a time) and on text-only scenes: conversations that list the positions of things in words
+instead of showing images, and ask for distances, directions and order. Text-only scenes are also
 a part of Stage I.
 """
 
@@ -65,7 +65,7 @@ def pretrain_nano(
 ) -> Backbone:
     """Return a pretrained nano, with a tokenizer trained on the texts of these corpora.
 
-    `corpora` are conversations and the folder of their pictures. Without scan turns in them the
+    `corpora` are conversations and the folder of their images. Without scan turns in them the
     weights stay random. Resumes a killed run in `out`.
     """
     views = [view for rows, root in corpora for row in rows for view in scanned_views(row, root)]
@@ -94,7 +94,7 @@ def pretrain_nano(
 
 
 def grounding_drill(row: Conversation) -> Iterator[Conversation]:
-    """Yield a conversation for each picture that shows something, with the turns about what is
+    """Yield a conversation for each image that shows something, with the turns about what is
     where in it."""
     images, answers = row.media, [m.text for m in row.messages if m.role == "assistant"]
     scans = [turn for turn, kind in enumerate(row.kinds) if kind.startswith("scan_") and kind != "scan_step"]
@@ -119,7 +119,7 @@ def nano_sources(
     """Return the sources of Stage I for a pretrained nano: conversations without scan turns,
     text-only scenes.
 
-    `sources` are conversations, the folder of their pictures, and their weight.
+    `sources` are conversations, the folder of their images, and their weight.
     """
     without_scans = [
         TrainingSource(
@@ -158,7 +158,7 @@ def without_scan_turns(row: Conversation) -> Conversation:
 
 def text_only_scene(row: Conversation) -> Conversation | None:
     """Return the turns whose answers follow from a thought, with positions in words in place of
-    pictures.
+    images.
 
     The first question begins with the positions [cm from the robot] that the scan turns list;
     further comparisons of these positions are added. None if the conversation has no such turns or

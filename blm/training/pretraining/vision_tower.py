@@ -2,9 +2,9 @@
 pretrained.
 
 The labels are the "scan" turns of the corpus. Some list all things in a view: the heat map of each
-thing is trained towards a distribution over the cells of the picture, or "nowhere". Views of fixed
+thing is trained towards a distribution over the cells of the image, or "nowhere". Views of fixed
 cameras also give positions in the robot's frame. Each turn names its view; others name the step
-under way. Shapes: N pictures, M things.
+under way. Shapes: N images, M things.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ METRIC_ROUNDING = 0.005
 
 @dataclass(frozen=True)
 class ScannedView:
-    """One picture with labels from scan turns."""
+    """One image with labels from scan turns."""
 
     image: Image
     root: Path
     positions: dict[str, tuple[int, ...]] | None
-    """Thing -> x, y [thousandths of the picture's sides], then, if known, x, y, z from the robot
+    """Thing -> x, y [thousandths of the image's sides], then, if known, x, y, z from the robot
     [cm].
 
     None: not labelled.
@@ -57,9 +57,9 @@ class ScannedView:
 
 
 def scanned_views(row: Conversation, root: Path) -> list[ScannedView]:
-    """Return the labelled views of a conversation: its n-th scan turn is about its n-th picture.
+    """Return the labelled views of a conversation: its n-th scan turn is about its n-th image.
 
-    A labelled step applies to all its pictures.
+    A labelled step applies to all its images.
     """
     images = [image for message in row.messages for image in message.images]
     answers = [message.text for message in row.messages if message.role == "assistant"]
@@ -99,10 +99,10 @@ def pretrain_vision_tower(
 
 
 class GroundingTargets(NamedTuple):
-    """Labels of N pictures. NaN, or -1 for a step or view: not labelled."""
+    """Labels of N images. NaN, or -1 for a step or view: not labelled."""
 
     points: Tensor
-    """[N, M, 2] x, y as fractions of the picture; negative: the thing is not in the picture."""
+    """[N, M, 2] x, y as fractions of the image; negative: the thing is not in the image."""
     metres: Tensor
     """[N, M, 3] positions in the robot's frame [m]."""
     step: Tensor
@@ -131,7 +131,7 @@ def grounding_targets(views: Sequence[ScannedView], known: ConvVisionConfig) -> 
 def vision_tower_loss(
     tower: ConvVision, pixels: Tensor, targets: GroundingTargets
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """Return the mean loss over pictures [N, 3, 112, 112], and metrics of localisation and
+    """Return the mean loss over images [N, 3, 112, 112], and metrics of localisation and
     classification.
 
     Metrics without labels in the batch are NaN: all processes of a run must report the same names.

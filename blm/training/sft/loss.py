@@ -38,7 +38,7 @@ class MaskedLossModel(nn.Module):
     """Stage I as one module, for DDP and FSDP to wrap: an `ExampleBatch` in, a `MaskedLoss` out.
 
     All ranks must run the same modules, or some wait for others forever. So for a batch without
-    pictures the vision tower runs on a dummy picture whose output is multiplied by zero, if the
+    images the vision tower runs on a dummy image whose output is multiplied by zero, if the
     tower is trained or `sharded` over ranks. A single process does the same, because to AdamW a
     gradient of zero and no gradient are not the same. Frozen vision modules stay in evaluation
     mode.
@@ -54,7 +54,7 @@ class MaskedLossModel(nn.Module):
 
     @cached_property
     def dummy_picture(self) -> Inputs:
-        """The vision inputs of one picture."""
+        """The vision inputs of one image."""
         return concatenate_vision_inputs([probe_examples(self.backbone)[1].vision_inputs(self.backbone)])
 
     def train(self, mode: bool = True) -> MaskedLossModel:
@@ -81,7 +81,7 @@ class MaskedLossModel(nn.Module):
         return MaskedLoss(loss + zero, targets.new_tensor(len(targets)), correct)
 
     def _zero_of_unused_vision(self, inputs: Inputs) -> Tensor | float:
-        """Return zero; if the batch has no pictures, as the vision output of the dummy picture
+        """Return zero; if the batch has no images, as the vision output of the dummy image
         times zero."""
         needed = self.vision_modules and (self.sharded or not all(map(is_frozen, self.vision_modules)))
         if not needed or not inputs.keys().isdisjoint(self.dummy_picture):

@@ -121,7 +121,7 @@ def require_exact(backbone: Backbone) -> float:
     """Return the error of packing with this model: the largest difference of logits, relative to
     the largest.
 
-    Three examples in one sequence (pictures and two turns, one picture, none) are compared with
+    Three examples in one sequence (images and two turns, one image, none) are compared with
     plain calls of the model on each turn alone. Raises BlmError, naming the model, if the error
     exceeds TOLERANCE.
     """
@@ -173,7 +173,7 @@ def probe_conversations(backbone: Backbone) -> list[Messages]:
 
 
 def probe_examples(backbone: Backbone) -> list[TokenizedExample]:
-    """Return the probe conversations as examples: pictures and two turns, one picture, text
+    """Return the probe conversations as examples: images and two turns, one image, text
     only."""
     config = TokenizationConfig(max_length=1_000_000)
     examples = [

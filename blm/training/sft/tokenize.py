@@ -1,7 +1,7 @@
 """Tokenization: conversations -> token ids, loss mask, segment ids, position ids. Shapes: L
 positions.
 
-Pictures are loaded again whenever an example is used: those of a corpus do not fit into memory.
+Images are loaded again whenever an example is used: those of a corpus do not fit into memory.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class TokenizationConfig:
 
 @dataclass(frozen=True)
 class ProcessorInput:
-    """Pictures, and the text with their placeholders, from which the processor makes vision
+    """Images, and the text with their placeholders, from which the processor makes vision
     inputs."""
 
     text: str
@@ -62,7 +62,7 @@ class ProcessorInput:
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """One conversation, ready to train on: all its turns behind one copy of its pictures."""
+    """One conversation, ready to train on: all its turns behind one copy of its images."""
 
     tokens: np.ndarray
     """[L] int64 token ids."""
@@ -75,15 +75,15 @@ class TokenizedExample:
     """[1, L] int64, or [3, L] for M-RoPE: those of each turn continue from the end of the shared
     prefix."""
     processor_input: ProcessorInput | None = None
-    """None: it has no pictures, or their features are cached."""
+    """None: it has no images, or their features are cached."""
     features: VisionInputs = field(default_factory=dict)
-    """Cached vision features of its pictures."""
+    """Cached vision features of its images."""
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def vision_inputs(self, backbone: Backbone) -> VisionInputs:
-        """Return the cached features of its pictures, or load the pictures and process them."""
+        """Return the cached features of its images, or load the images and process them."""
         source = self.processor_input
         if source is None:
             return self.features
@@ -135,7 +135,7 @@ def tokenize_conversation(
 
 
 def limit_pixels(pixels: ImageArray, max_pixels: int | None) -> ImageArray:
-    """Scale a picture [height, width, 3] down to at most `max_pixels`; return a smaller one
+    """Scale an image [height, width, 3] down to at most `max_pixels`; return a smaller one
     unchanged."""
     height, width = pixels.shape[:2]
     if max_pixels is None or height * width <= max_pixels:
@@ -146,7 +146,7 @@ def limit_pixels(pixels: ImageArray, max_pixels: int | None) -> ImageArray:
 
 
 def vision_inputs_of(inputs: Inputs) -> VisionInputs:
-    """Return the inputs that describe the pictures, of those that a processor made for one
+    """Return the inputs that describe the images, of those that a processor made for one
     conversation."""
     of_text = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
     return {name: (value,) for name, value in inputs.items() if name not in of_text}
@@ -157,12 +157,12 @@ def _segments(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return token ids, loss mask and segment ids [L] of turns behind one shared prefix.
 
-    `first` are the token ids of turn 0, with all placeholders of its pictures. The tokens with
+    `first` are the token ids of turn 0, with all placeholders of its images. The tokens with
     which all turns begin form the prefix. It ends before the last token that precedes an answer:
     that token predicts the answer's first one, so both must belong to the same turn.
     """
     placeholder = backbone.processor.image_token_id
-    plain = [_tokens_and_loss_mask(backbone, turn) for turn in turns]  # with one placeholder a picture
+    plain = [_tokens_and_loss_mask(backbone, turn) for turn in turns]  # with one placeholder an image
     loss_mask = _expand_loss_mask(first, *plain[0], placeholder)
     if len(turns) == 1:
         return first, loss_mask, np.zeros(len(first), dtype=np.int64)
@@ -186,11 +186,11 @@ def _segments(
 def _expand_loss_mask(
     tokens: np.ndarray, plain: np.ndarray, loss_mask: np.ndarray, placeholder: int
 ) -> np.ndarray:
-    """Transfer a loss mask from `plain`, with one placeholder a picture, to `tokens`, with all of
+    """Transfer a loss mask from `plain`, with one placeholder an image, to `tokens`, with all of
     them.
 
-    Only the processor knows how many placeholders it writes for a picture, and which tokens around
-    them; the text between two pictures is the same in both.
+    Only the processor knows how many placeholders it writes for an image, and which tokens around
+    them; the text between two images is the same in both.
     """
     expanded, end, stop = np.zeros(len(tokens), dtype=bool), len(tokens), len(plain)
     for cut in (*np.flatnonzero(plain == placeholder)[::-1].tolist(), -1):
@@ -223,9 +223,9 @@ def _end_of_pictures(tokens: np.ndarray, placeholder: int) -> int:
 
 
 def split_turns(messages: Messages) -> list[Messages]:
-    """Split a dialogue about pictures into one conversation a turn, each with all the pictures.
+    """Split a dialogue about images into one conversation a turn, each with all the images.
 
-    Returns the dialogue unsplit if it has no pictures, or has them in later turns.
+    Returns the dialogue unsplit if it has no images, or has them in later turns.
     """
     system = tuple(message for message in messages if message.role == "system")
     users = [message for message in messages if message.role == "user"]
@@ -241,7 +241,7 @@ def split_turns(messages: Messages) -> list[Messages]:
 
 
 def _tokens_and_loss_mask(backbone: Backbone, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
-    """Return token ids and loss mask [L] of a conversation, with one placeholder a picture.
+    """Return token ids and loss mask [L] of a conversation, with one placeholder an image.
 
     An answer is the text by which the rendered conversation with it is longer than the prompt
     before it, up to the first end token. So this works for any chat template that does not rewrite

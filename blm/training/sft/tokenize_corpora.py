@@ -18,7 +18,7 @@ from blm.training.sft.vision_features import VisionFeatureCache
 from blm.types import BlmError, Message
 
 CONVERSATIONS_PER_EXCHANGE = 256
-"""Conversations that a process tokenises between two exchanges. With cached features their pictures
+"""Conversations that a process tokenises between two exchanges. With cached features their images
 stay in memory until then."""
 
 
@@ -63,7 +63,7 @@ class CorpusTokenizer:
         skip_bad: bool,
         cache_features: bool,
     ) -> None:
-        """With `cache_features`, pictures are replaced by their features, 256 conversations at a
+        """With `cache_features`, images are replaced by their features, 256 conversations at a
         time."""
         self.backbone, self.config, self.processes = backbone, config, processes
         self.skip_bad = skip_bad
@@ -94,7 +94,7 @@ class CorpusTokenizer:
         return TokenizedSource(name=source.name, examples=examples, weight=source.weight)
 
     def total_counts(self) -> Counter[str]:
-        """Return the outcomes in all processes: conversations kept, cut, dropped, pictures, .."""
+        """Return the outcomes in all processes: conversations kept, cut, dropped, images, .."""
         pictures = {*self.feature_cache.features} if self.feature_cache is not None else set[str]()
         gathered = self.processes.gather_objects((self.counts, pictures))
         counts = sum((part for part, _ in gathered), Counter[str]())

@@ -2,7 +2,7 @@
 tokens only.
 
 A weighted mixture of sources (own questions, general replay) is tokenised once, before training.
-Pictures are loaded one step ahead, or cached as vision features if the vision tower is frozen.
+Images are loaded one step ahead, or cached as vision features if the vision tower is frozen.
 """
 
 from __future__ import annotations

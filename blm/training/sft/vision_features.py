@@ -1,4 +1,4 @@
-"""Vision features: computed by the vision tower, or cached once per distinct picture in place of
+"""Vision features: computed by the vision tower, or cached once per distinct image in place of
 pixels.
 
 Two things can be cached. If tower and projector are frozen: the output of both, for any model. If
@@ -25,9 +25,9 @@ from blm.types import BlmError
 PROJECTORS = ("multi_modal_projector", "connector")
 """Names of projectors that are modules of their own, behind the vision tower."""
 PICTURES_PER_PASS = 64
-"""Maximum pictures in one pass of the vision tower."""
+"""Maximum images in one pass of the vision tower."""
 PictureFeatures = dict[str, Tensor]
-"""Of one picture or several: "tower_features" [pictures, tokens, width], or "picture_features"
+"""Of one image or several: "tower_features" [images, tokens, width], or "picture_features"
 [tokens, width] with, for Qwen3-VL, "deepstack_features" [tokens, blocks, width]."""
 
 
@@ -37,7 +37,7 @@ class VisionOutput(BaseModelOutputWithPooling):
     tower."""
 
     pooler_output: Any = None
-    """Tensors [tokens, width], of one or several pictures each."""
+    """Tensors [tokens, width], of one or several images each."""
     deepstack_features: Any = None
     """Qwen3-VL: the same for each of its DeepStack blocks."""
 
@@ -55,7 +55,7 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 class VisionFeatureCache:
-    """Replaces the pixels of examples by vision features; equal pictures are encoded once."""
+    """Replaces the pixels of examples by vision features; equal images are encoded once."""
 
     def __init__(self, backbone: Backbone, counts: Counter[str]) -> None:
         """`counts` gets 'pictures' and 'distinct pictures'. Raises BlmError unless the tower is
@@ -64,10 +64,10 @@ class VisionFeatureCache:
         self.backbone, self.counts = backbone, counts
         self.batch_size = PICTURES_PER_PASS if projector is not None else 1
         self.features: dict[str, PictureFeatures] = {}
-        """By the content key of a picture."""
+        """By the content key of an image."""
 
     def __call__(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-        """Return the examples with cached features in place of pictures."""
+        """Return the examples with cached features in place of images."""
         keys = []
         missing = dict[str, Inputs]()
         for example in examples:
@@ -89,7 +89,7 @@ class VisionFeatureCache:
 def _encode_all(
     backbone: Backbone, pictures: Mapping[str, Inputs], batch_size: int
 ) -> dict[str, PictureFeatures]:
-    """Return the features of pictures by key; those of one shape share a pass if `batch_size` is
+    """Return the features of images by key; those of one shape share a pass if `batch_size` is
     above 1."""
     encoded: dict[str, PictureFeatures] = {}
     groups = defaultdict[object, list[str]](list)
@@ -108,7 +108,7 @@ def _encode_all(
 
 @torch.no_grad()
 def encode_pictures(backbone: Backbone, vision_inputs: Inputs) -> PictureFeatures:
-    """Return the features to cache for a picture (or several, if a projector is trained), on the
+    """Return the features to cache for an image (or several, if a projector is trained), on the
     CPU.
 
     Raises BlmError unless the vision tower is frozen.
@@ -138,7 +138,7 @@ def encode_pictures(backbone: Backbone, vision_inputs: Inputs) -> PictureFeature
 
 
 def vision_features(backbone: Backbone, inputs: Inputs) -> Any:
-    """Return the vision features of the pictures, or of the cached features, among `inputs`.
+    """Return the vision features of the images, or of the cached features, among `inputs`.
 
     Like the output of `get_image_features` of transformers the result has `pooler_output` and, for
     Qwen3-VL, `deepstack_features`.
@@ -190,7 +190,7 @@ def projector_of(backbone: Backbone) -> Any:
 
 
 def _split_pictures(vision_inputs: VisionInputs) -> list[Inputs]:
-    """Split vision inputs into those of single pictures (SmolVLM: tiles)."""
+    """Split vision inputs into those of single images (SmolVLM: tiles)."""
     if not vision_inputs:
         return []
     whole = concatenate_vision_inputs([vision_inputs])

@@ -7,9 +7,9 @@ nvidia-cosmos/cosmos-reason1 (loader, prompt, letter mode with 10 tokens, `corre
 another name of `answer`) and the listing of the hub. Assumed: that options are lettered A, B, ..
 without a gap.
 
-Deliberate differences from upstream: frames are given as pictures, 4 a second like there, but at
-most 8 (upstream: all); an unread answer is wrong at once (upstream: asked again, up to ten times,
-ever more at random); a missing clip is an error (upstream: its questions are left out).
+Deliberate differences from upstream: frames are given as images, 4 a second as upstream, but at
+most 8 (upstream: all); an answer that cannot be parsed is wrong (upstream: asked again, up to ten
+times, at rising temperature); a missing clip is an error (upstream: its questions are skipped).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from blm.types import BlmError, Message, Question
 FRAME_RATE = 4.0
 """Frames per second."""
 MAX_FRAMES = 8
-"""Most frames that a question shows."""
+"""Maximum number of frames that a question shows."""
 ASK = "Answer with the option's letter from the given choices directly."
 _GET = (
     "Get it with `hf download --repo-type dataset nvidia/Cosmos-Reason1-Benchmark --local-dir FOLDER` "
@@ -35,7 +35,7 @@ _GET = (
 
 
 def cosmos(name: str, title: str, clips: str, licence: str) -> Benchmark:
-    """Return the benchmark of one set. `clips` tells where the clips come from."""
+    """Return the benchmark of one set. `clips` describes the source of the clips."""
     get = _GET.format(name=name, clips=clips)
     return Benchmark(
         name=name,
