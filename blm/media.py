@@ -95,7 +95,8 @@ def read_pixels(file: Path) -> ImageArray:
 def read_frames(file: Path, times: Sequence[float]) -> list[ImageArray]:
     """Return the frames of a video at `times` [s], in that order, in one pass.
 
-    A time after the end gives the last frame. Raises BlmError for a file that is no readable video.
+    A time after the end gives the last frame. Raises BlmError for a file that is not a readable
+    video.
     """
     order = sorted(range(len(times)), key=times.__getitem__)
     picked: dict[int, ImageArray] = {}
@@ -129,7 +130,7 @@ def _frames(file: Path) -> Iterator[tuple[float, ImageArray]]:
 
 @lru_cache(4096)
 def video_seconds(file: Path) -> float:
-    """Length of a video [s]. Raises BlmError for a file that is no readable video."""
+    """Return the length of a video [s]. Raises BlmError for a file that is not a readable video."""
     import av
 
     try:
@@ -143,6 +144,6 @@ def video_seconds(file: Path) -> float:
 
 
 def frame_references(path: str, root: Path, count: int) -> list[str]:
-    """References to `count` frames of a video, from the middles of equal parts of it."""
+    """Return references to `count` frames of a video, from the middles of equal parts of it."""
     seconds = video_seconds(locate(path, root))
     return [f"{path}#t={seconds * (index + 0.5) / count:.3f}" for index in range(count)]

@@ -147,8 +147,7 @@ class ActionChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyContract:
-    """The inputs and outputs of a policy; stored in checkpoints and sent to clients on
-    connection."""
+    """The inputs and outputs of a policy, stored in checkpoints and sent to clients."""
 
     action_spaces: Mapping[str, ActionSpace]
     """Robot name -> action space."""
@@ -180,8 +179,10 @@ class PolicyContract:
         return cls(**{**data, "action_spaces": spaces, "cameras": tuple(data["cameras"])})
 
     def check(self, observation: Observation) -> Observation:
-        """Return the observation with a float32 state. Raises BlmError for one that violates the
-        contract."""
+        """Return the observation with a float32 state.
+
+        Raises BlmError for an observation that violates the contract.
+        """
         text = observation.instruction
         if not isinstance(text, str) or len(text.encode(errors="surrogatepass")) > MAX_INSTRUCTION:
             limit = f"needed: text of at most {MAX_INSTRUCTION} bytes of UTF-8"
@@ -237,8 +238,7 @@ class PolicyContract:
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """One recorded rollout of T control steps. Row t is the observation, then the action of
-    step t."""
+    """One recorded rollout of T control steps; row t holds an observation and the next action."""
 
     robot: str
     task: str
@@ -249,8 +249,7 @@ class Episode:
     actions: FloatArray
     """[T, D] float32: the correct action in this state, the training target."""
     executed: FloatArray | None = None
-    """[T, D] float32: the executed actions, if noise or another policy moved the arm; None:
-    `actions`."""
+    """[T, D] float32 executed actions; None if they are equal to `actions`."""
     images: Mapping[str, ImageArray]
     """Camera -> [T, height, width, 3]; empty when loaded without video."""
     primitives: tuple[str, ...] = ()

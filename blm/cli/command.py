@@ -24,8 +24,7 @@ OutFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 
 @dataclass(frozen=True, kw_only=True)
 class CliCommand(ABC):
-    """Base class of all commands: the docstring of a subclass is its help, and its fields are its
-    flags.
+    """Base class of all commands: its docstring is the help text, and its fields are the flags.
 
     tyro keeps the line breaks of a field's docstring, so each line of it should be a whole
     sentence. In the docstring of a class, a line that does not begin with a letter starts a new
@@ -44,8 +43,7 @@ class CliCommand(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSelection:
-    """Flags that select the recipe and the run folder. They are parsed first: they set other
-    defaults."""
+    """Flags that select recipe and run folder; parsed first, because they set other defaults."""
 
     recipe: str | None = None
     run: Path | None = None

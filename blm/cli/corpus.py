@@ -241,8 +241,7 @@ def _source(text: str) -> Source:
 
 
 def print_curation(report: CurationReport) -> None:
-    """Print the conversations that each step dropped, the fraction of yes answers, and the
-    sources."""
+    """Print the conversations that each step dropped, the yes shares, and the sources."""
     table = Table("step", "rows", "turns", "dropped for", box=None, title="Curation", title_justify="left")
     for step in report.steps:
         rows = f"{step.rows_in} -> {step.rows_out}"

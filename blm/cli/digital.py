@@ -147,8 +147,7 @@ def find_judge(chosen: EvaluateDigital) -> Any:
 
 
 def print_result(result: DigitalResult) -> None:
-    """Print the scores of every kind next to the baselines, and counts of unparsed and unjudged
-    answers."""
+    """Print the scores of every kind, the baselines, and unparsed and unjudged counts."""
     baselines, summary = result.baselines, result.summary
     table = Table(box=None)
     for heading in (
@@ -218,8 +217,8 @@ class ShowTable(CliCommand):
         tyro.conf.Positional[tuple[str, ...]],
         tyro.conf.arg(metavar="RESULT [RESULT ...]", help_behavior_hint="(required)"),
     ]
-    """Folders of digital evaluations, each as DIR or LABEL=DIR. Results with one label share a
-    row."""
+    """Folders of digital evaluations, each as DIR or LABEL=DIR.
+    Results with one label share a row."""
     out: Path | None = None
     """File to write the tables to, .md or .html."""
 

@@ -37,10 +37,9 @@ class CollectMode:
 
 @dataclass(frozen=True, kw_only=True)
 class Collect(CliCommand):
-    """Record demonstrations by the planning expert into OUT/<robot>, one LeRobotDataset v3.0 per
-    robot.
+    """Record demonstrations by the planning expert into OUT/<robot>, one dataset per robot.
 
-    Run the same command again to resume an interrupted collection.
+    The datasets have LeRobot's format v3.0. Run the same command again to resume a collection.
 
     With --verify, nothing is recorded: every episode of OUT is replayed and must match bit for bit.
 
@@ -82,14 +81,12 @@ class Collect(CliCommand):
 
 
 def _print_wide(table: Table) -> None:
-    """Print a table at no less than its width: a narrow terminal wraps its lines but cuts no
-    cell."""
+    """Print a table at its full width: a narrow terminal wraps its lines but cuts no cell."""
     Console(width=max(console.width, WIDTH)).print(table)
 
 
 def print_summary(summary: Mapping[str, Any]) -> None:
-    """Print the kept and rejected attempts of a collection by robot and task, and the time of each
-    part."""
+    """Print the attempts of a collection by robot and task, and the time of each part."""
     table = Table(box=None)
     for heading in (
         "robot",
@@ -165,11 +162,10 @@ class EvaluatePhysical(CliCommand):
     horizon: int = 16
     """Number of actions in a chunk of a policy that has no contract."""
     execute: int = 8
-    """Number of actions of a chunk that a policy without a contract executes before the next
-    one."""
+    """Number of actions of a chunk to execute, for a policy that has no contract."""
     continued: bool = False
-    """Use real-time chunking: each chunk continues the previous one. Motion is smoother, inference
-    slower."""
+    """Use real-time chunking: each chunk continues the previous one.
+    Motion is smoother, and inference is slower."""
     videos: int = 1
     """Number of episodes for each robot and task to record as videos."""
     api_key: str | None = None
@@ -241,8 +237,7 @@ class EvaluatePhysical(CliCommand):
 
 
 def print_result(result: PhysicalResult) -> None:
-    """Print success rates of every robot and task with intervals, and the reasons of the
-    failures."""
+    """Print success rates of every robot and task with intervals, and reasons of failures."""
     table = Table(box=None)
     for heading in ("robot", "task", "n", "once", "95 %", "at end", "at limit", "failures"):
         table.add_column(heading, justify="left" if heading in ("robot", "task", "failures") else "right")

@@ -60,8 +60,8 @@ class TrainStage1(CliCommand):
     """Corpus of general dialogues, which limit forgetting, in the same form as --corpus.
     Use `blm corpus replay` to write one."""
     backbone: str = "nano"
-    """Name or folder of the backbone; `nano` creates one, with a tokenizer trained on these
-    corpora."""
+    """Name or folder of the backbone.
+    With `nano`, a new one is created, with a tokenizer trained on these corpora."""
     schooling: NanoPretrainingConfig = field(default_factory=NanoPretrainingConfig)
     """Pretraining of a new nano backbone."""
     held_out: Path | None = None

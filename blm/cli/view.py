@@ -18,8 +18,9 @@ console = Console()
 
 @dataclass(frozen=True, kw_only=True)
 class View(CliCommand):
-    """Write an episode as a video, a contact sheet or a Rerun recording, or one image of a
-    collection.
+    """Write an episode as a video, a contact sheet or a Rerun recording.
+
+    With `--form suite`, write one image of a collection.
 
     Example: blm view runs/demo/episodes/panda --episode 3 --form sheet
     """

@@ -139,8 +139,7 @@ class PhysicalProtocol:
 
     @classmethod
     def for_policy(cls, contract: PolicyContract, **settings: Unpack[ProtocolSettings]) -> PhysicalProtocol:
-        """Return the protocol for a policy; `settings` are the fields that the policy does not
-        determine."""
+        """Return the protocol for a policy; `settings` are the remaining fields."""
         return cls._make(contract, "", settings)
 
     @classmethod

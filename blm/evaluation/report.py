@@ -218,8 +218,7 @@ def _embedded(file: Path, kind: str) -> str:
 
 
 def _curve(stage: str, log: Path) -> str:
-    """Return losses over steps as inline SVG; empty for no rows. Colours follow the page's
-    theme."""
+    """Return losses over steps as inline SVG in the page's colours; empty for no rows."""
     rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     names = [name for name in dict.fromkeys(k for row in rows for k in row) if "loss" in name]
     if not names:

@@ -85,8 +85,7 @@ def _stratum_means(values: np.ndarray, strata: Sequence[str] | None) -> tuple[np
 
 
 def effective_size(values: np.ndarray, groups: Sequence[str], strata: Sequence[str] | None = None) -> float:
-    """Return the effective sample size: independent binary trials with the same variance of the
-    mean.
+    """Return the number of independent binary trials whose mean has the same variance.
 
     `values` [n]. Correlation of the items of one group reduces it; scores between 0 and 1 vary less
     than binary ones, which increases it.
@@ -152,8 +151,7 @@ def paired_difference(
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Return the p-value of McNemar's exact two-sided test, a binomial test of the discordant
-    items."""
+    """Return the p-value of McNemar's exact test, a binomial test of the discordant items."""
     from scipy.stats import binomtest  # takes a second to import, which commands would wait for
 
     n = only_first + only_second

@@ -1,4 +1,4 @@
-"""Folders: built beside their place, swapped in atomically, removed only if ours.
+"""Folders: built next to their place, moved in atomically, removed only if ours.
 
 Every folder that is being built or is about to be removed holds a marker file (`MARK`). Nothing
 here removes a folder without it. Symbolic links are never followed when something is removed.
@@ -29,9 +29,9 @@ from blm.io.files import (
 from blm.types import BlmError
 
 MARK = ".blm-owner.json"
-"""Marker file of a folder that this program made and may remove."""
+"""Marker file of a folder that this program created and may remove."""
 MANY_FILES = 64
-"""With more files than this, one `sync` flushes everything: an `fsync` takes about 4 ms a file."""
+"""Number of files from which one `sync` flushes everything: an `fsync` takes about 4 ms."""
 RETURN_AGE = 60.0
 """Age after which a folder that another machine moved aside and did not replace is restored [s]."""
 Written = Callable[[Path], Collection[str]]

@@ -123,17 +123,18 @@ class CollectConfig:
 def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -> dict[str, Any]:
     """Collect one LeRobotDataset v3.0 per robot, `out/<robot>/`; write and return the summary.
 
-    With a `pilot`, that policy drives the first steps of every episode and the expert completes it. The
-    expert's actions are the labels from the first step on: corrections on states that the policy visits.
+    With a `pilot`, that policy controls the first steps of every episode and the expert completes
+    it. The expert's actions are the labels from the first step on: corrections on states that the
+    policy visits.
 
     `out/summary.json` has "robots" (robot -> task -> attempts, kept, rejected by reason, frames),
-    "seconds" of the run that finished, "seconds_in" (summed over attempts: planning, physics, rendering,
-    encoding), "versions", "suite", "seeds" (first and last tried), "reserved_seeds" (episodes on scenes that
-    are not for training) and "config".
+    "seconds" of the run that finished, "seconds_in" (summed over attempts: planning, physics,
+    rendering, encoding), "versions", "suite", "seeds" (first and last tried), "reserved_seeds"
+    (episodes on scenes that are not for training) and "config".
 
-    After a kill, the same call resumes; after the end, it returns the summary. Raises BlmError if `out`
-    contains a collection of another configuration or files that would be replaced, if another process
-    collects there, or if a cell (robot and task) fails too often.
+    After a kill, the same call resumes; after the end, it returns the summary. Raises BlmError if
+    `out` contains a collection of another configuration or files that would be replaced, if another
+    process collects there, or if a cell (robot and task) fails too often.
     """
     wanted = {k: v for k, v in json.loads(json.dumps(asdict(config))).items() if k not in _NOT_DATA}
     wanted["pilot"] = pilot().contract.revision if pilot else None
@@ -186,7 +187,7 @@ def _make(config: CollectConfig, out: Path, wanted: dict[str, Any], pilot: MakeP
 
 
 def _is_staged(name: PurePath) -> bool:
-    """Whether a file below the staging folder is one that `stage_episode` writes."""
+    """Return whether a file below the staging folder is one that `stage_episode` writes."""
     return name.suffix == ".mp4" or name.name in ("episode.json", "vectors.npz", MARK)
 
 
@@ -312,7 +313,7 @@ def _pilot(make: MakePolicy) -> Policy:
 
 @cache
 def _check_pilot(make: MakePolicy, config: CollectConfig, robot: str, task: str) -> None:
-    """Raise ContractError, once for each cell and process, where the pilot needs other images."""
+    """Raise ContractError, once per cell and process, if the pilot needs other images."""
     _pilot(make).contract.check(_expert(config, robot, task).env.observation())
 
 

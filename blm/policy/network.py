@@ -57,13 +57,11 @@ class PolicyConfig:
     future_weight: float = 0.2
     """Weight lambda of the future-prediction loss; 0 disables the loss."""
     future_steps: int = 16
-    """Number of control steps between an observation and the frame that the future tokens
-    predict."""
+    """Number of control steps to the frame that the future tokens predict."""
     ema: float = 0.995
     """Decay of the exponential moving average of the weights per optimizer step, in [0, 1)."""
     relative: bool = True
-    """Predict joint targets relative to the current joint positions, instead of absolute
-    targets."""
+    """Predict joint targets relative to the current joint positions, not absolute ones."""
 
     def __post_init__(self) -> None:
         sizes = ("width", "blocks", "heads", "max_dim", "horizon", "sampler_steps", "future_steps")
@@ -78,8 +76,7 @@ class PolicyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyBatch:
-    """A training batch with its noise and flow times, so that the loss is a function of its
-    batch."""
+    """A training batch with its noise and flow times, which determine its loss."""
 
     hidden: Tensor
     """[B, L, d] hidden states of the frame."""
@@ -104,8 +101,11 @@ class PolicyBatch:
     ids: Sequence[object] = ()
     """Names of the samples, for error messages."""
     values: float = 0.0
-    """Real values of a sample, on average over the whole step; 0: over this batch. Makes the losses
-    of the parts of a step, weighted by their samples, add up to the loss of the whole."""
+    """Mean number of real values per sample over the whole step; 0: over this batch.
+
+    With it, the losses of the parts of a step, weighted by their samples, add up to the loss of the
+    whole.
+    """
 
     def to(self, device: torch.device | str) -> PolicyBatch:
         tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -113,11 +113,10 @@ class PolicyBatch:
 
 
 class PolicyNetwork(nn.Module):
-    """Bridge, diffusion transformer and heads for several robots, on hidden states of size
-    `hidden_size`."""
+    """Bridge, diffusion transformer and heads for several robots."""
 
     _no_split_modules = ("PerceiverBlock", "Block")
-    """Units of FSDP, in an attribute that transformers models have, too."""
+    """Units of FSDP, in an attribute that transformers models also have."""
 
     def __init__(self, config: PolicyConfig, hidden_size: int, embodiments: int) -> None:
         super().__init__()
@@ -141,10 +140,9 @@ class PolicyNetwork(nn.Module):
         embodiment: Tensor,
         cache: IntentCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the velocity [B, H, D] at `noised` [B, H, D], and the predicted future intent
-        tokens [B, M, z].
+        """Return the velocity [B, H, D] and the predicted future intent tokens [B, M, z].
 
-        `intent`: intent tokens [B, M, z]; `cache`: of `DiT.cache_intent`.
+        `noised` is [B, H, D], `intent` [B, M, z], and `cache` the result of `DiT.cache_intent`.
         """
         tokens = [
             self.encode_state(state[:, None], embodiment),
@@ -188,8 +186,8 @@ class PolicyNetwork(nn.Module):
     ) -> Tensor:
         """Return normalised actions [B, H, D], sampled from `noise` [B, H, D] by Euler steps.
 
-        `dims` [B, D] is True at the dimensions that the robot has. `prefix`: the chunk in progress
-        to continue.
+        `dims` [B, D] is True at the dimensions that the robot has. `prefix` is the current chunk to
+        continue.
         """
         intent, real = self.bridge(hidden, mask), dims[:, None]
         cache = self.dit.cache_intent(intent)

@@ -1,5 +1,4 @@
-"""The trained policy: observation -> H_k -> intent tokens -> action chunk; and its checkpoint
-folder.
+"""The trained policy: observation -> H_k -> intent tokens -> action chunk; its checkpoint.
 
 In addition to the files of every checkpoint (checkpoint.py) the folder holds the backbone, as a
 stock transformers folder. Loading refuses a backbone that is not, bit for bit, the one that the
@@ -36,8 +35,7 @@ from blm.types import ActionChunk, BlmError, FloatArray, Observation, PolicyCont
 
 @dataclass(frozen=True)
 class FrozenProof:
-    """Proof that a backbone is unchanged: the hash of its parameters, and logits on fixed
-    prompts."""
+    """Proof that a backbone is unchanged: hash of its parameters, logits on fixed prompts."""
 
     fingerprint: str
     """sha256 of all parameters and buffers."""
@@ -51,8 +49,10 @@ class FrozenProof:
         return cls(backbone.fingerprint(), tuple(logits[:: max(1, len(logits) // 256)].tolist()))
 
     def require(self, backbone: Backbone, where: str) -> None:
-        """Raise BlmError unless `backbone` is unchanged; logits may differ by the rounding of
-        devices."""
+        """Raise BlmError unless `backbone` is unchanged.
+
+        Logits may differ by the rounding of devices.
+        """
         now = FrozenProof.of(backbone)
         slack = 0.01 if backbone.model.dtype == torch.float32 else 0.5
         same_logits = np.allclose(now.logits, self.logits, rtol=0, atol=slack)
@@ -64,8 +64,7 @@ class FrozenProof:
 
 
 class CheckpointPolicy:
-    """A `Policy`: tap the frozen backbone, bridge, Euler steps, inverse transforms, clip to the
-    limits."""
+    """A `Policy`: tapped backbone, bridge, Euler steps, inverse transforms, clipping."""
 
     def __init__(
         self,
@@ -78,8 +77,7 @@ class CheckpointPolicy:
         contract: PolicyContract,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        """`layer`: k, the block that is tapped; `provenance`: that of the checkpoint it was loaded
-        from."""
+        """Tap block `layer` (k); `provenance` is that of the loaded checkpoint."""
         self.provenance = provenance or {}
         self.backbone, self.frozen, self.layer, self.transforms = backbone, frozen, layer, transforms
         self.network = network.eval().requires_grad_(False)
@@ -87,7 +85,7 @@ class CheckpointPolicy:
 
     @property
     def device(self) -> str:
-        """Type of the device that it runs on: cpu, cuda, mps."""
+        """Type of the device that the policy runs on: cpu, cuda, mps."""
         return str(self.backbone.model.device.type)
 
     def reset(self) -> None:
@@ -123,7 +121,7 @@ class CheckpointPolicy:
         return decode_chunks(self.contract, self.transforms, checked, actions)
 
     def _action_prefix(self, observations: Sequence[Observation]) -> ActionPrefix | None:
-        """Return the chunks in progress, normalised; None if no observation has one."""
+        """Return the current chunks, normalised; None if no observation has one."""
         if all(o.chunk is None for o in observations):
             return None
         config = self.network.config

@@ -83,8 +83,10 @@ class ArmHealth:
         return None
 
     def _judge(self, reading: Reading) -> None:
-        """Check cameras, following error and joint limits. A fault holds the arm, and stops it if
-        it lasts."""
+        """Check cameras, following error and joint limits.
+
+        A fault holds the arm, and stops it if it lasts.
+        """
         self._fault = ""
         if why := self._cameras.add(reading):
             self._stop("camera", why)

@@ -1,5 +1,4 @@
-"""The policy's side of the loop: when to request a chunk, which replies to use, and when to give
-up."""
+"""The policy's side of the loop: requests for chunks, replies, and giving up."""
 
 from __future__ import annotations
 

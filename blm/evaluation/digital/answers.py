@@ -13,8 +13,7 @@ from blm.types import BlmError, Chat, Message
 
 
 class AnswerError(BlmError):
-    """One conversation has no answer (refused, too long): it counts as wrong, and the run
-    continues."""
+    """One conversation has no answer (refused, too long); it counts as wrong."""
 
 
 @runtime_checkable

@@ -183,8 +183,7 @@ def _ask(
     model: str,
     config: DigitalEvalConfig,
 ) -> list[RawAnswer]:
-    """Return the raw answers. They depend on neither parser nor judge, so any of these can use the
-    journal."""
+    """Return the raw answers. They depend on neither parser nor judge, which may change later."""
     system = (Message("system", (protocol.prompt,)),) if protocol.prompt else ()
     limits = [protocol.long.get(question.kind, protocol.max_tokens) for question in questions]
     order = sorted(range(len(questions)), key=limits.__getitem__)  # a batch has one limit

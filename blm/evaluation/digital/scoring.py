@@ -62,8 +62,7 @@ class ScoringConfig:
 
 
 def score(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
-    """Score a raw answer. An answer for the judge is only parsed, and has score 0 until it is
-    judged."""
+    """Score a raw answer. An answer for the judge is only parsed; its score is 0 until then."""
     return _SCORERS[question.scorer](question, raw, config)
 
 

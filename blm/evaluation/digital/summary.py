@@ -1,5 +1,4 @@
-"""Predictions -> scores with intervals, by kind of question and overall, and balanced
-accuracies."""
+"""Predictions -> scores with intervals, by kind and overall, and balanced accuracies."""
 
 from __future__ import annotations
 
@@ -56,8 +55,7 @@ def _answer_summary(predictions: Sequence[Prediction]) -> AnswerSummary:
 
 
 def _median_error(predictions: Sequence[Prediction]) -> float | None:
-    """Return the median error; an unparsed place has an infinite error, an infinite median is
-    None."""
+    """Return the median error; unparsed answers have an infinite error. None if it is infinite."""
     errors = [np.inf if p.error is None else p.error for p in predictions]
     median = float(np.median(errors)) if errors else np.inf
     return median if np.isfinite(median) else None

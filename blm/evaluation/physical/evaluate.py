@@ -100,8 +100,7 @@ def _execution(
 
 
 def _run_key(protocol: PhysicalProtocol, contract: PolicyContract) -> str:
-    """Return the key of a run's journaled episodes: version of the rows, protocol, whole
-    contract."""
+    """Return the key of a run's journaled episodes: row version, protocol, whole contract."""
     return f"{ROWS}/{protocol_hash(protocol)}/{digest(contract.to_json())}"
 
 
@@ -138,8 +137,7 @@ def _is_shared(policy: Policy, wanted: bool | None, *, possible: bool) -> bool:
 
 
 def _units(protocol: PhysicalProtocol, run: str, videos_per_cell: int) -> list[WorkUnit]:
-    """Return one unit per episode; the first `videos_per_cell` of each cell are recorded as
-    videos."""
+    """Return one unit per episode; the first `videos_per_cell` of each cell record videos."""
     seen: Counter[tuple[str, str]] = Counter()
     units = []
     for robot, task, seed in protocol.scenes:

@@ -64,8 +64,7 @@ class ReplayPolicy:
     """
 
     def __init__(self, episodes: Sequence[Episode]) -> None:
-        """`episodes` need no images; their metric "random_start" says whether the start was
-        random."""
+        """`episodes` need no images. Their metric "random_start" marks random arm starts."""
         self._episodes = {(episode.robot, episode.task, episode.seed): episode for episode in episodes}
         recording = hashlib.sha256(b"".join(_executed_actions(episode).tobytes() for episode in episodes))
         robots = dict.fromkeys(episode.robot for episode in episodes)

@@ -1,6 +1,6 @@
 """The training loop: forward, backward, clip, optimizer step, EMA, log, checkpoint, exact resume.
 
-Its parts are files of their own: the learning-rate schedule (`lr_schedule.py`), optimizers, EMA,
+Its parts are in separate files: the learning-rate schedule (`lr_schedule.py`), optimizers, EMA,
 data prefetching (`batches.py`), DDP and FSDP2 (`distributed.py`), metrics, checkpoints
 (`state.py`).
 
@@ -72,8 +72,8 @@ class LoopConfig:
     A larger number saves memory and costs time; the result is the same up to rounding."""
     shard: bool = False
     """Shard the weights and optimizer states over the processes (FSDP2).
-    The default replicates them in every process (DDP); `accelerate launch --use_fsdp` also
-    shards."""
+    The default replicates them in every process (DDP), unless `accelerate launch --use_fsdp` is
+    used."""
     log_every: int = 10
     """Number of steps between rows of the log."""
     save_every: int = 500
@@ -115,13 +115,12 @@ def run_loop(
     ema: Ema | None = None,
     on_eval: Callable[[int], Mapping[str, float]] | None = None,
 ) -> None:
-    """Train the parameters of `module` that require gradients; resume the run in `out`, if there is
-    one.
+    """Train the parameters of `module` that require gradients; resume the run in `out`, if any.
 
     `next_batch(step, shard)`, step = 0, 1, .., returns one micro-batch; those of all shards form
-    the batch of the step. It must depend on its arguments (and the seed) alone: it runs one step
-    ahead in its own thread, so it may not use torch's global generator. `loss_fn(batch)` returns
-    the mean loss of a micro-batch and metrics to log (means, too); on CUDA it runs under bfloat16
+    the batch of the step. It must depend only on its arguments (and the seed): it runs one step
+    ahead in a separate thread, so it may not use torch's global generator. `loss_fn(batch)` returns
+    the mean loss of a micro-batch and metrics to log (also means); on CUDA it runs under bfloat16
     autocast. `learning_rate(name)` replaces `config.lr` for a parameter. `on_eval(steps done)`
     returns numbers to add to a log row; every process calls it, with unsharded weights.
 
@@ -206,8 +205,10 @@ class _Run(Generic[B]):
     def update(
         self, step: int, microbatches: Sequence[Microbatch[B]]
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """Make one optimizer step; return (loss, metrics and gradient norm before clipping) and
-        sizes."""
+        """Take one optimizer step; return the means to log and the sizes.
+
+        The means are those of loss, metrics and the gradient norm before clipping.
+        """
         self.optimizer.zero_grad()
         kind = self.processes.device.type
         sizes = self.processes.sum(
@@ -243,14 +244,14 @@ class _Run(Generic[B]):
         return values, sizes
 
     def lr_factor(self, step: int) -> float:
-        """Return the share of its peak that every learning rate has at a step."""
+        """Return the factor of the peak learning rates at a step, 0 .. 1."""
         return cosine_with_warmup(step, steps=self.config.steps, warmup_fraction=self.config.warmup_fraction)
 
     def clip(self) -> float:
         """Clip the gradient of all parameters; return its norm before clipping.
 
-        Parameters that no sample used get a gradient of zero: to AdamW, zero and none are not the
-        same.
+        Parameters that no sample used get a gradient of zero, because AdamW treats zero and None
+        differently.
         """
         parameters = list(self.optimizer.names.values())
         for p in parameters:
@@ -259,7 +260,7 @@ class _Run(Generic[B]):
         return full_tensor(nn.utils.clip_grad_norm_(parameters, self.config.clip)).item()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of a checkpoint; frozen parameters are not among them."""
+        """Return the tensors of a checkpoint, without frozen parameters."""
         tensors = {f"buffer/{name}": value for name, value in self.module.named_buffers()}
         tensors |= {f"weight/{name}": p.detach() for name, p in self.optimizer.names.items()}
         tensors |= {f"moment/{name}": value for name, value in self.optimizer.state().items()}

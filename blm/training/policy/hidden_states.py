@@ -77,16 +77,14 @@ class LiveHiddenStates:
         self.backbone, self.dataset, self.config = backbone, dataset, config
 
     def read(self, frames: IndexArray, views: IndexArray | None = None) -> HiddenStateRows:
-        """Return H_k of the given dataset frames, each in the view of this number; 0 is the frame
-        itself."""
+        """Return H_k of these dataset frames in these views; view 0 is the frame itself."""
         images = {camera: self.dataset.frames(frames, camera) for camera in self.config.cameras}
         if views is not None:
             images = augmented(images, frames, views)
         return self.tap([self.dataset.instructions[t] for t in self.dataset.task_index[frames]], images)
 
     def tap(self, instructions: Sequence[str], images: Mapping[str, ImageArray]) -> HiddenStateRows:
-        """Return H_k of n control prompts: n texts, and for each camera images [n, height, width,
-        3]."""
+        """Return H_k of n control prompts: n texts, and images [n, height, width, 3] per camera."""
         prompts = [
             control_prompt(text, self.dataset.space.robot, {camera: images[camera][i] for camera in images})
             for i, text in enumerate(instructions)
@@ -122,11 +120,10 @@ class CachedHiddenStates:
 
 
 def quantize_int8(hidden: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
-    """Quantise hidden states [tokens, d] to bytes [tokens, d + 4]: int8 values, and a float32
-    scale, per token.
+    """Quantise hidden states [tokens, d] to int8 with one float32 scale per token.
 
-    Symmetric, with 254 steps: the error of a value is at most 1/254 of the largest value of its
-    token.
+    Returns bytes [tokens, d + 4]. The quantisation is symmetric, with 254 steps: the error of a
+    value is at most 1/254 of the largest value of its token.
     """
     scale = np.maximum(np.abs(hidden).max(-1, keepdims=True), 1e-12).astype(np.float32) / 127
     values = np.round(hidden / scale).astype(np.int8)
@@ -145,8 +142,8 @@ def augmented(
     """Return images with random augmentation where the view is not 0, seeded by frame and view.
 
     Brightness and contrast change by up to 30 %, each colour channel by up to 10 %, and the image
-    shifts by up to 3 % of its side, with the border repeated: about the choices of GR00T N1.5,
-    without those that would hide small objects.
+    shifts by up to 3 % of its side, with the border repeated. These are about the choices of GR00T
+    N1.5, without those that would hide small objects.
     """
     changed = {camera: pictures.copy() for camera, pictures in images.items()}
     for index in np.flatnonzero(views):
@@ -165,8 +162,7 @@ def augmented(
 
 
 def collate(rows: HiddenStateRows) -> tuple[Tensor, Tensor]:
-    """Pad hidden states of unequal length on the right: [B, L, d] in their precision, and mask [B,
-    L]."""
+    """Pad hidden states on the right: [B, L, d] in their precision, and mask [B, L]."""
     lengths = np.array([len(row) for row in rows])
     hidden = np.zeros((len(rows), lengths.max(), rows[0].shape[1]), rows[0].dtype)
     for padded, row in zip(hidden, rows, strict=True):
@@ -210,7 +206,7 @@ def cache_hidden_states(
 
 
 def describe(backbone: Backbone, dataset: EpisodeDataset, config: HiddenStateConfig) -> dict[str, Any]:
-    """Return everything that the cached values depend on, for spec.json."""
+    """Return all inputs that the cached values depend on, for spec.json."""
     return {
         "format": FORMAT,
         "backbone": backbone.fingerprint(),
@@ -247,8 +243,7 @@ def _report_size(live: LiveHiddenStates, folder: Path) -> None:
 
 
 def _shards(dataset: EpisodeDataset, config: HiddenStateConfig, folder: Path) -> Iterator[WorkUnit]:
-    """Yield one work unit per shard of consecutive whole episodes, with the cached frames of each
-    episode."""
+    """Yield one work unit per shard of whole episodes, with their cached frames."""
     kept = kept_frames(dataset.starts, config.stride)
     episodes = np.split(kept, np.searchsorted(kept, dataset.starts[1:-1]))
     shard: list[IndexArray] = []

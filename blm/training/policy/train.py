@@ -1,8 +1,8 @@
 """Stage II, policy training: bridge and policy on demonstrations, with a frozen backbone.
 
-One policy for several robots, each with one row in the indexed weights. With a hidden-state cache
-the backbone is in memory only before the first step and after the last. The run ends with a proof
-that the backbone has not changed.
+One policy is trained for several robots, each with one row in the indexed weights. With a
+hidden-state cache the backbone is in memory only before the first step and after the last. The run
+ends with a proof that the backbone has not changed.
 """
 
 from __future__ import annotations
@@ -102,8 +102,7 @@ class PolicyTrainingConfig:
 def open_datasets(
     backbone: Backbone, datasets: Sequence[EpisodeDataset], config: PolicyTrainingConfig, start: InitialPolicy
 ) -> list[PolicyDataset]:
-    """Split the episodes, fit the transforms, and open the hidden states, filling caches where
-    needed."""
+    """Split the episodes, fit the transforms, and open or fill the hidden-state caches."""
     opened = split(
         datasets,
         config.policy,
@@ -128,8 +127,7 @@ def _hidden_states(
 
 
 def cache_names(datasets: Sequence[EpisodeDataset]) -> list[str]:
-    """Return the folder names of caches: "panda" for the first dataset of a robot, then "panda-2",
-    .."""
+    """Return the folder names of caches: "panda" for a robot's first dataset, then "panda-2"."""
     names = [data.space.robot for data in datasets]
     counts = (names[: number + 1].count(name) for number, name in enumerate(names))
     return [name if count == 1 else f"{name}-{count}" for name, count in zip(names, counts, strict=True)]
@@ -226,8 +224,7 @@ def _prepare_folder(out: Path, inputs: Mapping[str, Any]) -> None:
 def _open_first_alone(
     processes: Processes, open_all: Callable[[], list[PolicyDataset]]
 ) -> list[PolicyDataset]:
-    """Open the datasets in the first process, which fills the caches, and only then in the
-    others."""
+    """Open the datasets in the first process, which fills the caches; then in the others."""
     if processes.first:
         opened = open_all()
     processes.wait()
@@ -256,7 +253,7 @@ def _start(backbone: Backbone, contract: PolicyContract, config: PolicyTrainingC
 def _inputs(
     backbone: Backbone, datasets: Sequence[EpisodeDataset], start: InitialPolicy, config: PolicyTrainingConfig
 ) -> dict[str, Any]:
-    """Return everything that a run depends on, beside the loop's own config, for inputs.json."""
+    """Return all inputs that a run depends on, except the loop's config, for inputs.json."""
     return {
         "robots": list(start.robots),
         "intents": [describe(backbone, data, config.intents) for data in datasets],
@@ -278,8 +275,7 @@ class BestCheckpoint:
                 self.facts = stored.metadata() or {}
 
     def update(self, weights: nn.Module, step: int, metrics: Mapping[str, float]) -> None:
-        """Save these weights if they are the best so far: by success, or else by validation
-        loss."""
+        """Save these weights if they are the best so far, by success or validation loss."""
         score = metrics.get("success", -metrics.get("val_loss_flow", math.inf))
         if score > float(self.facts.get("score", -math.inf)):
             self.facts = {"score": str(score), "step": str(step)}
@@ -299,8 +295,7 @@ def _run(
     out: Path,
     validate: Callable[[int, PolicyNetwork], Mapping[str, float]],
 ) -> None:
-    """Run the training loop; the EMA is both teacher of the future loss and the network to
-    validate."""
+    """Run the training loop; the EMA is the teacher of the future loss and is validated."""
     teacher = cast(PolicyNetwork, ema.module)
     names = ("loss_flow", "loss_future")
     best = BestCheckpoint(out)

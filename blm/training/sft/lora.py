@@ -1,9 +1,8 @@
-"""LoRA: low-rank adapters in the language model, through `peft`; the projector may be trained fully
-as well.
+"""LoRA: low-rank adapters in the language model, through `peft`.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021: W x + (alpha / rank) B A x,
-with B = 0 at the start. The adapters are modules inside the backbone's model, so the training loop
-and `Backbone.tap` need no special case.
+The projector may be trained fully as well. Hu et al., "LoRA: Low-Rank Adaptation of Large Language
+Models", 2021: W x + (alpha / rank) B A x, with B = 0 at the start. The adapters are modules inside
+the backbone's model, so the training loop and `Backbone.tap` need no special case.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Tokenization: conversations -> token ids, loss mask, segment ids, position ids. Shapes: L
-positions.
+"""Tokenization: conversations -> token ids, loss mask, segment ids, position ids.
 
-Images are loaded again whenever an example is used: those of a corpus do not fit into memory.
+Shapes: L positions. Images are loaded again whenever an example is used: those of a corpus do not
+fit into memory.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from blm.types import BlmError, Image, ImageArray, Message, require_numbers
 
 Messages = tuple[Message, ...]
 VisionInputs = Mapping[str, tuple[Tensor, ...]]
-"""Model inputs beside tokens ("pixel_values", Qwen's "image_grid_thw", ..), or cached vision
-features, in reading order."""
+"""Model inputs other than tokens ("pixel_values", Qwen's "image_grid_thw", ..).
+
+Or cached vision features, in reading order.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,7 @@ class TokenizationConfig:
 
 @dataclass(frozen=True)
 class ProcessorInput:
-    """Images, and the text with their placeholders, from which the processor makes vision
-    inputs."""
+    """Images, and the text with their placeholders, for the processor."""
 
     text: str
     images: tuple[Image, ...]
@@ -62,7 +63,7 @@ class ProcessorInput:
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """One conversation, ready to train on: all its turns behind one copy of its images."""
+    """One conversation, ready to train on: all its turns after one copy of its images."""
 
     tokens: np.ndarray
     """[L] int64 token ids."""
@@ -72,10 +73,12 @@ class TokenizedExample:
     """[L] int64: 0 for the shared prefix, which all later positions attend to; j > 0 for turn j,
     which only turn j attends to."""
     position_ids: np.ndarray
-    """[1, L] int64, or [3, L] for M-RoPE: those of each turn continue from the end of the shared
-    prefix."""
+    """[1, L] int64, or [3, L] for M-RoPE.
+
+    Those of each turn continue from the end of the shared prefix.
+    """
     processor_input: ProcessorInput | None = None
-    """None: it has no images, or their features are cached."""
+    """None if it has no images, or if their features are cached."""
     features: VisionInputs = field(default_factory=dict)
     """Cached vision features of its images."""
 
@@ -94,8 +97,7 @@ class TokenizedExample:
 
 @contextmanager
 def single_torch_thread() -> Iterator[None]:
-    """Let torch use one thread: for thousands of tiny tensors, threads cost more time than they
-    save."""
+    """Let torch use one thread: for thousands of tiny tensors, more threads are slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -111,8 +113,10 @@ def tokenize_conversation(
     root: Path | None,
     counts: Counter[str],
 ) -> TokenizedExample | None:
-    """Tokenise one conversation; None if even its first turn is too long. `counts` records the
-    outcome."""
+    """Tokenise one conversation; None if even its first turn is too long.
+
+    `counts` records the outcome.
+    """
     turns = split_turns(messages) if config.separate_turns else [messages]
     images = tuple(image for message in turns[0] for image in message.images)
     source = ProcessorInput(backbone.render(turns[0], prompt=False), images, root, config.max_pixels)
@@ -135,8 +139,10 @@ def tokenize_conversation(
 
 
 def limit_pixels(pixels: ImageArray, max_pixels: int | None) -> ImageArray:
-    """Scale an image [height, width, 3] down to at most `max_pixels`; return a smaller one
-    unchanged."""
+    """Scale an image [height, width, 3] down to at most `max_pixels`.
+
+    A smaller one is returned unchanged.
+    """
     height, width = pixels.shape[:2]
     if max_pixels is None or height * width <= max_pixels:
         return pixels
@@ -146,8 +152,7 @@ def limit_pixels(pixels: ImageArray, max_pixels: int | None) -> ImageArray:
 
 
 def vision_inputs_of(inputs: Inputs) -> VisionInputs:
-    """Return the inputs that describe the images, of those that a processor made for one
-    conversation."""
+    """Return the vision inputs among the processor's outputs for one conversation."""
     of_text = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
     return {name: (value,) for name, value in inputs.items() if name not in of_text}
 
@@ -186,11 +191,10 @@ def _segments(
 def _expand_loss_mask(
     tokens: np.ndarray, plain: np.ndarray, loss_mask: np.ndarray, placeholder: int
 ) -> np.ndarray:
-    """Transfer a loss mask from `plain`, with one placeholder an image, to `tokens`, with all of
-    them.
+    """Transfer a loss mask from `plain`, with one placeholder per image, to `tokens`.
 
-    Only the processor knows how many placeholders it writes for an image, and which tokens around
-    them; the text between two images is the same in both.
+    `tokens` has all placeholders. Only the processor knows how many placeholders it writes for an
+    image, and which tokens around them; the text between two images is the same in both.
     """
     expanded, end, stop = np.zeros(len(tokens), dtype=bool), len(tokens), len(plain)
     for cut in (*np.flatnonzero(plain == placeholder)[::-1].tolist(), -1):
@@ -223,7 +227,7 @@ def _end_of_pictures(tokens: np.ndarray, placeholder: int) -> int:
 
 
 def split_turns(messages: Messages) -> list[Messages]:
-    """Split a dialogue about images into one conversation a turn, each with all the images.
+    """Split a dialogue about images into one conversation per turn, each with all the images.
 
     Returns the dialogue unsplit if it has no images, or has them in later turns.
     """
@@ -241,10 +245,10 @@ def split_turns(messages: Messages) -> list[Messages]:
 
 
 def _tokens_and_loss_mask(backbone: Backbone, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
-    """Return token ids and loss mask [L] of a conversation, with one placeholder an image.
+    """Return token ids and loss mask [L] of a conversation, with one placeholder per image.
 
     An answer is the text by which the rendered conversation with it is longer than the prompt
-    before it, up to the first end token. So this works for any chat template that does not rewrite
+    before it, up to the first end token. This works for any chat template that does not rewrite
     earlier turns. Raises BlmError for another template, and for a conversation without an answer.
     """
     text = backbone.render(messages, prompt=False)

@@ -1,5 +1,4 @@
-"""Stage I: supervised fine-tuning of a backbone on conversations, with loss on the assistant's
-tokens only.
+"""Stage I: supervised fine-tuning of a backbone on conversations, with loss on the answers only.
 
 A weighted mixture of sources (own questions, general replay) is tokenised once, before training.
 Images are loaded one step ahead, or cached as vision features if the vision tower is frozen.
@@ -37,8 +36,7 @@ from blm.types import BlmError, require_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class Stage1Config:
-    """Stage I: which weights are trained, at which learning rates, and on which form of the
-    data."""
+    """Stage I: trained weights, their learning rates, and the form of the data."""
 
     loop: LoopConfig
     """Training loop."""
@@ -97,12 +95,12 @@ def train_stage1(
     *,
     on_eval: Callable[[int], Mapping[str, float]] | None = None,
 ) -> Counter[str]:
-    """Train `backbone` in place, save it to `out/backbone`, and count kept and dropped
-    conversations.
+    """Train `backbone` in place, save it to `out/backbone`, and return counts of conversations.
 
-    The counts are written to `out/rows.json`, too. With LoRA the adapters are saved to
-    `out/adapter`, and merged into the backbone. `on_eval(steps done)` is called with the model in
-    evaluation mode. Raises BlmError naming a conversation that cannot be used.
+    The counts of kept and dropped conversations are also written to `out/rows.json`. With LoRA the
+    adapters are saved to `out/adapter`, and merged into the backbone. `on_eval(steps done)` is
+    called with the model in evaluation mode. Raises BlmError naming a conversation that cannot be
+    used.
     """
     processes, model = Processes.join(backbone.model.device.type), backbone.model
     adapted = _choose_trained(backbone, config)
@@ -199,9 +197,9 @@ def _tokenize(
 def _run_inputs(
     backbone: Backbone, tokenized: Sequence[TokenizedSource], config: Stage1Config
 ) -> dict[str, object]:
-    """Return what a run is made from, for `inputs.json`.
+    """Return the inputs of a run, for `inputs.json`.
 
-    Without the loop's config, which the loop compares itself, and without `limits`, which show in
+    They exclude the loop's config, which the loop compares itself, and `limits`, which determine
     the tokens.
     """
     facts = asdict(config)

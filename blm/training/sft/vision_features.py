@@ -1,9 +1,8 @@
-"""Vision features: computed by the vision tower, or cached once per distinct image in place of
-pixels.
+"""Vision features: computed by the vision tower, or cached once per distinct image.
 
-Two things can be cached. If tower and projector are frozen: the output of both, for any model. If
-only the projector behind the tower is trained: the input of the projector, for LLaVA- and
-SmolVLM-type models.
+Two outputs can be cached in place of pixels. If tower and projector are frozen: the output of both,
+for any model. If only the projector behind the tower is trained: the input of the projector, for
+LLaVA- and SmolVLM-type models.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from blm.training.sft.tokenize import TokenizedExample, VisionInputs, concatenat
 from blm.types import BlmError
 
 PROJECTORS = ("multi_modal_projector", "connector")
-"""Names of projectors that are modules of their own, behind the vision tower."""
+"""Names of projectors that are separate modules, behind the vision tower."""
 PICTURES_PER_PASS = 64
-"""Maximum images in one pass of the vision tower."""
+"""Maximum number of images in one pass of the vision tower."""
 PictureFeatures = dict[str, Tensor]
 """Of one image or several: "tower_features" [images, tokens, width], or "picture_features"
 [tokens, width] with, for Qwen3-VL, "deepstack_features" [tokens, blocks, width]."""
@@ -33,8 +32,7 @@ PictureFeatures = dict[str, Tensor]
 
 @dataclass
 class VisionOutput(BaseModelOutputWithPooling):
-    """Cached features in the form in which transformers models take the output of their vision
-    tower."""
+    """Cached features in the form of the output of transformers' vision towers."""
 
     pooler_output: Any = None
     """Tensors [tokens, width], of one or several images each."""
@@ -43,8 +41,10 @@ class VisionOutput(BaseModelOutputWithPooling):
 
 
 def vision_modules(backbone: Backbone) -> list[nn.Module]:
-    """Return the modules beside the decoder: vision tower and projector. Empty for a model of text
-    only."""
+    """Return vision tower and projector: the modules apart from the decoder.
+
+    Empty for a model of text only.
+    """
     parts = backbone.model.base_model.children()
     return [part for part in parts if not any(module is backbone.decoder for module in part.modules())]
 
@@ -58,8 +58,10 @@ class VisionFeatureCache:
     """Replaces the pixels of examples by vision features; equal images are encoded once."""
 
     def __init__(self, backbone: Backbone, counts: Counter[str]) -> None:
-        """`counts` gets 'pictures' and 'distinct pictures'. Raises BlmError unless the tower is
-        frozen."""
+        """`counts` gets 'pictures' and 'distinct pictures'.
+
+        Raises BlmError unless the tower is frozen.
+        """
         projector = _trained_projector(backbone)
         self.backbone, self.counts = backbone, counts
         self.batch_size = PICTURES_PER_PASS if projector is not None else 1
@@ -89,8 +91,10 @@ class VisionFeatureCache:
 def _encode_all(
     backbone: Backbone, pictures: Mapping[str, Inputs], batch_size: int
 ) -> dict[str, PictureFeatures]:
-    """Return the features of images by key; those of one shape share a pass if `batch_size` is
-    above 1."""
+    """Return the features of images by key.
+
+    Those of one shape share a pass if `batch_size` is above 1.
+    """
     encoded: dict[str, PictureFeatures] = {}
     groups = defaultdict[object, list[str]](list)
     for number, (key, picture) in enumerate(pictures.items()):
@@ -108,10 +112,10 @@ def _encode_all(
 
 @torch.no_grad()
 def encode_pictures(backbone: Backbone, vision_inputs: Inputs) -> PictureFeatures:
-    """Return the features to cache for an image (or several, if a projector is trained), on the
-    CPU.
+    """Return the features to cache for an image, on the CPU.
 
-    Raises BlmError unless the vision tower is frozen.
+    If a projector is trained, it may be several images. Raises BlmError unless the vision tower is
+    frozen.
     """
     projector, projector_inputs = _trained_projector(backbone), list[Tensor]()
     modules = vision_modules(backbone)
@@ -157,8 +161,7 @@ def vision_features(backbone: Backbone, inputs: Inputs) -> Any:
 
 
 def forward_arguments(backbone: Backbone, inputs: Inputs) -> dict[str, Any]:
-    """Return the arguments of the model's forward, with cached features as the vision tower's
-    output."""
+    """Return the arguments of the model's forward; cached features replace the vision tower."""
     if not any(name.endswith("_features") for name in inputs):
         return dict(inputs)
     others = {name: value for name, value in inputs.items() if not name.endswith("_features")}
@@ -166,7 +169,7 @@ def forward_arguments(backbone: Backbone, inputs: Inputs) -> dict[str, Any]:
 
 
 def _trained_projector(backbone: Backbone) -> nn.Module | None:
-    """Return the projector if only it is trained of the vision modules; None if nothing is trained.
+    """Return the projector if it is the only trained vision module; None if none is trained.
 
     Raises BlmError if anything else is trained.
     """
@@ -184,7 +187,7 @@ def _trained_projector(backbone: Backbone) -> nn.Module | None:
 
 
 def projector_of(backbone: Backbone) -> Any:
-    """Return the projector, if it is a module of its own; else None."""
+    """Return the projector, if it is a separate module; None otherwise."""
     parts = dict(backbone.model.base_model.named_children())
     return next((parts[name] for name in PROJECTORS if name in parts), None)
 

@@ -26,8 +26,10 @@ GET = (
 
 
 def load_split(folder: Path, split: str) -> list[Question]:
-    """Return the questions of 'train' or 'test', of kind yes_no, shape or colour, clustered by
-    image."""
+    """Return the questions of 'train' or 'test', clustered by image.
+
+    Their kinds are yes_no, shape and colour.
+    """
     listed = folder / "data/answers.txt"
     if not listed.is_file():
         raise BlmError(f"'{listed}' is missing. {GET}")

@@ -144,8 +144,10 @@ _READERS: Mapping[str, Callable[[Path], Any]] = {
 
 
 def find_files(folder: Path, patterns: Sequence[str], get: str) -> list[Path]:
-    """Return the files of the first pattern with a match, sorted. Raises BlmError without a
-    match."""
+    """Return the files of the first pattern with a match, sorted.
+
+    Raises BlmError without a match.
+    """
     for pattern in patterns:
         if found := sorted(folder.glob(pattern)):
             return found

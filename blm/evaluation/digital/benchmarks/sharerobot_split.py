@@ -181,8 +181,10 @@ def read_training(file: Path) -> list[str]:
 
 
 def read_split(folder: Path) -> list[Row]:
-    """Return the held-out rows after checking their number, their episodes, and that none is in
-    training."""
+    """Return the held-out rows, after checking their number and their episodes again.
+
+    Raises BlmError if one of the episodes is in training.
+    """
     stated = _read(folder / SPLIT)
     rows = [row for kind in KINDS for row in read_rows(folder / HELD / f"{kind}.json", _MAKE)]
     found = {"questions": len(rows), "ids": sorted({episodes_of(row)[0] for row in rows})}

@@ -42,8 +42,7 @@ class Coordinates:
     def to_thousandths(
         self, numbers: Sequence[str], size: tuple[int, int] | None
     ) -> tuple[float, ...] | None:
-        """Return x, y, x, y, .. in thousandths of the sides; None if a number breaks the
-        convention.
+        """Return x, y, .. in thousandths of the sides; None for numbers of another convention.
 
         `size` is that of the question's image.
         """

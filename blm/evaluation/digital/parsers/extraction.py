@@ -174,8 +174,7 @@ def _bracketed(text: str) -> str | None:
 
 
 def _by_text(text: str, options: Sequence[str]) -> str | None:
-    """Return the option whose words are the answer, or the only option whose words are in a short
-    one."""
+    """Return the option whose words are the answer, or the only one in a short answer."""
     said, words = normalise(text), [normalise(option) for option in options]
     equal = [index for index, option in enumerate(words) if option == said]
     if len(equal) == 1:
