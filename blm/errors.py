@@ -46,14 +46,14 @@ class UnknownNameError(BlmError):
 
     def __init__(self, kind: str, name: str, valid: Iterable[str]) -> None:
         names = sorted(valid)
-        # The search is quadratic in the length: only what could be a slip of the keys is worth it.
+        # The search is quadratic in the length, so only short values, which may be typing errors, qualify.
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.5) if len(name) <= 80 else []
         hint = f" Did you mean '{close[0]}'?" if close else ""
         super().__init__(f"unknown {kind} {shorten(name)}.{hint} Valid: {', '.join(names)}.")
         self._made_of = kind, name[:200], names
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._made_of  # so that it comes whole from a worker process
+        return type(self), self._made_of  # so that it can be unpickled from a worker process
 
 
 class ContractError(BlmError):

@@ -29,7 +29,7 @@ _TIME = re.compile(r"^(?P<file>.*)#t=(?P<seconds>\d+(?:\.\d+)?)$")
 def load_pixels(image: Image, root: Path | None = None) -> ImageArray:
     """Return uint8 RGB [height, width, 3]; a path is read below `root`.
 
-    Raises BlmError for anything else.
+    Raises BlmError for any other value.
     """
     if image.pixels is None:
         if image.path is None:

@@ -32,7 +32,7 @@ Instructions of open datasets stay below 300."""
 
 
 def _array(value: Any, what: str) -> NDArray[Any]:
-    """Return `value` as a numeric array. Raises ContractError for anything else."""
+    """Return `value` as a numeric array. Raises ContractError for any other value."""
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
@@ -43,7 +43,7 @@ def _array(value: Any, what: str) -> NDArray[Any]:
 
 
 def _float32(value: Any, what: str) -> FloatArray:
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which no caller accepts
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite, which no caller accepts
         return _array(value, what).astype(np.float32, copy=False)
 
 
@@ -114,7 +114,7 @@ class ActionSpace:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What a policy sees at one control step."""
+    """The inputs of a policy at one control step."""
 
     images: Mapping[str, ImageArray]
     """Camera name -> uint8 [height, width, 3] RGB."""

@@ -134,7 +134,7 @@ def push_to_hub(folder: Path, repo: str, *, private: bool = False, endpoint: str
             api.create_tag(repo, tag=tag, repo_type=kind, exist_ok=True)
     except HFValidationError as error:
         raise BlmError(f"'{repo}' is not the name of a repository; write ORG/NAME ({error})") from error
-    except (HTTPError, RuntimeError) as error:  # RuntimeError: a large file did not arrive
+    except (HTTPError, RuntimeError) as error:  # RuntimeError: the upload of a large file failed
         reason = str(error).strip().splitlines()[0]
         raise BlmError(f"'{folder}' was not uploaded to '{repo}': {reason}; {_remedy(error)}") from error
     return str(where)

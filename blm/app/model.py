@@ -127,7 +127,7 @@ class ModelSource:
             backbone = Backbone.load(self.where, device=device)
         except BlmError:
             raise
-        except Exception as error:  # transformers raises of many kinds for a folder or hub it cannot read
+        except Exception as error:  # transformers raises many kinds of errors for a folder or hub
             reason = (str(error).strip().splitlines() or [""])[0][:300]
             raise BlmError(f"cannot load '{self.where}': {type(error).__name__}: {reason}") from error
         cache_vision_features(backbone)

@@ -256,7 +256,7 @@ def _require_pictures(episode: Episode) -> None:
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # since a size is given
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow returns this type if a size is given
     return font
 
 

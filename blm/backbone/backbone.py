@@ -143,7 +143,7 @@ def _load_processor(source: str) -> Any:
     again. SmolVLM gets the processor of Idefics3, its ancestor: both process images alike, but
     SmolVLM's own requires num2words and a video part. Both would split an image into up to 17 tiles
     of 64 or more tokens. Splitting is disabled, as it is for frames of videos, so an image costs
-    the same whatever its size.
+    the same at every size.
     """
     kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source))]
     if kind is SmolVLMProcessor:

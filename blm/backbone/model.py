@@ -89,7 +89,7 @@ class MultimodalModel:
         The result is on the CPU. Raises BlmError when the numbers of placeholders and image
         features differ.
         """
-        with self._processing:  # a call sets the padding of the fast tokenizer, so threads take turns
+        with self._processing:  # a call sets the fast tokenizer's padding, so only one thread may call
             inputs = dict(
                 self.processor(
                     text=list(texts),

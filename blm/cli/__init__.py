@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # leaves one progress bar at a time: ours
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # shows our progress bar only
     try:
         from blm.cli.interrupt import exit_on_interrupt
 

@@ -88,7 +88,7 @@ def split_flags(flags: type[T], name: str, arguments: Sequence[str]) -> tuple[T,
 
 def print_error(error: Exception) -> None:
     """Print an error in one paragraph on stderr."""
-    message = escape(str(error))  # an error may contain brackets, which are no markup
+    message = escape(str(error))  # brackets in an error are not markup
     Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
 
 

@@ -109,7 +109,7 @@ class Study(RecipeCommand):
         return parsed
 
     def run(self, command_line: Sequence[str]) -> None:
-        assert self.study is not None  # parse refuses it
+        assert self.study is not None  # `parse` requires it
         report = run_study(self.study, self.recipe, self.folder, self.variants)
         console.print(report.read_text(), markup=False, soft_wrap=True)
         console.print(f"report: {report}", soft_wrap=True)

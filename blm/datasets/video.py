@@ -145,7 +145,7 @@ class VideoFile:
         self._container = av.open(str(path))
         self._stream = self._container.streams.video[0]
         self._stream.codec_context.thread_count = 1
-        self._to_rgb = VideoReformatter()  # a frame's own to_ndarray sets one up each time: 1/2 to 1 ms
+        self._to_rgb = VideoReformatter()  # `to_ndarray` of a frame would create one each time: 1/2 to 1 ms
         self._ticks = _ticks_per_frame(self._stream)
         self._start = self._stream.start_time or 0
         keys = [self._number(entry.timestamp) for entry in self._stream.index_entries if entry.is_keyframe]

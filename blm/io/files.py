@@ -1,8 +1,8 @@
 """Single files: read with errors that name the file, and written atomically.
 
 A killed writer leaves the old or the new file, never a part. The name of a temporary file
-identifies its writer (`writer_id`), so a later writer can remove what a killed one abandoned
-without touching what a living one is writing.
+identifies its writer (`writer_id`), so a later writer can remove the files of a killed one
+without touching those of a running one.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def target(actions: Tensor, noise: Tensor) -> Tensor:
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Return standard normal noise [len(seeds), *shape]; row i depends on seed i alone.
 
-    Drawn on the CPU whatever the device, so that a seed means the same noise everywhere.
+    Always drawn on the CPU, so that a seed gives the same noise on every device.
     """
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows)

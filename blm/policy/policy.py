@@ -96,7 +96,7 @@ class CheckpointPolicy:
         return self.act_batch([observation])[0]
 
     def act_batch(self, observations: Sequence[Observation]) -> list[ActionChunk]:
-        """Return one chunk of absolute targets per observation, each with noise of its own seed.
+        """Return one chunk of absolute targets per observation, each with the noise of its seed.
 
         One observation gives the same bits every time. In a batch its actions differ by about 1e-5,
         because matrix products of another shape round differently. Raises BlmError for an
@@ -174,7 +174,7 @@ class CheckpointPolicy:
                 f"program writes version {now}; use the program version of the checkpoint or train again"
             )
         policy = {**config["policy"], "bridge": BridgeConfig(**config["policy"]["bridge"])}
-        with torch.device("meta"):  # no time, memory or random numbers for weights that are replaced
+        with torch.device("meta"):  # saves time, memory and random numbers: the weights are replaced below
             network = PolicyNetwork(PolicyConfig(**policy), backbone.hidden_size, len(contract.action_spaces))
         network.load_state_dict(load_file(folder / "policy.safetensors", device), assign=True)
         return cls(

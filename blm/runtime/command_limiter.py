@@ -105,6 +105,6 @@ class CommandLimiter:
         down = largest_step(np.maximum(x - self.low, 0.0), self._change)
         most = np.minimum(np.minimum(v + self._change, self._most), up)
         least = np.maximum(np.maximum(v - self._change, -self._most), -down)
-        # In exact arithmetic braking is always allowed; rounding must not make the interval empty.
+        # In exact arithmetic braking is always allowed; rounding must not produce an empty interval.
         step = np.clip(step, np.minimum(least, braked), np.maximum(most, braked))
         return np.clip(x + step, np.minimum(self.low, x), np.maximum(self.high, x))

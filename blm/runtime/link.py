@@ -48,7 +48,7 @@ class PolicyLink:
     @property
     def can_ask(self) -> bool:
         """Whether a request would be sent at once. Read it before `poll`, so that the event that
-        made it true is among those that `poll` returns."""
+        caused it is among those that `poll` returns."""
         return not self._busy.is_set()
 
     def ask(self, request: ChunkRequest) -> None:

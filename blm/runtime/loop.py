@@ -1,7 +1,7 @@
 """Run the supervisor on a real arm: timing, threads, signals and shutdown.
 
 The main thread only waits and decides. Observations, commands and requests to the policy have
-threads of their own, so that none of them can keep the loop from holding or stopping the arm.
+separate threads, so that none of them can keep the loop from holding or stopping the arm.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Driver:
         """Connect to the policy and check it against the robot; nothing moves.
 
         `make_policy` connects, also after a loss. `estop` returns True when the arm must stop; it
-        is polled every control period in a thread of its own. `on_stop(kind, reason)` is called at
+        is polled every control period in a separate thread. `on_stop(kind, reason)` is called at
         the end of a run. Raises BlmError, mostly ContractError, if policy and robot do not match.
         """
         self.make_policy, self.instruction = make_policy, instruction

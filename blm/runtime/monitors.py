@@ -1,6 +1,6 @@
 """Monitors of the running arm: start check, following error, cameras, clamping, repeated chunks.
 
-They have no clock of their own: every time they receive is on the loop's monotonic clock.
+They read no clock: every time they receive is on the loop's monotonic clock.
 """
 
 from __future__ import annotations

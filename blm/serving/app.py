@@ -151,7 +151,7 @@ def serve(
 ) -> None:
     """Run until interrupted, on `sockets` if they are given (`blm.addresses.bind`).
 
-    `host='0.0.0.0'` makes the server reachable from the network; give `create_app` API keys then.
+    `host='0.0.0.0'` exposes the server to the network; give `create_app` API keys then.
     """
     _raise_file_limit(2 * connections.MAX_CONNECTIONS)
     with suppress(KeyboardInterrupt):  # raised after a clean shutdown

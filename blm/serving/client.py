@@ -227,7 +227,7 @@ def read_actions(reply: Mapping[Any, Any], horizon: int, dim: int, where: str) -
         raise ContractError(f"the actions of {where} are no array: {_short(error)}; {needed}") from error
     if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] != dim:
         raise ContractError(f"the actions of {where} are {array.dtype} {_short(array.shape)}; {needed}")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite, and are refused
         actions = array.astype(np.float32)
     if not 1 <= len(actions) <= horizon or not np.isfinite(actions).all():
         fault = f"{len(actions)} steps" if np.isfinite(actions).all() else "not finite"

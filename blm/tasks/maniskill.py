@@ -2,7 +2,7 @@
 
 Physics (PhysX), objects, initial states, success rules and meshes are ManiSkill's. Names, action
 space, cameras and instructions are ours, so data and policies transfer between the simulators.
-ManiSkill needs a Python environment of its own (scripts/maniskill.sh); see docs/maniskill.md. A
+ManiSkill needs a separate Python environment (scripts/maniskill.sh); see docs/maniskill.md. A
 seed gives another scene than in `Env`; the same seed gives the same episode, bit for bit, on one
 machine.
 """

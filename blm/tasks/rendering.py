@@ -42,7 +42,7 @@ def gl_backend() -> str:
 
 def _new_context(size: int) -> Any:
     backend = os.environ["MUJOCO_GL"] = gl_backend()
-    # Mesa's software renderer draws our small images a quarter faster without threads of its own.
+    # Mesa's software renderer renders our small images a quarter faster without its own threads.
     os.environ.setdefault("LP_NUM_THREADS", "0")
     try:
         context = importlib.import_module(_BACKENDS[backend]).GLContext(size, size)

@@ -2,7 +2,7 @@
 
 Conversations begin and end at any time; sequences that fit share a forward pass. Each call does one
 bounded piece of work: `advance` prefills one chunk of a prompt, `step` generates one token for one
-batch. A failure affects nothing else: a prompt that cannot be read never joins a batch, and a
+batch. A failure affects only its own request: an invalid prompt never joins a batch, and a
 sequence that cannot continue leaves its batch with its `error` set. Shapes: B sequences in a batch,
 L positions of the longest, V vocabulary.
 """
@@ -258,7 +258,7 @@ class Generation:
         return sequences
 
     def _join(self, batches: list[Batch], entering: Batch) -> None:
-        """Merge a new batch into the first that stays within `step_tokens`, else append it."""
+        """Merge a new batch into the first that stays within `step_tokens`, or append it."""
         for number, batch in enumerate(batches):
             longest = max(batch.length, entering.length)
             if (len(batch.sequences) + len(entering.sequences)) * longest <= self.step_tokens:
@@ -291,7 +291,7 @@ class Generation:
                 return [batch.select(rows[:half]), batch.select(rows[half:])]
             if len(rows) < len(batch.sequences):
                 return [batch.select(rows)] if rows else []
-        except Exception as error:  # out of memory for the copy
+        except Exception as error:  # the copy may run out of memory
             fail(batch.sequences, error)
             return []
         return [batch]

@@ -164,7 +164,7 @@ class Prefill:
         pixels, grid = inputs["pixel_values"], inputs.get("image_grid_thw")
         if grid is None:
             pixels = pixels[group.pictures]
-        else:  # patches of all images stand in one row
+        else:  # the patches of all images are concatenated
             patches = [0, *grid.prod(-1).cumsum(0).tolist()]
             pixels = pixels[patches[group.pictures.start] : patches[group.pictures.stop]]
             grid = self._runner.backbone.place({"grid": grid[group.pictures]})["grid"]

@@ -36,7 +36,7 @@ def init_induction_heads(model: LlamaModel) -> None:
     attention.
     """
     blocks = cast(list[LlamaDecoderLayer], [*model.layers])
-    for block in blocks:  # else the output of random blocks is larger than the embeddings
+    for block in blocks:  # otherwise the output of random blocks is larger than the embeddings
         block.self_attn.o_proj.weight.mul_(QUIET)
         cast(nn.Linear, block.mlp.down_proj).weight.mul_(QUIET)
     heads = model.config.num_attention_heads

@@ -146,7 +146,7 @@ class ConvVision(PreTrainedModel):
                 if isinstance(block, ResidualBlock):
                     nn.init.zeros_(block.conv2.weight)
             nn.init.normal_(module.score.weight, std=0.05)
-            nn.init.constant_(module.nowhere, 6.0)  # about log P: initially everything is nowhere
+            nn.init.constant_(module.nowhere, 6.0)  # about log P: as likely as all cells together
 
     def features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Return features of the cells [N, F, P], and a summary of the image [N, 4 W]."""

@@ -84,7 +84,7 @@ class Conversation:
         return replace(self, kinds=kinds, messages=tuple(kept))
 
     def questions(self) -> Iterator[Question]:
-        """Yield each turn as a question of its own, with the images shown so far."""
+        """Yield each turn as a separate question, with the images shown so far."""
         system = tuple(message for message in self.messages if message.role == "system")
         for turn, (kind, asked, answer) in enumerate(self.turns()):
             scorer = scorer_of(kind)

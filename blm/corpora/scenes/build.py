@@ -173,7 +173,7 @@ def _episode_shards(config: SceneCorpusConfig) -> Iterator[tuple[str, str, Shard
 
 
 def write_shard(payload: tuple[str, SceneCorpusConfig, Any, Path]) -> dict[str, Any]:
-    """Write one shard as a small corpus of its own: an idempotent work unit."""
+    """Write one shard as a small corpus: an idempotent work unit."""
     source, config, part, folder = payload
     conversations = (
         _scene_conversations(config, part) if source == "scenes" else _episode_conversations(config, part)
@@ -236,7 +236,7 @@ def _episode_conversations(config: SceneCorpusConfig, part: ShardItems) -> Itera
     sampler = _sampler(config, episodes[0], 1)
     for episode in sampler.rng.permutation(
         episodes
-    ):  # tasks mixed: any beginning of a corpus is a fair sample
+    ):  # mix the tasks, so that any prefix of the corpus is a fair sample
         first, stop = dataset.starts[episode : episode + 2]
         steps = read_steps(
             dataset.tasks[episode], dataset.primitives[first:stop], dataset.success[first:stop]

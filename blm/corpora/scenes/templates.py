@@ -2,7 +2,7 @@
 
 A template is a pattern in which `[a|b|]` stands for one of its alternatives. An alternative may be
 empty and holds no brackets. `expansions` lists the questions that a pattern stands for, and `{...}`
-is filled from an annotation. A multiple choice adds its options on lines of their own.
+is filled from an annotation. A multiple choice adds its options on separate lines.
 
 There are many training templates, because a model that is trained from scratch on a few memorises
 them and understands no others. Held-out templates recombine words and phrases of training

@@ -152,7 +152,7 @@ class Endpoint:
                 if response.status_code == 200:
                     reply: dict[str, Any] = response.json()
                     return reply
-            except (httpx.TransportError, ValueError) as error:  # a body cut short is no JSON
+            except (httpx.TransportError, ValueError) as error:  # a truncated body is not JSON
                 trouble = f"{type(error).__name__}: {error}"
                 continue
             trouble = f"status {response.status_code}: {_reason(response)}"

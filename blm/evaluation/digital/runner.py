@@ -186,7 +186,7 @@ def _ask(
     """Return the raw answers. They depend on neither parser nor judge, which may change later."""
     system = (Message("system", (protocol.prompt,)),) if protocol.prompt else ()
     limits = [protocol.long.get(question.kind, protocol.max_tokens) for question in questions]
-    order = sorted(range(len(questions)), key=limits.__getitem__)  # a batch has one limit
+    order = sorted(range(len(questions)), key=limits.__getitem__)  # a batch has one token limit
 
     def answer(places: Sequence[int]) -> dict[str, Any]:
         asked = [(*system, *_loaded(questions[place], config.root)) for place in places]

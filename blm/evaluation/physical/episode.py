@@ -121,7 +121,7 @@ def run_episode(unit: tuple[str, str, int, bool]) -> dict[str, Any]:
     frames: list[ImageArray] = []
     moments: list[StepOutcome] = []
     actions = drive(policy, env, seed, protocol, clock)
-    limit = judged = protocol.max_steps  # the steps up to `judged` decide on success and on the reason
+    limit = judged = protocol.max_steps  # the outcome depends on the steps up to `judged`
     drive_on = protocol.purpose == "evaluation"
     while len(moments) < (limit if drive_on else judged):
         if film and len(moments) < judged:

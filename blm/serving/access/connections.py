@@ -334,7 +334,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     async def send(self, message: Any) -> None:
         await super().send(message)
         if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
-            self.handshake_complete = True  # else uvicorn logs an error for each refused handshake
+            self.handshake_complete = True  # otherwise uvicorn logs an error for each refused handshake
 
     def send_receive_event_to_app(self) -> None:
         self._finished = True
@@ -362,7 +362,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._writes.start()
-        self.transport.pause_reading()  # else pongs accumulate for a client that never reads
+        self.transport.pause_reading()  # otherwise pongs accumulate for a client that never reads
 
     def resume_writing(self) -> None:
         super().resume_writing()

@@ -40,7 +40,7 @@ def add_playground(
     """Add the page to a server from `create_app`.
 
     Without a `contract` (a model without a policy), scenes can be viewed and asked about, but not
-    driven. `beside`: name -> ws:// address of other servers to compare with; they receive
+    controlled. `beside`: name -> ws:// address of other servers to compare with; they receive
     `beside_key` and never a key of this server. Raises BlmError if one of them has this server's
     name.
     """

@@ -271,7 +271,7 @@ class Rollout(threading.Thread):
             for index, camera in enumerate(env.cameras)
         }
         self.notify({"type": "frame", "images": images, "state": self.state, **self._status})
-        if self.state not in DRIVING:  # during a run they must not move under the pointer
+        if self.state not in DRIVING:  # during a run the suggestions must not move under the pointer
             self._suggest(env)
 
     def _suggest(self, env: Env) -> None:

@@ -152,7 +152,7 @@ class VisitorSession:
                 task.result()
         except CloseError as error:
             with suppress(RuntimeError, WebSocketDisconnect, TimeoutError):
-                # a browser that does not read does not read this either
+                # a browser that does not read will not receive this message either
                 async with asyncio.timeout(GOODBYE_S):
                     await self.socket.close(error.code, error.reason)
         except WebSocketDisconnect:

@@ -72,8 +72,8 @@ class LoopConfig:
     A larger number saves memory and costs time; the result is the same up to rounding."""
     shard: bool = False
     """Shard the weights and optimizer states over the processes (FSDP2).
-    The default replicates them in every process (DDP), unless `accelerate launch --use_fsdp` is
-    used."""
+    By default, every process holds a copy (DDP).
+    The option --use_fsdp of `accelerate launch` also shards."""
     log_every: int = 10
     """Number of steps between rows of the log."""
     save_every: int = 500

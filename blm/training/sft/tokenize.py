@@ -167,7 +167,7 @@ def _segments(
     that token predicts the answer's first one, so both must belong to the same turn.
     """
     placeholder = backbone.processor.image_token_id
-    plain = [_tokens_and_loss_mask(backbone, turn) for turn in turns]  # with one placeholder an image
+    plain = [_tokens_and_loss_mask(backbone, turn) for turn in turns]  # with one placeholder per image
     loss_mask = _expand_loss_mask(first, *plain[0], placeholder)
     if len(turns) == 1:
         return first, loss_mask, np.zeros(len(first), dtype=np.int64)

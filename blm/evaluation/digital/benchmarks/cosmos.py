@@ -67,7 +67,7 @@ def _load(folder: Path, *, name: str, get: str) -> list[Question]:
             answer = asked.text("answer" if "answer" in pair else "correct_answer")
             questions.append(
                 Question(
-                    id=f"{Path(clip).stem}/{place}.{number}",  # a clip may stand in several rows
+                    id=f"{Path(clip).stem}/{place}.{number}",  # a clip may occur in several rows
                     kind=f"{name}_choice",
                     messages=(Message("user", (*pictures, text)),),
                     answer=letter_of(asked, answer, options),

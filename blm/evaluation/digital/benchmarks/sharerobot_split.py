@@ -124,7 +124,7 @@ def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str]
         for kind in KINDS
     }
     made |= {folder / TRAINING: {**numbers, "ids": left}, folder / SPLIT: {**numbers, "ids": sorted(held)}}
-    for file, value in made.items():  # of a killed run that drew the same, or not ours
+    for file, value in made.items():  # left by a killed run with the same split, or by another program
         if file.exists() and _read(file) != json.loads(json.dumps(value)):
             raise BlmError(f"'{file}' exists and holds something else; move it away")
     for file, value in made.items():

@@ -22,7 +22,7 @@ LETTERS = "ABCDEFGH"
 
 @dataclass(frozen=True, kw_only=True)
 class Upstream:
-    """The parsers of one upstream evaluation; None if it has none of its own."""
+    """The parsers of one upstream evaluation; None if it has no such parser."""
 
     source: str
     """Repository, file and commit."""

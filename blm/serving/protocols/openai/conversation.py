@@ -175,7 +175,7 @@ def encode_conversation(
 
 
 def check_text_size(field: str, texts: Sequence[str], capacity: ChatCapacity) -> None:
-    """Raise RequestError for more text than the context can hold, whatever its tokenization."""
+    """Raise RequestError for more text than the context can hold in any tokenization."""
     size = sum(len(text.encode()) for text in texts)
     if size > capacity.max_text_bytes:
         message = (
