@@ -36,7 +36,7 @@ def read_authority(text: str) -> tuple[str, int | None]:
         raise ValueError(f"'{text[:60]}' is not HOST or HOST:PORT")
     host, port = found["host"], int(found["port"]) if found["port"] else None
     if port is not None and port > 65535:
-        raise ValueError(f"port {port} is beyond 65535")
+        raise ValueError(f"port {port} is greater than 65535")
     address = read_ip(host[1:-1] if host.startswith("[") else host)
     if address is not None:
         return str(address), port
@@ -80,7 +80,7 @@ def to_url(scheme: str, host: str, port: int) -> str:
 def check_port(port: int, flag: str) -> None:
     """Raise BlmError unless the port is 0 .. 65535 (0: the system chooses a free one)."""
     if not 0 <= port <= 65535:
-        raise BlmError(f"{flag} {port}: a TCP port is 0 to 65535 (0: any that is free)")
+        raise BlmError(f"{flag} {port}: a TCP port must be 0 to 65535 (0: any free port)")
 
 
 def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:

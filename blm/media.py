@@ -35,7 +35,7 @@ def load_pixels(image: Image, root: Path | None = None) -> ImageArray:
         if image.path is None:
             raise BlmError("an image has neither pixels nor a path")
         if root is None:
-            raise BlmError(f"image '{image.path}' is a path; say which corpus folder it is relative to")
+            raise BlmError(f"image '{image.path}' is a path; name the corpus folder that it is relative to")
         return _read(str(locate(image.path, root)), image.path)
     pixels = np.asarray(image.pixels)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
@@ -56,7 +56,7 @@ def locate(reference: str, root: Path) -> Path:
     name = split_time(reference)[0]
     path = Path(os.path.normpath(root / name))  # not resolve(): the user may link media into the folder
     if "://" in name or name.startswith("data:") or not path.is_relative_to(os.path.normpath(root)):
-        raise BlmError(f"picture '{reference[:80]}' lies outside its folder '{root}'; give a path below it")
+        raise BlmError(f"image '{reference[:80]}' is outside its folder '{root}'; give a path below it")
     return path
 
 

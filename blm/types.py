@@ -215,7 +215,7 @@ class PolicyContract:
         if observation.chunk is None:
             if observation.inference_delay:
                 delay = shorten(observation.inference_delay)
-                raise ContractError(f"frozen is {delay} without a chunk in progress")
+                raise ContractError(f"inference_delay is {delay} without a current chunk")
             return None
         chunk = _float32(observation.chunk, "the chunk in progress")
         if (
@@ -225,12 +225,13 @@ class PolicyContract:
             or not np.isfinite(chunk).all()
         ):
             raise ContractError(
-                f"the chunk in progress is {chunk.shape}; needed: finite actions of {dim}, "
+                f"the current chunk has shape {chunk.shape}; needed: finite actions of {dim}, "
                 f"at most {self.horizon}"
             )
         if not 0 <= observation.inference_delay <= len(chunk):
             raise ContractError(
-                f"frozen is {shorten(observation.inference_delay)}; the chunk in progress has {len(chunk)} "
+                "inference_delay is "
+                f"{shorten(observation.inference_delay)}; the current chunk has {len(chunk)} "
                 "actions"
             )
         return chunk if len(chunk) else None

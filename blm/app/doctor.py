@@ -106,7 +106,7 @@ def _checkpoint(path: Path) -> Check:
         return Check(str(path), f"checkpoint: {error.what}", error.fix)
     except BlmError as error:
         return Check(str(path), "checkpoint: damaged", str(error))
-    return Check(str(path), "checkpoint: good")
+    return Check(str(path), "checkpoint: no faults")
 
 
 def _collection(path: Path) -> Iterator[Check]:
@@ -206,7 +206,7 @@ def _range_faults(data: EpisodeDataset) -> Iterator[BlmError]:
     for name, unmoved in zip(data.space.names, still, strict=False):
         if unmoved:
             yield DamagedError(
-                f"{name} has the same target in all frames", "check how it was recorded, or leave it out"
+                f"{name} has the same target in all frames", "check the recording, or leave the episode out"
             )
 
 

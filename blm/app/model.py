@@ -136,7 +136,7 @@ class ModelSource:
 
 UNTRAINED = {
     "nano": "nano is untrained: its answers are random before Stage I (`blm train stage1`)",
-    "smol": "only the language model of smol is pretrained: its answers about pictures are random before "
+    "smol": "only the language model of smol is pretrained: its answers about images are random before "
     "Stage I (`blm train stage1`)",
 }
 

@@ -131,12 +131,14 @@ def require_settings(stages: dict[str, Stage], names: list[str], recipe: Recipe,
         gaps = list(differences(there, settings_of(stages[name], recipe)))
         lines += [f"  '{name}' is finished with {path} {old}, asked for: {new}" for path, old, new in gaps]
         if not gaps:
-            lines.append(f"  '{name}' is finished with other settings, or its inputs were made with others")
+            lines.append(
+                f"  '{name}' is finished with other settings, or its inputs were computed with others"
+            )
     if lines:
         more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
         raise BlmError(
-            f"'{folder}' holds results made with other settings; nothing was changed. Name another --run "
-            "folder, or give the settings of this one:\n" + "\n".join(lines[:SHOWN]) + more
+            f"'{folder}' holds results of other settings; nothing was changed. Name another --run "
+            "folder, or use the settings of this one:\n" + "\n".join(lines[:SHOWN]) + more
         )
 
 
@@ -145,7 +147,9 @@ def require_inputs(stages: dict[str, Stage], names: Sequence[str], folder: Path)
     available = {name for name, record in read_ledger(folder).items() if record.done}
     for name in names:
         if missing := [need for need in stages[name].needs if need not in available]:
-            raise BlmError(f"'{name}' needs the result of {', '.join(missing)} in '{folder}': run that first")
+            raise BlmError(
+                f"'{name}' needs the result of {', '.join(missing)} in '{folder}'; run that stage first"
+            )
         available.add(name)
 
 

@@ -105,7 +105,7 @@ def policy_factory(
     if (checkpoint_folder(name) / "manifest.json").is_file():
         check_device(device)
         return partial(load_checkpoint, Path(name), device=device)
-    raise BlmError(f"no policy '{name}': give {HELP}")
+    raise BlmError(f"there is no policy '{name}'; give {HELP}")
 
 
 def load_checkpoint(folder: Path, *, device: str = "cpu") -> Policy:

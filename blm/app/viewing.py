@@ -152,7 +152,7 @@ def suite_sheet(episodes: Mapping[tuple[str, str], Episode], path: Path, moments
     images.
     """
     if not episodes:
-        raise BlmError("a picture of the suite needs at least one episode")
+        raise BlmError("a suite sheet needs at least one episode")
     robots, tasks = (list(dict.fromkeys(key[i] for key in episodes)) for i in (0, 1))
     strips = {key: _camera_strip(episode, moments) for key, episode in episodes.items()}
     width, height = (max(strip.size[i] for strip in strips.values()) for i in (0, 1))
@@ -249,7 +249,7 @@ def _evenly_spaced_frames(episode: Episode, count: int) -> list[int]:
 def _require_pictures(episode: Episode) -> None:
     if not episode.images:
         raise BlmError(
-            f"episode of '{episode.task}' (seed {episode.seed}) has no pictures; load it with cameras"
+            f"episode of '{episode.task}' (seed {episode.seed}) has no images; load it with cameras"
         )
 
 

@@ -120,13 +120,13 @@ class MultimodalModel:
             features = 0
         if placeholders != features:
             raise BlmError(
-                f"{placeholders} image placeholders but {features} image features: a picture is missing, "
+                f"{placeholders} image placeholders but {features} image features: an image is missing, "
                 "extra, or was cut by truncation"
             )
         length, limit = inputs["input_ids"].shape[1], self.decoder.config.max_position_embeddings
         if length > limit:
             raise BlmError(
-                f"a prompt has {length} tokens, the context holds {limit}: use fewer pictures or words"
+                f"a prompt has {length} tokens, the context holds {limit}; use fewer images or words"
             )
 
     def encode(

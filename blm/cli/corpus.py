@@ -237,7 +237,9 @@ def _source(text: str) -> Source:
     try:
         return Source(name=Path(folder).name, folder=Path(folder), weight=float(weight))
     except ValueError:
-        raise BlmError(f"weight '{weight}' of source '{folder}' is no number; give FOLDER=WEIGHT") from None
+        raise BlmError(
+            f"weight '{weight}' of source '{folder}' is not a number; give FOLDER=WEIGHT"
+        ) from None
 
 
 def print_curation(report: CurationReport) -> None:

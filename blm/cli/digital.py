@@ -252,7 +252,7 @@ def _labelled(entry: str) -> _Labelled:
     path = Path(folder) / "result.json" if Path(folder).is_dir() else Path(folder)
     result = load_result(path)
     if not isinstance(result, DigitalResult):
-        raise BlmError(f"'{folder}' is a {result.kind} result; these tables are of digital results")
+        raise BlmError(f"'{folder}' is a {result.kind} result; these tables show digital results")
     return _Labelled(label or result.model, path, result)
 
 

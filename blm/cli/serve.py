@@ -126,7 +126,7 @@ def _check_addresses(chosen: Serve) -> None:
     if chosen.groot_port is None:
         return
     if chosen.groot_port in (0, chosen.port):
-        raise BlmError(f"--groot-port {chosen.groot_port}: give a port of its own, other than 0 and --port")
+        raise BlmError(f"--groot-port {chosen.groot_port}: give a port other than 0 and that of --port")
     addresses.check_free(chosen.host, chosen.groot_port, "--groot-port")
 
 

@@ -116,7 +116,7 @@ class EpisodeDataset:
         """
         if len(sides := {side for shape in self.image_shapes.values() for side in shape}) != 1:
             raise ContractError(
-                f"dataset '{self.folder}' has pictures of height and width {self.image_shapes}; squares of "
+                f"dataset '{self.folder}' has images of height and width {self.image_shapes}; squares of "
                 "one size are needed: rewrite its videos, or read them with frames() and resize"
             )
         return sides.pop()

@@ -70,7 +70,9 @@ def manifest_faults(
         elif not (quick and name.startswith("videos/")) and sha256_file(path) != entry["sha256"]:
             yield DamagedError(f"'{path}' has another SHA-256 than the manifest says: it was altered")
     for path in present.values() if not quick else ():
-        yield DamagedError(f"'{path}' is not in the manifest: it is not of this dataset", "move it elsewhere")
+        yield DamagedError(
+            f"'{path}' is not in the manifest, so it does not belong to this dataset", "move it elsewhere"
+        )
 
 
 def written_here(folder: Path, provenance: Mapping[str, Any]) -> set[str]:

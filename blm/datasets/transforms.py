@@ -139,7 +139,7 @@ def fit_transforms(
         raise BlmError(f"'{space.robot}': {'; '.join(absurd)}")
     if not inside_NH.any(0).all():
         steps = inside_NH.shape[1]
-        raise BlmError(f"'{space.robot}': no training episode has {steps} steps; shorten the horizon")
+        raise BlmError(f"'{space.robot}': no training episode has {steps} steps; reduce the horizon")
     moved = chunks_NHD - _origin(states_ND, relative)
     each_step = zip(moved.swapaxes(0, 1), inside_NH.T, strict=True)
     actions = np.stack([np.quantile(step[inside], QUANTILES, axis=0) for step, inside in each_step], axis=1)

@@ -10,7 +10,7 @@ from blm.evaluation.results import EvaluationResult, ScoredItem
 from blm.evaluation.statistics import Difference, holm, paired_difference
 from blm.types import BlmError, ContractError
 
-_UNLIKE = "results of unlike protocols cannot be compared"
+_UNLIKE = "results of different protocols cannot be compared"
 Pair = tuple[ScoredItem, ScoredItem]
 """The same item in two results."""
 

@@ -123,7 +123,7 @@ class PhysicalProtocol:
             valid = VALIDATION_SEEDS if self.purpose == "validation" else EVALUATION_SEEDS
             if not seeds or seeds[0] not in valid or seeds[-1] not in valid:
                 raise BlmError(
-                    f"{self.episodes} {self.purpose} seeds from {self.first_seed} on: need one or more, all "
+                    f"{self.episodes} {self.purpose} seeds from {self.first_seed}: need one or more, all "
                     f"within {valid.start}..{valid.stop - 1}; other seeds are for training"
                 )
         fixed = isinstance(self.latency, int | float) and 0 <= self.latency < math.inf

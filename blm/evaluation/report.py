@@ -199,7 +199,7 @@ def _films(path: Path, result: PhysicalResult) -> list[Film]:
     for episode, video in filmed[:MAX_VIDEOS]:
         file = path.parent / video
         if not file.exists():
-            raise BlmError(f"video '{file}' of the result is missing; keep it beside result.json")
+            raise BlmError(f"video '{file}' of the result is missing; keep it next to result.json")
         films.append(Film(episode, _embedded(file, "video/mp4")))
     return films
 

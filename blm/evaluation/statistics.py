@@ -70,7 +70,7 @@ def success_rate(
     kinds). Raises BlmError for no outcomes.
     """
     if not outcomes:
-        raise BlmError("no outcomes: a rate needs at least one")
+        raise BlmError("a rate needs at least one outcome, got none")
     values = np.asarray(outcomes, dtype=np.float64)
     rate = float(_stratum_means(values, strata)[0].mean())
     size = effective_size(values, groups or [str(index) for index in range(len(values))], strata)

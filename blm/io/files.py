@@ -142,8 +142,7 @@ def writing(folder: Path, only: Collection[int] = ()) -> Iterator[None]:
             raise
         remedy = _REMEDIES.get(error.errno or 0, f"the system says: {error}")
         raise BlmError(
-            f"cannot write to '{folder}': {remedy}; "
-            "then run the same command again, what was finished is kept"
+            f"cannot write to '{folder}': {remedy}; then run the same command again; finished work is kept"
         ) from error
 
 

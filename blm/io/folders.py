@@ -113,7 +113,7 @@ def work_folder(path: Path, kind: str, facts: Mapping[str, Any]) -> Path:
     mark = _read_mark(path)
     if mark.get("kind") != kind:
         raise BlmError(
-            f"'{path}' is needed for unfinished work, but this program did not make it; move it away"
+            f"'{path}' is needed for unfinished work, but this program did not create it; move it away"
         )
     if mark.get("facts") != key:
         raise BlmError(f"'{path}' holds unfinished work of other settings; run with those, or move it away")
@@ -131,7 +131,7 @@ def remove_own(folder: Path, ours: Callable[[PurePath], bool] = lambda name: Tru
         if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()  # the writer was killed before it marked the folder, or after it removed the mark
             return True
-        raise BlmError(f"'{folder}' is not removed: this program cannot prove that it made it")
+        raise BlmError(f"'{folder}' is not removed: nothing in it shows that this program created it")
     with writing(folder):
         for path, folders, files in os.walk(folder, topdown=False):
             for name in (*files, *folders):

@@ -117,7 +117,7 @@ class CollectConfig:
                 "ManiSkill's scripts do not react: set random_starts 0, disturbed 0, noise up to 0.01"
             )
         if self.hold > HOLD_STEPS and self.simulator == "maniskill":
-            raise BlmError(f"with ManiSkill's scripts hold must be {HOLD_STEPS}: {self.hold}")
+            raise BlmError(f"with ManiSkill's scripts hold must be {HOLD_STEPS}, got {self.hold}")
 
 
 def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -> dict[str, Any]:
@@ -143,7 +143,9 @@ def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -
         if not (out / "summary.json").exists():
             _make(config, out, wanted, pilot)
         if (out / STAGING).exists() and not remove_own(out / STAGING, _is_staged):
-            Console(stderr=True).print(f"'{out / STAGING}' has files of others: they stay", soft_wrap=True)
+            Console(stderr=True).print(
+                f"'{out / STAGING}' has files of other programs, which are kept", soft_wrap=True
+            )
         (out / JOURNAL).unlink(missing_ok=True)
     return dict(read_json(out / "summary.json"))
 

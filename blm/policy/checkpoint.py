@@ -87,7 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BlmError(f"no checkpoint at '{folder}' (no manifest.json); give the folder that Stage II wrote")
     stored, found = read_json(folder / "manifest.json"), _hashes(folder)
     if not isinstance(stored, dict) or "config.json" not in stored:
-        raise BlmError(f"'{folder}' is no checkpoint: its manifest.json is of another program")
+        raise BlmError(f"'{folder}' is not a checkpoint: its manifest.json belongs to another program")
     for name in {*stored} - {"README.md"}:  # listed in older manifests
         if found.get(name) != stored[name]:
             require_no_pointer(folder / name)

@@ -50,7 +50,7 @@ class ArmHealth:
             self._judge(reading)
         if self._moving and (age := self.age(now)) > self.safety.observation_stop_s:
             why = self._error or "get_observation has not returned"
-            self._stop("observation", f"no observation for {age:.2f} s: {why}")
+            self._stop("observation", f"there was no observation for {age:.2f} s: {why}")
 
     def sent(self, now: float, command: FloatArray) -> None:
         """Record a command; the first one is the measured position."""

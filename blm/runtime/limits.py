@@ -147,9 +147,9 @@ class ArmLimits:
                 f"{name} of '{self.robot}': the policy's range is {_short(theirs[0])}..{_short(theirs[1])}"
             )
             if not all(map(_is_finite, theirs)) or not theirs[0] < theirs[1]:
-                raise ContractError(f"{given}; both ends must be finite, the low one first")
+                raise ContractError(f"{given}; both limits must be finite, the lower one first")
             if theirs[1] < low or theirs[0] > high:
-                raise ContractError(f"{given}, which the robot's {low}..{high} does not touch")
+                raise ContractError(f"{given}, which does not overlap the robot's {low}..{high}")
             wider = theirs[0] < low - RANGE_TOLERANCE or theirs[1] > high + RANGE_TOLERANCE
             if wider and not accept_wider:
                 raise ContractError(

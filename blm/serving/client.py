@@ -224,7 +224,7 @@ def read_actions(reply: Mapping[Any, Any], horizon: int, dim: int, where: str) -
     try:
         array = np.asarray(reply["actions"])
     except (TypeError, ValueError) as error:
-        raise ContractError(f"the actions of {where} are no array: {_short(error)}; {needed}") from error
+        raise ContractError(f"the actions of {where} are not an array: {_short(error)}; {needed}") from error
     if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] != dim:
         raise ContractError(f"the actions of {where} are {array.dtype} {_short(array.shape)}; {needed}")
     with np.errstate(over="ignore"):  # values beyond float32 become infinite, and are refused

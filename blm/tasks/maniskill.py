@@ -100,7 +100,7 @@ def require_maniskill() -> None:
         import mani_skill.envs
     except ImportError as error:
         raise BlmError(
-            f"ManiSkill is not installed here ({error}); it has an environment of its own. Run "
+            f"ManiSkill is not installed here ({error}); it needs a separate environment. Run "
             "scripts/maniskill.sh, then use .venv-maniskill/bin/python"
         ) from error
     mani_skill.logger.setLevel(logging.ERROR)  # its own tasks log warnings at each reset
@@ -129,7 +129,7 @@ class ManiSkillEnv(Env):
         self._describe(robot, task, cameras, image_size, distractors)
         if distractors or appearance != PLAIN:
             raise BlmError(
-                "ManiSkill's scenes are as they are: distractors must be 0 and the appearance plain"
+                "ManiSkill's scenes cannot be changed: distractors must be 0 and the appearance plain"
             )
         self._max_episode_steps = MAX_STEPS if max_steps is None else max_steps
         self._terminate, self._steps = terminate_on_success, 0

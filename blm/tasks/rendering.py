@@ -37,7 +37,7 @@ def gl_backend() -> str:
     for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
         if ctypes.util.find_library(library):
             return backend
-    raise BlmError(f"no OpenGL library for pictures without a screen. Install one: {_FIX}")
+    raise BlmError(f"there is no OpenGL library for offscreen rendering. Install one: {_FIX}")
 
 
 def _new_context(size: int) -> Any:

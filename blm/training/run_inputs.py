@@ -39,9 +39,7 @@ def require_same_inputs(path: Path, inputs: Mapping[str, Any], complaint: str) -
             return
         if outputs:
             other = ", ".join(name for name in inputs if stored.get(name) != wanted[name])
-            raise BlmError(
-                f"{complaint}: made from another {other}; name another folder, or move this one away"
-            )
+            raise BlmError(f"{complaint}: it has another {other}; name another folder, or move this one away")
     elif outputs:
         raise BlmError(
             f"'{path.parent}' has {', '.join(outputs[:3])} but no {path.name}: this program did not begin "

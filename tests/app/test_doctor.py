@@ -90,7 +90,7 @@ def test_all_faults_of_vectors_are_listed_at_once(folder):
         folder,
         "observation.state is not finite in 3 frames, in episodes 0, 2",
         "executed_action is not finite in 1 frames, in episodes 0",
-        "stats.json is not of these frames: max, mean, std",
+        "stats.json does not belong to these frames: max, mean, std",
         "timestamps are not those of 20 Hz in 1 frames, in episodes 1",
     )
 
@@ -101,7 +101,7 @@ def test_joints_that_never_move_and_foreign_units_are_named(folder):
         return values
 
     edit(folder, **{"action": lambda values: values * [1, 0, 1], "observation.state": degrees})
-    statistics = "stats.json is not of these frames"
+    statistics = "stats.json does not belong to these frames"
     assert found(folder, "are these degrees", "has the same target in all frames", statistics, statistics)
 
 
@@ -111,12 +111,12 @@ def test_statistics_are_compared_in_full(folder):
     stats["action"]["q99"][0] += 0.01
     path.write_text(json.dumps(stats))
     sign_again(folder)
-    assert found(folder, "stats.json is not of these frames: q99 of action")
+    assert found(folder, "stats.json does not belong to these frames: q99 of action")
 
 
 def test_frames_in_a_wrong_order_are_found(folder):
     edit(folder, episode_index=at([8], 0))
-    assert found(folder, "frames are not ordered by episode")
+    assert found(folder, "frames are not in the order of")
 
 
 def test_all_damaged_files_are_named(folder):
@@ -266,7 +266,7 @@ def test_a_still_arm_before_a_still_camera_is_no_fault(folder):
         return values
 
     edit(folder, **{"observation.state": still})
-    assert found(folder, "stats.json is not of these frames")
+    assert found(folder, "stats.json does not belong to these frames")
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_an_episode_without_pictures_is_refused(tmp_path: Path) -> None:
         lambda: viewing.contact_sheet([blind], tmp_path / "e.png"),
         lambda: viewing.suite_sheet({("panda", "push_cube"): blind}, tmp_path / "e.png"),
     ):
-        with pytest.raises(BlmError, match="no pictures"):
+        with pytest.raises(BlmError, match="no images"):
             write()
     assert not list(tmp_path.iterdir())
 

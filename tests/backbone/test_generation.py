@@ -399,7 +399,7 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenised(
     for content, reason in (
         (("x" * (capacity.max_text_bytes + 1),), "bytes; at most"),
         (("\u20ac" * (capacity.max_text_bytes // 3 + 1),), "bytes; at most"),
-        ((picture,) * (capacity.max_images + 1), "pictures; one conversation may have"),
+        ((picture,) * (capacity.max_images + 1), "images; at most"),
     ):
         with pytest.raises(BlmError, match=reason):
             generation.prepare((Message("user", content),), [Sampling()])

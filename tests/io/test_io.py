@@ -323,7 +323,7 @@ def test_only_marked_folders_are_removed(tmp_path):
     (tmp_path / "theirs/data").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "theirs")
     for name in ("theirs", "link", "nothing"):
-        with pytest.raises(BlmError, match="cannot prove that it made it"):
+        with pytest.raises(BlmError, match="nothing in it shows that this program created it"):
             io.remove_own(tmp_path / name)
     assert tree(tmp_path / "theirs") == {"data": "precious"}
 
@@ -368,11 +368,11 @@ def test_a_work_folder_belongs_to_its_settings_and_to_us(tmp_path):
     io.work_folder(tmp_path / "work", "staging", {"size": 1})
     with pytest.raises(BlmError, match="unfinished work of other settings"):
         io.work_folder(tmp_path / "work", "staging", {"size": 2})
-    with pytest.raises(BlmError, match="did not make it"):
+    with pytest.raises(BlmError, match="did not create it"):
         io.work_folder(tmp_path / "work", "shards", {"size": 1})
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/data").write_text("precious")
-    with pytest.raises(BlmError, match="did not make it"):
+    with pytest.raises(BlmError, match="did not create it"):
         io.work_folder(tmp_path / "theirs", "staging", {})
     assert tree(tmp_path / "theirs") == {"data": "precious"}
 

@@ -412,7 +412,7 @@ def test_a_folder_that_is_no_checkpoint_or_was_altered_is_not_replaced(copied, t
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "manifest.json").write_text('{"mine": 1}')
-    with pytest.raises(BlmError, match=r"its manifest.json is of another program"):
+    with pytest.raises(BlmError, match=r"its manifest.json belongs to another program"):
         make_policy(1).save(theirs, {})
     assert (theirs / "manifest.json").read_text() == '{"mine": 1}'
     with (copied / "stats.json").open("a") as file:
@@ -478,9 +478,9 @@ def test_a_policy_goes_on_from_its_last_chunk(saved):
     assert jump(chunking.act(again)) < 0.6 * jump(policy.act(again))
     chunking.reset()
     np.testing.assert_array_equal(chunking.act(again).actions, policy.act(again).actions)
-    with pytest.raises(BlmError, match="frozen is 9"):
+    with pytest.raises(BlmError, match="inference_delay is 9"):
         policy.act(replace(look, chunk=left, inference_delay=9))
-    with pytest.raises(BlmError, match=r"the chunk in progress is \(40, "):
+    with pytest.raises(BlmError, match=r"the current chunk has shape \(40, "):
         policy.act(replace(look, chunk=np.repeat(left, 40, axis=0)[:40]))
 
 

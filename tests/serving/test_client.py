@@ -102,7 +102,7 @@ BAD_REPLIES: dict[str, tuple[bytes | str, str]] = {
     "endless": (actions(np.zeros((5000, 8), np.float16)), "5000 steps; needed"),
     "deep": (actions(np.zeros((1, 4, 8))), r"\(1, 4, 8\); needed"),
     "text actions": (actions("left"), "<U4 .*; needed"),
-    "ragged": (actions([[1.0], [1.0, 2.0]]), "no array: "),
+    "ragged": (actions([[1.0], [1.0, 2.0]]), "not an array: "),
     "map actions": (actions({"left": 1}), "object .*; needed"),
     "NaN": (actions(np.full((4, 8), np.nan)), "not finite"),
     "infinite": (actions(np.full((4, 8), np.inf)), "not finite"),

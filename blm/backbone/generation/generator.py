@@ -125,7 +125,7 @@ class Generation:
         if room < 1:
             raise BlmError(
                 f"the prompt has {length} tokens; for {count} answer(s) the server holds "
-                f"{length + room}, the answer's first token included: use fewer pictures or words"
+                f"{length + room}, the answer's first token included; use fewer images or words"
             )
         clamped = [replace(s, max_tokens=min(s.max_tokens, room)) for s in samplings]
         return Prompt(inputs, self.backbone.position_ids(inputs), clamped, [0] * count)
@@ -140,11 +140,13 @@ class Generation:
                 f"{capacity.context_tokens} tokens"
             )
         if len(images) > capacity.max_images:
-            raise BlmError(f"{len(images)} pictures; one conversation may have {capacity.max_images}")
+            raise BlmError(
+                f"the conversation has {len(images)} images; at most {capacity.max_images} are allowed"
+            )
         tokens = sum(self.tokens_per_image(p.shape[1], p.shape[0]) for p in images if p is not None)
         if tokens > capacity.context_tokens:
             raise BlmError(
-                f"{len(images)} pictures of these sizes take {tokens} tokens; the context holds "
+                f"{len(images)} images of these sizes take {tokens} tokens; the context holds "
                 f"{capacity.context_tokens}: use fewer or smaller ones"
             )
 

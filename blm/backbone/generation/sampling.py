@@ -35,7 +35,7 @@ def choose_token(scores: Tensor, sampling: Sampling, generator: torch.Generator)
     scores = scores.float()
     highest = scores.amax()  # NaN if one score is
     if not bool(highest.isfinite()):
-        raise ScoreError(f"the model gave no usable scores: the highest is {float(highest)}")
+        raise ScoreError(f"the model's logits are not usable: the highest is {float(highest)}")
     if is_greedy(sampling):
         return int(scores.argmax())
     shares = ((scores.double() - highest) / sampling.temperature).softmax(-1).float().cpu()
@@ -74,7 +74,7 @@ class TokenChooser:
         for sequence, row, greedy, finite in zip(sequences, scores, likeliest, usable, strict=True):
             try:
                 if not finite:
-                    raise ScoreError("the model gave scores that are not finite")
+                    raise ScoreError("the model's logits are not finite")
                 token = greedy if self._takes_likeliest(sequence.sampling) else self._sample(sequence, row)
             except Exception as error:
                 fail([sequence], error)

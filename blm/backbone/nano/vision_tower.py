@@ -69,11 +69,13 @@ class ConvVisionConfig(PretrainedConfig):
         words = sorted({word for thing in things for word in map_words(thing)})
         if len(words) > WORDS - FOUND:
             raise BlmError(
-                f"nano's vision tower knows at most {WORDS - FOUND} words, not {len(words)}: {words}"
+                f"nano's vision tower supports at most {WORDS - FOUND} words, not {len(words)}: {words}"
             )
         for kind, names, most in (("steps", steps, STEPS), ("views", views, VIEWS)):
             if len(names) > most:
-                raise BlmError(f"nano's vision tower knows at most {most} {kind}, not {len(names)}: {names}")
+                raise BlmError(
+                    f"nano's vision tower supports at most {most} {kind}, not {len(names)}: {names}"
+                )
         self.channels, self.width = channels, width
         self.things, self.steps, self.views = list(things), list(steps), list(views)
         self.image_size, self.patch_size = IMAGE_SIZE, IMAGE_SIZE // GRID

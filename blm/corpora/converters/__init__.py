@@ -67,7 +67,7 @@ CONVERTERS: dict[str, Converter] = {
         rows=chats.messages,
     ),
     "easy_vqa": Converter(
-        reads="train or test: questions about one shape on a picture; one conversation a picture",
+        reads="train or test: questions about one shape in an image; one conversation per image",
         origin="https://pypi.org/project/easy-vqa (MIT), installed with blm[easy-vqa]",
         rows=easy_vqa,
         media=lambda source, settings: package_folder(),

@@ -90,9 +90,9 @@ def _read_json_array(file: Path) -> Iterator[tuple[int, Any]]:
     try:
         rows = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise BlmError(f"'{file}' cannot be read as JSON ({error}): it is truncated or altered") from error
+        raise BlmError(f"'{file}' cannot be read as JSON ({error}); it is truncated or altered") from error
     if not isinstance(rows, list):
-        raise BlmError(f"'{file}' holds a {type(rows).__name__}, no list of rows; name the files that do")
+        raise BlmError(f"'{file}' holds a {type(rows).__name__}, not a list of rows; name files of rows")
     yield from enumerate(rows, start=1)
 
 

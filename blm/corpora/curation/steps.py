@@ -211,7 +211,9 @@ def curate_sources(
     """
     names = [source.name for source in sources]
     if len(set(names)) != len(names) or not set(config.general) <= set(names):
-        raise BlmError(f"sources {names} need different names, general {config.general} must be among them")
+        raise BlmError(
+            f"sources {names} need different names, and --general {config.general} must name some of them"
+        )
     entries, reasons = [], DropReasons()
     for source in sources:
         for number, row in scan_corpus(source.folder):

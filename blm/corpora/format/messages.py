@@ -142,7 +142,7 @@ def scan_corpus(folder: Path) -> Iterator[tuple[int, Conversation | RowError]]:
     path = folder / CORPUS_FILE
     if not path.is_file():
         raise BlmError(
-            f"'{folder}' is not a corpus folder: {CORPUS_FILE} is missing; make one with `blm corpus`"
+            f"'{folder}' is not a corpus folder: {CORPUS_FILE} is missing; create one with `blm corpus`"
         )
     lines: dict[str, int] = {}
     with path.open("rb") as file:  # bytes, because text files are also split at U+2028
@@ -205,10 +205,11 @@ def parse_json_line(line: bytes) -> Any:
 def parse_row(row: Any, number: int) -> Conversation:
     """Return the conversation of one row. `number` names a row without id. Raises RowError."""
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-        raise RowError("malformed row", "it is no object with a list 'messages'")
+        raise RowError("malformed row", "it is not an object with a list 'messages'")
     if beside := [key for key in MEDIA_KEYS if row.get(key)]:
         raise RowError(
-            "wrong media count", f"media beside the messages ({', '.join(beside)}): `blm corpus convert` it"
+            "wrong media count",
+            f"it has media outside the messages ({', '.join(beside)}); convert it with `blm corpus convert`",
         )
     messages = tuple(_message(message) for message in row["messages"])
     check_turns(messages)
@@ -217,7 +218,7 @@ def parse_row(row: Any, number: int) -> Conversation:
     answers = sum(message.role == "assistant" for message in messages)
     kinds = row.get("kinds", [source] * answers)
     if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind for kind in kinds):
-        raise RowError("malformed row", f"'kinds' is {kinds!r}, no list of names")
+        raise RowError("malformed row", f"'kinds' is {kinds!r}, not a list of names")
     if len(kinds) != answers:
         raise RowError("wrong number of kinds", f"{len(kinds)} kinds for {answers} assistant turns")
     files = [split_time(str(image.path))[0] for message in messages for image in message.images]
@@ -234,7 +235,7 @@ def check_turns(messages: Sequence[Message]) -> None:
     for turn, message in enumerate(messages):
         blank = not without_thought(message.text).strip()
         if message.role == "assistant" and (blank or message.images):
-            raise RowError("empty answer", f"turn {turn}" + (" holds a picture" if message.images else ""))
+            raise RowError("empty answer", f"turn {turn}" + (" has an image" if message.images else ""))
         if message.role == "user" and blank and not message.images:
             raise RowError("empty question", f"turn {turn}")
 
@@ -275,7 +276,9 @@ def check_text(text: Any) -> str:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise RowError("malformed row", f"a text holds half a character: {text[:40]!a}") from None
+            raise RowError(
+                "malformed row", f"a text contains a lone surrogate (half a character): {text[:40]!a}"
+            ) from None
     return text
 
 

@@ -79,7 +79,7 @@ class SceneCorpusConfig:
 
     def __post_init__(self) -> None:
         if not (self.robots and self.tasks and self.cameras):
-            raise BlmError("a corpus needs robots and tasks and cameras, at least one of each")
+            raise BlmError("a corpus needs at least one robot, one task and one camera")
         require_numbers(
             self,
             image_size=(16, 4096),

@@ -161,7 +161,7 @@ class Endpoint:
             wait = min(max(wait, _seconds(response.headers.get("Retry-After"))), LONGEST_WAIT)
         raise BlmError(
             f"no answer from '{self.name}' in {self.settings.attempts} attempts; last: {trouble}. Answers so "
-            "far are kept: run the same command again when the server is back"
+            "far are kept: run the same command again when the server is available"
         )
 
     def _refusal(self, status: int, trouble: str) -> BlmError:

@@ -156,12 +156,12 @@ def _picture(image: Image, root: Path | None, name: str) -> str:
     if image.pixels is not None:
         return hashlib.sha256(np.asarray(image.pixels).tobytes()).hexdigest()
     if root is None or image.path is None:
-        raise BlmError(f"question '{name}' has a picture that is not in memory; name its folder")
+        raise BlmError(f"question '{name}' has an image that is not in memory; name its folder")
     file = locate(image.path, root)
     try:
         state = file.stat()
     except OSError as error:
-        raise BlmError(f"question '{name}': cannot read picture {file}: {error.strerror}") from error
+        raise BlmError(f"question '{name}': cannot read image {file}: {error.strerror}") from error
     return f"{_hash(file, state.st_mtime_ns, state.st_size)}{split_time(image.path)[1] or ''}"
 
 

@@ -171,7 +171,7 @@ def picture_size(question: Question, config: ScoringConfig) -> tuple[int, int] |
     pictures = [image for message in question.messages for image in message.images]
     if not pictures:
         raise BlmError(
-            f"question '{question.id}' has no picture to give the size in pixels; use pixels:WIDTHxHEIGHT"
+            f"question '{question.id}' has no image that gives the size in pixels; use pixels:WIDTHxHEIGHT"
         )
     height, width = load_pixels(pictures[-1], config.root).shape[:2]
     return width, height

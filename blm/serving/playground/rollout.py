@@ -317,7 +317,7 @@ def move_object(env: Env, command: Mapping[str, Any]) -> None:
     offset = (lookup("object", name, objects).position + by)[:2] - env.task_spec.region(env.robot).centre
     if np.abs(offset).max() > TABLE_HALF:
         raise BlmError(
-            f"the {name} would leave the table: at most {TABLE_HALF} m from its centre are allowed"
+            f"the {name} would leave the table; it may be at most {TABLE_HALF} m from the table's centre"
         )
     env.shift_object(name, by)
 

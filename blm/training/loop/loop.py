@@ -236,7 +236,7 @@ class _Run(Generic[B]):
             ids = [name for names in self.processes.gather_objects(mine) for name in names]
             raise BlmError(
                 f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}, samples {ids}: "
-                "not finite. Lower the learning rate or look at these samples; the last checkpoint is intact"
+                "not finite. Lower the learning rate or inspect these samples; the last checkpoint is intact"
             )
         self.optimizer.step(self.lr_factor(step))
         if self.ema is not None:

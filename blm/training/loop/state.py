@@ -82,7 +82,7 @@ def restore_state(
     with safe_open(found[-1], "pt") as saved:
         header = json.loads((saved.metadata() or {}).get("run", "{}"))
         if not {"done", "seconds", "config"} <= header.keys():
-            raise BlmError(f"'{found[-1]}' is no checkpoint of this program; use a new folder")
+            raise BlmError(f"'{found[-1]}' is not a checkpoint of this program; use a new folder")
         mine = json.loads(json.dumps(config))
         there = {**header["config"], **{name: mine[name] for name in may_change}}
         if there != mine:

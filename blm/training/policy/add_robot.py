@@ -107,8 +107,8 @@ def from_checkpoint(
     new = [robot for robot in contract.action_spaces if robot not in old.action_spaces]
     if only_new and (shared or not new):
         raise BlmError(
-            f"only new robots shall train, and the checkpoint knows {shared or list(old.action_spaces)}; "
-            "give datasets of other robots, or let all train"
+            f"--only-new trains new robots only, and the checkpoint has {shared or list(old.action_spaces)}; "
+            "give datasets of other robots, or train all"
         )
     network = with_embodiments(policy.network, len(new)).requires_grad_(True)
     return InitialPolicy(network, (*old.action_spaces, *new), policy, only_new)

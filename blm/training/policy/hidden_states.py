@@ -67,7 +67,7 @@ class HiddenStateConfig:
         require_numbers(self, **most, views=(0, 1000), workers=(0, MAX_WORKERS))
         sizes = (self.layer, self.stride, self.batch_size, self.shard_frames, self.views + 1)
         if min(sizes) < 1 or not self.cameras:
-            raise BlmError(f"intents: need a layer, cameras and positive sizes, got {self}")
+            raise BlmError(f"hidden states: need a layer, cameras and positive sizes, got {self}")
 
 
 class LiveHiddenStates:
@@ -179,7 +179,7 @@ def cache_hidden_states(
     the folder holds a cache with another spec, or one that was altered.
     """
     spec = describe(backbone, dataset, config)
-    require_same_inputs(folder / "spec.json", spec, f"intent cache '{folder}' is stale")
+    require_same_inputs(folder / "spec.json", spec, f"hidden-state cache '{folder}' is stale")
     manifest = folder / "manifest.json"
     if not manifest.exists():
         _report_size(LiveHiddenStates(backbone, dataset, config), folder)
@@ -188,7 +188,7 @@ def cache_hidden_states(
             list(_shards(dataset, config, folder)),
             journal=folder / "journal.jsonl",
             workers=config.workers,
-            title=f"intents of {dataset.space.robot}",
+            title=f"hidden states of {dataset.space.robot}",
             setup=_set_up_worker,
             setup_args=(source, str(backbone.model.device), backbone.model.dtype, dataset.folder, config),
         )
@@ -198,10 +198,13 @@ def cache_hidden_states(
     for name, shard in shards.items():
         if not (folder / name).exists() or sha256_file(folder / name) != shard["sha256"]:
             raise BlmError(
-                f"intent cache '{folder}': {name} is missing or altered; move the folder away, run again"
+                f"hidden-state cache '{folder}': {name} is missing or "
+                "altered; move the folder away, run again"
             )
     if errors := [shard["error"] for shard in shards.values() if "error" in shard]:
-        Console(stderr=True).print(f"int8 intents: RMS error {np.mean(errors):.2%} of the values' own RMS")
+        Console(stderr=True).print(
+            f"int8 hidden states: RMS error {np.mean(errors):.2%} of the values' own RMS"
+        )
     return CachedHiddenStates(folder, shards, config)
 
 
@@ -236,10 +239,12 @@ def _report_size(live: LiveHiddenStates, folder: Path) -> None:
     size, free = copies * tokens.sum() * bytes_each / 1e9, shutil.disk_usage(folder).free / 1e9
     frames = f"{len(kept)} frames" + (f" x {copies} views" if copies > 1 else "")
     plan = f"{frames} x {tokens.mean():.0f} tokens x {width}: {size:.3g} GB ({free:.3g} GB free)"
-    Console(stderr=True).print(f"intent cache {folder}: {plan}", soft_wrap=True)
+    Console(stderr=True).print(f"hidden-state cache {folder}: {plan}", soft_wrap=True)
     there = sum(path.stat().st_size for path in folder.glob("*.npy")) / 1e9
     if size - there > free:
-        raise BlmError(f"intent cache '{folder}' does not fit: {plan}; use a larger stride or another disk")
+        raise BlmError(
+            f"hidden-state cache '{folder}' does not fit: {plan}; use a larger stride or another disk"
+        )
 
 
 def _shards(dataset: EpisodeDataset, config: HiddenStateConfig, folder: Path) -> Iterator[WorkUnit]:

@@ -133,7 +133,9 @@ def joint_contract(
     Raises BlmError for datasets that do not match.
     """
     if len({data.content_hash for data in datasets}) != len(datasets) or not datasets:
-        raise BlmError(f"give datasets, each once; got {[str(data.folder) for data in datasets]}")
+        raise BlmError(
+            f"give one or more datasets, each only once; got {[str(data.folder) for data in datasets]}"
+        )
     spaces = dict[str, ActionSpace]()
     side, rate = datasets[0].image_size, datasets[0].space.rate_hz
     for data in datasets:
@@ -178,7 +180,9 @@ class PolicySampler:
         self.views = views if train else 0
         groups = list(_groups(datasets, weights, train=train))
         if not groups:
-            raise BlmError("nothing to learn from: no robot and task in the data has a weight above zero")
+            raise BlmError(
+                "there is nothing to train on: no robot and task in the data has a weight above zero"
+            )
         self.group_datasets = np.array([number for number, _, _ in groups])
         self.group_frames = [frames for _, frames, _ in groups]
         self.mixture = Mixture(
@@ -228,7 +232,7 @@ class PolicySampler:
         now, future = list[Any](), list[Any]()
         for number in np.unique(samples.datasets):
             mine, source = samples.datasets == number, self.datasets[number]
-            assert source.hidden_states is not None, "this sampler was made for a policy that takes pictures"
+            assert source.hidden_states is not None, "this sampler was created for a policy that takes images"
             frames = samples.frames[mine]
             now += source.hidden_states.read(frames, samples.views[mine])
             if self.policy.future_weight:
@@ -279,7 +283,7 @@ def _groups(
     known = {source.dataset.space.robot for source in datasets}
     known |= {task for source in datasets for task in source.dataset.tasks}
     if unknown := sorted({*weights} - known):
-        raise BlmError(f"weights for {unknown}, which no dataset holds; valid: {', '.join(sorted(known))}")
+        raise BlmError(f"weights for {unknown}, which no dataset contains; valid: {', '.join(sorted(known))}")
     for number, source in enumerate(datasets):
         data = source.dataset
         frames = source.train if train else source.held_out

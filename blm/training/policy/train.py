@@ -96,7 +96,7 @@ class PolicyTrainingConfig:
             raise BlmError(f"execute {self.execute} must lie in 1..horizon = {self.policy.horizon}")
         stride, steps = self.intents.stride, self.policy.future_steps
         if steps % stride:
-            raise BlmError(f"stride {stride} of the intents must divide future_steps = {steps}")
+            raise BlmError(f"stride {stride} of the hidden states must divide future_steps = {steps}")
 
 
 def open_datasets(
@@ -307,7 +307,9 @@ def _run(
 
     held_out = anything_held_out(datasets, config.weights)
     if config.held_out and not held_out and first:
-        Console(stderr=True).print("no held-out episode is of what is trained: there is no validation loss")
+        Console(stderr=True).print(
+            "no held-out episode belongs to a trained robot and task, so there is no validation loss"
+        )
 
     def evaluate(step: int) -> Mapping[str, float]:
         metrics = dict[str, float]()

@@ -57,7 +57,9 @@ def add_adapters(backbone: Backbone, lora: Lora, *, projector: bool, seed: int) 
         chosen = [name for name in linear if name.rsplit(".", 1)[-1] in lora.targets]
         if missing := set(lora.targets) - {name.rsplit(".", 1)[-1] for name in chosen}:
             valid = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise BlmError(f"lora.targets {sorted(missing)} are no linear layers here; valid: {valid}")
+            raise BlmError(
+                f"lora.targets {sorted(missing)} are not linear layers of this model; valid: {valid}"
+            )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft calls transformers by a deprecated name
         torch.manual_seed(seed)

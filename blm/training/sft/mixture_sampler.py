@@ -35,7 +35,8 @@ class TokenizedSource:
     def __post_init__(self) -> None:
         if not self.examples or self.weight <= 0:
             raise BlmError(
-                f"source '{self.name}' has {len(self.examples)} rows and weight {self.weight}; leave it out"
+                f"source '{self.name}' has {len(self.examples)} examples "
+                f"and weight {self.weight}; leave it out"
             )
 
 
@@ -62,10 +63,10 @@ class MixtureSampler:
         example of the step; 0: one example per sequence. `world_size`: number of ranks.
         """
         if not sources:
-            raise BlmError("no rows to train on")
+            raise BlmError("there are no examples to train on")
         if examples_per_step < 1 or examples_per_step % world_size:
             raise BlmError(
-                f"{examples_per_step} rows a step over {world_size} processes: "
+                f"{examples_per_step} examples per step over {world_size} processes: "
                 f"give a multiple of {world_size}"
             )
         self.sources, self.world_size, self.seed = list(sources), world_size, seed

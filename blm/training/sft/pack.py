@@ -108,7 +108,7 @@ def _attention_mask(backbone: Backbone, example_ids: np.ndarray, segment_ids: np
     if kind != "sdpa":
         raise BlmError(
             f"this model was loaded with '{kind}' attention; packing and separate_turns need 'sdpa'. "
-            "Load it so, or set pack_length=0 and separate_turns=False"
+            "Load it with 'sdpa', or set pack_length=0 and separate_turns=False"
         )
     same_example = torch.from_numpy(example_ids[:, :, None] == example_ids[:, None, :])
     same_turn_or_prefix = torch.from_numpy(
@@ -136,7 +136,8 @@ def require_exact(backbone: Backbone) -> float:
     error = ((packed - alone).abs().max() / alone.abs().max()).item()
     if not error <= TOLERANCE[precision]:
         raise BlmError(
-            f"{name} cannot be packed: rows see each other. Its logits differ from those of rows alone by "
+            f"{name} cannot be packed: examples attend to each other. Its "
+            "logits differ from those of single examples by "
             f"{error:.1e} of their size (at most {TOLERANCE[precision]:.0e}). Set pack_length=0"
         )
     return error

@@ -70,7 +70,7 @@ class Retention:
         self.texts, self.length = tuple(texts) or tuple(held_out_texts()), length
         self.blocks = self._blocks(backbone)
         if not self.blocks:
-            raise BlmError("no held-out text has two tokens or more: nothing to measure retention on")
+            raise BlmError("no held-out text has two or more tokens, which retention needs")
         self.head = copy.deepcopy(_head(backbone)).requires_grad_(False)
         self.hidden = list(self._read(backbone))
 
@@ -82,7 +82,9 @@ class Retention:
         the two split the texts into other tokens.
         """
         if self._blocks(backbone) != self.blocks or _head(backbone).weight.shape != self.head.weight.shape:
-            raise BlmError("base and tuned model have unlike tokenizers; a divergence needs the same tokens")
+            raise BlmError(
+                "base and fine-tuned model have different tokenizers; the divergence needs the same tokens"
+            )
         rows = [
             self._compare(tokens, base, tuned, _head(backbone))
             for tokens, base, tuned in zip(self.blocks, self.hidden, self._read(backbone), strict=True)

@@ -47,7 +47,7 @@ class TokenizationConfig:
     def __post_init__(self) -> None:
         require_numbers(self, max_length=(2, 10**9), max_pixels=(1, 10**12))
         if self.max_length < 2 or (self.max_pixels is not None and self.max_pixels < 1):
-            raise BlmError(f"limits {self}: lengths and pixels must be positive")
+            raise BlmError(f"{self}: max_length must be at least 2, and max_pixels positive")
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _tokens_and_loss_mask(backbone: Backbone, messages: Messages) -> tuple[np.nd
         ends = np.flatnonzero(np.isin(tokens[inside], _end_tokens(backbone)))
         loss_mask[inside[: ends[0] + 1] if len(ends) else inside] = True
     if not loss_mask.any():
-        raise BlmError("no assistant turn to learn from")
+        raise BlmError("the conversation has no assistant turn to train on")
     return tokens, loss_mask
 
 

@@ -124,7 +124,7 @@ class CorpusTokenizer:
     def _report_faults(self, source: TrainingSource, faults: Sequence[tuple[int, str]]) -> None:
         for number, reason in faults:
             if not self.skip_bad:
-                raise BlmError(f"{source.location(number)}: {reason}; skip_bad leaves such rows out")
+                raise BlmError(f"{source.location(number)}: {reason}; skip_bad skips such conversations")
             self.console.print(
                 f"skipped {source.location(number)}: {reason}", highlight=False, soft_wrap=True
             )

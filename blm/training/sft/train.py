@@ -72,7 +72,7 @@ class Stage1Config:
             pack_length=(0, 10**9),
         )
         if self.lora.rank and self.vision_scale:
-            raise BlmError("LoRA leaves the vision tower as it is; set vision_scale=0")
+            raise BlmError("LoRA does not train the vision tower; set vision_scale=0")
 
     @property
     def scales(self) -> dict[PartName, float]:

@@ -286,7 +286,11 @@ def test_a_tag_in_an_answer_is_refused(tmp_path, answer):
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(b"[1, 2", "truncated or altered"), (b"{}", "no list of rows"), (b"[]", "no row that can be converted")],
+    [
+        (b"[1, 2", "truncated or altered"),
+        (b"{}", "not a list of rows"),
+        (b"[]", "no row that can be converted"),
+    ],
 )
 def test_files_without_rows_are_refused(tmp_path, content, complaint):
     (tmp_path / "r.json").write_bytes(content)

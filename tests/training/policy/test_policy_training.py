@@ -140,7 +140,7 @@ def test_nothing_held_out_of_what_is_trained_is_said_and_training_ends_well(conf
     assert train_stage2(few, tmp_path / "run", {}).is_dir()
     assert "there is no validation loss" in capsys.readouterr().err
     assert "val_" not in (tmp_path / "run/log.jsonl").read_text() and not (tmp_path / "run/best").exists()
-    with pytest.raises(BlmError, match="nothing to learn from"):
+    with pytest.raises(BlmError, match="nothing to train on"):
         train_stage2(replace(few, weights={"arm": 0.0}), tmp_path / "none", {})
 
 

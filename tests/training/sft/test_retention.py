@@ -103,7 +103,7 @@ def test_divergence_grows_with_noise_and_the_base_is_remembered() -> None:
 
 def test_other_tokens_and_empty_texts_are_refused(tmp_path: Path) -> None:
     retention = Retention(build_nano(), TEXTS)
-    with pytest.raises(BlmError, match="unlike tokenizers"):
+    with pytest.raises(BlmError, match="different tokenizers"):
         retention.measure(build_nano(["quite another text about gripper and cube"] * 3))
     with pytest.raises(BlmError, match="two tokens"):
         Retention(build_nano(), [""])

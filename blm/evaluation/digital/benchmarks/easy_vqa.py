@@ -37,7 +37,7 @@ def load_split(folder: Path, split: str) -> list[Question]:
     questions = []
     for number, (where, value) in enumerate(read_values(folder / f"data/{split}/questions.json", GET)):
         if not isinstance(value, list) or len(value) != 3:
-            raise BlmError(f"{where}: it is {str(value)[:80]!r}; needed: [question, answer, picture]")
+            raise BlmError(f"{where}: it is {str(value)[:80]!r}; needed: [question, answer, image]")
         row = Row(where, dict(zip(("question", "answer", "picture"), value, strict=True)))
         answer = row.text("answer")
         if answer not in valid:

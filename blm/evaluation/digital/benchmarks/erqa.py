@@ -22,7 +22,7 @@ from blm.types import Image, Message, Question
 
 GET = (
     "Get it with `hf download --repo-type dataset FlagEval/ERQA --local-dir FOLDER` (400 questions). "
-    "Expected: FOLDER/data/*.parquet, or FOLDER/erqa.jsonl with its pictures beside it."
+    "Expected: FOLDER/data/*.parquet, or FOLDER/erqa.jsonl with its images next to it."
 )
 
 

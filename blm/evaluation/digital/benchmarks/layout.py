@@ -81,7 +81,7 @@ class Row:
             return Image(path=self.file(value, folder))
         content = value.get("bytes") if isinstance(value, dict) else None
         if not isinstance(content, bytes) or not content:
-            raise self.error(f"a picture is {str(value)[:80]!r}; needed: a path, or bytes with a picture")
+            raise self.error(f"an image is {str(value)[:80]!r}; needed: a path, or bytes of an image")
         suffix = Path(value.get("path") or "").suffix or ".png"
         name = f"{UNPACKED}/{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
         if not (folder / name).exists():

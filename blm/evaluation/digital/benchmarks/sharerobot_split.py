@@ -126,7 +126,7 @@ def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str]
     made |= {folder / TRAINING: {**numbers, "ids": left}, folder / SPLIT: {**numbers, "ids": sorted(held)}}
     for file, value in made.items():  # left by a killed run with the same split, or by another program
         if file.exists() and _read(file) != json.loads(json.dumps(value)):
-            raise BlmError(f"'{file}' exists and holds something else; move it away")
+            raise BlmError(f"'{file}' exists with other content; move it away")
     for file, value in made.items():
         write_json(file, value)
     return numbers

@@ -35,7 +35,7 @@ class Coordinates:
         if text not in ("thousandths", "unit", "pixels", "yx1000"):
             raise BlmError(
                 f"coordinates '{text}' are unknown; valid: thousandths (integers 0..1000), unit (0..1), "
-                "yx1000 (y first), pixels (of the question's picture) or pixels:WIDTHxHEIGHT"
+                "yx1000 (y first), pixels (of the question's image) or pixels:WIDTHxHEIGHT"
             )
         return cls(text)  # type: ignore[arg-type]
 
@@ -58,7 +58,7 @@ class Coordinates:
             scale = (1000.0, 1000.0)
         elif self.kind == "pixels":
             width, height = self.size or size or (0, 0)
-            assert width and height, "pixels need the size of a picture"
+            assert width and height, "pixels need the size of an image"
             scale = (1000.0 / width, 1000.0 / height)
         return tuple(value * scale[index % 2] for index, value in enumerate(values))
 
