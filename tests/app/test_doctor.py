@@ -68,7 +68,7 @@ def at(place, value):
     return change
 
 
-def test_good_datasets_say_what_is_in_them(folder, tmp_path):
+def test_good_datasets_report_their_content(folder, tmp_path):
     (check,) = examine_path(folder)
     assert check.fix == "" and "arm: 3 episodes, 28 frames, 2 cameras; all files match the" in check.found
     for writer in (write_v2, write_v3):
@@ -193,7 +193,7 @@ def test_a_collection_is_examined_robot_by_robot(folder, tmp_path):
     assert sum("is missing" in check.found for check in lines) == 2
 
 
-def test_an_unfinished_collection_says_how_to_finish_it(tmp_path):
+def test_an_unfinished_collection_comes_with_a_remedy(tmp_path):
     out = tmp_path / "out"
     stage_episode(out / ".staging", "arm/push/1", EPISODES[0])
     stage_episode(out / ".staging", "arm/push/2", EPISODES[1])

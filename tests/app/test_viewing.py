@@ -60,7 +60,7 @@ def differs(one: Episode, other: Episode, t: int) -> bool:
     return not np.array_equal(viewing.video_frame(one, t), viewing.video_frame(other, t))
 
 
-def test_what_a_frame_says_depends_on_the_episode() -> None:
+def test_the_status_line_depends_on_the_episode() -> None:
     opened = np.zeros((T, 8), np.float32)
     opened[5, -1] = 0.7
     for change in (

@@ -52,7 +52,7 @@ def test_foreign_datasets_are_read_whole(tmp_path, version):
 
 
 @pytest.mark.parametrize("version", WRITERS)
-def test_what_they_do_not_say_is_unknown(tmp_path, version):
+def test_missing_information_is_marked_unknown(tmp_path, version):
     dataset = open_dataset(WRITERS[version](tmp_path))
     space = dataset.space
     assert (space.robot, space.names, space.rate_hz) == ("gantry", tuple(NAMES), 10.0)

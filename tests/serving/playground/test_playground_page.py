@@ -256,7 +256,7 @@ def test_signing_in_with_a_browser() -> None:
 
 
 @needs_browser
-def test_the_page_of_a_model_that_cannot_drive_and_of_a_server_that_goes() -> None:
+def test_the_page_without_a_policy_and_after_a_disconnect() -> None:
     from playwright.sync_api import expect, sync_playwright
 
     with sync_playwright() as tools:

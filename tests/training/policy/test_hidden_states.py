@@ -72,7 +72,7 @@ def test_reopening_computes_nothing_and_a_killed_run_continues(world, cached):
     assert after["00000.npy"] == before["00000.npy"] and after["00001.npy"] != before["00001.npy"]
 
 
-def test_only_what_is_not_there_yet_must_fit_on_the_disk(world, tmp_path, monkeypatch, capsys):
+def test_only_the_missing_part_must_fit_on_the_disk(world, tmp_path, monkeypatch, capsys):
     backbone, source, dataset = world
     made = cache_hidden_states(backbone, str(source), dataset, CONFIG, tmp_path / "made")
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "made").glob("*.npy")}

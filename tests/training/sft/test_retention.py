@@ -38,7 +38,7 @@ def noisy(size: float) -> Backbone:
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
-def test_a_model_has_not_left_itself(name: str) -> None:
+def test_a_model_has_zero_divergence_from_itself(name: str) -> None:
     backbone = MAKERS[name]()
     found = Retention(backbone, TEXTS).measure(backbone)
     assert found["kl"] == found["kl_low"] == found["kl_high"] == found["nll_rise"] == 0.0
