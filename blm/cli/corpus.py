@@ -39,8 +39,7 @@ class BuildCorpus(CliCommand):
 
     Run the same command again to resume an interrupted build.
 
-    The flag --workers N sets the number of worker processes.
-    The default is 2; 0 runs all work in the main process.
+    The flag --workers N sets the number of worker processes (default 2; 0: only the main process).
 
     Example: blm corpus build OUT --robots panda --tasks push_cube --cameras base --image-size 112
     --scenes 100 --first-seed 10000

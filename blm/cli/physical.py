@@ -44,6 +44,7 @@ class Collect(CliCommand):
     With --verify, nothing is recorded: every episode of OUT is replayed and must match bit for bit.
 
     With --policy CHECKPOINT --correct, a policy controls the first steps of every episode.
+
     The dataset then holds the expert's corrections in the states that the policy reaches.
 
     Example: blm collect data --robots panda --tasks push_cube --episodes 10

@@ -44,6 +44,7 @@ class TrainStage1(CliCommand):
     """Stage I: fine-tune a backbone on corpora.
 
     Writes OUT/backbone, a transformers folder, and OUT/log.jsonl.
+
     Run the same command again to resume; `accelerate launch` runs several processes.
 
     Example: blm train stage1 OUT --corpus corpora/scenes --backbone smol --loop.steps 2000
@@ -137,6 +138,7 @@ class TrainStage2(CliCommand):
     """Stage II: train the bridge and the policy on demonstrations; the backbone is frozen.
 
     Writes OUT/checkpoint and OUT/best.
+
     Run the same command again to resume; `accelerate launch` runs several processes.
 
     Example: blm train stage2 OUT --datasets data/panda --backbone blm-nano --intents.layer 3

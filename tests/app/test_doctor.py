@@ -222,7 +222,7 @@ def test_extra_frames_are_a_misalignment_also_in_foreign_datasets(folder, tmp_pa
     base = next(folder.glob("videos/*base/*/*.mp4"))
     reencode(base, lambda frames: [*frames[:place], frames[place], *frames[place:]])
     sign_again(folder)
-    assert found(folder, "has 29 frames, its episodes need 28: 1 too many, so pictures and rows")
+    assert found(folder, "has 29 frames, its episodes need 28: 1 too many, so images and rows")
     write_v2(tmp_path / "foreign")
     top = next((tmp_path / "foreign").glob("videos/chunk-001/*top/*.mp4"))
     reencode(top, lambda frames: [*frames, frames[-1]], 10)
@@ -252,7 +252,7 @@ def test_a_frozen_camera_is_found_where_the_arm_moves(folder):
     first, stop = data.starts[1:3]
     reencode(base, lambda frames: [*frames[:first], *[frames[first]] * (stop - first), *frames[stop:]])
     sign_again(folder)
-    assert found(folder, "camera 'base' shows one picture all through episodes in which the arm moves")
+    assert found(folder, "camera 'base' shows the same image throughout episodes in which the arm moves")
 
 
 def test_a_still_arm_before_a_still_camera_is_no_fault(folder):

@@ -57,7 +57,7 @@ def taken_port() -> Iterator[str]:
 # --- refused before anything is loaded ---
 
 REFUSED: dict[str, tuple[Sequence[str], str]] = {
-    "port": (["--port", "65536"], "--port 65536: a TCP port is 0 to 65535"),
+    "port": (["--port", "65536"], "--port 65536: a TCP port must be 0 to 65535"),
     "negative port": (["--port", "-1"], "--port -1"),
     "unknown host": (["--host", "no-such-host.invalid"], "'no-such-host.invalid'"),
     "empty host": (["--host", ""], "--host is empty"),

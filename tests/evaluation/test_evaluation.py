@@ -265,7 +265,7 @@ def test_pictures_come_from_the_folder(tmp_path: Path) -> None:
     other = evaluate_digital(Sees(), asked, tmp_path / "b", model="m", config=config)
     assert other.protocol.items != result.protocol.items and other.summary.overall.hits == 2
     (tmp_path / paths[0]).unlink()
-    with pytest.raises(BlmError, match=r"question 'images/0.png': cannot read picture .*0.png"):
+    with pytest.raises(BlmError, match=r"question 'images/0.png': cannot read image .*0.png"):
         evaluate_digital(Sees(), asked, tmp_path / "c", model="m", config=config)
 
 

@@ -177,7 +177,7 @@ def test_convert_and_curate_commands(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "4 -> 3" in printed and "100.0%" in printed
     assert len(read_corpus(tmp_path / "out/c")) == 3
-    with pytest.raises(BlmError, match="no number"):
+    with pytest.raises(BlmError, match="not a number"):
         run("curate", tmp_path / "no", f"{tmp_path / 'c'}=much")
 
 

@@ -479,7 +479,7 @@ def move_away(folder: Path) -> None:
 
 def test_a_list_of_others_in_the_place_of_a_split_is_kept(published):
     (published / TRAINING).write_text('["mine"]')
-    with pytest.raises(BlmError, match=r"training.json' exists and holds something else; move it away"):
+    with pytest.raises(BlmError, match=r"training.json' exists with other content; move it away"):
         split_sharerobot(published, SplitConfig(episodes=4))
     assert (published / TRAINING).read_text() == '["mine"]' and not (published / HELD).exists()
     (published / TRAINING).rename(published / "theirs.json")

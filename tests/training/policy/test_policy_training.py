@@ -109,7 +109,7 @@ def test_weights_determine_sampling_frequencies(config):
     assert legs() == pytest.approx(even, abs=0.06)
     assert legs(leg=3.0) == pytest.approx(3 * even / (1 + 2 * even), abs=0.06)
     assert legs(arm=0.0) == 1.0 and legs(leg=0.0) == 0.0
-    with pytest.raises(BlmError, match=r"weights for \['foot'\], which no dataset holds; valid: arm, leg"):
+    with pytest.raises(BlmError, match=r"weights for \['foot'\], which no dataset contains; valid: arm, leg"):
         legs(foot=2.0)
 
 
@@ -202,7 +202,7 @@ def test_a_finished_run_is_not_repeated_and_other_inputs_are_refused(config, tra
     before = (trained / "checkpoint/policy.safetensors").read_bytes()
     train_stage2(config, trained, {"command": "again"})
     assert (trained / "checkpoint/policy.safetensors").read_bytes() == before
-    with pytest.raises(BlmError, match="holds another run: made from another weights;"):
+    with pytest.raises(BlmError, match="holds another run: it has another weights;"):
         train_stage2(replace(config, weights={"leg": 2.0}), trained, {})
 
 
@@ -323,7 +323,7 @@ def test_a_backbone_that_changes_during_stage_two_is_noticed(config, tmp_path, m
 
 
 def test_inconsistent_settings_are_refused(config, tmp_path):
-    with pytest.raises(BlmError, match=r"each once; got \['.*arm', '.*arm'\]"):
+    with pytest.raises(BlmError, match=r"each only once; got \['.*arm', '.*arm'\]"):
         train_stage2(replace(config, datasets=config.datasets[:1] * 2), tmp_path, {})
     with pytest.raises(BlmError, match="lacks top"):
         train_stage2(replace(config, intents=replace(config.intents, cameras=("top",))), tmp_path, {})
