@@ -28,6 +28,7 @@ from blm.types import lookup
 console = Console()
 DEFAULT_RECIPE = "demo"
 RECIPE_HELP = f"""The flag --recipe NAME selects the recipe: {", ".join(RECIPES)}.
+
 The default is {DEFAULT_RECIPE}.
 
 The flag --run FOLDER names the run folder. The default is runs/NAME.

@@ -291,7 +291,7 @@ def test_a_start_that_does_not_fit_is_refused(config, trained):
     go_on = replace(config, start=trained / "checkpoint")
     with pytest.raises(BlmError, match="only_new needs a checkpoint"):
         replace(config, only_new=True)
-    with pytest.raises(BlmError, match=r"the checkpoint knows \['arm', 'leg'\]"):
+    with pytest.raises(BlmError, match=r"the checkpoint has \['arm', 'leg'\]"):
         train_stage2(replace(go_on, only_new=True), trained.parent / "none", {})
     with pytest.raises(BlmError, match=r"layer of the checkpoint to start from is 1, here it is 2"):
         train_stage2(replace(go_on, intents=replace(config.intents, layer=2)), trained.parent / "none", {})
