@@ -264,7 +264,10 @@ class Episode:
 
 @dataclass(frozen=True)
 class Image:
-    """One image in a message: pixels in memory, or a path relative to its corpus folder."""
+    """One image in a message: pixels in memory, or a path relative to its corpus folder.
+
+    With both, the pixels are what the path shows, and the path tells which video a frame belongs to.
+    """
 
     pixels: ImageArray | None = None
     path: str | None = None

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 VLLM_MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl", "llava", "idefics3", "smolvlm")
 """`model_type` of the models that both this package and vLLM support."""
-VIDEO_PROCESSORS = {"qwen2_5_vl": "Qwen2VLVideoProcessor", "qwen3_vl": "Qwen3VLVideoProcessor"}
-"""`model_type` -> video processor class, which transformers saves only with torchvision."""
 TOLERANCE = 1e-4
 """Maximum difference between logits of our model and those of plain transformers."""
 COMPUTE_LOGITS = """
@@ -72,9 +70,7 @@ def export_vllm(source: str, out: Path, *, images: int = 8, context: int = 8192)
         backbone.write_into(work)
         pictures = backbone.processor.image_processor.to_dict()
         (work / "preprocessor_config.json").write_text(json.dumps(pictures, indent=1))
-        if kind in VIDEO_PROCESSORS:
-            video = {**pictures, "video_processor_type": VIDEO_PROCESSORS[kind]}
-            video.pop("image_processor_type", None)
+        if video := backbone.processor.to_dict().get("video_processor"):
             (work / "video_preprocessor_config.json").write_text(json.dumps(video, indent=1))
         _verify(backbone, work)
         (work / "README.md").write_text(_backbone_card(command, kind, source))

@@ -5,22 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    Idefics3Processor,
-    SmolVLMProcessor,
-)
-from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import is_torchvision_available
+from transformers import AutoModelForImageTextToText
 
 from blm.backbone.generation.generator import Generation
 from blm.backbone.model import MultimodalModel
 from blm.backbone.nano.model import SAMPLE_TEXTS, make_nano
+from blm.backbone.processors import load_processor
 from blm.backbone.saving import save_folder
 from blm.backbone.smol import make_smol
 from blm.io import recover_folder
@@ -49,7 +43,7 @@ class Backbone(MultimodalModel):
             # tensors of a memory-mapped file may be unaligned; aligned copies give the same bits everywhere
             for p in model.parameters():
                 p.data = p.data.clone()
-            backbone = cls(model, _load_processor(source))
+            backbone = cls(model, load_processor(source))
         else:
             backbone = source()
         backbone.model.to(device=device, dtype=dtype)
@@ -134,38 +128,3 @@ BACKBONES: dict[str, str | Callable[[], Backbone]] = {
     "smolvlm2_2b": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
 }
 """Name -> builder, folder of the package, or Hugging Face hub id."""
-
-
-def _load_processor(source: str) -> Any:
-    """Load a processor of images, without its video part if torchvision is not installed.
-
-    We pass videos as frames, so nothing is lost but the video settings of a folder that is saved
-    again. SmolVLM gets the processor of Idefics3, its ancestor: both process images alike, but
-    SmolVLM's own requires num2words and a video part. Both would split an image into up to 17 tiles
-    of 64 or more tokens. Splitting is disabled, as it is for frames of videos, so an image costs
-    the same at every size.
-    """
-    kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source))]
-    if kind is SmolVLMProcessor:
-        kind = Idefics3Processor
-    if "video_processor" in kind.get_attributes() and not is_torchvision_available():
-        kind = without_video(kind)
-    processor = kind.from_pretrained(source)
-    if hasattr(processor.image_processor, "do_image_splitting"):
-        processor.image_processor.do_image_splitting = False
-    return processor
-
-
-def without_video(kind: Any) -> Any:
-    """Return the processor class `kind` with only an image processor and a tokenizer.
-
-    It keeps its name. transformers reads the parts of a processor off the signature of its
-    constructor.
-    """
-
-    def init(
-        self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
-    ) -> None:
-        kind.__init__(self, image_processor, tokenizer, None, chat_template=chat_template)
-
-    return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})

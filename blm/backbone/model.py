@@ -21,7 +21,17 @@ from transformers import PreTrainedModel
 
 from blm.backbone.hashing import hash_tensors
 from blm.backbone.prompt import question_prompt, to_chat
-from blm.media import load_pixels
+from blm.backbone.video import (
+    Video,
+    VideosAs,
+    check_videos,
+    grids_of,
+    load_media,
+    media_of,
+    reads_videos,
+    token_types,
+    video_arguments,
+)
 from blm.types import BlmError, Message
 
 Inputs = dict[str, Tensor]
@@ -43,11 +53,20 @@ class MultimodalModel:
 
     Generation is in subclasses. `tap` may run in one thread while another thread generates text
     with the same model.
+
+    `videos_as` is the form in which consecutive frames of a video in a message reach the model.
+    "video": as one video input, with the model family's own temporal patches and timestamps; this
+    is the default for Qwen2.5-VL and Qwen3-VL, whose published scores on videos are measured in
+    this form. "frames": as single images, the only form that other families support; use it for
+    Qwen models that were trained with it.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
         self.model = model.eval()
         self.processor = processor
+        self.videos_as: VideosAs = "frames"
+        if reads_videos(processor, model.config.model_type):
+            self.videos_as = "video"
         self._path = _decoder_path(model)
         self._processing = threading.Lock()
 
@@ -67,29 +86,34 @@ class MultimodalModel:
         return self.decoder.config.hidden_size
 
     def render(self, messages: Sequence[Message], *, prompt: bool) -> str:
-        """Return a conversation as text by the model's chat template, one placeholder per image.
+        """Return a conversation as text by the model's chat template.
 
-        With `prompt` the text ends with the header of the assistant's turn. Raises BlmError if a
-        message contains the placeholder.
+        It has one placeholder per image or video. With `prompt` the text ends with the header of
+        the assistant's turn. Raises BlmError if a message contains a placeholder.
         """
         for message in messages:
-            if self.processor.image_token in message.text:
-                raise BlmError(
-                    f"text of the {message.role} contains '{self.processor.image_token}', which is reserved"
-                )
+            for token in (self.processor.image_token, getattr(self.processor, "video_token", None)):
+                if token is not None and token in message.text:
+                    raise BlmError(f"text of the {message.role} contains '{token}', which is reserved")
         return self.processor.apply_chat_template(
-            to_chat(messages), tokenize=False, add_generation_prompt=prompt
+            to_chat(messages, self.videos_as), tokenize=False, add_generation_prompt=prompt
         )
 
     def process(
-        self, texts: Sequence[str], images: Sequence[np.ndarray], *, side: Literal["left", "right"] = "left"
+        self,
+        texts: Sequence[str],
+        images: Sequence[np.ndarray],
+        *,
+        videos: Sequence[Video] = (),
+        side: Literal["left", "right"] = "left",
     ) -> Inputs:
-        """Tokenise rendered texts, padded on `side`, and process their images, in reading order.
+        """Tokenise rendered texts, padded on `side`, and process their images and videos.
 
-        The result is on the CPU. Raises BlmError when the numbers of placeholders and image
-        features differ.
+        Both are in reading order. The result is on the CPU. Raises BlmError when the numbers of
+        placeholders and image features differ.
         """
-        with self._processing:  # a call sets the fast tokenizer's padding, so only one thread may call
+        more = video_arguments(texts, videos, self.processor)
+        with self._processing:  # a call sets the padding of the fast tokenizer, so threads take turns
             inputs = dict(
                 self.processor(
                     text=list(texts),
@@ -97,6 +121,7 @@ class MultimodalModel:
                     padding=True,
                     padding_side=side,
                     return_tensors="pt",
+                    **more,
                 )
             )
         if "pixel_values" in inputs and inputs["pixel_values"].ndim == 5:
@@ -123,6 +148,7 @@ class MultimodalModel:
                 f"{placeholders} image placeholders but {features} image features: an image is missing, "
                 "extra, or was cut by truncation"
             )
+        check_videos(self.processor, inputs)
         length, limit = inputs["input_ids"].shape[1], self.decoder.config.max_position_embeddings
         if length > limit:
             raise BlmError(
@@ -152,13 +178,18 @@ class MultimodalModel:
     ) -> Inputs:
         """Return the inputs that `encode` returns, but on the CPU and in float32."""
         texts = [self.render(messages, prompt=True) for messages in conversations]
-        images = [load_pixels(image, root) for c in conversations for m in c for image in m.images]
-        return self.process(texts, images, side=side)
+        media = [part for messages in conversations for part in media_of(messages, self.videos_as)]
+        images, videos = load_media(media, root)
+        return self.process(texts, images, videos=videos, side=side)
 
     def place(self, inputs: Inputs) -> Inputs:
         """Move inputs to the model's device, and convert images and features to its precision."""
+        exact = ("second_per_grid_ts",)  # positions are computed from it
         return {
-            name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+            name: value.to(
+                self.model.device,
+                self.model.dtype if value.is_floating_point() and name not in exact else None,
+            )
             for name, value in inputs.items()
         }
 
@@ -169,15 +200,16 @@ class MultimodalModel:
         another call.
         """
         mask = inputs["attention_mask"]
-        if "image_grid_thw" not in inputs:
+        grids = grids_of(inputs)
+        if not grids:
             return (mask.cumsum(-1) - 1).clamp_min(0)
         ids = inputs["input_ids"]
         model: Any = self.model.base_model
         positions, _ = model.get_rope_index(
             input_ids=ids,
-            mm_token_type_ids=(ids == self.processor.image_token_id).long(),
-            image_grid_thw=inputs["image_grid_thw"],
+            mm_token_type_ids=token_types(self.processor, ids),
             attention_mask=mask,
+            **grids,
         )
         return positions
 

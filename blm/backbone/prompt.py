@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from blm.backbone.video import VideosAs, parts_of
 from blm.types import BlmError, Image, ImageArray, Message
 
 
@@ -50,15 +51,19 @@ def question_prompt(
 def video_prompt(
     question: str, frames: Sequence[ImageArray], rate_hz: float, *, count: int = 8
 ) -> tuple[Message, ...]:
-    """Return one user turn with at most `count` evenly spaced frames and their times [s]."""
+    """Return one user turn with at most `count` evenly spaced frames and their times [s].
+
+    A backbone with video inputs (`Backbone.videos_as`) receives them as one video.
+    """
     if len(frames) == 0 or count < 1:
         raise BlmError(f"a video prompt needs frames; got {len(frames)} and room for {count}")
     picked = np.unique(np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int))
     times = ", ".join(f"{index / rate_hz:.1f}" for index in picked)
-    return question_prompt(f"Frames at {times} s. {question}", [frames[index] for index in picked])
+    images = [Image(frames[index], f"frames#t={index / rate_hz:.6f}") for index in picked]
+    return (Message("user", (*images, f"Frames at {times} s. {question}")),)
 
 
-def to_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def to_chat(messages: Sequence[Message], videos_as: VideosAs = "frames") -> list[dict[str, Any]]:
     """Return messages in the form that chat templates of transformers read."""
     if not messages:
         raise BlmError("a conversation has no messages")
@@ -66,8 +71,10 @@ def to_chat(messages: Sequence[Message]) -> list[dict[str, Any]]:
         {
             "role": message.role,
             "content": [
-                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-                for part in message.content
+                {"type": "text", "text": part}
+                if isinstance(part, str)
+                else {"type": "image" if isinstance(part, Image) else "video"}
+                for part in parts_of(message.content, videos_as)
             ],
         }
         for message in messages

@@ -22,7 +22,7 @@ from blm.runtime import Arm, ArmLimits, Driver, RobotLike, RunLog, Safety, State
 from blm.serving import RemotePolicy
 from blm.types import ActionChunk, BlmError, Observation, Policy
 from tests.support.openpi_server import fake_server, reply
-from tests.support.serving import CONTRACT, SIDE, EchoPolicy, running
+from tests.support.serving import CONTRACT, SIDE, EchoPolicy, running, wait_for
 
 SPACE = CONTRACT.action_spaces["panda"]
 LIMITS = ArmLimits.of(SPACE, velocity=[2.0] * 7, acceleration=[20.0] * 7)
@@ -118,7 +118,7 @@ def test_an_arm_moves_within_its_limits_and_twice_in_one_process() -> None:
         check(arm)
         assert arm.state[0] > 0.4
         arm.sent, arm.state = [], np.zeros(8)
-    assert threading.active_count() == threads
+    wait_for(lambda: threading.active_count() <= threads)
 
 
 def test_units_of_the_arm_are_translated_both_ways() -> None:

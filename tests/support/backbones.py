@@ -24,13 +24,16 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
 
 from blm.backbone import Backbone, build_nano, control_prompt, question_prompt
-from blm.backbone.backbone import without_video
 from blm.backbone.nano.model import train_tokenizer
+from blm.backbone.processors import without_video
+from blm.backbone.video import FrameProcessor, completed
 from tests.support.smol import tiny_smol
 
 QWEN_TEMPLATE = (
     "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' }}{%- for p in m.content -%}"
-    "{{ '<|vision_start|><|image_pad|><|vision_end|>' if p.type == 'image' else p.text }}{%- endfor -%}"
+    "{%- if p.type == 'video' -%}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}{%- else -%}"
+    "{{ '<|vision_start|><|image_pad|><|vision_end|>' if p.type == 'image' else p.text }}{%- endif -%}"
+    "{%- endfor -%}"
     "{{ '<|im_end|>\\n' }}{%- endfor -%}{{ '<|im_start|>assistant\\n' if add_generation_prompt else '' }}"
 )
 
@@ -86,7 +89,12 @@ def tiny_qwen(version: str) -> Backbone:
         size={"shortest_edge": (4 * patch) ** 2, "longest_edge": (4 * patch) ** 2}, patch_size=patch
     )
     kind = without_video(Qwen2_5_VLProcessor if version == "2.5" else Qwen3VLProcessor)
-    return Backbone(model, kind(pictures, tokenizer, chat_template=QWEN_TEMPLATE))
+    processor = kind(pictures, tokenizer, chat_template=QWEN_TEMPLATE)
+    size = {"shortest_edge": (4 * patch) ** 2, "longest_edge": (4 * patch) ** 2}
+    if version == "3":  # of all frames together
+        size = {"shortest_edge": (8 * patch) ** 2, "longest_edge": 8 * (4 * patch) ** 2}
+    processor.video_processor = FrameProcessor(completed({"size": size}, model.config.model_type))
+    return Backbone(model, processor)
 
 
 SMOLVLM_TEMPLATE = (

@@ -249,7 +249,8 @@ class Generation:
         prompt, mask = prefill.prompt, prefill.mask
         assert prefill.logits is not None
         rows = torch.tensor(prompt.rows, device=mask.device)
-        following = prompt.positions.reshape(-1, *mask.shape)[:, :, -1].amax(0) + 1
+        # The largest position is not always the last: Qwen2.5-VL gives late patches of a video larger ones.
+        following = prompt.positions.reshape(-1, *mask.shape).amax((0, 2)) + 1
         sequences = [
             GeneratedSequence(prefill.ids[row][mask[row].bool()], int(following[row]), sampling)
             for row, sampling in zip(prompt.rows, prompt.samplings, strict=True)

@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from blm.backbone.generation.batch import Batch, GeneratedSequence
 from blm.backbone.model import Inputs, MultimodalModel, shallow_copy
+from blm.backbone.video import MEDIA
 from blm.types import Sampling
 
 
@@ -115,7 +116,9 @@ class Prefill:
         """[B, L] number of each placeholder in reading order, -1 elsewhere."""
         self._size = size or 2 * is_placeholder.numel()  # large enough for one pass
         self._groups = self._picture_groups(is_placeholder)
-        self._at_once = self._size >= prompt.tokens and len(self._groups) <= 1
+        # Videos are read in one pass too: only files on this machine hold any, no request to a server does.
+        whole = self._size >= prompt.tokens and len(self._groups) <= 1
+        self._at_once = whole or "video_grid_thw" in prompt.inputs
         self._encoded = list[Any]()
         """Features of the groups so far; None for those whose placeholders are all processed."""
 
@@ -142,7 +145,7 @@ class Prefill:
 
     def _run_whole(self) -> None:
         """Run images and text in one pass, as for an action, so both share the vision cache."""
-        pictures = {k: v for k, v in self.prompt.inputs.items() if k in ("pixel_values", "image_grid_thw")}
+        pictures = {name: value for name, value in self.prompt.inputs.items() if name in MEDIA}
         pictures = self._runner.backbone.place(pictures)
         out = self._runner.backbone.model(
             input_ids=self.ids, **pictures, **self._arguments(self.prompt.tokens)

@@ -84,7 +84,7 @@ class MaskedLossModel(nn.Module):
     def _zero_of_unused_vision(self, inputs: Inputs) -> Tensor | float:
         """Return zero; without images in the batch, the dummy image's output times zero."""
         needed = self.vision_modules and (self.sharded or not all(map(is_frozen, self.vision_modules)))
-        if not needed or not inputs.keys().isdisjoint(self.dummy_picture):
+        if not needed or "video_grid_thw" in inputs or not inputs.keys().isdisjoint(self.dummy_picture):
             return 0.0
         output = vision_features(self.backbone, self.backbone.place(self.dummy_picture))
         deepstack = getattr(output, "deepstack_features", None) or []

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from blm.backbone import Backbone, Inputs
-from blm.media import load_pixels
+from blm.backbone.video import Clip, Video, grids_of, load_media, media_of
 from blm.types import BlmError, Image, ImageArray, Message, require_numbers
 
 Messages = tuple[Message, ...]
@@ -52,13 +52,25 @@ class TokenizationConfig:
 
 @dataclass(frozen=True)
 class ProcessorInput:
-    """Images, and the text with their placeholders, for the processor."""
+    """Images, videos, and the text with their placeholders, for the processor."""
 
     text: str
-    images: tuple[Image, ...]
+    images: tuple[Image | Clip, ...]
     root: Path | None
     """Folder that image paths are relative to."""
     max_pixels: int | None
+
+    def process(self, backbone: Backbone) -> tuple[Inputs, int]:
+        """Load the images and process them; return the inputs and the number of scaled images."""
+        whole, clips = load_media(self.images, self.root)
+        images = [limit_pixels(picture, self.max_pixels) for picture in whole]
+        count = sum(small is not picture for small, picture in zip(images, whole, strict=True))
+        videos = list[Video]()
+        for clip in clips:
+            frames = [limit_pixels(frame, self.max_pixels) for frame in clip.frames]
+            count += sum(small.shape != clip.frames.shape[1:] for small in frames)
+            videos.append(Video(np.stack(frames), clip.times))
+        return backbone.process([self.text], images, videos=videos), count
 
 
 @dataclass(frozen=True)
@@ -85,14 +97,17 @@ class TokenizedExample:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def shows_video(self) -> bool:
+        """Whether the vision tower runs on a video for this example."""
+        source = self.processor_input
+        return source is not None and any(isinstance(part, Clip) for part in source.images)
+
     def vision_inputs(self, backbone: Backbone) -> VisionInputs:
         """Return the cached features of its images, or load the images and process them."""
-        source = self.processor_input
-        if source is None:
+        if self.processor_input is None:
             return self.features
-        loaded = (load_pixels(image, source.root) for image in source.images)
-        pixels = [limit_pixels(picture, source.max_pixels) for picture in loaded]
-        return vision_inputs_of(backbone.process([source.text], pixels))
+        return vision_inputs_of(self.processor_input.process(backbone)[0])
 
 
 @contextmanager
@@ -118,11 +133,9 @@ def tokenize_conversation(
     `counts` records the outcome.
     """
     turns = split_turns(messages) if config.separate_turns else [messages]
-    images = tuple(image for message in turns[0] for image in message.images)
+    images = media_of(turns[0], backbone.videos_as)
     source = ProcessorInput(backbone.render(turns[0], prompt=False), images, root, config.max_pixels)
-    loaded = [load_pixels(image, root) for image in images]
-    pixels = [limit_pixels(picture, config.max_pixels) for picture in loaded]
-    inputs = backbone.process([source.text], pixels)
+    inputs, changed = source.process(backbone)
     tokens, loss_mask, segment_ids = _segments(backbone, inputs["input_ids"][0].numpy(), turns)
     if len(tokens) > config.max_length:
         counts["turns cut"] += 1
@@ -132,7 +145,7 @@ def tokenize_conversation(
         counts["dropped, too long"] += 1
         return None
     counts["kept"] += 1
-    if changed := sum(small is not whole for small, whole in zip(pixels, loaded, strict=True)):
+    if changed:
         counts["pictures shrunk"] += changed
     position_ids = _position_ids(backbone, tokens, segment_ids, vision_inputs_of(inputs) if images else {})
     return TokenizedExample(tokens, loss_mask, segment_ids, position_ids, source if images else None)
@@ -166,14 +179,14 @@ def _segments(
     which all turns begin form the prefix. It ends before the last token that precedes an answer:
     that token predicts the answer's first one, so both must belong to the same turn.
     """
-    placeholder = backbone.processor.image_token_id
+    placeholders = _placeholders(backbone)
     plain = [_tokens_and_loss_mask(backbone, turn) for turn in turns]  # with one placeholder per image
-    loss_mask = _expand_loss_mask(first, *plain[0], placeholder)
+    loss_mask = _expand_loss_mask(first, *plain[0], placeholders)
     if len(turns) == 1:
         return first, loss_mask, np.zeros(len(first), dtype=np.int64)
     tails = []
     for tokens, answers in plain:
-        cut = _end_of_pictures(tokens, placeholder)
+        cut = _end_of_pictures(tokens, placeholders)
         tails.append((tokens[cut:], answers[cut:]))
     same = min(int(answers.argmax()) - 1 for _, answers in tails)
     starts = np.stack([tail[:same] for tail, _ in tails])
@@ -188,8 +201,15 @@ def _segments(
     )
 
 
+def _placeholders(backbone: Backbone) -> np.ndarray:
+    """Return the ids of the tokens that stand for images and videos."""
+    processor = backbone.processor
+    video = getattr(processor, "video_token_id", None)
+    return np.array([processor.image_token_id, *([] if video is None else [video])])
+
+
 def _expand_loss_mask(
-    tokens: np.ndarray, plain: np.ndarray, loss_mask: np.ndarray, placeholder: int
+    tokens: np.ndarray, plain: np.ndarray, loss_mask: np.ndarray, placeholders: np.ndarray
 ) -> np.ndarray:
     """Transfer a loss mask from `plain`, with one placeholder per image, to `tokens`.
 
@@ -197,7 +217,7 @@ def _expand_loss_mask(
     image, and which tokens around them; the text between two images is the same in both.
     """
     expanded, end, stop = np.zeros(len(tokens), dtype=bool), len(tokens), len(plain)
-    for cut in (*np.flatnonzero(plain == placeholder)[::-1].tolist(), -1):
+    for cut in (*np.flatnonzero(np.isin(plain, placeholders))[::-1].tolist(), -1):
         text, mask = plain[cut + 1 : stop], loss_mask[cut + 1 : stop]
         if mask.any():
             windows = np.lib.stride_tricks.sliding_window_view(tokens[:end], len(text))
@@ -213,16 +233,15 @@ def _position_ids(
     """Return position ids [1 or 3, L]; each turn continues from the end of the shared prefix."""
     ids = torch.from_numpy(tokens)[None]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if "image_grid_thw" in vision_inputs:
-        inputs["image_grid_thw"] = torch.cat(vision_inputs["image_grid_thw"])
+    inputs |= grids_of(concatenate_vision_inputs([vision_inputs]))
     positions = backbone.position_ids(inputs).reshape(-1, len(tokens)).numpy()
     index = np.arange(len(tokens))
     begin = np.maximum.accumulate(np.where(np.diff(segment_ids, prepend=0) != 0, index, 0))
     return positions - np.where(segment_ids > 0, begin - np.argmax(segment_ids > 0), 0)
 
 
-def _end_of_pictures(tokens: np.ndarray, placeholder: int) -> int:
-    where = np.flatnonzero(tokens == placeholder)
+def _end_of_pictures(tokens: np.ndarray, placeholders: np.ndarray) -> int:
+    where = np.flatnonzero(np.isin(tokens, placeholders))
     return int(where[-1]) + 1 if len(where) else 0
 
 

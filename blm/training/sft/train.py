@@ -119,6 +119,7 @@ def train_stage1(
             require_free(out / name)
         write_json(out / "rows.json", dict(counts))
     sharded = processes.count > 1 and (config.loop.shard or fsdp_requested())
+    _require_no_videos(tokenized if sharded else ())
     loss_model = MaskedLossModel(backbone, sharded=sharded, cached=config.cache_features)
     if config.checkpoint_blocks:
         model.activation_checkpointing_enable()
@@ -146,6 +147,20 @@ def train_stage1(
         backbone.save(out / "backbone")
     processes.wait()
     return counts
+
+
+def _require_no_videos(sources: Sequence[TokenizedSource]) -> None:
+    """Raise BlmError for examples with videos: sharded ranks must run the vision tower equally often.
+
+    It runs once for images and once more for videos, so ranks whose batches differ would wait
+    forever.
+    """
+    for source in sources:
+        if any(example.shows_video for example in source.examples):
+            raise BlmError(
+                f"'{source.name}' has videos, which sharded training cannot read as videos: set "
+                "cache_features, train without sharding, or set the backbone's videos_as to 'frames'"
+            )
 
 
 def _choose_trained(backbone: Backbone, config: Stage1Config) -> PeftModel | None:

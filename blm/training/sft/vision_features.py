@@ -27,7 +27,11 @@ PICTURES_PER_PASS = 64
 """Maximum number of images in one pass of the vision tower."""
 PictureFeatures = dict[str, Tensor]
 """Of one image or several: "tower_features" [images, tokens, width], or "picture_features"
-[tokens, width] with, for Qwen3-VL, "deepstack_features" [tokens, blocks, width]."""
+[tokens, width] with, for Qwen3-VL, "deepstack_features" [tokens, blocks, width]. Of a video, the
+last two names begin with "video_"."""
+VIDEO_PREFIX = "video_"
+GRIDS = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}
+"""Grid sizes of images and of videos -> their patches, concatenated."""
 
 
 @dataclass
@@ -99,7 +103,7 @@ def _encode_all(
     groups = defaultdict[object, list[str]](list)
     for number, (key, picture) in enumerate(pictures.items()):
         shapes = tuple((name, value.shape) for name, value in picture.items())
-        groups[shapes if batch_size > 1 and "image_grid_thw" not in picture else number].append(key)
+        groups[shapes if batch_size > 1 and not GRIDS.keys() & picture.keys() else number].append(key)
     for keys in groups.values():
         batch = {name: torch.cat([pictures[key][name] for key in keys]) for name in pictures[keys[0]]}
         features = encode_pictures(backbone, batch)
@@ -134,10 +138,11 @@ def encode_pictures(backbone: Backbone, vision_inputs: Inputs) -> PictureFeature
             module.train(mode)
     if projector is not None:
         return {"tower_features": projector_inputs[0].cpu()}
-    features = {"picture_features": torch.cat(list(output.pooler_output)).cpu()}
+    prefix = VIDEO_PREFIX if "video_grid_thw" in vision_inputs else ""
+    features = {f"{prefix}picture_features": torch.cat(list(output.pooler_output)).cpu()}
     if deepstack := getattr(output, "deepstack_features", None):
         layers = [torch.cat(list(layer)) for layer in deepstack]
-        features["deepstack_features"] = torch.stack(layers, dim=1).cpu()
+        features[f"{prefix}deepstack_features"] = torch.stack(layers, dim=1).cpu()
     return features
 
 
@@ -145,7 +150,7 @@ def vision_features(backbone: Backbone, inputs: Inputs) -> Any:
     """Return the vision features of the images, or of the cached features, among `inputs`.
 
     Like the output of `get_image_features` of transformers the result has `pooler_output` and, for
-    Qwen3-VL, `deepstack_features`.
+    Qwen3-VL, `deepstack_features`. A video among `inputs` must come without images.
     """
     base: Any = backbone.model.base_model
     if "tower_features" in inputs:
@@ -157,6 +162,8 @@ def vision_features(backbone: Backbone, inputs: Inputs) -> Any:
         return VisionOutput(pooler_output=[inputs["picture_features"]], deepstack_features=layers)
     of_text = ("input_ids", "attention_mask", "position_ids")
     pictures = {name: value for name, value in inputs.items() if name not in of_text}
+    if "video_grid_thw" in pictures:
+        return base.get_video_features(**pictures, return_dict=True)
     return base.get_image_features(**pictures, return_dict=True)
 
 
@@ -165,7 +172,12 @@ def forward_arguments(backbone: Backbone, inputs: Inputs) -> dict[str, Any]:
     if not any(name.endswith("_features") for name in inputs):
         return dict(inputs)
     others = {name: value for name, value in inputs.items() if not name.endswith("_features")}
-    return {**others, "mm_encoder_outputs": {"image": vision_features(backbone, inputs)}}
+    pictures = {name: value for name, value in inputs.items() if name not in others}
+    names = [name for name in pictures if name.startswith(VIDEO_PREFIX)]
+    videos = {name.removeprefix(VIDEO_PREFIX): pictures.pop(name) for name in names}
+    cached = {"image": pictures, "video": videos}
+    outputs = {kind: vision_features(backbone, features) for kind, features in cached.items() if features}
+    return {**others, "mm_encoder_outputs": outputs}
 
 
 def _trained_projector(backbone: Backbone) -> nn.Module | None:
@@ -193,18 +205,21 @@ def projector_of(backbone: Backbone) -> Any:
 
 
 def _split_pictures(vision_inputs: VisionInputs) -> list[Inputs]:
-    """Split vision inputs into those of single images (SmolVLM: tiles)."""
+    """Split vision inputs into those of single images (SmolVLM: tiles), then of single videos."""
     if not vision_inputs:
         return []
     whole = concatenate_vision_inputs([vision_inputs])
-    if "image_grid_thw" in whole:
-        grids = whole["image_grid_thw"]
-        patches = whole["pixel_values"].split(grids.prod(-1).tolist())
-        return [{"pixel_values": p, "image_grid_thw": g[None]} for p, g in zip(patches, grids, strict=True)]
+    if GRIDS.keys() & whole.keys():
+        single = list[Inputs]()
+        for name, pixels in GRIDS.items():
+            grids = whole.get(name, torch.zeros(0, 3, dtype=torch.long))
+            patches = whole[pixels].split(grids.prod(-1).tolist()) if len(grids) else ()
+            single += [{pixels: p, name: g[None]} for p, g in zip(patches, grids, strict=True)]
+        return single
     parts = {name: value.split(1) for name, value in whole.items()}
     return [dict(zip(parts, picture, strict=True)) for picture in zip(*parts.values(), strict=True)]
 
 
 def _collect(pictures: Sequence[PictureFeatures]) -> VisionInputs:
-    names = pictures[0] if pictures else ()
-    return {name: tuple(picture[name] for picture in pictures) for name in names}
+    names = dict.fromkeys(name for picture in pictures for name in picture)
+    return {name: tuple(picture[name] for picture in pictures if name in picture) for name in names}

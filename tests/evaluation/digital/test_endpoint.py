@@ -30,7 +30,7 @@ from blm.evaluation.result_files import write_result
 from blm.types import BlmError, Image, Message, Question, Sampling
 from tests.support.benchmarks import make_fixture
 from tests.support.commands import run_command
-from tests.support.serving import EchoSpeaker, Words, running
+from tests.support.serving import EchoGenerator, Words, running
 
 
 class Server(ThreadingHTTPServer):
@@ -247,7 +247,7 @@ def test_evaluation_over_an_endpoint_survives_an_outage(server: Server, tmp_path
     assert failed.predictions[0].failure == "refused with status 400: refused"
 
 
-class Echo(EchoSpeaker):
+class Echo(EchoGenerator):
     def begin(self, messages: Sequence[Message], sampling: Sampling) -> Words:
         seen = [image.pixels.shape for image in messages[-1].images]
         return Words(f"{messages[-1].text} {seen} {sampling.max_tokens}", 1, sampling.max_tokens)
@@ -328,7 +328,7 @@ def test_command_evaluates_a_corpus(
     assert [p.id for p in load_result(tmp_path / "few").predictions] == ["c0/0", "c2/0", "c4/0"]
     for bad, message in (
         (("--coordinates", "inches"), "valid: thousandths"),
-        (("--judge", "gpt"), "not of the form openai:MODEL@"),
+        (("--judge", "gpt"), "must have the form openai:MODEL@"),
     ):
         with pytest.raises(BlmError, match=message):
             run_eval(server, tmp_path / "corpus", tmp_path / "bad", *bad)

@@ -101,7 +101,7 @@ def test_idle_sockets_do_not_lock_out_clients(key: str | None) -> None:
     with running(EchoPolicy(), EchoGenerator(), api_key=key) as address, ExitStack() as stack:
         headers = BEARER if key else {}
         wait_for(lambda: httpx.get(f"http://{address}/health").status_code == 200)
-        client = stack.enter_context(httpx.Client(headers=headers, timeout=5))
+        client = stack.enter_context(httpx.Client(headers=headers, timeout=15))
         robot = stack.enter_context(RemotePolicy(f"ws://{address}", api_key=key))
         client.get(f"http://{address}/version")
         for number in range(1200):
@@ -109,16 +109,16 @@ def test_idle_sockets_do_not_lock_out_clients(key: str | None) -> None:
             with suppress(OSError):
                 opened.sendall(sent[number % len(sent)])
         start = time.monotonic()
-        assert httpx.get(f"http://{address}/health", timeout=5).status_code == 200
+        assert httpx.get(f"http://{address}/health", timeout=15).status_code == 200
         assert client.get(f"http://{address}/version").status_code == 200
         fresh = httpx.post(
-            f"http://{address}/v1/chat/completions", json=body("hi"), headers=headers, timeout=5
+            f"http://{address}/v1/chat/completions", json=body("hi"), headers=headers, timeout=15
         )
         assert fresh.status_code == 200
         assert robot.act(observation()).actions.shape == (4, 8)
         with RemotePolicy(f"ws://{address}", api_key=key) as another:
             assert another.act(observation()).actions.shape == (4, 8)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 20
 
 
 def test_open_websockets_count_and_health_still_answers(monkeypatch: pytest.MonkeyPatch) -> None:

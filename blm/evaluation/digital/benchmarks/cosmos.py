@@ -7,9 +7,10 @@ nvidia-cosmos/cosmos-reason1 (loader, prompt, letter mode with 10 tokens, `corre
 another name of `answer`) and the listing of the hub. Assumed: that options are lettered A, B, ..
 without a gap.
 
-Deliberate differences from upstream: frames are given as images, 4 a second as upstream, but at
-most 8 (upstream: all); an answer that cannot be parsed is wrong (upstream: asked again, up to ten
-times, at rising temperature); a missing clip is an error (upstream: its questions are skipped).
+Deliberate differences from upstream: 4 frames a second as upstream, but at most 8 (upstream: all);
+models with video inputs receive them as one video (`Backbone.videos_as`), others as images; an
+answer that cannot be parsed is wrong (upstream: asked again, up to ten times, at rising
+temperature); a missing clip is an error (upstream: its questions are skipped).
 """
 
 from __future__ import annotations
