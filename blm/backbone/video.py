@@ -212,8 +212,7 @@ class FrameProcessor:
         }
 
     def patches(self, frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-        """Return the patches of one video [T, H, W, 3], and their numbers along time, height,
-        width.
+        """Return the patches of one video [T, H, W, 3], and their grid: time, height, width.
 
         An odd number of frames is completed with a copy of the last one, as the families' own
         processors do.
@@ -373,7 +372,9 @@ def token_types(processor: Any, tokens: Tensor) -> Tensor:
 
 
 def grids_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the inputs other than tokens on which M-RoPE positions depend; empty for other
-    models."""
+    """Return the inputs on which M-RoPE positions depend, besides the tokens.
+
+    The result is empty for other models.
+    """
     names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     return {name: inputs[name] for name in names if name in inputs}
