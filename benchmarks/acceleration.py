@@ -1,12 +1,12 @@
-"""Joint accelerations in the suite: of the targets that are sent, and of the simulated joints.
+"""Joint accelerations in the suite: of the commanded targets, and of the simulated joints.
 
     python benchmarks/acceleration.py [--seeds 2]
 
-The planner's trajectories keep within the joints' acceleration limits. What an environment receives of
-them are targets at the control rate, each held for a whole step, so a stiff simulated servo jerks at every
-step. Prints, for each robot, the greatest ratio of acceleration to limit over the expert's episodes (all six
-tasks, validation seeds): of the targets, as second differences at the control rate, and of the joints, at
-the physics rate.
+The planner's trajectories respect the joints' acceleration limits. An environment receives targets
+at the control rate, each held for a whole step, so a stiff simulated servo jerks at every step. For
+each robot, this program prints the largest ratio of acceleration to limit over the expert's
+episodes (all six tasks, validation seeds): of the targets, as second differences at the control
+rate, and of the joints, at the physics rate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from blm.tasks import TASKS, Env
 
 
 def ratios(robot: str, task: str, seed: int, steps: int = 200) -> tuple[float, float]:
-    """Greatest |acceleration| / limit over one episode: of targets, of joints."""
+    """Return the largest |acceleration| / limit over one episode, of targets and of joints."""
     limits = np.array(ROBOTS[robot].acceleration_limits)
     env = Env(robot, task, cameras=(), terminate_on_success=False)
     env.reset(seed=seed)

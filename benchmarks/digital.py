@@ -1,10 +1,10 @@
-"""What batching is worth in the digital evaluation: questions/s in batches over questions/s one by one.
+"""Speed-up from batching in the digital evaluation: questions/s with and without batches.
 
     python benchmarks/digital.py [--repeats 3] [--questions 32] [--batch 16] [--threads 1]
 
-The untrained nano backbone, made-up pictures, the whole of `evaluate_digital` (pictures from disk, journal,
-scoring); speed depends on neither weights nor pictures. Each repeat times both ways, one after the other.
-The same answers are required of both.
+It runs all of `evaluate_digital` (images from disk, journal, scoring) with the untrained nano
+backbone on generated images; the speed depends on neither weights nor images. Each repeat times
+both variants, one after the other. Both must give the same answers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from blm.types import Chat, Image, Message, Question
 
 
 class OneByOne:
-    """The backbone without its batches."""
+    """The backbone without its batch methods."""
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
@@ -36,7 +36,7 @@ class OneByOne:
 
 
 def make_questions(folder: Path, count: int) -> list[Question]:
-    """Questions of unlike length about pictures of noise, on disk."""
+    """Return questions of different lengths about noise images on disk."""
     rng, made = np.random.default_rng(0), []
     for index in range(count):
         path = f"{index}.png"
@@ -56,7 +56,7 @@ def main(repeats: int = 3, questions: int = 32, batch: int = 16, threads: int = 
         asked = make_questions(folder, questions)
         config = DigitalEvalConfig(root=folder, batch=batch)
         chats: dict[str, Chat] = {"batched": backbone, "one by one": OneByOne(backbone)}
-        for repeat in range(repeats + 1):  # the first warms up
+        for repeat in range(repeats + 1):  # the first repeat warms up
             raw = {}
             for way, chat in chats.items():
                 start = time.perf_counter()

@@ -2,11 +2,11 @@
 
     python benchmarks/driver.py [CHECKPOINT] [--seeds 2] [--latency-s 0.1] [--out FILE]
 
-Every scene (task x robot x seed) runs twice: with the accelerations of the arm's data sheet, and with
-limits that no command can reach. Velocity limits are those of the data sheet in both runs. Time is
-simulated: the loop is the supervisor of `blm.runtime`, its observations come from the simulator, and
-the reply to a request arrives `latency_s` later. Seeds are the first of the validation range, so none
-is a training or evaluation scene.
+Every scene (task x robot x seed) runs twice: with the accelerations of the arm's data sheet, and
+with limits that no command can reach. Velocity limits are those of the data sheet in both runs.
+Time is simulated: the loop is the supervisor of `blm.runtime`, its observations come from the
+simulator, and the reply to a request arrives `latency_s` later. Seeds are the first of the
+validation range, so none is a training or evaluation scene.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from blm.tasks import Env
 from blm.types import Policy
 
 UNLIMITED = 1e6
-"""[rad/s^2] Beyond what any change of speed within the velocity limits needs."""
+"""Acceleration beyond any change of speed within the velocity limits [rad/s^2]."""
 MOST_SEEDS = 5000
 SETTLE_STEPS = 10
-"""Steps after the first success; then success at the end is judged, as in the evaluation."""
+"""Number of steps after the first success at which success at the end is judged."""
 
 
 class SimulatedRobot:
@@ -69,7 +69,7 @@ class SimulatedRobot:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One scene, driven once."""
+    """The outcome of one scene."""
 
     once: bool
     at_end: bool
@@ -80,7 +80,10 @@ class Outcome:
 
 
 def data_sheet(robot: str, acceleration: float | None = None) -> ArmLimits:
-    """Limits of the arm's data sheet (`blm/robots`), or this acceleration for every joint."""
+    """Return the limits of the arm's data sheet, or this acceleration for every joint.
+
+    The data sheets are those of `blm/robots`.
+    """
     spec = ROBOTS[robot]
     changes = spec.acceleration_limits if acceleration is None else [acceleration] * len(spec.links)
     grip = {} if acceleration is None else {"gripper_acceleration": acceleration}
@@ -88,7 +91,7 @@ def data_sheet(robot: str, acceleration: float | None = None) -> ArmLimits:
 
 
 def drive(policy: Policy, env: Env, limits: ArmLimits, *, seed: int, latency_s: float, steps: int) -> Outcome:
-    """Drive one scene in simulated time."""
+    """Run one scene in simulated time."""
     env.reset(seed=seed)
     robot = SimulatedRobot(env)
     arm = Arm(robot, limits).fitted(policy.contract)
@@ -134,7 +137,7 @@ def main(
 ) -> None:
     """Print success with and without the acceleration limit, and their paired difference."""
     if not 1 <= seeds <= MOST_SEEDS:
-        raise SystemExit(f"seeds must be 1..{MOST_SEEDS}, got {seeds}")
+        raise SystemExit(f"--seeds must be 1..{MOST_SEEDS}, got {seeds}")
     policy, began = load_checkpoint(Path(checkpoint)), time.monotonic()
     contract, rows = policy.contract, list[tuple[Outcome, Outcome]]()
     for robot in robots:

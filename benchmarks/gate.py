@@ -1,10 +1,11 @@
-"""Whether nano's eye sees well enough for control: where it finds things in held-out pictures.
+"""Localisation accuracy of nano's vision tower on held-out images: is it sufficient for control?
 
     python benchmarks/gate.py BACKBONE CORPUS [--out gate.json]
 
-BACKBONE: a nano's folder. CORPUS: one that Stage I was not trained on, with scans (`blm corpus build` without
---no-teach, from other seeds). Points are compared in pixels of 112, places from the robot in mm, by view and
-robot. The gate: 90 % of points within 3 px; medians of objects, goals and gripper within 10 mm.
+BACKBONE is the folder of a nano. CORPUS is a corpus that Stage I was not trained on, with scan
+turns (`blm corpus build` without --no-teach, from other seeds). Points are compared in pixels of
+112, positions relative to the robot in mm, by view and robot. The required accuracy is: 90 % of
+points within 3 px; medians of objects, goals and gripper within 10 mm.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ PIXELS, MILLIMETRES = 3.0, 10.0
 def main(
     backbone: tyro.conf.Positional[Path], corpus: tyro.conf.Positional[Path], out: Path | None = None
 ) -> None:
-    """Print medians and 90th percentiles, and write them."""
+    """Print medians and 90th percentiles, and write them to a file."""
     torch.set_num_threads(1)
     model = Backbone.load(backbone)
     views, robots = list[ScannedView](), list[str]()
@@ -70,7 +71,10 @@ def summary(values: list[float]) -> dict[str, Any]:
 def errors(
     model: Backbone, views: list[ScannedView], robots: list[str]
 ) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, list[float]]]:
-    """Errors in px by view and by robot, in mm by view and thing, and wrong things in a picture by view."""
+    """Return errors in px by view and robot, errors in mm by view and object, and wrong objects.
+
+    The last are the numbers of wrong objects per image by view.
+    """
     eye: ConvVision = model.model.base_model.vision_tower
     config = cast(ConvVisionConfig, eye.config)
     targets, things = grounding_targets(views, config), config.things

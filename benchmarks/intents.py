@@ -1,10 +1,10 @@
-"""What the intent cache is worth: Stage II samples/s with cached hidden states over samples/s without.
+"""Speed-up from the hidden-state cache: Stage II samples/s with and without it.
 
     python benchmarks/intents.py [--repeats 5] [--steps 4] [--batch-size 32] [--threads 1]
 
-One run on one made-up dataset with the untrained nano backbone: speed does not depend on weights or pictures.
-Each repeat times both ways on the same batches, one after the other. The interval of the ratio is a 95 %
-t-interval of its logarithm over the repeats.
+It runs on a generated dataset with the untrained nano backbone: the speed depends on neither
+weights nor images. Each repeat times both variants on the same batches, one after the other. The
+interval of the ratio is a 95 % t-interval of its logarithm over the repeats.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from blm.types import ActionSpace, Episode
 
 CAMERAS, SIDE, LENGTH, DIM = ("base", "side", "wrist"), 112, 60, 8
 T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""97.5 % point of Student's t for this number of repeats (one fewer degrees of freedom)."""
+"""97.5 % quantile of Student's t by number of repeats (one fewer degrees of freedom)."""
 
 
 def make_dataset(folder: Path, episodes: int) -> Path:
-    """Write a dataset of moving squares and random walks in the shape of the real ones."""
+    """Write a dataset of moving squares and random walks in the format of real datasets."""
     rng = np.random.default_rng(0)
     names = (*(f"joint{i}" for i in range(DIM - 1)), "gripper")
     units, low = ("rad",) * (DIM - 1) + ("opening",), (-3.0,) * (DIM - 1) + (0.0,)
@@ -66,7 +66,7 @@ def make_dataset(folder: Path, episodes: int) -> Path:
 
 
 def trainer(hidden_size: int) -> Callable[[PolicyBatch], None]:
-    """Return a function that takes one Stage II step with the default (nano) policy."""
+    """Return a function that runs one Stage II step with the default (nano) policy."""
     torch.manual_seed(0)
     network = PolicyNetwork(PolicyConfig(), hidden_size, 1)
     teacher = copy.deepcopy(network)
@@ -109,7 +109,7 @@ def main(repeats: int = 5, steps: int = 4, batch_size: int = 32, threads: int = 
         samplers["live"] = make_sampler(open_datasets(backbone, [dataset], live, start), live)
         step = trainer(backbone.hidden_size)
         rates: dict[str, list[float]] = {name: [] for name in samplers}
-        for repeat in range(-1, repeats):  # the first one warms up
+        for repeat in range(-1, repeats):  # the first repeat warms up
             for name, sampler in samplers.items():
                 value = rate(sampler, step, range(repeat * steps + steps, (repeat + 2) * steps), batch_size)
                 rates[name] += [value] if repeat >= 0 else []

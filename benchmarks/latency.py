@@ -1,12 +1,14 @@
-"""How long one decision takes, by parts, and what shortens it. All ways are timed in turn, in one run.
+"""Latency of one decision by parts, and the effect of optimisations.
 
     python benchmarks/latency.py [--checkpoint FOLDER] [--repeats 50] [--threads 1] [--device cpu]
-    python benchmarks/latency.py --shape qwen2_5_vl_3b --device cuda   # random weights, two cameras of 224 px
+    python benchmarks/latency.py --shape qwen2_5_vl_3b --device cuda
 
-Parts: image processing and prompt, the tapped blocks of the backbone, the bridge, one denoising step, and
-what is left (transforms, copies). Ways: all blocks in place of the tapped ones; keys and values of the intent
-tokens made anew in each step; a compiled denoising step (`--compile`); batches. Medians and 99th percentiles;
-a ratio is the median of the ratios of neighbouring repeats, with a 95 % bootstrap interval.
+With --shape, weights are random and there are two cameras of 224 px. All variants are timed in
+turn, in one run. Parts: image processing and prompt, the tapped blocks of the backbone, the bridge,
+one denoising step, and the rest (transforms, copies). Variants: all blocks instead of the tapped
+ones; keys and values of the intent tokens recomputed in each step; a compiled denoising step
+(`--compile`); batches. Medians and 99th percentiles are printed; a ratio is the median of the
+ratios of neighbouring repeats, with a 95 % bootstrap interval.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ INSTRUCTION = "Pick up the red cube and move it to the green goal."
 
 
 class Decision:
-    """The parts of a decision of nano's shape, on pictures and states that do not matter for speed."""
+    """The parts of a decision with nano's shapes, on arbitrary images and states."""
 
     def __init__(
         self, backbone: Backbone, network: PolicyNetwork, layer: int, cameras: tuple[str, ...]
@@ -64,7 +66,7 @@ class Decision:
 
 
 class RandomDecision(Decision):
-    """The same with random weights in a published shape; its pictures are ready-made patches."""
+    """The same with random weights in a published shape, on precomputed patches."""
 
     def __init__(self, name: str, device: str, dtype: torch.dtype, cameras: int = 2) -> None:
         config, recipe = shape_of(name), RECIPES[name]()
@@ -96,7 +98,7 @@ class RandomDecision(Decision):
 
 
 def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
-    """Milliseconds and result of a call."""
+    """Return the duration of a call [ms] and its result."""
     if device == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -108,7 +110,10 @@ def timed(call: Callable[[], Any], device: str) -> tuple[float, Any]:
 
 @torch.no_grad()
 def once(decision: Decision, count: int, device: str) -> dict[str, float]:
-    """Milliseconds of each part of one decision for `count` observations, and of each other way."""
+    """Return the duration [ms] of each part of one decision for `count` observations.
+
+    Also those of the other variants.
+    """
     network, config = decision.network, decision.network.config
     parts = dict[str, float]()
     parts["prompt and pictures"], inputs = timed(lambda: decision.prompts(count), device)
@@ -121,7 +126,7 @@ def once(decision: Decision, count: int, device: str) -> dict[str, float]:
     tau = torch.zeros(count, device=device)
     parts["keys and values"], memory = timed(lambda: network.dit.cache_intent(intent), device)
     step = lambda kept: network.velocity(noise, tau, intent, state, robot, kept)  # noqa: E731
-    step(memory)  # the first step finds its weights in no processor cache; both ways are timed warm
+    step(memory)  # warm up the processor's caches first, for both variants
     parts["denoising step"], _ = timed(lambda: step(memory), device)
     parts["denoising step, keys anew"], _ = timed(lambda: step(None), device)
     if decision.compiled is not None:
@@ -169,7 +174,7 @@ def main(
         decision.compiled = torch.compile(decision.network.velocity, mode=mode)
     found = dict[str, dict[str, Any]]()
     for count in BATCHES:
-        rows = [once(decision, count, device) for _ in range(repeats + 3)][3:]  # the first ones warm up
+        rows = [once(decision, count, device) for _ in range(repeats + 3)][3:]  # the first repeats warm up
         found[f"batch {count}"] = {
             "median_ms": {name: float(np.median([row[name] for row in rows])) for name in rows[0]},
             "p99_ms": {name: float(np.quantile([row[name] for row in rows], 0.99)) for name in rows[0]},

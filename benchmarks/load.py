@@ -3,13 +3,13 @@
     python benchmarks/load.py CHECKPOINT [--robots 32] [--rate-hz 5] [--chats 8] [--seconds 60] [--out FILE]
     python benchmarks/load.py CHECKPOINT --worst [--only WORDS ..] [--server-source FOLDER] [--out FILE]
 
-Starts `blm serve CHECKPOINT` in a process of its own. Every robot has its own observation and knows
-the right chunk; every chat has its own question and knows the right answer: both were requested once
-before, alone. There are two phases of equal length: actions alone, then actions with chat. Latency is
-the time from when a request was due to its reply, measured in the client. A robot whose reply is late
-sends its next request when it has arrived, so with too many robots all of them become slower than
-their rate. Overhead is the latency of one robot minus the time of the model. `--worst` measures the
-most expensive requests instead; see worst_requests.py.
+It starts `blm serve CHECKPOINT` in a separate process. Every robot has its own observation and every
+chat its own question; the expected replies were requested once before, one at a time. There are two
+phases of equal length: actions alone, then actions with chat. Latency is the time from when a request
+was due until its reply, measured in the client. A robot whose reply is late sends its next request
+when it has arrived, so with too many robots all of them become slower than their rate. Overhead is
+the latency of one robot minus the time of the model. `--worst` measures the most expensive requests
+instead; see worst_requests.py.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ def main(
     server_source: Path | None = None,
     out: Path | None = None,
 ) -> None:
-    """Print the table; exit status 1 if a reply was lost, crossed or refused.
+    """Print the table; the exit status is 1 if a reply was lost, wrong or refused.
 
     Args:
         checkpoint: Folder or name of a release.
-        robots: Robots at once.
-        rate_hz: How often each of them asks.
-        chats: People at once.
-        seconds: Of both phases together.
-        worst: Measure the worst requests instead.
-        only: Of these, the kinds whose name has one of these words.
-        server_source: Serve with the `blm` of this checkout, to compare with an older one.
-        out: Where to write the result.
+        robots: Number of simultaneous robots.
+        rate_hz: Requests per second of each robot.
+        chats: Number of simultaneous chat users.
+        seconds: Duration of both phases together [s].
+        worst: Measure the most expensive requests instead.
+        only: With --worst, only the kinds whose name contains one of these words.
+        server_source: Serve with the `blm` of this checkout, to compare versions.
+        out: File to write the result to.
     """
     port = free_port()
     blm = str(Path(sys.executable).with_name("blm"))
@@ -194,7 +194,7 @@ async def run_robot(
     end: float,
     tally: dict[str, Any],
 ) -> list[float]:
-    """One robot: send requests at its rate, or as fast as they are answered; return latencies [ms]."""
+    """Send the requests of one robot at its rate, or as fast as possible; return latencies [ms]."""
     latencies: list[float] = []
     async with connect(address, compression=None, max_size=None) as socket:
         await socket.recv()
@@ -228,7 +228,7 @@ async def ask(http: httpx.AsyncClient, question: str) -> str:
 async def run_chat(
     http: httpx.AsyncClient, question: str, known: str, end: float, tally: dict[str, Any]
 ) -> None:
-    """One chat user: ask again as soon as the answer has arrived."""
+    """Send the requests of one chat user, each as soon as the last answer has arrived."""
     while time.perf_counter() < end:
         try:
             answer = await ask(http, question)

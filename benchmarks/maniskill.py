@@ -1,10 +1,14 @@
-"""Speed of ManiSkill's environment against ours, on one machine in one run.
+"""Speed of ManiSkill's environment and of ours, on one machine in one run.
 
-Run on a quiet machine: .venv/bin/python benchmarks/maniskill.py [--repeats 10] [--other .venv-maniskill]
-Each simulator lives in a process of its own environment; the two take turns, so that a load from elsewhere
-meets both. Prints control steps (with pictures: observations) per second, Panda in PickCube, as means, and
-the ratio ours / ManiSkill as a geometric mean over the pairs, also per second of processor time, which a busy
-machine changes less. Each has a 95 % interval (Student's t).
+Run it on an idle machine:
+
+    .venv/bin/python benchmarks/maniskill.py [--repeats 10] [--other .venv-maniskill]
+
+Each simulator runs in a separate process and environment; the two take turns, so that background
+load affects both. It prints control steps (with images: observations) per second for the Panda in
+PickCube, as means, and the ratio ours / ManiSkill as a geometric mean over the pairs, also per
+second of processor time, which depends less on other load. Each number has a 95 % interval
+(Student's t).
 """
 
 from __future__ import annotations
@@ -19,17 +23,17 @@ from pathlib import Path
 import numpy as np
 
 _T_95 = {5: 2.78, 10: 2.26, 20: 2.09}
-"""Student's t, two-sided 95 %, by number of repeats."""
+"""Two-sided 95 % quantile of Student's t by number of repeats."""
 SETUPS: dict[str, tuple[tuple[str, ...], int]] = {
     "224 px, 2 cam": (("base", "wrist"), 60),
     "112 px, 3 cam": (("base", "side", "wrist"), 60),
-    "no picture": ((), 300),
+    "no images": ((), 300),
 }
-"""Cameras, and control steps in one measurement."""
+"""Cameras, and the number of control steps per measurement."""
 
 
 def serve(simulator: str, setup: str) -> None:
-    """Worker: for each line on standard input, take the steps and print steps per second."""
+    """Worker: for each line on standard input, run the steps and print steps per second."""
     cameras, steps = SETUPS[setup]
     if simulator == "maniskill":
         from blm.tasks.maniskill import ManiSkillEnv as Env
@@ -39,7 +43,7 @@ def serve(simulator: str, setup: str) -> None:
     env = Env("panda", "pick_cube", cameras=cameras, image_size=size, max_steps=10**9)
     env.reset(seed=0)
     hold = np.array([*env.robot.home, 1.0], dtype=np.float32)
-    env.step(hold)  # the first picture compiles shaders
+    env.step(hold)  # the first image compiles shaders
     for turn, _ in enumerate(sys.stdin):
         start, busy = time.perf_counter(), time.process_time()
         for step in range(steps):
@@ -51,7 +55,10 @@ def serve(simulator: str, setup: str) -> None:
 
 
 def interleaved(pythons: dict[str, str], setup: str, repeats: int) -> dict[str, np.ndarray]:
-    """Steps per second of each simulator [repeats, 2 (wall, processor)]; its first turn is not counted."""
+    """Return steps per second of each simulator [repeats, 2 (wall, processor)].
+
+    The first turn is not counted.
+    """
     command = [__file__, "--setup", setup, "--serve"]
     workers = {
         name: subprocess.Popen(
@@ -77,7 +84,7 @@ def interleaved(pythons: dict[str, str], setup: str, repeats: int) -> dict[str, 
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """Mean and half width of its 95 % interval."""
+    """Return the mean and the half width of its 95 % interval."""
     return float(values.mean()), float(_T_95[len(values)] * values.std(ddof=1) / np.sqrt(len(values)))
 
 

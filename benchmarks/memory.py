@@ -1,12 +1,13 @@
-"""Peak memory of Stage II from a cache of intents, and the largest batch that 12 GiB hold.
+"""Peak memory of Stage II with a hidden-state cache, and the largest batch for 12 GiB.
 
     python benchmarks/memory.py [--recipes nano smol ..] [--batch-sizes 8 32] [--device cpu] [--budget 12]
 
-Each number is of a process of its own that makes two steps of the real training loop (AdamW, moving average,
-a save at the end) with a recipe's policy on random hidden states of its backbone's shape: memory does not
-depend on what they hold, and the backbone is not there. On a CPU it is the peak of the resident set, which
-includes the interpreter and its libraries (`idle`); on CUDA what torch had allocated at most. The largest
-batch is read off the line through the two sizes, for the memory of one device or process.
+Each number comes from a separate process that runs two steps of the real training loop (AdamW,
+moving average, a save at the end) with a recipe's policy on random hidden states in the shape of
+its backbone: memory does not depend on their values, and the backbone is not loaded. On a CPU it is
+the peak of the resident set, which includes the interpreter and its libraries (`idle`); on CUDA it
+is torch's maximum of allocated memory. The largest batch is interpolated linearly from the two
+sizes, for the memory of one device or process.
 """
 
 from __future__ import annotations
@@ -57,12 +58,12 @@ def random_batch(recipe: Recipe, size: int, tokens: int, hidden: int) -> PolicyB
 
 
 def resident() -> int:
-    """Return the most bytes of memory that this process has had so far."""
+    """Return the peak resident memory of this process so far [bytes]."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak(name: str, tokens: int, hidden: int, batch_size: int, device: str) -> tuple[int, int]:
-    """Return the peak before there is a network, and that of two training steps, in bytes."""
+    """Return the peak memory [bytes] before the network is created, and of two training steps."""
     torch.set_num_threads(1)
     recipe, idle = RECIPES[name](), resident()
     network = PolicyNetwork(recipe.stage2.policy, hidden, len(recipe.robots)).to(device)
@@ -83,7 +84,10 @@ def peak(name: str, tokens: int, hidden: int, batch_size: int, device: str) -> t
 
 
 def alone(function: Callable[..., T], *arguments: object) -> T:
-    """Call in a new process. What loads a model must: a child's peak begins with that of its parent."""
+    """Call a function in a new process, because a child's peak begins with that of its parent.
+
+    Functions that load a model must be called in this way.
+    """
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(function, *arguments).result()
@@ -95,7 +99,7 @@ def main(
     device: str = "cpu",
     budget: float = 12.0,
 ) -> None:
-    """Print one JSON object: for each recipe peaks in GiB by batch size, what is fixed, and what fits."""
+    """Print one JSON object: peaks in GiB by recipe and batch size, and the largest batch."""
     found = {}
     for name in recipes:
         made, peaks, idle = alone(estimate_memory, RECIPES[name]()), [], 0

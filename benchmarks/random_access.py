@@ -1,12 +1,13 @@
-"""Random training samples per second from one dataset: this reader against the official LeRobot reader.
+"""Random training samples per second from a dataset: our reader and LeRobot's official reader.
 
     sh scripts/lerobot.sh && python benchmarks/random_access.py [--dataset FOLDER] [--repeats 12]
 
-A sample is a state, the frames of two cameras, and a chunk of 16 actions with its padding mask, at a random
-index. Each reader is a process of its own with its own environment and one thread; they take turns on the
-same indices of the same files. A repeat gives one ratio; printed are geometric means with a 95 % interval
-(Student's t of the logarithms). The official reader gives float CHW tensors, ours uint8 HWC arrays: each its
-own form. Without --dataset, 15 episodes of PushCube are collected first at --size pixels.
+A sample is a state, the frames of two cameras, and a chunk of 16 actions with its padding mask, at
+a random index. Each reader runs in a separate process and environment with one thread; they take
+turns on the same indices of the same files. A repeat gives one ratio; the program prints geometric
+means with a 95 % interval (Student's t of the logarithms). The official reader returns float CHW
+tensors, ours uint8 HWC arrays. Without --dataset, 15 episodes of PushCube are collected first with
+images of --size pixels.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def lerobot(folder: Path) -> tuple[Read, int]:
 
 
 def serve(reader: str, folder: Path) -> None:
-    """Answer each line [batch size, indices] with the seconds it took to read them."""
+    """Answer each line [batch size, indices] with the seconds that reading them took."""
     read, count = {"ours": ours, "lerobot": lerobot}[reader](folder)
     read(np.arange(min(WARM_UP, count)))
     print(count, flush=True)
@@ -106,7 +107,7 @@ class Reader:
         return line
 
     def rate(self, batch: int, indices: np.ndarray) -> float:
-        """Samples per second."""
+        """Return samples per second."""
         self.input.write(json.dumps([batch, indices.tolist()]) + "\n")
         self.input.flush()
         return len(indices) / float(self._answer())
@@ -117,7 +118,7 @@ class Reader:
 
 
 def interval(values: np.ndarray) -> str:
-    """Geometric mean with its 95 % interval."""
+    """Return the geometric mean with its 95 % interval."""
     from scipy.stats import t
 
     logs = np.log(values)
@@ -147,9 +148,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset", type=Path, help="folder of one robot's dataset")
-    parser.add_argument("--size", type=int, default=224, help="picture side of the dataset that is collected")
+    parser.add_argument(
+        "--size", type=int, default=224, help="width and height of the images of the collected dataset [px]"
+    )
     parser.add_argument("--repeats", type=int, default=12)
-    parser.add_argument("--samples", type=int, default=128, help="in one repeat")
+    parser.add_argument("--samples", type=int, default=128, help="samples per repeat")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:

@@ -1,9 +1,12 @@
-"""Speed of the simulator on one core: pictures per second and physics steps per second, per robot.
+"""Speed of the simulator on one core: images per second and physics steps per second, per robot.
 
-Run on a quiet machine: LP_NUM_THREADS=1 python benchmarks/sim.py [--repeats 10] [--robots panda xarm6].
-Prints a table in Markdown: means over the repeats with a 95 % interval of the mean (Student's t). A picture
-is a render and its transfer to NumPy; the scene moves between pictures. Physics steps last 2 ms and include
-the grasp and success checks of `Env`.
+Run it on an idle machine:
+
+    LP_NUM_THREADS=1 python benchmarks/sim.py [--repeats 10] [--robots panda xarm6]
+
+It prints a table in Markdown: means over the repeats with a 95 % interval of the mean (Student's
+t). An image includes rendering and the transfer to NumPy; the scene moves between images. Physics
+steps last 2 ms and include the grasp and success checks of `Env`.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ from blm.tasks import Env, gl_backend
 from blm.tasks.scene import SUBSTEPS
 
 _T_95 = {3: 4.30, 5: 2.78, 10: 2.26, 20: 2.09}
-"""Student's t, two-sided 95 %, by number of repeats."""
+"""Two-sided 95 % quantile of Student's t by number of repeats."""
 
 
 def machine() -> str:
-    """One line: processor, cores, load, versions."""
+    """Return one line: processor, cores, load, versions."""
     about = this_machine()
     packages = ", ".join(f"{name} {about.packages[name]}" for name in ("mujoco", "numpy"))
     versions = f"python {about.python}, {packages}"
@@ -34,7 +37,7 @@ def machine() -> str:
 
 
 def rate(work: Callable[[], int], repeats: int) -> str:
-    """Time `work`, which returns how much it did, after one warm-up run; return 'mean ± half width'."""
+    """Time `work`, which returns its amount, after one warm-up run; return 'mean ± half width'."""
     work()
     rates = []
     for _ in range(repeats):
@@ -80,7 +83,7 @@ def main() -> None:
     parser.add_argument("--robots", nargs="+", default=list(ROBOTS), choices=list(ROBOTS))
     args = parser.parse_args()
     print(machine())
-    print(f"pictures/s and physics steps/s, one process, n = {args.repeats} repeats, mean ± 95 % interval\n")
+    print(f"images/s and physics steps/s, one process, n = {args.repeats} repeats, mean ± 95 % interval\n")
     setups = [(size, cameras) for size in (128, 224) for cameras in (("base",), ("base", "wrist"))]
     views = {f"{size} px, {len(cameras)} cam": (size, cameras) for size, cameras in setups}
     print("| robot | " + " | ".join(views) + " | physics |\n|" + "---|" * (len(views) + 2))

@@ -1,15 +1,15 @@
-"""What each trick of Stage I is worth: ratios of speed, both ways measured in turn on the same rows.
+"""Speed-up from each optimisation of Stage I, as ratios measured in turn on the same examples.
 
     python benchmarks/stage1.py [--repeats 5] [--steps 6] [--batch-size 32] [--threads 1]
 
-Rows are scene questions made on the spot and as many texts of unlike lengths in place of replay; the
-model is an untrained nano, whose speed does not depend on its weights. A step is loss, gradients and AdamW.
-packing: rows sharing sequences over one padded row a sequence, in tokens/s that are no padding. turns: each
-position meets only those that it may see, over a dense mask. logits: the
-head on learnt tokens over all tokens, with nano's vocabulary and with one of 49,152. prefix: the questions
-about a picture behind one copy of it over each with its own. features: a frozen eye run once over in each
-step. data_share: time to make a batch over time of a step, were they not done side by side. Intervals are
-95 % t-intervals of the mean logarithm over the repeats.
+Examples are generated scene questions, and the same number of texts of different lengths instead of
+replay; the model is an untrained nano, whose speed does not depend on its weights. A step is loss,
+gradients and AdamW. packing: packed sequences over one padded example per sequence, in tokens/s
+without padding. turns: prefix attention over a dense mask. logits: the head on masked tokens over
+all tokens, with nano's vocabulary and with one of 49,152. prefix: the questions about an image
+after one copy of it over each with its own copy. features: a frozen vision tower run once over once
+per step. data_share: time to prepare a batch over time of a step, if they did not run in parallel.
+Intervals are 95 % t-intervals of the mean logarithm over the repeats.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from blm.types import Message
 
 Loss = Callable[[ExampleBatch], torch.Tensor]
 LARGE_VOCABULARY = 49_152
-"""SmolLM2's; Qwen's is three times as large."""
+"""Size of SmolLM2's vocabulary; Qwen's is three times as large."""
 WORDS = ("the", "robot", "moves", "its", "gripper", "over", "a", "table", "with", "cubes", "and", "asks")
 
 
@@ -90,7 +90,7 @@ def rows_of(
 class Options:
     repeats: int = 5
     steps: int = 6
-    """Batches in each measurement."""
+    """Number of batches per measurement."""
     batch_size: int = 32
     pack_length: int = 1024
     threads: int = 1
@@ -99,13 +99,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train: whose model, on which batches."""
+    """One variant of training: its model and its batches."""
 
     loss: Loss
     parameters: Sequence[torch.nn.Parameter]
     batches: Sequence[ExampleBatch]
     work: Sequence[float]
-    """What a batch counts, the same in both ways of a pair."""
+    """Amount of work in a batch, counted equally in both variants of a pair."""
 
     def speed(self) -> float:
         """Return work per second over all batches."""

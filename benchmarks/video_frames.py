@@ -50,7 +50,7 @@ class Options:
 
 
 def write_clip(path: Path, seed: int, options: Options) -> Path:
-    """Encode a picture of noise, blurred, that moves one pixel a frame."""
+    """Encode an image of noise, blurred, that moves one pixel a frame."""
     rng = np.random.default_rng(seed)
     height, width = options.height, options.width
     coarse = rng.integers(0, 256, (height // 16 + 1, width // 8 + 1, 3), dtype=np.uint8)

@@ -1,8 +1,9 @@
-"""The worst requests that a server accepts, and attacks that it must refuse: how long does a robot wait?
+"""The most expensive requests that a server accepts, attacks that it must refuse, and their delays.
 
-One robot asks without a pause while one request of each kind is served. A row tells what came of the request,
-the robot's median and longest wait in that time, how much longer than an ordinary decision that is, and how
-far the server's memory grew. `python benchmarks/load.py CHECKPOINT --worst` runs it.
+One robot requests actions continuously while one request of each kind is served. A row of the table
+has the outcome of the request, the robot's median and longest wait in that time, the ratio of that
+wait to an ordinary decision, and the growth of the server's memory. Run it with `python
+benchmarks/load.py CHECKPOINT --worst`.
 """
 
 from __future__ import annotations
@@ -30,16 +31,19 @@ from blm.serving.scheduler import blank_observation
 from blm.types import MAX_INSTRUCTION, BlmError, Message, PolicyContract, Sampling
 
 PATIENCE_S = 30.0
-"""A request that takes longer is given up, as a client may."""
+"""Timeout after which a request is abandoned, as a client may do [s]."""
 ORDINARY_S = 3.0
-"""How long the robot is alone first."""
+"""Time in which the robot is the only client at first [s]."""
 AFTER_S = 0.3
-"""How long the robot goes on after a request, to see what it left behind."""
+"""Time in which the robot continues after a request, to measure its after-effects [s]."""
 Send = Callable[[httpx.AsyncClient, str], Awaitable[str]]
 
 
 def requests_of(generation: Generation) -> dict[str, Send]:
-    """Return the requests, by kind. Those that begin with "attack" must be refused, all others are served."""
+    """Return the requests by kind.
+
+    Those whose names begin with "attack" must be refused, all others served.
+    """
     text = longest_text(generation, 64)
     part = {"type": "text", "text": "a"}
     context = generation.context_length
@@ -89,7 +93,7 @@ def longest_text(generation: Generation, room: int) -> str:
 
 
 def deep(items: int) -> Any:
-    """Many small containers within each other, within many."""
+    """Return many small containers nested in each other, in many containers."""
     value: Any = []
     for _ in range(200):
         value = [value]
@@ -145,7 +149,7 @@ def frame(change: dict[str, Any]) -> Send:
 
 
 async def table(port: int, pid: int, generation: Generation, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the ordinary decision and a row for each kind of request, those whose name has one of `only`."""
+    """Return the ordinary decision and a row for each kind whose name has one of `only`."""
     address = f"ws://127.0.0.1:{port}"
     chosen = {
         kind: send
@@ -182,12 +186,12 @@ async def outcome_of(send: Send, http: httpx.AsyncClient, address: str) -> str:
             return await send(http, address)
     except (TimeoutError, httpx.TimeoutException):
         return "given up"
-    except Exception as error:  # the connection was closed, which refuses too
+    except Exception as error:  # the server closed the connection, which is also a refusal
         return f"refused ({type(error).__name__})"
 
 
 async def waits_during(address: str, work: Callable[[], Awaitable[Any]]) -> dict[str, float]:
-    """Return the waits of a robot that asks without a pause while `work` goes on."""
+    """Return the waits of a robot that requests actions continuously while `work` runs."""
     waits, asked = list[float](), 0.0
     async with connect(address, compression=None, max_size=None, ping_interval=None) as socket:
         contract = PolicyContract.from_json(wire.unpack(cast(bytes, await socket.recv())))
@@ -206,7 +210,7 @@ async def waits_during(address: str, work: Callable[[], Awaitable[Any]]) -> dict
         driving = asyncio.create_task(drive())
         await work()
         so_far = 1000 * (time.perf_counter() - asked)
-        if not waits or so_far > max(waits):  # it waits still
+        if not waits or so_far > max(waits):  # the robot is still waiting
             waits.append(so_far)
         driving.cancel()
         with suppress(asyncio.CancelledError):
@@ -219,13 +223,13 @@ async def waits_during(address: str, work: Callable[[], Awaitable[Any]]) -> dict
 
 
 def reset_peak(pid: int) -> int:
-    """Let the kernel forget the largest memory of a process; return what it has now [bytes]."""
+    """Reset the kernel's peak memory of a process; return its present memory [bytes]."""
     Path(f"/proc/{pid}/clear_refs").write_text("5")
     return status_of(pid, "VmRSS")
 
 
 def peak(pid: int) -> int:
-    """The largest resident memory since `reset_peak` [bytes]."""
+    """Return the peak resident memory since `reset_peak` [bytes]."""
     return status_of(pid, "VmHWM")
 
 

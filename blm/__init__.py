@@ -13,7 +13,7 @@ The flow, one artifact per arrow:
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # as in `typing`, which the command line must not wait for (see blm/cli/__init__.py)
+TYPE_CHECKING = False  # `typing` would delay the command line (see blm/cli/__init__.py)
 if TYPE_CHECKING:
     from typing import Any
 

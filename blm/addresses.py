@@ -22,10 +22,11 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def read_authority(text: str) -> tuple[str, int | None]:
-    """Split 'host', 'host:port' or '[v6]:port' as a Host header has it; IPv6 may also come bare.
+    """Split 'host', 'host:port' or '[v6]:port', the form of a Host header.
 
-    The host comes back in lower case, without brackets and the trailing dot; the port is None if
-    none is given. Raises ValueError for anything else: user names, spaces, ports beyond 65535.
+    IPv6 may also come without brackets. The host is returned in lower case, without brackets and
+    the trailing dot; the port is None if none is given. Raises ValueError for any other form: user
+    names, spaces, ports beyond 65535.
     """
     text = text.lower()
     if ":" in text and (bare := read_ip(text)) is not None:
@@ -35,7 +36,7 @@ def read_authority(text: str) -> tuple[str, int | None]:
         raise ValueError(f"'{text[:60]}' is not HOST or HOST:PORT")
     host, port = found["host"], int(found["port"]) if found["port"] else None
     if port is not None and port > 65535:
-        raise ValueError(f"port {port} is beyond 65535")
+        raise ValueError(f"port {port} is greater than 65535")
     address = read_ip(host[1:-1] if host.startswith("[") else host)
     if address is not None:
         return str(address), port
@@ -45,9 +46,9 @@ def read_authority(text: str) -> tuple[str, int | None]:
 
 
 def read_ip(text: str) -> Address | None:
-    """Return the IP literal, or None if it is none.
+    """Return an IP literal, or None for any other text.
 
-    An IPv4 address mapped into IPv6 comes back as IPv4.
+    An IPv4 address mapped into IPv6 is returned as IPv4.
     """
     try:
         address = ipaddress.ip_address(text)
@@ -58,13 +59,13 @@ def read_ip(text: str) -> Address | None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host name or IP literal is loopback, without asking a name server."""
+    """Return whether a host name or IP literal is loopback, without asking a name server."""
     address = read_ip(host.strip("[]"))
     return address.is_loopback if address else host.lower().removesuffix(".") in LOOPBACK_NAMES
 
 
 def is_loopback_url(url: str) -> bool:
-    """Whether an http:// or ws:// URL points to loopback; such traffic must bypass proxies."""
+    """Return whether an http:// or ws:// URL is on loopback; such traffic must bypass proxies."""
     try:
         return is_loopback(urlsplit(url).hostname or "")
     except ValueError:
@@ -79,7 +80,7 @@ def to_url(scheme: str, host: str, port: int) -> str:
 def check_port(port: int, flag: str) -> None:
     """Raise BlmError unless the port is 0 .. 65535 (0: the system chooses a free one)."""
     if not 0 <= port <= 65535:
-        raise BlmError(f"{flag} {port}: a TCP port is 0 to 65535 (0: any that is free)")
+        raise BlmError(f"{flag} {port}: a TCP port must be 0 to 65535 (0: any free port)")
 
 
 def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
@@ -99,7 +100,7 @@ def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, Any]]:
 
 
 def reaches_network(host: str) -> bool:
-    """Whether other machines could reach a server on `host`.
+    """Return whether other machines could reach a server on `host`.
 
     Raises BlmError for an unknown host.
     """
@@ -110,8 +111,7 @@ def reaches_network(host: str) -> bool:
 def listen(host: str, port: int, flag: str = "--port") -> list[socket.socket]:
     """Return listening sockets, one for each address of `host`, all on one port.
 
-    Raises BlmError, in one line, for a port that is taken, forbidden or none, and a foreign
-    address.
+    Raises BlmError for a port that is taken, forbidden or invalid, and for a foreign address.
     """
     check_port(port, flag)
     sockets = list[socket.socket]()

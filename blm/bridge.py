@@ -1,5 +1,4 @@
-"""The bridge: a Perceiver that turns hidden states H_k of the language model into a few intent
-tokens.
+"""The bridge: a Perceiver that turns hidden states H_k into a few intent tokens.
 
 Shape legend: B batch, L prompt positions, d hidden size of the backbone, M latents, z their width.
 A Perceiver (arXiv 2103.03206) in the role of FLARE's query former (arXiv 2505.15659).
@@ -18,16 +17,16 @@ from blm.types import BlmError, require_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class BridgeConfig:
-    """Sizes of the bridge."""
+    """Size of the bridge."""
 
     width: int = 128
-    """z, width of an intent token; a multiple of `heads`."""
+    """Width z of an intent token; a multiple of `heads`."""
     latents: int = 8
-    """M, number of intent tokens of an observation."""
+    """Number M of intent tokens per observation."""
     blocks: int = 2
     """Number of Perceiver blocks."""
     heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
 
     def __post_init__(self) -> None:
         require_numbers(self, **dict.fromkeys(("width", "latents", "blocks", "heads"), (1, 100_000)))
@@ -36,8 +35,7 @@ class BridgeConfig:
 
 
 class PerceiverBlock(nn.Module):
-    """Cross-attention to the hidden states, self-attention of the latents, feed-forward;
-    pre-norm."""
+    """Pre-norm block: cross-attention to hidden states, self-attention of latents, feed-forward."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -66,8 +64,7 @@ class Perceiver(nn.Module):
         self.norm = nn.LayerNorm(config.width)
 
     def forward(self, hidden_BLd: Tensor, mask_BL: Tensor) -> Tensor:
-        """Return intent tokens [B, M, z]; `hidden_BLd` of any precision, `mask_BL` True at real
-        positions."""
+        """Return intent tokens [B, M, z]. `mask_BL` is True at real positions."""
         context_BLz = self.project(hidden_BLd.to(self.latents.dtype))
         z_BMz = self.latents.expand(len(hidden_BLd), -1, -1)
         for block in self.blocks:

@@ -1,10 +1,9 @@
-"""Execution of action chunks: which action belongs to a control step, and when to ask the policy
-again.
+"""Execution of action chunks: which action to execute now, and when to ask the policy again.
 
 A policy returns a chunk of H actions, the first of them for the step of its observation. Of each
-chunk `execute` actions are executed before the next decision (receding horizon). In simulation the
-evaluation, the collector's policy pilot, the playground and the examples use this class. Beside a
-real arm, where time passes continuously, `blm.runtime.timeline` does the same by the chunk's age.
+chunk, `execute` actions are executed before the next decision (receding horizon). In simulation,
+the evaluation, the collector's policy pilot, the playground and the examples use this class. For a
+real arm, where time is continuous, `blm.runtime.timeline` does the same by the chunk's age.
 """
 
 from __future__ import annotations
@@ -20,15 +19,14 @@ class ChunkExecutor:
     In every step: if `decision_due`, ask the policy and `receive` its chunk; then execute
     `next_action`.
 
-    With an inference delay of d steps a chunk arrives d steps after its observation. Until then the
-    steps go by with the rest of the previous chunk, whose last action is held when it is over, and
-    the first d actions of the new chunk are skipped. If the delay is longer than `execute`, the
-    policy is asked again as soon as its chunk has arrived.
+    With an inference delay of d steps, a chunk arrives d steps after its observation. Until then,
+    the rest of the previous chunk is executed; after its end, its last action is held. The first d
+    actions of the new chunk are skipped. If the delay is longer than `execute`, the policy is asked
+    again as soon as its chunk has arrived.
     """
 
     def __init__(self, execute: int, hold: FloatArray) -> None:
-        """`execute`: actions per decision, at least 1. `hold`: [D] action to hold until the first
-        chunk."""
+        """Execute `execute` >= 1 actions per decision; hold `hold` [D] until the first chunk."""
         if execute < 1:
             raise BlmError(f"execute is {execute}; it must be 1 or more")
         self.execute = execute
@@ -46,8 +44,7 @@ class ChunkExecutor:
         return self.step >= self._due_at
 
     def receive(self, chunk: FloatArray, delay: int = 0) -> None:
-        """Take the chunk [H, D] for an observation of the present step, which arrives `delay` steps
-        later.
+        """Take the chunk [H, D] for the present observation; it arrives `delay` steps later.
 
         Raises BlmError for a chunk without actions.
         """
@@ -60,7 +57,7 @@ class ChunkExecutor:
         self._due_at = max(self._arrives_at, self.step + min(self.execute, len(chunk)))
 
     def next_action(self) -> FloatArray:
-        """Return the action [D] of the present step, and go to the next step."""
+        """Return the action [D] of the present step, and advance to the next step."""
         self._update()
         action = self._chunk[min(self.step - self._observed_at, len(self._chunk) - 1)]
         self.step += 1

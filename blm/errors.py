@@ -1,4 +1,4 @@
-"""Errors that a user can cause and mend, and how they repeat what somebody sent."""
+"""Errors that a user can cause and fix, and safe quotation of a user's values in messages."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ T = TypeVar("T")
 def shorten(value: object, most: int = 160, *, quote: bool = True) -> str:
     """Return `value` for an error message: one printable line of about `most` characters.
 
-    Text is quoted as in Python and followed by its length if it was cut; with `quote=False` it stands as it
-    is, with its white space collapsed. The cost does not grow with the size of `value`.
+    Text is quoted as in Python and followed by its length if it was cut; with `quote=False` it is
+    not quoted, and its white space is collapsed. The cost does not grow with the size of `value`.
     """
     if isinstance(value, np.ndarray):
         return f"array of {value.dtype} {value.shape}"
@@ -35,22 +35,25 @@ def shorten(value: object, most: int = 160, *, quote: bool = True) -> str:
 
 
 class BlmError(ValueError):
-    """Base of every error that a user can cause and mend. The message names value, rule and choices."""
+    """Base class of errors that a user can cause and fix.
+
+    The message names the value, the rule and the valid choices.
+    """
 
 
 class UnknownNameError(BlmError):
-    """A name that a registry or a recipe does not have; lists the valid ones and the closest match."""
+    """An unknown name in a registry or recipe; lists valid names and the closest match."""
 
     def __init__(self, kind: str, name: str, valid: Iterable[str]) -> None:
         names = sorted(valid)
-        # The search is quadratic in the length: only what could be a slip of the keys is worth it.
+        # The search is quadratic in the length, so only short values, which may be typing errors, qualify.
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.5) if len(name) <= 80 else []
         hint = f" Did you mean '{close[0]}'?" if close else ""
         super().__init__(f"unknown {kind} {shorten(name)}.{hint} Valid: {', '.join(names)}.")
         self._made_of = kind, name[:200], names
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._made_of  # so that it comes whole from a worker process
+        return type(self), self._made_of  # so that it can be unpickled from a worker process
 
 
 class ContractError(BlmError):
@@ -69,9 +72,10 @@ def lookup(kind: str, name: str, registry: Mapping[str, T]) -> T:
 
 
 def require_numbers(owner: object, **limits: tuple[float, float]) -> None:
-    """Raise BlmError, naming field, value and limits, unless fields of `owner` lie within their limits.
+    """Raise BlmError unless fields of `owner` lie within their limits.
 
-    A field is a number, several, or None, which passes. Not-a-number never does.
+    The message names field, value and limits. A field is a number, several numbers, or None, which
+    is always valid. NaN never is.
     """
     for name, (low, high) in limits.items():
         value = getattr(owner, name)

@@ -20,8 +20,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def keys_values(self, context_BLc: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values [B, heads, L, width / heads] of a context, to cache for several
-        calls."""
+        """Return keys and values [B, heads, L, width / heads] of a context, for caching."""
         k, v = self.key_value(context_BLc).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return k, v
 
@@ -40,8 +39,7 @@ class Attention(nn.Module):
 
 
 def feed_forward(width: int) -> nn.Sequential:
-    """Return a pre-norm feed-forward network: LayerNorm, linear to four times the width, GELU,
-    linear."""
+    """Return a pre-norm feed-forward network of LayerNorm, linear (4 x width), GELU, linear."""
     return nn.Sequential(
         nn.LayerNorm(width),
         nn.Linear(width, 4 * width),

@@ -1,8 +1,8 @@
-"""Loads pictures and video frames from disk; no other module opens media files.
+"""Loads images and video frames from disk; no other module opens media files.
 
 A media reference is a path below its folder. With a media fragment (W3C Media Fragments,
 `clip.mp4#t=1.25`) it is the frame of the video at 1.25 s. Files outside the folder and oversized
-pictures are refused.
+images are refused.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 MAX_PIXELS = 64_000_000
-"""Maximum size of a picture [px]; larger ones are refused before they are decoded."""
+"""Maximum size of an image [px]; larger ones are refused before they are decoded."""
 INTRA = 1
 """FFmpeg's AV_PICTURE_TYPE_I (`av.video.frame.PictureType.I`)."""
 SEEK_TRIES = 4
-"""Key frames that are tried for one seek. Decoding times lie at most a few frames before display times."""
+"""Maximum number of key frames to try per seek.
+
+Decoding times are at most a few frames before display times.
+"""
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 """File endings of videos."""
 _TIME = re.compile(r"^(?P<file>.*)#t=(?P<seconds>\d+(?:\.\d+)?)$")
@@ -42,13 +45,13 @@ _TIME = re.compile(r"^(?P<file>.*)#t=(?P<seconds>\d+(?:\.\d+)?)$")
 def load_pixels(image: Image, root: Path | None = None) -> ImageArray:
     """Return uint8 RGB [height, width, 3]; a path is read below `root`.
 
-    Raises BlmError for anything else.
+    Raises BlmError for any other value.
     """
     if image.pixels is None:
         if image.path is None:
             raise BlmError("an image has neither pixels nor a path")
         if root is None:
-            raise BlmError(f"image '{image.path}' is a path; say which corpus folder it is relative to")
+            raise BlmError(f"image '{image.path}' is a path; name the corpus folder that it is relative to")
         return _read(str(locate(image.path, root)), image.path)
     pixels = np.asarray(image.pixels)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
@@ -57,7 +60,10 @@ def load_pixels(image: Image, root: Path | None = None) -> ImageArray:
 
 
 def with_pixels(messages: Sequence[Message], root: Path) -> tuple[Message, ...]:
-    """Return the messages with every picture loaded; paths stay, as they tell frames of one video."""
+    """Return the messages with every image loaded.
+
+    Paths are kept, because they identify the frames of one video.
+    """
     images = [part for message in messages for part in message.images]
     loaded = iter(load_images(images, root))
     return tuple(
@@ -71,12 +77,12 @@ def locate(reference: str, root: Path) -> Path:
     name = split_time(reference)[0]
     path = Path(os.path.normpath(root / name))  # not resolve(): the user may link media into the folder
     if "://" in name or name.startswith("data:") or not path.is_relative_to(os.path.normpath(root)):
-        raise BlmError(f"picture '{reference[:80]}' lies outside its folder '{root}'; give a path below it")
+        raise BlmError(f"image '{reference[:80]}' is outside its folder '{root}'; give a path below it")
     return path
 
 
 def split_time(reference: str) -> tuple[str, float | None]:
-    """Split 'clip.mp4#t=1.25' into file and seconds; seconds are None for a picture."""
+    """Split 'clip.mp4#t=1.25' into file and seconds; seconds are None for an image."""
     found = _TIME.match(reference)
     return (found["file"], float(found["seconds"])) if found else (reference, None)
 
@@ -91,7 +97,7 @@ def _read(file: str, reference: str) -> ImageArray:
 
 
 def read_pixels(file: Path) -> ImageArray:
-    """Read any picture file as upright RGB; transparency is dropped.
+    """Read any image file as upright RGB; transparency is dropped.
 
     Raises BlmError naming the file.
     """
@@ -108,7 +114,10 @@ def read_pixels(file: Path) -> ImageArray:
 
 
 def load_images(images: Sequence[Image], root: Path | None = None) -> list[ImageArray]:
-    """Return the pixels of images, in order, as `load_pixels` does; a video is opened once for its frames."""
+    """Return the pixels of images, in order, as `load_pixels` does.
+
+    Each video is opened once for all of its frames.
+    """
     clips: dict[str, list[int]] = {}
     for index, image in enumerate(images):
         if image.pixels is None and image.path is not None and split_time(image.path)[1] is not None:
@@ -126,10 +135,11 @@ def load_images(images: Sequence[Image], root: Path | None = None) -> list[Image
 def read_frames(file: Path, times: Sequence[float]) -> list[ImageArray]:
     """Return the frames of a video that are shown at `times`, in that order.
 
-    Times are in seconds from the start of the video stream, in any order. A time before the first frame gives
-    the first frame, and a time after the end gives the last one. The file is opened once and read by seeking
-    to key frames. Where a seek cannot be checked to give the frames of a full decode (`_Video`), the video is
-    decoded once from its start. Raises BlmError for a file that is no readable video.
+    Times are in seconds from the start of the video stream, in any order. A time before the first
+    frame gives the first frame, and a time after the end gives the last one. The file is opened
+    once and read by seeking to key frames. If a seek cannot be verified to give the frames of a
+    full decode (`_Video`), the video is decoded once from its start. Raises BlmError for a file
+    that is not a readable video.
     """
     import av
 
@@ -174,10 +184,11 @@ def _require_size(file: Path, picture: VideoStream | VideoFrame) -> None:
 
 
 def _key_times(file: Path) -> tuple[float, ...]:
-    """Return the times of the key frames that the file's index lists [s], or nothing if it has no such index.
+    """Return the times of the key frames in the file's index [s]; empty without such an index.
 
-    They tell where a seek saves work and are no proof: an index may be incomplete. MP4 lists decoding times,
-    which lie before display times; all are shifted by as much as the first one lies before the start.
+    They show where a seek saves work, but prove nothing: an index may be incomplete. MP4 lists
+    decoding times, which precede display times; all are shifted by the distance of the first one
+    from the start.
     """
     import av
 
@@ -272,7 +283,7 @@ class _Video:
 
 @lru_cache(4096)
 def video_seconds(file: Path) -> float:
-    """Length of a video [s]. Raises BlmError for a file that is no readable video."""
+    """Return the length of a video [s]. Raises BlmError for a file that is not a readable video."""
     import av
 
     try:
@@ -289,6 +300,6 @@ def video_seconds(file: Path) -> float:
 
 
 def frame_references(path: str, root: Path, count: int) -> list[str]:
-    """References to `count` frames of a video, from the middles of equal parts of it."""
+    """Return references to `count` frames of a video, from the middles of equal parts of it."""
     seconds = video_seconds(locate(path, root))
     return [f"{path}#t={seconds * (index + 0.5) / count:.3f}" for index in range(count)]

@@ -32,7 +32,7 @@ Instructions of open datasets stay below 300."""
 
 
 def _array(value: Any, what: str) -> NDArray[Any]:
-    """Return `value` as a numeric array. Raises ContractError for anything else."""
+    """Return `value` as a numeric array. Raises ContractError for any other value."""
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, OverflowError) as error:
@@ -43,7 +43,7 @@ def _array(value: Any, what: str) -> NDArray[Any]:
 
 
 def _float32(value: Any, what: str) -> FloatArray:
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, which no caller accepts
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite, which no caller accepts
         return _array(value, what).astype(np.float32, copy=False)
 
 
@@ -114,7 +114,7 @@ class ActionSpace:
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What a policy sees at one control step."""
+    """The inputs of a policy at one control step."""
 
     images: Mapping[str, ImageArray]
     """Camera name -> uint8 [height, width, 3] RGB."""
@@ -147,8 +147,7 @@ class ActionChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyContract:
-    """The inputs and outputs of a policy; stored in checkpoints and sent to clients on
-    connection."""
+    """The inputs and outputs of a policy, stored in checkpoints and sent to clients."""
 
     action_spaces: Mapping[str, ActionSpace]
     """Robot name -> action space."""
@@ -180,8 +179,10 @@ class PolicyContract:
         return cls(**{**data, "action_spaces": spaces, "cameras": tuple(data["cameras"])})
 
     def check(self, observation: Observation) -> Observation:
-        """Return the observation with a float32 state. Raises BlmError for one that violates the
-        contract."""
+        """Return the observation with a float32 state.
+
+        Raises BlmError for an observation that violates the contract.
+        """
         text = observation.instruction
         if not isinstance(text, str) or len(text.encode(errors="surrogatepass")) > MAX_INSTRUCTION:
             limit = f"needed: text of at most {MAX_INSTRUCTION} bytes of UTF-8"
@@ -214,7 +215,7 @@ class PolicyContract:
         if observation.chunk is None:
             if observation.inference_delay:
                 delay = shorten(observation.inference_delay)
-                raise ContractError(f"frozen is {delay} without a chunk in progress")
+                raise ContractError(f"inference_delay is {delay} without a current chunk")
             return None
         chunk = _float32(observation.chunk, "the chunk in progress")
         if (
@@ -224,12 +225,13 @@ class PolicyContract:
             or not np.isfinite(chunk).all()
         ):
             raise ContractError(
-                f"the chunk in progress is {chunk.shape}; needed: finite actions of {dim}, "
+                f"the current chunk has shape {chunk.shape}; needed: finite actions of {dim}, "
                 f"at most {self.horizon}"
             )
         if not 0 <= observation.inference_delay <= len(chunk):
             raise ContractError(
-                f"frozen is {shorten(observation.inference_delay)}; the chunk in progress has {len(chunk)} "
+                "inference_delay is "
+                f"{shorten(observation.inference_delay)}; the current chunk has {len(chunk)} "
                 "actions"
             )
         return chunk if len(chunk) else None
@@ -237,8 +239,7 @@ class PolicyContract:
 
 @dataclass(frozen=True, kw_only=True)
 class Episode:
-    """One recorded rollout of T control steps. Row t is the observation, then the action of
-    step t."""
+    """One recorded rollout of T control steps; row t holds an observation and the next action."""
 
     robot: str
     task: str
@@ -249,8 +250,7 @@ class Episode:
     actions: FloatArray
     """[T, D] float32: the correct action in this state, the training target."""
     executed: FloatArray | None = None
-    """[T, D] float32: the executed actions, if noise or another policy moved the arm; None:
-    `actions`."""
+    """[T, D] float32 executed actions; None if they are equal to `actions`."""
     images: Mapping[str, ImageArray]
     """Camera -> [T, height, width, 3]; empty when loaded without video."""
     primitives: tuple[str, ...] = ()
@@ -264,7 +264,7 @@ class Episode:
 
 @dataclass(frozen=True)
 class Image:
-    """One picture in a message: pixels in memory, or a path relative to its corpus folder.
+    """One image in a message: pixels in memory, or a path relative to its corpus folder.
 
     With both, the pixels are what the path shows, and the path tells which video a frame belongs to.
     """
@@ -275,7 +275,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Message:
-    """One chat turn. Content is text and pictures in reading order."""
+    """One chat turn. Content is text and images in reading order."""
 
     role: Literal["system", "user", "assistant"]
     content: tuple[str | Image, ...]
@@ -306,12 +306,12 @@ class Question:
     """All messages up to and including the user's turn, without the answer."""
     answer: str
     group: str
-    """Questions about one picture share a group: confidence intervals are clustered by group."""
+    """Questions about one image share a group: confidence intervals are clustered by group."""
     scorer: Scorer = "exact"
     options: tuple[str, ...] = ()
     """Options of a multiple-choice question; the answer is the letter of one (A, B, ..)."""
     mask: Image | None = None
-    """Correct points are those on white pixels of this picture."""
+    """Correct points are those on white pixels of this image."""
 
 
 def base_kind(kind: str) -> str:
@@ -374,7 +374,7 @@ class ChatCapacity:
     context_tokens: int
     """Tokens of prompt and answer together."""
     image_tokens: int
-    """Tokens that the smallest picture takes; larger pictures may take more."""
+    """Tokens that the smallest image takes; larger images may take more."""
     max_text_bytes: int
     """UTF-8 bytes of all text parts together; more cannot fit into the context."""
     max_images: int

@@ -2,7 +2,8 @@
 
     python examples/add_robot.py --checkpoint demo/stage2/checkpoint --dataset data/my_robot
 
-The dataset is of a robot that the checkpoint does not have, with the checkpoint's cameras and rate.
+The dataset must be of a robot that the checkpoint does not have, with the checkpoint's cameras and
+rate.
 """
 
 from __future__ import annotations

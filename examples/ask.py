@@ -34,7 +34,7 @@ def main(
         for place, view in enumerate(views):
             sheet.paste(PIL.Image.fromarray(view), (place * view.shape[1], 0))
         sheet.save(out)
-        print(f"pictures: {out}")
+        print(f"images: {out}")
     env.close()
 
 

@@ -3,7 +3,7 @@
     python examples/obstacle.py --out wall.mp4 --robot xarm6 --seed 3
 
 The task is PickCube with one more item, a fixed wall between the cube and the goal. The expert's
-primitives do not know of it: the planner finds paths that keep the arm and the carried cube clear.
+primitives ignore it: the planner finds paths that keep the arm and the carried cube clear of it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from blm.tasks.spec import Item, Part, Placement, Region, pose
 
 NAME = "pick_cube_over_wall"
 WALL = (0.15, 0.01, 0.06)
-"""Half extents [m]."""
+"""Half extents of the wall [m]."""
 
 
 def wall_task() -> TaskSpec:
-    """PickCube with a wall along x; the cube starts on one side, the goal is low on the other."""
+    """Return PickCube with a wall along x; the cube starts on one side, the goal is on the other.
+
+    The goal is low.
+    """
     pick = TASKS["pick_cube"]
     wall = Item("wall", "wall", "white", (Part("box", WALL, "white"),), role="fixed")
 

@@ -5,7 +5,7 @@
 
 Here the arm is simulated. For a real one, replace `SimulatedRobot` by, for instance,
 `lerobot.robots.so101_follower.SO101Follower(config)`, state its cameras and units, and take its
-limits from its data sheet. Read docs/robot.md first: the loop does not know what the arm may hit.
+limits from its data sheet. Read docs/robot.md first: the loop does not know the arm's surroundings.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ CAMERAS = ("base", "side", "wrist")
 
 
 class SimulatedRobot:
-    """A simulated arm behind the methods of LeRobot's `Robot`; `drop` is the share of reads that
-    fail."""
+    """A simulated arm with the methods of LeRobot's `Robot`.
+
+    A fraction `drop` of its observations fails.
+    """
 
     def __init__(self, robot: str, task: str, seed: int, image_size: int, drop: float = 0.0) -> None:
         self.env = Env(robot, task, cameras=(), image_size=image_size, terminate_on_success=False)
@@ -55,8 +57,10 @@ class SimulatedRobot:
 
 
 def limits_of(robot: str, speed: float) -> ArmLimits:
-    """Return the limits of the data sheets cited in `blm/robots`, with joint speeds of at most
-    `speed` [rad/s]."""
+    """Return the limits of the data sheets cited in `blm/robots`.
+
+    Joint speeds are at most `speed` [rad/s].
+    """
     spec = ROBOTS[robot]
     velocity = [min(speed, most) for most in spec.velocity_limits]
     return ArmLimits.of(spec.action_space, velocity=velocity, acceleration=spec.acceleration_limits)
@@ -73,8 +77,7 @@ def main(
     max_hold_s: Annotated[float, tyro.conf.arg(aliases=("--patience",))] = 30.0,
     log: Path | None = None,
 ) -> None:
-    """Print the report of a run: commands, chunks, holds, failed observations, latency, and why it
-    ended."""
+    """Print the counts, the latency and the result of a run."""
     connect = partial(RemotePolicy, address, timeout_s=5.0, deadline_ms=1000.0)
     policy = connect()
     size = policy.contract.image_size
@@ -91,13 +94,13 @@ def main(
         driver.run(seconds, seed=seed)
         print("solved" if simulated.solved else "not solved")
     except StoppedError as stopped:
-        print(f"STOPPED, and holding still: {stopped}")
+        print(f"STOPPED; the arm holds its position: {stopped}")
     report = driver.report
     latency = f"{np.median(report.latencies_ms):.0f} ms" if report.latencies_ms else "-"
     print(
         f"{report.steps} steps, {report.chunks} chunks, {report.held} held, {report.clamped} clamped, "
         f"{report.unread} observations lost, {sum(report.dropped.values())} replies dropped, "
-        f"{report.reconnections} reconnections, median answer {latency}"
+        f"{report.reconnections} reconnections, median latency {latency}"
     )
 
 

@@ -28,7 +28,7 @@ def main(
     batch_size: int = 64,
     execute: int = 8,
 ) -> None:
-    """Write out/checkpoint, and print the mean error of its first actions against recorded ones."""
+    """Write out/checkpoint, and print the mean error of its first actions on recorded states."""
     data = open_dataset(dataset)
     print(
         f"{data.space.robot}: {data.num_episodes} episodes, {data.num_frames} frames, cameras {data.cameras}"

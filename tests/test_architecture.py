@@ -73,7 +73,7 @@ def test_imports_follow_the_table(path):
     assert not extra, f"{path.name} may not import {sorted(extra)}; {module} may: {sorted(allowed)}"
 
 
-def test_the_table_names_every_room_and_lets_none_import_a_higher_one():
+def test_the_table_names_every_package_and_forbids_higher_imports():
     assert {module_of(path) for path in FILES} == {*OPEN, *ALLOWED}
     order = list(ALLOWED)
     for room, below in ALLOWED.items():
@@ -82,7 +82,7 @@ def test_the_table_names_every_room_and_lets_none_import_a_higher_one():
 
 
 @pytest.mark.parametrize("path", sorted((SOURCE / "runtime").glob("*.py")), ids=lambda p: p.name)
-def test_the_robot_loop_needs_of_serving_only_the_client(path):
+def test_the_runtime_imports_only_the_client_of_serving(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("blm.serving"):
             assert node.module in ("blm.serving.client", "blm.serving.protocols.openpi.wire"), node.module

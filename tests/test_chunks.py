@@ -58,7 +58,7 @@ def test_a_chunk_shorter_than_the_decision_interval_ends_it() -> None:
     st.lists(st.integers(0, 9), min_size=1, max_size=5),
     st.integers(1, 40),
 )
-def test_every_step_has_the_action_that_the_newest_arrived_chunk_means_for_it(
+def test_each_step_executes_the_action_of_the_newest_chunk(
     execute: int, length: int, delays: list[int], steps: int
 ) -> None:
     actions, asked = executed(execute, length, delays, steps)
@@ -73,7 +73,7 @@ def test_every_step_has_the_action_that_the_newest_arrived_chunk_means_for_it(
         assert after - before == max(min(execute, length), delays[number % len(delays)])
 
 
-def test_what_cannot_be_executed_is_refused() -> None:
+def test_invalid_chunks_are_refused() -> None:
     with pytest.raises(BlmError, match="execute is 0"):
         ChunkExecutor(0, HOLD)
     with pytest.raises(BlmError, match="without actions"):

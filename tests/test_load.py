@@ -24,7 +24,7 @@ def load(out: Path, *options: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_every_reply_is_that_of_its_question(tmp_path: Path) -> None:
+def test_replies_match_their_requests(tmp_path: Path) -> None:
     result = load(tmp_path / "load.json", "--robots", "4", "--rate-hz", "2", "--chats", "2", "--seconds", "8")
     assert result["actions"] >= 16 and result["answers"] >= 2
 

@@ -42,7 +42,9 @@ def test_the_policy_was_trained_on_the_released_backbone(nano: Backbone, policy:
         space.require_same(ROBOTS[robot].action_space, "the suite")
 
 
-def test_a_checkpoint_here_wins_over_a_release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_checkpoint_takes_precedence_over_a_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "blm-nano").mkdir()
     assert checkpoint_folder("blm-nano") == NANO

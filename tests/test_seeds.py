@@ -31,7 +31,7 @@ def test_every_seed_is_counted_once_at_most(seeds):
 @pytest.mark.parametrize(
     ("seed", "purpose"), [(0, "evaluation"), (1_000_000, "held-out questions"), (2_000_000, "validation")]
 )
-def test_a_training_on_reserved_scenes_is_warned_of_and_told_in_the_card(tmp_path, capsys, seed, purpose):
+def test_training_on_reserved_scenes_warns_and_is_stated_in_the_card(tmp_path, capsys, seed, purpose):
     episodes = [replace(episode, seed=seed + i) for i, episode in enumerate(EPISODES)]
     staged = [stage_episode(tmp_path / "staging", f"{e.task}/{e.seed}", e) for e in episodes]
     layout = {"space": SPACE, "cameras": ("base",), "image_size": SIDE, "provenance": {}}

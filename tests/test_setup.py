@@ -21,7 +21,7 @@ def run(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.Com
     return subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True)
 
 
-def test_an_unknown_set_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+def test_an_unknown_set_is_refused_before_installation(tmp_path: Path) -> None:
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     for wrong in ((), ("all",)):
         ended = run(*wrong, cwd=tmp_path)

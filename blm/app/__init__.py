@@ -1,1 +1,1 @@
-"""Recipes and their stages, model loading, export, checks: built from the other packages."""
+"""Recipes and their stages, model loading, export and checks, composed from the other packages."""

@@ -17,7 +17,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 
 @dataclass(frozen=True)
 class LoadedChat:
-    """A chat model, and the identity of its weights."""
+    """A chat model and the identity of its weights."""
 
     chat: Chat
     revision: str
@@ -32,7 +32,7 @@ def load_chat(
     cache: Path | None = None,
     settings: EndpointSettings | None = None,
 ) -> LoadedChat:
-    """Load the chat model that `name` means.
+    """Load a chat model by its name.
 
     `api_key` (by default the environment variable OPENAI_API_KEY), `cache` and `settings` are for
     endpoints. Raises UnknownNameError, which lists the valid names, and BlmError for a policy that

@@ -34,14 +34,14 @@ from blm.types import BlmError
 
 COLLECT_AGAIN = "run the same collect command again: it continues from there"
 PROGRESS_FROM = 200
-"""Number of files or episodes from which a progress bar is shown."""
+"""Minimum number of files or episodes for which a progress bar is shown."""
 MIN_FREE_GIB = 5.0
-"""`make demo` writes less than 1 GiB, and its environment takes about 3 GiB."""
+"""Minimum free disk space [GiB]. `make demo` writes less than 1, its environment about 3."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report. `fix` is empty if nothing is wrong."""
+    """One line of the report. `fix` is empty if there is no fault."""
 
     name: str
     found: str
@@ -106,7 +106,7 @@ def _checkpoint(path: Path) -> Check:
         return Check(str(path), f"checkpoint: {error.what}", error.fix)
     except BlmError as error:
         return Check(str(path), "checkpoint: damaged", str(error))
-    return Check(str(path), "checkpoint: good")
+    return Check(str(path), "checkpoint: no faults")
 
 
 def _collection(path: Path) -> Iterator[Check]:
@@ -206,7 +206,7 @@ def _range_faults(data: EpisodeDataset) -> Iterator[BlmError]:
     for name, unmoved in zip(data.space.names, still, strict=False):
         if unmoved:
             yield DamagedError(
-                f"{name} has the same target in all frames", "check how it was recorded, or leave it out"
+                f"{name} has the same target in all frames", "check the recording, or leave the episode out"
             )
 
 

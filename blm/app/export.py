@@ -34,17 +34,16 @@ with torch.no_grad():
 assert not any(name.split(".")[0] == "blm" for name in sys.modules)
 save_file({"logits": torch.cat(logits).contiguous()}, out)
 """
-"""Program that computes logits with plain transformers: this package is never imported."""
+"""Program that computes logits with plain transformers. It never imports this package."""
 
 
 def export_vllm(source: str, out: Path, *, images: int = 8, context: int = 8192) -> str:
-    """Write the backbone of `source` as a stock transformers folder; return its `vllm serve`
-    command.
+    """Write a backbone as a stock transformers folder; return its `vllm serve` command.
 
     `source` is a checkpoint of Stage II, a backbone's folder or a name of BACKBONES. The folder is
     verified: plain transformers, in a process without this package, must compute the same logits
-    for a picture and a text. `images` and `context` [tokens] limit a request. Raises BlmError, and
-    writes nothing, for a model that vLLM does not know or that has parts of our own.
+    for an image and a text. `images` and `context` [tokens] limit a request. Raises BlmError, and
+    writes nothing, for a model that vLLM does not support or that has parts of our own.
     """
     from blm.backbone import Backbone
 
@@ -131,7 +130,7 @@ def push_to_hub(folder: Path, repo: str, *, private: bool = False, endpoint: str
             api.create_tag(repo, tag=tag, repo_type=kind, exist_ok=True)
     except HFValidationError as error:
         raise BlmError(f"'{repo}' is not the name of a repository; write ORG/NAME ({error})") from error
-    except (HTTPError, RuntimeError) as error:  # RuntimeError: a large file did not arrive
+    except (HTTPError, RuntimeError) as error:  # RuntimeError: the upload of a large file failed
         reason = str(error).strip().splitlines()[0]
         raise BlmError(f"'{folder}' was not uploaded to '{repo}': {reason}; {_remedy(error)}") from error
     return str(where)

@@ -26,7 +26,7 @@ INSTRUCTION = "Pick up the red cube and move it to the green goal."
 STEPS_PER_DEMONSTRATION = 65
 """Average length of a demonstration [control steps]."""
 TEXT_TOKENS = 60
-"""Tokens of a control prompt without its pictures, with the tokenizers of Qwen."""
+"""Tokens of a control prompt without its images, with the tokenizers of Qwen."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class MemoryEstimate:
     backbone: int
     """Parameters of the whole backbone."""
     tapped: int
-    """Parameters that run for an action: vision tower, embeddings, blocks 1..k."""
+    """Parameters that are used for an action: vision tower, embeddings, blocks 1..k."""
     policy: int
     """Parameters of bridge, diffusion transformer and heads."""
     tokens: int
@@ -56,7 +56,7 @@ class MemoryEstimate:
 
     @property
     def cached_frame_bytes(self) -> int:
-        """Bytes of one frame in the hidden-state cache, float16."""
+        """Bytes per frame of the hidden-state cache, in float16."""
         return 2 * self.tokens * self.hidden
 
 

@@ -1,4 +1,4 @@
-"""`BLM`, a model that answers and acts from one checkpoint; and loading of models by name."""
+"""`BLM`, a model that answers and acts from one checkpoint, and loading of models by name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from blm.types import ActionChunk, BlmError, Message, Observation, Policy, Polic
 class BLM:
     """A checkpoint that answers questions and controls robots: both a `Policy` and a `Chat`.
 
-    Vision features of recent pictures are cached: a question about a frame for which an action was
+    Vision features of recent images are cached: a question about a frame for which an action was
     just chosen does not run the vision tower again.
     """
 
@@ -92,7 +92,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model that was found, and whose weights are not loaded yet."""
+    """A model that was found but whose weights are not loaded yet."""
 
     kind: Kind
     where: str
@@ -127,7 +127,7 @@ class ModelSource:
             backbone = Backbone.load(self.where, device=device)
         except BlmError:
             raise
-        except Exception as error:  # transformers raises of many kinds for a folder or hub it cannot read
+        except Exception as error:  # transformers raises many kinds of errors for a folder or hub
             reason = (str(error).strip().splitlines() or [""])[0][:300]
             raise BlmError(f"cannot load '{self.where}': {type(error).__name__}: {reason}") from error
         cache_vision_features(backbone)
@@ -136,7 +136,7 @@ class ModelSource:
 
 UNTRAINED = {
     "nano": "nano is untrained: its answers are random before Stage I (`blm train stage1`)",
-    "smol": "only the language model of smol is pretrained: its answers about pictures are random before "
+    "smol": "only the language model of smol is pretrained: its answers about images are random before "
     "Stage I (`blm train stage1`)",
 }
 
@@ -150,9 +150,8 @@ def find_model(
     """Find a release, a checkpoint, the folder of a backbone, or a name of BACKBONES.
 
     For a run folder, this is the model of its last finished training stage. Reads no weights.
-    Raises UnknownNameError for a name that does not exist: the message calls it a `what`, and lists
-    the valid names and `others`. Raises BlmError, describing the folder, for a folder without a
-    model.
+    Raises UnknownNameError for an unknown name; the message calls it a `what`, and lists the valid
+    names and `others`. Raises BlmError, which describes the folder, for a folder without a model.
     """
     name = str(name_or_folder)
     folder = checkpoint_folder(name)
@@ -196,7 +195,7 @@ def _is_backbone(folder: Path) -> bool:
 
 
 def check_device(device: str) -> None:
-    """Raise BlmError unless torch knows the device and this machine has it."""
+    """Raise BlmError unless torch supports the device and this machine has it."""
     try:
         kind = torch.device(device).type
         index = torch.device(device).index

@@ -1,6 +1,6 @@
 """Run the stages of the whole loop in a run folder.
 
-A stage is skipped if the run folder holds its result for the same settings, continued if it was
+A stage is skipped if the run folder holds its result for the same settings, resumed if it was
 interrupted, and refused if the folder holds a finished result of other settings: nothing is
 overwritten.
 """
@@ -24,9 +24,9 @@ from blm.io import lock_folder, read_json, write_json, writing
 from blm.types import BlmError
 
 LEDGER = "stages.json"
-"""Stage name -> key, settings, done and seconds."""
+"""File of the stages' records: stage name -> key, settings, done and seconds."""
 RECIPE = "recipe.json"
-"""The recipe of the latest call."""
+"""File of the recipe of the latest call."""
 SHOWN = 8
 """Maximum number of differing settings that an error lists."""
 
@@ -38,7 +38,7 @@ class Stage:
     name: str
     title: str
     fields: tuple[str, ...]
-    """Recipe fields that the result depends on, beside those of the stages that it reads."""
+    """Recipe fields that the result depends on, apart from those of the stages that it reads."""
     needs: tuple[str, ...]
     """Stages whose results it reads."""
     run: Callable[[Recipe, Path], None]
@@ -48,13 +48,12 @@ class Stage:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What a run folder's stages.json says about one stage."""
+    """The record of one stage in a run folder's stages.json."""
 
     key: str
     """Hash of the settings that determine the result (`stage_key`)."""
     settings: dict[str, Any] | None
-    """The recipe fields that the result depends on, as JSON; None in run folders of older
-    versions."""
+    """Recipe fields that the result depends on, as JSON; None in folders of older versions."""
     done: bool
     seconds: float
     """Time spent on the stage so far, over all calls [s]."""
@@ -64,8 +63,8 @@ def run_stages(stages: dict[str, Stage], names: list[str], recipe: Recipe, folde
     """Run the named stages in order.
 
     An unfinished stage may be run again with other settings; its old files are moved aside. Raises
-    BlmError, before anything is written, for a missing input, for a folder that holds a finished
-    stage of other settings or files of another program, and if another process runs stages in the
+    BlmError before anything is written: for a missing input, for a folder with a finished stage of
+    other settings or with files of another program, and if another process is running stages in the
     folder.
     """
     with lock_folder(folder) if folder.exists() else nullcontext():
@@ -132,26 +131,30 @@ def require_settings(stages: dict[str, Stage], names: list[str], recipe: Recipe,
         gaps = list(differences(there, settings_of(stages[name], recipe)))
         lines += [f"  '{name}' is finished with {path} {old}, asked for: {new}" for path, old, new in gaps]
         if not gaps:
-            lines.append(f"  '{name}' is finished with other settings, or its inputs were made with others")
+            lines.append(
+                f"  '{name}' is finished with other settings, or its inputs were computed with others"
+            )
     if lines:
         more = f"\n  and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
         raise BlmError(
-            f"'{folder}' holds results made with other settings; nothing was changed. Name another --run "
-            "folder, or give the settings of this one:\n" + "\n".join(lines[:SHOWN]) + more
+            f"'{folder}' holds results of other settings; nothing was changed. Name another --run "
+            "folder, or use the settings of this one:\n" + "\n".join(lines[:SHOWN]) + more
         )
 
 
 def require_inputs(stages: dict[str, Stage], names: Sequence[str], folder: Path) -> None:
-    """Raise BlmError if a stage lacks an input that no earlier stage in `names` makes."""
+    """Raise BlmError if a stage lacks an input that no earlier stage in `names` produces."""
     available = {name for name, record in read_ledger(folder).items() if record.done}
     for name in names:
         if missing := [need for need in stages[name].needs if need not in available]:
-            raise BlmError(f"'{name}' needs the result of {', '.join(missing)} in '{folder}': run that first")
+            raise BlmError(
+                f"'{name}' needs the result of {', '.join(missing)} in '{folder}'; run that stage first"
+            )
         available.add(name)
 
 
 def _with_inputs(stages: dict[str, Stage], names: Sequence[str]) -> list[str]:
-    """Return the named stages and all that they read, in the order of the loop."""
+    """Return the named stages and all stages that they read, in the order of the loop."""
     wanted = {*names}
     while more := {need for name in wanted for need in stages[name].needs} - wanted:
         wanted |= more

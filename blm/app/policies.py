@@ -30,7 +30,7 @@ HELP = (
 
 
 class ExpertPolicy:
-    """The planning expert as a policy, which reads the simulator and plans at every step.
+    """The planning expert as a policy: it reads the simulator's state and plans at every step.
 
     When it finds no plan, it holds still until the end, and the episode counts as a failure.
     """
@@ -88,12 +88,12 @@ def policy_factory(
     device: str,
     server_name: str = "",
 ) -> Callable[[], Policy]:
-    """Return a picklable function that makes the policy `name`, in any process (see HELP).
+    """Return a picklable function that creates the policy `name` in any process (see HELP).
 
-    `cameras`, `image_size`, `horizon` and `execute` are for policies without a contract of their
-    own, `device` is for checkpoints, `api_key` for servers. `server_name` identifies the model
-    behind a server without a contract, which its address does not. Raises BlmError with the valid
-    forms for any other name.
+    `cameras`, `image_size`, `horizon` and `execute` are for policies without a contract, `device`
+    is for checkpoints, and `api_key` for servers. `server_name` identifies the model behind a
+    server without a contract, because the address does not. Raises BlmError, which lists the valid
+    forms, for any other name.
     """
     pictures: Any = {"cameras": cameras, "image_size": image_size}
     if name == "expert":
@@ -107,7 +107,7 @@ def policy_factory(
     if (checkpoint_folder(name) / "manifest.json").is_file():
         check_device(device)
         return partial(load_checkpoint, Path(name), device=device)
-    raise BlmError(f"no policy '{name}': give {HELP}")
+    raise BlmError(f"there is no policy '{name}'; give {HELP}")
 
 
 def load_checkpoint(folder: Path, *, device: str = "cpu") -> Policy:
@@ -120,7 +120,7 @@ def load_checkpoint(folder: Path, *, device: str = "cpu") -> Policy:
 
 
 def with_real_time_chunking(make: Callable[[], Policy]) -> Policy:
-    """Make a policy that continues its own previous chunk (real-time chunking).
+    """Create a policy whose chunks continue the previous chunk (real-time chunking).
 
     Raises BlmError for any policy but a checkpoint of Stage II.
     """
@@ -134,7 +134,7 @@ def with_real_time_chunking(make: Callable[[], Policy]) -> Policy:
 
 
 def contract_of(make: Callable[[], Policy]) -> PolicyContract:
-    """Make the policy, return its contract, and close its connection if it has one."""
+    """Create the policy, return its contract, and close its connection if it has one."""
     policy = make()
     contract = policy.contract
     if isinstance(policy, RemotePolicy):
@@ -143,7 +143,7 @@ def contract_of(make: Callable[[], Policy]) -> PolicyContract:
 
 
 def load_replay(folder: Path) -> tuple[Callable[[], Policy], PhysicalProtocol]:
-    """Return a function that makes a replay of a dataset, and the protocol of the replay check."""
+    """Return a factory of a dataset's replay policy, and the protocol of the replay check."""
     dataset = open_dataset(folder)
     episodes: list[Episode] = [dataset.episode(i, cameras=()) for i in range(dataset.num_episodes)]
     make = partial(ReplayPolicy, episodes)

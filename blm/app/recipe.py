@@ -37,24 +37,27 @@ FIRST_EPISODE_SEED = 500_000
 
 @dataclass(frozen=True, kw_only=True)
 class DemonstrationSettings:
-    """Demonstrations by the planning expert; `CollectConfig` checks the limits of the fields."""
+    """Demonstrations by the planning expert."""
 
     episodes: int
-    """Successful demonstrations to keep for each robot and task."""
+    """Number of successful demonstrations to keep for each robot and task."""
     held_out_episodes: int
-    """The same on held-out scenes, for held-out questions about episodes."""
+    """Number of demonstrations for each robot and task on held-out scenes.
+    Held-out questions show their frames."""
     noise: tuple[float, ...] = (0.0, 0.01, 0.02)
-    """Standard deviations of noise on executed joint targets [rad]; each episode draws one."""
+    """Standard deviations of the noise added to executed joint targets [rad].
+    Each episode draws one of them."""
     disturbed: float = 0.15
-    """Fraction of episodes with a brief wrong gripper motion, from which the expert recovers."""
+    """Fraction of episodes in which the gripper command is briefly inverted, 0..1.
+    The demonstrations then contain misses, drops and recoveries."""
     random_starts: float = 0.3
-    """Fraction of episodes that start away from the home pose."""
+    """Fraction of episodes that start away from the home pose, 0..1."""
     hold: int = 10
-    """Control steps of holding still at the goal, at the end of each episode."""
+    """Number of control steps at the end of each episode in which the arm stays at the goal."""
     distractors: int = 0
-    """Coloured objects that play no part in the task."""
+    """Number of coloured distractor objects in each scene."""
     appearance: Appearance = PLAIN
-    """Random changes of colours, light and cameras."""
+    """Randomisation of colours, light and cameras."""
 
     def __post_init__(self) -> None:
         require_numbers(self, held_out_episodes=(1, 1_000_000))
@@ -62,18 +65,18 @@ class DemonstrationSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSettings:
-    """Scene questions for Stage I; `SceneCorpusConfig` checks the limits of the fields."""
+    """Scene questions for Stage I."""
 
     scenes: int
-    """Random scenes to ask about, spread evenly over robots and tasks."""
+    """Number of random scenes to ask about, distributed evenly over all pairs of robot and task."""
     held_out_scenes: int
-    """The same for the held-out corpora."""
+    """Number of random scenes in the held-out corpora."""
     turns: int = 8
-    """Questions about each scene."""
+    """Number of questions about each scene."""
     max_distractors: int = 3
-    """Maximum number of objects in a scene that play no part in the task."""
+    """Maximum number of distractor objects in a scene."""
     frames_per_episode: int = 8
-    """Frames of each demonstration to ask about."""
+    """Number of frames of each demonstration to ask about."""
 
     def __post_init__(self) -> None:
         require_numbers(self, held_out_scenes=(1, 1_000_000))
@@ -84,10 +87,11 @@ class Stage1Settings:
     """Stage I: fine-tuning of the backbone."""
 
     backbone: str = "nano"
-    """A name of BACKBONES, or a folder."""
+    """Name of a backbone, or a backbone's folder."""
     schooling: NanoPretrainingConfig = field(default_factory=NanoPretrainingConfig)
-    """Pretraining of a fresh nano backbone; other backbones ignore it."""
+    """Pretraining of a new nano backbone; other backbones ignore it."""
     training: Stage1Config
+    """Fine-tuning."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +99,19 @@ class Stage2Settings:
     """Stage II: training of the bridge and the policy on the frozen backbone."""
 
     loop: LoopConfig
+    """Training loop."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """Bridge, diffusion transformer and losses."""
     layer: int = 3
-    """k: the block (from 1) of the language model whose hidden states H_k the bridge reads."""
+    """Block k of the language model, counted from 1, whose output H_k the bridge reads."""
     stride: int = 2
     """Cache the hidden states of every n-th frame."""
     execute: int = 8
-    """Actions of each chunk that are executed before the policy is asked again."""
+    """Number of actions of a chunk to execute before the next observation."""
     drive: int = 0
-    """Closed-loop validation episodes of each robot and task at every evaluation
-    (`loop.eval_every`); 0: the validation loss alone selects the best checkpoint."""
+    """Closed-loop validation episodes for each robot and task at every evaluation.
+    Evaluations happen every --stage2.loop.eval-every steps.
+    With 0, the validation loss alone selects the best checkpoint."""
 
     def __post_init__(self) -> None:
         require_numbers(self, layer=(1, 10_000), stride=(1, 100_000), drive=(0, len(VALIDATION_SEEDS)))
@@ -114,14 +121,14 @@ class Stage2Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Evaluation in both spaces, on seeds that nothing was trained on."""
+    """Evaluation in both spaces, on scenes that are not in any training data."""
 
     episodes: int
-    """Closed-loop episodes for each robot and task."""
+    """Number of closed-loop episodes for each robot and task."""
     max_steps: int = 200
-    """Control steps after which an episode ends."""
+    """Number of control steps after which an episode ends."""
     max_questions: int = 600
-    """Maximum number of held-out questions, spread evenly over the scenes."""
+    """Maximum number of held-out questions, distributed evenly over the scenes."""
 
     def __post_init__(self) -> None:
         require_numbers(self, episodes=(1, len(EVALUATION_SEEDS)), max_steps=(1, 1_000_000))
@@ -133,25 +140,30 @@ class Recipe:
     """One run of the whole loop: demonstrations, scene questions, Stage I, Stage II, evaluation."""
 
     name: str
-    """Name of the recipe; the run folder is runs/NAME unless --run says otherwise."""
+    """Name of the recipe. The run folder is runs/NAME unless --run names another folder."""
     robots: tuple[str, ...] = tuple(ROBOTS)
-    """Robots of all parts."""
+    """Robots of all stages."""
     tasks: tuple[str, ...] = tuple(TASKS)
-    """Tasks of all parts."""
+    """Tasks of all stages."""
     cameras: tuple[str, ...] = ("base", "wrist")
-    """Cameras that the model sees."""
+    """Cameras whose images the model sees."""
     image_size: int = 112
-    """Side of the square camera pictures [px], even."""
+    """Width and height of the camera images [px]; must be even."""
     workers: int = 2
-    """Worker processes for collection, scene questions, the hidden-state cache and evaluation; 0:
-    none, all work is done in this process."""
+    """Number of worker processes for collection, questions, hidden-state caches and evaluation.
+    With 0, all work runs in the main process."""
     engine: Literal["local", "ray"] = "local"
     """Where collection and closed-loop evaluation run: on this machine, or on a Ray cluster."""
     demonstrations: DemonstrationSettings
+    """Demonstrations by the planning expert."""
     corpus: CorpusSettings
+    """Scene questions for Stage I."""
     stage1: Stage1Settings
+    """Stage I: fine-tuning of the backbone."""
     stage2: Stage2Settings
+    """Stage II: training of the bridge and the policy on the frozen backbone."""
     evaluation: EvaluationSettings
+    """Evaluation in both spaces."""
 
     def __post_init__(self) -> None:
         for kind, names, registry in (("robot", self.robots, ROBOTS), ("task", self.tasks, TASKS)):

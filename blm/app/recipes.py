@@ -30,7 +30,7 @@ def nano_stage1(*, eye: int, drill: int, steps: int, batch_size: int = 8) -> Sta
     """Return Stage I of a nano backbone from random weights.
 
     The three numbers are training steps: of the vision tower alone, of the grounding drill (one
-    picture at a time), and of Stage I proper.
+    image at a time), and of Stage I proper.
     """
     defaults = NanoPretrainingConfig()
     schooling = NanoPretrainingConfig(
@@ -75,7 +75,7 @@ def demo() -> Recipe:
 
 
 def ci() -> Recipe:
-    """The smallest run that passes through every part: a test of the code, not of learning."""
+    """The smallest run that exercises every part: a test of the code, not of learning."""
     return replace(
         demo(),
         name="ci",
@@ -105,7 +105,7 @@ def nano() -> Recipe:
 
 
 def smol() -> Recipe:
-    """The smol backbone, whose weights need no hub, with LoRA in Stage I. Not run yet."""
+    """The smol backbone, whose weights are Python packages, with LoRA in Stage I. Not run yet."""
     loop = LoopConfig(steps=2000, batch_size=16, lr=1e-3, title="Stage I")
     training = Stage1Config(loop=loop, lora=Lora(rank=16), cache_features=True)
     base = nano()
@@ -119,7 +119,7 @@ def smol() -> Recipe:
 
 
 def _qwen(name: str, layer: int, policy: PolicyConfig) -> Recipe:
-    """Fine-tune language model and merger, not the vision tower, as Qwen's scripts do."""
+    """Fine-tune language model and merger, but not the vision tower, as Qwen's scripts do."""
     loop = LoopConfig(steps=10_000, batch_size=128, lr=1e-5, weight_decay=0.0, title="Stage I")
     training = Stage1Config(
         loop=loop, vision_scale=0.0, pack_length=4096, cache_features=True, checkpoint_blocks=True

@@ -1,4 +1,4 @@
-"""Prepare Stage I, for runs and for commands: the backbone and its training sources."""
+"""Prepare Stage I: the backbone and its training sources."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class TrainingCorpus:
     name: str
     """Name of the training source."""
     folder: Path
-    """Folder that the paths of pictures are relative to."""
+    """Folder that the paths of images are relative to."""
     conversations: Sequence[Conversation]
     weight: float = 1.0
     """Share of the training examples, relative to the other corpora."""
 
 
 def load_pretrained(name: str, *, device: str = "cpu") -> Backbone | None:
-    """Load the backbone that Stage I starts from, or return None for a fresh nano.
+    """Load the backbone that Stage I starts from, or return None for a new nano.
 
     Raises UnknownNameError for a name that is neither a backbone nor a folder.
     """

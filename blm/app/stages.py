@@ -53,13 +53,13 @@ from blm.types import BlmError, Image, Message
 
 
 def run_collect(recipe: Recipe, run: Path) -> None:
-    """Record demonstrations for training, and a few on held-out scenes for questions."""
+    """Record demonstrations for training, and a few on held-out scenes for held-out questions."""
     collect(collect_config(recipe, held_out=False), run / "episodes")
     collect(collect_config(recipe, held_out=True), run / "episodes_held_out")
 
 
 def run_corpus(recipe: Recipe, run: Path) -> None:
-    """Generate questions about random scenes and recorded frames, for training and held out."""
+    """Generate training and held-out questions about random scenes and recorded frames."""
     names: tuple[CorpusName, ...] = ("held_out", "held_out_wording", "train")
     for name in names:
         folder = run / "corpora" / name
@@ -98,7 +98,7 @@ def run_stage2(recipe: Recipe, run: Path) -> None:
 
 
 def run_eval_digital(recipe: Recipe, run: Path) -> None:
-    """Ask the checkpoint the held-out questions, in the wordings of training and in others."""
+    """Ask the checkpoint the held-out questions, in training wordings and in held-out wordings."""
     model = BLM.from_pretrained(run / "stage2/checkpoint")
     known = read_questions(run / "corpora/train")
     for corpus, name in (("held_out", "digital"), ("held_out_wording", "digital_wording")):
@@ -114,7 +114,7 @@ def run_eval_digital(recipe: Recipe, run: Path) -> None:
 
 
 def run_eval_physical(recipe: Recipe, run: Path) -> None:
-    """Evaluate the checkpoint in closed loop on every robot and task; the baseline holds still."""
+    """Evaluate the checkpoint and a hold-still baseline in closed loop on every robot and task."""
     folder = run / "stage2/checkpoint"
     contract = CheckpointPolicy.load(folder).contract
     protocol = physical_protocol(recipe, contract, (recipe.robots, recipe.tasks))
@@ -128,7 +128,7 @@ def run_eval_physical(recipe: Recipe, run: Path) -> None:
 
 
 def run_released(recipe: Recipe, run: Path) -> None:
-    """Evaluate the released model on the scenes of this run; ask questions about one of them."""
+    """Evaluate the released model on the scenes of this run, and ask it about one of them."""
     folder, out = checkpoint_folder("blm-nano"), run / "results/released"
     protocol = physical_protocol(recipe, read_contract(folder), (recipe.robots, recipe.tasks))
     make = partial(CheckpointPolicy.load, folder)

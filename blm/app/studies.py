@@ -121,7 +121,9 @@ def run_study(name: str, recipe: Recipe, run: Path, only: Sequence[str] = ()) ->
     variants = [first, *(variant for variant in others if not only or variant.name in only)]
     for needed in ("episodes", "stage1/backbone"):
         if not (run / needed).exists():
-            raise BlmError(f"'{run}' has no {needed}; a study needs a run with demonstrations and Stage I")
+            raise BlmError(
+                f"'{run}' has no {needed}; a study needs a run with demonstrations and a finished Stage I"
+            )
     folder = run / "studies" / name
     rows = []
     for variant in variants:

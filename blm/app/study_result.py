@@ -1,4 +1,4 @@
-"""The result of a study: a row for each variant, compared with the first on the same scenes."""
+"""The result of a study: one row per variant, compared with the first on the same scenes."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from blm.evaluation.statistics import Difference, Rate
 
 @dataclass(frozen=True, kw_only=True)
 class VariantResult:
-    """What one variant cost and how well it did."""
+    """Training cost and success of one variant."""
 
     variant: str
     models: int
-    """Models that were trained for it."""
+    """Number of models trained for it."""
     steps: int | None
-    """Training steps of each model; None in files from before it was recorded."""
+    """Training steps of each model; None in files that were written before it was recorded."""
     samples: int
-    """Training samples, all models together."""
+    """Training samples, summed over all models."""
     training_seconds: float
     success: Rate
-    """Success at some step."""
+    """Rate of episodes with success at any step."""
     success_at_end: Rate | None
-    """None in files from before it was recorded."""
+    """Rate of episodes with success at the end; None in files of older versions."""
     success_at_limit: Rate | None
     solved: Mapping[str, int]
-    """"robot/task" -> episodes solved."""
+    """"robot/task" -> number of successful episodes."""
     result: str
     """Folder of the variant's result.json, below studies/variants."""
     gap: Difference | None = None
-    """This variant minus the first one; None for the first."""
+    """Success rate of this variant minus that of the first; None for the first."""
     p_corrected: float | None = None
     """p-value of the gap, corrected for the number of variants (Holm)."""
 

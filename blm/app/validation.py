@@ -15,7 +15,7 @@ from blm.training.policy.train import ClosedLoopValidation
 def closed_loop_validation(
     out: Path, tasks: Sequence[str], episodes: int, workers: int
 ) -> ClosedLoopValidation:
-    """Return a callback that validates a policy during training: `episodes` of each robot and task.
+    """Return a callback that validates a policy on `episodes` episodes of each robot and task.
 
     It returns the success rate under "success"; results are kept in `out`/driven/STEP.
     """

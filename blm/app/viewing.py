@@ -1,4 +1,4 @@
-"""Show episodes: videos with overlays, contact sheets, suite pictures, Rerun recordings."""
+"""Render episodes: videos with overlays, contact sheets, suite sheets, Rerun recordings."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from blm.io import replacing
 from blm.types import BlmError, Episode, ImageArray
 
 MIN_VIDEO_PICTURE = 256
-"""Minimum height of a camera's picture in a video [px]; smaller pictures are enlarged."""
+"""Minimum height of a camera's image in a video [px]; smaller images are enlarged."""
 MIN_SHEET_PICTURE = 160
-"""Minimum height of a camera's picture in a sheet [px]."""
+"""Minimum height of a camera's image in a sheet [px]."""
 MIN_VIDEO_WIDTH = 560
 """Minimum width of a video [px]: the status line needs it."""
 GAP = 6
-"""Space between pictures, and unit of all margins [px]."""
+"""Space between images, and unit of all margins [px]."""
 _DARK = (24, 26, 31)
 _PALE = (250, 250, 248)
 _INK = (30, 32, 38)
@@ -53,7 +53,7 @@ def write_mp4(episode: Episode, path: Path, fps: int = 20) -> Path:
 
     The status line shows primitive, gripper opening, success and time. The bar at the bottom shows
     the whole episode: a colour for each primitive, a green line while the task is solved, a white
-    mark at the current frame. Raises BlmError for an episode without pictures.
+    mark at the current frame. Raises BlmError for an episode without images.
     """
     _require_pictures(episode)
     frames = np.stack([video_frame(episode, t, fps) for t in range(len(episode))])
@@ -120,8 +120,7 @@ def _draw_timeline(draw: ImageDraw.ImageDraw, episode: Episode, t: int, size: tu
 
 
 def first_success_frame(episode: Episode) -> int:
-    """Return the frame from which the success rule holds to the end, or the length if it does
-    not."""
+    """Return the frame from which the success rule holds until the end, or the number of frames."""
     last = len(episode) - 1
     return int(episode.metrics.get("success_step", last)) if episode.success else last + 1
 
@@ -138,7 +137,7 @@ def contact_sheet(episodes: Sequence[Episode], path: Path, moments: int = 6, fps
     """Write a PNG with `moments` evenly spaced frames of each episode, one row per camera.
 
     A green line marks the frames at which the task is solved. Raises BlmError without episodes or
-    pictures.
+    images.
     """
     if not episodes:
         raise BlmError("a contact sheet needs at least one episode")
@@ -146,14 +145,14 @@ def contact_sheet(episodes: Sequence[Episode], path: Path, moments: int = 6, fps
 
 
 def suite_sheet(episodes: Mapping[tuple[str, str], Episode], path: Path, moments: int = 3) -> Path:
-    """Write one PNG of a suite, given (robot, task) -> episode: one row per task, one column per
-    robot.
+    """Write one PNG of a suite, one row per task and one column per robot.
 
-    A cell shows `moments` evenly spaced frames of the episode's first camera. It is grey without an
-    episode. Raises BlmError without episodes or pictures.
+    `episodes` maps (robot, task) to an episode. A cell shows `moments` evenly spaced frames of the
+    episode's first camera; it is grey without an episode. Raises BlmError without episodes or
+    images.
     """
     if not episodes:
-        raise BlmError("a picture of the suite needs at least one episode")
+        raise BlmError("a suite sheet needs at least one episode")
     robots, tasks = (list(dict.fromkeys(key[i] for key in episodes)) for i in (0, 1))
     strips = {key: _camera_strip(episode, moments) for key, episode in episodes.items()}
     width, height = (max(strip.size[i] for strip in strips.values()) for i in (0, 1))
@@ -223,8 +222,7 @@ def _episode_block(episode: Episode, moments: int, fps: int) -> Image.Image:
 
 
 def _camera_strip(episode: Episode, moments: int, camera: str = "") -> Image.Image:
-    """Draw frames of one camera, by default the first, side by side; solved ones have a green
-    line."""
+    """Draw frames of one camera side by side (default: the first); solved ones get a green line."""
     _require_pictures(episode)
     frames = episode.images[camera or next(iter(episode.images))]
     times = _evenly_spaced_frames(episode, moments)
@@ -251,19 +249,19 @@ def _evenly_spaced_frames(episode: Episode, count: int) -> list[int]:
 def _require_pictures(episode: Episode) -> None:
     if not episode.images:
         raise BlmError(
-            f"episode of '{episode.task}' (seed {episode.seed}) has no pictures; load it with cameras"
+            f"episode of '{episode.task}' (seed {episode.seed}) has no images; load it with cameras"
         )
 
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)  # since a size is given
+    assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow returns this type if a size is given
     return font
 
 
 def _enlarge(frame: ImageArray, height: int) -> Image.Image:
-    """Return the picture, enlarged to `height` [px] with its aspect ratio if it is smaller."""
+    """Return the image, enlarged to `height` [px] with its aspect ratio if it is smaller."""
     picture = Image.fromarray(frame)
     if picture.height >= height:
         return picture
@@ -283,7 +281,7 @@ def _wrap_text(text: str, size: int, width: int) -> list[str]:
 
 
 def _draw_camera_name(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str) -> None:
-    """Draw the name of a camera into the corner of its picture."""
+    """Draw the name of a camera into the corner of its image."""
     x, y, right, bottom = draw.textbbox((corner[0] + 5, corner[1] + 2), text, _font(13))
     draw.rounded_rectangle((x - 5, y - 3, right + 5, bottom + 3), 4, _DARK)
     draw.text((corner[0] + 5, corner[1] + 2), text, _LIGHT, _font(13))
@@ -314,8 +312,7 @@ def _jpeg(frame: ImageArray) -> bytes:
 
 
 def write_rerun(episode: Episode, path: Path, fps: int = 20, names: Sequence[str] = ()) -> Path:
-    """Write a Rerun recording (.rrd): cameras, a curve for each joint and the gripper, primitive,
-    success.
+    """Write a Rerun recording (.rrd): cameras, a curve per joint, gripper, primitive, success.
 
     `names` are those of the action space [D], the gripper last. Timelines: "time" [s] and "frame".
     Raises BlmError if the extra `blm[viewer]` is not installed, or for a wrong number of names.

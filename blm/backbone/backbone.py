@@ -1,5 +1,4 @@
-"""The backbone: a multimodal model that loads, answers, and saves itself; and the registry of
-backbones."""
+"""The backbone, a multimodal model that loads, answers and saves itself, and its registry."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ RELEASED = Path(__file__).parents[1] / "releases"
 
 
 class Backbone(MultimodalModel):
-    """A multimodal model that answers conversations; see `MultimodalModel` for prompts and hidden
-    states."""
+    """A multimodal model that answers conversations; the base class has its hidden states."""
 
     @classmethod
     def load(
@@ -56,8 +54,7 @@ class Backbone(MultimodalModel):
         return self.answer_batch([messages], max_tokens=max_tokens)[0]
 
     def answer_batch(self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 128) -> list[str]:
-        """Return the greedy answers; each ends with the model's end token or after `max_tokens`
-        tokens."""
+        """Return the greedy answers, up to the end token or `max_tokens` tokens."""
         return [text for text, _ in self.complete(conversations, max_tokens=max_tokens)]
 
     def complete(
@@ -65,8 +62,7 @@ class Backbone(MultimodalModel):
     ) -> list[tuple[str, bool]]:
         """Return each answer, and whether it ended within `max_tokens`.
 
-        Greedy without a `seed`; with one, sampled from the model's own distribution at temperature
-        1.
+        Decoding is greedy without a `seed`; with one, answers are sampled at temperature 1.
         """
         sampling = Sampling(max_tokens=max_tokens)
         how = [sampling] * len(conversations)
@@ -100,17 +96,19 @@ def build_nano(
     steps: Sequence[str] = (),
     views: Sequence[str] = (),
 ) -> Backbone:
-    """Return an untrained nano; its tokenizer is trained on `texts`, best on the text of its
-    training data.
+    """Return an untrained nano, whose tokenizer is trained on `texts`.
 
-    Its vision tower has a heat map for each of `things`, and classifies `steps` and `views`.
+    Use the texts of its training data. Its vision tower has a heat map for each of `things`, and
+    classifies `steps` and `views`.
     """
     return Backbone(*make_nano(texts, seed=seed, things=things, steps=steps, views=views))
 
 
 def build_smol(*, image_size: Literal[128, 224] = 128, seed: int = 0) -> Backbone:
-    """Return smol: pretrained parts and an untrained projector. Raises BlmError without its
-    packages."""
+    """Return smol: pretrained parts and an untrained projector.
+
+    Raises BlmError if its packages are not installed.
+    """
     return Backbone(*make_smol(image_size, seed=seed))
 
 

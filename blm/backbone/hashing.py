@@ -1,4 +1,4 @@
-"""Hashes of tensors: of frozen weights, and of pictures whose features are cached."""
+"""Hashes of tensors: of frozen weights, and of images whose features are cached."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ class Digest(Protocol):
 
 
 def hash_tensors(digest: Digest, values: Mapping[str, Any]) -> None:
-    """Add named values to a digest, sorted by name: dtype, shape and bytes of tensors, else their
-    repr."""
+    """Add named values to a digest, sorted by name.
+
+    Tensors are hashed by dtype, shape and bytes, other values by their repr.
+    """
     for name in sorted(values):
         value = values[name]
         if isinstance(value, Tensor):

@@ -35,7 +35,7 @@ from blm.backbone.video import (
 from blm.types import BlmError, Message
 
 Inputs = dict[str, Tensor]
-"""Keyword arguments of the model's forward, as its processor makes them."""
+"""Keyword arguments of the model's forward, as its processor returns them."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class HiddenStates:
 
 
 class MultimodalModel:
-    """A multimodal language model without its generation: prompt, encode, tap hidden states,
-    freeze, hash.
+    """A multimodal language model: prompt, encode, tap hidden states, freeze, hash.
 
-    `tap` may run in one thread while another thread generates text with the same model.
+    Generation is in subclasses. `tap` may run in one thread while another thread generates text
+    with the same model.
 
-    `videos_as` says how the frames of a video that stand together in a message reach the model.
-    "video": as one video input, with the family's own patches along time and its own times; the
-    default for Qwen2.5-VL and Qwen3-VL, because their published scores on videos are measured so.
-    "frames": as single images, which is all that other families know, and what a Qwen model should
-    keep that was trained so.
+    `videos_as` is the form in which consecutive frames of a video in a message reach the model.
+    "video": as one video input, with the model family's own temporal patches and timestamps; this
+    is the default for Qwen2.5-VL and Qwen3-VL, whose published scores on videos are measured in
+    this form. "frames": as single images, the only form that other families support; use it for
+    Qwen models that were trained with it.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
@@ -82,15 +82,14 @@ class MultimodalModel:
 
     @property
     def hidden_size(self) -> int:
-        """d, the width of a hidden state."""
+        """Width d of a hidden state."""
         return self.decoder.config.hidden_size
 
     def render(self, messages: Sequence[Message], *, prompt: bool) -> str:
-        """Return a conversation as text by the model's own chat template, with one placeholder per
-        picture or video.
+        """Return a conversation as text by the model's chat template.
 
-        With `prompt` the text ends with the header of the assistant's turn. Raises BlmError if a
-        message contains a placeholder.
+        It has one placeholder per image or video. With `prompt` the text ends with the header of
+        the assistant's turn. Raises BlmError if a message contains a placeholder.
         """
         for message in messages:
             for token in (self.processor.image_token, getattr(self.processor, "video_token", None)):
@@ -108,11 +107,10 @@ class MultimodalModel:
         videos: Sequence[Video] = (),
         side: Literal["left", "right"] = "left",
     ) -> Inputs:
-        """Tokenise rendered texts, padded on `side`, and process their pictures and videos, in
-        reading order.
+        """Tokenise rendered texts, padded on `side`, and process their images and videos.
 
-        The result is on the CPU. Raises BlmError when the numbers of placeholders and picture
-        features differ.
+        Both are in reading order. The result is on the CPU. Raises BlmError when the numbers of
+        placeholders and image features differ.
         """
         more = video_arguments(texts, videos, self.processor)
         with self._processing:  # a call sets the padding of the fast tokenizer, so threads take turns
@@ -128,13 +126,12 @@ class MultimodalModel:
             )
         if "pixel_values" in inputs and inputs["pixel_values"].ndim == 5:
             inputs["pixel_values"] = _without_missing_pictures(inputs["pixel_values"])
-            inputs.pop("pixel_attention_mask", None)  # all ones: each picture fills its square
+            inputs.pop("pixel_attention_mask", None)  # all ones: each image fills its square
         self.check(inputs)
         return inputs
 
     def check(self, inputs: Inputs) -> None:
-        """Raise BlmError if placeholders and picture features differ in number, or exceed the
-        context."""
+        """Raise BlmError if placeholders and features differ in number, or exceed the context."""
         config = self.model.config
         placeholders = int((inputs["input_ids"] == self.processor.image_token_id).sum())
         if "image_grid_thw" in inputs:
@@ -148,14 +145,14 @@ class MultimodalModel:
             features = 0
         if placeholders != features:
             raise BlmError(
-                f"{placeholders} image placeholders but {features} image features: a picture is missing, "
+                f"{placeholders} image placeholders but {features} image features: an image is missing, "
                 "extra, or was cut by truncation"
             )
         check_videos(self.processor, inputs)
         length, limit = inputs["input_ids"].shape[1], self.decoder.config.max_position_embeddings
         if length > limit:
             raise BlmError(
-                f"a prompt has {length} tokens, the context holds {limit}: use fewer pictures or words"
+                f"a prompt has {length} tokens, the context holds {limit}; use fewer images or words"
             )
 
     def encode(
@@ -165,11 +162,10 @@ class MultimodalModel:
         side: Literal["left", "right"] = "left",
         root: Path | None = None,
     ) -> Inputs:
-        """Return the model inputs of prompts that end where the answer begins, on the model's
-        device.
+        """Return the model inputs of prompts that end where the answer begins, on the device.
 
-        Image paths are relative to `root`. Raises BlmError as `render` and `process` do, for
-        pictures that cannot be read, and when a prompt is longer than the context.
+        Image paths are relative to `root`. Raises BlmError as `render` and `process` do, for images
+        that cannot be read, and when a prompt is longer than the context.
         """
         return self.place(self.read(conversations, side=side, root=root))
 
@@ -187,7 +183,7 @@ class MultimodalModel:
         return self.process(texts, images, videos=videos, side=side)
 
     def place(self, inputs: Inputs) -> Inputs:
-        """Move inputs to the model's device, and convert pictures and features to its precision."""
+        """Move inputs to the model's device, and convert images and features to its precision."""
         exact = ("second_per_grid_ts",)  # positions are computed from it
         return {
             name: value.to(
@@ -198,11 +194,10 @@ class MultimodalModel:
         }
 
     def position_ids(self, inputs: Inputs) -> Tensor:
-        """Return the position ids [B, L] of left-padded prompts, or [3, B, L] for M-RoPE with
-        pictures.
+        """Return the position ids of left-padded prompts: [B, L], or [3, B, L] for M-RoPE.
 
-        They are passed explicitly, so that no call depends on positions that the model kept from
-        another.
+        They are passed explicitly, so that no call depends on positions that the model stored in
+        another call.
         """
         mask = inputs["attention_mask"]
         grids = grids_of(inputs)
@@ -220,12 +215,11 @@ class MultimodalModel:
 
     @torch.no_grad()
     def tap(self, inputs: Inputs, layer: int) -> HiddenStates:
-        """Return H_k, the output of block `layer` (from 1); later blocks and the final norm do not
-        run.
+        """Return H_k, the output of block `layer`, counted from 1.
 
-        Where a model adds picture features between blocks (Qwen3-VL's DeepStack), they are
-        included: H_k is the input of block k + 1. Raises BlmError for a layer that the model does
-        not have.
+        Later blocks and the final norm do not run. Where a model adds image features between blocks
+        (Qwen3-VL's DeepStack), they are included: H_k is the input of block k + 1. Raises BlmError
+        for a layer that the model does not have.
         """
         if not 1 <= layer <= self.num_layers:
             raise BlmError(f"layer {layer} is outside 1 .. {self.num_layers}, the blocks of this model")
@@ -237,16 +231,14 @@ class MultimodalModel:
         self.model.eval().requires_grad_(False)
 
     def fingerprint(self) -> str:
-        """Return the sha256 of all parameters and buffers in their present precision, by sorted
-        name."""
+        """Return the sha256 of all parameters and buffers as stored, sorted by name."""
         digest = hashlib.sha256()
         hash_tensors(digest, {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())})
         return digest.hexdigest()
 
     @staticmethod
     def probe_prompts() -> list[tuple[Message, ...]]:
-        """Return two fixed prompts, one with a picture, whose logits prove that the model is
-        unchanged."""
+        """Return two fixed prompts, one with an image, whose logits prove the model unchanged."""
         ramp = np.arange(112, dtype=np.uint8)
         picture = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :] * 2, np.uint8(64)), axis=-1)
         return [question_prompt("What is in the picture?", [picture]), question_prompt("What can you do?")]
@@ -289,19 +281,20 @@ def _truncated(model: nn.Module, path: Sequence[str], layer: int) -> nn.Module:
 
 
 def _without_missing_pictures(pixels: Tensor) -> Tensor:
-    """[B, max pictures, 3, height, width], zeros where a conversation has fewer -> [N, 1, 3,
-    height, width].
+    """Return the images [N, 1, 3, height, width] of a padded [B, max images, 3, height, width].
 
-    Idefics3 and SmolVLM drop the zeros themselves; without them batches have one layout for all
-    models.
+    Conversations with fewer images have zeros in the input. Idefics3 and SmolVLM drop the zeros
+    themselves; without them, batches have one layout for all models.
     """
     flat = pixels.flatten(0, 1)
     return flat[flat.flatten(1).any(1)][:, None]
 
 
 def shallow_copy(module: nn.Module) -> nn.Module:
-    """Return a view of a module whose children and attributes can be replaced without changing the
-    module."""
+    """Return a copy of a module that shares its parameters.
+
+    Children and attributes of the copy can be replaced without changing the module.
+    """
     view = copy.copy(module)
     view.__dict__["_modules"] = dict(module._modules)
     return view

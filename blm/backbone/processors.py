@@ -12,17 +12,17 @@ from blm.backbone.video import DEFAULTS, FrameProcessor, video_settings
 
 
 def load_processor(source: str) -> Any:
-    """Load a processor that reads pictures, and videos if it is one of Qwen2.5-VL or Qwen3-VL.
+    """Load a processor of images, and of videos for Qwen2.5-VL and Qwen3-VL.
 
-    It gives the same pixels whether or not torchvision is installed: pictures are processed with
-    Pillow (torchvision's results differ by one level of 255), and videos by `FrameProcessor`. A
-    processor of another family whose video part needs torchvision is loaded without that part if
-    torchvision is missing; the part's settings are kept and saved again.
+    It returns the same pixels with and without torchvision: images are processed with Pillow
+    (torchvision's results differ by one level of 255), and videos by `FrameProcessor`. If the
+    processor of another family has a video part that needs torchvision, and torchvision is missing,
+    it is loaded without that part; the part's settings are kept and saved again.
 
-    SmolVLM gets the processor of Idefics3, which it descends from: they read pictures alike, but
-    SmolVLM's own asks for num2words and a video part. Both would cut a picture into up to 17 tiles
-    of 64 or more tokens. That is switched off, as for frames of videos, so a picture costs the same
-    whatever its size.
+    SmolVLM gets the processor of Idefics3, its ancestor: both process images alike, but SmolVLM's
+    own requires num2words and a video part. Both would split an image into up to 17 tiles of 64 or
+    more tokens. Splitting is disabled, as it is for frames of videos, so an image costs the same at
+    every size.
     """
     config = AutoConfig.from_pretrained(source)
     kind: Any = PROCESSOR_MAPPING[type(config)]
@@ -45,10 +45,11 @@ def load_processor(source: str) -> Any:
 
 
 def without_video(kind: Any) -> Any:
-    """Return the processor class `kind` with an image processor and a tokenizer only, under the same name.
+    """Return the processor class `kind` with only an image processor and a tokenizer.
 
-    Its instances may be given a `FrameProcessor` as `video_processor`, or only `video_settings` to save.
-    transformers reads the parts of a processor off the signature of its constructor.
+    It keeps its name. Its instances may be given a `FrameProcessor` as `video_processor`, or only
+    `video_settings` to save. transformers reads the parts of a processor off the signature of its
+    constructor.
     """
 
     def init(
@@ -57,7 +58,7 @@ def without_video(kind: Any) -> Any:
         kind.__init__(self, image_processor, tokenizer, None, chat_template=chat_template)
 
     def to_dict(self: Any) -> dict[str, Any]:
-        """Add the settings of the video part, as a whole processor has them in processor_config.json."""
+        """Add the settings of the video part, in the form of processor_config.json."""
         part = getattr(self, "video_processor", None)
         settings = getattr(self, "video_settings", {}) if part is None else part.settings
         return {**kind.to_dict(self), **({"video_processor": dict(settings)} if settings else {})}

@@ -1,6 +1,6 @@
 """The prompt engine: system text, robot, cameras, instruction and video frames -> chat messages.
 
-Pictures come first, in the order given, and text after them: in a causal model the picture tokens
+Images come first, in the order given, and text after them: in a causal model the image tokens
 then see the same prefix in a question and in a control prompt.
 """
 
@@ -43,7 +43,7 @@ def control_question(instruction: str, robot: str, cameras: Sequence[str]) -> st
 def question_prompt(
     question: str, images: Sequence[ImageArray] = (), *, system: str = ""
 ) -> tuple[Message, ...]:
-    """Return one user turn: the pictures, if any, then the question."""
+    """Return one user turn: the images, if any, then the question."""
     user = Message("user", (*(Image(pixels) for pixels in images), question))
     return (Message("system", (system,)), user) if system else (user,)
 
@@ -51,9 +51,9 @@ def question_prompt(
 def video_prompt(
     question: str, frames: Sequence[ImageArray], rate_hz: float, *, count: int = 8
 ) -> tuple[Message, ...]:
-    """Return one user turn with at most `count` frames, evenly spaced, and their times [s].
+    """Return one user turn with at most `count` evenly spaced frames and their times [s].
 
-    A backbone that reads videos as videos (`Backbone.videos_as`) gets them as one.
+    A backbone with video inputs (`Backbone.videos_as`) receives them as one video.
     """
     if len(frames) == 0 or count < 1:
         raise BlmError(f"a video prompt needs frames; got {len(frames)} and room for {count}")

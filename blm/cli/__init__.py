@@ -1,14 +1,13 @@
 """The command line: the table of commands, and the entry point.
 
-This file imports almost nothing, so `blm --help` is quick and Ctrl-C ends with one line also while
-libraries are imported. The module of a command is imported when the command is called; tyro then
-builds its flags from the fields of its class. tyro's own subcommands need the classes of all
-commands at once, and some of these import torch: hence the table of names.
+This file imports almost nothing, so that `blm --help` is fast and Ctrl-C prints one line even while
+libraries are being imported. The module of a command is imported when the command is called; tyro
+then builds its flags from the fields of its class. tyro's own subcommands would need the classes of
+all commands at once, and some of these import torch, so the table holds their names instead.
 
-Exit statuses: 0 success; 1 a check found something wrong (`doctor`, `corpus validate`, `collect
---verify`); 2 wrong usage or an error that the user can correct, in one line; 130 interrupted by
-Ctrl-C; 141 the reader of the output has closed the pipe (as in `blm --help | head -1`, where the
-writer finds the pipe closed).
+Exit statuses: 0 success; 1 a check found a fault (`doctor`, `corpus validate`, `collect --verify`);
+2 wrong usage or an error that the user can correct, in one line; 130 interrupted by Ctrl-C; 141 the
+reader of the output closed the pipe, as in `blm --help | head -1`.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from __future__ import annotations
 import os
 import sys
 
-TYPE_CHECKING = False  # as in `typing`, whose import alone takes longer than that of this file
+TYPE_CHECKING = False  # `typing` alone would take longer to import than this file
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 INTERRUPTED = 130
-"""128 + SIGINT: as the shell reports a program that Ctrl-C ends."""
+"""128 + SIGINT: the exit status of a program that Ctrl-C ends, by the shell's convention."""
 CLOSED_PIPE = 141
-"""128 + SIGPIPE: as the shell reports a program that writes to a closed pipe."""
+"""128 + SIGPIPE: the exit status of a program that writes to a closed pipe."""
 
 
 class Command:
@@ -43,7 +42,7 @@ class Command:
 COMMANDS: dict[str, Command] = {
     "demo": Command("run the whole loop at small scale and write a report", "runs:Demo"),
     "collect": Command(
-        "record demonstrations as a LeRobotDataset v3.0, or replay them (--verify)",
+        "record demonstrations as a LeRobotDataset v3.0, or verify them (--verify)",
         "physical:Collect",
         stage="collect",
     ),
@@ -52,10 +51,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "corpus convert": Command("convert a published corpus to messages JSONL", "corpus:ConvertCorpus"),
     "corpus curate": Command(
-        "remove faulty, duplicate and leaked rows, and balance answers", "corpus:CurateCorpora"
+        "remove faulty, duplicate and leaked conversations, and balance answers", "corpus:CurateCorpora"
     ),
     "corpus replay": Command("generate general dialogues with the base model itself", "corpus:ReplayCorpus"),
-    "corpus report": Command("count question kinds, and answers that need no picture", "corpus:ReportCorpus"),
+    "corpus report": Command("count question kinds, and answers that need no image", "corpus:ReportCorpus"),
     "corpus validate": Command("check a whole corpus before training", "corpus:ValidateCorpus"),
     "corpus sharerobot": Command(
         "split ShareRobot by episode into evaluation and training", "sharerobot:SplitShareRobot"
@@ -71,18 +70,18 @@ COMMANDS: dict[str, Command] = {
         "evaluate a model on a question benchmark", "digital:EvaluateDigital", stage="digital"
     ),
     "eval retention": Command(
-        "measure how much of its base's language a tuned backbone kept", "retention:EvaluateRetention"
+        "measure how much language ability a fine-tuned backbone has kept", "retention:EvaluateRetention"
     ),
-    "eval table": Command("show digital results beside the published ones", "digital:ShowTable"),
+    "eval table": Command("show digital results next to the published ones", "digital:ShowTable"),
     "eval physical": Command(
         "evaluate a policy in closed loop on held-out scenes", "physical:EvaluatePhysical", stage="physical"
     ),
-    "study": Command("run an ablation: variants of Stage II on one budget and the same scenes", "runs:Study"),
+    "study": Command("run an ablation: variants of Stage II with equal budgets and scenes", "runs:Study"),
     "memory": Command("estimate the memory and disk space that a recipe needs", "runs:Memory"),
-    "compare": Command("compute the paired difference of two results", "physical:Compare"),
+    "compare": Command("compute the paired difference between two results", "physical:Compare"),
     "report": Command("write one HTML page from a run folder", "runs:Report"),
     "serve": Command("serve chat and actions from one checkpoint", "serve:Serve"),
-    "chat": Command("ask a model one question about pictures", "serve:AskModel"),
+    "chat": Command("ask a model a question about images", "serve:AskModel"),
     "export vllm": Command(
         "export a checkpoint's backbone as a folder that vLLM serves", "export:ExportVllm"
     ),
@@ -96,7 +95,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `blm`. The statuses that it ends with are listed at the head of this file."""
+    """Entry point of `blm`. The exit statuses are listed at the top of this file."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, as in `blm COMMAND >&-`
@@ -115,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # leaves one progress bar at a time: ours
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # shows our progress bar only
     try:
         from blm.cli.interrupt import exit_on_interrupt
 
@@ -145,7 +144,7 @@ def _was_interrupted(error: BaseException | None) -> bool:
 
 
 def _end_at_closed_pipe() -> None:
-    """Exit with CLOSED_PIPE; what Python still flushes when it ends goes nowhere."""
+    """Exit with CLOSED_PIPE, and discard the output that Python still flushes at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -1,4 +1,4 @@
-"""How a command is found, parsed and run: each is a dataclass whose fields are its flags."""
+"""Find, parse and run a command. A command is a dataclass whose fields are its flags."""
 
 from __future__ import annotations
 
@@ -19,16 +19,21 @@ from blm.errors import UnknownNameError
 
 T = TypeVar("T")
 OutFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-"""Positional folder that a command writes."""
+"""Positional argument: the folder that a command writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CliCommand(ABC):
-    """A command: the docstring of a subclass is its help, and its fields are its flags."""
+    """Base class of all commands: its docstring is the help text, and its fields are the flags.
+
+    tyro keeps the line breaks of a field's docstring, so each line of it should be a whole
+    sentence. In the docstring of a class, a line that does not begin with a letter starts a new
+    line of help.
+    """
 
     @classmethod
     def parse(cls, name: str, arguments: Sequence[str]) -> Self:
-        """Return the command with these arguments; tyro prints help and wrong usage, and exits."""
+        """Return the command with these arguments; tyro prints help or usage errors, and exits."""
         return tyro.cli(cls, args=list(arguments), prog=f"blm {name}")
 
     @abstractmethod
@@ -38,17 +43,17 @@ class CliCommand(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSelection:
-    """Flags that select recipe and run folder; parsed first, as they set the other defaults."""
+    """Flags that select recipe and run folder; parsed first, because they set other defaults."""
 
     recipe: str | None = None
     run: Path | None = None
 
 
 def find_command(arguments: list[str]) -> tuple[str, list[str]]:
-    """Split arguments into a command's name, of one or two words, and the rest.
+    """Split arguments into the name of a command, of one or two words, and the rest.
 
-    Without a command, print the table of commands and exit. Raises UnknownNameError for any other
-    word.
+    Without a command, print the table of commands and exit. Raises UnknownNameError for an unknown
+    command.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         _print_commands()
@@ -63,7 +68,7 @@ def find_command(arguments: list[str]) -> tuple[str, list[str]]:
 def parse_command(name: str, arguments: Sequence[str]) -> CliCommand:
     """Return the command, ready to run; with --run or --recipe, its stage of a run folder.
 
-    Imports the module of the command. Raises BlmError for values that do not fit.
+    Imports the module of the command. Raises BlmError for invalid values.
     """
     command = COMMANDS[name]
     target = command.target
@@ -77,13 +82,13 @@ def parse_command(name: str, arguments: Sequence[str]) -> CliCommand:
 
 
 def split_flags(flags: type[T], name: str, arguments: Sequence[str]) -> tuple[T, list[str]]:
-    """Parse only the flags of one class; return it, and the arguments that it does not have."""
+    """Parse only the flags of one class; return it, and the remaining arguments."""
     return tyro.cli(flags, args=list(arguments), prog=f"blm {name}", return_unknown_args=True, add_help=False)
 
 
 def print_error(error: Exception) -> None:
     """Print an error in one paragraph on stderr."""
-    message = escape(str(error))  # an error may contain brackets, which are no markup
+    message = escape(str(error))  # brackets in an error are not markup
     Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""Commands of corpora: build, convert, curate, validate, replay, report."""
+"""Commands for corpora: build, convert, curate, validate, replay, report."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
 
 console = Console()
 SHOWN = 3
-"""Default number of places printed for each fault."""
+"""Default number of rows printed for each fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildFlags:
-    """Flags of `blm corpus build` beside those of the config. They are parsed first."""
+    """Flags of `blm corpus build` that are not fields of the config. They are parsed first."""
 
     workers: int = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildCorpus(CliCommand):
-    """Generate questions about our own scenes and episodes into the corpus folder OUT.
+    """Generate questions about simulated scenes and recorded episodes into the corpus folder OUT.
 
-    The same command again continues what was interrupted.
+    Run the same command again to resume an interrupted build.
 
-    --workers N: number of worker processes, by default 2; 0: all work is done in this process.
+    The flag --workers N sets the number of worker processes (default 2; 0: only the main process).
 
     Example: blm corpus build OUT --robots panda --tasks push_cube --cameras base --image-size 112
     --scenes 100 --first-seed 10000
@@ -48,7 +48,7 @@ class BuildCorpus(CliCommand):
     out: Annotated[
         tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="OUT", help_behavior_hint="(required)")
     ] = None
-    """Corpus folder to write; must not exist."""
+    """Corpus folder to write; it must not exist."""
     config: Annotated[SceneCorpusConfig, tyro.conf.arg(name="")]
     flags: tyro.conf.Suppress[BuildFlags] = field(default_factory=BuildFlags)
 
@@ -70,8 +70,9 @@ class BuildCorpus(CliCommand):
 class ConvertCorpus(CliCommand):
     """Convert a published corpus to messages JSONL; media are linked or copied into OUT.
 
-    Without arguments, list the converters. Example: blm corpus convert llava llava.json OUT --media
-    images
+    Without arguments, the command lists the converters.
+
+    Example: blm corpus convert llava llava.json OUT --media images
     """
 
     name: Annotated[
@@ -81,24 +82,24 @@ class ConvertCorpus(CliCommand):
     source: Annotated[
         tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[SOURCE]", help_behavior_hint="")
     ] = None
-    """File or folder to convert; for easy_vqa the name of a split."""
+    """File or folder to convert; for easy_vqa, the name of a split."""
     out: Annotated[
         tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[OUT]", help_behavior_hint="")
     ] = None
-    """Corpus folder to write; must not exist."""
+    """Corpus folder to write; it must not exist."""
     frames: int = 8
-    """Frames that are taken from each video."""
+    """Number of frames to take from each video."""
     media: Path | None = None
     """Folder that media references are relative to; by default the source folder."""
     source_name: str = ""
-    """Source name that is written to the rows; by default the name of the converter."""
+    """Source name to write into each conversation; by default the converter's name."""
     untagged: Literal["refuse", "first"] = "refuse"
-    """Rows with media but no media tag: refuse them, or put the media before the first question."""
+    """How to treat rows that have media but no media tag.
+    With `refuse`, such a row is invalid; with `first`, the media come before the first question."""
     cameras: tuple[str, ...] = ()
-    """Cameras of a robot dataset to take pictures from; by default its first one."""
+    """Cameras of a robot dataset to take images from; by default its first camera."""
     skip_bad: bool = False
-    """Leave out rows that cannot be converted, and print them. Otherwise the first one ends the
-    command."""
+    """Skip and print rows that cannot be converted; by default, the first one stops the command."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.corpora import ConverterConfig, convert
@@ -135,43 +136,45 @@ def _print_converters() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CurateCorpora(CliCommand):
-    """Curate corpora together; write OUT/<source>, one corpus folder each, and OUT/curation.json.
+    """Curate several corpora together.
+
+    Writes one corpus folder OUT/<source> per source, and OUT/curation.json.
 
     Example: blm corpus curate OUT corpora/scenes corpora/llava=0.5 --evaluation corpora/held_out
     """
 
     out: OutFolder
-    """Folder to write; must not exist."""
+    """Folder to write; it must not exist."""
     sources: Annotated[
         tyro.conf.Positional[tuple[str, ...]],
         tyro.conf.arg(metavar="SOURCE [SOURCE ...]", help_behavior_hint="(required)"),
     ]
     """Corpus folders, each as FOLDER or FOLDER=WEIGHT. A source is named after its folder."""
     evaluation: tuple[Path, ...] = ()
-    """Corpus folders for evaluation. Training rows with one of their groups or questions are
-    dropped."""
+    """Corpus folders for evaluation.
+    Training conversations that share a group or a question with them are dropped."""
     benchmarks: tuple[str, ...] = ()
     """Published benchmarks for evaluation, each as NAME=FOLDER of its data."""
     max_length: int | None = None
-    """Maximum length of a conversation [characters; with --backbone, tokens]."""
+    """Maximum length of a conversation, in characters or, with --backbone, in tokens."""
     backbone: str | None = None
     """Name or folder of the model whose tokenizer measures --max-length."""
     max_pixels: int | None = None
-    """Maximum size of a picture [px]."""
+    """Maximum number of pixels of an image."""
     max_pictures: int | None = None
-    """Maximum number of pictures in a conversation."""
+    """Maximum number of images in a conversation."""
     hash_distance: int = 6
-    """Maximum difference between the perceptual hashes of duplicate pictures [bits of 256]."""
+    """Maximum distance between the perceptual hashes of duplicate images [of 256 bits]."""
     max_per_kind: int | None = None
     """Maximum number of questions of one kind."""
     balance: Literal["none", "kind", "question"] = "kind"
-    """Keep as many questions with the answer yes as with no: per question kind, or per wording."""
+    """Keep equal numbers of yes and no answers, per question kind or per question text."""
     general: tuple[str, ...] = ()
-    """Names of the sources with general dialogues, to be replayed in training."""
+    """Names of the sources with general dialogues, which training replays to limit forgetting."""
     replay: float = 0.0
-    """Their share of the training examples, 0..1."""
+    """Fraction of the training examples that come from the --general sources, in [0, 1)."""
     seed: int = 0
-    """Seed for the choice of rows that balancing drops."""
+    """Seed for the choice of the conversations that balancing drops."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.corpora import CurationConfig, curate_sources, write_curated
@@ -233,11 +236,13 @@ def _source(text: str) -> Source:
     try:
         return Source(name=Path(folder).name, folder=Path(folder), weight=float(weight))
     except ValueError:
-        raise BlmError(f"weight '{weight}' of source '{folder}' is no number; give FOLDER=WEIGHT") from None
+        raise BlmError(
+            f"weight '{weight}' of source '{folder}' is not a number; give FOLDER=WEIGHT"
+        ) from None
 
 
 def print_curation(report: CurationReport) -> None:
-    """Print the rows that each step dropped, the share of yes answers, and the sources."""
+    """Print the conversations that each step dropped, the yes shares, and the sources."""
     table = Table("step", "rows", "turns", "dropped for", box=None, title="Curation", title_justify="left")
     for step in report.steps:
         rows = f"{step.rows_in} -> {step.rows_out}"
@@ -267,7 +272,9 @@ def _format_yes_share(yes: int, no: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidateCorpus(CliCommand):
-    """Check every row of a corpus before training; the exit status is 1 if a row has a fault.
+    """Check every conversation of a corpus before training.
+
+    The exit status is 1 if a conversation has a fault.
 
     Example: blm corpus validate corpora/scenes --backbone nano
     """
@@ -275,11 +282,11 @@ class ValidateCorpus(CliCommand):
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """Corpus folder."""
     backbone: str | None = None
-    """Name or folder of the model to be trained. Also checks tokens, placeholders and answers."""
+    """Name or folder of the model to train; adds checks of tokens, placeholders and answers."""
     max_tokens: int | None = None
     """Maximum length of a conversation [tokens of the backbone]."""
     shown: int = SHOWN
-    """Number of rows printed for each fault; 0: all."""
+    """Number of rows to print for each fault; 0 prints all."""
 
     def __post_init__(self) -> None:
         require_numbers(self, max_tokens=(1, 10**9), shown=(0, 10**9))
@@ -298,7 +305,7 @@ class ValidateCorpus(CliCommand):
 
 
 def print_validation(result: Validation, shown: int = SHOWN) -> None:
-    """Print the number of faulty rows for each reason, and up to `shown` places (0: all)."""
+    """Print the number of faulty rows for each reason, and at most `shown` of them (0: all)."""
     good = result.rows - len(result.faults)
     console.print(f"{result.folder}: {good} of {result.rows} rows are good", soft_wrap=True)
     table = Table("rows", "reason", "where", box=None)
@@ -317,18 +324,19 @@ def print_validation(result: Validation, shown: int = SHOWN) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ReplayCorpus(CliCommand):
-    """Write a replay corpus: general dialogues answered by the base model, which limit forgetting
-    in Stage I.
+    """Write a replay corpus: general dialogues that the base model answers itself.
+
+    Replayed in Stage I, they limit forgetting.
 
     Example: blm corpus replay OUT --backbone smol --count 1000
     """
 
     out: OutFolder
-    """Corpus folder to write. The same command again continues what was interrupted."""
+    """Corpus folder to write. Run the same command again to resume."""
     backbone: str = "smol"
     """Name or folder of the base model."""
     count: int = 200
-    """Number of conversations."""
+    """Number of conversations to generate."""
     seed: int = 0
     """Seed for the choice of prompts and for sampling."""
     device: str = "cpu"
@@ -348,7 +356,9 @@ class ReplayCorpus(CliCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class ReportCorpus(CliCommand):
-    """Count the questions of every kind; "blind" is the accuracy from the question's text alone.
+    """Count the questions of every kind.
+
+    The column "blind" is the accuracy of answers that are predicted from the question's text alone.
 
     Example: blm corpus report corpora/train corpora/held_out
     """
@@ -359,7 +369,7 @@ class ReportCorpus(CliCommand):
         tyro.conf.Positional[Path | None],
         tyro.conf.arg(metavar="[HELD_OUT]", help_behavior_hint="(optional)"),
     ] = None
-    """Corpus folder whose questions are answered from the texts of TRAIN."""
+    """Corpus folder whose questions are answered with the most frequent answers of TRAIN."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.corpora import read_corpus

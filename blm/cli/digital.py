@@ -1,4 +1,4 @@
-"""Commands of the digital space: evaluate models on benchmarks, show the paper's tables."""
+"""Commands for question benchmarks: evaluate models, show the paper's tables."""
 
 from __future__ import annotations
 
@@ -34,36 +34,36 @@ class EvaluateDigital(CliCommand):
     """
 
     benchmark: str
-    """Name of the benchmark; `scene` for a corpus of our own questions."""
+    """Name of the benchmark; `scene` reads a corpus of scene questions."""
     data: Path
-    """Folder of the benchmark's data, in its published layout; for `scene`, a corpus folder."""
+    """Folder of the benchmark's data in its published layout; for `scene`, a corpus folder."""
     model: str
-    """A checkpoint or backbone folder, the name of a backbone, or openai:MODEL@URL (URL ends in
-    /v1)."""
+    """Folder of a checkpoint or backbone, the name of a backbone, or openai:MODEL@URL.
+    The URL ends in /v1."""
     out: Path
-    """Folder to write. The same command again continues what was interrupted."""
+    """Folder to write. Run the same command again to resume."""
     judge: str = ""
-    """Judge of free-form answers: openai:MODEL@URL, or `match` to compare words (not the paper's
-    metric)."""
+    """Judge of free-form answers: openai:MODEL@URL, or `match`, which compares words.
+    The paper does not use `match`."""
     compat: str = ""
-    """Read answers with the parser of an upstream repository, to reproduce its numbers. Ours is
-    stricter."""
+    """Parse answers as an upstream repository does, to reproduce its numbers.
+    Our own parser is stricter."""
     coordinates: str = "thousandths"
     """How the model writes coordinates: thousandths, unit, yx1000, pixels or
     pixels:WIDTHxHEIGHT."""
     limit: int | None = None
-    """Ask only this many questions, evenly spaced. The result then belongs to a protocol of its
-    own."""
+    """Ask only this number of questions, evenly spaced.
+    The result is then only comparable with results of the same limit."""
     baseline_corpus: Path | None = None
-    """Corpus whose answers train the two baselines that see no picture."""
+    """Corpus whose answers train the two baselines that see no image."""
     batch: int = 16
-    """Questions in one batch of a model that runs here."""
+    """Number of questions per batch of a local model."""
     concurrency: int = 8
-    """Simultaneous requests to an endpoint."""
+    """Number of simultaneous requests to an endpoint."""
     api_key: str | None = None
     """API key of an endpoint; by default the environment variable OPENAI_API_KEY."""
     device: str = "cpu"
-    """Torch device of a model that runs here: cpu, cuda, cuda:N or mps."""
+    """Torch device of a local model: cpu, cuda, cuda:N or mps."""
 
     def __post_init__(self) -> None:
         require_numbers(self, limit=(1, 10**9), batch=(1, 100_000), concurrency=(1, 1024))
@@ -148,7 +148,7 @@ def find_judge(chosen: EvaluateDigital) -> MatchJudge | LanguageJudge | None:
 
 
 def print_result(result: DigitalResult) -> None:
-    """Print the score of every kind beside the baselines, and counts of unread and unjudged answers."""
+    """Print the scores of every kind, the baselines, and unparsed and unjudged counts."""
     baselines, summary = result.baselines, result.summary
     table = Table(box=None)
     for heading in (
@@ -195,7 +195,7 @@ def print_result(result: DigitalResult) -> None:
 
 
 def _cells(part: AnswerSummary, baselines: Sequence[AnswerSummary]) -> list[str]:
-    """The cells of a row of scores, after its name."""
+    """Return the cells of a row of scores, without its name."""
     median, cm = part.median_error, part.median_error_cm
     return [
         str(part.n),
@@ -209,7 +209,7 @@ def _cells(part: AnswerSummary, baselines: Sequence[AnswerSummary]) -> list[str]
 
 @dataclass(frozen=True, kw_only=True)
 class ShowTable(CliCommand):
-    """Show digital results beside the published rows of the paper's tables.
+    """Show digital results next to the published rows of the paper's tables.
 
     Example: blm eval table mine=results/robovqa --out table.md
     """
@@ -218,10 +218,10 @@ class ShowTable(CliCommand):
         tyro.conf.Positional[tuple[str, ...]],
         tyro.conf.arg(metavar="RESULT [RESULT ...]", help_behavior_hint="(required)"),
     ]
-    """Folders of digital evaluations, each as DIR or LABEL=DIR. Results with one label share a
-    row."""
+    """Folders of digital evaluations, each as DIR or LABEL=DIR.
+    Results with one label share a row."""
     out: Path | None = None
-    """File to write as well, .md or .html."""
+    """File to write the tables to, .md or .html."""
 
     def run(self, command_line: Sequence[str]) -> None:
         found = [_labelled(entry) for entry in self.results]
@@ -253,12 +253,12 @@ def _labelled(entry: str) -> _Labelled:
     path = Path(folder) / "result.json" if Path(folder).is_dir() else Path(folder)
     result = load_result(path)
     if not isinstance(result, DigitalResult):
-        raise BlmError(f"'{folder}' is a {result.kind} result; these tables are of digital results")
+        raise BlmError(f"'{folder}' is a {result.kind} result; these tables show digital results")
     return _Labelled(label or result.model, path, result)
 
 
 def show_tables(results: Sequence[tuple[str, DigitalResult]]) -> None:
-    """Print the paper's tables with these results in them; nothing for other benchmarks."""
+    """Print the paper's tables that these results belong to, with the results as further rows."""
     from blm.evaluation.digital.table import NOTE, paper_tables
 
     for paper in paper_tables(results):

@@ -16,9 +16,11 @@ from blm.cli.command import CliCommand
 
 @dataclass(frozen=True, kw_only=True)
 class Doctor(CliCommand):
-    """Check this machine and the given datasets and checkpoints; print each fault with a fix.
+    """Check this machine and the given datasets and checkpoints, and print a fix for each fault.
 
-    The exit status is 1 if anything is wrong. Example: blm doctor runs/demo/episodes
+    The exit status is 1 if there is a fault.
+
+    Example: blm doctor runs/demo/episodes
     """
 
     paths: Annotated[

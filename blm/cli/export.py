@@ -37,18 +37,19 @@ class ExportCommand(CliCommand):
 class ExportVllm(ExportCommand):
     """Export the backbone of a checkpoint as a stock transformers folder that vLLM serves.
 
-    Checks that plain transformers computes the same logits from it, and prints the `vllm serve`
-    command. Example: blm export vllm runs/qwen/stage2/checkpoint qwen-backbone
+    Verifies that plain transformers computes the same logits, and prints the `vllm serve` command.
+
+    Example: blm export vllm runs/qwen/stage2/checkpoint qwen-backbone
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """Checkpoint of Stage II, folder of a backbone, or name of a backbone."""
     out: OutFolder
-    """Folder to write; must not exist."""
+    """Folder to write; it must not exist."""
     images: int = 8
-    """Maximum number of pictures in a request."""
+    """Maximum number of images in a request."""
     context: int = 8192
-    """Maximum length of a request with its answer [tokens]."""
+    """Maximum length of a request and its answer together [tokens]."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.app.export import export_vllm
@@ -61,7 +62,7 @@ class ExportVllm(ExportCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportDataset(ExportCommand):
-    """Copy a dataset with a dataset card, for LeRobot and model hubs, after checking its files.
+    """Copy a dataset and add a dataset card, for LeRobot and model hubs. The files are checked first.
 
     Example: blm export lerobot runs/demo/episodes/panda panda-dataset
     """
@@ -69,7 +70,7 @@ class ExportDataset(ExportCommand):
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATASET")]
     """Folder of one robot's dataset."""
     out: OutFolder
-    """Folder to write; must not exist."""
+    """Folder to write; it must not exist."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.app.export import export_dataset
@@ -81,7 +82,7 @@ class ExportDataset(ExportCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCheckpoint(ExportCommand):
-    """Copy a checkpoint with its model card, after checking its files.
+    """Copy a checkpoint and add a model card. The files are checked first.
 
     Example: blm export checkpoint runs/demo/stage2/checkpoint my-policy
     """
@@ -89,7 +90,7 @@ class ExportCheckpoint(ExportCommand):
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
     """Folder of a checkpoint, or name of a release."""
     out: OutFolder
-    """Folder to write; must not exist."""
+    """Folder to write; it must not exist."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.app.export import export_checkpoint

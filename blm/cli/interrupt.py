@@ -13,7 +13,7 @@ from contextlib import contextmanager
 def exit_on_interrupt(message: str) -> Iterator[None]:
     """Exit with status 130 and one line on stderr at Ctrl-C, at once and without clean-up.
 
-    Libraries that are being imported may turn KeyboardInterrupt into an error of their own. Use
+    Libraries that are being imported may turn KeyboardInterrupt into another error. Use
     this only while nothing has been started that would have to be ended. Outside the main thread,
     which alone may set a signal handler, it changes nothing.
     """

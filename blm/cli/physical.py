@@ -1,4 +1,4 @@
-"""Commands of the physical suite: collect demonstrations, evaluate policies, compare results."""
+"""Commands for the simulated suite: collect demonstrations, evaluate policies, compare results."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 console = Console()
 WIDTH = 130
-"""Characters that the tables need."""
+"""Minimum width of the tables [characters]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectMode:
-    """Flags of `blm collect` beside those of the config. They are parsed first."""
+    """Flags of `blm collect` that are not fields of the config. They are parsed first."""
 
     verify: bool = False
     correct: bool = False
@@ -38,14 +38,15 @@ class CollectMode:
 
 @dataclass(frozen=True, kw_only=True)
 class Collect(CliCommand):
-    """Record demonstrations of the planning expert into OUT/<robot>, one LeRobotDataset v3.0 per
-    robot.
+    """Record demonstrations by the planning expert into OUT/<robot>, one dataset per robot.
 
-    The same command again continues what was interrupted.
+    The datasets have LeRobot's format v3.0. Run the same command again to resume a collection.
 
-    --verify: record nothing; replay every episode of OUT and compare the states bit for bit.
-    --policy CHECKPOINT --correct: let a policy control the first steps of every episode, and record
-    the expert's corrections on the states that the policy visits.
+    With --verify, nothing is recorded: every episode of OUT is replayed and must match bit for bit.
+
+    With --policy CHECKPOINT --correct, a policy controls the first steps of every episode.
+
+    The dataset then holds the expert's corrections in the states that the policy reaches.
 
     Example: blm collect data --robots panda --tasks push_cube --episodes 10
     """
@@ -82,12 +83,12 @@ class Collect(CliCommand):
 
 
 def _print_wide(table: Table) -> None:
-    """A terminal narrower than the table wraps its lines; its cells are not cut."""
+    """Print a table at its full width: a narrow terminal wraps its lines but cuts no cell."""
     Console(width=max(console.width, WIDTH)).print(table)
 
 
 def print_summary(summary: CollectionSummary) -> None:
-    """Print what a collection kept and rejected, cell by cell, and where the time went."""
+    """Print the attempts of a collection by robot and task, and the time of each part."""
     table = Table(box=None)
     for heading in (
         "robot",
@@ -127,51 +128,55 @@ class EvaluatePhysical(CliCommand):
     """
 
     model: str
-    """A checkpoint folder, expert, zero, random, replay:DATASET, or ws://HOST:PORT of an OpenPI
-    server."""
+    """Policy: a checkpoint folder, expert, zero, random, replay:DATASET, or ws://HOST:PORT.
+    The last is the address of an OpenPI server."""
     out: Path
-    """Folder to write. The same command again continues what was interrupted."""
+    """Folder to write. Run the same command again to resume."""
     protocol: str = "suite24"
-    """Name of the protocol. Changing robots, tasks, episodes or latency makes it an unnamed one."""
+    """Name of the protocol.
+    A run with other robots, tasks, episodes or latency gets an unnamed protocol."""
     robots: tuple[str, ...] = ()
-    """Evaluate only these robots; by default those of the protocol."""
+    """Robots to evaluate; by default those of the protocol."""
     tasks: tuple[str, ...] = ()
-    """Evaluate only these tasks; by default those of the protocol."""
+    """Tasks to evaluate; by default those of the protocol."""
     episodes: int | None = None
-    """Episodes for each robot and task; by default as in the protocol."""
+    """Number of episodes for each robot and task; by default that of the protocol."""
     latency: Literal["none", "measured"] | float = "none"
-    """none: the simulation waits for the policy. measured: it continues while the policy computes.
-    A number: the latency of every call [s]."""
+    """Time between an observation and its actions: none, measured, or a number [s].
+    With `none`, the simulation waits for the policy.
+    With `measured`, the simulation continues while the policy computes.
+    A number is the latency of every call."""
     workers: int = 2
-    """Worker processes; 0: none, all work is done in this process."""
+    """Number of worker processes; 0 runs all work in the main process."""
     simulator: Literal["mujoco", "maniskill"] = "mujoco"
-    """maniskill: the Panda's tasks in ManiSkill's own version; needs a separate environment
-    (docs/maniskill.md)."""
+    """Simulator; `maniskill` runs the Panda's tasks in ManiSkill.
+    It needs a separate Python environment (docs/maniskill.md)."""
     engine: Literal["local", "ray"] = "local"
-    """Where episodes run: on this machine, or on a Ray cluster."""
+    """Where the episodes run: on this machine, or on a Ray cluster."""
     device: str = "cpu"
-    """Torch device of a checkpoint: cpu, cuda, cuda:N or mps. On a GPU, one model answers all
-    workers in batches."""
+    """Torch device of a checkpoint: cpu, cuda, cuda:N or mps.
+    On a GPU, one model computes the actions of all workers in batches."""
     max_batch: int = 64
     """Maximum number of observations in such a batch. With 1, results are bit-reproducible."""
     cameras: tuple[str, ...] = ("base", "wrist")
-    """Cameras of a policy without a contract of its own."""
+    """Cameras of a policy that has no contract."""
     image_size: int = 112
-    """Side of that policy's square pictures [px]."""
+    """Width and height of the images for a policy that has no contract [px]."""
     horizon: int = 16
-    """Actions in a chunk of that policy."""
+    """Number of actions in a chunk of a policy that has no contract."""
     execute: int = 8
-    """Actions of a chunk that are executed before that policy is asked again."""
+    """Number of actions of a chunk to execute, for a policy that has no contract."""
     continued: bool = False
-    """Use real-time chunking: a checkpoint continues its previous chunk. Smoother, and slower."""
+    """Use real-time chunking: each chunk continues the previous one.
+    Motion is smoother, and inference is slower."""
     videos: int = 1
-    """Episodes of each robot and task that are recorded as videos."""
+    """Number of episodes for each robot and task to record as videos."""
     api_key: str | None = None
     """API key of an OpenPI server."""
     server_name: str = ""
-    """Name and version of the model behind a server that sends no contract. The address does not
-    identify the model: without a name, an interrupted evaluation must start again in another
-    folder."""
+    """Name and version of the model behind a server that sends no contract.
+    The address does not identify the model, so without a name
+    an interrupted evaluation cannot resume and must start again in another folder."""
 
     def __post_init__(self) -> None:
         from blm.jobs import MAX_WORKERS
@@ -235,7 +240,7 @@ class EvaluatePhysical(CliCommand):
 
 
 def print_result(result: PhysicalResult) -> None:
-    """Print success rates of every cell with intervals, and the reasons of the failures."""
+    """Print success rates of every robot and task with intervals, and reasons of failures."""
     table = Table(box=None)
     for heading in ("robot", "task", "n", "once", "95 %", "at end", "at limit", "failures"):
         table.add_column(heading, justify="left" if heading in ("robot", "task", "failures") else "right")
@@ -268,15 +273,17 @@ def print_result(result: PhysicalResult) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Compare(CliCommand):
-    """Print the paired difference of two results of one protocol, on the same scenes or questions.
+    """Print the paired difference between two results of one protocol.
 
-    Refuses results of different protocols. Example: blm compare results/mine results/other
+    Both results must come from the same scenes or questions; other protocols are refused.
+
+    Example: blm compare results/mine results/other
     """
 
     a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
     """Folder of an evaluation, or its result.json."""
     b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
-    """Folder of the evaluation to compare it with, or its result.json."""
+    """Folder of the evaluation to compare with, or its result.json."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.evaluation import format_comparison, load_result

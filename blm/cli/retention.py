@@ -1,4 +1,4 @@
-"""Command that measures how much of its base's language a tuned backbone kept."""
+"""Command that measures how much of its base's language ability a fine-tuned backbone has kept."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ console = Console()
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateRetention(CliCommand):
-    """Compare a tuned backbone with its base: divergence and perplexity on text, and instruction
-    probes.
+    """Measure how much of its base's language ability a fine-tuned backbone has kept.
+
+    Reports KL divergence and perplexity on a text, and the success rates of instruction probes.
 
     Example: blm eval retention smol runs/smol/stage1/backbone --out retention.json
     """
 
     base: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="BASE")]
-    """Name or folder of the backbone before tuning."""
+    """Name or folder of the backbone before fine-tuning."""
     tuned: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TUNED")]
-    """Folder of the backbone that was trained from it."""
+    """Folder of the fine-tuned backbone."""
     text: Path | None = None
-    """Text file to measure on; by default a part of Python's own manual."""
+    """Text file to measure on; by default a part of Python's manual."""
     out: Path | None = None
     """JSON file to write."""
     device: str = "cpu"
@@ -94,7 +95,7 @@ def compare_probes(
 
 
 def print_retention(result: RetentionResult) -> None:
-    """Print the comparison of a tuned backbone with its base."""
+    """Print the comparison of a fine-tuned backbone with its base."""
     text = result.text
     gap = result.tuned_minus_base
     table = Table(box=None)

@@ -1,4 +1,4 @@
-"""Commands of run folders: the whole loop, one of its stages, ablations, the report.
+"""Commands for run folders: the whole loop, one of its stages, ablations, the report.
 
 `--recipe NAME` selects the defaults of all other flags, and `--run FOLDER` the run folder. Dotted
 flags such as `--stage2.loop.steps 500` override single fields of the recipe.
@@ -27,8 +27,11 @@ from blm.types import lookup
 
 console = Console()
 DEFAULT_RECIPE = "demo"
-RECIPE_HELP = f"""--recipe NAME selects the recipe: {", ".join(RECIPES)}. The default is {DEFAULT_RECIPE}.
---run FOLDER names the run folder. The default is runs/NAME.
+RECIPE_HELP = f"""The flag --recipe NAME selects the recipe: {", ".join(RECIPES)}.
+
+The default is {DEFAULT_RECIPE}.
+
+The flag --run FOLDER names the run folder. The default is runs/NAME.
 
 Each of the following flags overrides a field of the recipe."""
 
@@ -51,7 +54,7 @@ class RecipeCommand(CliCommand):
 
 
 class StageCommand(RecipeCommand):
-    """Run one stage of the loop in a run folder, unless it is finished with the same settings."""
+    """Run one stage of the loop in a run folder, unless it has finished with the same settings."""
 
     def run(self, command_line: Sequence[str]) -> None:
         run_stages(STAGES, [COMMANDS[command_line[1]].stage], self.recipe, self.folder)
@@ -60,7 +63,7 @@ class StageCommand(RecipeCommand):
 class Demo(RecipeCommand):
     """Run the whole loop: demonstrations, scene questions, Stage I, Stage II, evaluation.
 
-    The same command again continues what was interrupted.
+    Run the same command again to resume an interrupted run.
 
     Example: blm demo --recipe ci --run runs/ci
     """
@@ -92,7 +95,7 @@ class Study(RecipeCommand):
     variants: Annotated[
         tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[VARIANT ...]", help_behavior_hint="")
     ] = ()
-    """Variants to compare with the study's first one; by default all."""
+    """Variants to compare with the study's first variant; by default all."""
 
     @classmethod
     def parse(cls, name: str, arguments: Sequence[str]) -> Self:
@@ -107,7 +110,7 @@ class Study(RecipeCommand):
         return parsed
 
     def run(self, command_line: Sequence[str]) -> None:
-        assert self.study is not None  # parse refuses it
+        assert self.study is not None  # `parse` requires it
         report = run_study(self.study, self.recipe, self.folder, self.variants)
         console.print(report.read_text(), markup=False, soft_wrap=True)
         console.print(f"report: {report}", soft_wrap=True)

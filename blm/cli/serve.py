@@ -1,4 +1,4 @@
-"""Commands of one model: serve it, ask it a question."""
+"""Commands that serve a model or ask it a question."""
 
 from __future__ import annotations
 
@@ -35,39 +35,37 @@ class Serve(CliCommand):
     """
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """Folder of Stage II (chat and actions), Stage I (chat only) or a Diffusion Policy (actions
-    only), or the name of a release or backbone."""
+    """Checkpoint folder, or the name of a release or backbone.
+    Stage II serves chat and actions, Stage I chat only, a Diffusion Policy actions only."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 opens the server to the network and requires an API key."""
     port: int = 8000
-    """TCP port; 0: any free port."""
+    """TCP port; 0 selects any free port."""
     name: str = "BLM"
-    """Model name that chat clients ask for."""
+    """Model name that chat clients send."""
     api_key: str | None = None
-    """API key that clients must send. Other users of this machine can see it in `ps`: prefer the
-    environment variable BLM_API_KEY, or a file."""
+    """API key that clients must send.
+    Other users of this machine can see it in `ps`: prefer the variable BLM_API_KEY or a file."""
     api_key_file: Path | None = None
     """File with API keys, one per line."""
     allowed_host: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-    """Another host name under which clients reach this server; repeat the flag for each name."""
+    """Additional host name under which clients reach this server. Repeat the flag for each name."""
     allowed_origin: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-    """Origin, such as https://lab.example, whose web pages may use this server; repeat the flag for
-    each."""
+    """Origin whose web pages may use this server, such as https://lab.example.
+    Repeat the flag for each origin."""
     allow_unauthenticated: bool = False
-    """Let everyone who reaches the server over the network use it, robots included, without an API
-    key."""
+    """Let anyone on the network use the server, robots included, without an API key."""
     reasoning: Literal["inline", "separate"] = "inline"
-    """Where the model's reasoning goes: into the text of the answer, or into
-    `reasoning_content`."""
+    """Where to put the model's reasoning: in the text of the answer, or in `reasoning_content`."""
     device: str = "cpu"
     """Torch device: cpu, cuda, cuda:N or mps."""
     playground: bool = False
     """Also serve a web page on which the model controls simulated robots and answers questions."""
     beside: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
-    """Another server to compare with on that page, as NAME=ws://HOST:PORT; repeat the flag for
-    each."""
+    """Another server to compare with on that page, as NAME=ws://HOST:PORT.
+    Repeat the flag for each server."""
     groot_port: int | None = None
-    """TCP port for clients of Isaac-GR00T, whose default is 5555."""
+    """TCP port for Isaac-GR00T clients, whose default is 5555; by default, none."""
 
     def run(self, command_line: Sequence[str]) -> None:
         access = _check_access(self)
@@ -94,7 +92,7 @@ def _warn(source: ModelSource) -> None:
 
 
 def _print_addresses(chosen: Serve, source: ModelSource, port: int) -> None:
-    """Print the addresses; programs wait for the first line, of chat and actions."""
+    """Print the addresses; programs parse the first line, the address of chat and actions."""
     web = addresses.to_url("http", chosen.host, port)
     socket = addresses.to_url("ws", chosen.host, port)
     spaces = [f"chat on {web}/v1"] * source.has_chat + [f"actions on {socket}/"] * source.has_policy
@@ -107,7 +105,7 @@ def _print_addresses(chosen: Serve, source: ModelSource, port: int) -> None:
 
 
 def _check_access(chosen: Serve) -> AccessControl:
-    """Return who may use the server. Raises BlmError if the network may, without an API key."""
+    """Return the access rules. Raises BlmError for a network address without an API key."""
     from blm.serving.access.keys import AccessControl, HostPolicy, read_keys
 
     keys, warnings = read_keys(chosen.api_key, chosen.api_key_file, os.environ)
@@ -128,7 +126,7 @@ def _check_addresses(chosen: Serve) -> None:
     if chosen.groot_port is None:
         return
     if chosen.groot_port in (0, chosen.port):
-        raise BlmError(f"--groot-port {chosen.groot_port}: give a port of its own, other than 0 and --port")
+        raise BlmError(f"--groot-port {chosen.groot_port}: give a port other than 0 and that of --port")
     addresses.check_free(chosen.host, chosen.groot_port, "--groot-port")
 
 
@@ -171,18 +169,18 @@ def _build(chosen: Serve, model: LoadedModel, access: AccessControl) -> FastAPI:
 
 @dataclass(frozen=True, kw_only=True)
 class AskModel(CliCommand):
-    """Ask a model a question about pictures, or without any.
+    """Ask a model a question, with or without images.
 
     Example: blm chat blm-nano --image base.png --image side.png --question "Where is the red cube?"
     """
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """Folder of Stage II or Stage I, or the name of a release or backbone."""
+    """Checkpoint folder of Stage I or II, or the name of a release or backbone."""
     question: str | None = None
-    """Question to ask. Without it, each line of the standard input is a question of one
-    conversation."""
+    """Question to ask.
+    By default, each line of the standard input is a question of one conversation."""
     image: Annotated[list[Path] | None, tyro.conf.UseAppendAction] = None
-    """Picture file. Repeat the flag for each camera, in the checkpoint's camera order."""
+    """Image file. Repeat the flag for each camera, in the checkpoint's camera order."""
     max_tokens: int = 128
     """Maximum length of an answer [tokens]."""
     device: str = "cpu"

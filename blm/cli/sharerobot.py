@@ -26,16 +26,17 @@ console = Console()
 class SplitShareRobot(CliCommand):
     """Hold out whole episodes of ShareRobot for `blm eval digital --benchmark sharerobot`.
 
-    Writes the lists of held-out and of training episodes into the dataset's folder.
+    Writes the lists of held-out episodes and training episodes into the dataset's folder.
+
     Example: blm corpus sharerobot ShareRobot
     """
 
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
-    """The dataset as published, with planning/train/*.json."""
+    """Folder of the published dataset, with planning/train/*.json."""
     config: Annotated[SplitConfig, tyro.conf.arg(name="")] = field(default_factory=SplitConfig)
     """What to hold out."""
     trained: tuple[Path, ...] = ()
-    """JSON lists of episodes that a model was trained on; none of these is held out."""
+    """JSON lists of the episodes that a model was trained on; none of them is held out."""
 
     def run(self, command_line: Sequence[str]) -> None:
         trained = {name for file in self.trained for name in read_training(file)}

@@ -1,4 +1,4 @@
-"""Commands of training: Stage I, Stage II, and the Diffusion Policy baseline."""
+"""Commands for training: Stage I, Stage II, and the Diffusion Policy baseline."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ KEPT = ("kl", "kl_low", "kl_high", "perplexity_base", "perplexity")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStage1(CliCommand):
-    """Stage I: fine-tune a backbone on corpora; write OUT/backbone (a transformers folder) and
-    OUT/log.jsonl.
+    """Stage I: fine-tune a backbone on corpora.
 
-    The same command again continues what was interrupted. `accelerate launch` runs it in several
-    processes.
+    Writes OUT/backbone, a transformers folder, and OUT/log.jsonl.
+
+    Run the same command again to resume; `accelerate launch` runs several processes.
 
     Example: blm train stage1 OUT --corpus corpora/scenes --backbone smol --loop.steps 2000
     --loop.batch-size 16
@@ -55,21 +55,22 @@ class TrainStage1(CliCommand):
     """Folder to write."""
     config: Annotated[Stage1Config, tyro.conf.arg(name="")]
     corpus: Annotated[tuple[str, ...], tyro.conf.UseAppendAction]
-    """Corpus folder, or FOLDER:WEIGHT with its relative share of the training examples, by default
-    1. Repeat the flag for each corpus."""
+    """Corpus folder, or FOLDER:WEIGHT. Repeat the flag for each corpus.
+    WEIGHT is its relative weight in the training mixture, 1 by default."""
     replay: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """The same for general dialogues that limit forgetting (`blm corpus replay`)."""
+    """Corpus of general dialogues, which limit forgetting, in the same form as --corpus.
+    Use `blm corpus replay` to write one."""
     backbone: str = "nano"
-    """nano (created with a tokenizer of these corpora), the name of another backbone, or a
-    folder."""
+    """Name or folder of the backbone.
+    With `nano`, a new one is created, with a tokenizer trained on these corpora."""
     schooling: NanoPretrainingConfig = field(default_factory=NanoPretrainingConfig)
-    """Pretraining of a fresh nano."""
+    """Pretraining of a new nano backbone."""
     held_out: Path | None = None
     """Corpus folder for the held-out loss."""
     held_out_rows: int = 500
-    """Maximum number of its conversations that are used."""
+    """Maximum number of held-out conversations to use."""
     retention_text: Path | None = None
-    """Text file on which forgetting is measured; by default a part of Python's own manual."""
+    """Text file for measuring forgetting; by default a part of Python's manual."""
     device: str = "cpu"
     """Torch device: cpu, cuda, cuda:N or mps."""
 
@@ -134,10 +135,11 @@ class TrainStage1(CliCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStage2(CliCommand):
-    """Stage II: train bridge and policy on datasets of demonstrations, with the backbone frozen.
+    """Stage II: train the bridge and the policy on demonstrations; the backbone is frozen.
 
-    Writes OUT/checkpoint and OUT/best. The same command again continues what was interrupted;
-    `accelerate launch` runs it in several processes.
+    Writes OUT/checkpoint and OUT/best.
+
+    Run the same command again to resume; `accelerate launch` runs several processes.
 
     Example: blm train stage2 OUT --datasets data/panda --backbone blm-nano --intents.layer 3
     --intents.cameras base wrist --cache cache --loop.steps 20000 --loop.batch-size 64
@@ -147,8 +149,9 @@ class TrainStage2(CliCommand):
     """Folder to write."""
     config: Annotated[PolicyTrainingConfig, tyro.conf.arg(name="")]
     drive: int = 0
-    """Closed-loop validation episodes of each robot and task at every evaluation
-    (`--loop.eval-every`); 0: the validation loss alone selects the best checkpoint."""
+    """Number of closed-loop validation episodes for each robot and task at every evaluation.
+    Evaluations happen every --loop.eval-every steps.
+    With 0, the validation loss alone selects the best checkpoint."""
 
     def __post_init__(self) -> None:
         require_numbers(self, drive=(0, len(VALIDATION_SEEDS)))
@@ -170,10 +173,10 @@ class TrainStage2(CliCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainBaseline(CliCommand):
-    """Train the baseline, a Diffusion Policy with its own vision encoder, on datasets of
+    """Train the baseline: a Diffusion Policy with its own vision encoder, on the same
     demonstrations.
 
-    Writes OUT/checkpoint. The same command again continues what was interrupted.
+    Writes OUT/checkpoint. Run the same command again to resume.
 
     Example: blm train baseline OUT --datasets data/panda --cameras base wrist --loop.steps 20000
     --loop.batch-size 64
@@ -189,7 +192,7 @@ class TrainBaseline(CliCommand):
 
 
 def _recorded(command: CliCommand, config: Stage1Config | PolicyTrainingConfig) -> dict[str, Any]:
-    """Return the flags of a command as JSON, those of its config beside its own."""
+    """Return the flags of a command as JSON, with the fields of its config at the top level."""
     flags = {name: value for name, value in asdict(command).items() if name != "config"}
     recorded: dict[str, Any] = json.loads(json.dumps(flags | asdict(config), default=str))
     return recorded

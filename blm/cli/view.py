@@ -1,4 +1,4 @@
-"""Command that shows recorded episodes."""
+"""Command that renders recorded episodes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ console = Console()
 
 @dataclass(frozen=True, kw_only=True)
 class View(CliCommand):
-    """Write an episode as a video, a contact sheet or a Rerun recording, or one picture of a
-    collection.
+    """Write an episode as a video, a contact sheet or a Rerun recording.
+
+    With `--form suite`, write one image of a collection.
 
     Example: blm view runs/demo/episodes/panda --episode 3 --form sheet
     """
@@ -29,8 +30,10 @@ class View(CliCommand):
     episode: int = 0
     """Index of the episode in the dataset, from 0."""
     form: Literal["mp4", "sheet", "rerun", "suite"] = "mp4"
-    """mp4: video. sheet: PNG with frames side by side. rerun: recording for the Rerun viewer (needs
-    the extra `viewer`). suite: PNG with the first episode of every robot and task."""
+    """Form of the output.
+    With `mp4`, a video; with `sheet`, a PNG with frames side by side.
+    With `rerun`, a recording for the Rerun viewer (needs the extra `viewer`).
+    With `suite`, a PNG with the first episode of every robot and task."""
     out: Path | None = None
     """File to write; by default in the working folder, named after robot and episode."""
 

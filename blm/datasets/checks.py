@@ -24,15 +24,15 @@ from blm.types import BlmError
 
 RECOLLECT = "move the dataset folder away and collect again"
 MAX_PROBED_VIDEOS = 64
-"""With more videos per camera than this, opening a dataset only checks that they exist."""
+"""Maximum number of videos per camera to probe on opening; of more, only existence is checked."""
 MAX_CHECKED_EPISODES = 200
-"""Maximum number of episodes whose pictures are compared."""
+"""Maximum number of episodes whose images are compared."""
 MOVED_SHARE = 0.05
-"""An arm moves in an episode if a joint covers this share of its range in the whole dataset."""
+"""Fraction of its range in the dataset that a joint must cover for its arm to count as moved."""
 CODEC_NOISE = 8
-"""Difference between two encodings of the same picture [levels of 255]."""
+"""Difference between two encodings of the same image [levels of 255]."""
 TIMESTAMP_TOLERANCE = 0.1
-"""Maximum error of a timestamp, as a share of a control step."""
+"""Maximum error of a timestamp, as a fraction of a control step."""
 
 
 def opening_faults(dataset: EpisodeDataset) -> Iterator[DamagedError]:
@@ -46,10 +46,10 @@ def opening_faults(dataset: EpisodeDataset) -> Iterator[DamagedError]:
 
 
 def vector_faults(dataset: EpisodeDataset, every: bool = False) -> Iterator[DamagedError]:
-    """Yield wrong shapes, orders and timestamps, values that are not finite, and wrong statistics.
+    """Yield wrong shapes, orders, timestamps, statistics, and values that are not finite.
 
-    Of the statistics, count and extremes are compared; with `every`, also the others, which sorts
-    all frames.
+    Of the statistics, count and extremes are compared; with `every`, also the others, which
+    requires sorting all frames.
     """
     where, lengths = f"dataset '{dataset.folder}'", np.diff(dataset.starts)
     fix = RECOLLECT if dataset.manifest else REWRITE
@@ -72,10 +72,10 @@ def vector_faults(dataset: EpisodeDataset, every: bool = False) -> Iterator[Dama
             true |= vars(compute_stats(array)) if every else {}
             if wrong := [key for key in true if not np.allclose(have[key], true[key], rtol=1e-4, atol=1e-6)]:
                 yield DamagedError(
-                    f"{where}: stats.json is not of these frames: {', '.join(wrong)} of {name}", fix
+                    f"{where}: stats.json does not belong to these frames: {', '.join(wrong)} of {name}", fix
                 )
     if not np.array_equal(dataset.episode_index, np.repeat(np.arange(len(lengths)), lengths)):
-        yield DamagedError(f"{where}: frames are not ordered by episode as meta/episodes says", fix)
+        yield DamagedError(f"{where}: frames are not in the order of meta/episodes", fix)
         return
     due = (np.arange(shape[0]) - np.repeat(dataset.starts[:-1], lengths)) / dataset.space.rate_hz
     late = np.abs(dataset.timestamps - due) > TIMESTAMP_TOLERANCE / dataset.space.rate_hz
@@ -116,7 +116,7 @@ def _gap_faults(dataset: EpisodeDataset, camera: str, lengths: NDArray[np.int64]
             first = wrong[0]
             yield DamagedError(
                 f"video '{path}': episode {mine[first]} starts at frame {camera_videos.first[mine][first]}, "
-                f"the one before ends at frame {due[first]}: pictures and rows do not match",
+                f"the one before ends at frame {due[first]}: images and rows do not match",
                 RECOLLECT if dataset.manifest else REWRITE,
             )
 
@@ -124,7 +124,7 @@ def _gap_faults(dataset: EpisodeDataset, camera: str, lengths: NDArray[np.int64]
 def picture_faults(
     dataset: EpisodeDataset, progress: ProgressIterator = no_progress
 ) -> Iterator[DamagedError]:
-    """Yield cameras that show a constant picture during an episode in which the arm moves.
+    """Yield cameras that show a constant image during an episode in which the arm moves.
 
     A few frames of up to MAX_CHECKED_EPISODES episodes are decoded, evenly spaced over the dataset.
     """
@@ -148,9 +148,9 @@ def picture_faults(
     for camera, episodes in frozen.items():
         if episodes:
             yield DamagedError(
-                f"dataset '{dataset.folder}': camera '{camera}' shows one picture all through episodes in "
-                f"which the arm moves, {_list_episodes(np.array(episodes))} (of {len(chosen)} looked at)",
-                "look at them with `blm view`, and record them again or leave them out",
+                f"dataset '{dataset.folder}': camera '{camera}' shows the same image throughout episodes in "
+                f"which the arm moves, {_list_episodes(np.array(episodes))} (of {len(chosen)} checked)",
+                "view them with `blm view`, and record them again or leave them out",
             )
 
 
@@ -218,9 +218,7 @@ def _probe_faults(
     have, rate = probe(path), dataset.space.rate_hz
     if have.frames < need or ((dataset.manifest or every) and have.frames != need):
         extra = (
-            f": {have.frames - need} too many, so pictures and rows may not match"
-            if have.frames > need
-            else ""
+            f": {have.frames - need} too many, so images and rows may not match" if have.frames > need else ""
         )
         yield DamagedError(f"video '{path}' has {have.frames} frames, its episodes need {need}{extra}")
     if abs(have.rate * need / rate - need) > 0.5:
@@ -234,7 +232,7 @@ def _probe_faults(
                 f"first frame {int(np.argmax(off))}"
             )
     if have.shape != shape:
-        yield DamagedError(f"video '{path}' has pictures of {have.shape}, its dataset has {shape}")
+        yield DamagedError(f"video '{path}' has images of {have.shape}, its dataset has {shape}")
 
 
 def _list_episodes(episodes: NDArray[np.int64]) -> str:

@@ -79,8 +79,7 @@ class EpisodeDataset:
     states: FloatArray
     actions: FloatArray
     executed: FloatArray
-    """[N, D] float32, as are `states` and `actions`. `actions` are the labels; `executed` includes
-    noise."""
+    """[N, D] float32 executed actions, with noise; `actions` are the labels without noise."""
     timestamps: FloatArray
     """[N] time since the start of the episode [s]."""
     episode_index: IndexArray
@@ -90,8 +89,7 @@ class EpisodeDataset:
     primitives: NDArray[np.str_]
     """[N] name of the primitive in progress; "unknown" in a foreign dataset."""
     success: NDArray[np.bool_]
-    """[N] whether the success rule holds from this frame on; False where a foreign dataset does not
-    say."""
+    """[N] whether the success rule holds from this frame on; False where it is unknown."""
     starts: IndexArray
     """[E + 1] first frame of each episode."""
     tasks: tuple[str, ...]
@@ -112,13 +110,13 @@ class EpisodeDataset:
 
     @property
     def image_size(self) -> int:
-        """Side of the pictures [px].
+        """Side of the images [px].
 
-        Raises ContractError unless all cameras have equal square pictures.
+        Raises ContractError unless all cameras have equal square images.
         """
         if len(sides := {side for shape in self.image_shapes.values() for side in shape}) != 1:
             raise ContractError(
-                f"dataset '{self.folder}' has pictures of height and width {self.image_shapes}; squares of "
+                f"dataset '{self.folder}' has images of height and width {self.image_shapes}; squares of "
                 "one size are needed: rewrite its videos, or read them with frames() and resize"
             )
         return sides.pop()
@@ -138,7 +136,7 @@ class EpisodeDataset:
 
     @property
     def reserved_seeds(self) -> dict[str, int]:
-        """Purpose -> number of episodes whose scene is reserved for it and not for training."""
+        """Purpose -> number of episodes whose scene is reserved for it, and not for training."""
         return count_reserved_seeds(self.seeds)
 
     @cached_property
@@ -163,7 +161,7 @@ class EpisodeDataset:
         return images
 
     def episode(self, i: int, cameras: Sequence[str] | None = None) -> Episode:
-        """Return episode `i` with the pictures of `cameras` (None: all cameras)."""
+        """Return episode `i` with the images of `cameras` (None: all cameras)."""
         rows = np.arange(self.starts[i], self.starts[i + 1])
         return Episode(
             robot=self.space.robot,

@@ -18,7 +18,7 @@ from blm.types import BlmError
 
 MANIFEST = "meta/manifest.json"
 PARTS = ("data", "meta", "videos")
-"""Sub-folders of a dataset; files beside them (README, .gitattributes) do not belong to it."""
+"""Sub-folders of a dataset; files next to them (README, .gitattributes) do not belong to it."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def content_hash(files: Mapping[str, FileRecord]) -> str:
 
 
 ProgressIterator = Callable[[Sequence[Any], str], Iterable[Any]]
-"""Iterates over a sequence unchanged; it may show a progress bar with a title."""
+"""Iterates over a sequence unchanged; it may show a titled progress bar."""
 
 
 def no_progress(items: Sequence[Any], title: str) -> Iterable[Any]:
@@ -100,14 +100,16 @@ def manifest_faults(
         elif not (quick and name.startswith("videos/")) and sha256_file(path) != record.sha256:
             yield DamagedError(f"'{path}' has another SHA-256 than the manifest says: it was altered")
     for path in present.values() if not quick else ():
-        yield DamagedError(f"'{path}' is not in the manifest: it is not of this dataset", "move it elsewhere")
+        yield DamagedError(
+            f"'{path}' is not in the manifest, so it does not belong to this dataset", "move it elsewhere"
+        )
 
 
 def written_here(folder: Path, provenance: Mapping[str, Any]) -> set[str]:
     """Return the files that this very collection wrote and may therefore replace.
 
-    Raises BlmError for a dataset of another program or collection, and for a dataset that was
-    altered since, because it cannot be reproduced.
+    Raises BlmError for a dataset of another program or collection, and for one that was altered,
+    because it cannot be reproduced.
     """
     remedy = "choose another folder, or move it away"
     if not (folder / MANIFEST).is_file():

@@ -1,6 +1,6 @@
 """Reading LeRobotDatasets v3.0, v2.1 and v2.0 of other programs.
 
-Missing information is marked as unknown, and ambiguous data are refused with a BlmError. Pictures
+Missing information is marked as unknown, and ambiguous data are refused with a BlmError. Images
 must be stored as videos. Shape legend: N frames, E episodes, D dimensions.
 """
 
@@ -99,7 +99,7 @@ def _require_features(folder: Path, features: Mapping[str, Any]) -> None:
         raise BlmError(f"'{folder}' lacks {', '.join(missing)}; its features are {', '.join(features)}")
     if pictures := [name for name, feature in features.items() if feature["dtype"] == "image"]:
         raise BlmError(
-            f"'{folder}' keeps pictures in data files ({', '.join(pictures)}), this program reads videos: "
+            f"'{folder}' keeps images in data files ({', '.join(pictures)}), this program reads videos: "
             "convert it with LeRobot's 'lerobot-edit-dataset --operation.type convert_image_to_video'"
         )
     shapes = {name: tuple(features[name]["shape"]) for name in (STATE, ACTION)}

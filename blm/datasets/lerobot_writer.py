@@ -33,8 +33,7 @@ CODEBASE_VERSION = "v3.0"
 CHUNK = "chunk-000/file-000"
 """All episodes are in one data file, and in one video file per camera."""
 SUBTASK = "subtask_index"
-"""Column with the index of the current primitive; names are in meta/subtasks.parquet, as in
-LeRobot."""
+"""Column with the index of the current primitive, whose names are in meta/subtasks.parquet."""
 DATA_FILE = f"data/{CHUNK}.parquet"
 EPISODES_FILE = f"meta/episodes/{CHUNK}.parquet"
 
@@ -192,7 +191,7 @@ def finalize_dataset(
 
     `provenance` (versions, seeds, configuration) is stored in the manifest. An existing dataset is
     replaced only if it is of the same collection (equal `provenance["collect"]`) and unaltered;
-    files of others in it are kept. Raises BlmError without episodes, for anything else at `out`,
+    files of others in it are kept. Raises BlmError without episodes, for any other folder at `out`,
     and on disk errors (then `out` and the staged episodes are unchanged); ContractError for an
     episode of another robot, camera or image size.
     """

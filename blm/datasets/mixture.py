@@ -1,4 +1,4 @@
-"""Weighted mixture of datasets: which samples are in the batch of a step; and splits of episodes.
+"""Weighted mixture of datasets: the samples in the batch of each step; and splits of episodes.
 
 A batch is a function of (seed, step) alone: a resumed run gets the same batches as an uninterrupted
 one, and workers need no shared state.
@@ -23,8 +23,7 @@ class Mixture:
     sizes: tuple[int, ...]
     """Number of samples in each dataset."""
     weights: tuple[float, ...]
-    """One per dataset, on any positive scale. Weights equal to `sizes` draw every sample equally
-    often."""
+    """One weight per dataset, on any scale; weights equal to `sizes` draw samples uniformly."""
     batch_size: int
     seed: int
 
@@ -43,8 +42,7 @@ class Mixture:
 
 
 def split_episodes(count: int, fraction: float, seed: int) -> tuple[IndexArray, IndexArray]:
-    """Split episode numbers at random into (training, held out), with a `fraction` of them held
-    out.
+    """Split episode numbers at random into (training, held out); `fraction` is held out.
 
     A positive fraction holds out at least one episode. Raises BlmError if none is left for
     training.

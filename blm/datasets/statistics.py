@@ -1,4 +1,4 @@
-"""Exact statistics of vectors, and histogram statistics of sampled pictures.
+"""Exact statistics of vectors, and histogram statistics of sampled images.
 
 LeRobot aggregates quantiles as weighted means of per-episode quantiles, which can be far from the
 quantiles of the data. Normalisation needs exact quantiles, so they are computed over all frames at

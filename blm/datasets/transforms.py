@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 from blm.types import ActionSpace, BlmError, FloatArray
 
 QUANTILES = (0.002, 0.998)
-"""Quantiles of the training frames that map to -1 and 1: the extremes without outliers (our
-choice)."""
+"""Quantiles of the training frames that map to -1 and 1: extremes without outliers (our choice)."""
 MIN_HALF_RANGE = 0.01
-"""Minimum half range that is scaled to 1 [rad or opening], so that the noise of a still joint stays
-small."""
+"""Minimum half range that maps to 1 [rad or opening]; it limits the noise of a joint at rest."""
 MOST_TURNS = 2.0
 """Maximum plausible joint position [turns]."""
 MOST_OPENING = 10.0
@@ -86,7 +84,7 @@ class RobotTransforms:
     state: Normalize
     normalize_actions: Normalize
     relative: bool
-    """Whether the network predicts arm targets relative to the present joint positions."""
+    """Whether the network predicts arm targets relative to the current joint positions."""
 
     @property
     def actions(self) -> ActionTransform:
@@ -141,7 +139,7 @@ def fit_transforms(
         raise BlmError(f"'{space.robot}': {'; '.join(absurd)}")
     if not inside_NH.any(0).all():
         steps = inside_NH.shape[1]
-        raise BlmError(f"'{space.robot}': no training episode has {steps} steps; shorten the horizon")
+        raise BlmError(f"'{space.robot}': no training episode has {steps} steps; reduce the horizon")
     moved = chunks_NHD - _origin(states_ND, relative)
     each_step = zip(moved.swapaxes(0, 1), inside_NH.T, strict=True)
     actions = np.stack([np.quantile(step[inside], QUANTILES, axis=0) for step, inside in each_step], axis=1)

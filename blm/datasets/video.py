@@ -1,8 +1,8 @@
 """Video files: encode frames, join files without re-encoding, read exact frames quickly.
 
-The codec is H.264 with a key frame every second frame and no B-frames. So any frame is at most one
-decode away from a key frame, and packets of one file can be appended to another. The round trip
-changes pixels by about 1 of 255 levels (crf 23).
+The codec is H.264 with a key frame every second frame and no B-frames. Any frame is therefore at
+most one decode away from a key frame, and packets of one file can be appended to another. The round
+trip changes pixels by about 1 of 255 levels (crf 23).
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class VideoFile:
         self._container = av.open(str(path))
         self._stream = self._container.streams.video[0]
         self._stream.codec_context.thread_count = 1
-        self._to_rgb = VideoReformatter()  # a frame's own to_ndarray sets one up each time: 1/2 to 1 ms
+        self._to_rgb = VideoReformatter()  # `to_ndarray` of a frame would create one each time: 1/2 to 1 ms
         self._ticks = _ticks_per_frame(self._stream)
         self._start = self._stream.start_time or 0
         keys = [self._number(entry.timestamp) for entry in self._stream.index_entries if entry.is_keyframe]
@@ -185,7 +185,7 @@ class VideoFile:
         self._decoded = self._container.decode(self._stream)
 
     def _advance(self, index: int) -> av.VideoFrame | None:
-        """Decode up to frame `index`; return None if it does not come."""
+        """Decode up to frame `index`; return None if the stream ends before it."""
         for frame in self._decoded:
             assert frame.pts is not None
             number = self._number(frame.pts)

@@ -1,4 +1,4 @@
-"""Evaluation of any Policy and any Chat: protocols, results of every item, scores with intervals."""
+"""Evaluation of any Policy and any Chat: protocols, per-item results, scores with intervals."""
 
 from blm.evaluation.comparison import compare, compare_cells, format_comparison
 from blm.evaluation.digital import BENCHMARKS, evaluate_digital

@@ -10,23 +10,23 @@ from blm.evaluation.results import EvaluationResult, ScoredItem
 from blm.evaluation.statistics import Difference, holm, paired_difference
 from blm.types import BlmError, ContractError
 
-_UNLIKE = "results of unlike protocols cannot be compared"
+_UNLIKE = "results of different protocols cannot be compared"
 Pair = tuple[ScoredItem, ScoredItem]
 """The same item in two results."""
 
 
 def compare(first: EvaluationResult, second: EvaluationResult, *, but: Collection[str] = ()) -> Difference:
-    """Paired difference of two results, first minus second.
+    """Return the paired difference of two results, first minus second.
 
     `but` names fields of the protocol that may differ, because they are under comparison. Raises
-    ContractError, which prints both sides, for unlike protocols, items or scenes, and BlmError for
-    a replay check or a validation: they are not scores.
+    ContractError, which prints both sides, for different protocols, items or scenes, and BlmError
+    for a replay check or a validation: they are not scores.
     """
     return _difference(_pairs(first, second, but))
 
 
 def compare_cells(first: EvaluationResult, second: EvaluationResult) -> dict[str, Difference]:
-    """Paired differences by phrasing of the instruction (physical), then by stratum.
+    """Return paired differences by phrasing of the instruction (physical) and by stratum.
 
     A stratum is one robot and task, or one kind of question. Raises like `compare`.
     """

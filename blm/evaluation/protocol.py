@@ -43,7 +43,7 @@ class ProtocolOverrides(TypedDict, total=False):
 
 
 class ProtocolSettings(ProtocolOverrides, total=False):
-    """The same fields where robots, tasks and episodes are required."""
+    """The fields of `ProtocolOverrides`, with robots, tasks and episodes required."""
 
     robots: Required[Sequence[str]]  # type: ignore[misc]
     tasks: Required[Sequence[str]]  # type: ignore[misc]
@@ -76,17 +76,22 @@ class PhysicalProtocol:
     tasks: tuple[str, ...]
     first_seed: int = 0
     episodes: int
-    """Per robot and task; their seeds follow `first_seed`."""
+    """Number of episodes per robot and task; their seeds start at `first_seed`."""
     recorded: tuple[Scene, ...] = ()
     """Robot, task and seed of each episode of a replay check; they replace the seeds above."""
     max_steps: int = 200
     settle_steps: int = 10
-    """success_at_end is judged this many steps after the first success. An evaluation then
-    continues to max_steps, where success_at_limit is judged: does the policy leave the solved task
-    alone?"""
+    """Number of steps after the first success at which success_at_end is judged.
+
+    An evaluation then continues to max_steps, where success_at_limit is judged: does the policy
+    leave the solved task alone?
+    """
     phrasing: Phrasing = "seen"
-    """Wording of the instructions: as in training (drawn by the scene's seed), held out from
-    training, or both (even seeds the former, odd seeds the latter)."""
+    """Wording of the instructions: "seen", "held_out" or "both".
+
+    Seen wordings are those of training, drawn by the scene's seed. With "both", even seeds use seen
+    wordings and odd seeds held-out wordings.
+    """
     latency: Latency = "none"
     """"none": the simulation waits for the policy. Otherwise it continues, and an action chunk
     arrives this many seconds after its observation: a fixed number, or the duration of the call
@@ -95,7 +100,7 @@ class PhysicalProtocol:
     cameras: tuple[str, ...]
     image_size: int
     execute: int
-    """Actions of each chunk that are executed before the next observation is sent."""
+    """Number of actions of each chunk that are executed before the next observation is sent."""
     simulator: str = field(default_factory=lambda: f"mujoco {version('mujoco')}")
     suite: str
     success_rule: str = "once: the task's rule holds after some step; at end: it holds after the last step"
@@ -118,7 +123,7 @@ class PhysicalProtocol:
             valid = VALIDATION_SEEDS if self.purpose == "validation" else EVALUATION_SEEDS
             if not seeds or seeds[0] not in valid or seeds[-1] not in valid:
                 raise BlmError(
-                    f"{self.episodes} {self.purpose} seeds from {self.first_seed} on: need one or more, all "
+                    f"{self.episodes} {self.purpose} seeds from {self.first_seed}: need one or more, all "
                     f"within {valid.start}..{valid.stop - 1}; other seeds are for training"
                 )
         fixed = isinstance(self.latency, int | float) and 0 <= self.latency < math.inf
@@ -134,7 +139,7 @@ class PhysicalProtocol:
 
     @classmethod
     def for_policy(cls, contract: PolicyContract, **settings: Unpack[ProtocolSettings]) -> PhysicalProtocol:
-        """Return the protocol for a policy; `settings` are the fields that it does not determine."""
+        """Return the protocol for a policy; `settings` are the remaining fields."""
         return cls._make(contract, "", settings)
 
     @classmethod
@@ -213,7 +218,7 @@ class PhysicalProtocol:
 
 
 def phrasing_of(protocol: PhysicalProtocol, seed: int) -> Literal["seen", "held_out"]:
-    """Return which wording the instruction of one episode has."""
+    """Return the wording of the instruction of one episode: "seen" or "held_out"."""
     if protocol.phrasing == "both":
         return "held_out" if seed % 2 else "seen"
     return protocol.phrasing
@@ -225,11 +230,11 @@ class DigitalProtocol:
 
     benchmark: str = "scene"
     items: str
-    """Hash of the questions, pictures and reference answers."""
+    """Hash of the questions, images and reference answers."""
     count: int
     max_tokens: int
     long: Mapping[str, int] = field(default_factory=dict)
-    """Kind of question -> its own limit of tokens."""
+    """Kind of question -> its own limit of answer tokens."""
     prompt: str
     """System message put before each question; empty for none."""
     average: Literal["items", "kinds"] = "items"
@@ -241,7 +246,7 @@ class DigitalProtocol:
     point_radius: float = 50.0
     """A point is correct within this distance of the reference [thousandths of the sides]."""
     box_overlap: float = 0.5
-    """A box is correct from this intersection over union with the reference on."""
+    """A box is correct if its intersection over union with the reference is at least this."""
     metric_radius: float = 2.0
     """A length or vector is correct within this distance of the reference [cm]."""
     judge: str = ""
@@ -255,7 +260,7 @@ def protocol_hash(protocol: PhysicalProtocol | DigitalProtocol) -> str:
 
 
 def digest(value: Any) -> str:
-    """Short hash of JSON-able data."""
+    """Return a short hash of JSON-serialisable data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 

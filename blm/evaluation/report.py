@@ -46,7 +46,7 @@ class ReportData:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     """The resolved recipe, JSON-able."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Stage -> wall time [s], in the order in which they ran."""
+    """Stage -> wall time [s], in the order of execution."""
     collection: Path | None = None
     """summary.json of the demonstrations."""
     sheet: Path | None = None
@@ -56,15 +56,15 @@ class ReportData:
     logs: Mapping[str, Path] = field(default_factory=dict)
     """Training stage -> log.jsonl."""
     digital: Mapping[str, Path] = field(default_factory=dict)
-    """Model -> result.json of a benchmark of questions; the report is about the first."""
+    """Model -> result.json of a question benchmark; the report is about the first model."""
     papers: Sequence[PaperTable] = ()
-    """Tables of the paper with our rows in them."""
+    """Tables of the paper with our results as further rows."""
     retention: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Training run -> name of a retention metric -> value, measured against the base model."""
     physical: Mapping[str, Path] = field(default_factory=dict)
-    """Policy -> result.json of its closed-loop evaluation; the report is about the first."""
+    """Policy -> result.json of its closed-loop evaluation; the report is about the first policy."""
     dialogue: Path | None = None
-    """A conversation about a picture: {"picture": FILE, "lines": [[question, answer], ..]}."""
+    """A conversation about an image: {"image": FILE, "lines": [[question, answer], ..]}."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class CellGrid:
     """The table of success rates by robot and task. Cells are named "robot/task"."""
 
     cells: Mapping[str, SuccessSummary]
-    """Of the first policy."""
+    """Success rates of the first policy."""
     marginal: Mapping[str, Rate]
     """Robot or task -> success rate of the first policy over all its cells."""
     others: Mapping[str, Mapping[str, Rate]]
@@ -81,7 +81,7 @@ class CellGrid:
 
 @dataclass(frozen=True)
 class Film:
-    """A filmed episode with its video as a data URI."""
+    """A recorded episode with its video as a data URI."""
 
     episode: EpisodeResult
     uri: str
@@ -89,7 +89,7 @@ class Film:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A conversation about one picture, which is a data URI."""
+    """A conversation about one image, which is a data URI."""
 
     uri: str
     lines: Sequence[tuple[str, str]]
@@ -149,7 +149,7 @@ def _duration(seconds: float) -> str:
 
 
 def _read(path: Path | None) -> dict[str, Any]:
-    """Content of a JSON file; empty if it does not exist."""
+    """Return the content of a JSON file; empty if it does not exist."""
     return json.loads(path.read_text()) if path is not None and path.exists() else {}
 
 
@@ -157,7 +157,7 @@ ResultT = TypeVar("ResultT", PhysicalResult, DigitalResult)
 
 
 def _load_all(paths: Mapping[str, Path], kind: type[ResultT]) -> dict[str, ResultT]:
-    """Load the results that exist. Raises BlmError for one of the other kind."""
+    """Load the results that exist. Raises BlmError for a result of the other kind."""
     found: dict[str, ResultT] = {}
     for name, path in paths.items():
         if not path.exists():
@@ -184,7 +184,7 @@ def _grid(results: Mapping[str, PhysicalResult]) -> CellGrid:
 
 
 def _difference(results: Mapping[str, PhysicalResult], name: str) -> Difference | None:
-    """First policy minus this one on the same scenes; None where the protocols differ."""
+    """Return first policy minus this one on the same scenes; None if the protocols differ."""
     first = next(iter(results))
     try:
         return None if name == first else compare(results[first], results[name])
@@ -193,13 +193,13 @@ def _difference(results: Mapping[str, PhysicalResult], name: str) -> Difference 
 
 
 def _films(path: Path, result: PhysicalResult) -> list[Film]:
-    """The first filmed episodes of a result."""
+    """Return the first episodes of a result that have a video."""
     filmed = [(episode, episode.video) for episode in result.episodes if episode.video is not None]
     films = []
     for episode, video in filmed[:MAX_VIDEOS]:
         file = path.parent / video
         if not file.exists():
-            raise BlmError(f"video '{file}' of the result is missing; keep it beside result.json")
+            raise BlmError(f"video '{file}' of the result is missing; keep it next to result.json")
         films.append(Film(episode, _embedded(file, "video/mp4")))
     return films
 
@@ -213,12 +213,12 @@ def _dialogue(path: Path | None) -> Dialogue | None:
 
 
 def _embedded(file: Path, kind: str) -> str:
-    """The file as a data URI."""
+    """Return the file as a data URI."""
     return f"data:{kind};base64," + base64.b64encode(file.read_bytes()).decode()
 
 
 def _curve(stage: str, log: Path) -> str:
-    """Losses over steps as inline SVG; empty for no rows. Colours follow the page's theme."""
+    """Return losses over steps as inline SVG in the page's colours; empty for no rows."""
     rows = read_json_lines(log) if log.exists() else []
     names = [name for name in dict.fromkeys(k for row in rows for k in row) if "loss" in name]
     if not names:

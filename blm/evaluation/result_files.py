@@ -22,7 +22,7 @@ ResultT = TypeVar("ResultT", bound=EvaluationResult)
 
 
 def write_result(out: Path, result: ResultT) -> ResultT:
-    """Write `out`/result.json; return the result as reading that file gives it."""
+    """Write `out`/result.json; return the result as read back from that file."""
     text = json.dumps(result.to_json(), indent=1, allow_nan=False)
     write_text(out / "result.json", text)
     return type(result).from_json(json.loads(text))
@@ -58,7 +58,7 @@ def load_result(path: Path) -> PhysicalResult | DigitalResult:
 
 
 def _require_intact(file: Path, value: dict[str, Any]) -> None:
-    """Raise BlmError where counts or the protocol's hash do not fit the content: it was edited."""
+    """Raise BlmError if counts or the protocol's hash contradict the content: it was edited."""
     score, rows, overall = value["score"], value["rows"], value["overall"]
     hits = math.fsum(row[score] for row in rows)
     counted = [len({row["id"] for row in rows}), int(hits) if hits.is_integer() else hits]

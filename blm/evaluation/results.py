@@ -1,6 +1,6 @@
-"""The parts that the results of both spaces share: protocol, machine, model, and the scored items.
+"""Types that the results of both spaces share: protocol, machine, model, and scored items.
 
-`physical/result.py` and `digital/result.py` hold the two kinds of result. JSON is written by
+`physical/result.py` and `digital/result.py` define the two kinds of result. JSON is written by
 `to_json` and read by `from_json`; the rest of the package uses attributes.
 """
 
@@ -19,25 +19,25 @@ from blm.evaluation.protocol import DigitalProtocol, PhysicalProtocol, protocol_
 FORMAT = 2
 """Version of result.json: written into it, and required when it is read."""
 PACKAGES = ("blm", "numpy", "torch", "transformers", "mujoco")
-"""Packages whose versions a result names."""
+"""Packages whose versions a result records."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The machine that a result was made on."""
+    """The machine on which a result was computed."""
 
     processor: str
     cores: int | None
-    """Logical cores; None where the system does not tell."""
+    """Number of logical cores; None if the system does not report it."""
     system: str
     python: str
     packages: Mapping[str, str]
     """Package -> version."""
     rendering: str | None = None
-    """OpenGL backend that drew the pictures; None where none were drawn."""
+    """OpenGL backend that rendered the images; None if no images were rendered."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON form, in which each package is a key of its own."""
+        """Return the JSON form, in which each package has its own key."""
         value = {name: getattr(self, name) for name in ("processor", "cores", "system", "python")}
         value |= self.packages
         return value if self.rendering is None else {**value, "rendering": self.rendering}
@@ -71,17 +71,17 @@ class ScoredItem:
     """One episode or question of a result, as the paired comparison sees it."""
 
     id: str
-    """Pairs the items of two results."""
+    """Identifier by which the items of two results are paired."""
     score: float
     """0 wrong .. 1 right."""
     stratum: str
-    """Robot and task of an episode, kind of a question."""
+    """Robot and task of an episode, or kind of a question."""
     phrasing: str | None = None
     """"seen" or "held_out" for an episode; None for a question."""
     scene: str | None = None
     """Hash of the initial state of an episode; None for a question."""
     group: str | None = None
-    """Cluster of a question: one picture or video. None for an episode."""
+    """Cluster of a question: one image or video. None for an episode."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """95 % confidence intervals of rates and of paired differences, and McNemar's test.
 
-Wilson's score interval (Newcombe 1998, Statistics in Medicine 17:857). Where questions share a
-picture, n is replaced by the effective sample size n / design effect, with a t correction for few
+Wilson's score interval (Newcombe 1998, Statistics in Medicine 17:857). Where questions share an
+image, n is replaced by the effective sample size n / design effect, with a t correction for few
 clusters (Korn & Graubard 1998, Survey Methodology 24:193).
 """
 
@@ -24,7 +24,7 @@ class Rate:
     """The mean of n scores from 0 to 1, with its 95 % confidence interval."""
 
     hits: float
-    """Sum of the scores: the number of right answers where each is right or wrong."""
+    """Sum of the scores: the number of right answers if each is right or wrong."""
     n: int
     rate: float
     low: float
@@ -43,16 +43,17 @@ class Difference:
     low: float
     high: float
     only_first: int
-    """Items with a higher score in the first."""
+    """Number of items with a higher score in the first."""
     only_second: int
     p_value: float | None
-    """McNemar's exact two-sided test; None for clustered items: it assumes independent ones."""
+    """McNemar's exact two-sided test; None for clustered items, because it assumes independence."""
 
 
 def wilson(rate: float, n: float) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a rate in n independent trials; n may be an effective size.
+    """Return Wilson's 95 % score interval of a rate in n independent trials.
 
-    `scipy.stats.binomtest` gives the same for whole numbers only.
+    n may be an effective size, which need not be an integer. `scipy.stats.binomtest` gives the same
+    for integers only.
     """
     scale = 1 + Z95**2 / n
     centre = (rate + Z95**2 / (2 * n)) / scale
@@ -63,13 +64,13 @@ def wilson(rate: float, n: float) -> tuple[float, float]:
 def success_rate(
     outcomes: Sequence[float], groups: Sequence[str] | None = None, strata: Sequence[str] | None = None
 ) -> Rate:
-    """Mean of scores in [0, 1] with its interval, clustered by `groups` when given.
+    """Return the mean of scores in [0, 1] with its interval, clustered by `groups` if given.
 
     With `strata` it is the unweighted mean over the strata's means (balanced accuracy, mean over
     kinds). Raises BlmError for no outcomes.
     """
     if not outcomes:
-        raise BlmError("no outcomes: a rate needs at least one")
+        raise BlmError("a rate needs at least one outcome, got none")
     values = np.asarray(outcomes, dtype=np.float64)
     rate = float(_stratum_means(values, strata)[0].mean())
     size = effective_size(values, groups or [str(index) for index in range(len(values))], strata)
@@ -84,10 +85,10 @@ def _stratum_means(values: np.ndarray, strata: Sequence[str] | None) -> tuple[np
 
 
 def effective_size(values: np.ndarray, groups: Sequence[str], strata: Sequence[str] | None = None) -> float:
-    """Effective sample size: independent right-or-wrong trials with the same variance of the mean.
+    """Return the number of independent binary trials whose mean has the same variance.
 
-    `values` [n]. Items of one group are correlated, which lowers it; scores between 0 and 1 vary
-    less than right-or-wrong ones, which raises it.
+    `values` [n]. Correlation of the items of one group reduces it; scores between 0 and 1 vary less
+    than binary ones, which increases it.
     """
     index = np.unique(np.asarray(groups), return_inverse=True)[1]
     n = len(values)
@@ -109,7 +110,7 @@ def effective_size(values: np.ndarray, groups: Sequence[str], strata: Sequence[s
 
 
 def _t95(freedom: int) -> float:
-    """97.5 % quantile of Student's t."""
+    """Return the 97.5 % quantile of Student's t."""
     from scipy.special import stdtrit  # not at import: it takes longer than everything else here
 
     return float(stdtrit(freedom, 0.975))
@@ -118,10 +119,10 @@ def _t95(freedom: int) -> float:
 def paired_difference(
     first: Sequence[float], second: Sequence[float], groups: Sequence[str] | None = None
 ) -> Difference:
-    """Difference of two means on the same items.
+    """Return the difference of two means on the same items, with its interval.
 
     Newcombe 1998, Statistics in Medicine 17:2635, method 8: it combines the intervals of both rates
-    with the correlation of the outcomes, so it is valid at 0 and 100 % too.
+    with the correlation of the outcomes, so it is also valid at 0 and 100 %.
     """
     a = success_rate(first, groups)
     b = success_rate(second, groups)
@@ -150,7 +151,7 @@ def paired_difference(
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """p-value of McNemar's exact two-sided test: a binomial test of the discordant items."""
+    """Return the p-value of McNemar's exact test, a binomial test of the discordant items."""
     from scipy.stats import binomtest  # takes a second to import, which commands would wait for
 
     n = only_first + only_second

@@ -1,6 +1,6 @@
 """Files and folders on disk: written atomically, and never over files of another program.
 
-Use `write_json` or `replacing` to write a file, `new_folder` to swap in a folder, `remove_own` to
+Use `write_json` or `replacing` to write a file, `new_folder` to replace a folder, `remove_own` to
 remove one, and `lock_folder` to keep a second process out of a run folder.
 """
 

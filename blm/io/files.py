@@ -1,8 +1,8 @@
 """Single files: read with errors that name the file, and written atomically.
 
 A killed writer leaves the old or the new file, never a part. The name of a temporary file
-identifies its writer (`writer_id`), so a later writer can remove what a killed one abandoned
-without touching what a living one is writing.
+identifies its writer (`writer_id`), so a later writer can remove the files of a killed one
+without touching those of a running one.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ LFS_HEADER = b"version https://git-lfs.github.com/spec/v1"
 """First bytes of a Git LFS pointer, which has less than 1,024 bytes (git-lfs, docs/spec.md)."""
 PULL = "get the files themselves: `git lfs install`, then `git lfs pull` in that folder"
 FOREIGN_AGE = 24 * 3600.0
-"""Age after which a temporary file of another machine, or of an earlier boot, counts as abandoned
-[s].
+"""Age after which a temporary file of another machine or boot counts as abandoned [s].
 
-Whether its writer is alive cannot be found out from here.
+This process cannot find out whether its writer is alive.
 """
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<owner>[0-9a-f]{8}-\d+-\d+)-\d+\.part(\.\w+)?", re.DOTALL)
 _NAME_LENGTH = 120
-"""Number of characters of a file name that its temporary name repeats; file systems allow 255
-bytes."""
+"""Number of characters of a file name that its temporary name repeats.
+
+File systems allow 255 bytes.
+"""
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is used up: free some space",
@@ -53,7 +54,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Error numbers that only occur in writing."""
 _serial = itertools.count(1)
 _in_use: set[Path] = set()
-"""Temporary paths that this process is writing to."""
+"""Temporary paths to which this process is writing."""
 
 
 class DamagedError(BlmError):
@@ -151,8 +152,7 @@ def writing(folder: Path, only: Collection[int] = ()) -> Iterator[None]:
             raise
         remedy = _REMEDIES.get(error.errno or 0, f"the system says: {error}")
         raise BlmError(
-            f"cannot write to '{folder}': {remedy}; "
-            "then run the same command again, what was finished is kept"
+            f"cannot write to '{folder}': {remedy}; then run the same command again; finished work is kept"
         ) from error
 
 
@@ -233,7 +233,7 @@ def writer_id() -> str:
 
 
 def is_stale(writer: str, changed: float | None = None, foreign_age: float = FOREIGN_AGE) -> bool:
-    """Whether the process `writer` is gone.
+    """Return whether the process `writer` has ended.
 
     For a process of another machine, the time at which the file was `changed` decides.
     """
@@ -252,7 +252,7 @@ def is_stale(writer: str, changed: float | None = None, foreign_age: float = FOR
 
 
 def temporary_name(target: Path, suffix: str = "") -> Path:
-    """Return a hidden name beside `target` that identifies this process as the writer.
+    """Return a hidden name next to `target` that identifies this process as the writer.
 
     The name is in use until `release_temporary_name` is called.
     """
@@ -267,7 +267,7 @@ def release_temporary_name(path: Path) -> None:
 
 
 def abandoned_paths(target: Path, foreign_age: float = FOREIGN_AGE) -> Iterator[Path]:
-    """Yield the temporary files and folders that killed writers of `target` left beside it."""
+    """Yield the temporary files and folders that killed writers of `target` left next to it."""
     try:
         names = [path.name for path in target.parent.iterdir()]
     except OSError:

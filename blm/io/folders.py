@@ -1,4 +1,4 @@
-"""Folders: built beside their place, swapped in atomically, removed only if ours.
+"""Folders: built next to their place, moved in atomically, removed only if ours.
 
 Every folder that is being built or is about to be removed holds a marker file (`MARK`). Nothing
 here removes a folder without it. Symbolic links are never followed when something is removed.
@@ -29,9 +29,9 @@ from blm.io.files import (
 from blm.types import BlmError
 
 MARK = ".blm-owner.json"
-"""Marker file of a folder that this program made and may remove."""
+"""Marker file of a folder that this program created and may remove."""
 MANY_FILES = 64
-"""With more files than this, one `sync` flushes everything: an `fsync` takes about 4 ms a file."""
+"""Number of files from which one `sync` flushes everything: an `fsync` takes about 4 ms."""
 RETURN_AGE = 60.0
 """Age after which a folder that another machine moved aside and did not replace is restored [s]."""
 Written = Callable[[Path], Collection[str]]
@@ -41,7 +41,7 @@ that were not altered since. Raises BlmError if it cannot prove that the folder 
 
 @contextmanager
 def new_folder(target: Path, *, written: Written | None = None, resume: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `target`, which becomes `target` atomically if no error occurs.
+    """Yield an empty folder next to `target`, which becomes `target` atomically if no error occurs.
 
     An existing `target` is replaced only if `written` is given and proves that it is this
     program's. Other files in it are copied into the new folder, as NAME.kept if there is a file of
@@ -94,7 +94,7 @@ def recover_folder(target: Path) -> Path:
                 break
     mark = place / MARK
     if mark.is_file() and is_stale(_read_mark(place).get("owner", "")) and "kind" not in _read_mark(place):
-        with suppress(OSError):  # on a read-only disk it stays, which does no harm
+        with suppress(OSError):  # on a read-only disk it remains, which is harmless
             mark.unlink()
     return target
 
@@ -103,7 +103,7 @@ def work_folder(path: Path, kind: str, facts: Mapping[str, Any]) -> Path:
     """Create or reopen a folder for unfinished work, which survives a killed run; return it.
 
     `facts` identify the work, e.g. its configuration. Raises BlmError for a folder with other
-    facts, and for a folder that this program did not make.
+    facts, and for a folder that this program did not create.
     """
     key = hashlib.sha256(json.dumps([kind, facts], sort_keys=True, default=str).encode()).hexdigest()[:16]
     with writing(path):
@@ -113,7 +113,7 @@ def work_folder(path: Path, kind: str, facts: Mapping[str, Any]) -> Path:
     mark = _read_mark(path)
     if mark.get("kind") != kind:
         raise BlmError(
-            f"'{path}' is needed for unfinished work, but this program did not make it; move it away"
+            f"'{path}' is needed for unfinished work, but this program did not create it; move it away"
         )
     if mark.get("facts") != key:
         raise BlmError(f"'{path}' holds unfinished work of other settings; run with those, or move it away")
@@ -131,19 +131,19 @@ def remove_own(folder: Path, ours: Callable[[PurePath], bool] = lambda name: Tru
         if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()  # the writer was killed before it marked the folder, or after it removed the mark
             return True
-        raise BlmError(f"'{folder}' is not removed: this program cannot prove that it made it")
+        raise BlmError(f"'{folder}' is not removed: nothing in it shows that this program created it")
     with writing(folder):
         for path, folders, files in os.walk(folder, topdown=False):
             for name in (*files, *folders):
                 entry = Path(path, name)
                 if entry.is_dir() and not entry.is_symlink():
-                    with suppress(OSError):  # it keeps what is not ours
+                    with suppress(OSError):  # it keeps the files that are not ours
                         entry.rmdir()
                 elif entry != folder / MARK and ours(entry.relative_to(folder)):
                     entry.unlink()
         if len(list(folder.iterdir())) > 1:
             return False
-        (folder / MARK).unlink()  # last: a kill leaves a folder that is still known as ours
+        (folder / MARK).unlink()  # last, so that a killed removal leaves a marked folder
         folder.rmdir()
     return True
 
@@ -158,7 +158,7 @@ def _open_work_folder(target: Path, resume: bool) -> Path:
         if resume and not work.exists() and _read_mark(left).get("state") == "part":
             left.rename(work)
         else:
-            with suppress(BlmError):  # without our mark it is not ours to remove
+            with suppress(BlmError):  # a folder without our mark must not be removed
                 remove_own(left)
     work.mkdir(exist_ok=True)
     _write_mark(work, {"state": "part", "target": target.name})

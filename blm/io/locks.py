@@ -31,7 +31,7 @@ def lock_exclusively(descriptor: int, taken: str) -> None:
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Make a run folder if need be, and lock it for this process.
+    """Create a run folder if it is missing, and lock it for this process.
 
     Raises BlmError if another process, or another call in this one, holds the lock.
     """

@@ -34,7 +34,7 @@ def read_journal(journal: Path) -> dict[str, Result]:
             raise ValueError("its last line is of another program")
     except (ValueError, KeyError, TypeError) as error:
         raise BlmError(
-            f"journal '{journal}' is damaged ({error}); move it away, and all of its units run again"
+            f"journal '{journal}' is damaged ({error}); move it away to run all of its units again"
         ) from error
     if whole != len(data):
         os.truncate(journal, whole)  # in place, because that also works on a full disk
@@ -52,7 +52,7 @@ def open_journal(journal: Path) -> Iterator[Callable[[str, Result | FailedUnit],
         log = journal.open("ab", buffering=0)
     except OSError as error:
         raise BlmError(
-            f"cannot write the journal '{journal}': {error.strerror}; choose a folder that you may write to"
+            f"cannot write the journal '{journal}': {error.strerror}; choose a writable folder"
         ) from error
 
     def append(key: str, result: Result | FailedUnit) -> None:

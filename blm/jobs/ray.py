@@ -83,7 +83,7 @@ def run_on_ray(job: JobSpec, units: Sequence[WorkUnit]) -> UnitResults:
                     if deaths[what] >= job.attempts:
                         if unit is None:
                             raise BlmError(
-                                f"{what} cost {deaths[what]} Ray workers their lives; check memory and nodes"
+                                f"{what} failed: it killed {deaths[what]} Ray workers; check memory and nodes"
                             ) from error
                         left -= 1
                         yield unit.key, FailedUnit(f"it cost {deaths[what]} Ray workers their lives")
@@ -136,8 +136,8 @@ def _ray_cluster(workers: int) -> Iterator[Any]:
                 ray.init(**quiet)
     except ConnectionError as error:
         raise BlmError(
-            f"cannot reach the Ray cluster: {error}; start it with `ray start --head`, set RAY_ADDRESS to "
-            "where it is, or to 'local' for one on this machine"
+            f"cannot reach the Ray cluster: {error}; start it with `ray start --head`, or set RAY_ADDRESS to "
+            "its address, or to 'local' for a cluster on this machine"
         ) from error
     try:
         yield ray

@@ -48,38 +48,41 @@ _NOT_DATA = ("workers", "engine")
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
-    """Settings of a collection."""
+    """Which demonstrations to record, and how."""
 
     robots: tuple[str, ...] = tuple(ROBOTS)
+    """Names of the robots."""
     tasks: tuple[str, ...] = tuple(DECOMPOSITIONS)
+    """Names of the tasks."""
     episodes: int = 50
     """Number of successful episodes to keep for each robot and task."""
     first_seed: int = 10_000
-    """Seed of the first scene; the following scenes have the following seeds."""
+    """Seed of the first scene; the following scenes use consecutive seeds."""
     cameras: tuple[str, ...] = ("base", "side", "wrist")
+    """Cameras whose images are recorded."""
     image_size: int = 112
-    """Side of the pictures [px], even."""
+    """Width and height of the camera images [px]; must be even."""
     noise: tuple[float, ...] = (0.0, 0.01, 0.02)
-    """Standard deviations of the noise on executed (not recorded) joint targets [rad].
-
-    One value is drawn per episode.
-    """
+    """Standard deviations of the noise added to executed joint targets [rad].
+    Each episode draws one of them; the recorded targets are free of noise."""
     disturbed: float = 0.15
-    """Share of episodes in which the gripper command is inverted for a moment: misses, drops, recoveries."""
+    """Fraction of episodes in which the gripper command is briefly inverted, 0..1.
+    The demonstrations then contain misses, drops and recoveries."""
     random_starts: float = 0.3
-    """Share of episodes that start away from the home pose."""
+    """Fraction of episodes that start away from the home pose, 0..1."""
     hold: int = HOLD_STEPS
-    """Number of steps of holding still at the goal that end an episode. A policy learns to stay there from
-    the steps that lie at least one chunk before the end."""
+    """Number of control steps at the end of each episode in which the arm stays at the goal.
+    A policy learns to stay from steps at least one chunk before the end of an episode."""
     distractors: int = 0
-    """Number of coloured distractor objects."""
+    """Number of coloured distractor objects in each scene."""
     appearance: Appearance = PLAIN
     """Randomisation of colours, light and cameras."""
     simulator: Literal["mujoco", "maniskill"] = "mujoco"
-    """"maniskill" needs its own environment (docs/maniskill.md)."""
+    """Simulator; `maniskill` needs a separate Python environment (docs/maniskill.md)."""
     workers: int = 2
-    """Number of worker processes; 0 runs everything in this process."""
+    """Number of worker processes; 0 runs all work in the main process."""
     engine: Literal["local", "ray"] = "local"
+    """Where the episodes run: on this machine, or on a Ray cluster."""
 
     @property
     def package(self) -> str:
@@ -115,14 +118,15 @@ class CollectConfig:
                 "ManiSkill's scripts do not react: set random_starts 0, disturbed 0, noise up to 0.01"
             )
         if self.hold > HOLD_STEPS and self.simulator == "maniskill":
-            raise BlmError(f"with ManiSkill's scripts hold must be {HOLD_STEPS}: {self.hold}")
+            raise BlmError(f"with ManiSkill's scripts hold must be {HOLD_STEPS}, got {self.hold}")
 
 
 def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -> CollectionSummary:
     """Collect one LeRobotDataset v3.0 per robot, `out/<robot>/`; write and return the summary.
 
-    With a `pilot`, that policy drives the first steps of every episode and the expert completes it. The
-    expert's actions are the labels from the first step on: corrections on states that the policy visits.
+    With a `pilot`, that policy controls the first steps of every episode and the expert completes
+    it. The expert's actions are the labels from the first step on: corrections on states that the
+    policy visits.
 
     After a kill, the same call resumes; after the end, it returns the summary. Raises BlmError if `out`
     contains a collection of another configuration or files that would be replaced, if another process
@@ -135,7 +139,9 @@ def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -
         if not (out / SUMMARY).exists():
             _make(config, out, wanted, pilot)
         if (out / STAGING).exists() and not remove_own(out / STAGING, _is_staged):
-            Console(stderr=True).print(f"'{out / STAGING}' has files of others: they stay", soft_wrap=True)
+            Console(stderr=True).print(
+                f"'{out / STAGING}' has files of other programs, which are kept", soft_wrap=True
+            )
         (out / JOURNAL).unlink(missing_ok=True)
     return CollectionSummary.read(out)
 
@@ -183,7 +189,7 @@ def _make(config: CollectConfig, out: Path, wanted: Mapping[str, Any], pilot: Ma
 
 
 def _is_staged(name: PurePath) -> bool:
-    """Whether a file below the staging folder is one that `stage_episode` writes."""
+    """Return whether a file below the staging folder is one that `stage_episode` writes."""
     return name.suffix == ".mp4" or name.name in ("episode.json", "vectors.npz", MARK)
 
 
@@ -309,7 +315,7 @@ def _pilot(make: MakePolicy) -> Policy:
 
 @cache
 def _check_pilot(make: MakePolicy, config: CollectConfig, robot: str, task: str) -> None:
-    """Raise ContractError, once for each cell and process, where the pilot needs other pictures."""
+    """Raise ContractError, once per cell and process, if the pilot needs other images."""
     _pilot(make).contract.check(_expert(config, robot, task).env.observation())
 
 

@@ -31,11 +31,9 @@ An arm that rests on the table must be able to move away from it.
 PRESSED = 0.01
 """The same for a held item on the table [m]: it stands there, and its grasp is not exact."""
 CLEARANCE = 0.025
-"""Distance kept from items where there is room [m]: servos lag behind their targets and cut
-corners."""
+"""Distance kept from items if there is room [m]: servos lag behind and cut corners."""
 SPARE = 0.005
-"""Extra distance kept by sampled paths [m]: some is lost between the configurations that are
-checked."""
+"""Extra distance kept by sampled paths [m], of which some is lost between checked points."""
 _ARM = 1
 """Collision bit of the arm."""
 _FAR = 2

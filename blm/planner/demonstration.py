@@ -1,6 +1,6 @@
 """One demonstration of the expert under noise, disturbances or another policy's actions.
 
-The recorded action is always the expert's; the executed action is stored beside it. So the data
+The recorded action is always the expert's; the executed action is stored as well. The data thus
 show how to recover from a deviation and not how to deviate, as in DART (Laskey et al., CoRL 2017)
 and DAgger (Ross et al., AISTATS 2011).
 """
@@ -24,14 +24,13 @@ from blm.types import Episode, FloatArray, Observation, Policy, decision_seed
 NOISY = {"approach": 1.0, "lift": 1.0, "move": 1.0, "push": 0.3, "pull": 0.3}
 """Primitive -> factor of its execution noise; primitives near contact are executed without noise."""
 SETTLE = 6
-"""Number of control steps at the end of a motion over which the noise fades out, so that it
-arrives."""
+"""Number of control steps at the end of a motion over which the noise fades out."""
 NOISE_MEMORY = 0.9
 """Correlation of the execution noise between successive control steps (an AR(1) process)."""
 PULSE = 8
 """Number of control steps for which a disturbance inverts the gripper command."""
 TAKE_OVER = (8, 100)
-"""A policy drives for a number of steps drawn from this range, then the expert takes over."""
+"""Range of the number of steps that a policy controls before the expert takes over."""
 
 
 class RecordedStep(NamedTuple):
@@ -54,11 +53,10 @@ class Perturbation:
     sigma: float
     """Standard deviation of the noise on joint targets [rad]."""
     pulse: int | None
-    """Control step at which the gripper command is inverted for PULSE steps; None for no
-    disturbance."""
+    """Control step from which the gripper command is inverted for PULSE steps, or None."""
     random_start: bool
     take_over: int
-    """Number of steps that the policy drives before the expert; 0 without a policy."""
+    """Number of steps that the policy controls before the expert; 0 without a policy."""
 
 
 class Demonstrator(Protocol):

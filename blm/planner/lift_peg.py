@@ -62,7 +62,7 @@ LYING = np.radians(80)
 SWINGING = 0.5
 """Angular speed of the peg above which straightening waits [rad/s]."""
 ROCKING = 0.1
-"""Angular speed of the peg above which holding still waits [rad/s]."""
+"""Angular speed of the peg above which the arm waits before it holds still [rad/s]."""
 LEAVE = 0.03
 """Height above the standing peg to which the tool retreats [m]."""
 

@@ -35,8 +35,7 @@ PUSH_NEAR = 0.03
 CARRY_NEAR = 0.008
 """A carry ends when the cube is this near its goal [m]."""
 LIFT = 0.05
-"""Height to which an object is lifted before a carry, and above its place before it is put down
-[m]."""
+"""Height of an object above the table before a carry, and above its place after it [m]."""
 ON_SPOT = 0.012
 """The tool has arrived when it is this near its target [m]."""
 MOVED = 0.008

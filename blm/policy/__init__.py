@@ -1,5 +1,4 @@
-"""From hidden states to motion: flow matching with a diffusion transformer, and the checkpoint
-folder."""
+"""From hidden states to actions: flow matching with a diffusion transformer; checkpoints."""
 
 from blm.policy.network import PolicyConfig
 from blm.policy.policy import CheckpointPolicy

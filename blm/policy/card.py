@@ -24,7 +24,7 @@ def model_card(config: Mapping[str, Any]) -> str:
         f"# {TITLES[config['kind']]}",
         "",
         f"Cameras {', '.join(contract['cameras'])}, {contract['image_size']} px; {contract['rate_hz']:g} Hz; "
-        f"chunks of {contract['horizon']} actions, of which {contract['execute']} are carried out.",
+        f"chunks of {contract['horizon']} actions, of which {contract['execute']} are executed.",
         "",
         "| robot | state and action, in order |",
         "|---|---|",
@@ -41,18 +41,18 @@ def model_card(config: Mapping[str, Any]) -> str:
         counts = [f"{n} episodes for {what}" for of in reserved.values() for what, n in of.items()]
         lines += [
             "",
-            "**Trained on reserved scenes** (" + ", ".join(counts) + "): its scores on them mean nothing.",
+            "**Trained on reserved scenes** (" + ", ".join(counts) + "): scores on them are not valid.",
         ]
     if "frozen" in config:
         lines += [
             "",
-            "## Frozen",
+            "## Frozen backbone",
             "",
-            "The backbone was hashed, and its logits on fixed prompts kept, before Stage II; both were the "
-            "same after it, and are compared at every load.",
+            "The hash of the backbone and its logits on fixed prompts were recorded before Stage II. Both "
+            "were unchanged after it, and both are verified whenever the checkpoint is loaded.",
             "",
             f"sha256 of all parameters: `{config['frozen']['fingerprint']}`; "
             f"{len(config['frozen']['logits'])} logits in config.json; tapped after block {config['layer']}.",
         ]
-    lines += ["", "## Made from", "", "```json", json.dumps(provenance, indent=1), "```", ""]
+    lines += ["", "## Provenance", "", "```json", json.dumps(provenance, indent=1), "```", ""]
     return "\n".join(lines)

@@ -30,8 +30,7 @@ RELEASES: dict[str, Path] = {"blm-nano": RELEASED / "blm-nano"}
 
 
 def checkpoint_folder(name_or_folder: str | Path) -> Path:
-    """Return the folder of a checkpoint or of a release; a folder takes precedence over a release's
-    name."""
+    """Return the folder of a checkpoint or release. A folder takes precedence over a release."""
     folder = recover_folder(Path(name_or_folder))
     return folder if (folder / "manifest.json").is_file() else RELEASES.get(str(name_or_folder), folder)
 
@@ -60,15 +59,16 @@ def write_checkpoint(
 
 
 def require_free(folder: Path) -> None:
-    """Raise BlmError if `write_checkpoint` would refuse this folder; call it before hours of
-    training."""
+    """Raise BlmError, before hours of training, if `write_checkpoint` would refuse this folder."""
     if recover_folder(folder).exists():
         _written(folder)
 
 
 def _written(folder: Path) -> set[str]:
-    """Return the names of the files that this program wrote; raises BlmError unless they are
-    unaltered."""
+    """Return the names of the files that this program wrote.
+
+    Raises BlmError unless they are unaltered.
+    """
     config = read_config(folder)
     stored = json.loads((folder / "manifest.json").read_text())
     card, ours = folder / "README.md", {*stored, "manifest.json"} - {"README.md"}
@@ -87,7 +87,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BlmError(f"no checkpoint at '{folder}' (no manifest.json); give the folder that Stage II wrote")
     stored, found = read_json(folder / "manifest.json"), _hashes(folder)
     if not isinstance(stored, dict) or "config.json" not in stored:
-        raise BlmError(f"'{folder}' is no checkpoint: its manifest.json is of another program")
+        raise BlmError(f"'{folder}' is not a checkpoint: its manifest.json belongs to another program")
     for name in {*stored} - {"README.md"}:  # listed in older manifests
         if found.get(name) != stored[name]:
             require_no_pointer(folder / name)
@@ -116,8 +116,7 @@ def read_transforms(folder: Path) -> dict[str, RobotTransforms]:
 def with_hashes(
     contract: PolicyContract, network: nn.Module, transforms: Mapping[str, RobotTransforms], frozen: str = ""
 ) -> PolicyContract:
-    """Return the contract with `revision`, a hash of the weights, and `statistics`, one of the
-    transforms.
+    """Return the contract with `revision` and `statistics`, hashes of weights and transforms.
 
     `frozen` is the fingerprint of the frozen weights, which are part of the revision.
     """
@@ -135,8 +134,7 @@ def _transforms_to_json(transforms: Mapping[str, RobotTransforms]) -> dict[str, 
 
 
 def checkpoint_kind(folder: Path) -> str:
-    """Return the "kind" in config.json, unchecked: "blm", or a baseline; older checkpoints have
-    none: "blm"."""
+    """Return the "kind" in config.json, unchecked: "blm" (also if it is missing) or a baseline."""
     try:
         return str(json.loads((checkpoint_folder(folder) / "config.json").read_text()).get("kind", "blm"))
     except (OSError, ValueError, AttributeError):  # `read_config` will report the fault
@@ -144,8 +142,7 @@ def checkpoint_kind(folder: Path) -> str:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file in `folder` except manifest, model card and marks, by
-    relative name."""
+    """Return the sha256 of every file in `folder` except manifest, model card and marks."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = (path.relative_to(folder).as_posix() for path in files)
     besides = {"manifest.json", "README.md", MARK}

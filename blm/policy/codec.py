@@ -1,4 +1,4 @@
-"""The codec of a policy: what goes into the network and what comes out of it, in common formats.
+"""The codec of a policy: inputs and outputs of the network in common formats.
 
 Padding of states and actions to one width for all robots, decoding of normalised actions to chunks,
 and the version of the control prompt. Shape legend: B batch, H action steps, D padded dimension.
@@ -21,8 +21,7 @@ from blm.types import ActionChunk, FloatArray, Observation, PolicyContract
 
 
 def pad_dims(values: FloatArray, size: int) -> Tensor:
-    """Return `values` [.., d] as a float32 tensor [.., size], zero in dimensions that the robot
-    lacks."""
+    """Return `values` [.., d] as a float32 tensor [.., size], padded with zeros."""
     missing = [(0, 0)] * (values.ndim - 1) + [(0, size - values.shape[-1])]
     return torch.from_numpy(np.pad(values, missing).astype(np.float32))
 
@@ -33,8 +32,7 @@ def decode_chunks(
     observations: Sequence[Observation],
     normalised: Tensor,
 ) -> list[ActionChunk]:
-    """Return the chunks of absolute targets, clipped to the robots' limits, of normalised actions
-    [B, H, D].
+    """Decode normalised actions [B, H, D] to chunks of absolute targets within the limits.
 
     Relative actions are added to the state of their observation.
     """
@@ -49,8 +47,7 @@ def decode_chunks(
 
 
 def prompt_version(backbone: Backbone, cameras: Sequence[str]) -> str:
-    """Return a short hash of the control prompt's wording and of the chat template that renders
-    it."""
+    """Return a short hash of the control prompt's wording and of the chat template."""
     blank = np.zeros((8, 8, 3), np.uint8)
     chat = to_chat(control_prompt("{instruction}", "{robot}", dict.fromkeys(cameras, blank)))
     text = json.dumps([chat, backbone.processor.chat_template])

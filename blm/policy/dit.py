@@ -1,10 +1,10 @@
-"""The diffusion transformer: state, noised actions and future tokens, conditioned on intent tokens
-and tau.
+"""The diffusion transformer over state, noised actions and future tokens.
 
-Shape legend: B batch, S tokens (1 state + H actions + M future), w width, M intent tokens, z their
-width. Block pattern and conditioning follow GR00T N1.5: even blocks cross-attend to the intent
-tokens, odd blocks self-attend; an embedding of tau scales and shifts the first norm of each block
-and the final norm (AdaLN).
+It is conditioned on the intent tokens and the flow time tau. Shape legend: B batch, S tokens (1
+state + H actions + M future), w width, M intent tokens, z their width. Block pattern and
+conditioning follow GR00T N1.5: even blocks cross-attend to the intent tokens, odd blocks
+self-attend; an embedding of tau scales and shifts the first norm of each block and the final norm
+(AdaLN).
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ IntentCache = list[tuple[Tensor, Tensor] | None]
 
 
 def sinusoid(tau_B: Tensor, width: int) -> Tensor:
-    """Return [B, width] sines and cosines of 1000 tau at `width / 2` frequencies from 1 down to
-    1e-4."""
+    """Return [B, width] sines and cosines of 1000 tau at width / 2 frequencies, 1 to 1e-4."""
     exponents = torch.arange(width // 2, device=tau_B.device, dtype=torch.float32) / (width // 2)
     angles = 1000 * tau_B.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
 class AdaptiveNorm(nn.Module):
-    """Adaptive LayerNorm: scale and shift come from the time embedding; initialised as a plain
-    LayerNorm."""
+    """Adaptive LayerNorm: the time embedding gives scale and shift, at first 1 and 0."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -46,8 +44,11 @@ class AdaptiveNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward: cross-attention to the intent tokens if `intent_width` is
-    given, else self-attention."""
+    """Attention, then feed-forward.
+
+    The block cross-attends to the intent tokens if `intent_width` is given; otherwise it
+    self-attends.
+    """
 
     def __init__(self, width: int, heads: int, intent_width: int | None) -> None:
         super().__init__()
@@ -57,15 +58,14 @@ class Block(nn.Module):
         self.feed_forward = feed_forward(width)
 
     def forward(self, x_BSw: Tensor, intent: Tensor | tuple[Tensor, Tensor], time_Bw: Tensor) -> Tensor:
-        """Return [B, S, w]. `intent`: tokens [B, M, z], or their keys and values for this block."""
+        """Return [B, S, w]. `intent` is tokens [B, M, z], or their cached keys and values."""
         normed = self.norm(x_BSw, time_Bw)
         x_BSw = x_BSw + self.attention(normed, intent if self.crosses else normed)
         return x_BSw + self.feed_forward(x_BSw)
 
 
 class DiT(nn.Module):
-    """Diffusion transformer over [state; actions; future] tokens, independent of embodiment and
-    action space."""
+    """Diffusion transformer over [state; actions; future] tokens, the same for all robots."""
 
     def __init__(self, width: int, blocks: int, heads: int, intent_width: int, future_layer: int) -> None:
         super().__init__()
@@ -77,8 +77,7 @@ class DiT(nn.Module):
         self.norm = AdaptiveNorm(width)
 
     def cache_intent(self, intent_BMz: Tensor) -> IntentCache:
-        """Return keys and values of the intent tokens for each block; they do not depend on the
-        flow time."""
+        """Return keys and values of the intent tokens per block, for all flow times."""
         blocks = (block for block in self.blocks if isinstance(block, Block))
         return [block.attention.keys_values(intent_BMz) if block.crosses else None for block in blocks]
 
@@ -88,8 +87,8 @@ class DiT(nn.Module):
         """Return output tokens [B, S, w], and the M future tokens [B, M, w] after block
         `future_layer`.
 
-        Blocks count from 1; the future tokens are the last M of the sequence. `cache`: of
-        `cache_intent`.
+        Blocks count from 1; the future tokens are the last M of the sequence. `cache` is the result
+        of `cache_intent`.
         """
         count = intent_BMz.shape[1]
         time_Bw = self.embed_time(sinusoid(tau_B, x_BSw.shape[-1]).to(x_BSw.dtype))

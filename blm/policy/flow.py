@@ -1,5 +1,4 @@
-"""Flow matching: path from noise to actions, training target, distribution of flow times, Euler
-sampler.
+"""Flow matching: probability path, training target, distribution of flow times, Euler sampler.
 
     A^tau = tau A + (1 - tau) eps,   d/dtau A^tau = A - eps,   tau = 0 noise, tau = 1 data.
 
@@ -17,18 +16,19 @@ import torch
 from torch import Tensor
 
 BETA_SHAPE = 1.5
-"""a of Beta(a, 1), the distribution of flow times in openpi and GR00T N1.5: more weight on noisy
-actions."""
+"""Parameter a of Beta(a, 1), the distribution of flow times in openpi and GR00T N1.5.
+
+Noisy actions get more weight.
+"""
 NOISE_SCALE = 0.999
-"""s of t = (s - u) / s in GR00T N1.5."""
+"""Parameter s of t = (s - u) / s in GR00T N1.5."""
 
 
 def sample_time(count: int, generator: torch.Generator) -> Tensor:
-    """Return tau [count] in [0, 1]: u ~ Beta(1.5, 1), tau = (0.999 - u) / 0.999, so mass lies near
-    noise.
+    """Return flow times tau [count] in [0, 1], most of them near noise.
 
-    Beta(a, 1) is sampled by the inverse of its distribution function: u = U^(1/a). Once in 670
-    draws u > 0.999, so tau < 0; it is clamped to 0.
+    u ~ Beta(1.5, 1), tau = (0.999 - u) / 0.999. Beta(a, 1) is sampled by the inverse of its
+    distribution function: u = U^(1/a). Once in 670 draws u > 0.999, so tau < 0; it is clamped to 0.
     """
     u = torch.rand(count, generator=generator) ** (1 / BETA_SHAPE)
     return ((NOISE_SCALE - u) / NOISE_SCALE).clamp(min=0.0)
@@ -48,7 +48,7 @@ def target(actions: Tensor, noise: Tensor) -> Tensor:
 def seeded_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Return standard normal noise [len(seeds), *shape]; row i depends on seed i alone.
 
-    Drawn on the CPU whatever the device, so that a seed means the same noise everywhere.
+    Always drawn on the CPU, so that a seed gives the same noise on every device.
     """
     rows = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(rows)
@@ -60,13 +60,12 @@ GUIDANCE = 5.0
 
 @dataclass(frozen=True)
 class ActionPrefix:
-    """The remainder of the chunk in progress, which the next chunk should continue (real-time
-    chunking)."""
+    """Real-time chunking: the rest of the current chunk, which the next chunk should continue."""
 
     actions: Tensor
     """[B, H, D] normalised actions."""
     weights: Tensor
-    """[B, H] in 0 .. 1: how strongly each action of the next chunk is guided towards them."""
+    """[B, H] in 0 .. 1: how strongly each action of the next chunk is guided towards it."""
 
     def to(self, device: torch.device) -> ActionPrefix:
         """Return a copy on this device."""
@@ -111,8 +110,7 @@ def guided(
 
 
 def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: int) -> Tensor:
-    """Integrate `velocity(x, tau_B)` from tau = 0 to 1 in equal steps, starting from `noise` [B,
-    ...]."""
+    """Integrate `velocity(x, tau_B)` from tau = 0 to 1 in equal steps, from `noise` [B, ...]."""
     x = noise
     for step in range(steps):
         tau_B = torch.full((len(x),), step / steps, device=x.device, dtype=x.dtype)

@@ -1,8 +1,7 @@
-"""Per-embodiment encoders and decoder: one indexed weight [E, in, out] each, not one module per
-robot.
+"""Per-embodiment encoders and decoder: one indexed weight [E, in, out] for all robots.
 
-Shape legend: B batch, E embodiments, H action steps, D padded dimension, w width. A further arm is
-one more row in each weight and nothing else (`with_embodiments`). The layers follow GR00T N1.5's
+Shape legend: B batch, E embodiments, H action steps, D padded dimension, w width. A further arm
+adds one row to each weight and nothing else (`with_embodiments`). The layers follow GR00T N1.5's
 category-specific layers.
 """
 
@@ -19,8 +18,7 @@ from blm.policy.dit import sinusoid
 
 
 class IndexedLinear(nn.Module):
-    """A linear layer with one weight matrix per embodiment, chosen by index for each sample of the
-    batch."""
+    """A linear layer with one weight matrix per embodiment, chosen by index per sample."""
 
     def __init__(self, embodiments: int, inputs: int, outputs: int) -> None:
         super().__init__()

@@ -32,32 +32,36 @@ from blm.types import BlmError, require_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyConfig:
-    """Hyper-parameters of bridge, transformer and loss; the defaults are those of nano."""
+    """Sizes of the bridge and the diffusion transformer, and weights of the losses.
+
+    The defaults are those of blm-nano.
+    """
 
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
+    """Size of the bridge."""
     width: int = 128
-    """w, width of the diffusion transformer."""
+    """Width w of the diffusion transformer; a multiple of 2 * heads."""
     blocks: int = 4
-    """Number of its blocks."""
+    """Number of blocks of the diffusion transformer."""
     heads: int = 4
-    """Its attention heads."""
+    """Number of attention heads of the diffusion transformer."""
     max_dim: int = 16
-    """D, to which the states and actions of all robots are padded."""
+    """Dimension D to which the states and actions of all robots are padded."""
     horizon: int = 16
-    """H, number of actions in a chunk."""
+    """Number of actions H in a chunk."""
     sampler_steps: int = 4
-    """Euler steps with which a chunk is sampled."""
+    """Number of Euler steps from noise to a chunk."""
     future_layer: int = 3
-    """Block (from 1) after which the future loss reads the future tokens: about 3/4 of the depth,
-    as in FLARE."""
+    """Block of the diffusion transformer, counted from 1, that the future-prediction loss reads.
+    FLARE uses a block at about 3/4 of the depth."""
     future_weight: float = 0.2
-    """lambda, the weight of the future loss; 0 switches it off."""
+    """Weight lambda of the future-prediction loss; 0 disables the loss."""
     future_steps: int = 16
-    """Control steps between an observation and the frame that the future tokens predict."""
+    """Number of control steps to the frame that the future tokens predict."""
     ema: float = 0.995
-    """Decay of the exponential moving average per optimizer step."""
+    """Decay of the exponential moving average of the weights per optimizer step, in [0, 1)."""
     relative: bool = True
-    """Predict joint targets relative to the current joint positions; False: absolute targets."""
+    """Predict joint targets relative to the current joint positions, not absolute ones."""
 
     def __post_init__(self) -> None:
         sizes = ("width", "blocks", "heads", "max_dim", "horizon", "sampler_steps", "future_steps")
@@ -72,7 +76,7 @@ class PolicyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ActionBatch:
-    """A training batch without the model's view of the scene: states, actions, noise, flow times."""
+    """States, actions, noise and flow times of a training batch, without hidden states."""
 
     state: Tensor
     """[B, D] normalised, zero-padded."""
@@ -89,8 +93,11 @@ class ActionBatch:
     ids: Sequence[object] = ()
     """Names of the samples, for error messages."""
     values: float = 0.0
-    """Real values of a sample, on average over the whole step; 0: over this batch. Makes the losses
-    of the parts of a step, weighted by their samples, add up to the loss of the whole."""
+    """Mean number of real values per sample over the whole step; 0: over this batch.
+
+    With it, the losses of the parts of a step, weighted by their samples, add up to the loss of the
+    whole.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +120,10 @@ class PolicyBatch(ActionBatch):
 
 
 class PolicyNetwork(nn.Module):
-    """Bridge, diffusion transformer and heads for several robots, on hidden states of size
-    `hidden_size`."""
+    """Bridge, diffusion transformer and heads for several robots."""
 
     _no_split_modules = ("PerceiverBlock", "Block")
-    """Units of FSDP, in an attribute that transformers models have, too."""
+    """Units of FSDP, in an attribute that transformers models also have."""
 
     def __init__(self, config: PolicyConfig, hidden_size: int, embodiments: int) -> None:
         super().__init__()
@@ -141,10 +147,9 @@ class PolicyNetwork(nn.Module):
         embodiment: Tensor,
         cache: IntentCache | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the velocity [B, H, D] at `noised` [B, H, D], and the predicted future intent
-        tokens [B, M, z].
+        """Return the velocity [B, H, D] and the predicted future intent tokens [B, M, z].
 
-        `intent`: intent tokens [B, M, z]; `cache`: of `DiT.cache_intent`.
+        `noised` is [B, H, D], `intent` [B, M, z], and `cache` the result of `DiT.cache_intent`.
         """
         tokens = [
             self.encode_state(state[:, None], embodiment),
@@ -188,8 +193,8 @@ class PolicyNetwork(nn.Module):
     ) -> Tensor:
         """Return normalised actions [B, H, D], sampled from `noise` [B, H, D] by Euler steps.
 
-        `dims` [B, D] is True at the dimensions that the robot has. `prefix`: the chunk in progress
-        to continue.
+        `dims` [B, D] is True at the dimensions that the robot has. `prefix` is the current chunk to
+        continue.
         """
         intent, real = self.bridge(hidden, mask), dims[:, None]
         cache = self.dit.cache_intent(intent)

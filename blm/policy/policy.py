@@ -1,5 +1,4 @@
-"""The trained policy: observation -> H_k -> intent tokens -> action chunk; and its checkpoint
-folder.
+"""The trained policy: observation -> H_k -> intent tokens -> action chunk; its checkpoint.
 
 In addition to the files of every checkpoint (checkpoint.py) the folder holds the backbone, as a
 stock transformers folder. Loading refuses a backbone that is not, bit for bit, the one that the
@@ -36,8 +35,7 @@ from blm.types import ActionChunk, BlmError, FloatArray, Observation, PolicyCont
 
 @dataclass(frozen=True)
 class FrozenProof:
-    """Proof that a backbone is unchanged: the hash of its parameters, and logits on fixed
-    prompts."""
+    """Proof that a backbone is unchanged: hash of its parameters, logits on fixed prompts."""
 
     fingerprint: str
     """sha256 of all parameters and buffers."""
@@ -51,8 +49,10 @@ class FrozenProof:
         return cls(backbone.fingerprint(), tuple(logits[:: max(1, len(logits) // 256)].tolist()))
 
     def require(self, backbone: Backbone, where: str) -> None:
-        """Raise BlmError unless `backbone` is unchanged; logits may differ by the rounding of
-        devices."""
+        """Raise BlmError unless `backbone` is unchanged.
+
+        Logits may differ by the rounding of devices.
+        """
         now = FrozenProof.of(backbone)
         slack = 0.01 if backbone.model.dtype == torch.float32 else 0.5
         same_logits = np.allclose(now.logits, self.logits, rtol=0, atol=slack)
@@ -96,8 +96,7 @@ class CheckpointConfig:
 
 
 class CheckpointPolicy:
-    """A `Policy`: tap the frozen backbone, bridge, Euler steps, inverse transforms, clip to the
-    limits."""
+    """A `Policy`: tapped backbone, bridge, Euler steps, inverse transforms, clipping."""
 
     def __init__(
         self,
@@ -110,8 +109,7 @@ class CheckpointPolicy:
         contract: PolicyContract,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
-        """`layer`: k, the block that is tapped; `provenance`: that of the checkpoint it was loaded
-        from."""
+        """Tap block `layer` (k); `provenance` is that of the loaded checkpoint."""
         self.provenance = provenance or {}
         self.backbone, self.frozen, self.layer, self.transforms = backbone, frozen, layer, transforms
         self.network = network.eval().requires_grad_(False)
@@ -119,7 +117,7 @@ class CheckpointPolicy:
 
     @property
     def device(self) -> str:
-        """Type of the device that it runs on: cpu, cuda, mps."""
+        """Type of the device that the policy runs on: cpu, cuda, mps."""
         return str(self.backbone.model.device.type)
 
     def reset(self) -> None:
@@ -130,7 +128,7 @@ class CheckpointPolicy:
         return self.act_batch([observation])[0]
 
     def act_batch(self, observations: Sequence[Observation]) -> list[ActionChunk]:
-        """Return one chunk of absolute targets per observation, each with noise of its own seed.
+        """Return one chunk of absolute targets per observation, each with the noise of its seed.
 
         One observation gives the same bits every time. In a batch its actions differ by about 1e-5,
         because matrix products of another shape round differently. Raises BlmError for an
@@ -155,7 +153,7 @@ class CheckpointPolicy:
         return decode_chunks(self.contract, self.transforms, checked, actions)
 
     def _action_prefix(self, observations: Sequence[Observation]) -> ActionPrefix | None:
-        """Return the chunks in progress, normalised; None if no observation has one."""
+        """Return the current chunks, normalised; None if no observation has one."""
         if all(o.chunk is None for o in observations):
             return None
         config = self.network.config
@@ -205,7 +203,7 @@ class CheckpointPolicy:
                 f"checkpoint '{folder}' was trained with control prompts of version {config.prompt}, this "
                 f"program writes version {now}; use the program version of the checkpoint or train again"
             )
-        with torch.device("meta"):  # no time, memory or random numbers for weights that are replaced
+        with torch.device("meta"):  # saves time, memory and random numbers: the weights are replaced below
             network = PolicyNetwork(config.policy, backbone.hidden_size, len(contract.action_spaces))
         network.load_state_dict(load_file(folder / "policy.safetensors", device), assign=True)
         return cls(

@@ -1,6 +1,6 @@
-"""Adds a RobotSpec to a MuJoCo model.
+"""Add a RobotSpec to a MuJoCo model.
 
-The contact settings were measured to make grasps hold on these arms.
+The contact settings were chosen by measurement so that grasps hold on these arms.
 """
 
 from __future__ import annotations
@@ -18,15 +18,19 @@ DAMPING_TIME = 0.06
 ARMATURE = 0.1
 """Reflected rotor inertia of an arm joint [kg m^2] (MuJoCo Menagerie panda, xarm7)."""
 GRIP = 700.0
-"""Stiffness of the gripper servo [N/m]: 14 N on a 4 cm cube. Menagerie's panda has 2 N and drops
-it."""
+"""Stiffness of the gripper servo [N/m]: 14 N on a 4 cm cube.
+
+Menagerie's panda has 2 N and drops it.
+"""
 GRIP_DAMPING = 56.0
 """Damping of the gripper servo [N s/m]."""
 FINGER_ARMATURE = 0.05
 """Armature of a finger joint [kg]."""
 PAD_FRICTION = (1.15, 0.005, 0.0001)
-"""Friction of finger on object: the mean of ManiSkill's 2.0 (finger) and 0.3 (object), as SAPIEN
-combines them."""
+"""Friction of finger on object: the mean of ManiSkill's 2.0 (finger) and 0.3 (object).
+
+SAPIEN combines them in this way.
+"""
 FINGERS = ("left_finger", "right_finger")
 """Names of the finger bodies and joints."""
 COLORS = {

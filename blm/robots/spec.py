@@ -143,7 +143,9 @@ class RobotSpec:
             raise BlmError(f"robot '{self.name}': needs one joint and one home angle for each link")
         for name, angle, joint in zip(self.joint_names, self.home, self.joints, strict=True):
             if not joint.low <= angle <= joint.high:
-                raise BlmError(f"robot '{self.name}': home {name} {angle} not in {joint.low}..{joint.high}")
+                raise BlmError(
+                    f"robot '{self.name}': home {name} is {angle}; it must be {joint.low}..{joint.high}"
+                )
 
     @property
     def joints(self) -> tuple[Joint, ...]:

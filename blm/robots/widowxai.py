@@ -1,7 +1,7 @@
 """Trossen WidowX AI (follower).
 
 Joint frames, limits, efforts, masses and finger travel: trossen_arm_mujoco wxai_follower.xml; its
-link 6 is split into link 6 and hand, and its servos are made twice as stiff or more. Speed limits:
+link 6 is split into link 6 and hand, and its servos are at least twice as stiff here. Speed limits:
 trossen_arm_moveit joint_limits.yaml; the accelerations are our choice (that file's 3.14 rad/s^2 is
 a cautious one). Workspace, cube size, grasp force and the absence of reset noise: ManiSkill 3.0.1,
 widowxai and PickCube-v1.

@@ -1,5 +1,4 @@
-"""Control loop of a real arm: it keeps every command inside the user's limits and stops on
-faults."""
+"""Control loop of a real arm: it limits every command and stops on faults."""
 
 from blm.runtime.arm import Arm, RobotLike, Units
 from blm.runtime.limits import ArmLimits, Safety, StoppedError

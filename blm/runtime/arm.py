@@ -12,13 +12,14 @@ from blm.runtime.limits import ArmLimits
 from blm.types import BlmError, ContractError, FloatArray, ImageArray, PolicyContract
 
 BLANK = 8
-"""An image counts as blank (black, or of one colour) if no channel varies by more grey levels than
-this."""
+"""Maximum variation of a channel in an image that counts as blank [grey levels]."""
 
 
 class RobotLike(Protocol):
-    """The required part of `lerobot.robots.Robot`. Keys are "<joint>.pos" and the names of the
-    cameras."""
+    """The required part of `lerobot.robots.Robot`.
+
+    Keys are "<joint>.pos" and the names of the cameras.
+    """
 
     def connect(self) -> Any: ...
 
@@ -31,8 +32,7 @@ class RobotLike(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """Scale factors from the robot's values to radians and to gripper openings 0 (closed) .. 1
-    (open)."""
+    """Scale factors from the robot's values to radians and gripper openings in 0 .. 1."""
 
     joint: float = 1.0
     """Joint position [rad] = value * joint; np.pi / 180 for a robot that reports degrees."""
@@ -67,16 +67,20 @@ class Arm:
         units: Units | None = None,
         image_size: int | None = None,
     ) -> None:
-        """`cameras`: camera of the contract -> key of the robot's observation. None: the names are
-        the same, and `fitted` takes them from the contract. `image_size`: required side of the
-        images [px]."""
+        """Map cameras of the contract to keys of the robot's observation.
+
+        `cameras` is None if the names are the same; `fitted` then takes them from the contract.
+        `image_size` is the required side of the images [px].
+        """
         self.robot, self.limits, self.cameras, self.image_size = robot, limits, cameras, image_size
         self.units = units or Units()
         self._scale = np.array([self.units.joint] * (limits.dim - 1) + [self.units.gripper])
 
     def fitted(self, contract: PolicyContract) -> Arm:
-        """Return this arm with the cameras of the policy. Raises ContractError if one is
-        missing."""
+        """Return this arm with the cameras of the policy.
+
+        Raises ContractError if one is missing.
+        """
         views = dict(self.cameras or {camera: camera for camera in contract.cameras})
         if missing := sorted(set(contract.cameras) - views.keys()):
             raise ContractError(
@@ -86,8 +90,10 @@ class Arm:
         return Arm(self.robot, self.limits, cameras=views, units=self.units, image_size=contract.image_size)
 
     def read(self, now: float) -> Reading:
-        """Read an observation from the robot. Raises BlmError that names missing or malformed
-        values."""
+        """Read an observation from the robot.
+
+        Raises BlmError that names missing or malformed values.
+        """
         seen = self.robot.get_observation()
         if not isinstance(seen, Mapping):
             raise BlmError(f"the robot's observation is a {type(seen).__name__}, needed: a map")
@@ -99,8 +105,10 @@ class Arm:
         return Reading(observed_at=now, state=state, images=images)
 
     def send(self, command: FloatArray) -> None:
-        """Send one command [D]. Raises BlmError, and sends nothing, unless every value is
-        finite."""
+        """Send one command [D].
+
+        Raises BlmError, and sends nothing, unless every value is finite.
+        """
         if command.shape != (self.limits.dim,) or not np.isfinite(command).all():
             raise BlmError(f"refused to send {command}: needed {self.limits.dim} finite numbers")
         values = (command / self._scale).tolist()

@@ -1,5 +1,4 @@
-"""Threads for blocking calls of robot drivers, which the loop can abandon if a call never
-returns."""
+"""Threads for blocking calls of robot drivers, which the loop can abandon."""
 
 from __future__ import annotations
 

@@ -28,11 +28,10 @@ MARGIN = 1e-6
 
 
 def largest_step(distance: FloatArray, change: FloatArray) -> FloatArray:
-    """Return the largest step v from which braking by `change` per step ends within `distance` >=
-    0.
+    """Return the largest step v from which braking ends within `distance` >= 0.
 
-    It solves v + D(v) = distance, where n = ceil(v / A) - 1 braking steps cover
-    v + D(v) = (n + 1) v - A n (n + 1) / 2.
+    Braking reduces the step by `change` each time. It solves v + D(v) = distance, where n = ceil(v
+    / A) - 1 braking steps cover v + D(v) = (n + 1) v - A n (n + 1) / 2.
     """
     n = np.maximum(np.ceil((np.sqrt(1 + 8 * distance / change) - 3) / 2), 0.0)
     return distance / (n + 1) + change * n / 2
@@ -72,12 +71,11 @@ class CommandLimiter:
         self._position, self._step = np.array(measured, np.float64), np.zeros(len(self.low))
 
     def track(self, wanted: FloatArray, ahead: FloatArray) -> FloatArray:
-        """Return the command [D] towards the target `wanted`, which moves by `ahead` until the next
-        command.
+        """Return the command [D] towards the target `wanted`.
 
-        A trajectory within the limits is followed exactly. Otherwise the command moves as fast as
-        allowed without overshooting: relative to the moving target it brakes in time. Both must be
-        finite.
+        The target moves by `ahead` until the next command. A trajectory within the limits is
+        followed exactly. Otherwise the command moves as fast as allowed without overshooting:
+        relative to the moving target it brakes in time. Both must be finite.
         """
         then = np.clip(wanted + ahead, self.low, self.high)
         wanted = np.clip(wanted, self.low, self.high)
@@ -86,8 +84,7 @@ class CommandLimiter:
         return self._limited(ahead + np.copysign(largest_step(np.abs(gap), self._change), gap))
 
     def brake(self) -> FloatArray:
-        """Return the command [D] that brakes as fast as allowed; at rest, the last command
-        again."""
+        """Return the command [D] that brakes as fast as allowed; at rest, the last one."""
         return self._limited(self._braked())
 
     def sent(self, command: FloatArray, elapsed_periods: float) -> None:
@@ -108,6 +105,6 @@ class CommandLimiter:
         down = largest_step(np.maximum(x - self.low, 0.0), self._change)
         most = np.minimum(np.minimum(v + self._change, self._most), up)
         least = np.maximum(np.maximum(v - self._change, -self._most), -down)
-        # In exact arithmetic braking is always allowed; rounding must not make the interval empty.
+        # In exact arithmetic braking is always allowed; rounding must not produce an empty interval.
         step = np.clip(step, np.minimum(least, braked), np.maximum(most, braked))
         return np.clip(x + step, np.minimum(self.low, x), np.maximum(self.high, x))

@@ -50,7 +50,7 @@ class ArmHealth:
             self._judge(reading)
         if self._moving and (age := self.age(now)) > self.safety.observation_stop_s:
             why = self._error or "get_observation has not returned"
-            self._stop("observation", f"no observation for {age:.2f} s: {why}")
+            self._stop("observation", f"there was no observation for {age:.2f} s: {why}")
 
     def sent(self, now: float, command: FloatArray) -> None:
         """Record a command; the first one is the measured position."""
@@ -83,8 +83,10 @@ class ArmHealth:
         return None
 
     def _judge(self, reading: Reading) -> None:
-        """Check cameras, following error and joint limits. A fault holds the arm, and stops it if
-        it lasts."""
+        """Check cameras, following error and joint limits.
+
+        A fault holds the arm, and stops it if it lasts.
+        """
         self._fault = ""
         if why := self._cameras.add(reading):
             self._stop("camera", why)

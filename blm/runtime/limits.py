@@ -23,8 +23,10 @@ MAX_HORIZON, MAX_IMAGE_SIZE = 1000, 4096
 
 
 class StoppedError(BlmError):
-    """The loop stopped the arm, or refused to start it. `kind` is one word, `reason` the
-    explanation."""
+    """The loop stopped the arm, or refused to start it, for the given `reason`.
+
+    `kind` is the reason in one word.
+    """
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(f"{kind}: {reason}")
@@ -33,15 +35,14 @@ class StoppedError(BlmError):
 
 @dataclass(frozen=True, kw_only=True)
 class ArmLimits:
-    """Limits of commands in position, velocity and acceleration: one value per joint, then the
-    gripper's.
+    """Limits of commands in position, velocity and acceleration.
 
-    Units: rad, rad/s, rad/s^2 for joints; openings (0 closed, 1 open) and their derivatives for the
-    gripper.
+    One value per joint, then the gripper's. Units: rad, rad/s, rad/s^2 for joints; openings (0
+    closed, 1 open) and their derivatives for the gripper.
     """
 
     robot: str
-    """Its name in the policy's contract."""
+    """Name of the robot in the policy's contract."""
     names: tuple[str, ...]
     """Joint names in the order of the policy's action space; the last is 'gripper'."""
     low: tuple[float, ...]
@@ -95,12 +96,11 @@ class ArmLimits:
         gripper_velocity: float = 5.0,
         gripper_acceleration: float = 100.0,
     ) -> ArmLimits:
-        """Take names, ranges and rate from an action space; velocities and accelerations are per
-        arm joint.
+        """Take names, ranges and rate from an action space.
 
-        The defaults of the gripper are our choice: 0.2 s from open to closed, full speed after 0.05
-        s. Grippers limit their own speed, and a policy does not wait for a gripper that limits slow
-        down.
+        Velocities and accelerations are per arm joint. The defaults of the gripper are our choice:
+        0.2 s from open to closed, full speed after 0.05 s. Grippers limit their own speed, and a
+        policy does not wait for a gripper that limits slow down.
         """
         return cls(
             robot=space.robot,
@@ -117,12 +117,11 @@ class ArmLimits:
         return np.maximum(0.0, np.maximum(np.array(self.low) - state, state - np.array(self.high)))
 
     def check_contract(self, contract: PolicyContract, *, accept_wider: bool = False) -> ActionSpace:
-        """Return the policy's action space for this robot. Raises ContractError that shows both
-        sides.
+        """Return the policy's action space for this robot.
 
-        Rates, names and their order must be equal, kind and units must be those that the loop
-        executes, and ranges must not be wider than ours unless `accept_wider`. Commands are kept
-        inside ours in any case.
+        Raises ContractError that shows both sides. Rates, names and their order must be equal, kind
+        and units must be those that the loop executes, and ranges must not be wider than ours
+        unless `accept_wider`. Commands are kept inside ours in any case.
         """
         space = lookup("robot", self.robot, contract.action_spaces)
         if space.kind != KIND:
@@ -148,9 +147,9 @@ class ArmLimits:
                 f"{name} of '{self.robot}': the policy's range is {_short(theirs[0])}..{_short(theirs[1])}"
             )
             if not all(map(_is_finite, theirs)) or not theirs[0] < theirs[1]:
-                raise ContractError(f"{given}; both ends must be finite, the low one first")
+                raise ContractError(f"{given}; both limits must be finite, the lower one first")
             if theirs[1] < low or theirs[0] > high:
-                raise ContractError(f"{given}, which the robot's {low}..{high} does not touch")
+                raise ContractError(f"{given}, which does not overlap the robot's {low}..{high}")
             wider = theirs[0] < low - RANGE_TOLERANCE or theirs[1] > high + RANGE_TOLERANCE
             if wider and not accept_wider:
                 raise ContractError(
@@ -172,16 +171,15 @@ class Safety:
     """Thresholds for refusing to start, for holding and for stopping. Times in s, angles in rad."""
 
     start_tolerance: float = 0.05
-    """How far outside its range a joint may be at the start; it then moves back at limited
-    speed."""
+    """Maximum distance of a joint outside its range at the start; it moves back slowly."""
     gripper_tolerance: float = 0.1
-    """The same for the gripper's measured opening."""
+    """Maximum distance of the gripper's measured opening outside its range at the start."""
     still: float = 0.01
     """Maximum motion of a joint during the readings before the start."""
     check_readings: int = 3
-    """Consecutive valid readings that are required before the start."""
+    """Number of consecutive valid readings that are required before the start."""
     start_s: float = 5.0
-    """The start is refused if they do not arrive within this time."""
+    """Maximum time until these readings have arrived; then the start is refused."""
     observation_hold_s: float = 0.3
     """The arm holds when the last valid observation is older than this."""
     observation_stop_s: float = 1.0
@@ -213,11 +211,9 @@ class Safety:
     send_stop_s: float = 0.5
     """The arm stops when commands have failed or blocked for this long."""
     stall_s: float = 1.0
-    """Watchdog timeout: the arm stops when the loop or the e-stop hook has not run for this
-    long."""
+    """Watchdog timeout for the loop and for the e-stop hook; then the arm stops."""
     accept_wider_limits: bool = False
-    """Accept a policy whose joint ranges are wider than the robot's. Commands stay inside the
-    robot's."""
+    """Accept a policy whose joint ranges are wider than ours, which still limit commands."""
     accept_torque_off: bool = False
     """Accept a LeRobot arm that goes limp when it disconnects (`disable_torque_on_disconnect`)."""
 

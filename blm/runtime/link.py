@@ -1,4 +1,4 @@
-"""The link to the policy: sends requests from a thread of its own, and reconnects after a loss."""
+"""The link to the policy: sends requests from a separate thread, and reconnects after a loss."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ RETRY_S = 0.2
 
 
 def ask(policy: Policy, request: ChunkRequest) -> ChunkReply:
-    """Call the policy. A served policy receives the request's number and time, and its client
-    checks that the reply echoes them. Raises what the policy raises, and ContractError for a wrong
-    rate."""
+    """Call the policy.
+
+    A served policy receives the request's number and time, and its client checks that the reply
+    echoes them. Raises the policy's exceptions, and ContractError for a wrong rate.
+    """
     if isinstance(policy, RemotePolicy):
         chunk = policy.act(request.observation, request_id=request.number, observed_s=request.observed_at)
     else:
@@ -46,7 +48,7 @@ class PolicyLink:
     @property
     def can_ask(self) -> bool:
         """Whether a request would be sent at once. Read it before `poll`, so that the event that
-        made it true is among those that `poll` returns."""
+        caused it is among those that `poll` returns."""
         return not self._busy.is_set()
 
     def ask(self, request: ChunkRequest) -> None:

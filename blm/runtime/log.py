@@ -14,8 +14,7 @@ RECENT = 1000
 
 
 class RunLog:
-    """Writes events. A failed write is counted, not raised, so that it cannot harm the run.
-    Thread-safe."""
+    """Writes events. A failed write is counted and not raised. Thread-safe."""
 
     def __init__(self, path: Path | str | None = None) -> None:
         """With a path, lines are appended to that file. Raises OSError if it cannot be opened."""

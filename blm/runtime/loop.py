@@ -1,7 +1,7 @@
 """Run the supervisor on a real arm: timing, threads, signals and shutdown.
 
 The main thread only waits and decides. Observations, commands and requests to the policy have
-threads of their own, so that none of them can keep the loop from holding or stopping the arm.
+separate threads, so that none of them can keep the loop from holding or stopping the arm.
 """
 
 from __future__ import annotations
@@ -28,13 +28,17 @@ from blm.types import BlmError, FloatArray, Policy
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CLOSE_S = 1.0
-"""Timeout for each thread at the end of a run [s]; a thread that hangs longer is abandoned and
-logged."""
+"""Timeout for each thread at the end of a run [s].
+
+A thread that hangs longer is abandoned and logged.
+"""
 DISCONNECT_S = 10.0
 """Timeout of the robot's `disconnect` [s]."""
 FINISH_S = 5.0
-"""Timeout of a stop, added to twice the braking time [s]; the run then ends although the arm is not
-at rest."""
+"""Timeout of a stop, added to twice the braking time [s].
+
+The run then ends although the arm is not at rest.
+"""
 SENDING = 0.2
 """Share of a control period. When a call of send_action takes longer, the command counts as sent
 this much before its end: it is unknown when within the call the arm received it, and the next one
@@ -60,7 +64,7 @@ class Driver:
         """Connect to the policy and check it against the robot; nothing moves.
 
         `make_policy` connects, also after a loss. `estop` returns True when the arm must stop; it
-        is polled every control period in a thread of its own. `on_stop(kind, reason)` is called at
+        is polled every control period in a separate thread. `on_stop(kind, reason)` is called at
         the end of a run. Raises BlmError, mostly ContractError, if policy and robot do not match.
         """
         self.make_policy, self.instruction = make_policy, instruction
@@ -77,11 +81,10 @@ class Driver:
             raise
 
     def run(self, seconds: float, *, seed: int = 0) -> RunReport:
-        """Follow the policy for `seconds`, not counting holds. Signals are handled in the main
-        thread only.
+        """Follow the policy for `seconds`, not counting holds.
 
-        Raises StoppedError if the run ends for another reason. In every case the arm keeps holding
-        its last command and is disconnected.
+        Signals are handled in the main thread only. Raises StoppedError if the run ends for another
+        reason. In every case the arm keeps holding its last command and is disconnected.
         """
         policy, self._policy = self._policy or self.make_policy(), None
         self._notified = False
@@ -118,8 +121,7 @@ class Driver:
         return self.report
 
     def notify_stop(self, kind: str, reason: str) -> None:
-        """Call the user's `on_stop`, once per run; it can neither fail the run nor delay its
-        end."""
+        """Call the user's `on_stop`, once per run, without failing or delaying its end."""
         with self._notify_lock:
             if self.on_stop is None or self._notified:
                 return
@@ -127,8 +129,7 @@ class Driver:
         self._bounded("on_stop", partial(self.on_stop, kind, reason), CLOSE_S, CallThread("blm-on-stop"))
 
     def _disconnect(self, reader: CallThread) -> None:
-        """Call `on_stop`, then disconnect in the thread that connected and read, unless it
-        hangs."""
+        """Call `on_stop`, then disconnect in the thread of the robot, unless it hangs."""
         if self.report.kind:
             self.notify_stop(self.report.kind, self.report.reason)
         worker = reader if reader.wait_idle(CLOSE_S) else CallThread("blm-disconnect")
@@ -137,7 +138,7 @@ class Driver:
             self.log.write("thread left behind", time.monotonic(), thread="reader")
 
     def _bounded(self, what: str, call: Callable[[], Any], timeout_s: float, worker: CallThread) -> None:
-        """Run code of the user with a timeout; its failures are logged and do not end the run."""
+        """Run the user's code with a timeout; failures are logged and do not end the run."""
         try:
             worker.submit(call).result(timeout_s)
         except Exception as error:
@@ -191,8 +192,7 @@ class _Run:
         self._settle_sending(self.safety.send_stop_s)
 
     def close(self) -> None:
-        """End all threads except the reader's. A thread that hangs in a driver is abandoned and
-        logged."""
+        """End all threads except the reader's; one that hangs is abandoned and logged."""
         ended = {
             "sender": self._sender.close(CLOSE_S),
             "policy": self._link.close(2 * CLOSE_S),
@@ -257,8 +257,7 @@ class _Run:
         return reading.result(), None
 
     def _send(self, command: FloatArray) -> float:
-        """Send when the bus is free, or at a timeout if the reader hangs; return the time of
-        sending [s]."""
+        """Send when the bus is free, or at a timeout; return the time of sending [s]."""
         free = self._bus.acquire(timeout=self.safety.observation_hold_s)
         begun = time.monotonic()
         try:
@@ -306,8 +305,7 @@ def handled_signals(request_stop: Callable[[str, str], None]) -> Iterator[None]:
 
 
 def require_torque(arm: Arm, safety: Safety) -> None:
-    """Raise BlmError for a LeRobot arm that is configured to go limp, and fall, when it
-    disconnects."""
+    """Raise BlmError for a LeRobot arm that is configured to go limp when it disconnects."""
     config = getattr(arm.robot, "config", None)
     if getattr(config, "disable_torque_on_disconnect", False) is True and not safety.accept_torque_off:
         raise BlmError(

@@ -1,6 +1,6 @@
 """Monitors of the running arm: start check, following error, cameras, clamping, repeated chunks.
 
-They have no clock of their own: every time they receive is on the loop's monotonic clock.
+They read no clock: every time they receive is on the loop's monotonic clock.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from blm.runtime.limits import ArmLimits, Safety
 from blm.types import FloatArray, ImageArray
 
 KNOWN_PICTURES = 32
-"""An image equal to one of the last 32 is not new: some drivers replay a ring of stale buffers."""
+"""Number of recent images with which a new one is compared: some drivers replay old buffers."""
 CLAMPED_SHARE = 0.9
 """Share of clamped commands from which clamping counts as sustained."""
 
@@ -49,8 +49,10 @@ class StartCheck:
 
 
 def outside_limits(state: FloatArray, limits: ArmLimits, safety: Safety) -> str | None:
-    """Return which value is outside the limits by more than the tolerance, with a hint if its unit
-    looks wrong; None if all are inside."""
+    """Return which value is outside the limits by more than the tolerance, or None.
+
+    The text has a hint if a unit seems to be wrong.
+    """
     excess = limits.outside(state) - np.append(
         np.full(limits.dim - 1, safety.start_tolerance), safety.gripper_tolerance
     )
@@ -171,8 +173,7 @@ class RepeatMonitor:
         self._moved = 0.0
 
     def add(self, observed_at: float, state: FloatArray, chunk: FloatArray) -> bool:
-        """Add a valid chunk with the time and state of its observation; return whether the policy
-        is stuck."""
+        """Add a valid chunk with time and state of its observation; return whether it repeats."""
         if chunk.tobytes() != self._chunk:
             self._chunk, self._first, self._moved = chunk.tobytes(), (observed_at, state), 0.0
             return False

@@ -1,5 +1,4 @@
-"""The policy's side of the loop: when to request a chunk, which replies to use, and when to give
-up."""
+"""The policy's side of the loop: requests for chunks, replies, and giving up."""
 
 from __future__ import annotations
 
@@ -72,7 +71,7 @@ class PolicySession:
         self.report.dropped = dict(self._timeline.dropped)
 
     def request(self, reading: Reading, now: float) -> ChunkRequest | None:
-        """Return the next request if one is due, else None.
+        """Return the next request if one is due, or None.
 
         It is due early enough for the reply to arrive when `execute` actions of the current chunk
         are over (real-time chunking: the policy receives the remaining actions, and how many of

@@ -15,8 +15,7 @@ class State(StrEnum):
     """States of the control loop."""
 
     CHECKING = "checking"
-    """No commands until the arm and its cameras pass the start check and the first chunk has
-    arrived."""
+    """No commands until the start check has passed and the first chunk has arrived."""
     RUNNING = "running"
     """Commands follow the current chunk."""
     HOLDING = "holding"
@@ -31,20 +30,20 @@ class RunReport:
 
     state: State = State.CHECKING
     kind: str = ""
-    """Why the run ended, in one word: 'finished' or one of the stops in docs/robot.md."""
+    """Reason of the end in one word: 'finished' or one of the stops in docs/robot.md."""
     reason: str = ""
-    """The explanation."""
+    """Reason of the end as a sentence."""
     steps: int = 0
-    """Commands sent."""
+    """Number of commands sent."""
     chunks: int = 0
     held: int = 0
-    """Commands that held the arm."""
+    """Number of commands that held the arm."""
     clamped: int = 0
-    """Commands that differ from the policy's target by more than `Safety.clamp_error`."""
+    """Number of commands further from the policy's target than `Safety.clamp_error`."""
     unread: int = 0
-    """Failed observations."""
+    """Number of failed observations."""
     unsent: int = 0
-    """Failed commands."""
+    """Number of failed commands."""
     dropped: dict[str, int] = field(default_factory=dict)
     """Reason -> number of dropped replies."""
     reconnections: int = 0

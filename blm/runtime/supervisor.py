@@ -1,8 +1,8 @@
-"""The control loop as a pure state machine: (time, observation, replies) -> (state, command,
-request).
+"""The control loop as a pure state machine.
 
-It has no threads, no clock and no input or output, so that every path can be tested. The states are
-those of `states.State`. Only this class makes commands, and all of them pass the `CommandLimiter`.
+Each step maps (time, observation, replies) to (state, command, request). There are no threads, no
+clock and no input or output, so every path can be tested. The states are those of `states.State`.
+Only this class creates commands, and all of them pass the `CommandLimiter`.
 """
 
 from __future__ import annotations
@@ -88,8 +88,7 @@ class Supervisor:
         return self._sent_at + self.limits.period
 
     def step(self, inputs: StepInputs) -> Decision:
-        """Process the inputs and return a decision. There is at most one command per control
-        period."""
+        """Process the inputs; return at most one command per control period, and a request."""
         if self.state is State.STOPPED or not self._tick(inputs.now):
             return Decision(State.STOPPED)
         now = inputs.now
@@ -130,10 +129,10 @@ class Supervisor:
         self._end(self._now or 0.0)
 
     def delivered(self, at: float, error: str | None = None) -> None:
-        """Record when the last command was sent to the arm [s]; `error`: why the arm may not have
-        it.
+        """Record the time at which the last command was sent to the arm [s].
 
-        A failed command counts as sent too: the next one is limited relative to it.
+        `error` is the reason why the arm may not have received it. A failed command also counts as
+        sent: the next one is limited relative to it.
         """
         self._sent_at, self._send_error = max(self._sent_at, at), error
         if error:
@@ -154,8 +153,7 @@ class Supervisor:
         return True
 
     def _consider_start(self, now: float) -> None:
-        """Enter RUNNING when the arm is at rest inside its limits and the first chunk has
-        arrived."""
+        """Enter RUNNING if the arm is at rest in its limits and the first chunk is there."""
         problem = self.health.problem()
         if self._not_ready.update(problem is not None, now) > self.safety.start_s:
             self.stop("start", problem or "")

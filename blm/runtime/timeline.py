@@ -1,5 +1,4 @@
-"""Action chunks on the robot's clock: matching replies with requests, their age, and the current
-target.
+"""Action chunks on the robot's clock: their age, the current target, requests and replies.
 
 Action i of a chunk is meant for the time of its observation plus i control periods. The target is
 therefore looked up by the chunk's real age on the robot's monotonic clock, and interpolated between
@@ -21,8 +20,7 @@ import numpy as np
 from blm.types import ContractError, FloatArray, Observation
 
 HUGE = 1e6
-"""Targets are clipped to this magnitude, so that their differences stay finite; all limits are far
-below."""
+"""Magnitude to which targets are clipped, so that differences are finite. Limits are lower."""
 ROUNDING = 1e-6
 """Tolerance of an age for rounding errors [control periods]."""
 
@@ -36,7 +34,7 @@ class ChunkRequest:
     observed_at: float
     """Time of the observation on the robot's clock [s]; echoed as well."""
     asked_at: float
-    """When the request was made [s]."""
+    """Time of the request [s]."""
     observation: Observation
 
 
@@ -60,8 +58,10 @@ class TrackingTarget:
 
 
 def check_actions(actions: Any, horizon: int, dim: int) -> FloatArray:
-    """Return a chunk as finite float64 [H, dim], 1 <= H <= horizon. Raises ContractError
-    otherwise."""
+    """Return a chunk as finite float64 [H, dim], 1 <= H <= horizon.
+
+    Raises ContractError for any other value.
+    """
     try:
         array = np.asarray(actions)
     except (TypeError, ValueError) as error:
@@ -96,8 +96,7 @@ class ChunkTimeline:
         self.pending = None
 
     def receive(self, reply: ChunkReply, now: float) -> str | None:
-        """Make a reply the current chunk and return None, or return the reason why it was
-        dropped."""
+        """Make a reply the current chunk; return None, or the reason why it was dropped."""
         reason = self._receive(reply, now)
         if reason is not None:
             self.dropped[reason.split(":")[0]] += 1
@@ -128,8 +127,7 @@ class ChunkTimeline:
         return (now - self.observed_at) * self.rate_hz
 
     def target(self, now: float) -> TrackingTarget | None:
-        """Return the target of the current chunk; None without a chunk, and after its last
-        action."""
+        """Return the target of the current chunk; None without one or after its end."""
         if self.chunk is None:
             return None
         age = self.age(now)

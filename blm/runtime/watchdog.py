@@ -15,11 +15,11 @@ EStop = Callable[[], bool]
 
 
 class Watchdog:
-    """Polls the e-stop and detects a stalled loop. The loop calls `beat` and reads `stop` in every
-    step.
+    """Polls the e-stop and detects a stalled loop.
 
-    A stalled loop sends no commands, so the arm holds its last one. The event `stalled` keeps the
-    loop from sending more when it resumes, and `on_stall` is called.
+    The loop calls `beat` and reads `stop` in every step. A stalled loop sends no commands, so the
+    arm holds its last one. The event `stalled` keeps the loop from sending more when it resumes,
+    and `on_stall` is called.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Watchdog:
 
     @property
     def stop(self) -> StopReason | None:
-        """Why the arm must stop; None if it need not."""
+        """The reason why the arm must stop; None if there is none."""
         if self._stop is not None:
             return self._stop
         if self._estop is not None and (silent := time.monotonic() - self._polled) > self._stall_s:

@@ -1,4 +1,4 @@
-"""Serve a Policy and a Chat on one port (`blm.serving.app`), and use a served Policy from afar."""
+"""Serve a Policy and a Chat on one port (`blm.serving.app`), and use a remote Policy."""
 
 from blm.serving.client import RemotePolicy
 

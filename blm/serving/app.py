@@ -51,13 +51,13 @@ def create_app(
     scheduler_limits: SchedulerLimits | None = None,
     reasoning: Reasoning = "inline",
 ) -> FastAPI:
-    """Build the server for a policy, a generator, or both. Routes of the missing one return an
-    error.
+    """Build the server for a policy, a generator, or both.
 
-    `api_key` is short for `access=AccessControl([api_key])`. `reasoning` says where the text
-    between <think> and </think> goes: into the content of the answer, or into `reasoning_content`.
-    The policy must be stateless, because OpenPI has no message for the start of an episode. Raises
-    BlmError for an empty or unprintable key.
+    Routes of the missing one return an error. `api_key` is short for
+    `access=AccessControl([api_key])`. `reasoning` says where to put the text between <think> and
+    </think>: in the content of the answer, or in `reasoning_content`. The policy must be stateless,
+    because OpenPI has no message for the start of an episode. Raises BlmError for an empty or
+    unprintable key.
     """
     access = access or AccessControl([] if api_key is None else [api_key])
     scheduler = ModelScheduler(policy, generator, scheduler_limits)
@@ -121,8 +121,7 @@ def _add_middleware(app: FastAPI, access: AccessControl) -> None:
 
 
 class Server(uvicorn.Server):
-    """At shutdown it refuses new requests and lets those in progress finish, for GRACE_S at
-    most."""
+    """At shutdown it refuses new requests and lets those in progress finish for up to GRACE_S."""
 
     async def shutdown(self, sockets: Any = None) -> None:
         app: Any = self.config.app
@@ -131,8 +130,7 @@ class Server(uvicorn.Server):
 
 
 def server_config(app: FastAPI, host: str = "127.0.0.1", port: int = 8000) -> uvicorn.Config:
-    """Return uvicorn's settings for OpenPI clients, with the connection limits of
-    `access.connections`.
+    """Return uvicorn's settings for OpenPI clients, with limits on connections.
 
     Websocket frames may be as large as the contract's observations and are not compressed.
     X-Forwarded-* headers are ignored, because any client can send them.
@@ -158,7 +156,7 @@ def serve(
 ) -> None:
     """Run until interrupted, on `sockets` if they are given (`blm.addresses.bind`).
 
-    `host='0.0.0.0'` makes the server reachable from the network; give `create_app` API keys then.
+    `host='0.0.0.0'` exposes the server to the network; give `create_app` API keys then.
     """
     _raise_file_limit(2 * connections.MAX_CONNECTIONS)
     with suppress(KeyboardInterrupt):  # raised after a clean shutdown
@@ -166,8 +164,7 @@ def serve(
 
 
 def _raise_file_limit(most: int) -> None:
-    """Raise this process's limit on open files if permitted: each connection needs a file
-    descriptor."""
+    """Raise the limit on open files if permitted: each connection needs a descriptor."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -178,7 +175,7 @@ def _raise_file_limit(most: int) -> None:
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
-    """Reply on paths without a route; Starlette's own reply to a websocket carries no message."""
+    """Reply on paths without a route; Starlette's reply to a websocket has no message."""
     error = RequestError(404, f"no such path: {scope['path'][:200]}")
     await JSONResponse(error.to_json(), error.status)(scope, receive, send)
 

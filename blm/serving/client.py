@@ -1,5 +1,7 @@
-"""The client of a policy server: a `Policy` over OpenPI. It needs NumPy, msgpack and websockets
-only."""
+"""The client of a policy server: a `Policy` over OpenPI.
+
+It needs NumPy, msgpack and websockets only.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,11 @@ from blm.types import (
 )
 
 MAX_FRAME = 4 * 2**20
-"""Largest frame accepted from a server [bytes]: it sends contracts and action chunks, no images."""
+"""Maximum size of a frame from a server [bytes]: contracts and action chunks, no images."""
 CLOSE_TIMEOUT_S = 1.0
-"""How long to wait for the server's reply to a close frame [s]."""
+"""Timeout of the server's reply to a close frame [s]."""
 MAX_MESSAGE = 300
-"""Longest part of a server's message that an error repeats [characters]."""
+"""Maximum length of a server's message that an error repeats [characters]."""
 
 
 class RemotePolicy:
@@ -86,7 +88,7 @@ class RemotePolicy:
             raise
 
     def _read_contract(self, stated: PolicyContract | None) -> tuple[PolicyContract, bool]:
-        """Return the server's contract and False, or the contract stated by the user and True."""
+        """Return the server's contract and False, or the user's contract and True."""
         metadata = self._receive()
         try:
             return PolicyContract.from_json(metadata), False
@@ -104,7 +106,7 @@ class RemotePolicy:
     def act(
         self, observation: Observation, *, request_id: int | None = None, observed_s: float | None = None
     ) -> ActionChunk:
-        """Request the next action chunk. The observation is checked against the contract first.
+        """Request the next action chunk, after checking the observation.
 
         `request_id` defaults to a count, and `observed_s`, the time of the observation on the
         caller's monotonic clock [s], to now. Raises LateError if the server missed the deadline,
@@ -140,7 +142,7 @@ class RemotePolicy:
         return ActionChunk(actions=actions, rate_hz=self._contract.rate_hz)
 
     def reset(self) -> None:
-        """Does nothing: a served policy is stateless."""
+        """Do nothing: a served policy is stateless."""
 
     def close(self) -> None:
         self._opened.close()
@@ -154,8 +156,7 @@ class RemotePolicy:
         self.close()
 
     def _require_no_frame(self) -> None:
-        """Raise BlmError, and close, if a frame has arrived already: it cannot be the next
-        reply."""
+        """Raise BlmError, and close, if a frame has already arrived: no reply is due."""
         try:
             frame = self._socket.recv(timeout=0)
         except TimeoutError:
@@ -212,9 +213,9 @@ def _reason(body: bytes | bytearray | None) -> str:
 
 
 def read_actions(reply: Mapping[Any, Any], horizon: int, dim: int, where: str) -> FloatArray:
-    """Return the chunk of a reply as float32 [H, dim], 1 <= H <= horizon. Raises ContractError.
+    """Return the chunk of a reply as float32 [H, dim], 1 <= H <= horizon.
 
-    `where` names the server in error messages.
+    Raises ContractError. `where` names the server in error messages.
     """
     needed = f"needed: 'actions', finite numbers of shape (1..{horizon}, {dim})"
     if "actions" not in reply:
@@ -223,10 +224,10 @@ def read_actions(reply: Mapping[Any, Any], horizon: int, dim: int, where: str) -
     try:
         array = np.asarray(reply["actions"])
     except (TypeError, ValueError) as error:
-        raise ContractError(f"the actions of {where} are no array: {_short(error)}; {needed}") from error
+        raise ContractError(f"the actions of {where} are not an array: {_short(error)}; {needed}") from error
     if array.dtype.kind not in "fiu" or array.ndim != 2 or array.shape[1] != dim:
         raise ContractError(f"the actions of {where} are {array.dtype} {_short(array.shape)}; {needed}")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite, and are refused
         actions = array.astype(np.float32)
     if not 1 <= len(actions) <= horizon or not np.isfinite(actions).all():
         fault = f"{len(actions)} steps" if np.isfinite(actions).all() else "not finite"

@@ -7,13 +7,13 @@ from typing import Any
 from blm.types import BlmError, shorten
 
 QUOTED_CHARACTERS = 60
-"""Longest part of a client's value in an error message: enough to recognise it."""
+"""Maximum length of a client's value in an error message [characters]."""
 MESSAGE_CHARACTERS = 500
-"""Longest error message."""
+"""Maximum length of an error message [characters]."""
 
 
 class RequestError(BlmError):
-    """A request that cannot be served: the HTTP status, a message, and the parameter at fault."""
+    """A request that cannot be served: HTTP status, message, and the faulty parameter."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(shorten(message, MESSAGE_CHARACTERS, quote=False))

@@ -12,8 +12,7 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 
 
 class Metrics:
-    """The metrics of one server, in a registry of its own: several servers may run in one
-    process."""
+    """The metrics of one server, in a separate registry per server."""
 
     def __init__(self, waiting: Callable[[], Mapping[str, int]]) -> None:
         """`waiting` returns the number of queued and running requests by kind."""

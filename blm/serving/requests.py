@@ -1,5 +1,4 @@
-"""Requests to the model: a request queue that is fair to clients, action requests and chat
-requests."""
+"""Requests to the model: actions, chat, and a request queue that is fair to clients."""
 
 from __future__ import annotations
 
@@ -29,11 +28,11 @@ Queued = TypeVar("Queued", bound=Hashable)
 
 
 class BusyError(BlmError):
-    """The request queue is full, or the server is shutting down; the client may try again later."""
+    """The request queue is full, or the server is shutting down; clients may retry later."""
 
 
 class ModelError(RuntimeError):
-    """The model, or the thread that runs it, failed or returned an invalid result."""
+    """The model or its thread failed or returned an invalid result."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +44,15 @@ class SchedulerLimits:
     max_queued_chats: int = 64
     max_queued_chats_per_client: int = 32
     max_action_batch: int = 32
-    """Observations in one forward pass of the policy."""
+    """Maximum number of observations in one forward pass of the policy."""
     max_sequences: int = 16
-    """Answers that are generated at the same time."""
+    """Maximum number of answers that are generated at the same time."""
     max_prefills: int = 4
-    """Chat requests that are tokenized or prefilled at the same time; they take turns."""
+    """Maximum number of chat requests that are tokenized or prefilled in turn."""
     cache_tokens: int = 65_536
     """Capacity of the KV cache [tokens], shared by all running sequences."""
     stall_s: float = 30.0
-    """The health check fails when pending work makes no progress for this long [s]."""
+    """Time without progress on pending work after which the health check fails [s]."""
     check_s: float = 1.0
     """Time between two checks of a model that has failed [s]."""
 
@@ -74,8 +73,10 @@ class FairQueue(Generic[Queued]):
         return self._count
 
     def put(self, request: Queued, client: Hashable | None) -> None:
-        """Append a request. Requests without a client share one line. Raises BusyError if it is
-        full."""
+        """Append a request. Raises BusyError if the queue is full.
+
+        Requests without a client share one line.
+        """
         line = self._clients.get(client, {})
         if self._count >= self.limit:
             raise BusyError(
@@ -91,8 +92,7 @@ class FairQueue(Generic[Queued]):
         self._count += 1
 
     def pop(self) -> Queued | None:
-        """Remove and return the first request of the client whose turn it is; None if the queue is
-        empty."""
+        """Remove and return the first request of the next client; None if the queue is empty."""
         if not self._clients:
             return None
         client, line = self._clients.popitem(last=False)
@@ -113,7 +113,7 @@ class FairQueue(Generic[Queued]):
         return [request for _ in range(count) if (request := self.pop()) is not None]
 
     def remove(self, request: Queued, client: Hashable | None) -> bool:
-        """Remove a cancelled request. Returns False if it is no longer in the queue."""
+        """Remove a cancelled request. Returns False if it is not in the queue any more."""
         line = self._clients.get(client, {})
         if request not in line:
             return False
@@ -132,7 +132,7 @@ class ActionResult:
     infer_ms: float
     """Duration of the forward pass that produced the chunk [ms]."""
     batch_size: int
-    """Observations in that forward pass."""
+    """Number of observations in that forward pass."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +141,7 @@ class ActionRequest:
 
     observation: Observation
     deadline: float
-    """On the clock of `time.monotonic` [s]; infinite without a deadline."""
+    """Deadline on the clock of `time.monotonic` [s]; infinite without a deadline."""
     done: Future[ActionResult]
 
 
@@ -161,8 +161,8 @@ class Snapshot:
 class ChatRequest:
     """A conversation and the sequences that are generated for it, one per sampling.
 
-    Asynchronous iteration yields the stream state: the newest snapshot of every sequence. A slow
-    reader skips intermediate snapshots.
+    Asynchronous iteration yields the newest snapshot of every sequence. A slow reader skips
+    intermediate snapshots.
     """
 
     messages: Sequence[Message]
@@ -179,7 +179,7 @@ class ChatRequest:
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def publish(self, latest: list[Snapshot] | Exception) -> None:
-        """Replace the stream state that the reader sees next. May be called from any thread."""
+        """Replace the snapshots that the reader sees next. May be called from any thread."""
         try:
             self.loop.call_soon_threadsafe(self._set, latest)
         except RuntimeError:  # the reader's event loop is closed
@@ -191,8 +191,7 @@ class ChatRequest:
         self._changed.set()
 
     async def __aiter__(self) -> AsyncIterator[list[Snapshot]]:
-        """Yield the snapshots of all sequences whenever they change. Raises the error of the
-        model."""
+        """Yield the snapshots of all sequences on changes. Raises the model's error."""
         while True:
             await self._changed.wait()
             self._changed.clear()
@@ -206,12 +205,11 @@ class ChatRequest:
 
 
 class GeneratedSequence(Protocol):
-    """A sequence in progress. An optional attribute `error` holds the exception that ended it
-    early."""
+    """A sequence in progress. An optional `error` holds the exception that ended it."""
 
     tokens: list[int]
     ended: Literal["stop", "length"] | None
-    """Finish reason: "stop" at the end token, "length" at the token limit; None while running."""
+    """Finish reason: "stop" (end token), "length" (token limit), or None while running."""
 
     @property
     def prompt_tokens(self) -> int: ...
@@ -254,15 +252,17 @@ class PreparedPrompt(Protocol):
 
 @runtime_checkable
 class ChunkedPrefillGenerator(TokenGenerator, Protocol):
-    """A generator with chunked prefill, such as `Generation`: it tokenizes in any thread, and
-    prefills a prompt in bounded steps."""
+    """A generator with chunked prefill, such as `Generation`.
+
+    It tokenizes in any thread, and prefills a prompt in bounded steps.
+    """
 
     def prepare(self, messages: Sequence[Message], samplings: Sequence[Sampling]) -> PreparedPrompt: ...
 
     def begin(self, prompt: Any) -> Any: ...
 
     def advance(self, prefill: Any) -> Sequence[GeneratedSequence] | None:
-        """Run one step of a prefill; return its sequences after the last step, None before."""
+        """Run one step of a prefill; return its sequences after the last step, or None."""
         ...
 
 
@@ -286,8 +286,10 @@ def as_exception(error: BaseException) -> Exception:
 
 
 def check_chunk(chunk: Any, observation: Observation, contract: PolicyContract) -> ActionChunk:
-    """Return a chunk that may be sent to a robot. Raises ModelError for a wrong shape or type, or
-    NaN."""
+    """Return a chunk that may be sent to a robot.
+
+    Raises ModelError for a wrong shape or type, or NaN.
+    """
     dim = contract.action_spaces[observation.robot].dim
     if not isinstance(chunk, ActionChunk):
         raise ModelError(f"the policy returned {type(chunk).__name__} instead of an ActionChunk")
@@ -303,7 +305,7 @@ def check_chunk(chunk: Any, observation: Observation, contract: PolicyContract) 
 
 
 def blank_observation(contract: PolicyContract, robot: str) -> Observation:
-    """Return a valid observation: black pictures, and every joint in the middle of its range."""
+    """Return a valid observation: black images, every joint in the middle of its range."""
     space, side = contract.action_spaces[robot], contract.image_size
     return Observation(
         images={camera: np.zeros((side, side, 3), np.uint8) for camera in contract.cameras},

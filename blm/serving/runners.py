@@ -60,7 +60,7 @@ class ActionRunner:
             self.error = as_exception(error)
 
     def run(self, requests: Sequence[ActionRequest]) -> None:
-        """Run one batch. If it fails, each request runs alone, so that a bad one harms no other."""
+        """Run one batch. If it fails, each request runs alone, so one cannot fail others."""
         start = time.monotonic()
         requests = [request for request in requests if request.done.set_running_or_notify_cancel()]
         for request in requests:
@@ -109,7 +109,10 @@ class ActionRunner:
         request.done.set_exception(reported)
 
     def _act(self, observations: Sequence[Observation]) -> Sequence[ActionChunk]:
-        """Call the policy. Raises what it raises, and ModelError for a wrong number of chunks."""
+        """Call the policy.
+
+        Raises the policy's exceptions, and ModelError for a wrong number of chunks.
+        """
         if not isinstance(self.policy, BatchPolicy):
             return [self.policy.act(observation) for observation in observations]
         chunks: Any = self.policy.act_batch(observations)
@@ -162,14 +165,15 @@ class ChatRunner:
             self.error = as_exception(error)
 
     def add(self, request: ChatRequest, prompt: PreparedPrompt | None) -> None:
-        """Accept a request. Without a tokenized prompt, the generator prefills the whole of it at
-        once."""
+        """Accept a request.
+
+        Without a tokenized prompt, the generator prefills all of it at once.
+        """
         request.cache_tokens = 0 if prompt is None else prompt.cache_tokens
         self._prepared.append((request, prompt))
 
     def step(self) -> None:
-        """Run one prefill step or one decoding step, alternating when there is work of both
-        kinds."""
+        """Run one prefill step or one decoding step, alternating if there are both."""
         while self._prepared and self._fits(self._prepared[0][0]):
             self._begin(*self._prepared.popleft())
         if self._prefilling and not (self._prefilled_last and self.decoding):
@@ -211,8 +215,10 @@ class ChatRunner:
         return reported
 
     def _fits(self, request: ChatRequest) -> bool:
-        """Whether the request fits beside the running ones; one that exceeds the limits runs
-        alone."""
+        """Return whether the request fits next to the running ones.
+
+        A request that exceeds the limits runs alone.
+        """
         others = [*self.decoding, *(other for other, _ in self._prefilling)]
         if not others:
             return True

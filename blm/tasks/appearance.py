@@ -20,15 +20,16 @@ _TASK_SHARE = 0.3
 
 @dataclass(frozen=True, kw_only=True)
 class Appearance:
-    """Amplitudes of the randomisation; 0 means no variation."""
+    """Amplitudes of the randomisation of a scene's appearance; 0 means no variation."""
 
     colors: float = 0.0
-    """Maximum change of the red, green and blue of table and robot (0..1)."""
+    """Maximum change of each colour channel of the table and the robot, 0..1."""
     light: float = 0.0
-    """Maximum relative change of the brightness, and maximum change of the light's direction [rad]."""
+    """Maximum relative change of the light's brightness, 0..1.
+    Its direction changes by at most the same number [rad]."""
     camera: float = 0.0
-    """Standard deviation of a third-person camera's position [m]. Its direction varies by a tenth
-    [rad]."""
+    """Standard deviation of the position of third-person cameras [m], 0..0.2.
+    The standard deviation of their direction is a tenth of this number [rad]."""
 
     def __post_init__(self) -> None:
         if not all(0 <= value <= most for value, most in zip(astuple(self), (1, 1, 0.2), strict=True)):

@@ -52,7 +52,9 @@ def draw_distractors(
             drawn.append((item, pose(spot[0], spot[1], half, float(rng.uniform(0, np.pi)))))
             taken.append((spot, 1.5 * half))
     if len(drawn) < count:
-        raise BlmError(f"no room for {count} distractors beside the task's objects; ask for fewer")
+        raise BlmError(
+            f"there is no room for {count} distractors next to the task's objects; reduce their number"
+        )
     return tuple(drawn)
 
 

@@ -2,7 +2,7 @@
 
 Physics (PhysX), objects, initial states, success rules and meshes are ManiSkill's. Names, action
 space, cameras and instructions are ours, so data and policies transfer between the simulators.
-ManiSkill needs a Python environment of its own (scripts/maniskill.sh); see docs/maniskill.md. A
+ManiSkill needs a separate Python environment (scripts/maniskill.sh); see docs/maniskill.md. A
 seed gives another scene than in `Env`; the same seed gives the same episode, bit for bit, on one
 machine.
 """
@@ -99,7 +99,7 @@ def require_maniskill() -> None:
         import mani_skill.envs
     except ImportError as error:
         raise BlmError(
-            f"ManiSkill is not installed here ({error}); it has an environment of its own. Run "
+            f"ManiSkill is not installed here ({error}); it needs a separate environment. Run "
             "scripts/maniskill.sh, then use .venv-maniskill/bin/python"
         ) from error
     mani_skill.logger.setLevel(logging.ERROR)  # its own tasks log warnings at each reset
@@ -113,7 +113,7 @@ class ManiSkillEnv(TaskEnv):
         self._maniskill_task = lookup("task in ManiSkill", self.task, MANISKILL_TASKS)
         if self._extra or appearance != PLAIN:
             raise BlmError(
-                "ManiSkill's scenes are as they are: distractors must be 0 and the appearance plain"
+                "ManiSkill's scenes cannot be changed: distractors must be 0 and the appearance plain"
             )
         self._cameras: dict[tuple[str, int], Any] = {}
         self.simulation = self._make()

@@ -13,9 +13,9 @@ from blm.tasks.spec import STATIC_SPEED, Item, Part, Placement, Region, TaskSpec
 
 
 def goal_tolerance(robot: RobotSpec) -> float:
-    """Return the radius of the goal, also the tolerance for success [m]: 0.025.
+    """Return the radius of the goal, which is also the tolerance for success [m].
 
-    0.0225 for the WidowX AI.
+    It is 0.025, and 0.0225 for the WidowX AI.
     """
     return 1.25 * robot.workspace.cube_half
 

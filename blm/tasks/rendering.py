@@ -37,12 +37,12 @@ def gl_backend() -> str:
     for backend, library in (("egl", "EGL"), ("osmesa", "OSMesa")):
         if ctypes.util.find_library(library):
             return backend
-    raise BlmError(f"no OpenGL library for pictures without a screen. Install one: {_FIX}")
+    raise BlmError(f"there is no OpenGL library for offscreen rendering. Install one: {_FIX}")
 
 
 def _new_context(size: int) -> Any:
     backend = os.environ["MUJOCO_GL"] = gl_backend()
-    # Mesa's software renderer draws our small pictures a quarter faster without threads of its own.
+    # Mesa's software renderer renders our small images a quarter faster without its own threads.
     os.environ.setdefault("LP_NUM_THREADS", "0")
     try:
         context = importlib.import_module(_BACKENDS[backend]).GLContext(size, size)
@@ -60,7 +60,7 @@ def _close_all() -> None:
 
 
 class Renderer:
-    """Renders square pictures of one model, up to `size` px per side.
+    """Renders square images of one model, up to `size` px per side.
 
     Holds an OpenGL context until `close`.
     """
@@ -103,7 +103,7 @@ class Renderer:
         return table[codes]
 
     def close(self) -> None:
-        """Free the picture buffers and the OpenGL context; safe to call twice."""
+        """Free the image buffers and the OpenGL context; safe to call twice."""
         if self._gl is not None:
             self._gl.make_current()
             self._context.free()
@@ -111,4 +111,4 @@ class Renderer:
             self._gl = None
 
     def __del__(self) -> None:
-        self.close()  # makes its own context current first; freeing in another one would corrupt its pictures
+        self.close()  # makes its own context current first; freeing in another one would corrupt its images

@@ -23,12 +23,11 @@ CAMERAS: dict[str, tuple[Vector, Vector, float] | None] = {
     "side": ((0.41, -0.85, 0.55), (0.03, -0.03, 0.127), 28.5),
     "wrist": None,
 }
-"""Third-person cameras: eye and target relative to the workspace's centre [m], vertical field of
-view [deg].
+"""Third-person cameras: eye, target [m from the workspace's centre], field of view [deg].
 
-They show PickCube's space and most of PushCube's targets at less than 5 mm per pixel (table, 112
-px). Base and side are 100 deg apart in azimuth, so together they give depth. The wrist camera
-belongs to the robot.
+The field of view is the vertical one. They show PickCube's space and most of PushCube's targets at
+less than 5 mm per pixel (table, 112 px). Base and side are 100 deg apart in azimuth, so together
+they give depth. The wrist camera belongs to the robot.
 """
 ROLLING = (0.3, 0.005, 0.0005)
 """Sliding, torsional and rolling friction of a ball. Without rolling friction it would never stop."""

@@ -58,8 +58,7 @@ class Item:
     color: str
     parts: tuple[Part, ...]
     role: Literal["free", "fixed", "marker"] = "free"
-    """free: moves under physics; fixed: collides but does not move; marker: visible, does not
-    collide."""
+    """Free items obey physics, fixed ones collide, markers are only visible."""
 
 
 @dataclass(frozen=True)

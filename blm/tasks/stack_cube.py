@@ -8,8 +8,7 @@ from blm.robots import RobotSpec
 from blm.tasks.spec import Item, Placement, Region, TaskSpec, TaskState, cube, pose
 
 _SPREAD = (1.0, 2.0)
-"""The cubes lie around a common centre, which is drawn from the region, within its half extents
-times this."""
+"""Range of the cubes around their common centre, as a multiple of the half extents."""
 
 
 def _items(robot: RobotSpec) -> tuple[Item, ...]:

@@ -1,1 +1,1 @@
-"""Stage I (`sft`) and Stage II (`imitate`): two short trainers over one loop (`loop`)."""
+"""Stage I (`sft`), Stage II (`policy`), the pretraining of nano, and the loop that they share."""

@@ -1,4 +1,4 @@
-"""The record of what a run or cache is made from, which a second run in its folder must equal."""
+"""The record of the inputs of a run or cache, to which a second run in its folder must be equal."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ OUTPUTS = (
 
 
 def require_same_inputs(path: Path, inputs: Mapping[str, Any], complaint: str) -> None:
-    """Write the inputs of a new run to `path`, with their sha256; compare with those of an existing
-    run.
+    """Write the inputs of a new run to `path`; compare with those of an existing run.
 
-    Raises BlmError, beginning with `complaint` and naming what differs, if a run in this folder was
-    made from other inputs; and if the folder has OUTPUTS but no record.
+    Their sha256 is written, too. Raises BlmError, beginning with `complaint` and naming the
+    difference, if a run in this folder has other inputs; and if the folder has OUTPUTS but no
+    record.
     """
     text = json.dumps(inputs, sort_keys=True)
     wanted = {**json.loads(text), "key": hashlib.sha256(text.encode()).hexdigest()}
@@ -39,9 +39,7 @@ def require_same_inputs(path: Path, inputs: Mapping[str, Any], complaint: str) -
             return
         if outputs:
             other = ", ".join(name for name in inputs if stored.get(name) != wanted[name])
-            raise BlmError(
-                f"{complaint}: made from another {other}; name another folder, or move this one away"
-            )
+            raise BlmError(f"{complaint}: it has another {other}; name another folder, or move this one away")
     elif outputs:
         raise BlmError(
             f"'{path.parent}' has {', '.join(outputs[:3])} but no {path.name}: this program did not begin "

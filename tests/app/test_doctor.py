@@ -68,7 +68,7 @@ def at(place, value):
     return change
 
 
-def test_good_datasets_say_what_is_in_them(folder, tmp_path):
+def test_good_datasets_report_their_content(folder, tmp_path):
     (check,) = examine_path(folder)
     assert check.fix == "" and "arm: 3 episodes, 28 frames, 2 cameras; all files match the" in check.found
     for writer in (write_v2, write_v3):
@@ -90,7 +90,7 @@ def test_all_faults_of_vectors_are_listed_at_once(folder):
         folder,
         "observation.state is not finite in 3 frames, in episodes 0, 2",
         "executed_action is not finite in 1 frames, in episodes 0",
-        "stats.json is not of these frames: max, mean, std",
+        "stats.json does not belong to these frames: max, mean, std",
         "timestamps are not those of 20 Hz in 1 frames, in episodes 1",
     )
 
@@ -101,7 +101,7 @@ def test_joints_that_never_move_and_foreign_units_are_named(folder):
         return values
 
     edit(folder, **{"action": lambda values: values * [1, 0, 1], "observation.state": degrees})
-    statistics = "stats.json is not of these frames"
+    statistics = "stats.json does not belong to these frames"
     assert found(folder, "are these degrees", "has the same target in all frames", statistics, statistics)
 
 
@@ -111,12 +111,12 @@ def test_statistics_are_compared_in_full(folder):
     stats["action"]["q99"][0] += 0.01
     path.write_text(json.dumps(stats))
     sign_again(folder)
-    assert found(folder, "stats.json is not of these frames: q99 of action")
+    assert found(folder, "stats.json does not belong to these frames: q99 of action")
 
 
 def test_frames_in_a_wrong_order_are_found(folder):
     edit(folder, episode_index=at([8], 0))
-    assert found(folder, "frames are not ordered by episode")
+    assert found(folder, "frames are not in the order of")
 
 
 def test_all_damaged_files_are_named(folder):
@@ -193,7 +193,7 @@ def test_a_collection_is_examined_robot_by_robot(folder, tmp_path):
     assert sum("is missing" in check.found for check in lines) == 2
 
 
-def test_an_unfinished_collection_says_how_to_finish_it(tmp_path):
+def test_an_unfinished_collection_comes_with_a_remedy(tmp_path):
     out = tmp_path / "out"
     stage_episode(out / ".staging", "arm/push/1", EPISODES[0])
     stage_episode(out / ".staging", "arm/push/2", EPISODES[1])
@@ -222,7 +222,7 @@ def test_extra_frames_are_a_misalignment_also_in_foreign_datasets(folder, tmp_pa
     base = next(folder.glob("videos/*base/*/*.mp4"))
     reencode(base, lambda frames: [*frames[:place], frames[place], *frames[place:]])
     sign_again(folder)
-    assert found(folder, "has 29 frames, its episodes need 28: 1 too many, so pictures and rows")
+    assert found(folder, "has 29 frames, its episodes need 28: 1 too many, so images and rows")
     write_v2(tmp_path / "foreign")
     top = next((tmp_path / "foreign").glob("videos/chunk-001/*top/*.mp4"))
     reencode(top, lambda frames: [*frames, frames[-1]], 10)
@@ -252,7 +252,7 @@ def test_a_frozen_camera_is_found_where_the_arm_moves(folder):
     first, stop = data.starts[1:3]
     reencode(base, lambda frames: [*frames[:first], *[frames[first]] * (stop - first), *frames[stop:]])
     sign_again(folder)
-    assert found(folder, "camera 'base' shows one picture all through episodes in which the arm moves")
+    assert found(folder, "camera 'base' shows the same image throughout episodes in which the arm moves")
 
 
 def test_a_still_arm_before_a_still_camera_is_no_fault(folder):
@@ -266,7 +266,7 @@ def test_a_still_arm_before_a_still_camera_is_no_fault(folder):
         return values
 
     edit(folder, **{"observation.state": still})
-    assert found(folder, "stats.json is not of these frames")
+    assert found(folder, "stats.json does not belong to these frames")
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("make", [lambda: tiny_qwen("2.5"), lambda: tiny_qwen("3")], ids=["2.5", "3"])
-def test_a_backbone_is_stock_and_has_what_vllm_reads(make, tmp_path):
+def test_an_exported_backbone_is_stock_and_complete_for_vllm(make, tmp_path):
     backbone = make()
     backbone.save(tmp_path / "tuned")
     command = export_vllm(str(tmp_path / "tuned"), tmp_path / "out", images=3, context=4096)
@@ -209,7 +209,7 @@ def test_a_damaged_dataset_is_not_exported(dataset, tmp_path):
         ("lab/panda", "right", True, "run the same command again"),
     ],
 )
-def test_an_upload_that_fails_says_what_to_do(dataset, hub, monkeypatch, repo, token, broken, said):
+def test_a_failed_upload_names_a_remedy(dataset, hub, monkeypatch, repo, token, broken, said):
     monkeypatch.setenv("HF_TOKEN", token)
     hub.broken = broken
     with pytest.raises(BlmError, match=said):
@@ -217,7 +217,7 @@ def test_an_upload_that_fails_says_what_to_do(dataset, hub, monkeypatch, repo, t
     assert not any(repo["files"] for repo in hub.repos.values())
 
 
-def test_no_hub_is_told(dataset):
+def test_an_unreachable_hub_is_reported(dataset):
     with pytest.raises(BlmError, match="run the same command again"):
         push_to_hub(dataset, "lab/panda", endpoint="http://127.0.0.1:9")
 

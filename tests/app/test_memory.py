@@ -34,7 +34,7 @@ def test_shapes_have_the_published_number_of_parameters(name, parameters, head):
     assert made.tokens == 3 * (64 + 2) + 60, "224 px are 8 x 8 tokens"
 
 
-def test_the_estimate_is_what_a_real_model_has():
+def test_the_estimate_equals_a_real_model():
     recipe = RECIPES["nano"]()
     made, backbone = estimate_memory(recipe), Backbone.load("nano")
     assert made.backbone == count_parameters(backbone.model) and made.hidden == backbone.hidden_size
@@ -56,7 +56,7 @@ def test_the_paper_s_scale_trains_from_the_cache_in_16_gib():
 
 
 @pytest.mark.slow
-def test_measured_memory_of_stage_two_holds_the_estimate(tmp_path):
+def test_measured_memory_of_stage_two_confirms_the_estimate(tmp_path):
     script = Path(__file__).parents[2] / "benchmarks/memory.py"
     command = [sys.executable, str(script), "--recipes", "smol", "--batch-sizes", "1", "9"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

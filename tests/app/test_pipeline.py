@@ -101,7 +101,7 @@ def test_no_scene_is_used_twice(run):
     assert not seeds & evaluated and evaluated <= set(EVALUATION_SEEDS)
 
 
-def test_stage_two_left_the_backbone_alone(run, model):
+def test_stage_two_does_not_change_the_backbone(run, model):
     stage1 = Backbone.load(run / "stage1/backbone")
     assert stage1.fingerprint() == model.backbone.fingerprint()
     assert np.array_equal(stage1.probe_logits().numpy(), model.backbone.probe_logits().numpy())
@@ -111,7 +111,7 @@ def test_stage_two_left_the_backbone_alone(run, model):
     assert stage1.answer(question) == model.answer(question)
 
 
-def test_stage_two_changed_no_answer(run, model, tmp_path):
+def test_stage_two_does_not_change_answers(run, model, tmp_path):
     folder = run / "corpora/held_out"
     questions, config = read_questions(folder)[:20], DigitalEvalConfig(root=folder)
     before, after = (
@@ -251,7 +251,7 @@ def test_a_study_gives_every_model_the_same_steps_and_scenes(run):
         run_study("models", recipe, run, ["per arm"])
 
 
-def test_the_baseline_of_a_study_drives_the_same_scenes(run, monkeypatch):
+def test_the_baseline_of_a_study_runs_on_the_same_scenes(run, monkeypatch):
     two = (STUDIES["baseline"][0], STUDIES["baseline"][1])
     monkeypatch.setitem(STUDIES, "baseline", two)
     report = run_study("baseline", tiny(), run)
@@ -261,7 +261,7 @@ def test_the_baseline_of_a_study_drives_the_same_scenes(run, monkeypatch):
     assert type(policy).__name__ == "DiffusionPolicy" and list(policy.contract.action_spaces) == [*ROBOTS]
 
 
-def test_what_several_studies_compare_with_is_trained_once(run, monkeypatch):
+def test_a_variant_shared_by_studies_is_trained_once(run, monkeypatch):
     for name in ("future", "latents"):
         monkeypatch.setitem(STUDIES, name, STUDIES[name][:1])
     first, second = (
@@ -272,7 +272,7 @@ def test_what_several_studies_compare_with_is_trained_once(run, monkeypatch):
     assert first == second and first["training_seconds"] > 0
 
 
-def test_the_untrained_backbone_of_a_study_is_another_one_behind_the_same_words(run):
+def test_the_untrained_backbone_of_a_study_has_other_weights_and_the_same_tokenizer(run):
     report = run_study("backbone", tiny(), run)
     made = Backbone.load(run / "studies/untrained/backbone")
     trained = Backbone.load(run / "stage1/backbone")

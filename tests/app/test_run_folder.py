@@ -74,7 +74,7 @@ def test_unfinished_work_of_other_settings_moves_aside_and_is_not_used(tmp_path)
     assert (tmp_path / "first.unfinished-1/turns").read_text() == "9"
 
 
-def test_the_same_settings_go_on_in_place(tmp_path):
+def test_a_run_with_equal_settings_resumes(tmp_path):
     with pytest.raises(BlmError, match="refused"):
         run_stages(stages(refuse), ["a"], CI, tmp_path)
     (tmp_path / "first/half").write_text("done")
@@ -91,7 +91,7 @@ def test_files_of_others_are_kept(tmp_path, name, content):
     assert written(tmp_path) == {name: content.encode()}
 
 
-def test_a_ledger_of_an_older_version_still_tells_what_differs(tmp_path):
+def test_a_ledger_of_an_older_version_shows_the_differences(tmp_path):
     run_stages(stages(), ["a"], CI, tmp_path)
     ledger = json.loads((tmp_path / LEDGER).read_text())
     del ledger["a"]["settings"]
@@ -100,7 +100,7 @@ def test_a_ledger_of_an_older_version_still_tells_what_differs(tmp_path):
         run_stages(stages(), ["a"], OTHER, tmp_path)
 
 
-def test_one_process_a_run_folder(tmp_path):
+def test_a_run_folder_admits_one_process(tmp_path):
     with lock_folder(tmp_path), pytest.raises(BlmError, match="another process is using"):
         run_stages(stages(), ["a"], CI, tmp_path)
 

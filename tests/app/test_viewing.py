@@ -60,7 +60,7 @@ def differs(one: Episode, other: Episode, t: int) -> bool:
     return not np.array_equal(viewing.video_frame(one, t), viewing.video_frame(other, t))
 
 
-def test_what_a_frame_says_depends_on_the_episode() -> None:
+def test_the_status_line_depends_on_the_episode() -> None:
     opened = np.zeros((T, 8), np.float32)
     opened[5, -1] = 0.7
     for change in (
@@ -114,7 +114,7 @@ def test_an_episode_without_pictures_is_refused(tmp_path: Path) -> None:
         lambda: viewing.contact_sheet([blind], tmp_path / "e.png"),
         lambda: viewing.suite_sheet({("panda", "push_cube"): blind}, tmp_path / "e.png"),
     ):
-        with pytest.raises(BlmError, match="no pictures"):
+        with pytest.raises(BlmError, match="no images"):
             write()
     assert not list(tmp_path.iterdir())
 

@@ -62,7 +62,7 @@ def test_tap_is_the_output_of_its_block_and_later_blocks_do_not_run(backbone: Ba
         hook.remove()
 
 
-def test_tap_leaves_the_model_as_it_was(backbone: Backbone) -> None:
+def test_tap_does_not_change_the_model(backbone: Backbone) -> None:
     inputs = backbone.encode(PROMPTS)
     before, modules = backbone.fingerprint(), dict(backbone.model.named_modules())
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_tap_leaves_the_model_as_it_was(backbone: Backbone) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(backbone: Backbone, side: str) -> None:
+def test_batched_prompts_of_unequal_length_equal_single_ones(backbone: Backbone, side: str) -> None:
     layer = backbone.num_layers
     batch = backbone.tap(backbone.encode(PROMPTS, side=side), layer)
     for row, prompt in enumerate(PROMPTS):
@@ -157,7 +157,7 @@ def test_placeholders_equal_features_and_a_missing_one_is_named(backbone: Backbo
         backbone.check(inputs)
 
 
-def test_pictures_of_a_batch_are_rows_whatever_conversation_they_are_in(backbone: Backbone) -> None:
+def test_images_of_a_batch_have_one_layout(backbone: Backbone) -> None:
     """So rows of several conversations can be joined along the first axis, whatever the model."""
     pictures = [picture(i) for i in range(3)]
     prompts = [question_prompt("a", pictures[:2]), question_prompt("b"), question_prompt("c", pictures[2:])]

@@ -25,7 +25,7 @@ def decoded(seed: int, ids: torch.Tensor):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_half_of_the_heads_look_back_and_half_find_the_text_again(seed):
+def test_half_of_the_heads_attend_to_previous_tokens_and_half_copy(seed):
     ids = torch.randperm(300, generator=torch.Generator().manual_seed(seed))[None, :30] + 10
     attentions, logits = decoded(seed, torch.cat([ids, ids], dim=1))
     for head, back in ((0, 1), (1, 1), (2, 2), (3, 2)):
@@ -37,7 +37,7 @@ def test_half_of_the_heads_look_back_and_half_find_the_text_again(seed):
     assert right > 0.1, "chance is 1 in 400"
 
 
-def test_what_two_tokens_tell_apart_is_found_by_both():
+def test_induction_heads_match_two_tokens():
     """Names share words: what followed "red cube" is found, not what followed "red ball" or "blue cube"."""
     found = torch.zeros(4)
     for seed in range(50):

@@ -55,7 +55,7 @@ def alone(backbone: Backbone, messages: tuple[Message, ...], sampling: Sampling)
     return answer
 
 
-def test_answers_that_begin_and_end_at_any_time_are_those_given_alone(backbone: Backbone) -> None:
+def test_answers_do_not_depend_on_other_running_answers(backbone: Backbone) -> None:
     ways = [Sampling(max_tokens=3), Sampling(max_tokens=9, temperature=0.8, seed=5), Sampling(max_tokens=6)]
     generation, answers = Generation(backbone), list[GeneratedSequence]()
     for prompt, way in zip(PROMPTS, ways, strict=True):
@@ -76,7 +76,7 @@ def test_greedy_answers_are_those_of_transformers(backbone: Backbone) -> None:
         assert alone(backbone, prompt, Sampling(max_tokens=8)).tokens == expected
 
 
-def test_a_penalty_of_repetition_is_that_of_transformers(backbone: Backbone) -> None:
+def test_the_repetition_penalty_equals_that_of_transformers(backbone: Backbone) -> None:
     for prompt in PROMPTS:
         inputs = backbone.encode([prompt])
         made = backbone.model.generate(**inputs, max_new_tokens=8, do_sample=False, repetition_penalty=1.7)
@@ -84,7 +84,7 @@ def test_a_penalty_of_repetition_is_that_of_transformers(backbone: Backbone) -> 
         assert alone(backbone, prompt, Sampling(max_tokens=8, repetition_penalty=1.7)).tokens == expected
 
 
-def test_who_leaves_changes_nothing_for_the_others_and_frees_room(backbone: Backbone) -> None:
+def test_a_dropped_sequence_does_not_affect_others_and_frees_memory(backbone: Backbone) -> None:
     way, generation = Sampling(max_tokens=8), Generation(backbone)
     answers = generation.start(PROMPTS, [way] * len(PROMPTS))
     generation.step()
@@ -116,7 +116,7 @@ def test_draws_follow_the_distribution() -> None:
         assert (np.abs(found - share) <= 5 * error + 2 / len(drawn)).all()
 
 
-def test_an_answer_ends_where_the_context_does() -> None:
+def test_an_answer_ends_at_the_context_limit() -> None:
     backbone = build_nano()
     backbone.decoder.config.max_position_embeddings = len(backbone.encode([PROMPTS[1]])["input_ids"][0]) + 4
     answer = alone(backbone, PROMPTS[1], Sampling(max_tokens=100))
@@ -134,13 +134,13 @@ WRONG: list[dict[str, float]] = [
 ]
 
 
-def test_nonsense_is_refused() -> None:
+def test_invalid_requests_are_refused() -> None:
     for wrong in WRONG:
         with pytest.raises(BlmError, match="are needed"):
             Sampling(**wrong)  # type: ignore[arg-type]
 
 
-def test_the_capacity_is_what_the_context_holds(backbone: Backbone) -> None:
+def test_the_capacity_follows_from_the_context_length(backbone: Backbone) -> None:
     generation = Generation(backbone)
     capacity, context = generation.capacity, backbone.decoder.config.max_position_embeddings
     assert capacity.context_tokens == min(context, 65_536)
@@ -170,7 +170,7 @@ def mixed_prompt() -> tuple[Message, ...]:
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 16, 64, 4096])
-def test_a_prompt_read_in_pieces_is_the_one_read_at_once(backbone: Backbone, size: int) -> None:
+def test_chunked_prefill_equals_a_single_pass(backbone: Backbone, size: int) -> None:
     way = Sampling(max_tokens=6)
     for prompt in (mixed_prompt(), PROMPTS[1]):
         generation = Generation(backbone, piece_tokens=size)
@@ -187,7 +187,7 @@ def test_a_prompt_read_in_pieces_is_the_one_read_at_once(backbone: Backbone, siz
         assert answer.tokens == alone(backbone, prompt, way).tokens
 
 
-def test_prompts_read_in_turn_join_answers_of_other_lengths(backbone: Backbone) -> None:
+def test_interleaved_prefills_join_answers_of_other_lengths(backbone: Backbone) -> None:
     """Pieces of two prompts, steps of an answer and a picture in each mix; nobody's tokens change."""
     way, prompts = Sampling(max_tokens=12), (PROMPTS[1], mixed_prompt(), PROMPTS[0])
     generation = Generation(backbone, piece_tokens=5)
@@ -203,7 +203,7 @@ def test_prompts_read_in_turn_join_answers_of_other_lengths(backbone: Backbone) 
         assert answers[number].tokens == alone(backbone, prompt, way).tokens
 
 
-def test_several_answers_to_one_prompt_read_it_once(backbone: Backbone) -> None:
+def test_several_answers_to_one_prompt_share_its_prefill(backbone: Backbone) -> None:
     ways = [Sampling(max_tokens=5, temperature=0.9, seed=seed) for seed in range(4)]
     generation = Generation(backbone)
     answers = read(generation, PROMPTS[0], ways)
@@ -349,7 +349,7 @@ def test_a_token_can_be_chosen_at_any_temperature(
 
 @pytest.mark.parametrize("temperature", [1e-38, 5e-324, 1e-9])
 @pytest.mark.parametrize("top_p", [1.0, 1e-320])
-def test_what_is_numerically_greedy_is_greedy(temperature: float, top_p: float) -> None:
+def test_tiny_temperatures_are_greedy(temperature: float, top_p: float) -> None:
     backbone, way = build_nano(), Sampling(max_tokens=6, temperature=temperature, top_p=top_p, seed=1)
     assert (
         alone(backbone, PROMPTS[1], way).tokens == alone(backbone, PROMPTS[1], Sampling(max_tokens=6)).tokens
@@ -361,7 +361,7 @@ def test_what_is_numerically_greedy_is_greedy(temperature: float, top_p: float) 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=60))
-def test_text_decoded_as_it_grows_is_the_text(text: str) -> None:
+def test_incremental_detokenization_equals_full_decoding(text: str) -> None:
     tokenizer = build_nano_once().processor.tokenizer
     tokens = tokenizer(text)["input_ids"]
     detokenizer = Detokenizer(tokenizer)
@@ -389,7 +389,7 @@ def test_any_tokens_are_decoded_with_bounded_work(tokens: list[int]) -> None:
 # --- what fits ---
 
 
-def test_what_cannot_fit_is_refused_before_it_is_tokenised(
+def test_oversized_prompts_are_refused_before_tokenization(
     backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generation = Generation(backbone)
@@ -399,7 +399,7 @@ def test_what_cannot_fit_is_refused_before_it_is_tokenised(
     for content, reason in (
         (("x" * (capacity.max_text_bytes + 1),), "bytes; at most"),
         (("\u20ac" * (capacity.max_text_bytes // 3 + 1),), "bytes; at most"),
-        ((picture,) * (capacity.max_images + 1), "pictures; one conversation may have"),
+        ((picture,) * (capacity.max_images + 1), "images; at most"),
     ):
         with pytest.raises(BlmError, match=reason):
             generation.prepare((Message("user", content),), [Sampling()])

@@ -54,7 +54,7 @@ def test_the_tokenizer_round_trips_any_text_and_spells_numbers(nano: Backbone) -
     assert [token for token in tokens if any(c.isdigit() for c in token)] == list("512430")
 
 
-def test_nano_tells_places_apart(nano: Backbone) -> None:
+def test_nano_distinguishes_positions(nano: Backbone) -> None:
     """The same patch at two places gives different tokens, and a small shift inside one cell shows too."""
 
     def shifted(x: int) -> np.ndarray:

@@ -62,7 +62,7 @@ def test_a_picture_becomes_one_token_for_32_px(side: int, tokens: int) -> None:
     assert features.shape == (2, tokens, smol.CHANNELS)
 
 
-def test_the_eye_gives_the_same_in_training_and_whatever_else_is_in_the_batch(tiny: Backbone) -> None:
+def test_the_vision_tower_does_not_depend_on_training_mode_or_batch(tiny: Backbone) -> None:
     eye = tiny.model.model.vision_tower
     pixels = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     before = {name: value.clone() for name, value in eye.state_dict().items()}

@@ -37,7 +37,7 @@ def pictures(seed: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
-def test_an_action_and_a_question_share_one_look(name):
+def test_an_action_and_a_question_share_vision_features(name):
     plain, backbone = MAKERS[name](), MAKERS[name]()
     plain.model.load_state_dict(backbone.model.state_dict())
     counted = Counted(backbone)
@@ -52,7 +52,7 @@ def test_an_action_and_a_question_share_one_look(name):
         assert counted.looks == looks
 
 
-def test_one_pixel_is_enough_to_look_again():
+def test_a_changed_pixel_misses_the_vision_cache():
     backbone = next(iter(MAKERS.values()))()
     counted = Counted(backbone)
     cache_vision_features(backbone)
@@ -63,7 +63,7 @@ def test_one_pixel_is_enough_to_look_again():
     assert counted.looks == 2 and not torch.equal(first, second)
 
 
-def test_training_looks_each_time():
+def test_training_bypasses_the_vision_cache():
     backbone = next(iter(MAKERS.values()))()
     counted = Counted(backbone)
     cache_vision_features(backbone)
@@ -75,7 +75,7 @@ def test_training_looks_each_time():
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
-def test_a_long_prompt_read_in_pieces_shares_the_look(name):
+def test_chunked_prefill_uses_the_vision_cache(name):
     backbone = MAKERS[name]()
     counted = Counted(backbone)
     cache_vision_features(backbone)
@@ -91,7 +91,7 @@ def test_a_long_prompt_read_in_pieces_shares_the_look(name):
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
-def test_what_is_kept_is_bounded_in_bytes(name):
+def test_the_vision_cache_is_bounded_in_bytes(name):
     backbone = MAKERS[name]()
     counted = Counted(backbone)
     cache_vision_features(backbone, max_bytes=100)  # less than one look
@@ -100,7 +100,7 @@ def test_what_is_kept_is_bounded_in_bytes(name):
     assert counted.looks == 2
 
 
-def test_threads_may_look_at_once():
+def test_the_vision_cache_is_thread_safe():
     backbone = next(iter(MAKERS.values()))()
     prompts = [backbone.encode([control_prompt("push", "panda", pictures(seed))]) for seed in range(6)]
     expected = [backbone.tap(inputs, 2).hidden for inputs in prompts]

@@ -63,7 +63,7 @@ def test_noise_goes_from_none_to_all():
     assert steps.alphas_cumprod[-1] < 1e-4
 
 
-def test_a_spatial_softmax_follows_what_it_looks_for():
+def test_a_spatial_softmax_follows_its_feature():
     encoder = ImageEncoder(16).eval()
     dark = torch.full((2, 3, 112, 112), -1.0)
     dark[0, :, 48:56, 16:24], dark[1, :, 48:56, 80:88] = 1.0, 1.0
@@ -85,14 +85,14 @@ def test_the_denoiser_has_the_shape_of_its_input_for_any_number_of_levels():
         assert network.unet(noisy, torch.tensor([0.0, 99.0]), condition).shape == noisy.shape
 
 
-def test_words_are_told_apart_and_their_order_by_pairs():
+def test_the_bag_of_words_distinguishes_words_and_their_order():
     same = bag_of_words("Push the cube.", 1024), bag_of_words("push THE cube", 1024)
     assert torch.equal(*same) and len(same[0]) == 5
     assert set(bag_of_words("cube the push", 1024).tolist()) != set(same[0].tolist())
     assert bag_of_words("", 1024).tolist() == bag_of_words("nothing", 1024).tolist()
 
 
-def test_it_learns_both_robots_and_comes_back_the_same(config, trained):
+def test_it_learns_both_robots_and_survives_a_round_trip(config, trained):
     rows = [json.loads(line) for line in (trained.parent / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
     policy = load_checkpoint(trained)

@@ -55,7 +55,7 @@ def test_dotted_overrides_reach_the_recipe(tmp_path):
         (["collect", "OUT", "--correct"], "--policy CHECKPOINT and --correct belong together"),
         (["collect", "no/such", "--verify"], "'no/such' holds no finished collection"),
         (["train", "stage2", "--run", "x", "--stage2.loop.stepps", "3"], "--stage2.loop.steps"),
-        (["eval", "physical", "--model", "exprt", "--out", "x"], "no policy 'exprt': give a checkpoint"),
+        (["eval", "physical", "--model", "exprt", "--out", "x"], "no policy 'exprt'; give a checkpoint"),
         (["eval", "physical", "--model", "zero", "--out", "x", "--protocol", "suite"], "Valid: suite24"),
         (["compare", "no/such", "no/such"], "no result at 'no/such'"),
         (["serve", "no/such/folder"], "unknown checkpoint 'no/such/folder'"),

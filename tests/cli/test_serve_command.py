@@ -57,7 +57,7 @@ def taken_port() -> Iterator[str]:
 # --- refused before anything is loaded ---
 
 REFUSED: dict[str, tuple[Sequence[str], str]] = {
-    "port": (["--port", "65536"], "--port 65536: a TCP port is 0 to 65535"),
+    "port": (["--port", "65536"], "--port 65536: a TCP port must be 0 to 65535"),
     "negative port": (["--port", "-1"], "--port -1"),
     "unknown host": (["--host", "no-such-host.invalid"], "'no-such-host.invalid'"),
     "empty host": (["--host", ""], "--host is empty"),
@@ -101,7 +101,7 @@ def test_wrong_flags_end_with_one_line(
 
 
 @pytest.mark.parametrize("flag", ["--port", "--groot-port"])
-def test_a_taken_port_is_told_before_the_load(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_taken_port_is_reported_before_loading(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with taken_port() as port, pytest.raises(SystemExit):
         main(["serve", "blm-nano", *([] if flag == "--port" else ["--port", "0"]), flag, port])
     assert f"{flag} {port}: another program has it" in capsys.readouterr().err
@@ -158,7 +158,7 @@ def diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_stage_one_result_chats_and_says_that_it_does_not_act(backbone: Path) -> None:
+def test_a_stage_one_result_chats_and_refuses_actions(backbone: Path) -> None:
     run = backbone.parents[1]
     for name in (backbone, backbone.parent, run):
         source = find_model(name)
@@ -178,7 +178,7 @@ def test_a_stage_one_result_chats_and_says_that_it_does_not_act(backbone: Path) 
     assert load_chat(str(run)).chat.answer is not None
 
 
-def test_a_diffusion_policy_acts_and_says_that_it_does_not_chat(diffusion: Path) -> None:
+def test_a_diffusion_policy_acts_and_refuses_chat(diffusion: Path) -> None:
     source = find_model(diffusion)
     assert source.has_policy and not source.has_chat
     model = source.load()
@@ -194,7 +194,7 @@ def test_a_diffusion_policy_acts_and_says_that_it_does_not_chat(diffusion: Path)
             call()
 
 
-def test_folders_without_a_model_say_what_they_hold(tmp_path: Path) -> None:
+def test_folders_without_a_model_are_described(tmp_path: Path) -> None:
     empty, dataset, file, broken = (tmp_path / name for name in ("empty", "data", "file", "broken"))
     empty.mkdir()
     (dataset / "meta").mkdir(parents=True)
@@ -295,7 +295,7 @@ def test_interrupting_the_load_leaves_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in err and process.returncode in (0, 130), err
 
 
-def test_the_app_says_what_it_serves() -> None:
+def test_the_app_reports_its_abilities() -> None:
     for policy, generator, serves in (
         (EchoPolicy(), EchoGenerator(), ["chat", "actions"]),
         (EchoPolicy(), None, ["actions"]),

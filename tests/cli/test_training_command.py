@@ -33,7 +33,7 @@ def corpora(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_it_trains_evaluates_and_goes_on(corpora: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_trains_evaluates_and_resumes(corpora: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = corpora / "out"
     arguments = [str(out), "--corpus", f"{corpora / 'scenes'}:3", "--replay", str(corpora / "replay")]
     arguments += [
@@ -57,7 +57,7 @@ def test_it_trains_evaluates_and_goes_on(corpora: Path, capsys: pytest.CaptureFi
     assert (out / "backbone/model.safetensors").read_bytes() == weights
 
 
-def test_an_unclean_corpus_is_refused_by_line_or_skipped_aloud(
+def test_an_invalid_corpus_is_refused_by_line_or_skipped_with_a_report(
     corpora: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = corpora / "scenes/corpus.jsonl"

@@ -242,7 +242,7 @@ def test_not_finite_values_and_foreign_statistics_are_found(folder):
     whole, stats = path.read_text(), json.loads(path.read_text())
     stats["action"]["max"][1] += 0.5
     path.write_text(json.dumps(stats))
-    with pytest.raises(BlmError, match="not of these frames"):
+    with pytest.raises(BlmError, match="does not belong to these frames"):
         open_dataset(folder)
     path.write_text(whole)
     path = next(folder.glob("data/*/*.parquet"))

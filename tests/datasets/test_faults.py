@@ -126,7 +126,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path, name, content, said):
     assert str(path) in str(caught.value)
 
 
-def test_errors_come_whole_from_a_worker_process():
+def test_errors_can_be_pickled_by_worker_processes():
     error = pickle.loads(pickle.dumps(DamagedError("a video is cut", "restore it")))
     assert (str(error), error.fix) == ("a video is cut; restore it", "restore it")
 

@@ -52,7 +52,7 @@ def test_foreign_datasets_are_read_whole(tmp_path, version):
 
 
 @pytest.mark.parametrize("version", WRITERS)
-def test_what_they_do_not_say_is_unknown(tmp_path, version):
+def test_missing_information_is_marked_unknown(tmp_path, version):
     dataset = open_dataset(WRITERS[version](tmp_path))
     space = dataset.space
     assert (space.robot, space.names, space.rate_hz) == ("gantry", tuple(NAMES), 10.0)
@@ -100,7 +100,7 @@ VECTOR = {"dtype": "float32", "shape": [3], "names": None}
     [
         ({"codebase_version": "v1.6"}, r"is a LeRobotDataset v1\.6; this program reads v3\.0, v2\.1, v2\.0"),
         ({"features": {"action": VECTOR}}, r"lacks observation\.state; its features are action"),
-        ({"features": features(extra={"dtype": "image"})}, r"keeps pictures in data files \(extra\)"),
+        ({"features": features(extra={"dtype": "image"})}, r"keeps images in data files \(extra\)"),
         ({"features": features(action=VECTOR | {"shape": [2]})}, "of the same joints"),
         (
             {"features": features(action=VECTOR | {"names": ["state"]})},

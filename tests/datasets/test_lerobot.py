@@ -143,7 +143,7 @@ converter.convert_dataset("local/theirs", root=pathlib.Path(sys.argv[1]), push_t
 """
 
 
-def test_we_read_v2_and_what_the_official_converter_makes_of_it(tmp_path):
+def test_we_read_v2_and_the_output_of_the_official_converter(tmp_path):
     ours = write_v2(tmp_path / "v2")
     totals = {"episodes": len(LENGTHS), "frames": sum(LENGTHS), "tasks": 2, "videos": 8, "chunks": 2}
     counts = {f"total_{name}": count for name, count in totals.items()} | {"splits": {"train": "0:4"}}

@@ -265,7 +265,7 @@ def test_pictures_come_from_the_folder(tmp_path: Path) -> None:
     other = evaluate_digital(Sees(), asked, tmp_path / "b", model="m", config=config)
     assert other.protocol.items != result.protocol.items and other.summary.overall.hits == 2
     (tmp_path / paths[0]).unlink()
-    with pytest.raises(BlmError, match=r"question 'images/0.png': cannot read picture .*0.png"):
+    with pytest.raises(BlmError, match=r"question 'images/0.png': cannot read image .*0.png"):
         evaluate_digital(Sees(), asked, tmp_path / "c", model="m", config=config)
 
 
@@ -285,7 +285,7 @@ class Constant:
         return self.text
 
 
-def test_another_parser_asks_nothing_again(tmp_path: Path) -> None:
+def test_another_parser_reuses_the_answers(tmp_path: Path) -> None:
     chat, questions = Constant("The answer is (B)."), [letter(index) for index in range(4)]
     ours = evaluate_digital(chat, questions, tmp_path, model="m")
     compat = DigitalEvalConfig(compat="cosmos_letter")
@@ -300,7 +300,7 @@ def test_another_parser_asks_nothing_again(tmp_path: Path) -> None:
         evaluate_digital(chat, questions, tmp_path, model="m", config=DigitalEvalConfig(compat="egothink"))
 
 
-def test_benchmark_says_how_long_and_what_mean(tmp_path: Path) -> None:
+def test_a_benchmark_defines_token_limits_and_the_average(tmp_path: Path) -> None:
     questions = [letter(0), letter(1), letter(2), letter(3, "plan", "A"), letter(4)]
     chat, benchmark = Constant("B"), replace(SCENE, long={"plan": 300}, average="kinds", max_tokens=5)
     result = evaluate_digital(chat, questions, tmp_path, model="m", benchmark=benchmark)
@@ -314,7 +314,7 @@ def test_benchmark_says_how_long_and_what_mean(tmp_path: Path) -> None:
         evaluate_digital(chat, [letter(0), letter(0)], tmp_path, model="m")
 
 
-def test_balanced_accuracy_shows_what_the_mean_hides(tmp_path: Path) -> None:
+def test_balanced_accuracy_differs_from_the_mean(tmp_path: Path) -> None:
     """A model that always says no is right on 3 of 4 questions and no better than a coin."""
     answers = ["no"] * 6 + ["yes"] * 2
     kinds = ["success_negative"] * 6 + ["success_positive"] * 2
@@ -400,7 +400,7 @@ def test_compare_digital_clusters_by_scene(tmp_path: Path) -> None:
     assert "score on the same 5 items" in text and "No p: items share scenes" in text and "count" in text
 
 
-def test_the_name_of_a_pair_does_not_tell_a_baseline_the_answer() -> None:
+def test_the_name_of_a_kind_does_not_reveal_the_answer() -> None:
     from blm.evaluation.digital.text_baselines import text_baselines
 
     def ask(kind: str, answer: str, number: int) -> Question:

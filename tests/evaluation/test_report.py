@@ -111,7 +111,7 @@ def test_page_is_well_formed_and_loads_nothing(run: Path, tmp_path: Path) -> Non
     assert len(text) < 500_000
 
 
-def test_page_shows_what_the_files_say(run: Path, tmp_path: Path) -> None:
+def test_the_page_shows_the_content_of_the_files(run: Path, tmp_path: Path) -> None:
     text = page(full(run), tmp_path)
     for shown in [
         "Run &lt;7&gt;", "blm collect", "4711", "1 h 01 min", "1 min 05 s", "1,234", "98,765",

@@ -106,7 +106,7 @@ def test_a_disk_that_refuses_is_named(tmp_path, code):
     assert tree(tmp_path) == {}
 
 
-def test_an_error_of_reading_is_not_told_as_one_of_writing(tmp_path):
+def test_a_read_error_is_not_reported_as_a_write_error(tmp_path):
     with pytest.raises(FileNotFoundError), io.replacing(tmp_path / "a"):
         (tmp_path / "missing").read_text()
     with pytest.raises(FileNotFoundError), io.new_folder(tmp_path / "b"):
@@ -217,7 +217,7 @@ def test_a_killed_new_folder_is_whole_or_missing(tmp_path):
         (target / "sub").rmdir(), target.rmdir()
 
 
-def test_what_a_killed_call_had_stored_is_handed_out_again(tmp_path):
+def test_a_resumed_call_gets_the_stored_files(tmp_path):
     def die(folder):
         with io.new_folder(folder, resume=True) as work:
             (work / "picture").write_text("large")
@@ -323,7 +323,7 @@ def test_only_marked_folders_are_removed(tmp_path):
     (tmp_path / "theirs/data").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "theirs")
     for name in ("theirs", "link", "nothing"):
-        with pytest.raises(BlmError, match="cannot prove that it made it"):
+        with pytest.raises(BlmError, match="nothing in it shows that this program created it"):
             io.remove_own(tmp_path / name)
     assert tree(tmp_path / "theirs") == {"data": "precious"}
 
@@ -368,11 +368,11 @@ def test_a_work_folder_belongs_to_its_settings_and_to_us(tmp_path):
     io.work_folder(tmp_path / "work", "staging", {"size": 1})
     with pytest.raises(BlmError, match="unfinished work of other settings"):
         io.work_folder(tmp_path / "work", "staging", {"size": 2})
-    with pytest.raises(BlmError, match="did not make it"):
+    with pytest.raises(BlmError, match="did not create it"):
         io.work_folder(tmp_path / "work", "shards", {"size": 1})
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/data").write_text("precious")
-    with pytest.raises(BlmError, match="did not make it"):
+    with pytest.raises(BlmError, match="did not create it"):
         io.work_folder(tmp_path / "theirs", "staging", {})
     assert tree(tmp_path / "theirs") == {"data": "precious"}
 

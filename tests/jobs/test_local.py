@@ -160,7 +160,7 @@ def test_a_set_up_that_dies_ends_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("work", ["unpicklable_result", "unpicklable_error"])
-def test_what_cannot_travel_between_processes_is_told_in_words(tmp_path: Path, work: str) -> None:
+def test_unpicklable_errors_are_reported_as_text(tmp_path: Path, work: str) -> None:
     with pytest.raises(RuntimeError, match="work unit 'u0' failed"):
         run_units(globals()[work], units(tmp_path, 1), journal=tmp_path / "j.jsonl", workers=1)
 

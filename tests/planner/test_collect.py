@@ -124,7 +124,7 @@ def test_a_pilot_that_needs_other_pictures_is_refused(tmp_path):
         collect(config, tmp_path / "out", wanderer)
 
 
-def test_looks_vary_and_physics_does_not(tmp_path):
+def test_the_appearance_varies_and_physics_does_not(tmp_path):
     vivid = Appearance(colors=0.2, light=0.3, camera=0.02)
     config = dataclasses.replace(SMALL, tasks=("push_cube",), episodes=1, workers=0)
     plain, changed = tmp_path / "plain", tmp_path / "changed"
@@ -191,7 +191,7 @@ def test_a_killed_collection_resumes_to_the_same_bytes(collected, tmp_path):
     assert files(tmp_path / "out/widowxai") == files(collected / "widowxai")
 
 
-def test_a_finished_collection_is_not_made_again(collected, monkeypatch):
+def test_a_finished_collection_is_not_repeated(collected, monkeypatch):
     monkeypatch.delattr(collecting, "run_units")
     before = files(collected)
     summary = collect(SMALL, collected)
@@ -275,7 +275,7 @@ def test_an_output_that_cannot_be_written_is_named(tmp_path):
         collect(SMALL, tmp_path / "file/out")
 
 
-def test_what_befalls_an_episode_is_drawn_by_its_seed():
+def test_perturbations_follow_from_the_seed():
     config = CollectConfig(disturbed=0.5)
     draws = [draw_perturbation(config, np.random.default_rng((seed, 1))) for seed in range(400)]
     assert draws == [draw_perturbation(config, np.random.default_rng((seed, 1))) for seed in range(400)]
@@ -310,7 +310,7 @@ def foreign(folder):
 
 @pytest.mark.parametrize("name", ["panda", "summary.json", "journal.jsonl", ".staging", "verified.json"])
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_what_others_left_in_the_folder_is_refused_by_name_and_kept(tmp_path, name, kind):
+def test_foreign_files_in_the_folder_are_refused_and_kept(tmp_path, name, kind):
     out, place = tmp_path / "out", tmp_path / "out" / name
     out.mkdir()
     if kind == "file":

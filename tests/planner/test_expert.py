@@ -91,7 +91,7 @@ def test_trajectories_keep_to_the_line_and_the_limits(planners, name):
         assert (change <= planner.robot.acceleration_limits).all()
 
 
-def test_what_cannot_be_reached_has_a_reason(planners):
+def test_unreachable_poses_have_a_reason(planners):
     planner = planners["xarm6"]
     home = np.array(planner.robot.home)
     with pytest.raises(PlanError, match="unreachable"):

@@ -81,7 +81,7 @@ def test_path_ends_at_noise_and_data_and_its_derivative_is_the_target():
     torch.testing.assert_close(slope / (2 * h), flow.target(actions, noise))
 
 
-def test_time_law_has_its_closed_form_moments_and_mass_near_noise():
+def test_flow_times_have_their_closed_form_moments():
     tau = flow.sample_time(200_000, torch.Generator().manual_seed(0))
     assert tau.min() == 0 and tau.max() < 1
     assert tau.mean() == pytest.approx(1 - 0.6 / 0.999, abs=2e-3)  # E u = a / (a + 1) = 0.6
@@ -218,7 +218,7 @@ def test_overfits_one_batch_and_samples_its_actions():
     assert error.mean() < 0.1
 
 
-def test_sampling_is_repeatable_and_a_row_does_not_depend_on_its_neighbours():
+def test_sampling_is_repeatable_and_independent_of_the_batch():
     network, batch = make_network(), make_batch()
     together = sample(network, batch, batch.noise)
     assert torch.equal(together, sample(network, batch, batch.noise))
@@ -339,7 +339,7 @@ def test_the_revision_names_the_weights(saved):
     assert saved[0].contract.revision == make_policy().contract.revision != make_policy(1).contract.revision
 
 
-def test_the_contract_names_what_actions_are_normalised_by(saved):
+def test_the_contract_identifies_the_normalisation(saved):
     policy, _ = saved
     (robot, transforms), *_ = policy.transforms.items()
     wider = replace(transforms.state, high=np.asarray(transforms.state.high) + 1)
@@ -412,7 +412,7 @@ def test_a_folder_that_is_no_checkpoint_or_was_altered_is_not_replaced(copied, t
     theirs = tmp_path / "theirs"
     theirs.mkdir()
     (theirs / "manifest.json").write_text('{"mine": 1}')
-    with pytest.raises(BlmError, match=r"its manifest.json is of another program"):
+    with pytest.raises(BlmError, match=r"its manifest.json belongs to another program"):
         make_policy(1).save(theirs, {})
     assert (theirs / "manifest.json").read_text() == '{"mine": 1}'
     with (copied / "stats.json").open("a") as file:
@@ -423,7 +423,7 @@ def test_a_folder_that_is_no_checkpoint_or_was_altered_is_not_replaced(copied, t
     assert (copied / "stats.json").read_bytes() == before
 
 
-def test_keys_and_values_of_intent_tokens_are_made_once_per_chunk(monkeypatch):
+def test_keys_and_values_of_intent_tokens_are_computed_once_per_chunk(monkeypatch):
     network, batch = make_network().eval(), make_batch()
     intent = network.bridge(batch.hidden, batch.mask)
     arguments = (batch.noise, batch.tau, intent, batch.state, batch.embodiment)
@@ -441,7 +441,7 @@ def test_keys_and_values_of_intent_tokens_are_made_once_per_chunk(monkeypatch):
     assert len(of_intent) == 2, "once in each of two blocks, not in each of four steps"
 
 
-def test_the_chunk_in_progress_binds_less_and_less():
+def test_prefix_weights_decrease():
     weights = flow.prefix_weights(length=6, inference_delay=2, horizon=8)
     assert weights[:2].tolist() == [1.0, 1.0] and weights[6:].tolist() == [0.0, 0.0]
     assert (weights[2:6].diff() < 0).all() and 0 < weights[5] < weights[2] < 1
@@ -450,7 +450,7 @@ def test_the_chunk_in_progress_binds_less_and_less():
     assert flow.prefix_weights(3, 3, 5).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
 
 
-def test_guidance_leads_where_it_is_wanted_and_only_there():
+def test_guidance_affects_only_the_prefix():
     """The velocity of a point mass at 0: every path ends there unless it is guided elsewhere."""
     noise, wanted = torch.randn(2, 8, 3), torch.full((2, 8, 3), 2.0)
     weights = torch.tensor([[1.0] * 4 + [0.0] * 4] * 2)
@@ -464,7 +464,7 @@ def test_guidance_leads_where_it_is_wanted_and_only_there():
     torch.testing.assert_close(led[:, 4:], free[:, 4:])
 
 
-def test_a_policy_goes_on_from_its_last_chunk(saved):
+def test_real_time_chunking_continues_the_last_chunk(saved):
     policy, look = saved[0], make_observation("arm")
     chunking = RealTimeChunkingPolicy(policy)
     first = chunking.act(look)
@@ -478,9 +478,9 @@ def test_a_policy_goes_on_from_its_last_chunk(saved):
     assert jump(chunking.act(again)) < 0.6 * jump(policy.act(again))
     chunking.reset()
     np.testing.assert_array_equal(chunking.act(again).actions, policy.act(again).actions)
-    with pytest.raises(BlmError, match="frozen is 9"):
+    with pytest.raises(BlmError, match="inference_delay is 9"):
         policy.act(replace(look, chunk=left, inference_delay=9))
-    with pytest.raises(BlmError, match=r"the chunk in progress is \(40, "):
+    with pytest.raises(BlmError, match=r"the current chunk has shape \(40, "):
         policy.act(replace(look, chunk=np.repeat(left, 40, axis=0)[:40]))
 
 

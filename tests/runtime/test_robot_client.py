@@ -60,7 +60,7 @@ def test_our_server_returns_number_and_time_also_of_a_late_reply() -> None:
         (wire.OBSERVED, {"a": 1}),
     ],
 )
-def test_our_server_refuses_what_is_no_number(key: str, value: Any) -> None:
+def test_our_server_refuses_invalid_numbers(key: str, value: Any) -> None:
     with pytest.raises(ContractError, match=f"'{key}' must be a"):
         wire.echo({key: value})
     with running(EchoPolicy(), None) as address, connect(f"ws://{address}", compression=None) as socket:
@@ -100,7 +100,7 @@ def test_a_duplicate_is_never_taken_for_the_next_answer(echoes: bool) -> None:
         remote.close()
 
 
-def test_after_a_timeout_a_late_reply_is_nobodys() -> None:
+def test_a_reply_after_a_timeout_is_discarded() -> None:
     def answer(socket: ServerConnection, request: dict[str, Any], number: int) -> None:
         time.sleep(0.5)
         socket.send(wire.pack({"actions": GOOD}))
@@ -205,7 +205,7 @@ json_like = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(actions=json_like)
-def test_what_is_taken_as_a_chunk_is_one(actions: Any) -> None:
+def test_only_valid_chunks_are_accepted(actions: Any) -> None:
     try:
         chunk = read_actions({"actions": actions}, 4, 2, "the server")
     except ContractError:

@@ -209,7 +209,7 @@ def test_a_blocking_command_stops_the_run() -> None:
     free.set()
 
 
-def test_a_hanging_policy_is_left_behind_and_a_failing_one_is_made_anew() -> None:
+def test_a_hanging_policy_is_abandoned_and_a_failing_one_recreated() -> None:
     free, made = threading.Event(), list[int]()
 
     class Moody(Moving):
@@ -247,7 +247,7 @@ def test_a_signal_brings_the_arm_to_rest_and_handlers_are_restored(number: signa
     check(arm)
 
 
-def test_the_estop_is_polled_and_told() -> None:
+def test_the_estop_is_polled_and_reported() -> None:
     pressed, told = threading.Event(), list[tuple[str, str]]()
 
     def on_stop(kind: str, reason: str) -> None:
@@ -275,7 +275,7 @@ def test_an_estop_hook_that_fails_or_hangs_stops_the_arm() -> None:
     free.set()
 
 
-def test_a_loop_that_stands_still_is_noticed_by_the_watchdog() -> None:
+def test_the_watchdog_detects_a_stalled_loop() -> None:
     """The log's disk hangs in the middle of the run: no command may follow when it is back."""
     arm, told = FakeArm(), list[str]()
 
@@ -300,7 +300,7 @@ def test_a_loop_that_stands_still_is_noticed_by_the_watchdog() -> None:
     assert len(arm.sent) == log.sent_before
 
 
-def test_whatever_connect_and_disconnect_do_the_run_ends_cleanly() -> None:
+def test_the_run_ends_cleanly_when_connect_or_disconnect_fail() -> None:
     class Refusing(FakeArm):
         def connect(self) -> None:
             raise ConnectionError("no such port")
@@ -320,7 +320,7 @@ def test_whatever_connect_and_disconnect_do_the_run_ends_cleanly() -> None:
     assert [row["event"] for row in log.recent][-1] == "disconnect failed"
 
 
-def test_why_it_stopped_stands_in_the_log(tmp_path: Path) -> None:
+def test_the_log_has_the_reason_of_the_stop(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "run.jsonl")
     driver_of(FakeArm(), log=log).run(0.3)
     log.close()
@@ -363,7 +363,7 @@ def test_a_killed_server_that_comes_back_is_found(timeout_s: float) -> None:
     check(arm)
 
 
-def test_a_server_that_stays_away_stops_the_arm() -> None:
+def test_an_unavailable_server_stops_the_arm() -> None:
     arm = FakeArm()
     with ExitStack() as only:
         address = only.enter_context(running(Moving(), None))
@@ -415,7 +415,7 @@ def test_a_hostile_server_moves_no_arm_out_of_its_limits(seed: int) -> None:
     check(arm)
 
 
-def test_what_does_not_fit_is_named_before_anything_moves() -> None:
+def test_mismatches_are_reported_before_the_arm_moves() -> None:
     with pytest.raises(BlmError, match="unknown robot 'ur5'"):
         driver_of(FakeArm(), limits=replace(LIMITS, robot="ur5"))
     with pytest.raises(BlmError, match=r"no camera is given for \['wrist'\]"):

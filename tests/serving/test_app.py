@@ -171,7 +171,7 @@ BROKEN = {
 
 @uses_openpi_client
 @pytest.mark.parametrize("change, message", BROKEN.values(), ids=BROKEN)
-def test_bad_observation_is_refused_and_others_go_on(server: str, change: dict, message: str) -> None:
+def test_a_bad_observation_is_refused_and_others_are_served(server: str, change: dict, message: str) -> None:
     neighbour = RemotePolicy(f"ws://{server}")
     before = neighbour.act(observation()).actions
     bad = WebsocketClientPolicy(f"ws://{server}")
@@ -215,7 +215,7 @@ def test_remote_policy_equals_the_local_one(server: str) -> None:
         remote.act(observation())
 
 
-def test_a_failing_policy_is_told_and_the_server_goes_on(server: str) -> None:
+def test_a_failing_policy_is_reported_and_the_server_continues(server: str) -> None:
     remote = RemotePolicy(f"ws://{server}")
     seen = Observation(**{**vars(observation()), "instruction": "break"})
     with pytest.raises(BlmError, match=r"reports: the policy failed.*the weights are gone"):
@@ -446,7 +446,7 @@ def test_draws_have_seeds_of_their_own(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("stop", [[], ["lo w"], ["world", "o"], ["zzz"], ["d!"], ["l", "o"]])
-def test_what_is_sent_is_never_taken_back(stop: list[str]) -> None:
+def test_streamed_text_is_never_retracted(stop: list[str]) -> None:
     whole = "  hello  world of\n robots!  "
     expected = whole.lstrip()
     cuts = [cut for cut in map(expected.find, stop) if cut >= 0]
@@ -460,7 +460,7 @@ def test_what_is_sent_is_never_taken_back(stop: list[str]) -> None:
     assert answer.finish == ("stop" if cuts else "length")
 
 
-def test_half_a_character_waits_for_the_other_half() -> None:
+def test_incomplete_characters_are_held_back() -> None:
     answer = VisibleText([])
     assert answer.add("a\ufffd", 1, None) == "a"
     assert answer.add("aé", 2, None) == "é"
@@ -564,7 +564,7 @@ def test_health_waits_for_the_first_run_and_tells_of_a_broken_model() -> None:
         assert "no weights" in httpx.get(f"http://{address}/health").text
 
 
-def test_what_has_begun_ends_well_when_the_server_is_told_to_stop() -> None:
+def test_requests_in_progress_finish_at_shutdown() -> None:
     generator, replies = EndlessGenerator(), list[str]()
     with running(EchoPolicy(), generator) as address:
         url = f"http://{address}/v1/chat/completions"
@@ -588,7 +588,7 @@ HEADERS = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Typ
 
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/ch", HEADERS])
-def test_who_never_asks_is_cut_off(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_without_requests_are_closed(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "REQUEST_TIMEOUT_S", 0.5)
     with running(EchoPolicy(), EchoGenerator()) as address, connected(address) as half_open:
         remote = RemotePolicy(f"ws://{address}")
@@ -609,7 +609,7 @@ def test_a_body_that_drips_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         assert httpx.get(f"http://{address}/health").status_code == 200
 
 
-def test_more_connections_than_there_is_room_for_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_connections_get_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 8)
     monkeypatch.setattr(connections, "ADDRESS_SHARE", 1.0)
     with running(EchoPolicy(), EchoGenerator()) as address, ExitStack() as stack:
@@ -620,7 +620,7 @@ def test_more_connections_than_there_is_room_for_are_told(monkeypatch: pytest.Mo
         wait_for(lambda: httpx.get(f"http://{address}/v1/models").status_code == 200)
 
 
-def test_a_robot_that_vanished_is_noticed() -> None:
+def test_a_lost_robot_is_detected() -> None:
     """It answers no ping: a cable was pulled, no end of the connection arrives."""
     app = create_app(EchoPolicy())
     with running_app(app, ws_ping_interval=0.2, ws_ping_timeout=0.2) as address, connected(address) as gone:
@@ -633,7 +633,7 @@ def test_a_robot_that_vanished_is_noticed() -> None:
             assert time.monotonic() < end
 
 
-def test_metrics_are_what_prometheus_reads(server: str, client: openai.OpenAI) -> None:
+def test_metrics_have_the_prometheus_format(server: str, client: openai.OpenAI) -> None:
     ask(client, "count me")
     remote = RemotePolicy(f"ws://{server}")
     remote.act(observation())
@@ -648,7 +648,7 @@ def test_metrics_are_what_prometheus_reads(server: str, client: openai.OpenAI) -
     assert families["blm_chat_tokens_total"] >= 3 and families["blm_waiting_chats"] == 0
 
 
-def test_the_line_is_bounded() -> None:
+def test_the_request_queue_is_bounded() -> None:
     policy = BatchEcho()
 
     async def scenario() -> None:

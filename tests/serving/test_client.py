@@ -102,7 +102,7 @@ BAD_REPLIES: dict[str, tuple[bytes | str, str]] = {
     "endless": (actions(np.zeros((5000, 8), np.float16)), "5000 steps; needed"),
     "deep": (actions(np.zeros((1, 4, 8))), r"\(1, 4, 8\); needed"),
     "text actions": (actions("left"), "<U4 .*; needed"),
-    "ragged": (actions([[1.0], [1.0, 2.0]]), "no array: "),
+    "ragged": (actions([[1.0], [1.0, 2.0]]), "not an array: "),
     "map actions": (actions({"left": 1}), "object .*; needed"),
     "NaN": (actions(np.full((4, 8), np.nan)), "not finite"),
     "infinite": (actions(np.full((4, 8), np.inf)), "not finite"),
@@ -207,7 +207,7 @@ FIRST_FRAMES: dict[str, tuple[Handler, type[BlmError], str]] = {
 
 
 @pytest.mark.parametrize("handler, kind, message", FIRST_FRAMES.values(), ids=FIRST_FRAMES)
-def test_a_server_that_starts_wrongly(handler: Handler, kind: type[BlmError], message: str) -> None:
+def test_an_invalid_first_message_is_refused(handler: Handler, kind: type[BlmError], message: str) -> None:
     start = time.monotonic()
     with hostile(handler) as uri, pytest.raises(kind, match=message):
         RemotePolicy(uri, timeout_s=0.5)
@@ -228,7 +228,7 @@ OTHER_SERVERS = {
 
 
 @pytest.mark.parametrize("answer, message", OTHER_SERVERS.values(), ids=OTHER_SERVERS)
-def test_what_is_no_policy_server_is_named(answer: bytes, message: str) -> None:
+def test_a_server_of_another_kind_is_reported(answer: bytes, message: str) -> None:
     with bare(answer) as uri, pytest.raises(BlmError, match=message):
         RemotePolicy(uri, timeout_s=2)
 
@@ -238,7 +238,7 @@ def test_a_handshake_that_never_ends() -> None:
         RemotePolicy(uri, timeout_s=0.5)
 
 
-def test_the_words_of_a_refusal_are_told() -> None:
+def test_the_reason_of_a_refusal_is_reported() -> None:
     def refuse(opened: ServerConnection, request: Any) -> Any:
         text = json.dumps({"error": {"message": "the robot is at lunch\nsoon back"}})
         return opened.respond(HTTPStatus.CONFLICT, text)
@@ -337,5 +337,5 @@ def test_a_proxy_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -
         "http://evil.com/127.0.0.1": False, "http://evil.com#@127.0.0.1": False, "0.0.0.0": False,
     }.items(),
 )  # fmt: skip
-def test_what_is_loopback(url: str, expected: bool) -> None:
+def test_loopback_addresses_are_recognised(url: str, expected: bool) -> None:
     assert is_loopback_url(url) is expected

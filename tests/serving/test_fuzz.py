@@ -185,7 +185,7 @@ def operations(live: str) -> list:
 
 @settings(max_examples=max(50, MANY // 4), deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.binary(max_size=200) | requests.map(lambda r: msgpack.packb(r, default=wire._encode)))
-def test_a_socket_tells_why_and_others_go_on(live: str, frame: bytes) -> None:
+def test_a_websocket_reports_errors_and_others_continue(live: str, frame: bytes) -> None:
     with connect(f"ws://{live}", compression=None) as socket:
         socket.recv(timeout=10)
         socket.send(frame)

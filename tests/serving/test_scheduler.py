@@ -145,7 +145,7 @@ HOSTILE_POLICIES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE_POLICIES)
-def test_everyone_gets_a_reply_from_a_policy_that_misbehaves(name: str) -> None:
+def test_every_request_gets_a_reply_from_a_faulty_policy(name: str) -> None:
     policy = Scripted(HOSTILE_POLICIES[name])
 
     async def scenario() -> None:
@@ -349,7 +349,7 @@ ERRORS = [RuntimeError("no weights"), MemoryError(), StopIteration(), SystemExit
 
 @pytest.mark.parametrize("where", ["start", "step", "text", "drop"])
 @pytest.mark.parametrize("error", ERRORS, ids=repr)
-def test_everyone_gets_a_reply_from_a_generator_that_misbehaves(where: str, error: BaseException) -> None:
+def test_every_request_gets_a_reply_from_a_faulty_generator(where: str, error: BaseException) -> None:
     async def scenario() -> None:
         scheduler = ModelScheduler(EchoPolicy(), FailingGenerator(where, error))
         bad = (Message("user", ("please break now ok",)),)
@@ -410,7 +410,7 @@ def test_a_thread_that_hangs_is_not_healthy() -> None:
     run(scenario)
 
 
-def test_when_the_thread_dies_everyone_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_clients_get_an_error_when_the_thread_dies(monkeypatch: pytest.MonkeyPatch) -> None:
     generator, policy = EndlessGenerator(), Scripted(good)
 
     async def scenario() -> None:
@@ -438,7 +438,7 @@ def test_when_the_thread_dies_everyone_is_told_at_once(monkeypatch: pytest.Monke
     run(scenario)
 
 
-def test_the_endpoint_says_what_the_engine_says() -> None:
+def test_the_health_route_reports_the_scheduler_health() -> None:
     generator = FailingGenerator("start", RuntimeError("no weights"))
     with running(None, generator, scheduler_limits=SchedulerLimits(check_s=0.05)) as address:
         url = f"http://{address}"
@@ -524,7 +524,7 @@ def test_a_short_question_does_not_wait_for_a_long_prompt(generation: Generation
 
 
 @pytest.mark.parametrize("answers", [1, 8])
-def test_who_leaves_at_any_moment_leaves_nothing_behind(generation: Generation, answers: int) -> None:
+def test_cancelled_requests_free_all_resources(generation: Generation, answers: int) -> None:
     long = (Message("user", ("What can you do with it? " * 60,)),)
 
     async def scenario() -> None:
@@ -542,7 +542,7 @@ def test_who_leaves_at_any_moment_leaves_nothing_behind(generation: Generation, 
     run(scenario)
 
 
-def test_what_does_not_fit_is_refused_and_what_fails_harms_no_other(
+def test_oversized_requests_are_refused_and_failures_are_isolated(
     generation: Generation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward, fails = generation.backbone.model.forward, threading.Event()
@@ -587,7 +587,7 @@ def test_a_reader_that_is_slow_keeps_no_more_than_the_last_state() -> None:
     run(scenario)
 
 
-def test_a_reader_whose_loop_is_gone_harms_nobody() -> None:
+def test_a_reader_with_a_closed_event_loop_is_ignored() -> None:
     scheduler = ModelScheduler(None, EchoGenerator())
 
     async def leave_without_a_word() -> None:

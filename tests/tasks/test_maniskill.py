@@ -113,7 +113,7 @@ def env():
 
 
 @inside
-def test_keeps_the_contract(env):
+def test_observations_match_the_contract(env):
     ours = Env("panda", "pick_cube", cameras=(), max_steps=1)
     observation, info = env.reset(seed=3, options={"phrasing": 1})
     assert info.keys() == ours.reset(seed=3)[1].keys()

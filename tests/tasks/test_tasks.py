@@ -195,7 +195,7 @@ def test_speeds_are_those_of_the_simulator():
     assert not cube.is_static and lower.is_static
 
 
-def test_looks_change_with_the_seed_and_come_back():
+def test_the_appearance_follows_the_seed():
     vivid = Appearance(colors=0.3, light=0.3, camera=0.03)
     env = Env("panda", "pick_cube", cameras=("base", "wrist"), appearance=vivid, distractors=1)
     plain = Env("panda", "pick_cube", cameras=("base", "wrist"), distractors=1)
@@ -306,7 +306,7 @@ def test_episodes_end_on_success_or_at_the_limit():
 
 @pytest.mark.parametrize("camera", CAMERAS)
 @pytest.mark.parametrize("robot", ["panda", "widowxai"])
-def test_projection_meets_the_picture(robot, camera):
+def test_projection_matches_the_image(robot, camera):
     """The pixels that show a sphere are centred where perspective puts its outline: between tan(t +- a)."""
     env, checked = Env(robot, "pick_cube", cameras=(), image_size=224), 0
     focal = 112 / np.tan(np.radians(env.model.cam(camera).fovy[0]) / 2)

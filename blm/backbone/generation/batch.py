@@ -20,7 +20,7 @@ from blm.types import Sampling
 
 @dataclass(eq=False)
 class GeneratedSequence:
-    """An answer while it is generated, and afterwards."""
+    """An answer during and after its generation."""
 
     prompt: Tensor
     """[L] token ids of the prompt."""
@@ -30,7 +30,7 @@ class GeneratedSequence:
     tokens: list[int] = field(default_factory=list)
     """Token ids generated so far."""
     ended: Literal["stop", "length"] | None = None
-    """Finish reason: the model's end token, or the limit on tokens; None while it is running."""
+    """Finish reason: the model's end token, or the token limit; None while it is running."""
     error: Exception | None = None
     """The error that ended it."""
 
@@ -42,7 +42,7 @@ class GeneratedSequence:
 
     @property
     def prompt_tokens(self) -> int:
-        """Number of prompt tokens, placeholders of pictures included."""
+        """Number of prompt tokens, placeholders of images included."""
         return len(self.prompt)
 
     @property
@@ -53,7 +53,7 @@ class GeneratedSequence:
 
 @dataclass(frozen=True, eq=False)
 class KeyValueCache:
-    """Keys and values of a batch, one row for each sequence, padded on the left."""
+    """Keys and values of a batch, one row per sequence, left-padded."""
 
     cache: DynamicCache
     mask: Tensor
@@ -97,15 +97,15 @@ class Batch:
 
     sequences: list[GeneratedSequence]
     cache: KeyValueCache
-    """One row for each sequence."""
+    """One row per sequence."""
 
     @property
     def length(self) -> int:
-        """Positions of the longest sequence, prompt included."""
+        """Number of positions of the longest sequence, prompt included."""
         return self.cache.mask.shape[1]
 
     def joined(self, other: Batch) -> Batch:
-        """Return a batch of the sequences of both."""
+        """Return a batch of the sequences of both batches."""
         return Batch(self.sequences + other.sequences, self.cache.joined(other.cache))
 
     def select(self, rows: Sequence[int]) -> Batch:

@@ -5,18 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 HALF = "\ufffd"
-"""The replacement character, which stands for bytes that do not form a character, or not yet."""
+"""The replacement character, which stands for bytes that are not (yet) a complete character."""
 WINDOW = 64
-"""Maximum number of tokens to decode again with each new one. A character has at most four bytes,
-each of which may be a token of its own; a longer run of incomplete characters is no text."""
+"""Maximum number of tokens to decode again with each new one.
+
+A character has at most four bytes, each of which may be a separate token; a longer run of
+incomplete characters is not text.
+"""
 
 
 class Detokenizer:
-    """Adds tokens to a text at a cost that does not grow with the text.
+    """Appends tokens to a text at a cost that does not grow with the text.
 
-    A token's text may depend on the tokens before it (spaces, halves of a character), so a window
-    of the last tokens is decoded with and without the new ones, and the difference is what they
-    add. The same is done by Hugging Face's text-generation-inference (`decode_token`).
+    A token's text may depend on the tokens before it (spaces, parts of a character), so a window of
+    the last tokens is decoded with and without the new ones, and the difference is appended.
+    Hugging Face's text-generation-inference does the same (`decode_token`).
     """
 
     def __init__(self, tokenizer: Any) -> None:

@@ -2,7 +2,7 @@
 
 Conversations begin and end at any time; sequences that fit share a forward pass. Each call does one
 bounded piece of work: `advance` prefills one chunk of a prompt, `step` generates one token for one
-batch. A failure affects nothing else: a prompt that cannot be read never joins a batch, and a
+batch. A failure affects only its own request: an invalid prompt never joins a batch, and a
 sequence that cannot continue leaves its batch with its `error` set. Shapes: B sequences in a batch,
 L positions of the longest, V vocabulary.
 """
@@ -31,14 +31,15 @@ from blm.types import BlmError, ChatCapacity, Message, Sampling
 
 log = logging.getLogger(__name__)
 CACHE_TOKENS = 65_536
-"""Maximum tokens in the key-value cache of one request: 2-4 GB at 7 B parameters. It bounds the
-context length, whatever the model could hold; it is also 16 answers of 4096 tokens, nano's whole
-context."""
+"""Maximum number of tokens in the key-value cache of one request: 2-4 GB at 7 B parameters.
+
+It bounds the context length even of models that support more. It also allows 16 answers of 4096
+tokens, nano's whole context.
+"""
 BYTES_PER_TOKEN = 16
-"""Maximum bytes of text per token, for bounds on a request: English has about 4, no language more
-than 8."""
+"""Maximum bytes of text per token, for bounds on a request: about 4 in English, at most 8."""
 MAX_IMAGES = 64
-"""Maximum pictures in one conversation: a video of 64 frames."""
+"""Maximum number of images in one conversation: a video of 64 frames."""
 PIECE_TOKENS = {"cpu": 128}
 """Prompt tokens in one prefill pass, by device type."""
 PIECE_TOKENS_ELSEWHERE = 512
@@ -50,14 +51,15 @@ STEP_TOKENS_ELSEWHERE = 262_144
 
 
 class Generation:
-    """The sequences that a model is generating. Only `prepare` and the limits may be used by other
-    threads."""
+    """The sequences that a model is generating.
+
+    Other threads may use only `prepare` and the limits.
+    """
 
     def __init__(
         self, backbone: MultimodalModel, *, piece_tokens: int | None = None, step_tokens: int | None = None
     ) -> None:
-        """`piece_tokens`, `step_tokens`: tokens of one prefill and one decoding pass; None: by
-        device."""
+        """Limit the tokens of one prefill pass and of one decoding pass; None: by device type."""
         device = str(backbone.model.device.type)
         self.backbone = backbone
         self.piece_tokens = piece_tokens or PIECE_TOKENS.get(device, PIECE_TOKENS_ELSEWHERE)
@@ -90,7 +92,7 @@ class Generation:
         )
 
     def tokens_per_image(self, width: int, height: int) -> int:
-        """Return the number of tokens of a picture of this size [px]."""
+        """Return the number of tokens of an image of this size [px]."""
         counted = self.backbone.processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
         return int(counted.num_image_tokens[0])
 
@@ -98,8 +100,7 @@ class Generation:
 
     @cached_property
     def _tokenizing_backbone(self) -> MultimodalModel:
-        """The backbone with its own copy of the processor, so that no action waits for
-        tokenization."""
+        """The backbone with a separate processor, so that tokenization never delays an action."""
         backbone = copy.copy(self.backbone)
         backbone.processor = copy.deepcopy(self.backbone.processor)
         backbone._processing = threading.Lock()
@@ -107,7 +108,7 @@ class Generation:
 
     @cached_property
     def tokenizer(self) -> BackboneTokenizer:
-        """The tokenizer for other threads than the model's."""
+        """The tokenizer for threads other than the model's."""
         return BackboneTokenizer(self._tokenizing_backbone)
 
     def prepare(self, messages: Sequence[Message], samplings: Sequence[Sampling]) -> Prompt:
@@ -124,7 +125,7 @@ class Generation:
         if room < 1:
             raise BlmError(
                 f"the prompt has {length} tokens; for {count} answer(s) the server holds "
-                f"{length + room}, the answer's first token included: use fewer pictures or words"
+                f"{length + room}, the answer's first token included; use fewer images or words"
             )
         clamped = [replace(s, max_tokens=min(s.max_tokens, room)) for s in samplings]
         return Prompt(inputs, self.backbone.position_ids(inputs), clamped, [0] * count)
@@ -139,11 +140,13 @@ class Generation:
                 f"{capacity.context_tokens} tokens"
             )
         if len(images) > capacity.max_images:
-            raise BlmError(f"{len(images)} pictures; one conversation may have {capacity.max_images}")
+            raise BlmError(
+                f"the conversation has {len(images)} images; at most {capacity.max_images} are allowed"
+            )
         tokens = sum(self.tokens_per_image(p.shape[1], p.shape[0]) for p in images if p is not None)
         if tokens > capacity.context_tokens:
             raise BlmError(
-                f"{len(images)} pictures of these sizes take {tokens} tokens; the context holds "
+                f"{len(images)} images of these sizes take {tokens} tokens; the context holds "
                 f"{capacity.context_tokens}: use fewer or smaller ones"
             )
 
@@ -159,8 +162,7 @@ class Generation:
         return Prefill(self._chunk_runner, prompt, self.piece_tokens, self._cache_name)
 
     def advance(self, prefill: Prefill) -> list[GeneratedSequence] | None:
-        """Run one piece of a prefill; after the last one return its sequences, each with its first
-        token.
+        """Run one piece of a prefill; after the last, return its sequences with their first tokens.
 
         On an error only the prefill has changed; it cannot be used any more.
         """
@@ -171,10 +173,10 @@ class Generation:
     def start(
         self, conversations: Sequence[Sequence[Message]], samplings: Sequence[Sampling]
     ) -> list[GeneratedSequence]:
-        """Prefill conversations in one pass, choose the first token of each answer, and add them to
-        a batch.
+        """Prefill conversations in one pass, and add their answers to a batch.
 
-        Raises BlmError as `Backbone.encode` does. On any error no running sequence has changed.
+        The first token of each answer is chosen here. Raises BlmError as `Backbone.encode` does. On
+        any error no running sequence has changed.
         """
         inputs = {name: value.cpu() for name, value in self.backbone.encode(conversations).items()}
         limit = self.backbone.decoder.config.max_position_embeddings
@@ -225,8 +227,7 @@ class Generation:
 
     @torch.no_grad()
     def _enter(self, prefill: Prefill) -> list[GeneratedSequence] | None:
-        """Choose first tokens, then copy the key-value cache, one batch a call; then join the
-        batches."""
+        """Choose first tokens, copy the key-value cache batch by batch, and join the batches."""
         if prefill.sequences is None:
             prefill.sequences = self._first_tokens(prefill)
         running = [number for number, sequence in enumerate(prefill.sequences) if sequence.is_running]
@@ -260,7 +261,7 @@ class Generation:
         return sequences
 
     def _join(self, batches: list[Batch], entering: Batch) -> None:
-        """Merge a new batch into the first that stays within `step_tokens`, else append it."""
+        """Merge a new batch into the first that stays within `step_tokens`, or append it."""
         for number, batch in enumerate(batches):
             longest = max(batch.length, entering.length)
             if (len(batch.sequences) + len(entering.sequences)) * longest <= self.step_tokens:
@@ -269,8 +270,7 @@ class Generation:
         batches.append(entering)
 
     def _decode_step(self, batch: Batch) -> list[Batch]:
-        """Generate one token for each sequence of a batch; return the batch or batches that
-        remain."""
+        """Generate one token for each sequence; return the remaining batch or batches."""
         device, cache = batch.cache.mask.device, batch.cache.extended()
         out = self.backbone.model(
             input_ids=torch.tensor([[one.tokens[-1]] for one in batch.sequences], device=device),
@@ -286,8 +286,7 @@ class Generation:
         return self._without_ended(batch)
 
     def _without_ended(self, batch: Batch) -> list[Batch]:
-        """Return a batch without its ended sequences, in two halves where it has grown too
-        large."""
+        """Return a batch without its ended sequences, split in two if it has grown too large."""
         rows = [row for row, sequence in enumerate(batch.sequences) if sequence.is_running]
         try:
             if len(rows) > 1 and len(rows) * batch.length > self.step_tokens:
@@ -295,7 +294,7 @@ class Generation:
                 return [batch.select(rows[:half]), batch.select(rows[half:])]
             if len(rows) < len(batch.sequences):
                 return [batch.select(rows)] if rows else []
-        except Exception as error:  # out of memory for the copy
+        except Exception as error:  # the copy may run out of memory
             fail(batch.sequences, error)
             return []
         return [batch]

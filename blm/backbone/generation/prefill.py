@@ -1,8 +1,8 @@
 """Chunked prefill: a prompt is processed in pieces, between which the model serves other requests.
 
-A piece is one pass of the vision tower over a few pictures, or one pass of the language model over
+A piece is one pass of the vision tower over a few images, or one pass of the language model over
 the next `size` tokens. Keys and values equal those of one pass over everything, up to rounding:
-attention is causal. Shapes: B conversations, L prompt positions, N pictures, V vocabulary, d hidden
+attention is causal. Shapes: B conversations, L prompt positions, N images, V vocabulary, d hidden
 size.
 """
 
@@ -25,7 +25,7 @@ from blm.types import Sampling
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """Tokenized conversations, on the CPU, padded on the left, and how to answer them."""
+    """Tokenized conversations, on the CPU and left-padded, and how to answer them."""
 
     inputs: Inputs
     positions: Tensor
@@ -48,8 +48,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _PictureGroup:
-    """Pictures that are encoded in one pass, and the placeholders that they fill, in reading
-    order."""
+    """Images that are encoded in one pass, and the placeholders that they fill, in order."""
 
     pictures: slice
     placeholders: slice
@@ -58,9 +57,9 @@ class _PictureGroup:
 
 
 class ChunkRunner:
-    """Runs a model over pieces of a prompt, with vision features computed before.
+    """Runs a model over pieces of a prompt, with precomputed vision features.
 
-    Belongs to one thread; the model itself does not change.
+    Use it from one thread; the model itself does not change.
     """
 
     def __init__(self, backbone: MultimodalModel) -> None:
@@ -74,15 +73,13 @@ class ChunkRunner:
         self._features: Any = None
 
     def encode(self, pixel_values: Tensor, grid: Tensor | None) -> Any:
-        """Return the vision features of some pictures, as the model's `get_image_features` returns
-        them."""
+        """Return the vision features of some images, in the form of `get_image_features`."""
         base: Any = self.backbone.model.base_model
         more = {} if grid is None else {"image_grid_thw": grid}
         return base.get_image_features(pixel_values=pixel_values, **more, return_dict=True)
 
     def run(self, features: Any, **inputs: Any) -> Any:
-        """Run the model with `features` at the picture placeholders of this piece, if it has
-        any."""
+        """Run the model, with `features` at the image placeholders of this piece, if any."""
         self._features = features
         try:
             if features is not None:  # a stand-in: `get_image_features` returns the features
@@ -127,8 +124,7 @@ class Prefill:
 
     @torch.no_grad()
     def advance(self) -> bool:
-        """Encode one group of pictures, or process one chunk of tokens; True when the prompt is
-        complete."""
+        """Encode one group of images or process one chunk of tokens; True when complete."""
         if self._at_once:
             self._run_whole()
             return True
@@ -148,8 +144,7 @@ class Prefill:
         return self.logits is not None
 
     def _run_whole(self) -> None:
-        """Run pictures and text in one pass, as for an action, so that both share the vision
-        cache."""
+        """Run images and text in one pass, as for an action, so both share the vision cache."""
         pictures = {name: value for name, value in self.prompt.inputs.items() if name in MEDIA}
         pictures = self._runner.backbone.place(pictures)
         out = self._runner.backbone.model(
@@ -172,15 +167,14 @@ class Prefill:
         pixels, grid = inputs["pixel_values"], inputs.get("image_grid_thw")
         if grid is None:
             pixels = pixels[group.pictures]
-        else:  # patches of all pictures stand in one row
+        else:  # the patches of all images are concatenated
             patches = [0, *grid.prod(-1).cumsum(0).tolist()]
             pixels = pixels[patches[group.pictures.start] : patches[group.pictures.stop]]
             grid = self._runner.backbone.place({"grid": grid[group.pictures]})["grid"]
         return self._runner.encode(self._runner.backbone.place({"pixels": pixels})["pixels"], grid)
 
     def _features(self, end: int) -> Any:
-        """Return the features of the placeholders up to column `end`, as `get_image_features`
-        would."""
+        """Return the features of the placeholders up to column `end`."""
         numbers = self._numbers[:, self._done : end]
         wanted = numbers[numbers >= 0]
         if not len(wanted):
@@ -200,10 +194,9 @@ class Prefill:
         return chosen
 
     def _picture_groups(self, is_placeholder: Tensor) -> list[_PictureGroup]:
-        """Split the pictures, in reading order, into groups of at most half of `size` tokens, or
-        one picture.
+        """Split the images, in order, into groups of at most `size` / 2 tokens, or one image.
 
-        Half: for nano, two pictures cost as much as 64 tokens of text.
+        Half of `size`, because for nano two images cost as much as 64 tokens of text.
         """
         columns = is_placeholder.nonzero()[:, 1].tolist()
         groups, first, begin, token = list[_PictureGroup](), 0, 0, 0
@@ -230,8 +223,7 @@ class Prefill:
 
 
 def _select(parts: Sequence[tuple[Any, Tensor]]) -> Any:
-    """Select K rows of picture features, in the layout of the first: [N, T, d] as [K, 1, d], else
-    [[K, d]]."""
+    """Select K rows of image features: [K, 1, d] if the features are [N, T, d], else [[K, d]]."""
     first = parts[0][0]
     square = isinstance(first, Tensor) and first.ndim == 3
     flat = [

@@ -11,8 +11,11 @@ from blm.backbone.generation.batch import GeneratedSequence, fail
 from blm.types import Sampling
 
 GREEDY_BELOW = 1e-5
-"""Lower temperatures are greedy, as in vLLM (`_SAMPLING_EPS`): logits of size 30 are rounded to
-2e-6 in float32, so below this rounding would decide, and further down the division overflows."""
+"""Lower temperatures are greedy, as in vLLM (`_SAMPLING_EPS`).
+
+Logits of size 30 are rounded to 2e-6 in float32, so below this temperature rounding would decide,
+and at still lower ones the division overflows.
+"""
 
 
 class ScoreError(RuntimeError):
@@ -32,7 +35,7 @@ def choose_token(scores: Tensor, sampling: Sampling, generator: torch.Generator)
     scores = scores.float()
     highest = scores.amax()  # NaN if one score is
     if not bool(highest.isfinite()):
-        raise ScoreError(f"the model gave no usable scores: the highest is {float(highest)}")
+        raise ScoreError(f"the model's logits are not usable: the highest is {float(highest)}")
     if is_greedy(sampling):
         return int(scores.argmax())
     shares = ((scores.double() - highest) / sampling.temperature).softmax(-1).float().cpu()
@@ -54,7 +57,7 @@ def penalise(scores: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 class TokenChooser:
-    """Adds the next token to sequences, each by its own sampling."""
+    """Appends the next token to sequences, each with its own sampling settings."""
 
     def __init__(self, end_tokens: Collection[int], repetition_penalty: float) -> None:
         """`repetition_penalty`: for sequences whose sampling does not set one; 1 is no penalty."""
@@ -62,14 +65,16 @@ class TokenChooser:
         self.repetition_penalty = repetition_penalty
 
     def choose(self, sequences: Sequence[GeneratedSequence], logits: Tensor) -> None:
-        """Add a token to each sequence, for logits [B, V]; one for which none can be chosen gets an
-        error."""
+        """Append a token to each sequence, for logits [B, V].
+
+        A sequence for which no token can be chosen gets an `error`.
+        """
         scores = logits.float()
         likeliest, usable = scores.argmax(-1).tolist(), scores.amax(-1).isfinite().tolist()
         for sequence, row, greedy, finite in zip(sequences, scores, likeliest, usable, strict=True):
             try:
                 if not finite:
-                    raise ScoreError("the model gave scores that are not finite")
+                    raise ScoreError("the model's logits are not finite")
                 token = greedy if self._takes_likeliest(sequence.sampling) else self._sample(sequence, row)
             except Exception as error:
                 fail([sequence], error)

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaModel
 
 EMBEDDED = 0.06
-"""Standard deviation of embedding weights: about 1 / sqrt(width); the usual 0.02 is for wide
-models."""
+"""Standard deviation of embedding weights: about 1 / sqrt(width); 0.02 is for wide models."""
 NEAR = 150
 """Maximum distance of the earlier text [tokens]: about a question and a thought."""
 QUIET, CARRY, WRITE = 0.1, 2.0, 10.0
 """Scale of the output of blocks, relative to the usual initialisation; scales of the previous-token
 output and of the copied token, relative to an embedding."""
 LOOK, MATCH = 40.0, 20.0
-"""Maximum attention logits of previous-token heads, and of induction heads."""
+"""Maximum attention logits of previous-token heads and of induction heads."""
 
 
 @torch.no_grad()
@@ -37,7 +36,7 @@ def init_induction_heads(model: LlamaModel) -> None:
     attention.
     """
     blocks = cast(list[LlamaDecoderLayer], [*model.layers])
-    for block in blocks:  # else the output of random blocks is larger than the embeddings
+    for block in blocks:  # otherwise the output of random blocks is larger than the embeddings
         block.self_attn.o_proj.weight.mul_(QUIET)
         cast(nn.Linear, block.mlp.down_proj).weight.mul_(QUIET)
     heads = model.config.num_attention_heads
@@ -67,8 +66,10 @@ def _init_previous_token_heads(
 
 
 def _attend_back(attention: LlamaAttention, rows: slice, frequencies: Tensor, distance: int) -> None:
-    """Let a head attend `distance` positions back: with constant query and key, RoPE's phases align
-    there."""
+    """Let a head attend `distance` positions back.
+
+    The query and the key are constant, and RoPE's phases align at that distance.
+    """
     fast = (frequencies > 1 / 50).float()
     size = (LOOK * math.sqrt(attention.head_dim) / fast.sum()).sqrt() * fast
     angle = frequencies * distance
@@ -81,11 +82,10 @@ def _attend_back(attention: LlamaAttention, rows: slice, frequencies: Tensor, di
 def _init_induction_head(
     attention: LlamaAttention, head: int, frequencies: Tensor, carried: Tensor, written: list[Tensor]
 ) -> None:
-    """Let a head match the current token and the one before it with the outputs of previous-token
-    heads.
+    """Initialise an induction head, which reads the outputs of previous-token heads.
 
-    The match uses the dimensions that RoPE hardly rotates over NEAR positions. The head copies the
-    token at the matching position.
+    It matches the current token and the one before it, in the dimensions that RoPE hardly rotates
+    over NEAR positions, and copies the token at the matching position.
     """
     dims, width = attention.head_dim, attention.config.hidden_size
     rows, half = _rows(attention, head), dims // 2

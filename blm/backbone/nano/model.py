@@ -1,9 +1,8 @@
-"""`nano`: a 2 M-parameter image-text-to-text model of a stock class, small enough to train on two
-CPU cores.
+"""`nano`: a 2 M-parameter image-text-to-text model, small enough to train on two CPU cores.
 
-`LlavaForConditionalGeneration` with a convolutional vision tower (`vision_tower.py`). Only the
-vision tower is our own class; it is registered with transformers' Auto classes on import. Processor
-and folder are stock.
+It is a `LlavaForConditionalGeneration` with a convolutional vision tower (`vision_tower.py`). Only
+the vision tower is our own class; it is registered with transformers' Auto classes on import.
+Processor and folder are stock.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ AutoModel.register(ConvVisionConfig, ConvVision)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer, lossless for any text; each digit is a token of its own."""
+    """Train a byte-level BPE tokenizer, lossless for any text; each digit is a separate token."""
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r"\d|, (?=\d)| ?\p{L}+| ?[^\s\p{L}\d]+|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -81,8 +80,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 768) -> PreTrainedTo
 
 
 def picture_processor(side: int) -> CLIPImageProcessorPil:
-    """Return the stock processor that resizes every picture to `side` x `side` px, with values in
-    -1 .. 1."""
+    """Return the stock processor that resizes images to `side` x `side` px, values in -1 .. 1."""
     size = {"height": side, "width": side}
     return CLIPImageProcessorPil(
         size=size,

@@ -2,10 +2,10 @@
 
 It has one heat map for each thing that it was trained to localise
 (`training/pretraining/vision_tower.py`): a distribution over 28 x 28 cells and "nowhere". The most
-probable things become tokens with their name, position in the picture, position in the robot's
+probable things become tokens with their name, position in the image, position in the robot's
 frame and appearance, like the region features of early vision-language models (UNITER, Chen et al.,
-2020); the other tokens are the quarters of the picture. Every token also has the predicted step of
-the task and the camera. Shapes: N pictures, M maps, T tokens, P = 784 cells, F features, S steps.
+2020); the other tokens are the quarters of the image. Every token also has the predicted step of
+the task and the camera. Shapes: N images, M maps, T tokens, P = 784 cells, F features, S steps.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from blm.types import BlmError
 
 IMAGE_SIZE, GRID = 112, 4
-"""Every picture is resized to 112 x 112 px and becomes GRID * GRID tokens."""
+"""Every image is resized to 112 x 112 px and becomes GRID * GRID tokens."""
 CELLS = 28
 """Cells per side."""
 QUARTERS = 4
-"""Number of tokens for the quarters of the picture; the others are for things."""
+"""Number of tokens for the quarters of the image; the others are for things."""
 FOUND = GRID * GRID - QUARTERS
 """Number of tokens for things."""
 WORDS = 64
@@ -40,13 +40,11 @@ position are outweighed by the many of appearance. Digits were learnt faster at 
 VIEW_SCALE = 4.0
 """Weight of the camera in a token."""
 FREQUENCIES = (1, 2, 4, 5, 10)
-"""Half periods of the Fourier features over the picture. 5 and 10 resolve decimal digits."""
+"""Half periods of the Fourier features over the image; 5 and 10 resolve decimal digits."""
 REACH = 0.5
-"""Unit of positions in the robot's frame [m], in which most of them lie within -1 .. 1 or 0 ..
-2."""
+"""Unit of positions in the robot's frame [m]; most of them lie within -1 .. 1 or 0 .. 2."""
 PERIODS = (2.0, 1.0, 0.2, 0.1)
-"""Periods of the Fourier features of these positions [m]. 1 and 0.1 resolve decimal digits of
-centimetres."""
+"""Periods of the Fourier features of these positions [m]; 1 and 0.1 resolve centimetres."""
 DECIMAL = 22
 """Size of the digit code of a number: two for the sign, ten for the tens, ten for the ones."""
 STEPS, VIEWS = 16, 4
@@ -67,16 +65,17 @@ class ConvVisionConfig(PretrainedConfig):
         views: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        """`things`: names to localise, of at most WORDS - FOUND words; at most STEPS `steps`, VIEWS
-        `views`."""
+        """Check the vocabulary: `things` of at most WORDS - FOUND words, `steps`, `views`."""
         words = sorted({word for thing in things for word in map_words(thing)})
         if len(words) > WORDS - FOUND:
             raise BlmError(
-                f"nano's vision tower knows at most {WORDS - FOUND} words, not {len(words)}: {words}"
+                f"nano's vision tower supports at most {WORDS - FOUND} words, not {len(words)}: {words}"
             )
         for kind, names, most in (("steps", steps, STEPS), ("views", views, VIEWS)):
             if len(names) > most:
-                raise BlmError(f"nano's vision tower knows at most {most} {kind}, not {len(names)}: {names}")
+                raise BlmError(
+                    f"nano's vision tower supports at most {most} {kind}, not {len(names)}: {names}"
+                )
         self.channels, self.width = channels, width
         self.things, self.steps, self.views = list(things), list(steps), list(views)
         self.image_size, self.patch_size = IMAGE_SIZE, IMAGE_SIZE // GRID
@@ -149,10 +148,10 @@ class ConvVision(PreTrainedModel):
                 if isinstance(block, ResidualBlock):
                     nn.init.zeros_(block.conv2.weight)
             nn.init.normal_(module.score.weight, std=0.05)
-            nn.init.constant_(module.nowhere, 6.0)  # about log P: initially everything is nowhere
+            nn.init.constant_(module.nowhere, 6.0)  # about log P: as likely as all cells together
 
     def features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return features of the cells [N, F, P], and a summary of the picture [N, 4 W]."""
+        """Return features of the cells [N, F, P], and a summary of the image [N, 4 W]."""
         fine = self.fine(self.stem(pixel_values))
         coarse = F.relu(self.coarse(self.down(F.relu(fine))))
         features = F.relu(self.both(fine + F.pixel_shuffle(self.up(coarse), 2))).flatten(2)
@@ -171,8 +170,8 @@ class ConvVision(PreTrainedModel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Describe things by their weights over cells [N, T, P] and their names [N, T, W].
 
-        Returns, each [N, T, ...]: Fourier features of the position in the picture; appearance of
-        the thing and of the whole picture; position in the robot's frame [units of REACH].
+        Returns, each [N, T, ...]: Fourier features of the position in the image; appearance of
+        the thing and of the whole image; position in the robot's frame [units of REACH].
         """
         appearance = F.layer_norm(weights @ features.transpose(1, 2), features.shape[1:2])
         average = self.average(features)[:, None].expand_as(appearance)
@@ -228,8 +227,7 @@ class ConvVision(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
 
     def names(self, found: Tensor) -> Tensor:
-        """Return one-hot names [N, K + 4, WORDS + QUARTERS] of maps [N, K], followed by the
-        quarters."""
+        """Return one-hot names [N, K + 4, WORDS + QUARTERS] of maps [N, K] and the quarters."""
         words = self.mixing.to(self.nowhere)[found]
         words = F.pad(words, (0, WORDS - words.shape[-1], 0, QUARTERS))
         quarter = torch.eye(QUARTERS).to(words).expand(len(found), -1, -1)
@@ -255,17 +253,15 @@ def image_position_features(height: int, width: int) -> Tensor:
 
 
 def metric_position_features(place: Tensor) -> Tensor:
-    """Return Fourier features [..., 3 + 6 P], for P periods, of positions [..., 3] in units of
-    REACH."""
+    """Return Fourier features [..., 3 + 6 P] of positions [..., 3] in units of REACH, P periods."""
     return _fourier(place, [2 * REACH / period for period in PERIODS])
 
 
 def digit_features(number: Tensor) -> Tensor:
-    """Return digit codes [..., 22 N] of numbers [..., N]: one-hot sign, tens and ones, as answers
-    spell them.
+    """Return digit codes [..., 22 N] of numbers [..., N]: one-hot sign, tens and ones.
 
-    So a linear layer can read the digits. Between two whole numbers it is the weighted mean of
-    their codes.
+    They match the digits in answers, so a linear layer can read them. Between two whole numbers the
+    code is the weighted mean of their codes.
     """
     whole = number.detach().floor()
     share = (number - whole)[..., None]

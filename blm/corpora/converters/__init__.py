@@ -36,7 +36,7 @@ class Converter:
     """Where such data are published."""
     rows: Callable[[Path, ConverterConfig], Rows]
     media: Callable[[Path, ConverterConfig], Path] = media_root
-    """Returns the folder that the media references of the rows are relative to."""
+    """Returns the folder that the rows' media references are relative to."""
 
 
 CONVERTERS: dict[str, Converter] = {
@@ -67,7 +67,7 @@ CONVERTERS: dict[str, Converter] = {
         rows=chats.messages,
     ),
     "easy_vqa": Converter(
-        reads="train or test: questions about one shape on a picture; one conversation a picture",
+        reads="train or test: questions about one shape in an image; one conversation per image",
         origin="https://pypi.org/project/easy-vqa (MIT), installed with blm[easy-vqa]",
         rows=easy_vqa,
         media=lambda source, settings: package_folder(),
@@ -94,10 +94,10 @@ class Conversion:
 def convert(
     name: str, source: Path, out: Path, settings: ConverterConfig | None = None, *, skip_bad: bool = False
 ) -> Conversion:
-    """Convert `source` into the new corpus folder `out`; media are linked or copied into it.
+    """Convert `source` into the new corpus folder `out`; media are linked or copied.
 
     All rows are read before faulty ones are reported. Then a BlmError gives the counts and places
-    of each reason, and `out` is not created; with `skip_bad` faulty rows are returned instead.
+    of each reason, and `out` is not created; with `skip_bad`, faulty rows are returned instead.
     After an interrupted run, the same call reuses the media that were stored. Raises
     UnknownNameError for an unknown converter.
     """

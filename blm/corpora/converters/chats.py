@@ -64,7 +64,7 @@ def _chats(source: Path, settings: ConverterConfig, keys: tuple[str, ...], name:
 
 
 def _named(made: Conversation, row: Mapping[str, Any]) -> Conversation:
-    """Take over the group and the kinds of the row if it has any."""
+    """Keep the group and the kinds of the row if it has any."""
     kinds = require_field(row, "kinds", list) if "kinds" in row else list(made.kinds)
     if len(kinds) != len(made.kinds) or not all(isinstance(kind, str) and kind for kind in kinds):
         raise RowError("wrong number of kinds", f"{kinds} for {len(made.kinds)} answers")

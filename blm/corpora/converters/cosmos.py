@@ -71,7 +71,7 @@ def _by_name(video: str, clips: Mapping[str, list[str]]) -> str:
 def _dialogues(row: Mapping[str, Any], part: str) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return kind and turns of each dialogue in a row.
 
-    Each multiple choice is a dialogue of its own.
+    Each multiple choice is a separate dialogue.
     """
     if "qa_pairs" not in row:
         turns = read_turns(require_field(row, "conversations", list))

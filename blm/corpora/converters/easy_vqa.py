@@ -1,6 +1,6 @@
 """Converter of easy-VQA (package `easy-vqa`, MIT license): questions about one coloured shape.
 
-All questions about a picture form one conversation, so that they share it. The source is "train" or
+All questions about an image form one conversation, so that they share it. The source is "train" or
 "test".
 """
 

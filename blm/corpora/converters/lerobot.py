@@ -2,7 +2,7 @@
 
 It reads our datasets and foreign ones (v2.0, v2.1, v3.0), which only have an instruction. A video
 that holds one episode is referenced. From a video with many episodes, frames are stored as
-pictures, because reading a late frame would decode all frames before it. Richer questions about
+images, because reading a late frame would decode all frames before it. Richer questions about
 episodes are in `blm.corpora.scenes.episodes`.
 """
 

@@ -34,7 +34,7 @@ ROLES = {
 Item = TypeVar("Item")
 _TAG = re.compile(r"<(image|video)>")
 Rows = Iterator[tuple[str, Conversation | RowError]]
-"""Yields the place of each row ("file.json:17") and its conversation, or what is wrong with it."""
+"""Yields the place of each row ("file.json:17") and its conversation, or its fault."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +45,12 @@ class ConverterConfig:
     """Number of frames per video, from the middles of equal parts. Lists of frames (ShareRobot) are
     subsampled evenly, including the first and the last frame; 0 uses the whole list."""
     media: Path | None = None
-    """Folder that media references are relative to. Default: the source folder, or the folder of
-    the file."""
+    """Folder that media references are relative to; by default that of the source or file."""
     source: str = ""
     """Name of the source in the rows. Default: the converter's name. It is also the kind of
     questions whose rows have no kind."""
     untagged: Literal["refuse", "first"] = "refuse"
-    """Rows that have media but no tag: report them as faults, or put the media before the first
-    question."""
+    """Treatment of rows with media but no tag: a fault, or the media before the first question."""
     cameras: tuple[str, ...] = ()
     """Cameras of a robot dataset. Default: the first camera."""
 
@@ -92,9 +90,9 @@ def _read_json_array(file: Path) -> Iterator[tuple[int, Any]]:
     try:
         rows = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise BlmError(f"'{file}' cannot be read as JSON ({error}): it is truncated or altered") from error
+        raise BlmError(f"'{file}' cannot be read as JSON ({error}); it is truncated or altered") from error
     if not isinstance(rows, list):
-        raise BlmError(f"'{file}' holds a {type(rows).__name__}, no list of rows; name the files that do")
+        raise BlmError(f"'{file}' holds a {type(rows).__name__}, not a list of rows; name files of rows")
     yield from enumerate(rows, start=1)
 
 
@@ -188,7 +186,7 @@ def tagged_messages(
 
 
 def image_references(kind: str, reference: str, root: Path, settings: ConverterConfig) -> list[Image]:
-    """Return references to a picture, or to the frames of a video.
+    """Return references to an image, or to the frames of a video.
 
     Raises RowError for missing files.
     """

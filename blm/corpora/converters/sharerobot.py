@@ -50,7 +50,7 @@ def sharerobot(source: Path, settings: ConverterConfig) -> Rows:
 
 
 def frames_root(source: Path, settings: ConverterConfig) -> Path:
-    """Return the folder that contains `rt_frames_success`: the media folder, or one near the rows."""
+    """Return the folder that contains `rt_frames_success`: the media folder, or one nearby."""
     root = media_root(source, settings)
     places = [root / part for part in ("", "images", "planning/images", "planning", "../images", "..")]
     found = next((place for place in places if (place / FRAMES).is_dir()), root)

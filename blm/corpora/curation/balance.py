@@ -25,7 +25,7 @@ def normalise(text: str) -> str:
 
 
 def yes_or_no(answer: str) -> str | None:
-    """Return 'yes' or 'no' for such an answer (e.g. 'Yes.'), else None."""
+    """Return 'yes' or 'no' for an answer such as 'Yes.', and None for other answers."""
     plain = normalise(answer)
     return plain if plain in ("yes", "no") else None
 
@@ -67,7 +67,7 @@ def _by_words(
 
 
 def yes_no_turns(rows: Sequence[Conversation]) -> dict[str, tuple[list[TurnIndex], list[TurnIndex]]]:
-    """Return base kind -> (turns answered yes, turns answered no), for kinds without other answers."""
+    """Return base kind -> (turns answered yes, turns answered no), for yes/no kinds."""
     stems: dict[str, tuple[list[TurnIndex], list[TurnIndex]]] = {}
     other: set[str] = set()
     for turn, kind, answer in _turns(rows):
@@ -89,7 +89,7 @@ def _turns(rows: Sequence[Conversation]) -> Iterator[tuple[TurnIndex, str, str]]
 def _surplus(
     rows: Sequence[Conversation], parts: Iterable[tuple[list[TurnIndex], int]], seed: int
 ) -> set[TurnIndex]:
-    """Return the turns of each list beyond its maximum; those with the lowest ranks stay."""
+    """Return the turns of each list beyond its maximum; those with the lowest ranks are kept."""
     dropped: set[TurnIndex] = set()
     for turns, most in parts:
         if len(turns) > most:
@@ -100,7 +100,7 @@ def _surplus(
 def _rank(row: Conversation, turn: int, seed: int) -> bytes:
     """Return a pseudo-random rank of a turn that depends on its text.
 
-    Its index would not do, because dropping other turns renumbers it.
+    It does not depend on the turn's index, because dropping other turns changes the index.
     """
     answers = [message for message in row.messages if message.role == "assistant"]
     content = f"{seed}\0{row.id}\0{row.kinds[turn]}\0{_question_words(row, turn)}\0{answers[turn].text}"
@@ -108,6 +108,6 @@ def _rank(row: Conversation, turn: int, seed: int) -> bytes:
 
 
 def _question_words(row: Conversation, turn: int) -> str:
-    """Return the text of a question after its last picture."""
+    """Return the text of a question after its last image."""
     user = [message for message in row.messages if message.role == "user"][turn]
     return "".join(part for part in user.content[end_of_pictures(user) :] if isinstance(part, str))

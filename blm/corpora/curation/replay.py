@@ -1,11 +1,11 @@
-"""Replay: text-only conversations in which a model repeats itself, to be mixed into Stage I.
+"""Replay: text-only dialogues that the base model answers itself, to be mixed into Stage I.
 
-The base model answers prompts made here, so nothing is downloaded and no other teacher is imitated.
-Answers are drawn from its own distribution at temperature 1: on such text the base has zero
-expected gradient, while greedy answers would teach it to be surer than it was. The prompts are made
-from a seed: general ones, and ones about half of the topics of Python's own manual
-(`pydoc_data.topics`). The other half is held-out text, on which `blm.training.sft.retention`
-measures what was kept.
+The base model answers prompts generated here, so nothing is downloaded and no other model is
+imitated. Answers are sampled from its own distribution at temperature 1: on such text the base has
+zero expected gradient, while greedy answers would train it to be more confident than it was. The
+prompts follow from a seed: half are general, half are about half of the topics of Python's manual
+(`pydoc_data.topics`). The other half of the topics is held-out text, on which
+`blm.training.sft.retention` measures forgetting.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from blm.jobs import Result, WorkUnit, run_units
 from blm.types import BlmError, Message
 
 MOST = 10_000_000
-"""Conversations of one replay corpus."""
+"""Maximum number of conversations in a replay corpus."""
 MAX_TOKENS = 64
-"""Longest answer; longer ones are not kept, as their end would be a lie."""
+"""Maximum length of an answer [tokens]. Longer answers are dropped, because cut off they would
+teach the wrong end."""
 BATCH = 32
-"""Conversations answered at once; part of the result, as a draw depends on its batch."""
+"""Number of conversations per batch. It affects the result: sampling depends on the batch."""
 MANUAL = (
     'In one or two sentences: what does the manual of Python say about "{}"?',
     'Explain "{}" in Python to a beginner, briefly.',
@@ -60,9 +61,10 @@ SUBJECTS = (
 
 
 def topic_texts(held_out: bool) -> dict[str, str]:
-    """Title -> text of one half of the manual's topics; which half depends on the title alone.
+    """Return title -> text for one half of the manual's topics.
 
-    Some topics have several names, and one text: by name they would be in both halves.
+    Which half a topic belongs to depends on its title. Some topics have several names and one text:
+    by name they would be in both halves.
     """
     titled = {text.partition("\n")[0].replace('"', ""): text for text in topics.values()}
     return {
@@ -75,7 +77,7 @@ def topic_texts(held_out: bool) -> dict[str, str]:
 def replay_prompts(seed: int) -> Iterator[tuple[str, str]]:
     """Yield (group, prompt) endlessly, half of them general, half about the manual.
 
-    No prompt is repeated before all of its half were used.
+    No prompt is repeated before all prompts of its half were used.
     """
     titles = topic_texts(held_out=False)
     pools = (
@@ -92,10 +94,10 @@ def replay_prompts(seed: int) -> Iterator[tuple[str, str]]:
 def build_replay(backbone: Backbone, out: Path, count: int, *, seed: int = 0) -> int:
     """Write a corpus of `count` conversations at `out`.
 
-    Return how many more were answered but not kept.
+    Return the number of conversations that were answered but dropped.
 
-    Empty answers and those that do not end within MAX_TOKENS are not kept. A killed run continues.
-    Raises BlmError when `out` exists, or when the model leaves most prompts without a whole answer.
+    Empty answers and those that do not end within MAX_TOKENS are dropped. A killed run resumes.
+    Raises BlmError when `out` exists, or when the model gives no complete answer to most prompts.
     """
     if out.exists():
         raise BlmError(f"corpus folder '{out}' exists; move it away or name another one")

@@ -1,4 +1,4 @@
-"""The report of a curation: what every step dropped and why, and the distribution of answers."""
+"""The report of a curation: what each step dropped and why, and the distribution of answers."""
 
 from __future__ import annotations
 
@@ -45,13 +45,12 @@ class SourceReport:
     turns: int
     weight: float
     share: float
-    """Share in the training mixture: weight * turns, scaled to the share of replay. Shares sum to
-    1."""
+    """Share in the training mixture: weight * turns, scaled to the replay share. They sum to 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurationReport:
-    """What was kept, what was dropped and why, and the distribution of answers."""
+    """The kept and dropped conversations, the reasons, and the distribution of answers."""
 
     settings: Mapping[str, Any]
     """The configuration, and the names of the evaluation sets."""

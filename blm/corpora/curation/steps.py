@@ -46,25 +46,26 @@ class CurationConfig:
     """Maximum length of a conversation, in characters or in units of `length` (see
     `curate_sources`)."""
     max_pixels: int | None = None
-    """Maximum size of a picture [px]."""
+    """Maximum number of pixels of an image."""
     max_pictures: int | None = None
-    """Maximum number of pictures in a conversation."""
+    """Maximum number of images in a conversation."""
     hash_distance: int = 6
-    """Maximum Hamming distance of two 256-bit perceptual hashes for near-duplicates (with similar
-    mean colours). Measured: JPEG of quality 80 changes up to 4 bits, scaling by 1.5 up to 6. None
-    of 25,000 pairs of different scenes of ours, and none of 125,000 pairs of easy-VQA, is that
-    near."""
+    """Maximum Hamming distance of the 256-bit perceptual hashes of near-duplicates.
+    Near-duplicates must also have similar mean colours. Measured: JPEG of quality 80 changes up to
+    4 bits, and scaling by 1.5 up to 6. None of 25,000 pairs of our different scenes and none of
+    125,000 pairs of easy-VQA images is within this distance."""
     max_per_kind: int | None = None
     """Maximum number of turns of one question kind."""
     balance: Balance = "kind"
-    """Keep as many yes as no answers within each yes/no kind (`<kind>_positive` and
-    `<kind>_negative` count as one), or within each question text, so that the text alone does not
-    tell the answer."""
+    """Keep as many yes as no answers, so that the text alone does not predict the answer.
+    `kind` balances each yes/no kind (`<kind>_positive` and `<kind>_negative` count as one), and
+    `question` each question text."""
     replay: float = 0.0
-    """Share of general replay in the training mixture."""
+    """Fraction of general replay in the training mixture, in [0, 1)."""
     general: tuple[str, ...] = ()
     """Names of the sources that are general replay."""
     seed: int = 0
+    """Seed for the choice of the turns that balancing drops."""
 
     def __post_init__(self) -> None:
         most = dict.fromkeys(("max_length", "max_pixels", "max_pictures", "max_per_kind"), (1, 10**15))
@@ -106,7 +107,7 @@ class EvaluationSet:
     name: str
     questions: Sequence[Question]
     root: Path | None = None
-    """Folder of their pictures; if None, only their groups are compared."""
+    """Folder of their images; if None, only their groups are compared."""
 
 
 @dataclass
@@ -178,7 +179,7 @@ def curate(
     evaluation_groups: Iterable[str] = (),
     config: CurationConfig | None = None,
 ) -> tuple[list[Conversation], CurationReport]:
-    """Curate one corpus that is in memory; by default without balancing.
+    """Curate one corpus in memory; by default without balancing.
 
     `evaluation_groups` are the groups of all evaluation sets: training on one of them would be a
     leak. Returns the kept conversations in their order, and the report.
@@ -210,7 +211,9 @@ def curate_sources(
     """
     names = [source.name for source in sources]
     if len(set(names)) != len(names) or not set(config.general) <= set(names):
-        raise BlmError(f"sources {names} need different names, general {config.general} must be among them")
+        raise BlmError(
+            f"sources {names} need different names, and --general {config.general} must name some of them"
+        )
     entries, reasons = [], DropReasons()
     for source in sources:
         for number, row in scan_corpus(source.folder):

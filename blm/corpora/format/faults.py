@@ -9,28 +9,29 @@ from dataclasses import dataclass
 from blm.types import BlmError
 
 EXAMPLES = 3
-"""Number of places listed per reason in a summary."""
+"""Number of examples listed per reason in a summary."""
 REASONS: dict[str, str] = {
     "malformed JSON": "a line is one JSON object in UTF-8",
     "truncated last line": "the file was cut while it was written; write it again",
     "malformed row": "a row has the keys and types that blm.corpora.format.messages documents",
     "unknown role": "a role is one of system, user, assistant",
-    "roles out of order": "an optional system turn, then user and assistant in turns, an answer last",
-    "empty question": "a user turn holds a text or a picture",
-    "empty answer": "an assistant turn holds a text and no picture",
+    "roles out of order": "an optional system turn comes first, then user and "
+    "assistant alternate, with an answer last",
+    "empty question": "a user turn has a text or an image",
+    "empty answer": "an assistant turn has a text and no image",
     "wrong number of kinds": "there is one kind for each assistant turn",
-    "wrong media count": "there is one tag in the text for each picture or video, and one for each tag",
-    "duplicate id": "an id names one row",
-    "media outside the folder": "a reference is a path below the corpus (or media) folder, no address",
-    "media missing": "every picture and video named is there",
-    "media unreadable": "every picture and video can be decoded",
-    "media too large": "a picture has at most blm.media.MAX_PIXELS pixels",
+    "wrong media count": "the text has exactly one tag for each image or video",
+    "duplicate id": "ids are unique",
+    "media outside the folder": "a reference is a path below the corpus (or media) folder, not an address",
+    "media missing": "every referenced image and video exists",
+    "media unreadable": "every image and video can be decoded",
+    "media too large": "an image has at most blm.media.MAX_PIXELS pixels",
     "time after the end": "a frame's time lies within its video",
-    "unsupported content": "turns hold text, pictures and videos; no tools, no sound",
-    "reserved token in text": "texts hold none of the special tokens of the backbone",
-    "placeholders differ from features": "the backbone makes one feature for each placeholder",
+    "unsupported content": "turns have text, images and videos, but no tools and no sound",
+    "reserved token in text": "texts contain none of the backbone's special tokens",
+    "placeholders differ from features": "the backbone computes one feature for each placeholder",
     "too long": "a conversation fits the token limit",
-    "answer not learnt": "the chat template leaves every answer as a text of its own",
+    "answer not learnt": "the chat template keeps every answer as a separate text",
 }
 """Reason -> the rule that a row violates."""
 

@@ -14,7 +14,7 @@ from blm.types import BlmError
 def find_media(reference: str, root: Path) -> Path:
     """Return the file of a media reference.
 
-    Raises RowError for a file outside the folder, a missing file, and a picture that is too large.
+    Raises RowError for a file outside the folder, a missing file, and an image that is too large.
     """
     try:
         path = locate(reference, root)
@@ -28,7 +28,7 @@ def find_media(reference: str, root: Path) -> Path:
 
 
 def _size(path: Path) -> int:
-    """Return width * height of a picture [px] from its header; 0 if the header cannot be read."""
+    """Return width * height of an image [px] from its header; 0 if the header cannot be read."""
     try:
         with PIL.Image.open(path) as picture:
             return picture.width * picture.height

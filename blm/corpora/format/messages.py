@@ -3,7 +3,7 @@
 A line is one conversation in the OpenAI content-part format: `{"id", "group", "source", "kinds":
 [...], "messages": [{"role", "content": [{"type": "text", "text"} | {"type": "image_url",
 "image_url": {"url": "images/ab12.png"}}]}, ...]}`. A content may be a plain string. URLs are media
-references below the folder: a picture, or a video frame `clips/a.mp4#t=1.25` (see blm.media). An
+references below the folder: an image, or a video frame `clips/a.mp4#t=1.25` (see blm.media). An
 optional system turn comes first, then user and assistant turns alternate, and the last is an
 answer.
 
@@ -57,7 +57,7 @@ class Conversation:
     def turns(self) -> Iterator[tuple[str, Message, Message]]:
         """Yield kind, question and answer of each turn.
 
-        A question includes all pictures shown so far.
+        A question includes all images shown so far.
         """
         shown: tuple[str | Image, ...] = ()
         body = [message for message in self.messages if message.role != "system"]
@@ -68,7 +68,7 @@ class Conversation:
     def select(self, turns: Sequence[int]) -> Conversation:
         """Return the conversation with these turns only.
 
-        The first of them gets all earlier pictures.
+        The first of them gets all earlier images.
         """
         wanted = set(turns)
         kept = [m for m in self.messages if m.role == "system"]
@@ -84,7 +84,7 @@ class Conversation:
         return replace(self, kinds=kinds, messages=tuple(kept))
 
     def questions(self) -> Iterator[Question]:
-        """Yield each turn as a question of its own, with the pictures shown so far."""
+        """Yield each turn as a separate question, with the images shown so far."""
         system = tuple(message for message in self.messages if message.role == "system")
         for turn, (kind, asked, answer) in enumerate(self.turns()):
             scorer = scorer_of(kind)
@@ -100,7 +100,7 @@ class Conversation:
 
 
 def end_of_pictures(message: Message) -> int:
-    """Return the number of content parts up to and including the last picture."""
+    """Return the number of content parts up to and including the last image."""
     return 1 + max((i for i, part in enumerate(message.content) if isinstance(part, Image)), default=-1)
 
 
@@ -142,7 +142,7 @@ def scan_corpus(folder: Path) -> Iterator[tuple[int, Conversation | RowError]]:
     path = folder / CORPUS_FILE
     if not path.is_file():
         raise BlmError(
-            f"'{folder}' is not a corpus folder: {CORPUS_FILE} is missing; make one with `blm corpus`"
+            f"'{folder}' is not a corpus folder: {CORPUS_FILE} is missing; create one with `blm corpus`"
         )
     lines: dict[str, int] = {}
     with path.open("rb") as file:  # bytes, because text files are also split at U+2028
@@ -179,7 +179,7 @@ def reserved_scenes(rows: Iterable[Conversation]) -> dict[str, int]:
 
 
 TEACHING = ("control", "scan")
-"""Beginnings of kinds of turns that only teach; their long answers are not evaluated."""
+"""Prefixes of the kinds of teaching turns, whose long answers are not evaluated."""
 
 
 def read_questions(folder: Path) -> list[Question]:
@@ -205,10 +205,11 @@ def parse_json_line(line: bytes) -> Any:
 def parse_row(row: Any, number: int) -> Conversation:
     """Return the conversation of one row. `number` names a row without id. Raises RowError."""
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-        raise RowError("malformed row", "it is no object with a list 'messages'")
+        raise RowError("malformed row", "it is not an object with a list 'messages'")
     if beside := [key for key in MEDIA_KEYS if row.get(key)]:
         raise RowError(
-            "wrong media count", f"media beside the messages ({', '.join(beside)}): `blm corpus convert` it"
+            "wrong media count",
+            f"it has media outside the messages ({', '.join(beside)}); convert it with `blm corpus convert`",
         )
     messages = tuple(_message(message) for message in row["messages"])
     check_turns(messages)
@@ -217,7 +218,7 @@ def parse_row(row: Any, number: int) -> Conversation:
     answers = sum(message.role == "assistant" for message in messages)
     kinds = row.get("kinds", [source] * answers)
     if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind for kind in kinds):
-        raise RowError("malformed row", f"'kinds' is {kinds!r}, no list of names")
+        raise RowError("malformed row", f"'kinds' is {kinds!r}, not a list of names")
     if len(kinds) != answers:
         raise RowError("wrong number of kinds", f"{len(kinds)} kinds for {answers} assistant turns")
     files = [split_time(str(image.path))[0] for message in messages for image in message.images]
@@ -234,7 +235,7 @@ def check_turns(messages: Sequence[Message]) -> None:
     for turn, message in enumerate(messages):
         blank = not without_thought(message.text).strip()
         if message.role == "assistant" and (blank or message.images):
-            raise RowError("empty answer", f"turn {turn}" + (" holds a picture" if message.images else ""))
+            raise RowError("empty answer", f"turn {turn}" + (" has an image" if message.images else ""))
         if message.role == "user" and blank and not message.images:
             raise RowError("empty question", f"turn {turn}")
 
@@ -275,7 +276,9 @@ def check_text(text: Any) -> str:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise RowError("malformed row", f"a text holds half a character: {text[:40]!a}") from None
+            raise RowError(
+                "malformed row", f"a text contains a lone surrogate (half a character): {text[:40]!a}"
+            ) from None
     return text
 
 
@@ -292,8 +295,8 @@ def _text(row: dict[str, Any], key: str, default: str) -> str:
 def write_corpus(folder: Path, conversations: Iterable[Conversation], *, media: Path | None = None) -> int:
     """Write a corpus folder atomically; return the number of conversations.
 
-    Pictures in memory are stored as PNG files that are named by a hash of their content, so equal
-    pictures are stored once. Media that are paths below the folder `media` are hard-linked, or
+    Images in memory are stored as PNG files that are named by a hash of their content, so equal
+    images are stored once. Media that are paths below the folder `media` are hard-linked, or
     copied to another disk; without `media`, paths are written unchanged. Media that a killed run
     stored are reused; an error leaves nothing behind. Raises BlmError if `folder` exists: a corpus
     is never overwritten.
@@ -331,7 +334,7 @@ def _to_row(
 
 
 def _store(image: Image, folder: Path, media: Path | None, stored: set[Path]) -> str:
-    """Store one picture or video below `folder`; return its reference."""
+    """Store one image or video below `folder`; return its reference."""
     if image.pixels is None and media is None:
         return str(image.path)
     if image.pixels is not None:

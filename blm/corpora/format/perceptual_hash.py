@@ -1,4 +1,4 @@
-"""Perceptual hashes of pictures, and an index that finds near-duplicates.
+"""Perceptual hashes of images, and an index that finds near-duplicates.
 
 The hash is a difference hash (dHash; N. Krawetz, "Kind of Like That", 2013) of 16 x 16 bits with a
 dead band against codec noise, extended by the mean colours of 4 x 4 cells. The package `imagehash`
@@ -34,7 +34,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class PictureHash:
-    """The perceptual hash of one picture."""
+    """The perceptual hash of one image."""
 
     size: int
     """Width * height [px]."""
@@ -52,7 +52,7 @@ class PictureHash:
 
 
 def perceptual_hash(pixels: ImageArray) -> PictureHash:
-    """Return the perceptual hash of an RGB picture, uint8 [height, width, 3]."""
+    """Return the perceptual hash of an RGB image, uint8 [height, width, 3]."""
     picture = PIL.Image.fromarray(pixels)
     grey = np.asarray(picture.convert("L").resize((SIDE + 1, SIDE), PIL.Image.Resampling.BOX)).astype(int)
     bits = np.packbits(np.diff(grey, axis=1) > STEP)
@@ -70,7 +70,7 @@ class MediaHasher:
         self._seen: dict[str, PictureHash | RowError] = {}
 
     def hashes(self, images: Sequence[Image]) -> tuple[PictureHash, ...]:
-        """Return the hash of each picture, in order. Raises RowError for the first faulty one."""
+        """Return the hash of each image, in order. Raises RowError for the first faulty one."""
         new = [str(image.path) for image in images if image.pixels is None]
         new = [reference for reference in dict.fromkeys(new) if reference not in self._seen]
         for file, references in groupby(new, lambda reference: split_time(reference)[0]):
@@ -106,7 +106,7 @@ class MediaHasher:
 
 
 class NearDuplicateIndex(Generic[Value]):
-    """Finds values that were added under an equal key with near-duplicate pictures.
+    """Finds values that were added under an equal key with near-duplicate images.
 
     Two hashes that differ in at most d bits agree in at least one of d + 1 equal parts (pigeonhole
     principle), so only entries that share a part are compared.
@@ -127,7 +127,7 @@ class NearDuplicateIndex(Generic[Value]):
         return None
 
     def add(self, key: Hashable, hashes: tuple[PictureHash, ...], value: Value) -> None:
-        """Add a value under a key and the hashes of its pictures."""
+        """Add a value under a key and the hashes of its images."""
         for place in self._parts(key, hashes):
             self._places.setdefault(place, []).append((hashes, value))
 

@@ -1,8 +1,8 @@
-"""Validate a whole corpus before training: every fault with its file and line, counted by reason.
+"""Validate a whole corpus before training: every fault with file and line, counted by reason.
 
-Without a backbone, the format is checked and every picture and video frame is decoded. With a
-backbone, the prompts are checked as the model would read them. Training requires a clean corpus, or
-the rows that `clean_corpus` keeps if the caller asks to skip faulty ones.
+Without a backbone, the format is checked and every image and video frame is decoded. With a
+backbone, the prompts are also checked as the model would read them. Training requires a corpus
+without faults; with `skip_bad`, it uses the rows that `clean_corpus` keeps.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def check_with_backbone(
     """Raise RowError unless the backbone can be trained on the whole conversation.
 
     No text may contain one of the `reserved` tokens, every answer must follow its prompt in the
-    rendered text, there must be one picture feature per placeholder, and the tokens must fit
+    rendered text, there must be one image feature per placeholder, and the tokens must fit
     `max_tokens` and the model's context.
     """
     for turn, message in enumerate(row.messages):
@@ -142,9 +142,9 @@ def check_with_backbone(
 
 
 def count_tokens(row: Conversation, folder: Path, backbone: Backbone) -> int:
-    """Return the length of a conversation in tokens, pictures included.
+    """Return the length of a conversation in tokens, images included.
 
-    Raises RowError if it exceeds the context, or if placeholders and picture features differ.
+    Raises RowError if it exceeds the context, or if placeholders and image features differ.
     """
     images = [load_pixels(image, folder) for image in row.media]
     try:

@@ -1,8 +1,7 @@
 """From annotations to questions: an annotation has a kind, template words and an answer.
 
-A moment offers many annotations. Those that are asked are sampled so that, over a whole shard, no
-answer to a question is much more frequent than the others. A model that only reads the text then
-learns little.
+Each moment offers many annotations. They are sampled so that, over a whole shard, no answer to a
+question is much more frequent than the others. A model that only reads the text then learns little.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from blm.corpora.scenes.templates import TEMPLATES, Wording, expansions
 from blm.types import Image, ImageArray, Message, base_kind
 
 NUMERIC_KINDS = ("point", "box", "metric")
-"""Beginnings of kinds with numeric answers, which need no balancing."""
+"""Prefixes of kinds with numeric answers, which need no balancing."""
 BINARY_ANSWERS = (
     "yes",
     "no",
@@ -61,7 +60,7 @@ class Annotation:
     words: Mapping[str, str] = field(default_factory=dict)
     """Words that fill the template, e.g. "thing" -> "red cube"."""
     wrong: tuple[str, ...] = ()
-    """Wrong options for a multiple choice; if empty, the question is only asked openly."""
+    """Wrong options for a multiple choice; if empty, the question is always open."""
     thought: str = ""
     """Reasoning from which the answer follows; empty if the answer is visible at once."""
 
@@ -78,7 +77,7 @@ class QuestionSampler:
     rng: np.random.Generator
     wording: Wording = "seen"
     choice: float = 0.25
-    """Share of multiple choice among the questions that allow it."""
+    """Fraction of multiple choice among the questions that allow it."""
     letters: bool = True
     """Whether a multiple choice is answered by its letter or by the option's text.
 
@@ -106,13 +105,13 @@ class QuestionSampler:
         return None
 
     def _allows(self, annotation: Annotation) -> bool:
-        """Whether the answer stays within its maximum share, for its question and for its kind."""
+        """Return whether the answer stays within its maximum share, for question and kind."""
         share = MAX_BINARY_SHARE if annotation.answer in BINARY_ANSWERS else MAX_OTHER_SHARE
         spent = [(self.answered[*key, annotation.answer], self.answered[key]) for key in _levels(annotation)]
         return all(got < 1 + share * asked for got, asked in spent)
 
     def _excess(self, annotation: Annotation) -> int:
-        """Return how much more often this question got this answer than all others together."""
+        """Return the count of this answer to this question minus that of all its other answers."""
         return 2 * self.answered[*annotation.subject, annotation.answer] - self.answered[annotation.subject]
 
     def _note(self, annotation: Annotation) -> Annotation:
@@ -120,7 +119,7 @@ class QuestionSampler:
         return annotation
 
     def phrase(self, annotation: Annotation) -> QuestionTurn:
-        """Phrase an annotation with a random template; a share `choice` becomes a multiple choice."""
+        """Phrase an annotation with a random template, a fraction `choice` as multiple choice."""
         pattern = str(self.rng.choice(getattr(TEMPLATES[annotation.kind], self.wording)))
         wording = str(self.rng.choice(expansions(pattern)))
         question = re.sub(r"\ba (?=[aeiou])", "an ", wording.format(**annotation.words))
@@ -164,7 +163,7 @@ def by_kind(annotations: Iterable[Annotation]) -> dict[str, list[Annotation]]:
 def to_messages(
     images: Sequence[ImageArray], turns: Sequence[QuestionTurn], *, thoughts: bool
 ) -> tuple[Message, ...]:
-    """Return the messages of one conversation; the first question holds the pictures."""
+    """Return the messages of one conversation; the first question holds the images."""
     pictures = tuple(Image(image) for image in images)
     messages: list[Message] = []
     for index, turn in enumerate(turns):

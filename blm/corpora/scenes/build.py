@@ -34,7 +34,7 @@ from blm.types import BlmError, ImageArray, require_numbers
 SCENES_PER_SHARD = 400
 EPISODES_PER_SHARD = 60
 FRAME_GAP = 3
-"""Number of frames between two pictures of a sequence: 0.15 s at 20 Hz."""
+"""Number of frames between two images of a sequence: 0.15 s at 20 Hz."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,39 +42,44 @@ class SceneCorpusConfig:
     """Which questions to generate, and from which scenes."""
 
     robots: tuple[str, ...]
+    """Names of the robots."""
     tasks: tuple[str, ...]
+    """Names of the tasks."""
     cameras: tuple[str, ...]
+    """Cameras whose images the questions show."""
     image_size: int
+    """Width and height of the images [px]."""
     scenes: int
-    """Number of random scenes, distributed evenly over robots x tasks."""
+    """Number of random scenes, distributed evenly over all pairs of robot and task."""
     first_seed: int
-    """Scene i has seed first_seed + i; training and held-out corpora use disjoint ranges."""
+    """Seed of the first scene; scene i has seed first_seed + i.
+    Use disjoint ranges for training corpora and held-out corpora."""
     turns: int = 8
     """Number of questions about each scene."""
     pointing: float = 0.3
-    """Share of points and boxes (one quarter boxes): they are learnt slowest, and a policy needs
-    them."""
+    """Fraction of questions that ask for a point or a box, 0..1; a quarter of them ask for a box.
+    These questions are learnt slowest, and control depends on them."""
     metric: float = 0.2
-    """Share of positions, displacements and distances in cm."""
+    """Fraction of questions about positions, displacements and distances in cm, 0..1."""
     choice: float = 0.25
-    """Share of multiple choice among the questions that allow it."""
+    """Fraction of multiple-choice questions among the questions that allow this form, 0..1."""
     wording: Wording = "seen"
-    """Which templates to use; the held-out ones are for evaluation."""
+    """Set of question templates; the held-out templates are for evaluation only."""
     max_distractors: int = 3
     """Maximum number of distractor objects in a scene."""
     teach: bool = True
-    """Add teaching turns (the control prompt, the content of each view) and thoughts before
-    answers. Off for held-out corpora, because these are no benchmark items."""
+    """Add teaching turns (the control prompt, a list of the objects in each view).
+    Also write a chain of thought before answers. Turn it off for held-out corpora."""
     episodes: Path | None = None
-    """Folder with one dataset per robot; their frames are asked about too."""
+    """Folder with one dataset of demonstrations per robot, whose frames are also asked about."""
     frames_per_episode: int = 6
-    """Number of frames of each episode that are asked about."""
+    """Number of frames of each episode to ask about."""
     frame_turns: int = 5
-    """Number of questions about each frame."""
+    """Number of questions about each of these frames."""
 
     def __post_init__(self) -> None:
         if not (self.robots and self.tasks and self.cameras):
-            raise BlmError("a corpus needs robots and tasks and cameras, at least one of each")
+            raise BlmError("a corpus needs at least one robot, one task and one camera")
         require_numbers(
             self,
             image_size=(16, 4096),
@@ -134,7 +139,7 @@ def shards_folder(out: Path) -> Path:
 
 
 def remove_shards(out: Path) -> None:
-    """Remove the shards that a run killed at its end left beside a finished corpus."""
+    """Remove the shards that a run, killed at its very end, left next to a finished corpus."""
     if out.exists() and (shards_folder(out) / MARK).is_file():
         names = (CORPUS_FILE, "journal.jsonl", MARK)
         remove_own(shards_folder(out), lambda name: name.name in names or name.parts[-2:-1] == ("images",))
@@ -145,7 +150,7 @@ ShardItems = tuple[str, str, Sequence[int]]
 
 
 def _scene_shards(config: SceneCorpusConfig) -> Iterator[tuple[str, str, ShardItems]]:
-    """Yield shards of one robot and task each: an environment costs as much as 50 scenes."""
+    """Yield shards, each of one robot and task: an environment costs as much as 50 scenes."""
     cells = list(itertools.product(config.robots, config.tasks))
     for number, (robot, task) in enumerate(cells):
         for start in range(number, config.scenes, len(cells) * SCENES_PER_SHARD):
@@ -168,7 +173,7 @@ def _episode_shards(config: SceneCorpusConfig) -> Iterator[tuple[str, str, Shard
 
 
 def write_shard(payload: tuple[str, SceneCorpusConfig, Any, Path]) -> Result:
-    """Write one shard as a small corpus of its own: an idempotent work unit."""
+    """Write one shard as a small corpus: an idempotent work unit."""
     source, config, part, folder = payload
     conversations = (
         _scene_conversations(config, part) if source == "scenes" else _episode_conversations(config, part)
@@ -231,7 +236,7 @@ def _episode_conversations(config: SceneCorpusConfig, part: ShardItems) -> Itera
     sampler = _sampler(config, episodes[0], 1)
     for episode in sampler.rng.permutation(
         episodes
-    ):  # tasks mixed: any beginning of a corpus is a fair sample
+    ):  # mix the tasks, so that any prefix of the corpus is a fair sample
         first, stop = dataset.starts[episode : episode + 2]
         steps = read_steps(
             dataset.tasks[episode], dataset.primitives[first:stop], dataset.success[first:stop]
@@ -270,7 +275,7 @@ def _balance_steps(
 def _pictures(
     dataset: EpisodeDataset, cameras: Sequence[str], first: int, frame: int, rng: np.random.Generator
 ) -> list[ImageArray]:
-    """Return the pictures of one frame, or of a sequence of frames that leads to it.
+    """Return the images of one frame, or of a sequence of frames that leads to it.
 
     A sequence has two frames in all views, or three in the first view.
     """
@@ -282,7 +287,7 @@ def _pictures(
 
 
 def _pool(folders: Sequence[Path], pool: Path) -> Path:
-    """Move the pictures of all shards into one folder; their names are hashes of their content."""
+    """Move the images of all shards into one folder; their names are hashes of their content."""
     (pool / "images").mkdir(parents=True, exist_ok=True)
     for picture in (picture for folder in folders for picture in (folder / "images").glob("*.png")):
         picture.replace(pool / "images" / picture.name)

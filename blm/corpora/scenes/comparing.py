@@ -19,8 +19,8 @@ Places = Mapping[str, np.ndarray]
 def comparisons(mark: str, places: Places, *, nearest: bool = True) -> Iterator[Annotation]:
     """Yield the questions about the distances of all other positions from `mark`.
 
-    Set `nearest` to False if the nearest object is known without looking, e.g. when the gripper
-    holds it.
+    Set `nearest` to False if the nearest object follows from the text alone, for example when the
+    gripper holds it.
     """
     far = {
         name: float(np.linalg.norm(place - places[mark])) for name, place in places.items() if name != mark

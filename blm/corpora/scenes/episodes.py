@@ -1,6 +1,6 @@
 """Recorded episodes as a sequence of steps, and annotations of the ShareRobot kinds about a frame.
 
-Primitives that look alike in a picture are merged into one step: descending and grasping, lifting
+Primitives that look alike in an image are merged into one step: descending and grasping, lifting
 and carrying, releasing and retreating.
 """
 
@@ -15,7 +15,7 @@ from blm.corpora.scenes.annotations import Annotation
 from blm.types import BlmError, lookup
 
 MERGED = {"lift": "move", "retreat": "release"}
-"""Primitive -> the step that it is merged into, in every task."""
+"""Primitive -> the step that it is merged into, for every task."""
 IN_TASK = {
     "push_cube": {},
     "pull_cube": {},
@@ -24,7 +24,7 @@ IN_TASK = {
     "place_sphere": {"descend": "grasp"},
     "lift_peg_upright": {"descend": "grasp", "lift": "lift", "turn": "lift"},
 }
-"""Task -> further merged primitives, in this task."""
+"""Task -> further merged primitives."""
 PHRASES = {
     "push_cube": ("blue cube", "target"),
     "pull_cube": ("blue cube", "target"),
@@ -48,15 +48,18 @@ WORDS = {
 }
 """Step -> its template in answers."""
 SHORT_RUN = 3
-"""Runs of a label that are shorter than this are flicker and count to the step before [frames]."""
+"""Runs of a label shorter than this are flicker and count to the step before [frames]."""
 AFTER = 3
 """Frames after a change of step that are not asked about."""
 BEFORE = 4
 """Frames before a change of step that are not asked about."""
 SOON = 9
-"""A contact within this time comes "in the next half second" [frames of 50 ms]."""
+"""Maximum time to a contact "in the next half second" [frames of 50 ms]."""
 LATER = 13
-"""A contact after this time does not [frames of 50 ms]; between the two, it is not asked about."""
+"""Minimum time to a contact that does not come in the next half second [frames of 50 ms].
+
+Frames with a time between SOON and LATER are not asked about.
+"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class EpisodeSteps:
 
     @property
     def regular(self) -> bool:
-        """Whether every step occurs once, so that its neighbours follow from the task."""
+        """Whether every step occurs once, so that the order of steps follows from the task."""
         return len(set(self.names)) == len(self.names)
 
     def moments(self, index: int) -> range:

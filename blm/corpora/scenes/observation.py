@@ -24,14 +24,14 @@ from blm.tasks.spec import ObjectState
 from blm.types import ImageArray
 
 MIN_VISIBLE = 8e-4
-"""Minimum share of a picture that an object must cover to be asked about: 10 px of 112 x 112."""
+"""Minimum share of an image that an object must cover to be asked about: 10 px of 112 x 112."""
 MARKERS = ("sphere", "disc")
 """Kinds of goal markers, which are not objects and are referred to by name only."""
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom as fractions of the image's width and height."""
 Arrangement = Literal["sampled", "displaced", "held", "done"]
 ARRANGEMENTS: dict[Arrangement, float] = {"sampled": 0.3, "displaced": 0.3, "held": 0.2, "done": 0.2}
-"""How scenes are changed after their reset -> with which probability."""
+"""Change of a scene after its reset -> its probability."""
 CLEAR = 0.08
 """Minimum distance of a moved object from other objects and from the tool [m]."""
 
@@ -55,19 +55,19 @@ class SceneObject:
 
     @property
     def solid(self) -> bool:
-        """Whether it can be counted and compared, which goal markers cannot."""
+        """Whether it can be counted and compared, unlike goal markers."""
         return self.kind not in MARKERS
 
 
 @dataclass(frozen=True)
 class SceneObservation:
-    """The annotations of one moment: what the questions are computed from."""
+    """The annotations of one moment, from which questions are computed."""
 
     objects: tuple[SceneObject, ...]
     tcp: np.ndarray
     """World position of the tool centre point [m], shape [3]."""
     points: dict[str, dict[str, tuple[float, float]]]
-    """Camera -> label -> image position as fractions of width and height, for visible objects.
+    """Camera -> label -> image position as fractions of width and height, if visible.
 
     The wrist view omits the gripper, because it never moves there.
     """
@@ -109,7 +109,7 @@ class SceneObservation:
 
 
 class SceneObserver:
-    """Observes an environment: one picture and one segmentation mask per camera.
+    """Observes an environment: one image and one segmentation mask per camera.
 
     Holds an OpenGL context until `close`.
     """

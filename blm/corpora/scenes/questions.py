@@ -25,21 +25,21 @@ POINT_SCALE = 1000
 POINT_STEP = 10
 """Image coordinates are rounded to multiples of this, about one pixel of 112."""
 MIN_GAP = 0.04
-"""Minimum difference along an axis for a spatial relation [m]; `AIR_GAP` if an object may be in the
-air."""
+"""Minimum difference along an axis for a spatial relation [m]; `AIR_GAP` applies in the air."""
 MIDDLE_OF_TABLE = (0.03, 0.07)
-"""Distance from the table's centre line [m] up to which an object is in the middle, and from which
-it is left or right."""
+"""Distance from the table's centre line up to which an object is in the middle [m].
+
+The second number is the distance from which it is left or right.
+"""
 DOMINANT = 2.0
-"""Minimum ratio of the largest component of a displacement to the second largest, for a main
-direction."""
+"""Minimum ratio of the largest to the second largest component for a main direction."""
 MIN_BOX = 0.07
 """Minimum side of a box that is asked about, as a share of the image: 8 px of 112."""
 ON_DISC = 0.03
 """A push ends when the cube is this near the target's centre [m]; see
 `planner.primitives.PUSH_NEAR`."""
 KINDS = ("cube", "ball", "cylinder")
-"""Kinds of objects that come in every colour."""
+"""Kinds of objects that exist in every colour."""
 DIRECTIONS = ("forward", "back", "left", "right", "down", "up")
 
 
@@ -205,7 +205,7 @@ def _positions(scene: SceneObservation, *items: SceneObject | None, axis: int | 
 
 
 def _directions(scene: SceneObservation) -> Iterator[Annotation]:
-    """The main direction from the gripper to an object, and from the task's object to its goal."""
+    """Directions from the gripper to an object, and from the task's object to its goal."""
     item, goal = scene.object, scene.goal
     for other in (t for t in scene.objects if t.seen and scene.gripper_seen):
         if direction := main_direction(other.position - scene.tcp):
@@ -313,7 +313,8 @@ def control_turn(scene: SceneObservation, instruction: str, robot: str) -> Quest
 def scan_turns(scene: SceneObservation) -> list[QuestionTurn]:
     """Return one turn per view that lists everything visible, sorted by name.
 
-    They train nano's vision tower. Third-person views also give positions relative to the robot.
+    These turns train nano's vision tower. Third-person views also give positions relative to the
+    robot.
     """
     turns = []
     for camera, points in scene.points.items():
@@ -353,8 +354,9 @@ def scene_turns(
 ) -> list[QuestionTurn]:
     """Sample `turns` different questions about one scene.
 
-    A share `pointing` of them are points and boxes and a share `metric` are metric questions,
-    possibly several of one kind about different objects. The rest is spread over all other kinds.
+    A fraction `pointing` of them are points and boxes and a fraction `metric` are metric questions,
+    possibly several of one kind about different objects. The rest is distributed over all other
+    kinds.
     """
     groups = by_kind(scene_annotations(scene))
     shares = {("point", "box"): pointing, ("metric",): metric}

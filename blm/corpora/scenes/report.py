@@ -1,4 +1,4 @@
-"""Statistics of a corpus: its questions, and how many can be answered from the text alone."""
+"""Statistics of a corpus: its questions, and how many of them the text alone can answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class KindSummary:
     answers: Mapping[str, int]
     """Answer -> count, the most frequent first."""
     blind: float | None
-    """Accuracy on held-out questions of the most frequent training answer to the same text.
+    """Accuracy of the most frequent training answer to the same text, on held-out questions.
 
     For a new text it is the most frequent answer of the kind. None without held-out questions.
     """
@@ -32,7 +32,7 @@ def describe(
 ) -> tuple[KindSummary, ...]:
     """Summarise every question kind of a training corpus.
 
-    `held_out` is answered from its texts alone.
+    The questions of `held_out` are answered from the texts of the training corpus alone.
     """
     learnt, asked = _triples(training), _triples(held_out)
     by_text: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)

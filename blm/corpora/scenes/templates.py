@@ -2,7 +2,7 @@
 
 A template is a pattern in which `[a|b|]` stands for one of its alternatives. An alternative may be
 empty and holds no brackets. `expansions` lists the questions that a pattern stands for, and `{...}`
-is filled from an annotation. A multiple choice adds its options on lines of their own.
+is filled from an annotation. A multiple choice adds its options on separate lines.
 
 There are many training templates, because a model that is trained from scratch on a few memorises
 them and understands no others. Held-out templates recombine words and phrases of training
@@ -26,7 +26,10 @@ class Wordings(NamedTuple):
 
 
 def expansions(pattern: str) -> list[str]:
-    """List the wordings that a pattern stands for, in the order of its alternatives; `{...}` stays."""
+    """List the wordings that a pattern stands for, in the order of its alternatives.
+
+    `{...}` stays.
+    """
     parts = re.split(r"\[(.*?)\]", pattern)  # every second part was in brackets
     return [
         "".join(chosen) for chosen in product(*(p.split("|") if i % 2 else [p] for i, p in enumerate(parts)))

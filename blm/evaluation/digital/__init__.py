@@ -1,4 +1,4 @@
-"""Benchmarks of the digital space: questions with reference answers.
+"""Question benchmarks: questions with reference answers.
 
 A new benchmark needs a file in `benchmarks` and a line in BENCHMARKS.
 """

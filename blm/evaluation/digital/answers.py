@@ -13,7 +13,7 @@ from blm.types import BlmError, Chat, Message
 
 
 class AnswerError(BlmError):
-    """One conversation has no answer (refused, too long): it counts as wrong, the run continues."""
+    """One conversation has no answer (refused, too long); it counts as wrong."""
 
 
 @runtime_checkable
@@ -42,7 +42,7 @@ def _answer_one(chat: Chat, messages: Sequence[Message], max_tokens: int) -> str
 
 
 class AnswerCache:
-    """One small file for each answer, named by a hash of its inputs. Safe between threads."""
+    """A folder with one small file per answer, named by a hash of its inputs. Thread-safe."""
 
     def __init__(self, folder: Path | None) -> None:
         """Without a folder, nothing is cached."""

@@ -1,9 +1,9 @@
-"""Any OpenAI-compatible endpoint as a Chat: concurrent, with a cache on disk, retries and timeouts.
+"""An OpenAI-compatible endpoint as a Chat: concurrent, with a cache on disk, retries and timeouts.
 
 Requests without an answer are retried with exponential backoff: a dropped connection, 408, 429
 (after Retry-After) and 5xx. A request that the server refuses for its content (400, 413, 422, a
 content filter) is an `AnswerError` for that question alone. A wrong key, an unknown model and a
-server that stays away end the run; the same command continues it.
+server that stays unavailable end the run; the same command resumes it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from blm.media import load_pixels
 from blm.types import BlmError, Image, Message, require_numbers
 
 REFUSED = (400, 413, 422)
-"""Statuses for bad content of a request: prompt too long, picture refused, content filter."""
+"""Statuses for bad content of a request: prompt too long, image refused, content filter."""
 RETRIED = (408, 429)
 """Statuses that are retried, as are all 5xx."""
 LONGEST_WAIT = 60.0
-"""Longest wait between two attempts [s]."""
+"""Maximum wait between two attempts [s]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +43,13 @@ class EndpointSettings:
     token_field: str = "max_tokens"
     """Field of the token limit; some models want max_completion_tokens."""
     concurrency: int = 8
-    """Concurrent requests."""
+    """Maximum number of concurrent requests."""
     attempts: int = 6
-    """Most attempts of one request."""
+    """Maximum number of attempts per request."""
     timeout: float = 300.0
-    """Of one request [s]."""
+    """Timeout of one request [s]."""
     first_wait: float = 1.0
-    """Wait before the second attempt; it doubles from attempt to attempt [s]."""
+    """Wait before the second attempt [s]; it doubles with each further attempt."""
 
     def __post_init__(self) -> None:
         require_numbers(
@@ -92,7 +92,7 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        """Model and place, for results and caches."""
+        """Model and address, for results and caches."""
         return f"{self.model}@{self.url}"
 
     def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
@@ -112,7 +112,10 @@ class Endpoint:
     def answer_batch(
         self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 128
     ) -> list[str | AnswerError]:
-        """Ask all concurrently. A refused one gives an AnswerError; raises BlmError like `answer`."""
+        """Ask all conversations concurrently.
+
+        A refused one gives an AnswerError in its place. Raises BlmError like `answer`.
+        """
 
         def ask(messages: Sequence[Message]) -> str | AnswerError:
             try:
@@ -149,7 +152,7 @@ class Endpoint:
                 if response.status_code == 200:
                     reply: dict[str, Any] = response.json()
                     return reply
-            except (httpx.TransportError, ValueError) as error:  # a body cut short is no JSON
+            except (httpx.TransportError, ValueError) as error:  # a truncated body is not JSON
                 trouble = f"{type(error).__name__}: {error}"
                 continue
             trouble = f"status {response.status_code}: {_reason(response)}"
@@ -158,7 +161,7 @@ class Endpoint:
             wait = min(max(wait, _seconds(response.headers.get("Retry-After"))), LONGEST_WAIT)
         raise BlmError(
             f"no answer from '{self.name}' in {self.settings.attempts} attempts; last: {trouble}. Answers so "
-            "far are kept: run the same command again when the server is back"
+            "far are kept: run the same command again when the server is available"
         )
 
     def _refusal(self, status: int, trouble: str) -> BlmError:
@@ -192,7 +195,10 @@ def _part(part: str | Image) -> dict[str, Any]:
 
 
 def _text(reply: dict[str, Any]) -> str:
-    """The text of a reply. Raises AnswerError where a filter left none, BlmError for another form."""
+    """Return the text of a reply.
+
+    Raises AnswerError for an answer that a filter removed, and BlmError for any other form.
+    """
     try:
         choice = reply["choices"][0]
         message = choice["message"]
@@ -214,7 +220,7 @@ def _reason(response: httpx.Response) -> str:
 
 
 def _seconds(header: str | None) -> float:
-    """Retry-After in seconds; 0 for a date or a missing header."""
+    """Return Retry-After in seconds; 0 for a date or a missing header."""
     try:
         return max(0.0, float(header or 0))
     except ValueError:

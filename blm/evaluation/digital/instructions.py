@@ -1,6 +1,6 @@
-"""Verifiable instructions in the manner of IFEval, to measure what fine-tuning preserves.
+"""Verifiable instructions in the style of IFEval, to measure what fine-tuning preserves.
 
-Each prompt holds one rule that a program checks (Zhou et al. 2023, arXiv:2311.07911, strict
+Each prompt has one rule that a program checks (Zhou et al. 2023, arXiv:2311.07911, strict
 accuracy): no preamble is stripped and no emphasis removed. A few prompts check knowledge instead.
 All are text only; compare a fine-tuned model with its base model item by item.
 """
@@ -17,9 +17,9 @@ from blm.evaluation.statistics import Rate, success_rate
 from blm.types import Chat, Message, Question
 
 MAX_TOKENS = 128
-"""Longest answer."""
+"""Maximum length of an answer [tokens]."""
 BATCH = 20
-"""Instructions asked together."""
+"""Number of instructions per batch."""
 Rule = Callable[[str], bool]
 """Answer -> whether it follows the rule."""
 
@@ -38,11 +38,11 @@ class InstructionAnswer:
 
     id: str
     kind: str
-    """instruction_<family>; of the family "knowledge" are the prompts that check knowledge."""
+    """instruction_<family>; prompts of the family "knowledge" check knowledge."""
     group: str
     question: str
     raw: str
-    """The answer, or why there is none."""
+    """The answer, or the reason why there is none."""
     correct: bool
 
 
@@ -51,7 +51,7 @@ def words(text: str) -> list[str]:
 
 
 def sentences(text: str) -> int:
-    """Number of sentences: runs that end in . ! or ? before a space or the end. 3.5 is no end."""
+    """Count the sentences: runs that end in . ! or ? before a space or the end, unlike "3.5"."""
     parts = re.split(r"(?<=[.!?])[\"')\]]*\s+", text.strip())
     return sum(bool(words(part)) for part in parts)
 
@@ -61,7 +61,7 @@ def lines(text: str) -> list[str]:
 
 
 def bullets(count: int) -> Rule:
-    """Exactly `count` lines begin with * or -, and no other line exists."""
+    """Check that exactly `count` lines begin with * or -, and that there are no other lines."""
     return lambda text: len(lines(text)) == count == sum(line[:2] in ("* ", "- ") for line in lines(text))
 
 
@@ -70,12 +70,12 @@ def numbered(count: int) -> Rule:
 
 
 def mentions(*wanted: str) -> Rule:
-    """Every one of these words occurs, in any case."""
+    """Check that every one of these words occurs, in any case."""
     return lambda text: {word.lower() for word in wanted} <= {word.lower() for word in words(text)}
 
 
 def avoids(*letters_or_words: str) -> Rule:
-    """None of these strings occurs, in any case, and there is an answer at all."""
+    """Check that none of these strings occurs, in any case, in a non-empty answer."""
     return lambda text: bool(words(text)) and not any(s.lower() in text.lower() for s in letters_or_words)
 
 
@@ -84,7 +84,7 @@ def word_count(low: int, high: int) -> Rule:
 
 
 def is_json(kind: type, *keys: str) -> Rule:
-    """The whole answer is JSON of this kind; an object has exactly these keys."""
+    """Check that the whole answer is JSON of this kind; an object has exactly these keys."""
 
     def keeps(text: str) -> bool:
         try:
@@ -164,7 +164,7 @@ _RULES: tuple[tuple[str, str, Rule], ...] = (
     ("knowledge", "At how many degrees Celsius does water boil? Give a number in digits.", mentions("100")),
     ("knowledge", "What is the chemical formula of water?", lambda text: "H2O" in text or "H₂O" in text),
 )  # fmt: skip
-"""Family, prompt, rule. Results from before and after a change cannot be compared."""
+"""Family, prompt and rule. A change makes results incomparable with earlier ones."""
 
 
 def verifiable_instructions() -> list[VerifiableInstruction]:
@@ -190,7 +190,7 @@ def follows(instruction: VerifiableInstruction, answer: str) -> bool:
 def run_instructions(
     chat: Chat, instructions: Sequence[VerifiableInstruction] | None = None
 ) -> list[InstructionAnswer]:
-    """Ask all of the instructions, or the given ones. A refused one counts as wrong."""
+    """Ask all instructions, or the given ones. A refused one counts as wrong."""
     chosen = verifiable_instructions() if instructions is None else instructions
     answers: list[InstructionAnswer] = []
     for start in range(0, len(chosen), BATCH):

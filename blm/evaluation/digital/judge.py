@@ -1,9 +1,9 @@
 """LLM judge: grades a free-form answer against the reference as 0, 0.5 or 1.
 
-EgoThink and ShareRobot grade in the same way. The judge sees text only. Its reply must hold exactly
-one rating, [[0]], [[0.5]] or [[1]]; any other reply is a failed judgement: the answer scores 0 and
-counts as failed, and is neither asked again nor left out. The prompt is ours (EgoThink's rubric in
-other words); its hash and the judge's name are part of the protocol.
+EgoThink and ShareRobot grade in the same way. The judge sees text only. Its reply must contain
+exactly one rating, [[0]], [[0.5]] or [[1]]; any other reply is a failed judgement: the answer
+scores 0, counts as failed, and is neither judged again nor left out. The prompt is ours (EgoThink's
+rubric in other words); its hash and the judge's name are part of the protocol.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ Give 0 if it is wrong, contradicts the reference, refuses, names no answer, or h
 Length and style do not count. Say in one sentence why, then the rating on a line of its own, exactly so:
 Rating: [[1]] or Rating: [[0.5]] or Rating: [[0]]"""
 MAX_TOKENS = 512
-"""Longest reply of the judge."""
+"""Maximum length of the judge's reply [tokens]."""
 BATCH = 64
-"""Answers graded together."""
+"""Number of answers graded per batch."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ class Judge(Protocol):
 
 
 class LanguageJudge:
-    """Any Chat as judge; use temperature 0. `cache` keeps its replies on disk."""
+    """Any Chat as judge; use temperature 0. `cache` stores its replies on disk."""
 
     def __init__(self, chat: Chat, name: str, *, cache: Path | None = None, compat: str = "") -> None:
-        """`compat`: the entry of COMPAT whose rating parser is used."""
+        """`compat` is the entry of COMPAT whose rating parser is used."""
         self.chat = chat
         self.name = name
         self.prompt = digest([SYSTEM, PROMPT, MAX_TOKENS])
@@ -113,7 +113,7 @@ class LanguageJudge:
 
 
 class MatchJudge:
-    """String match in place of a model: 1 where the answer contains the reference."""
+    """String match instead of a model: 1 if the answer contains the reference."""
 
     name = "exact-or-contained match (not the paper's metric)"
     prompt = ""

@@ -1,4 +1,4 @@
-"""Result of a benchmark of questions: every prediction, and scores by kind and over all."""
+"""Result of a question benchmark: every prediction, and scores by kind and overall."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ class Prediction:
     id: str
     kind: str
     group: str
-    """Cluster: questions about one picture or video."""
+    """Cluster: questions about one image or video."""
     scorer: Scorer
     question: str
     reference: str
     raw: str
-    """The model's words; empty where it refused."""
+    """The model's raw answer; empty if it refused."""
     failure: str | None
-    """Why there is no answer; None where there is one."""
+    """Reason why there is no answer; None if there is one."""
     score: float
     """0 wrong .. 1 right."""
     parsed: str | None
-    """The answer as it was read; None where none could be read."""
+    """The parsed answer; None if it could not be parsed."""
     error: float | None
-    """Distance to the reference: of a point in thousandths of the image, of a length in cm."""
+    """Distance of a point to the reference [thousandths of the image], or of a length [cm]."""
     points: int | None
-    """Number of points, where several may be given."""
+    """Number of points, if several may be given."""
     unjudged: bool | None = None
     """Whether the judge failed; None for an answer that was not judged."""
     judgement: str | None = None
@@ -59,9 +59,12 @@ class AnswerSummary(Rate):
     refused: int
     unjudged: int
     median_error: float | None
-    """Of points [thousandths of the image]; None without points, or if half were not read."""
+    """Median error of points [thousandths of the image].
+
+    None without points, or if half of the answers could not be parsed.
+    """
     median_error_cm: float | None
-    """The same for lengths."""
+    """Median error of lengths [cm], None as above."""
     points_per_answer: float | None
 
 
@@ -81,10 +84,10 @@ class BalancedAccuracy(Rate):
     """Mean of the recalls of yes and of no."""
 
     yes: Rate
-    """Recall where the reference is yes."""
+    """Recall of the questions whose reference is yes."""
     no: Rate
     said_yes: float
-    """Share of the questions that were answered with yes."""
+    """Fraction of the questions that were answered with yes."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
@@ -97,10 +100,10 @@ class DigitalSummary:
 
     headline: Headline
     overall: AnswerSummary
-    """Over all questions."""
+    """Score over all questions."""
     kinds: Mapping[str, AnswerSummary]
     balanced: Mapping[str, BalancedAccuracy]
-    """For kinds whose references are yes and no."""
+    """Balanced accuracies of kinds whose references are yes and no."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -122,7 +125,7 @@ class DigitalSummary:
 
 @dataclass(frozen=True)
 class BaselineResult:
-    """A baseline that sees no picture, on the same questions."""
+    """A baseline that sees no image, on the same questions."""
 
     summary: DigitalSummary
     model_minus_baseline: Difference
@@ -137,12 +140,12 @@ class BaselineResult:
 
 @dataclass(frozen=True)
 class JudgeCalibration:
-    """How well a judge grades answers whose grades are known."""
+    """How well a judge grades answers with known grades."""
 
     n: int
     agree: int
     failed: int
-    """Replies without a rating."""
+    """Number of replies without a rating."""
     mean_gap: float
     """Mean distance to the known grade; a failed reply counts as grade 0."""
 
@@ -163,17 +166,17 @@ class JudgeRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class DigitalResult(EvaluationResult):
-    """One model on one benchmark of questions."""
+    """One model on one question benchmark."""
 
     kind: ClassVar[str] = "digital"
     score: ClassVar[str] = "score"
 
     protocol: DigitalProtocol
     coordinates: str
-    """How the model writes places (`DigitalEvalConfig.coordinates`)."""
+    """Convention in which the model writes coordinates (`DigitalEvalConfig.coordinates`)."""
     summary: DigitalSummary
     judge: JudgeRecord | None
-    """None where no question needed one."""
+    """None if no question needed a judge."""
     baselines: Mapping[str, BaselineResult]
     predictions: tuple[Prediction, ...]
     """Empty for a published summary."""

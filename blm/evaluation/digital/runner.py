@@ -1,4 +1,4 @@
-"""Run a benchmark of questions on any Chat: resumable, in batches, with text-only baselines."""
+"""Run a question benchmark on any Chat: resumable, in batches, with text-only baselines."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from blm.types import BlmError, Chat, Image, Message, Question, lookup, require_
 
 @dataclass(frozen=True, kw_only=True)
 class DigitalEvalConfig:
-    """How one model is asked, and how its answers are read."""
+    """How a model is asked, and how its answers are parsed."""
 
     root: Path | None = None
-    """Folder of the pictures; None when all of them are in memory."""
+    """Folder of the images; None if all of them are in memory."""
     coordinates: str = "thousandths"
-    """How this model writes places: thousandths, unit, yx1000, pixels or pixels:WIDTHxHEIGHT."""
+    """Convention of the model: thousandths, unit, yx1000, pixels or pixels:WIDTHxHEIGHT."""
     compat: str = ""
-    """Upstream parser of digital/parsers/compat.py that reads the answers instead of ours."""
+    """Upstream parser of digital/parsers/compat.py that parses the answers instead of ours."""
     batch: int = 16
-    """Questions in one batch: at most so many answers are lost when the run is killed."""
+    """Number of questions per batch, which is the maximum that a killed run loses."""
 
     def __post_init__(self) -> None:
         require_numbers(self, batch=(1, 100_000))
@@ -61,10 +61,10 @@ def evaluate_digital(
 ) -> DigitalResult:
     """Ask every question, score the answers, compare with baselines; write and return the result.
 
-    `train_questions` feed the baselines only. `model` names the weights: a killed run continues
-    from `out`/journal.jsonl only under the same name. The result is written to `out`/result.json.
-    Raises BlmError for no questions, duplicate ids, a missing picture, questions that need a judge
-    where there is none, and a model that cannot be reached.
+    `train_questions` are used for the baselines only. `model` identifies the weights: a killed run
+    resumes from `out`/journal.jsonl only under the same name. The result is written to
+    `out`/result.json. Raises BlmError for no questions, duplicate ids, a missing image, questions
+    that need a judge if there is none, and a model that cannot be reached.
     """
     start = monotonic()
     require_free(out)
@@ -140,7 +140,7 @@ def _protocol(
 
 
 def _key(question: Question, root: Path | None) -> list[Any]:
-    """Return everything that identifies a question: its words, pictures and answer."""
+    """Return everything that identifies a question: its words, images and answer."""
     parts = [
         part if isinstance(part, str) else _picture(part, root, question.id)
         for message in question.messages
@@ -152,16 +152,16 @@ def _key(question: Question, root: Path | None) -> list[Any]:
 
 
 def _picture(image: Image, root: Path | None, name: str) -> str:
-    """Hash a picture without decoding it: its file and the time of a video frame, or its pixels."""
+    """Hash an image without decoding it: its file and the time of a video frame, or its pixels."""
     if image.pixels is not None:
         return hashlib.sha256(np.asarray(image.pixels).tobytes()).hexdigest()
     if root is None or image.path is None:
-        raise BlmError(f"question '{name}' has a picture that is not in memory; name its folder")
+        raise BlmError(f"question '{name}' has an image that is not in memory; name its folder")
     file = locate(image.path, root)
     try:
         state = file.stat()
     except OSError as error:
-        raise BlmError(f"question '{name}': cannot read picture {file}: {error.strerror}") from error
+        raise BlmError(f"question '{name}': cannot read image {file}: {error.strerror}") from error
     return f"{_hash(file, state.st_mtime_ns, state.st_size)}{split_time(image.path)[1] or ''}"
 
 
@@ -172,7 +172,7 @@ def _hash(file: Path, modified: int, size: int) -> str:
 
 
 RawAnswer = tuple[str, str | None]
-"""The model's words, and why there are none."""
+"""The model's raw text, and the reason if there is none."""
 
 
 def _ask(
@@ -183,10 +183,10 @@ def _ask(
     model: str,
     config: DigitalEvalConfig,
 ) -> list[RawAnswer]:
-    """Return the raw answers. They depend on neither parser nor judge, so the journal serves any."""
+    """Return the raw answers. They depend on neither parser nor judge, which may change later."""
     system = (Message("system", (protocol.prompt,)),) if protocol.prompt else ()
     limits = [protocol.long.get(question.kind, protocol.max_tokens) for question in questions]
-    order = sorted(range(len(questions)), key=limits.__getitem__)  # a batch has one limit
+    order = sorted(range(len(questions)), key=limits.__getitem__)  # a batch has one token limit
 
     def answer(places: Sequence[int]) -> Result:
         asked = [(*system, *_loaded(questions[place], config.root)) for place in places]
@@ -233,7 +233,7 @@ def _calibrate_judge(judge: Judge) -> JudgeRecord:
 
 
 def _grade(predictions: Sequence[Prediction], judge: Judge) -> list[Prediction]:
-    """Grade the free-form predictions. Empty answers are wrong without asking the judge."""
+    """Grade the free-form predictions. Empty answers are wrong and are not sent to the judge."""
     free = [p for p in predictions if p.scorer == "judge" and p.parsed is not None]
     verdicts = judge.grade([AnswerToGrade(p.question, p.reference, p.parsed or "") for p in free])
     graded = {

@@ -2,9 +2,9 @@
 
 A changed rule needs a new version in `DigitalProtocol.parser`.
 
-An answer that cannot be read scores 0 and is counted. Exact match compares words: lower case, no
-punctuation, no articles, numbers as digits; where the reference is yes or no, a leading yes or no
-is the answer.
+An answer that cannot be parsed scores 0 and is counted. Exact match compares words: lower case, no
+punctuation, no articles, numbers as digits; if the reference is yes or no, a leading yes or no is
+the answer.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class ItemScore:
     score: float
     """0 wrong .. 1 right."""
     parsed: str | None
-    """The answer as it was read; None when nothing could be read."""
+    """The parsed answer; None if it could not be parsed."""
     error: float | None = None
-    """Distance of a point to the reference in thousandths of the image, or of a length in cm."""
+    """Distance of a point to the reference [thousandths of the image], or of a length [cm]."""
     points: int | None = None
-    """Number of points, where several may be given."""
+    """Number of points, if several may be given."""
 
 
 UNREAD = ItemScore(score=0.0, parsed=None)
@@ -49,12 +49,12 @@ UNREAD = ItemScore(score=0.0, parsed=None)
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """The rules that all answers of a benchmark are scored by."""
+    """The rules by which all answers of a benchmark are scored."""
 
     protocol: DigitalProtocol
     coordinates: Coordinates = THOUSANDTHS
     root: Path | None = None
-    """Folder of pictures and masks."""
+    """Folder of images and masks."""
 
     @property
     def upstream(self) -> Upstream | None:
@@ -62,7 +62,7 @@ class ScoringConfig:
 
 
 def score(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
-    """Score a raw answer. An answer for the judge is only read, and has score 0 until it is judged."""
+    """Score a raw answer. An answer for the judge is only parsed; its score is 0 until then."""
     return _SCORERS[question.scorer](question, raw, config)
 
 
@@ -94,7 +94,7 @@ def _point(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
 
 
 def _points(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
-    """Share of the points on the mask; a point outside the picture is a miss."""
+    """Return the fraction of the points on the mask; a point outside the image is a miss."""
     if question.mask is None:
         raise BlmError(f"question '{question.id}' asks for points but has no mask")
     grey: ImageArray = load_pixels(question.mask, config.root)[..., 0]
@@ -113,7 +113,7 @@ def _points(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
 
 
 def _is_white(grey: ImageArray, place: Sequence[float]) -> bool:
-    """Whether the pixel at a place in thousandths is white."""
+    """Return whether the pixel at a position in thousandths is white."""
     row, column = (
         min(int(p * side / 1000 + 1e-9), side - 1) for p, side in zip(place[::-1], grey.shape, strict=True)
     )
@@ -130,7 +130,7 @@ def _box(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    """Intersection over union of two boxes (x1, y1, x2, y2)."""
+    """Return the intersection over union of two boxes (x1, y1, x2, y2)."""
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     shared = max(width, 0.0) * max(height, 0.0)
@@ -165,13 +165,13 @@ def _reference(question: Question, count: int) -> tuple[float, ...]:
 
 
 def picture_size(question: Question, config: ScoringConfig) -> tuple[int, int] | None:
-    """Width and height of the question's last picture, where the model's coordinates depend on it."""
+    """Return width and height of the question's last image, if coordinates depend on it."""
     if config.coordinates.kind != "pixels" or config.coordinates.size:
         return None
     pictures = [image for message in question.messages for image in message.images]
     if not pictures:
         raise BlmError(
-            f"question '{question.id}' has no picture to give the size in pixels; use pixels:WIDTHxHEIGHT"
+            f"question '{question.id}' has no image that gives the size in pixels; use pixels:WIDTHxHEIGHT"
         )
     height, width = load_pixels(pictures[-1], config.root).shape[:2]
     return width, height

@@ -1,4 +1,4 @@
-"""A subset of a benchmark: questions at even distances."""
+"""A subset of a benchmark: evenly spaced questions."""
 
 from __future__ import annotations
 

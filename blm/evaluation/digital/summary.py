@@ -1,4 +1,4 @@
-"""Predictions -> scores with intervals, by kind of question and over all, and balanced accuracies."""
+"""Predictions -> scores with intervals, by kind and overall, and balanced accuracies."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _rate(predictions: Sequence[Prediction], strata: Sequence[str] | None = None
 
 
 def _answer_summary(predictions: Sequence[Prediction]) -> AnswerSummary:
-    """Rate clustered by group, what could not be read or judged, and medians of the distances."""
+    """Summarise answers: rate clustered by group, unparsed and unjudged counts, median errors."""
     counts = [p.points for p in predictions if p.points is not None]
     return AnswerSummary(
         **asdict(_rate(predictions)),
@@ -55,14 +55,14 @@ def _answer_summary(predictions: Sequence[Prediction]) -> AnswerSummary:
 
 
 def _median_error(predictions: Sequence[Prediction]) -> float | None:
-    """Median distance; an unread place is infinitely far away, and an infinite median is None."""
+    """Return the median error; unparsed answers have an infinite error. None if it is infinite."""
     errors = [np.inf if p.error is None else p.error for p in predictions]
     median = float(np.median(errors)) if errors else np.inf
     return median if np.isfinite(median) else None
 
 
 def balanced_accuracy(predictions: Sequence[Prediction]) -> dict[str, BalancedAccuracy]:
-    """Mean of the recalls of yes and of no, for each base kind whose references are all yes or no.
+    """Return the mean recall of yes and no, for each base kind whose references are all yes or no.
 
     Kinds named `<base>_positive` and `<base>_negative` have one base kind. A model that always says
     no scores 0.5. The entry "all" is added for more than one base kind.

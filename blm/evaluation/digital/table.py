@@ -1,7 +1,7 @@
-"""Tables in the paper's layout: our measured scores beside the published ones.
+"""Tables in the paper's layout: our measured scores next to the published ones.
 
-Measured scores have n and a 95 % interval. So do published ones where n is known and answers are
-right or wrong, which shows how little a hundred questions can tell apart.
+Measured scores have n and a 95 % interval. So do published ones if n is known and answers are right
+or wrong; the intervals show that a hundred questions distinguish few models.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class TableScore:
 
     value: float
     low: float | None = None
-    """95 % interval; None where it cannot be known."""
+    """Lower end of the 95 % interval; None if it is unknown."""
     high: float | None = None
     n: int | None = None
 
     def text(self) -> str:
-        """Format as "47.0 (37–57)"."""
+        """Format the score as "47.0 (37–57)"."""
         return (
             f"{self.value:.1f}" if self.low is None else f"{self.value:.1f} ({self.low:.0f}–{self.high:.0f})"
         )
@@ -42,12 +42,12 @@ class TableRow:
     model: str
     published: bool
     scores: tuple[TableScore | None, ...]
-    """By column, the average last; None for a benchmark that was not run."""
+    """Scores by column, the average last; None for a benchmark that was not run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PaperTable:
-    """A table of the paper with our rows in it."""
+    """A table of the paper with our results as further rows."""
 
     title: str
     columns: tuple[str, ...]
@@ -114,7 +114,10 @@ def _published(value: float, n: int | None) -> TableScore:
 
 
 def _average(scores: Sequence[TableScore | None]) -> TableScore | None:
-    """Mean of all columns with a combined interval (independent columns); None if one is missing."""
+    """Return the mean of all columns with a combined interval; None if one is missing.
+
+    The columns are independent.
+    """
     full = [s for s in scores if s is not None and s.low is not None and s.high is not None]
     if len(full) < len(scores):
         return None

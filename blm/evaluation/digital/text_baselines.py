@@ -1,4 +1,4 @@
-"""Baselines without pictures: the most common training answer of a kind, or of the same question."""
+"""Baselines without images: the most common training answer of a kind, or of the same question."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Baseline = Callable[[Question], str]
 def text_baselines(train: Sequence[Question]) -> dict[str, Baseline]:
     """Fit both baselines to training questions: "majority" and "question_only".
 
-    Both look up the base kind: the full name of a yes or no kind would give the answer away.
+    Both look up the base kind: the full name of a yes or no kind would reveal the answer.
     """
     alike: dict[tuple[str, ...], list[Question]] = defaultdict(list)
     for question in train:
@@ -36,7 +36,7 @@ def text_baselines(train: Sequence[Question]) -> dict[str, Baseline]:
 
 
 def _most_common_answer(questions: Sequence[Question]) -> str:
-    """The most common answer, or the median of places or lengths."""
+    """Return the most common answer, or the median of places or lengths."""
     read: dict[str, Callable[[str], tuple[float, ...] | None]] = {
         "point": lambda text: next(iter(read_numbers(text, 2)), None),
         "box": lambda text: next(iter(read_numbers(text, 4)), None),

@@ -1,1 +1,1 @@
-"""Closed-loop evaluation."""
+"""Closed-loop evaluation of policies."""

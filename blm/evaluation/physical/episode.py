@@ -89,12 +89,12 @@ def close(thing: object) -> None:
 
 @dataclass
 class EpisodeTimer:
-    """Wall time of one episode [s]."""
+    """Wall time of one episode [s], by part."""
 
     policy: float = 0.0
-    """Waiting for the policy."""
+    """Time spent waiting for the policy."""
     physics: float = 0.0
-    """Stepping the simulation, and judging."""
+    """Time spent stepping the simulation and judging."""
     rendering: float = 0.0
     decisions: list[float] = field(default_factory=list)
     """Duration of each decision, without the wait in the queue of a shared policy."""
@@ -126,7 +126,7 @@ def run_episode(unit: tuple[str, str, int, bool]) -> Result:
     frames: list[ImageArray] = []
     moments: list[StepOutcome] = []
     actions = drive(policy, env, seed, protocol, clock)
-    limit = judged = protocol.max_steps  # the steps up to `judged` decide on success and on the reason
+    limit = judged = protocol.max_steps  # the outcome depends on the steps up to `judged`
     drive_on = protocol.purpose == "evaluation"
     while len(moments) < (limit if drive_on else judged):
         if film and len(moments) < judged:
@@ -168,11 +168,11 @@ def _scene_hash(env: TaskEnv) -> str:
 def drive(
     policy: Policy, env: TaskEnv, seed: int, protocol: PhysicalProtocol, clock: EpisodeTimer
 ) -> Iterator[FloatArray]:
-    """Yield the action of each control step; see `ChunkExecutor` for chunks that arrive late.
+    """Yield the action of each control step; see `ChunkExecutor` for delayed chunks.
 
-    With a latency of L seconds a chunk arrives ceil(L * rate) steps late; the arm holds its own position
-    until the first one. Only the pictures that the policy sees are rendered: rendering costs more than
-    physics.
+    With a latency of L seconds a chunk arrives ceil(L * rate) steps late; the arm holds its own
+    position until the first one. Only the images that the policy sees are rendered: rendering costs
+    more than physics.
     """
     executor = ChunkExecutor(protocol.execute, hold=env.state())
     while True:
@@ -206,7 +206,7 @@ def _ask(policy: Policy, observation: Observation) -> tuple[FloatArray, float]:
 
 
 def _delay(protocol: PhysicalProtocol, seconds: float) -> int:
-    """Return the control steps between an observation and the arrival of its chunk."""
+    """Return the number of control steps between an observation and the arrival of its chunk."""
     if protocol.latency == "none":
         return 0
     late = seconds if protocol.latency == "measured" else float(protocol.latency)
@@ -214,7 +214,7 @@ def _delay(protocol: PhysicalProtocol, seconds: float) -> int:
 
 
 def write_video(path: Path, frames: Sequence[ImageArray], rate_hz: float) -> None:
-    """Write H.264 that browsers play, small enough to embed (about 100 kB for ten seconds)."""
+    """Write H.264 that browsers can play, small enough to embed (about 100 kB for ten seconds)."""
     faststart = {"movflags": "faststart"}
     with replacing(path) as file, av.open(str(file), "w", format="mp4", options=faststart) as container:
         stream = container.add_stream("libx264", rate=round(rate_hz), options={"crf": "30"})

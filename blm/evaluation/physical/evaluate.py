@@ -39,15 +39,16 @@ def evaluate_physical(
 
     `make_policy` is picklable; it is called here, to compare contracts. By default, a policy that
     has `act_batch` and a `device` other than "cpu" stays in this process and answers all local
-    workers, up to `max_batch` observations in one call. Other policies are made once in each
+    workers, up to `max_batch` observations in one call. Other policies are created once in each
     worker, which is twice as fast on a CPU. `share_policy` overrides this choice; True also shares
     a policy without `act_batch`, which is then called once for each observation. With max_batch=1,
     a policy whose batches round differently from single calls gives the same bits every time. A
     measured latency forbids batches. Privileged policies and engine "ray" need a policy in each
     worker.
 
-    A killed run continues from `out`/journal.jsonl. Raises ContractError when the policy does not
-    fit the protocol, and BlmError when `out` belongs to another program or, possibly, policy.
+    A killed run resumes from `out`/journal.jsonl. Raises ContractError when the policy does not fit
+    the protocol, and BlmError when `out` belongs to another program or may belong to another
+    policy.
     """
     start = time.monotonic()
     with ExitStack() as stack:
@@ -99,15 +100,15 @@ def _execution(
 
 
 def _run_key(protocol: PhysicalProtocol, contract: PolicyContract) -> str:
-    """Key of the journaled episodes of one run: version of the rows, protocol, whole contract."""
+    """Return the key of a run's journaled episodes: row version, protocol, whole contract."""
     return f"{ROWS}/{protocol_hash(protocol)}/{digest(contract.to_json())}"
 
 
 def _require_accepted(policy: Policy, protocol: PhysicalProtocol, out: Path) -> PolicyContract:
-    """Return the contract of a policy that fits the protocol and may continue the run in `out`.
+    """Return the contract of a policy that fits the protocol and may resume the run in `out`.
 
     Raises ContractError for a policy that does not fit, and BlmError when `out` belongs to another
-    program, or when the policy has no revision that tells whether journaled episodes are its own.
+    program, or when the policy has no revision that shows whether journaled episodes are its own.
     """
     contract = policy.contract
     protocol.require_fits(contract)
@@ -122,7 +123,10 @@ def _require_accepted(policy: Policy, protocol: PhysicalProtocol, out: Path) -> 
 
 
 def _is_shared(policy: Policy, wanted: bool | None, *, possible: bool) -> bool:
-    """Return whether one policy answers all workers. Raises BlmError where it must but cannot."""
+    """Return whether one policy answers all workers.
+
+    Raises BlmError for settings that require it and do not allow it.
+    """
     possible = possible and not isinstance(policy, PrivilegedPolicy)
     if wanted and not possible:
         raise BlmError(
@@ -133,7 +137,7 @@ def _is_shared(policy: Policy, wanted: bool | None, *, possible: bool) -> bool:
 
 
 def _units(protocol: PhysicalProtocol, run: str, videos_per_cell: int) -> list[WorkUnit]:
-    """Return one unit for each episode; the first `videos_per_cell` of each cell are filmed."""
+    """Return one unit per episode; the first `videos_per_cell` of each cell record videos."""
     seen: Counter[tuple[str, str]] = Counter()
     units = []
     for robot, task, seed in protocol.scenes:

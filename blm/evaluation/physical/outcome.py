@@ -31,7 +31,7 @@ class StepOutcome:
     held: bool
     resting: bool
     position: FloatArray
-    """[3], m."""
+    """Position of the object [3], m."""
     opening: float
     """Measured opening of the gripper (0..1)."""
     command: float

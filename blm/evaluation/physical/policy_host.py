@@ -2,7 +2,7 @@
 
 The policy runs on a thread of the evaluating process; the workers need neither torch nor weights.
 Requests travel over a local connection that a random key protects. No request waits for a batch to
-fill: each call takes the requests that arrived during the call before it.
+fill: each call takes the requests that arrived during the previous call.
 
 Two batching queues exist because their clients differ: here every worker waits for its answer,
 which is never late or refused; `blm.serving.scheduler` serves clients in turn, with deadlines,
@@ -45,7 +45,7 @@ class PolicyHost:
     """
 
     def __init__(self, policy: Policy, *, max_batch: int = 64) -> None:
-        """`max_batch`: most observations in one call."""
+        """`max_batch` is the maximum number of observations per call."""
         if max_batch < 1:
             raise BlmError(f"max_batch is {max_batch}, must be 1 or more")
         self._policy = policy
@@ -136,7 +136,7 @@ def _decide(policy: Policy, observations: Sequence[Observation]) -> Sequence[Act
 
 
 class HostedPolicy:
-    """The worker's side of a `PolicyHost`: a `Policy` without weights, from its `connection_info`."""
+    """The worker's side of a `PolicyHost`: a `Policy` without weights."""
 
     def __init__(self, address: Any, key: bytes, contract: PolicyContract) -> None:
         self.contract = contract

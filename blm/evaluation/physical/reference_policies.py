@@ -17,11 +17,11 @@ from blm.tasks import TaskEnv
 from blm.types import ActionChunk, BlmError, Episode, FloatArray, Observation, PolicyContract
 
 REACH_RAD = 0.2
-"""Greatest distance of a random target from the current joint position [rad]."""
+"""Maximum distance of a random target from the current joint position [rad]."""
 REPLAY_CHUNK = 8
-"""Recorded actions in one chunk."""
+"""Number of recorded actions per chunk."""
 SAME_STATE = 1e-4
-"""Greatest difference of the first state from the recorded one, which is float32 [rad]."""
+"""Maximum difference of the first state from the recorded one, which is float32 [rad]."""
 
 
 class ZeroPolicy:
@@ -64,7 +64,7 @@ class ReplayPolicy:
     """
 
     def __init__(self, episodes: Sequence[Episode]) -> None:
-        """`episodes` need no pictures; their metric "random_start" tells where the arm started."""
+        """`episodes` need no images. Their metric "random_start" marks random arm starts."""
         self._episodes = {(episode.robot, episode.task, episode.seed): episode for episode in episodes}
         recording = hashlib.sha256(b"".join(_executed_actions(episode).tobytes() for episode in episodes))
         robots = dict.fromkeys(episode.robot for episode in episodes)
@@ -81,7 +81,7 @@ class ReplayPolicy:
     def reset(self) -> None: ...
 
     def attach(self, env: TaskEnv) -> None:
-        """Bring the scene to the start of its recording. Raises BlmError where the two differ."""
+        """Bring the scene to the start of its recording. Raises BlmError if the two differ."""
         seed = env.np_random_seed
         name = f"{env.embodiment}/{env.task}/{seed}"
         episode = self._episodes.get((env.embodiment, env.task, seed))

@@ -1,4 +1,4 @@
-"""Result of a closed-loop evaluation: every episode, and success rates per cell and over all."""
+"""Result of a closed-loop evaluation: every episode, and success rates per cell and overall."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ class EpisodeResult:
     phrasing: Literal["seen", "held_out"]
     """Whether the instruction is worded as in training."""
     video: str | None
-    """File below the result's folder; None for an episode that was not filmed."""
+    """File below the result's folder; None for an episode without a video."""
     seconds_policy: float
-    """Waiting for the policy [s]."""
+    """Time spent waiting for the policy [s]."""
     seconds_physics: float
-    """Stepping the simulation and judging [s]."""
+    """Time spent stepping the simulation and judging [s]."""
     seconds_rendering: float
-    """Rendering the pictures that the policy sees [s]."""
+    """Time spent rendering the images that the policy sees [s]."""
     act_ms: float
-    """Median time of a decision [ms]."""
+    """Median duration of a decision [ms]."""
     success_once: bool
-    """The task's rule held after some step."""
+    """Whether the task's success rule held after some step."""
     success_at_end: bool
-    """It held after the last judged step."""
+    """Whether it held after the last judged step."""
     steps: int
-    """Judged steps."""
+    """Number of judged steps."""
     first_success: int | None
     """First step after which the rule held, counted from 1; None for a failure."""
     reason: str
-    """Why it failed, one of REASONS; empty for a success."""
+    """Reason of the failure, one of REASONS; empty for a success."""
     success_at_limit: bool | None = None
-    """The rule held at the step limit; None where the episode ended after its success."""
+    """Whether the rule held at the step limit; None if the episode ended after its success."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,23 +56,23 @@ class EpisodeResult:
         return cls(**value)
 
     def without_times(self) -> Self:
-        """Return the episode with all times zero: the rest is equal when it is run again."""
+        """Return the episode with all times set to zero; the rest is reproducible."""
         return replace(self, act_ms=0.0, seconds_policy=0.0, seconds_physics=0.0, seconds_rendering=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuccessSummary:
-    """Success rates of a set of episodes, and why the others failed."""
+    """Success rates of a set of episodes, and the reasons of failures."""
 
     n: int
     success_once: Rate
     success_at_end: Rate
     success_at_limit: Rate | None
-    """None where episodes ended after their success, so that it was not measured."""
+    """None if episodes ended after their success, so that it was not measured."""
     reasons: Mapping[str, int]
-    """Each of REASONS -> episodes that failed for it."""
+    """Each of REASONS -> number of episodes that failed for it."""
     act_ms: float
-    """Median time of a decision [ms]."""
+    """Median duration of a decision [ms]."""
 
     def to_json(self) -> dict[str, Any]:
         limit = self.success_at_limit
@@ -157,7 +157,7 @@ class PhysicalSummary:
 
 @dataclass(frozen=True)
 class SharedPolicy:
-    """What one policy did for all workers. With batches it may round differently from run to run."""
+    """Counts of a policy that all workers share. In batches, its rounding may vary between runs."""
 
     max_batch: int
     calls: int
@@ -166,11 +166,11 @@ class SharedPolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How the episodes were run, and where the time went, summed over workers."""
+    """How the episodes were run, and the time spent on each part, summed over workers."""
 
     workers: int
     shared_policy: SharedPolicy | None
-    """None where each worker had its own policy."""
+    """None if each worker had its own policy."""
     seconds_policy: float
     seconds_physics: float
     seconds_rendering: float
@@ -195,7 +195,7 @@ class PhysicalResult(EvaluationResult):
     protocol: PhysicalProtocol
     summary: PhysicalSummary
     execution: Execution | None = None
-    """None for a result that was put together from the episodes of several policies."""
+    """None for a result that was combined from the episodes of several policies."""
     episodes: tuple[EpisodeResult, ...]
     """Empty for a published summary."""
 

@@ -1,4 +1,4 @@
-"""Episodes -> success rates with intervals, over all, by phrasing, and by robot and task."""
+"""Episodes -> success rates with intervals, overall, by phrasing, and by robot and task."""
 
 from __future__ import annotations
 

@@ -1,12 +1,11 @@
-"""Limits on connections: timeouts, their number, and which idle one is closed when there are too
-many.
+"""Limits on connections: timeouts, their number, and which idle one to close first.
 
 uvicorn limits neither the time of a half-sent request nor the number of websockets. Here one table
 counts both. A connection is *busy* while a request on it is being answered or while its websocket
 is open; only busy connections count towards MAX_CONNECTIONS. When there are too many, the table
 closes idle connections: first those that have not sent a valid key, then those of the address that
-has the most, then the one that has been idle the longest. So a client that opens sockets and sends
-nothing, or half a request, keeps nobody out.
+has the most, then the one that has been idle the longest. A client that opens sockets and sends
+nothing, or half a request, therefore cannot lock others out.
 """
 
 from __future__ import annotations
@@ -33,33 +32,40 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 1000
 """Maximum number of busy connections; further requests receive status 503."""
 RESERVED_FOR_KEYS = 100
-"""How many of these are reserved for clients with a key, on a server with keys."""
+"""Number of these that are reserved for clients with a key, on a server with keys."""
 ADDRESS_SHARE = 0.75
 """Share of MAX_CONNECTIONS that one address may use without a key."""
 IDLE_SLOTS = 64
-"""Connections accepted beyond MAX_CONNECTIONS, so that a request on them can be read: it may be for
-/health, carry a key, or be refused."""
+"""Number of connections beyond MAX_CONNECTIONS on which a request can be read.
+
+It may be for /health, carry a key, or be refused.
+"""
 REQUEST_TIMEOUT_S = 20.0
-"""Longest time for the headers of a request, for its body, and for one websocket message [s]."""
+"""Timeout of the headers of a request, of its body, and of one websocket message [s]."""
 KEEP_ALIVE_S = 100.0
-"""Keep-alive timeout of an idle connection [s]: longer than in the connection pools of clients
-(httpx 5, aiohttp 15, AWS load balancers 60, nginx 75, Go 90), else a client may send on one that is
-being closed."""
+"""Keep-alive timeout of an idle connection [s].
+
+It is longer than in the connection pools of clients (httpx 5, aiohttp 15, AWS load balancers 60,
+nginx 75, Go 90); otherwise a client may send on a connection that is being closed.
+"""
 WRITE_TIMEOUT_S = 30.0
-"""A client that reads nothing of its reply is disconnected after this time [s]."""
+"""Time after which a client that reads nothing of its reply is disconnected [s]."""
 BODY_TIMEOUT_FACTOR = 3.0
-"""The routes answer a late body with status 408 after REQUEST_TIMEOUT_S; a client that keeps
-sending is disconnected after this many times that."""
+"""Multiple of REQUEST_TIMEOUT_S after which a client that keeps sending is disconnected.
+
+The routes answer a late body with status 408 after REQUEST_TIMEOUT_S.
+"""
 MAX_FRAGMENTS = 1024
-"""Maximum frames of one websocket message; empty frames take memory that a limit on bytes does not
-count."""
+"""Maximum number of frames per websocket message: empty frames also take memory."""
 MAX_QUEUED_MESSAGES = 4096
-"""Maximum websocket messages that a client may send before the current one is answered."""
+"""Maximum number of websocket messages that wait for an answer."""
 MAX_PINGS = 100
-"""Maximum pings per second; clients send one every 20 seconds."""
+"""Maximum number of pings per second; clients send one every 20 seconds."""
 PARSED_AT_ONCE = 16 * 1024
-"""Bytes of a websocket that are parsed at a time: reads of up to 256 kB may hold 40,000 frames,
-which would block the event loop for a second."""
+"""Number of bytes of a websocket that are parsed at a time.
+
+Reads of up to 256 kB may hold 40,000 frames, which would block the event loop for a second.
+"""
 
 
 @dataclass(eq=False)
@@ -107,9 +113,10 @@ class ConnectionTable:
             _decrement(self._per_address, connection.address)
 
     def enter(self, connection: TrackedConnection, *, authenticated: bool, keys: bool) -> None:
-        """Mark a connection as busy until `leave`. Raises RequestError 503 if too many are.
+        """Mark a connection as busy until `leave`. Raises RequestError 503 at the limit.
 
-        `authenticated`: the request carries a valid key. `keys`: the server has keys.
+        `authenticated` says whether the request carries a valid key, `keys` whether the server has
+        keys.
         """
         connection.authenticated |= authenticated
         if connection.busy:
@@ -146,8 +153,7 @@ def _decrement(counts: Counter[str], key: str) -> None:
 
 
 class WriteTimeout:
-    """Aborts a connection whose client stops reading, so that its replies do not stay in memory for
-    ever."""
+    """Aborts a connection whose client stops reading, so that replies do not pile up in memory."""
 
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport, self._loop = transport, asyncio.get_running_loop()
@@ -172,10 +178,11 @@ class WriteTimeout:
 
 
 def _unacknowledged(transport: asyncio.Transport) -> int:
-    """Return the bytes that the client has not acknowledged: in our write buffer and, where the
-    system tells (SIOCOUTQ), in the socket's send buffer.
+    """Return the number of bytes that the client has not acknowledged.
 
-    The socket's buffer holds megabytes, so ours alone may not shrink while a slow client reads.
+    They are in our write buffer and, where the system reports it (SIOCOUTQ), in the socket's send
+    buffer. The socket's buffer holds megabytes, so ours alone may not shrink while a slow client
+    reads.
     """
     size = transport.get_write_buffer_size()
     opened = transport.get_extra_info("socket")
@@ -190,14 +197,12 @@ def _unacknowledged(transport: asyncio.Transport) -> int:
 
 
 class HttpProtocol(H11Protocol):
-    """uvicorn's protocol, with a timeout for every request, and registered in the connection
-    table."""
+    """uvicorn's protocol with a timeout for every request, in the connection table."""
 
     connection: TrackedConnection
     _writes: WriteTimeout
     _awaited: tuple[str | None, Any] = (None, None)
-    """The part of a request that has begun to arrive ("headers" or "body"), and the request before
-    it."""
+    """The part of a request that is arriving ("headers" or "body"), and the request before it."""
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -247,8 +252,7 @@ class HttpProtocol(H11Protocol):
         self._writes.stop()
 
     def _update_timer(self) -> None:
-        """Start a timer when headers or a body begin to arrive, and stop it when they are
-        complete."""
+        """Run a timer while headers or a body are arriving."""
         if self.transport.get_protocol() is not self or self.transport.is_closing():
             self._stop_timers()
             return
@@ -280,8 +284,10 @@ class HttpProtocol(H11Protocol):
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
-    """uvicorn's protocol, with a timeout for each message from its first byte; an idle socket stays
-    open."""
+    """uvicorn's protocol with a timeout for each message; an idle socket stays open.
+
+    The timeout begins with the first byte of a message.
+    """
 
     _writes: WriteTimeout
     _timer: asyncio.TimerHandle | None = None
@@ -328,7 +334,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     async def send(self, message: Any) -> None:
         await super().send(message)
         if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
-            self.handshake_complete = True  # else uvicorn logs an error for each refused handshake
+            self.handshake_complete = True  # otherwise uvicorn logs an error for each refused handshake
 
     def send_receive_event_to_app(self) -> None:
         self._finished = True
@@ -356,7 +362,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._writes.start()
-        self.transport.pause_reading()  # else pongs accumulate for a client that never reads
+        self.transport.pause_reading()  # otherwise pongs accumulate for a client that never reads
 
     def resume_writing(self) -> None:
         super().resume_writing()

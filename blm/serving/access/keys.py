@@ -24,11 +24,11 @@ from blm.types import BlmError
 SESSION_S = 12 * 3600.0
 """Lifetime of a login session [s]."""
 MAX_SESSIONS = 256
-"""Maximum login sessions; a further login ends the oldest session."""
+"""Maximum number of login sessions; a further login ends the oldest one."""
 LOGIN_TRIES = 10
-"""Failed logins that one address may send at once."""
+"""Number of failed logins that one address may send at once."""
 LOGIN_REFILL_S = 6.0
-"""Time until it may try once more [s]."""
+"""Time until a further login is allowed [s]."""
 KEY_VARIABLE = "BLM_API_KEY"
 MAX_KEY_FILE = 65536
 """Maximum size of a key file [bytes]."""
@@ -43,22 +43,26 @@ SECURITY_HEADERS = {
     "Referrer-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-"""Sent with every response, including errors. With `no-referrer`, browsers would send 'Origin:
-null' with the login form (Fetch standard, "append a request Origin header")."""
+"""Headers of every response, including errors.
+
+With `no-referrer`, browsers would send 'Origin: null' with the login form (Fetch standard, "append
+a request Origin header").
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostPolicy:
-    """Host names of the server, beside loopback names and IP addresses, and the origins it
-    allows."""
+    """Host names of the server, in addition to loopback and IP addresses; allowed origins."""
 
     hosts: frozenset[str] = field(default_factory=frozenset)
     origins: frozenset[Origin] = field(default_factory=frozenset)
 
     @classmethod
     def read(cls, hosts: Iterable[str] = (), origins: Iterable[str] = ()) -> HostPolicy:
-        """Read the values of --allowed-host and --allowed-origin. Raises BlmError for a malformed
-        one."""
+        """Read the values of --allowed-host and --allowed-origin.
+
+        Raises BlmError for a malformed one.
+        """
         names = set[str]()
         for host in hosts:
             try:
@@ -85,8 +89,10 @@ class HostPolicy:
 
 
 class AccessControl:
-    """Keys, sessions and host policy of one server, at `app.state.access`. Without keys it is open
-    to all."""
+    """Keys, sessions and host policy of one server, at `app.state.access`.
+
+    Without keys, the server is open to all.
+    """
 
     def __init__(self, keys: Sequence[str] = (), host_policy: HostPolicy | None = None) -> None:
         """Raises BlmError for a key that is empty or has characters that a header cannot carry."""
@@ -108,13 +114,14 @@ class AccessControl:
         return sum(hmac.compare_digest(data, key) for key in known) > 0
 
     def is_signed_in(self, connection: HTTPConnection) -> bool:
-        """Return whether the client may use the server: with a valid key or session, if it needs
-        one."""
+        """Return whether the client may use the server.
+
+        On a server with keys, it needs a valid key or session.
+        """
         return not self.needs_key or self.has_valid_key(connection)
 
     def has_valid_key(self, connection: HTTPConnection) -> bool:
-        """Return whether the request carries a valid key or session; False on a server without
-        keys."""
+        """Return whether the request has a valid key or session; False without keys."""
         given = _given_key(connection.headers.getlist("authorization"))
         if given is not None:
             return self.needs_key and self.accepts(given)
@@ -147,8 +154,7 @@ def origin_text(origin: Origin) -> str:
 
 
 class LoginSessions:
-    """Random session tokens with an expiry time. Only their hashes are stored, in this process's
-    memory."""
+    """Random session tokens with an expiry time; only their hashes are stored, in memory."""
 
     def __init__(self) -> None:
         self._ends: OrderedDict[bytes, float] = OrderedDict()
@@ -192,8 +198,7 @@ def check_key(key: str) -> str:
 def read_keys(
     given: str | None, file: Path | None, environment: Mapping[str, str]
 ) -> tuple[list[str], list[str]]:
-    """Return the keys of --api-key-file, --api-key or the variable BLM_API_KEY, and warnings about
-    them.
+    """Return the keys of --api-key-file, --api-key or BLM_API_KEY, and warnings about them.
 
     Without any of these there are no keys. Raises BlmError for an empty key, file or variable,
     because a secret that is missing by mistake must not open the server.
@@ -232,8 +237,10 @@ def _keys_of_file(file: Path) -> tuple[list[str], list[str]]:
 
 
 def cookie_name(connection: HTTPConnection) -> str:
-    """Return the name of the session cookie. It contains the port, because browsers share the
-    cookies of a host between its ports."""
+    """Return the name of the session cookie.
+
+    It contains the port, because browsers share the cookies of a host between its ports.
+    """
     server = connection.scope.get("server") or ("", None)
     return f"blm_session_{server[1] or 'local'}"
 

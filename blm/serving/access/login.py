@@ -1,8 +1,8 @@
-"""Login for browsers, which cannot send an API key with a page or a websocket: a form, then a
-cookie.
+"""Login for browsers: a form that sets a cookie.
 
-The cookie holds a random token, not the key. It is HttpOnly and SameSite=Strict, and the access
-middleware accepts it from pages of this server only.
+Browsers cannot send an API key with a page or a websocket. The cookie holds a random token, not the
+key. It is HttpOnly and SameSite=Strict, and the access middleware accepts it from pages of this
+server only.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ def login_page(message: str = "", status: int = 401) -> HTMLResponse:
 
 
 def add_login(app: FastAPI, access: AccessControl) -> None:
-    """Add the login and logout routes. The middleware has checked host, origin and content type
-    before."""
+    """Add the login and logout routes. The middleware has already checked host and origin."""
 
     @app.post(LOGIN_PATH, include_in_schema=False)
     async def login(request: Request) -> Response:

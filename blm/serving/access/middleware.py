@@ -1,10 +1,10 @@
-"""Access control for all routes and websockets: host check, origin check, API key, content type.
+"""Access control for all routes and websockets: host, origin, API key, content type.
 
 Any page open in a browser may send requests to a loopback server, and an attacker may point a
 domain name at 127.0.0.1 (DNS rebinding). So the Host header must name this server, an Origin header
 must be this server's own or an allowed one, and a request with a body must be declared as JSON,
-which a page of another origin cannot do without a CORS preflight. Everything is decided from the
-headers: no body is read before.
+which a page of another origin cannot do without a CORS preflight. All checks use the headers only
+and precede reading a body.
 """
 
 from __future__ import annotations
@@ -68,8 +68,7 @@ class AccessMiddleware:
                 connection.table.leave(connection)
 
     def check(self, connection: HTTPConnection) -> None:
-        """Raise RequestError with status 400, 421, 403, 401 or 415 for a request that is not
-        allowed."""
+        """Raise RequestError 400, 421, 403, 401 or 415 for a request that is not allowed."""
         scope = connection.scope
         websocket = scope["type"] == "websocket"
         method = "GET" if websocket else scope["method"]
@@ -86,8 +85,10 @@ class AccessMiddleware:
             _check_content_type(connection)
 
     def _check_host(self, connection: HTTPConnection) -> Origin:
-        """Return the server's own origin as the client addressed it. Raises RequestError 400 or
-        421."""
+        """Return the server's own origin as the client addressed it.
+
+        Raises RequestError 400 or 421.
+        """
         values = connection.headers.getlist("host")
         if len(values) != 1:
             raise RequestError(400, f"a request needs exactly one Host header, got {len(values)}")
@@ -107,10 +108,9 @@ class AccessMiddleware:
         return scheme, host, port or DEFAULT_PORTS[scheme]
 
     def _check_origin(self, connection: HTTPConnection, own: Origin, costly: bool) -> bool:
-        """Return whether the request is from a page of another, allowed origin. Raises RequestError
-        403.
+        """Return whether the request is from a page of another, allowed origin.
 
-        Programs other than browsers send no Origin header.
+        Raises RequestError 403. Programs other than browsers send no Origin header.
         """
         origins, site = connection.headers.getlist("origin"), connection.headers.get("sec-fetch-site")
         if not origins:
@@ -129,8 +129,7 @@ class AccessMiddleware:
 
 
 def secure(message: Message) -> None:
-    """Add SECURITY_HEADERS to the start of a response; a route's own Content-Security-Policy is
-    kept."""
+    """Add SECURITY_HEADERS to the start of a response, but keep a route's own policy."""
     headers = MutableHeaders(scope=message)
     policy = headers.get("content-security-policy")
     for name, value in SECURITY_HEADERS.items():
@@ -158,7 +157,7 @@ def _check_content_type(connection: HTTPConnection) -> None:
 
 
 def _refusal(connection: HTTPConnection, error: RequestError) -> Response:
-    """Return the response for an error; for a browser that opens the playground, the login page."""
+    """Return the response for an error; for a browser at the playground, the login page."""
     scope = connection.scope
     if error.status == 401 and scope["type"] == "http" and scope["method"] in ("GET", "HEAD"):
         app: Any = scope.get("app")

@@ -1,5 +1,4 @@
-"""The playground: a web page that shows the served model in control of a simulated robot, and chats
-with it.
+"""The playground: a web page on which the served model controls a simulated robot and chats.
 
 It uses the same protocols as any client: the simulated robot requests actions over OpenPI's
 websocket, and the page asks questions over chat completions. On a server with API keys, the access
@@ -25,10 +24,9 @@ from blm.types import BlmError, PolicyContract
 
 PATH = "/playground"
 MAX_VISITORS = 4
-"""Maximum visitors at a time; each may run two simulators."""
+"""Maximum number of visitors at a time; each may run two simulators."""
 EVICTABLE_S = 60.0
-"""When there are too many visitors, one who has been idle for this long is disconnected for a new
-one [s]."""
+"""Idle time after which a visitor may be disconnected to admit a new one [s]."""
 
 
 def add_playground(
@@ -42,7 +40,7 @@ def add_playground(
     """Add the page to a server from `create_app`.
 
     Without a `contract` (a model without a policy), scenes can be viewed and asked about, but not
-    driven. `beside`: name -> ws:// address of other servers to compare with; they receive
+    controlled. `beside`: name -> ws:// address of other servers to compare with; they receive
     `beside_key` and never a key of this server. Raises BlmError if one of them has this server's
     name.
     """
@@ -123,7 +121,7 @@ def content_policy(nonce: str) -> str:
 
 
 def read_beside(entries: Sequence[str]) -> dict[str, str]:
-    """Parse NAME=ws://HOST:PORT. Raises BlmError for another form, and for a duplicate name."""
+    """Parse NAME=ws://HOST:PORT. Raises BlmError for another form or a duplicate name."""
     found = dict[str, str]()
     for entry in entries:
         name, _, address = entry.partition("=")

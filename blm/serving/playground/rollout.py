@@ -1,5 +1,4 @@
-"""A rollout: one simulated robot, in a thread of its own, controlled by a served model over
-OpenPI."""
+"""A rollout: one simulated robot in a separate thread, controlled over OpenPI."""
 
 from __future__ import annotations
 
@@ -27,15 +26,17 @@ from blm.types import BlmError, ImageArray, Observation, PolicyContract, decisio
 
 log = logging.getLogger(__name__)
 LARGE, SMALL = 400, 240
-"""Side of the images on the page [px]: of the first camera, and of the others."""
+"""Sides of the images on the page [px]: of the first camera, and of the others."""
 MAX_STEPS = 200
 SETTLE_STEPS = 10
-"""Steps after the task is solved; then the page shows whether it stayed solved."""
+"""Number of steps after the task is solved, to show whether it stays solved."""
 MAX_SHIFT = 0.3
-"""Largest shift of an object by one command [m]."""
+"""Maximum shift of an object by one command [m]."""
 TABLE_HALF = 0.5
-"""Largest distance of an object from the workspace's centre along x and y [m]; no camera shows it
-further out."""
+"""Maximum distance of an object from the workspace's centre along x and y [m].
+
+No camera shows it further out.
+"""
 MAX_INSTRUCTION = 300
 MAX_WAITING_COMMANDS = 16
 POLICY_TIMEOUT_S = 30.0
@@ -55,11 +56,11 @@ class SceneRequest:
     task: str
     seed: int
     instruction: str = ""
-    """Replaces the task's own instruction unless empty."""
+    """Replaces the task's instruction unless empty."""
 
     @classmethod
     def read(cls, command: Mapping[str, Any]) -> SceneRequest:
-        """Parse a command. Raises BlmError that names the wrong field."""
+        """Parse a command. Raises BlmError that names the invalid field."""
         robot, task = (str(command.get(key))[:80] for key in ("robot", "task"))
         lookup("robot", robot, ROBOTS)
         lookup("task", task, TASKS)
@@ -76,10 +77,12 @@ class ServedModel:
     """A served model, and how to connect to it."""
 
     uri: str | None
-    """ws:// address; None for a server without a policy, whose scenes can be viewed, but not
-    driven."""
+    """ws:// address.
+
+    None for a server without a policy, whose scenes can be viewed but not controlled.
+    """
     contract: PolicyContract | None = None
-    """None: received on connection."""
+    """Contract of the policy; None if the server sends it on connection."""
     api_key: str | None = None
 
     def connect(self) -> RemotePolicy:
@@ -119,8 +122,10 @@ class Rollout(threading.Thread):
     """
 
     notify: Callable[[dict[str, Any]], None]
-    """Called in this thread with messages for the visitor, {"type": ..}; set it before `start`. The
-    last message is {"type": "closed"}."""
+    """Called in this thread with messages for the visitor, {"type": ..}.
+
+    Set it before `start`. The last message is {"type": "closed"}.
+    """
 
     def __init__(self, scene: SceneRequest, model: ServedModel, *, drive: bool) -> None:
         super().__init__(name="blm-playground", daemon=True)
@@ -142,7 +147,7 @@ class Rollout(threading.Thread):
             raise BlmError(f"{MAX_WAITING_COMMANDS} commands are waiting; try again in a moment") from None
 
     def request_close(self) -> None:
-        """Ask the thread to end, which it does after a reply that it may be waiting for."""
+        """Ask the thread to end; it may still wait for a reply."""
         self._closing.set()
         with suppress(queue.Full):
             self._commands.put_nowait({"type": "wake"})
@@ -208,8 +213,10 @@ class Rollout(threading.Thread):
         return max(0.0, period_s - (time.monotonic() - begin))
 
     def _drive(self, env: Env) -> Iterator[float]:
-        """Execute control steps, yielding the control period [s]. The simulation waits for the
-        model."""
+        """Execute control steps while the simulation waits for the model.
+
+        Yields the control period [s].
+        """
         self._show(env)
         policy = self._policy = self.model.connect()
         contract = policy.contract
@@ -280,7 +287,7 @@ class Rollout(threading.Thread):
             for index, camera in enumerate(env.cameras)
         }
         self.notify({"type": "frame", "images": images, "state": self.state, **asdict(self._progress)})
-        if self.state not in DRIVING:  # during a run they must not move under the pointer
+        if self.state not in DRIVING:  # during a run the suggestions must not move under the pointer
             self._suggest(env)
 
     def _suggest(self, env: Env) -> None:
@@ -314,8 +321,10 @@ def observe(env: Env, contract: PolicyContract, seed: int) -> Observation:
 
 
 def move_object(env: Env, command: Mapping[str, Any]) -> None:
-    """Shift an object by `dx`, `dy` [m]. Raises BlmError for an unknown object or too large a
-    shift."""
+    """Shift an object by `dx`, `dy` [m].
+
+    Raises BlmError for an unknown object or too large a shift.
+    """
     shift = [command.get("dx"), command.get("dy")]
     if not all(isinstance(value, int | float) and abs(value) <= MAX_SHIFT for value in shift):
         raise BlmError(f"dx and dy are numbers of at most {MAX_SHIFT} m, got {reprlib.repr(shift)}")
@@ -324,7 +333,7 @@ def move_object(env: Env, command: Mapping[str, Any]) -> None:
     offset = (lookup("object", name, objects).position + by)[:2] - env.task_spec.region(env.robot).centre
     if np.abs(offset).max() > TABLE_HALF:
         raise BlmError(
-            f"the {name} would leave the table: at most {TABLE_HALF} m from its centre are allowed"
+            f"the {name} would leave the table; it may be at most {TABLE_HALF} m from the table's centre"
         )
     env.shift_object(name, by)
 

@@ -1,5 +1,4 @@
-"""A visitor's websocket: receives commands, runs rollouts, sends their messages. All queues are
-bounded."""
+"""A visitor's websocket: receives commands, runs rollouts, sends messages; queues are bounded."""
 
 from __future__ import annotations
 
@@ -20,19 +19,21 @@ from blm.serving.playground.rollout import DRIVING, Rollout, SceneRequest, Serve
 from blm.types import BlmError
 
 MAX_ROLLOUTS = 8
-"""Maximum simulators of all visitors; each is a thread with an OpenGL context."""
+"""Maximum number of simulators of all visitors; each is a thread with an OpenGL context."""
 MAX_COMMAND_CHARS = 4096
 MAX_WAITING_MESSAGES = 32
-"""Maximum queued messages other than frames; a browser that falls further behind is
-disconnected."""
+"""Maximum number of queued messages other than frames.
+
+A browser that falls further behind is disconnected.
+"""
 SEND_TIMEOUT_S = 20.0
-"""A browser that does not read for this long is disconnected [s]."""
+"""Timeout of a message to a browser that does not read [s]; then it is disconnected."""
 GOODBYE_S = 1.0
 """Timeout of the close frame with its reason [s]."""
 IDLE_S = 600.0
 """Idle timeout: a visitor without commands or a running rollout is disconnected [s]."""
 CLOSE_TIMEOUT_S = 5.0
-"""How long a new scene waits until the previous one has closed [s]."""
+"""Maximum time that a new scene waits for the previous one to close [s]."""
 STARTS_PER_S, STARTS_AT_ONCE = 2.0, 8
 """Rate limit of new scenes: sustained rate [1/s] and burst."""
 COMMANDS_PER_S, COMMANDS_AT_ONCE = 40.0, 80
@@ -48,8 +49,7 @@ class CloseError(Exception):
 
 
 class MessageQueue:
-    """Messages for one browser: only the newest frame of each side, and a bounded number of
-    others."""
+    """Messages for one browser: the newest frame of each side, and a bounded number of others."""
 
     def __init__(self) -> None:
         self._frames = dict[int, dict[str, Any]]()
@@ -99,8 +99,7 @@ class Simulators:
 
 
 class VisitorSession:
-    """One visitor, with at most one scene at a time, and a simulator for each of one or two
-    models."""
+    """One visitor, with at most one scene, and a simulator for each of one or two models."""
 
     def __init__(self, socket: WebSocket, models: Mapping[str, ServedModel], simulators: Simulators) -> None:
         self.socket, self.models, self.simulators = socket, models, simulators
@@ -137,7 +136,7 @@ class VisitorSession:
                 task.result()
         except CloseError as error:
             with suppress(RuntimeError, WebSocketDisconnect, TimeoutError):
-                # a browser that does not read does not read this either
+                # a browser that does not read will not receive this message either
                 async with asyncio.timeout(GOODBYE_S):
                     await self.socket.close(error.code, error.reason)
         except WebSocketDisconnect:
@@ -196,8 +195,7 @@ class VisitorSession:
             )
 
     async def _open_scene(self, command: Mapping[str, Any], *, drive: bool) -> None:
-        """Show a scene and, with `drive`, start the models; a scene that is shown already is
-        kept."""
+        """Show a scene, unless it is shown already, and with `drive` start the models."""
         scene, names = SceneRequest.read(command), self._model_names(command)
         shown = self.rollouts and self.chosen == (scene, names)
         if shown and drive and all(rollout.state == "ready" for rollout in self.rollouts):
@@ -232,7 +230,10 @@ class VisitorSession:
             self.message_queue.put(message)
 
     async def _close_scene(self) -> bool:
-        """End the threads of the scene. Returns False if one still runs after CLOSE_TIMEOUT_S."""
+        """End the threads of the scene.
+
+        Returns False if one still runs after CLOSE_TIMEOUT_S.
+        """
         for rollout in self.rollouts:
             rollout.request_close()
         with suppress(TimeoutError):
@@ -271,7 +272,7 @@ def _refuse_constant(name: str) -> Any:
 
 
 def own_address(server: tuple[str, int | None] | None) -> str | None:
-    """Return the ws:// address at which a server reaches itself, from ASGI's `scope["server"]`.
+    """Return the ws:// address at which a server reaches itself, from `scope["server"]`.
 
     Unspecified and link-local addresses are reached through loopback. None for a Unix socket.
     """

@@ -72,15 +72,13 @@ BY_TASK: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
 """Task -> kinds of its questions and the fields of their templates, most interesting first."""
 
 MIN_GAP = 0.05
-"""Questions about sides are suggested for objects at least this far apart [m]; otherwise the answer
-is unclear."""
+"""Minimum distance of objects for questions about sides [m]; nearer, answers are unclear."""
 MIDDLE, OUTSIDE = 0.02, 0.08
-"""Distances from the table's centre line [m]: up to the first is the middle, from the second left
-or right."""
+"""Distances from the table's centre line [m]: maximum of the middle, minimum of the sides."""
 
 
 def suggested_questions(env: Env) -> list[str]:
-    """Return the questions that have one clear answer in the present state of the environment."""
+    """Return the questions that have one clear answer in the present state."""
     task = BY_TASK.get(env.task, (("next", {}),))
     places = {
         thing.name if thing.kind in ("sphere", "disc") else f"{thing.color} {thing.kind}": thing.position

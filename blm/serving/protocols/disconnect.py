@@ -10,11 +10,11 @@ T = TypeVar("T")
 
 
 async def cancel_on_disconnect(work: Coroutine[Any, Any, T], receiving: asyncio.Task[Any]) -> T:
-    """Return the result of `work`; cancel it when `receiving`, the wait for the next message,
-    raises.
+    """Return the result of `work`; cancel it if the client disconnects.
 
-    Raises the exception of `receiving` in that case. If the next message arrives first, `work` goes
-    on, and the message stays in `receiving` for the caller.
+    `receiving` waits for the next message and raises when the client disconnects; that exception is
+    raised. If the next message arrives first, `work` continues, and the message stays in
+    `receiving` for the caller.
     """
     task = asyncio.ensure_future(work)
     try:

@@ -20,7 +20,7 @@ MAX_TEXT = 4096
 _FIXED = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8} | {
     0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8, 0xD4: 2, 0xD5: 3, 0xD6: 5, 0xD7: 9, 0xD8: 17,
 }  # fmt: skip
-"""Bytes after the type byte of nil, booleans, floats, integers, and extensions of fixed size."""
+"""Number of bytes after the type byte of nil, booleans, numbers and fixed-size extensions."""
 _SIZED = {0xC4: 1, 0xC5: 2, 0xC6: 4, 0xC7: 1, 0xC8: 2, 0xC9: 4, 0xD9: 1, 0xDA: 2, 0xDB: 4}
 """Size of the length field of binary data, extensions and text [bytes]."""
 _NESTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
@@ -28,12 +28,11 @@ _NESTED = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 
 
 def check_limits(data: bytes, max_items: int) -> list[slice]:
-    """Check a message, and return the slices of the keys and values of its outermost map,
-    alternating.
+    """Check a message; return the slices of keys and values of its outermost map.
 
-    The list is empty if the message is not a map. Raises BlmError for more than `max_items` items
-    (keys, values and elements on all levels), more than MAX_DEPTH levels, a text of more than
-    MAX_TEXT bytes, and for data that is not exactly one msgpack value.
+    Keys and values alternate. The list is empty if the message is not a map. Raises BlmError for
+    more than `max_items` items (keys, values and elements on all levels), more than MAX_DEPTH
+    levels, a text of more than MAX_TEXT bytes, and for data that is not exactly one msgpack value.
     """
     position, items, starts = 0, 1, list[int]()
     missing = [1]
@@ -60,8 +59,7 @@ def check_limits(data: bytes, max_items: int) -> list[slice]:
 
 
 def _step(data: bytes, position: int) -> tuple[int, int]:
-    """Read one type byte; return the position of the next one, and the number of items inside this
-    one."""
+    """Read one type byte; return the position of the next one, and the number of items inside."""
     kind, width, inside, length = data[position] if position < len(data) else -1, 0, 0, 0
     position += 1
     if 0x80 <= kind <= 0x9F:

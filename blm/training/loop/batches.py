@@ -22,11 +22,11 @@ class Microbatch(Generic[B]):
     ids: Sequence[object]
     """Names of its samples, for error messages and `samples_per_s`."""
     weight: float = 1.0
-    """Number of terms (answer tokens, or samples) that its mean loss is taken over."""
+    """Number of terms (answer tokens, or samples) that its mean loss averages."""
     tokens: int = 0
-    """Tokens without padding, for `tokens_per_s`."""
+    """Number of tokens without padding, for `tokens_per_s`."""
     positions: int = 0
-    """Tokens and padding, for `padding_share`."""
+    """Number of tokens with padding, for `padding_share`."""
 
 
 def prefetch(

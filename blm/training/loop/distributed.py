@@ -118,19 +118,18 @@ def fsdp_requested() -> bool:
 def wrap_for_processes(
     module: nn.Module, loss_fn: Callable[..., Any], processes: Processes, shard: bool
 ) -> tuple[nn.Module, Callable[[], None]]:
-    """Return a module whose forward is `loss_fn` and whose backward averages gradients over the
-    processes.
+    """Return a module that computes `loss_fn` and averages gradients over the processes.
 
     With `shard` the parameters of `module` become DTensors (FSDP2), one unit per block (the classes
     that transformers models name in `_no_split_modules`), and every process must use the same
-    parameters in a step (see `MaskedLossModel`); else each process keeps all parameters (DDP). The
-    second result is a function that undoes the wrapping.
+    parameters in a step (see `MaskedLossModel`). Otherwise each process keeps all parameters (DDP).
+    The second result is a function that undoes the wrapping.
     """
     loss_module = LossModule(module, loss_fn)
     if processes.count == 1:
         return loss_module, lambda: None
     if not shard:
-        # a process whose samples have no picture uses no parameter of the vision tower
+        # a process whose samples have no image uses no parameter of the vision tower
         wrapped = DistributedDataParallel(loss_module, find_unused_parameters=True, broadcast_buffers=False)
         return wrapped, lambda: None
     plain = [(part, type(part), _hooks(part)) for part in module.modules()]
@@ -150,8 +149,7 @@ def wrap_for_processes(
 
 
 def _hooks(module: nn.Module) -> dict[str, Any]:
-    """Return copies of a module's hooks: `fully_shard` adds hooks and offers no way to remove
-    them."""
+    """Return copies of a module's hooks: `fully_shard` adds hooks and cannot remove them."""
     return {name: copy.copy(value) for name, value in vars(module).items() if "_hooks" in name}
 
 
@@ -166,8 +164,10 @@ def _unshard_parameters(module: nn.Module) -> None:
 
 
 def without_gradient_sync(loss_module: nn.Module) -> AbstractContextManager[None]:
-    """Return the context for all but the last micro-batch of a step, in which DDP averages no
-    gradients."""
+    """Return the context for all but the last micro-batch of a step.
+
+    Within it, DDP averages no gradients.
+    """
     if isinstance(loss_module, DistributedDataParallel):
         return loss_module.no_sync()
     return nullcontext()
@@ -192,8 +192,7 @@ def full_tensor(value: Tensor) -> Tensor:
 
 
 def copy_full_tensor(source: Tensor, target: Tensor) -> None:
-    """Copy a full tensor, equal in every process, into a tensor or into this process's shard of
-    it."""
+    """Copy a full tensor, equal in every process, into a tensor or this process's shard."""
     if isinstance(target, DTensor):
         from torch.distributed.tensor import distribute_tensor
 

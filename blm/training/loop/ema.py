@@ -14,7 +14,7 @@ class Ema:
     """A copy of a module whose weights w follow the trained weights v: w <- d w + (1 - d) v.
 
     The decay d grows to its final value: d = min(decay, (1 + step) / (10 + step)), as in
-    TensorFlow's ExponentialMovingAverage. Every process holds the whole copy, also when the trained
+    TensorFlow's ExponentialMovingAverage. Every process holds the whole copy, even if the trained
     weights are sharded.
     """
 
@@ -24,8 +24,10 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Move the average towards `module` after optimizer step `step` (from 0); buffers are
-        copied."""
+        """Move the average towards `module` after optimizer step `step` (from 0).
+
+        Buffers are copied.
+        """
         weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
         for average, trained in zip(self.module.parameters(), module.parameters(), strict=True):
             average.lerp_(full_tensor(trained.detach()), weight)

@@ -1,6 +1,6 @@
 """The training loop: forward, backward, clip, optimizer step, EMA, log, checkpoint, exact resume.
 
-Its parts are files of their own: the learning-rate schedule (`lr_schedule.py`), optimizers, EMA,
+Its parts are in separate files: the learning-rate schedule (`lr_schedule.py`), optimizers, EMA,
 data prefetching (`batches.py`), DDP and FSDP2 (`distributed.py`), metrics, checkpoints
 (`state.py`).
 
@@ -51,39 +51,41 @@ _MAY_CHANGE = ("log_every", "save_every", "eval_every", "title", "keep", "shard"
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     steps: int
+    """Number of optimizer steps."""
     batch_size: int
-    """Samples of a step, over all processes and micro-batches."""
+    """Number of samples per step, summed over all processes and micro-batches."""
     lr: float = 1e-3
-    """Peak learning rate; see lr_schedule.py."""
+    """Peak learning rate of AdamW, reached after the warm-up."""
     muon: float = 0.0
-    """Peak learning rate of Muon for matrices inside blocks (see optimizers.py), about 0.02; 0:
-    AdamW for all parameters."""
+    """Peak learning rate of Muon, such as 0.02, for the weight matrices inside blocks.
+    The default, 0, optimises all parameters with AdamW."""
     weight_decay: float = 0.01
-    """For parameters with two or more dimensions only."""
+    """Weight decay of parameters with two or more dimensions; other parameters have none."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's beta_1 and beta_2."""
+    """Decay rates beta_1 and beta_2 of AdamW's moment estimates, each in 0..1."""
     warmup_fraction: float = 0.03
-    """Share of all steps in which the learning rate rises."""
+    """Fraction of all steps in which the learning rate rises linearly to its peak, 0..1."""
     clip: float = 1.0
-    """Maximum norm of the gradient of all parameters together."""
+    """Maximum norm of the gradient; larger gradients are scaled down to it."""
     accumulate: int = 1
-    """Gradient accumulation: micro-batches that a process handles one after the other in a step.
-    Saves memory, costs time, gives the same result."""
+    """Gradient accumulation: the number of micro-batches that each process runs per step.
+    A larger number saves memory and costs time; the result is the same up to rounding."""
     shard: bool = False
-    """Shard weights and optimizer moments over the processes (FSDP2) instead of copying them (DDP),
-    as does the flag --use_fsdp of `accelerate launch`."""
+    """Shard the weights and optimizer states over the processes (FSDP2).
+    By default, every process holds a copy (DDP).
+    The option --use_fsdp of `accelerate launch` also shards."""
     log_every: int = 10
-    """Steps between rows of the log."""
+    """Number of steps between rows of the log."""
     save_every: int = 500
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     keep: int = 1
-    """Number of checkpoints to keep; older ones are removed."""
+    """Number of recent checkpoints to keep; older ones are removed."""
     eval_every: int = 0
-    """Steps between evaluations; 0: evaluate at the end only."""
+    """Number of steps between evaluations; 0 evaluates at the end only."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Also send the log to these trackers, through accelerate; their packages must be installed."""
+    """Trackers that also receive the log, through accelerate; their packages must be installed."""
     seed: int = 0
-    """For the order of samples, and for dropout."""
+    """Seed for the order of the samples and for dropout."""
     title: str = "training"
     """Label of the progress bar."""
 
@@ -113,13 +115,12 @@ def run_loop(
     ema: Ema | None = None,
     on_eval: Callable[[int], Mapping[str, float]] | None = None,
 ) -> None:
-    """Train the parameters of `module` that require gradients; resume the run in `out`, if there is
-    one.
+    """Train the parameters of `module` that require gradients; resume the run in `out`, if any.
 
     `next_batch(step, shard)`, step = 0, 1, .., returns one micro-batch; those of all shards form
-    the batch of the step. It must depend on its arguments (and the seed) alone: it runs one step
-    ahead in its own thread, so it may not use torch's global generator. `loss_fn(batch)` returns
-    the mean loss of a micro-batch and metrics to log (means, too); on CUDA it runs under bfloat16
+    the batch of the step. It must depend only on its arguments (and the seed): it runs one step
+    ahead in a separate thread, so it may not use torch's global generator. `loss_fn(batch)` returns
+    the mean loss of a micro-batch and metrics to log (also means); on CUDA it runs under bfloat16
     autocast. `learning_rate(name)` replaces `config.lr` for a parameter. `on_eval(steps done)`
     returns numbers to add to a log row; every process calls it, with unsharded weights.
 
@@ -204,8 +205,10 @@ class _Run(Generic[B]):
     def update(
         self, step: int, microbatches: Sequence[Microbatch[B]]
     ) -> tuple[dict[str, float], dict[str, float]]:
-        """Make one optimizer step; return (loss, metrics and gradient norm before clipping) and
-        sizes."""
+        """Take one optimizer step; return the means to log and the sizes.
+
+        The means are those of loss, metrics and the gradient norm before clipping.
+        """
         self.optimizer.zero_grad()
         kind = self.processes.device.type
         sizes = self.processes.sum(
@@ -233,7 +236,7 @@ class _Run(Generic[B]):
             ids = [name for names in self.processes.gather_objects(mine) for name in names]
             raise BlmError(
                 f"loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}, samples {ids}: "
-                "not finite. Lower the learning rate or look at these samples; the last checkpoint is intact"
+                "not finite. Lower the learning rate or inspect these samples; the last checkpoint is intact"
             )
         self.optimizer.step(self.lr_factor(step))
         if self.ema is not None:
@@ -241,14 +244,14 @@ class _Run(Generic[B]):
         return values, sizes
 
     def lr_factor(self, step: int) -> float:
-        """Return the share of its peak that every learning rate has at a step."""
+        """Return the factor of the peak learning rates at a step, 0 .. 1."""
         return cosine_with_warmup(step, steps=self.config.steps, warmup_fraction=self.config.warmup_fraction)
 
     def clip(self) -> float:
         """Clip the gradient of all parameters; return its norm before clipping.
 
-        Parameters that no sample used get a gradient of zero: to AdamW, zero and none are not the
-        same.
+        Parameters that no sample used get a gradient of zero, because AdamW treats zero and None
+        differently.
         """
         parameters = list(self.optimizer.names.values())
         for p in parameters:
@@ -257,7 +260,7 @@ class _Run(Generic[B]):
         return full_tensor(nn.utils.clip_grad_norm_(parameters, self.config.clip)).item()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of a checkpoint; frozen parameters are not among them."""
+        """Return the tensors of a checkpoint, without frozen parameters."""
         tensors = {f"buffer/{name}": value for name, value in self.module.named_buffers()}
         tensors |= {f"weight/{name}": p.detach() for name, p in self.optimizer.names.items()}
         tensors |= {f"moment/{name}": value for name, value in self.optimizer.state().items()}

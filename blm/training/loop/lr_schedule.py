@@ -10,8 +10,7 @@ import math
 
 
 def cosine_with_warmup(step: int, *, steps: int, warmup_fraction: float) -> float:
-    """Return the factor in 0 .. 1 by which every peak learning rate is multiplied at `step` (from
-    0).
+    """Return the factor in 0 .. 1 of every peak learning rate at `step` (from 0).
 
     It rises linearly over the first `warmup_fraction` of `steps`, reaches 1 and falls along half a
     cosine to zero at the end of the run.

@@ -20,13 +20,12 @@ class Meter:
     """Accumulates the metrics of the next row of the log."""
 
     def __init__(self, seconds: float) -> None:
-        """`seconds`: training time before this row, also that of an interrupted run."""
+        """`seconds` is the training time before this row, including that of an interrupted run."""
         self.seconds, self.begin, self.waited = seconds, time.perf_counter(), 0.0
         self.values, self.sizes = defaultdict[str, list[float]](list), defaultdict[str, float](float)
 
     def add(self, values: Mapping[str, float], sizes: Mapping[str, float], wait: float) -> None:
-        """Add one step: metrics (NaN where the step has none), sizes, seconds spent waiting for
-        data."""
+        """Add the metrics of a step (NaN if it has none), its sizes, and seconds of waiting."""
         for name, value in values.items():
             self.values[name] += [] if math.isnan(value) else [value]
         for name, size in sizes.items():
@@ -49,7 +48,7 @@ class MetricsLog:
     """Writes rows to `out/log.jsonl` and to trackers; a context manager."""
 
     def __init__(self, out: Path, trackers: Sequence[str], config: Mapping[str, Any], *, on: bool) -> None:
-        """`on`: False in all processes but the first, which writes for all of them."""
+        """Write if `on`, which is True in the first process only."""
         self.trackers = [_tracker(name, out, config) for name in trackers] if on else []
         self.file = (out / "log.jsonl").open("a") if on else None
 

@@ -85,7 +85,7 @@ def _muon(options: list[dict[str, object]]) -> torch.optim.Optimizer:
     if made is None:
         raise BlmError(f"muon needs torch 2.9 or later, this is {torch.__version__}; set loop.muon=0")
     if any(hasattr(p, "full_tensor") for group in options for p in group["params"]):  # type: ignore[attr-defined]
-        raise BlmError("muon needs whole matrices: train with shard=False, or set loop.muon=0")
+        raise BlmError("muon needs unsharded matrices: train with shard=False, or set loop.muon=0")
     return made(options)
 
 

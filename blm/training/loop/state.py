@@ -33,8 +33,7 @@ def checkpoints(out: Path) -> list[Path]:
 def save_state(
     out: Path, run: Mapping[str, Any], tensors: Mapping[str, Tensor], processes: Processes, keep: int
 ) -> None:
-    """Write the checkpoint after `run["done"]` steps atomically, and remove all but the last
-    `keep`.
+    """Write the checkpoint after `run["done"]` steps atomically; keep the last `keep`.
 
     Every process must call this; the first one writes. `run` becomes the header.
     """
@@ -71,12 +70,11 @@ def restore_state(
     processes: Processes,
     may_change: tuple[str, ...],
 ) -> tuple[int, float]:
-    """Copy the newest checkpoint of `out`, if any, into `tensors`; return steps done and seconds
-    spent.
+    """Copy the newest checkpoint of `out` into `tensors`; return steps done and seconds spent.
 
-    Restores the random states of this process's rank; a rank that the run did not have keeps its
-    own. Raises BlmError for a run of another module, or of a config that differs in fields other
-    than `may_change`.
+    Both are 0 without a checkpoint. Restores the random states of this process's rank; a rank that
+    the run did not have keeps its own. Raises BlmError for a run of another module, or of a config
+    that differs in fields other than `may_change`.
     """
     found = checkpoints(out)
     if not found:
@@ -84,7 +82,7 @@ def restore_state(
     with safe_open(found[-1], "pt") as saved:
         header = json.loads((saved.metadata() or {}).get("run", "{}"))
         if not {"done", "seconds", "config"} <= header.keys():
-            raise BlmError(f"'{found[-1]}' is no checkpoint of this program; use a new folder")
+            raise BlmError(f"'{found[-1]}' is not a checkpoint of this program; use a new folder")
         mine = json.loads(json.dumps(config))
         there = {**header["config"], **{name: mine[name] for name in may_change}}
         if there != mine:
@@ -105,10 +103,9 @@ def restore_state(
 
 
 def truncate_log(log: Path, done: int) -> None:
-    """Remove the rows of a log after step `done`, and a last row that a killed process left
-    incomplete.
+    """Remove the rows of a log after step `done`, and an incomplete last row.
 
-    Raises BlmError, and leaves the file as it is, if it is no log of a training run.
+    Raises BlmError, and leaves the file unchanged, if it is not the log of a training run.
     """
     text = log.read_text() if log.exists() else ""
     rows = text[: text.rfind("\n") + 1].splitlines()

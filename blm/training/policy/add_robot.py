@@ -1,5 +1,4 @@
-"""Initial weights of Stage II: random, or those of a checkpoint, to which further robots may be
-added.
+"""Initial weights of Stage II: random, or those of a checkpoint with further robots.
 
 A further robot is one more row in each per-embodiment weight. With `only_new` only that row is
 trained, so the actions of the other robots stay the same, bit for bit.
@@ -23,11 +22,11 @@ from blm.types import ActionSpace, BlmError, PolicyContract
 
 @dataclass(frozen=True, eq=False)
 class InitialPolicy:
-    """The network that training starts from."""
+    """The network from which training starts."""
 
     network: PolicyNetwork
     robots: tuple[str, ...]
-    """In the order of their rows in the indexed weights."""
+    """Names of the robots, in the order of their rows in the indexed weights."""
     checkpoint: CheckpointPolicy | None = None
     """The checkpoint that the weights come from."""
     only_new: bool = False
@@ -35,11 +34,11 @@ class InitialPolicy:
 
     @property
     def num_checkpoint_robots(self) -> int:
-        """Number of robots, and so of rows, of the checkpoint."""
+        """Number of robots of the checkpoint, and therefore of its rows."""
         return len(self.checkpoint.contract.action_spaces) if self.checkpoint is not None else 0
 
     def transforms(self) -> dict[str, RobotTransforms]:
-        """Return the transforms of the checkpoint: its weights presuppose its normalisation."""
+        """Return the transforms of the checkpoint, on which its weights depend."""
         return dict(self.checkpoint.transforms) if self.checkpoint is not None else {}
 
     def spaces(self) -> dict[str, ActionSpace]:
@@ -55,8 +54,7 @@ class InitialPolicy:
 
     @torch.no_grad()
     def restore_old_rows(self, trained: PolicyNetwork) -> None:
-        """With `only_new`, copy the rows of the checkpoint's robots back: weight decay has changed
-        them."""
+        """With `only_new`, copy back the rows of old robots, which weight decay has changed."""
         if self.only_new and self.checkpoint is not None:
             count = self.num_checkpoint_robots
             old_layers = indexed_layers(self.checkpoint.network)
@@ -109,8 +107,8 @@ def from_checkpoint(
     new = [robot for robot in contract.action_spaces if robot not in old.action_spaces]
     if only_new and (shared or not new):
         raise BlmError(
-            f"only new robots shall train, and the checkpoint knows {shared or list(old.action_spaces)}; "
-            "give datasets of other robots, or let all train"
+            f"--only-new trains new robots only, and the checkpoint has {shared or list(old.action_spaces)}; "
+            "give datasets of other robots, or train all"
         )
     network = with_embodiments(policy.network, len(new)).requires_grad_(True)
     return InitialPolicy(network, (*old.action_spaces, *new), policy, only_new)

@@ -44,29 +44,30 @@ class HiddenStateConfig:
     """Which hidden states the policy is trained on, and how they are cached."""
 
     layer: int
-    """k, the block (from 1) of the language model whose output is H_k."""
+    """Block k of the language model, counted from 1, whose output is H_k."""
     cameras: tuple[str, ...]
+    """Cameras whose images the backbone sees."""
     stride: int = 1
-    """Cache every n-th frame of an episode, and its last; n must divide the policy's
-    `future_steps`."""
+    """Cache every n-th frame of an episode, and its last frame.
+    This number must divide --policy.future-steps."""
     batch_size: int = 32
-    """Frames in one forward pass."""
+    """Number of frames per forward pass of the backbone."""
     workers: int = 2
-    """Worker processes that fill a cache; 0: this process."""
+    """Number of worker processes that fill a cache; 0 runs all work in the main process."""
     shard_frames: int = 256
-    """A shard ends with the episode that reaches this number of cached frames."""
+    """Number of cached frames after which the cache starts a new shard, at the next episode."""
     precision: Literal["float16", "int8"] = "float16"
-    """Precision of the cache. int8 takes half the space; its error is measured and stored in the
-    manifest."""
+    """Precision of the cache.
+    With int8 the cache takes half the space; its error is measured and stored in the manifest."""
     views: int = 0
-    """Augmented views of each frame (other light, shifted pictures) to cache beside the frame."""
+    """Number of augmented versions of each frame (other light, shifted images) to cache as well."""
 
     def __post_init__(self) -> None:
         most = dict.fromkeys(("layer", "stride", "batch_size", "shard_frames"), (1, 10**9))
         require_numbers(self, **most, views=(0, 1000), workers=(0, MAX_WORKERS))
         sizes = (self.layer, self.stride, self.batch_size, self.shard_frames, self.views + 1)
         if min(sizes) < 1 or not self.cameras:
-            raise BlmError(f"intents: need a layer, cameras and positive sizes, got {self}")
+            raise BlmError(f"hidden states: need a layer, cameras and positive sizes, got {self}")
 
 
 class LiveHiddenStates:
@@ -76,16 +77,14 @@ class LiveHiddenStates:
         self.backbone, self.dataset, self.config = backbone, dataset, config
 
     def read(self, frames: IndexArray, views: IndexArray | None = None) -> HiddenStateRows:
-        """Return H_k of the given dataset frames, each in the view of this number; 0 is the frame
-        itself."""
+        """Return H_k of these dataset frames in these views; view 0 is the frame itself."""
         images = {camera: self.dataset.frames(frames, camera) for camera in self.config.cameras}
         if views is not None:
             images = augmented(images, frames, views)
         return self.tap([self.dataset.instructions[t] for t in self.dataset.task_index[frames]], images)
 
     def tap(self, instructions: Sequence[str], images: Mapping[str, ImageArray]) -> HiddenStateRows:
-        """Return H_k of n control prompts: n texts, and for each camera pictures [n, height, width,
-        3]."""
+        """Return H_k of n control prompts: n texts, and images [n, height, width, 3] per camera."""
         prompts = [
             control_prompt(text, self.dataset.space.robot, {camera: images[camera][i] for camera in images})
             for i, text in enumerate(instructions)
@@ -134,11 +133,10 @@ class CachedHiddenStates:
 
 
 def quantize_int8(hidden: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
-    """Quantise hidden states [tokens, d] to bytes [tokens, d + 4]: int8 values, and a float32
-    scale, per token.
+    """Quantise hidden states [tokens, d] to int8 with one float32 scale per token.
 
-    Symmetric, with 254 steps: the error of a value is at most 1/254 of the largest value of its
-    token.
+    Returns bytes [tokens, d + 4]. The quantisation is symmetric, with 254 steps: the error of a
+    value is at most 1/254 of the largest value of its token.
     """
     scale = np.maximum(np.abs(hidden).max(-1, keepdims=True), 1e-12).astype(np.float32) / 127
     values = np.round(hidden / scale).astype(np.int8)
@@ -154,11 +152,11 @@ def dequantize_int8(stored: NDArray[np.uint8]) -> NDArray[np.float16]:
 def augmented(
     images: Mapping[str, ImageArray], frames: IndexArray, views: IndexArray
 ) -> dict[str, ImageArray]:
-    """Return pictures with random augmentation where the view is not 0, seeded by frame and view.
+    """Return images with random augmentation where the view is not 0, seeded by frame and view.
 
-    Brightness and contrast change by up to 30 %, each colour channel by up to 10 %, and the picture
-    shifts by up to 3 % of its side, with the border repeated: about the choices of GR00T N1.5,
-    without those that would hide small objects.
+    Brightness and contrast change by up to 30 %, each colour channel by up to 10 %, and the image
+    shifts by up to 3 % of its side, with the border repeated. These are about the choices of GR00T
+    N1.5, without those that would hide small objects.
     """
     changed = {camera: pictures.copy() for camera, pictures in images.items()}
     for index in np.flatnonzero(views):
@@ -177,8 +175,7 @@ def augmented(
 
 
 def collate(rows: HiddenStateRows) -> tuple[Tensor, Tensor]:
-    """Pad hidden states of unequal length on the right: [B, L, d] in their precision, and mask [B,
-    L]."""
+    """Pad hidden states on the right: [B, L, d] in their precision, and mask [B, L]."""
     lengths = np.array([len(row) for row in rows])
     hidden = np.zeros((len(rows), lengths.max(), rows[0].shape[1]), rows[0].dtype)
     for padded, row in zip(hidden, rows, strict=True):
@@ -195,7 +192,7 @@ def cache_hidden_states(
     the folder holds a cache with another spec, or one that was altered.
     """
     spec = describe(backbone, dataset, config)
-    require_same_inputs(folder / "spec.json", spec, f"intent cache '{folder}' is stale")
+    require_same_inputs(folder / "spec.json", spec, f"hidden-state cache '{folder}' is stale")
     manifest = folder / "manifest.json"
     if not manifest.exists():
         _report_size(LiveHiddenStates(backbone, dataset, config), folder)
@@ -204,7 +201,7 @@ def cache_hidden_states(
             list(_shards(dataset, config, folder)),
             journal=folder / "journal.jsonl",
             workers=config.workers,
-            title=f"intents of {dataset.space.robot}",
+            title=f"hidden states of {dataset.space.robot}",
             setup=_set_up_worker,
             setup_args=(source, str(backbone.model.device), backbone.model.dtype, dataset.folder, config),
         )
@@ -214,15 +211,18 @@ def cache_hidden_states(
     for name, shard in shards.items():
         if not (folder / name).exists() or sha256_file(folder / name) != shard.sha256:
             raise BlmError(
-                f"intent cache '{folder}': {name} is missing or altered; move the folder away, run again"
+                f"hidden-state cache '{folder}': {name} is missing or "
+                "altered; move the folder away, run again"
             )
     if errors := [shard.error for shard in shards.values() if shard.error is not None]:
-        Console(stderr=True).print(f"int8 intents: RMS error {np.mean(errors):.2%} of the values' own RMS")
+        Console(stderr=True).print(
+            f"int8 hidden states: RMS error {np.mean(errors):.2%} of the values' own RMS"
+        )
     return CachedHiddenStates(folder, shards, config)
 
 
 def describe(backbone: Backbone, dataset: EpisodeDataset, config: HiddenStateConfig) -> dict[str, Any]:
-    """Return everything that the cached values depend on, for spec.json."""
+    """Return all inputs that the cached values depend on, for spec.json."""
     return {
         "format": FORMAT,
         "backbone": backbone.fingerprint(),
@@ -252,15 +252,16 @@ def _report_size(live: LiveHiddenStates, folder: Path) -> None:
     size, free = copies * tokens.sum() * bytes_each / 1e9, shutil.disk_usage(folder).free / 1e9
     frames = f"{len(kept)} frames" + (f" x {copies} views" if copies > 1 else "")
     plan = f"{frames} x {tokens.mean():.0f} tokens x {width}: {size:.3g} GB ({free:.3g} GB free)"
-    Console(stderr=True).print(f"intent cache {folder}: {plan}", soft_wrap=True)
+    Console(stderr=True).print(f"hidden-state cache {folder}: {plan}", soft_wrap=True)
     there = sum(path.stat().st_size for path in folder.glob("*.npy")) / 1e9
     if size - there > free:
-        raise BlmError(f"intent cache '{folder}' does not fit: {plan}; use a larger stride or another disk")
+        raise BlmError(
+            f"hidden-state cache '{folder}' does not fit: {plan}; use a larger stride or another disk"
+        )
 
 
 def _shards(dataset: EpisodeDataset, config: HiddenStateConfig, folder: Path) -> Iterator[WorkUnit]:
-    """Yield one work unit per shard of consecutive whole episodes, with the cached frames of each
-    episode."""
+    """Yield one work unit per shard of whole episodes, with their cached frames."""
     kept = kept_frames(dataset.starts, config.stride)
     episodes = np.split(kept, np.searchsorted(kept, dataset.starts[1:-1]))
     shard: list[IndexArray] = []

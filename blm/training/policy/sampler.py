@@ -1,6 +1,6 @@
-"""The sampler of Stage II: which frames a step trains on, and the batch made of them.
+"""The sampler of Stage II: the frames of each step, and their batch.
 
-The samples of a step, their noise and flow times are a function of (seed, step) alone; the data
+The samples of a step, their noise and flow times are a function of (seed, step) alone. The data
 shards of a step, on several processes or one after the other, together hold its samples.
 """
 
@@ -42,13 +42,13 @@ class PolicyDataset:
 
     dataset: EpisodeDataset
     hidden_states: HiddenStateSource | None
-    """None: for a policy that takes pictures."""
+    """None for a policy that takes images."""
     transforms: RobotTransforms
     """Fitted to the training frames of all datasets of its robot."""
     train: IndexArray
-    """Frame numbers."""
+    """Numbers of the training frames."""
     held_out: IndexArray
-    """Frame numbers, of other episodes than `train`."""
+    """Numbers of the held-out frames, from other episodes than `train`."""
     embodiment: int
     """Row of its robot in the indexed weights."""
 
@@ -68,7 +68,7 @@ class SampledFrames:
     tau: Tensor
     """[B] flow times."""
     values: float
-    """Mean number of real (not padded) action values of a sample, over the whole step."""
+    """Mean number of real (not padded) action values per sample of the whole step."""
 
 
 def split(
@@ -81,11 +81,10 @@ def split(
     robots: Sequence[str],
     transforms: Mapping[str, RobotTransforms] | None = None,
 ) -> list[PolicyDataset]:
-    """Split the episodes of each dataset, and fit the transforms of each robot, unless they are
-    given.
+    """Split the episodes of each dataset, and fit the transforms of each robot.
 
-    `robots` are in the order of their rows in the indexed weights. The result has no hidden states
-    yet.
+    Given transforms are used instead. `robots` are in the order of their rows in the indexed
+    weights. The result has no hidden states yet.
     """
     parts = [(data, *_split_frames(data, stride, held_out, seed)) for data in datasets]
     fitted = dict(transforms or {})
@@ -129,10 +128,14 @@ def _fit_robot_transforms(
 def joint_contract(
     datasets: Sequence[EpisodeDataset], policy: PolicyConfig, *, cameras: tuple[str, ...], execute: int
 ) -> PolicyContract:
-    """Return the contract of one policy for all datasets. Raises BlmError for datasets that do not
-    match."""
+    """Return the contract of one policy for all datasets.
+
+    Raises BlmError for datasets that do not match.
+    """
     if len({data.content_hash for data in datasets}) != len(datasets) or not datasets:
-        raise BlmError(f"give datasets, each once; got {[str(data.folder) for data in datasets]}")
+        raise BlmError(
+            f"give one or more datasets, each only once; got {[str(data.folder) for data in datasets]}"
+        )
     spaces = dict[str, ActionSpace]()
     side, rate = datasets[0].image_size, datasets[0].space.rate_hz
     for data in datasets:
@@ -156,8 +159,7 @@ def joint_contract(
 
 
 class PolicySampler:
-    """Draws the samples of each step: a dataset and task by weight, then one of its frames
-    uniformly."""
+    """Draws the samples of each step: a dataset and task by weight, then a frame uniformly."""
 
     def __init__(
         self,
@@ -170,15 +172,17 @@ class PolicySampler:
         views: int = 0,
         train: bool = True,
     ) -> None:
-        """`weights` as in PolicyTrainingConfig; `views`: augmented views of a frame.
+        """`weights` are those of PolicyTrainingConfig, `views` is the number of augmented views.
 
-        `train`: sample training frames; else held-out frames, without augmentation.
+        With `train`, training frames are sampled; otherwise held-out frames, without augmentation.
         """
         self.datasets, self.policy = datasets, policy
         self.views = views if train else 0
         groups = list(_groups(datasets, weights, train=train))
         if not groups:
-            raise BlmError("nothing to learn from: no robot and task in the data has a weight above zero")
+            raise BlmError(
+                "there is nothing to train on: no robot and task in the data has a weight above zero"
+            )
         self.group_datasets = np.array([number for number, _, _ in groups])
         self.group_frames = [frames for _, frames, _ in groups]
         self.mixture = Mixture(
@@ -223,13 +227,12 @@ class PolicySampler:
         )
 
     def __call__(self, step: int, shard: DataShard = WHOLE_BATCH) -> PolicyBatch:
-        """Return the batch of one data shard of a step, with hidden states now and `future_steps`
-        ahead."""
+        """Return the batch of a data shard, with hidden states now and `future_steps` ahead."""
         samples = self.sample(step, shard)
         now, future = list[Any](), list[Any]()
         for number in np.unique(samples.datasets):
             mine, source = samples.datasets == number, self.datasets[number]
-            assert source.hidden_states is not None, "this sampler was made for a policy that takes pictures"
+            assert source.hidden_states is not None, "this sampler was created for a policy that takes images"
             frames = samples.frames[mine]
             now += source.hidden_states.read(frames, samples.views[mine])
             if self.policy.future_weight:
@@ -252,8 +255,7 @@ class PolicySampler:
         return float(np.minimum(left, self.policy.horizon).sum() * data.space.dim)
 
     def _vectors(self, index: int, frames: IndexArray) -> tuple[Tensor, ...]:
-        """Return state [B, D], actions [B, H, D] and their mask [B, H, D] for frames of one
-        dataset."""
+        """Return state [B, D], actions [B, H, D] and mask [B, H, D] of frames of a dataset."""
         source, policy = self.datasets[index], self.policy
         data = source.dataset
         ends, states = data.starts[data.episode_index[frames] + 1], data.states[frames]
@@ -267,20 +269,21 @@ class PolicySampler:
 
 
 def anything_held_out(datasets: Sequence[PolicyDataset], weights: Mapping[str, float]) -> bool:
-    """Return whether any held-out frame has a weight above 0; with few episodes there may be
-    none."""
+    """Return whether any held-out frame has a weight above 0.
+
+    With few episodes there may be none.
+    """
     return any(True for _ in _groups(datasets, weights, train=False))
 
 
 def _groups(
     datasets: Sequence[PolicyDataset], weights: Mapping[str, float], *, train: bool
 ) -> Iterator[tuple[int, IndexArray, float]]:
-    """Yield number of the dataset, frames and weight of each dataset and task, in the order of
-    datasets."""
+    """Yield dataset number, frames and weight of each dataset and task, by dataset."""
     known = {source.dataset.space.robot for source in datasets}
     known |= {task for source in datasets for task in source.dataset.tasks}
     if unknown := sorted({*weights} - known):
-        raise BlmError(f"weights for {unknown}, which no dataset holds; valid: {', '.join(sorted(known))}")
+        raise BlmError(f"weights for {unknown}, which no dataset contains; valid: {', '.join(sorted(known))}")
     for number, source in enumerate(datasets):
         data = source.dataset
         frames = source.train if train else source.held_out
@@ -293,8 +296,7 @@ def _groups(
 
 
 def warn_of_reserved(datasets: Sequence[EpisodeDataset]) -> dict[str, dict[str, dict[str, int]]]:
-    """Print a warning for each dataset with scenes of reserved seeds, and return the provenance to
-    store.
+    """Warn of datasets with scenes of reserved seeds; return the provenance to store.
 
     That is {"reserved_seeds": {folder: {purpose: episodes}}}, or {} if there are none.
     """

@@ -1,8 +1,8 @@
 """Stage II, policy training: bridge and policy on demonstrations, with a frozen backbone.
 
-One policy for several robots, each with one row in the indexed weights. With a hidden-state cache
-the backbone is in memory only before the first step and after the last. The run ends with a proof
-that the backbone has not changed.
+One policy is trained for several robots, each with one row in the indexed weights. With a
+hidden-state cache the backbone is in memory only before the first step and after the last. The run
+ends with a proof that the backbone has not changed.
 """
 
 from __future__ import annotations
@@ -52,34 +52,38 @@ from blm.types import BlmError, PolicyContract, require_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyTrainingConfig:
-    """Stage II: data, backbone, policy, training loop."""
+    """Stage II: datasets, backbone, policy and training loop."""
 
     datasets: tuple[Path, ...]
-    """Dataset folders, one or several for each robot (demonstrations, corrections)."""
+    """Dataset folders, at least one per robot: demonstrations and corrections."""
     backbone: str
-    """Folder that Stage I wrote, or a name of BACKBONES."""
+    """Folder that Stage I wrote, or the name of a backbone."""
     intents: HiddenStateConfig
-    """Hidden states H_k, from which the bridge makes intent tokens."""
+    """Hidden states H_k, which the bridge turns into intent tokens."""
     loop: LoopConfig
+    """Training loop."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """Bridge, diffusion transformer and losses."""
     cache: Path | None = None
-    """Folder of the hidden-state caches, one for each dataset, shared by runs; None: compute H_k
-    for every batch."""
+    """Folder of the hidden-state caches, one per dataset; several runs can share it.
+    Without a cache, H_k is computed for every batch."""
     start: Path | None = None
-    """Checkpoint whose weights to start from, with its robots or with further ones; None: random
-    weights."""
+    """Checkpoint whose weights initialise the training; its robots may be a subset.
+    By default, the weights are random."""
     only_new: bool = False
-    """Train only the rows of robots that the checkpoint does not have."""
+    """Train only the per-robot weights of robots that the checkpoint --start does not have."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """Robot or task -> sampling weight of its frames, relative to 1; 0: never sampled."""
+    """Sampling weights of frames, as pairs of a robot's or task's name and a number.
+    The default weight is 1; frames of weight 0 are never sampled."""
     execute: int = 8
-    """Actions of a chunk to execute before the next observation; stored in the contract."""
+    """Number of actions of a chunk to execute before the next observation.
+    It is stored in the contract of the checkpoint."""
     held_out: float = 0.05
-    """Fraction of the episodes of each dataset that is held out for the validation loss; 0:
-    none."""
+    """Fraction of each dataset's episodes that is held out for the validation loss, 0..0.9."""
     validation_batches: int = 8
-    """Batches of held-out frames in one validation."""
+    """Number of held-out batches per validation."""
     device: str = "cpu"
+    """Torch device: cpu, cuda, cuda:N or mps."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the backbone's weights."""
 
@@ -92,14 +96,13 @@ class PolicyTrainingConfig:
             raise BlmError(f"execute {self.execute} must lie in 1..horizon = {self.policy.horizon}")
         stride, steps = self.intents.stride, self.policy.future_steps
         if steps % stride:
-            raise BlmError(f"stride {stride} of the intents must divide future_steps = {steps}")
+            raise BlmError(f"stride {stride} of the hidden states must divide future_steps = {steps}")
 
 
 def open_datasets(
     backbone: Backbone, datasets: Sequence[EpisodeDataset], config: PolicyTrainingConfig, start: InitialPolicy
 ) -> list[PolicyDataset]:
-    """Split the episodes, fit the transforms, and open the hidden states, filling caches where
-    needed."""
+    """Split the episodes, fit the transforms, and open or fill the hidden-state caches."""
     opened = split(
         datasets,
         config.policy,
@@ -124,8 +127,7 @@ def _hidden_states(
 
 
 def cache_names(datasets: Sequence[EpisodeDataset]) -> list[str]:
-    """Return the folder names of caches: "panda" for the first dataset of a robot, then "panda-2",
-    .."""
+    """Return the folder names of caches: "panda" for a robot's first dataset, then "panda-2"."""
     names = [data.space.robot for data in datasets]
     counts = (names[: number + 1].count(name) for number, name in enumerate(names))
     return [name if count == 1 else f"{name}-{count}" for name, count in zip(names, counts, strict=True)]
@@ -222,8 +224,7 @@ def _prepare_folder(out: Path, inputs: Mapping[str, Any]) -> None:
 def _open_first_alone(
     processes: Processes, open_all: Callable[[], list[PolicyDataset]]
 ) -> list[PolicyDataset]:
-    """Open the datasets in the first process, which fills the caches, and only then in the
-    others."""
+    """Open the datasets in the first process, which fills the caches; then in the others."""
     if processes.first:
         opened = open_all()
     processes.wait()
@@ -252,7 +253,7 @@ def _start(backbone: Backbone, contract: PolicyContract, config: PolicyTrainingC
 def _inputs(
     backbone: Backbone, datasets: Sequence[EpisodeDataset], start: InitialPolicy, config: PolicyTrainingConfig
 ) -> dict[str, Any]:
-    """Return everything that a run depends on, beside the loop's own config, for inputs.json."""
+    """Return all inputs that a run depends on, except the loop's config, for inputs.json."""
     return {
         "robots": list(start.robots),
         "intents": [describe(backbone, data, config.intents) for data in datasets],
@@ -274,8 +275,7 @@ class BestCheckpoint:
                 self.facts = stored.metadata() or {}
 
     def update(self, weights: nn.Module, step: int, metrics: Mapping[str, float]) -> None:
-        """Save these weights if they are the best so far: by success, or else by validation
-        loss."""
+        """Save these weights if they are the best so far, by success or validation loss."""
         score = metrics.get("success", -metrics.get("val_loss_flow", math.inf))
         if score > float(self.facts.get("score", -math.inf)):
             self.facts = {"score": str(score), "step": str(step)}
@@ -295,8 +295,7 @@ def _run(
     out: Path,
     validate: Callable[[int, PolicyNetwork], Mapping[str, float]],
 ) -> None:
-    """Run the training loop; the EMA is both teacher of the future loss and the network to
-    validate."""
+    """Run the training loop; the EMA is the teacher of the future loss and is validated."""
     teacher = cast(PolicyNetwork, ema.module)
     names = ("loss_flow", "loss_future")
     best = BestCheckpoint(out)
@@ -308,7 +307,9 @@ def _run(
 
     held_out = anything_held_out(datasets, config.weights)
     if config.held_out and not held_out and first:
-        Console(stderr=True).print("no held-out episode is of what is trained: there is no validation loss")
+        Console(stderr=True).print(
+            "no held-out episode belongs to a trained robot and task, so there is no validation loss"
+        )
 
     def evaluate(step: int) -> Mapping[str, float]:
         metrics = dict[str, float]()

@@ -1,1 +1,1 @@
-"""What nano learns before Stage I."""
+"""Pretraining of nano, before Stage I."""

@@ -1,11 +1,11 @@
 """Pretraining of nano, before Stage I.
 
-A pretrained backbone can perceive, read lists and compute before it is fine-tuned; nano starts from
-random weights. First its vision tower learns to localise things (`vision_tower.py`). Then the
-language model is trained on the grounding drill (which things are in a picture, and where, one
-picture at a time) and on text-only scenes: conversations that list the positions of things in words
-instead of showing pictures, and ask for distances, directions and order. Text-only scenes are also
-a part of Stage I.
+A pretrained backbone can recognise objects, read lists and compute before it is fine-tuned; nano
+starts from random weights. First its vision tower learns to localise objects (`vision_tower.py`).
+Then the language model is trained on the grounding drill (the objects in an image and their
+positions, one image at a time) and on text-only scenes: conversations that list the positions of
+objects in words instead of showing images, and ask for distances, directions and order. Text-only
+scenes are also a part of Stage I.
 """
 
 from __future__ import annotations
@@ -33,24 +33,29 @@ from blm.types import Message
 VISION_TOWER_LOOP = LoopConfig(steps=3000, batch_size=32, lr=3e-3, clip=5.0, title="nano's eye")
 GROUNDING_DRILL_LOOP = LoopConfig(steps=1500, batch_size=8, lr=2e-3, muon=0.02, title="nano's drill")
 GROUNDING_KINDS = ("scan", "point", "box")
-"""Kinds of questions about which things are in a view, and where; a kind is named KIND_VIEW."""
+"""Kinds of questions about the objects in a view and their positions; named KIND_VIEW."""
 EXTRA_COMPARISONS = 4
-"""Comparisons added to a text-only scene: to select the smallest of several numbers and name
-its object takes a small model from scratch far more examples than scenes have questions
-(docs/LOG.md)."""
+"""Number of comparisons added to a text-only scene.
+
+To select the smallest of several numbers and to name its object, a small model needs far more
+examples than scenes have questions (docs/LOG.md).
+"""
 TEXT_ONLY_SHARE = 0.25
 """Share of text-only scenes in the grounding drill and in Stage I."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NanoPretrainingConfig:
-    """Pretraining of a new nano. Localisation comes first: mixed with all other questions from the
-    beginning, it was not learnt within the runs in docs/LOG.md."""
+    """Pretraining of a new nano backbone.
+
+    Localisation comes first: mixed with all other questions from the beginning, it was not learnt
+    within the runs in docs/LOG.md.
+    """
 
     eye: LoopConfig = VISION_TOWER_LOOP
-    """Training of the vision tower alone."""
+    """Pretraining of the vision tower alone."""
     drill: LoopConfig = GROUNDING_DRILL_LOOP
-    """Training of the language model, on the grounding drill and on text-only scenes."""
+    """Pretraining of the language model, on the grounding drill and on text-only scenes."""
 
 
 def pretrain_nano(
@@ -62,7 +67,7 @@ def pretrain_nano(
 ) -> Backbone:
     """Return a pretrained nano, with a tokenizer trained on the texts of these corpora.
 
-    `corpora` are conversations and the folder of their pictures. Without scan turns in them the
+    `corpora` are conversations and the folder of their images. Without scan turns in them the
     weights stay random. Resumes a killed run in `out`.
     """
     views = [view for rows, root in corpora for row in rows for view in scanned_views(row, root)]
@@ -91,8 +96,7 @@ def pretrain_nano(
 
 
 def grounding_drill(row: Conversation) -> Iterator[Conversation]:
-    """Yield a conversation for each picture that shows something, with the turns about what is
-    where in it."""
+    """Yield a conversation per image with objects, of the turns about them and their positions."""
     images, answers = row.media, [m.text for m in row.messages if m.role == "assistant"]
     scans = [turn for turn, kind in enumerate(row.kinds) if kind.startswith("scan_") and kind != "scan_step"]
     for image, scan in zip(images, scans, strict=False):
@@ -113,10 +117,10 @@ def is_nano(backbone: Backbone) -> bool:
 def nano_sources(
     sources: Sequence[tuple[Sequence[Conversation], Path, float]], loop: LoopConfig
 ) -> list[TrainingSource]:
-    """Return the sources of Stage I for a pretrained nano: conversations without scan turns,
-    text-only scenes.
+    """Return the sources of Stage I for a pretrained nano.
 
-    `sources` are conversations, the folder of their pictures, and their weight.
+    These are conversations without scan turns, and text-only scenes. `sources` are conversations,
+    the folder of their images, and their weight.
     """
     without_scans = [
         TrainingSource(
@@ -134,8 +138,10 @@ def nano_sources(
 def add_text_only_scenes(
     sources: Sequence[TrainingSource], corpora: Iterable[Sequence[Conversation]], loop: LoopConfig
 ) -> list[TrainingSource]:
-    """Add a source of text-only scenes drawn from all conversations, as many as training with
-    `loop` uses."""
+    """Add a source of text-only scenes, as many as training with `loop` uses.
+
+    They are drawn from all conversations.
+    """
     rows = [row for rows in corpora for row in rows]
     order = np.random.default_rng(loop.seed).permutation(len(rows))
     scenes = (scene.messages for index in order if (scene := text_only_scene(rows[index])) is not None)
@@ -147,19 +153,20 @@ def add_text_only_scenes(
 
 
 def without_scan_turns(row: Conversation) -> Conversation:
-    """Return a conversation without its scan turns, a fifth of all tokens: the drill has trained on
-    them."""
+    """Return a conversation without its scan turns, on which the drill has trained.
+
+    Scan turns are a fifth of all tokens.
+    """
     rest = [turn for turn, kind in enumerate(row.kinds) if not kind.startswith("scan")]
     return row.select(rest) if rest else row
 
 
 def text_only_scene(row: Conversation) -> Conversation | None:
-    """Return the turns whose answers follow from a thought, with positions in words in place of
-    pictures.
+    """Return turns with positions in words instead of images, or None.
 
-    The first question begins with the positions [cm from the robot] that the scan turns list;
-    further comparisons of these positions are added. None if the conversation has no such turns or
-    positions.
+    These are the turns whose answers follow from a thought. The first question begins with the
+    positions [cm from the robot] that the scan turns list; further comparisons of these positions
+    are added. None if the conversation has no such turns or positions.
     """
     answers = [message.text for message in row.messages if message.role == "assistant"]
     both = list(zip(row.kinds, answers, strict=True))

@@ -1,10 +1,9 @@
-"""Pretraining of nano's vision tower: localisation of named things, as larger vision towers were
-pretrained.
+"""Pretraining of nano's vision tower: localisation of named objects.
 
-The labels are the "scan" turns of the corpus. Some list all things in a view: the heat map of each
-thing is trained towards a distribution over the cells of the picture, or "nowhere". Views of fixed
-cameras also give positions in the robot's frame. Each turn names its view; others name the step
-under way. Shapes: N pictures, M things.
+Larger vision towers are pretrained on other data. The labels are the "scan" turns of the corpus.
+Some list all objects in a view: the heat map of each object is trained towards a distribution over
+the cells of the image, or "nowhere". Views of fixed cameras also give positions in the robot's
+frame. Each turn names its view; others name the current step. Shapes: N images, M objects.
 """
 
 from __future__ import annotations
@@ -40,26 +39,25 @@ METRIC_ROUNDING = 0.005
 
 @dataclass(frozen=True)
 class ScannedView:
-    """One picture with labels from scan turns."""
+    """One image with labels from scan turns."""
 
     image: Image
     root: Path
     positions: dict[str, tuple[int, ...]] | None
-    """Thing -> x, y [thousandths of the picture's sides], then, if known, x, y, z from the robot
-    [cm].
+    """Object -> x, y [thousandths of the sides], then, if known, x, y, z from the robot [cm].
 
     None: not labelled.
     """
     step: str = ""
-    """The step under way, if labelled."""
+    """The current step of the task, if labelled."""
     name: str = ""
     """The camera, if labelled."""
 
 
 def scanned_views(row: Conversation, root: Path) -> list[ScannedView]:
-    """Return the labelled views of a conversation: its n-th scan turn is about its n-th picture.
+    """Return the labelled views of a conversation: its n-th scan turn is about its n-th image.
 
-    A labelled step applies to all its pictures.
+    A labelled step applies to all its images.
     """
     images = [image for message in row.messages for image in message.images]
     answers = [message.text for message in row.messages if message.role == "assistant"]
@@ -99,14 +97,14 @@ def pretrain_vision_tower(
 
 
 class GroundingTargets(NamedTuple):
-    """Labels of N pictures. NaN, or -1 for a step or view: not labelled."""
+    """Labels of N images. NaN, or -1 for a step or view: not labelled."""
 
     points: Tensor
-    """[N, M, 2] x, y as fractions of the picture; negative: the thing is not in the picture."""
+    """[N, M, 2] x, y as fractions of the image; negative: the object is not in the image."""
     metres: Tensor
     """[N, M, 3] positions in the robot's frame [m]."""
     step: Tensor
-    """[N] class of the step under way."""
+    """[N] class of the current step."""
     view: Tensor
     """[N] class of the camera."""
 
@@ -131,10 +129,10 @@ def grounding_targets(views: Sequence[ScannedView], known: ConvVisionConfig) -> 
 def vision_tower_loss(
     tower: ConvVision, pixels: Tensor, targets: GroundingTargets
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """Return the mean loss over pictures [N, 3, 112, 112], and metrics of localisation and
-    classification.
+    """Return the mean loss over images [N, 3, 112, 112], and metrics.
 
-    Metrics without labels in the batch are NaN: all processes of a run must report the same names.
+    The metrics are those of localisation and classification. Metrics without labels in the batch
+    are NaN: all processes of a run must report the same names.
     """
     points, metres, *_ = targets
     features, summary = tower.features(pixels)
@@ -164,8 +162,10 @@ def vision_tower_loss(
 
 
 def target_heatmaps(points: Tensor) -> Tensor:
-    """Return distributions [N, M, P + 1] over cells and "nowhere" for points [N, M, 2], negative if
-    absent."""
+    """Return distributions [N, M, P + 1] over cells and "nowhere" for points [N, M, 2].
+
+    Negative points are absent.
+    """
     present = points[..., :1] >= 0
     cells = (torch.arange(CELLS, device=points.device) + 0.5) / CELLS
     x, y = torch.exp(-(((points[..., None] - cells) * CELLS / TARGET_STD) ** 2) / 2).unbind(-2)
@@ -176,15 +176,13 @@ def target_heatmaps(points: Tensor) -> Tensor:
 
 @torch.no_grad()
 def localisation_error(log_maps: Tensor, points: Tensor) -> Tensor:
-    """Return the median distance [px] of expected and true points of present things; NaN if there
-    are none."""
+    """Return the median distance [px] of expected and true points of present objects, or NaN."""
     distance = (expected_points(log_maps) - points).norm(dim=-1)[points[..., 0] >= 0]
     return IMAGE_SIZE * distance.median() if len(distance) else torch.tensor(math.nan)
 
 
 def expected_points(log_maps: Tensor) -> Tensor:
-    """Return mean points [N, M, 2] (fractions) of log-probabilities [N, M, P + 1] of cells and
-    "nowhere"."""
+    """Return mean points [N, M, 2] (fractions) of log-probabilities [N, M, P + 1]."""
     cells = (torch.arange(CELLS, device=log_maps.device) + 0.5) / CELLS
     weights = log_maps[..., :-1].softmax(-1).unflatten(-1, (CELLS, CELLS))
     return torch.stack([(weights.sum(-2) * cells).sum(-1), (weights.sum(-1) * cells).sum(-1)], dim=-1)

@@ -1,9 +1,8 @@
-"""LoRA: low-rank adapters in the language model, through `peft`; the projector may be trained fully
-as well.
+"""LoRA: low-rank adapters in the language model, through `peft`.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021: W x + (alpha / rank) B A x,
-with B = 0 at the start. The adapters are modules inside the backbone's model, so the training loop
-and `Backbone.tap` need no special case.
+The projector may be trained fully as well. Hu et al., "LoRA: Low-Rank Adaptation of Large Language
+Models", 2021: W x + (alpha / rank) B A x, with B = 0 at the start. The adapters are modules inside
+the backbone's model, so the training loop and `Backbone.tap` need no special case.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ class Lora:
     """Low-rank adapters of the language model."""
 
     rank: int = 0
-    """Rank of the adapters; 0: train the weights themselves."""
+    """Rank of the adapters; 0 trains the weights themselves."""
     alpha: int = 0
-    """Adapters are scaled by alpha / rank; 0: twice the rank."""
+    """Scale of the adapters, which are multiplied by alpha / rank; 0 means twice the rank."""
     dropout: float = 0.0
-    """Dropout on the input of an adapter."""
+    """Dropout probability at the input of an adapter, in [0, 1)."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Names of the linear layers that get adapters ("q_proj"), without their path; "all-linear":
-    all of them."""
+    """Names of the linear layers that get adapters, without their path, such as q_proj.
+    The default, all-linear, adapts all linear layers."""
 
     def __post_init__(self) -> None:
         require_numbers(self, rank=(0, 65_536), alpha=(0, 10**9), dropout=(0, 1))
@@ -58,7 +57,9 @@ def add_adapters(backbone: Backbone, lora: Lora, *, projector: bool, seed: int) 
         chosen = [name for name in linear if name.rsplit(".", 1)[-1] in lora.targets]
         if missing := set(lora.targets) - {name.rsplit(".", 1)[-1] for name in chosen}:
             valid = sorted({name.rsplit(".", 1)[-1] for name in linear})
-            raise BlmError(f"lora.targets {sorted(missing)} are no linear layers here; valid: {valid}")
+            raise BlmError(
+                f"lora.targets {sorted(missing)} are not linear layers of this model; valid: {valid}"
+            )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft calls transformers by a deprecated name
         torch.manual_seed(seed)

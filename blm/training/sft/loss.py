@@ -1,5 +1,7 @@
-"""The loss of Stage I: cross-entropy under the loss mask. The language head runs on the masked
-tokens only."""
+"""The loss of Stage I: cross-entropy under the loss mask.
+
+The language head runs on the masked tokens only.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +25,28 @@ from blm.training.sft.vision_features import (
 
 
 class MaskedLoss(NamedTuple):
-    """Sums over the masked tokens of a batch. A tuple, because FSDP finds tensors in tuples
-    only."""
+    """Sums over the masked tokens of a batch; a tuple, because FSDP only searches tuples."""
 
     loss_sum: Tensor
     """Sum of cross-entropies [nats], float32."""
     tokens: Tensor
     """Number of tokens."""
     correct: Tensor
-    """Number of tokens that are the model's likeliest choice."""
+    """Number of tokens to which the model gives the highest probability."""
 
 
 class MaskedLossModel(nn.Module):
     """Stage I as one module, for DDP and FSDP to wrap: an `ExampleBatch` in, a `MaskedLoss` out.
 
-    All ranks must run the same modules, or some wait for others forever. So for a batch without
-    pictures the vision tower runs on a dummy picture whose output is multiplied by zero, if the
-    tower is trained or `sharded` over ranks. A single process does the same, because to AdamW a
-    gradient of zero and no gradient are not the same. Frozen vision modules stay in evaluation
+    All ranks must run the same modules; otherwise some would wait for others forever. So for a
+    batch without images the vision tower runs on a dummy image whose output is multiplied by zero,
+    if the tower is trained or `sharded` over ranks. A single process does the same, because AdamW
+    treats a gradient of zero and no gradient differently. Frozen vision modules stay in evaluation
     mode.
     """
 
     def __init__(self, backbone: Backbone, *, sharded: bool = False, cached: bool = False) -> None:
-        """`cached`: examples have cached vision features. Freeze parameters before this call."""
+        """Freeze parameters before this call. `cached` says that examples have vision features."""
         super().__init__()
         self.model, self.backbone = backbone.model, backbone
         self.sharded, self.vision_modules = sharded, vision_modules(backbone)
@@ -54,7 +55,7 @@ class MaskedLossModel(nn.Module):
 
     @cached_property
     def dummy_picture(self) -> Inputs:
-        """The vision inputs of one picture."""
+        """The vision inputs of one image."""
         return concatenate_vision_inputs([probe_examples(self.backbone)[1].vision_inputs(self.backbone)])
 
     def train(self, mode: bool = True) -> MaskedLossModel:
@@ -81,8 +82,7 @@ class MaskedLossModel(nn.Module):
         return MaskedLoss(loss + zero, targets.new_tensor(len(targets)), correct)
 
     def _zero_of_unused_vision(self, inputs: Inputs) -> Tensor | float:
-        """Return zero; if the batch has no pictures, as the vision output of the dummy picture
-        times zero."""
+        """Return zero; without images in the batch, the dummy image's output times zero."""
         needed = self.vision_modules and (self.sharded or not all(map(is_frozen, self.vision_modules)))
         if not needed or "video_grid_thw" in inputs or not inputs.keys().isdisjoint(self.dummy_picture):
             return 0.0

@@ -1,5 +1,4 @@
-"""Mixture sampler: which examples a step trains on, and how they are packed; a function of step and
-seed.
+"""Mixture sampler: the examples of each step, and their packing, as a function of step and seed.
 
 A step has a fixed number of examples, so packing and the number of ranks do not change the mixture.
 """
@@ -19,7 +18,7 @@ from blm.types import BlmError
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 BLOCK = 4096
-"""Draws between two stored counts."""
+"""Number of draws between two stored counts."""
 ExampleIndex = tuple[int, int]
 """Number of a source, and of an example in it."""
 
@@ -31,12 +30,13 @@ class TokenizedSource:
     name: str
     examples: Sequence[TokenizedExample]
     weight: float = 1.0
-    """Its share of all training examples is weight / sum of weights, whatever its size."""
+    """Weight in the mixture: its share is weight / sum of weights, whatever its size."""
 
     def __post_init__(self) -> None:
         if not self.examples or self.weight <= 0:
             raise BlmError(
-                f"source '{self.name}' has {len(self.examples)} rows and weight {self.weight}; leave it out"
+                f"source '{self.name}' has {len(self.examples)} examples "
+                f"and weight {self.weight}; leave it out"
             )
 
 
@@ -57,16 +57,16 @@ class MixtureSampler:
         seed: int,
         world_size: int = 1,
     ) -> None:
-        """`pack_length` [tokens]: examples share a sequence up to this length, or that of the
-        longest example of the step; 0: one example a sequence. `world_size`: number of ranks.
+        """Raises BlmError unless each rank gets the same number of examples.
 
-        Raises BlmError unless each rank gets the same number of examples.
+        `pack_length` [tokens]: examples share a sequence up to this length, or that of the longest
+        example of the step; 0: one example per sequence. `world_size`: number of ranks.
         """
         if not sources:
-            raise BlmError("no rows to train on")
+            raise BlmError("there are no examples to train on")
         if examples_per_step < 1 or examples_per_step % world_size:
             raise BlmError(
-                f"{examples_per_step} rows a step over {world_size} processes: "
+                f"{examples_per_step} examples per step over {world_size} processes: "
                 f"give a multiple of {world_size}"
             )
         self.sources, self.world_size, self.seed = list(sources), world_size, seed
@@ -111,8 +111,7 @@ class MixtureSampler:
         return len(self.sources[source].examples[example])
 
     def describe(self, steps: int) -> dict[str, float]:
-        """Return means over the first steps: sequences and tokens a step, and examples of each
-        source."""
+        """Return means over the first steps: sequences, tokens, and examples of each source."""
         drawn = [index for step in range(steps) for index in self.examples(step)]
         counts = Counter(self.sources[source].name for source, _ in drawn)
         sequences = [one for step in range(steps) for one in self._pack(self.examples(step))]
@@ -121,8 +120,7 @@ class MixtureSampler:
         return {name: value / steps for name, value in total.items()}
 
     def _pack(self, indices: list[ExampleIndex]) -> list[list[ExampleIndex]]:
-        """Pack examples up to the length with the least padding: the step is padded to its longest
-        sequence."""
+        """Pack examples with the least padding: a step is padded to its longest sequence."""
         if not self.pack_length:
             return [[index] for index in indices]
         longest = max(map(self.length, indices))
@@ -134,8 +132,7 @@ class MixtureSampler:
         return sum(map(self.length, sequence))
 
     def _best_fit(self, indices: list[ExampleIndex], length: int) -> list[list[ExampleIndex]]:
-        """Best-fit decreasing: the longest example first, each into the fullest sequence that has
-        room."""
+        """Best-fit decreasing: the longest first, each into the fullest sequence with room."""
         sequences: list[list[ExampleIndex]] = []
         rooms: list[tuple[int, int]] = []
         for index in sorted(indices, key=self.length, reverse=True):

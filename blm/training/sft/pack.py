@@ -2,7 +2,7 @@
 
 Exact packing needs an explicit mask and explicit position ids: transformers derives a mask from
 positions in some models and call forms, and in others silently lets examples attend to each other.
-`require_exact` proves it for the model at hand. Shapes: G sequences of L positions.
+`require_exact` verifies it for the given model. Shapes: G sequences of L positions.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from blm.training.sft.tokenize import (
 from blm.types import BlmError, Image, Message
 
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Maximum difference of packed and unpacked logits, relative to the largest logit: rounding errors
-are a tenth of it, examples that attend to each other exceed it."""
+"""Maximum difference of packed and unpacked logits, relative to the largest logit.
+
+Rounding errors are a tenth of it; examples that attend to each other exceed it.
+"""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,7 @@ class ExampleBatch:
     tokens: int
     """Tokens without padding."""
     prefix_layout: PrefixAttentionLayout | None = None
-    """The attention mask in the form that `use_prefix_attention` takes; None: a causal mask
-    suffices."""
+    """The attention mask for `use_prefix_attention`; None: a causal mask suffices."""
 
     @property
     def padding(self) -> float:
@@ -56,7 +57,7 @@ class ExampleBatch:
 
 
 def collate(backbone: Backbone, examples: Sequence[TokenizedExample], ids: tuple[int, ...]) -> ExampleBatch:
-    """Pad examples on the right, one a sequence."""
+    """Pad examples on the right, one per sequence."""
     return pack(backbone, [[example] for example in examples], ids)
 
 
@@ -107,7 +108,7 @@ def _attention_mask(backbone: Backbone, example_ids: np.ndarray, segment_ids: np
     if kind != "sdpa":
         raise BlmError(
             f"this model was loaded with '{kind}' attention; packing and separate_turns need 'sdpa'. "
-            "Load it so, or set pack_length=0 and separate_turns=False"
+            "Load it with 'sdpa', or set pack_length=0 and separate_turns=False"
         )
     same_example = torch.from_numpy(example_ids[:, :, None] == example_ids[:, None, :])
     same_turn_or_prefix = torch.from_numpy(
@@ -118,11 +119,10 @@ def _attention_mask(backbone: Backbone, example_ids: np.ndarray, segment_ids: np
 
 @torch.no_grad()
 def require_exact(backbone: Backbone) -> float:
-    """Return the error of packing with this model: the largest difference of logits, relative to
-    the largest.
+    """Return the largest difference of packed and unpacked logits, relative to the largest.
 
-    Three examples in one sequence (pictures and two turns, one picture, none) are compared with
-    plain calls of the model on each turn alone. Raises BlmError, naming the model, if the error
+    Three examples in one sequence (images and two turns, one image, none) are compared with plain
+    calls of the model on each turn alone. Raises BlmError, naming the model, if the difference
     exceeds TOLERANCE.
     """
     kinds = set(getattr(backbone.decoder.config, "layer_types", None) or ())
@@ -136,7 +136,8 @@ def require_exact(backbone: Backbone) -> float:
     error = ((packed - alone).abs().max() / alone.abs().max()).item()
     if not error <= TOLERANCE[precision]:
         raise BlmError(
-            f"{name} cannot be packed: rows see each other. Its logits differ from those of rows alone by "
+            f"{name} cannot be packed: examples attend to each other. Its "
+            "logits differ from those of single examples by "
             f"{error:.1e} of their size (at most {TOLERANCE[precision]:.0e}). Set pack_length=0"
         )
     return error
@@ -173,8 +174,7 @@ def probe_conversations(backbone: Backbone) -> list[Messages]:
 
 
 def probe_examples(backbone: Backbone) -> list[TokenizedExample]:
-    """Return the probe conversations as examples: pictures and two turns, one picture, text
-    only."""
+    """Return the probe conversations as examples."""
     config = TokenizationConfig(max_length=1_000_000)
     examples = [
         tokenize_conversation(backbone, conversation, config, None, Counter())

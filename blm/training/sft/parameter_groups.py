@@ -1,5 +1,4 @@
-"""Parameter groups: vision tower, projector and language model, by their names in transformers
-models."""
+"""Parameter groups: vision tower, projector and language model, by names in transformers models."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ PARTS: dict[PartName, tuple[str, ...]] = {
     "vision": ("vision_tower", "visual", "vision_model"),
     "language": ("language_model", "text_model", "lm_head"),
 }
-"""DataShard -> names of its modules; the first part that has one wins."""
+"""Part of the model -> names of its modules; the first part that matches counts."""
 
 
 def part_of(name: str) -> PartName | None:
@@ -32,11 +31,10 @@ def part_of(name: str) -> PartName | None:
 
 
 def freeze_parts(model: nn.Module, scales: Mapping[PartName, float]) -> dict[str, int]:
-    """Train the parts whose scale is above 0, freeze the others; return the trained parameters of
-    each part.
+    """Train the parts whose scale is above 0, freeze the others; return the trained parameters.
 
-    Raises BlmError for a parameter of no known part, and for a scale other than 1 of a part that
-    the model does not have, which would have no effect.
+    They are grouped by part. Raises BlmError for a parameter of no known part, and for a scale
+    other than 1 of a part that the model does not have, which would have no effect.
     """
     trained: Counter[str] = Counter(dict.fromkeys(scales, 0))
     seen: set[str] = set()

@@ -1,10 +1,9 @@
-"""Prefix attention: turns that share a prefix attend to the prefix and to themselves, not to each
-other.
+"""Prefix attention: turns attend to a shared prefix and to themselves, not to each other.
 
-A dense mask gives the same result, but costs the square of the sequence length. Here the queries of
-a turn meet only the keys that they attend to: positions are gathered into blocks of similar length,
-attended, and scattered back. It is an attention function of transformers (AttentionInterface), so
-any decoder of transformers can use it.
+A dense mask gives the same result, but its cost grows with the square of the sequence length. Here
+the queries of a turn meet only the keys that they attend to: positions are gathered into blocks of
+similar length, attended, and scattered back. It is an attention function of transformers
+(AttentionInterface), so any decoder of transformers can use it.
 """
 
 from __future__ import annotations
@@ -32,8 +31,10 @@ AttentionBlock = tuple[np.ndarray, np.ndarray]
 
 
 class PrefixAttentionLayout(NamedTuple):
-    """Which positions attend to which, in buckets of N blocks. A tuple: FSDP finds tensors in
-    tuples only."""
+    """Which positions attend to which, in buckets of N blocks.
+
+    It is a tuple, because FSDP only finds tensors in tuples.
+    """
 
     queries: tuple[Tensor, ...]
     """[N, Q] each: positions in the flattened batch; a short block repeats its last position."""
@@ -80,8 +81,7 @@ def prefix_attention_layout(example_ids: np.ndarray, segment_ids: np.ndarray) ->
 
 
 def _buckets(blocks: list[AttentionBlock]) -> list[list[AttentionBlock]]:
-    """Split sorted blocks into buckets such that padding and the overhead of calls together cost
-    least.
+    """Split sorted blocks into buckets of minimal total padding and call overhead.
 
     Dynamic programming over the end of the last bucket.
     """
@@ -100,8 +100,7 @@ def _buckets(blocks: list[AttentionBlock]) -> list[list[AttentionBlock]]:
 
 
 def _padded(bucket: list[AttentionBlock]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return queries [N, Q], keys [N, S + Q] and mask [N, 1, Q, S + Q] of blocks, padded to Q and
-    S."""
+    """Return queries [N, Q], keys [N, S + Q] and mask [N, 1, Q, S + Q] of padded blocks."""
     count = len(bucket)
     turn_length, prefix_length = (max(len(block[side]) for block in bucket) for side in (0, 1))
     queries = np.stack([np.pad(own, (0, turn_length - len(own)), mode="edge") for own, _ in bucket])
@@ -124,10 +123,10 @@ def prefix_attention_forward(
     prefix_layout: PrefixAttentionLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention of [G, heads, L, D] -> [G, L, heads, D], with the signature of
-    transformers.
+    """Scaled dot-product attention of [G, heads, L, D] -> [G, L, heads, D].
 
-    Without `prefix_layout` it is ordinary attention under `attention_mask`.
+    It has the signature of transformers. Without `prefix_layout` it is ordinary attention under
+    `attention_mask`.
     """
     if prefix_layout is None:
         return sdpa_attention_forward(
@@ -154,8 +153,7 @@ def _gather(values: Tensor, positions: Tensor) -> Tensor:
 
 @contextmanager
 def use_prefix_attention(backbone: Backbone) -> Iterator[None]:
-    """Let the decoder use prefix attention where it is given a layout, if it was loaded with
-    "sdpa"."""
+    """Let the decoder use prefix attention for calls with a layout, if it uses "sdpa"."""
     AttentionInterface.register(NAME, prefix_attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     config = backbone.decoder.config

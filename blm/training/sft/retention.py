@@ -1,12 +1,13 @@
-"""Retention: how far a fine-tuned model has moved from its base on held-out text (KL divergence,
-perplexity).
+"""Retention: the distance of a fine-tuned model from its base on held-out text.
 
-Per token, with p the base and q the fine-tuned model under teacher forcing (in nats):
+It is measured as KL divergence and perplexity. Per token, with p the base and q the fine-tuned
+model under teacher forcing (in nats):
 
     KL(p || q) = sum_v p(v) (log p(v) - log q(v))
     NLL(q) = -log q(next token),  perplexity = exp(mean NLL)
 
-The divergence is the more sensitive of the two: perplexity may stay while a model's answers change.
+The divergence is the more sensitive of the two: perplexity may stay equal while a model's answers
+change.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from blm.corpora.curation.replay import topic_texts
 from blm.types import BlmError
 
 RESAMPLES = 2000
-"""Bootstrap resamples of the blocks, for 95 % intervals (percentile bootstrap, Efron 1979)."""
+"""Number of bootstrap resamples of the blocks, for 95 % intervals (Efron 1979)."""
 
 
 def held_out_texts() -> list[str]:
-    """Return English prose that ships with Python: topics of its manual that no replay prompt is
-    about.
+    """Return English prose that ships with Python and that no replay prompt is about.
 
-    It differs a little between versions of Python, so compare runs of one version.
+    It is a part of Python's manual, which differs a little between versions, so compare runs of one
+    version.
     """
     return list(topic_texts(held_out=True).values())
 
@@ -88,18 +89,19 @@ class Retention:
         self.texts, self.length = tuple(texts) or tuple(held_out_texts()), length
         self.blocks = self._blocks(backbone)
         if not self.blocks:
-            raise BlmError("no held-out text has two tokens or more: nothing to measure retention on")
+            raise BlmError("no held-out text has two or more tokens, which retention needs")
         self.head = copy.deepcopy(_head(backbone)).requires_grad_(False)
         self.hidden = list(self._read(backbone))
 
     def measure(self, backbone: Backbone) -> RetentionMeasure:
-        """Compare `backbone`, tuned from the base or the base itself, with the base; intervals are
-        95 %.
+        """Compare `backbone`, the base or fine-tuned from it, with the base; intervals are 95 %.
 
         Raises BlmError when the two split the texts into other tokens.
         """
         if self._blocks(backbone) != self.blocks or _head(backbone).weight.shape != self.head.weight.shape:
-            raise BlmError("base and tuned model have unlike tokenizers; a divergence needs the same tokens")
+            raise BlmError(
+                "base and fine-tuned model have different tokenizers; the divergence needs the same tokens"
+            )
         rows = [
             self._compare(tokens, base, tuned, _head(backbone))
             for tokens, base, tuned in zip(self.blocks, self.hidden, self._read(backbone), strict=True)
@@ -132,7 +134,7 @@ class Retention:
 
     @torch.no_grad()
     def _read(self, backbone: Backbone) -> Iterator[Tensor]:
-        """Last hidden states [n, d] of each block, alone: so equal weights give equal bits."""
+        """Return the last hidden states [n, d] of each block, computed alone for equal bits."""
         training = backbone.model.training
         backbone.model.eval()
         try:
@@ -144,7 +146,7 @@ class Retention:
 
     @torch.no_grad()
     def _compare(self, tokens: list[int], base: Tensor, tuned: Tensor, head: nn.Linear) -> list[float]:
-        """Sums over one block: KL, NLL of the base, NLL of the tuned model."""
+        """Return the sums over one block: KL, NLL of the base, NLL of the fine-tuned model."""
         log_p = self.head.to(tuned.device)(base.to(tuned)[:-1]).float().log_softmax(-1)
         log_q = head(tuned[:-1]).float().log_softmax(-1)
         right = torch.tensor(tokens[1:], device=log_q.device)[:, None]

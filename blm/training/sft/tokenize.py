@@ -1,7 +1,7 @@
-"""Tokenization: conversations -> token ids, loss mask, segment ids, position ids. Shapes: L
-positions.
+"""Tokenization: conversations -> token ids, loss mask, segment ids, position ids.
 
-Pictures are loaded again whenever an example is used: those of a corpus do not fit into memory.
+Shapes: L positions. Images are loaded again whenever an example is used: those of a corpus do not
+fit into memory.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from blm.types import BlmError, Image, ImageArray, Message, require_numbers
 
 Messages = tuple[Message, ...]
 VisionInputs = Mapping[str, tuple[Tensor, ...]]
-"""Model inputs beside tokens ("pixel_values", Qwen's "image_grid_thw", ..), or cached vision
-features, in reading order."""
+"""Model inputs other than tokens ("pixel_values", Qwen's "image_grid_thw", ..).
+
+Or cached vision features, in reading order.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,25 +34,25 @@ class TokenizationConfig:
     """How a conversation becomes a training example."""
 
     separate_turns: bool = True
-    """Prefix attention: each turn attends to the pictures and to itself, not to other turns. Each
-    is then trained exactly as if it were asked alone, while the pictures are encoded once. Set it
-    to False for dialogues whose turns refer back; conversations without pictures, and those with
-    pictures in later turns, are never separated."""
+    """Prefix attention: each turn attends to the images and to itself, but not to other turns.
+    Each turn is trained exactly as if it were asked alone, and the images are encoded once.
+    Turn it off for dialogues whose turns refer to earlier turns.
+    It does not apply to conversations without images or with images in later turns."""
     max_length: int = 2048
-    """Maximum length of an example [tokens]; longer ones lose their last turns, never a picture."""
+    """Maximum length of an example [tokens].
+    Longer conversations lose their last turns, but never an image."""
     max_pixels: int | None = None
-    """Larger pictures are scaled down to this many pixels before the model's own processing."""
+    """Maximum number of pixels of an image; larger images are scaled down first."""
 
     def __post_init__(self) -> None:
         require_numbers(self, max_length=(2, 10**9), max_pixels=(1, 10**12))
         if self.max_length < 2 or (self.max_pixels is not None and self.max_pixels < 1):
-            raise BlmError(f"limits {self}: lengths and pixels must be positive")
+            raise BlmError(f"{self}: max_length must be at least 2, and max_pixels positive")
 
 
 @dataclass(frozen=True)
 class ProcessorInput:
-    """Pictures and videos, and the text with their placeholders, from which the processor makes
-    vision inputs."""
+    """Images, videos, and the text with their placeholders, for the processor."""
 
     text: str
     images: tuple[Image | Clip, ...]
@@ -59,8 +61,7 @@ class ProcessorInput:
     max_pixels: int | None
 
     def process(self, backbone: Backbone) -> tuple[Inputs, int]:
-        """Load the pictures and process them; return the inputs and how many pictures were scaled
-        down."""
+        """Load the images and process them; return the inputs and the number of scaled images."""
         whole, clips = load_media(self.images, self.root)
         images = [limit_pixels(picture, self.max_pixels) for picture in whole]
         count = sum(small is not picture for small, picture in zip(images, whole, strict=True))
@@ -74,7 +75,7 @@ class ProcessorInput:
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """One conversation, ready to train on: all its turns behind one copy of its pictures."""
+    """One conversation, ready to train on: all its turns after one copy of its images."""
 
     tokens: np.ndarray
     """[L] int64 token ids."""
@@ -84,12 +85,14 @@ class TokenizedExample:
     """[L] int64: 0 for the shared prefix, which all later positions attend to; j > 0 for turn j,
     which only turn j attends to."""
     position_ids: np.ndarray
-    """[1, L] int64, or [3, L] for M-RoPE: those of each turn continue from the end of the shared
-    prefix."""
+    """[1, L] int64, or [3, L] for M-RoPE.
+
+    Those of each turn continue from the end of the shared prefix.
+    """
     processor_input: ProcessorInput | None = None
-    """None: it has no pictures, or their features are cached."""
+    """None if it has no images, or if their features are cached."""
     features: VisionInputs = field(default_factory=dict)
-    """Cached vision features of its pictures."""
+    """Cached vision features of its images."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -101,7 +104,7 @@ class TokenizedExample:
         return source is not None and any(isinstance(part, Clip) for part in source.images)
 
     def vision_inputs(self, backbone: Backbone) -> VisionInputs:
-        """Return the cached features of its pictures, or load the pictures and process them."""
+        """Return the cached features of its images, or load the images and process them."""
         if self.processor_input is None:
             return self.features
         return vision_inputs_of(self.processor_input.process(backbone)[0])
@@ -109,8 +112,7 @@ class TokenizedExample:
 
 @contextmanager
 def single_torch_thread() -> Iterator[None]:
-    """Let torch use one thread: for thousands of tiny tensors, threads cost more time than they
-    save."""
+    """Let torch use one thread: for thousands of tiny tensors, more threads are slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -126,8 +128,10 @@ def tokenize_conversation(
     root: Path | None,
     counts: Counter[str],
 ) -> TokenizedExample | None:
-    """Tokenise one conversation; None if even its first turn is too long. `counts` records the
-    outcome."""
+    """Tokenise one conversation; None if even its first turn is too long.
+
+    `counts` records the outcome.
+    """
     turns = split_turns(messages) if config.separate_turns else [messages]
     images = media_of(turns[0], backbone.videos_as)
     source = ProcessorInput(backbone.render(turns[0], prompt=False), images, root, config.max_pixels)
@@ -148,8 +152,10 @@ def tokenize_conversation(
 
 
 def limit_pixels(pixels: ImageArray, max_pixels: int | None) -> ImageArray:
-    """Scale a picture [height, width, 3] down to at most `max_pixels`; return a smaller one
-    unchanged."""
+    """Scale an image [height, width, 3] down to at most `max_pixels`.
+
+    A smaller one is returned unchanged.
+    """
     height, width = pixels.shape[:2]
     if max_pixels is None or height * width <= max_pixels:
         return pixels
@@ -159,8 +165,7 @@ def limit_pixels(pixels: ImageArray, max_pixels: int | None) -> ImageArray:
 
 
 def vision_inputs_of(inputs: Inputs) -> VisionInputs:
-    """Return the inputs that describe the pictures, of those that a processor made for one
-    conversation."""
+    """Return the vision inputs among the processor's outputs for one conversation."""
     of_text = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
     return {name: (value,) for name, value in inputs.items() if name not in of_text}
 
@@ -170,12 +175,12 @@ def _segments(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return token ids, loss mask and segment ids [L] of turns behind one shared prefix.
 
-    `first` are the token ids of turn 0, with all placeholders of its pictures. The tokens with
+    `first` are the token ids of turn 0, with all placeholders of its images. The tokens with
     which all turns begin form the prefix. It ends before the last token that precedes an answer:
     that token predicts the answer's first one, so both must belong to the same turn.
     """
     placeholders = _placeholders(backbone)
-    plain = [_tokens_and_loss_mask(backbone, turn) for turn in turns]  # with one placeholder a picture
+    plain = [_tokens_and_loss_mask(backbone, turn) for turn in turns]  # with one placeholder per image
     loss_mask = _expand_loss_mask(first, *plain[0], placeholders)
     if len(turns) == 1:
         return first, loss_mask, np.zeros(len(first), dtype=np.int64)
@@ -197,7 +202,7 @@ def _segments(
 
 
 def _placeholders(backbone: Backbone) -> np.ndarray:
-    """Return the ids of the tokens that stand for pictures and videos."""
+    """Return the ids of the tokens that stand for images and videos."""
     processor = backbone.processor
     video = getattr(processor, "video_token_id", None)
     return np.array([processor.image_token_id, *([] if video is None else [video])])
@@ -206,11 +211,10 @@ def _placeholders(backbone: Backbone) -> np.ndarray:
 def _expand_loss_mask(
     tokens: np.ndarray, plain: np.ndarray, loss_mask: np.ndarray, placeholders: np.ndarray
 ) -> np.ndarray:
-    """Transfer a loss mask from `plain`, with one placeholder a picture, to `tokens`, with all of
-    them.
+    """Transfer a loss mask from `plain`, with one placeholder per image, to `tokens`.
 
-    Only the processor knows how many placeholders it writes for a picture, and which tokens around
-    them; the text between two pictures is the same in both.
+    `tokens` has all placeholders. Only the processor knows how many placeholders it writes for an
+    image, and which tokens around them; the text between two images is the same in both.
     """
     expanded, end, stop = np.zeros(len(tokens), dtype=bool), len(tokens), len(plain)
     for cut in (*np.flatnonzero(np.isin(plain, placeholders))[::-1].tolist(), -1):
@@ -242,9 +246,9 @@ def _end_of_pictures(tokens: np.ndarray, placeholders: np.ndarray) -> int:
 
 
 def split_turns(messages: Messages) -> list[Messages]:
-    """Split a dialogue about pictures into one conversation a turn, each with all the pictures.
+    """Split a dialogue about images into one conversation per turn, each with all the images.
 
-    Returns the dialogue unsplit if it has no pictures, or has them in later turns.
+    Returns the dialogue unsplit if it has no images, or has them in later turns.
     """
     system = tuple(message for message in messages if message.role == "system")
     users = [message for message in messages if message.role == "user"]
@@ -260,10 +264,10 @@ def split_turns(messages: Messages) -> list[Messages]:
 
 
 def _tokens_and_loss_mask(backbone: Backbone, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
-    """Return token ids and loss mask [L] of a conversation, with one placeholder a picture.
+    """Return token ids and loss mask [L] of a conversation, with one placeholder per image.
 
     An answer is the text by which the rendered conversation with it is longer than the prompt
-    before it, up to the first end token. So this works for any chat template that does not rewrite
+    before it, up to the first end token. This works for any chat template that does not rewrite
     earlier turns. Raises BlmError for another template, and for a conversation without an answer.
     """
     text = backbone.render(messages, prompt=False)
@@ -282,7 +286,7 @@ def _tokens_and_loss_mask(backbone: Backbone, messages: Messages) -> tuple[np.nd
         ends = np.flatnonzero(np.isin(tokens[inside], _end_tokens(backbone)))
         loss_mask[inside[: ends[0] + 1] if len(ends) else inside] = True
     if not loss_mask.any():
-        raise BlmError("no assistant turn to learn from")
+        raise BlmError("the conversation has no assistant turn to train on")
     return tokens, loss_mask
 
 

@@ -18,8 +18,10 @@ from blm.training.sft.vision_features import VisionFeatureCache
 from blm.types import BlmError, Message
 
 CONVERSATIONS_PER_EXCHANGE = 256
-"""Conversations that a process tokenises between two exchanges. With cached features their pictures
-stay in memory until then."""
+"""Number of conversations that a process tokenises between two exchanges.
+
+With cached features their images stay in memory until then.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +33,12 @@ class TrainingSource:
     root: Path | None = None
     """Folder that image paths are relative to."""
     weight: float = 1.0
-    """Its share of the training examples, relative to the other sources."""
+    """Weight in the training mixture, relative to the other sources."""
     locations: Sequence[str] = ()
-    """Where each conversation comes from ("file:line"), for messages."""
+    """Place of each conversation ("file:line"), for messages."""
 
     def location(self, index: int) -> str:
-        """Return where conversation `index` comes from."""
+        """Return the place of conversation `index`."""
         return self.locations[index] if self.locations else f"{self.name}, conversation {index}"
 
 
@@ -45,14 +47,13 @@ class TokenizedShard:
     """The examples of one process, of one block of conversations."""
 
     examples: list[TokenizedExample | None] = field(default_factory=list)
-    """None: a conversation that is not used."""
+    """The examples; None for a conversation that is not used."""
     faults: list[tuple[int, str]] = field(default_factory=list)
     """Number of each conversation that cannot be used, and the reason."""
 
 
 class CorpusTokenizer:
-    """Tokenises sources together with the other processes; `counts` has the outcomes in this
-    process."""
+    """Tokenises sources together with the other processes; `counts` are those of this one."""
 
     def __init__(
         self,
@@ -63,8 +64,7 @@ class CorpusTokenizer:
         skip_bad: bool,
         cache_features: bool,
     ) -> None:
-        """With `cache_features`, pictures are replaced by their features, 256 conversations at a
-        time."""
+        """With `cache_features`, images are replaced by features, 256 conversations at a time."""
         self.backbone, self.config, self.processes = backbone, config, processes
         self.skip_bad = skip_bad
         self.counts: Counter[str] = Counter()
@@ -94,7 +94,7 @@ class CorpusTokenizer:
         return TokenizedSource(name=source.name, examples=examples, weight=source.weight)
 
     def total_counts(self) -> Counter[str]:
-        """Return the outcomes in all processes: conversations kept, cut, dropped, pictures, .."""
+        """Return the outcomes in all processes: conversations kept, cut, dropped, images, .."""
         pictures = {*self.feature_cache.features} if self.feature_cache is not None else set[str]()
         gathered = self.processes.gather_objects((self.counts, pictures))
         counts = sum((part for part, _ in gathered), Counter[str]())
@@ -124,7 +124,7 @@ class CorpusTokenizer:
     def _report_faults(self, source: TrainingSource, faults: Sequence[tuple[int, str]]) -> None:
         for number, reason in faults:
             if not self.skip_bad:
-                raise BlmError(f"{source.location(number)}: {reason}; skip_bad leaves such rows out")
+                raise BlmError(f"{source.location(number)}: {reason}; skip_bad skips such conversations")
             self.console.print(
                 f"skipped {source.location(number)}: {reason}", highlight=False, soft_wrap=True
             )

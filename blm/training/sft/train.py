@@ -1,8 +1,7 @@
-"""Stage I: supervised fine-tuning of a backbone on conversations, with loss on the assistant's
-tokens only.
+"""Stage I: supervised fine-tuning of a backbone on conversations, with loss on the answers only.
 
 A weighted mixture of sources (own questions, general replay) is tokenised once, before training.
-Pictures are loaded one step ahead, or cached as vision features if the vision tower is frozen.
+Images are loaded one step ahead, or cached as vision features if the vision tower is frozen.
 """
 
 from __future__ import annotations
@@ -37,30 +36,32 @@ from blm.types import BlmError, require_numbers
 
 @dataclass(frozen=True, kw_only=True)
 class Stage1Config:
-    """Stage I: what is trained, on which form of the data, at which learning rates."""
+    """Stage I: trained weights, their learning rates, and the form of the data."""
 
     loop: LoopConfig
+    """Training loop."""
     vision_scale: float | None = None
-    """Learning rate of the vision tower, relative to `loop.lr`; 0 freezes it. By default 1, with
-    LoRA 0."""
+    """Learning rate of the vision tower relative to --loop.lr; 0 freezes it.
+    The default is 1, or 0 with LoRA."""
     projector_scale: float = 1.0
-    """The same for the projector, which maps vision features to token embeddings."""
+    """Learning rate of the projector relative to --loop.lr; 0 freezes it.
+    The projector maps vision features to token embeddings."""
     language_scale: float = 1.0
-    """The same for language model, embeddings and head; with LoRA, for the adapters."""
+    """Learning rate of the language model, its embeddings and its head, relative to --loop.lr.
+    With LoRA, it applies to the adapters."""
     lora: Lora = field(default_factory=Lora)
-    """Train low-rank adapters of the language model instead of its weights."""
+    """LoRA: train low-rank adapters of the language model instead of its weights."""
     limits: TokenizationConfig = field(default_factory=TokenizationConfig)
-    """Tokenization of conversations."""
+    """Tokenization of the conversations."""
     pack_length: int = 0
-    """Pack examples into sequences of up to this length [tokens], after a check that packing is
-    exact for the model; 0: one example a sequence, padded."""
+    """Maximum length of the sequences into which several examples are packed [tokens].
+    Packing is first verified to be exact for the model; 0 pads one example per sequence."""
     cache_features: bool = False
-    """Encode each picture once, before training; needs a frozen vision tower."""
+    """Encode each image once, before training; needs a frozen vision tower."""
     checkpoint_blocks: bool = False
-    """Activation checkpointing: recompute blocks in the backward pass. Saves memory; same
-    gradients."""
+    """Activation checkpointing: recompute blocks in the backward pass to save memory."""
     skip_bad: bool = False
-    """Skip and report conversations that cannot be used; else the first of them ends the run."""
+    """Skip and report invalid conversations; by default, the first one stops the run."""
 
     def __post_init__(self) -> None:
         require_numbers(
@@ -71,7 +72,7 @@ class Stage1Config:
             pack_length=(0, 10**9),
         )
         if self.lora.rank and self.vision_scale:
-            raise BlmError("LoRA leaves the vision tower as it is; set vision_scale=0")
+            raise BlmError("LoRA does not train the vision tower; set vision_scale=0")
 
     @property
     def scales(self) -> dict[PartName, float]:
@@ -94,12 +95,12 @@ def train_stage1(
     *,
     on_eval: Callable[[int], Mapping[str, float]] | None = None,
 ) -> Counter[str]:
-    """Train `backbone` in place, save it to `out/backbone`, and count kept and dropped
-    conversations.
+    """Train `backbone` in place, save it to `out/backbone`, and return counts of conversations.
 
-    The counts are written to `out/rows.json`, too. With LoRA the adapters are saved to
-    `out/adapter`, and merged into the backbone. `on_eval(steps done)` is called with the model in
-    evaluation mode. Raises BlmError naming a conversation that cannot be used.
+    The counts of kept and dropped conversations are also written to `out/rows.json`. With LoRA the
+    adapters are saved to `out/adapter`, and merged into the backbone. `on_eval(steps done)` is
+    called with the model in evaluation mode. Raises BlmError naming a conversation that cannot be
+    used.
     """
     processes, model = Processes.join(backbone.model.device.type), backbone.model
     adapted = _choose_trained(backbone, config)
@@ -215,9 +216,9 @@ def _tokenize(
 def _run_inputs(
     backbone: Backbone, tokenized: Sequence[TokenizedSource], config: Stage1Config
 ) -> dict[str, object]:
-    """Return what a run is made from, for `inputs.json`.
+    """Return the inputs of a run, for `inputs.json`.
 
-    Without the loop's config, which the loop compares itself, and without `limits`, which show in
+    They exclude the loop's config, which the loop compares itself, and `limits`, which determine
     the tokens.
     """
     facts = asdict(config)

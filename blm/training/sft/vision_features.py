@@ -1,9 +1,8 @@
-"""Vision features: computed by the vision tower, or cached once per distinct picture in place of
-pixels.
+"""Vision features: computed by the vision tower, or cached once per distinct image.
 
-Two things can be cached. If tower and projector are frozen: the output of both, for any model. If
-only the projector behind the tower is trained: the input of the projector, for LLaVA- and
-SmolVLM-type models.
+Two outputs can be cached in place of pixels. If tower and projector are frozen: the output of both,
+for any model. If only the projector behind the tower is trained: the input of the projector, for
+LLaVA- and SmolVLM-type models.
 """
 
 from __future__ import annotations
@@ -23,32 +22,33 @@ from blm.training.sft.tokenize import TokenizedExample, VisionInputs, concatenat
 from blm.types import BlmError
 
 PROJECTORS = ("multi_modal_projector", "connector")
-"""Names of projectors that are modules of their own, behind the vision tower."""
+"""Names of projectors that are separate modules, behind the vision tower."""
 PICTURES_PER_PASS = 64
-"""Maximum pictures in one pass of the vision tower."""
+"""Maximum number of images in one pass of the vision tower."""
 PictureFeatures = dict[str, Tensor]
-"""Of one picture or several: "tower_features" [pictures, tokens, width], or "picture_features"
+"""Of one image or several: "tower_features" [images, tokens, width], or "picture_features"
 [tokens, width] with, for Qwen3-VL, "deepstack_features" [tokens, blocks, width]. Of a video, the
 last two names begin with "video_"."""
 VIDEO_PREFIX = "video_"
 GRIDS = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}
-"""Grid sizes of pictures and of videos -> their patches, concatenated."""
+"""Grid sizes of images and of videos -> their patches, concatenated."""
 
 
 @dataclass
 class VisionOutput(BaseModelOutputWithPooling):
-    """Cached features in the form in which transformers models take the output of their vision
-    tower."""
+    """Cached features in the form of the output of transformers' vision towers."""
 
     pooler_output: Any = None
-    """Tensors [tokens, width], of one or several pictures each."""
+    """Tensors [tokens, width], of one or several images each."""
     deepstack_features: Any = None
     """Qwen3-VL: the same for each of its DeepStack blocks."""
 
 
 def vision_modules(backbone: Backbone) -> list[nn.Module]:
-    """Return the modules beside the decoder: vision tower and projector. Empty for a model of text
-    only."""
+    """Return vision tower and projector: the modules apart from the decoder.
+
+    Empty for a model of text only.
+    """
     parts = backbone.model.base_model.children()
     return [part for part in parts if not any(module is backbone.decoder for module in part.modules())]
 
@@ -59,19 +59,21 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 class VisionFeatureCache:
-    """Replaces the pixels of examples by vision features; equal pictures are encoded once."""
+    """Replaces the pixels of examples by vision features; equal images are encoded once."""
 
     def __init__(self, backbone: Backbone, counts: Counter[str]) -> None:
-        """`counts` gets 'pictures' and 'distinct pictures'. Raises BlmError unless the tower is
-        frozen."""
+        """`counts` gets 'pictures' and 'distinct pictures'.
+
+        Raises BlmError unless the tower is frozen.
+        """
         projector = _trained_projector(backbone)
         self.backbone, self.counts = backbone, counts
         self.batch_size = PICTURES_PER_PASS if projector is not None else 1
         self.features: dict[str, PictureFeatures] = {}
-        """By the content key of a picture."""
+        """By the content key of an image."""
 
     def __call__(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-        """Return the examples with cached features in place of pictures."""
+        """Return the examples with cached features in place of images."""
         keys = []
         missing = dict[str, Inputs]()
         for example in examples:
@@ -93,8 +95,10 @@ class VisionFeatureCache:
 def _encode_all(
     backbone: Backbone, pictures: Mapping[str, Inputs], batch_size: int
 ) -> dict[str, PictureFeatures]:
-    """Return the features of pictures by key; those of one shape share a pass if `batch_size` is
-    above 1."""
+    """Return the features of images by key.
+
+    Those of one shape share a pass if `batch_size` is above 1.
+    """
     encoded: dict[str, PictureFeatures] = {}
     groups = defaultdict[object, list[str]](list)
     for number, (key, picture) in enumerate(pictures.items()):
@@ -112,10 +116,10 @@ def _encode_all(
 
 @torch.no_grad()
 def encode_pictures(backbone: Backbone, vision_inputs: Inputs) -> PictureFeatures:
-    """Return the features to cache for a picture (or several, if a projector is trained), on the
-    CPU.
+    """Return the features to cache for an image, on the CPU.
 
-    Raises BlmError unless the vision tower is frozen.
+    If a projector is trained, it may be several images. Raises BlmError unless the vision tower is
+    frozen.
     """
     projector, projector_inputs = _trained_projector(backbone), list[Tensor]()
     modules = vision_modules(backbone)
@@ -143,10 +147,10 @@ def encode_pictures(backbone: Backbone, vision_inputs: Inputs) -> PictureFeature
 
 
 def vision_features(backbone: Backbone, inputs: Inputs) -> Any:
-    """Return the vision features of the pictures, or of the cached features, among `inputs`.
+    """Return the vision features of the images, or of the cached features, among `inputs`.
 
     Like the output of `get_image_features` of transformers the result has `pooler_output` and, for
-    Qwen3-VL, `deepstack_features`. A video among `inputs` must come without pictures.
+    Qwen3-VL, `deepstack_features`. A video among `inputs` must come without images.
     """
     base: Any = backbone.model.base_model
     if "tower_features" in inputs:
@@ -164,8 +168,7 @@ def vision_features(backbone: Backbone, inputs: Inputs) -> Any:
 
 
 def forward_arguments(backbone: Backbone, inputs: Inputs) -> dict[str, Any]:
-    """Return the arguments of the model's forward, with cached features as the vision tower's
-    output."""
+    """Return the arguments of the model's forward; cached features replace the vision tower."""
     if not any(name.endswith("_features") for name in inputs):
         return dict(inputs)
     others = {name: value for name, value in inputs.items() if not name.endswith("_features")}
@@ -178,7 +181,7 @@ def forward_arguments(backbone: Backbone, inputs: Inputs) -> dict[str, Any]:
 
 
 def _trained_projector(backbone: Backbone) -> nn.Module | None:
-    """Return the projector if only it is trained of the vision modules; None if nothing is trained.
+    """Return the projector if it is the only trained vision module; None if none is trained.
 
     Raises BlmError if anything else is trained.
     """
@@ -196,13 +199,13 @@ def _trained_projector(backbone: Backbone) -> nn.Module | None:
 
 
 def projector_of(backbone: Backbone) -> Any:
-    """Return the projector, if it is a module of its own; else None."""
+    """Return the projector, if it is a separate module; None otherwise."""
     parts = dict(backbone.model.base_model.named_children())
     return next((parts[name] for name in PROJECTORS if name in parts), None)
 
 
 def _split_pictures(vision_inputs: VisionInputs) -> list[Inputs]:
-    """Split vision inputs into those of single pictures (SmolVLM: tiles), then of single videos."""
+    """Split vision inputs into those of single images (SmolVLM: tiles), then of single videos."""
     if not vision_inputs:
         return []
     whole = concatenate_vision_inputs([vision_inputs])

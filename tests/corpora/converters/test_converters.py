@@ -286,7 +286,11 @@ def test_a_tag_in_an_answer_is_refused(tmp_path, answer):
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(b"[1, 2", "truncated or altered"), (b"{}", "no list of rows"), (b"[]", "no row that can be converted")],
+    [
+        (b"[1, 2", "truncated or altered"),
+        (b"{}", "not a list of rows"),
+        (b"[]", "no row that can be converted"),
+    ],
 )
 def test_files_without_rows_are_refused(tmp_path, content, complaint):
     (tmp_path / "r.json").write_bytes(content)
@@ -355,7 +359,7 @@ def test_converting_twice_gives_the_same_bytes(tmp_path):
     assert (tmp_path / "a/v.mp4").samefile(tmp_path / "in/v.mp4"), "media are linked, not copied"
 
 
-def test_our_own_format_goes_through_unchanged_but_for_its_names(tmp_path):
+def test_converting_our_own_format_changes_only_names(tmp_path):
     write(tmp_path / "r.jsonl", [{"conversations": human("What?"), "kinds": ["count"], "group": "scene/1"}])
     convert("sharegpt", tmp_path / "r.jsonl", tmp_path / "a")
     convert("messages", tmp_path / "a", tmp_path / "b")

@@ -93,7 +93,7 @@ def test_linked_media_give_the_same_corpus_and_stay_inside(tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_writing_goes_on_where_a_kill_stopped_it(tmp_path):
+def test_writing_resumes_after_a_kill(tmp_path):
     def killed():
         yield conversation("a", 0)
         raise KeyboardInterrupt
@@ -194,7 +194,7 @@ def test_pictures_that_are_none_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("keep", [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1, 2)])
-def test_selected_turns_ask_what_they_asked_before(keep):
+def test_selected_turns_keep_their_questions(keep):
     a, b = (Image(path=name) for name in ("a.png", "b.png"))
     messages = (
         Message("system", ("Be brief.",)),
@@ -401,7 +401,7 @@ def test_near_index_equals_comparing_with_everything(rng):
         index.add("key", (look,), number)
 
 
-def test_a_picture_looks_the_same_after_scaling_and_compression(tmp_path):
+def test_the_perceptual_hash_survives_scaling_and_compression(tmp_path):
     looks = [perceptual_hash(noise(seed, 96)) for seed in range(8)]
     for seed, look in enumerate(looks):
         picture = PIL.Image.fromarray(noise(seed, 96))

@@ -128,7 +128,7 @@ class Strange:
 
 
 @pytest.mark.parametrize("way", ["answer not learnt", "placeholders differ from features"])
-def test_what_a_model_would_misread_is_found(folder, way):
+def test_conversations_that_a_model_would_misread_are_found(folder, way):
     (found,) = read_corpus(folder)
     check_with_backbone(found, folder, nano(), reserved_tokens(nano()))
     with pytest.raises(BlmError, match=way):
@@ -153,7 +153,7 @@ def run(name, *arguments):
     return 0
 
 
-def test_the_validate_command_exits_by_what_it_found(folder, capsys):
+def test_the_exit_status_of_validate_reflects_faults(folder, capsys):
     assert run("validate", folder, "--backbone", "nano") == 0
     (folder / CORPUS_FILE).write_text(row() + row("images/none.png"))
     assert run("validate", folder) == 1
@@ -177,7 +177,7 @@ def test_convert_and_curate_commands(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "4 -> 3" in printed and "100.0%" in printed
     assert len(read_corpus(tmp_path / "out/c")) == 3
-    with pytest.raises(BlmError, match="no number"):
+    with pytest.raises(BlmError, match="not a number"):
         run("curate", tmp_path / "no", f"{tmp_path / 'c'}=much")
 
 

@@ -77,7 +77,7 @@ def test_questions_about_a_moment():
 
 
 @pytest.mark.parametrize("task", IN_TASK)
-def test_what_comes_before_and_after_follows_from_the_steps(task):
+def test_previous_and_next_steps_follow_from_the_sequence(task):
     labels = [name for name in RUNS.get(task, PICK) for _ in range(10)]
     steps = read_steps(task, labels, np.zeros(len(labels), bool))
     assert steps.regular

@@ -162,7 +162,7 @@ def test_formats():
     assert format_vector(np.array([0.123, -0.031, 0.2])) == "(12, -3, 20) cm"
 
 
-def test_what_is_hidden_is_not_asked():
+def test_hidden_objects_are_not_asked_about():
     hidden = replace(SCENE, objects=(SCENE.objects[0], replace(SCENE.objects[1], seen=False)))
     kinds = {annotation.kind for annotation in scene_annotations(hidden)}
     assert not kinds & {"existence", "counting", "left_right", "comparing_nearest"}
@@ -176,7 +176,7 @@ def test_what_is_hidden_is_not_asked():
         ]
 
 
-def test_no_answer_is_much_commoner_than_the_others(rng):
+def test_answers_are_balanced(rng):
     sampler = QuestionSampler(rng, choice=0.0)
     answers = {"existence": Counter(), "situated_move": Counter()}
     for _ in range(600):  # yes is rare, and one direction is the rule
@@ -348,7 +348,7 @@ def test_the_middle_of_the_table_is_straight_ahead(observed):
     assert all(abs(scene.middle[1] - scene.base[1]) < 0.005 for scene, *_ in observed)
 
 
-def test_control_prompt_says_where_things_are(observed):
+def test_the_control_answer_contains_positions(observed):
     scene = observed[0][0]
     turn = control_turn(scene, "Stack it.", "panda")
     assert re.search(r"base: object \(\d+, \d+\), goal", turn.answer)

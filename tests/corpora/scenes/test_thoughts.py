@@ -73,7 +73,7 @@ def along(thought: str, axis: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("answer", ANSWERS)
-def test_what_is_spoken_is_the_answer_alone(answer):
+def test_thoughts_are_not_part_of_the_answer(answer):
     for thought in ("", *THOUGHTS):
         both = with_thought(thought, answer)
         assert without_thought(both) == without_thought(without_thought(both)) == final_answer(both) == answer
@@ -101,7 +101,7 @@ def test_only_a_corpus_that_teaches_shows_thoughts(rng):
         assert [question.answer for question in row.questions()] == [turn.answer for turn in turns]
 
 
-def test_a_choice_is_thought_of_as_the_free_question_is(rng):
+def test_a_choice_has_the_thought_of_the_open_question(rng):
     asked, taught = (QuestionSampler(rng, choice=1.0, letters=letters) for letters in (True, False))
     for annotation in (annotation for annotation in FACTS[::20] if annotation.wrong):
         turn = asked.phrase(annotation)
@@ -150,7 +150,7 @@ def test_comparisons_follow_from_distances():
         assert annotation.thought.endswith(f"; {word} {annotation.answer}")
 
 
-def test_what_there_is_follows_from_a_list_of_it():
+def test_existence_follows_from_a_list_of_objects():
     for annotation, words in of(
         "counting", "existence", "attribute_color", "attribute_shape", "affordance_roll"
     ):
@@ -208,7 +208,7 @@ def test_ways_and_distances_follow_from_places():
             assert (numbers(annotation.answer) == told).all()
 
 
-def test_in_centimetres_all_that_is_said_follows_exactly():
+def test_answers_follow_exactly_from_positions_in_centimetres():
     for seed in range(40):
         scene = random_scene(seed)
         told = scene.in_centimetres()
@@ -237,7 +237,7 @@ def test_directions_follow_from_ways():
         )
 
 
-def test_what_has_to_be_worked_out_has_a_thought():
+def test_questions_that_need_reasoning_have_a_thought():
     missing = Counter(annotation.kind for annotation in FACTS if not annotation.thought)
     seen = ("point", "affordance_held", "location_state", "metric_position", "metric_height")
     assert all(kind.startswith(seen) for kind in missing), missing

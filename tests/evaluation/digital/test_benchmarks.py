@@ -326,7 +326,7 @@ BAD_COSMOS = {
     "gap|has the letters A, C": lambda rows: rows[1]["qa_pairs"][0].update(index2ans={"A": "x", "C": "y"}),
     "one|two or more options": lambda rows: rows[1]["qa_pairs"][0].update(index2ans={"A": "x"}),
     "gone|clips/none.mp4' is not in": lambda rows: rows[1].update(video="clips/none.mp4"),
-    "out|lies outside": lambda rows: rows[1].update(video="../../x.mp4"),
+    "out|is outside": lambda rows: rows[1].update(video="../../x.mp4"),
     "text|it is 'x'; needed: an object": lambda rows: rows.__setitem__(1, "x"),
     "pair|qa_pairs holds 'x'": lambda rows: rows[1].update(qa_pairs=["x"]),
 }
@@ -479,7 +479,7 @@ def move_away(folder: Path) -> None:
 
 def test_a_list_of_others_in_the_place_of_a_split_is_kept(published):
     (published / TRAINING).write_text('["mine"]')
-    with pytest.raises(BlmError, match=r"training.json' exists and holds something else; move it away"):
+    with pytest.raises(BlmError, match=r"training.json' exists with other content; move it away"):
         split_sharerobot(published, SplitConfig(episodes=4))
     assert (published / TRAINING).read_text() == '["mine"]' and not (published / HELD).exists()
     (published / TRAINING).rename(published / "theirs.json")

@@ -152,7 +152,7 @@ def test_only_transport_faults_are_tried_again(
     assert all(body == server.bodies[0] for body in server.bodies)  # no rising temperature
 
 
-def test_a_server_that_stays_away_ends_the_run(server: Server, endpoint: Endpoint) -> None:
+def test_a_server_that_stays_unavailable_ends_the_run(server: Server, endpoint: Endpoint) -> None:
     server.script = [(500, b"oops")] * 3
     with pytest.raises(
         BlmError, match=r"no answer from 'm@.* in 3 attempts; last: status 500: oops.*are kept"
@@ -173,7 +173,7 @@ def test_a_server_that_stays_away_ends_the_run(server: Server, endpoint: Endpoin
         ((200, {"choices": []}), r"does not have the OpenAI form"),
     ],
 )
-def test_what_no_retry_mends_is_said_clearly(
+def test_permanent_errors_are_reported_clearly(
     server: Server, endpoint: Endpoint, step: tuple[int, Any], message: str
 ) -> None:
     server.script = [step]
@@ -182,7 +182,7 @@ def test_what_no_retry_mends_is_said_clearly(
     assert not isinstance(caught.value, AnswerError) and len(server.bodies) == 1
 
 
-def test_a_refused_question_fails_alone(server: Server, endpoint: Endpoint) -> None:
+def test_a_refused_question_affects_no_other(server: Server, endpoint: Endpoint) -> None:
     one = replace(endpoint.settings, concurrency=1)
     serial = Endpoint("m", server.url, settings=one, sleep=lambda _: None)
     server.script = [None, (400, fault("prompt too long")), None, (200, said(None, refusal="no faces"))]
@@ -193,7 +193,7 @@ def test_a_refused_question_fails_alone(server: Server, endpoint: Endpoint) -> N
     assert isinstance(answers[3], AnswerError) and "no faces" in str(answers[3])
 
 
-def test_requests_run_side_by_side_in_order(server: Server, endpoint: Endpoint) -> None:
+def test_requests_are_concurrent_and_ordered(server: Server, endpoint: Endpoint) -> None:
     server.delay = 0.05
     start = time.monotonic()
     answers = endpoint.answer_batch([ask(str(index)) for index in range(12)])

@@ -62,7 +62,7 @@ class Oracle:
         return self.known.get((found[1], found[2], found[3]), self.otherwise)
 
 
-def test_calibration_is_a_fair_exam() -> None:
+def test_calibration_covers_all_grades() -> None:
     assert len(CALIBRATION) >= 20 and len({entry[:3] for entry in CALIBRATION}) == len(CALIBRATION)
     labels = [label for *_, label in CALIBRATION]
     assert {*labels} == {0.0, 0.5, 1.0} and max(map(labels.count, labels)) < 0.6 * len(labels)

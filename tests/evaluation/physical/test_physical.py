@@ -293,7 +293,7 @@ def test_a_finished_run_is_not_repeated_and_a_longer_one_is(tmp_path: Path) -> N
     assert len(calls) == 12
 
 
-def test_a_nameless_policy_does_not_continue_a_run(tmp_path: Path) -> None:
+def test_a_policy_without_a_revision_does_not_resume_a_run(tmp_path: Path) -> None:
     class Nameless(ZeroPolicy):
         def __init__(self, contract: PolicyContract) -> None:
             self.contract = contract
@@ -356,7 +356,7 @@ def test_held_out_phrasings(tmp_path: Path) -> None:
     assert {episode.instruction for episode in unseen.episodes} <= set(task.held_out_phrasings)
 
 
-def test_policy_that_breaks_its_promise_is_named(tmp_path: Path) -> None:
+def test_a_policy_that_violates_its_contract_is_reported(tmp_path: Path) -> None:
     class Short(ZeroPolicy):
         def act(self, observation: Observation) -> ActionChunk:
             return ActionChunk(actions=super().act(observation).actions[:3])
@@ -564,13 +564,13 @@ def test_an_error_of_the_shared_policy_ends_the_run(tmp_path: Path, error: Excep
         evaluate_physical(lambda: Failing(CONTRACT), protocol(), tmp_path, workers=1)
 
 
-def test_a_policy_that_looks_into_the_simulator_is_not_shared(tmp_path: Path) -> None:
+def test_a_privileged_policy_is_not_shared(tmp_path: Path) -> None:
     with pytest.raises(BlmError, match="does not see the simulator"):
         evaluate_physical(partial(Cheat, CONTRACT), protocol(), tmp_path, workers=2, share_policy=True)
 
 
 @pytest.mark.parametrize("max_batch, sizes", [(64, [1, 3]), (2, [1, 2, 1]), (1, [1, 1, 1, 1])])
-def test_what_waits_is_answered_in_one_call(max_batch: int, sizes: list[int]) -> None:
+def test_waiting_requests_are_answered_in_one_batch(max_batch: int, sizes: list[int]) -> None:
     entered, go = threading.Event(), threading.Event()
 
     class Held(Batched):
@@ -745,7 +745,7 @@ def recording(seed: int, **changes: object) -> Episode:
     return Episode(**{**facts, "metrics": {"random_start": float(start == "random")}, **changes})
 
 
-def test_replay_plays_what_was_executed(tmp_path: Path) -> None:
+def test_replay_executes_the_executed_actions(tmp_path: Path) -> None:
     episodes = [recording(10_000), recording(10_007, start="random")]
     policy = ReplayPolicy(episodes)
     asked = PhysicalProtocol.for_replay(policy.contract, episodes)
@@ -774,7 +774,7 @@ def test_replay_plays_what_was_executed(tmp_path: Path) -> None:
             compare(other, other)
 
 
-def test_replay_refuses_what_its_seed_does_not_give(tmp_path: Path) -> None:
+def test_replay_refuses_a_different_start(tmp_path: Path) -> None:
     moved = recording(10_000, states=np.ones((20, 7), np.float32))
     policy = ReplayPolicy([moved])
     asked = PhysicalProtocol.for_replay(policy.contract, [moved])

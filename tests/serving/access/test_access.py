@@ -140,7 +140,7 @@ def test_names_of_this_machine_are_served(server: str, host: str) -> None:
 
 
 @pytest.mark.parametrize("host, status", BAD_HOSTS.items(), ids=range(len(BAD_HOSTS)))
-def test_a_rebound_name_gets_nothing(server: str, host: str, status: int) -> None:
+def test_dns_rebinding_is_refused(server: str, host: str, status: int) -> None:
     for path in ("/version", "/health", "/v1/models", "/nothing"):
         assert get(server, f"Host: {host}", "X-Forwarded-Host: localhost", path=path) == status
     assert handshake(server, f"Host: {host}")[0] == status
@@ -229,7 +229,7 @@ def test_own_pages_programs_and_allowed_pages_are_served(server: str) -> None:
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site", "nonsense"])
-def test_what_the_browser_says_of_the_asking_page_counts(server: str, site: str) -> None:
+def test_sec_fetch_site_is_respected(server: str, site: str) -> None:
     assert post(server, {"Sec-Fetch-Site": site}).status_code == 403
     assert handshake(server, f"Host: {server}", f"Sec-Fetch-Site: {site}")[0] == 403
     image = {"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"}
@@ -309,7 +309,7 @@ def test_every_response_has_the_headers_that_keep_other_pages_out(server: str, g
     assert status == 400 and HEADERS.items() <= headers.items() and "error" in json.loads(text)
 
 
-def test_a_failure_of_ours_is_told_in_the_same_form() -> None:
+def test_internal_errors_have_the_same_form() -> None:
     app = create_app(EchoPolicy())
 
     @app.get("/fails")
@@ -339,7 +339,7 @@ PRIVATE = (
 )
 
 
-def test_without_a_key_only_the_status_is_told(guarded: str) -> None:
+def test_without_a_key_only_status_routes_answer(guarded: str) -> None:
     wait_for(lambda: httpx.get(f"http://{guarded}/health").status_code == 200)
     for path in PUBLIC:
         assert httpx.get(f"http://{guarded}{path}").text == "OK\n"

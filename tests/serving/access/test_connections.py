@@ -54,7 +54,7 @@ def ended_after(opened: socket.socket, start: float, most: float = 8.0) -> float
 
 @pytest.mark.parametrize("key", [None, KEY])
 @pytest.mark.parametrize("sent", HALVES.values(), ids=HALVES)
-def test_whoever_stops_halfway_is_cut_off(sent: bytes, key: str | None, hasty: None) -> None:
+def test_half_sent_requests_time_out(sent: bytes, key: str | None, hasty: None) -> None:
     with running(EchoPolicy(), EchoGenerator(), api_key=key) as address, connected(address) as opened:
         start = time.monotonic()
         opened.sendall(sent)
@@ -62,7 +62,7 @@ def test_whoever_stops_halfway_is_cut_off(sent: bytes, key: str | None, hasty: N
 
 
 @pytest.mark.parametrize("start_with", [b"", GET])
-def test_dripping_does_not_stop_the_clock(start_with: bytes, hasty: None) -> None:
+def test_a_slow_sender_does_not_reset_the_timeout(start_with: bytes, hasty: None) -> None:
     with running(None, EchoGenerator()) as address, connected(address) as opened:
         opened.sendall(start_with + b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
         start = time.monotonic()
@@ -94,7 +94,7 @@ def test_idle_connections_outlive_the_pools_of_clients() -> None:
 
 
 @pytest.mark.parametrize("key", [None, KEY])
-def test_a_thousand_sockets_of_strangers_lock_nobody_out(key: str | None) -> None:
+def test_idle_sockets_do_not_lock_out_clients(key: str | None) -> None:
     """With the real limits: more connections than the server holds, of every kind, all from one address."""
     _raise_file_limit(8192)
     sent = list(HALVES.values())
@@ -139,7 +139,7 @@ def test_open_websockets_count_and_health_still_answers(monkeypatch: pytest.Monk
         wait_for(lambda: httpx.get(f"http://{address}/v1/models").status_code == 200)
 
 
-def test_with_keys_all_places_are_for_those_who_have_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clients_with_a_key_may_use_all_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 12)
     monkeypatch.setattr(connections, "RESERVED_FOR_KEYS", 6)
     monkeypatch.setattr(connections, "IDLE_SLOTS", 4)
@@ -174,7 +174,7 @@ class FakeTransport:
         self.aborted = True
 
 
-def test_the_greediest_address_goes_first_and_key_holders_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_connections_are_closed_by_address_and_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "MAX_CONNECTIONS", 6)
     monkeypatch.setattr(connections, "IDLE_SLOTS", 2)
     table = connections.ConnectionTable()
@@ -236,14 +236,14 @@ PARTS = {
 
 
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_half_a_message_is_not_waited_for(part: bytes, hasty: None) -> None:
+def test_half_a_message_times_out(part: bytes, hasty: None) -> None:
     with running(EchoPolicy(), None) as address, closing(upgraded(address)) as opened:
         start = time.monotonic()
         opened.sendall(part)
         assert 0.3 < ended_after(opened, start) < 4
 
 
-def test_a_message_that_drips_is_not_waited_for(hasty: None) -> None:
+def test_a_slow_message_times_out(hasty: None) -> None:
     with running(EchoPolicy(), None) as address, closing(upgraded(address)) as opened:
         start = time.monotonic()
         with pytest.raises(OSError):
@@ -254,7 +254,7 @@ def test_a_message_that_drips_is_not_waited_for(hasty: None) -> None:
         assert time.monotonic() - start < 3
 
 
-def test_silence_between_messages_is_free(hasty: None) -> None:
+def test_an_idle_websocket_stays_open(hasty: None) -> None:
     with running(EchoPolicy(), None) as address, RemotePolicy(f"ws://{address}") as robot:
         for _ in range(2):
             assert robot.act(observation()).actions.shape == (4, 8)
@@ -270,7 +270,7 @@ def test_endless_empty_fragments_end(hasty: None) -> None:
         assert ended_after(opened, time.monotonic()) < 4
 
 
-def test_who_reads_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_does_not_read_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pings whose answers are never taken: they would fill the server's memory."""
     monkeypatch.setattr(connections, "WRITE_TIMEOUT_S", 0.3)
     with running(EchoPolicy(), None) as address, closing(upgraded(address)) as opened:
@@ -282,7 +282,7 @@ def test_who_reads_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
         assert httpx.get(f"http://{address}/health").status_code == 200
 
 
-def test_who_reads_slowly_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_client_that_reads_slowly_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "WRITE_TIMEOUT_S", 0.3)
     app = create_app(None, EchoGenerator())
 

@@ -140,7 +140,7 @@ def test_after_a_stop_the_scene_can_be_looked_at_but_no_step_is_made() -> None:
         assert until(socket, "frame", state="driving")["step"] <= 2  # from the beginning
 
 
-def test_solving_a_task_and_whether_it_lasts_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_success_and_its_persistence_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     for lasts in (True, False):
         answers = iter([False] * 4 + [True] * 3 + [lasts] * 300)
         monkeypatch.setattr(Env, "evaluate", lambda self, answers=answers: {"success": next(answers)})
@@ -184,7 +184,7 @@ def test_an_object_is_moved_and_nothing_else() -> None:
         ({"robot": "widowxai"}, "widowxai"),
     ],
 )
-def test_what_cannot_be_shown_says_why(change: dict[str, Any], message: str) -> None:
+def test_invalid_scenes_are_refused_with_a_reason(change: dict[str, Any], message: str) -> None:
     with serving() as address, visit(address) as socket:
         start(socket, **change)
         told = until(socket, "error")["message"]
@@ -235,7 +235,7 @@ def test_a_key_is_needed_for_page_and_socket_and_a_browser_signs_in_with_it() ->
                 until(socket, "frame", state="driving")  # so the rollout may ask its own server too
 
 
-def test_other_pages_stay_outside_and_no_page_may_frame_it() -> None:
+def test_other_pages_are_refused_and_framing_is_forbidden() -> None:
     with serving() as address:
         with pytest.raises(InvalidStatus, match="403"):
             visit(address, origin="http://evil.example")
@@ -253,7 +253,7 @@ def test_other_pages_stay_outside_and_no_page_may_frame_it() -> None:
         assert "default-src 'none'" in content_policy("x")
 
 
-def test_sockets_without_a_key_keep_nobody_out() -> None:
+def test_sockets_without_a_key_do_not_lock_out_clients() -> None:
     with serving(api_key="sesame") as address, ExitStack() as opened:
         for _ in range(30):
             with pytest.raises(InvalidStatus):
@@ -379,7 +379,7 @@ def test_a_run_that_does_not_end_keeps_the_next_from_starting(monkeypatch: pytes
         until(socket, "frame", state="driving")
 
 
-def test_only_so_many_visitors_and_an_idle_one_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_visitors_are_limited_and_idle_ones_are_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("blm.serving.playground.MAX_VISITORS", 1)
     with serving() as address, visit(address) as first:
         start(first)
@@ -401,7 +401,7 @@ def test_only_so_many_visitors_and_an_idle_one_makes_room(monkeypatch: pytest.Mo
                     first.recv(timeout=5)
 
 
-def test_an_idle_visitor_is_let_go_but_not_while_a_model_drives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_idle_visitor_is_disconnected_unless_a_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "IDLE_S", 1.0)
     with serving() as address:
         with visit(address) as socket, pytest.raises(ConnectionClosed, match="without use"):
@@ -437,7 +437,7 @@ NONSENSE = (
 )
 
 
-def test_nonsense_is_answered_and_harms_nobody() -> None:
+def test_invalid_commands_get_an_error() -> None:
     with serving() as address, visit(address) as socket, visit(address) as other:
         start(socket, "preview")
         start(other)
@@ -550,7 +550,7 @@ def test_of_pictures_only_the_newest_waits_and_a_browser_too_far_behind_is_let_g
     asyncio.run(check())
 
 
-def test_a_browser_that_takes_nothing_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_browser_that_does_not_read_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "SEND_TIMEOUT_S", 0.5)
     monkeypatch.setattr(rollout, "LARGE", 480)
     monkeypatch.setattr(rollout, "MAX_STEPS", 100_000)
@@ -597,7 +597,7 @@ class Faulty(StillPolicy):
         (np.zeros((0, 8), np.float32), ""),
     ],
 )
-def test_a_model_that_fails_is_told_of_and_the_scene_stays(fault: Any, message: str) -> None:
+def test_a_failing_model_is_reported_and_the_scene_stays(fault: Any, message: str) -> None:
     with serving(policy=Faulty(fault)) as address, visit(address) as socket:
         start(socket)
         told = until(socket, "error", state="error")["message"]
@@ -607,7 +607,7 @@ def test_a_model_that_fails_is_told_of_and_the_scene_stays(fault: Any, message: 
         until(socket, "look", id=1)
 
 
-def test_a_simulator_that_fails_is_told_of_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_simulator_is_reported_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     picture = Env.picture
     with serving() as address, visit(address) as socket:
         monkeypatch.setattr(Env, "picture", lambda *_: (_ for _ in ()).throw(RuntimeError("no light")))
@@ -619,7 +619,7 @@ def test_a_simulator_that_fails_is_told_of_and_ends(monkeypatch: pytest.MonkeyPa
         until(socket, "frame", state="driving")
 
 
-def test_a_server_to_compare_with_that_is_gone_is_told_of() -> None:
+def test_an_unavailable_comparison_server_is_reported() -> None:
     with serving(beside={"gone": "ws://127.0.0.1:9"}) as address, visit(address) as socket:
         start(socket, models=["BLM", "gone"])
         assert "127.0.0.1:9" in until(socket, "error", side=1)["message"]

@@ -256,7 +256,7 @@ def test_signing_in_with_a_browser() -> None:
 
 
 @needs_browser
-def test_the_page_of_a_model_that_cannot_drive_and_of_a_server_that_goes() -> None:
+def test_the_page_without_a_policy_and_after_a_disconnect() -> None:
     from playwright.sync_api import expect, sync_playwright
 
     with sync_playwright() as tools:
@@ -266,7 +266,7 @@ def test_the_page_of_a_model_that_cannot_drive_and_of_a_server_that_goes() -> No
         add_playground(app, None, name="BLM")
         with running_app(app) as address:
             page.goto(f"http://{address}{PATH}")
-            expect(page.get_by_text("cannot drive a robot")).to_be_visible()
+            expect(page.get_by_text("cannot control a robot")).to_be_visible()
             expect(page.get_by_role("button", name="Start")).to_be_hidden()
             page.get_by_role("button", name="What can the robot do now?").click()
             expect(page.get_by_text("I see a cube, and heard")).to_be_visible(timeout=20_000)

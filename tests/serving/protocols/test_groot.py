@@ -73,7 +73,7 @@ def without(data: dict[str, Any], *path: str) -> dict[str, Any]:
         ([1], "observation"),
     ],
 )
-def test_what_is_wrong_is_said_and_the_connection_stays(client, data, said):
+def test_errors_are_reported_and_the_connection_stays(client, data, said):
     assert said in client.call("get_action", data)["error"]
     assert client.call("ping")["status"] == "ok"
 
@@ -91,7 +91,7 @@ def test_a_failing_policy_is_told(client):
 
 
 @pytest.mark.parametrize(("token", "fine"), [("secret", True), ("wrong", False), (None, False)])
-def test_the_key_is_asked_for(token, fine):
+def test_the_key_is_required(token, fine):
     with running(EchoPolicy(), api_key="secret") as port:
         client = Client(port, token)
         assert ("status" in client.call("ping")) == fine
@@ -122,7 +122,7 @@ def test_malformed_messages_get_an_error(client, message):
     assert client.call("ping")["status"] == "ok"
 
 
-def test_what_no_req_socket_sends_is_passed_over(port, client):
+def test_messages_that_are_not_from_req_sockets_are_ignored(port, client):
     context = zmq.Context()
     dealer = context.socket(zmq.DEALER)
     dealer.setsockopt(zmq.LINGER, 1000)
@@ -156,7 +156,7 @@ def test_a_taken_port_is_named():
         max_leaves=12,
     )
 )
-def test_anything_is_read_or_refused(value):
+def test_arbitrary_messages_are_read_or_refused(value):
     try:
         to_observations(unpack(pack(value)), CONTRACT)
     except BlmError:

@@ -141,7 +141,7 @@ def test_a_raw_request_is_answered(port: int) -> None:
     ],
     ids=lambda sent: repr(sent[-12:]),
 )
-def test_what_is_not_the_protocol_closes_the_connection(port: int, sent: bytes) -> None:
+def test_protocol_violations_close_the_connection(port: int, sent: bytes) -> None:
     with raw(port, sent) as peer:
         assert is_closed(peer)
     assert_served(port)
@@ -167,7 +167,7 @@ def test_a_ping_of_the_protocol_is_answered_and_a_flood_of_them_ends(port: int) 
     assert_served(port)
 
 
-def test_who_does_not_read_replies_is_cut_off(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_that_does_not_read_is_disconnected(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zmtp, "WRITE_TIMEOUT_S", 0.3)
     ask = message(msgpack.packb({"endpoint": "get_modality_config"}))
     with raw(port) as peer, pytest.raises(ConnectionError):
@@ -408,7 +408,7 @@ def test_a_damaged_message_is_read_or_refused(patch: bytes, at: int, keyed: bool
     [None, "", "wrong", b"sesame", ["sesame"], 1, True, "x" * 4000, "sesam\u00e9", {"sesame": 1}],
     ids=repr,
 )
-def test_nothing_is_decoded_for_who_has_not_the_key(token: Any) -> None:
+def test_nothing_is_decoded_without_the_key(token: Any) -> None:
     bad = npy("<f4", (2**40,))  # decoding it would be another error
     for request in (
         {"data": bad, "api_token": token},
@@ -460,7 +460,7 @@ class Slow(EchoPolicy):
         return [self.act(one) for one in observations]
 
 
-def test_a_batch_is_answered_row_by_row_up_to_a_limit(port: int) -> None:
+def test_batches_are_answered_up_to_a_limit(port: int) -> None:
     seen = [observation(seed=5) for _ in range(codec.MAX_ROWS)]
     with connected(port) as client:
         actions, _ = client.call("get_action", batch(*seen))
@@ -510,7 +510,7 @@ def test_rows_end_when_one_of_them_fails() -> None:
         np.testing.assert_array_equal(actions["arm"][0], policy.act(observation()).actions[:, :-1])
 
 
-def test_rows_end_when_their_client_has_gone() -> None:
+def test_rows_are_cancelled_when_the_client_disconnects() -> None:
     policy = Slow()
     with running(policy, scheduler_limits=SchedulerLimits(max_action_batch=1)) as port:
         data = batch(*(observation(seed=1) for _ in range(32)))

@@ -142,7 +142,7 @@ def test_a_name_given_twice_has_its_last_value() -> None:
     assert parsed.conversation.decoded() == (Message("user", ("x\0",)),)
 
 
-def test_what_the_context_holds_is_accepted() -> None:
+def test_requests_that_fit_the_context_are_accepted() -> None:
     """The largest requests of each kind that a model could answer are not refused for their size."""
     for content in (
         "{" * NANO.context_tokens * 8,
@@ -317,9 +317,7 @@ UNSUPPORTED: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("name, value", [(n, v) for n, vs in UNSUPPORTED.items() for v in vs])
-def test_fields_that_are_not_honoured_are_refused_by_name(
-    client: openai.OpenAI, name: str, value: Any
-) -> None:
+def test_unsupported_fields_are_refused_by_name(client: openai.OpenAI, name: str, value: Any) -> None:
     with pytest.raises(
         openai.BadRequestError, match=rf"{name}: .* not supported by this server; accepted"
     ) as told:
@@ -328,7 +326,7 @@ def test_fields_that_are_not_honoured_are_refused_by_name(
 
 
 @pytest.mark.parametrize("name", sorted({*DEFAULTS, *IGNORED}))
-def test_defaults_of_fields_that_are_not_honoured_are_accepted(client: openai.OpenAI, name: str) -> None:
+def test_defaults_of_unsupported_fields_are_accepted(client: openai.OpenAI, name: str) -> None:
     for value in (None, *DEFAULTS.get(name, ("anything",))):
         assert ask(client, "x", extra_body={name: value}).choices[0].message.content == "user: x"
 
@@ -336,14 +334,14 @@ def test_defaults_of_fields_that_are_not_honoured_are_accepted(client: openai.Op
 @pytest.mark.parametrize(
     "name, close", [("max_token", "max_tokens"), ("temprature", "temperature"), ("stops", "stop")]
 )
-def test_a_slip_in_a_name_is_told(client: openai.OpenAI, name: str, close: str) -> None:
+def test_misspelt_fields_get_a_hint(client: openai.OpenAI, name: str, close: str) -> None:
     with pytest.raises(openai.BadRequestError, match=f"unknown field '{name}'; did you mean '{close}'"):
         ask(client, "x", extra_body={name: 1})
     with pytest.raises(openai.BadRequestError, match="unknown field 'zzzzzzz'; supported: model, messages"):
         ask(client, "x", extra_body={"zzzzzzz": 1})
 
 
-def test_what_clients_send_by_habit_is_accepted(client: openai.OpenAI) -> None:
+def test_common_extra_fields_are_accepted(client: openai.OpenAI) -> None:
     done = ask(
         client,
         "x",
@@ -411,7 +409,7 @@ def sampled(**fields: Any) -> Sampling:
     return parse_request(json.dumps(body("x", **fields)).encode(), LIMITS, NANO).request.samplings(4096)[0]
 
 
-def test_how_answers_are_drawn() -> None:
+def test_sampling_parameters_are_parsed() -> None:
     assert sampled(max_tokens=10**30).max_tokens == 4096, "cut to the context, not refused"
     assert sampled(max_tokens=7, max_completion_tokens=9).max_tokens == 9
     assert sampled().max_tokens == 256 and sampled().temperature == 0
@@ -427,7 +425,7 @@ def told(messages: list[dict[str, Any]]) -> tuple[Message, ...]:
     return parse_request(json.dumps(request).encode(), LIMITS).conversation.decoded()
 
 
-def test_tools_in_a_history_are_told_as_text() -> None:
+def test_tool_calls_in_a_history_become_text() -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at": "cube"}'}}
     history = told(
         [
@@ -526,7 +524,7 @@ def streamed(client: openai.OpenAI, **options: Any) -> tuple[str, str]:
         ({"include_reasoning": False}, "2 cubes", ""),
     ],
 )
-def test_thoughts_stand_apart(thinker: str, extra: dict[str, Any], content: str, thinking: str) -> None:
+def test_reasoning_can_be_separated(thinker: str, extra: dict[str, Any], content: str, thinking: str) -> None:
     with openai.OpenAI(base_url=f"http://{thinker}/v1", api_key="none", max_retries=0) as client:
         message = ask(client, "x", extra_body=extra).choices[0].message
         assert (message.content, getattr(message, "reasoning_content", None) or "") == (content, thinking)
@@ -552,7 +550,7 @@ TEXTS = st.lists(
 @given(
     TEXTS.map("".join), st.lists(st.sampled_from(["a", "ab", "b a", "<", "aa<", " "]), max_size=3), st.data()
 )
-def test_streams_say_what_whole_replies_say(text: str, stops: list[str], data: st.DataObject) -> None:
+def test_streams_equal_whole_replies(text: str, stops: list[str], data: st.DataObject) -> None:
     """However an answer is cut into steps, content and thinking are the same, and nothing is taken back."""
     for reasoning in ("inline", "separate", "hidden"):
         whole = ChoiceState(0, stops, reasoning)
@@ -589,7 +587,7 @@ def test_long_answers_with_hostile_stop_strings_take_linear_time() -> None:
     assert len(answer.sent) >= 4095 - 256
 
 
-def test_every_chunk_may_tell_the_tokens(client: openai.OpenAI) -> None:
+def test_every_chunk_may_carry_the_token_counts(client: openai.OpenAI) -> None:
     usage = {"include_usage": True, "continuous_usage_stats": True, "include_obfuscation": False}
     chunks = list(ask(client, "a b c", stream=True, stream_options=usage))
     counts = [chunk.usage.completion_tokens for chunk in chunks if chunk.usage is not None]

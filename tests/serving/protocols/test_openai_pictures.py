@@ -85,7 +85,7 @@ def test_heads_of_data_uris(head: str) -> None:
         "/a.png",
     ],
 )
-def test_what_is_no_data_uri_is_told_how_to_send_a_picture(uri: str) -> None:
+def test_invalid_image_urls_get_a_hint(uri: str) -> None:
     with pytest.raises(RequestError, match="data:image/png;base64"):
         seen(uri)
 

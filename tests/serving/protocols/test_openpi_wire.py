@@ -372,7 +372,7 @@ def test_any_kind_of_number_is_a_state(state: Any) -> None:
     ],
     ids=lambda changed: shorten(changed, 70),
 )
-def test_what_is_no_observation_is_refused_by_name(changed: dict[str, Any]) -> None:
+def test_invalid_observations_are_refused_by_key(changed: dict[str, Any]) -> None:
     with pytest.raises(BlmError) as refused:
         read(frame_of(**changed))
     assert len(str(refused.value)) < 900
@@ -401,7 +401,7 @@ def test_a_seed_of_numpy_and_the_largest_are_taken() -> None:
     assert read(frame_of(seed=2**63 - 1)).seed == 2**63 - 1
 
 
-def test_keys_of_others_are_passed_over_and_the_last_of_two_counts() -> None:
+def test_unknown_keys_are_ignored_and_the_last_duplicate_counts() -> None:
     assert read(frame_of(more={"nested": [1, {"x": b"y" * 10_000}]}, **{"": None})).seed == 3
     data = frame_of(seed=1)
     twice = bytes([data[0] + 1]) + data[1:] + msgpack.packb("seed") + msgpack.packb(2)
@@ -455,7 +455,7 @@ def test_a_long_unknown_name_costs_little_and_is_shortened() -> None:
 
 @MANY
 @given(nested | st.text(min_size=200) | st.binary(min_size=200) | st.text().map(ValueError))
-def test_what_an_error_repeats_is_one_short_line(value: Any) -> None:
+def test_quoted_values_in_errors_are_one_short_line(value: Any) -> None:
     text = shorten(value)
     assert len(text) < 220 and text.isprintable()
 
@@ -489,7 +489,7 @@ def test_frames_sent_ahead_are_answered_in_order(server: str) -> None:
             np.testing.assert_array_equal(got, EchoPolicy().act(one).actions)
 
 
-def test_the_request_of_a_client_that_left_leaves_the_engine() -> None:
+def test_the_request_of_a_disconnected_client_is_cancelled() -> None:
     policy = BatchEcho()
     app = create_app(policy, scheduler_limits=SchedulerLimits(max_action_batch=1))
     with running_app(app) as address, opened(address) as first:

@@ -138,18 +138,18 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("model", ["nano", "qwen3"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_train_as_one_does(alone: Path, two: Path, kind: str, model: str) -> None:
+def test_two_processes_train_like_one(alone: Path, two: Path, kind: str, model: str) -> None:
     require_same(two / kind / model, alone / model)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_imitate_as_one_does(alone: Path, two: Path, kind: str) -> None:
+def test_two_processes_train_the_policy_like_one(alone: Path, two: Path, kind: str) -> None:
     """The parts of a step, with unlike numbers of real values, give the gradient of the whole."""
     require_same(two / kind / "policy", alone / "policy", "checkpoint/policy.safetensors", lr=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["ddp-from-fsdp2", "fsdp2-from-ddp"])
-def test_ddp_and_fsdp2_go_on_from_each_other(alone: Path, two: Path, kind: str) -> None:
+def test_ddp_and_fsdp2_resume_from_each_other(alone: Path, two: Path, kind: str) -> None:
     require_same(two / kind, alone / "nano")
 
 

@@ -68,7 +68,7 @@ def processes() -> ForkServerContext:
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 @pytest.mark.parametrize("pack_length", [0, 64])
-def test_a_killed_run_goes_on_to_the_same_bits(
+def test_a_killed_run_resumes_to_the_same_bits(
     tmp_path: Path, processes: ForkServerContext, kind: str, pack_length: int
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -289,7 +289,7 @@ def test_a_step_in_parts_is_the_step_in_one(tmp_path: Path) -> None:
         )
 
 
-def test_the_log_tells_tokens_and_padding_and_old_checkpoints_go(tmp_path: Path) -> None:
+def test_the_log_has_tokens_and_padding_and_old_checkpoints_are_removed(tmp_path: Path) -> None:
     def padded(step: int, part: DataShard) -> Microbatch[Points]:
         return replace(batch_of(step, part), tokens=30, positions=40)
 

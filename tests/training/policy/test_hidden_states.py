@@ -72,7 +72,7 @@ def test_reopening_computes_nothing_and_a_killed_run_continues(world, cached):
     assert after["00000.npy"] == before["00000.npy"] and after["00001.npy"] != before["00001.npy"]
 
 
-def test_only_what_is_not_there_yet_must_fit_on_the_disk(world, tmp_path, monkeypatch, capsys):
+def test_only_the_missing_part_must_fit_on_the_disk(world, tmp_path, monkeypatch, capsys):
     backbone, source, dataset = world
     made = cache_hidden_states(backbone, str(source), dataset, CONFIG, tmp_path / "made")
     sizes = {path.name: path.stat().st_size for path in (tmp_path / "made").glob("*.npy")}
@@ -100,7 +100,7 @@ def test_a_stale_cache_is_refused_with_what_differs(world, cached, tmp_path):
         (replace(CONFIG, cameras=("base",)), "prompt, cameras"),
         (replace(CONFIG, stride=2), "stride"),
     ):
-        with pytest.raises(BlmError, match=f"stale: made from another {name}; name another folder"):
+        with pytest.raises(BlmError, match=f"stale: it has another {name}; name another folder"):
             cache_hidden_states(backbone, str(source), dataset, config, cached[1])
     other = make_backbone(tmp_path / "other", seed=1)
     with pytest.raises(BlmError, match="another backbone;"):
@@ -161,7 +161,7 @@ def test_views_and_precisions_hold_what_a_direct_tap_gives(world, tmp_path, prec
     tokens = sum(sum(shard["lengths"]) for shard in shards)
     assert size == pytest.approx(tokens * (32 + 4 if precision == "int8" else 64), rel=0.05)
     other = replace(config, precision={"float16": "int8", "int8": "float16"}[precision])
-    with pytest.raises(BlmError, match="is stale: made from another precision"):
+    with pytest.raises(BlmError, match="is stale: it has another precision"):
         cache_hidden_states(backbone, str(source), dataset, other, tmp_path)
 
 

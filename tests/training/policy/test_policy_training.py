@@ -62,7 +62,7 @@ def test_losses_from_the_cache_equal_those_without_within_half_precision(config)
             torch.testing.assert_close(value, network.loss(b, network)[name], rtol=2e-3, atol=2e-4)
 
 
-def test_a_batch_holds_what_its_frames_say(config):
+def test_a_batch_has_the_data_of_its_frames(config):
     robots = robots_of(config)
     batch = make_sampler(robots, config)(3)
     again = make_sampler(robots, config)(3)
@@ -98,7 +98,7 @@ def test_the_parts_of_a_step_are_the_samples_of_the_whole(config):
         torch.testing.assert_close(added, value, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_say_how_often_robots_and_tasks_are_drawn(config):
+def test_weights_determine_sampling_frequencies(config):
     robots = robots_of(config)
 
     def legs(**weights: float) -> float:
@@ -109,7 +109,7 @@ def test_weights_say_how_often_robots_and_tasks_are_drawn(config):
     assert legs() == pytest.approx(even, abs=0.06)
     assert legs(leg=3.0) == pytest.approx(3 * even / (1 + 2 * even), abs=0.06)
     assert legs(arm=0.0) == 1.0 and legs(leg=0.0) == 0.0
-    with pytest.raises(BlmError, match=r"weights for \['foot'\], which no dataset holds; valid: arm, leg"):
+    with pytest.raises(BlmError, match=r"weights for \['foot'\], which no dataset contains; valid: arm, leg"):
         legs(foot=2.0)
 
 
@@ -128,7 +128,7 @@ def test_statistics_come_from_training_episodes_only(config):
     assert other.transforms.to_json() == robot.transforms.to_json()
 
 
-def test_nothing_held_out_of_what_is_trained_is_said_and_training_ends_well(config, tmp_path, capsys):
+def test_training_without_held_out_frames_warns_and_finishes(config, tmp_path, capsys):
     make_dataset(tmp_path, "arm", 2, lengths=(31, 26), tasks=("reach", "wave"))
     dataset = open_dataset(tmp_path / "arm")
     few = replace(
@@ -140,7 +140,7 @@ def test_nothing_held_out_of_what_is_trained_is_said_and_training_ends_well(conf
     assert train_stage2(few, tmp_path / "run", {}).is_dir()
     assert "there is no validation loss" in capsys.readouterr().err
     assert "val_" not in (tmp_path / "run/log.jsonl").read_text() and not (tmp_path / "run/best").exists()
-    with pytest.raises(BlmError, match="nothing to learn from"):
+    with pytest.raises(BlmError, match="nothing to train on"):
         train_stage2(replace(few, weights={"arm": 0.0}), tmp_path / "none", {})
 
 
@@ -172,7 +172,7 @@ def trained(config, tmp_path_factory) -> Path:
     return out
 
 
-def test_stage_two_learns_both_robots_and_leaves_the_backbone_as_it_was(config, trained):
+def test_stage_two_learns_both_robots_and_does_not_change_the_backbone(config, trained):
     rows = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [20, 40, 60, 80, 100, 120]
     assert (
@@ -198,11 +198,11 @@ def test_stage_two_learns_both_robots_and_leaves_the_backbone_as_it_was(config, 
         assert error.mean() < 0.15, "joints move up to 0.75 rad in these six steps"
 
 
-def test_a_finished_run_is_repeated_by_nothing_and_other_inputs_are_refused(config, trained):
+def test_a_finished_run_is_not_repeated_and_other_inputs_are_refused(config, trained):
     before = (trained / "checkpoint/policy.safetensors").read_bytes()
     train_stage2(config, trained, {"command": "again"})
     assert (trained / "checkpoint/policy.safetensors").read_bytes() == before
-    with pytest.raises(BlmError, match="holds another run: made from another weights;"):
+    with pytest.raises(BlmError, match="holds another run: it has another weights;"):
         train_stage2(replace(config, weights={"leg": 2.0}), trained, {})
 
 
@@ -245,7 +245,7 @@ def test_the_best_checkpoint_is_that_of_the_best_evaluation(config, tmp_path):
     assert (stored["step"], stored["score"]) == ("6", "0.8")
 
 
-def test_without_driving_the_validation_loss_chooses(config, trained):
+def test_without_closed_loop_validation_the_loss_selects(config, trained):
     rows = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
     stored = json.loads((trained / "best/config.json").read_text())["provenance"]
     assert stored["step"] == "120" and float(stored["score"]) == -rows[-1]["val_loss_flow"]
@@ -291,7 +291,7 @@ def test_a_start_that_does_not_fit_is_refused(config, trained):
     go_on = replace(config, start=trained / "checkpoint")
     with pytest.raises(BlmError, match="only_new needs a checkpoint"):
         replace(config, only_new=True)
-    with pytest.raises(BlmError, match=r"the checkpoint knows \['arm', 'leg'\]"):
+    with pytest.raises(BlmError, match=r"the checkpoint has \['arm', 'leg'\]"):
         train_stage2(replace(go_on, only_new=True), trained.parent / "none", {})
     with pytest.raises(BlmError, match=r"layer of the checkpoint to start from is 1, here it is 2"):
         train_stage2(replace(go_on, intents=replace(config.intents, layer=2)), trained.parent / "none", {})
@@ -322,8 +322,8 @@ def test_a_backbone_that_changes_during_stage_two_is_noticed(config, tmp_path, m
     assert not (tmp_path / "out/checkpoint").exists()
 
 
-def test_what_does_not_fit_together_is_refused(config, tmp_path):
-    with pytest.raises(BlmError, match=r"each once; got \['.*arm', '.*arm'\]"):
+def test_inconsistent_settings_are_refused(config, tmp_path):
+    with pytest.raises(BlmError, match=r"each only once; got \['.*arm', '.*arm'\]"):
         train_stage2(replace(config, datasets=config.datasets[:1] * 2), tmp_path, {})
     with pytest.raises(BlmError, match="lacks top"):
         train_stage2(replace(config, intents=replace(config.intents, cameras=("top",))), tmp_path, {})

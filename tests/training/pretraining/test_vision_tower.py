@@ -117,7 +117,7 @@ def test_scans_belong_to_their_pictures_and_drills_are_what_finds():
     assert view.positions is None and view.step in ("lift", "lower")
 
 
-def test_a_drill_shows_one_picture_at_a_time_and_asks_of_it_alone():
+def test_a_drill_conversation_has_one_image():
     pixels = [np.full((112, 112, 3), level, np.uint8) for level in (10, 20, 30)]
     turns = {
         "point_side": "(1, 2)",
@@ -198,7 +198,7 @@ def reached(eye: ConvVision, pixels: torch.Tensor, told: GroundingTargets) -> tu
     return loss.item(), {name for name in heads if any(g is not None and g.any() for g in grads[name])}
 
 
-def test_what_is_not_told_teaches_nothing():
+def test_missing_labels_have_no_gradient():
     eye, pixels, told = labelled_pictures()
     _, heads = reached(eye, pixels, told)
     assert heads == {"score", "metric", "fixed", "doing", "view"}
@@ -211,7 +211,7 @@ def test_what_is_not_told_teaches_nothing():
     assert math.isfinite(loss) and heads == {"doing"}
 
 
-def test_metrics_have_the_same_names_whatever_is_told():
+def test_metric_names_do_not_depend_on_labels():
     eye, pixels, told = labelled_pictures()
     _, every = vision_tower_loss(eye, pixels, told)
     none = GroundingTargets(
@@ -257,7 +257,7 @@ def test_too_many_words_or_steps_are_refused():
         ConvVisionConfig(steps=[f"step{index}" for index in range(STEPS + 1)])
 
 
-def test_an_untaught_eye_still_sees():
+def test_an_untrained_vision_tower_returns_features():
     backbone = build_nano()
     pictures = torch.stack([torch.zeros(3, 112, 112), torch.ones(3, 112, 112)])
     dark, light = backbone.model.base_model.vision_tower(pictures).last_hidden_state
@@ -290,7 +290,7 @@ def test_pretraining_finds_things_in_new_pictures(tmp_path):
     assert log["steps_right"] > 0.8
 
 
-def test_stage_one_proper_leaves_out_what_the_drill_taught():
+def test_stage_one_omits_scan_turns():
     row = scene(0)
     assert any(kind.startswith("scan") for kind in row.kinds)
     rest = without_scan_turns(row)
@@ -300,7 +300,7 @@ def test_stage_one_proper_leaves_out_what_the_drill_taught():
     assert without_scan_turns(only) == only, "a conversation keeps at least one turn"
 
 
-def test_told_places_are_compared_by_their_distances():
+def test_text_only_scenes_compare_distances():
     places = {"gripper": (40, 3, 12), "red cube": (50, -4, 2), "blue ball": (55, 20, 2), "bin": (30, -20, 0)}
     scan = ", ".join(f"{name} (1, 2) at {place}" for name, place in places.items())
     turns = ("scan_base", scan), ("counting", "<think>blue ball, red cube</think>2")
@@ -319,7 +319,7 @@ def test_told_places_are_compared_by_their_distances():
         assert answer.text.split("</think>")[1] == best(far, key=far.__getitem__)
 
 
-def test_what_follows_from_places_is_told_without_pictures():
+def test_text_only_scenes_list_positions_in_words():
     told_places = "gripper (10, 20) at (40, 3, 12), red cube (30, 40) at (50, -4, 2)"
     seen = row(
         0,

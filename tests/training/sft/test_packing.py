@@ -120,7 +120,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_each_turn_alone(
 
 
 @pytest.mark.parametrize("order", [[[2, 1, 0]], [[0], [2, 1]]])
-def test_attending_by_turns_gives_the_loss_and_gradients_of_each_turn_alone(
+def test_prefix_attention_gives_the_loss_and_gradients_of_each_turn_alone(
     backbone: Backbone, order: list[list[int]]
 ) -> None:
     """The mask says nothing here: all that is seen comes from the blocks."""
@@ -134,7 +134,7 @@ def test_attending_by_turns_gives_the_loss_and_gradients_of_each_turn_alone(
     assert backbone.decoder.config._attn_implementation == "sdpa"
 
 
-def test_blocks_hold_every_position_once_and_what_it_may_see() -> None:
+def test_blocks_have_every_position_once_with_its_context() -> None:
     rng = np.random.default_rng(0)
     owner = np.array([[0] * 30 + [1] * 20, [0] * 38 + [-1] * 12])
     segment_ids = np.sort(rng.integers(0, 4, owner.shape), axis=1)
@@ -163,7 +163,7 @@ LEAKS: dict[str, Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]] =
 
 
 @pytest.mark.parametrize("leak", LEAKS)
-def test_a_call_under_which_rows_see_each_other_is_refused(
+def test_calls_that_mix_packed_examples_are_refused(
     backbone: Backbone, leak: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def leaking(*args: object) -> packing.ExampleBatch:
@@ -209,7 +209,7 @@ def test_only_answers_and_their_ends_are_learnt_wherever_the_pictures_are(
             assert made.position_ids.shape[1] == len(made) == len(made.segment_ids)
 
 
-def test_turns_share_all_that_they_begin_with_but_not_the_token_before_an_answer(nano: Backbone) -> None:
+def test_the_shared_prefix_ends_before_the_token_that_predicts_an_answer(nano: Backbone) -> None:
     words = "How many cubes are there in the picture?"
     made = row(nano, talk((picture(0), words), "two", words, "three", words + " Say.", "four"))
     assert set(made.segment_ids.tolist()) == {0, 1, 2, 3}
@@ -330,13 +330,13 @@ def test_cached_features_give_the_same_loss_and_gradients(backbone: Backbone, pr
     assert bool(found) and any("projector" in name or "connector" in name for name in found) == projector
 
 
-def test_features_of_a_trained_eye_are_not_cached(backbone: Backbone) -> None:
+def test_features_of_a_trained_vision_tower_are_not_cached(backbone: Backbone) -> None:
     with pytest.raises(BlmError, match="cannot be cached"):
         VisionFeatureCache(backbone, Counter())
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_batch_of_text_runs_the_eye_for_nothing(backbone: Backbone, cached: bool) -> None:
+def test_a_batch_of_text_runs_the_vision_tower_on_a_dummy_image(backbone: Backbone, cached: bool) -> None:
     if cached:
         if projector_of(backbone) is None:
             pytest.skip("its merger is a part of its tower")
@@ -357,7 +357,7 @@ def test_a_batch_of_text_runs_the_eye_for_nothing(backbone: Backbone, cached: bo
     assert runs
 
 
-def test_a_frozen_eye_stays_in_evaluation_mode(nano: Backbone) -> None:
+def test_a_frozen_vision_tower_stays_in_evaluation_mode(nano: Backbone) -> None:
     model = MaskedLossModel(nano)
     assert (
         model.train().training and nano.model.training and all(part.training for part in model.vision_modules)
@@ -369,7 +369,7 @@ def test_a_frozen_eye_stays_in_evaluation_mode(nano: Backbone) -> None:
     ]
 
 
-def test_logits_of_other_tokens_are_not_made(nano: Backbone) -> None:
+def test_logits_are_computed_for_masked_tokens_only(nano: Backbone) -> None:
     shapes: list[torch.Size] = []
     head = nano.model.get_output_embeddings()
     hook = head.register_forward_hook(lambda _, __, out: shapes.append(out.shape))

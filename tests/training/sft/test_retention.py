@@ -38,7 +38,7 @@ def noisy(size: float) -> Backbone:
 
 
 @pytest.mark.parametrize("name", sorted(MAKERS))
-def test_a_model_has_not_left_itself(name: str) -> None:
+def test_a_model_has_zero_divergence_from_itself(name: str) -> None:
     backbone = MAKERS[name]()
     found = Retention(backbone, TEXTS).measure(backbone)
     assert found.kl == found.kl_low == found.kl_high == found.nll_rise == 0.0
@@ -101,7 +101,7 @@ def test_divergence_grows_with_noise_and_the_base_is_remembered() -> None:
 
 def test_other_tokens_and_empty_texts_are_refused(tmp_path: Path) -> None:
     retention = Retention(build_nano(), TEXTS)
-    with pytest.raises(BlmError, match="unlike tokenizers"):
+    with pytest.raises(BlmError, match="different tokenizers"):
         retention.measure(build_nano(["quite another text about gripper and cube"] * 3))
     with pytest.raises(BlmError, match="two tokens"):
         Retention(build_nano(), [""])

@@ -137,7 +137,7 @@ def test_a_batch_may_mix_rows_with_and_without_pictures(backbone: Backbone) -> N
     assert mean_loss(backbone, mixed).item() == pytest.approx(expected, abs=2e-5)
 
 
-def test_trained_answers_are_given_back(nano: Backbone, tmp_path: Path) -> None:
+def test_trained_answers_are_reproduced(nano: Backbone, tmp_path: Path) -> None:
     talks = [
         dialogue(("How many cubes?", "two"), ("Point.", "(12, 30)"), images=(picture(4),)),
         dialogue(("How many cubes?", "one"), ("Point.", "(512, 430)"), images=(picture(5),)),
@@ -176,7 +176,7 @@ def test_every_parameter_of_every_architecture_has_a_part(name: str) -> None:
     assert all(count > 0 for count in numbers.values())
 
 
-def test_a_switch_for_nothing_is_refused() -> None:
+def test_a_scale_without_effect_is_refused() -> None:
     model = torch.nn.ModuleDict({"language_model": torch.nn.Linear(2, 2)})
     with pytest.raises(BlmError, match=r"vision_scale is 0.0, but .* no vision"):
         freeze_parts(model, {"vision": 0.0, "projector": 1.0, "language": 1.0})

@@ -85,7 +85,7 @@ def same(one: TokenizedExample, other: TokenizedExample) -> bool:
 
 @pytest.mark.parametrize("features", [False, True])
 @pytest.mark.parametrize("count", [2, 3])
-def test_processes_read_what_one_reads(count, features, monkeypatch, capsys):
+def test_processes_tokenize_like_one(count, features, monkeypatch, capsys):
     made = {"bad": (4, 9, 17), "long": (2, 20)}
     ((rows, counts),) = read(1, features, **made)
     complaints = capsys.readouterr().err
@@ -103,12 +103,12 @@ def test_processes_read_what_one_reads(count, features, monkeypatch, capsys):
     assert said == [line for line in complaints.splitlines() if "skipped" in line] and len(said) == 3
 
 
-def test_the_first_conversation_of_no_use_ends_all_processes(monkeypatch):
+def test_the_first_invalid_conversation_ends_all_processes(monkeypatch):
     monkeypatch.setattr(reading, "CONVERSATIONS_PER_EXCHANGE", 4)
     found = read(3, skip_bad=False, bad=(11, 8, 22))
     assert len({*found}) == 1 and "some, conversation 8" in found[0]
 
 
-def test_nothing_to_train_on_is_said(monkeypatch):
+def test_an_empty_training_set_is_reported(monkeypatch):
     (found,) = read(1, bad=tuple(range(23)))
     assert "no conversation of 'some'" in found

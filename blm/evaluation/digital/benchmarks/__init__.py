@@ -1,1 +1,1 @@
-"""One file for each benchmark."""
+"""Question benchmarks, one file each."""

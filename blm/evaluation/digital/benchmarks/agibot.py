@@ -1,4 +1,4 @@
-"""AgiBot as Cosmos-Reason1-Benchmark asks it: the next subtask of a humanoid robot."""
+"""AgiBot, as in Cosmos-Reason1-Benchmark: the next subtask of a humanoid robot."""
 
 from __future__ import annotations
 

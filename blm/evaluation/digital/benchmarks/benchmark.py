@@ -1,4 +1,4 @@
-"""A benchmark as data: where to get it, how its questions are asked, how its score is averaged."""
+"""A benchmark as data: its source, the form of its questions, and the average that is its score."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from blm.types import BlmError, Question
 
 @dataclass(frozen=True, kw_only=True)
 class Benchmark:
-    """One benchmark of the digital space, as data."""
+    """One question benchmark, as data."""
 
     name: str
     title: str
-    """Name as papers write it."""
+    """Name in papers."""
     get: str
-    """Where to get the data, and the expected layout of the folder; shown when it is missing."""
+    """Source of the data, and the expected layout of the folder; printed when it is missing."""
     licence: str
     load: Callable[[Path], list[Question]]
-    """Read the folder; pictures stay relative references. Raises BlmError with file and rule."""
+    """Read the folder; images stay relative references. Raises BlmError with file and rule."""
     system: str = ""
     """System message put before each question."""
     max_tokens: int = 32
-    """Longest answer [tokens]."""
+    """Maximum length of an answer [tokens]."""
     long: Mapping[str, int] = field(default_factory=dict)
-    """Kind of question -> its own limit of tokens."""
+    """Kind of question -> its own limit of answer tokens."""
     average: Literal["items", "kinds"] = "items"
     """Headline score: the mean over questions, or the unweighted mean over the kinds."""
 

@@ -7,10 +7,10 @@ nvidia-cosmos/cosmos-reason1 (loader, prompt, letter mode with 10 tokens, `corre
 another name of `answer`) and the listing of the hub. Assumed: that options are lettered A, B, ..
 without a gap.
 
-Deliberate differences from upstream: 4 frames a second like there, but at most 8 (upstream: all);
-models that read videos as videos get them as one (`Backbone.videos_as`), others get pictures; an
-unread answer is wrong at once (upstream: asked again, up to ten times, ever more at random); a
-missing clip is an error (upstream: its questions are left out).
+Deliberate differences from upstream: 4 frames a second as upstream, but at most 8 (upstream: all);
+models with video inputs receive them as one video (`Backbone.videos_as`), others as images; an
+answer that cannot be parsed is wrong (upstream: asked again, up to ten times, at rising
+temperature); a missing clip is an error (upstream: its questions are skipped).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from blm.types import BlmError, Message, Question
 FRAME_RATE = 4.0
 """Frames per second."""
 MAX_FRAMES = 8
-"""Most frames that a question shows."""
+"""Maximum number of frames that a question shows."""
 ASK = "Answer with the option's letter from the given choices directly."
 _GET = (
     "Get it with `hf download --repo-type dataset nvidia/Cosmos-Reason1-Benchmark --local-dir FOLDER` "
@@ -36,7 +36,7 @@ _GET = (
 
 
 def cosmos(name: str, title: str, clips: str, licence: str) -> Benchmark:
-    """Return the benchmark of one set. `clips` tells where the clips come from."""
+    """Return the benchmark of one set. `clips` describes the source of the clips."""
     get = _GET.format(name=name, clips=clips)
     return Benchmark(
         name=name,
@@ -68,7 +68,7 @@ def _load(folder: Path, *, name: str, get: str) -> list[Question]:
             answer = asked.text("answer" if "answer" in pair else "correct_answer")
             questions.append(
                 Question(
-                    id=f"{Path(clip).stem}/{place}.{number}",  # a clip may stand in several rows
+                    id=f"{Path(clip).stem}/{place}.{number}",  # a clip may occur in several rows
                     kind=f"{name}_choice",
                     messages=(Message("user", (*pictures, text)),),
                     answer=letter_of(asked, answer, options),

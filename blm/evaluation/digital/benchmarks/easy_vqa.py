@@ -1,9 +1,9 @@
-"""easy-VQA: one coloured shape on a small picture, 13 possible answers, train and test splits.
+"""easy-VQA: one coloured shape on a small image, 13 possible answers, train and test splits.
 
 Layout, that of the package `easy-vqa` 1.0: FOLDER/data/test/questions.json, a list of [question,
-answer, number of the picture], FOLDER/data/test/images/<number>.png and FOLDER/data/answers.txt;
-the same for train. Checked on the installed package: 1,000 pictures and 9,673 questions to test,
-4,000 and 38,575 to train. A model that sees no picture reaches 67 %: the usual answer to the same
+answer, number of the image], FOLDER/data/test/images/<number>.png and FOLDER/data/answers.txt; the
+same for train. Checked with the installed package: 1,000 images and 9,673 questions in test, 4,000
+and 38,575 in train. A model that sees no image reaches 67 %: the most common answer to the same
 words in the training split.
 """
 
@@ -26,7 +26,10 @@ GET = (
 
 
 def load_split(folder: Path, split: str) -> list[Question]:
-    """Questions of 'train' or 'test'; of kind yes_no, shape or colour, clustered by picture."""
+    """Return the questions of 'train' or 'test', clustered by image.
+
+    Their kinds are yes_no, shape and colour.
+    """
     listed = folder / "data/answers.txt"
     if not listed.is_file():
         raise BlmError(f"'{listed}' is missing. {GET}")
@@ -34,7 +37,7 @@ def load_split(folder: Path, split: str) -> list[Question]:
     questions = []
     for number, (where, value) in enumerate(read_values(folder / f"data/{split}/questions.json", GET)):
         if not isinstance(value, list) or len(value) != 3:
-            raise BlmError(f"{where}: it is {str(value)[:80]!r}; needed: [question, answer, picture]")
+            raise BlmError(f"{where}: it is {str(value)[:80]!r}; needed: [question, answer, image]")
         row = Row(where, dict(zip(("question", "answer", "picture"), value, strict=True)))
         answer = row.text("answer")
         if answer not in valid:

@@ -1,12 +1,13 @@
-"""EgoThink: what a person can know and do, asked about one picture seen through the person's eyes.
+"""EgoThink: first-person questions about one image, on abilities from recognition to planning.
 
 Layout: FOLDER/<dimension>/annotations.json, a list of {"source_dataset", "image_path": ["1.jpg"],
 "question", "answer"}, and FOLDER/<dimension>/images/1.jpg, for the twelve dimensions below. Checked
-in data/ of AdaCheng/EgoThink: the folders, the fields, the place of the pictures, 30 new tokens and
+in data/ of AdaCheng/EgoThink: the folders, the fields, the place of the images, 30 new tokens and
 300 for planning.
 
-Deliberate differences from upstream: all models have the prompt below (upstream: one each); an
-answer that the judge could not rate counts as wrong (upstream: it is left out of the mean).
+Deliberate differences from upstream: all models get the prompt below (upstream: one prompt per
+model); an answer that the judge could not rate counts as wrong (upstream: it is left out of the
+mean).
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ DIMENSIONS = (
 )
 """Folders, as published; the last part in lower case is the kind of the questions."""
 PLANNING = ("assistance", "navigation")
-"""Kinds that are answered at length."""
+"""Kinds with long answers."""
 SHORT = "You see this through your own eyes. {question} Answer as briefly as possible."
 LONG = "You see this through your own eyes. {question} Answer in detail and helpfully."
 GET = (

@@ -2,9 +2,9 @@
 
 Layout: FOLDER/data/*.parquet as on the hub, with question_id, question, question_type, images,
 visual_indices and answer; or FOLDER/erqa.jsonl with the same fields, where images are paths below
-FOLDER. The pictures in the parquet are written once to FOLDER/unpacked. `visual_indices` are
-positions in the text of the question: a picture stands before the character of its index; without
-indices, or with zeros only, all pictures come first. Checked against the loader of FlagEvalMM
+FOLDER. The images in the parquet are written once to FOLDER/unpacked. `visual_indices` are
+positions in the text of the question: an image stands before the character of its index; without
+indices, or with zeros only, all images come first. Checked against the loader of FlagEvalMM
 (tasks/erqa/process.py), which interleaves in this way, the task of lmms-eval and a published
 example. Assumed: the names of the parquet files, and all of the jsonl form.
 """
@@ -22,7 +22,7 @@ from blm.types import Image, Message, Question
 
 GET = (
     "Get it with `hf download --repo-type dataset FlagEval/ERQA --local-dir FOLDER` (400 questions). "
-    "Expected: FOLDER/data/*.parquet, or FOLDER/erqa.jsonl with its pictures beside it."
+    "Expected: FOLDER/data/*.parquet, or FOLDER/erqa.jsonl with its images next to it."
 )
 
 
@@ -51,7 +51,7 @@ def _question(row: Row, folder: Path) -> Question:
 def options_in(question: str) -> tuple[str, ...]:
     """Return the options after "Choices:", "A. .. B. ..", without the request at the end.
 
-    A question without that word is searched as a whole.
+    Without that word, the whole question is searched.
     """
     listed = (question.partition("Choices:")[2] or question).partition("Please answer")[0]
     options: list[str] = []
@@ -66,7 +66,7 @@ def options_in(question: str) -> tuple[str, ...]:
 
 
 def interleave(row: Row, text: str, pictures: list[Image]) -> tuple[str | Image, ...]:
-    """Text and pictures in reading order, each picture at its `visual_indices`."""
+    """Return text and images in reading order, each image at its `visual_indices`."""
     places = row.data.get("visual_indices") or [0] * len(pictures)
     if len(places) != len(pictures) or not all(isinstance(p, int) and p >= 0 for p in places):
         raise row.error(f"visual_indices {places} for {len(pictures)} pictures; needed: one place >= 0 each")

@@ -1,4 +1,4 @@
-"""HoloAssist as Cosmos-Reason1-Benchmark asks it: the next action of a person who wears the camera."""
+"""HoloAssist, as in Cosmos-Reason1-Benchmark: the next action of a person who wears the camera."""
 
 from __future__ import annotations
 

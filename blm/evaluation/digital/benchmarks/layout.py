@@ -1,4 +1,4 @@
-"""Published benchmark files row by row: JSON, JSON lines, parquet, and their pictures and clips.
+"""Readers of published benchmark files (JSON, JSON lines, parquet) and their images and clips.
 
 Every problem is a BlmError that names the file, the row (counted from 1) and the rule. Nothing is
 skipped.
@@ -19,7 +19,7 @@ from blm.media import frame_references, locate, video_seconds
 from blm.types import BlmError, Image
 
 UNPACKED = "unpacked"
-"""Folder beside the parquet files for the pictures stored inside them."""
+"""Folder, next to the parquet files, for the images stored inside them."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Row:
         return self.data[name]
 
     def text(self, name: str) -> str:
-        """Return a field that is a text that is not empty, or an integer (of an id)."""
+        """Return a field that is a non-empty text, or an integer (of an id)."""
         value = self.field(name)
         if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
             raise self.error(f"field '{name}' is {value!r}; needed: a text that is not empty")
         return str(value).strip()
 
     def items(self, name: str) -> list[Any]:
-        """Return a field that is a list that is not empty."""
+        """Return a field that is a non-empty list."""
         value = self.field(name)
         if not isinstance(value, list) or not value:
             raise self.error(f"field '{name}' is {str(value)[:80]!r}; needed: a list that is not empty")
@@ -72,16 +72,16 @@ class Row:
             raise self.error(str(error)) from error
 
     def picture(self, value: Any, folder: Path) -> Image:
-        """Return a picture: a path below `folder`, or {"bytes", "path"} as parquet stores it.
+        """Return an image: a path below `folder`, or {"bytes", "path"} as parquet stores it.
 
-        The latter is written once to `folder`/unpacked, under a name made of its content: equal
-        pictures get equal references.
+        The latter is written once to `folder`/unpacked and named by a hash of its content: equal
+        images get equal references.
         """
         if isinstance(value, str) and value:
             return Image(path=self.file(value, folder))
         content = value.get("bytes") if isinstance(value, dict) else None
         if not isinstance(content, bytes) or not content:
-            raise self.error(f"a picture is {str(value)[:80]!r}; needed: a path, or bytes with a picture")
+            raise self.error(f"an image is {str(value)[:80]!r}; needed: a path, or bytes of an image")
         suffix = Path(value.get("path") or "").suffix or ".png"
         name = f"{UNPACKED}/{hashlib.sha256(content).hexdigest()[:16]}{suffix}"
         if not (folder / name).exists():
@@ -102,8 +102,8 @@ def read_rows(file: Path, get: str) -> list[Row]:
 def read_values(file: Path, get: str) -> list[tuple[str, Any]]:
     """Return the place and the value of each row of a .json (a list), .jsonl or .parquet file.
 
-    Raises BlmError, which ends in `get`, for a file that is missing, cannot be read or holds
-    nothing.
+    Raises BlmError, whose message ends in `get`, for a file that is missing, cannot be read or is
+    empty.
     """
     if not file.is_file():
         raise BlmError(f"'{file}' is missing. {get}")
@@ -144,7 +144,10 @@ _READERS: Mapping[str, Callable[[Path], Any]] = {
 
 
 def find_files(folder: Path, patterns: Sequence[str], get: str) -> list[Path]:
-    """Return the files of the first pattern with a match, sorted. Raises BlmError for no match."""
+    """Return the files of the first pattern with a match, sorted.
+
+    Raises BlmError without a match.
+    """
     for pattern in patterns:
         if found := sorted(folder.glob(pattern)):
             return found

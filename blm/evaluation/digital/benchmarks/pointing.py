@@ -1,8 +1,8 @@
-"""Benchmarks that ask for points in a picture and score the share of them inside a mask.
+"""Benchmarks that ask for points in an image; the score is the fraction of points inside a mask.
 
-Published questions ask for unlike kinds of coordinates. We take their request off and ask for the
-project's own, whole numbers from 0 to 1000 over width and height, y down; `with_convention` asks
-for another one.
+Published questions ask for different conventions of coordinates. We remove that request and ask for
+our convention, integers from 0 to 1000 over width and height, y down; `with_convention` asks for
+another one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REQUESTS: Mapping[str, str] = {
     "pixels": f"{{points}}. Coordinates are pixels, counted over {_SIDES}",
     "yx1000": f"{{points}}, y before x. Coordinates are whole numbers from 0 to 1000 over {_SIDES}",
 }
-"""How each convention of coordinates.py is asked for."""
+"""The request for each convention of coordinates.py."""
 SEVERAL = "Answer with a list of points only: {points}"
 ONE = "Answer with one point only: {points}"
 _FORMS = {SEVERAL: "[(x1, y1), (x2, y2), ...]", ONE: "[(x, y)]"}
@@ -29,7 +29,7 @@ _THEIRS = re.compile(r"Your answer should be formatted as .*?(?:points in the im
 
 
 def request(ask: str, convention: str = "thousandths") -> str:
-    """The sentences that ask for points; `ask` is SEVERAL or ONE."""
+    """Return the sentences that ask for points; `ask` is SEVERAL or ONE."""
     form = _FORMS[ask]
     if convention == "yx1000":
         form = re.sub(r"\((x\d?), (y\d?)\)", r"(\2, \1)", form)

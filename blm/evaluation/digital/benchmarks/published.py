@@ -1,4 +1,4 @@
-"""The digital results that BLM1 prints (arXiv 2510.24161), in percent: read off, not measured here.
+"""The digital results that BLM1 publishes (arXiv 2510.24161), in percent; not measured here.
 
 Source: the tables on https://boundless-large-model.github.io. The order of columns is the paper's.
 """
@@ -39,7 +39,7 @@ EGOTHINK: dict[str, tuple[float, ...]] = {
     "RoboBrain2-7B": (53, 46.5, 93, 70, 75, 79, 77, 49, 18, 62, 44, 68),
     "BLM1": (55, 51, 81, 71, 61, 76, 63, 55, 25, 60, 56, 59),
 }
-"""By EGOTHINK_KINDS; 100 questions for the first two, 50 for the others."""
+"""Scores by EGOTHINK_KINDS; 100 questions for the first two kinds, 50 for the others."""
 
 SHAREROBOT_KINDS = (
     *("discriminative_affordance_negative", "discriminative_affordance_positive", "future_prediction"),
@@ -59,4 +59,4 @@ SHAREROBOT: dict[str, tuple[float, ...]] = {
     "RoboBrain2-7B": (65.12, 77.07, 58.78, 22.07, 22.44, 41.59, 47.32, 69.27, 40.98, 74.15),
     "BLM1": (94.63, 84.88, 73.29, 29.15, 30.24, 72.80, 60.49, 85.73, 51.71, 71.22),
 }
-"""By SHAREROBOT_KINDS; 410 questions each."""
+"""Scores by SHAREROBOT_KINDS; 410 questions each."""

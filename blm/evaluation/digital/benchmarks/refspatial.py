@@ -1,11 +1,11 @@
-"""RefSpatial-Bench: point to an object or a free place that several spatial relations single out.
+"""RefSpatial-Bench: point to an object or a free place that several spatial relations define.
 
 Layout, either of the two on the hub: FOLDER/Location/question.json (a list of id, object, prompt,
-suffix, rgb_path, mask_path, category and step) with image/ and mask/ beside it, the same for
+suffix, rgb_path, mask_path, category and step) with image/ and mask/ next to it, the same for
 Placement; or FOLDER/data/location-*.parquet and placement-*.parquet with id, image, mask, object,
 prompt, suffix and step. Checked against the dataset card, the listing of the hub and RoboRefer's
-evaluation script. Unseen, 77 more questions, is meant for models trained on RefSpatial and is not
-asked.
+evaluation script. The set Unseen, 77 more questions, is meant for models trained on RefSpatial and
+is not used.
 
 Deliberate differences from upstream: one form of coordinates (pointing.py), and an answer without
 points is wrong (upstream: such rows are left out of the mean).

@@ -1,4 +1,4 @@
-"""RoboFail as Cosmos-Reason1-Benchmark asks it: failures of a robot that follows a plan."""
+"""RoboFail, as in Cosmos-Reason1-Benchmark: failures of a robot that follows a plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RoboVQA as Cosmos-Reason1-Benchmark asks it: robots and people at household tasks."""
+"""RoboVQA, as in Cosmos-Reason1-Benchmark: robots and people at household tasks."""
 
 from __future__ import annotations
 

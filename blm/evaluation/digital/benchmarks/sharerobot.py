@@ -27,7 +27,7 @@ from blm.evaluation.digital.benchmarks.sharerobot_split import SPLIT, episodes_o
 from blm.types import Image, Message, Question
 
 MAX_FRAMES = 8
-"""Most frames that a question shows."""
+"""Maximum number of frames that a question shows."""
 YES_NO = "Answer yes or no."
 FRAME_ROOTS = (
     "planning/images",
@@ -77,13 +77,13 @@ def _question(number: int, row: Row, folder: Path) -> Question:
 
 
 def evenly_spaced_frames(values: Sequence[str], most: int) -> list[str]:
-    """Return at most `most` values, evenly spaced, with the last (and, of two or more, the first)."""
+    """Return at most `most` values, evenly spaced, with the last and, of two or more, the first."""
     count = min(most, len(values))
     return [values[-1 - (index * (len(values) - 1)) // max(count - 1, 1)] for index in reversed(range(count))]
 
 
 def question_and_answer(row: Row) -> tuple[str, str]:
-    """Return question and answer of a row. Raises BlmError unless each is one turn."""
+    """Return question and answer of a row. Raises BlmError unless there is one of each."""
     turns = [Row(row.where, t if isinstance(t, dict) else {}) for t in row.items("conversations")]
     speakers = [turn.text("from") for turn in turns]
     if speakers != ["human", "gpt"]:

@@ -1,11 +1,11 @@
 """A held-out split of ShareRobot's planning questions: by episode, seeded, checked for leaks.
 
 BLM1 reports 4,100 questions: 10 kinds x 205 episodes x the 2 templates that each episode has of
-each kind. Which episodes is not published; this draws such a set from the training files, so that a
-model trained on the rest can be measured. It writes, into the folder of the dataset,
-`planning/heldout/<kind>.json` (the rows drawn, in the published form, so that converters and leak
-checks read them), `training.json` (the episodes that are left to train on) and, last, `split.json`
-(what was drawn, in numbers, and the held-out episodes).
+each kind. The episodes are not published; this module draws such a set from the training files, so
+that a model trained on the rest can be measured. It writes into the dataset's folder:
+`planning/heldout/<kind>.json` (the held-out rows in the published form, which converters and leak
+checks read), `training.json` (the episodes that remain for training) and, last, `split.json`
+(counts, and the held-out episodes).
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _MAKE = (
 
 @dataclass(frozen=True, kw_only=True)
 class SplitConfig:
-    """Which questions are held out."""
+    """The size and the source of the held-out split."""
 
     episodes: int = 205
-    """Held-out episodes."""
+    """Number of held-out episodes."""
     templates: int = 2
-    """Questions of each kind about each of them."""
+    """Number of questions of each kind about each held-out episode."""
     seed: int = 0
     source: str = "planning/train"
     """Folder of the JSON files to draw from, below the dataset's folder."""
@@ -73,7 +73,10 @@ class SplitSummary(SplitConfig):
 
 
 def kind_of(row: Row) -> str:
-    """'Success_(Positive)_Task' -> 'success_positive'. Raises BlmError for an unknown task."""
+    """Return the kind of a task: 'Success_(Positive)_Task' -> 'success_positive'.
+
+    Raises BlmError for an unknown task.
+    """
     kind = row.text("task").lower().replace("(", "").replace(")", "").removesuffix("_task")
     if kind not in KINDS:
         raise row.error(f"task '{row.data['task']}' is unknown; valid: {', '.join(KINDS)}")
@@ -81,7 +84,7 @@ def kind_of(row: Row) -> str:
 
 
 def episodes_of(row: Row) -> list[str]:
-    """Episodes that a row shows: that of its id, then any other one that its pictures come from."""
+    """Return the episodes that a row shows: that of its id, then any other that its images show."""
     named = [row.text("id"), *(str(name).rpartition("/")[0] for name in row.items("image"))]
     return list(dict.fromkeys(_episode(name) for name in named if "rt_frames_success/" in name) or named[:1])
 
@@ -91,12 +94,12 @@ def _episode(name: str) -> str:
 
 
 def split_sharerobot(folder: Path, config: SplitConfig, exclude: Collection[str] = ()) -> SplitSummary:
-    """Draw the held-out questions and write both files; return what was drawn, in numbers.
+    """Draw the held-out questions and write both files; return the counts.
 
-    `exclude` are episodes that a model was trained on already: none of them is drawn. The same
-    files, configuration and exclusions give the same split, in whatever order the files list their
-    rows. Raises BlmError when a split exists, when there are too few episodes, or when an episode
-    is on both sides.
+    `exclude` are episodes that a model was trained on already: none of them is held out. The same
+    files, configuration and exclusions give the same split, whatever the order of rows. Raises
+    BlmError when a split exists, when there are too few episodes, or when an episode is on both
+    sides.
     """
     if (folder / SPLIT).exists():
         raise BlmError(f"'{folder / SPLIT}' exists; to {_MAKE}")
@@ -142,19 +145,19 @@ def _count_questions(rows: Iterable[Row]) -> tuple[dict[str, Counter[str]], set[
 
 
 def _write_all(contents: Mapping[Path, Any]) -> None:
-    """Write JSON files; those of a killed run that drew the same may be there.
+    """Write JSON files; files that a killed run with the same split left are kept.
 
-    Raises BlmError, before anything is written, if a file holds something else.
+    Raises BlmError, before anything is written, if a file exists with other content.
     """
     for file, value in contents.items():
         if file.exists() and _read(file) != json.loads(json.dumps(value)):
-            raise BlmError(f"'{file}' exists and holds something else; move it away")
+            raise BlmError(f"'{file}' exists with other content; move it away")
     for file, value in contents.items():
         write_json(file, value)
 
 
 def _rows(files: Sequence[Path], title: str) -> Iterator[Row]:
-    """One file in memory at a time: the ten hold a million rows."""
+    """Yield the rows with one file in memory at a time: the ten files hold a million rows."""
     from rich.console import Console
     from rich.progress import track
 
@@ -181,7 +184,7 @@ def _draw(rows: Iterable[Row], held: Collection[str], config: SplitConfig) -> li
 
 
 def require_disjoint(rows: Iterable[Row], training: Iterable[str], where: str) -> None:
-    """Raise BlmError when an episode that a held-out row names or shows is also trained on."""
+    """Raise BlmError if an episode that a held-out row names or shows is also in training."""
     trained = {_episode(name) for name in training}
     leaks = sorted({name for row in rows for name in episodes_of(row) if name in trained})
     if leaks:
@@ -202,7 +205,10 @@ def read_training(file: Path) -> list[str]:
 
 
 def read_split(folder: Path) -> list[Row]:
-    """The held-out rows, checked again: how many, of which episodes, and that none is trained on."""
+    """Return the held-out rows, after checking their number and their episodes again.
+
+    Raises BlmError if one of the episodes is in training.
+    """
     stated = _read(folder / SPLIT)
     rows = [row for kind in KINDS for row in read_rows(folder / HELD / f"{kind}.json", _MAKE)]
     found = {"questions": len(rows), "ids": sorted({episodes_of(row)[0] for row in rows})}

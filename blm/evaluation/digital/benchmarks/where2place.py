@@ -1,11 +1,11 @@
 """Where2Place: point to free space that a sentence describes; scored by the share inside a mask.
 
 Layout, original: FOLDER/point_questions.jsonl with question_id, image, text and category,
-FOLDER/images and FOLDER/masks; the mask has the name of its picture, or the number of its line in
-two digits, from 00. Layout, FlagEval: FOLDER/data/*.parquet with question_id, question,
-question_type, image and mask. Checked against both dataset cards, summarize_vqa.py of
-wentaoyuan/RoboPoint (number of the line) and the loaders of FlagEvalMM and lmms-eval. Not known:
-whether every row has a category; without one the kind is 'free_space'.
+FOLDER/images and FOLDER/masks; the mask has the name of its image, or the number of its line in two
+digits, from 00. Layout, FlagEval: FOLDER/data/*.parquet with question_id, question, question_type,
+image and mask. Checked against both dataset cards, summarize_vqa.py of wentaoyuan/RoboPoint (number
+of the line) and the loaders of FlagEvalMM and lmms-eval. Unknown: whether every row has a category;
+without one the kind is 'free_space'.
 
 Deliberate differences from upstream: one form of coordinates (pointing.py); masks are binary; an
 answer without points is wrong (RoboPoint's script leaves it out of the mean).

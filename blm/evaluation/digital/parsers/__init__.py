@@ -1,1 +1,1 @@
-"""From a model's words to the answer that it gave."""
+"""Parsers that read the answer from a model's text."""

@@ -1,4 +1,4 @@
-"""The upstream benchmarks' own answer parsers, faults included: to reproduce published numbers.
+"""The upstream benchmarks' own answer parsers, bugs included, to reproduce published numbers.
 
 Each reproduces the behaviour of one public function at one commit, re-implemented from that
 behaviour. They see the raw answer: none of them removes a reasoning block. `COMPAT` names them for
@@ -22,7 +22,7 @@ LETTERS = "ABCDEFGH"
 
 @dataclass(frozen=True, kw_only=True)
 class Upstream:
-    """The parsers of one upstream evaluation; None where it has none of its own."""
+    """The parsers of one upstream evaluation; None if it has no such parser."""
 
     source: str
     """Repository, file and commit."""
@@ -61,7 +61,7 @@ def lmms_eval_mcq(text: str, options: Sequence[str] = ()) -> str | None:
     """lmms-eval's shared extractor, first version: the best-ranked letter, the last of equals.
 
     Ranks: start 10, end 9, anywhere after an answer phrase 7, "(B)" 6, "B." 5, "B:" 4, "B)" 3, "B "
-    2; only when none applies, anywhere. Letters inside words count for all but start and end.
+    2; if none applies, any letter. Letters inside words count for all but start and end.
     """
     letters = LETTERS[: len(options)] if options else LETTERS
     plain = text.strip()
@@ -103,9 +103,9 @@ _VLM_REFUSALS = (
 def vlmevalkit_can_infer(text: str, options: Sequence[str] = ()) -> str | None:
     """VLMEvalKit's `can_infer`, without its language-model fallback and with VERBOSE unset.
 
-    A letter that is the only option among the words, and among the last four, counts ("A" the
-    article too); else "answer is X"; else the only option whose text is contained. A refusal reads
-    as Z.
+    A letter that is the only option among the words, and among the last four, counts (even the
+    article "A"); then "answer is X"; then the only option whose text is contained. A refusal is
+    parsed as Z.
     """
     letters = {chr(ord("A") + index): option.lower() for index, option in enumerate(options)}
     letters = letters or dict.fromkeys("ABCD", "")
@@ -135,13 +135,13 @@ def egothink_rating(text: str) -> float | None:
 
 
 def _tuples(text: str) -> list[list[str]]:
-    """Number tuples in round brackets, as all three point parsers find them."""
+    """Return number tuples in round brackets, as all three point parsers find them."""
     found = re.findall(r"\(([-+]?\d+\.?\d*(?:,\s*[-+]?\d+\.?\d*)*?)\)", text)
     return [entry.split(",") for entry in found]
 
 
 def lmms_eval_points(text: str, width: int, height: int) -> Pixels:
-    """lmms-eval, Where2Place and RefSpatial: every pair is taken for 0..1, integers too; no boxes."""
+    """lmms-eval, Where2Place and RefSpatial: every pair, even of integers, is in 0..1; no boxes."""
     pairs = [(float(entry[0]), float(entry[1])) for entry in _tuples(text) if len(entry) == 2]
     return [(int(x * width), int(y * height)) for x, y in pairs]
 
@@ -160,7 +160,7 @@ def roborefer_points(text: str, width: int, height: int) -> Pixels:
 
 
 def _mixed_points(text: str, width: int, height: int, *, inside: bool) -> Pixels:
-    """Read points and boxes; `inside` cuts boxes at the picture's sides.
+    """Read points and boxes; `inside` cuts boxes at the image's sides.
 
     A box with negative extent is empty (upstream: the row is dropped).
     """
@@ -178,7 +178,7 @@ def _mixed_points(text: str, width: int, height: int, *, inside: bool) -> Pixels
         else:
             x0, y0, x1, y1 = (int(value) for value in values)
             columns, rows = range(x0, x1), range(y0, y1)
-            if inside:  # upstream draws the box into a picture
+            if inside:  # upstream draws the box into an image
                 columns, rows = (
                     range(side)[slice(a, b)] for side, a, b in ((width, x0, x1), (height, y0, y1))
                 )
@@ -187,7 +187,7 @@ def _mixed_points(text: str, width: int, height: int, *, inside: bool) -> Pixels
 
 
 def mean_mask_value(points: Pixels, mask: FloatArray) -> float:
-    """Mean of the mask [height, width] at the points; 0 for a point outside of it, as upstream."""
+    """Return the mean of the mask [height, width] at the points; 0 outside of it, as upstream."""
     height, width = mask.shape
     found = [mask[int(y), int(x)] if 0 <= x < width and 0 <= y < height else 0.0 for x, y in points]
     return float(np.mean(found)) if found else 0.0

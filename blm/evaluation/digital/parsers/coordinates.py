@@ -1,9 +1,9 @@
 """Coordinates and lengths in an answer: points, boxes, distances. The caller names the convention.
 
-Four are in use, and numbers alone do not tell them apart: integers 0..1000 of each side (ours,
-Qwen3-VL), floats 0..1 (RoboPoint, Where2Place), pixels of the picture as the model saw it
+Four are in use, and numbers alone do not distinguish them: integers 0..1000 of each side (ours,
+Qwen3-VL), floats 0..1 (RoboPoint, Where2Place), pixels of the image as the model saw it
 (Qwen2.5-VL, RoboBrain 2.0), and y before x on 0..1000 (Gemini). All become thousandths of the
-picture's width and height, y down.
+image's width and height, y down.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Coordinates:
 
     kind: Literal["thousandths", "unit", "pixels", "yx1000"]
     size: tuple[int, int] | None = None
-    """Width and height of the picture that pixels refer to; None for the question's own."""
+    """Width and height of the image that pixels refer to; None for the question's own."""
 
     @classmethod
     def parse(cls, text: str) -> Coordinates:
@@ -35,16 +35,16 @@ class Coordinates:
         if text not in ("thousandths", "unit", "pixels", "yx1000"):
             raise BlmError(
                 f"coordinates '{text}' are unknown; valid: thousandths (integers 0..1000), unit (0..1), "
-                "yx1000 (y first), pixels (of the question's picture) or pixels:WIDTHxHEIGHT"
+                "yx1000 (y first), pixels (of the question's image) or pixels:WIDTHxHEIGHT"
             )
         return cls(text)  # type: ignore[arg-type]
 
     def to_thousandths(
         self, numbers: Sequence[str], size: tuple[int, int] | None
     ) -> tuple[float, ...] | None:
-        """x, y, x, y, .. in thousandths of the sides; None where a number breaks the convention.
+        """Return x, y, .. in thousandths of the sides; None for numbers of another convention.
 
-        `size` is that of the question's picture.
+        `size` is that of the question's image.
         """
         values = [float(number) for number in numbers]
         if self.kind == "yx1000":
@@ -58,7 +58,7 @@ class Coordinates:
             scale = (1000.0, 1000.0)
         elif self.kind == "pixels":
             width, height = self.size or size or (0, 0)
-            assert width and height, "pixels need the size of a picture"
+            assert width and height, "pixels need the size of an image"
             scale = (1000.0 / width, 1000.0 / height)
         return tuple(value * scale[index % 2] for index, value in enumerate(values))
 
@@ -83,15 +83,15 @@ def read_numbers(
 
 
 def inside(place: Sequence[float]) -> bool:
-    """Whether coordinates in thousandths lie in the picture."""
+    """Return whether coordinates in thousandths lie in the image."""
     return all(0 <= value <= 1000 for value in place)
 
 
 def read_metric(text: str) -> tuple[float, ...] | None:
-    """A length or vector in cm: "12 cm", "0.12 m", "(12, -3, 20) cm"; without a unit it is cm.
+    """Read a length or vector in cm: "12 cm", "0.12 m", "(12, -3, 20) cm"; the default unit is cm.
 
-    None for several different ones. Vectors go before lengths, lengths with a unit before bare
-    numbers.
+    None for several different ones. Vectors take precedence over lengths, lengths with a unit over
+    bare numbers.
     """
     unit = r"\s*(mm|cm|m|(?:milli|centi)?met(?:er|re)s?)\b"
     vector = rf"[(\[]\s*({_NUMBER}(?:\s*,\s*{_NUMBER})+)\s*[)\]](?:{unit})?"

@@ -1,10 +1,10 @@
 """Answer extraction: from a model's raw text to its answer, or to None. Nothing is guessed.
 
-The answer is what follows the reasoning. A letter counts where it is the whole answer, stands at
-the start or end of it as a label, is declared ("the answer is (B)", "C is correct"), or is the only
-one in brackets; two letters of equal standing, a denied letter and a refusal read as None. "A"
-before a word is an article. An option's own text stands for its letter. Places and lengths are read
-in coordinates.py.
+The answer follows the reasoning. A letter counts where it is the whole answer, is a label at the
+start or end of it, is declared ("the answer is (B)", "C is correct"), or is the only one in
+brackets; two letters of equal standing, a denied letter and a refusal are parsed as None. "A"
+before a word is an article. An option's own text stands for its letter. Places and lengths are
+parsed in coordinates.py.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ _DECLARED = (
     re.compile(r"""答案(?:是|为|:)\s*(?P<not>不)?["'(\[]?(?P<u>[A-Z])"""),
 )
 _AMBIGUOUS = "?"
-"""Read where letters contradict each other or a letter is denied: no later rule decides."""
+"""Result where letters contradict each other or a letter is denied: no later rule decides."""
 
 
 def final_answer(raw: str) -> str:
-    """Return the answer without the reasoning; empty when the reasoning was cut off.
+    r"""Return the answer without the reasoning; empty when the reasoning was cut off.
 
-    The last <answer> tag or \\boxed{} counts, else the last line "Answer: ...", else all that
-    follows.
+    The last <answer> tag or \boxed{} counts; without one, the last line "Answer: ..."; without
+    that, all text after the reasoning.
     """
     text = without_reasoning(raw)
     tagged = re.findall(r"<answer>(.*?)(?:</answer>|$)", text, re.DOTALL | re.IGNORECASE)
@@ -83,7 +83,7 @@ def without_reasoning(raw: str) -> str:
 
 
 def normalise(text: str) -> str:
-    """Words and numbers only, in one form."""
+    """Return only the words and numbers of a text, in one form."""
     words = [_DIGITS.get(word, word) for word in re.findall(r"-?\d+(?:\.\d+)?|\w+", text.lower())]
     kept = [word for word in words if word not in ("a", "an", "the")]
     return " ".join(kept or words)  # an answer may be the letter A
@@ -101,7 +101,7 @@ def read_yes_no(text: str) -> Literal["yes", "no"] | None:
 def read_choice(text: str, options: Sequence[str] = ()) -> str | None:
     """Return the letter of the option that the answer names, in upper case, or None.
 
-    `text` is a `final_answer`. Without `options` the letters A to H are known.
+    `text` is a `final_answer`. Without `options`, the valid letters are A to H.
     """
     plain = re.sub(r"[*`_]{1,3}", "", text).strip()
     letters = [chr(ord("A") + index) for index in range(len(options) or 8)]
@@ -120,8 +120,9 @@ def _whole(text: str) -> str | None:
 
 
 def _at_start(text: str) -> str | None:
-    """ "B. Pick it up", "(b) pick it up", "B, because ..", unless several lines or an alternative
-    follow.
+    """Read a letter at the start, as in "B. Pick it up", "(b) pick it up" and "B, because ..".
+
+    None if several lines or an alternative follow.
     """
     found = _START.match(text)
     if found is None:
@@ -140,7 +141,7 @@ def _at_start(text: str) -> str | None:
 
 
 def _declared(text: str) -> str | None:
-    """The last letter that is declared to be the answer."""
+    """Return the last letter that is declared to be the answer."""
     found = [match for pattern in _DECLARED for match in pattern.finditer(text)]
     if not found:
         return None
@@ -152,7 +153,7 @@ def _declared(text: str) -> str | None:
 
 
 def _last_line(text: str) -> str | None:
-    """A lone letter on the last line, where no other line is one."""
+    """Return a letter that is alone on the last line, if no other line is a letter."""
     lone = {match["letter"].upper() for line in text.splitlines() if (match := _LONE.fullmatch(line.strip()))}
     last = _LONE.fullmatch(text.splitlines()[-1].strip()) if text else None
     if last is None:
@@ -161,7 +162,7 @@ def _last_line(text: str) -> str | None:
 
 
 def _bracketed(text: str) -> str | None:
-    """The only letter in round brackets, unless it is denied."""
+    """Return the only letter in round brackets, unless it is denied."""
     found = list(re.finditer(r"(?<!\w)\(([A-Z])\)(?!\w)", text))
     if len({match[1] for match in found}) != 1:
         return _AMBIGUOUS if found else None
@@ -173,7 +174,7 @@ def _bracketed(text: str) -> str | None:
 
 
 def _by_text(text: str, options: Sequence[str]) -> str | None:
-    """The option whose words are the answer, or are the only option's words within a short one."""
+    """Return the option whose words are the answer, or the only one in a short answer."""
     said, words = normalise(text), [normalise(option) for option in options]
     equal = [index for index, option in enumerate(words) if option == said]
     if len(equal) == 1:

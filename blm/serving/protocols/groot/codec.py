@@ -24,10 +24,9 @@ from blm.types import BlmError, Observation, PolicyContract, shorten
 PARTS = ("arm", "gripper")
 """The modality keys of state and action, as in `meta/modality.json` of our datasets."""
 MAX_ROWS = 32
-"""Maximum observations of one request: the scheduler's batch size on a GPU."""
+"""Maximum number of observations per request: the scheduler's batch size on a GPU."""
 MARGIN = 2
-"""Ratio of the message limit to a full batch, which leaves room for one older frame per
-observation."""
+"""Ratio of the message limit to a full batch; it allows for one older frame per observation."""
 _TOKEN, _MAX_TOKEN = "api_token", 1024
 _MAGIC = b"\x93NUMPY"
 _HEADER_LENGTH = {1: 2, 2: 4, 3: 4}
@@ -36,8 +35,10 @@ _HEADER = re.compile(
     rb"\{'descr': '([<>|=][biuf]\d{1,2})', 'fortran_order': (False|True), "
     rb"'shape': \(([\d, ]{0,200})\), \} *\n"
 )
-"""The header that np.save writes for numbers. NumPy's own reader passes the header to Python's
-parser."""
+"""The header that np.save writes for numbers.
+
+NumPy's own reader would pass the header to Python's parser.
+"""
 
 
 def message_limit(contract: PolicyContract) -> int:
@@ -48,8 +49,10 @@ def message_limit(contract: PolicyContract) -> int:
 
 
 def item_limit() -> int:
-    """Return the maximum msgpack items of a request: nested texts per row, and 1024 for other
-    keys."""
+    """Return the maximum number of msgpack items of a request.
+
+    It allows for nested texts per row, and 1024 items for other keys.
+    """
     return 1024 + 8 * MAX_ROWS
 
 
@@ -58,15 +61,19 @@ def pack(message: Any) -> bytes:
 
 
 def unpack(data: bytes) -> Any:
-    """Decode a message. Raises BlmError for malformed data, too many items, and arrays without
-    numbers."""
+    """Decode a message.
+
+    Raises BlmError for malformed data, too many items, and arrays without numbers.
+    """
     check_limits(data, item_limit())
     return _unpack_counted(data)
 
 
 def read_request(message: bytes, accepts: Callable[[str], bool] | None) -> Mapping[str, Any]:
-    """Decode a request after `accepts` has accepted its API key; None needs no key. Raises
-    BlmError."""
+    """Decode a request after `accepts` has accepted its API key; None needs no key.
+
+    Raises BlmError.
+    """
     items = check_limits(message, item_limit())
     if accepts is not None and not _has_valid_key(message, items, accepts):
         raise BlmError(f"wrong or missing {_TOKEN}")
@@ -77,8 +84,7 @@ def read_request(message: bytes, accepts: Callable[[str], bool] | None) -> Mappi
 
 
 def _has_valid_key(message: bytes, items: list[slice], accepts: Callable[[str], bool]) -> bool:
-    """Find and check the API key among the items of the outermost map, without decoding the
-    others."""
+    """Check the API key in the outermost map, without decoding the other items."""
     given: Any = None
     try:
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -112,8 +118,10 @@ def _decode(value: dict[Any, Any]) -> Any:
 
 
 def _read_npy(data: Any) -> np.ndarray[Any, Any]:
-    """Return the array of a .npy file, read-only and exactly as large as its data. Raises
-    ValueError."""
+    """Return the array of a .npy file, read-only and exactly as large as its data.
+
+    Raises ValueError.
+    """
     if not isinstance(data, bytes) or data[:6] != _MAGIC or data[6:7] not in (b"\1", b"\2", b"\3"):
         raise ValueError(f"not a .npy file: {shorten(data, 40)}")
     begin = 8 + _HEADER_LENGTH[data[6]]

@@ -28,19 +28,26 @@ from blm.types import BlmError, Observation, Policy, PolicyContract, shorten
 log = logging.getLogger(__name__)
 ENDPOINTS = ("get_action", "get_modality_config", "ping", "reset")
 MAX_CLIENTS = 64
-"""Maximum connections. Beyond it, a new one replaces the oldest that has not sent a valid request
-yet."""
+"""Maximum number of connections.
+
+Beyond it, a new one replaces the oldest that has not sent a valid request yet.
+"""
 REQUEST_TIMEOUT_S = 20.0
-"""Timeout of a client's first valid request, and of every message from its first byte [s]."""
+"""Timeout of a client's first valid request, and of every further message [s].
+
+The latter starts with the first byte.
+"""
 LONGEST_ERROR = 1000
-"""Longest error message that is sent to a client [characters]."""
+"""Maximum length of an error message to a client [characters]."""
 LARGE_AT_ONCE = 4
-"""Large messages that are read at the same time; new and established connections have separate
-limits."""
+"""Maximum number of large messages that are read at the same time.
+
+New and established connections have separate limits.
+"""
 
 
 def add_groot(app: FastAPI, policy: Policy, *, host: str = "127.0.0.1", port: int = 5555) -> None:
-    """Let `app` also serve GR00T clients while it runs; they share its scheduler and API keys.
+    """Let `app` also serve GR00T clients, with its scheduler and API keys.
 
     The startup of the app raises BlmError if the address is in use.
     """
@@ -63,8 +70,7 @@ def add_groot(app: FastAPI, policy: Policy, *, host: str = "127.0.0.1", port: in
 
 
 class GrootServer:
-    """Serves GR00T clients. A connection has one request in progress at a time, of up to MAX_ROWS
-    rows."""
+    """Serves GR00T clients; a connection has one request of at most MAX_ROWS rows at a time."""
 
     def __init__(self, scheduler: ModelScheduler, contract: PolicyContract, access: AccessControl) -> None:
         self._scheduler, self._contract = scheduler, contract
@@ -143,7 +149,7 @@ class GrootServer:
         return asyncio.create_task(connection.receive(self._limit, REQUEST_TIMEOUT_S, self._slots[1]))
 
     async def _decode(self, connection: ZmtpConnection, request: ZmtpRequest) -> Mapping[str, Any] | None:
-        """Decode a request. If it is invalid, send the error to the client and return None."""
+        """Decode a request. For an invalid one, send the error and return None."""
         try:
             return codec.read_request(request.body, self._accepts)
         except BlmError as error:
@@ -181,8 +187,10 @@ class GrootServer:
     async def _act(
         self, observations: Sequence[Observation], within_s: float, client: str
     ) -> Sequence[ActionResult]:
-        """Return a result per row. If one fails or the client disconnects, the others are
-        cancelled."""
+        """Return a result per row.
+
+        If one fails or the client disconnects, the others are cancelled.
+        """
         try:
             async with asyncio.TaskGroup() as group:
                 rows = [group.create_task(self._scheduler.act(one, within_s, client)) for one in observations]

@@ -1,10 +1,10 @@
-"""The server side of ZMTP 3.0, the protocol of ZeroMQ over TCP, as far as REQ sockets need it.
+"""The server side of ZMTP 3.0, the protocol of ZeroMQ over TCP, for clients with REQ sockets.
 
-Not libzmq, because it collects all parts of a message, however many, before the program sees one:
-60 MB from a peer without a key took 1.6 GB. It also accepts connections without limit, and does not
-report that a peer has disconnected. Here everything is read piece by piece, with limits on size,
-parts and time. Sources: https://rfc.zeromq.org/spec/23/ (ZMTP 3.0), /37/ (3.1: PING), /28/
-(envelopes of requests).
+libzmq is not used, because it collects all parts of a message, however many, before the program
+sees one: 60 MB from a peer without a key took 1.6 GB. It also accepts connections without limit,
+and does not report that a peer has disconnected. Here everything is read piece by piece, with
+limits on size, parts and time. Sources: https://rfc.zeromq.org/spec/23/ (ZMTP 3.0), /37/ (3.1:
+PING), /28/ (envelopes of requests).
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ _READY = b"\x05READY" + b"\x0bSocket-Type" + (6).to_bytes(4, "big") + b"ROUTER"
 _MORE, _LONG, _COMMAND = 1, 2, 4
 """Flags of a frame: another part follows; the size has eight bytes; the frame is a command."""
 MAX_PARTS = 8
-"""Maximum parts of a message: its envelope, an empty part, the body."""
+"""Maximum number of parts of a message: its envelope, an empty part, the body."""
 MAX_COMMAND = 512
-"""Maximum size of a command [bytes]; the longest expected is READY with an identity of 255
-bytes."""
+"""Maximum size of a command [bytes]: READY with an identity of 255 bytes is the longest."""
 MAX_COMMANDS = 100
-"""Maximum commands per second; libzmq sends heartbeats a few times per second at most."""
+"""Maximum number of commands per second; libzmq sends few heartbeats."""
 MAX_ENVELOPE = 256 * MAX_PARTS
 SMALL = 2 * 2**20
 """Messages up to this size need no slot [bytes]."""
 WRITE_TIMEOUT_S = 20.0
-"""A peer that does not read its replies for this long is disconnected [s]."""
+"""Timeout of a reply to a peer that does not read [s]; then it is disconnected."""
 
 
 class ProtocolError(BlmError):
@@ -43,20 +42,22 @@ class ZmtpRequest:
     """A message of a REQ socket."""
 
     envelope: tuple[bytes, ...]
-    """Sent back before the reply; ends with the empty part."""
+    """Parts to send back before the reply; the last one is empty."""
     body: bytes
 
 
 class ZmtpConnection:
-    """One connection. Every wait has a timeout, except `receive` for the first byte of a
-    message."""
+    """One connection. Every wait has a timeout, except for the start of a message."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
         self._second, self._commands = 0.0, 0
 
     async def handshake(self) -> None:
-        """Exchange greetings. Raises ProtocolError, and EOFError when the peer disconnects."""
+        """Exchange greetings.
+
+        Raises ProtocolError, and EOFError when the peer disconnects.
+        """
         self._writer.write(_GREETING + _frame(_COMMAND, _READY))
         greeting = await self._reader.readexactly(len(_GREETING))
         if greeting[0] != 0xFF or greeting[9] != 0x7F or greeting[10] < 3:
@@ -68,11 +69,11 @@ class ZmtpConnection:
             raise ProtocolError("the peer did not send READY")
 
     async def receive(self, limit: int, within_s: float, slots: asyncio.Semaphore) -> ZmtpRequest:
-        """Return the next request, of at most `limit` bytes and complete `within_s` after its first
-        byte.
+        """Return the next request, of at most `limit` bytes.
 
-        A request above SMALL takes one of `slots` while it is read. Raises ProtocolError,
-        TimeoutError, and EOFError when the peer has disconnected.
+        It must be complete `within_s` after its first byte. A request above SMALL takes one of
+        `slots` while it is read. Raises ProtocolError, TimeoutError, and EOFError when the peer has
+        disconnected.
         """
         while True:
             first = await self._reader.readexactly(1)
@@ -85,15 +86,17 @@ class ZmtpConnection:
         return ZmtpRequest(tuple(parts[:-1]), parts[-1])
 
     async def send(self, request: ZmtpRequest, reply: bytes) -> None:
-        """Send a reply. Raises TimeoutError if the peer does not read, and OSError if it has
-        disconnected."""
+        """Send a reply.
+
+        Raises TimeoutError if the peer does not read, and OSError if it has disconnected.
+        """
         for part in request.envelope:
             self._writer.write(_frame(_MORE, part))
         self._writer.write(_frame(0, reply))
         await self._drain()
 
     def close(self) -> None:
-        """Close the connection; replies that the peer has not read by now are discarded."""
+        """Close the connection and discard replies that the peer has not read."""
         self._writer.close()
         if self._writer.transport.get_write_buffer_size():
             self._writer.transport.abort()

@@ -31,8 +31,10 @@ from blm.serving.scheduler import BusyError, ModelScheduler
 from blm.types import BlmError, ChatCapacity, Message
 
 COPIES_IN_PARSING = 3
-"""Memory while a body is parsed, in multiples of its size: the body, its JSON, the decoded image
-files."""
+"""Memory while a body is parsed, in multiples of its size.
+
+It holds the body, its JSON, and the decoded image files.
+"""
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     400: {"description": "a field is wrong; the error names it and the reason"},
     401: {"description": "wrong or missing API key"},
@@ -64,7 +66,7 @@ class ChatService:
     limits: ChatLimits
     reasoning: Reasoning = "inline"
     fingerprint: str | None = None
-    """`system_fingerprint` of replies: the hash of the weights."""
+    """The `system_fingerprint` of replies: the hash of the weights."""
     budget: MemoryBudget = field(init=False)
     parsing: anyio.CapacityLimiter = field(init=False)
 
@@ -132,7 +134,7 @@ def add_chat(app: FastAPI, service: ChatService) -> None:
 
 
 class _ChatHandler:
-    """Answers one chat request: queues it, and turns its stream state into the reply."""
+    """Answers one chat request: queues it, and turns its snapshots into the reply."""
 
     def __init__(
         self,
@@ -151,8 +153,10 @@ class _ChatHandler:
         """The client's address; the request queue serves clients round-robin."""
 
     async def reply(self, request: Request) -> Response:
-        """Return the response. Raises RequestError, before anything is sent, if the model cannot
-        answer."""
+        """Return the response.
+
+        Raises RequestError, before anything is sent, if the model cannot answer.
+        """
         self.client = None if request.client is None else request.client.host
         deltas = self.deltas()
         if not self.request.stream:
@@ -231,8 +235,10 @@ class _ChatHandler:
 
 
 class _Stream(StreamingResponse):
-    """A stream of events. Closes `deltas`, which cancels the request, when the connection ends,
-    even if it is lost before the first event."""
+    """A stream of events that cancels the request when the connection ends.
+
+    It closes `deltas`, even if the connection is lost before the first event.
+    """
 
     def __init__(self, events: AsyncIterator[str], deltas: Deltas, reservation: Reservation) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -247,8 +253,7 @@ class _Stream(StreamingResponse):
 
 
 def reasoning_of(request: ChatCompletionRequest, default: Reasoning) -> Reasoning:
-    """Return how to send the reasoning of an answer: as the request says, else as the server was
-    started."""
+    """Return where to send the reasoning of an answer: the request's or the server's setting."""
     if request.include_reasoning is False:
         return "hidden"
     if request.separate_reasoning is None:

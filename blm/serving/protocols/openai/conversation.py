@@ -1,7 +1,7 @@
-"""Parse a chat request: bytes -> JSON -> validated request -> conversation. No model and no network
-here.
+"""Parse a chat request: bytes -> JSON -> validated request -> conversation.
 
-Cheap checks come first: sizes are limited before anything is tokenized or decoded.
+There is no model and no network here. Cheap checks come first: sizes are limited before anything is
+tokenized or decoded.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from blm.types import ChatCapacity, Image, Message
 __all__ = ["ChatLimits", "ParsedChat", "RequestError", "parse_request"]
 
 DEFAULT_CAPACITY = ChatCapacity(context_tokens=4096, image_tokens=1, max_text_bytes=65_536, max_images=16)
-"""For a generator that does not state its capacity."""
+"""Capacity of a generator that does not state it."""
 PICTURE_BYTES = 4 * 2**20
 """Size of an encoded photo of 12 megapixels [bytes]."""
 LARGE_PICTURES = 4
 """Number of such photos that fit into a body; more images must be smaller."""
 ESCAPED_BYTES = 6
-"""Longest JSON form of one byte of text, such as \\u0041 [bytes]."""
+r"""Maximum length of the JSON form of one byte of text, such as \u0041 [bytes]."""
 FIELD_BYTES = 2**18
 """Size of the remaining fields of a body [bytes]."""
 VALUES_PER_TOKEN = 8
-"""JSON values that one token of context may become: a token may consist of several brackets."""
+"""Maximum number of JSON values per token, which may consist of several brackets."""
 FIELD_VALUES = 10_000
-"""JSON values of the remaining fields."""
+"""Number of JSON values of the remaining fields."""
 
 Role = Literal["system", "user", "assistant"]
 ROLES: Mapping[str, Role] = {
@@ -71,10 +71,9 @@ class ChatLimits:
     total_pixels: int = 32_000_000
     """Maximum pixels of all images in one request."""
     memory_bytes: int = 512 * 2**20
-    """Memory of all requests in progress, from the first byte of a body to the end of the
-    answer."""
+    """Memory of all requests in progress, until the ends of their answers [bytes]."""
     parsing_threads: int = 2
-    """Maximum requests that are parsed, decoded or tokenized at a time; others wait."""
+    """Maximum number of requests that are parsed, decoded or tokenized at a time."""
 
     def body(self, capacity: ChatCapacity) -> int:
         """Return the maximum size of a request body [bytes]."""
@@ -93,7 +92,7 @@ class EncodedConversation:
     """A conversation whose sizes are checked and whose images are still encoded."""
 
     turns: Sequence[tuple[Role, Sequence[str | EncodedPicture]]]
-    """Role, and content in reading order."""
+    """Role, and content in reading order, of each turn."""
 
     @property
     def pictures(self) -> Iterator[EncodedPicture]:
@@ -112,7 +111,10 @@ class EncodedConversation:
         )
 
     def decoded(self) -> tuple[Message, ...]:
-        """Return the conversation with decoded images. Raises RequestError for a broken image."""
+        """Return the conversation with decoded images.
+
+        Raises RequestError for a broken image.
+        """
         return tuple(
             Message(
                 role, tuple(part if isinstance(part, str) else Image(pixels=decode(part)) for part in parts)
@@ -130,8 +132,10 @@ class ParsedChat:
 def parse_request(
     body: bytes | bytearray, limits: ChatLimits, capacity: ChatCapacity = DEFAULT_CAPACITY
 ) -> ParsedChat:
-    """Parse a request body. Raises RequestError with status 400 that names the field, value and
-    rule."""
+    """Parse a request body.
+
+    Raises RequestError with status 400 that names the field, value and rule.
+    """
     document = load_object(body, limits.values(capacity))
     check_fields(document, ChatCompletionRequest)
     request = validated(ChatCompletionRequest, document)
@@ -171,7 +175,7 @@ def encode_conversation(
 
 
 def check_text_size(field: str, texts: Sequence[str], capacity: ChatCapacity) -> None:
-    """Raise RequestError for more text than the context can hold, whatever its tokenization."""
+    """Raise RequestError for more text than the context can hold in any tokenization."""
     size = sum(len(text.encode()) for text in texts)
     if size > capacity.max_text_bytes:
         message = (
@@ -182,11 +186,11 @@ def check_text_size(field: str, texts: Sequence[str], capacity: ChatCapacity) ->
 
 
 def _content(turn: ChatMessage, index: int, tools: Mapping[str, str]) -> list[ContentPart]:
-    """Return the content of a turn in reading order. `tools`: id of a tool call -> name of the
-    tool.
+    """Return the content of a turn in reading order.
 
-    The model does not support tools. A tool call in the history becomes the text `Call of
-    NAME(ARGUMENTS)`, and its result becomes a turn of the user that begins with `Result of NAME: `.
+    `tools` maps the id of a tool call to the tool's name. The model does not support tools. A tool
+    call in the history becomes the text `Call of NAME(ARGUMENTS)`, and its result becomes a turn of
+    the user that begins with `Result of NAME: `.
     """
     parts = list[ContentPart]()
     if turn.role in ("tool", "function"):

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 MAX_CHUNKS = 10_000
-"""Maximum chunks or segments of one file. Encoders write one per 8 kB or more."""
+"""Maximum number of chunks or segments of a file; encoders write one per 8 kB or more."""
 MAX_SCANS = 64
-"""Maximum scans of a progressive JPEG; encoders write about 10. Each covers the whole image, so
-thousands in a small file would take minutes."""
+"""Maximum number of scans of a progressive JPEG; encoders write about 10.
+
+Each covers the whole image, so thousands in a small file would take minutes.
+"""
 MAX_EXIF_ENTRIES = 200
-"""Maximum entries of an EXIF directory that are searched for the orientation."""
+"""Maximum number of entries of an EXIF directory that are searched for the orientation."""
 _ORIENTATION = 0x0112
 _PNG_DECODED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _JPEG_SIZES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -33,9 +35,9 @@ class PictureError(ValueError):
 @dataclass(frozen=True)
 class PictureHeader:
     format: str
-    """Its name in Pillow."""
+    """Name of the format in Pillow."""
     width: int
-    """[px], as stored, before the orientation is applied."""
+    """Width [px] as stored, before the orientation is applied."""
     height: int
     orientation: int
     """1 .. 8, as in EXIF; 1: upright."""
@@ -124,8 +126,7 @@ def _jpeg(data: bytes) -> PictureHeader:
 
 
 def _webp(data: bytes) -> PictureHeader:
-    """RFC 9649, section 2.7; sizes in the bitstreams: RFC 6386, section 9.1, and RFC 9649, section
-    3.4."""
+    """Read a WEBP file: RFC 9649, sections 2.7 and 3.4, and RFC 6386, section 9.1."""
     kind = data[12:16] if data[8:12] == b"WEBP" else b""
     if kind == b"VP8X":
         width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))

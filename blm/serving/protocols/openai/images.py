@@ -17,10 +17,10 @@ from blm.types import ImageArray, shorten
 
 FORMATS = "PNG, JPEG, WEBP, GIF (its first frame) and BMP"
 MAX_ASPECT = 200
-"""Maximum ratio of the longer to the shorter side; the image processors of Qwen-VL refuse more."""
+"""Maximum ratio of the longer to the shorter side, as in Qwen-VL's image processors."""
 BYTES_PER_PIXEL = 3
 DECODING_BYTES_PER_PIXEL = 12
-"""Peak memory of decoding: RGBA (4), its alpha (1), Pillow's RGB (4), the array (3)."""
+"""Peak memory of decoding: RGBA (4), alpha (1), Pillow's RGB (4), array (3)."""
 _HEAD = re.compile(r"\s*data:image(?:/[\w.+-]+)?(?:;[\w.+-]+=[\w.+-]*)*;base64\s*", re.IGNORECASE)
 _HEAD_CHARACTERS = 200
 _PERCENT_CODES = {"%2B": "+", "%2F": "/", "%3D": "=", "%0A": "", "%0D": "", "%20": ""}
@@ -40,10 +40,10 @@ _TRANSPOSE = {
 
 @dataclass(frozen=True)
 class EncodedPicture:
-    """An image whose size is known, but which is not decoded yet."""
+    """An image whose size is known but which is not decoded yet."""
 
     where: str
-    """Its path in the request, for error messages."""
+    """Path of the image in the request, for error messages."""
     header: PictureHeader
 
     @property
@@ -73,9 +73,10 @@ def read_pictures(uris: Sequence[tuple[str, str]], most: int, most_total: int) -
 
 
 def decode(picture: EncodedPicture) -> ImageArray:
-    """Return uint8 RGB [height, width, 3], upright, on a white background. Raises RequestError.
+    """Return uint8 RGB [height, width, 3], upright, on a white background.
 
-    The image keeps its size, because the model's image processor resizes it as in training.
+    Raises RequestError. The image keeps its size, because the model's image processor resizes it as
+    in training.
     """
     header = picture.header
     try:
@@ -103,8 +104,10 @@ def _header(uri: str, where: str) -> PictureHeader:
 
 
 def _from_base64(coded: str) -> bytes:
-    """Decode base64 of either alphabet (RFC 4648, sections 4 and 5); line breaks and padding are
-    optional."""
+    """Decode base64 of either alphabet (RFC 4648, sections 4 and 5).
+
+    Line breaks and padding are optional.
+    """
     if "%" in coded:
         for code, character in _PERCENT_CODES.items():
             coded = coded.replace(code, character).replace(code.lower(), character)

@@ -13,10 +13,10 @@ from blm.serving.scheduler import ModelScheduler
 
 
 def add_models(app: FastAPI, scheduler: ModelScheduler, name: str, serves: Sequence[str]) -> None:
-    """Add GET /v1/models and GET /v1/models/NAME in OpenAI's format, with vLLM's `root` and
-    `max_model_len`.
+    """Add GET /v1/models and GET /v1/models/NAME in OpenAI's format.
 
-    `serves` lists the abilities of the model: "chat", "actions" or both.
+    They also have vLLM's `root` and `max_model_len`. `serves` lists the abilities of the model:
+    "chat", "actions" or both.
     """
     created = int(time.time())
 

@@ -1,4 +1,4 @@
-"""Chat replies in OpenAI's format: visible text up to a stop string, reasoning split off, JSON."""
+"""Chat replies in OpenAI's format: text up to a stop string, reasoning split off, JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 Finish = Literal["stop", "length"]
 Reasoning = Literal["inline", "separate", "hidden"]
-"""Where <think>..</think> goes: into the content, into `reasoning_content`, or nowhere."""
+"""Destination of <think>..</think>: the content, `reasoning_content`, or nowhere."""
 THINK_START, THINK_END = "<think>", "</think>"
 
 
@@ -26,8 +26,7 @@ class ChoiceDelta:
 
 
 class VisibleText:
-    """The part of a growing text that can be sent: never to be taken back, and up to a stop
-    string."""
+    """The final part of a growing text: the text to send, up to a stop string."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops, self.sent, self.tokens = stops, "", 0
@@ -59,8 +58,7 @@ class VisibleText:
 
 
 class ReasoningSplitter:
-    """Splits a streamed text into the reasoning `<think>..</think>` at its beginning, and the
-    content."""
+    """Splits a streamed text into its reasoning `<think>..</think>` and its content."""
 
     def __init__(self, reasoning: Reasoning) -> None:
         self.reasoning = reasoning
@@ -91,7 +89,7 @@ class ReasoningSplitter:
         return content, thinking
 
     def _decided(self, ended: bool) -> bool:
-        """Return whether it is decided if the text begins with <think>."""
+        """Return whether it is known if the text begins with <think>."""
         return ended or not THINK_START.startswith(self._rest) or self._rest == THINK_START
 
 
@@ -104,8 +102,7 @@ def overlap(text: str, mark: str) -> int:
 
 
 class ChoiceState:
-    """The stream state of one choice of a reply: its text up to a stop string, as content and
-    reasoning."""
+    """The stream state of one choice of a reply, as content and reasoning."""
 
     def __init__(self, index: int, stops: Sequence[str], reasoning: Reasoning) -> None:
         self.index, self.text, self.split = index, VisibleText(stops), ReasoningSplitter(reasoning)

@@ -1,4 +1,4 @@
-"""Request bodies: read with limits on time and memory, then parsed as JSON of limited size."""
+"""Request bodies: read with limits on time and memory, then parsed as limited JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class MemoryBudget:
-    """Memory limit of all requests in progress together [bytes]. Use it in the event loop only."""
+    """Memory limit of all requests in progress [bytes]. Use it in the event loop only."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held = limit, 0
@@ -31,10 +31,10 @@ class Reservation:
         self.budget, self.held = budget, 0
 
     def hold(self, size: int) -> None:
-        """Change the reservation to `size` bytes. Raises RequestError 503 if other requests hold
-        too much.
+        """Change the reservation to `size` bytes.
 
-        A request that is alone may exceed the budget, since it would never be answered otherwise.
+        Raises RequestError 503 if other requests hold too much. A request that is alone may exceed
+        the budget, since it would never be answered otherwise.
         """
         others = self.budget.held - self.held
         if size > self.held and others and others + size > self.budget.limit:
@@ -71,11 +71,11 @@ async def read_body(request: Request, most: int, reservation: Reservation) -> by
 
 
 def load_object(body: bytes | bytearray, most_values: int) -> dict[str, Any]:
-    """Parse a JSON object of at most `most_values` values. Raises RequestError with status 400.
+    """Parse a JSON object of at most `most_values` values.
 
-    Values are counted by the characters ',', '[' and '{', including those inside strings: base64
-    contains none of them, and the length of texts is limited anyway. Of duplicate names the last
-    value counts, as in JavaScript.
+    Raises RequestError with status 400. Values are counted by the characters ',', '[' and '{',
+    including those inside strings: base64 contains none of them, and the length of texts is limited
+    anyway. Of duplicate names the last value counts, as in JavaScript.
     """
     count = sum(body.count(mark) for mark in (b",", b"[", b"{"))
     if count > most_values:
@@ -91,8 +91,10 @@ def load_object(body: bytes | bytearray, most_values: int) -> dict[str, Any]:
 
 
 def validated(kind: type[Model], document: Mapping[str, Any]) -> Model:
-    """Validate a JSON object as a request. Raises RequestError with status 400 that names the wrong
-    field."""
+    """Validate a JSON object as a request.
+
+    Raises RequestError with status 400 that names the invalid field.
+    """
     try:
         return kind.model_validate(document)
     except ValidationError as error:
@@ -117,8 +119,7 @@ def _refusal(found: ErrorDetails, document: Mapping[str, Any]) -> RequestError:
 
 
 def _path(found: ErrorDetails, document: Mapping[str, Any]) -> str:
-    """Return the path of the wrong field in the document, without pydantic's names of union
-    alternatives."""
+    """Return the path of the invalid field, without pydantic's names of union alternatives."""
     node: Any = document
     path = list[str]()
     for number, step in enumerate(found["loc"]):

@@ -1,8 +1,7 @@
-"""Request schemas in OpenAI's format: supported fields, ignored fields, and fields that must be
-default.
+"""Request schemas in OpenAI's format: supported, ignored and unsupported fields.
 
-A field that would change the answer and is not supported is refused by name. If it were ignored, a
-client would take the answer for a different one.
+A field that would change the answer and is not supported is refused by name, unless it has its
+default. If it were ignored, a client would take the answer for a different one.
 """
 
 from __future__ import annotations
@@ -25,10 +24,12 @@ MAX_STOPS = 16
 """Maximum number of stop strings; OpenAI allows 4."""
 MAX_STOP_CHARACTERS = 256
 GREEDY_TEMPERATURE = 1e-5
-"""Below this temperature decoding is greedy, as in vLLM (`_SAMPLING_EPS`): smaller divisors
-overflow."""
+"""Temperature below which decoding is greedy, as in vLLM (`_SAMPLING_EPS`).
+
+Smaller divisors overflow.
+"""
 SMALLEST_TOP_P = 1e-9
-"""Stands for `top_p: 0`, which OpenAI accepts: only the likeliest token remains."""
+"""Replacement of `top_p: 0`, which OpenAI accepts: only the likeliest token remains."""
 
 Int = Annotated[int, Strict()]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False)]
@@ -100,7 +101,10 @@ class ChatCompletionRequest(BaseModel):
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_tokens: Int | None = Field(None, ge=1)
     max_completion_tokens: Int | None = Field(None, ge=1)
-    """The newer name, which takes precedence. Both are capped at the model's context length."""
+    """The newer name, which takes precedence.
+
+    Both are capped at the model's context length.
+    """
     temperature: Number | None = Field(None, ge=0, le=2)
     """Default: greedy decoding, because questions about a scene have one answer."""
     top_p: Number | None = Field(None, ge=0, le=1)
@@ -111,14 +115,18 @@ class ChatCompletionRequest(BaseModel):
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
     separate_reasoning: Flag | None = None
-    """True: reasoning in `reasoning_content`; false: in the text; default: as the server was
-    started."""
+    """True: reasoning in `reasoning_content`; false: in the text.
+
+    The default is the server's setting.
+    """
     include_reasoning: Flag | None = None
     """False removes the reasoning from the reply."""
 
     def samplings(self, context_tokens: int) -> list[Sampling]:
-        """Return the sampling parameters of each of the `n` answers. Answer i uses the seed `seed +
-        i`."""
+        """Return the sampling parameters of each of the `n` answers.
+
+        Answer i uses the seed `seed + i`.
+        """
         limit = self.max_completion_tokens or self.max_tokens or DEFAULT_MAX_TOKENS
         first = self.seed if self.seed is not None else secrets.randbits(62)
         temperature = self.temperature or 0.0
@@ -145,7 +153,7 @@ class ChatCompletionRequest(BaseModel):
 
     @property
     def continuous_usage(self) -> bool:
-        """Whether every chunk of a stream carries the token counts so far, as in vLLM."""
+        """Whether every chunk of a stream has the token counts so far, as in vLLM."""
         return self.includes_usage and bool(
             self.stream_options and self.stream_options.continuous_usage_stats
         )
@@ -158,7 +166,10 @@ class TokenizeRequest(BaseModel):
     prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: Flag | None = None
-    """For `prompt` only; default true. Messages have the special tokens of the chat template."""
+    """For `prompt` only; default true.
+
+    Messages have the special tokens of the chat template.
+    """
     return_token_strs: Flag | None = None
 
 
@@ -173,7 +184,7 @@ IGNORED = frozenset(
         "parallel_tool_calls", "reasoning_effort", "verbosity", "request_id", "priority", "cache_salt",
     )
 )  # fmt: skip
-"""Labels and hints that do not have to change the answer."""
+"""Labels and hints that need not change the answer."""
 
 DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
@@ -234,12 +245,11 @@ DEFAULTS: Mapping[str, tuple[Any, ...]] = {
     "enable_thinking": (),
     "thinking_token_budget": (),
 }
-"""Unsupported fields of OpenAI's and vLLM's requests -> accepted values, beside null."""
+"""Unsupported fields of OpenAI's and vLLM's requests -> accepted values, besides null."""
 
 
 def check_fields(document: Mapping[str, Any], kind: type[BaseModel]) -> None:
-    """Raise RequestError with status 400 for an unknown field, and for an unsupported one with a
-    value other than its default."""
+    """Raise RequestError 400 for an unknown field, or an unsupported one without its default."""
     for name, value in document.items():
         if name in kind.model_fields or name in IGNORED:
             continue
@@ -261,8 +271,10 @@ def body_schema(kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def _inlined(schema: Any, parts: Mapping[str, Any]) -> Any:
-    """Replace each `$ref` of a JSON schema by its definition: an OpenAPI operation cannot hold
-    `$defs`."""
+    """Replace each `$ref` of a JSON schema by its definition.
+
+    An OpenAPI operation cannot hold `$defs`.
+    """
     if isinstance(schema, list):
         return [_inlined(value, parts) for value in schema]
     if not isinstance(schema, dict):

@@ -21,8 +21,7 @@ from blm.types import BlmError, Message
 
 
 class ChatTokenizer(Protocol):
-    """The model's tokenizer, such as `blm.backbone.tokenizing.BackboneTokenizer`. It must be
-    thread-safe."""
+    """A thread-safe tokenizer, such as `blm.backbone.tokenizing.BackboneTokenizer`."""
 
     @property
     def vocabulary(self) -> int: ...
@@ -37,7 +36,7 @@ class ChatTokenizer(Protocol):
 
 
 def add_tokenizing(app: FastAPI, service: ChatService, tokenizer: ChatTokenizer) -> None:
-    """Add both routes. They run in threads beside the model thread, with the limits of chat."""
+    """Add both routes. They run in threads, not in the model thread, with the limits of chat."""
 
     @app.post("/tokenize", openapi_extra=body_schema(TokenizeRequest), responses=ERROR_RESPONSES)
     async def tokenize(request: Request) -> dict[str, Any]:

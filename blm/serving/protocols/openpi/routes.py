@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 OPENPI_PATHS = ("/", "/v1/realtime/robot/openpi")
 """OpenPI's own path, and that of vLLM-Omni."""
 _LONGEST_ERROR = 1000
-"""Longest error message that is sent to a client [characters]."""
+"""Maximum length of an error message to a client [characters]."""
 
 
 def add_policy(app: FastAPI, policy: Policy) -> None:
@@ -49,8 +49,7 @@ def add_policy(app: FastAPI, policy: Policy) -> None:
 async def _serve_connection(
     socket: WebSocket, policy: Policy, scheduler: ModelScheduler, metrics: Metrics
 ) -> None:
-    """Send the contract, then reply to observations with action chunks until the client
-    disconnects.
+    """Send the contract, then reply to observations until the client disconnects.
 
     A connection has one request in progress at a time. Meanwhile the next message is awaited, which
     shows when the client disconnects; its request is then cancelled.

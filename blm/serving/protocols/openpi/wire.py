@@ -22,38 +22,47 @@ from blm.types import BlmError, ContractError, Observation, PolicyContract, shor
 
 STATE, PROMPT, ROBOT, SEED = "observation/state", "prompt", "robot", "seed"
 CHUNK, FROZEN = "chunk", "frozen"
-"""Real-time chunking: the remaining actions of the current chunk, and how many of them are executed
-during inference."""
+"""Real-time chunking: the rest of the current chunk, and the inference delay.
+
+The delay is the number of these actions that are executed during inference.
+"""
 DEADLINE = "deadline_ms"
-"""Deadline of a request, from its arrival [ms]. When it is missed, the reply has LATE and no
-actions."""
+"""Deadline of a request, from its arrival [ms].
+
+When it is missed, the reply has LATE and no actions.
+"""
 LATE = "late"
 REQUEST_ID, OBSERVED = "request_id", "observed_s"
-"""The client's number of the request, and the time of the observation on the client's clock [s].
-The server echoes both, so that the client can match the reply with its request and knows its
-age."""
+"""The client's number of the request, and the time of the observation on its clock [s].
+
+The server echoes both, so that the client can match the reply with its request and knows its age.
+"""
 IMAGES = "observation/images/"
-"""Prefix of the camera's name."""
+"""Prefix of the camera's name in a key."""
 OPENPI_IMAGES = {"base": "observation/image", "wrist": "observation/wrist_image"}
 """Camera -> its key in OpenPI's own examples."""
 MAX_ITEMS = 16_384
-"""Maximum msgpack items of a message from a server; a contract has about 60 per robot."""
+"""Maximum number of msgpack items of a server's message; a contract has 60 per robot."""
 MAX_SEED = 2**63 - 1
 """Largest seed that the generators of both torch and NumPy accept."""
 SMALLEST_LIMIT = 2 * 2**20
-"""Smallest frame limit [bytes]: a frame with two 640x480 images, the most common wrong size, must
-be received so that the error can name the right size."""
+"""Minimum frame limit [bytes].
+
+A frame with two 640x480 images, the most common wrong size, must be received so that the error can
+name the right size.
+"""
 MARGIN = 4
-"""Ratio of the frame limit to an observation: images sent as float32 must be received to be
-refused."""
+"""Ratio of the frame limit to an observation, so that images sent as float32 get an error."""
 _DTYPE = re.compile(r"[<>|=][a-zA-Z]\d{0,9}(\[\w{1,9}\])?")
 _SCALARS: dict[str, type | tuple[type, ...]] = {
     "b": bool, "i": int, "u": int, "f": (int, float), "U": str, "S": bytes,
 }  # fmt: skip
-"""Python type of a NumPy scalar of each kind. NumPy's constructors accept more: `bytes_(n)` makes n
-bytes."""
+"""Python type of a NumPy scalar of each kind.
+
+NumPy's constructors accept more: `bytes_(n)` creates n bytes.
+"""
 _MAX_EMPTY = 2**16
-"""Longest side of an empty array, whose shape its data do not limit."""
+"""Maximum side of an empty array, whose shape its data do not limit."""
 
 
 def pack(message: Any) -> bytes:
@@ -62,8 +71,10 @@ def pack(message: Any) -> bytes:
 
 
 def unpack(data: bytes, max_items: int = MAX_ITEMS) -> Any:
-    """Decode msgpack; arrays are read-only. Raises BlmError for malformed data and too many
-    items."""
+    """Decode msgpack; arrays are read-only.
+
+    Raises BlmError for malformed data and too many items.
+    """
     check_limits(data, max_items)
     try:
         return msgpack.unpackb(data, object_hook=_decode)
@@ -82,8 +93,10 @@ def frame_limit(contract: PolicyContract) -> int:
 
 
 def item_limit(contract: PolicyContract) -> int:
-    """Return the maximum msgpack items of a request: a chunk as lists of numbers, and 1024 for
-    other keys."""
+    """Return the maximum number of msgpack items of a request.
+
+    It allows for a chunk as lists of numbers, and 1024 items for other keys.
+    """
     dim = max(space.dim for space in contract.action_spaces.values())
     return 1024 + (contract.horizon + 1) * (dim + 1)
 
@@ -151,8 +164,10 @@ def to_request(observation: Observation, plain: bool = False) -> dict[str, Any]:
 
 
 def echo(request: Any) -> dict[str, Any]:
-    """Return the fields of a request that the reply echoes. Raises ContractError if they are not
-    numbers."""
+    """Return the fields of a request that the reply echoes.
+
+    Raises ContractError if they are not numbers.
+    """
     if not isinstance(request, Mapping):
         return {}
     kinds: dict[str, Any] = {REQUEST_ID: int, OBSERVED: int | float}
@@ -165,8 +180,10 @@ def echo(request: Any) -> dict[str, Any]:
 
 
 def deadline_s(request: Mapping[str, Any]) -> float:
-    """Return the deadline of a request [s]; infinite without one. Raises ContractError if it is
-    invalid."""
+    """Return the deadline of a request [s]; infinite without one.
+
+    Raises ContractError if it is invalid.
+    """
     value = request.get(DEADLINE, math.inf)
     if not _is_number(value) or not value > 0:
         raise ContractError(f"'{DEADLINE}' must be a positive number of milliseconds, got {shorten(value)}")
@@ -174,8 +191,10 @@ def deadline_s(request: Mapping[str, Any]) -> float:
 
 
 def to_observation(request: Any, contract: PolicyContract) -> Observation:
-    """Decode and check a request. Raises ContractError that names the wrong key and the accepted
-    keys."""
+    """Decode and check a request.
+
+    Raises ContractError that names the wrong key and the accepted keys.
+    """
     try:
         observation = _read(request, contract)
     except (KeyError, TypeError, ValueError) as error:
