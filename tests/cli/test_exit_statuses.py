@@ -12,8 +12,21 @@ import pytest
 
 from blm.cli import CLOSED_PIPE, INTERRUPTED, _was_interrupted
 
-START = "import sys; from blm.cli import main; print('started', flush=True); main(sys.argv[1:])"
-QUIET_START = START.replace("print('started', flush=True); ", "")
+QUIET_START = "import sys; from blm.cli import main; main(sys.argv[1:])"
+START = """
+import sys
+from blm.cli import main
+
+class FirstImport:
+    \"\"\"Says when `main` imports for the first time: from there on it handles interrupts.\"\"\"
+
+    def find_spec(self, name, path=None, target=None):
+        sys.meta_path.remove(self)
+        print("started", flush=True)
+
+sys.meta_path.insert(0, FirstImport())
+main(sys.argv[1:])
+"""
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.1, 0.3, 0.6])

@@ -41,10 +41,9 @@ def evaluate_physical(
     has `act_batch` and a `device` other than "cpu" stays in this process and answers all local
     workers, up to `max_batch` observations in one call. Other policies are created once in each
     worker, which is twice as fast on a CPU. `share_policy` overrides this choice; True also shares
-    a policy without `act_batch`, which is then called once for each observation. With max_batch=1,
-    a policy whose batches round differently from single calls gives the same bits every time. A
-    measured latency forbids batches. Privileged policies and engine "ray" need a policy in each
-    worker.
+    a policy without `act_batch`, which is then called once for each observation. max_batch=1 makes
+    results independent of batching. A measured latency forbids batches. Privileged policies and
+    engine "ray" need a policy in each worker.
 
     A killed run resumes from `out`/journal.jsonl. Raises ContractError when the policy does not fit
     the protocol, and BlmError when `out` belongs to another program or may belong to another
