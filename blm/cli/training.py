@@ -212,9 +212,7 @@ def _open(
     asked = [row.messages for row in clean_corpus(chosen.held_out, skip_bad=config.skip_bad)]
     asked = asked[:: max(1, len(asked) // chosen.held_out_rows)][: chosen.held_out_rows]
     held_out = TrainingSource(name="held out", conversations=asked, root=chosen.held_out)
-    reader = Reader(
-        made, config.limits, Processes.join(made.model.device.type), skip_bad=False, features=False
-    )
+    reader = Reader(made, config.limits, Processes.join(made.model.device), skip_bad=False, features=False)
     return made, sources, list(reader.read(held_out).rows)
 
 

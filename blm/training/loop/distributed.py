@@ -47,11 +47,15 @@ class Processes:
     """Of this process."""
 
     @classmethod
-    def join(cls, kind: str = "cpu") -> Processes:
-        """Meet the other processes, if a launcher started any; `kind` is a type of torch device."""
-        state = PartialState(cpu=kind == "cpu")
-        device = torch.device(kind) if state.num_processes == 1 or kind == "cpu" else state.device
-        return cls(state.process_index, state.num_processes, device)
+    def join(cls, device: torch.device | str = "cpu") -> Processes:
+        """Meet the other processes, if a launcher started any.
+
+        A process alone keeps `device` as it is, also "cuda:3"; several have one GPU each, by local rank.
+        """
+        device = torch.device(device)
+        state = PartialState(cpu=device.type == "cpu")
+        given = state.num_processes == 1 or device.type == "cpu"
+        return cls(state.process_index, state.num_processes, device if given else state.device)
 
     @property
     def first(self) -> bool:
@@ -61,14 +65,22 @@ class Processes:
         """Return the parts that this process works on in a step, one after the other."""
         return [Part(turn * self.count + self.rank, accumulate * self.count) for turn in range(accumulate)]
 
-    def sum(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
-        """Return sums over all processes, which must give the same names."""
+    def sum(self, values: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+        """Return sums over all processes, which must give the same names: float64, on this device.
+
+        The host does not wait for them; `read` does.
+        """
         names = sorted(values)
-        parts = [torch.as_tensor(values[name], device=self.device).detach() for name in names]
-        total = torch.stack([part.to(torch.float64) for part in parts])
+        total = torch.stack([self._number(values[name]) for name in names])
         if self.count > 1:
             dist.all_reduce(total)
-        return dict(zip(names, total.tolist(), strict=True))
+        return dict(zip(names, total.unbind(), strict=True))
+
+    def _number(self, value: Tensor | float) -> Tensor:
+        """Return a float64 without dimensions on this device; `full` writes a number without a copy."""
+        if isinstance(value, Tensor):
+            return value.detach().to(torch.float64)
+        return torch.full((), value, dtype=torch.float64, device=self.device)
 
     def gather(self, value: Tensor) -> list[Tensor]:
         """Return a tensor of one shape from every process, in order of rank, on the CPU."""
@@ -92,6 +104,12 @@ class Processes:
     def wait(self) -> None:
         if self.count > 1:
             dist.barrier()
+
+
+def read(*groups: Mapping[str, Tensor]) -> list[dict[str, float]]:
+    """Copy numbers of one precision and device to the host; it waits for the device once for all of them."""
+    numbers = iter(torch.stack([value for group in groups for value in group.values()]).tolist())
+    return [dict(zip(group, numbers, strict=False)) for group in groups]
 
 
 class Step(nn.Module):

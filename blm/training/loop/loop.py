@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -24,9 +24,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from blm.io import hold
-from blm.training.loop.distributed import Part, Processes, full, spread, unsynced, wants_shards, whole
+from blm.training.loop.distributed import Part, Processes, full, read, spread, unsynced, wants_shards, whole
 from blm.training.loop.metrics import Log, Meter
 from blm.training.loop.optimizers import Optimizers
 from blm.training.loop.state import cut_log, restore, save
@@ -139,13 +140,13 @@ def run_loop(
     another config or module, or when another process trains there.
     """
     out.mkdir(parents=True, exist_ok=True)
-    kind = next(module.parameters()).device.type
-    processes = Processes.join(kind)
+    device = next(module.parameters()).device
+    processes = Processes.join(device)
     if config.batch_size < processes.count * config.accumulate:
         parts = f"{processes.count} processes x {config.accumulate} parts"
         raise BlmError(f"batch_size is {config.batch_size}, but a step has {parts}; each needs a sample")
     wrapped, undo = spread(module, loss_fn, processes, config.shard or wants_shards())
-    devices = [torch.cuda.current_device()] if kind == "cuda" else []
+    devices = [device] if device.type == "cuda" else []
     with hold(out) if processes.first else nullcontext(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed * 65_537 + processes.rank)
         optimizer = Optimizers(
@@ -156,7 +157,8 @@ def run_loop(
             betas=config.betas,
             weight_decay=config.weight_decay,
         )
-        _Run[B](wrapped, module, config, out, processes, optimizer, ema).train(next_batch, on_eval)
+        make = _pinned(next_batch) if device.type == "cuda" else next_batch
+        _Run[B](wrapped, module, config, out, processes, optimizer, ema).train(make, on_eval)
     undo()
 
 
@@ -210,7 +212,10 @@ class _Run(Generic[B]):
                 bar.update(task, advance=1, description=f"{config.title}  loss {values['loss']:.4f}")
 
     def update(self, step: int, pieces: Sequence[Piece[B]]) -> tuple[dict[str, float], dict[str, float]]:
-        """Make one optimizer step; return loss, metrics and gradient norm before clipping, and sizes."""
+        """Make one optimizer step; return loss, metrics and gradient norm before clipping, and sizes.
+
+        The host waits for the device once, to read all these numbers.
+        """
         self.optimizer.zero_grad()
         kind = self.processes.device.type
         sizes = self.processes.sum(
@@ -223,15 +228,16 @@ class _Run(Generic[B]):
         )
         sums = defaultdict[str, Any](float)
         for piece in pieces:
-            share = piece.weight / max(sizes["weight"], 1.0e-9)
+            share = piece.weight / sizes["weight"].clamp_min(1.0e-9)
             with unsynced(self.step) if piece is not pieces[-1] else nullcontext():
                 with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
                     loss, metrics = self.step(piece.batch)
-                (loss * (share * self.processes.count)).backward()  # the processes' gradients are averaged
+                # the processes' gradients are averaged
+                _weighted(loss, share * self.processes.count).backward()
             for name, metric in {"loss": loss.detach(), **metrics}.items():
-                sums[name] = sums[name] + metric * share
-        values = self.processes.sum(sums)
-        values["grad_norm"] = self.clip()
+                sums[name] = sums[name] + _weighted(metric, share)
+        totals = self.processes.sum(sums) | {"grad_norm": self.clip()}
+        values, counts = read(totals, sizes)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             mine = [name for piece in pieces for name in piece.ids]
             ids = [name for part in self.processes.gather_objects(mine) for name in part]
@@ -242,15 +248,15 @@ class _Run(Generic[B]):
         self.optimizer.step(_schedule(self.config, step))
         if self.ema is not None:
             self.ema.update(self.module, step)
-        return values, sizes
+        return values, counts
 
-    def clip(self) -> float:
+    def clip(self) -> Tensor:
         """Clip the whole gradient; return its norm before. What no row needed gets a gradient of zero."""
         parameters = list(self.optimizer.names.values())
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        return full(nn.utils.clip_grad_norm_(parameters, self.config.clip)).item()
+        return full(nn.utils.clip_grad_norm_(parameters, self.config.clip)).to(torch.float64)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that a checkpoint holds; frozen parameters belong to whoever froze them."""
@@ -261,6 +267,13 @@ class _Run(Generic[B]):
             state = self.ema.module.state_dict(keep_vars=True)
             tensors |= {f"ema/{name}": value for name, value in state.items()}
         return tensors
+
+
+def _weighted(value: Any, share: Tensor) -> Any:
+    """Return a tensor times a float64 in the tensor's precision, as if `share` were a Python number."""
+    if not isinstance(value, Tensor):
+        return value * share
+    return value * share.to(value.dtype if value.is_floating_point() else torch.get_default_dtype())
 
 
 def _due(done: int, every: int) -> bool:
@@ -282,6 +295,19 @@ def _ahead(
             pieces = ahead.pop().result()
             ahead = [pool.submit(make, step + 1)] if step + 1 in steps else []
             yield pieces, time.perf_counter() - begin
+
+
+def _pinned(next_batch: Callable[[int, Part], Piece[B]]) -> Callable[[int, Part], Piece[B]]:
+    """Have batches in page-locked memory, from which they are copied while the device computes.
+
+    As of DataLoader: tensors in containers, and what an object's own `pin_memory` returns.
+    """
+
+    def make(step: int, part: Part) -> Piece[B]:
+        piece = next_batch(step, part)
+        return replace(piece, batch=pin_memory(piece.batch))
+
+    return make
 
 
 def _schedule(config: LoopConfig, step: int) -> float:

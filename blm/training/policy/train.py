@@ -147,7 +147,7 @@ def train_stage2(
     instance) is stored in both, and below "start" that of the checkpoint that training went on from. Raises
     BlmError if datasets and config do not fit together, and if the backbone is not bit for bit what it was.
     """
-    processes = Processes.join(torch.device(config.device).type)
+    processes = Processes.join(config.device)
     config = replace(config, device=str(processes.device))
     backbone = _load_backbone(config)
     frozen = FrozenProof.of(backbone)
@@ -259,7 +259,7 @@ def _run(
     drive: Callable[[int, PolicyNetwork], Mapping[str, float]] | None,
 ) -> None:
     teacher, names = cast(PolicyNetwork, ema.module), ("loss_flow", "loss_future")
-    best, first = Best(out), Processes.join(torch.device(config.device).type).first
+    best, first = Best(out), Processes.join(config.device).first
 
     def loss(batch: PolicyBatch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         losses = network.loss(batch.to(config.device), teacher)

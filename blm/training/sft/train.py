@@ -93,7 +93,7 @@ def train_stage1(
     backbone. `on_eval(steps done)` is called with the model in evaluation mode. Raises BlmError naming the
     conversation that cannot be used.
     """
-    processes, model = Processes.join(backbone.model.device.type), backbone.model
+    processes, model = Processes.join(backbone.model.device), backbone.model
     adapted = _choose_trained(backbone, config)
     read, counts = _read(backbone, sources, config, processes)
     schedule = MixtureSampler(
