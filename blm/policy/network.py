@@ -12,7 +12,7 @@ Shape legend: B batch, L prompt positions, d hidden size, H action steps, D padd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -94,7 +94,15 @@ class PolicyBatch:
     parts of a step, weighted by their samples, add up to the loss of the whole."""
 
     def to(self, device: torch.device | str) -> PolicyBatch:
-        tensors: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        """Copy to a device; the host does not wait for it if the batch lies in pinned memory."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PolicyBatch:
+        """Copy to page-locked memory."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> PolicyBatch:
+        tensors: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blm.backbone import Backbone, Inputs
 from blm.training.sft.pack import ExampleBatch, probe_rows
-from blm.training.sft.prefix_attention import is_turned
+from blm.training.sft.prefix_attention import is_turned, known_padding
 from blm.training.sft.tokenize import join, ready
 from blm.training.sft.vision_features import encode, eye_of, is_frozen, merged, see
 
@@ -48,6 +51,11 @@ class MaskedLossModel(nn.Module):
         """What the eye reads for one picture."""
         return join([probe_rows(self.backbone)[1].media(self.backbone)])
 
+    @cached_property
+    def dummy_on_device(self) -> Inputs:
+        """The same, ready for the model."""
+        return ready(self.backbone, self.dummy)
+
     def train(self, mode: bool = True) -> MaskedLossModel:
         super().train(mode)
         for part in self.eye:
@@ -57,23 +65,38 @@ class MaskedLossModel(nn.Module):
 
     def forward(self, batch: ExampleBatch) -> Answers:
         inputs = ready(self.backbone, batch.inputs)
-        # the mask of the next token: the first one is never predicted
-        loss_mask = batch.loss_mask.to(inputs["input_ids"].device).roll(-1, dims=1)
-        targets = inputs["input_ids"].roll(-1, dims=1)[loss_mask]
+        device = inputs["input_ids"].device
+        chosen = batch.before_answers.to(device, non_blocking=True)
+        targets = inputs["input_ids"].roll(-1, dims=1).flatten().index_select(0, chosen)
         nothing = self._nothing(inputs)
         read = merged(self.backbone, inputs)
         if batch.turns is not None and is_turned(self.backbone):
-            read["turns"] = batch.turns.to(loss_mask.device)
-        logits = self.model(**read, use_cache=False, logits_to_keep=loss_mask).logits.float()
+            read["turns"] = batch.turns.to(device)
+        with known_padding(batch.padding > 0), self._head_on(chosen):
+            logits = self.model(**read, use_cache=False).logits.float()
         loss = F.cross_entropy(logits, targets, reduction="sum")
         right = (logits.argmax(-1) == targets).sum()
-        return Answers(loss + nothing, targets.new_tensor(len(targets)), right)
+        return Answers(loss + nothing, torch.full_like(right, len(targets)), right)
+
+    @contextmanager
+    def _head_on(self, chosen: Tensor) -> Iterator[None]:
+        """Let the language head see these positions of a flattened batch only.
+
+        The models' own `logits_to_keep` takes a mask, and the host waits for the device to count it.
+        """
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, inputs: (inputs[0].flatten(0, 1).index_select(0, chosen),)
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _nothing(self, inputs: Inputs) -> Tensor | float:
         """Zero, for which the eye has run on the dummy picture if the batch has none."""
         needed = self.eye and (self.sharded or not all(map(is_frozen, self.eye)))
         if not needed or not inputs.keys().isdisjoint(self.dummy):
             return 0.0
-        seen = see(self.backbone, ready(self.backbone, self.dummy))
+        seen = see(self.backbone, self.dummy_on_device)
         deep = getattr(seen, "deepstack_features", None) or []
         return sum((piece.float() * 0).sum() for group in (seen.pooler_output, *deep) for piece in group)

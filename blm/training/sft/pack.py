@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ class ExampleBatch:
     inputs: Inputs
     loss_mask: Tensor
     """[G, L] bool."""
+    before_answers: Tensor
+    """[K] positions in the flattened batch whose next token is learnt; the first token of a row never is."""
     tokens: int
     """Positions that are no padding."""
     turns: Turns | None = None
@@ -42,6 +44,12 @@ class ExampleBatch:
     def padding(self) -> float:
         """Share of padding in the batch."""
         return 1 - self.tokens / self.loss_mask.numel()
+
+    def pin_memory(self) -> ExampleBatch:
+        """Copy what the model reads to page-locked memory, from which the host need not wait for a copy."""
+        inputs = {name: value.pin_memory() for name, value in self.inputs.items()}
+        turns = None if self.turns is None else self.turns.pin_memory()
+        return replace(self, inputs=inputs, turns=turns, before_answers=self.before_answers.pin_memory())
 
 
 def collate(backbone: Backbone, rows: Sequence[Row], ids: tuple[int, ...]) -> ExampleBatch:
@@ -74,7 +82,8 @@ def pack(backbone: Backbone, groups: Sequence[Sequence[Row]], ids: tuple[int, ..
     inputs = {"input_ids": torch.from_numpy(tokens), "attention_mask": mask, "position_ids": places}
     inputs |= join([row.media(backbone) for row in rows])
     turns = None if alone else lay_out(owner, segment_ids)
-    return ExampleBatch(ids, inputs, torch.from_numpy(loss_mask), sum(map(len, rows)), turns)
+    before_answers = torch.from_numpy(np.flatnonzero(np.roll(loss_mask, -1, axis=1)))
+    return ExampleBatch(ids, inputs, torch.from_numpy(loss_mask), before_answers, sum(map(len, rows)), turns)
 
 
 def _mask(backbone: Backbone, owner: np.ndarray, segment_ids: np.ndarray) -> Tensor:

@@ -7,7 +7,8 @@ attention function of transformers (AttentionInterface), so any of its decoders 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -42,8 +43,15 @@ class Turns(NamedTuple):
     """[G * L]: where each position's result is among those of all blocks; padding takes any."""
 
     def to(self, device: torch.device) -> Turns:
-        queries, keys, masks = (tuple(part.to(device) for part in parts) for parts in self[:3])
-        return Turns(queries, keys, masks, self.back.to(device))
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Turns:
+        """Copy to page-locked memory."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Turns:
+        queries, keys, masks = (tuple(map(change, parts)) for parts in self[:3])
+        return Turns(queries, keys, masks, change(self.back))
 
 
 def lay_out(owner: np.ndarray, segment_ids: np.ndarray) -> Turns:
@@ -131,11 +139,36 @@ def _rows(rows: Tensor, at: Tensor) -> Tensor:
     return rows.index_select(0, at.flatten()).unflatten(0, at.shape)
 
 
+_known = threading.local()
+
+
+@contextmanager
+def known_padding(padded: bool) -> Iterator[None]:
+    """Say whether rows are padded, for attention masks made in this thread meanwhile.
+
+    Without it `sdpa_mask` reads the mask back from the device to find out.
+    """
+    _known.padded = padded
+    try:
+        yield
+    finally:
+        del _known.padded
+
+
+def causal_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Return what `sdpa_mask` does: None if causal attention says all, else who attends to whom."""
+    padded = getattr(_known, "padded", None)
+    skip = kwargs.pop("allow_is_causal_skip", True)
+    if skip and padded is False and kwargs.get("local_size") is None:
+        return None
+    return sdpa_mask(*args, allow_is_causal_skip=skip and not padded, **kwargs)
+
+
 @contextmanager
 def turned(backbone: Backbone) -> Iterator[None]:
     """Let the decoder attend by turns where it is given them; it must have been loaded with "sdpa"."""
     AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, causal_mask)
     config = backbone.decoder.config
     before = config._attn_implementation
     if before == "sdpa":

@@ -8,8 +8,10 @@ only.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -124,7 +126,7 @@ def train_stage1(
         answers.eval()
         return on_eval(step) if on_eval is not None else {}
 
-    with turned(backbone):
+    with turned(backbone), checked_before():
         run_loop(
             model, loss, next_batch, config.loop, out, learning_rate=config.rate, on_eval=on_eval and evaluate
         )
@@ -137,6 +139,23 @@ def train_stage1(
         backbone.save(out / "backbone")
     processes.wait()
     return counts
+
+
+@contextmanager
+def checked_before() -> Iterator[None]:
+    """Switch off checks of transformers that read values back from the device in each step.
+
+    They compare the numbers of placeholders and picture features, as `Backbone.check` did for each row.
+    """
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _choose_trained(backbone: Backbone, config: Stage1Config) -> PeftModel | None:
