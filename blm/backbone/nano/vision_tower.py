@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -150,7 +150,7 @@ class ConvVision(PreTrainedModel):
     def maps(self, features: Tensor) -> Tensor:
         """[N, F, P] -> the log-probabilities [N, M, P + 1] of cells, and of nowhere."""
         scores = F.conv1d(features, self.score.weight.flatten(2), self.score.bias)
-        scores = torch.einsum("mk,nkp->nmp", self.mixing.to(scores), scores)
+        scores = torch.einsum("mk,nkp->nmp", self.mixing(scores), scores)
         nowhere = self.nowhere.expand(len(scores), -1)[..., None]
         return torch.cat([scores, nowhere], dim=-1).log_softmax(-1)
 
@@ -164,7 +164,7 @@ class ConvVision(PreTrainedModel):
         """
         looks = F.layer_norm(weights @ features.transpose(1, 2), features.shape[1:2])
         whole = self.whole(features)[:, None].expand_as(looks)
-        place = weights @ position_code(CELLS, CELLS).to(weights)
+        place = weights @ _cell_code(weights.device, weights.dtype)
         both = torch.cat([looks, whole], dim=-1)
         around = summary[:, None].expand(-1, weights.shape[1], -1)
         return place, both, self.metric(torch.cat([names, place, both, around], dim=-1))
@@ -173,16 +173,9 @@ class ConvVision(PreTrainedModel):
         """[N, F, P] -> [N, F]: the looks of the whole picture."""
         return F.layer_norm(features.mean(-1), features.shape[1:2])
 
-    @cached_property
-    def mixing(self) -> Tensor:
-        """[M, scores] of 0 and 1, on the CPU: which scores a map is the sum of."""
-        mixing = torch.zeros(self.maps_made, self.score.out_channels)
-        for place, thing in enumerate(self.config.things):
-            for word in words_of(thing):
-                mixing[place, self.words.index(word)] = 1
-        rest = self.maps_made - len(self.config.things)
-        mixing[len(self.config.things) :, len(self.words) :] = torch.eye(rest)
-        return mixing
+    def mixing(self, like: Tensor) -> Tensor:
+        """[M, scores] of 0 and 1, where and as `like` is: which scores a map is the sum of."""
+        return _mixing(tuple(self.config.things), self.maps_made, like.device, like.dtype)
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
         features, summary = self.features(pixel_values)
@@ -195,7 +188,7 @@ class ConvVision(PreTrainedModel):
         names = self.names(found)
         place, looks, metres = self.looks(features, summary, weights, names)
         fixed = self.fixed(looks[..., -features.shape[1] :]).sigmoid()
-        thing = (torch.arange(GRID * GRID) < FOUND).to(sure)[:, None]
+        thing = (torch.arange(GRID * GRID, device=sure.device) < FOUND).to(sure)[:, None]
         spelt = decimal_code((place[..., :2] + 1) * 50) * thing
         metres = torch.cat([metric_code(metres), decimal_code(100 * REACH * metres)], dim=-1) * fixed * thing
         view = VIEW_SCALE * self.view(summary).softmax(-1)
@@ -206,18 +199,50 @@ class ConvVision(PreTrainedModel):
 
     def names(self, found: Tensor) -> Tensor:
         """[N, K] numbers of maps -> [N, K + 4, WORDS + QUARTERS]: words of each, then the quarters."""
-        words = self.mixing.to(self.nowhere)[found]
+        words = self.mixing(self.nowhere)[found]
         words = F.pad(words, (0, WORDS - words.shape[-1], 0, QUARTERS))
-        quarter = torch.eye(QUARTERS).to(words).expand(len(found), -1, -1)
+        quarter = torch.eye(QUARTERS, device=words.device, dtype=words.dtype).expand(len(found), -1, -1)
         return torch.cat([words, F.pad(quarter, (0, 0, found.shape[1], 0))], dim=-1)
 
 
 def _quarters(like: Tensor) -> Tensor:
     """[N, 4, P]: uniform weights over the cells of each quarter."""
+    return _quarter_weights(like.device, like.dtype).expand(len(like), -1, -1)
+
+
+# These constants stay on the device: a copy for each picture would make the host wait for the device. They
+# are no buffers of the module, because every buffer counts in the hash of a frozen backbone.
+
+
+@lru_cache(maxsize=64)
+def _quarter_weights(device: torch.device, dtype: torch.dtype) -> Tensor:
     half = torch.arange(CELLS) * 2 // CELLS
     quarter = (half[:, None] * 2 + half[None, :]).flatten()
-    weights = F.one_hot(quarter, QUARTERS).T.to(like)
-    return (weights / weights.sum(-1, keepdim=True)).expand(len(like), -1, -1)
+    weights = F.one_hot(quarter, QUARTERS).T.to(dtype)
+    return (weights / weights.sum(-1, keepdim=True)).to(device)
+
+
+@lru_cache(maxsize=64)
+def _mixing(things: tuple[str, ...], maps: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    words = list(dict.fromkeys(word for thing in things for word in words_of(thing)))
+    rest = maps - len(things)
+    mixing = torch.zeros(maps, len(words) + rest)
+    for place, thing in enumerate(things):
+        for word in words_of(thing):
+            mixing[place, words.index(word)] = 1
+    mixing[len(things) :, len(words) :] = torch.eye(rest)
+    return mixing.to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _cell_code(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The position code of the cells."""
+    return position_code(CELLS, CELLS).to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _numbers(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(numbers, device=device, dtype=dtype)
 
 
 def position_code(height: int, width: int) -> Tensor:
@@ -229,7 +254,7 @@ def position_code(height: int, width: int) -> Tensor:
 
 def metric_code(place: Tensor) -> Tensor:
     """[..., 3] places from the robot [REACH m] -> [..., 3 + 6 P]: the same, and sin, cos for P periods."""
-    return _fourier(place, [2 * REACH / period for period in PERIODS])
+    return _fourier(place, tuple(2 * REACH / period for period in PERIODS))
 
 
 def decimal_code(number: Tensor) -> Tensor:
@@ -246,6 +271,6 @@ def decimal_code(number: Tensor) -> Tensor:
     return ((1 - share) * spelt(whole) + share * spelt(whole + 1)).flatten(-2)
 
 
-def _fourier(place: Tensor, frequencies: Sequence[float]) -> Tensor:
-    phase = (place[..., None] * place.new_tensor(frequencies) * math.pi).flatten(-2)
+def _fourier(place: Tensor, frequencies: tuple[float, ...]) -> Tensor:
+    phase = (place[..., None] * _numbers(frequencies, place.device, place.dtype) * math.pi).flatten(-2)
     return torch.cat([place, phase.sin(), phase.cos()], dim=-1)

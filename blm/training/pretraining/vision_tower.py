@@ -79,7 +79,8 @@ def teach_eye(backbone: Backbone, views: Sequence[View], loop: LoopConfig, out: 
         return Piece(batch, mine, weight=len(mine))
 
     def loss(batch: tuple[Tensor, Lessons]) -> tuple[Tensor, dict[str, Tensor | float]]:
-        return eye_loss(eye, batch[0].to(eye.device), Lessons(*(v.to(eye.device) for v in batch[1])))
+        pixels, *lessons = (value.to(eye.device, non_blocking=True) for value in (batch[0], *batch[1]))
+        return eye_loss(eye, pixels, Lessons(*lessons))
 
     eye.train()
     run_loop(eye, loss, next_batch, loop, out)
