@@ -184,7 +184,11 @@ class Backbone:
     def place(self, inputs: Inputs) -> Inputs:
         """Move inputs to the model's device, and pictures to its precision."""
         return {
-            name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+            name: value.to(
+                self.model.device,
+                self.model.dtype if value.is_floating_point() else None,
+                non_blocking=self.model.device.type == "cuda",
+            )
             for name, value in inputs.items()
         }
 

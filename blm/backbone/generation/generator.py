@@ -169,7 +169,7 @@ class Generation:
 
         Raises BlmError as `Backbone.encode` does; when anything fails, nothing has changed.
         """
-        inputs = {name: value.cpu() for name, value in self.backbone.encode(conversations).items()}
+        inputs = self.backbone.read(conversations)
         limit = self.backbone.decoder.config.max_position_embeddings
         clamped = [
             replace(sampling, max_tokens=max(1, min(sampling.max_tokens, limit - length)))
@@ -260,9 +260,11 @@ class Generation:
 
     def _stepped(self, batch: Batch) -> list[Batch]:
         device, rows = batch.rows.mask.device, batch.rows.longer()
+        last = [[answer.tokens[-1], answer.position] for answer in batch.answers]
+        tokens, positions = torch.tensor(last, device=device).split(1, dim=1)
         out = self.backbone.model(
-            input_ids=torch.tensor([[answer.tokens[-1]] for answer in batch.answers], device=device),
-            position_ids=torch.tensor([[answer.position] for answer in batch.answers], device=device),
+            input_ids=tokens,
+            position_ids=positions,
             attention_mask=rows.mask,
             use_cache=True,
             **{self._cache_name: rows.cache},
@@ -290,8 +292,8 @@ class Generation:
     def _choose(self, answers: Sequence[Answer], logits: Tensor) -> None:
         """Add a token to each answer; one for which none can be chosen has an error from now on."""
         scores = logits.float()
-        likeliest, usable = scores.argmax(-1).tolist(), scores.amax(-1).isfinite().tolist()
-        for answer, row, first, good in zip(answers, scores, likeliest, usable, strict=True):
+        found = torch.stack([scores.argmax(-1), scores.amax(-1).isfinite()], dim=1).tolist()
+        for answer, row, (first, good) in zip(answers, scores, found, strict=True):
             try:
                 if not good:
                     raise ScoreError("the model gave scores that are not finite")
