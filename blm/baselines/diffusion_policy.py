@@ -99,7 +99,7 @@ class DiffusionPolicy:
 
     @property
     def device(self) -> str:
-        return str(next(self.network.parameters()).device.type)
+        return str(next(self.network.parameters()).device)
 
     def reset(self) -> None:
         """Nothing to forget."""

@@ -74,8 +74,8 @@ class CheckpointPolicy:
 
     @property
     def device(self) -> str:
-        """Kind of device that it runs on: cpu, cuda, mps."""
-        return str(self.backbone.model.device.type)
+        """Device that it runs on: "cpu", "cuda:3"."""
+        return str(self.backbone.model.device)
 
     def reset(self) -> None:
         """Nothing to forget: a decision depends on its observation alone."""
@@ -91,7 +91,6 @@ class CheckpointPolicy:
         """
         checked = [self.contract.check(observation) for observation in observations]
         prompts = [control_prompt(o.instruction, o.robot, o.images) for o in checked]
-        tapped = self.backbone.tap(self.backbone.encode(prompts, side="right"), self.layer)
         config, robots = self.network.config, list(self.contract.action_spaces)
         states = [self.transforms[o.robot].state.forward(o.state) for o in checked]
         inputs = (
@@ -100,10 +99,12 @@ class CheckpointPolicy:
             seeded_noise([o.seed for o in checked], (config.horizon, config.max_dim)),
             torch.stack([pad_dims(np.ones_like(o.state), config.max_dim) > 0 for o in checked]),
         )
-        device = tapped.hidden.device
+        device = self.backbone.model.device
         going_on = self._going_on(checked)
+        # copied before the backbone runs: afterwards the host would wait for it
         kept = going_on and (going_on[0].to(device), going_on[1].to(device))
         state, robot, noise, dims = (x.to(device) for x in inputs)
+        tapped = self.backbone.tap(self.backbone.encode(prompts, side="right"), self.layer)
         actions = self.network.sample(tapped.hidden, tapped.mask, state, robot, noise, dims, kept)
         return decode(self.contract, self.transforms, checked, actions)
 
