@@ -158,10 +158,10 @@ def known_padding(padded: bool) -> Iterator[None]:
 def causal_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Return what `sdpa_mask` does: None if causal attention says all, else who attends to whom."""
     padded = getattr(_known, "padded", None)
-    skip = kwargs.pop("allow_is_causal_skip", True)
+    skip = kwargs.get("allow_is_causal_skip", True)
     if skip and padded is False and kwargs.get("local_size") is None:
         return None
-    return sdpa_mask(*args, allow_is_causal_skip=skip and not padded, **kwargs)
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": skip and not padded})
 
 
 @contextmanager
