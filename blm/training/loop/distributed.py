@@ -55,11 +55,11 @@ class Processes:
         A single process uses `device` with its index, such as "cuda:3". Of several processes each
         uses the GPU of its local rank.
         """
-        device = torch.device(device)
-        state = PartialState(cpu=device.type == "cpu")
-        if state.num_processes > 1 and device.type != "cpu":
-            device = state.device
-        return cls(state.process_index, state.num_processes, device)
+        own = torch.device(device)
+        state = PartialState(cpu=own.type == "cpu")
+        if state.num_processes > 1 and own.type != "cpu":
+            own = state.device
+        return cls(state.process_index, state.num_processes, own)
 
     @property
     def first(self) -> bool:
