@@ -189,6 +189,7 @@ class MultimodalModel:
             name: value.to(
                 self.model.device,
                 self.model.dtype if value.is_floating_point() and name not in exact else None,
+                non_blocking=self.model.device.type == "cuda",
             )
             for name, value in inputs.items()
         }

@@ -126,7 +126,7 @@ class TrainStage1(CliCommand):
         step = max(1, len(conversations) // self.held_out_rows)
         chosen = conversations[::step][: self.held_out_rows]
         source = TrainingSource(name="held out", conversations=chosen, root=self.held_out)
-        processes = Processes.join(backbone.model.device.type)
+        processes = Processes.join(backbone.model.device)
         tokenizer = CorpusTokenizer(
             backbone, self.config.limits, processes, skip_bad=False, cache_features=False
         )

@@ -117,8 +117,8 @@ class CheckpointPolicy:
 
     @property
     def device(self) -> str:
-        """Type of the device that the policy runs on: cpu, cuda, mps."""
-        return str(self.backbone.model.device.type)
+        """Device that the policy runs on, such as "cpu" or "cuda:3"."""
+        return str(self.backbone.model.device)
 
     def reset(self) -> None:
         """Do nothing: a chunk depends on its observation alone."""
@@ -136,7 +136,6 @@ class CheckpointPolicy:
         """
         checked = [self.contract.check(observation) for observation in observations]
         prompts = [control_prompt(o.instruction, o.robot, o.images) for o in checked]
-        tapped = self.backbone.tap(self.backbone.encode(prompts, side="right"), self.layer)
         config, robots = self.network.config, list(self.contract.action_spaces)
         states = [self.transforms[o.robot].state.forward(o.state) for o in checked]
         inputs = (
@@ -145,10 +144,12 @@ class CheckpointPolicy:
             seeded_noise([o.seed for o in checked], (config.horizon, config.max_dim)),
             torch.stack([pad_dims(np.ones_like(o.state), config.max_dim) > 0 for o in checked]),
         )
-        device = tapped.hidden.device
+        device = self.backbone.model.device
         prefix = self._action_prefix(checked)
+        # copied before the backbone runs, because a later copy would wait for the backbone
         prefix = prefix and prefix.to(device)
         state, robot, noise, dims = (x.to(device) for x in inputs)
+        tapped = self.backbone.tap(self.backbone.encode(prompts, side="right"), self.layer)
         actions = self.network.sample(tapped.hidden, tapped.mask, state, robot, noise, dims, prefix)
         return decode_chunks(self.contract, self.transforms, checked, actions)
 

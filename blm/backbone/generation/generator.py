@@ -178,7 +178,7 @@ class Generation:
         The first token of each answer is chosen here. Raises BlmError as `Backbone.encode` does. On
         any error no running sequence has changed.
         """
-        inputs = {name: value.cpu() for name, value in self.backbone.encode(conversations).items()}
+        inputs = self.backbone.read(conversations)
         limit = self.backbone.decoder.config.max_position_embeddings
         clamped = [
             replace(sampling, max_tokens=max(1, min(sampling.max_tokens, limit - length)))
@@ -272,9 +272,11 @@ class Generation:
     def _decode_step(self, batch: Batch) -> list[Batch]:
         """Generate one token for each sequence; return the remaining batch or batches."""
         device, cache = batch.cache.mask.device, batch.cache.extended()
+        last = [[sequence.tokens[-1], sequence.position] for sequence in batch.sequences]
+        tokens, positions = torch.tensor(last, device=device).split(1, dim=1)  # one copy to the device
         out = self.backbone.model(
-            input_ids=torch.tensor([[one.tokens[-1]] for one in batch.sequences], device=device),
-            position_ids=torch.tensor([[one.position] for one in batch.sequences], device=device),
+            input_ids=tokens,
+            position_ids=positions,
             attention_mask=cache.mask,
             use_cache=True,
             **{self._cache_name: cache.cache},

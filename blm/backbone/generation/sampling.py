@@ -70,8 +70,9 @@ class TokenChooser:
         A sequence for which no token can be chosen gets an `error`.
         """
         scores = logits.float()
-        likeliest, usable = scores.argmax(-1).tolist(), scores.amax(-1).isfinite().tolist()
-        for sequence, row, greedy, finite in zip(sequences, scores, likeliest, usable, strict=True):
+        # one tensor, so that the host waits for the device once
+        choices = torch.stack([scores.argmax(-1), scores.amax(-1).isfinite()], dim=1).tolist()
+        for sequence, row, (greedy, finite) in zip(sequences, scores, choices, strict=True):
             try:
                 if not finite:
                     raise ScoreError("the model's logits are not finite")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -161,7 +161,7 @@ class ConvVision(PreTrainedModel):
     def maps(self, features: Tensor) -> Tensor:
         """Return log-probabilities [N, M, P + 1] of cells and "nowhere", for features [N, F, P]."""
         scores = F.conv1d(features, self.score.weight.flatten(2), self.score.bias)
-        scores = torch.einsum("mk,nkp->nmp", self.mixing.to(scores), scores)
+        scores = torch.einsum("mk,nkp->nmp", self.mixing_matrix(scores), scores)
         nowhere = self.nowhere.expand(len(scores), -1)[..., None]
         return torch.cat([scores, nowhere], dim=-1).log_softmax(-1)
 
@@ -175,7 +175,7 @@ class ConvVision(PreTrainedModel):
         """
         appearance = F.layer_norm(weights @ features.transpose(1, 2), features.shape[1:2])
         average = self.average(features)[:, None].expand_as(appearance)
-        place = weights @ image_position_features(CELLS, CELLS).to(weights)
+        place = weights @ _cell_features(weights.device, weights.dtype)
         both = torch.cat([appearance, average], dim=-1)
         context = summary[:, None].expand(-1, weights.shape[1], -1)
         return place, both, self.metric(torch.cat([names, place, both, context], dim=-1))
@@ -184,16 +184,12 @@ class ConvVision(PreTrainedModel):
         """Return the normalised mean over all cells [N, F] of features [N, F, P]."""
         return F.layer_norm(features.mean(-1), features.shape[1:2])
 
-    @cached_property
-    def mixing(self) -> Tensor:
-        """Matrix [M, scores] of 0 and 1, on the CPU: the scores that add up to each map."""
-        mixing = torch.zeros(self.num_maps, self.score.out_channels)
-        for place, thing in enumerate(self.config.things):
-            for word in map_words(thing):
-                mixing[place, self.words.index(word)] = 1
-        rest = self.num_maps - len(self.config.things)
-        mixing[len(self.config.things) :, len(self.words) :] = torch.eye(rest)
-        return mixing
+    def mixing_matrix(self, like: Tensor) -> Tensor:
+        """Return the matrix [M, scores] of 0 and 1 that adds up the scores of each map.
+
+        It has the device and dtype of `like`.
+        """
+        return _mixing_matrix(tuple(self.config.things), self.num_maps, like.device, like.dtype)
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
         """Return tokens [N, 16, C] of the FOUND most probable things, then of the quarters."""
@@ -208,7 +204,7 @@ class ConvVision(PreTrainedModel):
         names = self.names(found)
         place, appearance, position = self.describe(features, summary, weights, names)
         is_fixed = self.fixed(appearance[..., -features.shape[1] :]).sigmoid()  # a fixed camera
-        is_thing = (torch.arange(GRID * GRID) < FOUND).to(presence)[:, None]
+        is_thing = (torch.arange(GRID * GRID, device=presence.device) < FOUND).to(presence)[:, None]
         digits = digit_features((place[..., :2] + 1) * 50) * is_thing
         metric = [metric_position_features(position), digit_features(100 * REACH * position)]
         metric_features = torch.cat(metric, dim=-1) * is_fixed * is_thing
@@ -228,18 +224,52 @@ class ConvVision(PreTrainedModel):
 
     def names(self, found: Tensor) -> Tensor:
         """Return one-hot names [N, K + 4, WORDS + QUARTERS] of maps [N, K] and the quarters."""
-        words = self.mixing.to(self.nowhere)[found]
+        words = self.mixing_matrix(self.nowhere)[found]
         words = F.pad(words, (0, WORDS - words.shape[-1], 0, QUARTERS))
-        quarter = torch.eye(QUARTERS).to(words).expand(len(found), -1, -1)
+        quarter = torch.eye(QUARTERS, device=words.device, dtype=words.dtype).expand(len(found), -1, -1)
         return torch.cat([words, F.pad(quarter, (0, 0, found.shape[1], 0))], dim=-1)
 
 
 def _quarters(like: Tensor) -> Tensor:
     """Return uniform weights [N, 4, P] over the cells of each quarter."""
+    return _quarter_weights(like.device, like.dtype).expand(len(like), -1, -1)
+
+
+# These constants are cached on the device, because the host waits for the device whenever it copies
+# them. They cannot be buffers of the module: the fingerprint of a frozen backbone includes buffers.
+
+
+@lru_cache(maxsize=64)
+def _quarter_weights(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return uniform weights [4, P] over the cells of each quarter."""
     half = torch.arange(CELLS) * 2 // CELLS
     quarter = (half[:, None] * 2 + half[None, :]).flatten()
-    weights = F.one_hot(quarter, QUARTERS).T.to(like)
-    return (weights / weights.sum(-1, keepdim=True)).expand(len(like), -1, -1)
+    weights = F.one_hot(quarter, QUARTERS).T.to(dtype)
+    return (weights / weights.sum(-1, keepdim=True)).to(device)
+
+
+@lru_cache(maxsize=64)
+def _mixing_matrix(
+    things: tuple[str, ...], num_maps: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    words = list(dict.fromkeys(word for thing in things for word in map_words(thing)))
+    rest = num_maps - len(things)
+    mixing = torch.zeros(num_maps, len(words) + rest)
+    for place, thing in enumerate(things):
+        for word in map_words(thing):
+            mixing[place, words.index(word)] = 1
+    mixing[len(things) :, len(words) :] = torch.eye(rest)
+    return mixing.to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _cell_features(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return image_position_features(CELLS, CELLS).to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, device=device, dtype=dtype)
 
 
 def image_position_features(height: int, width: int) -> Tensor:
@@ -254,7 +284,7 @@ def image_position_features(height: int, width: int) -> Tensor:
 
 def metric_position_features(place: Tensor) -> Tensor:
     """Return Fourier features [..., 3 + 6 P] of positions [..., 3] in units of REACH, P periods."""
-    return _fourier(place, [2 * REACH / period for period in PERIODS])
+    return _fourier(place, tuple(2 * REACH / period for period in PERIODS))
 
 
 def digit_features(number: Tensor) -> Tensor:
@@ -274,6 +304,7 @@ def digit_features(number: Tensor) -> Tensor:
     return ((1 - share) * spelt(whole) + share * spelt(whole + 1)).flatten(-2)
 
 
-def _fourier(place: Tensor, frequencies: Sequence[float]) -> Tensor:
-    phase = (place[..., None] * place.new_tensor(frequencies) * math.pi).flatten(-2)
+def _fourier(place: Tensor, frequencies: tuple[float, ...]) -> Tensor:
+    factors = _constants(frequencies, place.device, place.dtype)
+    phase = (place[..., None] * factors * math.pi).flatten(-2)
     return torch.cat([place, phase.sin(), phase.cos()], dim=-1)

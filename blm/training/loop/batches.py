@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
+
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from blm.training.loop.distributed import DataShard
 
@@ -27,6 +29,22 @@ class Microbatch(Generic[B]):
     """Number of tokens without padding, for `tokens_per_s`."""
     positions: int = 0
     """Number of tokens with padding, for `padding_share`."""
+
+
+def with_pinned_memory(
+    next_batch: Callable[[int, DataShard], Microbatch[B]],
+) -> Callable[[int, DataShard], Microbatch[B]]:
+    """Return `next_batch` with its batches in pinned memory: copying them to a GPU does not block.
+
+    As in torch's DataLoader, tensors in containers are pinned, and objects by their own
+    `pin_memory`.
+    """
+
+    def make(step: int, shard: DataShard) -> Microbatch[B]:
+        microbatch = next_batch(step, shard)
+        return replace(microbatch, batch=pin_memory(microbatch.batch))
+
+    return make
 
 
 def prefetch(

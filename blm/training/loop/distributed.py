@@ -49,11 +49,17 @@ class Processes:
     """Device of this process."""
 
     @classmethod
-    def join(cls, kind: str = "cpu") -> Processes:
-        """Join the process group, if a launcher started one; `kind` is a torch device type."""
-        state = PartialState(cpu=kind == "cpu")
-        device = torch.device(kind) if state.num_processes == 1 or kind == "cpu" else state.device
-        return cls(state.process_index, state.num_processes, device)
+    def join(cls, device: torch.device | str = "cpu") -> Processes:
+        """Join the process group, if a launcher started one.
+
+        A single process uses `device` with its index, such as "cuda:3". Of several processes each
+        uses the GPU of its local rank.
+        """
+        own = torch.device(device)
+        state = PartialState(cpu=own.type == "cpu")
+        if state.num_processes > 1 and own.type != "cpu":
+            own = state.device
+        return cls(state.process_index, state.num_processes, own)
 
     @property
     def first(self) -> bool:
@@ -64,14 +70,23 @@ class Processes:
         count = accumulate * self.count
         return [DataShard(turn * self.count + self.rank, count) for turn in range(accumulate)]
 
-    def sum(self, values: Mapping[str, Tensor | float]) -> dict[str, float]:
-        """Return sums over all processes, all of which must pass the same names."""
+    def sum(self, values: Mapping[str, Tensor | float]) -> dict[str, Tensor]:
+        """Return sums over all processes, all of which must pass the same names.
+
+        The sums are float64 scalars on this device, so that the host does not wait for them;
+        `read_scalars` copies them to the host.
+        """
         names = sorted(values)
-        scalars = [torch.as_tensor(values[name], device=self.device).detach() for name in names]
-        total = torch.stack([scalar.to(torch.float64) for scalar in scalars])
+        total = torch.stack([self._scalar(values[name]) for name in names])
         if self.count > 1:
             dist.all_reduce(total)
-        return dict(zip(names, total.tolist(), strict=True))
+        return dict(zip(names, total.unbind(), strict=True))
+
+    def _scalar(self, value: Tensor | float) -> Tensor:
+        """Return a float64 scalar on this device; `full` writes a Python number without a copy."""
+        if isinstance(value, Tensor):
+            return value.detach().to(torch.float64)
+        return torch.full((), value, dtype=torch.float64, device=self.device)
 
     def gather(self, value: Tensor) -> list[Tensor]:
         """Return the tensors (all of one shape) of every process, in order of rank, on the CPU."""
@@ -97,6 +112,12 @@ class Processes:
         """Wait until all processes arrive here."""
         if self.count > 1:
             dist.barrier()
+
+
+def read_scalars(*groups: Mapping[str, Tensor]) -> list[dict[str, float]]:
+    """Copy scalars of one dtype and device to the host, waiting for the device only once."""
+    values = iter(torch.stack([value for group in groups for value in group.values()]).tolist())
+    return [{name: next(values) for name in group} for group in groups]
 
 
 class LossModule(nn.Module):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from rich.console import Console
@@ -28,13 +28,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from blm.io import lock_folder
-from blm.training.loop.batches import Microbatch, prefetch
+from blm.training.loop.batches import Microbatch, prefetch, with_pinned_memory
 from blm.training.loop.distributed import (
     DataShard,
     Processes,
     fsdp_requested,
     full_tensor,
     gathered_weights,
+    read_scalars,
     without_gradient_sync,
     wrap_for_processes,
 )
@@ -128,13 +129,13 @@ def run_loop(
     holds a run of another config or module; and when another process trains there.
     """
     out.mkdir(parents=True, exist_ok=True)
-    kind = next(module.parameters()).device.type
-    processes = Processes.join(kind)
+    device = next(module.parameters()).device
+    processes = Processes.join(device)
     if config.batch_size < processes.count * config.accumulate:
         parts = f"{processes.count} processes x {config.accumulate} parts"
         raise BlmError(f"batch_size is {config.batch_size}, but a step has {parts}; each needs a sample")
     wrapped, unwrap = wrap_for_processes(module, loss_fn, processes, config.shard or fsdp_requested())
-    devices = [torch.cuda.current_device()] if kind == "cuda" else []
+    devices = [device] if device.type == "cuda" else []
     with lock_folder(out) if processes.first else nullcontext(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed * 65_537 + processes.rank)
         optimizer = Optimizers(
@@ -145,7 +146,8 @@ def run_loop(
             betas=config.betas,
             weight_decay=config.weight_decay,
         )
-        _Run[B](wrapped, module, config, out, processes, optimizer, ema).train(next_batch, on_eval)
+        make_batch = with_pinned_memory(next_batch) if device.type == "cuda" else next_batch
+        _Run[B](wrapped, module, config, out, processes, optimizer, ema).train(make_batch, on_eval)
     unwrap()
 
 
@@ -207,7 +209,8 @@ class _Run(Generic[B]):
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Take one optimizer step; return the means to log and the sizes.
 
-        The means are those of loss, metrics and the gradient norm before clipping.
+        The means are those of loss, metrics and the gradient norm before clipping. The host waits
+        for the device once, to read them all.
         """
         self.optimizer.zero_grad()
         kind = self.processes.device.type
@@ -221,16 +224,17 @@ class _Run(Generic[B]):
         )
         sums = defaultdict[str, Tensor | float](float)
         for microbatch in microbatches:
-            share = microbatch.weight / max(sizes["weight"], 1.0e-9)
+            share = microbatch.weight / sizes["weight"].clamp_min(1.0e-9)
             last = microbatch is microbatches[-1]
             with nullcontext() if last else without_gradient_sync(self.loss_module):
                 with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
                     loss, metrics = self.loss_module(microbatch.batch)
-                (loss * (share * self.processes.count)).backward()  # DDP and FSDP average over processes
+                # DDP and FSDP average over processes
+                _weighted(loss, share * self.processes.count).backward()
             for name, metric in {"loss": loss.detach(), **metrics}.items():
-                sums[name] = sums[name] + metric * share
-        values = self.processes.sum(sums)
-        values["grad_norm"] = self.clip()
+                sums[name] = sums[name] + _weighted(metric, share)
+        means = self.processes.sum(sums) | {"grad_norm": self.clip()}
+        values, counts = read_scalars(means, sizes)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             mine = [name for microbatch in microbatches for name in microbatch.ids]
             ids = [name for names in self.processes.gather_objects(mine) for name in names]
@@ -241,14 +245,14 @@ class _Run(Generic[B]):
         self.optimizer.step(self.lr_factor(step))
         if self.ema is not None:
             self.ema.update(self.module, step)
-        return values, sizes
+        return values, counts
 
     def lr_factor(self, step: int) -> float:
         """Return the factor of the peak learning rates at a step, 0 .. 1."""
         return cosine_with_warmup(step, steps=self.config.steps, warmup_fraction=self.config.warmup_fraction)
 
-    def clip(self) -> float:
-        """Clip the gradient of all parameters; return its norm before clipping.
+    def clip(self) -> Tensor:
+        """Clip the gradient of all parameters; return its norm before clipping, as float64.
 
         Parameters that no sample used get a gradient of zero, because AdamW treats zero and None
         differently.
@@ -257,7 +261,7 @@ class _Run(Generic[B]):
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        return full_tensor(nn.utils.clip_grad_norm_(parameters, self.config.clip)).item()
+        return full_tensor(nn.utils.clip_grad_norm_(parameters, self.config.clip)).to(torch.float64)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint, without frozen parameters."""
@@ -268,6 +272,13 @@ class _Run(Generic[B]):
             state = self.ema.module.state_dict(keep_vars=True)
             tensors |= {f"ema/{name}": value for name, value in state.items()}
         return tensors
+
+
+def _weighted(value: Any, share: Tensor) -> Any:
+    """Return value * share, rounded as if the float64 tensor `share` were a Python number."""
+    if not isinstance(value, Tensor):
+        return value * share
+    return value * share.to(value.dtype if value.is_floating_point() else torch.get_default_dtype())
 
 
 def _is_due(done: int, every: int) -> bool:

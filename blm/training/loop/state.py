@@ -57,8 +57,8 @@ def save_state(
 
 def _random_states(processes: Processes) -> dict[str, Tensor]:
     states = {f"rng/cpu/{i}": state for i, state in enumerate(processes.gather(torch.get_rng_state()))}
-    if torch.cuda.is_available():
-        cuda = processes.gather(torch.cuda.get_rng_state())
+    if processes.device.type == "cuda":
+        cuda = processes.gather(torch.cuda.get_rng_state(processes.device))
         states |= {f"rng/cuda/{i}": state for i, state in enumerate(cuda)}
     return states
 
@@ -97,8 +97,8 @@ def restore_state(
                 copy_full_tensor(saved.get_tensor(name), value)
         if (cpu := f"rng/cpu/{processes.rank}") in stored:
             torch.set_rng_state(saved.get_tensor(cpu))
-        if (cuda := f"rng/cuda/{processes.rank}") in stored and torch.cuda.is_available():
-            torch.cuda.set_rng_state(saved.get_tensor(cuda))
+        if (cuda := f"rng/cuda/{processes.rank}") in stored and processes.device.type == "cuda":
+            torch.cuda.set_rng_state(saved.get_tensor(cuda), processes.device)
     return header["done"], header["seconds"]
 
 

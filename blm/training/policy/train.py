@@ -166,7 +166,7 @@ def train_stage2(
     command, for instance) is stored in both, with that of the checkpoint to start from as "start".
     Raises BlmError if datasets and config do not match, and if the backbone has changed.
     """
-    processes = Processes.join(torch.device(config.device).type)
+    processes = Processes.join(config.device)
     config = replace(config, device=str(processes.device))
     backbone = _load_backbone(config)
     frozen = FrozenProof.of(backbone)
@@ -299,7 +299,7 @@ def _run(
     teacher = cast(PolicyNetwork, ema.module)
     names = ("loss_flow", "loss_future")
     best = BestCheckpoint(out)
-    first = Processes.join(torch.device(config.device).type).first
+    first = Processes.join(config.device).first
 
     def loss(batch: PolicyBatch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         losses = network.loss(batch.to(config.device), teacher)

@@ -87,9 +87,8 @@ def pretrain_vision_tower(
         return Microbatch(batch, mine, weight=len(mine))
 
     def loss(batch: tuple[Tensor, GroundingTargets]) -> tuple[Tensor, dict[str, Tensor | float]]:
-        pixels, targets = batch
-        on_device = GroundingTargets(*(value.to(tower.device) for value in targets))
-        return vision_tower_loss(tower, pixels.to(tower.device), on_device)
+        pixels, *targets = (value.to(tower.device, non_blocking=True) for value in (batch[0], *batch[1]))
+        return vision_tower_loss(tower, pixels, GroundingTargets(*targets))
 
     tower.train()
     run_loop(tower, loss, next_batch, loop, out)

@@ -5,15 +5,18 @@ The language head runs on the masked tokens only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blm.backbone import Backbone, Inputs
 from blm.training.sft.pack import ExampleBatch, probe_examples
-from blm.training.sft.prefix_attention import uses_prefix_attention
+from blm.training.sft.prefix_attention import known_padding, uses_prefix_attention
 from blm.training.sft.tokenize import concatenate_vision_inputs
 from blm.training.sft.vision_features import (
     encode_pictures,
@@ -58,6 +61,11 @@ class MaskedLossModel(nn.Module):
         """The vision inputs of one image."""
         return concatenate_vision_inputs([probe_examples(self.backbone)[1].vision_inputs(self.backbone)])
 
+    @cached_property
+    def dummy_picture_on_device(self) -> Inputs:
+        """The same on the model's device, copied only once."""
+        return self.backbone.place(self.dummy_picture)
+
     def train(self, mode: bool = True) -> MaskedLossModel:
         """Set the training mode, except of frozen vision modules."""
         super().train(mode)
@@ -69,24 +77,41 @@ class MaskedLossModel(nn.Module):
     def forward(self, batch: ExampleBatch) -> MaskedLoss:
         """Return the loss of the tokens of answers, each predicted from the tokens before it."""
         inputs = self.backbone.place(batch.inputs)
-        # shifted by one: the logits at a position predict the next token; the first is never predicted
-        loss_mask = batch.loss_mask.to(inputs["input_ids"].device).roll(-1, dims=1)
-        targets = inputs["input_ids"].roll(-1, dims=1)[loss_mask]
+        device = inputs["input_ids"].device
+        positions = batch.logit_positions.to(device, non_blocking=True)
+        # shifted by one: the logits at a position predict the next token
+        targets = inputs["input_ids"].roll(-1, dims=1).flatten().index_select(0, positions)
         zero = self._zero_of_unused_vision(inputs)
         arguments = forward_arguments(self.backbone, inputs)
         if batch.prefix_layout is not None and uses_prefix_attention(self.backbone):
-            arguments["prefix_layout"] = batch.prefix_layout.to(loss_mask.device)
-        logits = self.model(**arguments, use_cache=False, logits_to_keep=loss_mask).logits.float()
+            arguments["prefix_layout"] = batch.prefix_layout.to(device)
+        with known_padding(batch.padding > 0), self._logits_only_at(positions):
+            logits = self.model(**arguments, use_cache=False).logits.float()
         loss = F.cross_entropy(logits, targets, reduction="sum")
         correct = (logits.argmax(-1) == targets).sum()
-        return MaskedLoss(loss + zero, targets.new_tensor(len(targets)), correct)
+        return MaskedLoss(loss + zero, torch.full_like(correct, len(targets)), correct)
+
+    @contextmanager
+    def _logits_only_at(self, positions: Tensor) -> Iterator[None]:
+        """Run the language head only at these positions [K] of the flattened batch.
+
+        The models' own argument `logits_to_keep` takes a mask, and counting its elements makes the
+        host wait for the device.
+        """
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, inputs: (inputs[0].flatten(0, 1).index_select(0, positions),)
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _zero_of_unused_vision(self, inputs: Inputs) -> Tensor | float:
         """Return zero; without images in the batch, the dummy image's output times zero."""
         needed = self.vision_modules and (self.sharded or not all(map(is_frozen, self.vision_modules)))
         if not needed or "video_grid_thw" in inputs or not inputs.keys().isdisjoint(self.dummy_picture):
             return 0.0
-        output = vision_features(self.backbone, self.backbone.place(self.dummy_picture))
+        output = vision_features(self.backbone, self.dummy_picture_on_device)
         deepstack = getattr(output, "deepstack_features", None) or []
         groups = (output.pooler_output, *deepstack)
         return sum((features.float() * 0).sum() for group in groups for features in group)

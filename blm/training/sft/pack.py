@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,6 +45,9 @@ class ExampleBatch:
     """Arguments of the model's forward, on the CPU."""
     loss_mask: Tensor
     """[G, L] bool, True at the tokens of answers."""
+    logit_positions: Tensor
+    """[K] positions in the flattened batch whose logits the loss uses: those before the tokens of
+    answers. The first token of a sequence is never predicted."""
     tokens: int
     """Tokens without padding."""
     prefix_layout: PrefixAttentionLayout | None = None
@@ -54,6 +57,15 @@ class ExampleBatch:
     def padding(self) -> float:
         """Share of padding in the batch."""
         return 1 - self.tokens / self.loss_mask.numel()
+
+    def pin_memory(self) -> ExampleBatch:
+        """Return a batch whose tensors for the model are in pinned (page-locked) memory."""
+        return replace(
+            self,
+            inputs={name: value.pin_memory() for name, value in self.inputs.items()},
+            logit_positions=self.logit_positions.pin_memory(),
+            prefix_layout=None if self.prefix_layout is None else self.prefix_layout.pin_memory(),
+        )
 
 
 def collate(backbone: Backbone, examples: Sequence[TokenizedExample], ids: tuple[int, ...]) -> ExampleBatch:
@@ -99,7 +111,14 @@ def pack(
     }
     inputs |= concatenate_vision_inputs([example.vision_inputs(backbone) for example in examples])
     layout = None if plain else prefix_attention_layout(example_ids, segment_ids)
-    return ExampleBatch(ids, inputs, torch.from_numpy(loss_mask), sum(map(len, examples)), layout)
+    return ExampleBatch(
+        ids=ids,
+        inputs=inputs,
+        loss_mask=torch.from_numpy(loss_mask),
+        logit_positions=torch.from_numpy(np.flatnonzero(np.roll(loss_mask, -1, axis=1))),
+        tokens=sum(map(len, examples)),
+        prefix_layout=layout,
+    )
 
 
 def _attention_mask(backbone: Backbone, example_ids: np.ndarray, segment_ids: np.ndarray) -> Tensor:

@@ -8,7 +8,8 @@ similar length, attended, and scattered back. It is an attention function of tra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -46,9 +47,16 @@ class PrefixAttentionLayout(NamedTuple):
     """[G * L]: index of each position's result among those of all blocks; arbitrary at padding."""
 
     def to(self, device: torch.device) -> PrefixAttentionLayout:
-        """Return a copy on this device."""
-        queries, keys, masks = (tuple(part.to(device) for part in parts) for parts in self[:3])
-        return PrefixAttentionLayout(queries, keys, masks, self.scatter.to(device))
+        """Return a copy on a device; copying from pinned memory does not block the host."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PrefixAttentionLayout:
+        """Return a copy in pinned (page-locked) memory."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> PrefixAttentionLayout:
+        queries, keys, masks = (tuple(map(change, parts)) for parts in self[:3])
+        return PrefixAttentionLayout(queries, keys, masks, change(self.scatter))
 
 
 def prefix_attention_layout(example_ids: np.ndarray, segment_ids: np.ndarray) -> PrefixAttentionLayout:
@@ -151,11 +159,39 @@ def _gather(values: Tensor, positions: Tensor) -> Tensor:
     return values.index_select(0, positions.flatten()).unflatten(0, positions.shape)
 
 
+_padding = threading.local()
+
+
+@contextmanager
+def known_padding(padded: bool) -> Iterator[None]:
+    """Declare whether sequences are padded, for attention masks that this thread makes meanwhile.
+
+    Without it `sdpa_mask` reads the padding mask back from the device to find out.
+    """
+    _padding.padded = padded
+    try:
+        yield
+    finally:
+        del _padding.padded
+
+
+def sdpa_mask_without_sync(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Return the attention mask of `sdpa_mask`; None if causal attention needs no mask.
+
+    It respects `known_padding`.
+    """
+    padded = getattr(_padding, "padded", None)
+    skip = kwargs.get("allow_is_causal_skip", True)
+    if skip and padded is False and kwargs.get("local_size") is None:
+        return None
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": skip and not padded})
+
+
 @contextmanager
 def use_prefix_attention(backbone: Backbone) -> Iterator[None]:
     """Let the decoder use prefix attention for calls with a layout, if it uses "sdpa"."""
     AttentionInterface.register(NAME, prefix_attention_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, sdpa_mask_without_sync)
     config = backbone.decoder.config
     before = config._attn_implementation
     if before == "sdpa":

@@ -7,8 +7,10 @@ Images are loaded one step ahead, or cached as vision features if the vision tow
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -102,7 +104,7 @@ def train_stage1(
     called with the model in evaluation mode. Raises BlmError naming a conversation that cannot be
     used.
     """
-    processes, model = Processes.join(backbone.model.device.type), backbone.model
+    processes, model = Processes.join(backbone.model.device), backbone.model
     adapted = _choose_trained(backbone, config)
     tokenized, counts = _tokenize(backbone, sources, config, processes)
     sampler = MixtureSampler(
@@ -133,7 +135,7 @@ def train_stage1(
         return on_eval(step) if on_eval is not None else {}
 
     rate, evaluation = config.learning_rate, on_eval and evaluate
-    with use_prefix_attention(backbone):
+    with use_prefix_attention(backbone), without_placeholder_checks():
         run_loop(model, loss, next_batch, config.loop, out, learning_rate=rate, on_eval=evaluation)
     if config.checkpoint_blocks:
         model.activation_checkpointing_disable()
@@ -144,6 +146,24 @@ def train_stage1(
         backbone.save(out / "backbone")
     processes.wait()
     return counts
+
+
+@contextmanager
+def without_placeholder_checks() -> Iterator[None]:
+    """Switch off checks of transformers that read values back from the device in each step.
+
+    They compare the numbers of placeholders and image features, which `Backbone.check` has already
+    done for each example.
+    """
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _require_no_videos(sources: Sequence[TokenizedSource]) -> None:

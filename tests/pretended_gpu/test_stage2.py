@@ -1,0 +1,85 @@
+"""Stage II on a pretended GPU: the weights of the CPU, one synchronisation per step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blm.backbone import Backbone
+from blm.policy.policy import CheckpointPolicy
+from blm.training.loop.loop import LoopConfig
+from blm.training.policy import hidden_states
+from blm.training.policy.hidden_states import HiddenStateConfig, cache_hidden_states
+from blm.training.policy.train import PolicyTrainingConfig, train_stage2
+from blm.types import BlmError
+from tests.support.hidden_states import make_backbone, make_dataset
+from tests.support.policy_training import POLICY
+from tests.support.pretended_gpu import PretendedGpu, table
+from tests.support.pretended_gpu.comparison import GPU, assert_same, log_rows
+
+
+@pytest.fixture(scope="module")
+def policy_config(tmp_path_factory: pytest.TempPathFactory) -> PolicyTrainingConfig:
+    folder = tmp_path_factory.mktemp("stage2")
+    make_backbone(folder / "backbone")
+    for robot, joints in (("arm", 2), ("leg", 3)):
+        make_dataset(folder, robot, joints, lengths=(9, 8))
+    return PolicyTrainingConfig(
+        datasets=(folder / "arm", folder / "leg"),
+        backbone=str(folder / "backbone"),
+        intents=HiddenStateConfig(layer=1, cameras=("base",), workers=0, stride=2),
+        loop=LoopConfig(steps=3, batch_size=8, lr=4e-3, log_every=1),
+        policy=POLICY,
+        execute=3,
+        held_out=0.5,
+        validation_batches=1,
+    )
+
+
+@pytest.mark.parametrize("way", ["cached", "live", "muon in parts"])
+def test_stage_two_waits_once_a_step(
+    gpu: PretendedGpu,
+    policy_config: PolicyTrainingConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    saved: dict[str, list[Tensor]] = {}
+
+    def save(self: CheckpointPolicy, folder: Path, facts: Any) -> None:
+        if folder.name == "checkpoint":
+            saved[folder.parent.name] = [*self.network.state_dict().values()]
+
+    monkeypatch.setattr(CheckpointPolicy, "save", save)
+    monkeypatch.setattr("blm.training.policy.train.BestCheckpoint.update", lambda *_: None)
+    loop = policy_config.loop
+    if way == "muon in parts":
+        loop = replace(loop, muon=0.02 * hasattr(torch.optim, "Muon"), accumulate=2)
+    for name in ("cpu", GPU):
+        cache = None if way == "live" else tmp_path / f"cache {name}"
+        config = replace(policy_config, loop=loop, device=name, cache=cache)
+        with gpu.training_steps() as steps:
+            train_stage2(config, tmp_path / name, {})
+    assert_same(saved[GPU], saved["cpu"])
+    assert log_rows(tmp_path / GPU) == log_rows(tmp_path / "cpu")
+    assert [len(step) for step in steps] == [1, 1], table(steps[-1])
+
+
+def test_workers_that_fill_a_cache_get_the_device_by_its_full_name(
+    gpu: PretendedGpu, policy_config: PolicyTrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from blm.datasets.lerobot import open_dataset
+
+    def run_units(*_: Any, setup_args: tuple[Any, ...], **__: Any) -> None:
+        raise BlmError(setup_args[1])
+
+    monkeypatch.setattr(hidden_states, "run_units", run_units)
+    backbone = Backbone.load(policy_config.backbone, device=GPU)
+    dataset = open_dataset(policy_config.datasets[0])
+    with pytest.raises(BlmError, match=f"^{GPU}$"):
+        cache_hidden_states(backbone, policy_config.backbone, dataset, policy_config.intents, tmp_path)
