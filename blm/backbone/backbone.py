@@ -22,6 +22,7 @@ from transformers.utils import is_torchvision_available
 from blm.backbone.generation.generator import Generation
 from blm.backbone.model import MultimodalModel
 from blm.backbone.nano.model import SAMPLE_TEXTS, make_nano
+from blm.backbone.precision import place_weights, require_attention, use_attention
 from blm.backbone.saving import save_folder
 from blm.backbone.smol import make_smol
 from blm.io import recover_folder
@@ -37,12 +38,20 @@ class Backbone(MultimodalModel):
 
     @classmethod
     def load(
-        cls, name_or_folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        name_or_folder: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: str | None = None,
     ) -> Backbone:
         """Load a folder, or a name of BACKBONES ("nano" is built with random weights).
 
-        Raises UnknownNameError for a name that is neither.
+        `attn_implementation` is a name of ATTENTION_IMPLEMENTATIONS; None: the model's default.
+        Raises UnknownNameError for an unknown name, and BlmError if the model cannot use the
+        attention implementation.
         """
+        require_attention(attn_implementation)
         source: str | Callable[[], Backbone] = str(name_or_folder)
         if not recover_folder(Path(name_or_folder)).is_dir():
             source = lookup("backbone", str(name_or_folder), BACKBONES)
@@ -54,7 +63,8 @@ class Backbone(MultimodalModel):
             backbone = cls(model, _load_processor(source))
         else:
             backbone = source()
-        backbone.model.to(device=device, dtype=dtype)
+        use_attention(backbone.model, attn_implementation)
+        place_weights(backbone.model, device, dtype)
         return backbone
 
     def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:

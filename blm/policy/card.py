@@ -43,16 +43,17 @@ def model_card(config: Mapping[str, Any]) -> str:
             "",
             "**Trained on reserved scenes** (" + ", ".join(counts) + "): its scores on them mean nothing.",
         ]
-    if "frozen" in config:
+    if frozen := config.get("frozen"):
         lines += [
             "",
             "## Frozen",
             "",
-            "The backbone was hashed, and its logits on fixed prompts kept, before Stage II; both were the "
-            "same after it, and are compared at every load.",
+            "The backbone was hashed, and its logits on fixed prompts kept, before Stage II. The hash was "
+            "the same after it, and is compared at every load; the logits are compared, too, and a "
+            "difference beyond rounding gives a warning.",
             "",
-            f"sha256 of all parameters: `{config['frozen']['fingerprint']}`; "
-            f"{len(config['frozen']['logits'])} logits in config.json; tapped after block {config['layer']}.",
+            f"sha256 of all parameters: `{frozen.get('weights') or frozen['fingerprint']}`; "
+            f"{len(frozen['logits'])} logits in config.json; tapped after block {config['layer']}.",
         ]
     lines += ["", "## Made from", "", "```json", json.dumps(provenance, indent=1), "```", ""]
     return "\n".join(lines)

@@ -202,6 +202,7 @@ def train_stage2(
     if config.cache is not None and validate is None:
         backbone = _load_backbone(config)
     frozen.require(backbone, "after Stage II")
+    frozen.compare_logits(backbone, "after Stage II")
     if processes.first:
         policy(cast(PolicyNetwork, ema.module)).save(out / "checkpoint", facts)
         best = BestCheckpoint(out)
