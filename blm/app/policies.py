@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from blm.app.model import check_device
+from blm.backbone.precision import LoadOptions, WeightDtype
 from blm.datasets.lerobot import open_dataset
 from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy
 from blm.evaluation.physical.reference_policies import ReplayPolicy
@@ -83,15 +84,15 @@ def policy_factory(
     horizon: int,
     execute: int,
     api_key: str | None,
-    device: str,
+    load: LoadOptions,
     server_name: str = "",
 ) -> Callable[[], Policy]:
     """Return a picklable function that makes the policy `name`, in any process (see HELP).
 
     `cameras`, `image_size`, `horizon` and `execute` are for policies without a contract of their
-    own, `device` is for checkpoints, `api_key` for servers. `server_name` identifies the model
-    behind a server without a contract, which its address does not. Raises BlmError with the valid
-    forms for any other name.
+    own, `load` is for checkpoints, `api_key` for servers. `server_name` identifies the model behind
+    a server without a contract, which its address does not. Raises BlmError with the valid forms
+    for any other name.
     """
     pictures: Any = {"cameras": cameras, "image_size": image_size}
     if name == "expert":
@@ -103,18 +104,27 @@ def policy_factory(
         identity = f"{server_name} at {name}" if server_name else ""
         return partial(RemotePolicy, name, api_key=api_key, contract=replace(contract, revision=identity))
     if (checkpoint_folder(name) / "manifest.json").is_file():
-        check_device(device)
-        return partial(load_checkpoint, Path(name), device=device)
+        check_device(load.get("device", "cpu"))
+        return partial(load_checkpoint, Path(name), **load)
     raise BlmError(f"no policy '{name}': give {HELP}")
 
 
-def load_checkpoint(folder: Path, *, device: str = "cpu") -> Policy:
-    """Load a checkpoint of any kind. Raises BlmError for missing or altered files."""
+def load_checkpoint(
+    folder: Path,
+    *,
+    device: str = "cpu",
+    dtype: WeightDtype | None = None,
+    attn_implementation: str | None = None,
+) -> Policy:
+    """Load a checkpoint of any kind; `dtype` and `attn_implementation` are those of its backbone.
+
+    Raises BlmError for missing or altered files.
+    """
     if checkpoint_kind(folder) == "diffusion_policy":
         from blm.baselines.diffusion_policy import DiffusionPolicy
 
         return DiffusionPolicy.load(folder, device=device)
-    return CheckpointPolicy.load(folder, device=device)
+    return CheckpointPolicy.load(folder, device=device, dtype=dtype, attn_implementation=attn_implementation)
 
 
 def with_real_time_chunking(make: Callable[[], Policy]) -> Policy:

@@ -36,6 +36,9 @@ class Backbone(MultimodalModel):
     """A multimodal model that answers conversations; see `MultimodalModel` for prompts and hidden
     states."""
 
+    attn_implementation: str | None = None
+    """Attention implementation that `load` was asked for; None: the model's default."""
+
     @classmethod
     def load(
         cls,
@@ -64,6 +67,7 @@ class Backbone(MultimodalModel):
         else:
             backbone = source()
         use_attention(backbone.model, attn_implementation)
+        backbone.attn_implementation = attn_implementation
         place_weights(backbone.model, device, dtype)
         return backbone
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import nn
@@ -11,6 +11,16 @@ from transformers import PreTrainedModel
 from blm.types import BlmError, lookup
 
 WeightDtype = Literal["float32", "bfloat16"]
+
+
+class LoadOptions(TypedDict, total=False):
+    """Form in which the model of a checkpoint is loaded."""
+
+    device: str
+    dtype: WeightDtype | None
+    attn_implementation: str | None
+
+
 ATTENTION_IMPLEMENTATIONS = {
     name: name for name in ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 }
@@ -25,11 +35,16 @@ def frozen_dtype(device: str | torch.device, dtype: WeightDtype | None = None) -
     """
     on_cuda = torch.device(device).type == "cuda"
     chosen: torch.dtype = getattr(torch, dtype or ("bfloat16" if on_cuda else "float32"))
-    if on_cuda and chosen is torch.bfloat16 and torch.cuda.is_available():
-        with torch.cuda.device(device):
-            if not torch.cuda.is_bf16_supported(including_emulation=False):
-                raise BlmError(f"the GPU '{device}' does not support bfloat16; give --dtype float32")
+    if on_cuda and chosen is torch.bfloat16 and not _supports_bfloat16(device):
+        raise BlmError(f"the GPU '{device}' does not support bfloat16; give --dtype float32")
     return chosen
+
+
+def _supports_bfloat16(device: str | torch.device) -> bool:
+    if not torch.cuda.is_available():
+        return True
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def place_weights(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> None:

@@ -119,7 +119,7 @@ class DiffusionPolicy:
 
     @property
     def device(self) -> str:
-        return str(next(self.network.parameters()).device.type)
+        return str(next(self.network.parameters()).device)
 
     def reset(self) -> None:
         """Do nothing: a chunk depends on its observation alone."""

@@ -134,8 +134,8 @@ class CheckpointPolicy:
 
     @property
     def device(self) -> str:
-        """Type of the device that it runs on: cpu, cuda, mps."""
-        return str(self.backbone.model.device.type)
+        """Torch device that it runs on, such as cpu or cuda:0."""
+        return str(self.backbone.model.device)
 
     def reset(self) -> None:
         """Do nothing: a chunk depends on its observation alone."""

@@ -14,7 +14,7 @@ from blm.types import BlmError
 OUTPUTS = (
     "log.jsonl",
     "manifest.json",
-    "journal.jsonl",
+    "journal*.jsonl",
     "state-*.safetensors",
     "best.safetensors",
     "*.npy",

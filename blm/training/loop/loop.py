@@ -127,13 +127,13 @@ def run_loop(
     holds a run of another config or module; and when another process trains there.
     """
     out.mkdir(parents=True, exist_ok=True)
-    kind = next(module.parameters()).device.type
-    processes = Processes.join(kind)
+    device = next(module.parameters()).device
+    processes = Processes.join(device)
     if config.batch_size < processes.count * config.accumulate:
         parts = f"{processes.count} processes x {config.accumulate} parts"
         raise BlmError(f"batch_size is {config.batch_size}, but a step has {parts}; each needs a sample")
     wrapped, unwrap = wrap_for_processes(module, loss_fn, processes, config.shard or fsdp_requested())
-    devices = [torch.cuda.current_device()] if kind == "cuda" else []
+    devices = [device] if device.type == "cuda" else []
     with lock_folder(out) if processes.first else nullcontext(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed * 65_537 + processes.rank)
         optimizer = Optimizers(

@@ -11,6 +11,7 @@ frame itself. `LiveHiddenStates` computes H_k for every batch instead.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,10 +32,26 @@ from blm.datasets.mixture import IndexArray, kept_frames
 from blm.io import replacing, sha256_file, write_json
 from blm.jobs import MAX_WORKERS, Result, WorkUnit, run_units
 from blm.policy.codec import prompt_version
+from blm.training.loop.distributed import Processes
+from blm.training.policy.cache_processes import (
+    journal_path,
+    own_units,
+    require_same_facts,
+    require_shared,
+    run_together,
+    wait_for_manifest,
+    wait_for_shards,
+)
 from blm.training.run_inputs import require_same_inputs
 from blm.types import BlmError, ImageArray, require_numbers
 
 FORMAT = 2
+SAMPLE_BLOCKS = 16
+"""Blocks of a shard that are hashed when a filled cache is opened."""
+SAMPLE_BYTES = 65_536
+"""Size of such a block."""
+ALONE = Processes(0, 1, torch.device("cpu"))
+"""A process without others."""
 HiddenStateRows = list[NDArray[np.floating[Any]]]
 """Hidden states [L_i, d] of some frames; prompts differ in length."""
 
@@ -52,7 +69,8 @@ class HiddenStateConfig:
     batch_size: int = 32
     """Frames in one forward pass."""
     workers: int = 2
-    """Worker processes that fill a cache; 0: this process."""
+    """Worker processes that fill a cache, on the CPU, for each training process; 0: this process. On a
+    GPU, each training process computes its shards itself, with the backbone that it has."""
     shard_frames: int = 256
     """A shard ends with the episode that reaches this number of cached frames."""
     precision: Literal["float16", "int8"] = "float16"
@@ -174,38 +192,106 @@ def collate(rows: HiddenStateRows) -> tuple[Tensor, Tensor]:
 
 
 def cache_hidden_states(
-    backbone: Backbone, source: str, dataset: EpisodeDataset, config: HiddenStateConfig, folder: Path
+    backbone: Backbone,
+    source: str,
+    dataset: EpisodeDataset,
+    config: HiddenStateConfig,
+    folder: Path,
+    processes: Processes = ALONE,
 ) -> CachedHiddenStates:
     """Fill the cache `folder`, or the missing part of it; check it, and open it.
 
-    `source` is the name or folder from which worker processes load `backbone`. Raises BlmError if
-    the folder holds a cache with another spec, or one that was altered.
+    `source` is the name or folder from which worker processes load `backbone`. All of `processes`
+    call this, and each computes a part of the shards. Raises BlmError, in every process, if the
+    folder holds a cache with another spec, or one that was altered, or if the processes see
+    different files.
     """
     spec = describe(backbone, dataset, config)
-    require_same_inputs(folder / "spec.json", spec, f"intent cache '{folder}' is stale")
     manifest = folder / "manifest.json"
+
+    def prepare() -> None:
+        if processes.first:
+            require_same_inputs(folder / "spec.json", spec, f"intent cache '{folder}' is stale")
+            if not manifest.exists():
+                _report_size(LiveHiddenStates(backbone, dataset, config), folder)
+
+    require_same_facts(processes, f"intent cache '{folder}'", spec)
+    run_together(processes, prepare)
+    require_shared(processes, folder)
     if not manifest.exists():
-        _report_size(LiveHiddenStates(backbone, dataset, config), folder)
-        results = run_units(
-            _write_shard,
-            list(_shards(dataset, config, folder)),
-            journal=folder / "journal.jsonl",
-            workers=config.workers,
-            title=f"intents of {dataset.space.robot}",
-            setup=_set_up_worker,
-            setup_args=(source, str(backbone.model.device), backbone.model.dtype, dataset.folder, config),
-        )
-        _worker.clear()
-        write_json(manifest, results)
+        _fill(backbone, source, dataset, config, folder, processes)
     shards: dict[str, Result] = json.loads(manifest.read_text())
-    for name, shard in shards.items():
-        if not (folder / name).exists() or sha256_file(folder / name) != shard["sha256"]:
-            raise BlmError(
-                f"intent cache '{folder}': {name} is missing or altered; move the folder away, run again"
-            )
+    run_together(processes, lambda: _require_unaltered(folder, shards))
     if errors := [shard["error"] for shard in shards.values() if "error" in shard]:
         Console(stderr=True).print(f"int8 intents: RMS error {np.mean(errors):.2%} of the values' own RMS")
     return CachedHiddenStates(folder, shards, config)
+
+
+def _fill(
+    backbone: Backbone,
+    source: str,
+    dataset: EpisodeDataset,
+    config: HiddenStateConfig,
+    folder: Path,
+    processes: Processes,
+) -> None:
+    """Compute the missing shards of this process, and wait for those of the others."""
+    units = list(_shards(dataset, config, folder))
+    setup: dict[str, Any] = {"workers": config.workers}
+    if config.workers and backbone.model.device.type == "cpu":
+        setup["setup"] = _set_up_worker
+        setup["setup_args"] = (
+            source,
+            backbone.model.dtype,
+            backbone.attn_implementation,
+            dataset.folder,
+            config,
+        )
+    else:  # further processes would hold further copies of the backbone on the same GPU
+        setup["workers"] = 0
+        _worker[:] = [LiveHiddenStates(backbone, dataset, config)]
+    if mine := own_units(units, folder, processes):
+        part = f", process {processes.rank} of {processes.count}" if processes.count > 1 else ""
+        title = f"intents of {dataset.space.robot}{part}"
+        run_units(_write_shard, mine, journal=journal_path(folder, processes.rank), title=title, **setup)
+    _worker.clear()
+    if processes.first:
+        write_json(folder / "manifest.json", wait_for_shards(units, folder))
+    else:
+        wait_for_manifest(folder)
+
+
+def _require_unaltered(folder: Path, shards: Mapping[str, Result]) -> None:
+    """Raise BlmError for a shard that is missing or altered, by its size and by samples of it.
+
+    The whole file was hashed when it was written. Caches of older versions have no samples and are
+    hashed again.
+    """
+    for name, shard in shards.items():
+        path = folder / name
+        same = path.exists() and (
+            (path.stat().st_size, _sample_sha256(path)) == (shard["bytes"], shard["sample_sha256"])
+            if "sample_sha256" in shard
+            else sha256_file(path) == shard["sha256"]
+        )
+        if not same:
+            raise BlmError(
+                f"intent cache '{folder}': {name} is missing or altered; move the folder away, run again"
+            )
+
+
+def _sample_sha256(path: Path) -> str:
+    """Return the sha256 of blocks at the beginning, at the end and evenly between; of a small file,
+    all of it is hashed."""
+    size = path.stat().st_size
+    if size <= SAMPLE_BLOCKS * SAMPLE_BYTES:
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for start in np.linspace(0, size - SAMPLE_BYTES, SAMPLE_BLOCKS).astype(int).tolist():
+            file.seek(start)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def describe(backbone: Backbone, dataset: EpisodeDataset, config: HiddenStateConfig) -> dict[str, Any]:
@@ -264,9 +350,13 @@ _worker: list[LiveHiddenStates] = []
 
 
 def _set_up_worker(
-    source: str, device: str, dtype: torch.dtype, dataset: Path, config: HiddenStateConfig
+    source: str,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    dataset: Path,
+    config: HiddenStateConfig,
 ) -> None:
-    backbone = Backbone.load(source, device=device, dtype=dtype)
+    backbone = Backbone.load(source, dtype=dtype, attn_implementation=attn_implementation)
     _worker[:] = [LiveHiddenStates(backbone, open_dataset(dataset), config)]
 
 
@@ -292,4 +382,5 @@ def _write_shard(payload: tuple[Path, list[IndexArray]]) -> Result:
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, stored)
     frames = np.concatenate(episodes).tolist()
+    result |= {"bytes": path.stat().st_size, "sample_sha256": _sample_sha256(path)}
     return {"frames": frames, "lengths": [len(row) for row in rows], "sha256": sha256_file(path), **result}

@@ -101,7 +101,7 @@ def train_stage1(
     `out/adapter`, and merged into the backbone. `on_eval(steps done)` is called with the model in
     evaluation mode. Raises BlmError naming a conversation that cannot be used.
     """
-    processes, model = Processes.join(backbone.model.device.type), backbone.model
+    processes, model = Processes.join(backbone.model.device), backbone.model
     adapted = _choose_trained(backbone, config)
     tokenized, counts = _tokenize(backbone, sources, config, processes)
     sampler = MixtureSampler(
