@@ -8,13 +8,14 @@ other by reading the journals, and give up only if no journal grows.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from blm.io import read_json
 from blm.jobs import Result, WorkUnit, read_journal
 from blm.training.loop.distributed import DataShard, Processes, process_timeout
+from blm.training.run_inputs import run_together
 from blm.types import BlmError
 
 POLL_SECONDS = 0.5
@@ -25,45 +26,6 @@ delay it."""
 STALLED_SECONDS = 1800.0
 """Time without a finished shard after which filling has failed [s], unless BLM_PROCESS_TIMEOUT is
 set."""
-
-
-def run_together(processes: Processes, action: Callable[[], None]) -> None:
-    """Run `action` in this process. Raises BlmError in every process if it failed in one, naming
-    that process."""
-    fault = ""
-    try:
-        action()
-    except BlmError as error:
-        if processes.count == 1:
-            raise
-        fault = str(error)
-    for rank, text in enumerate(processes.gather_objects(fault)):
-        if text:
-            raise BlmError(f"process {rank} of {processes.count}: {text}")
-
-
-def require_same_facts(processes: Processes, what: str, facts: Mapping[str, Any]) -> None:
-    """Raise BlmError in every process, naming process and fact, unless all of them have the same
-    facts: they must see the same files."""
-    first, *others = processes.gather_objects(facts)
-    for rank, other in enumerate(others, start=1):
-        if names := list(_differences(first, other)):
-            raise BlmError(
-                f"{what}: process {rank} of {processes.count} has another {', '.join(names)} than process 0; "
-                "all processes must see the same files, in a shared folder or in equal copies"
-            )
-
-
-def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
-    """Yield the dotted names of the values that differ."""
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        for key in there:
-            yield from _differences(there[key], here.get(key), f"{name}.{key}" if name else str(key))
-    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
-        for number, pair in enumerate(zip(there, here, strict=True)):
-            yield from _differences(*pair, f"{name}.{number}")
-    elif there != here:
-        yield name
 
 
 def require_shared(processes: Processes, folder: Path) -> None:

@@ -36,13 +36,11 @@ from blm.training.loop.distributed import Processes
 from blm.training.policy.cache_processes import (
     journal_path,
     own_units,
-    require_same_facts,
     require_shared,
-    run_together,
     wait_for_manifest,
     wait_for_shards,
 )
-from blm.training.run_inputs import require_same_inputs
+from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
 from blm.types import BlmError, ImageArray, require_numbers
 
 FORMAT = 2

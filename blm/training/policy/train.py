@@ -30,7 +30,6 @@ from blm.training.loop.distributed import DataShard, Processes
 from blm.training.loop.ema import Ema
 from blm.training.loop.loop import LoopConfig, run_loop
 from blm.training.policy.add_robot import InitialPolicy, from_checkpoint, from_scratch
-from blm.training.policy.cache_processes import require_same_facts, run_together
 from blm.training.policy.hidden_states import (
     ALONE,
     HiddenStateConfig,
@@ -48,7 +47,7 @@ from blm.training.policy.sampler import (
     split,
     warn_of_reserved,
 )
-from blm.training.run_inputs import require_same_inputs
+from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
 from blm.types import BlmError, PolicyContract, require_numbers
 
 

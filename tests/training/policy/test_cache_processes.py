@@ -23,10 +23,14 @@ from blm.backbone.backbone import Backbone
 from blm.datasets.lerobot import EpisodeDataset, open_dataset
 from blm.jobs import WorkUnit, read_journal
 from blm.training.loop.distributed import Processes
+from blm.training.loop.loop import LoopConfig
 from blm.training.policy import cache_processes, hidden_states
-from blm.training.policy.cache_processes import run_together, wait_for_shards
+from blm.training.policy.cache_processes import wait_for_shards
 from blm.training.policy.hidden_states import CachedHiddenStates, HiddenStateConfig, cache_hidden_states
-from blm.types import BlmError
+from blm.training.run_inputs import run_together
+from blm.training.sft.tokenize_corpora import TrainingSource
+from blm.training.sft.train import Stage1Config, train_stage1
+from blm.types import BlmError, Message
 from tests.support.hidden_states import make_backbone, make_dataset
 
 CONFIG = HiddenStateConfig(layer=1, cameras=("base",), batch_size=8, workers=0, shard_frames=10)
@@ -115,6 +119,8 @@ def test_processes_that_see_different_files_are_refused_by_name(two: Path) -> No
         assert "process 1 of 2: " in text and "does not hold the files that process 0 wrote" in text
     for text in reports(two, "dataset"):
         assert "process 1 of 2 has another dataset than process 0; all processes must see the same" in text
+    for text in reports(two, "corpus"):
+        assert "process 1 of 2 has another corpus talk than process 0" in text
     for text in reports(two, "fault"):
         assert text == "process 1 of 2: the disk of 1 is full"
     for text in reports(two, "altered"):
@@ -217,10 +223,15 @@ def work(world: Path, out: Path) -> None:
             raise BlmError("the disk of 1 is full")
 
     dataset = open_dataset(world / ("other/arm" if rank else "arm"))
+    backbone = Backbone.load(world / "backbone")
+    said = (Message("user", ("Hello.",)), Message("assistant", (f"I am process {rank}.",)))
+    talk = TrainingSource(name="talk", conversations=[said])
+    loop = LoopConfig(steps=1, batch_size=2)
     found = {
         "fault": attempt(lambda: run_together(processes, fail)),
         "folder": attempt(lambda: fill(world, out / f"own-{rank}", processes)),
         "dataset": attempt(lambda: fill_other(world, dataset, out / "mixed", processes)),
+        "corpus": attempt(lambda: train_stage1(backbone, [talk], Stage1Config(loop=loop), out / "stage1")),
         "frames": attempt(lambda: len(fill(world, out / "cache", processes)._frames)),
     }
     fill(world, out / "altered", processes)
