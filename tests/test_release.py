@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,10 +39,32 @@ def policy() -> CheckpointPolicy:
 
 
 def test_the_policy_was_trained_on_the_released_backbone(nano: Backbone, policy: CheckpointPolicy) -> None:
-    assert policy.frozen.fingerprint == nano.fingerprint() == policy.backbone.fingerprint()
+    assert policy.frozen.weights == nano.fingerprint() == policy.backbone.fingerprint()
     assert list(policy.contract.action_spaces) == list(ROBOTS)
     for robot, space in policy.contract.action_spaces.items():
         space.require_same(ROBOTS[robot].action_space, "the suite")
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_it_loads_on_a_processor_with_other_instructions(capability: str, nano: Backbone) -> None:
+    """Rotary frequencies, and so logits, then differ in their last bits; the weights do not."""
+    program = (
+        "import torch; from blm.policy.policy import CheckpointPolicy; "
+        "policy = CheckpointPolicy.load('blm-nano'); "
+        "print(policy.backbone.fingerprint(), policy.contract.revision); "
+        "print(torch.backends.cpu.get_cpu_capability())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    fingerprint, revision, found = done.stdout.split()
+    assert found == capability.upper()
+    assert fingerprint == nano.fingerprint()
+    assert revision == CheckpointPolicy.load("blm-nano").contract.revision
 
 
 def test_a_local_checkpoint_takes_precedence_over_a_release(

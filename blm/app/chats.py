@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blm.app.model import find_model
+from blm.backbone.precision import WeightDtype
 from blm.evaluation.digital.endpoint import Endpoint, EndpointSettings
 from blm.types import BlmError, Chat
 
@@ -28,6 +29,8 @@ def load_chat(
     name: str,
     *,
     device: str = "cpu",
+    dtype: WeightDtype | None = None,
+    attn_implementation: str | None = None,
     api_key: str | None = None,
     cache: Path | None = None,
     settings: EndpointSettings | None = None,
@@ -44,7 +47,7 @@ def load_chat(
     source = find_model(name, what="model", others=["<a folder>", "openai:MODEL@URL"])
     if not source.has_chat:
         raise BlmError(f"'{name}' is a {source.kind}: it controls robots and cannot chat; give {HELP}")
-    model = source.load(device)
+    model = source.load(device, dtype=dtype, attn_implementation=attn_implementation)
     assert model.chat is not None
     revision = model.chat.fingerprint()[:16] if model.policy is None else model.policy.contract.revision
     return LoadedChat(model.chat, revision)

@@ -12,6 +12,7 @@ import torch
 
 from blm.backbone import BACKBONES, Backbone
 from blm.backbone.generation.generator import Generation
+from blm.backbone.precision import WeightDtype, frozen_dtype
 from blm.backbone.vision_cache import cache_vision_features
 from blm.policy.checkpoint import RELEASES, checkpoint_folder, checkpoint_kind
 from blm.policy.policy import CheckpointPolicy
@@ -30,9 +31,18 @@ class BLM:
         cache_vision_features(policy.backbone)
 
     @classmethod
-    def from_pretrained(cls, name_or_folder: str | Path, *, device: str = "cpu") -> BLM:
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: WeightDtype | None = None,
+        attn_implementation: str | None = None,
+    ) -> BLM:
         """Load a checkpoint folder, or a release by name.
 
+        `dtype` is the precision of the backbone: by default bfloat16 on CUDA, and that of the
+        checkpoint elsewhere. `attn_implementation` is its attention implementation in transformers.
         Raises UnknownNameError for any other name, and BlmError for a missing or altered file.
         """
         if not (folder := checkpoint_folder(name_or_folder)).is_dir():
@@ -42,7 +52,10 @@ class BLM:
                 f"checkpoint '{folder}' is a {kind}, which cannot chat; `blm serve` serves its actions"
             )
         check_device(device)
-        return cls(CheckpointPolicy.load(folder, device=device))
+        policy = CheckpointPolicy.load(
+            folder, device=device, dtype=dtype, attn_implementation=attn_implementation
+        )
+        return cls(policy)
 
     @property
     def backbone(self) -> Backbone:
@@ -113,18 +126,35 @@ class ModelSource:
         """Warning for users of an untrained backbone; empty for other models."""
         return UNTRAINED.get(self.where, "")
 
-    def load(self, device: str = "cpu") -> LoadedModel:
-        """Load the weights. Raises BlmError for missing, altered or unreadable files."""
+    def load(
+        self,
+        device: str = "cpu",
+        *,
+        dtype: WeightDtype | None = None,
+        attn_implementation: str | None = None,
+    ) -> LoadedModel:
+        """Load the weights; `dtype` and `attn_implementation` are those of the backbone, as for
+        `BLM.from_pretrained`.
+
+        Raises BlmError for missing, altered or unreadable files.
+        """
         check_device(device)
         if self.kind == "diffusion_policy":
             from blm.baselines.diffusion_policy import DiffusionPolicy
 
             return LoadedModel(None, DiffusionPolicy.load(self.where, device=device))
         if self.kind == "blm":
-            model = BLM.from_pretrained(self.where, device=device)
+            model = BLM.from_pretrained(
+                self.where, device=device, dtype=dtype, attn_implementation=attn_implementation
+            )
             return LoadedModel(model.backbone, model)
         try:
-            backbone = Backbone.load(self.where, device=device)
+            backbone = Backbone.load(
+                self.where,
+                device=device,
+                dtype=frozen_dtype(device, dtype),
+                attn_implementation=attn_implementation,
+            )
         except BlmError:
             raise
         except Exception as error:  # transformers raises many kinds of errors for a folder or hub

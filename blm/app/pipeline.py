@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
+from blm.app.model import check_device
 from blm.app.recipe import Recipe
 from blm.io import lock_folder, read_json, write_json, writing
 from blm.types import BlmError
@@ -26,7 +27,12 @@ from blm.types import BlmError
 LEDGER = "stages.json"
 """File of the stages' records: stage name -> key, settings, done and seconds."""
 RECIPE = "recipe.json"
-"""File of the recipe of the latest call."""
+"""The recipe of the latest call."""
+NOT_IN_KEYS = ("workers", "device", "dtype", "attn_implementation")
+"""Recipe fields that say how something is computed: another value gives the same result but for
+rounding. Caches and training runs record the precision of their weights themselves."""
+ADDED_TO_STAGE2 = {"precision": "float16", "views": 0}
+"""Fields of `Stage2Settings` that older run folders do not have, and their defaults."""
 SHOWN = 8
 """Maximum number of differing settings that an error lists."""
 
@@ -67,6 +73,7 @@ def run_stages(stages: dict[str, Stage], names: list[str], recipe: Recipe, folde
     other settings or with files of another program, and if another process is running stages in the
     folder.
     """
+    check_device(recipe.device)
     with lock_folder(folder) if folder.exists() else nullcontext():
         require_run_folder(folder)
         require_settings(stages, names, recipe, folder)
@@ -179,7 +186,16 @@ def _short(value: Any) -> str:
 
 def settings_of(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """Return the recipe fields that the stage's result depends on, as JSON values."""
-    return {field: to_json(getattr(recipe, field)) for field in stage.fields}
+    return {field: json_of(recipe, field) for field in stage.fields}
+
+
+def json_of(recipe: Recipe, field: str) -> Any:
+    """Return a recipe field as JSON, without settings that older run folders do not have and that
+    have their default: their keys stay the same."""
+    value = to_json(getattr(recipe, field))
+    if field != "stage2":
+        return value
+    return {name: item for name, item in value.items() if (name, item) not in ADDED_TO_STAGE2.items()}
 
 
 def _move_aside(stage: Stage, folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from blm.app.model import check_device
+from blm.backbone.precision import LoadOptions, WeightDtype
 from blm.datasets.lerobot import open_dataset
 from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy
 from blm.evaluation.physical.reference_policies import ReplayPolicy
@@ -85,7 +86,7 @@ def policy_factory(
     horizon: int,
     execute: int,
     api_key: str | None,
-    device: str,
+    load: LoadOptions,
     server_name: str = "",
 ) -> Callable[[], Policy]:
     """Return a picklable function that creates the policy `name` in any process (see HELP).
@@ -105,18 +106,27 @@ def policy_factory(
         identity = f"{server_name} at {name}" if server_name else ""
         return partial(RemotePolicy, name, api_key=api_key, contract=replace(contract, revision=identity))
     if (checkpoint_folder(name) / "manifest.json").is_file():
-        check_device(device)
-        return partial(load_checkpoint, Path(name), device=device)
-    raise BlmError(f"there is no policy '{name}'; give {HELP}")
+        check_device(load.get("device", "cpu"))
+        return partial(load_checkpoint, Path(name), **load)
+    raise BlmError(f"no policy '{name}': give {HELP}")
 
 
-def load_checkpoint(folder: Path, *, device: str = "cpu") -> Policy:
-    """Load a checkpoint of any kind. Raises BlmError for missing or altered files."""
+def load_checkpoint(
+    folder: Path,
+    *,
+    device: str = "cpu",
+    dtype: WeightDtype | None = None,
+    attn_implementation: str | None = None,
+) -> Policy:
+    """Load a checkpoint of any kind; `dtype` and `attn_implementation` are those of its backbone.
+
+    Raises BlmError for missing or altered files.
+    """
     if checkpoint_kind(folder) == "diffusion_policy":
         from blm.baselines.diffusion_policy import DiffusionPolicy
 
         return DiffusionPolicy.load(folder, device=device)
-    return CheckpointPolicy.load(folder, device=device)
+    return CheckpointPolicy.load(folder, device=device, dtype=dtype, attn_implementation=attn_implementation)
 
 
 def with_real_time_chunking(make: Callable[[], Policy]) -> Policy:

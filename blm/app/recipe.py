@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from blm.backbone.precision import LoadOptions, WeightDtype, require_attention
 from blm.corpora import SceneCorpusConfig
 from blm.datasets.lerobot import open_dataset
 from blm.evaluation import PhysicalProtocol
@@ -106,6 +107,10 @@ class Stage2Settings:
     """Block k of the language model, counted from 1, whose output H_k the bridge reads."""
     stride: int = 2
     """Cache the hidden states of every n-th frame."""
+    precision: Literal["float16", "int8"] = "float16"
+    """Precision of the hidden-state cache; see `HiddenStateConfig`."""
+    views: int = 0
+    """Augmented views of each frame to cache beside the frame."""
     execute: int = 8
     """Number of actions of a chunk to execute before the next observation."""
     drive: int = 0
@@ -114,7 +119,8 @@ class Stage2Settings:
     With 0, the validation loss alone selects the best checkpoint."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, layer=(1, 10_000), stride=(1, 100_000), drive=(0, len(VALIDATION_SEEDS)))
+        require_numbers(self, layer=(1, 10_000), stride=(1, 100_000), views=(0, 1000))
+        require_numbers(self, drive=(0, len(VALIDATION_SEEDS)))
         if not 1 <= self.execute <= self.policy.horizon:
             raise BlmError(f"stage2.execute {self.execute} must lie in 1..horizon = {self.policy.horizon}")
 
@@ -154,6 +160,14 @@ class Recipe:
     With 0, all work runs in the main process."""
     engine: Literal["local", "ray"] = "local"
     """Where collection and closed-loop evaluation run: on this machine, or on a Ray cluster."""
+    device: str = "cpu"
+    """Torch device of training, the hidden-state cache and evaluation: cpu, cuda, cuda:N or mps."""
+    dtype: WeightDtype | None = None
+    """Precision of frozen weights; by default bfloat16 on CUDA and float32 elsewhere. What is
+    trained stays in float32."""
+    attn_implementation: str | None = None
+    """Attention implementation of the backbone in transformers: eager, sdpa, flash_attention_2, ..;
+    by default the model's own."""
     demonstrations: DemonstrationSettings
     """Demonstrations by the planning expert."""
     corpus: CorpusSettings
@@ -173,6 +187,7 @@ class Recipe:
                 lookup(kind, name, registry)
         if not self.cameras:
             raise BlmError(f"a recipe needs at least one camera; valid: {', '.join(CAMERAS)}")
+        require_attention(self.attn_implementation)
         require_numbers(self, image_size=(16, 4096))
         if self.image_size % 2:
             raise BlmError(f"image_size is {self.image_size}; videos need an even side")
@@ -242,6 +257,15 @@ def physical_protocol(recipe: Recipe, contract: PolicyContract, trained: RobotsA
         max_steps=recipe.evaluation.max_steps,
         phrasing="both",
     )
+
+
+def load_options(recipe: Recipe) -> LoadOptions:
+    """Return the form in which the recipe's checkpoints are loaded."""
+    return {
+        "device": recipe.device,
+        "dtype": recipe.dtype,
+        "attn_implementation": recipe.attn_implementation,
+    }
 
 
 def _values_for(config: type, recipe: Recipe, settings: object) -> dict[str, Any]:

@@ -29,12 +29,16 @@ class TrainingCorpus:
     """Share of the training examples, relative to the other corpora."""
 
 
-def load_pretrained(name: str, *, device: str = "cpu") -> Backbone | None:
-    """Load the backbone that Stage I starts from, or return None for a new nano.
+def load_pretrained(
+    name: str, *, device: str = "cpu", attn_implementation: str | None = None
+) -> Backbone | None:
+    """Load the backbone that Stage I starts from, in float32, or return None for a fresh nano.
 
     Raises UnknownNameError for a name that is neither a backbone nor a folder.
     """
-    return None if name == NANO else Backbone.load(name, device=device)
+    if name == NANO:
+        return None
+    return Backbone.load(name, device=device, attn_implementation=attn_implementation)
 
 
 def prepare_stage1(

@@ -23,6 +23,7 @@ from blm.app.recipe import (
     Recipe,
     collect_config,
     corpus_config,
+    load_options,
     physical_protocol,
     policy_training_config,
 )
@@ -77,8 +78,12 @@ def run_stage1(recipe: Recipe, run: Path) -> None:
     held_out = {row.group for row in read_corpus(run / "corpora/held_out")}
     kept, report = curate(read_corpus(folder), folder, evaluation_groups=held_out)
     corpora = [TrainingCorpus(name="scenes", folder=folder, conversations=kept)]
-    pretrained = load_pretrained(settings.backbone)
-    backbone, sources = prepare_stage1(pretrained, corpora, settings.training, settings.schooling, out)
+    pretrained = load_pretrained(
+        settings.backbone, device=recipe.device, attn_implementation=recipe.attn_implementation
+    )
+    backbone, sources = prepare_stage1(
+        pretrained, corpora, settings.training, settings.schooling, out, device=recipe.device
+    )
     counts = train_stage1(backbone, sources, settings.training, out)
     write_json(out / "corpus.json", {**asdict(report), "rows": dict(counts)})
 
@@ -98,8 +103,8 @@ def run_stage2(recipe: Recipe, run: Path) -> None:
 
 
 def run_eval_digital(recipe: Recipe, run: Path) -> None:
-    """Ask the checkpoint the held-out questions, in training wordings and in held-out wordings."""
-    model = BLM.from_pretrained(run / "stage2/checkpoint")
+    """Ask the checkpoint the held-out questions, in the wordings of training and in others."""
+    model = BLM.from_pretrained(run / "stage2/checkpoint", **load_options(recipe))
     known = read_questions(run / "corpora/train")
     for corpus, name in (("held_out", "digital"), ("held_out_wording", "digital_wording")):
         folder = run / "corpora" / corpus
@@ -116,10 +121,10 @@ def run_eval_digital(recipe: Recipe, run: Path) -> None:
 def run_eval_physical(recipe: Recipe, run: Path) -> None:
     """Evaluate the checkpoint and a hold-still baseline in closed loop on every robot and task."""
     folder = run / "stage2/checkpoint"
-    contract = CheckpointPolicy.load(folder).contract
+    contract = CheckpointPolicy.load(folder, **load_options(recipe)).contract
     protocol = physical_protocol(recipe, contract, (recipe.robots, recipe.tasks))
     for name, make in (
-        ("physical", partial(CheckpointPolicy.load, folder)),
+        ("physical", partial(CheckpointPolicy.load, folder, **load_options(recipe))),
         ("zero", partial(ZeroPolicy, contract)),
     ):
         videos = int(name == "physical")
@@ -131,9 +136,9 @@ def run_released(recipe: Recipe, run: Path) -> None:
     """Evaluate the released model on the scenes of this run, and ask it about one of them."""
     folder, out = checkpoint_folder("blm-nano"), run / "results/released"
     protocol = physical_protocol(recipe, read_contract(folder), (recipe.robots, recipe.tasks))
-    make = partial(CheckpointPolicy.load, folder)
+    make = partial(CheckpointPolicy.load, folder, **load_options(recipe))
     evaluate_physical(make, protocol, out, workers=recipe.workers, engine=recipe.engine)
-    model = BLM.from_pretrained(folder)
+    model = BLM.from_pretrained(folder, **load_options(recipe))
     env = Env("panda", "pick_cube", cameras=model.contract.cameras, image_size=model.contract.image_size)
     env.reset(seed=EVALUATION_SEEDS.start)
     views = list(env.observation().images.values())

@@ -23,9 +23,15 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from blm.app.pipeline import to_json
+from blm.app.pipeline import NOT_IN_KEYS, json_of, to_json
 from blm.app.policies import load_checkpoint
-from blm.app.recipe import Recipe, RobotsAndTasks, physical_protocol, policy_training_config
+from blm.app.recipe import (
+    Recipe,
+    RobotsAndTasks,
+    load_options,
+    physical_protocol,
+    policy_training_config,
+)
 from blm.app.study_result import StudyResult, VariantResult
 from blm.backbone import Backbone
 from blm.backbone.nano import model as nano
@@ -203,7 +209,7 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path) -> VariantResult:
 def variant_key(variant: Variant, recipe: Recipe) -> str:
     """Hash of everything that the result of a variant depends on; `recipe` has its changes applied."""
     made = [variant.models, variant.backbone, variant.policy, "equal steps per model"]
-    made += [to_json(value) for name, value in vars(recipe).items() if name != "workers"]
+    made += [json_of(recipe, name) for name in vars(recipe) if name not in NOT_IN_KEYS]
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -224,7 +230,7 @@ def evaluate_variant(
     checkpoint: Path, protocol: PhysicalProtocol, recipe: Recipe, out: Path
 ) -> PhysicalResult:
     """Evaluate one model on its own robots and tasks."""
-    make = partial(load_checkpoint, checkpoint)
+    make = partial(load_checkpoint, checkpoint, **load_options(recipe))
     return evaluate_physical(
         make, protocol, out, workers=recipe.workers, engine=recipe.engine, videos_per_cell=0
     )

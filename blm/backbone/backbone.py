@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 from blm.backbone.generation.generator import Generation
 from blm.backbone.model import MultimodalModel
 from blm.backbone.nano.model import SAMPLE_TEXTS, make_nano
+from blm.backbone.precision import place_weights, require_attention, use_attention
 from blm.backbone.processors import load_processor
 from blm.backbone.saving import save_folder
 from blm.backbone.smol import make_smol
@@ -27,14 +28,25 @@ RELEASED = Path(__file__).parents[1] / "releases"
 class Backbone(MultimodalModel):
     """A multimodal model that answers conversations; the base class has its hidden states."""
 
+    attn_implementation: str | None = None
+    """Attention implementation that `load` was asked for; None: the model's default."""
+
     @classmethod
     def load(
-        cls, name_or_folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        name_or_folder: str | Path,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: str | None = None,
     ) -> Backbone:
         """Load a folder, or a name of BACKBONES ("nano" is built with random weights).
 
-        Raises UnknownNameError for a name that is neither.
+        `attn_implementation` is a name of ATTENTION_IMPLEMENTATIONS; None: the model's default.
+        Raises UnknownNameError for an unknown name, and BlmError if the model cannot use the
+        attention implementation.
         """
+        require_attention(attn_implementation)
         source: str | Callable[[], Backbone] = str(name_or_folder)
         if not recover_folder(Path(name_or_folder)).is_dir():
             source = lookup("backbone", str(name_or_folder), BACKBONES)
@@ -46,7 +58,9 @@ class Backbone(MultimodalModel):
             backbone = cls(model, load_processor(source))
         else:
             backbone = source()
-        backbone.model.to(device=device, dtype=dtype)
+        use_attention(backbone.model, attn_implementation)
+        backbone.attn_implementation = attn_implementation
+        place_weights(backbone.model, device, dtype)
         return backbone
 
     def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:

@@ -9,7 +9,7 @@ import copy
 import hashlib
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -232,9 +232,22 @@ class MultimodalModel:
         self.model.eval().requires_grad_(False)
 
     def fingerprint(self) -> str:
-        """Return the sha256 of all parameters and buffers as stored, sorted by name."""
+        """Return the sha256 of all stored tensors (parameters and persistent buffers) in their
+        present precision, by sorted name.
+
+        Buffers that are computed when a model is made, such as the frequencies of rotary positions,
+        are left out: they differ between processors and library versions.
+        """
+        stored = self.model.state_dict().keys()
+        return self._hash({name: value for name, value in self.model.named_buffers() if name in stored})
+
+    def fingerprint_with_computed_buffers(self) -> str:
+        """Return the hash that older checkpoints store: of all parameters and all buffers."""
+        return self._hash(dict(self.model.named_buffers()))
+
+    def _hash(self, buffers: Mapping[str, Tensor]) -> str:
         digest = hashlib.sha256()
-        hash_tensors(digest, {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())})
+        hash_tensors(digest, {**dict(self.model.named_parameters()), **buffers})
         return digest.hexdigest()
 
     @staticmethod

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
@@ -63,7 +63,13 @@ class EvaluateDigital(CliCommand):
     api_key: str | None = None
     """API key of an endpoint; by default the environment variable OPENAI_API_KEY."""
     device: str = "cpu"
-    """Torch device of a local model: cpu, cuda, cuda:N or mps."""
+    """Torch device of a model that runs here: cpu, cuda, cuda:N or mps."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of a backbone that runs here; by default bfloat16 on CUDA, and the stored precision
+    elsewhere."""
+    attn_implementation: str | None = None
+    """Attention implementation in transformers: eager, sdpa, flash_attention_2, ..; by default the
+    model's own."""
 
     def __post_init__(self) -> None:
         require_numbers(self, limit=(1, 10**9), batch=(1, 100_000), concurrency=(1, 1024))
@@ -90,6 +96,8 @@ class EvaluateDigital(CliCommand):
         loaded = load_chat(
             self.model,
             device=self.device,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
             api_key=self.api_key,
             cache=self.out / "answers",
             settings=EndpointSettings(concurrency=self.concurrency),

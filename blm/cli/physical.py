@@ -154,8 +154,14 @@ class EvaluatePhysical(CliCommand):
     engine: Literal["local", "ray"] = "local"
     """Where the episodes run: on this machine, or on a Ray cluster."""
     device: str = "cpu"
-    """Torch device of a checkpoint: cpu, cuda, cuda:N or mps.
-    On a GPU, one model computes the actions of all workers in batches."""
+    """Torch device of a checkpoint: cpu, cuda, cuda:N or mps. On a GPU, one model answers all
+    workers in batches."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of a checkpoint's backbone; by default bfloat16 on CUDA, and the stored
+    precision elsewhere."""
+    attn_implementation: str | None = None
+    """Attention implementation in transformers: eager, sdpa, flash_attention_2, ..; by default the
+    model's own."""
     max_batch: int = 64
     """Maximum number of observations in such a batch. With 1, results are bit-reproducible."""
     cameras: tuple[str, ...] = ("base", "wrist")
@@ -220,7 +226,11 @@ class EvaluatePhysical(CliCommand):
             horizon=self.horizon,
             execute=self.execute,
             api_key=self.api_key,
-            device=self.device,
+            load={
+                "device": self.device,
+                "dtype": self.dtype,
+                "attn_implementation": self.attn_implementation,
+            },
             server_name=self.server_name,
         )
         make = partial(with_real_time_chunking, make) if self.continued else make

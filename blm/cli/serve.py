@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from blm.app.model import LoadedModel, ModelSource
+    from blm.backbone.precision import LoadOptions
     from blm.serving.access.keys import AccessControl
 
 console = Console()
@@ -59,6 +60,11 @@ class Serve(CliCommand):
     """Where to put the model's reasoning: in the text of the answer, or in `reasoning_content`."""
     device: str = "cpu"
     """Torch device: cpu, cuda, cuda:N or mps."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the backbone; by default bfloat16 on CUDA, and the stored precision elsewhere."""
+    attn_implementation: str | None = None
+    """Attention implementation in transformers: eager, sdpa, flash_attention_2, ..; by default the
+    model's own."""
     playground: bool = False
     """Also serve a web page on which the model controls simulated robots and answers questions."""
     beside: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
@@ -77,13 +83,22 @@ class Serve(CliCommand):
             source = find_model(self.checkpoint)
             _check_features(self, source)
             _warn(source)
-            app = _build(self, source.load(self.device), access)
+            app = _build(self, source.load(**load_options(self)), access)
             sockets = addresses.listen(self.host, self.port)
         from blm.serving.app import serve
 
         port = sockets[0].getsockname()[1]
         _print_addresses(self, source, port)
         serve(app, self.host, port, sockets)
+
+
+def load_options(chosen: Serve | AskModel) -> LoadOptions:
+    """Return the form in which a model is loaded."""
+    return {
+        "device": chosen.device,
+        "dtype": chosen.dtype,
+        "attn_implementation": chosen.attn_implementation,
+    }
 
 
 def _warn(source: ModelSource) -> None:
@@ -185,6 +200,11 @@ class AskModel(CliCommand):
     """Maximum length of an answer [tokens]."""
     device: str = "cpu"
     """Torch device: cpu, cuda, cuda:N or mps."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of the backbone; by default bfloat16 on CUDA, and the stored precision elsewhere."""
+    attn_implementation: str | None = None
+    """Attention implementation in transformers: eager, sdpa, flash_attention_2, ..; by default the
+    model's own."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.app.model import check_device, find_model
@@ -197,7 +217,7 @@ class AskModel(CliCommand):
             raise BlmError(f"'{self.checkpoint}' is a Diffusion Policy: it controls robots and cannot chat")
         pictures = [read_pixels(path) for path in self.image or ()]
         _warn(source)
-        backbone = source.load(self.device).chat
+        backbone = source.load(**load_options(self)).chat
         assert backbone is not None
         messages = list[Message]()
         for question in _read_questions() if self.question is None else (self.question,):

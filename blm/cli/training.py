@@ -17,6 +17,7 @@ from blm.app.model import check_device
 from blm.app.stage1 import TrainingCorpus, load_pretrained, prepare_stage1
 from blm.app.validation import closed_loop_validation
 from blm.backbone import Backbone
+from blm.backbone.precision import require_attention
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
 from blm.cli.command import CliCommand, OutFolder
 from blm.corpora.format.messages import reserved_scenes
@@ -72,10 +73,15 @@ class TrainStage1(CliCommand):
     retention_text: Path | None = None
     """Text file for measuring forgetting; by default a part of Python's manual."""
     device: str = "cpu"
-    """Torch device: cpu, cuda, cuda:N or mps."""
+    """Torch device: cpu, cuda, cuda:N or mps. Weights are float32; on CUDA, the model computes in
+    bfloat16 (autocast)."""
+    attn_implementation: str | None = None
+    """Attention implementation of the backbone in transformers: eager, sdpa, flash_attention_2, ..;
+    by default the model's own."""
 
     def __post_init__(self) -> None:
         require_numbers(self, held_out_rows=(1, 10**9))
+        require_attention(self.attn_implementation)
 
     def run(self, command_line: Sequence[str]) -> None:
         check_device(self.device)
@@ -103,7 +109,7 @@ class TrainStage1(CliCommand):
     def _prepare(self, device: Any) -> tuple[Backbone, list[TrainingSource], list[Any]]:
         """Return the backbone, the training sources, and the tokenized held-out examples."""
         name = str(device)
-        pretrained = load_pretrained(self.backbone, device=name)
+        pretrained = load_pretrained(self.backbone, device=name, attn_implementation=self.attn_implementation)
         corpora = [self._read(text, pretrained) for text in (*self.corpus, *self.replay)]
         for corpus in corpora:
             if counts := reserved_scenes(corpus.conversations):

@@ -16,10 +16,11 @@ _BEGIN = b'{"key": '
 """First bytes of every line."""
 
 
-def read_journal(journal: Path) -> dict[str, Result]:
+def read_journal(journal: Path, *, repair: bool = True) -> dict[str, Result]:
     """Return key -> result of the finished units in a journal.
 
-    A last line that a kill truncated is removed from the file. Units that were given up do not
+    A last line that a kill truncated is removed from the file; without `repair`, it is left out,
+    because another process may be writing it. Units that were given up do not
     count as finished, so they run again. Raises BlmError for a line of another program; the file
     then stays unchanged.
     """
@@ -36,7 +37,7 @@ def read_journal(journal: Path) -> dict[str, Result]:
         raise BlmError(
             f"journal '{journal}' is damaged ({error}); move it away to run all of its units again"
         ) from error
-    if whole != len(data):
+    if repair and whole != len(data):
         os.truncate(journal, whole)  # in place, because that also works on a full disk
     return finished
 

@@ -43,16 +43,17 @@ def model_card(config: Mapping[str, Any]) -> str:
             "",
             "**Trained on reserved scenes** (" + ", ".join(counts) + "): scores on them are not valid.",
         ]
-    if "frozen" in config:
+    if frozen := config.get("frozen"):
         lines += [
             "",
             "## Frozen backbone",
             "",
-            "The hash of the backbone and its logits on fixed prompts were recorded before Stage II. Both "
-            "were unchanged after it, and both are verified whenever the checkpoint is loaded.",
+            "The backbone was hashed, and its logits on fixed prompts kept, before Stage II. The hash was "
+            "the same after it, and is compared at every load; the logits are compared, too, and a "
+            "difference beyond rounding gives a warning.",
             "",
-            f"sha256 of all parameters: `{config['frozen']['fingerprint']}`; "
-            f"{len(config['frozen']['logits'])} logits in config.json; tapped after block {config['layer']}.",
+            f"sha256 of all parameters: `{frozen.get('weights') or frozen['fingerprint']}`; "
+            f"{len(frozen['logits'])} logits in config.json; tapped after block {config['layer']}.",
         ]
     lines += ["", "## Provenance", "", "```json", json.dumps(provenance, indent=1), "```", ""]
     return "\n".join(lines)

@@ -1,20 +1,22 @@
-"""The record of the inputs of a run or cache, to which a second run in its folder must be equal."""
+"""The record of what a run or cache is made from, which a second run in its folder must equal, and
+so must all processes that train together."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from blm.io import read_json, write_json
+from blm.training.loop.distributed import Processes
 from blm.types import BlmError
 
 OUTPUTS = (
     "log.jsonl",
     "manifest.json",
-    "journal.jsonl",
+    "journal*.jsonl",
     "state-*.safetensors",
     "best.safetensors",
     "*.npy",
@@ -46,3 +48,42 @@ def require_same_inputs(path: Path, inputs: Mapping[str, Any], complaint: str) -
             "it; name another folder"
         )
     write_json(path, wanted)
+
+
+def run_together(processes: Processes, action: Callable[[], None]) -> None:
+    """Run `action` in this process. Raises BlmError in every process if it failed in one, naming
+    that process."""
+    fault = ""
+    try:
+        action()
+    except BlmError as error:
+        if processes.count == 1:
+            raise
+        fault = str(error)
+    for rank, text in enumerate(processes.gather_objects(fault)):
+        if text:
+            raise BlmError(f"process {rank} of {processes.count}: {text}")
+
+
+def require_same_facts(processes: Processes, what: str, facts: Mapping[str, Any]) -> None:
+    """Raise BlmError in every process, naming process and fact, unless all of them have the same
+    facts: they must see the same files."""
+    first, *others = processes.gather_objects(facts)
+    for rank, other in enumerate(others, start=1):
+        if names := list(_differences(first, other)):
+            raise BlmError(
+                f"{what}: process {rank} of {processes.count} has another {', '.join(names)} than process 0; "
+                "all processes must see the same files, in a shared folder or in equal copies"
+            )
+
+
+def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
+    """Yield the dotted names of the values that differ."""
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        for key in there:
+            yield from _differences(there[key], here.get(key), f"{name}.{key}" if name else str(key))
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        for number, pair in enumerate(zip(there, here, strict=True)):
+            yield from _differences(*pair, f"{name}.{number}")
+    elif there != here:
+        yield name

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blm.app.pipeline import to_json
+from blm.app.pipeline import NOT_IN_KEYS, json_of, stage_key, to_json
 from blm.app.recipe import (
     CorpusSettings,
     DemonstrationSettings,
@@ -21,6 +21,7 @@ from blm.app.recipe import (
     policy_training_config,
 )
 from blm.app.recipes import RECIPES
+from blm.app.stages import STAGES
 from blm.corpora import SceneCorpusConfig
 from blm.planner import CollectConfig
 from blm.robots import ROBOTS
@@ -65,14 +66,14 @@ CONVERSIONS = {
         Stage2Settings,
         PolicyTrainingConfig,
         computed=frozenset({"datasets", "backbone", "intents", "cache", "weights"}),
-        defaults=frozenset({"start", "only_new", "held_out", "validation_batches", "device", "dtype"}),
-        not_in_config=frozenset({"layer", "stride", "drive"}),
+        defaults=frozenset({"start", "only_new", "held_out", "validation_batches"}),
+        not_in_config=frozenset({"layer", "stride", "precision", "views", "drive"}),
     ),
     "hidden states": Conversion(
         Stage2Settings,
         HiddenStateConfig,
         computed=frozenset(),
-        defaults=frozenset({"batch_size", "shard_frames", "precision", "views"}),
+        defaults=frozenset({"batch_size", "shard_frames"}),
         not_in_config=frozenset({"loop", "policy", "execute", "drive"}),
     ),
 }
@@ -124,13 +125,18 @@ def test_stage_two_reaches_its_config(tmp_path: Path, monkeypatch: pytest.Monkey
         tasks = ("pick_cube", "push_cube")
 
     monkeypatch.setattr("blm.app.recipe.open_dataset", lambda folder: Dataset())
-    recipe = replace(CI, workers=5, stage2=replace(CI.stage2, layer=2, stride=4, execute=3))
+    stage2 = replace(CI.stage2, layer=2, stride=4, execute=3, precision="int8", views=2)
+    recipe = replace(
+        CI, workers=5, device="cuda:3", dtype="float32", attn_implementation="eager", stage2=stage2
+    )
     one = (("panda",), ("push_cube",))
     config = policy_training_config(recipe, tmp_path, tmp_path / "backbone", tmp_path / "cache", one)
     assert config.datasets == (tmp_path / "episodes/panda",)
     assert (config.backbone, config.cache) == (str(tmp_path / "backbone"), tmp_path / "cache")
     assert (config.loop, config.policy, config.execute) == (CI.stage2.loop, CI.stage2.policy, 3)
     assert (config.intents.layer, config.intents.stride, config.intents.workers) == (2, 4, 5)
+    assert (config.intents.precision, config.intents.views) == ("int8", 2)
+    assert (config.device, config.dtype, config.attn_implementation) == ("cuda:3", "float32", "eager")
     assert config.intents.cameras == CI.cameras and config.weights == {"pick_cube": 0.0}
 
 
@@ -160,6 +166,7 @@ def test_keys_of_a_stored_recipe_stay() -> None:
     assert set(stored) == {
         *("name", "robots", "tasks", "cameras", "image_size", "workers", "engine"),
         *("demonstrations", "corpus", "stage1", "stage2", "evaluation"),
+        *NOT_IN_KEYS,
     }
     assert set(stored["demonstrations"]) == {
         *("episodes", "held_out_episodes", "noise", "disturbed", "random_starts", "hold", "distractors"),
@@ -169,5 +176,14 @@ def test_keys_of_a_stored_recipe_stay() -> None:
         *("scenes", "held_out_scenes", "turns", "max_distractors", "frames_per_episode"),
     }
     assert set(stored["stage1"]) == {"backbone", "schooling", "training"}
-    assert set(stored["stage2"]) == {"loop", "policy", "layer", "stride", "execute", "drive"}
+    assert set(json_of(CI, "stage2")) == {"loop", "policy", "layer", "stride", "execute", "drive"}
     assert set(stored["evaluation"]) == {"episodes", "max_steps", "max_questions"}
+
+
+def test_only_a_changed_setting_changes_the_key_of_a_stage() -> None:
+    stage = STAGES["stage2"]
+    key = stage_key(STAGES, stage, CI)
+    elsewhere = replace(CI, device="cuda", dtype="bfloat16", attn_implementation="eager")
+    assert stage_key(STAGES, stage, elsewhere) == key
+    for change in ({"precision": "int8"}, {"views": 1}):
+        assert stage_key(STAGES, stage, replace(CI, stage2=replace(CI.stage2, **change))) != key

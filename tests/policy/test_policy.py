@@ -1,12 +1,14 @@
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from blm import bridge as bridge_module
 from blm.app.policies import load_checkpoint
@@ -376,6 +378,65 @@ def test_another_backbone_is_refused_even_with_a_matching_manifest(copied):
     rewrite_manifest(copied)
     with pytest.raises(BlmError, match="is not the frozen one of Stage II"):
         CheckpointPolicy.load(copied)
+
+
+def load_with_backbone(folder: Path, change: Callable[[Tensor], Tensor]) -> CheckpointPolicy:
+    """Load a checkpoint after a change of one weight of its backbone, with a matching manifest."""
+    file = folder / "backbone/model.safetensors"
+    weights = load_file(file)
+    name = min(name for name in weights if name.endswith("q_proj.weight"))
+    weights[name] = change(weights[name].clone())
+    save_file(weights, file, {"format": "pt"})
+    rewrite_manifest(folder)
+    return CheckpointPolicy.load(folder)
+
+
+def test_one_changed_bit_of_a_frozen_weight_is_refused(copied):
+    def flip(weight: Tensor) -> Tensor:
+        weight.view(torch.int32).view(-1)[5] ^= 1
+        return weight
+
+    load_with_backbone(copied, lambda weight: weight)
+    with pytest.raises(BlmError, match="is not the frozen one of Stage II"):
+        load_with_backbone(copied, flip)
+
+
+def test_other_logits_of_the_same_weights_only_warn(copied, capsys):
+    config = json.loads((copied / "config.json").read_text())
+    assert config["frozen"]["weights"] == config["frozen"]["fingerprint"]
+    config["frozen"]["logits"][3] += 0.25
+    (copied / "config.json").write_text(json.dumps(config))
+    rewrite_manifest(copied)
+    CheckpointPolicy.load(copied)
+    message = capsys.readouterr().err
+    assert "warning: checkpoint" in message and "differ by 0.25 from those at training" in message
+
+
+def test_a_float32_checkpoint_can_be_loaded_in_bfloat16(copied, capsys):
+    """The hash is of the stored precision: it is compared before the weights are converted."""
+    policy = CheckpointPolicy.load(copied, dtype="bfloat16")
+    assert policy.backbone.model.dtype == torch.bfloat16 and "warning" not in capsys.readouterr().err
+    assert policy.network.state_dict()["bridge.latents"].dtype == torch.float32
+    assert (
+        policy.backbone.model.get_submodule("model.language_model.rotary_emb").inv_freq.dtype == torch.float32
+    )
+    exact = CheckpointPolicy.load(copied).act(make_observation()).actions
+    np.testing.assert_allclose(policy.act(make_observation()).actions, exact, atol=0.1)
+    assert policy.contract.revision == CheckpointPolicy.load(copied).contract.revision
+    with pytest.raises(BlmError, match=r"cannot write .*: the backbone .* is not the frozen one"):
+        policy.save(copied, {})
+
+
+def test_an_older_checkpoint_is_compared_by_its_own_hash(copied):
+    policy = make_policy()
+    config = json.loads((copied / "config.json").read_text())
+    del config["frozen"]["weights"]
+    config["frozen"]["fingerprint"] = policy.backbone.fingerprint_with_computed_buffers()
+    (copied / "config.json").write_text(json.dumps(config))
+    rewrite_manifest(copied)
+    assert CheckpointPolicy.load(copied).frozen.weights == ""
+    with pytest.raises(BlmError, match="older checkpoint covers values that another processor"):
+        load_with_backbone(copied, lambda weight: weight + 1)
 
 
 def test_a_foreign_format_folder_or_prompt_is_refused(copied, tmp_path, monkeypatch):

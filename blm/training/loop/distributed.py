@@ -9,9 +9,12 @@ run.
 from __future__ import annotations
 
 import copy
+import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +27,10 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from blm.types import BlmError
+
+TIMEOUT_VARIABLE = "BLM_PROCESS_TIMEOUT"
+"""Environment variable: how long processes wait for each other [s]."""
 T = TypeVar("T")
 
 
@@ -49,17 +56,23 @@ class Processes:
     """Device of this process."""
 
     @classmethod
-    def join(cls, device: torch.device | str = "cpu") -> Processes:
+    def join(cls, device: str | torch.device = "cpu") -> Processes:
         """Join the process group, if a launcher started one.
 
-        A single process uses `device` with its index, such as "cuda:3". Of several processes each
-        uses the GPU of its local rank.
+        `device` is a torch device. One process uses it as it is; of several, each uses its own GPU,
+        so "cuda" is given. The first call reads the environment variable BLM_PROCESS_TIMEOUT.
+        Raises BlmError for a GPU that is not the one of this process.
         """
-        own = torch.device(device)
-        state = PartialState(cpu=own.type == "cpu")
-        if state.num_processes > 1 and own.type != "cpu":
-            own = state.device
-        return cls(state.process_index, state.num_processes, own)
+        wanted = torch.device(device)
+        state = PartialState(cpu=wanted.type == "cpu", **_process_group_options())
+        if state.num_processes == 1 or wanted.type == "cpu":
+            return cls(state.process_index, state.num_processes, wanted)
+        if wanted.index is not None and wanted != state.device:
+            raise BlmError(
+                f"device '{wanted}' was given, but process {state.process_index} of {state.num_processes} "
+                f"uses '{state.device}': give --device {wanted.type}"
+            )
+        return cls(state.process_index, state.num_processes, state.device)
 
     @property
     def first(self) -> bool:
@@ -112,6 +125,30 @@ class Processes:
         """Wait until all processes arrive here."""
         if self.count > 1:
             dist.barrier()
+
+
+def process_timeout() -> float | None:
+    """Return how long processes wait for each other [s], from the environment variable
+    BLM_PROCESS_TIMEOUT; None: torch's default, 600 s for NCCL and 1,800 s for gloo.
+
+    Raises BlmError for a value that is not a positive number.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE, "")
+    if not text:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise BlmError(f"{TIMEOUT_VARIABLE} is '{text}'; give a positive number of seconds")
+    return seconds
+
+
+def _process_group_options() -> dict[str, Any]:
+    seconds = process_timeout()
+    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return {"timeout": timedelta(seconds=seconds)} if seconds is not None and launched else {}
 
 
 def read_scalars(*groups: Mapping[str, Tensor]) -> list[dict[str, float]]:

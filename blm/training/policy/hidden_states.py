@@ -11,6 +11,7 @@ frame itself. `LiveHiddenStates` computes H_k for every batch instead.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,10 +32,25 @@ from blm.datasets.mixture import IndexArray, kept_frames
 from blm.io import replacing, sha256_file, write_json
 from blm.jobs import MAX_WORKERS, Result, WorkUnit, run_units
 from blm.policy.codec import prompt_version
-from blm.training.run_inputs import require_same_inputs
+from blm.training.loop.distributed import Processes
+from blm.training.policy.cache_processes import (
+    journal_path,
+    own_units,
+    require_shared,
+    wait_for_manifest,
+    wait_for_shards,
+)
+from blm.training.policy.quantization import dequantize_int8, quantize_int8
+from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
 from blm.types import BlmError, ImageArray, require_numbers
 
 FORMAT = 2
+SAMPLE_BLOCKS = 16
+"""Blocks of a shard that are hashed when a filled cache is opened."""
+SAMPLE_BYTES = 65_536
+"""Size of such a block."""
+ALONE = Processes(0, 1, torch.device("cpu"))
+"""A process without others."""
 HiddenStateRows = list[NDArray[np.floating[Any]]]
 """Hidden states [L_i, d] of some frames; prompts differ in length."""
 
@@ -53,7 +69,8 @@ class HiddenStateConfig:
     batch_size: int = 32
     """Number of frames per forward pass of the backbone."""
     workers: int = 2
-    """Number of worker processes that fill a cache; 0 runs all work in the main process."""
+    """Worker processes that fill a cache, on the CPU, for each training process; 0: this process. On a
+    GPU, each training process computes its shards itself, with the backbone that it has."""
     shard_frames: int = 256
     """Number of cached frames after which the cache starts a new shard, at the next episode."""
     precision: Literal["float16", "int8"] = "float16"
@@ -109,6 +126,10 @@ class CacheShard:
     sha256: str
     error: float | None = None
     """RMS error of int8 values relative to the RMS of the values; None for float16."""
+    bytes: int = 0
+    """Size of the file."""
+    sample_sha256: str = ""
+    """Hash of blocks of the file, see `_sample_sha256`; empty in caches of older versions."""
 
 
 class CachedHiddenStates:
@@ -130,23 +151,6 @@ class CachedHiddenStates:
         index = index * (self.config.views + 1) + (views if views is not None else 0)
         stored = (self._files[self._shard[i]][self._stop[i] - self._length[i] : self._stop[i]] for i in index)
         return [dequantize_int8(row) if self.config.precision == "int8" else row for row in stored]
-
-
-def quantize_int8(hidden: NDArray[np.floating[Any]]) -> NDArray[np.uint8]:
-    """Quantise hidden states [tokens, d] to int8 with one float32 scale per token.
-
-    Returns bytes [tokens, d + 4]. The quantisation is symmetric, with 254 steps: the error of a
-    value is at most 1/254 of the largest value of its token.
-    """
-    scale = np.maximum(np.abs(hidden).max(-1, keepdims=True), 1e-12).astype(np.float32) / 127
-    values = np.round(hidden / scale).astype(np.int8)
-    return np.concatenate([values.view(np.uint8), scale.view(np.uint8)], axis=-1)
-
-
-def dequantize_int8(stored: NDArray[np.uint8]) -> NDArray[np.float16]:
-    """Return the hidden states [tokens, d] that `quantize_int8` stored, as float16."""
-    values, scale = stored[:, :-4].view(np.int8), np.ascontiguousarray(stored[:, -4:]).view(np.float32)
-    return (values * scale).astype(np.float16)
 
 
 def augmented(
@@ -184,41 +188,110 @@ def collate(rows: HiddenStateRows) -> tuple[Tensor, Tensor]:
 
 
 def cache_hidden_states(
-    backbone: Backbone, source: str, dataset: EpisodeDataset, config: HiddenStateConfig, folder: Path
+    backbone: Backbone,
+    source: str,
+    dataset: EpisodeDataset,
+    config: HiddenStateConfig,
+    folder: Path,
+    processes: Processes = ALONE,
 ) -> CachedHiddenStates:
     """Fill the cache `folder`, or the missing part of it; check it, and open it.
 
-    `source` is the name or folder from which worker processes load `backbone`. Raises BlmError if
-    the folder holds a cache with another spec, or one that was altered.
+    `source` is the name or folder from which worker processes load `backbone`. All of `processes`
+    call this, and each computes a part of the shards. Raises BlmError, in every process, if the
+    folder holds a cache with another spec, or one that was altered, or if the processes see
+    different files.
     """
     spec = describe(backbone, dataset, config)
-    require_same_inputs(folder / "spec.json", spec, f"hidden-state cache '{folder}' is stale")
     manifest = folder / "manifest.json"
+
+    def prepare() -> None:
+        if processes.first:
+            require_same_inputs(folder / "spec.json", spec, f"hidden-state cache '{folder}' is stale")
+            if not manifest.exists():
+                _report_size(LiveHiddenStates(backbone, dataset, config), folder)
+
+    require_same_facts(processes, f"hidden-state cache '{folder}'", spec)
+    run_together(processes, prepare)
+    require_shared(processes, folder)
     if not manifest.exists():
-        _report_size(LiveHiddenStates(backbone, dataset, config), folder)
-        results = run_units(
-            _write_shard,
-            list(_shards(dataset, config, folder)),
-            journal=folder / "journal.jsonl",
-            workers=config.workers,
-            title=f"hidden states of {dataset.space.robot}",
-            setup=_set_up_worker,
-            setup_args=(source, str(backbone.model.device), backbone.model.dtype, dataset.folder, config),
-        )
-        _worker.clear()
-        write_json(manifest, results)
+        _fill(backbone, source, dataset, config, folder, processes)
     shards = {name: CacheShard(**shard) for name, shard in json.loads(manifest.read_text()).items()}
-    for name, shard in shards.items():
-        if not (folder / name).exists() or sha256_file(folder / name) != shard.sha256:
-            raise BlmError(
-                f"hidden-state cache '{folder}': {name} is missing or "
-                "altered; move the folder away, run again"
-            )
+    run_together(processes, lambda: _require_unaltered(folder, shards))
     if errors := [shard.error for shard in shards.values() if shard.error is not None]:
         Console(stderr=True).print(
             f"int8 hidden states: RMS error {np.mean(errors):.2%} of the values' own RMS"
         )
     return CachedHiddenStates(folder, shards, config)
+
+
+def _fill(
+    backbone: Backbone,
+    source: str,
+    dataset: EpisodeDataset,
+    config: HiddenStateConfig,
+    folder: Path,
+    processes: Processes,
+) -> None:
+    """Compute the missing shards of this process, and wait for those of the others."""
+    units = list(_shards(dataset, config, folder))
+    setup: dict[str, Any] = {"workers": config.workers}
+    if config.workers and backbone.model.device.type == "cpu":
+        setup["setup"] = _set_up_worker
+        setup["setup_args"] = (
+            source,
+            backbone.model.dtype,
+            backbone.attn_implementation,
+            dataset.folder,
+            config,
+        )
+    else:  # further processes would hold further copies of the backbone on the same GPU
+        setup["workers"] = 0
+        _worker[:] = [LiveHiddenStates(backbone, dataset, config)]
+    if mine := own_units(units, folder, processes):
+        part = f", process {processes.rank} of {processes.count}" if processes.count > 1 else ""
+        title = f"hidden states of {dataset.space.robot}{part}"
+        run_units(_write_shard, mine, journal=journal_path(folder, processes.rank), title=title, **setup)
+    _worker.clear()
+    if processes.first:
+        write_json(folder / "manifest.json", wait_for_shards(units, folder))
+    else:
+        wait_for_manifest(folder)
+
+
+def _require_unaltered(folder: Path, shards: Mapping[str, CacheShard]) -> None:
+    """Raise BlmError for a shard that is missing or altered, by its size and by samples of it.
+
+    The whole file was hashed when it was written. Caches of older versions have no samples and are
+    hashed again.
+    """
+    for name, shard in shards.items():
+        path = folder / name
+        if not path.exists():
+            same = False
+        elif shard.sample_sha256:
+            same = (path.stat().st_size, _sample_sha256(path)) == (shard.bytes, shard.sample_sha256)
+        else:
+            same = sha256_file(path) == shard.sha256
+        if not same:
+            raise BlmError(
+                f"hidden-state cache '{folder}': {name} is missing or altered; "
+                "move the folder away, run again"
+            )
+
+
+def _sample_sha256(path: Path) -> str:
+    """Return the sha256 of blocks at the beginning, at the end and evenly between; of a small file,
+    all of it is hashed."""
+    size = path.stat().st_size
+    if size <= SAMPLE_BLOCKS * SAMPLE_BYTES:
+        return sha256_file(path)
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for start in np.linspace(0, size - SAMPLE_BYTES, SAMPLE_BLOCKS).astype(int).tolist():
+            file.seek(start)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def describe(backbone: Backbone, dataset: EpisodeDataset, config: HiddenStateConfig) -> dict[str, Any]:
@@ -278,9 +351,13 @@ _worker: list[LiveHiddenStates] = []
 
 
 def _set_up_worker(
-    source: str, device: str, dtype: torch.dtype, dataset: Path, config: HiddenStateConfig
+    source: str,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    dataset: Path,
+    config: HiddenStateConfig,
 ) -> None:
-    backbone = Backbone.load(source, device=device, dtype=dtype)
+    backbone = Backbone.load(source, dtype=dtype, attn_implementation=attn_implementation)
     _worker[:] = [LiveHiddenStates(backbone, open_dataset(dataset), config)]
 
 
@@ -307,5 +384,11 @@ def _write_shard(payload: tuple[Path, list[IndexArray]]) -> Result:
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, stored)
     frames = np.concatenate(episodes).tolist()
-    lengths = [len(row) for row in rows]
-    return {"frames": frames, "lengths": lengths, "sha256": sha256_file(path), **rounding}
+    return {
+        "frames": frames,
+        "lengths": [len(row) for row in rows],
+        "sha256": sha256_file(path),
+        **rounding,
+        "bytes": path.stat().st_size,
+        "sample_sha256": _sample_sha256(path),
+    }

@@ -11,15 +11,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
-import torch
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blm.backbone.backbone import Backbone
+from blm.backbone.precision import WeightDtype, frozen_dtype, require_attention
 from blm.datasets.lerobot import EpisodeDataset, open_dataset
 from blm.io import replacing
 from blm.policy.checkpoint import require_free
@@ -31,6 +31,7 @@ from blm.training.loop.ema import Ema
 from blm.training.loop.loop import LoopConfig, run_loop
 from blm.training.policy.add_robot import InitialPolicy, from_checkpoint, from_scratch
 from blm.training.policy.hidden_states import (
+    ALONE,
     HiddenStateConfig,
     LiveHiddenStates,
     cache_hidden_states,
@@ -46,7 +47,7 @@ from blm.training.policy.sampler import (
     split,
     warn_of_reserved,
 )
-from blm.training.run_inputs import require_same_inputs
+from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
 from blm.types import BlmError, PolicyContract, require_numbers
 
 
@@ -84,12 +85,16 @@ class PolicyTrainingConfig:
     """Number of held-out batches per validation."""
     device: str = "cpu"
     """Torch device: cpu, cuda, cuda:N or mps."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the backbone's weights."""
+    dtype: WeightDtype | None = None
+    """Precision of the frozen backbone; by default bfloat16 on CUDA and float32 elsewhere."""
+    attn_implementation: str | None = None
+    """Attention implementation of the backbone in transformers: eager, sdpa, flash_attention_2, ..;
+    by default the model's own."""
 
     def __post_init__(self) -> None:
         require_numbers(self, held_out=(0, 0.9), validation_batches=(0, 1_000_000))
         require_weights(self.weights)
+        require_attention(self.attn_implementation)
         if self.only_new and self.start is None:
             raise BlmError("only_new needs a checkpoint to start from")
         if not 1 <= self.execute <= self.policy.horizon:
@@ -100,9 +105,14 @@ class PolicyTrainingConfig:
 
 
 def open_datasets(
-    backbone: Backbone, datasets: Sequence[EpisodeDataset], config: PolicyTrainingConfig, start: InitialPolicy
+    backbone: Backbone,
+    datasets: Sequence[EpisodeDataset],
+    config: PolicyTrainingConfig,
+    start: InitialPolicy,
+    processes: Processes = ALONE,
 ) -> list[PolicyDataset]:
-    """Split the episodes, fit the transforms, and open or fill the hidden-state caches."""
+    """Split the episodes, fit the transforms, and open the hidden states; all of `processes` fill
+    the caches, where needed."""
     opened = split(
         datasets,
         config.policy,
@@ -113,17 +123,22 @@ def open_datasets(
         transforms=start.transforms(),
     )
     return [
-        replace(one, hidden_states=_hidden_states(backbone, one.dataset, config, name))
+        replace(one, hidden_states=_hidden_states(backbone, one.dataset, config, name, processes))
         for one, name in zip(opened, cache_names(datasets), strict=True)
     ]
 
 
 def _hidden_states(
-    backbone: Backbone, dataset: EpisodeDataset, config: PolicyTrainingConfig, name: str
+    backbone: Backbone,
+    dataset: EpisodeDataset,
+    config: PolicyTrainingConfig,
+    name: str,
+    processes: Processes,
 ) -> HiddenStateSource:
     if config.cache is None:
         return LiveHiddenStates(backbone, dataset, config.intents)
-    return cache_hidden_states(backbone, config.backbone, dataset, config.intents, config.cache / name)
+    folder = config.cache / name
+    return cache_hidden_states(backbone, config.backbone, dataset, config.intents, folder, processes)
 
 
 def cache_names(datasets: Sequence[EpisodeDataset]) -> list[str]:
@@ -177,9 +192,8 @@ def train_stage2(
     origin = {"start": start.checkpoint.provenance} if start.checkpoint is not None else {}
     facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs, **origin}
     facts |= warn_of_reserved(datasets) if processes.first else {}
-    if processes.first:
-        _prepare_folder(out, inputs)
-    opened = _open_first_alone(processes, lambda: open_datasets(backbone, datasets, config, start))
+    _prepare_folder(out, inputs, processes)
+    opened = open_datasets(backbone, datasets, config, start, processes)
 
     def policy(weights: PolicyNetwork) -> CheckpointPolicy:
         start.restore_old_rows(weights)
@@ -204,6 +218,7 @@ def train_stage2(
     if config.cache is not None and validate is None:
         backbone = _load_backbone(config)
     frozen.require(backbone, "after Stage II")
+    frozen.compare_logits(backbone, "after Stage II")
     if processes.first:
         policy(cast(PolicyNetwork, ema.module)).save(out / "checkpoint", facts)
         best = BestCheckpoint(out)
@@ -214,21 +229,18 @@ def train_stage2(
     return out / "checkpoint"
 
 
-def _prepare_folder(out: Path, inputs: Mapping[str, Any]) -> None:
-    """Raise BlmError if the run may not write to `out`; record its inputs."""
-    for name in ("checkpoint", "best"):
-        require_free(out / name)
-    require_same_inputs(out / "inputs.json", inputs, f"'{out}' holds another run")
+def _prepare_folder(out: Path, inputs: Mapping[str, Any], processes: Processes) -> None:
+    """Record the inputs of the run. Raises BlmError, in every process, if it may not write to
+    `out`, or if the processes have different inputs."""
 
+    def prepare() -> None:
+        if processes.first:
+            for name in ("checkpoint", "best"):
+                require_free(out / name)
+            require_same_inputs(out / "inputs.json", inputs, f"'{out}' holds another run")
 
-def _open_first_alone(
-    processes: Processes, open_all: Callable[[], list[PolicyDataset]]
-) -> list[PolicyDataset]:
-    """Open the datasets in the first process, which fills the caches; then in the others."""
-    if processes.first:
-        opened = open_all()
-    processes.wait()
-    return opened if processes.first else open_all()
+    require_same_facts(processes, f"'{out}'", inputs)
+    run_together(processes, prepare)
 
 
 def _start(backbone: Backbone, contract: PolicyContract, config: PolicyTrainingConfig) -> InitialPolicy:
@@ -333,6 +345,11 @@ def _run(
 
 
 def _load_backbone(config: PolicyTrainingConfig) -> Backbone:
-    backbone = Backbone.load(config.backbone, device=config.device, dtype=getattr(torch, config.dtype))
+    backbone = Backbone.load(
+        config.backbone,
+        device=config.device,
+        dtype=frozen_dtype(config.device, config.dtype),
+        attn_implementation=config.attn_implementation,
+    )
     backbone.freeze()
     return backbone

@@ -24,7 +24,7 @@ from blm.io import write_json
 from blm.training.loop.batches import Microbatch
 from blm.training.loop.distributed import DataShard, Processes, fsdp_requested
 from blm.training.loop.loop import LoopConfig, run_loop
-from blm.training.run_inputs import require_same_inputs
+from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
 from blm.training.sft.lora import Lora, add_adapters, merge_adapters
 from blm.training.sft.loss import MaskedLossModel
 from blm.training.sft.mixture_sampler import ExampleIndex, MixtureSampler, TokenizedSource
@@ -105,6 +105,7 @@ def train_stage1(
     used.
     """
     processes, model = Processes.join(backbone.model.device), backbone.model
+    _require_same_sources(processes, sources, out)
     adapted = _choose_trained(backbone, config)
     tokenized, counts = _tokenize(backbone, sources, config, processes)
     sampler = MixtureSampler(
@@ -114,9 +115,7 @@ def train_stage1(
         seed=config.loop.seed,
         world_size=processes.count * config.loop.accumulate,
     )
-    if processes.first:
-        _prepare_folder(out, _run_inputs(backbone, tokenized, config))
-        write_json(out / "rows.json", dict(counts))
+    _prepare_folder(out, processes, _run_inputs(backbone, tokenized, config), counts)
     sharded = processes.count > 1 and (config.loop.shard or fsdp_requested())
     _require_no_videos(tokenized if sharded else ())
     loss_model = MaskedLossModel(backbone, sharded=sharded, cached=config.cache_features)
@@ -180,13 +179,6 @@ def _require_no_videos(sources: Sequence[TokenizedSource]) -> None:
             )
 
 
-def _prepare_folder(out: Path, inputs: Mapping[str, object]) -> None:
-    """Record the inputs of the run. Raises BlmError if the run may not write to `out`."""
-    require_same_inputs(out / "inputs.json", inputs, f"'{out}' holds another run")
-    for name in ("backbone", "adapter"):
-        require_free(out / name)
-
-
 def _choose_trained(backbone: Backbone, config: Stage1Config) -> PeftModel | None:
     """Freeze the parts with a scale of 0; add LoRA adapters, if configured, and return them.
 
@@ -231,6 +223,36 @@ def _tokenize(
             cache_features=config.cache_features,
         )
         return [tokenizer.tokenize(source) for source in sources], tokenizer.total_counts()
+
+
+def _require_same_sources(processes: Processes, sources: Sequence[TrainingSource], out: Path) -> None:
+    """Raise BlmError, in every process, unless all of them read the same conversations."""
+    if processes.count == 1:
+        return
+    facts = {}
+    for source in sources:
+        digest = hashlib.sha256()
+        for conversation in source.conversations:
+            for message in conversation:
+                digest.update(f"{message.role}: {message.text}\n".encode(errors="surrogatepass"))
+        facts[f"corpus {source.name}"] = digest.hexdigest()
+    require_same_facts(processes, f"'{out}'", facts)
+
+
+def _prepare_folder(
+    out: Path, processes: Processes, inputs: Mapping[str, object], counts: Counter[str]
+) -> None:
+    """Record the inputs of the run and the counts of conversations. Raises BlmError, in every
+    process, if the run may not write to `out`."""
+
+    def prepare() -> None:
+        if processes.first:
+            require_same_inputs(out / "inputs.json", inputs, f"'{out}' holds another run")
+            for name in ("backbone", "adapter"):
+                require_free(out / name)
+            write_json(out / "rows.json", dict(counts))
+
+    run_together(processes, prepare)
 
 
 def _run_inputs(

@@ -319,9 +319,7 @@ def test_a_policy_of_another_contract_does_not_continue_a_run(tmp_path: Path) ->
 def test_episodes_of_a_server_without_a_contract_are_never_taken_for_anothers(tmp_path: Path) -> None:
     def evaluate(address: str, **how: Any) -> PhysicalResult:
         look: Any = {"cameras": CONTRACT.cameras, "image_size": CONTRACT.image_size}
-        make = policy_factory(
-            f"ws://{address}", **look, horizon=4, execute=4, api_key=None, device="cpu", **how
-        )
+        make = policy_factory(f"ws://{address}", **look, horizon=4, execute=4, api_key=None, load={}, **how)
         protocol = PhysicalProtocol.for_policy(
             contract_of(make), robots=("panda",), tasks=("push_cube",), episodes=1, max_steps=4
         )

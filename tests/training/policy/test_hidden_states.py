@@ -16,9 +16,8 @@ from blm.training.policy.hidden_states import (
     augmented,
     cache_hidden_states,
     collate,
-    dequantize_int8,
-    quantize_int8,
 )
+from blm.training.policy.quantization import dequantize_int8, quantize_int8
 from blm.types import BlmError
 from tests.support.hidden_states import make_backbone, make_dataset
 

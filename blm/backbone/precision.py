@@ -1,0 +1,89 @@
+"""Device, weight precision and attention implementation with which a backbone is loaded."""
+
+from __future__ import annotations
+
+from typing import Literal, TypedDict
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from blm.types import BlmError, lookup
+
+WeightDtype = Literal["float32", "bfloat16"]
+
+
+class LoadOptions(TypedDict, total=False):
+    """Form in which the model of a checkpoint is loaded."""
+
+    device: str
+    dtype: WeightDtype | None
+    attn_implementation: str | None
+
+
+ATTENTION_IMPLEMENTATIONS = {
+    name: name for name in ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+}
+"""Names of attention implementations in transformers that a backbone may be loaded with."""
+
+
+def frozen_dtype(device: str | torch.device, dtype: WeightDtype | None = None) -> torch.dtype:
+    """Return the precision of frozen weights on a device: `dtype`, or by default bfloat16 on CUDA
+    and float32 elsewhere.
+
+    Raises BlmError for bfloat16 on a GPU that does not support it.
+    """
+    on_cuda = torch.device(device).type == "cuda"
+    chosen: torch.dtype = getattr(torch, dtype or ("bfloat16" if on_cuda else "float32"))
+    if on_cuda and chosen is torch.bfloat16 and not _supports_bfloat16(device):
+        raise BlmError(f"the GPU '{device}' does not support bfloat16; give --dtype float32")
+    return chosen
+
+
+def _supports_bfloat16(device: str | torch.device) -> bool:
+    if not torch.cuda.is_available():
+        return True
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def place_weights(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> None:
+    """Move a model to a device and convert its floating-point weights to `dtype`.
+
+    Buffers that a model computes when it is made, such as the frequencies of rotary positions, keep
+    their precision: in bfloat16 the angles of distant positions would be wrong. On CUDA, float32
+    matrix products may use TF32 from here on.
+    """
+    stored = model.state_dict().keys()
+    computed = {name: buffer for name, buffer in model.named_buffers() if name not in stored}
+    model.to(device=device, dtype=dtype)
+    for name, buffer in computed.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer.to(device))
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def require_attention(name: str | None) -> None:
+    """Raise UnknownNameError, which lists the valid names, for an unknown attention
+    implementation."""
+    if name is not None:
+        lookup("attention implementation", name, ATTENTION_IMPLEMENTATIONS)
+
+
+def use_attention(model: PreTrainedModel, name: str | None) -> None:
+    """Switch a model to an attention implementation of transformers; None keeps the model's own.
+
+    Raises UnknownNameError for an unknown name, and BlmError if this installation or model lacks
+    the implementation.
+    """
+    require_attention(name)
+    if name is None:
+        return
+    try:
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BlmError(
+            f"{type(model).__name__} cannot use the attention implementation '{name}': {reason}"
+        ) from error

@@ -1,0 +1,111 @@
+"""Share the filling of a hidden-state cache among the processes that train together.
+
+Each process computes shards of its own and has a journal of its own; process 0 writes the manifest.
+Filling takes hours, longer than a collective operation may wait, so the processes wait for each
+other by reading the journals, and give up only if no journal grows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from blm.io import read_json
+from blm.jobs import Result, WorkUnit, read_journal
+from blm.training.loop.distributed import DataShard, Processes, process_timeout
+from blm.training.run_inputs import run_together
+from blm.types import BlmError
+
+POLL_SECONDS = 0.5
+"""Time between two looks at the files of other processes [s]."""
+SHARED_SECONDS = 60.0
+"""Time in which a file that one process wrote must be visible to all [s]; network file systems
+delay it."""
+STALLED_SECONDS = 1800.0
+"""Time without a finished shard after which filling has failed [s], unless BLM_PROCESS_TIMEOUT is
+set."""
+
+
+def require_shared(processes: Processes, folder: Path) -> None:
+    """Raise BlmError in every process unless all of them see in `folder` what process 0 wrote."""
+
+    def view() -> tuple[Any, bool]:
+        spec = folder / "spec.json"
+        return (read_json(spec) if spec.exists() else None, (folder / "manifest.json").exists())
+
+    expected = processes.gather_objects(view())[0]
+
+    def look() -> None:
+        end = time.monotonic() + SHARED_SECONDS
+        while view() != expected:
+            if time.monotonic() > end:
+                raise BlmError(
+                    f"'{folder}' does not hold the files that process 0 wrote there; name a folder that all "
+                    "processes share"
+                )
+            time.sleep(POLL_SECONDS)
+
+    run_together(processes, look)
+
+
+def journal_path(folder: Path, rank: int) -> Path:
+    """Return the journal of one process."""
+    return folder / ("journal.jsonl" if rank == 0 else f"journal-{rank}.jsonl")
+
+
+def finished_shards(folder: Path, *, repair: bool = False) -> dict[str, Result]:
+    """Return the finished shards in the journals of all processes, present and former; see
+    `read_journal` for `repair`."""
+    finished: dict[str, Result] = {}
+    for journal in sorted(folder.glob("journal*.jsonl")):
+        finished |= read_journal(journal, repair=repair)
+    return finished
+
+
+def own_units(units: Sequence[WorkUnit], folder: Path, processes: Processes) -> list[WorkUnit]:
+    """Return the unfinished units of this process; every process must call this before any begins
+    one."""
+    finished = finished_shards(folder, repair=processes.first)
+    processes.wait()
+    mine = DataShard(processes.rank, processes.count).of(units)
+    return [unit for unit in mine if unit.key not in finished]
+
+
+def wait_for_shards(units: Sequence[WorkUnit], folder: Path) -> dict[str, Result]:
+    """Wait until all units are finished; return the results of all processes, in the order of
+    `units`.
+
+    Raises BlmError when no process finishes a shard for STALLED_SECONDS or BLM_PROCESS_TIMEOUT.
+    """
+    finished = finished_shards(folder)
+
+    def complete() -> bool:
+        finished.update(finished_shards(folder))
+        return all(unit.key in finished for unit in units)
+
+    _wait(complete, folder)
+    return {unit.key: finished[unit.key] for unit in units}
+
+
+def wait_for_manifest(folder: Path) -> None:
+    """Wait until process 0 has written the manifest; raises as `wait_for_shards` does."""
+    _wait((folder / "manifest.json").exists, folder)
+
+
+def _wait(complete: Callable[[], bool], folder: Path) -> None:
+    limit = process_timeout() or STALLED_SECONDS
+    size = -1
+    since = time.monotonic()
+    while not complete():
+        now = sum(journal.stat().st_size for journal in folder.glob("journal*.jsonl"))
+        if now != size:
+            size = now
+            since = time.monotonic()
+        elif time.monotonic() - since > limit:
+            raise BlmError(
+                f"intent cache '{folder}': no process has finished a shard for {limit:g} s; see the output "
+                "of the other processes. The same command continues; BLM_PROCESS_TIMEOUT [s] sets this limit"
+            )
+        time.sleep(POLL_SECONDS)
