@@ -3,7 +3,9 @@ backbones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +21,15 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
+from blm.backbone.families import one_tile_a_picture, require_family, require_processor
 from blm.backbone.generation.generator import Generation
 from blm.backbone.model import MultimodalModel
 from blm.backbone.nano.model import SAMPLE_TEXTS, make_nano
 from blm.backbone.saving import save_folder
 from blm.backbone.smol import make_smol
+from blm.errors import shorten
 from blm.io import recover_folder
-from blm.types import Message, Sampling, lookup
+from blm.types import BlmError, Message, Sampling, lookup
 
 RELEASED = Path(__file__).parents[1] / "releases"
 """Weights that ship with the package."""
@@ -36,22 +40,43 @@ class Backbone(MultimodalModel):
     states."""
 
     @classmethod
+    def outline(cls, name_or_folder: str | Path) -> Backbone:
+        """Load a backbone without its weights, on torch's meta device, to check settings in
+        seconds.
+
+        Only its config and processor are read. Raises as `load` does.
+        """
+        source = _source(name_or_folder)
+        if not isinstance(source, str):
+            return source()
+        with _loading(source):
+            config = AutoConfig.from_pretrained(source)
+            require_family(config)
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(config)
+            return cls(model, _load_processor(source))
+
+    @classmethod
     def load(
         cls, name_or_folder: str | Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32
     ) -> Backbone:
-        """Load a folder, or a name of BACKBONES ("nano" is built with random weights).
+        """Load a folder, a name of BACKBONES ("nano" is built with random weights), or an id of the
+        Hugging Face hub ("Qwen/Qwen2.5-VL-3B-Instruct").
 
-        Raises UnknownNameError for a name that is neither.
+        Raises UnknownNameError for a name that is none of them, and BlmError for a model that
+        cannot be loaded or cannot be a backbone.
         """
-        source: str | Callable[[], Backbone] = str(name_or_folder)
-        if not recover_folder(Path(name_or_folder)).is_dir():
-            source = lookup("backbone", str(name_or_folder), BACKBONES)
+        source = _source(name_or_folder)
         if isinstance(source, str):
-            model = AutoModelForImageTextToText.from_pretrained(source)
+            with _loading(source):
+                require_family(AutoConfig.from_pretrained(source))
+                model = AutoModelForImageTextToText.from_pretrained(source)
             # tensors of a memory-mapped file may be unaligned; aligned copies give the same bits everywhere
             for p in model.parameters():
                 p.data = p.data.clone()
-            backbone = cls(model, _load_processor(source))
+            with _loading(source):
+                processor = _load_processor(source)
+            backbone = cls(model, processor)
         else:
             backbone = source()
         backbone.model.to(device=device, dtype=dtype)
@@ -138,6 +163,33 @@ BACKBONES: dict[str, str | Callable[[], Backbone]] = {
 """Name -> builder, folder of the package, or Hugging Face hub id."""
 
 
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""Owner and name of a model on the Hugging Face hub."""
+
+
+def _source(name_or_folder: str | Path) -> str | Callable[[], Backbone]:
+    """Return a folder or hub id to load from, or a builder. Raises UnknownNameError for other
+    names."""
+    name = str(name_or_folder)
+    if recover_folder(Path(name_or_folder)).is_dir() or (name not in BACKBONES and _HUB_ID.fullmatch(name)):
+        return name
+    return lookup("backbone", name, BACKBONES)
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """Turn the errors of transformers about a folder or hub id into one BlmError."""
+    try:
+        yield
+    except BlmError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        place = f"'{source}'"
+        if not Path(source).is_dir():
+            place += " is no folder, and as a model of the Hugging Face hub it"
+        raise BlmError(f"{place} cannot be loaded: {shorten(error, 300, quote=False)}") from error
+
+
 def _load_processor(source: str) -> Any:
     """Load a processor that reads pictures; without torchvision, one that has no video part, which
     needs it.
@@ -154,8 +206,8 @@ def _load_processor(source: str) -> Any:
     if "video_processor" in kind.get_attributes() and not is_torchvision_available():
         kind = without_video(kind)
     processor = kind.from_pretrained(source)
-    if hasattr(processor.image_processor, "do_image_splitting"):
-        processor.image_processor.do_image_splitting = False
+    require_processor(processor)
+    one_tile_a_picture(processor)
     return processor
 
 
@@ -163,12 +215,18 @@ def without_video(kind: Any) -> Any:
     """Return the processor class `kind` with an image processor and a tokenizer only, under the
     same name.
 
-    transformers reads the parts of a processor off the signature of its constructor.
+    transformers reads the parts of a processor, and which settings of a folder it takes, off the
+    signature of its constructor.
     """
 
     def init(
-        self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
+        self: Any,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: Any = None,
+        image_seq_length: int | None = None,
     ) -> None:
-        kind.__init__(self, image_processor, tokenizer, None, chat_template=chat_template)
+        settings = {} if image_seq_length is None else {"image_seq_length": image_seq_length}
+        kind.__init__(self, image_processor, tokenizer, None, chat_template=chat_template, **settings)
 
     return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
