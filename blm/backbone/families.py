@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from blm.types import BlmError
@@ -51,3 +52,12 @@ def one_tile_a_picture(processor: Any) -> None:
     if hasattr(processor.image_processor, "crop_to_patches"):  # InternVL
         processor.image_processor.crop_to_patches = False
         processor.images_kwargs = {**processor.images_kwargs, "crop_to_patches": False}
+
+
+def arrange_pictures(processor: Any, texts: Sequence[str], images: Sequence[Any]) -> list[Any]:
+    """Return pictures, in reading order, as the processor takes them: in one list, or for Gemma 3
+    in one list for each text."""
+    if "Gemma3Processor" not in (kind.__name__ for kind in type(processor).__mro__) or not images:
+        return list(images)
+    rest = iter(images)
+    return [list(islice(rest, text.count(processor.image_token))) for text in texts]

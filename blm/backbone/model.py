@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blm.backbone.families import arrange_pictures
 from blm.backbone.hashing import hash_tensors
 from blm.backbone.prompt import question_prompt, to_chat
 from blm.media import load_pixels
@@ -121,7 +122,7 @@ class MultimodalModel:
             inputs = dict(
                 self.processor(
                     text=list(texts),
-                    images=list(images) or None,
+                    images=arrange_pictures(self.processor, texts, images) or None,
                     padding=True,
                     padding_side=side,
                     return_tensors="pt",
