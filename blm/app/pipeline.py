@@ -44,6 +44,9 @@ class Stage:
     run: Callable[[Recipe, Path], None]
     writes: tuple[str, ...] = ()
     """Folders that it writes, relative to the run folder."""
+    check: Callable[[Recipe, Path], None] | None = None
+    """Raises BlmError for settings that the stage cannot fulfil. Takes seconds, and is called
+    before the first stage of a run."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,18 @@ def run_stages(stages: dict[str, Stage], names: list[str], recipe: Recipe, folde
     """Run the named stages in order.
 
     An unfinished stage may be run again with other settings; its old files are moved aside. Raises
-    BlmError, before anything is written, for a missing input, for a folder that holds a finished
-    stage of other settings or files of another program, and if another process runs stages in the
-    folder.
+    BlmError, before anything is written, for a missing input, for settings that a stage cannot
+    fulfil, for a folder that holds a finished stage of other settings or files of another program,
+    and if another process runs stages in the folder.
     """
     with lock_folder(folder) if folder.exists() else nullcontext():
         require_run_folder(folder)
         require_settings(stages, names, recipe, folder)
         require_inputs(stages, names, folder)
+    ledger = read_ledger(folder)
+    for stage in (stages[name] for name in names):
+        if stage.check is not None and not (stage.name in ledger and ledger[stage.name].done):
+            stage.check(recipe, folder)
     with lock_folder(folder):
         write_json(folder / RECIPE, to_json(recipe))
         for place, name in enumerate(names, start=1):

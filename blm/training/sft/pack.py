@@ -105,12 +105,6 @@ def pack(
 
 def _attention_mask(backbone: Backbone, example_ids: np.ndarray, segment_ids: np.ndarray) -> Tensor:
     """Return the attention mask [G, 1, L, L] bool, True where attended."""
-    kind = backbone.model.config._attn_implementation
-    if kind != "sdpa":
-        raise BlmError(
-            f"this model was loaded with '{kind}' attention; packing and separate_turns need 'sdpa'. "
-            "Load it so, or set pack_length=0 and separate_turns=False"
-        )
     require_maskable(backbone)
     same_example = torch.from_numpy(example_ids[:, :, None] == example_ids[:, None, :])
     same_turn_or_prefix = torch.from_numpy(
@@ -120,7 +114,10 @@ def _attention_mask(backbone: Backbone, example_ids: np.ndarray, segment_ids: np
 
 
 def require_maskable(backbone: Backbone) -> None:
-    """Raise BlmError, naming the model, if it takes no mask that separates examples or turns."""
+    """Raise BlmError, naming the model, if it takes no mask that separates examples or turns.
+
+    The attention implementation is "sdpa" unless the model was loaded with another one.
+    """
     kinds = set(getattr(backbone.decoder.config, "layer_types", None) or ())
     name, remedy = type(backbone.model).__name__, "set pack_length=0 and limits.separate_turns=False"
     if kinds - {"full_attention"}:
@@ -132,6 +129,12 @@ def require_maskable(backbone: Backbone) -> None:
         raise BlmError(
             f"the pictures of {name} attend in both directions, which packing and separate_turns would "
             f"undo: {remedy}"
+        )
+    kind = backbone.model.config._attn_implementation
+    if kind != "sdpa":
+        raise BlmError(
+            f"this model was loaded with '{kind}' attention; packing and separate_turns need 'sdpa'. "
+            f"Load it so, or {remedy}"
         )
 
 

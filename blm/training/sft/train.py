@@ -27,11 +27,12 @@ from blm.training.run_inputs import require_same_inputs
 from blm.training.sft.lora import Lora, add_adapters, merge_adapters
 from blm.training.sft.loss import MaskedLossModel
 from blm.training.sft.mixture_sampler import ExampleIndex, MixtureSampler, TokenizedSource
-from blm.training.sft.pack import ExampleBatch, collate, pack, require_exact
+from blm.training.sft.pack import ExampleBatch, collate, pack, require_exact, require_maskable
 from blm.training.sft.parameter_groups import PartName, freeze_parts, part_of
 from blm.training.sft.prefix_attention import use_prefix_attention
 from blm.training.sft.tokenize import TokenizationConfig, TokenizedExample, single_torch_thread
 from blm.training.sft.tokenize_corpora import CorpusTokenizer, TrainingSource
+from blm.training.sft.vision_features import trained_projectors
 from blm.types import BlmError, require_numbers
 
 
@@ -102,7 +103,9 @@ def train_stage1(
     evaluation mode. Raises BlmError naming a conversation that cannot be used.
     """
     processes, model = Processes.join(backbone.model.device.type), backbone.model
-    adapted = _choose_trained(backbone, config)
+    adapted = choose_trained(backbone, config)
+    if config.pack_length:
+        require_exact(backbone)
     tokenized, counts = _tokenize(backbone, sources, config, processes)
     sampler = MixtureSampler(
         tokenized,
@@ -147,10 +150,12 @@ def train_stage1(
     return counts
 
 
-def _choose_trained(backbone: Backbone, config: Stage1Config) -> PeftModel | None:
+def choose_trained(backbone: Backbone, config: Stage1Config) -> PeftModel | None:
     """Freeze the parts with a scale of 0; add LoRA adapters, if configured, and return them.
 
-    Raises BlmError if the config asks for packing and the model cannot pack exactly.
+    Needs no weights, so it also checks a config on an outline (`Backbone.outline`). Raises BlmError
+    for settings that this model cannot fulfil: packing, separated turns, cached features, parts and
+    layers that it does not have.
     """
     adapted = None
     if config.lora.rank:
@@ -158,8 +163,10 @@ def _choose_trained(backbone: Backbone, config: Stage1Config) -> PeftModel | Non
         adapted = add_adapters(backbone, config.lora, projector=projector, seed=config.loop.seed)
     else:
         freeze_parts(backbone.model, config.scales)
-    if config.pack_length:
-        require_exact(backbone)
+    if config.pack_length or config.limits.separate_turns:
+        require_maskable(backbone)
+    if config.cache_features:
+        trained_projectors(backbone)
     return adapted
 
 
