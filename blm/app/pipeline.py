@@ -11,9 +11,9 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,16 @@ from rich.console import Console
 
 from blm.app.recipe import Recipe
 from blm.io import lock_folder, read_json, write_json, writing
+from blm.training.loop.loop import MAY_CHANGE
 from blm.types import BlmError
 
 LEDGER = "stages.json"
 """Stage name -> key, settings, done and seconds."""
 RECIPE = "recipe.json"
 """The recipe of the latest call."""
+NEUTRAL = frozenset({*MAY_CHANGE, "checkpoint_blocks", "workers", "device"})
+"""Names of settings that say how a result is computed, not which: a stage may be continued, and its
+result used, with other values."""
 SHOWN = 8
 """Maximum number of differing settings that an error lists."""
 
@@ -44,6 +48,9 @@ class Stage:
     run: Callable[[Recipe, Path], None]
     writes: tuple[str, ...] = ()
     """Folders that it writes, relative to the run folder."""
+    caches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """A folder of `writes` that is a cache -> beginnings of the dotted settings that do not affect
+    it."""
     check: Callable[[Recipe, Path], None] | None = None
     """Raises BlmError for settings that the stage cannot fulfil. Takes seconds, and is called
     before the first stage of a run."""
@@ -86,17 +93,23 @@ def run_stages(stages: dict[str, Stage], names: list[str], recipe: Recipe, folde
 
 
 def _run_stage(stages: dict[str, Stage], stage: Stage, recipe: Recipe, folder: Path, place: str) -> None:
-    console, key = Console(stderr=True), stage_key(stages, stage, recipe)
-    record = read_ledger(folder).get(stage.name)
+    console, ledger = Console(stderr=True), read_ledger(folder)
+    key = stage_key(stages, stage, recipe, ledger)
+    record = ledger.get(stage.name)
     if record and record.done:
         console.print(f"[dim]{place} {stage.title}: already done, skipped[/dim]")
         return
     if record and record.key != key:
-        _move_aside(stage, folder)
+        _move_aside(stage, folder, record.settings, settings_of(stage, recipe))
+        del ledger[stage.name]
         record = None
+        key = stage_key(stages, stage, recipe, ledger)
     console.print(f"[bold]{place} {stage.title}[/bold]")
     seconds = record.seconds if record else 0.0
-    begun = StageRecord(key, settings_of(stage, recipe), done=False, seconds=seconds)
+    settings = settings_of(stage, recipe)
+    if record is not None and record.settings is not None:
+        settings = with_neutral(settings, record.settings)  # of which the key is made
+    begun = StageRecord(key, settings, done=False, seconds=seconds)
     begin = time.perf_counter()
     try:
         _write_record(folder, stage.name, begun)
@@ -133,10 +146,10 @@ def require_settings(stages: dict[str, Stage], names: list[str], recipe: Recipe,
     lines = []
     for name in _with_inputs(stages, names):
         record = ledger.get(name)
-        if not record or not record.done or record.key == stage_key(stages, stages[name], recipe):
+        if not record or not record.done or record.key == stage_key(stages, stages[name], recipe, ledger):
             continue
-        there = record.settings or {field: before.get(field) for field in stages[name].fields}
-        gaps = list(differences(there, settings_of(stages[name], recipe)))
+        there = record.settings or {key: before.get(key) for key in stages[name].fields}
+        gaps = list(differences(there, with_neutral(settings_of(stages[name], recipe), there)))
         lines += [f"  '{name}' is finished with {path} {old}, asked for: {new}" for path, old, new in gaps]
         if not gaps:
             lines.append(f"  '{name}' is finished with other settings, or its inputs were made with others")
@@ -183,12 +196,19 @@ def _short(value: Any) -> str:
 
 def settings_of(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """Return the recipe fields that the stage's result depends on, as JSON values."""
-    return {field: to_json(getattr(recipe, field)) for field in stage.fields}
+    return {name: to_json(getattr(recipe, name)) for name in stage.fields}
 
 
-def _move_aside(stage: Stage, folder: Path) -> None:
-    """Rename unfinished files of other settings, so that they are neither used nor lost."""
+def _move_aside(stage: Stage, folder: Path, there: dict[str, Any] | None, asked: dict[str, Any]) -> None:
+    """Rename unfinished files of other settings, so that they are neither used nor lost.
+
+    A cache that the changed settings do not affect stays.
+    """
+    changed = [path for path, _, _ in differences(there, asked)] if there is not None else [""]
     for name in stage.writes:
+        unaffected = stage.caches.get(name, ())
+        if unaffected and all(path.startswith(unaffected) for path in changed):
+            continue
         if (folder / name).exists():
             number = next(n for n in itertools.count(1) if not (folder / f"{name}.unfinished-{n}").exists())
             aside = folder / f"{name}.unfinished-{number}"
@@ -197,11 +217,30 @@ def _move_aside(stage: Stage, folder: Path) -> None:
             Console(stderr=True).print(f"moved unfinished files of other settings to {aside}", soft_wrap=True)
 
 
-def stage_key(stages: dict[str, Stage], stage: Stage, recipe: Recipe) -> str:
-    """Return a hash of the recipe fields that determine the stage's result and its inputs."""
+def stage_key(
+    stages: dict[str, Stage], stage: Stage, recipe: Recipe, ledger: Mapping[str, StageRecord]
+) -> str:
+    """Return a hash of the recipe fields that determine the stage's result and its inputs.
+
+    Neutral settings have the values that the ledger records, so they change no key.
+    """
     own = settings_of(stage, recipe)
-    inputs = [stage_key(stages, stages[need], recipe) for need in stage.needs]
+    record = ledger.get(stage.name)
+    if record is not None and record.settings is not None:
+        own = with_neutral(own, record.settings)
+    inputs = [stage_key(stages, stages[need], recipe, ledger) for need in stage.needs]
     return hashlib.sha256(json.dumps([stage.name, own, inputs], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def with_neutral(asked: Any, there: Any) -> Any:
+    """Return settings as asked for, with the neutral ones (`NEUTRAL`) as they are in `there`."""
+    if not (isinstance(asked, dict) and isinstance(there, dict)):
+        return asked
+    return {
+        name: there[name] if name in NEUTRAL else with_neutral(value, there.get(name))
+        for name, value in asked.items()
+        if name not in NEUTRAL or name in there
+    }
 
 
 def read_ledger(folder: Path) -> dict[str, StageRecord]:

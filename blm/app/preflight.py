@@ -15,7 +15,7 @@ def check_stage1(recipe: Recipe, run: Path) -> None:
     """Raise BlmError if the backbone cannot be loaded, or not be trained as the recipe says."""
     settings = recipe.stage1
     if settings.backbone != NANO:
-        choose_trained(Backbone.outline(settings.backbone), settings.training)
+        choose_trained(Backbone.outline(settings.backbone), settings.training, exact=False)
 
 
 def check_stage2(recipe: Recipe, run: Path) -> None:

@@ -195,7 +195,7 @@ STAGES: dict[str, Stage] = {
             ("corpus",),
             run_stage1,
             ("stage1",),
-            check_stage1,
+            check=check_stage1,
         ),
         Stage(
             "stage2",
@@ -204,6 +204,7 @@ STAGES: dict[str, Stage] = {
             ("collect", "stage1"),
             run_stage2,
             ("stage2", "intents"),
+            {"intents": ("stage2.loop", "stage2.policy", "stage2.execute", "stage2.drive")},
             check_stage2,
         ),
         Stage(

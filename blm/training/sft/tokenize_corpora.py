@@ -159,8 +159,8 @@ def check_lengths(backbone: Backbone, source: TrainingSource, config: Tokenizati
         return ""
     message = (
         f"{len(long)} of {len(lengths)} sampled conversations of '{source.name}' are longer than "
-        f"max_length = {config.max_length} tokens (up to {max(long)}) and would be left out: set limits.max_length to "
-        f"{max(long)} or more, or limits.max_pixels to shrink large pictures"
+        f"max_length = {config.max_length} tokens (up to {max(long)}) and would be left out: set "
+        f"limits.max_length to {max(long)} or more, or limits.max_pixels to shrink large pictures"
     )
     if len(long) == len(lengths):
         raise BlmError(message)

@@ -103,9 +103,7 @@ def train_stage1(
     evaluation mode. Raises BlmError naming a conversation that cannot be used.
     """
     processes, model = Processes.join(backbone.model.device.type), backbone.model
-    adapted = choose_trained(backbone, config)
-    if config.pack_length:
-        require_exact(backbone)
+    adapted = choose_trained(backbone, config, exact=True)
     tokenized, counts = _tokenize(backbone, sources, config, processes)
     sampler = MixtureSampler(
         tokenized,
@@ -150,12 +148,12 @@ def train_stage1(
     return counts
 
 
-def choose_trained(backbone: Backbone, config: Stage1Config) -> PeftModel | None:
+def choose_trained(backbone: Backbone, config: Stage1Config, *, exact: bool) -> PeftModel | None:
     """Freeze the parts with a scale of 0; add LoRA adapters, if configured, and return them.
 
-    Needs no weights, so it also checks a config on an outline (`Backbone.outline`). Raises BlmError
-    for settings that this model cannot fulfil: packing, separated turns, cached features, parts and
-    layers that it does not have.
+    Raises BlmError for settings that this model cannot fulfil: packing, separated turns, cached
+    features, parts and layers that it does not have. With `exact` packing is proven on the weights;
+    without, an outline of the model suffices (`Backbone.outline`).
     """
     adapted = None
     if config.lora.rank:
@@ -165,6 +163,8 @@ def choose_trained(backbone: Backbone, config: Stage1Config) -> PeftModel | None
         freeze_parts(backbone.model, config.scales)
     if config.pack_length or config.limits.separate_turns:
         require_maskable(backbone)
+    if config.pack_length and exact:
+        require_exact(backbone)
     if config.cache_features:
         trained_projectors(backbone)
     return adapted
