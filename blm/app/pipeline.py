@@ -11,9 +11,9 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from rich.console import Console
 from blm.app.model import check_device
 from blm.app.recipe import Recipe
 from blm.io import lock_folder, read_json, write_json, writing
+from blm.training.loop.loop import MAY_CHANGE
 from blm.types import BlmError
 
 LEDGER = "stages.json"
@@ -33,6 +34,9 @@ NOT_IN_KEYS = ("workers", "device", "dtype", "attn_implementation")
 rounding. Caches and training runs record the precision of their weights themselves."""
 ADDED_TO_STAGE2 = {"precision": "float16", "views": 0}
 """Fields of `Stage2Settings` that older run folders do not have, and their defaults."""
+NEUTRAL = frozenset({*MAY_CHANGE, *NOT_IN_KEYS, "checkpoint_blocks"})
+"""Names of settings that say how a result is computed, not which: a stage may be continued, and its
+result used, with other values."""
 SHOWN = 8
 """Maximum number of differing settings that an error lists."""
 
@@ -50,6 +54,12 @@ class Stage:
     run: Callable[[Recipe, Path], None]
     writes: tuple[str, ...] = ()
     """Folders that it writes, relative to the run folder."""
+    caches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """A folder of `writes` that is a cache -> beginnings of the dotted settings that do not affect
+    it."""
+    check: Callable[[Recipe, Path], None] | None = None
+    """Raises BlmError for settings that the stage cannot fulfil. Takes seconds, and is called
+    before the first stage of a run."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +79,19 @@ def run_stages(stages: dict[str, Stage], names: list[str], recipe: Recipe, folde
     """Run the named stages in order.
 
     An unfinished stage may be run again with other settings; its old files are moved aside. Raises
-    BlmError before anything is written: for a missing input, for a folder with a finished stage of
-    other settings or with files of another program, and if another process is running stages in the
-    folder.
+    BlmError before anything is written: for a missing input, for settings that a stage cannot
+    fulfil, for a folder with a finished stage of other settings or with files of another program,
+    and if another process is running stages in the folder.
     """
     check_device(recipe.device)
     with lock_folder(folder) if folder.exists() else nullcontext():
         require_run_folder(folder)
         require_settings(stages, names, recipe, folder)
         require_inputs(stages, names, folder)
+    ledger = read_ledger(folder)
+    for stage in (stages[name] for name in names):
+        if stage.check is not None and not (stage.name in ledger and ledger[stage.name].done):
+            stage.check(recipe, folder)
     with lock_folder(folder):
         write_json(folder / RECIPE, to_json(recipe))
         for place, name in enumerate(names, start=1):
@@ -85,17 +99,23 @@ def run_stages(stages: dict[str, Stage], names: list[str], recipe: Recipe, folde
 
 
 def _run_stage(stages: dict[str, Stage], stage: Stage, recipe: Recipe, folder: Path, place: str) -> None:
-    console, key = Console(stderr=True), stage_key(stages, stage, recipe)
-    record = read_ledger(folder).get(stage.name)
+    console, ledger = Console(stderr=True), read_ledger(folder)
+    key = stage_key(stages, stage, recipe, ledger)
+    record = ledger.get(stage.name)
     if record and record.done:
         console.print(f"[dim]{place} {stage.title}: already done, skipped[/dim]")
         return
     if record and record.key != key:
-        _move_aside(stage, folder)
+        _move_aside(stage, folder, record.settings, settings_of(stage, recipe))
+        del ledger[stage.name]
         record = None
+        key = stage_key(stages, stage, recipe, ledger)
     console.print(f"[bold]{place} {stage.title}[/bold]")
     seconds = record.seconds if record else 0.0
-    begun = StageRecord(key, settings_of(stage, recipe), done=False, seconds=seconds)
+    settings = settings_of(stage, recipe)
+    if record is not None and record.settings is not None:
+        settings = with_neutral(settings, record.settings)  # of which the key is made
+    begun = StageRecord(key, settings, done=False, seconds=seconds)
     begin = time.perf_counter()
     try:
         _write_record(folder, stage.name, begun)
@@ -132,10 +152,10 @@ def require_settings(stages: dict[str, Stage], names: list[str], recipe: Recipe,
     lines = []
     for name in _with_inputs(stages, names):
         record = ledger.get(name)
-        if not record or not record.done or record.key == stage_key(stages, stages[name], recipe):
+        if not record or not record.done or record.key == stage_key(stages, stages[name], recipe, ledger):
             continue
-        there = record.settings or {field: before.get(field) for field in stages[name].fields}
-        gaps = list(differences(there, settings_of(stages[name], recipe)))
+        there = record.settings or {key: before.get(key) for key in stages[name].fields}
+        gaps = list(differences(there, with_neutral(settings_of(stages[name], recipe), there)))
         lines += [f"  '{name}' is finished with {path} {old}, asked for: {new}" for path, old, new in gaps]
         if not gaps:
             lines.append(
@@ -198,9 +218,16 @@ def json_of(recipe: Recipe, field: str) -> Any:
     return {name: item for name, item in value.items() if (name, item) not in ADDED_TO_STAGE2.items()}
 
 
-def _move_aside(stage: Stage, folder: Path) -> None:
-    """Rename unfinished files of other settings, so that they are neither used nor lost."""
+def _move_aside(stage: Stage, folder: Path, there: dict[str, Any] | None, asked: dict[str, Any]) -> None:
+    """Rename unfinished files of other settings, so that they are neither used nor lost.
+
+    A cache that the changed settings do not affect stays.
+    """
+    changed = [path for path, _, _ in differences(there, asked)] if there is not None else [""]
     for name in stage.writes:
+        unaffected = stage.caches.get(name, ())
+        if unaffected and all(path.startswith(unaffected) for path in changed):
+            continue
         if (folder / name).exists():
             number = next(n for n in itertools.count(1) if not (folder / f"{name}.unfinished-{n}").exists())
             aside = folder / f"{name}.unfinished-{number}"
@@ -209,11 +236,30 @@ def _move_aside(stage: Stage, folder: Path) -> None:
             Console(stderr=True).print(f"moved unfinished files of other settings to {aside}", soft_wrap=True)
 
 
-def stage_key(stages: dict[str, Stage], stage: Stage, recipe: Recipe) -> str:
-    """Return a hash of the recipe fields that determine the stage's result and its inputs."""
+def stage_key(
+    stages: dict[str, Stage], stage: Stage, recipe: Recipe, ledger: Mapping[str, StageRecord]
+) -> str:
+    """Return a hash of the recipe fields that determine the stage's result and its inputs.
+
+    Neutral settings have the values that the ledger records, so they change no key.
+    """
     own = settings_of(stage, recipe)
-    inputs = [stage_key(stages, stages[need], recipe) for need in stage.needs]
+    record = ledger.get(stage.name)
+    if record is not None and record.settings is not None:
+        own = with_neutral(own, record.settings)
+    inputs = [stage_key(stages, stages[need], recipe, ledger) for need in stage.needs]
     return hashlib.sha256(json.dumps([stage.name, own, inputs], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def with_neutral(asked: Any, there: Any) -> Any:
+    """Return settings as asked for, with the neutral ones (`NEUTRAL`) as they are in `there`."""
+    if not (isinstance(asked, dict) and isinstance(there, dict)):
+        return asked
+    return {
+        name: there[name] if name in NEUTRAL else with_neutral(value, there.get(name))
+        for name, value in asked.items()
+        if name not in NEUTRAL or name in there
+    }
 
 
 def read_ledger(folder: Path) -> dict[str, StageRecord]:

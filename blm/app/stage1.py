@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from blm.backbone import Backbone
 from blm.corpora.format.messages import Conversation
 from blm.training.pretraining.nano import NanoPretrainingConfig, is_nano, nano_sources, pretrain_nano
-from blm.training.sft.tokenize_corpora import TrainingSource
+from blm.training.sft.tokenize_corpora import TrainingSource, check_lengths
 from blm.training.sft.train import Stage1Config
 
 NANO = "nano"
@@ -39,6 +41,12 @@ def load_pretrained(
     if name == NANO:
         return None
     return Backbone.load(name, device=device, attn_implementation=attn_implementation)
+
+
+def warn_of_lengths(backbone: Backbone, source: TrainingSource, config: Stage1Config) -> None:
+    """Print a warning if conversations are too long to train on; see `check_lengths`."""
+    if warning := check_lengths(backbone, source, config.limits):
+        Console(stderr=True).print(f"warning: {warning}", soft_wrap=True, highlight=False)
 
 
 def prepare_stage1(

@@ -18,6 +18,7 @@ from rich.markup import escape
 
 from blm.app.model import BLM
 from blm.app.pipeline import Stage, read_ledger, to_json
+from blm.app.preflight import check_stage1, check_stage2
 from blm.app.recipe import (
     CorpusName,
     Recipe,
@@ -27,7 +28,7 @@ from blm.app.recipe import (
     physical_protocol,
     policy_training_config,
 )
-from blm.app.stage1 import TrainingCorpus, load_pretrained, prepare_stage1
+from blm.app.stage1 import TrainingCorpus, load_pretrained, prepare_stage1, warn_of_lengths
 from blm.app.validation import closed_loop_validation
 from blm.app.viewing import collection_sheet
 from blm.corpora import build_scene_corpus, curate, read_corpus, read_questions
@@ -49,6 +50,7 @@ from blm.policy.policy import CheckpointPolicy
 from blm.robots import ROBOTS
 from blm.tasks import Env
 from blm.training.policy.train import train_stage2
+from blm.training.sft.tokenize_corpora import TrainingSource
 from blm.training.sft.train import train_stage1
 from blm.types import BlmError, Image, Message
 
@@ -75,6 +77,12 @@ def run_stage1(recipe: Recipe, run: Path) -> None:
     folder = run / "corpora/train"
     out = run / "stage1"
     settings = recipe.stage1
+    pretrained = load_pretrained(settings.backbone)
+    if pretrained is not None:
+        rows = [row.messages for row in read_corpus(folder)]
+        warn_of_lengths(
+            pretrained, TrainingSource(name="scenes", conversations=rows, root=folder), settings.training
+        )
     held_out = {row.group for row in read_corpus(run / "corpora/held_out")}
     kept, report = curate(read_corpus(folder), folder, evaluation_groups=held_out)
     corpora = [TrainingCorpus(name="scenes", folder=folder, conversations=kept)]
@@ -186,7 +194,15 @@ STAGES: dict[str, Stage] = {
             ("episodes", "episodes_held_out"),
         ),
         Stage("corpus", "Scene questions", (*_SUITE, "corpus"), ("collect",), run_corpus, ("corpora",)),
-        Stage("stage1", "Stage I: fine-tune the backbone", ("stage1",), ("corpus",), run_stage1, ("stage1",)),
+        Stage(
+            "stage1",
+            "Stage I: fine-tune the backbone",
+            ("stage1",),
+            ("corpus",),
+            run_stage1,
+            ("stage1",),
+            check=check_stage1,
+        ),
         Stage(
             "stage2",
             "Stage II: train bridge and policy",
@@ -194,6 +210,8 @@ STAGES: dict[str, Stage] = {
             ("collect", "stage1"),
             run_stage2,
             ("stage2", "intents"),
+            {"intents": ("stage2.loop", "stage2.policy", "stage2.execute", "stage2.drive")},
+            check_stage2,
         ),
         Stage(
             "digital",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
+from blm.backbone.families import require_family
 from blm.backbone.generation.generator import Generation
 from blm.backbone.model import MultimodalModel
 from blm.backbone.nano.model import SAMPLE_TEXTS, make_nano
@@ -18,8 +21,9 @@ from blm.backbone.precision import place_weights, require_attention, use_attenti
 from blm.backbone.processors import load_processor
 from blm.backbone.saving import save_folder
 from blm.backbone.smol import make_smol
+from blm.errors import shorten
 from blm.io import recover_folder
-from blm.types import Message, Sampling, lookup
+from blm.types import BlmError, Message, Sampling, lookup
 
 RELEASED = Path(__file__).parents[1] / "releases"
 """Weights that ship with the package."""
@@ -32,6 +36,23 @@ class Backbone(MultimodalModel):
     """Attention implementation that `load` was asked for; None: the model's default."""
 
     @classmethod
+    def outline(cls, name_or_folder: str | Path) -> Backbone:
+        """Load a backbone without its weights, on torch's meta device, to check settings in
+        seconds.
+
+        Only its config and processor are read. Raises as `load` does.
+        """
+        source = _source(name_or_folder)
+        if not isinstance(source, str):
+            return source()
+        with _loading(source):
+            config = AutoConfig.from_pretrained(source)
+            require_family(config)
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(config)
+            return cls(model, load_processor(source))
+
+    @classmethod
     def load(
         cls,
         name_or_folder: str | Path,
@@ -40,22 +61,25 @@ class Backbone(MultimodalModel):
         dtype: torch.dtype = torch.float32,
         attn_implementation: str | None = None,
     ) -> Backbone:
-        """Load a folder, or a name of BACKBONES ("nano" is built with random weights).
+        """Load a folder, a name of BACKBONES ("nano" is built with random weights), or an id of the
+        Hugging Face hub ("Qwen/Qwen2.5-VL-3B-Instruct").
 
         `attn_implementation` is a name of ATTENTION_IMPLEMENTATIONS; None: the model's default.
-        Raises UnknownNameError for an unknown name, and BlmError if the model cannot use the
-        attention implementation.
+        Raises UnknownNameError for a name that is none of them, and BlmError for a model that
+        cannot be loaded, cannot be a backbone, or cannot use the attention implementation.
         """
         require_attention(attn_implementation)
-        source: str | Callable[[], Backbone] = str(name_or_folder)
-        if not recover_folder(Path(name_or_folder)).is_dir():
-            source = lookup("backbone", str(name_or_folder), BACKBONES)
+        source = _source(name_or_folder)
         if isinstance(source, str):
-            model = AutoModelForImageTextToText.from_pretrained(source)
+            with _loading(source):
+                require_family(AutoConfig.from_pretrained(source))
+                model = AutoModelForImageTextToText.from_pretrained(source)
             # tensors of a memory-mapped file may be unaligned; aligned copies give the same bits everywhere
             for p in model.parameters():
                 p.data = p.data.clone()
-            backbone = cls(model, load_processor(source))
+            with _loading(source):
+                processor = load_processor(source)
+            backbone = cls(model, processor)
         else:
             backbone = source()
         use_attention(backbone.model, attn_implementation)
@@ -142,3 +166,30 @@ BACKBONES: dict[str, str | Callable[[], Backbone]] = {
     "smolvlm2_2b": "HuggingFaceTB/SmolVLM2-2.2B-Instruct",
 }
 """Name -> builder, folder of the package, or Hugging Face hub id."""
+
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""Owner and name of a model on the Hugging Face hub."""
+
+
+def _source(name_or_folder: str | Path) -> str | Callable[[], Backbone]:
+    """Return a folder or hub id to load from, or a builder. Raises UnknownNameError for other
+    names."""
+    name = str(name_or_folder)
+    if recover_folder(Path(name_or_folder)).is_dir() or (name not in BACKBONES and _HUB_ID.fullmatch(name)):
+        return name
+    return lookup("backbone", name, BACKBONES)
+
+
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
+    """Turn the errors of transformers about a folder or hub id into one BlmError."""
+    try:
+        yield
+    except BlmError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        place = f"'{source}'"
+        if not Path(source).is_dir():
+            place += " is no folder, and as a model of the Hugging Face hub it"
+        raise BlmError(f"{place} cannot be loaded: {shorten(error, 300, quote=False)}") from error

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blm.backbone.families import arrange_pictures
 from blm.backbone.hashing import hash_tensors
 from blm.backbone.prompt import question_prompt, to_chat
 from blm.backbone.video import (
@@ -69,6 +71,8 @@ class MultimodalModel:
             self.videos_as = "video"
         self._path = _decoder_path(model)
         self._processing = threading.Lock()
+        self._features_per_row = dict[tuple[int, ...], Fraction]()
+        """Size of a row of `pixel_values` -> number of picture features for each row."""
 
     @property
     def decoder(self) -> Any:
@@ -84,6 +88,30 @@ class MultimodalModel:
     def hidden_size(self) -> int:
         """Width d of a hidden state."""
         return self.decoder.config.hidden_size
+
+    @property
+    def placeholder_id(self) -> int:
+        """The token that is replaced by one picture feature.
+
+        For Gemma 3 it differs from the token of the rendered text (`processor.image_token`), which
+        stands for a whole picture.
+        """
+        return int(self.model.config.image_token_id)
+
+    @property
+    def has_two_way_pictures(self) -> bool:
+        """Whether the tokens of a picture attend to each other in both directions (Gemma 3).
+
+        The model takes from `token_type_ids` which tokens these are.
+        """
+        names = self.processor.model_input_names
+        return "token_type_ids" in names and "token_type_ids" in signature(self.model.forward).parameters
+
+    def special_token_arguments(self, text: str) -> dict[str, bool]:
+        """Return arguments for the tokenizer that prevent a second begin token before rendered
+        text."""
+        begin = self.processor.tokenizer.bos_token
+        return {"add_special_tokens": False} if begin and text.startswith(begin) else {}
 
     def render(self, messages: Sequence[Message], *, prompt: bool) -> str:
         """Return a conversation as text by the model's chat template.
@@ -117,10 +145,11 @@ class MultimodalModel:
             inputs = dict(
                 self.processor(
                     text=list(texts),
-                    images=list(images) or None,
+                    images=arrange_pictures(self.processor, texts, images) or None,
                     padding=True,
                     padding_side=side,
                     return_tensors="pt",
+                    **self.special_token_arguments(texts[0]),
                     **more,
                 )
             )
@@ -132,17 +161,8 @@ class MultimodalModel:
 
     def check(self, inputs: Inputs) -> None:
         """Raise BlmError if placeholders and features differ in number, or exceed the context."""
-        config = self.model.config
-        placeholders = int((inputs["input_ids"] == self.processor.image_token_id).sum())
-        if "image_grid_thw" in inputs:
-            merged = config.vision_config.spatial_merge_size**2
-            features = int(inputs["image_grid_thw"].prod(-1).sum()) // merged
-        elif "pixel_values" in inputs:
-            *count, _, height, width = inputs["pixel_values"].shape
-            side, merged = config.vision_config.patch_size, getattr(config, "scale_factor", 1) ** 2
-            features = math.prod(count) * ((height // side) * (width // side) // merged)
-        else:
-            features = 0
+        placeholders = int((inputs["input_ids"] == self.placeholder_id).sum())
+        features = self._count_features(inputs) if "pixel_values" in inputs else 0
         if placeholders != features:
             raise BlmError(
                 f"{placeholders} image placeholders but {features} image features: an image is missing, "
@@ -154,6 +174,25 @@ class MultimodalModel:
             raise BlmError(
                 f"a prompt has {length} tokens, the context holds {limit}; use fewer images or words"
             )
+
+    @torch.no_grad()
+    def _count_features(self, inputs: Inputs) -> int:
+        """Return the number of features that the model computes from images.
+
+        The model is asked once for each image size, with one image; the number is proportional to
+        the rows of `pixel_values`: images, or for Qwen-VL patches.
+        """
+        pixels, grid = inputs["pixel_values"], inputs.get("image_grid_thw")
+        size = tuple(pixels.shape[1:])
+        if size not in self._features_per_row:
+            rows = 1 if grid is None else int(grid[0].prod())
+            picture = {"pixel_values": pixels[:rows]} | ({} if grid is None else {"image_grid_thw": grid[:1]})
+            base: Any = self.model.base_model
+            ask = type(base).get_image_features  # of the class: past a cache of the instance
+            output = ask(base, **self.place(picture), return_dict=True)
+            count = sum(part.shape[:-1].numel() for part in output.pooler_output)
+            self._features_per_row[size] = Fraction(count, rows)
+        return int(self._features_per_row[size] * len(pixels))
 
     def encode(
         self,

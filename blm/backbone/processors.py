@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoImageProcessor, Idefics3Processor, Smol
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils import is_torchvision_available
 
+from blm.backbone.families import one_tile_a_picture, require_processor
 from blm.backbone.video import DEFAULTS, FrameProcessor, video_settings
 
 
@@ -39,8 +40,8 @@ def load_processor(source: str) -> Any:
         processor = kind.from_pretrained(source)
     if is_torchvision_available():
         processor.image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-    if hasattr(processor.image_processor, "do_image_splitting"):
-        processor.image_processor.do_image_splitting = False
+    require_processor(processor)
+    one_tile_a_picture(processor)
     return processor
 
 
@@ -53,9 +54,14 @@ def without_video(kind: Any) -> Any:
     """
 
     def init(
-        self: Any, image_processor: Any = None, tokenizer: Any = None, chat_template: Any = None
+        self: Any,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        chat_template: Any = None,
+        image_seq_length: int | None = None,
     ) -> None:
-        kind.__init__(self, image_processor, tokenizer, None, chat_template=chat_template)
+        settings = {} if image_seq_length is None else {"image_seq_length": image_seq_length}
+        kind.__init__(self, image_processor, tokenizer, None, chat_template=chat_template, **settings)
 
     def to_dict(self: Any) -> dict[str, Any]:
         """Add the settings of the video part, in the form of processor_config.json."""

@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from blm.app.model import check_device
-from blm.app.stage1 import TrainingCorpus, load_pretrained, prepare_stage1
+from blm.app.stage1 import TrainingCorpus, load_pretrained, prepare_stage1, warn_of_lengths
 from blm.app.validation import closed_loop_validation
 from blm.backbone import Backbone
 from blm.backbone.precision import require_attention
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
 from blm.cli.command import CliCommand, OutFolder
-from blm.corpora.format.messages import reserved_scenes
+from blm.corpora.format.messages import Conversation, reserved_scenes, scan_corpus
 from blm.corpora.format.validate import clean_corpus
 from blm.datasets.lerobot import open_dataset
 from blm.io import read_json_lines, write_json
@@ -122,6 +122,10 @@ class TrainStage1(CliCommand):
 
     def _read(self, text: str, backbone: Backbone | None) -> TrainingCorpus:
         folder, weight = split_weight(text)
+        if backbone is not None:  # before the whole corpus is checked, which may take hours
+            readable = [row.messages for _, row in scan_corpus(folder) if isinstance(row, Conversation)]
+            source = TrainingSource(name=folder.name, conversations=readable, root=folder)
+            warn_of_lengths(backbone, source, self.config)
         rows = clean_corpus(folder, backbone=backbone, skip_bad=self.config.skip_bad)
         return TrainingCorpus(name=folder.name, folder=folder, conversations=rows, weight=weight)
 

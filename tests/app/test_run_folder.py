@@ -12,6 +12,7 @@ import pytest
 
 from blm.app.pipeline import LEDGER, RECIPE, Stage, differences, read_ledger, run_stages
 from blm.app.recipes import RECIPES
+from blm.app.stages import STAGES
 from blm.io import lock_folder
 from blm.types import BlmError
 
@@ -109,3 +110,76 @@ def test_differences_are_named_and_short():
     assert [*differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}})] == [("a.c", "2", "3")]
     ((_, old, _),) = differences({"a": "x" * 1000}, {"a": ""})
     assert len(old) == 60
+
+
+def with_loop(**changes: Any) -> Any:
+    """The recipe with other settings of Stage I's loop."""
+    training = CI.stage1.training
+    changed = replace(training, loop=replace(training.loop, **changes))
+    return replace(CI, stage1=replace(CI.stage1, training=changed))
+
+
+NEUTRAL_CHANGES = {"accumulate": 2, "shard": True, "log_every": 3, "save_every": 7, "title": "other"}
+
+
+@pytest.mark.parametrize("name", NEUTRAL_CHANGES)
+def test_settings_of_how_a_stage_runs_change_neither_its_result_nor_those_that_read_it(tmp_path, name):
+    ran: list[str] = []
+    made = stages(lambda recipe, folder: None)
+    made["b"] = replace(made["b"], run=lambda recipe, folder: ran.append("b"))
+    made["c"] = Stage("c", "third", ("stage2",), ("b",), lambda recipe, folder: ran.append("c"))
+    run_stages(made, ["a", "b"], CI, tmp_path)
+    changed = replace(with_loop(**{name: NEUTRAL_CHANGES[name]}), workers=5)
+    run_stages(made, ["a", "b", "c"], changed, tmp_path)
+    run_stages(made, ["a", "b", "c"], CI, tmp_path)
+    assert ran == ["b", "c"]
+    with pytest.raises(
+        BlmError, match=r"'b' is finished with stage1.training.loop.lr [\d.]+, asked for: 0.5\n"
+    ):
+        run_stages(made, ["c"], with_loop(lr=0.5, accumulate=3), tmp_path)
+
+
+def test_an_unfinished_stage_continues_in_place_with_other_splitting(tmp_path):
+    def interrupted(recipe: Any, folder: Path) -> None:
+        (folder / "stage1").mkdir(exist_ok=True)
+        (folder / "stage1/half").write_text(str(recipe.stage1.training.loop.accumulate))
+        raise BlmError("out of memory")
+
+    one = {"b": Stage("b", "second", ("stage1",), (), interrupted, ("stage1",))}
+    done = {"b": replace(one["b"], run=lambda recipe, folder: None)}
+    with pytest.raises(BlmError, match="out of memory"):
+        run_stages(one, ["b"], CI, tmp_path)
+    run_stages(done, ["b"], with_loop(accumulate=4), tmp_path)
+    assert (tmp_path / "stage1/half").exists() and not list(tmp_path.glob("*unfinished*"))
+
+
+def test_a_cache_stays_when_settings_change_that_do_not_affect_it(tmp_path):
+    def interrupted(recipe: Any, folder: Path) -> None:
+        for name in ("stage2", "intents"):
+            (folder / name).mkdir(exist_ok=True)
+            (folder / name / "half").write_text("")
+        raise BlmError("the loss is not finite")
+
+    own = replace(STAGES["stage2"], needs=(), check=None, run=interrupted)
+    lower = replace(CI.stage2.loop, lr=1e-5)
+    for recipe in (CI, replace(CI, stage2=replace(CI.stage2, loop=lower))):
+        with pytest.raises(BlmError, match="not finite"):
+            run_stages({"stage2": own}, ["stage2"], recipe, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*unfinished*")) == ["stage2.unfinished-1"]
+    with pytest.raises(BlmError, match="not finite"):
+        run_stages({"stage2": own}, ["stage2"], replace(CI, stage2=replace(CI.stage2, layer=2)), tmp_path)
+    assert (tmp_path / "intents.unfinished-1").exists()
+
+
+def test_a_check_is_made_before_anything_is_written_and_not_of_finished_stages(tmp_path):
+    def refused(recipe: Any, folder: Path) -> None:
+        if recipe is not CI:
+            raise BlmError("this cannot be")
+
+    checked = stages()
+    checked["b"] = replace(checked["b"], check=refused)
+    with pytest.raises(BlmError, match="this cannot be"):
+        run_stages(checked, ["a", "b"], OTHER, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run_stages(checked, ["a", "b"], CI, tmp_path / "run")
+    run_stages(checked, ["a", "b"], replace(CI, workers=3), tmp_path / "run")

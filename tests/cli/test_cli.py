@@ -128,8 +128,8 @@ def test_stages_are_skipped_continued_and_refused(tmp_path):
 def test_a_stage_key_follows_its_inputs():
     steps = stages([])
     ci, demo = RECIPES["ci"](), RECIPES["demo"]()
-    assert stage_key(steps, steps["b"], ci) != stage_key(steps, steps["b"], demo)
-    assert stage_key(steps, steps["a"], ci) == stage_key(steps, steps["a"], ci)
+    assert stage_key(steps, steps["b"], ci, {}) != stage_key(steps, steps["b"], demo, {})
+    assert stage_key(steps, steps["a"], ci, {}) == stage_key(steps, steps["a"], ci, {})
 
 
 def test_json_is_written_whole(tmp_path):

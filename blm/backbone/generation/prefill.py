@@ -109,11 +109,13 @@ class Prefill:
         self.ids: Tensor = runner.backbone.place({"ids": prompt.inputs["input_ids"]})["ids"]
         self.mask: Tensor = runner.backbone.place({"mask": prompt.inputs["attention_mask"]})["mask"]
         self._positions = prompt.positions.to(self.ids.device)
-        is_placeholder = prompt.inputs["input_ids"] == runner.backbone.processor.image_token_id
+        is_placeholder = prompt.inputs["input_ids"] == runner.backbone.placeholder_id
         self._numbers = torch.where(
             is_placeholder, is_placeholder.flatten().cumsum(0).view_as(is_placeholder) - 1, -1
         )
         """[B, L] number of each placeholder in reading order, -1 elsewhere."""
+        if "token_type_ids" in prompt.inputs:
+            size = None  # tokens of a picture attend to each other in both directions: they need one pass
         self._size = size or 2 * is_placeholder.numel()  # large enough for one pass
         self._groups = self._picture_groups(is_placeholder)
         # Videos are read in one pass too: only files on this machine hold any, no request to a server does.
@@ -154,7 +156,10 @@ class Prefill:
 
     def _arguments(self, end: int) -> dict[str, Any]:
         """Return the arguments of the model's forward for the tokens up to column `end`."""
+        kinds = self.prompt.inputs.get("token_type_ids")
+        two_way = {} if kinds is None else {"token_type_ids": kinds[:, self._done : end].to(self.ids.device)}
         return {
+            **two_way,
             "attention_mask": self.mask[:, :end],
             "position_ids": self._positions[..., self._done : end],
             self._cache_name: self.cache,

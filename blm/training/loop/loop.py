@@ -46,7 +46,8 @@ from blm.training.loop.optimizers import Optimizers
 from blm.training.loop.state import restore_state, save_state, truncate_log
 from blm.types import BlmError, require_numbers
 
-_MAY_CHANGE = ("log_every", "save_every", "eval_every", "title", "keep", "shard", "accumulate", "trackers")
+MAY_CHANGE = ("log_every", "save_every", "eval_every", "title", "keep", "shard", "accumulate", "trackers")
+"""Fields of LoopConfig that do not change what a run computes; a resumed run may change them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +171,7 @@ class _Run(Generic[B]):
         on_eval: Callable[[int], Mapping[str, float]] | None,
     ) -> None:
         config, first = self.config, self.processes.first
-        start, seconds = restore_state(self.out, asdict(config), self.tensors(), self.processes, _MAY_CHANGE)
+        start, seconds = restore_state(self.out, asdict(config), self.tensors(), self.processes, MAY_CHANGE)
         if first:
             truncate_log(self.out / "log.jsonl", start)
         meter = Meter(seconds)

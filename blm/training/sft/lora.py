@@ -18,7 +18,7 @@ from torch import nn
 
 from blm.backbone import Backbone
 from blm.backbone.saving import save_folder
-from blm.training.sft.parameter_groups import part_of
+from blm.training.sft.parameter_groups import projector_names
 from blm.types import BlmError, require_numbers
 
 
@@ -70,19 +70,9 @@ def add_adapters(backbone: Backbone, lora: Lora, *, projector: bool, seed: int) 
                 lora_alpha=lora.alpha or 2 * lora.rank,
                 lora_dropout=lora.dropout,
                 target_modules=chosen,
-                modules_to_save=_projectors(backbone.model) if projector else None,
+                modules_to_save=projector_names(backbone.model) if projector else None,
             ),
         )
-
-
-def _projectors(model: nn.Module) -> list[str]:
-    """Return the outermost modules of the projector that have a forward."""
-    found: list[str] = []
-    for name, part in model.named_modules():
-        inside = any(name.startswith(f"{one}.") for one in found)
-        if part_of(name) == "projector" and not inside and not isinstance(part, nn.ModuleList):
-            found.append(name)
-    return found
 
 
 def merge_adapters(backbone: Backbone, adapted: peft.PeftModel, folder: Path | None) -> None:

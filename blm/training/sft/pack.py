@@ -109,6 +109,8 @@ def pack(
         ),
         "position_ids": torch.from_numpy(position_ids if axes > 1 else position_ids[0]),
     }
+    if backbone.has_two_way_pictures:
+        inputs["token_type_ids"] = (inputs["input_ids"] == backbone.placeholder_id).long()
     inputs |= concatenate_vision_inputs([example.vision_inputs(backbone) for example in examples])
     layout = None if plain else prefix_attention_layout(example_ids, segment_ids)
     return ExampleBatch(
@@ -123,17 +125,37 @@ def pack(
 
 def _attention_mask(backbone: Backbone, example_ids: np.ndarray, segment_ids: np.ndarray) -> Tensor:
     """Return the attention mask [G, 1, L, L] bool, True where attended."""
-    kind = backbone.model.config._attn_implementation
-    if kind != "sdpa":
-        raise BlmError(
-            f"this model was loaded with '{kind}' attention; packing and separate_turns need 'sdpa'. "
-            "Load it with 'sdpa', or set pack_length=0 and separate_turns=False"
-        )
+    require_maskable(backbone)
     same_example = torch.from_numpy(example_ids[:, :, None] == example_ids[:, None, :])
     same_turn_or_prefix = torch.from_numpy(
         (segment_ids[:, :, None] == segment_ids[:, None, :]) | (segment_ids[:, None, :] == 0)
     )
     return same_example.logical_and_(same_turn_or_prefix).tril_()[:, None]
+
+
+def require_maskable(backbone: Backbone) -> None:
+    """Raise BlmError, naming the model, if it takes no mask that separates examples or turns.
+
+    The attention implementation is "sdpa" unless the model was loaded with another one.
+    """
+    kinds = set(getattr(backbone.decoder.config, "layer_types", None) or ())
+    name, remedy = type(backbone.model).__name__, "set pack_length=0 and limits.separate_turns=False"
+    if kinds - {"full_attention"}:
+        raise BlmError(
+            f"{name} has blocks of {sorted(kinds)}; only full attention takes a mask for packing and "
+            f"separate_turns: {remedy}"
+        )
+    if backbone.has_two_way_pictures:
+        raise BlmError(
+            f"the pictures of {name} attend in both directions, which packing and separate_turns would "
+            f"undo: {remedy}"
+        )
+    kind = backbone.model.config._attn_implementation
+    if kind != "sdpa":
+        raise BlmError(
+            f"this model was loaded with '{kind}' attention; packing and separate_turns need 'sdpa'. "
+            f"Load it so, or {remedy}"
+        )
 
 
 @torch.no_grad()
@@ -144,10 +166,8 @@ def require_exact(backbone: Backbone) -> float:
     calls of the model on each turn alone. Raises BlmError, naming the model, if the difference
     exceeds TOLERANCE.
     """
-    kinds = set(getattr(backbone.decoder.config, "layer_types", None) or ())
+    require_maskable(backbone)
     name, precision = type(backbone.model).__name__, backbone.model.dtype
-    if kinds - {"full_attention"}:
-        raise BlmError(f"{name} has blocks of {sorted(kinds)}; only full attention takes a mask for packing")
     was = backbone.model.training
     backbone.model.eval()
     packed, alone = _probe_logits(backbone)

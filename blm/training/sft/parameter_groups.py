@@ -17,6 +17,7 @@ PARTS: dict[PartName, tuple[str, ...]] = {
         "merger",  # Qwen-VL, inside `visual`
         "deepstack_merger_list",  # Qwen3-VL
         "connector",  # Idefics3, SmolVLM
+        "image_newline",  # LLaVA-OneVision: a parameter behind the projector
     ),
     "vision": ("vision_tower", "visual", "vision_model"),
     "language": ("language_model", "text_model", "lm_head"),
@@ -28,6 +29,16 @@ def part_of(name: str) -> PartName | None:
     """Return the part of a parameter or module of this name; None if it belongs to no part."""
     words = set(name.split("."))
     return next((part for part, modules in PARTS.items() if words & set(modules)), None)
+
+
+def projector_names(model: nn.Module) -> list[str]:
+    """Return the names of the outermost modules of the projector that have a forward."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{one}.") for one in found)
+        if part_of(name) == "projector" and not inside and not isinstance(module, nn.ModuleList):
+            found.append(name)
+    return found
 
 
 def freeze_parts(model: nn.Module, scales: Mapping[PartName, float]) -> dict[str, int]:

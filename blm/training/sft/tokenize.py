@@ -221,7 +221,13 @@ def _expand_loss_mask(
         text, mask = plain[cut + 1 : stop], loss_mask[cut + 1 : stop]
         if mask.any():
             windows = np.lib.stride_tricks.sliding_window_view(tokens[:end], len(text))
-            end = int(np.flatnonzero((windows == text).all(axis=1))[-1])
+            found = np.flatnonzero((windows == text).all(axis=1))
+            if not len(found):
+                raise BlmError(
+                    "an answer cannot be found between the pictures: the processor's text around a picture "
+                    "changes the tokens beside it. Put all pictures into the first turn"
+                )
+            end = int(found[-1])
             expanded[end : end + len(text)] = mask
         stop = cut
     return expanded
@@ -271,7 +277,9 @@ def _tokens_and_loss_mask(backbone: Backbone, messages: Messages) -> tuple[np.nd
     earlier turns. Raises BlmError for another template, and for a conversation without an answer.
     """
     text = backbone.render(messages, prompt=False)
-    encoding = backbone.processor.tokenizer.backend_tokenizer.encode(text)  # ten times as fast as a call
+    special = backbone.special_token_arguments(text)
+    tokenizer = backbone.processor.tokenizer.backend_tokenizer  # ten times as fast as a call of its owner
+    encoding = tokenizer.encode(text, **special)
     tokens, offsets = np.asarray(encoding.ids), np.asarray(encoding.offsets)
     loss_mask = np.zeros(len(tokens), dtype=bool)
     for index, message in enumerate(messages):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +17,8 @@ from blm.training.sft.tokenize import TokenizationConfig, TokenizedExample, toke
 from blm.training.sft.vision_features import VisionFeatureCache
 from blm.types import BlmError, Message
 
+SAMPLED_CONVERSATIONS = 32
+"""Conversations of a corpus whose length is measured before all of them are read."""
 CONVERSATIONS_PER_EXCHANGE = 256
 """Number of conversations that a process tokenises between two exchanges.
 
@@ -128,3 +130,38 @@ class CorpusTokenizer:
             self.console.print(
                 f"skipped {source.location(number)}: {reason}", highlight=False, soft_wrap=True
             )
+
+
+def check_lengths(backbone: Backbone, source: TrainingSource, config: TokenizationConfig) -> str:
+    """Tokenise a sample of a source; return a warning if some of it is too long, else "".
+
+    A conversation is left out of the training if its first question and answer exceed
+    `config.max_length`. Raises BlmError if that holds for the whole sample. Conversations with
+    other faults are not counted.
+    """
+    total = len(source.conversations)
+    chosen = range(0, total, max(1, total // SAMPLED_CONVERSATIONS))[:SAMPLED_CONVERSATIONS]
+    unlimited = replace(config, max_length=10**9)
+    lengths = []
+    for number in chosen:
+        messages = tuple(source.conversations[number])
+        roles = [message.role for message in messages]
+        if "assistant" not in roles:
+            continue
+        try:
+            first = messages[: roles.index("assistant") + 1]
+            example = tokenize_conversation(backbone, first, unlimited, source.root, Counter())
+        except BlmError:
+            continue
+        lengths.append(len(example) if example is not None else 0)
+    long = [length for length in lengths if length > config.max_length]
+    if not long:
+        return ""
+    message = (
+        f"{len(long)} of {len(lengths)} sampled conversations of '{source.name}' are longer than "
+        f"max_length = {config.max_length} tokens (up to {max(long)}) and would be left out: set "
+        f"limits.max_length to {max(long)} or more, or limits.max_pixels to shrink large pictures"
+    )
+    if len(long) == len(lengths):
+        raise BlmError(message)
+    return message

@@ -28,11 +28,12 @@ from blm.training.run_inputs import require_same_facts, require_same_inputs, run
 from blm.training.sft.lora import Lora, add_adapters, merge_adapters
 from blm.training.sft.loss import MaskedLossModel
 from blm.training.sft.mixture_sampler import ExampleIndex, MixtureSampler, TokenizedSource
-from blm.training.sft.pack import ExampleBatch, collate, pack, require_exact
+from blm.training.sft.pack import ExampleBatch, collate, pack, require_exact, require_maskable
 from blm.training.sft.parameter_groups import PartName, freeze_parts, part_of
 from blm.training.sft.prefix_attention import use_prefix_attention
 from blm.training.sft.tokenize import TokenizationConfig, TokenizedExample, single_torch_thread
 from blm.training.sft.tokenize_corpora import CorpusTokenizer, TrainingSource
+from blm.training.sft.vision_features import trained_projectors
 from blm.types import BlmError, require_numbers
 
 
@@ -106,7 +107,7 @@ def train_stage1(
     """
     processes, model = Processes.join(backbone.model.device), backbone.model
     _require_same_sources(processes, sources, out)
-    adapted = _choose_trained(backbone, config)
+    adapted = choose_trained(backbone, config, exact=True)
     tokenized, counts = _tokenize(backbone, sources, config, processes)
     sampler = MixtureSampler(
         tokenized,
@@ -179,10 +180,12 @@ def _require_no_videos(sources: Sequence[TokenizedSource]) -> None:
             )
 
 
-def _choose_trained(backbone: Backbone, config: Stage1Config) -> PeftModel | None:
+def choose_trained(backbone: Backbone, config: Stage1Config, *, exact: bool) -> PeftModel | None:
     """Freeze the parts with a scale of 0; add LoRA adapters, if configured, and return them.
 
-    Raises BlmError if the config asks for packing and the model cannot pack exactly.
+    Raises BlmError for settings that this model cannot fulfil: packing, separated turns, cached
+    features, parts and layers that it does not have. With `exact` packing is proven on the weights;
+    without, an outline of the model suffices (`Backbone.outline`).
     """
     adapted = None
     if config.lora.rank:
@@ -190,8 +193,12 @@ def _choose_trained(backbone: Backbone, config: Stage1Config) -> PeftModel | Non
         adapted = add_adapters(backbone, config.lora, projector=projector, seed=config.loop.seed)
     else:
         freeze_parts(backbone.model, config.scales)
-    if config.pack_length:
+    if config.pack_length or config.limits.separate_turns:
+        require_maskable(backbone)
+    if config.pack_length and exact:
         require_exact(backbone)
+    if config.cache_features:
+        trained_projectors(backbone)
     return adapted
 
 

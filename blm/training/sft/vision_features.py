@@ -1,8 +1,9 @@
 """Vision features: computed by the vision tower, or cached once per distinct image.
 
 Two outputs can be cached in place of pixels. If tower and projector are frozen: the output of both,
-for any model. If only the projector behind the tower is trained: the input of the projector, for
-LLaVA- and SmolVLM-type models.
+for any model. If the projector behind the tower is trained: the input of the projector, which is
+then applied to the cached input in every step. Qwen-VL's projector (its merger, for Qwen3-VL also
+the DeepStack mergers) is a part of the tower; its input is cached just the same.
 """
 
 from __future__ import annotations
@@ -18,20 +19,32 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from blm.backbone import Backbone, Inputs
 from blm.backbone.vision_cache import content_key
+from blm.training.sft.parameter_groups import part_of, projector_names
 from blm.training.sft.tokenize import TokenizedExample, VisionInputs, concatenate_vision_inputs
 from blm.types import BlmError
 
-PROJECTORS = ("multi_modal_projector", "connector")
-"""Names of projectors that are separate modules, behind the vision tower."""
 PICTURES_PER_PASS = 64
 """Maximum number of images in one pass of the vision tower."""
 PictureFeatures = dict[str, Tensor]
-"""Of one image or several: "tower_features" [images, tokens, width], or "picture_features"
-[tokens, width] with, for Qwen3-VL, "deepstack_features" [tokens, blocks, width]. Of a video, the
-last two names begin with "video_"."""
+"""Of one image or several, either the input of the projector: "tower_features" [images, tokens,
+width] (Qwen-VL: [patches, width]) with, for Qwen3-VL, "deepstack_tower_features" [patches, blocks,
+width]; or its output: "picture_features" [tokens, width] with, for Qwen3-VL, "deepstack_features"
+[tokens, blocks, width]. Of a video, the names begin with "video_"."""
 VIDEO_PREFIX = "video_"
 GRIDS = {"image_grid_thw": "pixel_values", "video_grid_thw": "pixel_values_videos"}
 """Grid sizes of images and of videos -> their patches, concatenated."""
+
+
+class PooledFeatures(list[Tensor]):
+    """Features [tokens, width] of one or several images each.
+
+    Some models of transformers concatenate a list of tensors, others call `to` on one tensor; this
+    serves both.
+    """
+
+    def to(self, *arguments: Any) -> Tensor:
+        """Return all features [tokens, width] as one tensor, converted as `Tensor.to` does."""
+        return torch.cat(list(self)).to(*arguments)
 
 
 @dataclass
@@ -66,9 +79,9 @@ class VisionFeatureCache:
 
         Raises BlmError unless the tower is frozen.
         """
-        projector = _trained_projector(backbone)
+        projectors = trained_projectors(backbone)
         self.backbone, self.counts = backbone, counts
-        self.batch_size = PICTURES_PER_PASS if projector is not None else 1
+        self.batch_size = PICTURES_PER_PASS if projectors else 1
         self.features: dict[str, PictureFeatures] = {}
         """By the content key of an image."""
 
@@ -121,29 +134,79 @@ def encode_pictures(backbone: Backbone, vision_inputs: Inputs) -> PictureFeature
     If a projector is trained, it may be several images. Raises BlmError unless the vision tower is
     frozen.
     """
-    projector, projector_inputs = _trained_projector(backbone), list[Tensor]()
+    projectors = trained_projectors(backbone)
     modules = vision_modules(backbone)
     modes = [module.training for module in modules]
     for module in modules:
         module.eval()
-    hook = projector and projector.register_forward_pre_hook(
-        lambda _, inputs: projector_inputs.append(inputs[0])
-    )
     try:
+        if projectors:
+            return _projector_inputs(backbone, projectors, vision_inputs)
         output = vision_features(backbone, backbone.place(vision_inputs))
     finally:
-        if hook:
-            hook.remove()
         for module, mode in zip(modules, modes, strict=True):
             module.train(mode)
-    if projector is not None:
-        return {"tower_features": projector_inputs[0].cpu()}
     prefix = VIDEO_PREFIX if "video_grid_thw" in vision_inputs else ""
     features = {f"{prefix}picture_features": torch.cat(list(output.pooler_output)).cpu()}
     if deepstack := getattr(output, "deepstack_features", None):
         layers = [torch.cat(list(layer)) for layer in deepstack]
         features[f"{prefix}deepstack_features"] = torch.stack(layers, dim=1).cpu()
     return features
+
+
+def _projector_inputs(
+    backbone: Backbone, projectors: Sequence[nn.Module], vision_inputs: Inputs
+) -> PictureFeatures:
+    """Return what enters the projectors, in the order in which the language model reads their
+    outputs.
+
+    A model may reorder the tokens behind its projector (Qwen2.5-VL computes them window by window).
+    To find out, each projector outputs the numbers of its tokens instead of features.
+    """
+    given = dict[nn.Module, Tensor]()
+
+    def number_tokens(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        given[module] = inputs[0]
+        numbers = torch.arange(output.shape[:-1].numel(), dtype=torch.float32, device=output.device)
+        return numbers.view(*output.shape[:-1], 1).expand(output.shape)
+
+    hooks = [projector.register_forward_hook(number_tokens) for projector in projectors]
+    try:
+        output = vision_features(backbone, backbone.place(vision_inputs))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+    main, *deepstack = (
+        _reordered(backbone, given[projector], list(parts))
+        for projector, parts in zip(projectors, found, strict=True)
+    )
+    prefix = VIDEO_PREFIX if "video_grid_thw" in vision_inputs else ""
+    features = {f"{prefix}tower_features": main.cpu()}
+    if deepstack:
+        features[f"{prefix}deepstack_tower_features"] = torch.stack(deepstack, dim=1).cpu()
+    return features
+
+
+def _reordered(backbone: Backbone, tower_features: Tensor, numbers: Sequence[Tensor]) -> Tensor:
+    """Return tower features in the order of the token numbers [tokens, width] behind the
+    projector.
+
+    Raises BlmError if the model does more than reorder tokens there.
+    """
+    order = torch.cat([part.reshape(-1, part.shape[-1])[:, 0] for part in numbers])
+    in_order = torch.arange(len(order), device=order.device)
+    if torch.equal(order, in_order.to(order.dtype)):
+        return tower_features
+    same_tokens = torch.equal(order.sort().values, in_order.to(order.dtype))
+    if not same_tokens or tower_features.ndim != 2 or len(tower_features) % len(order):
+        raise BlmError(
+            f"the vision features of {type(backbone.model).__name__} cannot be cached while its projector "
+            "is trained: it changes them behind the projector. Set projector_scale=0, or "
+            "cache_features=False"
+        )
+    patches = tower_features.view(len(order), -1, tower_features.shape[-1])  # of each token
+    return patches[order.long()].flatten(0, 1)
 
 
 def vision_features(backbone: Backbone, inputs: Inputs) -> Any:
@@ -154,12 +217,18 @@ def vision_features(backbone: Backbone, inputs: Inputs) -> Any:
     """
     base: Any = backbone.model.base_model
     if "tower_features" in inputs:
-        projected = projector_of(backbone)(inputs["tower_features"])
-        return VisionOutput(pooler_output=[projected.flatten(0, -2)])
+        main, *others = projectors_of(backbone)
+        pooled = PooledFeatures([main(inputs["tower_features"]).flatten(0, -2)])
+        deepstack = inputs.get("deepstack_tower_features")
+        given = deepstack.unbind(1) if deepstack is not None else ()
+        projected = [[module(layer.contiguous())] for module, layer in zip(others, given, strict=True)]
+        return VisionOutput(pooler_output=pooled, deepstack_features=projected or None)
     if "picture_features" in inputs:
         deepstack = inputs.get("deepstack_features")
         layers = [[layer] for layer in deepstack.unbind(1)] if deepstack is not None else None
-        return VisionOutput(pooler_output=[inputs["picture_features"]], deepstack_features=layers)
+        return VisionOutput(
+            pooler_output=PooledFeatures([inputs["picture_features"]]), deepstack_features=layers
+        )
     of_text = ("input_ids", "attention_mask", "position_ids")
     pictures = {name: value for name, value in inputs.items() if name not in of_text}
     if "video_grid_thw" in pictures:
@@ -180,28 +249,30 @@ def forward_arguments(backbone: Backbone, inputs: Inputs) -> dict[str, Any]:
     return {**others, "mm_encoder_outputs": outputs}
 
 
-def _trained_projector(backbone: Backbone) -> nn.Module | None:
-    """Return the projector if it is the only trained vision module; None if none is trained.
+def trained_projectors(backbone: Backbone) -> list[nn.Module]:
+    """Return the projectors if one of them is trained; empty if no vision parameter is trained.
 
-    Raises BlmError if anything else is trained.
+    Raises BlmError if any other vision parameter is trained.
     """
-    trained = [part for part in vision_modules(backbone) if not is_frozen(part)]
-    if not trained:
-        return None
-    projector = projector_of(backbone)
-    if trained != [projector]:
+    projectors = projectors_of(backbone)
+    own = {id(parameter) for projector in projectors for parameter in projector.parameters()}
+    trained = [
+        name
+        for name, parameter in backbone.model.base_model.named_parameters()
+        if parameter.requires_grad and part_of(name) in ("vision", "projector") and id(parameter) not in own
+    ]
+    if trained:
         raise BlmError(
-            f"the vision features of this {type(backbone.model).__name__} cannot be cached: its "
-            f"{', '.join(type(part).__name__ for part in trained)} is trained. Freeze the vision tower"
-            + ("" if projector is not None else " and the merger, which is a part of it")
+            f"the vision features of {type(backbone.model).__name__} cannot be cached, because "
+            f"'{trained[0]}' is trained; set vision_scale=0, or cache_features=False"
         )
-    return projector
+    return projectors if not all(map(is_frozen, projectors)) else []
 
 
-def projector_of(backbone: Backbone) -> Any:
-    """Return the projector, if it is a separate module; None otherwise."""
-    parts = dict(backbone.model.base_model.named_children())
-    return next((parts[name] for name in PROJECTORS if name in parts), None)
+def projectors_of(backbone: Backbone) -> list[nn.Module]:
+    """Return the projector, for Qwen3-VL followed by those of its DeepStack blocks."""
+    names = projector_names(backbone.model)
+    return [backbone.model.get_submodule(name) for name in names]
 
 
 def _split_pictures(vision_inputs: VisionInputs) -> list[Inputs]:

@@ -16,7 +16,7 @@ from blm.backbone import build_nano
 from blm.training.loop.distributed import Processes
 from blm.training.sft import tokenize_corpora as reading
 from blm.training.sft.tokenize import TokenizationConfig, TokenizedExample
-from blm.training.sft.tokenize_corpora import CorpusTokenizer, TrainingSource
+from blm.training.sft.tokenize_corpora import CorpusTokenizer, TrainingSource, check_lengths
 from blm.types import BlmError, Image, Message
 
 
@@ -112,3 +112,17 @@ def test_the_first_invalid_conversation_ends_all_processes(monkeypatch):
 def test_an_empty_training_set_is_reported(monkeypatch):
     (found,) = read(1, bad=tuple(range(23)))
     assert "no conversation of 'some'" in found
+
+
+def test_long_conversations_are_told_of_from_a_sample() -> None:
+    backbone, limits = build_nano(["Question 0: word", "Answer 1."]), TokenizationConfig(max_length=60)
+    some = TrainingSource(name="some", conversations=conversations(23, bad=(1,), long=(2, 3, 4)))
+    warning = check_lengths(backbone, some, limits)
+    assert warning.startswith("3 of 22 sampled conversations of 'some' are longer than max_length = 60")
+    assert "limits.max_length" in warning and "limits.max_pixels" in warning
+    assert check_lengths(backbone, some, TokenizationConfig()) == ""
+    everything = TrainingSource(name="all", conversations=conversations(9, long=tuple(range(9))))
+    with pytest.raises(BlmError, match="9 of 9 sampled conversations of 'all'"):
+        check_lengths(backbone, everything, limits)
+    many = TrainingSource(name="many", conversations=conversations(23, long=(2,)) * 30)
+    assert " of 32 sampled" in check_lengths(backbone, many, limits)

@@ -1,0 +1,63 @@
+"""Model families: which of transformers' image-text-to-text models are refused, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from blm.types import BlmError
+
+REFUSED: Mapping[str, str] = {
+    "llava_onevision": (
+        "it cuts a picture into tiles only if the conversation has no other picture, so the features of a "
+        "picture depend on the pictures beside it"
+    ),
+    "paligemma": (
+        "it has no chat template, takes no prompt without a picture, and its prompts attend both ways"
+    ),
+}
+"""`model_type` of a config -> the reason why the family cannot be a backbone."""
+
+
+def require_family(config: Any) -> None:
+    """Raise BlmError for a config of a family that cannot be a backbone, and for one without
+    vision."""
+    kind = str(getattr(config, "model_type", type(config).__name__))
+    if kind in REFUSED:
+        raise BlmError(f"a model of the family '{kind}' cannot be a backbone: {REFUSED[kind]}")
+    if getattr(config, "vision_config", None) is None:
+        raise BlmError(
+            f"a model of the family '{kind}' cannot be a backbone: it has no vision tower. Use a model that "
+            "transformers loads with AutoModelForImageTextToText"
+        )
+
+
+def require_processor(processor: Any) -> None:
+    """Raise BlmError for a processor that cannot render conversations with pictures."""
+    name = type(processor).__name__
+    if not (getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)):
+        raise BlmError(f"the {name} of this model has no chat template; use an instruction-tuned model")
+    if getattr(processor, "image_token", None) is None:
+        raise BlmError(f"the {name} of this model has no placeholder for pictures (image_token)")
+
+
+def one_tile_a_picture(processor: Any) -> None:
+    """Switch off that a processor cuts large pictures into tiles, in place.
+
+    A picture then costs the same number of tokens whatever its size, as frames of videos do.
+    """
+    if hasattr(processor.image_processor, "do_image_splitting"):  # Idefics3, SmolVLM
+        processor.image_processor.do_image_splitting = False
+    if hasattr(processor.image_processor, "crop_to_patches"):  # InternVL
+        processor.image_processor.crop_to_patches = False
+        processor.images_kwargs = {**processor.images_kwargs, "crop_to_patches": False}
+
+
+def arrange_pictures(processor: Any, texts: Sequence[str], images: Sequence[Any]) -> list[Any]:
+    """Return pictures, in reading order, as the processor takes them: in one list, or for Gemma 3
+    in one list for each text."""
+    if "Gemma3Processor" not in (kind.__name__ for kind in type(processor).__mro__) or not images:
+        return list(images)
+    rest = iter(images)
+    return [list(islice(rest, text.count(processor.image_token))) for text in texts]
