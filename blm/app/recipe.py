@@ -84,7 +84,7 @@ class Stage1Settings:
     """Stage I: fine-tuning of the backbone."""
 
     backbone: str = "nano"
-    """A name of BACKBONES, or a folder."""
+    """A name of BACKBONES, a folder, or an id of the Hugging Face hub."""
     schooling: NanoPretrainingConfig = field(default_factory=NanoPretrainingConfig)
     """Pretraining of a fresh nano backbone; other backbones ignore it."""
     training: Stage1Config
