@@ -215,7 +215,9 @@ class PolicyContract:
         if observation.chunk is None:
             if observation.inference_delay:
                 delay = shorten(observation.inference_delay)
-                raise ContractError(f"inference_delay is {delay} without a current chunk")
+                raise ContractError(
+                    f"inference_delay (frozen on the wire) is {delay} without a current chunk"
+                )
             return None
         chunk = _float32(observation.chunk, "the chunk in progress")
         if (
@@ -230,9 +232,8 @@ class PolicyContract:
             )
         if not 0 <= observation.inference_delay <= len(chunk):
             raise ContractError(
-                "inference_delay is "
-                f"{shorten(observation.inference_delay)}; the current chunk has {len(chunk)} "
-                "actions"
+                f"inference_delay (frozen on the wire) is {shorten(observation.inference_delay)}; the "
+                f"current chunk has {len(chunk)} actions"
             )
         return chunk if len(chunk) else None
 

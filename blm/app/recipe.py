@@ -88,7 +88,7 @@ class Stage1Settings:
     """Stage I: fine-tuning of the backbone."""
 
     backbone: str = "nano"
-    """Name of a backbone, or a backbone's folder."""
+    """Name of a backbone, a backbone's folder, or an id of the Hugging Face hub."""
     schooling: NanoPretrainingConfig = field(default_factory=NanoPretrainingConfig)
     """Pretraining of a new nano backbone; other backbones ignore it."""
     training: Stage1Config

@@ -206,7 +206,7 @@ def test_the_recipe_of_other_robots_is_refused(run):
     [
         (lambda own: own["action_space"]["high"].__setitem__(0, 9.9), "high: .*9.9"),
         (lambda own: own["action_space"]["names"].__setitem__(0, "elbow"), "names: .*'elbow'"),
-        (lambda own: own.update(image_size=64), r"pictures of \(112, 112\), its dataset has \(64, 64\)"),
+        (lambda own: own.update(image_size=64), r"images of \(112, 112\), its dataset has \(64, 64\)"),
         (lambda own: own.update(cameras=["base"]), "lacks wrist"),
     ],
 )

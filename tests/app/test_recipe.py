@@ -182,8 +182,8 @@ def test_keys_of_a_stored_recipe_stay() -> None:
 
 def test_only_a_changed_setting_changes_the_key_of_a_stage() -> None:
     stage = STAGES["stage2"]
-    key = stage_key(STAGES, stage, CI)
+    key = stage_key(STAGES, stage, CI, {})
     elsewhere = replace(CI, device="cuda", dtype="bfloat16", attn_implementation="eager")
-    assert stage_key(STAGES, stage, elsewhere) == key
+    assert stage_key(STAGES, stage, elsewhere, {}) == key
     for change in ({"precision": "int8"}, {"views": 1}):
-        assert stage_key(STAGES, stage, replace(CI, stage2=replace(CI.stage2, **change))) != key
+        assert stage_key(STAGES, stage, replace(CI, stage2=replace(CI.stage2, **change)), {}) != key

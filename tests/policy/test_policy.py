@@ -539,7 +539,7 @@ def test_real_time_chunking_continues_the_last_chunk(saved):
     assert jump(chunking.act(again)) < 0.6 * jump(policy.act(again))
     chunking.reset()
     np.testing.assert_array_equal(chunking.act(again).actions, policy.act(again).actions)
-    with pytest.raises(BlmError, match="inference_delay is 9"):
+    with pytest.raises(BlmError, match=r"inference_delay \(frozen on the wire\) is 9"):
         policy.act(replace(look, chunk=left, inference_delay=9))
     with pytest.raises(BlmError, match=r"the current chunk has shape \(40, "):
         policy.act(replace(look, chunk=np.repeat(left, 40, axis=0)[:40]))

@@ -220,7 +220,7 @@ def test_cameras_look_at_their_target_with_the_top_up():
 
 @ROBOT
 def test_a_home_outside_the_limits_is_refused(robot):
-    with pytest.raises(BlmError, match="home joint1 9"):
+    with pytest.raises(BlmError, match="home joint1 is 9"):
         dataclasses.replace(robot, home=(9.0, *robot.home[1:]))
     with pytest.raises(BlmError, match="one home angle for each link"):
         dataclasses.replace(robot, home=robot.home[1:])

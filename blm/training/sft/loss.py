@@ -55,6 +55,8 @@ class MaskedLossModel(nn.Module):
         self.sharded, self.vision_modules = sharded, vision_modules(backbone)
         if cached and self.vision_modules:
             self.dummy_picture = encode_pictures(backbone, self.dummy_picture)
+        elif sharded and self.vision_modules:
+            _ = self.dummy_picture  # before FSDP wraps the tower: the placeholder check runs it once
 
     @cached_property
     def dummy_picture(self) -> Inputs:

@@ -309,7 +309,7 @@ def test_bad_schedules_are_refused() -> None:
     source = TokenizedSource(name="a", examples=examples_of(3))
     with pytest.raises(BlmError, match="multiple of 2"):
         MixtureSampler([source], examples_per_step=3, pack_length=0, seed=0, world_size=2)
-    with pytest.raises(BlmError, match="no rows"):
+    with pytest.raises(BlmError, match="no examples"):
         MixtureSampler([], examples_per_step=3, pack_length=0, seed=0)
     with pytest.raises(BlmError, match="'b' has 0 rows"):
         TokenizedSource(name="b", examples=[])

@@ -103,7 +103,7 @@ def test_other_tokens_and_empty_texts_are_refused(tmp_path: Path) -> None:
     retention = Retention(build_nano(), TEXTS)
     with pytest.raises(BlmError, match="different tokenizers"):
         retention.measure(build_nano(["quite another text about gripper and cube"] * 3))
-    with pytest.raises(BlmError, match="two tokens"):
+    with pytest.raises(BlmError, match="two or more tokens"):
         Retention(build_nano(), [""])
     with pytest.raises(BlmError, match=r"cannot read .*absent\.txt"):
         read_texts(tmp_path / "absent.txt")
