@@ -175,23 +175,16 @@ class MultimodalModel:
                 f"a prompt has {length} tokens, the context holds {limit}; use fewer images or words"
             )
 
-    @torch.no_grad()
     def _count_features(self, inputs: Inputs) -> int:
         """Return the number of features that the model computes from images.
 
-        The model is asked once for each image size, with one image; the number is proportional to
-        the rows of `pixel_values`: images, or for Qwen-VL patches.
+        It is proportional to the rows of `pixel_values`: images, or for Qwen-VL patches. The model
+        is asked once for each image size.
         """
-        pixels, grid = inputs["pixel_values"], inputs.get("image_grid_thw")
+        pixels = inputs["pixel_values"]
         size = tuple(pixels.shape[1:])
         if size not in self._features_per_row:
-            rows = 1 if grid is None else int(grid[0].prod())
-            picture = {"pixel_values": pixels[:rows]} | ({} if grid is None else {"image_grid_thw": grid[:1]})
-            base: Any = self.model.base_model
-            ask = type(base).get_image_features  # of the class: past a cache of the instance
-            output = ask(base, **self.place(picture), return_dict=True)
-            count = sum(part.shape[:-1].numel() for part in output.pooler_output)
-            self._features_per_row[size] = Fraction(count, rows)
+            self._features_per_row[size] = _measure_features_per_row(self, inputs)
         return int(self._features_per_row[size] * len(pixels))
 
     def encode(
@@ -305,6 +298,18 @@ class MultimodalModel:
                 for prompt in self.probe_prompts()
             ]
         )
+
+
+@torch.no_grad()
+def _measure_features_per_row(model: MultimodalModel, inputs: Inputs) -> Fraction:
+    """Return how many features one row of `pixel_values` becomes, measured on the first image."""
+    pixels, grid = inputs["pixel_values"], inputs.get("image_grid_thw")
+    rows = 1 if grid is None else int(grid[0].prod())
+    image = {"pixel_values": pixels[:rows]} | ({} if grid is None else {"image_grid_thw": grid[:1]})
+    base: Any = model.model.base_model
+    ask = type(base).get_image_features  # of the class: past a cache of the instance
+    output = ask(base, **model.place(image), return_dict=True)
+    return Fraction(sum(part.shape[:-1].numel() for part in output.pooler_output), rows)
 
 
 def _decoder_path(model: PreTrainedModel) -> tuple[str, ...]:

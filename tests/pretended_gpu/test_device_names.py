@@ -29,7 +29,7 @@ def test_a_process_alone_keeps_its_device_and_one_of_several_gets_its_own(
         return SimpleNamespace(process_index=count - 1, num_processes=count, device=torch.device("cuda", 1))
 
     monkeypatch.setattr(distributed, "PartialState", state)
-    for name in (GPU, torch.device(GPU)):
+    for name in (GPU, torch.device(GPU)) if count == 1 else ("cuda", "cuda:1"):  # others are refused
         assert Processes.join(name).device == torch.device(GPU if count == 1 else "cuda:1")
     assert Processes.join("cpu").device == torch.device("cpu")
     assert asked == [False, False, True]

@@ -105,6 +105,7 @@ def test_actions(gpu: PretendedGpu, backbone: Backbone) -> None:
         for i, (robot, dim) in enumerate((("arm", 3), ("leg", 4)))
     ]
     wanted = here.act_batch(seen)
+    there.act_batch(seen)  # the first images of a size are also counted, to check placeholders
     with gpu.counting() as syncs:
         found = there.act_batch(seen)
     for one, other_chunk in zip(found, wanted, strict=True):

@@ -38,6 +38,7 @@ def policy_config(tmp_path_factory: pytest.TempPathFactory) -> PolicyTrainingCon
         execute=3,
         held_out=0.5,
         validation_batches=1,
+        dtype="float32",
     )
 
 
@@ -70,16 +71,19 @@ def test_stage_two_waits_once_a_step(
     assert [len(step) for step in steps] == [1, 1], table(steps[-1])
 
 
-def test_workers_that_fill_a_cache_get_the_device_by_its_full_name(
+def test_a_cache_is_filled_on_the_gpu_by_the_training_process(
     gpu: PretendedGpu, policy_config: PolicyTrainingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from blm.datasets.lerobot import open_dataset
 
-    def run_units(*_: Any, setup_args: tuple[Any, ...], **__: Any) -> None:
-        raise BlmError(setup_args[1])
+    def run_units(*_: Any, **options: Any) -> None:
+        assert options["workers"] == 0 and "setup" not in options
+        raise BlmError(str(hidden_states._worker[0].backbone.model.device))
 
     monkeypatch.setattr(hidden_states, "run_units", run_units)
     backbone = Backbone.load(policy_config.backbone, device=GPU)
     dataset = open_dataset(policy_config.datasets[0])
     with pytest.raises(BlmError, match=f"^{GPU}$"):
-        cache_hidden_states(backbone, policy_config.backbone, dataset, policy_config.intents, tmp_path)
+        cache_hidden_states(
+            backbone, policy_config.backbone, dataset, replace(policy_config.intents, workers=2), tmp_path
+        )

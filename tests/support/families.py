@@ -30,9 +30,9 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from blm.backbone import Backbone
-from blm.backbone.backbone import without_video
 from blm.backbone.families import one_tile_a_picture
 from blm.backbone.nano.model import train_tokenizer
+from blm.backbone.processors import without_video
 from tests.support.backbones import MAKERS
 
 BLOCKS = 4

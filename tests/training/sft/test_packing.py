@@ -311,7 +311,7 @@ def test_bad_schedules_are_refused() -> None:
         MixtureSampler([source], examples_per_step=3, pack_length=0, seed=0, world_size=2)
     with pytest.raises(BlmError, match="no examples"):
         MixtureSampler([], examples_per_step=3, pack_length=0, seed=0)
-    with pytest.raises(BlmError, match="'b' has 0 rows"):
+    with pytest.raises(BlmError, match="'b' has 0 examples"):
         TokenizedSource(name="b", examples=[])
 
 
