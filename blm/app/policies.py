@@ -108,7 +108,7 @@ def policy_factory(
     if (checkpoint_folder(name) / "manifest.json").is_file():
         check_device(load.get("device", "cpu"))
         return partial(load_checkpoint, Path(name), **load)
-    raise BlmError(f"no policy '{name}': give {HELP}")
+    raise BlmError(f"no policy '{name}'; give {HELP}")
 
 
 def load_checkpoint(

@@ -221,7 +221,7 @@ def test_folders_without_a_model_are_described(tmp_path: Path) -> None:
         with pytest.raises(BlmError, match=message) as caught:
             find_model(folder)
         assert "\n" not in str(caught.value)
-    with pytest.raises(BlmError, match="cannot load"):
+    with pytest.raises(BlmError, match="cannot be loaded"):
         find_model(broken).load()
     for name in BACKBONES:
         assert find_model(name).has_chat
