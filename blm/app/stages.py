@@ -77,7 +77,9 @@ def run_stage1(recipe: Recipe, run: Path) -> None:
     folder = run / "corpora/train"
     out = run / "stage1"
     settings = recipe.stage1
-    pretrained = load_pretrained(settings.backbone)
+    pretrained = load_pretrained(
+        settings.backbone, device=recipe.device, attn_implementation=recipe.attn_implementation
+    )
     if pretrained is not None:
         rows = [row.messages for row in read_corpus(folder)]
         warn_of_lengths(
@@ -86,9 +88,6 @@ def run_stage1(recipe: Recipe, run: Path) -> None:
     held_out = {row.group for row in read_corpus(run / "corpora/held_out")}
     kept, report = curate(read_corpus(folder), folder, evaluation_groups=held_out)
     corpora = [TrainingCorpus(name="scenes", folder=folder, conversations=kept)]
-    pretrained = load_pretrained(
-        settings.backbone, device=recipe.device, attn_implementation=recipe.attn_implementation
-    )
     backbone, sources = prepare_stage1(
         pretrained, corpora, settings.training, settings.schooling, out, device=recipe.device
     )
