@@ -18,6 +18,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from blm.backbone.backbone import RELEASED
 from tests.support.backbones import tiny_qwen
@@ -59,6 +60,8 @@ LESS = {
 def prepare_robovqa(place: Path) -> None:
     if not (place / "data/cosmos").exists():
         make_cosmos(place / "data/cosmos", "robovqa")
+    if not (place / "runs/qwen/backbone").exists():
+        tiny_qwen("2.5").save(place / "runs/qwen/backbone")
 
 
 def prepare_share(place: Path) -> None:
@@ -91,7 +94,12 @@ def prepare_three_cameras(place: Path) -> None:
     shutil.copytree(RELEASED / "blm-nano/backbone", place / "runs/nano/stage1/backbone")
 
 
+def prepare_own_data(place: Path) -> None:
+    run("blm collect data --episodes 100", place)
+
+
 FIRST: dict[str, Callable[[Path], None]] = {
+    "doctor data/panda": prepare_own_data,
     "eval digital --benchmark robovqa": prepare_robovqa,
     "compare runs/eval/a": prepare_pair,
     "corpus sharerobot": prepare_share,
@@ -161,6 +169,8 @@ def healthy(port: int) -> bool:
 def test_a_command(line: str, place: Path) -> None:
     if needs := re.search(r"#.*needs (.*)", line):
         pytest.skip(f"needs {needs[1]}")
+    if "--device cuda" in line and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     bare = line.split("blm ", 1)[-1]
     for begin in (begin for begin in FIRST if bare.startswith(begin)):
         FIRST[begin](place)
