@@ -167,7 +167,7 @@ def healthy(port: int) -> bool:
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith(("make", "git", "cd"))])
 def test_a_command(line: str, place: Path) -> None:
-    if needs := re.search(r"#.*needs (.*)", line):
+    if needs := re.search(r"#.*(?:needs|requires) (.*)", line):
         pytest.skip(f"needs {needs[1]}")
     if "--device cuda" in line and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
