@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 
 import httpx
@@ -61,19 +60,6 @@ from tests.support.serving import (
     space,
     wait_for,
 )
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with running(EchoPolicy(), EchoGenerator()) as address:
-        yield address
-
-
-@pytest.fixture
-def client(server: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"http://{server}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
 
 uses_openpi_client = pytest.mark.filterwarnings("ignore:connect.. must be used as a context manager")
 """openpi-client 0.1.2 calls websockets in a way that websockets 17.1 calls deprecated; ours must not."""

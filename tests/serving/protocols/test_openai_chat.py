@@ -271,18 +271,6 @@ def test_quoted_values_are_short_and_on_one_line(value: object) -> None:
 # --- fields ---
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with running(EchoPolicy(), EchoGenerator()) as address:
-        yield address
-
-
-@pytest.fixture
-def client(server: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"http://{server}/v1", api_key="none", max_retries=0) as client:
-        yield client
-
-
 UNSUPPORTED: dict[str, list[Any]] = {
     "logprobs": [True, 5],
     "top_logprobs": [3],
