@@ -80,13 +80,12 @@ def run_stage1(recipe: Recipe, run: Path) -> None:
     pretrained = load_pretrained(
         settings.backbone, device=recipe.device, attn_implementation=recipe.attn_implementation
     )
+    rows = read_corpus(folder)
     if pretrained is not None:
-        rows = [row.messages for row in read_corpus(folder)]
-        warn_of_lengths(
-            pretrained, TrainingSource(name="scenes", conversations=rows, root=folder), settings.training
-        )
+        source = TrainingSource(name="scenes", conversations=[row.messages for row in rows], root=folder)
+        warn_of_lengths(pretrained, source, settings.training)
     held_out = {row.group for row in read_corpus(run / "corpora/held_out")}
-    kept, report = curate(read_corpus(folder), folder, evaluation_groups=held_out)
+    kept, report = curate(rows, folder, evaluation_groups=held_out)
     corpora = [TrainingCorpus(name="scenes", folder=folder, conversations=kept)]
     backbone, sources = prepare_stage1(
         pretrained, corpora, settings.training, settings.schooling, out, device=recipe.device

@@ -262,10 +262,10 @@ class CheckpointPolicy:
         backbone.freeze()
         config.frozen.require(backbone, f"checkpoint '{folder}'")
         if dtype is None and torch.device(device).type != "cuda":
-            stored = getattr(torch, config.dtype)
+            precision = getattr(torch, config.dtype)
         else:
-            stored = frozen_dtype(device, dtype)
-        place_weights(backbone.model, device, stored)
+            precision = frozen_dtype(device, dtype)
+        place_weights(backbone.model, device, precision)
         config.frozen.compare_logits(backbone, f"checkpoint '{folder}'")
         if (now := prompt_version(backbone, contract.cameras)) != config.prompt:
             raise BlmError(
