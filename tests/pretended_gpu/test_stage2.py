@@ -13,8 +13,9 @@ from torch import Tensor
 from blm.backbone import Backbone
 from blm.policy.policy import CheckpointPolicy
 from blm.training.loop.loop import LoopConfig
-from blm.training.policy import hidden_states
-from blm.training.policy.hidden_states import HiddenStateConfig, cache_hidden_states
+from blm.training.policy import hidden_state_cache
+from blm.training.policy.hidden_state_cache import cache_hidden_states
+from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.train import PolicyTrainingConfig, train_stage2
 from blm.types import BlmError
 from tests.support.hidden_states import make_backbone, make_dataset
@@ -78,9 +79,9 @@ def test_a_cache_is_filled_on_the_gpu_by_the_training_process(
 
     def run_units(*_: Any, **options: Any) -> None:
         assert options["workers"] == 0 and "setup" not in options
-        raise BlmError(str(hidden_states._worker[0].backbone.model.device))
+        raise BlmError(str(hidden_state_cache._worker[0].backbone.model.device))
 
-    monkeypatch.setattr(hidden_states, "run_units", run_units)
+    monkeypatch.setattr(hidden_state_cache, "run_units", run_units)
     backbone = Backbone.load(policy_config.backbone, device=GPU)
     dataset = open_dataset(policy_config.datasets[0])
     with pytest.raises(BlmError, match=f"^{GPU}$"):

@@ -30,13 +30,8 @@ from blm.training.loop.distributed import DataShard, Processes
 from blm.training.loop.ema import Ema
 from blm.training.loop.loop import LoopConfig, run_loop
 from blm.training.policy.add_robot import InitialPolicy, from_checkpoint, from_scratch
-from blm.training.policy.hidden_states import (
-    ALONE,
-    HiddenStateConfig,
-    LiveHiddenStates,
-    cache_hidden_states,
-    describe,
-)
+from blm.training.policy.hidden_state_cache import ALONE, cache_hidden_states, describe
+from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenStates
 from blm.training.policy.sampler import (
     HiddenStateSource,
     PolicyDataset,

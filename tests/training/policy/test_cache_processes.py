@@ -24,9 +24,10 @@ from blm.datasets.lerobot import EpisodeDataset, open_dataset
 from blm.jobs import WorkUnit, read_journal
 from blm.training.loop.distributed import Processes
 from blm.training.loop.loop import LoopConfig
-from blm.training.policy import cache_processes, hidden_states
+from blm.training.policy import cache_processes, hidden_state_cache
 from blm.training.policy.cache_processes import wait_for_shards
-from blm.training.policy.hidden_states import CachedHiddenStates, HiddenStateConfig, cache_hidden_states
+from blm.training.policy.hidden_state_cache import CachedHiddenStates, cache_hidden_states
+from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.run_inputs import run_together
 from blm.training.sft.tokenize_corpora import TrainingSource
 from blm.training.sft.train import Stage1Config, train_stage1
@@ -38,7 +39,7 @@ SHARDS = 5
 LENGTHS = (12,) * SHARDS
 
 
-def fill(world: Path, folder: Path, processes: Processes = hidden_states.ALONE) -> CachedHiddenStates:
+def fill(world: Path, folder: Path, processes: Processes = hidden_state_cache.ALONE) -> CachedHiddenStates:
     backbone = Backbone.load(world / "backbone")
     source = str(world / "backbone")
     return cache_hidden_states(backbone, source, open_dataset(world / "arm"), CONFIG, folder, processes)
@@ -147,13 +148,13 @@ def test_a_line_that_another_process_is_writing_stays(tmp_path: Path) -> None:
 def test_a_large_shard_is_checked_by_size_and_samples(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hidden_states, "SAMPLE_BLOCKS", 4)
-    monkeypatch.setattr(hidden_states, "SAMPLE_BYTES", 64)
+    monkeypatch.setattr(hidden_state_cache, "SAMPLE_BLOCKS", 4)
+    monkeypatch.setattr(hidden_state_cache, "SAMPLE_BYTES", 64)
     fill(world, tmp_path)
     shard = tmp_path / "00001.npy"
     data = shard.read_bytes()
     hashed = list[Path]()
-    monkeypatch.setattr(hidden_states, "sha256_file", hashed.append)
+    monkeypatch.setattr(hidden_state_cache, "sha256_file", hashed.append)
     fill(world, tmp_path)
     assert not hashed, "a whole shard was read"
     for changed in (data[:-1] + bytes([data[-1] ^ 1]), bytes([data[0] ^ 1]) + data[1:], data + b"0"):
@@ -189,12 +190,12 @@ def test_on_a_gpu_no_worker_loads_another_backbone(
         raise BlmError("stop")
 
     backbone = Backbone.load(world / "backbone")
-    monkeypatch.setattr(hidden_states, "run_units", run_units)
+    monkeypatch.setattr(hidden_state_cache, "run_units", run_units)
     config = replace(CONFIG, workers=2)
     for device in ("cpu", "meta"):
         backbone.model.to(device)
         with pytest.raises(BlmError, match="stop"):
-            hidden_states._fill(backbone, "source", dataset, config, tmp_path, hidden_states.ALONE)
+            hidden_state_cache._fill(backbone, "source", dataset, config, tmp_path, hidden_state_cache.ALONE)
     on_cpu, elsewhere = calls
     assert (on_cpu["workers"], elsewhere["workers"]) == (2, 0)
     assert "setup" in on_cpu and "setup" not in elsewhere

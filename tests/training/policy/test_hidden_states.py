@@ -10,11 +10,11 @@ import torch
 from blm.backbone.backbone import Backbone
 from blm.datasets.lerobot import EpisodeDataset
 from blm.datasets.mixture import kept_frames
+from blm.training.policy.hidden_state_cache import cache_hidden_states
 from blm.training.policy.hidden_states import (
     HiddenStateConfig,
     LiveHiddenStates,
     augmented,
-    cache_hidden_states,
     collate,
 )
 from blm.training.policy.quantization import dequantize_int8, quantize_int8
