@@ -15,6 +15,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from blm.action_space import ActionKind as ActionKind
+from blm.action_space import ActionSpace as ActionSpace
+from blm.action_space import as_array, as_float32
 from blm.errors import BlmError as BlmError
 from blm.errors import ContractError as ContractError
 from blm.errors import LateError as LateError
@@ -29,87 +32,6 @@ MAX_INSTRUCTION = 400
 """Maximum length of an instruction [bytes of UTF-8]; each byte may become a token of every prompt.
 With 1,000 tokens, a batch of eight robots took 405 instead of about 100 ms (`blm-nano`, two cores).
 Instructions of open datasets stay below 300."""
-
-
-def _array(value: Any, what: str) -> NDArray[Any]:
-    """Return `value` as a numeric array. Raises ContractError for any other value."""
-    try:
-        array = np.asarray(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ContractError(f"{what} is not an array of numbers: {shorten(error)}") from error
-    if array.dtype.kind not in "iuf":
-        raise ContractError(f"{what} is not an array of numbers: it is {array.dtype} {array.shape}")
-    return array
-
-
-def _float32(value: Any, what: str) -> FloatArray:
-    with np.errstate(over="ignore"):  # values beyond float32 become infinite, which no caller accepts
-        return _array(value, what).astype(np.float32, copy=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ActionSpace:
-    """The meaning of a robot's actions: absolute joint-position targets, then the gripper opening.
-
-    State vectors use the same order, names and units: joint positions, then the measured gripper
-    opening.
-    """
-
-    robot: str
-    names: tuple[str, ...]
-    """One per dimension; the last is 'gripper'."""
-    units: tuple[str, ...]
-    """'rad' for joints, 'opening' (0 closed .. 1 open) for the gripper."""
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    rate_hz: float = 20.0
-    kind: Literal["absolute_joint_position", "unknown"] = "absolute_joint_position"
-    """"unknown" in datasets of other programs, which do not state it."""
-
-    def __post_init__(self) -> None:
-        lengths = {len(self.names), len(self.units), len(self.low), len(self.high)}
-        if len(lengths) != 1:
-            raise BlmError(
-                f"action space of '{self.robot}': names, units, low and high differ in length: {lengths}"
-            )
-
-    @property
-    def dim(self) -> int:
-        """D: arm joints and gripper."""
-        return len(self.names)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ActionSpace:
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
-        return cls(**fields)
-
-    def require_same(self, other: ActionSpace, where: str) -> None:
-        """Raise ContractError, with both sides, unless `other` equals this action space."""
-        if self != other:
-            rows = [
-                f"  {name}: {mine!r} here, {theirs!r} in {where}"
-                for (name, mine), theirs in zip(asdict(self).items(), asdict(other).values(), strict=True)
-                if mine != theirs
-            ]
-            raise ContractError(f"action spaces of '{self.robot}' differ:\n" + "\n".join(rows))
-
-    def check_state(self, state: FloatArray, where: str) -> FloatArray:
-        """Return `state` as float32 [D]. Raises ContractError for a wrong shape or NaN or infinity."""
-        array = _float32(state, f"{where}: state")
-        if array.shape != (self.dim,):
-            raise ContractError(
-                f"{where}: state has shape {array.shape}, '{self.robot}' needs ({self.dim},): "
-                f"{', '.join(self.names)}"
-            )
-        if not np.isfinite(array).all():
-            bad = [n for n, ok in zip(self.names, np.isfinite(array), strict=True) if not ok]
-            raise ContractError(
-                f"{where}: state is not finite in {', '.join(bad)}; drop or repair this frame"
-            )
-        return array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +117,7 @@ class PolicyContract:
                 raise ContractError(
                     f"observation lacks camera '{camera}'; needed: {', '.join(self.cameras)}; got: {have}"
                 )
-            image = images[camera] = _array(observation.images[camera], f"camera '{camera}': image")
+            image = images[camera] = as_array(observation.images[camera], f"camera '{camera}': image")
             if image.dtype != np.uint8 or image.shape != (self.image_size, self.image_size, 3):
                 raise ContractError(
                     f"camera '{camera}': image is {image.dtype} {image.shape}, "
@@ -219,7 +141,7 @@ class PolicyContract:
                     f"inference_delay (frozen on the wire) is {delay} without a current chunk"
                 )
             return None
-        chunk = _float32(observation.chunk, "the chunk in progress")
+        chunk = as_float32(observation.chunk, "the chunk in progress")
         if (
             chunk.ndim != 2
             or chunk.shape[1] != dim

@@ -13,7 +13,8 @@ SOURCE = Path(__file__).parents[1] / "blm"
 FILES = sorted(SOURCE.rglob("*.py"))
 OPEN = {
     "errors": "",
-    "types": "errors",
+    "action_space": "errors",
+    "types": "errors action_space",
     "seeds": "",
     "addresses": "types",
     "chunks": "types",

@@ -7,7 +7,7 @@ never modified.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,8 @@ class ActionTransform:
     """Makes chunks [.., H, D] relative to their first state [.., D] and normalises them."""
 
     normalize: Normalize
-    relative: bool
+    relative: tuple[bool, ...]
+    """[D] dimensions that are relative to the state."""
 
     def forward(self, actions: FloatArray, state: FloatArray) -> FloatArray:
         return self.normalize.forward(actions - _origin(state, self.relative))
@@ -70,11 +71,11 @@ class ActionTransform:
         return self.normalize.inverse(values) + _origin(state, self.relative)
 
 
-def _origin(state: FloatArray, relative: bool) -> FloatArray:
-    """Return the origin of relative actions [.., 1, D]: joints [rad], gripper 0."""
-    arm = np.array(state, dtype=np.float64)
-    arm[..., -1 if relative else slice(None)] = 0
-    return arm[..., None, :]
+def _origin(state: FloatArray, relative: Sequence[bool]) -> FloatArray:
+    """Return the origin of actions [.., 1, D]: the state in relative dimensions, 0 in others."""
+    origin = np.array(state, dtype=np.float64)
+    origin[..., ~np.asarray(relative)] = 0
+    return origin[..., None, :]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,8 @@ class RobotTransforms:
 
     state: Normalize
     normalize_actions: Normalize
-    relative: bool
-    """Whether the network predicts arm targets relative to the current joint positions."""
+    relative: tuple[bool, ...]
+    """[D] dimensions whose targets the network predicts relative to the current state."""
 
     @property
     def actions(self) -> ActionTransform:
@@ -92,13 +93,20 @@ class RobotTransforms:
 
     def to_json(self) -> dict[str, Any]:
         ranges = {"state": self.state.to_json(), "actions": self.normalize_actions.to_json()}
-        return {"relative": self.relative, **ranges}
+        arm_only = (*(True,) * (len(self.relative) - 1), False)
+        uniform: bool | tuple[bool, ...] = self.relative
+        if self.relative in (arm_only, (False,) * len(self.relative)):  # as in older files
+            uniform = self.relative == arm_only
+        return {"relative": uniform, **ranges}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RobotTransforms:
         state = Normalize.from_json(data["state"])
         actions = Normalize.from_json(data["actions"])
-        return cls(state=state, normalize_actions=actions, relative=data["relative"])
+        relative = data["relative"]
+        if isinstance(relative, bool):  # of all dimensions but the last, the gripper
+            relative = (*(relative,) * (state.low.shape[-1] - 1), False)
+        return cls(state=state, normalize_actions=actions, relative=tuple(relative))
 
 
 def action_chunks(
@@ -130,9 +138,10 @@ def fit_transforms(
     inside_NH: NDArray[np.bool_],
     relative: bool,
 ) -> RobotTransforms:
-    """Fit the normalisation to training frames, per joint; for actions per step and joint.
+    """Fit the normalisation to training frames, per dimension; for actions per step and dimension.
 
-    The gripper keeps the range of the action space, because its opening is bounded and often
+    With `relative`, targets become differences from the state wherever the action space allows it.
+    A gripper keeps the range of the action space, because its opening is bounded and often
     constant. Raises BlmError if no episode is as long as a chunk, and for implausible units.
     """
     if absurd := list(implausible_ranges(space, states_ND, chunks_NHD[inside_NH])):
@@ -140,11 +149,13 @@ def fit_transforms(
     if not inside_NH.any(0).all():
         steps = inside_NH.shape[1]
         raise BlmError(f"'{space.robot}': no training episode has {steps} steps; reduce the horizon")
-    moved = chunks_NHD - _origin(states_ND, relative)
+    offsets = tuple(relative and allowed for allowed in space.offsets_allowed)
+    moved = chunks_NHD - _origin(states_ND, offsets)
     each_step = zip(moved.swapaxes(0, 1), inside_NH.T, strict=True)
     actions = np.stack([np.quantile(step[inside], QUANTILES, axis=0) for step, inside in each_step], axis=1)
     ranges = np.quantile(states_ND, QUANTILES, axis=0), actions
+    gripper = np.array([kind == "gripper" for kind in space.dimension_kinds])
     for low, high in ranges:
-        low[..., -1], high[..., -1] = space.low[-1], space.high[-1]
+        low[..., gripper], high[..., gripper] = (np.array(x)[gripper] for x in (space.low, space.high))
     state, normalize_actions = (Normalize(low, high) for low, high in ranges)
-    return RobotTransforms(state=state, normalize_actions=normalize_actions, relative=relative)
+    return RobotTransforms(state=state, normalize_actions=normalize_actions, relative=offsets)

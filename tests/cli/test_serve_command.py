@@ -153,7 +153,9 @@ def diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = DiffusionConfig()
     network = DiffusionNetwork(config, contract.cameras, 1, 8)
     unit = Normalize.from_json({"low": [-3.0] * 8, "high": [3.0] * 8})
-    transforms = {"panda": RobotTransforms(state=unit, normalize_actions=unit, relative=True)}
+    transforms = {
+        "panda": RobotTransforms(state=unit, normalize_actions=unit, relative=(True,) * 7 + (False,))
+    }
     DiffusionPolicy(network, transforms, contract).save(folder, {})
     return folder
 

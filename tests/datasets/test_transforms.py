@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from blm.datasets.transforms import (
     fit_transforms,
     implausible_ranges,
 )
-from blm.types import ActionSpace, BlmError
+from blm.types import ActionSpace, BlmError, ContractError
 
 N, H, D = 200, 5, 4
 SPACE = ActionSpace(
@@ -21,6 +22,12 @@ SPACE = ActionSpace(
     units=("rad", "rad", "rad", "opening"),
     low=(-3.0, -3.0, -3.0, 0.0),
     high=(3.0, 3.0, 3.0, 1.0),
+)
+ARM = (True, True, True, False)
+MIXED = replace(
+    SPACE,
+    kind="per_dimension",
+    kinds=("absolute_eef_position", "delta_eef_position", "absolute_eef_rotation", "gripper"),
 )
 
 
@@ -51,10 +58,13 @@ def test_round_trip_leaves_inputs_unchanged(data, relative):
 
 def test_relative_actions_subtract_the_arm_and_not_the_gripper():
     state, actions = np.array([1.0, 2.0, 3.0, 0.5]), np.array([[1.5, 2.0, 2.0, 0.25]])
+    assert SPACE.offsets_allowed == ARM
     plain = Normalize(np.full(D, -1.0), np.full(D, 1.0))
-    moved = ActionTransform(plain, relative=True).forward(actions, state)
+    moved = ActionTransform(plain, relative=ARM).forward(actions, state)
     np.testing.assert_array_equal(moved, [[0.5, 0.0, -1.0, 0.25]])
-    np.testing.assert_array_equal(ActionTransform(plain, relative=False).forward(actions, state), actions)
+    np.testing.assert_array_equal(
+        ActionTransform(plain, relative=(False,) * 4).forward(actions, state), actions
+    )
 
 
 def test_ranges_are_per_step_and_joint_and_map_to_plus_minus_one(data):
@@ -114,3 +124,41 @@ def test_degrees_and_percent_are_refused_by_name(data):
         with pytest.raises(BlmError, match=message):
             fit_transforms(SPACE, states * scale, chunks * scale, inside, True)
     assert list(implausible_ranges(SPACE, states, chunks)) == []
+
+
+def test_only_absolute_positions_become_relative_to_the_state(data):
+    states, chunks, inside = data
+    shifted = states + np.array([5.0, 5.0, 5.0, 0.0], dtype=np.float32)
+    together = chunks + np.array([5.0, 0.0, 0.0, 0.0], dtype=np.float32)
+    here, there = (
+        fit_transforms(MIXED, s, c, inside, True) for s, c in ((states, chunks), (shifted, together))
+    )
+    assert here.relative == (True, False, False, False)
+    for low in ("low", "high"):  # moving the origin of the position changes nothing; deltas stay deltas
+        mine, theirs = (getattr(one.normalize_actions, low) for one in (here, there))
+        np.testing.assert_allclose(mine, theirs, atol=1e-5)
+    values = here.actions.forward(chunks, states)
+    np.testing.assert_allclose(here.actions.inverse(values, states), chunks, atol=1e-5)
+    assert RobotTransforms.from_json(json.loads(json.dumps(here.to_json()))).relative == here.relative
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "per_dimension"},
+        {"kinds": MIXED.kinds},
+        {"kind": "per_dimension", "kinds": MIXED.kinds[:3]},
+        {"kind": "per_dimension", "kinds": (*MIXED.kinds[:3], "torque")},
+    ],
+)
+def test_kinds_of_dimensions_are_complete_and_known(fields):
+    with pytest.raises(BlmError, match=r"per_dimension|torque.*valid: absolute_joint_position"):
+        replace(SPACE, **fields)
+
+
+def test_action_spaces_travel_with_their_kinds():
+    assert ActionSpace.from_json(json.loads(json.dumps(MIXED.to_json()))) == MIXED
+    assert "kinds" not in SPACE.to_json()  # as in older files
+    assert SPACE.dimension_kinds == (*("absolute_joint_position",) * 3, "gripper")
+    with pytest.raises(ContractError, match="per_dimension"):
+        SPACE.require_same(MIXED, "there")

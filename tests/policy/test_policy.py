@@ -263,7 +263,8 @@ def make_policy(seed: int = 0) -> CheckpointPolicy:
         )
         steps = Normalize(np.full((5, dim), -0.5), np.full((5, dim), 0.7))
         state = Normalize(np.full(dim, -1.0), np.full(dim, 1.0))
-        transforms[robot] = RobotTransforms(state=state, normalize_actions=steps, relative=True)
+        arm = tuple(i < dim - 1 for i in range(dim))
+        transforms[robot] = RobotTransforms(state=state, normalize_actions=steps, relative=arm)
     return CheckpointPolicy(
         backbone=backbone,
         frozen=FrozenProof.of(backbone),

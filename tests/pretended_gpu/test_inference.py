@@ -78,7 +78,7 @@ def make_policy(backbone: Backbone) -> CheckpointPolicy:
         layer=2,
         network=network,
         transforms={
-            robot: RobotTransforms(state=one, normalize_actions=one, relative=True)
+            robot: RobotTransforms(state=one, normalize_actions=one, relative=spaces[robot].offsets_allowed)
             for robot, one in ranges.items()
         },
         contract=PolicyContract(
