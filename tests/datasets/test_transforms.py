@@ -152,7 +152,7 @@ def test_only_absolute_positions_become_relative_to_the_state(data):
     ],
 )
 def test_kinds_of_dimensions_are_complete_and_known(fields):
-    with pytest.raises(BlmError, match=r"per_dimension|torque.*valid: absolute_joint_position"):
+    with pytest.raises(BlmError, match=r"per_dimension|torque.*Valid: absolute_eef_position"):
         replace(SPACE, **fields)
 
 
