@@ -50,29 +50,38 @@ class Block(nn.Module):
     self-attends.
     """
 
-    def __init__(self, width: int, heads: int, intent_width: int | None) -> None:
+    def __init__(self, width: int, heads: int, intent_width: int | None, dropout: float = 0.0) -> None:
         super().__init__()
         self.crosses = intent_width is not None
         self.norm = AdaptiveNorm(width)
         self.attention = Attention(width, intent_width or width, heads)
         self.feed_forward = feed_forward(width)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
 
     def forward(self, x_BSw: Tensor, intent: Tensor | tuple[Tensor, Tensor], time_Bw: Tensor) -> Tensor:
         """Return [B, S, w]. `intent` is tokens [B, M, z], or their cached keys and values."""
         normed = self.norm(x_BSw, time_Bw)
-        x_BSw = x_BSw + self.attention(normed, intent if self.crosses else normed)
-        return x_BSw + self.feed_forward(x_BSw)
+        x_BSw = x_BSw + self.dropout(self.attention(normed, intent if self.crosses else normed))
+        return x_BSw + self.dropout(self.feed_forward(x_BSw))
 
 
 class DiT(nn.Module):
     """Diffusion transformer over [state; actions; future] tokens, the same for all robots."""
 
-    def __init__(self, width: int, blocks: int, heads: int, intent_width: int, future_layer: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        blocks: int,
+        heads: int,
+        intent_width: int,
+        future_layer: int,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.future_layer = future_layer
         self.embed_time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(
-            Block(width, heads, intent_width if index % 2 == 0 else None) for index in range(blocks)
+            Block(width, heads, intent_width if index % 2 == 0 else None, dropout) for index in range(blocks)
         )
         self.norm = AdaptiveNorm(width)
 

@@ -62,10 +62,16 @@ class PolicyConfig:
     """Decay of the exponential moving average of the weights per optimizer step, in [0, 1)."""
     relative: bool = True
     """Predict joint targets relative to the current joint positions, not absolute ones."""
+    dropout: float = 0.0
+    """Dropout probability behind attention and feed-forward in the diffusion transformer, in
+    training only. GR00T N1.5 uses 0.2."""
+    state_noise: float = 0.0
+    """Standard deviation of Gaussian noise on the normalised state, in training only."""
 
     def __post_init__(self) -> None:
         sizes = ("width", "blocks", "heads", "max_dim", "horizon", "sampler_steps", "future_steps")
         require_numbers(self, **dict.fromkeys(sizes, (1, 100_000)), future_weight=(0, 1e6))
+        require_numbers(self, dropout=(0, 0.99), state_noise=(0, 100))
         if self.width % (2 * self.heads):
             raise BlmError(f"policy width {self.width} must be a multiple of 2 * heads = {2 * self.heads}")
         if not 1 <= self.future_layer <= self.blocks:
@@ -143,7 +149,7 @@ class PolicyNetwork(nn.Module):
         self.decode_action = IndexedMLP(embodiments, width, width, config.max_dim)
         self.position = nn.Parameter(torch.randn(config.horizon, width) * 0.02)
         self.future = nn.Parameter(torch.randn(config.bridge.latents, width) * 0.02)
-        self.dit = DiT(width, config.blocks, config.heads, z, config.future_layer)
+        self.dit = DiT(width, config.blocks, config.heads, z, config.future_layer, config.dropout)
         self.predict_future = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, z))
 
     def velocity(

@@ -31,6 +31,7 @@ from blm.io import replacing, sha256_file, write_json
 from blm.jobs import Result, WorkUnit, run_units
 from blm.policy.codec import prompt_version
 from blm.training.loop.distributed import Processes
+from blm.training.policy import augmentation
 from blm.training.policy.cache_processes import (
     journal_path,
     own_units,
@@ -210,6 +211,7 @@ def describe(backbone: Backbone, dataset: EpisodeDataset, config: HiddenStateCon
         "precision": config.precision,
         "views": config.views,
         "dataset": dataset.content_hash,
+        **({"augmentation": augmentation.VERSION} if config.views else {}),
     }
 
 

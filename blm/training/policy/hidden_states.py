@@ -1,4 +1,4 @@
-"""Hidden states H_k of prompts: their config, computed for every batch, augmented, and collated.
+"""Hidden states H_k of prompts: their config, computed for every batch, and collated.
 
 `hidden_state_cache.py` computes them once for all frames of a dataset instead.
 """
@@ -19,6 +19,7 @@ from blm.backbone.prompt import control_prompt
 from blm.datasets.lerobot import EpisodeDataset
 from blm.datasets.mixture import IndexArray
 from blm.jobs import MAX_WORKERS
+from blm.training.policy.augmentation import augmented
 from blm.types import BlmError, ImageArray, require_numbers
 
 HiddenStateRows = list[NDArray[np.floating[Any]]]
@@ -47,7 +48,8 @@ class HiddenStateConfig:
     """Precision of the cache.
     With int8 the cache takes half the space; its error is measured and stored in the manifest."""
     views: int = 0
-    """Number of augmented versions of each frame (other light, shifted images) to cache as well."""
+    """Number of augmented versions of each frame (cropped images with other colours, see
+    augmentation.py), which are cached as well. Training draws one version, or the frame itself."""
 
     def __post_init__(self) -> None:
         most = dict.fromkeys(("layer", "stride", "batch_size", "shard_frames"), (1, 10**9))
@@ -83,31 +85,6 @@ class LiveHiddenStates:
             hidden, mask = tapped.hidden.float().cpu(), inputs["attention_mask"].bool()
             rows += [h[m].numpy() for h, m in zip(hidden, mask, strict=True)]
         return rows
-
-
-def augmented(
-    images: Mapping[str, ImageArray], frames: IndexArray, views: IndexArray
-) -> dict[str, ImageArray]:
-    """Return images with random augmentation where the view is not 0, seeded by frame and view.
-
-    Brightness and contrast change by up to 30 %, each colour channel by up to 10 %, and the image
-    shifts by up to 3 % of its side, with the border repeated. These are about the choices of GR00T
-    N1.5, without those that would hide small objects.
-    """
-    changed = {camera: pictures.copy() for camera, pictures in images.items()}
-    for index in np.flatnonzero(views):
-        rng = np.random.default_rng((int(frames[index]), int(views[index])))
-        gain = rng.uniform(0.7, 1.3) * rng.uniform(0.9, 1.1, 3)
-        contrast = rng.uniform(0.7, 1.3)
-        for pictures in changed.values():
-            picture = pictures[index].astype(np.float32)
-            picture = ((picture - picture.mean()) * contrast + picture.mean()) * gain
-            margin = round(0.03 * picture.shape[0])
-            down, right = rng.integers(0, 2 * margin + 1, 2)
-            padded = np.pad(picture, ((margin, margin), (margin, margin), (0, 0)), mode="edge")
-            shifted = padded[down : down + picture.shape[0], right : right + picture.shape[1]]
-            pictures[index] = shifted.clip(0, 255).round().astype(np.uint8)
-    return changed
 
 
 def collate(rows: HiddenStateRows) -> tuple[Tensor, Tensor]:

@@ -69,6 +69,8 @@ class SampledFrames:
     """[B] flow times."""
     values: float
     """Mean number of real (not padded) action values per sample of the whole step."""
+    state_noise: Tensor | None = None
+    """[B, D] noise on the normalised state; None without noise."""
 
 
 def split(
@@ -178,6 +180,7 @@ class PolicySampler:
         """
         self.datasets, self.policy = datasets, policy
         self.views = views if train else 0
+        self.state_noise = policy.state_noise if train else 0.0
         groups = list(_groups(datasets, weights, train=train))
         if not groups:
             raise BlmError(
@@ -206,14 +209,28 @@ class PolicySampler:
         values = sum(self._count_values(i, frames[datasets == i]) for i in np.unique(datasets))
         mine = np.arange(count)[shard.index :: shard.count]
         return SampledFrames(
-            datasets[mine], frames[mine], views[mine], noise[mine], tau[mine], values / count
+            datasets[mine],
+            frames[mine],
+            views[mine],
+            noise[mine],
+            tau[mine],
+            values / count,
+            self._draw_state_noise(step, count)[mine] if self.state_noise else None,
         )
+
+    def _draw_state_noise(self, step: int, count: int) -> Tensor:
+        """Return Gaussian noise [count, D], a function of seed and step."""
+        rng = np.random.default_rng((self.mixture.seed, step, 2))
+        noise = rng.normal(scale=self.state_noise, size=(count, self.policy.max_dim))
+        return torch.from_numpy(noise.astype(np.float32))
 
     def vectors(self, samples: SampledFrames) -> ActionBatch:
         """Return the batch without hidden states."""
         numbers = np.unique(samples.datasets)
         parts = [self._vectors(i, samples.frames[samples.datasets == i]) for i in numbers]
         state, actions, real = (torch.cat(values) for values in zip(*parts, strict=True))
+        if samples.state_noise is not None:
+            state = state + samples.state_noise * real[:, 0]  # none on padding
         where = zip(samples.datasets, samples.frames, strict=True)
         return ActionBatch(
             state=state,

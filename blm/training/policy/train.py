@@ -331,6 +331,7 @@ def _run(
         return metrics
 
     sampler = make_sampler(datasets, config)
+    network.train()  # a checkpoint to start from is in evaluation mode
 
     def next_batch(step: int, shard: DataShard) -> Microbatch[PolicyBatch]:
         batch = sampler(step, shard)

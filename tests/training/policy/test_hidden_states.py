@@ -14,7 +14,6 @@ from blm.training.policy.hidden_state_cache import cache_hidden_states
 from blm.training.policy.hidden_states import (
     HiddenStateConfig,
     LiveHiddenStates,
-    augmented,
     collate,
 )
 from blm.training.policy.quantization import dequantize_int8, quantize_int8
@@ -172,23 +171,3 @@ def test_int8_is_exact_where_it_can_be():
     assert stored.dtype == np.uint8 and stored.shape == (3, 8)
     np.testing.assert_allclose(dequantize_int8(stored)[:2], values[:2])
     assert np.abs(dequantize_int8(stored)[2] - values[2]).max() <= 1e-3 / 254 + 1e-6
-
-
-def test_views_are_made_of_frame_and_number_alone():
-    rng = np.random.default_rng(0)
-    images = {name: rng.integers(0, 256, (4, 32, 32, 3), np.uint8) for name in ("base", "wrist")}
-    frames, views = np.array([7, 8, 7, 9]), np.array([1, 1, 1, 0])
-    before = {name: pictures.copy() for name, pictures in images.items()}
-    made = augmented(images, frames, views)
-    assert all(np.array_equal(images[name], before[name]) for name in images), "its input stays as it is"
-    same = augmented(
-        {name: pictures[[0, 0]] for name, pictures in images.items()}, frames[[0, 2]], views[[0, 2]]
-    )
-    for name, pictures in made.items():
-        assert np.array_equal(pictures[3], images[name][3]) and not np.array_equal(
-            pictures[0], images[name][0]
-        )
-        assert np.array_equal(same[name][0], same[name][1]) and np.array_equal(same[name][0], pictures[0])
-    flat = {"base": np.full((1, 32, 32, 3), 100, np.uint8)}
-    shades = [augmented(flat, np.array([frame]), np.array([1]))["base"].mean() for frame in range(200)]
-    assert 63 <= min(shades) < 80 and 125 < max(shades) <= 143, "100 times 0.7 * 0.9 to 1.3 * 1.1"
