@@ -8,9 +8,11 @@ real arm, where time is continuous, `blm.runtime.timeline` does the same by the 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from blm.types import BlmError, FloatArray
+from blm.types import BlmError, FloatArray, Observation, PolicyContract
 
 
 class ChunkExecutor:
@@ -68,3 +70,24 @@ class ChunkExecutor:
         if self._arriving is not None and self.step >= self._arrives_at:
             self._chunk, self._observed_at = self._arriving, self._asked_at
             self._arriving = None
+
+
+class ObservationHistory:
+    """The observations of an episode's last decisions, for policies that see several frames.
+
+    Training pairs a frame with those `execute` steps, twice `execute` steps, .. before it; so does
+    a policy that is asked every `execute` steps.
+    """
+
+    def __init__(self, contract: PolicyContract) -> None:
+        """Begin an episode of a policy with this contract."""
+        self._frames = contract.frames
+        self._earlier: tuple[Observation, ...] = ()
+
+    def extend(self, observation: Observation) -> Observation:
+        """Return the observation of a new decision with those of the decisions before it."""
+        if self._frames == 1:
+            return observation
+        complete = replace(observation, history=self._earlier)
+        self._earlier = (*self._earlier, observation)[1 - self._frames :]
+        return complete

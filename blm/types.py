@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -51,6 +51,9 @@ class Observation:
     on. The new chunk continues them."""
     inference_delay: int = 0
     """Inference delay: number of these actions that are executed before the new chunk arrives."""
+    history: tuple[Observation, ...] = ()
+    """Observations at the previous decisions of the episode, oldest first, for a policy whose
+    contract has a history; see `blm.chunks.ObservationHistory`."""
 
 
 def decision_seed(seed: int, step: int) -> int:
@@ -85,15 +88,20 @@ class PolicyContract:
     """Hash of the weights, or the name of a policy that has none."""
     statistics: str = ""
     """Hash of the statistics that normalise states and actions; empty if there are none."""
+    frames: int = 1
+    """Number of observations that the policy sees: the present one, and those of the decisions
+    before it, `execute` control steps apart."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, frames=(1, 64))
         require_numbers(self, horizon=(1, 100_000), image_size=(1, 16_384), rate_hz=(1e-3, 1e6))
         if not 1 <= self.execute <= self.horizon:
             raise BlmError(f"execute is {self.execute}; it must be 1 to horizon = {self.horizon}")
 
     def to_json(self) -> dict[str, Any]:
         spaces = {name: space.to_json() for name, space in self.action_spaces.items()}
-        return {**asdict(self), "action_spaces": spaces, "cameras": list(self.cameras)}
+        fields = {**asdict(self), "action_spaces": spaces, "cameras": list(self.cameras)}
+        return {name: value for name, value in fields.items() if name != "frames" or value != 1}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PolicyContract:
@@ -110,7 +118,24 @@ class PolicyContract:
             limit = f"needed: text of at most {MAX_INSTRUCTION} bytes of UTF-8"
             raise ContractError(f"the instruction is {shorten(text, 40)}; {limit}")
         space = lookup("robot", observation.robot, self.action_spaces)
-        state, images = space.check_state(observation.state, "observation"), dict[str, ImageArray]()
+        if len(observation.history) >= self.frames:
+            raise ContractError(
+                f"the observation has a history of {len(observation.history)}; the policy sees {self.frames} "
+                f"frames, so at most {self.frames - 1} before the present one"
+            )
+        return Observation(
+            images=self._check_images(observation),
+            state=space.check_state(observation.state, "observation"),
+            instruction=observation.instruction,
+            robot=observation.robot,
+            seed=observation.seed,
+            chunk=self._check_chunk(observation, space.dim),
+            inference_delay=observation.inference_delay,
+            history=tuple(replace(one, images=self._check_images(one)) for one in observation.history),
+        )
+
+    def _check_images(self, observation: Observation) -> dict[str, ImageArray]:
+        images = dict[str, ImageArray]()
         for camera in self.cameras:
             if camera not in observation.images:
                 have = ", ".join(sorted(observation.images)) or "none"
@@ -123,15 +148,7 @@ class PolicyContract:
                     f"camera '{camera}': image is {image.dtype} {image.shape}, "
                     f"needed: uint8 ({self.image_size}, {self.image_size}, 3)"
                 )
-        return Observation(
-            images=images,
-            state=state,
-            instruction=observation.instruction,
-            robot=observation.robot,
-            seed=observation.seed,
-            chunk=self._check_chunk(observation, space.dim),
-            inference_delay=observation.inference_delay,
-        )
+        return images
 
     def _check_chunk(self, observation: Observation, dim: int) -> FloatArray | None:
         if observation.chunk is None:

@@ -11,7 +11,7 @@ import numpy as np
 import tyro
 
 from blm import BLM
-from blm.chunks import ChunkExecutor
+from blm.chunks import ChunkExecutor, ObservationHistory
 from blm.datasets.video import encode
 from blm.tasks import Env
 
@@ -29,10 +29,11 @@ def main(
     env = Env(robot, task, cameras=blm.contract.cameras, image_size=blm.contract.image_size)
     env.reset(seed=seed)
     executor = ChunkExecutor(blm.contract.execute, hold=env.state())
+    history = ObservationHistory(blm.contract)
     frames, solved, steps = [], False, 0
     while steps < max_steps and not solved:
         if executor.decision_due:
-            executor.receive(blm.act(env.observation()).actions)
+            executor.receive(blm.act(history.extend(env.observation())).actions)
         info = env.step(executor.next_action())[4]
         frames.append(env.picture("base", 256))
         steps, solved = steps + 1, solved or bool(info["success"])

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blm.chunks import ChunkExecutor
-from blm.types import BlmError
+from blm.chunks import ChunkExecutor, ObservationHistory
+from blm.types import ActionSpace, BlmError, Observation, PolicyContract
 
 HOLD = np.array([-1.0])
 
@@ -78,3 +78,22 @@ def test_invalid_chunks_are_refused() -> None:
         ChunkExecutor(0, HOLD)
     with pytest.raises(BlmError, match="without actions"):
         ChunkExecutor(1, HOLD).receive(np.zeros((0, 1)))
+
+
+def contract(frames: int) -> PolicyContract:
+    space = ActionSpace(robot="arm", names=("gripper",), units=("opening",), low=(0.0,), high=(1.0,))
+    return PolicyContract(
+        action_spaces={"arm": space}, cameras=("base",), image_size=2, horizon=4, execute=2, frames=frames
+    )
+
+
+@given(st.integers(1, 5), st.integers(1, 12))
+def test_a_history_has_the_decisions_before_this_one_oldest_first(frames: int, decisions: int) -> None:
+    history, picture = ObservationHistory(contract(frames)), np.zeros((2, 2, 3), np.uint8)
+    for number in range(decisions):
+        seen = Observation(
+            images={"base": picture}, state=np.zeros(1), instruction="go", robot="arm", seed=number
+        )
+        complete = contract(frames).check(history.extend(seen))
+        assert [one.seed for one in complete.history] == list(range(max(0, number - frames + 1), number))
+        assert all(not one.history for one in complete.history), "a history does not nest"

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from blm.chunks import ChunkExecutor
+from blm.chunks import ChunkExecutor, ObservationHistory
 from blm.planner.arm_planner import PlanError
 from blm.planner.expert import HOLD_STEPS
 from blm.tasks import TaskEnv
@@ -102,6 +102,7 @@ def demonstrate(
         pilot.reset()
     execute = 1 if pilot is None else pilot.contract.execute
     executor = ChunkExecutor(execute, hold=observation["agent_pos"])
+    history = ObservationHistory(pilot.contract) if pilot is not None else None
     noise = np.zeros(env.contract_space.dim - 1)
     steps: list[RecordedStep] = []
     while not expert.done and len(steps) < env._max_episode_steps + draw.take_over:
@@ -113,9 +114,10 @@ def demonstrate(
             size=len(noise)
         )
         executed = action.copy()
-        if pilot is not None and len(steps) < draw.take_over:
+        if pilot is not None and history is not None and len(steps) < draw.take_over:
             if executor.decision_due:
-                executor.receive(_decide(pilot, env, observation, seed, executor.step))
+                seen = _observation(env, observation, decision_seed(seed, executor.step))
+                executor.receive(np.asarray(pilot.act(history.extend(seen)).actions, dtype=np.float32))
             executed = executor.next_action()
         else:
             executed[:-1] += noise * NOISY.get(name, 0.0) * min(1.0, expert.remaining / SETTLE)
@@ -164,16 +166,14 @@ def _failure(expert: Demonstrator, names: tuple[str, ...]) -> str:
     return "missed_grasp" if "grasp" in names and names[-1] in ("approach", "descend", "grasp") else "timeout"
 
 
-def _decide(policy: Policy, env: TaskEnv, seen: EnvObservation, seed: int, step: int) -> FloatArray:
-    """Return the policy's chunk [H, D] for the present observation."""
-    observation = Observation(
+def _observation(env: TaskEnv, seen: EnvObservation, seed: int) -> Observation:
+    return Observation(
         images=seen["pixels"],
         state=seen["agent_pos"],
         instruction=env.task_description,
         robot=env.embodiment,
-        seed=decision_seed(seed, step),
+        seed=seed,
     )
-    return np.asarray(policy.act(observation).actions, dtype=np.float32)
 
 
 def replay(env: TaskEnv, episode: Episode) -> str:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from blm.backbone.backbone import Backbone
 from blm.backbone.precision import WeightDtype, frozen_dtype, place_weights
-from blm.backbone.prompt import control_prompt
+from blm.backbone.prompt import control_prompt, frames_of, view_names
 from blm.bridge import BridgeConfig
 from blm.datasets.transforms import RobotTransforms
 from blm.policy.checkpoint import (
@@ -32,7 +32,7 @@ from blm.policy.checkpoint import (
 from blm.policy.codec import decode_chunks, pad_dims, prompt_version
 from blm.policy.flow import ActionPrefix, prefix_weights, seeded_noise
 from blm.policy.network import PolicyConfig, PolicyNetwork
-from blm.types import ActionChunk, BlmError, FloatArray, Observation, PolicyContract
+from blm.types import ActionChunk, BlmError, FloatArray, ImageArray, Observation, PolicyContract
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,10 @@ class FrozenProof:
                 soft_wrap=True,
             )
         return difference
+
+
+def _view_names(contract: PolicyContract) -> list[str]:
+    return view_names(contract.cameras, contract.frames, contract.execute)
 
 
 def _probe(backbone: Backbone) -> tuple[float, ...]:
@@ -181,7 +185,7 @@ class CheckpointPolicy:
         observation that does not match the contract.
         """
         checked = [self.contract.check(observation) for observation in observations]
-        prompts = [control_prompt(o.instruction, o.robot, o.images) for o in checked]
+        prompts = [control_prompt(o.instruction, o.robot, self._views(o)) for o in checked]
         config, robots = self.network.config, list(self.contract.action_spaces)
         states = [self.transforms[o.robot].state.forward(o.state) for o in checked]
         inputs = (
@@ -198,6 +202,11 @@ class CheckpointPolicy:
         tapped = self.backbone.tap(self.backbone.encode(prompts, side="right"), self.layer)
         actions = self.network.sample(tapped.hidden, tapped.mask, state, robot, noise, dims, prefix)
         return decode_chunks(self.contract, self.transforms, checked, actions)
+
+    def _views(self, observation: Observation) -> dict[str, ImageArray]:
+        """Return the images of the present observation and of its history, by view."""
+        images = [one.images for one in (*observation.history, observation)]
+        return frames_of(images, self.contract.frames, self.contract.execute)
 
     def _action_prefix(self, observations: Sequence[Observation]) -> ActionPrefix | None:
         """Return the current chunks, normalised; None if no observation has one."""
@@ -225,7 +234,7 @@ class CheckpointPolicy:
             policy=self.network.config,
             contract=self.contract,
             layer=self.layer,
-            prompt=prompt_version(self.backbone, self.contract.cameras),
+            prompt=prompt_version(self.backbone, _view_names(self.contract)),
             dtype=str(self.backbone.model.dtype).removeprefix("torch."),
             frozen=self.frozen,
             provenance=dict(provenance),
@@ -267,7 +276,7 @@ class CheckpointPolicy:
             precision = frozen_dtype(device, dtype)
         place_weights(backbone.model, device, precision)
         config.frozen.compare_logits(backbone, f"checkpoint '{folder}'")
-        if (now := prompt_version(backbone, contract.cameras)) != config.prompt:
+        if (now := prompt_version(backbone, _view_names(contract))) != config.prompt:
             raise BlmError(
                 f"checkpoint '{folder}' was trained with control prompts of version {config.prompt}, this "
                 f"program writes version {now}; use the program version of the checkpoint or train again"

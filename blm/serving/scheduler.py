@@ -68,6 +68,12 @@ class ModelScheduler:
     def __init__(
         self, policy: Policy | None, generator: TokenGenerator | None, limits: SchedulerLimits | None = None
     ) -> None:
+        """Raises BlmError for a policy that sees several observations."""
+        if policy is not None and policy.contract.frames > 1:
+            raise BlmError(
+                f"this policy sees {policy.contract.frames} observations, and the protocols of robots carry "
+                "one; run it in simulation with `blm eval physical`"
+            )
         self.policy, self.generator = policy, generator
         self.limits = limits = limits or SchedulerLimits()
         self._action_runner = ActionRunner(policy) if policy is not None else None

@@ -22,6 +22,7 @@ from blm.policy.checkpoint import with_hashes
 from blm.policy.heads import IndexedLinear, with_embodiments
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, FrozenProof, RealTimeChunkingPolicy
+from blm.serving.app import create_app
 from blm.types import ActionChunk, ActionSpace, BlmError, Message, Observation, Policy, PolicyContract
 
 HIDDEN = 12
@@ -559,3 +560,57 @@ def test_people_may_add_to_the_card(copied):
     with (copied / "README.md").open("a") as card:
         card.write("It stacks cubes.\n")
     CheckpointPolicy.load(copied)
+
+
+def test_a_policy_of_two_frames_sees_the_observation_before():
+    one = make_policy()
+    two = copy.copy(one)
+    two.contract = replace(one.contract, frames=2)
+    before, now = make_observation(seed=1), replace(make_observation(seed=2), seed=1)
+    alone, repeated, moved = (
+        two.act(replace(now, history=history)).actions for history in ((), (now,), (before,))
+    )
+    assert np.array_equal(alone, repeated), "at the start of an episode, the first observation is repeated"
+    assert not np.array_equal(repeated, moved) and not np.array_equal(alone, one.act(now).actions)
+    with pytest.raises(BlmError, match="history of 2; the policy sees 2 frames, so at most 1"):
+        two.act(replace(now, history=(before, before)))
+    with pytest.raises(BlmError, match="history of 1; the policy sees 1 frames"):
+        one.act(replace(now, history=(before,)))
+    with pytest.raises(BlmError, match="lacks camera 'base'"):
+        two.act(replace(now, history=(replace(before, images={}),)))
+
+
+def test_a_policy_of_two_frames_is_saved_and_loaded(tmp_path):
+    policy = make_policy()
+    policy.contract = replace(policy.contract, frames=2)
+    policy.save(tmp_path / "checkpoint", {})
+    loaded = CheckpointPolicy.load(tmp_path / "checkpoint")
+    observation = replace(make_observation(), history=(make_observation(),))
+    assert loaded.contract.frames == 2
+    assert np.array_equal(policy.act(observation).actions, loaded.act(observation).actions)
+    assert "frames" not in make_policy().contract.to_json()  # as in older checkpoints
+
+
+def test_servers_refuse_a_policy_that_sees_several_observations():
+    policy = make_policy()
+    policy.contract = replace(policy.contract, frames=3)
+    with pytest.raises(BlmError, match="sees 3 observations, and the protocols of robots carry one"):
+        create_app(policy)
+
+
+# --- regularisation ---------------------------------------------------------------------------------------
+
+
+def test_dropout_acts_in_training_only_and_adds_no_weights():
+    torch.manual_seed(0)
+    network = PolicyNetwork(replace(CONFIG, dropout=0.5), HIDDEN, len(DIMS))
+    plain = make_network()
+    assert network.state_dict().keys() == plain.state_dict().keys()
+    network.load_state_dict(plain.state_dict())
+    batch = make_batch()
+
+    def loss(module: PolicyNetwork) -> float:
+        return float(module.loss(batch, plain)["loss"].detach())
+
+    assert len({loss(network.train()) for _ in range(3)}) == 3
+    assert loss(network.eval()) == loss(plain.train()) == loss(plain.eval())

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import av
 import numpy as np
 
-from blm.chunks import ChunkExecutor
+from blm.chunks import ChunkExecutor, ObservationHistory
 from blm.evaluation.physical.outcome import StepOutcome, judge, observe_step
 from blm.evaluation.physical.policy_host import HostedPolicy
 from blm.evaluation.physical.result import EpisodeResult
@@ -175,6 +175,7 @@ def drive(
     more than physics.
     """
     executor = ChunkExecutor(protocol.execute, hold=env.state())
+    history = ObservationHistory(policy.contract)
     while True:
         if executor.decision_due:
             with clock.timing("rendering"):
@@ -187,7 +188,7 @@ def drive(
                 seed=decision_seed(seed, executor.step),
             )
             with clock.timing("policy"):
-                chunk, seconds = _ask(policy, observation)
+                chunk, seconds = _ask(policy, history.extend(observation))
             clock.decisions.append(seconds)
             executor.receive(chunk, _delay(protocol, seconds))
         yield executor.next_action()

@@ -85,6 +85,28 @@ def test_a_batch_has_the_data_of_its_frames(config):
         assert torch.equal(batch.future_hidden[i][batch.future_mask[i]], torch.from_numpy(np.array(later)))
 
 
+def test_state_noise_is_drawn_for_training_frames_and_real_dimensions_only(config):
+    noisy = replace(config, policy=replace(POLICY, state_noise=0.5))
+    robots = robots_of(config)
+    plain, other = (make_sampler(robots, c)(3) for c in (config, noisy))
+    noise = other.state - plain.state
+    assert torch.equal(noise != 0, other.real[:, 0])
+    assert noise[other.real[:, 0]].std() == pytest.approx(0.5, rel=0.3)
+    for name in ("actions", "noise", "tau", "hidden"):
+        assert torch.equal(getattr(plain, name), getattr(other, name)), name
+    parts = [make_sampler(robots, noisy)(3, DataShard(index, 2)).state for index in range(2)]
+    assert torch.equal(torch.stack(parts, dim=1).flatten(0, 1), other.state)
+    held = [make_sampler(robots, c, train=False)(3).state for c in (config, noisy)]
+    assert torch.equal(*held)
+
+
+def test_a_killed_run_with_dropout_and_noise_continues_to_the_same_checkpoint(config, tmp_path, monkeypatch):
+    policy = replace(POLICY, dropout=0.2, state_noise=0.1)
+    config = replace(config, policy=policy, loop=replace(config.loop, steps=6, save_every=2))
+    whole, parts = resumed_after_a_kill(config, tmp_path, monkeypatch, at=5)
+    assert (whole / "policy.safetensors").read_bytes() == (parts / "policy.safetensors").read_bytes()
+
+
 def test_the_parts_of_a_step_are_the_samples_of_the_whole(config):
     torch.manual_seed(0)
     network, sampler = PolicyNetwork(POLICY, 32, 2), make_sampler(robots_of(config), config)
@@ -165,6 +187,23 @@ def test_several_datasets_of_a_robot_share_its_row_and_its_transforms(config, tm
         assert share == pytest.approx(count / sum(frames), abs=0.06)
 
 
+def resumed_after_a_kill(config, folder, monkeypatch, *, at: int) -> tuple[Path, Path]:
+    """Return the checkpoints of a whole run, and of one that was killed before step `at`."""
+    whole = train_stage2(config, folder / "whole", {})
+    original = PolicySampler.__call__
+
+    def killed(self, step, part):
+        if step == at:
+            raise KeyboardInterrupt
+        return original(self, step, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PolicySampler, "__call__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_stage2(config, folder / "parts", {})
+    return whole, train_stage2(config, folder / "parts", {})
+
+
 @pytest.fixture(scope="module")
 def trained(config, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run")
@@ -208,19 +247,7 @@ def test_a_finished_run_is_not_repeated_and_other_inputs_are_refused(config, tra
 
 def test_a_killed_run_continues_to_the_same_checkpoint(config, tmp_path, monkeypatch):
     config = replace(config, loop=replace(config.loop, steps=12, save_every=5))
-    whole = train_stage2(config, tmp_path / "whole", {})
-    original = PolicySampler.__call__
-
-    def killed(self, step, part):
-        if step == 8:
-            raise KeyboardInterrupt
-        return original(self, step, part)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PolicySampler, "__call__", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train_stage2(config, tmp_path / "parts", {})
-    parts = train_stage2(config, tmp_path / "parts", {})
+    whole, parts = resumed_after_a_kill(config, tmp_path, monkeypatch, at=8)
     assert (whole / "policy.safetensors").read_bytes() == (parts / "policy.safetensors").read_bytes()
 
 
