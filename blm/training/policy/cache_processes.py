@@ -117,6 +117,7 @@ def _wait(complete: Callable[[], bool], folder: Path) -> None:
         elif time.monotonic() - since > limit:
             raise BlmError(
                 f"hidden-state cache '{folder}': no process has finished a shard for {limit:g} s; see the "
-                "output of the other processes. The same command continues; BLM_PROCESS_TIMEOUT [s] sets this limit"
+                "output of the other processes. The same command continues; BLM_PROCESS_TIMEOUT [s] sets "
+                "this limit"
             )
         time.sleep(POLL_SECONDS)

@@ -138,8 +138,8 @@ def _require_same_coding(folder: Path, spec: Mapping[str, Any]) -> None:
     if theirs and ours and theirs != ours:
         raise BlmError(
             f"hidden-state cache '{folder}' was made with another projection ({theirs[:12]}, not "
-            f"{ours[:12]}): all caches of a run share the projection.safetensors beside them. Put the file back with which "
-            "this cache was made, name another folder, or move this cache away"
+            f"{ours[:12]}): all caches of a run share the projection.safetensors beside them. Put the "
+            "file back with which this cache was made, name another folder, or move this cache away"
         )
     if stored.get("precision") != spec["precision"]:
         with _naming(folder):

@@ -71,6 +71,7 @@ def open_projection(
             if not path.exists():
                 codec = TokenCodec.fit(_sample(backbone, datasets, config), config.dims)
                 codec.save(path, inputs)
+                _report(codec, path)
             _require(path, inputs)
 
     run_together(processes, prepare)
@@ -80,7 +81,7 @@ def open_projection(
 
 
 def _require(path: Path, inputs: dict[str, Any]) -> None:
-    codec, stored = TokenCodec.load(path)
+    stored = TokenCodec.load(path)[1]
     wanted = json.loads(json.dumps(inputs))
     if other := [name for name in {**wanted, **stored} if wanted.get(name) != stored.get(name)]:
         found = ", ".join(f"{name} ({stored[name]})" if name == "dims" else name for name in other)
@@ -88,6 +89,9 @@ def _require(path: Path, inputs: dict[str, Any]) -> None:
             f"'{path}' was made for another {found}; name another folder for the caches, or move this one "
             "away"
         )
+
+
+def _report(codec: TokenCodec, path: Path) -> None:
     Console(stderr=True).print(
         f"compact hidden states: {codec.dims} of {len(codec.mean)} channels hold {codec.explained:.2%} of "
         f"the variance ({path})",

@@ -132,11 +132,19 @@ class TokenCodec:
         return self._copies[device]
 
     def save(self, path: Path, inputs: Mapping[str, Any]) -> None:
-        """Write a safetensors file; `inputs` is what the codec was made from."""
+        """Write a safetensors file; `inputs` is what the codec was made from.
+
+        There is one entry of metadata, because safetensors writes several in any order, and the
+        file is hashed.
+        """
         tensors = {"mean": self.mean, "basis": self.basis, "order": self.order, "scale": self.scale}
-        facts = {"inputs": json.dumps(inputs, sort_keys=True), "explained": str(self.explained)}
+        facts = json.dumps({"inputs": inputs, "explained": self.explained}, sort_keys=True)
         with replacing(path) as temporary:
-            save_file({name: value for name, value in tensors.items() if value is not None}, temporary, facts)
+            save_file(
+                {name: value for name, value in tensors.items() if value is not None},
+                temporary,
+                {"facts": facts},
+            )
 
     @classmethod
     def load(cls, path: Path) -> tuple[TokenCodec, dict[str, Any]]:
@@ -146,15 +154,15 @@ class TokenCodec:
         """
         try:
             with safe_open(path, "pt") as stored:
-                facts = stored.metadata()
+                facts = json.loads(stored.metadata()["facts"])
                 tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            inputs: dict[str, Any] = json.loads(facts["inputs"])
+            inputs: dict[str, Any] = facts["inputs"]
             codec = cls(
                 mean=tensors["mean"],
                 basis=tensors.get("basis"),
                 order=tensors.get("order"),
                 scale=tensors["scale"],
-                explained=float(facts["explained"]),
+                explained=facts["explained"],
                 sha256=sha256_file(path),
                 path=path,
             )
