@@ -32,7 +32,7 @@ RECIPE = "recipe.json"
 NOT_IN_KEYS = ("workers", "device", "dtype", "attn_implementation")
 """Recipe fields that say how something is computed: another value gives the same result but for
 rounding. Caches and training runs record the precision of their weights themselves."""
-ADDED_TO_STAGE2 = {"precision": "float16", "views": 0}
+ADDED_TO_STAGE2 = {"precision": "float16", "views": 0, "dims": 1024, "pool": 1}
 """Fields of `Stage2Settings` that older run folders do not have, and their defaults."""
 NEUTRAL = frozenset({*MAY_CHANGE, *NOT_IN_KEYS, "checkpoint_blocks"})
 """Names of settings that say how a result is computed, not which: a stage may be continued, and its

@@ -26,7 +26,7 @@ from blm.tasks import TASKS
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.scene import CAMERAS
 from blm.training.loop.loop import LoopConfig
-from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.hidden_states import CachePrecision, HiddenStateConfig, require_precision
 from blm.training.policy.train import PolicyTrainingConfig
 from blm.training.pretraining.nano import NanoPretrainingConfig
 from blm.training.sft.train import Stage1Config
@@ -107,8 +107,12 @@ class Stage2Settings:
     """Block k of the language model, counted from 1, whose output H_k the bridge reads."""
     stride: int = 2
     """Cache the hidden states of every n-th frame."""
-    precision: Literal["float16", "int8"] = "float16"
-    """Precision of the hidden-state cache; see `HiddenStateConfig`."""
+    precision: CachePrecision = "float16"
+    """Form of the hidden-state cache, float16 or compact; see `HiddenStateConfig`."""
+    dims: int = 1024
+    """Channels that a compact hidden-state cache keeps of each token."""
+    pool: int = 1
+    """Average picture tokens over squares of n x n tokens, in training and when the policy acts."""
     views: int = 0
     """Augmented views of each frame to cache beside the frame."""
     execute: int = 8
@@ -120,6 +124,7 @@ class Stage2Settings:
 
     def __post_init__(self) -> None:
         require_numbers(self, layer=(1, 10_000), stride=(1, 100_000), views=(0, 1000))
+        require_precision(self.precision)
         require_numbers(self, drive=(0, len(VALIDATION_SEEDS)))
         if not 1 <= self.execute <= self.policy.horizon:
             raise BlmError(f"stage2.execute {self.execute} must lie in 1..horizon = {self.policy.horizon}")

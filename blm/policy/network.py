@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,14 @@ class ActionBatch:
     """
 
 
+class HiddenStateCodec(Protocol):
+    """Decoder of hidden states that travel to the device as codes."""
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return hidden states [.., d], on the device of the codes [.., bytes]."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class PolicyBatch(ActionBatch):
     """A training batch with its noise and flow times, so that the loss is a function of its
@@ -119,10 +127,18 @@ class PolicyBatch(ActionBatch):
     """[B, L', d] hidden states of the frame `future_steps` ahead."""
     future_mask: Tensor
     """[B, L']"""
+    codec: HiddenStateCodec | None = None
+    """With a codec, `hidden` and `future_hidden` are its codes [.., bytes], until `to` decodes
+    them."""
 
     def to(self, device: torch.device | str) -> PolicyBatch:
-        """Return a copy on a device; copying from pinned memory does not block the host."""
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        """Return a copy on a device, with decoded hidden states; copying from pinned memory does
+        not block the host."""
+        moved = self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        if self.codec is None:
+            return moved
+        hidden, future = self.codec.decode(moved.hidden), self.codec.decode(moved.future_hidden)
+        return replace(moved, hidden=hidden, future_hidden=future, codec=None)
 
     def pin_memory(self) -> PolicyBatch:
         """Return a copy in pinned (page-locked) memory."""

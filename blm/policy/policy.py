@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from blm.backbone.backbone import Backbone
+from blm.backbone.pooling import tap_pooled
 from blm.backbone.precision import WeightDtype, frozen_dtype, place_weights
 from blm.backbone.prompt import control_prompt, frames_of, view_names
 from blm.bridge import BridgeConfig
@@ -127,6 +128,8 @@ class CheckpointConfig:
     """Type of the backbone's weights, such as "bfloat16"."""
     frozen: FrozenProof
     provenance: Mapping[str, Any]
+    pool: int = 1
+    """Side of the squares over which picture tokens of H_k are averaged; 1 in older checkpoints."""
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "blm", **asdict(self), "contract": self.contract.to_json()}
@@ -142,6 +145,7 @@ class CheckpointConfig:
             dtype=value["dtype"],
             frozen=FrozenProof.from_json(value["frozen"]),
             provenance=value["provenance"],
+            pool=value.get("pool", 1),
         )
 
 
@@ -158,8 +162,13 @@ class CheckpointPolicy:
         transforms: Mapping[str, RobotTransforms],
         contract: PolicyContract,
         provenance: Mapping[str, Any] | None = None,
+        pool: int = 1,
     ) -> None:
-        """Tap block `layer` (k); `provenance` is that of the loaded checkpoint."""
+        """Tap block `layer` (k), and average picture tokens over squares of `pool` x `pool`.
+
+        `provenance` is that of the loaded checkpoint.
+        """
+        self.pool = pool
         self.provenance = provenance or {}
         self.backbone, self.frozen, self.layer, self.transforms = backbone, frozen, layer, transforms
         self.network = network.eval().requires_grad_(False)
@@ -199,7 +208,7 @@ class CheckpointPolicy:
         # copied before the backbone runs, because a later copy would wait for the backbone
         prefix = prefix and prefix.to(device)
         state, robot, noise, dims = (x.to(device) for x in inputs)
-        tapped = self.backbone.tap(self.backbone.encode(prompts, side="right"), self.layer)
+        tapped = tap_pooled(self.backbone, prompts, self.layer, self.pool)
         actions = self.network.sample(tapped.hidden, tapped.mask, state, robot, noise, dims, prefix)
         return decode_chunks(self.contract, self.transforms, checked, actions)
 
@@ -238,6 +247,7 @@ class CheckpointPolicy:
             dtype=str(self.backbone.model.dtype).removeprefix("torch."),
             frozen=self.frozen,
             provenance=dict(provenance),
+            pool=self.pool,
         )
 
         def add_backbone(work: Path) -> None:
@@ -292,6 +302,7 @@ class CheckpointPolicy:
             transforms=read_transforms(folder),
             contract=contract,
             provenance=config.provenance,
+            pool=config.pool,
         )
 
 

@@ -67,7 +67,7 @@ CONVERSIONS = {
         PolicyTrainingConfig,
         computed=frozenset({"datasets", "backbone", "intents", "cache", "weights"}),
         defaults=frozenset({"start", "only_new", "held_out", "validation_batches"}),
-        not_in_config=frozenset({"layer", "stride", "precision", "views", "drive"}),
+        not_in_config=frozenset({"layer", "stride", "precision", "dims", "pool", "views", "drive"}),
     ),
     "hidden states": Conversion(
         Stage2Settings,
@@ -125,7 +125,7 @@ def test_stage_two_reaches_its_config(tmp_path: Path, monkeypatch: pytest.Monkey
         tasks = ("pick_cube", "push_cube")
 
     monkeypatch.setattr("blm.app.recipe.open_dataset", lambda folder: Dataset())
-    stage2 = replace(CI.stage2, layer=2, stride=4, execute=3, precision="int8", views=2)
+    stage2 = replace(CI.stage2, layer=2, stride=4, execute=3, precision="compact", dims=64, pool=2, views=2)
     recipe = replace(
         CI, workers=5, device="cuda:3", dtype="float32", attn_implementation="eager", stage2=stage2
     )
@@ -135,7 +135,8 @@ def test_stage_two_reaches_its_config(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (config.backbone, config.cache) == (str(tmp_path / "backbone"), tmp_path / "cache")
     assert (config.loop, config.policy, config.execute) == (CI.stage2.loop, CI.stage2.policy, 3)
     assert (config.intents.layer, config.intents.stride, config.intents.workers) == (2, 4, 5)
-    assert (config.intents.precision, config.intents.views) == ("int8", 2)
+    assert (config.intents.precision, config.intents.views) == ("compact", 2)
+    assert (config.intents.dims, config.intents.pool) == (64, 2)
     assert (config.device, config.dtype, config.attn_implementation) == ("cuda:3", "float32", "eager")
     assert config.intents.cameras == CI.cameras and config.weights == {"pick_cube": 0.0}
 
@@ -185,5 +186,5 @@ def test_only_a_changed_setting_changes_the_key_of_a_stage() -> None:
     key = stage_key(STAGES, stage, CI, {})
     elsewhere = replace(CI, device="cuda", dtype="bfloat16", attn_implementation="eager")
     assert stage_key(STAGES, stage, elsewhere, {}) == key
-    for change in ({"precision": "int8"}, {"views": 1}):
+    for change in ({"precision": "compact"}, {"views": 1}, {"dims": 64}, {"pool": 2}):
         assert stage_key(STAGES, stage, replace(CI, stage2=replace(CI.stage2, **change)), {}) != key

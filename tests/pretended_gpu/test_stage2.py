@@ -43,7 +43,7 @@ def policy_config(tmp_path_factory: pytest.TempPathFactory) -> PolicyTrainingCon
     )
 
 
-@pytest.mark.parametrize("way", ["cached", "live", "muon in parts"])
+@pytest.mark.parametrize("way", ["cached", "compact", "compact, projected", "live", "muon in parts"])
 def test_stage_two_waits_once_a_step(
     gpu: PretendedGpu,
     policy_config: PolicyTrainingConfig,
@@ -64,7 +64,10 @@ def test_stage_two_waits_once_a_step(
         loop = replace(loop, muon=0.02 * hasattr(torch.optim, "Muon"), accumulate=2)
     for name in ("cpu", GPU):
         cache = None if way == "live" else tmp_path / f"cache {name}"
-        config = replace(policy_config, loop=loop, device=name, cache=cache)
+        intents = policy_config.intents
+        if way.startswith("compact"):
+            intents = replace(intents, precision="compact", dims=16 if "projected" in way else 1024)
+        config = replace(policy_config, loop=loop, device=name, cache=cache, intents=intents)
         with gpu.training_steps() as steps:
             train_stage2(config, tmp_path / name, {})
     assert_same(saved[GPU], saved["cpu"])
@@ -79,7 +82,7 @@ def test_a_cache_is_filled_on_the_gpu_by_the_training_process(
 
     def run_units(*_: Any, **options: Any) -> None:
         assert options["workers"] == 0 and "setup" not in options
-        raise BlmError(str(hidden_state_cache._worker[0].backbone.model.device))
+        raise BlmError(str(hidden_state_cache._worker[0].live.backbone.model.device))
 
     monkeypatch.setattr(hidden_state_cache, "run_units", run_units)
     backbone = Backbone.load(policy_config.backbone, device=GPU)

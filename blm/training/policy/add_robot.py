@@ -80,13 +80,14 @@ def from_checkpoint(
     *,
     backbone: Backbone,
     layer: int,
+    pool: int,
     config: PolicyConfig,
     contract: PolicyContract,
     only_new: bool,
 ) -> InitialPolicy:
     """Return a copy of a checkpoint's network, with a further row for each new robot of `contract`.
 
-    Raises BlmError unless backbone, layer, policy config, cameras, image size and rate are those of
+    Raises BlmError unless backbone, layer, pool, policy config, cameras, image size and rate are those of
     the checkpoint; and if `only_new` is set with no new robot, or with datasets of the checkpoint's
     robots.
     """
@@ -94,6 +95,7 @@ def from_checkpoint(
     old = policy.contract
     pairs = {
         "layer": (policy.layer, layer),
+        "pool": (policy.pool, pool),
         "policy": (policy.network.config, config),
         "cameras": (old.cameras, contract.cameras),
         "image_size": (old.image_size, contract.image_size),

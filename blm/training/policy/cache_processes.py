@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from blm.io import read_json
+from blm.io import read_json, sha256_file
 from blm.jobs import Result, WorkUnit, read_journal
 from blm.training.loop.distributed import DataShard, Processes, process_timeout
 from blm.training.run_inputs import run_together
@@ -48,6 +48,17 @@ def require_shared(processes: Processes, folder: Path) -> None:
             time.sleep(POLL_SECONDS)
 
     run_together(processes, look)
+
+
+def wait_for_file(path: Path, sha256: str) -> None:
+    """Wait until `path` is the file that process 0 wrote. Raises BlmError after SHARED_SECONDS."""
+    end = time.monotonic() + SHARED_SECONDS
+    while not path.exists() or sha256_file(path) != sha256:
+        if time.monotonic() > end:
+            raise BlmError(
+                f"'{path}' is not the file that process 0 uses; name a folder that all processes share"
+            )
+        time.sleep(POLL_SECONDS)
 
 
 def journal_path(folder: Path, rank: int) -> Path:
@@ -105,7 +116,8 @@ def _wait(complete: Callable[[], bool], folder: Path) -> None:
             since = time.monotonic()
         elif time.monotonic() - since > limit:
             raise BlmError(
-                f"intent cache '{folder}': no process has finished a shard for {limit:g} s; see the output "
-                "of the other processes. The same command continues; BLM_PROCESS_TIMEOUT [s] sets this limit"
+                f"hidden-state cache '{folder}': no process has finished a shard for {limit:g} s; see the "
+                "output of the other processes. The same command continues; BLM_PROCESS_TIMEOUT [s] sets "
+                "this limit"
             )
         time.sleep(POLL_SECONDS)

@@ -3,7 +3,7 @@
     cache/  spec.json  journal.jsonl  00000.npy 00001.npy ..  manifest.json
 
 A shard holds the hidden states of some whole episodes, [tokens, d], prompts one after another
-without padding, in float16, or in int8 with one scale a token. spec.json records everything that
+without padding, in float16 or as compact codes (`quantization.py`). spec.json records everything that
 H_k depends on; a cache with another spec, or with a changed shard, is refused. The future loss
 reads the frame `future_steps` ahead from the same cache. Augmented views of a frame follow the
 frame itself.
@@ -14,22 +14,20 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 
 from blm.backbone.backbone import Backbone
 from blm.datasets.lerobot import EpisodeDataset, open_dataset
 from blm.datasets.mixture import IndexArray, kept_frames
-from blm.io import replacing, sha256_file, write_json
+from blm.io import read_json, replacing, sha256_file, write_json
 from blm.jobs import Result, WorkUnit, run_units
-from blm.policy.codec import prompt_version
 from blm.training.loop.distributed import Processes
 from blm.training.policy import augmentation
 from blm.training.policy.cache_processes import (
@@ -39,8 +37,16 @@ from blm.training.policy.cache_processes import (
     wait_for_manifest,
     wait_for_shards,
 )
-from blm.training.policy.hidden_states import HiddenStateConfig, HiddenStateRows, LiveHiddenStates
-from blm.training.policy.quantization import dequantize_int8, quantize_int8
+from blm.training.policy.cache_shards import CacheShard, ShardWriter, coding_error
+from blm.training.policy.hidden_states import (
+    CachePrecision,
+    HiddenStateConfig,
+    HiddenStateRows,
+    LiveHiddenStates,
+    require_precision,
+)
+from blm.training.policy.projection import describe_tokens
+from blm.training.policy.quantization import TokenCodec, code_bytes
 from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
 from blm.types import BlmError
 
@@ -53,28 +59,18 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 """A process without others."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class CacheShard:
-    """A file of the cache, as the manifest describes it."""
-
-    frames: Sequence[int]
-    """Dataset frames, in order."""
-    lengths: Sequence[int]
-    """Tokens of each row of hidden states; a frame has one row per view."""
-    sha256: str
-    error: float | None = None
-    """RMS error of int8 values relative to the RMS of the values; None for float16."""
-    bytes: int = 0
-    """Size of the file."""
-    sample_sha256: str = ""
-    """Hash of blocks of the file, see `_sample_sha256`; empty in caches of older versions."""
-
-
 class CachedHiddenStates:
-    """A `HiddenStateSource` that reads H_k from memory-mapped files, as float16."""
+    """A `HiddenStateSource` that reads H_k from memory-mapped files, in float16 or as codes."""
 
-    def __init__(self, folder: Path, shards: Mapping[str, CacheShard], config: HiddenStateConfig) -> None:
-        self.config, self._files = config, [np.load(folder / name, mmap_mode="r") for name in shards]
+    def __init__(
+        self,
+        folder: Path,
+        shards: Mapping[str, CacheShard],
+        config: HiddenStateConfig,
+        codec: TokenCodec | None = None,
+    ) -> None:
+        self.config, self.codec = config, codec
+        self._files = [np.load(folder / name, mmap_mode="r") for name in shards]
         lengths = [np.asarray(shard.lengths) for shard in shards.values()]
         self._frames = np.concatenate([np.asarray(shard.frames) for shard in shards.values()])
         self._shard = np.repeat(np.arange(len(lengths)), [len(x) for x in lengths])
@@ -82,13 +78,12 @@ class CachedHiddenStates:
         self._stop = np.concatenate([np.cumsum(x) for x in lengths])
 
     def read(self, frames: IndexArray, views: IndexArray | None = None) -> HiddenStateRows:
-        """Return H_k of the given dataset frames, which must be cached; see
-        `LiveHiddenStates.read`."""
+        """Return H_k of the given dataset frames, which must be cached, or the codes that `codec`
+        decodes; see `LiveHiddenStates.read`."""
         index = np.searchsorted(self._frames, frames)
         assert np.array_equal(self._frames[index], frames), "a frame is not in the hidden-state cache"
         index = index * (self.config.views + 1) + (views if views is not None else 0)
-        stored = (self._files[self._shard[i]][self._stop[i] - self._length[i] : self._stop[i]] for i in index)
-        return [dequantize_int8(row) if self.config.precision == "int8" else row for row in stored]
+        return [self._files[self._shard[i]][self._stop[i] - self._length[i] : self._stop[i]] for i in index]
 
 
 def cache_hidden_states(
@@ -98,19 +93,22 @@ def cache_hidden_states(
     config: HiddenStateConfig,
     folder: Path,
     processes: Processes = ALONE,
+    codec: TokenCodec | None = None,
 ) -> CachedHiddenStates:
     """Fill the cache `folder`, or the missing part of it; check it, and open it.
 
-    `source` is the name or folder from which worker processes load `backbone`. All of `processes`
-    call this, and each computes a part of the shards. Raises BlmError, in every process, if the
-    folder holds a cache with another spec, or one that was altered, or if the processes see
-    different files.
+    `source` is the name or folder from which worker processes load `backbone`; `codec` is that of
+    `open_projection`. All of `processes` call this, and each computes a part of the shards. Raises
+    BlmError, in every process, if the folder holds a cache with another spec or projection, or one
+    that was altered, or if the processes see different files.
     """
-    spec = describe(backbone, dataset, config)
+    assert (codec is not None) == (config.precision == "compact")
+    spec = describe(backbone, dataset, config, codec)
     manifest = folder / "manifest.json"
 
     def prepare() -> None:
         if processes.first:
+            _require_same_coding(folder, spec)
             require_same_inputs(folder / "spec.json", spec, f"hidden-state cache '{folder}' is stale")
             if not manifest.exists():
                 _report_size(LiveHiddenStates(backbone, dataset, config), folder)
@@ -119,14 +117,42 @@ def cache_hidden_states(
     run_together(processes, prepare)
     require_shared(processes, folder)
     if not manifest.exists():
-        _fill(backbone, source, dataset, config, folder, processes)
+        _fill(backbone, source, dataset, config, folder, processes, codec)
     shards = {name: CacheShard(**shard) for name, shard in json.loads(manifest.read_text()).items()}
     run_together(processes, lambda: _require_unaltered(folder, shards))
-    if errors := [shard.error for shard in shards.values() if shard.error is not None]:
+    if processes.first and (error := coding_error(shards.values())):
         Console(stderr=True).print(
-            f"int8 hidden states: RMS error {np.mean(errors):.2%} of the values' own RMS"
+            f"compact hidden states {folder}: RMS error {error.rms:.2%}, worst token {error.worst:.2%}, "
+            f"smallest cosine {error.cosine:.5f}",
+            soft_wrap=True,
         )
-    return CachedHiddenStates(folder, shards, config)
+    return CachedHiddenStates(folder, shards, config, codec)
+
+
+def _require_same_coding(folder: Path, spec: Mapping[str, Any]) -> None:
+    """Raise BlmError for a cache of another projection, or of a precision that is no longer read."""
+    path = folder / "spec.json"
+    stored = read_json(path) if path.exists() else None
+    if not isinstance(stored, dict):
+        return
+    theirs, ours = (one.get("projection") for one in (stored, spec))
+    if theirs and ours and theirs != ours:
+        raise BlmError(
+            f"hidden-state cache '{folder}' was made with another projection ({theirs[:12]}, not "
+            f"{ours[:12]}): all caches of a run share the projection.safetensors beside them. Put the "
+            "file back with which this cache was made, name another folder, or move this cache away"
+        )
+    if stored.get("precision") != spec["precision"]:
+        with _naming(folder):
+            require_precision(str(stored.get("precision")))
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BlmError as error:
+        raise BlmError(f"hidden-state cache '{folder}': {error}; move the folder away") from None
 
 
 def _fill(
@@ -136,6 +162,7 @@ def _fill(
     config: HiddenStateConfig,
     folder: Path,
     processes: Processes,
+    codec: TokenCodec | None = None,
 ) -> None:
     """Compute the missing shards of this process, and wait for those of the others."""
     units = list(_shards(dataset, config, folder))
@@ -148,10 +175,11 @@ def _fill(
             backbone.attn_implementation,
             dataset.folder,
             config,
+            codec.path if codec is not None else None,
         )
     else:  # further processes would hold further copies of the backbone on the same GPU
         setup["workers"] = 0
-        _worker[:] = [LiveHiddenStates(backbone, dataset, config)]
+        _worker[:] = [ShardWriter(LiveHiddenStates(backbone, dataset, config), codec)]
     if mine := own_units(units, folder, processes):
         part = f", process {processes.rank} of {processes.count}" if processes.count > 1 else ""
         title = f"hidden states of {dataset.space.robot}{part}"
@@ -198,21 +226,25 @@ def _sample_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def describe(backbone: Backbone, dataset: EpisodeDataset, config: HiddenStateConfig) -> dict[str, Any]:
+def describe(
+    backbone: Backbone, dataset: EpisodeDataset, config: HiddenStateConfig, codec: TokenCodec | None = None
+) -> dict[str, Any]:
     """Return all inputs that the cached values depend on, for spec.json."""
     return {
         "format": FORMAT,
-        "backbone": backbone.fingerprint(),
-        "prompt": prompt_version(backbone, config.cameras),
-        "image_processing": json.loads(backbone.processor.image_processor.to_json_string()),
-        "layer": config.layer,
-        "cameras": list(config.cameras),
+        **describe_tokens(backbone, config),
         "stride": config.stride,
         "precision": config.precision,
         "views": config.views,
         "dataset": dataset.content_hash,
         **({"augmentation": augmentation.VERSION} if config.views else {}),
+        **({"projection": codec.sha256, "explained": codec.explained} if codec is not None else {}),
     }
+
+
+def cached_frame_bytes(tokens: float, hidden: int, *, precision: CachePrecision, dims: int) -> float:
+    """Return the bytes of a frame of `tokens` tokens (after pooling) of size `hidden` in a cache."""
+    return tokens * (code_bytes(hidden, dims) if precision == "compact" else 2 * hidden)
 
 
 def _report_size(live: LiveHiddenStates, folder: Path) -> None:
@@ -225,11 +257,12 @@ def _report_size(live: LiveHiddenStates, folder: Path) -> None:
     prompts = live.tap(dataset.instructions, dict.fromkeys(live.config.cameras, blank))
     kept = dataset.task_index[kept_frames(dataset.starts, live.config.stride)]
     tokens, width = np.array([len(row) for row in prompts])[kept], prompts[0].shape[1]
-    bytes_each = width + 4 if live.config.precision == "int8" else 2 * width
+    precision, dims = live.config.precision, live.config.dims
     copies = live.config.views + 1
-    size, free = copies * tokens.sum() * bytes_each / 1e9, shutil.disk_usage(folder).free / 1e9
+    frame = cached_frame_bytes(tokens.mean(), width, precision=precision, dims=dims)
+    size, free = copies * len(kept) * frame / 1e9, shutil.disk_usage(folder).free / 1e9
     frames = f"{len(kept)} frames" + (f" x {copies} views" if copies > 1 else "")
-    plan = f"{frames} x {tokens.mean():.0f} tokens x {width}: {size:.3g} GB ({free:.3g} GB free)"
+    plan = f"{frames} x {tokens.mean():.0f} tokens x {width}, {precision}: {size:.3g} GB ({free:.3g} GB free)"
     Console(stderr=True).print(f"hidden-state cache {folder}: {plan}", soft_wrap=True)
     there = sum(path.stat().st_size for path in folder.glob("*.npy")) / 1e9
     if size - there > free:
@@ -251,8 +284,8 @@ def _shards(dataset: EpisodeDataset, config: HiddenStateConfig, folder: Path) ->
             shard, number = [], number + 1
 
 
-_worker: list[LiveHiddenStates] = []
-"""The source of hidden states in this worker process; set by `_set_up_worker`."""
+_worker: list[ShardWriter] = []
+"""The writer of this worker process; set by `_set_up_worker`."""
 
 
 def _set_up_worker(
@@ -261,31 +294,27 @@ def _set_up_worker(
     attn_implementation: str | None,
     dataset: Path,
     config: HiddenStateConfig,
+    codec: Path | None,
 ) -> None:
     backbone = Backbone.load(source, dtype=dtype, attn_implementation=attn_implementation)
-    _worker[:] = [LiveHiddenStates(backbone, open_dataset(dataset), config)]
+    loaded = TokenCodec.load(codec)[0] if codec is not None else None
+    _worker[:] = [ShardWriter(LiveHiddenStates(backbone, open_dataset(dataset), config), loaded)]
 
 
 def _write_shard(payload: tuple[Path, list[IndexArray]]) -> Result:
     path, episodes = payload
-    live = _worker[0]
+    writer = _worker[0]
+    live = writer.live
     copies = live.config.views + 1
     rows = [
         row
         for frames in episodes
         for row in live.read(np.repeat(frames, copies), np.tile(np.arange(copies), len(frames)))
     ]
-    values = np.concatenate(rows)
-    rounding = dict[str, float]()
-    if live.config.precision == "int8":
-        stored: NDArray[Any] = quantize_int8(values)
-        error = dequantize_int8(stored).astype(np.float32) - values
-        rounding["error"] = float(np.sqrt(np.mean(error**2) / np.mean(values.astype(np.float32) ** 2)))
-    else:
-        with np.errstate(over="ignore"):
-            stored = values.astype(np.float16)
-    if not np.isfinite(stored).all() or not np.isfinite(values).all():
-        raise BlmError(f"hidden states at layer {live.config.layer} exceed float16; train without a cache")
+    stored, error = writer.store(rows)
+    coding = dict[str, float]()
+    if error is not None:
+        coding = {"error": error.rms, "worst_error": error.worst, "cosine": error.cosine}
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, stored)
     frames = np.concatenate(episodes).tolist()
@@ -293,7 +322,7 @@ def _write_shard(payload: tuple[Path, list[IndexArray]]) -> Result:
         "frames": frames,
         "lengths": [len(row) for row in rows],
         "sha256": sha256_file(path),
-        **rounding,
+        **coding,
         "bytes": path.stat().st_size,
         "sample_sha256": _sample_sha256(path),
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blm.backbone.backbone import Backbone
+from blm.backbone.pooling import MAX_POOL, make_pooling
 from blm.backbone.prompt import control_prompt
 from blm.datasets.lerobot import EpisodeDataset
 from blm.datasets.mixture import IndexArray
@@ -23,7 +24,11 @@ from blm.training.policy.augmentation import augmented
 from blm.types import BlmError, ImageArray, require_numbers
 
 HiddenStateRows = list[NDArray[np.floating[Any]]]
-"""Hidden states [L_i, d] of some frames; prompts differ in length."""
+"""Hidden states [L_i, d] of some frames, or their codes [L_i, bytes]; prompts differ in length."""
+
+CachePrecision = Literal["float16", "compact"]
+MIN_DIMS = 16
+"""Fewest channels of a compact cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +49,15 @@ class HiddenStateConfig:
     GPU, each training process computes its shards itself, with the backbone that it has."""
     shard_frames: int = 256
     """Number of cached frames after which the cache starts a new shard, at the next episode."""
-    precision: Literal["float16", "int8"] = "float16"
-    """Precision of the cache.
-    With int8 the cache takes half the space; its error is measured and stored in the manifest."""
+    precision: CachePrecision = "float16"
+    """Form of the cache: float16, or compact.
+    Compact: about a byte for each of --intents.dims channels; its error is measured and printed."""
+    dims: int = 1024
+    """Channels that a compact cache keeps of each token: the principal components.
+    With as many as the hidden size has, or more, all channels are kept as they are."""
+    pool: int = 1
+    """Average the picture tokens over squares of n x n tokens, also when the policy acts; 1: keep all.
+    The checkpoint records it. It needs a vision tower whose tokens form a grid."""
     views: int = 0
     """Number of augmented versions of each frame (cropped images with other colours, see
     augmentation.py), which are cached as well. Training draws one version, or the frame itself."""
@@ -54,13 +65,29 @@ class HiddenStateConfig:
     def __post_init__(self) -> None:
         most = dict.fromkeys(("layer", "stride", "batch_size", "shard_frames"), (1, 10**9))
         require_numbers(self, **most, views=(0, 1000), workers=(0, MAX_WORKERS))
+        require_numbers(self, dims=(MIN_DIMS, 1_000_000), pool=(1, MAX_POOL))
+        require_precision(self.precision)
         sizes = (self.layer, self.stride, self.batch_size, self.shard_frames, self.views + 1)
         if min(sizes) < 1 or not self.cameras:
             raise BlmError(f"hidden states: need a layer, cameras and positive sizes, got {self}")
 
 
+def require_precision(precision: str) -> None:
+    """Raise BlmError for an unknown form of the cache."""
+    if precision == "int8":
+        raise BlmError(
+            "precision 'int8' of older versions, with one scale a token, lost tokens with outlier channels; "
+            "use 'compact', which is as small, or 'float16'"
+        )
+    if precision not in get_args(CachePrecision):
+        raise BlmError(f"precision '{precision}' is unknown; valid: {', '.join(get_args(CachePrecision))}")
+
+
 class LiveHiddenStates:
     """A `HiddenStateSource` that runs the backbone for each call; it needs no disk space."""
+
+    codec = None
+    """Its rows are not coded."""
 
     def __init__(self, backbone: Backbone, dataset: EpisodeDataset, config: HiddenStateConfig) -> None:
         self.backbone, self.dataset, self.config = backbone, dataset, config
@@ -81,14 +108,18 @@ class LiveHiddenStates:
         rows: HiddenStateRows = []
         for start in range(0, len(prompts), self.config.batch_size):
             inputs = self.backbone.read(prompts[start : start + self.config.batch_size], side="right")
+            pooling = make_pooling(self.backbone, inputs, self.config.pool) if self.config.pool > 1 else None
             tapped = self.backbone.tap(self.backbone.place(inputs), self.config.layer)
-            hidden, mask = tapped.hidden.float().cpu(), inputs["attention_mask"].bool()
+            mask = inputs["attention_mask"].bool()
+            if pooling is not None:
+                tapped, mask = pooling.to(tapped.hidden.device)(tapped.hidden), pooling.mask
+            hidden = tapped.hidden.float().cpu()
             rows += [h[m].numpy() for h, m in zip(hidden, mask, strict=True)]
         return rows
 
 
 def collate(rows: HiddenStateRows) -> tuple[Tensor, Tensor]:
-    """Pad hidden states on the right: [B, L, d] in their precision, and mask [B, L]."""
+    """Pad hidden states or codes on the right: [B, L, d] in their precision, and mask [B, L]."""
     lengths = np.array([len(row) for row in rows])
     hidden = np.zeros((len(rows), lengths.max(), rows[0].shape[1]), rows[0].dtype)
     for padded, row in zip(hidden, rows, strict=True):

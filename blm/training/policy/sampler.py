@@ -21,7 +21,7 @@ from blm.datasets.mixture import IndexArray, Mixture, kept_frames, split_episode
 from blm.datasets.transforms import RobotTransforms, action_chunks, fit_transforms
 from blm.policy.codec import pad_dims
 from blm.policy.flow import sample_time
-from blm.policy.network import ActionBatch, PolicyBatch, PolicyConfig
+from blm.policy.network import ActionBatch, HiddenStateCodec, PolicyBatch, PolicyConfig
 from blm.seeds import reserved_seeds_warning
 from blm.training.loop.distributed import DataShard
 from blm.training.policy.hidden_states import HiddenStateRows, collate
@@ -32,6 +32,11 @@ WHOLE_BATCH = DataShard()
 
 class HiddenStateSource(Protocol):
     """Source of the hidden states H_k of frames: a cache, or the backbone."""
+
+    @property
+    def codec(self) -> HiddenStateCodec | None:
+        """Decoder of its rows if they are codes; all sources of a run have the same."""
+        ...
 
     def read(self, frames: IndexArray, views: IndexArray | None = None) -> HiddenStateRows: ...
 
@@ -255,6 +260,7 @@ class PolicySampler:
             if self.policy.future_weight:
                 ends = source.dataset.starts[source.dataset.episode_index[frames] + 1]
                 future += source.hidden_states.read(np.minimum(frames + self.policy.future_steps, ends - 1))
+        first = self.datasets[0].hidden_states
         hidden, mask = collate(now)
         future_hidden, future_mask = collate(future or now)
         return PolicyBatch(
@@ -262,6 +268,7 @@ class PolicySampler:
             mask=mask,
             future_hidden=future_hidden,
             future_mask=future_mask,
+            codec=first.codec if first is not None else None,
             **vars(self.vectors(samples)),
         )
 

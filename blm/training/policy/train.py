@@ -32,6 +32,8 @@ from blm.training.loop.loop import LoopConfig, run_loop
 from blm.training.policy.add_robot import InitialPolicy, from_checkpoint, from_scratch
 from blm.training.policy.hidden_state_cache import ALONE, cache_hidden_states, describe
 from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenStates
+from blm.training.policy.projection import open_projection
+from blm.training.policy.quantization import TokenCodec
 from blm.training.policy.sampler import (
     HiddenStateSource,
     PolicyDataset,
@@ -117,23 +119,29 @@ def open_datasets(
         robots=start.robots,
         transforms=start.transforms(),
     )
+    codec = _codec(backbone, datasets, config, processes)
+
+    def source(dataset: EpisodeDataset, name: str) -> HiddenStateSource:
+        if config.cache is None:
+            return LiveHiddenStates(backbone, dataset, config.intents)
+        folder = config.cache / name
+        return cache_hidden_states(
+            backbone, config.backbone, dataset, config.intents, folder, processes, codec
+        )
+
     return [
-        replace(one, hidden_states=_hidden_states(backbone, one.dataset, config, name, processes))
+        replace(one, hidden_states=source(one.dataset, name))
         for one, name in zip(opened, cache_names(datasets), strict=True)
     ]
 
 
-def _hidden_states(
-    backbone: Backbone,
-    dataset: EpisodeDataset,
-    config: PolicyTrainingConfig,
-    name: str,
-    processes: Processes,
-) -> HiddenStateSource:
+def _codec(
+    backbone: Backbone, datasets: Sequence[EpisodeDataset], config: PolicyTrainingConfig, processes: Processes
+) -> TokenCodec | None:
+    """Return the codec of the run's caches; None if they are not compact, or there are none."""
     if config.cache is None:
-        return LiveHiddenStates(backbone, dataset, config.intents)
-    folder = config.cache / name
-    return cache_hidden_states(backbone, config.backbone, dataset, config.intents, folder, processes)
+        return None
+    return open_projection(backbone, datasets, config.intents, config.cache, processes)
 
 
 def cache_names(datasets: Sequence[EpisodeDataset]) -> list[str]:
@@ -183,7 +191,8 @@ def train_stage2(
     datasets = [open_dataset(folder) for folder in config.datasets]
     contract = joint_contract(datasets, config.policy, cameras=config.intents.cameras, execute=config.execute)
     start = _start(backbone, contract, config)
-    inputs = _inputs(backbone, datasets, start, config)
+    codec = _codec(backbone, datasets, config, processes)
+    inputs = _inputs(backbone, datasets, start, config, codec)
     origin = {"start": start.checkpoint.provenance} if start.checkpoint is not None else {}
     facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs, **origin}
     facts |= warn_of_reserved(datasets) if processes.first else {}
@@ -201,6 +210,7 @@ def train_stage2(
             network=weights,
             transforms={**start.transforms(), **fitted},
             contract=replace(contract, action_spaces={name: spaces[name] for name in start.robots}),
+            pool=config.intents.pool,
         )
 
     def validate_weights(step: int, weights: PolicyNetwork) -> Mapping[str, float]:
@@ -248,6 +258,7 @@ def _start(backbone: Backbone, contract: PolicyContract, config: PolicyTrainingC
             CheckpointPolicy.load(config.start),
             backbone=backbone,
             layer=config.intents.layer,
+            pool=config.intents.pool,
             config=config.policy,
             contract=contract,
             only_new=config.only_new,
@@ -258,12 +269,16 @@ def _start(backbone: Backbone, contract: PolicyContract, config: PolicyTrainingC
 
 
 def _inputs(
-    backbone: Backbone, datasets: Sequence[EpisodeDataset], start: InitialPolicy, config: PolicyTrainingConfig
+    backbone: Backbone,
+    datasets: Sequence[EpisodeDataset],
+    start: InitialPolicy,
+    config: PolicyTrainingConfig,
+    codec: TokenCodec | None,
 ) -> dict[str, Any]:
     """Return all inputs that a run depends on, except the loop's config, for inputs.json."""
     return {
         "robots": list(start.robots),
-        "intents": [describe(backbone, data, config.intents) for data in datasets],
+        "intents": [describe(backbone, data, config.intents, codec) for data in datasets],
         "policy": asdict(config.policy),
         "weights": dict(config.weights),
         "held_out": config.held_out,

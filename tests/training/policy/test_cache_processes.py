@@ -28,6 +28,8 @@ from blm.training.policy import cache_processes, hidden_state_cache
 from blm.training.policy.cache_processes import wait_for_shards
 from blm.training.policy.hidden_state_cache import CachedHiddenStates, cache_hidden_states
 from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.projection import FILE, open_projection
+from blm.training.policy.quantization import TokenCodec
 from blm.training.run_inputs import run_together
 from blm.training.sft.tokenize_corpora import TrainingSource
 from blm.training.sft.train import Stage1Config, train_stage1
@@ -99,6 +101,19 @@ def test_each_process_computes_its_own_shards(world: Path, alone: CachedHiddenSt
     for row, expected in zip(fill(world, two / "cache").read(frames), alone.read(frames), strict=True):
         np.testing.assert_allclose(row, expected, rtol=2e-3, atol=2e-3)
     assert reports(two, "frames") == [str(len(frames))] * 2
+
+
+def test_all_processes_use_the_projection_of_the_first(two: Path) -> None:
+    spec = json.loads((two / "compact/arm/spec.json").read_text())
+    codec = TokenCodec.load(two / "compact" / FILE)[0]
+    assert reports(two, "compact") == reports(two, "compact again") == [codec.sha256] * 2
+    assert spec["projection"] == codec.sha256
+    journals = [read_journal(two / "compact/arm" / name) for name in ("journal.jsonl", "journal-1.jsonl")]
+    assert [len(journal) for journal in journals] == [3, 2]
+    for text in reports(two, "compact alone"):
+        assert "process 1 of 2: " in text and "is not the file that process 0 uses" in text
+    for text in reports(two, "other dims"):
+        assert "process 0 of 2: " in text and "was made for another dims (16)" in text
 
 
 def test_another_number_of_processes_continues(world: Path, two: Path) -> None:
@@ -228,7 +243,20 @@ def work(world: Path, out: Path) -> None:
     said = (Message("user", ("Hello.",)), Message("assistant", (f"I am process {rank}.",)))
     talk = TrainingSource(name="talk", conversations=[said])
     loop = LoopConfig(steps=1, batch_size=2)
+    both = [open_dataset(world / name) for name in ("arm", "other/arm")]
+    compact = replace(CONFIG, precision="compact", dims=16)
+
+    def fill_compact(folder: Path, intents: HiddenStateConfig, count: int = 2) -> str:
+        codec = open_projection(backbone, both[:count], intents, folder, processes)
+        source = str(world / "backbone")
+        cache_hidden_states(backbone, source, both[0], intents, folder / "arm", processes, codec)
+        return codec.sha256 if codec is not None else ""
+
     found = {
+        "compact": attempt(lambda: fill_compact(out / "compact", compact)),
+        "compact again": attempt(lambda: fill_compact(out / "compact", compact, 1)),
+        "compact alone": attempt(lambda: fill_compact(out / f"own-compact-{rank}", compact)),
+        "other dims": attempt(lambda: fill_compact(out / "compact", replace(compact, dims=24))),
         "fault": attempt(lambda: run_together(processes, fail)),
         "folder": attempt(lambda: fill(world, out / f"own-{rank}", processes)),
         "dataset": attempt(lambda: fill_other(world, dataset, out / "mixed", processes)),
