@@ -161,8 +161,8 @@ def test_one_process_with_parts_trains_as_without(alone: Path, tmp_path: Path) -
 def go_on(old: Path, new: Path, step: int) -> Path:
     """Copy a run as it was after a step."""
     new.mkdir()
-    for name in ("inputs.json", "log.jsonl", f"state-{step:08d}.safetensors"):
-        shutil.copy(old / name, new / name)
+    for file in (old / "inputs.json", old / "log.jsonl", *old.glob(f"state-{step:08d}.*")):
+        shutil.copy(file, new / file.name)
     return new
 
 
