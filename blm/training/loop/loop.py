@@ -26,6 +26,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from blm.backbone.precision import WeightDtype, frozen_dtype
 from blm.io import lock_folder
@@ -276,7 +277,9 @@ class _Run(Generic[B]):
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip, foreach=True)
+        # by default, torch treats DTensors one by one
+        foreach = True if isinstance(parameters[0], DTensor) else None
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip, foreach=foreach)
         return full_tensor(norm).to(torch.float64)
 
     def tensors(self) -> dict[str, Tensor]:
