@@ -111,6 +111,12 @@ class LoopConfig:
 B = TypeVar("B")
 
 
+def require_precision(device: torch.device, precision: WeightDtype | None) -> torch.dtype:
+    """Return the precision of the products in the loss on a device. Raises BlmError for one that it
+    lacks; commands call this before they prepare data."""
+    return frozen_dtype(device, precision, flag="--loop.precision")
+
+
 def run_loop(
     module: nn.Module,
     loss_fn: Callable[[B], tuple[Tensor, Mapping[str, Tensor | float]]],
@@ -137,7 +143,7 @@ def run_loop(
     that the device lacks.
     """
     device = next(module.parameters()).device
-    dtype = frozen_dtype(device, config.precision, flag="--loop.precision")
+    dtype = require_precision(device, config.precision)
     out.mkdir(parents=True, exist_ok=True)
     processes = Processes.join(device)
     if config.batch_size < processes.count * config.accumulate:
