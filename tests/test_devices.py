@@ -70,6 +70,31 @@ def test_commands_load_a_checkpoint_as_asked(
     assert loading.value.options == expected
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "chat blm-nano --question hello",
+        "serve blm-nano",
+        "eval physical --model blm-nano --out OUT",
+        "eval digital --benchmark scene --data DATA --model blm-nano --out OUT",
+        "train stage1 OUT --corpus DATA --backbone smol --loop.steps 1 --loop.batch-size 1",
+        "train stage2 OUT --datasets DATA --backbone smol --intents.layer 1 --intents.cameras base "
+        "--loop.steps 1 --loop.batch-size 1",
+        "demo --recipe ci --run OUT",
+    ],
+)
+def test_commands_refuse_an_unknown_attention_implementation_before_they_load(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("blm.cli.digital.load_questions", lambda *given: [])
+    line = command.replace("OUT", str(tmp_path / "out")).replace("DATA", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        main([*line.split(), "--attn-implementation", "flash"])
+    shown = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 2 and "unknown attention implementation 'flash'" in shown and "eager" in shown
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
 def test_a_backbone_that_only_answers_is_bfloat16_on_a_gpu() -> None:
     with pytest.raises(LoadingStarted) as loading:
         main(["chat", "smolvlm_256m", "--question", "hello", *FLAGS])

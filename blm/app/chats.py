@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blm.app.model import find_model
-from blm.backbone.precision import WeightDtype
+from blm.backbone.precision import WeightDtype, require_attention
 from blm.evaluation.digital.endpoint import Endpoint, EndpointSettings
 from blm.types import BlmError, Chat
 
@@ -44,6 +44,7 @@ def load_chat(
     if name.startswith(SCHEME):
         endpoint = open_endpoint(name, api_key=api_key, cache=cache, settings=settings)
         return LoadedChat(endpoint, endpoint.name)
+    require_attention(attn_implementation)
     source = find_model(name, what="model", others=["<a folder>", "openai:MODEL@URL"])
     if not source.has_chat:
         raise BlmError(f"'{name}' is a {source.kind}: it controls robots and cannot chat; give {HELP}")

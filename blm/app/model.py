@@ -12,7 +12,7 @@ import torch
 
 from blm.backbone import BACKBONES, Backbone
 from blm.backbone.generation.generator import Generation
-from blm.backbone.precision import WeightDtype, frozen_dtype
+from blm.backbone.precision import WeightDtype, frozen_dtype, require_attention
 from blm.backbone.vision_cache import cache_vision_features
 from blm.policy.checkpoint import RELEASES, checkpoint_folder, checkpoint_kind
 from blm.policy.policy import CheckpointPolicy
@@ -139,6 +139,7 @@ class ModelSource:
         Raises BlmError for missing, altered or unreadable files.
         """
         check_device(device)
+        require_attention(attn_implementation)
         if self.kind == "diffusion_policy":
             from blm.baselines.diffusion_policy import DiffusionPolicy
 

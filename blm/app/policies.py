@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from blm.app.model import check_device
-from blm.backbone.precision import LoadOptions, WeightDtype
+from blm.backbone.precision import LoadOptions, WeightDtype, require_attention
 from blm.datasets.lerobot import open_dataset
 from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy
 from blm.evaluation.physical.reference_policies import ReplayPolicy
@@ -107,6 +107,7 @@ def policy_factory(
         return partial(RemotePolicy, name, api_key=api_key, contract=replace(contract, revision=identity))
     if (checkpoint_folder(name) / "manifest.json").is_file():
         check_device(load.get("device", "cpu"))
+        require_attention(load.get("attn_implementation"))
         return partial(load_checkpoint, Path(name), **load)
     raise BlmError(f"no policy '{name}'; give {HELP}")
 

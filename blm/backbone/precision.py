@@ -27,16 +27,18 @@ ATTENTION_IMPLEMENTATIONS = {
 """Names of attention implementations in transformers that a backbone may be loaded with."""
 
 
-def frozen_dtype(device: str | torch.device, dtype: WeightDtype | None = None) -> torch.dtype:
-    """Return the precision of frozen weights on a device: `dtype`, or by default bfloat16 on CUDA
-    and float32 elsewhere.
+def frozen_dtype(
+    device: str | torch.device, dtype: WeightDtype | None = None, *, flag: str = "--dtype"
+) -> torch.dtype:
+    """Return the precision of frozen weights, and of the products in a loss, on a device: `dtype`,
+    or by default bfloat16 on CUDA and float32 elsewhere.
 
-    Raises BlmError for bfloat16 on a GPU that does not support it.
+    Raises BlmError, which names `flag`, for bfloat16 on a GPU that does not support it.
     """
     on_cuda = torch.device(device).type == "cuda"
     chosen: torch.dtype = getattr(torch, dtype or ("bfloat16" if on_cuda else "float32"))
     if on_cuda and chosen is torch.bfloat16 and not _supports_bfloat16(device):
-        raise BlmError(f"the GPU '{device}' does not support bfloat16; give --dtype float32")
+        raise BlmError(f"the GPU '{device}' does not support bfloat16; give {flag} float32")
     return chosen
 
 

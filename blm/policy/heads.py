@@ -8,6 +8,8 @@ category-specific layers.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -16,9 +18,23 @@ from torch.nn import functional as F
 
 from blm.policy.dit import sinusoid
 
+Runs = tuple[tuple[int, int], ...]
+"""The robots of a batch as (row of the indexed weights, number of consecutive samples), on the host."""
+
+
+def runs_of(rows: Iterable[int]) -> Runs:
+    """Return the runs of a batch whose samples have these rows, in order."""
+    return tuple((row, len(list(same))) for row, same in groupby(rows))
+
 
 class IndexedLinear(nn.Module):
-    """A linear layer with one weight matrix per embodiment, chosen by index per sample."""
+    """A linear layer with one weight matrix per embodiment, chosen by index per sample.
+
+    Both forms of the index give the same result up to rounding. A tensor [B] gathers one matrix per
+    sample: B x in x out numbers, and as many for their gradients. `Runs` multiply the samples of a
+    run by their matrix where it is, and their lengths are known on the host, so that no GPU has to
+    be waited for.
+    """
 
     def __init__(self, embodiments: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -26,9 +42,21 @@ class IndexedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(embodiments, inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(embodiments, outputs).uniform_(-bound, bound))
 
-    def forward(self, x_BTi: Tensor, index_B: Tensor) -> Tensor:
-        weight_Bio, bias_Bo = self.weight.index_select(0, index_B), self.bias.index_select(0, index_B)
+    def forward(self, x_BTi: Tensor, index: Tensor | Runs) -> Tensor:
+        if isinstance(index, tuple):
+            return self._by_runs(x_BTi, index)
+        weight_Bio, bias_Bo = self.weight.index_select(0, index), self.bias.index_select(0, index)
         return torch.baddbmm(bias_Bo[:, None], x_BTi, weight_Bio)
+
+    def _by_runs(self, x_BTi: Tensor, runs: Runs) -> Tensor:
+        # unbind, because each `weight[row]` would have a gradient of the size of all rows
+        weights_io, biases_o = self.weight.unbind(), self.bias.unbind()
+        parts = x_BTi.split([count for _, count in runs])
+        products = [
+            torch.addmm(biases_o[row], part.flatten(0, 1), weights_io[row])
+            for part, (row, _) in zip(parts, runs, strict=True)
+        ]
+        return torch.cat(products).unflatten(0, x_BTi.shape[:2])
 
 
 class IndexedMLP(nn.Module):
@@ -39,8 +67,8 @@ class IndexedMLP(nn.Module):
         self.first = IndexedLinear(embodiments, inputs, width)
         self.second = IndexedLinear(embodiments, width, outputs)
 
-    def forward(self, x_BTi: Tensor, index_B: Tensor) -> Tensor:
-        return self.second(F.relu(self.first(x_BTi, index_B)), index_B)
+    def forward(self, x_BTi: Tensor, index: Tensor | Runs) -> Tensor:
+        return self.second(F.relu(self.first(x_BTi, index)), index)
 
 
 class ActionEncoder(nn.Module):
@@ -52,11 +80,11 @@ class ActionEncoder(nn.Module):
         self.second = IndexedLinear(embodiments, 2 * width, width)
         self.third = IndexedLinear(embodiments, width, width)
 
-    def forward(self, actions_BHD: Tensor, tau_B: Tensor, index_B: Tensor) -> Tensor:
-        tokens_BHw = self.first(actions_BHD, index_B)
+    def forward(self, actions_BHD: Tensor, tau_B: Tensor, index: Tensor | Runs) -> Tensor:
+        tokens_BHw = self.first(actions_BHD, index)
         time_BHw = sinusoid(tau_B, tokens_BHw.shape[-1]).to(tokens_BHw.dtype)[:, None].expand_as(tokens_BHw)
-        mixed_BHw = F.silu(self.second(torch.cat([tokens_BHw, time_BHw], dim=-1), index_B))
-        return self.third(mixed_BHw, index_B)
+        mixed_BHw = F.silu(self.second(torch.cat([tokens_BHw, time_BHw], dim=-1), index))
+        return self.third(mixed_BHw, index)
 
 
 M = TypeVar("M", bound=nn.Module)

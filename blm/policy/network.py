@@ -26,7 +26,7 @@ from blm.bridge import BridgeConfig, Perceiver
 from blm.policy import flow
 from blm.policy.dit import DiT, IntentCache
 from blm.policy.flow import ActionPrefix
-from blm.policy.heads import ActionEncoder, IndexedMLP
+from blm.policy.heads import ActionEncoder, IndexedMLP, Runs
 from blm.types import BlmError, require_numbers
 
 
@@ -104,6 +104,8 @@ class ActionBatch:
     With it, the losses of the parts of a step, weighted by their samples, add up to the loss of the
     whole.
     """
+    runs: Runs = ()
+    """The robots in `embodiment` on the host, if known, for grouped products."""
 
 
 class HiddenStateCodec(Protocol):
@@ -174,7 +176,7 @@ class PolicyNetwork(nn.Module):
         tau: Tensor,
         intent: Tensor,
         state: Tensor,
-        embodiment: Tensor,
+        embodiment: Tensor | Runs,
         cache: IntentCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the velocity [B, H, D] and the predicted future intent tokens [B, M, z].
@@ -199,7 +201,8 @@ class PolicyNetwork(nn.Module):
         actions, noise = batch.actions * batch.real, batch.noise * batch.real
         noised = flow.interpolate(actions, noise, batch.tau)
         intent = self.bridge(batch.hidden, batch.mask)
-        velocity, predicted = self.velocity(noised, batch.tau, intent, batch.state, batch.embodiment)
+        robots = batch.runs or batch.embodiment
+        velocity, predicted = self.velocity(noised, batch.tau, intent, batch.state, robots)
         error = (velocity - flow.target(actions, noise)).square() * batch.real
         loss_flow = error.sum() / (batch.values * len(error) or batch.real.sum())
         if self.config.future_weight == 0:

@@ -19,7 +19,7 @@ from blm.datasets.transforms import Normalize, RobotTransforms
 from blm.policy import checkpoint as checkpoint_module
 from blm.policy import codec, flow
 from blm.policy.checkpoint import with_hashes
-from blm.policy.heads import IndexedLinear, with_embodiments
+from blm.policy.heads import IndexedLinear, runs_of, with_embodiments
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, FrozenProof, RealTimeChunkingPolicy
 from blm.serving.app import create_app
@@ -127,6 +127,22 @@ def test_indexed_linear_is_one_linear_layer_per_embodiment():
     layer, x, index = IndexedLinear(3, 4, 5), torch.randn(6, 2, 4), torch.tensor([2, 0, 1, 1, 0, 2])
     slow = torch.stack([x[i] @ layer.weight[e] + layer.bias[e] for i, e in enumerate(index)])
     torch.testing.assert_close(layer(x, index), slow)
+
+
+@pytest.mark.parametrize("rows", [[0, 0, 1, 1, 1, 3], [2, 0, 1, 1, 0, 2], [1]])
+def test_samples_grouped_by_robot_give_the_results_and_gradients_of_gathered_weights(rows):
+    """Sorted or not; robots without a sample get gradients of zero, not none."""
+    torch.manual_seed(0)
+    layer, x = IndexedLinear(4, 4, 5).double(), torch.randn(len(rows), 3, 4, dtype=torch.float64)
+    slope, results = torch.randn(len(rows), 3, 5, dtype=torch.float64), []
+    for index in (torch.tensor(rows), runs_of(rows)):
+        layer.zero_grad()
+        own = x.clone().requires_grad_()
+        out = layer(own, index)
+        (out * slope).sum().backward()
+        results.append((out, own.grad, layer.weight.grad, layer.bias.grad))
+    for gathered, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, gathered, rtol=1e-12, atol=1e-12)
 
 
 def test_a_further_arm_is_new_rows_and_nothing_else():

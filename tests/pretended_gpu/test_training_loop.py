@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from blm.training.loop.batches import Microbatch
 from blm.training.loop.distributed import DataShard
 from blm.training.loop.ema import Ema
 from blm.training.loop.loop import LoopConfig, run_loop
+from blm.training.loop.state import checkpoints
 from blm.types import BlmError
 from tests.support.pretended_gpu import PretendedGpu, on_gpu, table, values
 from tests.support.pretended_gpu.comparison import GPU, assert_same, log_rows
@@ -61,6 +64,21 @@ def test_the_loop_makes_the_steps_of_the_cpu_and_waits_once_in_each(
     assert {"loss", "twice", "rows", "right", "grad_norm", "tokens_per_s"} <= logs["cpu"][0].keys()
     of_checkpoints = [len([s for s in step if "/state.py" not in s.where]) for step in steps]
     assert of_checkpoints == [1] * 4, table(steps[0])
+    assert all("/state.py" not in s.where for step in steps for s in step)  # checkpoints wait in a thread
+    saved = {name: load_file(checkpoints(tmp_path / name)[-1]) for name in ("cpu", GPU)}
+    for name, value in saved["cpu"].items():
+        assert torch.equal(saved[GPU][name], value), name
+
+
+def test_a_gpu_without_bfloat16_is_refused_before_anything_is_written(
+    gpu: PretendedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("blm.backbone.precision._supports_bfloat16", lambda device: False)
+    module, config = on_gpu(Net(), GPU), LoopConfig(steps=1, batch_size=4)
+    with pytest.raises(BlmError, match=rf"'{GPU}' does not support bfloat16; give --loop.precision float32"):
+        run_loop(module, module.loss, points, config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    run_loop(module, module.loss, points, replace(config, precision="float32"), tmp_path / "run")
 
 
 def test_a_step_that_is_not_finite_ends_before_the_weights_are_touched(

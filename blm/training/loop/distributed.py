@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -109,12 +109,15 @@ class Processes:
         dist.all_gather(gathered, value.to(self.device))
         return [tensor.cpu() for tensor in gathered]
 
-    def gather_objects(self, value: T) -> list[T]:
-        """Return the objects of every process, in order of rank; they are pickled on the way."""
+    def gather_objects(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+        """Return the objects of every process, in order of rank; they are pickled on the way.
+
+        `group` is another group of all processes, for a thread of its own.
+        """
         if self.count == 1:
             return [value]
         gathered: list[Any] = [None] * self.count
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, value, group)
         return gathered
 
     def leave(self) -> None:
@@ -174,28 +177,38 @@ def fsdp_requested() -> bool:
 
 
 def wrap_for_processes(
-    module: nn.Module, loss_fn: Callable[..., Any], processes: Processes, shard: bool
+    module: nn.Module,
+    loss_fn: Callable[..., Any],
+    processes: Processes,
+    *,
+    shard: bool,
+    accumulate: int = 1,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[nn.Module, Callable[[], None]]:
     """Return a module that computes `loss_fn` and averages gradients over the processes.
 
-    With `shard` the parameters of `module` become DTensors (FSDP2), one unit per block (the classes
-    that transformers models name in `_no_split_modules`), and every process must use the same
-    parameters in a step (see `MaskedLossModel`). Otherwise each process keeps all parameters (DDP).
-    The second result is a function that undoes the wrapping.
+    Every process must use the same parameters in every step, whatever its samples are (see
+    `MaskedLossModel`). With `shard` the parameters of `module` become DTensors (FSDP2), one unit
+    per block (the classes that transformers models name in `_no_split_modules`): each process keeps
+    its part of the weights as they are, blocks are gathered and computed in `dtype`, and gradients
+    are added up in float32. Otherwise each process keeps all parameters (DDP). The second result is
+    a function that undoes the wrapping.
     """
     loss_module = LossModule(module, loss_fn)
     if processes.count == 1:
         return loss_module, lambda: None
     if not shard:
-        # a process whose samples have no image uses no parameter of the vision tower
-        wrapped = DistributedDataParallel(loss_module, find_unused_parameters=True, broadcast_buffers=False)
-        return wrapped, lambda: None
+        return _data_parallel(loss_module, accumulate), lambda: None
     plain = [(part, type(part), _hooks(part)) for part in module.modules()]
     mesh = init_device_mesh(processes.device.type, (processes.count,))
+    mixed = MixedPrecisionPolicy()
+    if dtype is not torch.float32:
+        mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     blocks = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
     for part in [part for part in module.modules() if type(part).__name__ in blocks]:
-        fully_shard(part, mesh=mesh)
-    fully_shard(loss_module, mesh=mesh)
+        fully_shard(part, mesh=mesh, mp_policy=mixed)
+    # the batch keeps its precision: it also holds the targets of the loss
+    fully_shard(loss_module, mesh=mesh, mp_policy=replace(mixed, cast_forward_inputs=False))
 
     def unwrap() -> None:
         _unshard_parameters(module)
@@ -204,6 +217,24 @@ def wrap_for_processes(
             part.__dict__.update(hooks)
 
     return loss_module, unwrap
+
+
+def _data_parallel(loss_module: LossModule, accumulate: int) -> nn.Module:
+    """Return the module in DDP, whose first pass records which parameters the loss uses: some are
+    used by no batch, such as the last block of a vision tower whose features are read before it.
+
+    DDP cannot record them in a pass without synchronisation (torch 2.13: "expect_autograd_hooks_
+    INTERNAL ASSERT"), as the first of several micro-batches is. It then searches the graph of the
+    last micro-batch of every step.
+    """
+    several = accumulate > 1
+    return DistributedDataParallel(
+        loss_module,
+        static_graph=not several,
+        find_unused_parameters=several,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+    )
 
 
 def _hooks(module: nn.Module) -> dict[str, Any]:
@@ -247,15 +278,3 @@ def gathered_weights(loss_module: nn.Module) -> Iterator[None]:
 def full_tensor(value: Tensor) -> Tensor:
     """Return the unsharded tensor; every process must call this for a DTensor."""
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def copy_full_tensor(source: Tensor, target: Tensor) -> None:
-    """Copy a full tensor, equal in every process, into a tensor or this process's shard."""
-    if isinstance(target, DTensor):
-        from torch.distributed.tensor import distribute_tensor
-
-        here = source.to(target.device)
-        local = distribute_tensor(here, target.device_mesh, target.placements, src_data_rank=None)
-        target.to_local().copy_(local.to_local())
-    else:
-        target.copy_(source)

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from blm.training.loop.distributed import full_tensor
 
@@ -29,7 +30,13 @@ class Ema:
         Buffers are copied.
         """
         weight = 1.0 - min(self.decay, (1 + step) / (10 + step))
-        for average, trained in zip(self.module.parameters(), module.parameters(), strict=True):
-            average.lerp_(full_tensor(trained.detach()), weight)
-        for copied, buffer in zip(self.module.buffers(), module.buffers(), strict=True):
-            copied.copy_(buffer)
+        averages = [p.detach() for p in self.module.parameters()]
+        trained = [p.detach() for p in module.parameters()]
+        assert len(averages) == len(trained)
+        if any(isinstance(p, DTensor) for p in trained):
+            for average, p in zip(averages, trained, strict=True):  # one whole weight in memory at a time
+                average.lerp_(full_tensor(p), weight)
+        else:
+            torch._foreach_lerp_(averages, trained, weight)
+        if buffers := list(module.buffers()):
+            torch._foreach_copy_(list(self.module.buffers()), buffers)

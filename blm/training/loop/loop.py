@@ -26,7 +26,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from blm.backbone.precision import WeightDtype, frozen_dtype
 from blm.io import lock_folder
 from blm.training.loop.batches import Microbatch, prefetch, with_pinned_memory
 from blm.training.loop.distributed import (
@@ -43,7 +45,7 @@ from blm.training.loop.ema import Ema
 from blm.training.loop.lr_schedule import cosine_with_warmup
 from blm.training.loop.metrics import Meter, MetricsLog
 from blm.training.loop.optimizers import Optimizers
-from blm.training.loop.state import restore_state, save_state, truncate_log
+from blm.training.loop.state import CheckpointWriter, restore_state, truncate_log
 from blm.types import BlmError, require_numbers
 
 MAY_CHANGE = ("log_every", "save_every", "eval_every", "title", "keep", "shard", "accumulate", "trackers")
@@ -86,6 +88,9 @@ class LoopConfig:
     """Number of steps between evaluations; 0 evaluates at the end only."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Trackers that also receive the log, through accelerate; their packages must be installed."""
+    precision: WeightDtype | None = None
+    """Precision of the products in the loss; by default bfloat16 on CUDA and float32 elsewhere.
+    Trained weights, moments and sums of gradients stay in float32."""
     seed: int = 0
     """Seed for the order of the samples and for dropout."""
     title: str = "training"
@@ -106,6 +111,12 @@ class LoopConfig:
 B = TypeVar("B")
 
 
+def require_precision(device: torch.device, precision: WeightDtype | None) -> torch.dtype:
+    """Return the precision of the products in the loss on a device. Raises BlmError for one that it
+    lacks; commands call this before they prepare data."""
+    return frozen_dtype(device, precision, flag="--loop.precision")
+
+
 def run_loop(
     module: nn.Module,
     loss_fn: Callable[[B], tuple[Tensor, Mapping[str, Tensor | float]]],
@@ -122,20 +133,26 @@ def run_loop(
     `next_batch(step, shard)`, step = 0, 1, .., returns one micro-batch; those of all shards form
     the batch of the step. It must depend only on its arguments (and the seed): it runs one step
     ahead in a separate thread, so it may not use torch's global generator. `loss_fn(batch)` returns
-    the mean loss of a micro-batch and metrics to log (also means); on CUDA it runs under bfloat16
-    autocast. `learning_rate(name)` replaces `config.lr` for a parameter. `on_eval(steps done)`
-    returns numbers to add to a log row; every process calls it, with unsharded weights.
+    the mean loss of a micro-batch and metrics to log (also means); it runs under autocast to
+    `config.precision`. `learning_rate(name)` replaces `config.lr` for a parameter.
+    `on_eval(steps done)` returns numbers to add to a log row; every process calls it, with
+    unsharded weights.
 
     Raises BlmError when a loss or gradient is not finite, before the weights change; when `out`
-    holds a run of another config or module; and when another process trains there.
+    holds a run of another config or module; when another process trains there; and for a precision
+    that the device lacks.
     """
-    out.mkdir(parents=True, exist_ok=True)
     device = next(module.parameters()).device
+    dtype = require_precision(device, config.precision)
+    out.mkdir(parents=True, exist_ok=True)
     processes = Processes.join(device)
     if config.batch_size < processes.count * config.accumulate:
         parts = f"{processes.count} processes x {config.accumulate} parts"
         raise BlmError(f"batch_size is {config.batch_size}, but a step has {parts}; each needs a sample")
-    wrapped, unwrap = wrap_for_processes(module, loss_fn, processes, config.shard or fsdp_requested())
+    shard = config.shard or fsdp_requested()
+    wrapped, unwrap = wrap_for_processes(
+        module, loss_fn, processes, shard=shard, accumulate=config.accumulate, dtype=dtype
+    )
     devices = [device] if device.type == "cuda" else []
     with lock_folder(out) if processes.first else nullcontext(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.seed * 65_537 + processes.rank)
@@ -148,7 +165,7 @@ def run_loop(
             weight_decay=config.weight_decay,
         )
         make_batch = with_pinned_memory(next_batch) if device.type == "cuda" else next_batch
-        _Run[B](wrapped, module, config, out, processes, optimizer, ema).train(make_batch, on_eval)
+        _Run[B](wrapped, module, config, out, processes, optimizer, ema, dtype).train(make_batch, on_eval)
     unwrap()
 
 
@@ -164,6 +181,8 @@ class _Run(Generic[B]):
     processes: Processes
     optimizer: Optimizers
     ema: Ema | None
+    dtype: torch.dtype
+    """Precision of the loss's products."""
 
     def train(
         self,
@@ -179,6 +198,7 @@ class _Run(Generic[B]):
         with (
             Progress(*columns, console=Console(stderr=True), disable=not first) as bar,
             MetricsLog(self.out, config.trackers, asdict(config), on=first) as log,
+            CheckpointWriter(self.out, self.processes, config.keep) as writer,
         ):
             task = bar.add_task(config.title, total=config.steps, completed=start)
             shards = self.processes.data_shards(config.accumulate)
@@ -202,7 +222,8 @@ class _Run(Generic[B]):
                     meter = Meter(meter.seconds)
                 if last or _is_due(done, config.save_every):
                     header = {"done": done, "seconds": meter.seconds, "config": asdict(config)}
-                    save_state(self.out, header, self.tensors(), self.processes, config.keep)
+                    writer.save(header, self.tensors())
+                writer.raise_error()
                 bar.update(task, advance=1, description=f"{config.title}  loss {values['loss']:.4f}")
 
     def update(
@@ -228,7 +249,7 @@ class _Run(Generic[B]):
             share = microbatch.weight / sizes["weight"].clamp_min(1.0e-9)
             last = microbatch is microbatches[-1]
             with nullcontext() if last else without_gradient_sync(self.loss_module):
-                with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+                with torch.autocast(kind, self.dtype, enabled=self.dtype is not torch.float32):
                     loss, metrics = self.loss_module(microbatch.batch)
                 # DDP and FSDP average over processes
                 _weighted(loss, share * self.processes.count).backward()
@@ -262,7 +283,10 @@ class _Run(Generic[B]):
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        return full_tensor(nn.utils.clip_grad_norm_(parameters, self.config.clip)).to(torch.float64)
+        # by default, torch treats DTensors one by one
+        foreach = True if isinstance(parameters[0], DTensor) else None
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip, foreach=foreach)
+        return full_tensor(norm).to(torch.float64)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint, without frozen parameters."""

@@ -21,6 +21,7 @@ from blm.datasets.mixture import IndexArray, Mixture, kept_frames, split_episode
 from blm.datasets.transforms import RobotTransforms, action_chunks, fit_transforms
 from blm.policy.codec import pad_dims
 from blm.policy.flow import sample_time
+from blm.policy.heads import runs_of
 from blm.policy.network import ActionBatch, HiddenStateCodec, PolicyBatch, PolicyConfig
 from blm.seeds import reserved_seeds_warning
 from blm.training.loop.distributed import DataShard
@@ -237,11 +238,13 @@ class PolicySampler:
         if samples.state_noise is not None:
             state = state + samples.state_noise * real[:, 0]  # none on padding
         where = zip(samples.datasets, samples.frames, strict=True)
+        embodiments = [self.datasets[i].embodiment for i in samples.datasets]
         return ActionBatch(
             state=state,
             actions=actions,
             real=real.bool(),
-            embodiment=torch.tensor([self.datasets[i].embodiment for i in samples.datasets]),
+            embodiment=torch.tensor(embodiments),
+            runs=runs_of(embodiments),
             noise=samples.noise,
             tau=samples.tau,
             ids=[(str(self.datasets[i].dataset.folder), int(frame)) for i, frame in where],

@@ -28,7 +28,7 @@ from blm.policy.policy import CheckpointPolicy, FrozenProof
 from blm.training.loop.batches import Microbatch
 from blm.training.loop.distributed import DataShard, Processes
 from blm.training.loop.ema import Ema
-from blm.training.loop.loop import LoopConfig, run_loop
+from blm.training.loop.loop import LoopConfig, require_precision, run_loop
 from blm.training.policy.add_robot import InitialPolicy, from_checkpoint, from_scratch
 from blm.training.policy.hidden_state_cache import ALONE, cache_hidden_states, describe
 from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenStates
@@ -185,6 +185,7 @@ def train_stage2(
     Raises BlmError if datasets and config do not match, and if the backbone has changed.
     """
     processes = Processes.join(config.device)
+    require_precision(processes.device, config.loop.precision)
     config = replace(config, device=str(processes.device))
     backbone = _load_backbone(config)
     frozen = FrozenProof.of(backbone)

@@ -23,7 +23,7 @@ from blm.backbone.saving import require_free
 from blm.io import write_json
 from blm.training.loop.batches import Microbatch
 from blm.training.loop.distributed import DataShard, Processes, fsdp_requested
-from blm.training.loop.loop import LoopConfig, run_loop
+from blm.training.loop.loop import LoopConfig, require_precision, run_loop
 from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
 from blm.training.sft.lora import Lora, add_adapters, merge_adapters
 from blm.training.sft.loss import MaskedLossModel
@@ -106,6 +106,7 @@ def train_stage1(
     used.
     """
     processes, model = Processes.join(backbone.model.device), backbone.model
+    require_precision(processes.device, config.loop.precision)
     _require_same_sources(processes, sources, out)
     adapted = choose_trained(backbone, config, exact=True)
     tokenized, counts = _tokenize(backbone, sources, config, processes)

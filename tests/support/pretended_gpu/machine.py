@@ -54,6 +54,7 @@ class PretendedGpu:
             (torch.cuda, "current_device", lambda: self.current),
             (torch.cuda, "get_rng_state", lambda device=None: no_state),
             (torch.cuda, "set_rng_state", lambda state, device=None: None),
+            (torch.cuda, "Event", mock.MagicMock),
             (torch.autograd, "_engine_run_backward", run_backward_active),
             (concurrent.futures.ThreadPoolExecutor, "submit", submit_active),
         ):

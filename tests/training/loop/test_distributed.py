@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,11 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 
 from blm.backbone import build_nano
+from blm.policy.network import PolicyConfig
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.train import PolicyTrainingConfig, train_stage2
+from blm.training.sft.lora import Lora
 from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
 from blm.types import Image, Message
 from tests.support.backbones import tiny_qwen
@@ -31,6 +34,8 @@ from tests.support.policy_training import POLICY
 
 TEXTS = ["How many cubes are there?", "two", "Hello.", "Good day to you, robot."]
 STEPS, ROWS = 4, 4
+NO_FUTURE = replace(POLICY, future_weight=0.0)
+"""The head of the future-prediction loss is used by no batch."""
 RATE = 2e-5
 """Of Stage I. Copying heads are sharp: at larger ones a step enlarges rounding above what is compared."""
 MODELS = {"nano": lambda: build_nano(TEXTS), "qwen3": lambda: tiny_qwen("3")}
@@ -49,7 +54,10 @@ def sources() -> list[TrainingSource]:
     ]
 
 
-def train(out: Path, model: str = "nano", *, shard: bool = False, accumulate: int = 1) -> None:
+def train(
+    out: Path, model: str = "nano", *, shard: bool = False, accumulate: int = 1, rank: int = 0
+) -> None:
+    """Stage I; with LoRA of a rank above 0."""
     backbone = MODELS[model]()
     loop = LoopConfig(
         steps=STEPS,
@@ -66,17 +74,20 @@ def train(out: Path, model: str = "nano", *, shard: bool = False, accumulate: in
     def evaluate(step: int) -> dict[str, float]:
         return {"letters": float(len(backbone.answer([Message("user", ("Hello.",))], max_tokens=4)))}
 
-    train_stage1(backbone, sources(), Stage1Config(loop=loop), out, on_eval=evaluate)
+    config = Stage1Config(loop=loop, lora=Lora(rank=rank))
+    train_stage1(backbone, sources(), config, out, on_eval=evaluate)
 
 
-def train_policy(out: Path, data: Path, *, shard: bool = False) -> None:
+def train_policy(
+    out: Path, data: Path, *, shard: bool = False, policy: PolicyConfig = POLICY, rows: int = 2 * ROWS
+) -> None:
     """Stage II, on the datasets of two robots in the folder `data`."""
     config = PolicyTrainingConfig(
         datasets=(data / "arm", data / "leg"),
         backbone=str(data / "backbone"),
         intents=HiddenStateConfig(layer=1, cameras=("base",), workers=0, stride=2),
-        loop=LoopConfig(steps=STEPS, batch_size=2 * ROWS, lr=1e-3, log_every=1, shard=shard),
-        policy=POLICY,
+        loop=LoopConfig(steps=STEPS, batch_size=rows, lr=1e-3, log_every=1, shard=shard),
+        policy=policy,
         cache=out / "cache",
         execute=3,
         held_out=0.3,
@@ -116,7 +127,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for model in MODELS:
         train(out / model, model)
     make_data(out / "data")
+    train(out / "lora", rank=2)
     train_policy(out / "policy", out / "data")
+    train_policy(out / "no-future", out / "data", policy=NO_FUTURE, rows=2)
     return out
 
 
@@ -148,6 +161,20 @@ def test_two_processes_train_the_policy_like_one(alone: Path, two: Path, kind: s
     require_same(two / kind / "policy", alone / "policy", "checkpoint/policy.safetensors", lr=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_adapters_like_one(alone: Path, two: Path, kind: str) -> None:
+    require_same(two / kind / "lora", alone / "lora")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_with_a_robot_each_and_an_unused_head_train_like_one(
+    alone: Path, two: Path, kind: str
+) -> None:
+    """A batch of two samples: a process has one robot, often another than the other process has."""
+    weights = "checkpoint/policy.safetensors"
+    require_same(two / kind / "no-future", alone / "no-future", weights, lr=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["ddp-from-fsdp2", "fsdp2-from-ddp"])
 def test_ddp_and_fsdp2_resume_from_each_other(alone: Path, two: Path, kind: str) -> None:
     require_same(two / kind, alone / "nano")
@@ -161,8 +188,8 @@ def test_one_process_with_parts_trains_as_without(alone: Path, tmp_path: Path) -
 def go_on(old: Path, new: Path, step: int) -> Path:
     """Copy a run as it was after a step."""
     new.mkdir()
-    for name in ("inputs.json", "log.jsonl", f"state-{step:08d}.safetensors"):
-        shutil.copy(old / name, new / name)
+    for file in (old / "inputs.json", old / "log.jsonl", *old.glob(f"state-{step:08d}.*")):
+        shutil.copy(file, new / file.name)
     return new
 
 
@@ -172,8 +199,10 @@ def work(out: Path) -> None:
     for model in MODELS:
         train(out / "ddp" / model, model)
         train(out / "fsdp2" / model, model, shard=True)
-    train_policy(out / "ddp/policy", out / "data")
-    train_policy(out / "fsdp2/policy", out / "data", shard=True)
+    for kind, shard in (("ddp", False), ("fsdp2", True)):
+        train(out / kind / "lora", shard=shard, rank=2)
+        train_policy(out / kind / "policy", out / "data", shard=shard)
+        train_policy(out / kind / "no-future", out / "data", shard=shard, policy=NO_FUTURE, rows=2)
     if state.is_main_process:
         go_on(out / "fsdp2/nano", out / "ddp-from-fsdp2", 2)
         go_on(out / "ddp/nano", out / "fsdp2-from-ddp", 2)

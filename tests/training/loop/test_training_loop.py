@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
+import errno
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -18,7 +22,7 @@ from blm.training.loop.distributed import DataShard, Processes
 from blm.training.loop.ema import Ema
 from blm.training.loop.loop import LoopConfig, run_loop
 from blm.training.loop.optimizers import Optimizers
-from blm.training.loop.state import checkpoints
+from blm.training.loop.state import CheckpointWriter, checkpoints
 from blm.types import BlmError
 
 CONFIG = LoopConfig(steps=12, batch_size=4, lr=1e-2, log_every=4, save_every=5, seed=3)
@@ -336,16 +340,86 @@ def test_a_negative_rate_of_muon_is_refused():
         LoopConfig(steps=1, batch_size=1, muon=-0.02)
 
 
-def test_only_tensors_that_share_memory_are_copied_to_be_saved(tmp_path, monkeypatch):
-    matrix = torch.arange(12.0).reshape(3, 4)
-    tensors, seen = {"a": matrix, "again": matrix, "column": matrix[:, 1], "b": torch.ones(2)}, {}
+# --- checkpoints in the background -------------------------------------------------------------------------
 
-    def watch(written, path, metadata):
-        seen.update({name: value.data_ptr() for name, value in written.items()})
-        save_file(written, path, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", watch)
-    checkpoint.save_state(tmp_path, {"done": 1}, tensors, Processes(0, 1, torch.device("cpu")), keep=1)
-    assert seen["a"] == matrix.data_ptr() != seen["again"] and seen["b"] == tensors["b"].data_ptr()
-    saved = load_file(checkpoints(tmp_path)[0])
-    assert all(torch.equal(saved[name], value) for name, value in tensors.items())
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def test_a_checkpoint_holds_the_values_of_its_step_while_training_goes_on(tmp_path, monkeypatch):
+    matrix, begun, let = torch.arange(12.0).reshape(3, 4), threading.Event(), threading.Event()
+    tensors = {"a": matrix, "again": matrix, "column": matrix[:, 1], "number": torch.tensor(7)}
+    before = {name: value.clone() for name, value in tensors.items()}
+
+    def slow(*given):
+        begun.set()
+        assert let.wait(20)
+        save_file(*given)
+
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    with CheckpointWriter(tmp_path, ALONE, keep=1) as writer:
+        for done in (1, 2):
+            writer.save({"done": done}, tensors)  # the second waits for the first
+            assert begun.wait(20) and len(checkpoints(tmp_path)) == done - 1
+            matrix += 1
+            let.set()
+    (file,) = checkpoints(tmp_path)
+    saved = load_file(file)
+    assert file.name == "state-00000002.safetensors"
+    for name in before.keys() - {"number"}:
+        assert torch.equal(saved[name], before[name] + 1), name
+    assert saved["number"] == 7
+
+
+def test_an_error_of_the_writer_ends_the_run_and_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        if int(json.loads(metadata["run"])["done"]) > 5:
+            raise OSError(errno.ENOSPC, "no space left")
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(BlmError, match="the disk is full"):
+        train(tmp_path)
+    assert [file.name for file in checkpoints(tmp_path)] == ["state-00000005.safetensors"]
+    monkeypatch.undo()
+    cut, whole = train(tmp_path)[0], train(tmp_path / "whole")[0]
+    assert all(torch.equal(v, whole.state_dict()[name]) for name, v in cut.state_dict().items())
+
+
+def test_an_average_by_foreach_has_the_bits_of_one_by_one() -> None:
+    module = Noisy()
+    ema, slow = Ema(module, 0.9), copy.deepcopy(module)
+    for step in range(4):
+        with torch.no_grad():
+            for p in (*module.parameters(), module.net[1].running_mean):
+                p.add_(torch.randn_like(p))
+            for average, p in zip(slow.parameters(), module.parameters(), strict=True):
+                average.lerp_(p, 1 - min(0.9, (1 + step) / (10 + step)))
+        ema.update(module, step)
+    slow.net[1].running_mean.copy_(module.net[1].running_mean)
+    for name, value in slow.state_dict().items():
+        assert torch.equal(ema.module.state_dict()[name], value), name
+
+
+def test_products_in_bfloat16_change_little_and_weights_stay_float32(tmp_path: Path) -> None:
+    module, _ = train(tmp_path / "a")
+    rounded, _ = train(tmp_path / "b", replace(CONFIG, precision="bfloat16"))
+    assert all(value.dtype is not torch.bfloat16 for value in rounded.state_dict().values())
+    for row, other in zip(rows(tmp_path / "a"), rows(tmp_path / "b"), strict=True):
+        assert other["loss"] == pytest.approx(row["loss"], rel=0.05)
+    assert not torch.equal(module.net[0].weight, rounded.net[0].weight)
+    with pytest.raises(BlmError, match="another config"):
+        train(tmp_path / "a", replace(CONFIG, precision="bfloat16"))
+
+
+def test_a_run_of_a_version_without_precision_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, kill_at=9)
+    (file,) = checkpoints(tmp_path)
+    with safe_open(file, "pt") as saved:
+        run = json.loads(saved.metadata()["run"])
+        tensors = {name: saved.get_tensor(name) for name in saved.keys()}
+    del run["config"]["precision"]
+    save_file(tensors, file, {"run": json.dumps(run)})
+    train(tmp_path)
+    assert rows(tmp_path)[-1]["step"] == 12
