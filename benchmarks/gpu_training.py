@@ -56,6 +56,7 @@ def _config(setting: Setting, cameras: int, *, cached: bool) -> PolicyTrainingCo
         loop=LoopConfig(steps=1, batch_size=setting.stage2_batch),
         policy=setting.policy,
         cache=folder / "cache" if cached else None,
+        execute=setting.policy.horizon // 2,
         held_out=0.0,
         device=str(setting.device),
     )

@@ -24,6 +24,8 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+WORDS = ("system user assistant", "You are a helpful assistant.") * 4
+"""Words of the template, which Qwen's tokenizer has as tokens of their own."""
 CHAT_TEMPLATE = (
     "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}"
     "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' }}{%- for p in m.content -%}"
@@ -42,10 +44,11 @@ def stand_in(
 ) -> Backbone:
     """Return a backbone in the shape of `config` (see `shape_of`), on a device.
 
-    The tokenizer is trained on `texts`, and its special tokens have other ids than in the published
-    vocabulary, which keeps its size. On the device "meta" the weights take no memory.
+    The tokenizer is trained on `texts`: they become about as many tokens as with Qwen's own. Its
+    special tokens have other ids than the published ones; the vocabulary keeps its size. On the
+    device "meta" the weights take no memory.
     """
-    tokenizer = train_tokenizer([*SAMPLE_TEXTS, *texts])
+    tokenizer = train_tokenizer([*WORDS, *texts])
     tokenizer.add_special_tokens(
         {"additional_special_tokens": list(SPECIAL_TOKENS), "eos_token": "<|im_end|>"}
     )
