@@ -52,6 +52,8 @@ class TensorMemory(TorchDispatchMode):
         self.live -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.equal.default and any(isinstance(x, FakeTensor) for x in args):
+            return True  # values that do not exist: the models compare the order of tokens
         result = func(*args, **(kwargs or {}))
         self.add(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         return result

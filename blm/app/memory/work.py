@@ -6,7 +6,8 @@ Each function runs the modules of training and serving once. Their weights may h
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import cast
@@ -95,7 +96,9 @@ def stage2_step(
     average."""
     with TensorMemory() as memory:
         memory.add([*network.parameters(), *network.buffers()])
-        ema = Ema(network, decay)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            ema = Ema(network, decay)
         memory.add(ema.module.parameters())
         optimizer = _optimizer(network, config, lambda name: config.lr)
         tensors = [value for value in vars(batch).values() if isinstance(value, Tensor)]
@@ -143,10 +146,10 @@ def _autocast(mixed: bool) -> AbstractContextManager[None]:
     return torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext()
 
 
-def _optimizer(module: nn.Module, loop: LoopConfig, rate: object) -> Optimizers:
+def _optimizer(module: nn.Module, loop: LoopConfig, rate: Callable[[str], float]) -> Optimizers:
     return Optimizers(
         module,
-        rate,  # type: ignore[arg-type]
+        rate,
         lr=loop.lr,
         muon=loop.muon,
         betas=loop.betas,
@@ -154,11 +157,13 @@ def _optimizer(module: nn.Module, loop: LoopConfig, rate: object) -> Optimizers:
     )
 
 
-def _update(optimizer: Optimizers, loss: object, config: LoopConfig, memory: TensorMemory) -> None:
+def _update(
+    optimizer: Optimizers, loss: Callable[[], Tensor], config: LoopConfig, memory: TensorMemory
+) -> None:
     """Take one step as `run_loop` does; with accumulation, gradients exist in later passes."""
     memory.add(optimizer.state().values())
     for _ in range(min(config.accumulate, 2)):
-        loss().backward()  # type: ignore[operator]
+        loss().backward()
     parameters: Sequence[Tensor] = list(optimizer.names.values())
     for p in parameters:
         if p.grad is None:
