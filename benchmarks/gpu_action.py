@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_setting import INSTRUCTION, Clock, Numbers, Setting, Skipped, attempt, latency, shown, with_peak
+from gpu_setting import INSTRUCTION, Clock, Numbers, Setting, SkippedError, attempt, latency, shown, with_peak
 from torch import Tensor
 
 from blm.backbone.prompt import control_prompt
@@ -95,7 +95,7 @@ def _compiled(decision: Decision, clock: Clock, options: Numbers) -> Numbers:
     """Measure bridge and sampler compiled as one function, and the action with them."""
     setting = decision.setting
     if options and not setting.on_gpu:
-        raise Skipped("CUDA graphs need a GPU")
+        raise SkippedError("CUDA graphs need a GPU")
     torch.compiler.reset()
     fast = torch.compile(decision.policy, **options, **setting.compile_options)
     first, last = decision.hidden, decision.mask

@@ -27,7 +27,7 @@ CAMERAS = ("base", "side", "wrist")
 WORDS = ("the", "robot", "moves", "its", "gripper", "over", "a", "table", "with", "cubes", "and", "asks")
 
 
-class Skipped(Exception):
+class SkippedError(Exception):
     """The time of a part has run out before this measurement."""
 
 
@@ -173,7 +173,7 @@ def attempt(found: Numbers, name: str, clock: Clock, measure: Callable[[Clock], 
     """Store the numbers of a measurement, or {"error": ..} if it fails or there is no time."""
     try:
         if clock.left <= 0:
-            raise Skipped("no time was left")
+            raise SkippedError("no time was left")
         found[name] = measure(clock)
     except Exception as error:
         found[name] = {"error": shown(error)}

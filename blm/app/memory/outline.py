@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blm.app.memory.tracking import NoValues, TensorMemory
+from blm.app.memory.tracking import TensorMemory, empty, strip_values
+from blm.app.memory.work import choose_without_values
 from blm.app.recipe import Recipe
-from blm.backbone import BACKBONES, Backbone, Inputs
+from blm.backbone import Backbone, Inputs
 from blm.backbone.precision import frozen_dtype
 from blm.backbone.prompt import control_prompt
 from blm.backbone.published_shapes import known_shapes, shape_of
@@ -22,7 +23,7 @@ from blm.policy.network import PolicyBatch, PolicyNetwork
 from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource
 from blm.training.sft.pack import ExampleBatch, pack
 from blm.training.sft.tokenize import TokenizedExample, concatenate_vision_inputs, tokenize_conversation
-from blm.training.sft.train import Stage1Config, choose_trained
+from blm.training.sft.train import Stage1Config
 from blm.training.sft.vision_features import PictureFeatures, encode_pictures
 from blm.types import BlmError, Message
 
@@ -43,7 +44,7 @@ def outline_backbone(name: str) -> Backbone:
         backbone = stand_in(shape_of(name), device="meta", texts=texts)
     else:
         backbone = Backbone.outline(name)
-    NoValues().strip(backbone.model)
+    strip_values(backbone.model)
     return backbone
 
 
@@ -67,7 +68,7 @@ class Outline:
     def frozen_backbone(self) -> Backbone:
         """Return the backbone as Stage II and acting hold it."""
         backbone = outline_backbone(self.recipe.stage1.backbone)
-        NoValues().strip(backbone.model, frozen_dtype(self.recipe.device, self.recipe.dtype))
+        strip_values(backbone.model, frozen_dtype(self.recipe.device, self.recipe.dtype))
         backbone.freeze()
         return backbone
 
@@ -75,7 +76,7 @@ class Outline:
         """Return bridge and policy."""
         with torch.device("meta"):
             network = PolicyNetwork(self.recipe.stage2.policy, hidden_size, len(self.recipe.robots))
-        return NoValues().strip(network)
+        return strip_values(network)
 
     def prompts(self, backbone: Backbone, count: int) -> Inputs:
         """Return the inputs of control prompts with blank pictures."""
@@ -87,9 +88,9 @@ class Outline:
         """Return a batch of Stage II of one process, with hidden states as the cache stores them."""
         policy, loop = self.recipe.stage2.policy, self.recipe.stage2.loop
         size = max(1, loop.batch_size // (self.processes * loop.accumulate))
-        values, seen = NoValues(), torch.ones(size, tokens, dtype=torch.bool)
+        seen = torch.ones(size, tokens, dtype=torch.bool)
         chunk = (size, policy.horizon, policy.max_dim)
-        hidden = [values.empty(size, tokens, hidden_size, dtype=torch.float16) for _ in range(2)]
+        hidden = [empty(size, tokens, hidden_size, dtype=torch.float16) for _ in range(2)]
         return PolicyBatch(
             hidden=hidden[0],
             mask=seen,
@@ -109,8 +110,7 @@ class Outline:
         picture (0 without a cache)."""
         config = self.recipe.stage1.training
         backbone = outline_backbone(self.recipe.stage1.backbone)
-        choose_trained(backbone, config, exact=False)
-        NoValues().strip(backbone.model)  # adapters
+        choose_without_values(backbone, config)
         example = self._example(backbone, config)
         features = PictureFeatures()
         if config.cache_features:

@@ -1,6 +1,6 @@
 """Measure the memory of tensors in a piece of work, with real tensors or with ones without values.
 
-A tensor without values (`fake_copy`) has a shape, a precision and a device, but takes no memory:
+A tensor without values (`empty`) has a shape, a precision and a device, but takes no memory:
 operators on it compute shapes only. So a training step of a 7B model runs in seconds, and what
 autograd keeps for the backward pass is what the real step keeps. Tensors of indices, masks and grid
 sizes stay real, because models read values from them.
@@ -8,8 +8,11 @@ sizes stay real, because models read values from them.
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -59,36 +62,47 @@ class TensorMemory(TorchDispatchMode):
         return result
 
 
-class NoValues:
-    """Makes modules and tensors without values; those of one object can meet in operators."""
+@cache
+def _without_values() -> FakeTensorMode:
+    """Return the mode that makes tensors without values: only those of one mode can meet."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
-    def __init__(self) -> None:
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return a tensor without values, on the CPU."""
-        with self._mode:
-            return torch.empty(shape, dtype=dtype)
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a tensor without values, on the CPU."""
+    with _without_values():
+        return torch.empty(shape, dtype=dtype)
 
-    def strip(self, module: M, dtype: torch.dtype | None = None) -> M:
-        """Replace the parameters of a module, in place, by ones without values, on the CPU.
 
-        Tied parameters stay tied. Floating-point parameters get the precision `dtype`. Buffers keep
-        their values, except those on the meta device, which have none.
-        """
-        made = dict[nn.Parameter, nn.Parameter]()
-        for part in module.modules():
-            for name, parameter in part._parameters.items():
-                if parameter is not None and not isinstance(parameter, FakeTensor):
-                    if parameter not in made:
-                        made[parameter] = self._parameter(parameter, dtype)
-                    part._parameters[name] = made[parameter]
-            for name, buffer in part._buffers.items():
-                if buffer is not None and buffer.is_meta:
-                    part._buffers[name] = self.empty(*buffer.shape, dtype=buffer.dtype)
-        return module
+def strip_values(module: M, dtype: torch.dtype | None = None) -> M:
+    """Replace the parameters of a module, in place, by ones without values, on the CPU.
 
-    def _parameter(self, parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
-        kind = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
-        made = self.empty(*parameter.shape, dtype=kind)
-        return nn.Parameter(made, requires_grad=parameter.requires_grad)
+    Tied parameters stay tied. Floating-point parameters get the precision `dtype`, if given.
+    Buffers keep their values, except those on the meta device, which have none.
+    """
+    made = dict[nn.Parameter, nn.Parameter]()
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                if parameter not in made:
+                    made[parameter] = _stripped(parameter, dtype)
+                part._parameters[name] = made[parameter]
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                part._buffers[name] = empty(*buffer.shape, dtype=buffer.dtype)
+    return module
+
+
+@contextmanager
+def copying() -> Iterator[None]:
+    """Allow copies of modules without values: `copy.deepcopy` looks at addresses, and torch warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        yield
+
+
+def _stripped(parameter: nn.Parameter, dtype: torch.dtype | None) -> nn.Parameter:
+    kind = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
+    if isinstance(parameter, FakeTensor) and parameter.dtype == kind:
+        return parameter
+    return nn.Parameter(empty(*parameter.shape, dtype=kind), requires_grad=parameter.requires_grad)

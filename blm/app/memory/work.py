@@ -6,7 +6,6 @@ Each function runs the modules of training and serving once. Their weights may h
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from blm.app.memory.tracking import TensorMemory
+from blm.app.memory.tracking import TensorMemory, copying, strip_values
 from blm.backbone import Backbone, Inputs
 from blm.policy.network import PolicyBatch, PolicyNetwork
 from blm.training.loop.ema import Ema
@@ -24,7 +23,7 @@ from blm.training.loop.optimizers import Optimizers
 from blm.training.sft.loss import MaskedLossModel
 from blm.training.sft.pack import ExampleBatch
 from blm.training.sft.prefix_attention import use_prefix_attention
-from blm.training.sft.train import Stage1Config, without_placeholder_checks
+from blm.training.sft.train import Stage1Config, choose_trained, without_placeholder_checks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +57,13 @@ def size_of(tensors: Iterable[Tensor]) -> int:
     """Return the bytes of tensors; memory that they share counts once."""
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())
+
+
+def choose_without_values(backbone: Backbone, config: Stage1Config) -> None:
+    """Freeze parts and add adapters, as Stage I does, to a backbone without values."""
+    with copying():
+        choose_trained(backbone, config, exact=False)
+    strip_values(backbone.model)
 
 
 def stage1_step(
@@ -96,8 +102,7 @@ def stage2_step(
     average."""
     with TensorMemory() as memory:
         memory.add([*network.parameters(), *network.buffers()])
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        with copying():
             ema = Ema(network, decay)
         memory.add(ema.module.parameters())
         optimizer = _optimizer(network, config, lambda name: config.lr)
