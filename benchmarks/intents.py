@@ -37,7 +37,9 @@ T_975 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9
 """97.5 % quantile of Student's t by number of repeats (one fewer degrees of freedom)."""
 
 
-def make_dataset(folder: Path, episodes: int) -> Path:
+def make_dataset(
+    folder: Path, episodes: int, *, cameras: tuple[str, ...] = CAMERAS, side: int = SIDE
+) -> Path:
     """Write a dataset of moving squares and random walks in the format of real datasets."""
     rng = np.random.default_rng(0)
     names = (*(f"joint{i}" for i in range(DIM - 1)), "gripper")
@@ -45,7 +47,7 @@ def make_dataset(folder: Path, episodes: int) -> Path:
     space = ActionSpace(robot="arm", names=names, units=units, low=low, high=(3.0,) * (DIM - 1) + (1.0,))
     staged = []
     for seed in range(episodes):
-        images = np.full((LENGTH, SIDE, SIDE, 3), 90, np.uint8)
+        images = np.full((LENGTH, side, side, 3), 90, np.uint8)
         for t in range(LENGTH):
             images[t, 20 + t : 40 + t, 30:50] = (200, 40, 40)
         walk = np.clip(np.cumsum(rng.normal(0, 0.03, (LENGTH + 1, DIM)), 0), 0, 1).astype(np.float32)
@@ -56,12 +58,12 @@ def make_dataset(folder: Path, episodes: int) -> Path:
             instruction="Pick up the red cube and move it to the green goal.",
             states=walk[:-1],
             actions=walk[1:],
-            images=dict.fromkeys(CAMERAS, images),
+            images=dict.fromkeys(cameras, images),
         )
         stage_episode(folder / "staging", str(seed), episode)
         staged.append(folder / "staging" / str(seed))
     return finalize_dataset(
-        staged, folder / "arm", space=space, cameras=CAMERAS, image_size=SIDE, provenance={}
+        staged, folder / "arm", space=space, cameras=cameras, image_size=side, provenance={}
     )
 
 

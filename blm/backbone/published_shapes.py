@@ -51,6 +51,11 @@ _VISION: dict[str, Any] = {
 }
 
 
+def known_shapes() -> tuple[str, ...]:
+    """Return the names of the backbones of known shape."""
+    return tuple(_TEXT)
+
+
 def shape_of(name: str) -> PretrainedConfig:
     """Return the config of a published backbone. Raises UnknownNameError for an unknown one."""
     text = lookup("backbone with a known shape", name, _TEXT)

@@ -125,16 +125,25 @@ def _print_studies() -> None:
         console.print(f"  {name}: {names}", soft_wrap=True, highlight=False)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Memory(RecipeCommand):
-    """Estimate the memory and disk space that a recipe needs, without training or loading weights.
+    """Estimate the memory and disk space of each stage of a recipe, without loading weights.
 
-    Example: blm memory --recipe qwen2_5_vl_7b
+    Example: blm memory --recipe qwen2_5_vl_7b --device cuda
     """
 
-    def run(self, command_line: Sequence[str]) -> None:
-        from blm.app.memory import describe
+    processes: int = 1
+    """Number of processes that train together, each with its own GPU."""
+    shard: bool = False
+    """Shard weights and moments over the processes (FSDP2)."""
 
-        console.print(describe(self.recipe), highlight=False, markup=False, soft_wrap=True)
+    def run(self, command_line: Sequence[str]) -> None:
+        from blm.app.memory.estimate import estimate_memory
+        from blm.app.memory.table import describe
+
+        estimate = estimate_memory(self.recipe, processes=self.processes, shard=self.shard)
+        text = describe(estimate, self.recipe.device)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
