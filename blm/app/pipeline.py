@@ -37,7 +37,11 @@ ADDED_TO_STAGE2 = {"precision": "float16", "views": 0}
 ADDED_TO_STAGE1 = {"mixture": asdict(MixtureSettings()), "epochs": 0.0}
 ADDED_TO_CORPUS = {"answers": "reasoning"}
 """The same for `Stage1Settings` and `CorpusSettings`."""
-ADDED = {"stage1": ADDED_TO_STAGE1, "stage2": ADDED_TO_STAGE2, "corpus": ADDED_TO_CORPUS}
+ADDED: dict[str, dict[str, Any]] = {
+    "stage1": ADDED_TO_STAGE1,
+    "stage2": ADDED_TO_STAGE2,
+    "corpus": ADDED_TO_CORPUS,
+}
 NEUTRAL = frozenset({*MAY_CHANGE, *NOT_IN_KEYS, "checkpoint_blocks", "corpora_folder"})
 """Names of settings that say how a result is computed, not which: a stage may be continued, and its
 result used, with other values."""

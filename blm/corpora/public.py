@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blm.corpora.format.faults import RowError
-from blm.corpora.format.messages import CORPUS_FILE, scan_corpus
+from blm.corpora.format.messages import CORPUS_FILE, Conversation, scan_corpus
 from blm.types import BlmError, lookup
 
 CHECKED_ROWS = 200
@@ -148,8 +148,8 @@ def place(text: str, folder: Path) -> PlacedCorpus:
     return PlacedCorpus(name=name, folder=folder / name, weight=number)
 
 
-def require_sound(corpus: PlacedCorpus) -> None:
-    """Read the beginning of a present corpus.
+def require_sound(corpus: PlacedCorpus) -> list[Conversation]:
+    """Return the first conversations of a present corpus.
 
     Raises BlmError that names file and line, for a folder that is no corpus, is empty or has a
     faulty row. Later rows and the media are checked when they are read.
@@ -159,12 +159,13 @@ def require_sound(corpus: PlacedCorpus) -> None:
         raise BlmError(
             f"{place}: '{corpus.folder / CORPUS_FILE}' is missing; {corpus.advice}, or move the folder away"
         )
-    count = 0
+    rows = list[Conversation]()
     for number, row in scan_corpus(corpus.folder):
         if isinstance(row, RowError):
             raise BlmError(f"{place}: {corpus.folder / CORPUS_FILE}:{number}: {row}")
-        count += 1
-        if count == CHECKED_ROWS:
+        rows.append(row)
+        if len(rows) == CHECKED_ROWS:
             break
-    if not count:
+    if not rows:
         raise BlmError(f"{place}: '{corpus.folder / CORPUS_FILE}' has no row; {corpus.advice}")
+    return rows

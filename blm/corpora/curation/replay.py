@@ -25,6 +25,7 @@ from blm.corpora.format.messages import Conversation, write_corpus
 from blm.corpora.scenes.build import SHARDS_KIND, remove_shards, shards_folder
 from blm.io import work_folder
 from blm.jobs import Result, WorkUnit, run_units
+from blm.media import with_pixels
 from blm.types import BlmError, Image, Message
 
 MOST = 10_000_000
@@ -162,11 +163,14 @@ def build_replay(
         listed = "\n".join(pictures.references)
         facts["pictures"] = hashlib.sha256(listed.encode(errors="surrogatepass")).hexdigest()[:16]
     shards = work_folder(shards_folder(out), SHARDS_KIND, facts)
-    root = pictures.root.absolute() if pictures is not None else None
+    root = pictures.root if pictures is not None else None
 
     def answer(payload: tuple[int, Sequence[Prompt]]) -> Result:
         number, asked = payload
-        prompts = [(Message("user", (*_below(root, shown), text)),) for _, shown, text in asked]
+        prompts: list[tuple[Message, ...]] = []
+        for _, shown, text in asked:
+            message = Message("user", (*shown, text))
+            prompts.append(with_pixels((message,), root) if root is not None else (message,))
         return {"answers": backbone.complete(prompts, max_tokens=max_tokens, seed=seed * 1_000_003 + number)}
 
     prompts, units = prompts_with_pictures(seed, pictures), list[WorkUnit]()
@@ -187,14 +191,7 @@ def build_replay(
     return unused
 
 
-def _below(root: Path | None, shown: Sequence[Image]) -> Iterator[Image]:
-    """Return pictures with absolute paths."""
-    return (Image(path=f"{root}/{image.path}") for image in shown)
-
-
-def _conversations(
-    asked: Sequence[Prompt], answers: Sequence[tuple[str, bool]]
-) -> Iterator[Conversation]:
+def _conversations(asked: Sequence[Prompt], answers: Sequence[tuple[str, bool]]) -> Iterator[Conversation]:
     for number, ((group, shown, prompt), (text, ended)) in enumerate(zip(asked, answers, strict=True)):
         if text and ended:
             yield Conversation(
