@@ -77,7 +77,7 @@ def train_on_mixture(
     """
     loop = replace(settings.training.loop, steps=mixture.plan.steps)
     training = replace(settings.training, loop=loop)
-    print_plan(mixture.plan, loop.batch_size)
+    print_plan(mixture, loop.batch_size)
     check = RetentionCheck(backbone, settings.backbone)
     held_out = {corpus.name: _tokenize(backbone, corpus, training) for corpus in mixture.held_out}
     before = _losses(backbone, held_out, loop.batch_size)

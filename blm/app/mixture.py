@@ -106,18 +106,17 @@ def plan_mixture(
     return MixturePlan(steps=steps, epochs=examples / epoch, sources=tuple(planned))
 
 
-def missing_corpora(settings: MixtureSettings) -> list[PlacedCorpus]:
-    """Print and return the corpora that are missing: where to get them, and how to place them."""
-    missing = [corpus for corpus in settings.placed if not corpus.present]
-    for corpus in missing:
-        Console(stderr=True).print(
-            f"missing corpus '{corpus.name}' ({corpus.folder}): Stage I runs without it. To train on it, "
-            f"{corpus.advice}",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
-        )
-    return missing
+def name_missing(settings: MixtureSettings) -> None:
+    """Print the corpora that are missing: where to get them, and how to place them."""
+    for corpus in settings.placed:
+        if not corpus.present:
+            Console(stderr=True).print(
+                f"missing corpus '{corpus.name}' ({corpus.folder}): Stage I runs without it. To train on it, "
+                f"{corpus.advice}",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
 
 
 def read_mixture(
@@ -128,7 +127,6 @@ def read_mixture(
     Only the conversations that the training draws are kept. `scenes` are the curated scene
     questions; None leaves them out. Raises BlmError for a corpus that is present but faulty.
     """
-    missing = missing_corpora(settings.mixture)
     whole = [replace(scenes, weight=settings.mixture.scenes)] if scenes is not None else []
     for corpus in settings.mixture.placed:
         if corpus.present:
@@ -154,7 +152,7 @@ def read_mixture(
         plan=plan,
         corpora=tuple(corpora),
         held_out=tuple(held for _, held in split if held.conversations),
-        missing=tuple(missing),
+        missing=tuple(corpus for corpus in settings.mixture.placed if not corpus.present),
     )
 
 
@@ -163,8 +161,9 @@ def _with_rows(corpus: PlacedCorpus, rows: Sequence[Conversation]) -> TrainingCo
     return TrainingCorpus(name=corpus.name, folder=corpus.folder, conversations=rows, weight=corpus.weight)
 
 
-def print_plan(plan: MixturePlan, batch_size: int) -> None:
-    """Print the sources and how the number of steps follows from them."""
+def print_plan(mixture: Mixture, batch_size: int) -> None:
+    """Print the sources, the number of steps that follows from them, and missing corpora."""
+    plan = mixture.plan
     table = Table("source", "rows", "weight", "share", "examples", box=None, title_justify="left")
     for source in plan.sources:
         weight = f"{source.weight:g}" if source.weight else "-"
@@ -177,6 +176,9 @@ def print_plan(plan: MixturePlan, batch_size: int) -> None:
         f"{plan.steps:,} steps of {batch_size} examples: {plan.epochs:.3g} epochs of the mixture",
         highlight=False,
     )
+    if mixture.missing:
+        names = ", ".join(corpus.name for corpus in mixture.missing)
+        console.print(f"missing and left out: {names}", highlight=False, soft_wrap=True)
 
 
 def _held_out_scenes(run: Path) -> TrainingCorpus:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from blm.app.mixture import missing_corpora
+from blm.app.mixture import name_missing
 from blm.app.recipe import Recipe, Stage1Settings
 from blm.app.stage1 import NANO, TrainingCorpus, warn_of_lengths
 from blm.backbone import Backbone
@@ -37,8 +37,8 @@ def check_stage1(recipe: Recipe, run: Path) -> None:
 
 def check_mixture(backbone: Backbone, settings: Stage1Settings) -> None:
     """Name missing corpora, and read the beginning of the others. Raises as `check_stage1` does."""
-    missing = missing_corpora(settings.mixture)
-    present = [corpus for corpus in settings.mixture.placed if corpus not in missing]
+    name_missing(settings.mixture)
+    present = [corpus for corpus in settings.mixture.placed if corpus.present]
     if not present and not settings.mixture.scenes:
         raise BlmError(
             "Stage I has nothing to train on: no scene questions, and all public corpora are missing"
