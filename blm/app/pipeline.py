@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from blm.app.model import check_device
-from blm.app.recipe import Recipe
+from blm.app.recipe import MixtureSettings, Recipe
 from blm.io import lock_folder, read_json, write_json, writing
 from blm.training.loop.loop import MAY_CHANGE
 from blm.types import BlmError
@@ -34,7 +34,15 @@ NOT_IN_KEYS = ("workers", "device", "dtype", "attn_implementation")
 rounding. Caches and training runs record the precision of their weights themselves."""
 ADDED_TO_STAGE2 = {"precision": "float16", "views": 0, "dims": 1024, "pool": 1}
 """Fields of `Stage2Settings` that older run folders do not have, and their defaults."""
-NEUTRAL = frozenset({*MAY_CHANGE, *NOT_IN_KEYS, "checkpoint_blocks"})
+ADDED_TO_STAGE1 = {"mixture": asdict(MixtureSettings()), "epochs": 0.0}
+ADDED_TO_CORPUS = {"answers": "reasoning"}
+"""The same for `Stage1Settings` and `CorpusSettings`."""
+ADDED: dict[str, dict[str, Any]] = {
+    "stage1": ADDED_TO_STAGE1,
+    "stage2": ADDED_TO_STAGE2,
+    "corpus": ADDED_TO_CORPUS,
+}
+NEUTRAL = frozenset({*MAY_CHANGE, *NOT_IN_KEYS, "checkpoint_blocks", "corpora_folder"})
 """Names of settings that say how a result is computed, not which: a stage may be continued, and its
 result used, with other values."""
 SHOWN = 8
@@ -213,9 +221,9 @@ def json_of(recipe: Recipe, field: str) -> Any:
     """Return a recipe field as JSON, without settings that older run folders do not have and that
     have their default: their keys stay the same."""
     value = to_json(getattr(recipe, field))
-    if field != "stage2":
+    if field not in ADDED:
         return value
-    return {name: item for name, item in value.items() if (name, item) not in ADDED_TO_STAGE2.items()}
+    return {name: item for name, item in value.items() if (name, item) not in ADDED[field].items()}
 
 
 def _move_aside(stage: Stage, folder: Path, there: dict[str, Any] | None, asked: dict[str, Any]) -> None:

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from blm.backbone.precision import LoadOptions, WeightDtype, require_attention
 from blm.corpora import SceneCorpusConfig
+from blm.corpora.public import PlacedCorpus, place
+from blm.corpora.scenes.sentences import Answers
 from blm.datasets.lerobot import open_dataset
 from blm.evaluation import PhysicalProtocol
 from blm.planner import CollectConfig
@@ -78,9 +80,50 @@ class CorpusSettings:
     """Maximum number of distractor objects in a scene."""
     frames_per_episode: int = 8
     """Number of frames of each demonstration to ask about."""
+    answers: Answers = "reasoning"
+    """Form of the answers, also of held-out questions; see `blm corpus build --help`.
+    `sentence` is for backbones that already speak English."""
 
     def __post_init__(self) -> None:
         require_numbers(self, held_out_scenes=(1, 1_000_000))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureSettings:
+    """What Stage I trains on beside scene questions, and how much of each.
+
+    The weight of a corpus is the number of times that an epoch sees each of its conversations: with
+    0.5, an epoch sees half of them, and the next epoch the other half.
+    """
+
+    public: tuple[str, ...] = ()
+    """Public corpora, each as NAME:WEIGHT (`blm corpus list` shows the names) or PATH:WEIGHT.
+    A missing one is named and left out; a faulty one stops the run."""
+    corpora_folder: str = "corpora"
+    """Folder with one corpus folder for each name in --stage1.mixture.public."""
+    scenes: float = 1.0
+    """Weight of the scene questions; 0 leaves them out."""
+    replay_share: float = 0.0
+    """Fraction of the training examples that the base model wrote itself, in [0, 1).
+    They are general dialogues, text and pictures, that limit forgetting."""
+    replay_rows: int = 2000
+    """Number of conversations that the base model writes before the training.
+    They repeat if the share needs more."""
+    replay_tokens: int = 64
+    """Maximum length of the answers that the base model writes [tokens]; longer ones are dropped."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, scenes=(0, 1000), replay_rows=(1, 10_000_000), replay_tokens=(1, 4096))
+        if not 0 <= self.replay_share < 1:
+            raise BlmError(f"stage1.mixture.replay_share is {self.replay_share}; it must be in [0, 1)")
+        names = [corpus.name for corpus in self.placed]
+        if taken := sorted({n for n in names if names.count(n) > 1 or n in ("scenes", "replay")}):
+            raise BlmError(f"stage1.mixture.public names {', '.join(taken)} twice; each source needs a name")
+
+    @property
+    def placed(self) -> tuple[PlacedCorpus, ...]:
+        """The public corpora with their folders. Raises BlmError for an unknown name."""
+        return tuple(place(text, Path(self.corpora_folder)) for text in self.public)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +136,22 @@ class Stage1Settings:
     """Pretraining of a new nano backbone; other backbones ignore it."""
     training: Stage1Config
     """Fine-tuning."""
+    mixture: MixtureSettings = field(default_factory=MixtureSettings)
+    """Public corpora, scene questions and replay."""
+    epochs: float = 0.0
+    """Length of the fine-tuning in epochs of the mixture, such as 0.5.
+    The number of steps follows, and --stage1.training.loop.steps is its maximum.
+    With 0, that is the number of steps."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, epochs=(0, 10_000))
+        if not self.mixture.scenes and not self.mixture.public:
+            raise BlmError("stage1.mixture has neither scenes nor public corpora; give one a weight")
+
+    @property
+    def mixed(self) -> bool:
+        """Whether Stage I trains on more than all scene questions for a number of steps."""
+        return self.epochs > 0 or self.mixture != MixtureSettings()
 
 
 @dataclass(frozen=True, kw_only=True)

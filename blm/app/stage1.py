@@ -43,8 +43,10 @@ def load_pretrained(
     return Backbone.load(name, device=device, attn_implementation=attn_implementation)
 
 
-def warn_of_lengths(backbone: Backbone, source: TrainingSource, config: Stage1Config) -> None:
+def warn_of_lengths(backbone: Backbone, corpus: TrainingCorpus, config: Stage1Config) -> None:
     """Print a warning if conversations are too long to train on; see `check_lengths`."""
+    conversations = [conversation.messages for conversation in corpus.conversations]
+    source = TrainingSource(name=corpus.name, conversations=conversations, root=corpus.folder)
     if warning := check_lengths(backbone, source, config.limits):
         Console(stderr=True).print(f"warning: {warning}", soft_wrap=True, highlight=False)
 

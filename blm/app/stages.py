@@ -16,6 +16,8 @@ import PIL.Image
 from rich.console import Console
 from rich.markup import escape
 
+from blm.app.mixed_training import MIXTURE, RETENTION, train_on_mixture
+from blm.app.mixture import SCENES, read_mixture
 from blm.app.model import BLM
 from blm.app.pipeline import Stage, read_ledger, to_json
 from blm.app.preflight import check_stage1, check_stage2
@@ -28,10 +30,11 @@ from blm.app.recipe import (
     physical_protocol,
     policy_training_config,
 )
+from blm.app.retention import retention_table
 from blm.app.stage1 import TrainingCorpus, load_pretrained, prepare_stage1, warn_of_lengths
 from blm.app.validation import closed_loop_validation
 from blm.app.viewing import collection_sheet
-from blm.corpora import build_scene_corpus, curate, read_corpus, read_questions
+from blm.corpora import CurationReport, build_scene_corpus, curate, read_corpus, read_questions
 from blm.corpora.scenes.build import remove_shards
 from blm.datasets.lerobot import open_dataset
 from blm.evaluation import (
@@ -50,7 +53,6 @@ from blm.policy.policy import CheckpointPolicy
 from blm.robots import ROBOTS
 from blm.tasks import Env
 from blm.training.policy.train import train_stage2
-from blm.training.sft.tokenize_corpora import TrainingSource
 from blm.training.sft.train import train_stage1
 from blm.types import BlmError, Image, Message
 
@@ -73,25 +75,33 @@ def run_corpus(recipe: Recipe, run: Path) -> None:
 
 
 def run_stage1(recipe: Recipe, run: Path) -> None:
-    """Fine-tune the backbone on the curated corpus."""
-    folder = run / "corpora/train"
+    """Fine-tune the backbone on scene questions, or on the recipe's mixture."""
     out = run / "stage1"
     settings = recipe.stage1
     pretrained = load_pretrained(
         settings.backbone, device=recipe.device, attn_implementation=recipe.attn_implementation
     )
-    rows = read_corpus(folder)
-    if pretrained is not None:
-        source = TrainingSource(name="scenes", conversations=[row.messages for row in rows], root=folder)
-        warn_of_lengths(pretrained, source, settings.training)
-    held_out = {row.group for row in read_corpus(run / "corpora/held_out")}
-    kept, report = curate(rows, folder, evaluation_groups=held_out)
-    corpora = [TrainingCorpus(name="scenes", folder=folder, conversations=kept)]
-    backbone, sources = prepare_stage1(
-        pretrained, corpora, settings.training, settings.schooling, out, device=recipe.device
-    )
-    counts = train_stage1(backbone, sources, settings.training, out)
+    scenes, report = read_scenes(run)
+    if settings.mixed:
+        assert pretrained is not None  # `check_stage1` refuses a nano
+        used = scenes if settings.mixture.scenes else None
+        counts = train_on_mixture(pretrained, read_mixture(pretrained, settings, used, run), settings, out)
+    else:
+        if pretrained is not None:
+            warn_of_lengths(pretrained, scenes, settings.training)
+        backbone, sources = prepare_stage1(
+            pretrained, [scenes], settings.training, settings.schooling, out, device=recipe.device
+        )
+        counts = train_stage1(backbone, sources, settings.training, out)
     write_json(out / "corpus.json", {**asdict(report), "rows": dict(counts)})
+
+
+def read_scenes(run: Path) -> tuple[TrainingCorpus, CurationReport]:
+    """Return the curated scene questions of a run folder, and the report of their curation."""
+    folder = run / "corpora/train"
+    held_out = {row.group for row in read_corpus(run / "corpora/held_out")}
+    kept, report = curate(read_corpus(folder), folder, evaluation_groups=held_out)
+    return TrainingCorpus(name=SCENES, folder=folder, conversations=kept), report
 
 
 def run_stage2(recipe: Recipe, run: Path) -> None:
@@ -170,6 +180,11 @@ DIGITAL = {"BLM": "digital", "BLM, held-out wordings": "digital_wording"}
 PHYSICAL = {"BLM": "physical", "blm-nano, released": "released", "hold still": "zero"}
 """Name of a policy in the report -> result folder below results/."""
 
+REPLAY_IGNORES = (
+    *("stage1.training", "stage1.schooling", "stage1.epochs"),
+    *("stage1.mixture.public", "stage1.mixture.scenes", "stage1.mixture.replay_share"),
+)
+"""Settings that do not change what the base model writes."""
 _SUITE = ("robots", "tasks", "cameras", "image_size")
 
 STAGES: dict[str, Stage] = {
@@ -198,8 +213,9 @@ STAGES: dict[str, Stage] = {
             ("stage1",),
             ("corpus",),
             run_stage1,
-            ("stage1",),
-            check=check_stage1,
+            ("stage1", "replay"),
+            {"replay": REPLAY_IGNORES},
+            check_stage1,
         ),
         Stage(
             "stage2",
@@ -258,6 +274,8 @@ def write_report(run: Path, command: str) -> Path:
             name: run / folder / "log.jsonl"
             for name, folder in (("Stage I", "stage1"), ("Stage II", "stage2"))
         },
+        mixture=run / "stage1" / MIXTURE,
+        retention=retention_table(run / "stage1" / RETENTION),
         digital={name: run / "results" / part / "result.json" for name, part in DIGITAL.items()},
         physical={name: run / "results" / part / "result.json" for name, part in PHYSICAL.items()},
         dialogue=run / "results/released/dialogue.json",

@@ -53,6 +53,10 @@ COMMANDS: dict[str, Command] = {
     "corpus curate": Command(
         "remove faulty, duplicate and leaked conversations, and balance answers", "corpus:CurateCorpora"
     ),
+    "corpus list": Command(
+        "list public corpora: where to get them, how to place them, which are present",
+        "public_corpora:ListCorpora",
+    ),
     "corpus replay": Command("generate general dialogues with the base model itself", "corpus:ReplayCorpus"),
     "corpus report": Command("count question kinds, and answers that need no image", "corpus:ReportCorpus"),
     "corpus validate": Command("check a whole corpus before training", "corpus:ValidateCorpus"),

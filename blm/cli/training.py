@@ -123,9 +123,12 @@ class TrainStage1(CliCommand):
     def _read(self, text: str, backbone: Backbone | None) -> TrainingCorpus:
         folder, weight = split_weight(text)
         if backbone is not None:  # before the whole corpus is checked, which may take hours
-            readable = [row.messages for _, row in scan_corpus(folder) if isinstance(row, Conversation)]
-            source = TrainingSource(name=folder.name, conversations=readable, root=folder)
-            warn_of_lengths(backbone, source, self.config)
+            readable = [row for _, row in scan_corpus(folder) if isinstance(row, Conversation)]
+            warn_of_lengths(
+                backbone,
+                TrainingCorpus(name=folder.name, folder=folder, conversations=readable),
+                self.config,
+            )
         rows = clean_corpus(folder, backbone=backbone, skip_bad=self.config.skip_bad)
         return TrainingCorpus(name=folder.name, folder=folder, conversations=rows, weight=weight)
 

@@ -59,6 +59,8 @@ class ReportData:
     """Model -> result.json of a question benchmark; the report is about the first model."""
     papers: Sequence[PaperTable] = ()
     """Tables of the paper with our results as further rows."""
+    mixture: Path | None = None
+    """mixture.json of Stage I: its sources, and the corpora that were missing."""
     retention: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Training run -> name of a retention metric -> value, measured against the base model."""
     physical: Mapping[str, Path] = field(default_factory=dict)
@@ -120,6 +122,7 @@ def build_report(data: ReportData, out: Path) -> None:
         dialogue=_dialogue(data.dialogue),
         collection=_read(data.collection).get("robots", {}),
         sheet=_embedded(data.sheet, "image/png") if data.sheet and data.sheet.exists() else "",
+        mixture=_read(data.mixture),
         curves={stage: _curve(stage, path) for stage, path in data.logs.items()},
         machine=machines[0].to_json() if machines else {},
         robots=ROBOTS,

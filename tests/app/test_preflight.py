@@ -43,7 +43,11 @@ def recipe(backbone: object, layer: int = 2, **training: Any) -> Recipe:
     ("backbone", "change", "complaint"),
     [
         ("qwen", {"layer": 24}, "stage2.layer is 24, but the backbone has 4 blocks"),
-        ("qwen", {"vision_scale": 1.0}, "cannot be cached, because 'visual.patch_embed.* vision_scale=0"),
+        (
+            "qwen",
+            {"vision_scale": 1.0, "cache_features": True},
+            "cannot be cached, because 'visual.patch_embed.* vision_scale=0",
+        ),
         ("qwen", {"lora": Lora(rank=2, targets=("q",))}, "lora.targets .'q'. are not linear layers"),
         ("gemma", {}, "Gemma3.* only full attention takes a mask.* pack_length=0"),
         ("gemma", {"pack_length": 0}, "limits.separate_turns=False"),

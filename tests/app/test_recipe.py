@@ -13,6 +13,7 @@ from blm.app.recipe import (
     CorpusSettings,
     DemonstrationSettings,
     EvaluationSettings,
+    MixtureSettings,
     Recipe,
     Stage2Settings,
     collect_config,
@@ -173,10 +174,10 @@ def test_keys_of_a_stored_recipe_stay() -> None:
         *("episodes", "held_out_episodes", "noise", "disturbed", "random_starts", "hold", "distractors"),
         "appearance",
     }
-    assert set(stored["corpus"]) == {
+    assert set(json_of(CI, "corpus")) == {
         *("scenes", "held_out_scenes", "turns", "max_distractors", "frames_per_episode"),
     }
-    assert set(stored["stage1"]) == {"backbone", "schooling", "training"}
+    assert set(json_of(CI, "stage1")) == {"backbone", "schooling", "training"}
     assert set(json_of(CI, "stage2")) == {"loop", "policy", "layer", "stride", "execute", "drive"}
     assert set(stored["evaluation"]) == {"episodes", "max_steps", "max_questions"}
 
@@ -186,5 +187,11 @@ def test_only_a_changed_setting_changes_the_key_of_a_stage() -> None:
     key = stage_key(STAGES, stage, CI, {})
     elsewhere = replace(CI, device="cuda", dtype="bfloat16", attn_implementation="eager")
     assert stage_key(STAGES, stage, elsewhere, {}) == key
+    stage1, corpus = STAGES["stage1"], STAGES["corpus"]
+    for change in ({"epochs": 0.5}, {"mixture": MixtureSettings(scenes=2.0)}):
+        changed = replace(CI, stage1=replace(CI.stage1, **change))
+        assert stage_key(STAGES, stage1, changed, {}) != stage_key(STAGES, stage1, CI, {})
+    changed = replace(CI, corpus=replace(CI.corpus, answers="sentence"))
+    assert stage_key(STAGES, corpus, changed, {}) != stage_key(STAGES, corpus, CI, {})
     for change in ({"precision": "compact"}, {"views": 1}, {"dims": 64}, {"pool": 2}):
         assert stage_key(STAGES, stage, replace(CI, stage2=replace(CI.stage2, **change)), {}) != key

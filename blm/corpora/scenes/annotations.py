@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from blm.corpora.format.messages import with_thought
+from blm.corpora.scenes.sentences import BRIEF, sentence
 from blm.corpora.scenes.templates import TEMPLATES, Wording, expansions
 from blm.types import Image, ImageArray, Message, base_kind
 
@@ -84,6 +85,11 @@ class QuestionSampler:
     Answer extraction reads both. A small model learns the words long before it learns which letter
     belongs to an option (docs/LOG.md).
     """
+    brief: float | None = None
+    """Fraction of questions that ask for the answer only; the others are answered in sentences.
+
+    None: no question asks for it, and all answers are short.
+    """
     answered: Counter[tuple[str, ...]] = field(default_factory=Counter)
 
     def sample(self, annotations: Sequence[Annotation]) -> Annotation | None:
@@ -120,6 +126,20 @@ class QuestionSampler:
 
     def phrase(self, annotation: Annotation) -> QuestionTurn:
         """Phrase an annotation with a random template, a fraction `choice` as multiple choice."""
+        turn = self._phrase_briefly(annotation)
+        if self.brief is None:
+            return turn
+        choice = turn.kind.endswith("_choice")
+        if self.rng.random() < self.brief:
+            between = "\n" if choice else " "
+            return replace(turn, question=f"{turn.question}{between}{BRIEF}", thought="")
+        if choice:
+            answer = f"({turn.answer}) {annotation.answer}" if self.letters else annotation.answer
+        else:
+            answer = sentence(annotation.kind, annotation.answer, annotation.words)
+        return replace(turn, answer=answer, thought="")
+
+    def _phrase_briefly(self, annotation: Annotation) -> QuestionTurn:
         pattern = str(self.rng.choice(getattr(TEMPLATES[annotation.kind], self.wording)))
         wording = str(self.rng.choice(expansions(pattern)))
         question = re.sub(r"\ba (?=[aeiou])", "an ", wording.format(**annotation.words))

@@ -22,6 +22,7 @@ from blm.corpora.scenes.annotations import QuestionSampler, by_kind, to_messages
 from blm.corpora.scenes.episodes import frame_annotations, read_steps
 from blm.corpora.scenes.observation import SceneObserver, rearrange
 from blm.corpora.scenes.questions import control_turn, scan_step, scan_turns, scene_turns
+from blm.corpora.scenes.sentences import Answers
 from blm.corpora.scenes.templates import Wording
 from blm.datasets.dataset import EpisodeDataset
 from blm.datasets.lerobot import open_dataset
@@ -69,13 +70,29 @@ class SceneCorpusConfig:
     """Maximum number of distractor objects in a scene."""
     teach: bool = True
     """Add teaching turns (the control prompt, a list of the objects in each view).
-    Also write a chain of thought before answers. Turn it off for held-out corpora."""
+    Also write a chain of thought before answers, if --answers is `reasoning`.
+    Turn it off for held-out corpora."""
+    answers: Answers = "reasoning"
+    """Form of the answers.
+    With `reasoning`, a chain of thought and a short answer; with `terse`, short answers only.
+    With `sentence`, plain English for pretrained backbones: half of the questions ask for the
+    answer only, and the others are answered in a sentence. Held-out questions all ask for it."""
     episodes: Path | None = None
     """Folder with one dataset of demonstrations per robot, whose frames are also asked about."""
     frames_per_episode: int = 6
     """Number of frames of each episode to ask about."""
     frame_turns: int = 5
     """Number of questions about each of these frames."""
+
+    @property
+    def thoughts(self) -> bool:
+        """Whether answers come after a chain of thought."""
+        return self.teach and self.answers == "reasoning"
+
+    @property
+    def scans(self) -> bool:
+        """Whether scan turns are added, which train nano's vision tower."""
+        return self.teach and self.answers != "sentence"
 
     def __post_init__(self) -> None:
         if not (self.robots and self.tasks and self.cameras):
@@ -185,7 +202,10 @@ def write_shard(payload: tuple[str, SceneCorpusConfig, Any, Path]) -> Result:
 
 def _sampler(config: SceneCorpusConfig, *stream: int) -> QuestionSampler:
     rng = np.random.default_rng((config.first_seed, *stream))
-    return QuestionSampler(rng, config.wording, config.choice, letters=not config.teach)
+    sentences = config.answers == "sentence"
+    brief = (0.5 if config.teach else 1.0) if sentences else None
+    letters = sentences or not config.teach
+    return QuestionSampler(rng, config.wording, config.choice, letters=letters, brief=brief)
 
 
 def _scene_conversations(config: SceneCorpusConfig, part: ShardItems) -> Iterator[Conversation]:
@@ -213,7 +233,7 @@ def _scene_conversation(
     if config.teach:
         scene = scene.in_centimetres()
     turns = scene_turns(scene, config.turns, sampler, pointing=config.pointing, metric=config.metric)
-    turns += scan_turns(scene) if config.teach else []
+    turns += scan_turns(scene) if config.scans else []
     if config.teach and (env.task_spec.prehensile or scene.arrangement != "held"):
         turns.append(control_turn(scene, env.task_description, env.embodiment))
     group = f"scene/{env.embodiment}/{env.task}/{seed}"
@@ -223,7 +243,7 @@ def _scene_conversation(
         source="scene",
         kinds=tuple(turn.kind for turn in turns),
         messages=to_messages(
-            [scene.images[camera] for camera in config.cameras], turns, thoughts=config.teach
+            [scene.images[camera] for camera in config.cameras], turns, thoughts=config.thoughts
         ),
     )
 
@@ -247,14 +267,14 @@ def _episode_conversations(config: SceneCorpusConfig, part: ShardItems) -> Itera
             turns = sampler.sample_turns(
                 by_kind(frame_annotations(steps, index, frame, instruction)), config.frame_turns
             )
-            turns += [scan_step(steps.names[index])] if config.teach else []
+            turns += [scan_step(steps.names[index])] if config.scans else []
             images = _pictures(dataset, config.cameras, first, frame, sampler.rng)
             yield Conversation(
                 id=f"episode/{robot}/{episode}/{frame}",
                 group=f"episode/{robot}/{dataset.tasks[episode]}/{dataset.seeds[episode]}",
                 source="episode",
                 kinds=tuple(turn.kind for turn in turns),
-                messages=to_messages(images, turns, thoughts=config.teach),
+                messages=to_messages(images, turns, thoughts=config.thoughts),
             )
 
 

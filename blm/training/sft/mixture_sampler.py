@@ -40,6 +40,16 @@ class TokenizedSource:
             )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DrawnSource:
+    """What a training draws from one source."""
+
+    examples: int
+    tokens: int
+    answer_tokens: int
+    """Tokens with loss."""
+
+
 class MixtureSampler:
     """Draws the examples of each step, and packs them into sequences.
 
@@ -109,6 +119,22 @@ class MixtureSampler:
         """Return the number of tokens of an example."""
         source, example = index
         return len(self.sources[source].examples[example])
+
+    def drawn(self, steps: int) -> dict[str, DrawnSource]:
+        """Return what is drawn from each source in the first steps."""
+        order = self._source_order(0, steps * self.examples_per_step)
+        found = {}
+        for number, count in enumerate(np.bincount(order, minlength=len(self.sources)).tolist()):
+            examples = self.sources[number].examples
+            epochs, rest = divmod(count, len(examples))
+            times = np.full(len(examples), epochs)
+            times[self._order(number, epochs)[:rest]] += 1
+            tokens = np.array([len(example) for example in examples])
+            answers = np.array([int(example.loss_mask.sum()) for example in examples])
+            found[self.sources[number].name] = DrawnSource(
+                examples=count, tokens=int(tokens @ times), answer_tokens=int(answers @ times)
+            )
+        return found
 
     def describe(self, steps: int) -> dict[str, float]:
         """Return means over the first steps: sequences, tokens, and examples of each source."""

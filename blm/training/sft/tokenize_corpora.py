@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import track
 
 from blm.backbone import Backbone
+from blm.backbone.video import media_of
 from blm.training.loop.distributed import DataShard, Processes
 from blm.training.sft.mixture_sampler import TokenizedSource
-from blm.training.sft.tokenize import TokenizationConfig, TokenizedExample, tokenize_conversation
+from blm.training.sft.tokenize import (
+    ProcessorInput,
+    TokenizationConfig,
+    TokenizedExample,
+    tokenize_conversation,
+)
 from blm.training.sft.vision_features import VisionFeatureCache
 from blm.types import BlmError, Message
 
@@ -136,24 +142,24 @@ def check_lengths(backbone: Backbone, source: TrainingSource, config: Tokenizati
     """Tokenise a sample of a source; return a warning if some of it is too long, else "".
 
     A conversation is left out of the training if its first question and answer exceed
-    `config.max_length`. Raises BlmError if that holds for the whole sample. Conversations with
-    other faults are not counted.
+    `config.max_length`. The backbone may be an outline. Raises BlmError if that holds for the
+    whole sample. Conversations with other faults are not counted.
     """
     total = len(source.conversations)
     chosen = range(0, total, max(1, total // SAMPLED_CONVERSATIONS))[:SAMPLED_CONVERSATIONS]
-    unlimited = replace(config, max_length=10**9)
     lengths = []
     for number in chosen:
         messages = tuple(source.conversations[number])
         roles = [message.role for message in messages]
         if "assistant" not in roles:
             continue
+        first = messages[: roles.index("assistant") + 1]
         try:
-            first = messages[: roles.index("assistant") + 1]
-            example = tokenize_conversation(backbone, first, unlimited, source.root, Counter())
+            text, images = backbone.render(first, prompt=False), media_of(first, backbone.videos_as)
+            inputs, _ = ProcessorInput(text, images, source.root, config.max_pixels).process(backbone)
         except BlmError:
             continue
-        lengths.append(len(example) if example is not None else 0)
+        lengths.append(inputs["input_ids"].shape[1])
     long = [length for length in lengths if length > config.max_length]
     if not long:
         return ""

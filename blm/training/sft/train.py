@@ -100,7 +100,8 @@ def train_stage1(
 ) -> Counter[str]:
     """Train `backbone` in place, save it to `out/backbone`, and return counts of conversations.
 
-    The counts of kept and dropped conversations are also written to `out/rows.json`. With LoRA the
+    The counts of kept and dropped conversations are also written to `out/rows.json`, and what is
+    drawn from each source to `out/drawn.json`. With LoRA the
     adapters are saved to `out/adapter`, and merged into the backbone. `on_eval(steps done)` is
     called with the model in evaluation mode. Raises BlmError naming a conversation that cannot be
     used.
@@ -118,6 +119,9 @@ def train_stage1(
         world_size=processes.count * config.loop.accumulate,
     )
     _prepare_folder(out, processes, _run_inputs(backbone, tokenized, config), counts)
+    if processes.first:
+        drawn = sampler.drawn(config.loop.steps)
+        write_json(out / "drawn.json", {name: asdict(part) for name, part in drawn.items()})
     sharded = processes.count > 1 and (config.loop.shard or fsdp_requested())
     _require_no_videos(tokenized if sharded else ())
     loss_model = MaskedLossModel(backbone, sharded=sharded, cached=config.cache_features)

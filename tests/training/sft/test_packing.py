@@ -275,6 +275,24 @@ def test_the_mixture_follows_the_weights_and_goes_through_each_source_evenly(
     assert MixtureSampler(sources, examples_per_step=6, pack_length=0, seed=4).examples(0) != picked[:6]
 
 
+@pytest.mark.parametrize("steps", [1, 3, 40, 1500])
+def test_what_is_drawn_is_counted_by_source(steps: int) -> None:
+    """The closed form equals a count of every draw, over whole and begun epochs."""
+    lengths = [5, 9, 4, 30, 7], [11, 3, 8]
+    sources = [
+        TokenizedSource(name=name, examples=examples_of(*some), weight=weight)
+        for name, some, weight in zip("ab", lengths, (2.0, 1.0), strict=True)
+    ]
+    sampler = MixtureSampler(sources, examples_per_step=3, pack_length=0, seed=1)
+    drawn = [index for step in range(steps) for index in sampler.examples(step)]
+    found = sampler.drawn(steps)
+    for number, source in enumerate(sources):
+        mine = [source.examples[index] for s, index in drawn if s == number]
+        assert found[source.name].examples == len(mine)
+        assert found[source.name].tokens == sum(map(len, mine))
+        assert found[source.name].answer_tokens == sum(int(one.loss_mask.sum()) for one in mine)
+
+
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("length", [0, 64, 100])
 def test_ranks_share_the_rows_of_a_step_in_sequences_that_fit(world: int, length: int) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from blm.backbone import Backbone, build_nano
 from blm.corpora.curation import replay
-from blm.corpora.format.messages import read_corpus
+from blm.corpora.format.messages import Conversation, read_corpus, write_corpus
 from blm.evaluation.digital.instructions import (
     VerifiableInstruction,
     follows,
@@ -22,8 +22,8 @@ from blm.evaluation.digital.instructions import (
     verifiable_instructions,
 )
 from blm.training.sft.retention import Retention, held_out_texts, read_texts
-from blm.types import BlmError
-from tests.support.backbones import MAKERS
+from blm.types import BlmError, Image, Message
+from tests.support.backbones import MAKERS, picture
 
 TEXTS = ["The gripper moves to the red cube and closes.", "Is it done? Not yet.", "What can you do?", "x"]
 
@@ -166,6 +166,48 @@ def test_a_replay_corpus_is_text_only_exact_in_number_and_resumes(tmp_path: Path
     assert again.calls == Halting().calls + 3  # two of five batches were in the journal
     with pytest.raises(BlmError, match="exists"):
         replay.build_replay(again, tmp_path / "b", 100)  # type: ignore[arg-type]
+
+
+def test_a_third_of_replay_asks_about_pictures_if_there_are_some(tmp_path: Path) -> None:
+    write_corpus(
+        tmp_path / "seen",
+        [
+            Conversation(
+                id=f"{number}",
+                group=f"{number}",
+                source="seen",
+                kinds=("seen",),
+                messages=(Message("user", (Image(picture(number)), "?")), Message("assistant", ("!",))),
+            )
+            for number in range(5)
+        ],
+    )
+    names = tuple(str(image.path) for row in read_corpus(tmp_path / "seen") for image in row.media)
+    pictures = replay.Pictures(references=names, root=tmp_path / "seen")
+
+    class Seeing(Halting):
+        def complete(self, conversations, *, max_tokens, seed):
+            images = [image for messages in conversations for image in messages[0].images]
+            assert all(image.pixels is not None for image in images)
+            return super().complete(conversations, max_tokens=max_tokens, seed=seed)
+
+    def build(backbone: Halting, name: str) -> list[Conversation]:
+        replay.build_replay(backbone, tmp_path / name, 60, max_tokens=40, pictures=pictures)  # type: ignore[arg-type]
+        return read_corpus(tmp_path / name)
+
+    rows = build(Seeing(), "a")
+    shown = [row for row in rows if row.media]
+    assert len(shown) == pytest.approx(20, abs=6) and {row.kinds for row in shown} == {("replay_picture",)}
+    assert {image.path for row in shown for image in row.media} == set(names)
+    assert all((tmp_path / "a" / str(image.path)).is_file() for row in shown for image in row.media)
+    with pytest.raises(KeyboardInterrupt):
+        build(Seeing(fail_at=2), "b")
+    assert build(Seeing(), "b") == rows
+    fewer = replay.Pictures(references=names[1:], root=tmp_path / "seen")
+    with pytest.raises(KeyboardInterrupt):
+        build(Seeing(fail_at=2), "c")
+    with pytest.raises(BlmError, match=r"c\.shards"):
+        replay.build_replay(Seeing(), tmp_path / "c", 60, max_tokens=40, pictures=fewer)  # type: ignore[arg-type]
 
 
 def test_drawn_answers_depend_on_the_seed_alone() -> None:
