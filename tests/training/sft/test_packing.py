@@ -401,7 +401,7 @@ def test_logits_are_computed_for_masked_tokens_only(nano: Backbone) -> None:
     hook = head.register_forward_hook(lambda _, __, out: shapes.append(out.shape))
     answers = run(nano, [probe_examples(nano)])
     hook.remove()
-    assert shapes == [(int(answers.tokens), head.out_features)]
+    assert shapes == [(1, int(answers.tokens), head.out_features)]
 
 
 def test_turns_are_padded_in_the_cheapest_parts(monkeypatch: pytest.MonkeyPatch) -> None:
