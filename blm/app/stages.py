@@ -77,9 +77,7 @@ def run_stage1(recipe: Recipe, run: Path) -> None:
     folder = run / "corpora/train"
     out = run / "stage1"
     settings = recipe.stage1
-    pretrained = load_pretrained(
-        settings.backbone, device=recipe.device, attn_implementation=recipe.attn_implementation
-    )
+    pretrained = load_pretrained(settings.backbone, settings.training, **load_options(recipe))
     rows = read_corpus(folder)
     if pretrained is not None:
         source = TrainingSource(name="scenes", conversations=[row.messages for row in rows], root=folder)

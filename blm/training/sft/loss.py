@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blm.backbone import Backbone, Inputs
 from blm.backbone.model import shallow_copy
+from blm.backbone.precision import mixed_precision
 from blm.training.sft.pack import ExampleBatch, probe_examples
 from blm.training.sft.prefix_attention import known_padding, uses_prefix_attention
 from blm.training.sft.tokenize import concatenate_vision_inputs
@@ -82,6 +83,10 @@ class MaskedLossModel(nn.Module):
 
     def forward(self, batch: ExampleBatch) -> MaskedLoss:
         """Return the loss of the tokens of answers, each predicted from the tokens before it."""
+        with mixed_precision(self.model):
+            return self._loss(batch)
+
+    def _loss(self, batch: ExampleBatch) -> MaskedLoss:
         inputs = self.backbone.place(batch.inputs)
         device = inputs["input_ids"].device
         positions = batch.logit_positions.to(device, non_blocking=True)

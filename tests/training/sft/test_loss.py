@@ -42,7 +42,9 @@ class Largest(TorchDispatchMode):
 def computed(backbone: Backbone, at_once: int, *, bf16: bool = False) -> tuple[MaskedLoss, dict[str, Tensor]]:
     """The loss and the gradients of all trained parameters."""
     examples = probe_examples(backbone)
-    sequences = [examples] if backbone.model.config.model_type != "gemma3" else [[one] for one in examples[1:2]]
+    sequences = (
+        [examples] if backbone.model.config.model_type != "gemma3" else [[one] for one in examples[1:2]]
+    )
     batch = pack(backbone, sequences, ())
     backbone.model.zero_grad()
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
