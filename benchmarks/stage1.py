@@ -36,6 +36,8 @@ from blm.backbone import Backbone, build_nano
 from blm.corpora.format.messages import read_corpus
 from blm.corpora.scenes.build import SceneCorpusConfig, build_scene_corpus
 from blm.evaluation.results import this_machine
+from blm.training.policy.hidden_state_cache import ALONE
+from blm.training.sft.feature_cache import cache_features
 from blm.training.sft.loss import MaskedLossModel
 from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource
 from blm.training.sft.pack import ExampleBatch, pack
@@ -47,7 +49,7 @@ from blm.training.sft.tokenize import (
     split_turns,
     tokenize_conversation,
 )
-from blm.training.sft.vision_features import VisionFeatureCache, vision_modules
+from blm.training.sft.vision_features import vision_modules
 from blm.types import Message
 
 Loss = Callable[[ExampleBatch], torch.Tensor]
@@ -198,7 +200,8 @@ def measure(
 
     for part in vision_modules(backbone):
         part.requires_grad_(False)
-    seen = [TokenizedSource(name="scene", examples=VisionFeatureCache(backbone, Counter())(scene))]
+    (stored,) = cache_features(backbone, [scene], folder / "features", ALONE).examples
+    seen = [TokenizedSource(name="scene", examples=stored)]
     kept = way(backbone, batches_of(backbone, seen, size, length, options.steps), cached=True)
     live = way(backbone, batches_of(backbone, mixture[:1], size, length, options.steps))
     found["features"] = compare("features", kept, live, repeats)

@@ -102,11 +102,15 @@ def test_a_backbone_that_only_answers_is_bfloat16_on_a_gpu() -> None:
     assert loading.value.options == expected
 
 
-def test_stage_one_trains_float32_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("more", "frozen"), [("", torch.bfloat16), ("--dtype float32", torch.float32)])
+def test_stage_one_trains_float32_weights(more: str, frozen: torch.dtype, tmp_path: Path) -> None:
     line = f"train stage1 {tmp_path} --corpus {tmp_path} --backbone smol --loop.steps 1 --loop.batch-size 1"
     with pytest.raises(LoadingStarted) as loading:
-        main([*line.split(), *FLAGS])
-    assert loading.value.options == {"device": "cuda:3", "attn_implementation": "eager"}
+        main([*line.split(), "--vision-scale", "0", *more.split(), *FLAGS])
+    trains = loading.value.options.pop("float32")
+    assert loading.value.options == {"device": "cuda:3", "dtype": frozen, "attn_implementation": "eager"}
+    names = ("model.vision_tower.a", "model.multi_modal_projector.b", "model.language_model.c", "lm_head.d")
+    assert [*map(trains, names)] == [False, True, True, True]
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(None, torch.bfloat16), ("float32", torch.float32)])
@@ -141,7 +145,8 @@ def test_a_recipe_passes_its_device_to_every_stage(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("blm.app.stages.curate", lambda *given, **options: ([], None))
     with pytest.raises(LoadingStarted) as loading:
         run_stage1(recipe, tmp_path)
-    assert loading.value.options == {"device": "cuda:3", "attn_implementation": "eager"}
+    assert loading.value.options.pop("float32") == recipe.stage1.training.trains
+    assert loading.value.options == options | {"dtype": torch.float32}
 
 
 def test_a_device_that_is_missing_ends_a_run_before_it_writes(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from blm.backbone import Backbone
+from blm.backbone.precision import WeightDtype, frozen_dtype
 from blm.corpora.format.messages import Conversation
 from blm.training.pretraining.nano import NanoPretrainingConfig, is_nano, nano_sources, pretrain_nano
 from blm.training.sft.tokenize_corpora import TrainingSource, check_lengths
@@ -32,15 +33,25 @@ class TrainingCorpus:
 
 
 def load_pretrained(
-    name: str, *, device: str = "cpu", attn_implementation: str | None = None
+    name: str,
+    config: Stage1Config,
+    *,
+    device: str = "cpu",
+    dtype: WeightDtype | None = None,
+    attn_implementation: str | None = None,
 ) -> Backbone | None:
-    """Load the backbone that Stage I starts from, in float32, or return None for a fresh nano.
+    """Load the backbone that Stage I starts from, or return None for a fresh nano.
 
-    Raises UnknownNameError for a name that is neither a backbone nor a folder.
+    Weights that `config` trains are float32; frozen ones have the precision of `frozen_dtype`.
+    Raises UnknownNameError for a name that is neither a backbone nor a folder, and BlmError as
+    `frozen_dtype` does.
     """
     if name == NANO:
         return None
-    return Backbone.load(name, device=device, attn_implementation=attn_implementation)
+    frozen = frozen_dtype(device, dtype)
+    return Backbone.load(
+        name, device=device, dtype=frozen, attn_implementation=attn_implementation, float32=config.trains
+    )
 
 
 def warn_of_lengths(backbone: Backbone, corpus: TrainingCorpus, config: Stage1Config) -> None:

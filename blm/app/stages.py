@@ -78,9 +78,7 @@ def run_stage1(recipe: Recipe, run: Path) -> None:
     """Fine-tune the backbone on scene questions, or on the recipe's mixture."""
     out = run / "stage1"
     settings = recipe.stage1
-    pretrained = load_pretrained(
-        settings.backbone, device=recipe.device, attn_implementation=recipe.attn_implementation
-    )
+    pretrained = load_pretrained(settings.backbone, settings.training, **load_options(recipe))
     scenes, report = read_scenes(run)
     if settings.mixed:
         assert pretrained is not None  # `check_stage1` refuses a nano

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ from blm.backbone.model import MultimodalModel
 from blm.backbone.nano.model import SAMPLE_TEXTS, make_nano
 from blm.backbone.precision import place_weights, require_attention, use_attention
 from blm.backbone.processors import load_processor
-from blm.backbone.saving import save_folder
+from blm.backbone.saving import save_folder, save_model
 from blm.backbone.smol import make_smol
 from blm.errors import shorten
 from blm.io import recover_folder
@@ -34,6 +35,8 @@ class Backbone(MultimodalModel):
 
     attn_implementation: str | None = None
     """Attention implementation that `load` was asked for; None: the model's default."""
+    stored_dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
+    """Precision of the tensors in the folder that was loaded, by name."""
 
     @classmethod
     def outline(cls, name_or_folder: str | Path) -> Backbone:
@@ -60,11 +63,14 @@ class Backbone(MultimodalModel):
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         attn_implementation: str | None = None,
+        float32: Callable[[str], bool] | None = None,
     ) -> Backbone:
         """Load a folder, a name of BACKBONES ("nano" is built with random weights), or an id of the
         Hugging Face hub ("Qwen/Qwen2.5-VL-3B-Instruct").
 
         `attn_implementation` is a name of ATTENTION_IMPLEMENTATIONS; None: the model's default.
+        Parameters whose name `float32` accepts are float32 whatever `dtype` is.
+
         Raises UnknownNameError for a name that is none of them, and BlmError for a model that
         cannot be loaded, cannot be a backbone, or cannot use the attention implementation.
         """
@@ -74,17 +80,20 @@ class Backbone(MultimodalModel):
             with _loading(source):
                 require_family(AutoConfig.from_pretrained(source))
                 model = AutoModelForImageTextToText.from_pretrained(source)
+            state = model.state_dict()
+            stored = {name: value.dtype for name, value in state.items() if value.is_floating_point()}
             # tensors of a memory-mapped file may be unaligned; aligned copies give the same bits everywhere
             for p in model.parameters():
                 p.data = p.data.clone()
             with _loading(source):
                 processor = load_processor(source)
             backbone = cls(model, processor)
+            backbone.stored_dtypes = stored
         else:
             backbone = source()
         use_attention(backbone.model, attn_implementation)
         backbone.attn_implementation = attn_implementation
-        place_weights(backbone.model, device, dtype)
+        place_weights(backbone.model, device, dtype, float32)
         return backbone
 
     def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
@@ -122,7 +131,7 @@ class Backbone(MultimodalModel):
 
     def write_into(self, folder: Path) -> None:
         """Write the stock transformers files into an existing folder."""
-        self.model.save_pretrained(folder)
+        save_model(self.model, folder, self.stored_dtypes)
         self.processor.save_pretrained(folder)
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from blm.backbone.families import arrange_pictures
 from blm.backbone.hashing import hash_tensors
+from blm.backbone.precision import mixed_precision
 from blm.backbone.prompt import question_prompt, to_chat
 from blm.backbone.video import (
     Video,
@@ -313,7 +314,8 @@ def _measure_features_per_row(model: MultimodalModel, inputs: Inputs) -> Fractio
     image = {"pixel_values": pixels[:rows]} | ({} if grid is None else {"image_grid_thw": grid[:1]})
     base: Any = model.model.base_model
     ask = type(base).get_image_features  # of the class: past a cache of the instance
-    output = ask(base, **model.place(image), return_dict=True)
+    with mixed_precision(model.model):
+        output = ask(base, **model.place(image), return_dict=True)
     return Fraction(sum(part.shape[:-1].numel() for part in output.pooler_output), rows)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypedDict
 
 import torch
@@ -49,8 +51,15 @@ def _supports_bfloat16(device: str | torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def place_weights(model: nn.Module, device: str | torch.device, dtype: torch.dtype) -> None:
+def place_weights(
+    model: nn.Module,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    float32: Callable[[str], bool] | None = None,
+) -> None:
     """Move a model to a device and convert its floating-point weights to `dtype`.
+
+    Parameters whose name `float32` accepts become float32 instead: those that will be trained.
 
     Buffers that a model computes when it is made, such as the frequencies of rotary positions, keep
     their precision: in bfloat16 the angles of distant positions would be wrong. On CUDA, float32
@@ -58,12 +67,31 @@ def place_weights(model: nn.Module, device: str | torch.device, dtype: torch.dty
     """
     stored = model.state_dict().keys()
     computed = {name: buffer for name, buffer in model.named_buffers() if name not in stored}
-    model.to(device=device, dtype=dtype)
+    if float32 is not None:  # before the copy to the device, where memory is scarce
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(torch.float32 if float32(name) else dtype)
+        for name, buffer in model.named_buffers():
+            if name not in computed and buffer.is_floating_point():
+                buffer.data = buffer.data.to(dtype)
+    model.to(device=device, dtype=None if float32 is not None else dtype)
     for name, buffer in computed.items():
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, buffer.to(device))
     if torch.device(device).type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def is_mixed(model: nn.Module) -> bool:
+    """Return whether parameters differ in precision: frozen ones in bfloat16, trained in float32."""
+    return len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1
+
+
+def mixed_precision(model: nn.Module) -> AbstractContextManager[object]:
+    """Return the context in which a model can run: bfloat16 autocast if it `is_mixed`."""
+    if not is_mixed(model):
+        return nullcontext()
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16)
 
 
 def require_attention(name: str | None) -> None:

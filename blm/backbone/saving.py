@@ -3,14 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from blm.io import MARK, files_below, new_folder, recover_folder
 from blm.types import BlmError
 
 NOTE = "blm.json"
 """Names and sizes of the files that this program wrote. Without it a folder is never replaced."""
+
+
+def save_model(model: PreTrainedModel, folder: Path, stored: Mapping[str, torch.dtype]) -> None:
+    """Write a model's weights and config; no bit of a weight is lost.
+
+    `stored` is the precision of the tensors, by name, in the folder from which the model was
+    loaded. A tensor that this precision holds exactly is written in it, so bfloat16 weights that
+    were converted to float32 do not grow. The config names the widest precision, in which
+    transformers loads the folder.
+    """
+    state = model.state_dict()
+    written = dict[tuple[int, torch.dtype, torch.Size], Tensor]()
+    converted = dict[str, Tensor]()
+    for name, value in state.items():
+        dtype = stored.get(name, value.dtype)
+        key = (value.data_ptr(), dtype, value.shape)  # tied weights stay tied
+        if key not in written:
+            smaller = value.to(dtype)
+            written[key] = smaller if torch.equal(smaller.to(value.dtype), value) else value
+        converted[name] = written[key]
+    if all(converted[name].dtype == value.dtype for name, value in state.items()):
+        model.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, state_dict=converted)
+    kinds = {value.dtype for value in converted.values() if value.is_floating_point()}
+    if kinds:
+        widest = str(max(kinds, key=lambda kind: kind.itemsize)).removeprefix("torch.")
+        path = folder / "config.json"
+        config = json.loads(path.read_text())
+        if config.get("dtype") != widest:
+            path.write_text(json.dumps({**config, "dtype": widest}, indent=2, sort_keys=True) + "\n")
 
 
 def save_folder(folder: Path, write: Callable[[Path], None]) -> None:

@@ -17,7 +17,7 @@ from blm.app.model import check_device
 from blm.app.stage1 import TrainingCorpus, load_pretrained, prepare_stage1, warn_of_lengths
 from blm.app.validation import closed_loop_validation
 from blm.backbone import Backbone
-from blm.backbone.precision import require_attention
+from blm.backbone.precision import WeightDtype, mixed_precision, require_attention
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
 from blm.cli.command import CliCommand, OutFolder
 from blm.corpora.format.messages import Conversation, reserved_scenes, scan_corpus
@@ -73,8 +73,10 @@ class TrainStage1(CliCommand):
     retention_text: Path | None = None
     """Text file for measuring forgetting; by default a part of Python's manual."""
     device: str = "cpu"
-    """Torch device: cpu, cuda, cuda:N or mps. Weights are float32; on CUDA, the model computes in
-    bfloat16 (autocast)."""
+    """Torch device: cpu, cuda, cuda:N or mps. On CUDA, the model computes in bfloat16 (autocast)."""
+    dtype: WeightDtype | None = None
+    """Precision of frozen weights; by default bfloat16 on CUDA and float32 elsewhere.
+    Trained weights and adapters are float32."""
     attn_implementation: str | None = None
     """Attention implementation of the backbone in transformers: eager, sdpa, flash_attention_2, ..;
     by default the model's own."""
@@ -87,11 +89,13 @@ class TrainStage1(CliCommand):
         check_device(self.device)
         processes = Processes.join(self.device)
         backbone, sources, held_out = self._prepare(processes.device)
-        retention = Retention(backbone, read_texts(self.retention_text) if self.retention_text else ())
+        with mixed_precision(backbone.model):
+            retention = Retention(backbone, read_texts(self.retention_text) if self.retention_text else ())
 
         def evaluate(step: int) -> dict[str, float]:
             found = held_out_loss(backbone, held_out, self.config.loop.batch_size) if held_out else {}
-            measured = asdict(retention.measure(backbone))
+            with mixed_precision(backbone.model):
+                measured = asdict(retention.measure(backbone))
             return found | {name: value for name, value in measured.items() if name in KEPT}
 
         if processes.first:
@@ -109,7 +113,13 @@ class TrainStage1(CliCommand):
     def _prepare(self, device: Any) -> tuple[Backbone, list[TrainingSource], list[Any]]:
         """Return the backbone, the training sources, and the tokenized held-out examples."""
         name = str(device)
-        pretrained = load_pretrained(self.backbone, device=name, attn_implementation=self.attn_implementation)
+        pretrained = load_pretrained(
+            self.backbone,
+            self.config,
+            device=name,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+        )
         corpora = [self._read(text, pretrained) for text in (*self.corpus, *self.replay)]
         for corpus in corpora:
             if counts := reserved_scenes(corpus.conversations):
@@ -140,9 +150,7 @@ class TrainStage1(CliCommand):
         chosen = conversations[::step][: self.held_out_rows]
         source = TrainingSource(name="held out", conversations=chosen, root=self.held_out)
         processes = Processes.join(backbone.model.device)
-        tokenizer = CorpusTokenizer(
-            backbone, self.config.limits, processes, skip_bad=False, cache_features=False
-        )
+        tokenizer = CorpusTokenizer(backbone, self.config.limits, processes, skip_bad=False)
         return list(tokenizer.tokenize(source).examples)
 
 

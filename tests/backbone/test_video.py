@@ -32,12 +32,14 @@ from blm.backbone.video import (
     video_settings,
 )
 from blm.media import frame_references, with_pixels
+from blm.training.policy.hidden_state_cache import ALONE
+from blm.training.sft.feature_cache import cache_features
 from blm.training.sft.loss import MaskedLossModel
 from blm.training.sft.mixture_sampler import TokenizedSource
 from blm.training.sft.pack import pack
 from blm.training.sft.tokenize import TokenizationConfig, tokenize_conversation
 from blm.training.sft.train import _require_no_videos
-from blm.training.sft.vision_features import VisionFeatureCache, vision_modules
+from blm.training.sft.vision_features import vision_modules
 from blm.types import BlmError, Image, Message, Sampling
 from tests.backbone.record_videos import CASES, CONFIGS, KINDS, OUT, PROMPT, TIMES, digest, frames, sample
 from tests.support.backbones import MAKERS, picture, tiny_qwen
@@ -374,15 +376,15 @@ def test_rows_with_videos_are_trained_exactly_as_each_turn_alone(qwen: Backbone)
     torch.testing.assert_close(packed.loss_sum, total, rtol=1e-4, atol=1e-4)
 
 
-def test_cached_features_of_videos_give_the_loss_of_pixels(qwen: Backbone) -> None:
+def test_cached_features_of_videos_give_the_loss_of_pixels(qwen: Backbone, tmp_path: Path) -> None:
     for part in vision_modules(qwen):
         part.requires_grad_(False)
     try:
         rows = [tokenize_conversation(qwen, talk, TokenizationConfig(), None, Counter()) for talk in talks()]
         kept = [row for row in rows if row is not None]
-        counts = Counter[str]()
-        cached = VisionFeatureCache(qwen, counts)(kept)
-        assert counts["distinct pictures"] == 3 and not any(row.shows_video for row in cached)
+        stored = cache_features(qwen, [kept], tmp_path, ALONE)
+        (cached,) = stored.examples
+        assert stored.distinct == 3 and not any(row.shows_video for row in cached)
         losses = [
             MaskedLossModel(qwen, cached=given is cached)(pack(qwen, [given], ())).loss_sum
             for given in (kept, cached)

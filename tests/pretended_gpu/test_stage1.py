@@ -39,6 +39,7 @@ def stage1(
 ) -> list[list[Sync]]:
     """Train on CPU and GPU, compare weights and logs; return the synchronisations of each step."""
     monkeypatch.setattr(Backbone, "save", lambda self, folder: None)
+    monkeypatch.setattr("blm.training.sft.prefix_attention.repeats_heads", lambda device: True)
     side = 112 if type(backbone.model).__name__.startswith("Llava") else 56
     sources = [TrainingSource(name="made", conversations=conversations(side))]
     loop = LoopConfig(steps=3, batch_size=3, log_every=1, save_every=100)

@@ -19,15 +19,16 @@ from blm.app.model import BLM
 from blm.backbone import Backbone, question_prompt
 from blm.evaluation.digital import evaluate_digital
 from blm.training.loop.loop import LoopConfig
+from blm.training.policy.hidden_state_cache import ALONE
 from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.train import PolicyTrainingConfig, train_stage2
+from blm.training.sft.feature_cache import cache_features
 from blm.training.sft.lora import Lora
 from blm.training.sft.loss import MaskedLossModel
 from blm.training.sft.pack import collate, require_exact
 from blm.training.sft.parameter_groups import freeze_parts
 from blm.training.sft.tokenize import TokenizationConfig, tokenize_conversation
 from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
-from blm.training.sft.vision_features import VisionFeatureCache
 from blm.types import BlmError, Image, Message, Observation, Question
 from tests.support.backbones import picture
 from tests.support.families import FAMILIES, REFUSED_FAMILIES
@@ -120,7 +121,9 @@ def test_stage_one(family: Path, way: str, tmp_path: Path) -> None:
         assert require_exact(Backbone.load(family / "base")) < 1e-4
 
 
-def test_the_loss_is_the_models_own_with_pictures_and_with_cached_features(family: Path) -> None:
+def test_the_loss_is_the_models_own_with_pictures_and_with_cached_features(
+    family: Path, tmp_path: Path
+) -> None:
     backbone = Backbone.load(family / "base")
     whole = TokenizationConfig(separate_turns=False)
     talks = conversations()
@@ -135,7 +138,7 @@ def test_the_loss_is_the_models_own_with_pictures_and_with_cached_features(famil
         total += backbone.model(**inputs, labels=labels).loss.item() * count
         tokens += count
     freeze_parts(backbone.model, {"vision": 0.0, "projector": 1.0, "language": 1.0})
-    cached = VisionFeatureCache(backbone, Counter())(kept)
+    (cached,) = cache_features(backbone, [kept], tmp_path, ALONE).examples
     for rows, with_cache in ((kept, False), (cached, True)):
         found = MaskedLossModel(backbone, cached=with_cache)(collate(backbone, rows, (0, 1, 2)))
         assert int(found.tokens) == tokens

@@ -1,4 +1,4 @@
-"""Share the filling of a hidden-state cache among the processes that train together.
+"""Share the filling of a cache among the processes that train together.
 
 Each process computes shards of its own and has a journal of its own; process 0 writes the manifest.
 Filling takes hours, longer than a collective operation may wait, so the processes wait for each
@@ -116,8 +116,7 @@ def _wait(complete: Callable[[], bool], folder: Path) -> None:
             since = time.monotonic()
         elif time.monotonic() - since > limit:
             raise BlmError(
-                f"hidden-state cache '{folder}': no process has finished a shard for {limit:g} s; see the "
-                "output of the other processes. The same command continues; BLM_PROCESS_TIMEOUT [s] sets "
-                "this limit"
+                f"cache '{folder}': no process has finished a shard for {limit:g} s; see the output "
+                "of the other processes. The same command continues; BLM_PROCESS_TIMEOUT [s] sets this limit"
             )
         time.sleep(POLL_SECONDS)

@@ -33,7 +33,7 @@ class CacheShard:
     bytes: int = 0
     """Size of the file."""
     sample_sha256: str = ""
-    """Hash of blocks of the file, see `_sample_sha256`; empty in caches of older versions."""
+    """Hash of blocks of the file, see `sample_sha256`; empty in caches of older versions."""
 
 
 def coding_error(shards: Iterable[CacheShard]) -> CodingError | None:

@@ -11,7 +11,6 @@ frame itself.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -30,6 +29,7 @@ from blm.io import read_json, replacing, sha256_file, write_json
 from blm.jobs import Result, WorkUnit, run_units
 from blm.training.loop.distributed import Processes
 from blm.training.policy import augmentation
+from blm.training.policy.cache_files import require_unaltered, sample_sha256
 from blm.training.policy.cache_processes import (
     journal_path,
     own_units,
@@ -51,10 +51,6 @@ from blm.training.run_inputs import require_same_facts, require_same_inputs, run
 from blm.types import BlmError
 
 FORMAT = 2
-SAMPLE_BLOCKS = 16
-"""Blocks of a shard that are hashed when a filled cache is opened."""
-SAMPLE_BYTES = 65_536
-"""Size of such a block."""
 ALONE = Processes(0, 1, torch.device("cpu"))
 """A process without others."""
 
@@ -119,7 +115,7 @@ def cache_hidden_states(
     if not manifest.exists():
         _fill(backbone, source, dataset, config, folder, processes, codec)
     shards = {name: CacheShard(**shard) for name, shard in json.loads(manifest.read_text()).items()}
-    run_together(processes, lambda: _require_unaltered(folder, shards))
+    run_together(processes, lambda: require_unaltered("hidden-state cache", folder, shards))
     if processes.first and (error := coding_error(shards.values())):
         Console(stderr=True).print(
             f"compact hidden states {folder}: RMS error {error.rms:.2%}, worst token {error.worst:.2%}, "
@@ -189,41 +185,6 @@ def _fill(
         write_json(folder / "manifest.json", wait_for_shards(units, folder))
     else:
         wait_for_manifest(folder)
-
-
-def _require_unaltered(folder: Path, shards: Mapping[str, CacheShard]) -> None:
-    """Raise BlmError for a shard that is missing or altered, by its size and by samples of it.
-
-    The whole file was hashed when it was written. Caches of older versions have no samples and are
-    hashed again.
-    """
-    for name, shard in shards.items():
-        path = folder / name
-        if not path.exists():
-            same = False
-        elif shard.sample_sha256:
-            same = (path.stat().st_size, _sample_sha256(path)) == (shard.bytes, shard.sample_sha256)
-        else:
-            same = sha256_file(path) == shard.sha256
-        if not same:
-            raise BlmError(
-                f"hidden-state cache '{folder}': {name} is missing or altered; "
-                "move the folder away, run again"
-            )
-
-
-def _sample_sha256(path: Path) -> str:
-    """Return the sha256 of blocks at the beginning, at the end and evenly between; of a small file,
-    all of it is hashed."""
-    size = path.stat().st_size
-    if size <= SAMPLE_BLOCKS * SAMPLE_BYTES:
-        return sha256_file(path)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for start in np.linspace(0, size - SAMPLE_BYTES, SAMPLE_BLOCKS).astype(int).tolist():
-            file.seek(start)
-            digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def describe(
@@ -324,5 +285,5 @@ def _write_shard(payload: tuple[Path, list[IndexArray]]) -> Result:
         "sha256": sha256_file(path),
         **coding,
         "bytes": path.stat().st_size,
-        "sample_sha256": _sample_sha256(path),
+        "sample_sha256": sample_sha256(path),
     }

@@ -14,6 +14,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from blm.backbone import Backbone
@@ -78,9 +79,17 @@ def add_adapters(backbone: Backbone, lora: Lora, *, projector: bool, seed: int) 
 def merge_adapters(backbone: Backbone, adapted: peft.PeftModel, folder: Path | None) -> None:
     """Save the adapters in peft's format to `folder`, if given, and merge them into the weights.
 
-    Afterwards the model is a stock transformers model again.
+    They are added in float32, and the sums rounded to the precision of the weights. Afterwards the
+    model is a stock transformers model again.
     """
     if folder is not None:
         save_folder(folder, lambda work: adapted.save_pretrained(str(work), safe_serialization=True))
-    forward_arguments: Any = adapted.merge_and_unload()
-    assert forward_arguments is backbone.model
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer):
+            weight: Any = layer.get_base_layer().weight
+            precision = weight.dtype
+            weight.data = weight.data.float()
+            layer.merge()  # type: ignore[operator]
+            weight.data = weight.data.to(precision)
+    merged: Any = adapted.unload()
+    assert merged is backbone.model

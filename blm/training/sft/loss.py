@@ -1,20 +1,22 @@
 """The loss of Stage I: cross-entropy under the loss mask.
 
-The language head runs on the masked tokens only.
+The language head runs on the masked tokens only, a chunk of them at a time: of a large vocabulary,
+the logits of a whole batch would take more memory than the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from blm.backbone import Backbone, Inputs
+from blm.backbone.model import shallow_copy
+from blm.backbone.precision import mixed_precision
 from blm.training.sft.pack import ExampleBatch, probe_examples
 from blm.training.sft.prefix_attention import known_padding, uses_prefix_attention
 from blm.training.sft.tokenize import concatenate_vision_inputs
@@ -25,6 +27,9 @@ from blm.training.sft.vision_features import (
     vision_features,
     vision_modules,
 )
+
+LOGITS_AT_ONCE = 2**28
+"""Maximum number of logits that exist at once: 1 GiB in float32."""
 
 
 class MaskedLoss(NamedTuple):
@@ -78,6 +83,10 @@ class MaskedLossModel(nn.Module):
 
     def forward(self, batch: ExampleBatch) -> MaskedLoss:
         """Return the loss of the tokens of answers, each predicted from the tokens before it."""
+        with mixed_precision(self.model):
+            return self._loss(batch)
+
+    def _loss(self, batch: ExampleBatch) -> MaskedLoss:
         inputs = self.backbone.place(batch.inputs)
         device = inputs["input_ids"].device
         positions = batch.logit_positions.to(device, non_blocking=True)
@@ -87,26 +96,31 @@ class MaskedLossModel(nn.Module):
         arguments = forward_arguments(self.backbone, inputs)
         if batch.prefix_layout is not None and uses_prefix_attention(self.backbone):
             arguments["prefix_layout"] = batch.prefix_layout.to(device)
-        with known_padding(batch.padding > 0), self._logits_only_at(positions):
-            logits = self.model(**arguments, use_cache=False).logits.float()
-        loss = F.cross_entropy(logits, targets, reduction="sum")
-        correct = (logits.argmax(-1) == targets).sum()
+        with known_padding(batch.padding > 0):
+            output = self.model.base_model(**arguments, use_cache=False)
+        hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions)
+        loss, correct = self._sums(output, hidden, targets)
         return MaskedLoss(loss + zero, torch.full_like(correct, len(targets)), correct)
 
-    @contextmanager
-    def _logits_only_at(self, positions: Tensor) -> Iterator[None]:
-        """Run the language head only at these positions [K] of the flattened batch.
+    def _sums(self, output: Any, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of cross-entropies, and the number of correct tokens.
 
-        The models' own argument `logits_to_keep` takes a mask, and counting its elements makes the
-        host wait for the device.
+        `hidden` [K, d] are the hidden states before the head, `targets` [K] the next tokens. The
+        tokens are split into equal chunks of at most LOGITS_AT_ONCE logits; the backward pass
+        computes the logits of each chunk again. A single chunk is not recomputed.
         """
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, inputs: (inputs[0].flatten(0, 1).index_select(0, positions),)
-        )
-        try:
-            yield
-        finally:
-            hook.remove()
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        count = max(1, -(-len(targets) * vocabulary // LOGITS_AT_ONCE))
+        size = max(1, -(-len(targets) // count))
+        head = _HeadLoss(self.model, output)
+        if size >= len(targets):
+            return head(hidden, targets)
+        parts = [
+            checkpoint(head, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(hidden.split(size), targets.split(size), strict=True)
+        ]
+        losses, correct = zip(*parts, strict=True)
+        return torch.stack(losses).sum(), torch.stack(correct).sum()
 
     def _zero_of_unused_vision(self, inputs: Inputs) -> Tensor | float:
         """Return zero; without images in the batch, the dummy image's output times zero."""
@@ -117,3 +131,38 @@ class MaskedLossModel(nn.Module):
         deepstack = getattr(output, "deepstack_features", None) or []
         groups = (output.pooler_output, *deepstack)
         return sum((features.float() * 0).sum() for group in groups for features in group)
+
+
+class _HeadLoss:
+    """Cross-entropy from hidden states; the logits are those of the model's own forward.
+
+    Some models change the logits behind the head (Gemma and PaliGemma limit them by
+    `final_logit_softcapping`). So the whole forward runs, on a copy of the model whose base returns
+    the given hidden states.
+    """
+
+    def __init__(self, model: Any, output: Any) -> None:
+        self.given = _Given(output)
+        self.model = shallow_copy(model)
+        self.model._modules[model.base_model_prefix] = self.given
+
+    def __call__(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum over tokens [K], whose hidden states are [K, d], and the number of correct
+        tokens."""
+        self.given.hidden = hidden[None]
+        logits = self.model(use_cache=False).logits[0].float()
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        return loss, (logits.detach().argmax(-1) == targets).sum()
+
+
+class _Given(nn.Module):
+    """Returns the output of a base model with other hidden states."""
+
+    hidden: Tensor
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, **_: Any) -> Any:
+        return type(self.output)(**{**self.output, "last_hidden_state": self.hidden})

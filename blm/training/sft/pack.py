@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from blm.backbone import Backbone, Inputs
+from blm.backbone.precision import is_mixed, mixed_precision
 from blm.media import load_pixels
 from blm.training.sft.prefix_attention import PrefixAttentionLayout, prefix_attention_layout
 from blm.training.sft.tokenize import (
@@ -168,9 +169,12 @@ def require_exact(backbone: Backbone) -> float:
     """
     require_maskable(backbone)
     name, precision = type(backbone.model).__name__, backbone.model.dtype
+    if is_mixed(backbone.model):
+        precision = torch.bfloat16
     was = backbone.model.training
     backbone.model.eval()
-    packed, alone = _probe_logits(backbone)
+    with mixed_precision(backbone.model):
+        packed, alone = _probe_logits(backbone)
     backbone.model.train(was)
     error = ((packed - alone).abs().max() / alone.abs().max()).item()
     if not error <= TOLERANCE[precision]:

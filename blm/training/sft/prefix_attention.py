@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from blm.backbone import Backbone
@@ -141,17 +141,28 @@ def prefix_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     flat = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]
-    grouped_query = query.shape[1] != key.shape[1]
+    groups = query.shape[1] // key.shape[1]
+    repeated = groups > 1 and repeats_heads(query.device)
     results = []
     for queries, keys, mask in zip(*prefix_layout[:3], strict=True):
         parts = zip(flat, (queries, keys, keys), strict=True)
         q, k, v = (_gather(values, positions).transpose(1, 2) for values, positions in parts)
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout, scale=scaling, enable_gqa=grouped_query
-        )
+        if repeated:
+            k, v = repeat_kv(k, groups), repeat_kv(v, groups)
+        grouped = groups > 1 and not repeated
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scaling, enable_gqa=grouped)
         results.append(mixed.transpose(1, 2).flatten(0, 1))
     out = torch.cat(results).index_select(0, prefix_layout.scatter)
     return out.unflatten(0, (len(query), -1)), None
+
+
+def repeats_heads(device: torch.device) -> bool:
+    """Return whether to repeat the heads of keys and values for grouped queries under a mask.
+
+    On CUDA, a mask together with `enable_gqa` leaves only the slow kernel that stores all attention
+    weights. On a CPU, repeating gives the same values, but takes longer.
+    """
+    return device.type == "cuda"
 
 
 def _gather(values: Tensor, positions: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import PIL.Image
@@ -73,6 +74,12 @@ class ProcessorInput:
         return backbone.process([self.text], images, videos=videos), count
 
 
+class FeatureReader(Protocol):
+    """Reads cached vision features when an example is used."""
+
+    def read(self) -> VisionInputs: ...
+
+
 @dataclass(frozen=True)
 class TokenizedExample:
     """One conversation, ready to train on: all its turns after one copy of its images."""
@@ -91,8 +98,8 @@ class TokenizedExample:
     """
     processor_input: ProcessorInput | None = None
     """None if it has no images, or if their features are cached."""
-    features: VisionInputs = field(default_factory=dict)
-    """Cached vision features of its images."""
+    features: FeatureReader | None = None
+    """Reads the cached vision features of its images; None if they are not cached."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -105,8 +112,10 @@ class TokenizedExample:
 
     def vision_inputs(self, backbone: Backbone) -> VisionInputs:
         """Return the cached features of its images, or load the images and process them."""
+        if self.features is not None:
+            return self.features.read()
         if self.processor_input is None:
-            return self.features
+            return {}
         return vision_inputs_of(self.processor_input.process(backbone)[0])
 
 

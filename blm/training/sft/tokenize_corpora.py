@@ -20,16 +20,12 @@ from blm.training.sft.tokenize import (
     TokenizedExample,
     tokenize_conversation,
 )
-from blm.training.sft.vision_features import VisionFeatureCache
 from blm.types import BlmError, Message
 
 SAMPLED_CONVERSATIONS = 32
 """Conversations of a corpus whose length is measured before all of them are read."""
 CONVERSATIONS_PER_EXCHANGE = 256
-"""Number of conversations that a process tokenises between two exchanges.
-
-With cached features their images stay in memory until then.
-"""
+"""Number of conversations that a process tokenises between two exchanges."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +66,10 @@ class CorpusTokenizer:
         processes: Processes,
         *,
         skip_bad: bool,
-        cache_features: bool,
     ) -> None:
-        """With `cache_features`, images are replaced by features, 256 conversations at a time."""
         self.backbone, self.config, self.processes = backbone, config, processes
         self.skip_bad = skip_bad
         self.counts: Counter[str] = Counter()
-        self.feature_cache = VisionFeatureCache(backbone, self.counts) if cache_features else None
         self.console = Console(stderr=True, quiet=not processes.first)
 
     def tokenize(self, source: TrainingSource) -> TokenizedSource:
@@ -102,13 +95,8 @@ class CorpusTokenizer:
         return TokenizedSource(name=source.name, examples=examples, weight=source.weight)
 
     def total_counts(self) -> Counter[str]:
-        """Return the outcomes in all processes: conversations kept, cut, dropped, images, .."""
-        pictures = {*self.feature_cache.features} if self.feature_cache is not None else set[str]()
-        gathered = self.processes.gather_objects((self.counts, pictures))
-        counts = sum((part for part, _ in gathered), Counter[str]())
-        if self.feature_cache is not None:
-            counts["distinct pictures"] = len(set[str]().union(*(keys for _, keys in gathered)))
-        return counts
+        """Return the outcomes in all processes: conversations kept, cut, dropped, .."""
+        return sum(self.processes.gather_objects(self.counts), Counter[str]())
 
     def _tokenize_shard(self, source: TrainingSource, numbers: Sequence[int]) -> TokenizedShard:
         shard = TokenizedShard()
@@ -124,9 +112,6 @@ class CorpusTokenizer:
                     break
                 self.counts["skipped, bad"] += 1
             shard.examples.append(example)
-        if self.feature_cache is not None:
-            cached = iter(self.feature_cache([one for one in shard.examples if one is not None]))
-            shard.examples = [None if example is None else next(cached) for example in shard.examples]
         return shard
 
     def _report_faults(self, source: TrainingSource, faults: Sequence[tuple[int, str]]) -> None:

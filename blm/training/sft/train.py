@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,12 +19,14 @@ from peft import PeftModel
 from torch import Tensor
 
 from blm.backbone import Backbone
+from blm.backbone.precision import is_mixed
 from blm.backbone.saving import require_free
 from blm.io import write_json
 from blm.training.loop.batches import Microbatch
 from blm.training.loop.distributed import DataShard, Processes, fsdp_requested
 from blm.training.loop.loop import LoopConfig, require_precision, run_loop
 from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
+from blm.training.sft.feature_cache import cache_features
 from blm.training.sft.lora import Lora, add_adapters, merge_adapters
 from blm.training.sft.loss import MaskedLossModel
 from blm.training.sft.mixture_sampler import ExampleIndex, MixtureSampler, TokenizedSource
@@ -33,6 +35,7 @@ from blm.training.sft.parameter_groups import PartName, freeze_parts, part_of
 from blm.training.sft.prefix_attention import use_prefix_attention
 from blm.training.sft.tokenize import TokenizationConfig, TokenizedExample, single_torch_thread
 from blm.training.sft.tokenize_corpora import CorpusTokenizer, TrainingSource
+from blm.training.sft.vision_attention import use_batched_vision_attention
 from blm.training.sft.vision_features import trained_projectors
 from blm.types import BlmError, require_numbers
 
@@ -60,7 +63,8 @@ class Stage1Config:
     """Maximum length of the sequences into which several examples are packed [tokens].
     Packing is first verified to be exact for the model; 0 pads one example per sequence."""
     cache_features: bool = False
-    """Encode each image once, before training; needs a frozen vision tower."""
+    """Encode each image once, before training; needs a frozen vision tower.
+    The features are stored in OUT/features, from which all processes read."""
     checkpoint_blocks: bool = False
     """Activation checkpointing: recompute blocks in the backward pass to save memory."""
     skip_bad: bool = False
@@ -76,6 +80,11 @@ class Stage1Config:
         )
         if self.lora.rank and self.vision_scale:
             raise BlmError("LoRA does not train the vision tower; set vision_scale=0")
+
+    def trains(self, name: str) -> bool:
+        """Return whether a parameter of the backbone itself, not of an adapter, is trained."""
+        part = part_of(name)
+        return part is not None and self.scales[part] > 0 and not (self.lora.rank and part == "language")
 
     @property
     def scales(self) -> dict[PartName, float]:
@@ -118,8 +127,11 @@ def train_stage1(
         seed=config.loop.seed,
         world_size=processes.count * config.loop.accumulate,
     )
-    _prepare_folder(out, processes, _run_inputs(backbone, tokenized, config), counts)
+    _prepare_folder(out, processes, _run_inputs(backbone, tokenized, config))
+    if config.cache_features:
+        tokenized = _with_cached_features(backbone, tokenized, out / "features", processes, counts)
     if processes.first:
+        write_json(out / "rows.json", dict(counts))
         drawn = sampler.drawn(config.loop.steps)
         write_json(out / "drawn.json", {name: asdict(part) for name, part in drawn.items()})
     sharded = processes.count > 1 and (config.loop.shard or fsdp_requested())
@@ -140,17 +152,28 @@ def train_stage1(
         return on_eval(step) if on_eval is not None else {}
 
     rate, evaluation = config.learning_rate, on_eval and evaluate
-    with use_prefix_attention(backbone), without_placeholder_checks():
+    with use_prefix_attention(backbone), use_batched_vision_attention(backbone), without_placeholder_checks():
         run_loop(model, loss, next_batch, config.loop, out, learning_rate=rate, on_eval=evaluation)
     if config.checkpoint_blocks:
         model.activation_checkpointing_disable()
     if adapted is not None:
         merge_adapters(backbone, adapted, out / "adapter" if processes.first else None)
+    if is_mixed(model):
+        _round_as_stored(backbone)
     backbone.model.eval()
     if processes.first:
         backbone.save(out / "backbone")
     processes.wait()
     return counts
+
+
+def _round_as_stored(backbone: Backbone) -> None:
+    """Round trained weights to the precision of the model from which training started.
+
+    Beside bfloat16 weights they were rounded for every matrix product already (autocast).
+    """
+    for name, parameter in backbone.model.named_parameters():
+        parameter.data = parameter.data.to(backbone.stored_dtypes.get(name, parameter.dtype))
 
 
 @contextmanager
@@ -198,6 +221,9 @@ def choose_trained(backbone: Backbone, config: Stage1Config, *, exact: bool) -> 
         adapted = add_adapters(backbone, config.lora, projector=projector, seed=config.loop.seed)
     else:
         freeze_parts(backbone.model, config.scales)
+    for parameter in backbone.model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
     if config.pack_length or config.limits.separate_turns:
         require_maskable(backbone)
     if config.pack_length and exact:
@@ -225,16 +251,23 @@ def _microbatch(
 def _tokenize(
     backbone: Backbone, sources: Sequence[TrainingSource], config: Stage1Config, processes: Processes
 ) -> tuple[list[TokenizedSource], Counter[str]]:
-    """Tokenise all sources, cache vision features if configured, and count the outcomes."""
+    """Tokenise all sources, and count the outcomes."""
     with single_torch_thread():
-        tokenizer = CorpusTokenizer(
-            backbone,
-            config.limits,
-            processes,
-            skip_bad=config.skip_bad,
-            cache_features=config.cache_features,
-        )
+        tokenizer = CorpusTokenizer(backbone, config.limits, processes, skip_bad=config.skip_bad)
         return [tokenizer.tokenize(source) for source in sources], tokenizer.total_counts()
+
+
+def _with_cached_features(
+    backbone: Backbone,
+    tokenized: Sequence[TokenizedSource],
+    folder: Path,
+    processes: Processes,
+    counts: Counter[str],
+) -> list[TokenizedSource]:
+    """Return the sources with cached vision features; `counts` gets the numbers of pictures."""
+    cached = cache_features(backbone, [source.examples for source in tokenized], folder, processes)
+    counts |= {"pictures": cached.pictures, "distinct pictures": cached.distinct}
+    return [replace(one, examples=found) for one, found in zip(tokenized, cached.examples, strict=True)]
 
 
 def _require_same_sources(processes: Processes, sources: Sequence[TrainingSource], out: Path) -> None:
@@ -251,18 +284,15 @@ def _require_same_sources(processes: Processes, sources: Sequence[TrainingSource
     require_same_facts(processes, f"'{out}'", facts)
 
 
-def _prepare_folder(
-    out: Path, processes: Processes, inputs: Mapping[str, object], counts: Counter[str]
-) -> None:
-    """Record the inputs of the run and the counts of conversations. Raises BlmError, in every
-    process, if the run may not write to `out`."""
+def _prepare_folder(out: Path, processes: Processes, inputs: Mapping[str, object]) -> None:
+    """Record the inputs of the run. Raises BlmError, in every process, if the run may not write to
+    `out`."""
 
     def prepare() -> None:
         if processes.first:
             require_same_inputs(out / "inputs.json", inputs, f"'{out}' holds another run")
             for name in ("backbone", "adapter"):
                 require_free(out / name)
-            write_json(out / "rows.json", dict(counts))
 
     run_together(processes, prepare)
 

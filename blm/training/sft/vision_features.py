@@ -8,9 +8,9 @@ the DeepStack mergers) is a part of the tower; its input is cached just the same
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from blm.backbone import Backbone, Inputs
-from blm.backbone.vision_cache import content_key
+from blm.backbone.precision import mixed_precision
 from blm.training.sft.parameter_groups import part_of, projector_names
-from blm.training.sft.tokenize import TokenizedExample, VisionInputs, concatenate_vision_inputs
+from blm.training.sft.tokenize import VisionInputs, concatenate_vision_inputs
 from blm.types import BlmError
 
 PICTURES_PER_PASS = 64
 """Maximum number of images in one pass of the vision tower."""
+ROWS_PER_PASS = 2**16
+"""Maximum number of rows of pixel inputs in one pass: for Qwen-VL, patches."""
 PictureFeatures = dict[str, Tensor]
 """Of one image or several, either the input of the projector: "tower_features" [images, tokens,
 width] (Qwen-VL: [patches, width]) with, for Qwen3-VL, "deepstack_tower_features" [patches, blocks,
@@ -71,68 +73,34 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
-class VisionFeatureCache:
-    """Replaces the pixels of examples by vision features; equal images are encoded once."""
+def encode_all(backbone: Backbone, pictures: Mapping[str, Inputs]) -> dict[str, PictureFeatures]:
+    """Return the features of images by key, on the CPU; those of one size share passes.
 
-    def __init__(self, backbone: Backbone, counts: Counter[str]) -> None:
-        """`counts` gets 'pictures' and 'distinct pictures'.
-
-        Raises BlmError unless the tower is frozen.
-        """
-        projectors = trained_projectors(backbone)
-        self.backbone, self.counts = backbone, counts
-        self.batch_size = PICTURES_PER_PASS if projectors else 1
-        self.features: dict[str, PictureFeatures] = {}
-        """By the content key of an image."""
-
-    def __call__(self, examples: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-        """Return the examples with cached features in place of images."""
-        keys = []
-        missing = dict[str, Inputs]()
-        for example in examples:
-            pictures = _split_pictures(example.vision_inputs(self.backbone))
-            keyed = [(content_key(picture), picture) for picture in pictures]
-            keys.append([key for key, _ in keyed])
-            self.counts["pictures"] += len(keyed)
-            missing |= {key: picture for key, picture in keyed if key not in self.features}
-            if len(missing) >= self.batch_size or example is examples[-1]:
-                self.features |= _encode_all(self.backbone, missing, self.batch_size)
-                self.counts["distinct pictures"] += len(missing)
-                missing = {}
-        return [
-            replace(example, processor_input=None, features=_collect([self.features[key] for key in own]))
-            for example, own in zip(examples, keys, strict=True)
-        ]
-
-
-def _encode_all(
-    backbone: Backbone, pictures: Mapping[str, Inputs], batch_size: int
-) -> dict[str, PictureFeatures]:
-    """Return the features of images by key.
-
-    Those of one shape share a pass if `batch_size` is above 1.
+    Raises BlmError unless the vision tower is frozen.
     """
     encoded: dict[str, PictureFeatures] = {}
     groups = defaultdict[object, list[str]](list)
-    for number, (key, picture) in enumerate(pictures.items()):
-        shapes = tuple((name, value.shape) for name, value in picture.items())
-        groups[shapes if batch_size > 1 and not GRIDS.keys() & picture.keys() else number].append(key)
-    for keys in groups.values():
-        batch = {name: torch.cat([pictures[key][name] for key in keys]) for name in pictures[keys[0]]}
-        features = encode_pictures(backbone, batch)
-        split = {n: v.split(1) if len(keys) > 1 else (v,) for n, v in features.items()}
-        for index, key in enumerate(keys):
-            # cloned: a view would be sent to other processes with the whole storage of its batch
-            encoded[key] = {name: parts[index].clone() for name, parts in split.items()}
+    for key, picture in pictures.items():
+        grids = tuple(tuple(picture[name].flatten().tolist()) for name in GRIDS if name in picture)
+        groups[grids, tuple((name, value.shape) for name, value in picture.items())].append(key)
+    for group in groups.values():
+        rows = max(len(value) for value in pictures[group[0]].values())
+        size = max(1, min(PICTURES_PER_PASS, ROWS_PER_PASS // rows))
+        for begin in range(0, len(group), size):
+            keys = group[begin : begin + size]
+            batch = {name: torch.cat([pictures[key][name] for key in keys]) for name in pictures[keys[0]]}
+            features = encode_pictures(backbone, batch)
+            split = {name: value.split(len(value) // len(keys)) for name, value in features.items()}
+            for index, key in enumerate(keys):
+                encoded[key] = {name: parts[index] for name, parts in split.items()}
     return encoded
 
 
 @torch.no_grad()
 def encode_pictures(backbone: Backbone, vision_inputs: Inputs) -> PictureFeatures:
-    """Return the features to cache for an image, on the CPU.
+    """Return the features to cache for an image, or for several, on the CPU.
 
-    If a projector is trained, it may be several images. Raises BlmError unless the vision tower is
-    frozen.
+    Raises BlmError unless the vision tower is frozen.
     """
     projectors = trained_projectors(backbone)
     modules = vision_modules(backbone)
@@ -141,7 +109,8 @@ def encode_pictures(backbone: Backbone, vision_inputs: Inputs) -> PictureFeature
         module.eval()
     try:
         if projectors:
-            return _projector_inputs(backbone, projectors, vision_inputs)
+            with mixed_precision(backbone.model):
+                return _projector_inputs(backbone, projectors, vision_inputs)
         output = vision_features(backbone, backbone.place(vision_inputs))
     finally:
         for module, mode in zip(modules, modes, strict=True):
@@ -275,7 +244,7 @@ def projectors_of(backbone: Backbone) -> list[nn.Module]:
     return [backbone.model.get_submodule(name) for name in names]
 
 
-def _split_pictures(vision_inputs: VisionInputs) -> list[Inputs]:
+def split_pictures(vision_inputs: VisionInputs) -> list[Inputs]:
     """Split vision inputs into those of single images (SmolVLM: tiles), then of single videos."""
     if not vision_inputs:
         return []
@@ -291,6 +260,7 @@ def _split_pictures(vision_inputs: VisionInputs) -> list[Inputs]:
     return [dict(zip(parts, picture, strict=True)) for picture in zip(*parts.values(), strict=True)]
 
 
-def _collect(pictures: Sequence[PictureFeatures]) -> VisionInputs:
+def collect(pictures: Sequence[PictureFeatures]) -> VisionInputs:
+    """Return the features of images one after another, as the inputs of an example."""
     names = dict.fromkeys(name for picture in pictures for name in picture)
     return {name: tuple(picture[name] for picture in pictures if name in picture) for name in names}

@@ -25,6 +25,7 @@ from blm.policy.network import PolicyConfig
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.train import PolicyTrainingConfig, train_stage2
+from blm.training.sft import loss
 from blm.training.sft.lora import Lora
 from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
 from blm.types import Image, Message
@@ -54,9 +55,7 @@ def sources() -> list[TrainingSource]:
     ]
 
 
-def train(
-    out: Path, model: str = "nano", *, shard: bool = False, accumulate: int = 1, rank: int = 0
-) -> None:
+def train(out: Path, model: str = "nano", *, shard: bool = False, accumulate: int = 1, rank: int = 0) -> None:
     """Stage I; with LoRA of a rank above 0."""
     backbone = MODELS[model]()
     loop = LoopConfig(
@@ -196,6 +195,7 @@ def go_on(old: Path, new: Path, step: int) -> Path:
 def work(out: Path) -> None:
     state = PartialState(cpu=True)
     assert state.num_processes == 2
+    loss.LOGITS_AT_ONCE = 2_000  # several chunks a batch; the run of one process has one
     for model in MODELS:
         train(out / "ddp" / model, model)
         train(out / "fsdp2" / model, model, shard=True)

@@ -24,7 +24,7 @@ from blm.datasets.lerobot import EpisodeDataset, open_dataset
 from blm.jobs import WorkUnit, read_journal
 from blm.training.loop.distributed import Processes
 from blm.training.loop.loop import LoopConfig
-from blm.training.policy import cache_processes, hidden_state_cache
+from blm.training.policy import cache_files, cache_processes, hidden_state_cache
 from blm.training.policy.cache_processes import wait_for_shards
 from blm.training.policy.hidden_state_cache import CachedHiddenStates, cache_hidden_states
 from blm.training.policy.hidden_states import HiddenStateConfig
@@ -163,13 +163,13 @@ def test_a_line_that_another_process_is_writing_stays(tmp_path: Path) -> None:
 def test_a_large_shard_is_checked_by_size_and_samples(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hidden_state_cache, "SAMPLE_BLOCKS", 4)
-    monkeypatch.setattr(hidden_state_cache, "SAMPLE_BYTES", 64)
+    monkeypatch.setattr(cache_files, "SAMPLE_BLOCKS", 4)
+    monkeypatch.setattr(cache_files, "SAMPLE_BYTES", 64)
     fill(world, tmp_path)
     shard = tmp_path / "00001.npy"
     data = shard.read_bytes()
     hashed = list[Path]()
-    monkeypatch.setattr(hidden_state_cache, "sha256_file", hashed.append)
+    monkeypatch.setattr(cache_files, "sha256_file", hashed.append)
     fill(world, tmp_path)
     assert not hashed, "a whole shard was read"
     for changed in (data[:-1] + bytes([data[-1] ^ 1]), bytes([data[0] ^ 1]) + data[1:], data + b"0"):

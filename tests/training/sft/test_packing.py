@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ import torch
 
 from blm.backbone import Backbone, build_nano
 from blm.media import load_pixels
+from blm.training.policy.hidden_state_cache import ALONE
 from blm.training.sft import pack as packing
+from blm.training.sft.feature_cache import cache_features
 from blm.training.sft.loss import MaskedLoss, MaskedLossModel
 from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource
 from blm.training.sft.pack import collate, pack, probe_conversations, probe_examples, require_exact
@@ -33,7 +36,6 @@ from blm.training.sft.tokenize import (
     tokenize_conversation,
 )
 from blm.training.sft.vision_features import (
-    VisionFeatureCache,
     is_frozen,
     projectors_of,
     vision_features,
@@ -342,20 +344,22 @@ def freeze_vision(backbone: Backbone, projector: bool) -> None:
 
 
 @pytest.mark.parametrize("projector", [False, True])
-def test_cached_features_give_the_same_loss_and_gradients(backbone: Backbone, projector: bool) -> None:
+def test_cached_features_give_the_same_loss_and_gradients(
+    backbone: Backbone, projector: bool, tmp_path: Path
+) -> None:
     freeze_vision(backbone, projector)
     rows = probe_examples(backbone)
     wanted = gradients(backbone, lambda: run(backbone, [rows]).loss_sum)
-    counts: Counter[str] = Counter()
-    cached = VisionFeatureCache(backbone, counts)(rows)
-    assert counts == {"pictures": 3, "distinct pictures": 2}
+    found = cache_features(backbone, [rows], tmp_path, ALONE)
+    (cached,) = found.examples
+    assert (found.pictures, found.distinct) == (3, 2)
     assert all(one.processor_input is None for one in cached)
-    found = gradients(backbone, lambda: run(backbone, [cached], cached=True).loss_sum)
-    assert_same(found, wanted)
-    assert bool(found) and any(part_of(name) == "projector" for name in found) == projector
+    grads = gradients(backbone, lambda: run(backbone, [cached], cached=True).loss_sum)
+    assert_same(grads, wanted)
+    assert bool(grads) and any(part_of(name) == "projector" for name in grads) == projector
 
 
-def test_cached_tokens_of_qwen_are_in_reading_order_whatever_the_order_of_its_windows() -> None:
+def test_cached_tokens_of_qwen_are_in_reading_order_whatever_the_order_of_its_windows(tmp_path: Path) -> None:
     """Pictures of 4 x 4 tokens in windows of 2 x 2: the merger meets them window by window."""
     backbone = tiny_qwen("2.5")
     size = 8 * 14
@@ -363,7 +367,7 @@ def test_cached_tokens_of_qwen_are_in_reading_order_whatever_the_order_of_its_wi
     freeze_vision(backbone, projector=True)
     examples = [row(backbone, talk((picture(0, size, size), picture(1, 56, 224), "What?"), "a ramp"))]
     wanted = gradients(backbone, lambda: run(backbone, [examples]).loss_sum)
-    cached = VisionFeatureCache(backbone, Counter())(examples)
+    (cached,) = cache_features(backbone, [examples], tmp_path, ALONE).examples
     found = gradients(backbone, lambda: run(backbone, [cached], cached=True).loss_sum)
     assert_same(found, wanted)
     assert any("merger" in name for name in found)
@@ -372,13 +376,13 @@ def test_cached_tokens_of_qwen_are_in_reading_order_whatever_the_order_of_its_wi
     hook = projectors_of(backbone)[0].register_forward_pre_hook(lambda _, args: given.append(args[0]))
     vision_features(backbone, inputs)
     hook.remove()
-    stored = concatenate_vision_inputs([cached[0].features])["tower_features"]
+    stored = concatenate_vision_inputs([cached[0].vision_inputs(backbone)])["tower_features"]
     assert stored.shape == given[0].shape and not torch.allclose(stored, given[0])
 
 
-def test_features_of_a_trained_vision_tower_are_not_cached(backbone: Backbone) -> None:
+def test_features_of_a_trained_vision_tower_are_not_cached(backbone: Backbone, tmp_path: Path) -> None:
     with pytest.raises(BlmError, match="cannot be cached"):
-        VisionFeatureCache(backbone, Counter())
+        cache_features(backbone, [probe_examples(backbone)], tmp_path, ALONE)
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -419,7 +423,7 @@ def test_logits_are_computed_for_masked_tokens_only(nano: Backbone) -> None:
     hook = head.register_forward_hook(lambda _, __, out: shapes.append(out.shape))
     answers = run(nano, [probe_examples(nano)])
     hook.remove()
-    assert shapes == [(int(answers.tokens), head.out_features)]
+    assert shapes == [(1, int(answers.tokens), head.out_features)]
 
 
 def test_turns_are_padded_in_the_cheapest_parts(monkeypatch: pytest.MonkeyPatch) -> None:

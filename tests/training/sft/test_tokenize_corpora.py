@@ -52,7 +52,7 @@ def conversations(count: int, bad: tuple[int, ...] = (), long: tuple[int, ...] =
     return made
 
 
-def read(count: int, features: bool = False, skip_bad: bool = True, **made: Any) -> list[Any]:
+def read(count: int, skip_bad: bool = True, **made: Any) -> list[Any]:
     """What each of `count` processes gets: rows and counts, or the complaint."""
     meeting, limits = Meeting(count), TokenizationConfig(max_length=60)
     source = TrainingSource(name="some", conversations=conversations(23, **made))
@@ -60,9 +60,8 @@ def read(count: int, features: bool = False, skip_bad: bool = True, **made: Any)
 
     def work(rank: int) -> Any:
         backbone = backbones[rank]
-        backbone.model.base_model.vision_tower.requires_grad_(False)
         processes = meeting.of(rank) if count > 1 else Processes(0, 1, torch.device("cpu"))
-        tokenizer = CorpusTokenizer(backbone, limits, processes, skip_bad=skip_bad, cache_features=features)
+        tokenizer = CorpusTokenizer(backbone, limits, processes, skip_bad=skip_bad)
         try:
             return tokenizer.tokenize(source).examples, tokenizer.total_counts()
         except BlmError as error:
@@ -73,32 +72,21 @@ def read(count: int, features: bool = False, skip_bad: bool = True, **made: Any)
 
 
 def same(one: TokenizedExample, other: TokenizedExample) -> bool:
-    """Features up to rounding: how many pictures the eye sees at once differs."""
-    media = one.features.keys() == other.features.keys() and all(
-        torch.allclose(a, b, atol=1e-4)
-        for name in one.features
-        for a, b in zip(one.features[name], other.features[name], strict=True)
-    )
     arrays = ("tokens", "loss_mask", "segment_ids", "position_ids")
-    return media and all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays)
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in arrays)
 
 
-@pytest.mark.parametrize("features", [False, True])
 @pytest.mark.parametrize("count", [2, 3])
-def test_processes_tokenize_like_one(count, features, monkeypatch, capsys):
+def test_processes_tokenize_like_one(count, monkeypatch, capsys):
     made = {"bad": (4, 9, 17), "long": (2, 20)}
-    ((rows, counts),) = read(1, features, **made)
+    ((rows, counts),) = read(1, **made)
     complaints = capsys.readouterr().err
     assert counts["kept"] == len(rows) == 18 and counts["skipped, bad"] == 3
     assert counts["dropped, too long"] == 2
-    assert counts["distinct pictures"] == (3 if features else 0)
     monkeypatch.setattr(reading, "CONVERSATIONS_PER_EXCHANGE", 4)
-    for others, total in read(count, features, **made):
+    for others, total in read(count, **made):
         assert len(others) == len(rows) and all(map(same, others, rows))
         assert +total == +Counter(counts)
-        kept = [tensor for row in others for tensors in row.features.values() for tensor in tensors]
-        assert bool(kept) == features
-        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept), "and no other's"
     said = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
     assert said == [line for line in complaints.splitlines() if "skipped" in line] and len(said) == 3
 
