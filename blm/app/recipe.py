@@ -151,7 +151,8 @@ class Stage1Settings:
     @property
     def mixed(self) -> bool:
         """Whether Stage I trains on more than all scene questions for a number of steps."""
-        return self.epochs > 0 or self.mixture != MixtureSettings()
+        mixture = self.mixture
+        return bool(self.epochs or mixture.public or mixture.replay_share or mixture.scenes != 1)
 
 
 @dataclass(frozen=True, kw_only=True)

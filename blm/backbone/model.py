@@ -161,10 +161,7 @@ class MultimodalModel:
         return inputs
 
     def check(self, inputs: Inputs) -> None:
-        """Raise BlmError if placeholders and features differ in number, or exceed the context.
-
-        An outline has no weights to compute features with, so only the context is checked.
-        """
+        """Raise BlmError if placeholders and features differ in number, or exceed the context."""
         placeholders = int((inputs["input_ids"] == self.placeholder_id).sum())
         features = self._count_features(inputs) if "pixel_values" in inputs else 0
         if placeholders != features:
@@ -186,7 +183,7 @@ class MultimodalModel:
         is asked once for each image size.
         """
         pixels = inputs["pixel_values"]
-        if self.model.device.type == "meta":
+        if self.model.device.type == "meta":  # an outline computes no features
             return int((inputs["input_ids"] == self.placeholder_id).sum())
         size = tuple(pixels.shape[1:])
         if size not in self._features_per_row:

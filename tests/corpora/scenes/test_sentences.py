@@ -25,7 +25,7 @@ def test_every_kind_has_a_sentence(kind: str) -> None:
         except KeyError:
             raise AssertionError(f"{kind} has no sentence") from None
         assert text[0].isupper() and text.endswith(".") and "{" not in text
-        assert "<" in text or answer in text
+        assert answer.lower() in text.lower()
 
 
 def test_sentences_hold_the_answer_and_no_thought() -> None:
