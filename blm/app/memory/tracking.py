@@ -71,7 +71,7 @@ def _without_values() -> FakeTensorMode:
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return a tensor without values, on the CPU."""
     with _without_values():
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def strip_values(module: M, dtype: torch.dtype | None = None) -> M:
@@ -94,10 +94,12 @@ def strip_values(module: M, dtype: torch.dtype | None = None) -> M:
 
 
 @contextmanager
-def copying() -> Iterator[None]:
-    """Allow copies of modules without values: `copy.deepcopy` looks at addresses, and torch warns."""
+def quiet() -> Iterator[None]:
+    """Hide warnings about tensors without values: copies look at their addresses, and operators at
+    their gradients, neither of which matters."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         yield
 
 

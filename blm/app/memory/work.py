@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from blm.app.memory.tracking import TensorMemory, copying, strip_values
+from blm.app.memory.tracking import TensorMemory, quiet, strip_values
 from blm.backbone import Backbone, Inputs
 from blm.policy.network import PolicyBatch, PolicyNetwork
 from blm.training.loop.ema import Ema
@@ -61,7 +61,7 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 
 def choose_without_values(backbone: Backbone, config: Stage1Config) -> None:
     """Freeze parts and add adapters, as Stage I does, to a backbone without values."""
-    with copying():
+    with quiet():
         choose_trained(backbone, config, exact=False)
     strip_values(backbone.model)
 
@@ -102,7 +102,7 @@ def stage2_step(
     average."""
     with TensorMemory() as memory:
         memory.add([*network.parameters(), *network.buffers()])
-        with copying():
+        with quiet():
             ema = Ema(network, decay)
         memory.add(ema.module.parameters())
         optimizer = _optimizer(network, config, lambda name: config.lr)
@@ -121,18 +121,19 @@ def stage2_step(
 
 
 def tap(backbone: Backbone, inputs: Inputs, layer: int) -> int:
-    """Return the bytes beside the weights at the peak of tapping the hidden states H_k."""
+    """Return the bytes beside the weights, inputs included, at the peak of tapping H_k."""
     with TensorMemory() as memory:
         weights = [*backbone.model.parameters(), *backbone.model.buffers()]
         memory.add(weights)
         before = memory.live
+        memory.add(inputs.values())
         backbone.tap(backbone.place(inputs), layer)
         return memory.peak - before
 
 
 @torch.no_grad()
 def act(backbone: Backbone, network: PolicyNetwork, inputs: Inputs, layer: int) -> int:
-    """Return the bytes beside the weights at the peak of choosing actions for a batch."""
+    """Return the bytes beside the weights, inputs included, at the peak of choosing actions."""
     config, count = network.config, len(inputs["input_ids"])
     state, robot = torch.zeros(count, config.max_dim), torch.zeros(count, dtype=torch.long)
     noise = torch.zeros(count, config.horizon, config.max_dim)
@@ -140,6 +141,7 @@ def act(backbone: Backbone, network: PolicyNetwork, inputs: Inputs, layer: int) 
     with TensorMemory() as memory:
         memory.add([*backbone.model.parameters(), *backbone.model.buffers(), *network.parameters()])
         before = memory.live
+        memory.add(inputs.values())
         tapped = backbone.tap(backbone.place(inputs), layer)
         network.sample(tapped.hidden, tapped.mask, state, robot, noise, dims)
         return memory.peak - before
@@ -167,8 +169,9 @@ def _update(
 ) -> None:
     """Take one step as `run_loop` does; with accumulation, gradients exist in later passes."""
     memory.add(optimizer.state().values())
-    for _ in range(min(config.accumulate, 2)):
-        loss().backward()
+    with quiet():
+        for _ in range(min(config.accumulate, 2)):
+            loss().backward()
     parameters: Sequence[Tensor] = list(optimizer.names.values())
     for p in parameters:
         if p.grad is None:
