@@ -53,7 +53,9 @@ def passes(form: str, samples: int, repeats: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--samples", type=int, default=32, help="samples of a pass; the recipe has 256 a step")
+    parser.add_argument(
+        "--samples", type=int, default=32, help="samples of a pass; the recipe has 256 a step"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="measured passes of each form")
     chosen = parser.parse_args()
     found = {}

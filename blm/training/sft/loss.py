@@ -87,7 +87,7 @@ class MaskedLossModel(nn.Module):
         arguments = forward_arguments(self.backbone, inputs)
         if batch.prefix_layout is not None and uses_prefix_attention(self.backbone):
             arguments["prefix_layout"] = batch.prefix_layout.to(device)
-        with known_padding(batch.padding > 0), self._logits_only_at(positions):
+        with known_padding(batch.padding > 0), self._logits_only_at(positions), self._embeddings_plus(zero):
             logits = self.model(**arguments, use_cache=False).logits.float()
         loss = F.cross_entropy(logits, targets, reduction="sum")
         correct = (logits.argmax(-1) == targets).sum()
@@ -102,6 +102,24 @@ class MaskedLossModel(nn.Module):
         """
         hook = self.model.get_output_embeddings().register_forward_pre_hook(
             lambda _, inputs: (inputs[0].flatten(0, 1).index_select(0, positions),)
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def _embeddings_plus(self, zero: Tensor | float) -> Iterator[None]:
+        """If sharded, add a zero that depends on the vision tower to the token embeddings.
+
+        If only the projector and adapters are trained, embeddings of text alone have no gradient,
+        and FSDP would add up the gradients of the first block later than in processes with images.
+        """
+        if not (self.sharded and isinstance(zero, Tensor)):
+            yield
+            return
+        hook = self.model.get_input_embeddings().register_forward_hook(
+            lambda _, inputs, output: output + zero.to(output.dtype)
         )
         try:
             yield

@@ -54,9 +54,7 @@ def sources() -> list[TrainingSource]:
     ]
 
 
-def train(
-    out: Path, model: str = "nano", *, shard: bool = False, accumulate: int = 1, rank: int = 0
-) -> None:
+def train(out: Path, model: str = "nano", *, shard: bool = False, accumulate: int = 1, rank: int = 0) -> None:
     """Stage I; with LoRA of a rank above 0."""
     backbone = MODELS[model]()
     loop = LoopConfig(
