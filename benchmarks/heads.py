@@ -15,7 +15,6 @@ import multiprocessing
 import resource
 import statistics
 import time
-from dataclasses import asdict
 
 import torch
 
@@ -67,7 +66,7 @@ def main() -> None:
         "samples": chosen.samples,
         "seconds": {"gathered": slow, "runs": fast, "ratio": slow / fast},
         "added_peak_mib": {"gathered": much, "runs": little, "ratio": much / little},
-        "machine": asdict(this_machine()),
+        "machine": this_machine().to_json(),
     }
     print(json.dumps(report, indent=1))
 
