@@ -15,7 +15,6 @@ import multiprocessing
 import resource
 import statistics
 import time
-from dataclasses import asdict
 
 import torch
 
@@ -53,7 +52,9 @@ def passes(form: str, samples: int, repeats: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--samples", type=int, default=32, help="samples of a pass; the recipe has 256 a step")
+    parser.add_argument(
+        "--samples", type=int, default=32, help="samples of a pass; the recipe has 256 a step"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="measured passes of each form")
     chosen = parser.parse_args()
     found = {}
@@ -65,7 +66,7 @@ def main() -> None:
         "samples": chosen.samples,
         "seconds": {"gathered": slow, "runs": fast, "ratio": slow / fast},
         "added_peak_mib": {"gathered": much, "runs": little, "ratio": much / little},
-        "machine": asdict(this_machine()),
+        "machine": this_machine().to_json(),
     }
     print(json.dumps(report, indent=1))
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class StoredTensors:
     def _rows(self, name: str, first: int, end: int) -> Iterator[tuple[int, Tensor]]:
         """Yield rows [first, end) as pieces, each with the number of its first row."""
         stored = self._shards.get(name, [0, end])
-        for part, (begin, stop) in zip(self._parts, zip(stored, stored[1:], strict=False), strict=False):
+        for part, (begin, stop) in zip(self._parts, pairwise(stored), strict=False):
             low, high = max(begin, first), min(stop, end)
             if low < high:
                 yield low, part.get_slice(name)[low - begin : high - begin]

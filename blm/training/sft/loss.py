@@ -96,7 +96,7 @@ class MaskedLossModel(nn.Module):
         arguments = forward_arguments(self.backbone, inputs)
         if batch.prefix_layout is not None and uses_prefix_attention(self.backbone):
             arguments["prefix_layout"] = batch.prefix_layout.to(device)
-        with known_padding(batch.padding > 0):
+        with known_padding(batch.padding > 0), self._embeddings_plus(zero):
             output = self.model.base_model(**arguments, use_cache=False)
         hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions)
         loss, correct = self._sums(output, hidden, targets)
@@ -121,6 +121,24 @@ class MaskedLossModel(nn.Module):
         ]
         losses, correct = zip(*parts, strict=True)
         return torch.stack(losses).sum(), torch.stack(correct).sum()
+
+    @contextmanager
+    def _embeddings_plus(self, zero: Tensor | float) -> Iterator[None]:
+        """If sharded, add a zero that depends on the vision tower to the token embeddings.
+
+        If only the projector and adapters are trained, embeddings of text alone have no gradient,
+        and FSDP would add up the gradients of the first block later than in processes with images.
+        """
+        if not (self.sharded and isinstance(zero, Tensor)):
+            yield
+            return
+        hook = self.model.get_input_embeddings().register_forward_hook(
+            lambda _, inputs, output: output + zero.to(output.dtype)
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _zero_of_unused_vision(self, inputs: Inputs) -> Tensor | float:
         """Return zero; without images in the batch, the dummy image's output times zero."""

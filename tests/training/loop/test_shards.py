@@ -118,7 +118,7 @@ def fail_at_the_last_checkpoint(out: Path, config: LoopConfig, processes: Partia
         save_file(tensors, path, metadata)
 
     state.save_file = full
-    with pytest.raises(BlmError, match="process 0 of 2 wrote no checkpoint: .*no space left"):
+    with pytest.raises(BlmError, match=r"process 0 of 2 wrote no checkpoint: .*no space left"):
         train(out, config)
     state.save_file = save_file
 
@@ -161,7 +161,7 @@ def test_each_process_writes_its_rows(two: Path) -> None:
         for name in (name for name in shards if name.startswith("weight/")):
             rows = torch.cat([first.get_tensor(name), second.get_tensor(name)])
             assert torch.equal(rows, whole[name.removeprefix("weight/")]), name
-        assert not [name for name in first.keys() if "frozen" in name and not name.startswith("ema/")]
+        assert not [name for name in set(first.keys()) if "frozen" in name and not name.startswith("ema/")]
 
 
 def test_a_run_cut_while_it_wrote_goes_on_to_the_same_bits(two: Path) -> None:

@@ -418,7 +418,7 @@ def test_a_run_of_a_version_without_precision_goes_on(tmp_path: Path) -> None:
     (file,) = checkpoints(tmp_path)
     with safe_open(file, "pt") as saved:
         run = json.loads(saved.metadata()["run"])
-        tensors = {name: saved.get_tensor(name) for name in saved.keys()}
+        tensors = {name: saved.get_tensor(name) for name in set(saved.keys())}
     del run["config"]["precision"]
     save_file(tensors, file, {"run": json.dumps(run)})
     train(tmp_path)
