@@ -89,7 +89,7 @@ def merge_adapters(backbone: Backbone, adapted: peft.PeftModel, folder: Path | N
             weight: Any = layer.get_base_layer().weight
             precision = weight.dtype
             weight.data = weight.data.float()
-            layer.merge()  # type: ignore[operator]
+            layer.merge()
             weight.data = weight.data.to(precision)
     merged: Any = adapted.unload()
     assert merged is backbone.model

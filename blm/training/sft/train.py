@@ -156,15 +156,20 @@ def train_stage1(
         run_loop(model, loss, next_batch, config.loop, out, learning_rate=rate, on_eval=evaluation)
     if config.checkpoint_blocks:
         model.activation_checkpointing_disable()
+    _finish(backbone, adapted, out, processes)
+    return counts
+
+
+def _finish(backbone: Backbone, adapted: PeftModel | None, out: Path, processes: Processes) -> None:
+    """Merge adapters, round trained weights if frozen ones are bfloat16, and save the backbone."""
     if adapted is not None:
         merge_adapters(backbone, adapted, out / "adapter" if processes.first else None)
-    if is_mixed(model):
+    if is_mixed(backbone.model):
         _round_as_stored(backbone)
     backbone.model.eval()
     if processes.first:
         backbone.save(out / "backbone")
     processes.wait()
-    return counts
 
 
 def _round_as_stored(backbone: Backbone) -> None:
