@@ -17,6 +17,7 @@ from blm.backbone.families import require_family
 from blm.backbone.generation.generator import Generation
 from blm.backbone.model import MultimodalModel
 from blm.backbone.nano.model import SAMPLE_TEXTS, make_nano
+from blm.backbone.partial import load_first_blocks
 from blm.backbone.precision import place_weights, require_attention, use_attention
 from blm.backbone.processors import load_processor
 from blm.backbone.saving import save_folder
@@ -60,28 +61,42 @@ class Backbone(MultimodalModel):
         device: str = "cpu",
         dtype: torch.dtype = torch.float32,
         attn_implementation: str | None = None,
+        blocks: int | None = None,
     ) -> Backbone:
         """Load a folder, a name of BACKBONES ("nano" is built with random weights), or an id of the
         Hugging Face hub ("Qwen/Qwen2.5-VL-3B-Instruct").
 
         `attn_implementation` is a name of ATTENTION_IMPLEMENTATIONS; None: the model's default.
+        With `blocks` only what runs up to that block is loaded: later blocks and the head take no
+        memory, `tap` and `fingerprint` return the same, and all that needs the rest raises
+        BlmError. A model that is built ("nano", "smol") stays whole.
+
         Raises UnknownNameError for a name that is none of them, and BlmError for a model that
-        cannot be loaded, cannot be a backbone, or cannot use the attention implementation.
+        cannot be loaded, cannot be a backbone, cannot use the attention implementation, or has
+        fewer blocks.
         """
         require_attention(attn_implementation)
         source = _source(name_or_folder)
         if isinstance(source, str):
+            absent = None
             with _loading(source):
-                require_family(AutoConfig.from_pretrained(source))
-                model = AutoModelForImageTextToText.from_pretrained(source)
+                config = AutoConfig.from_pretrained(source)
+                require_family(config)
+                if blocks is None:
+                    model = AutoModelForImageTextToText.from_pretrained(source)
+                else:
+                    model, absent = load_first_blocks(source, config, blocks)
             # tensors of a memory-mapped file may be unaligned; aligned copies give the same bits everywhere
             for p in model.parameters():
                 p.data = p.data.clone()
             with _loading(source):
                 processor = load_processor(source)
             backbone = cls(model, processor)
+            backbone.absent = absent
         else:
             backbone = source()
+            if blocks is not None:
+                backbone.require_layer(blocks)
         use_attention(backbone.model, attn_implementation)
         backbone.attn_implementation = attn_implementation
         place_weights(backbone.model, device, dtype)
@@ -121,7 +136,9 @@ class Backbone(MultimodalModel):
         save_folder(folder, self.write_into)
 
     def write_into(self, folder: Path) -> None:
-        """Write the stock transformers files into an existing folder."""
+        """Write the stock transformers files into an existing folder. Raises BlmError for a
+        backbone of which only a part is loaded."""
+        self.require_whole()
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from blm.backbone.families import arrange_pictures
 from blm.backbone.hashing import hash_tensors
+from blm.backbone.partial import NO_HEAD, Absent
 from blm.backbone.prompt import question_prompt, to_chat
 from blm.backbone.video import (
     Video,
@@ -69,6 +70,8 @@ class MultimodalModel:
         self.videos_as: VideosAs = "frames"
         if reads_videos(processor, model.config.model_type):
             self.videos_as = "video"
+        self.absent: Absent | None = None
+        """What of the model is not loaded; None: nothing."""
         self._path = _decoder_path(model)
         self._processing = threading.Lock()
         self._features_per_row = dict[tuple[int, ...], Fraction]()
@@ -81,7 +84,7 @@ class MultimodalModel:
 
     @property
     def num_layers(self) -> int:
-        """Number of transformer blocks of the language model."""
+        """Number of loaded transformer blocks of the language model."""
         return len(self.decoder.layers)
 
     @property
@@ -254,10 +257,30 @@ class MultimodalModel:
         (Qwen3-VL's DeepStack), they are included: H_k is the input of block k + 1. Raises BlmError
         for a layer that the model does not have.
         """
-        if not 1 <= layer <= self.num_layers:
-            raise BlmError(f"layer {layer} is outside 1 .. {self.num_layers}, the blocks of this model")
+        self.require_layer(layer)
         hidden = _truncated(self.model, self._path, layer)(**inputs, use_cache=False).last_hidden_state
         return HiddenStates(hidden, inputs["attention_mask"].bool())
+
+    def require_layer(self, layer: int) -> None:
+        """Raise BlmError for a layer that the model does not have, or that is not loaded."""
+        if not 1 <= layer <= self.num_layers:
+            which = "the blocks of this model"
+            if self.absent is not None:
+                which = f"the loaded blocks of the {self.absent.blocks} of this model"
+            raise BlmError(f"layer {layer} is outside 1 .. {self.num_layers}, {which}")
+
+    def require_whole(self) -> None:
+        """Raise BlmError if only a part of the model is loaded."""
+        if self.absent is not None:
+            raise BlmError(NO_HEAD)
+
+    def require_part_of(self, whole: MultimodalModel, where: str) -> None:
+        """Raise BlmError unless all stored tensors of this model are, bit for bit, those of
+        `whole`."""
+        others = whole.model.state_dict()
+        for name, value in self.model.state_dict().items():
+            if not torch.equal(value.cpu(), others[name].cpu()):
+                raise BlmError(f"{where}: the backbone in memory (its '{name}') is not the frozen one")
 
     def freeze(self) -> None:
         """Switch to evaluation mode, and stop gradients of all parameters."""
@@ -268,7 +291,8 @@ class MultimodalModel:
         present precision, by sorted name.
 
         Buffers that are computed when a model is made, such as the frequencies of rotary positions,
-        are left out: they differ between processors and library versions.
+        are left out: they differ between processors and library versions. Tensors that are not
+        loaded are read from their files, so the hash is that of the whole model.
         """
         stored = self.model.state_dict().keys()
         return self._hash({name: value for name, value in self.model.named_buffers() if name in stored})
@@ -279,7 +303,10 @@ class MultimodalModel:
 
     def _hash(self, buffers: Mapping[str, Tensor]) -> str:
         digest = hashlib.sha256()
-        hash_tensors(digest, {**dict(self.model.named_parameters()), **buffers})
+        stored: Mapping[str, Tensor] = {**dict(self.model.named_parameters()), **buffers}
+        if self.absent is not None:
+            stored = self.absent.beside(stored, self.model.dtype)
+        hash_tensors(digest, stored)
         return digest.hexdigest()
 
     @staticmethod
@@ -292,6 +319,7 @@ class MultimodalModel:
     @torch.no_grad()
     def probe_logits(self) -> Tensor:
         """Return the next-token logits [2, V] after the two probe prompts."""
+        self.require_whole()
         return torch.cat(
             [
                 self.model(**self.encode([prompt])).logits[:, -1].float().cpu()

@@ -44,7 +44,7 @@ class FrozenProof:
     """Hash of the weights, which is part of the policy's revision. In older checkpoints it covers
     computed buffers, too."""
     logits: tuple[float, ...]
-    """About 256 of the logits on the probe prompts."""
+    """About 256 of the logits on the probe prompts; none if only a part of the backbone was loaded."""
     weights: str = ""
     """sha256 of all stored tensors (`Backbone.fingerprint`); empty in older checkpoints."""
 
@@ -52,7 +52,11 @@ class FrozenProof:
     def of(cls, backbone: Backbone) -> FrozenProof:
         """Return the proof of a backbone in its present state."""
         weights = backbone.fingerprint()
-        return cls(weights, _probe(backbone), weights)
+        return cls(weights, () if backbone.absent else _probe(backbone), weights)
+
+    def with_logits(self, backbone: Backbone) -> FrozenProof:
+        """Return the proof with logits; those of a whole `backbone` if it has none."""
+        return self if self.logits else replace(self, logits=_probe(backbone))
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> FrozenProof:
@@ -82,7 +86,7 @@ class FrozenProof:
         rounding.
 
         Precision, device and library versions change logits a little, so they prove nothing about
-        the weights.
+        the weights. Raises BlmError for a backbone of which only a part is loaded.
         """
         difference = float(np.abs(np.subtract(_probe(backbone), self.logits)).max())
         if not difference <= _logit_rounding(backbone):
@@ -215,19 +219,22 @@ class CheckpointPolicy:
                 weights[row] = prefix_weights(len(o.chunk), o.inference_delay, config.horizon)
         return ActionPrefix(actions, weights)
 
-    def save(self, folder: Path, provenance: Mapping[str, Any]) -> None:
+    def save(self, folder: Path, provenance: Mapping[str, Any], *, proved: bool = False) -> None:
         """Write the checkpoint folder atomically; it may replace an unaltered checkpoint.
 
-        Raises BlmError if the backbone is no longer in the precision in which it was frozen.
+        `proved` skips hashing the backbone: the caller has just done it. Raises BlmError if the
+        backbone is no longer in the precision in which it was frozen, or is not whole.
         """
-        self.frozen.require(self.backbone, f"cannot write '{folder}'")
+        self.backbone.require_whole()
+        if not proved:
+            self.frozen.require(self.backbone, f"cannot write '{folder}'")
         config = CheckpointConfig(
             policy=self.network.config,
             contract=self.contract,
             layer=self.layer,
             prompt=prompt_version(self.backbone, self.contract.cameras),
             dtype=str(self.backbone.model.dtype).removeprefix("torch."),
-            frozen=self.frozen,
+            frozen=self.frozen.with_logits(self.backbone),
             provenance=dict(provenance),
         )
 
@@ -245,19 +252,25 @@ class CheckpointPolicy:
         device: str = "cpu",
         dtype: WeightDtype | None = None,
         attn_implementation: str | None = None,
+        actions_only: bool = False,
     ) -> CheckpointPolicy:
         """Load a checkpoint folder, or a release by name.
 
         The backbone is compared with the frozen one in its stored precision, and then converted to
         `dtype`: by default bfloat16 on CUDA, and the stored precision elsewhere. Bridge and policy
-        stay in float32. Raises BlmError, naming the file and a remedy, unless the folder is
-        complete and unaltered.
+        stay in float32. With `actions_only` the blocks after the tapped one and the head stay on
+        disk: they are hashed with the rest, but the backbone cannot answer, and its logits are not
+        compared. A checkpoint whose hash covers computed buffers is loaded whole. Raises BlmError,
+        naming the file and a remedy, unless the folder is complete and unaltered.
         """
         folder = checkpoint_folder(folder)
         config = CheckpointConfig.from_json(read_config(folder))
         contract = config.contract
         backbone = Backbone.load(
-            folder / "backbone", dtype=getattr(torch, config.dtype), attn_implementation=attn_implementation
+            folder / "backbone",
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=attn_implementation,
+            blocks=config.layer if actions_only and config.frozen.weights else None,
         )
         backbone.freeze()
         config.frozen.require(backbone, f"checkpoint '{folder}'")
@@ -266,7 +279,8 @@ class CheckpointPolicy:
         else:
             precision = frozen_dtype(device, dtype)
         place_weights(backbone.model, device, precision)
-        config.frozen.compare_logits(backbone, f"checkpoint '{folder}'")
+        if backbone.absent is None:
+            config.frozen.compare_logits(backbone, f"checkpoint '{folder}'")
         if (now := prompt_version(backbone, contract.cameras)) != config.prompt:
             raise BlmError(
                 f"checkpoint '{folder}' was trained with control prompts of version {config.prompt}, this "

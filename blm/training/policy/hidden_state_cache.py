@@ -260,7 +260,9 @@ def _set_up_worker(
     dataset: Path,
     config: HiddenStateConfig,
 ) -> None:
-    backbone = Backbone.load(source, dtype=dtype, attn_implementation=attn_implementation)
+    backbone = Backbone.load(
+        source, dtype=dtype, attn_implementation=attn_implementation, blocks=config.layer
+    )
     _worker[:] = [LiveHiddenStates(backbone, open_dataset(dataset), config)]
 
 
