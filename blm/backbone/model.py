@@ -35,6 +35,7 @@ from blm.backbone.video import (
     token_types,
     video_arguments,
 )
+from blm.backbone.vision_plan import plan_on_cpu
 from blm.types import BlmError, Message
 
 Inputs = dict[str, Tensor]
@@ -72,6 +73,7 @@ class MultimodalModel:
             self.videos_as = "video"
         self.absent: Absent | None = None
         """What of the model is not loaded; None: nothing."""
+        plan_on_cpu(model, model.config.model_type)
         self._path = _decoder_path(model)
         self._processing = threading.Lock()
         self._features_per_row = dict[tuple[int, ...], Fraction]()
@@ -254,10 +256,17 @@ class MultimodalModel:
         """Return H_k, the output of block `layer`, counted from 1.
 
         Later blocks and the final norm do not run. Where a model adds image features between blocks
-        (Qwen3-VL's DeepStack), they are included: H_k is the input of block k + 1. Raises BlmError
-        for a layer that the model does not have.
+        (Qwen3-VL's DeepStack), they are included: H_k is the input of block k + 1. `inputs` are those
+        of `read` or `encode`; with those of `read`, which are on the CPU, a GPU waits less often.
+        Raises BlmError for a layer that the model does not have.
         """
         self.require_layer(layer)
+        grids = grids_of(inputs)
+        if grids:  # positions and grids are read on the host
+            rest = {name: value for name, value in inputs.items() if name not in (*grids, "mm_token_type_ids")}
+            inputs = {**self.place({**rest, "position_ids": self.position_ids(inputs)}), **grids}
+        else:
+            inputs = self.place(inputs)
         hidden = _truncated(self.model, self._path, layer)(**inputs, use_cache=False).last_hidden_state
         return HiddenStates(hidden, inputs["attention_mask"].bool())
 

@@ -199,7 +199,7 @@ class CheckpointPolicy:
         # copied before the backbone runs, because a later copy would wait for the backbone
         prefix = prefix and prefix.to(device)
         state, robot, noise, dims = (x.to(device) for x in inputs)
-        tapped = self.backbone.tap(self.backbone.encode(prompts, side="right"), self.layer)
+        tapped = self.backbone.tap(self.backbone.read(prompts, side="right"), self.layer)
         actions = self.network.sample(tapped.hidden, tapped.mask, state, robot, noise, dims, prefix)
         return decode_chunks(self.contract, self.transforms, checked, actions)
 

@@ -79,7 +79,7 @@ class LiveHiddenStates:
         rows: HiddenStateRows = []
         for start in range(0, len(prompts), self.config.batch_size):
             inputs = self.backbone.read(prompts[start : start + self.config.batch_size], side="right")
-            tapped = self.backbone.tap(self.backbone.place(inputs), self.config.layer)
+            tapped = self.backbone.tap(inputs, self.config.layer)
             hidden, mask = tapped.hidden.float().cpu(), inputs["attention_mask"].bool()
             rows += [h[m].numpy() for h, m in zip(hidden, mask, strict=True)]
         return rows
