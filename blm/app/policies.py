@@ -118,7 +118,8 @@ def load_checkpoint(
     dtype: WeightDtype | None = None,
     attn_implementation: str | None = None,
 ) -> Policy:
-    """Load a checkpoint of any kind; `dtype` and `attn_implementation` are those of its backbone.
+    """Load a checkpoint of any kind, only to act; `dtype` and `attn_implementation` are those of its
+    backbone.
 
     Raises BlmError for missing or altered files.
     """
@@ -126,7 +127,9 @@ def load_checkpoint(
         from blm.baselines.diffusion_policy import DiffusionPolicy
 
         return DiffusionPolicy.load(folder, device=device)
-    return CheckpointPolicy.load(folder, device=device, dtype=dtype, attn_implementation=attn_implementation)
+    return CheckpointPolicy.load(
+        folder, device=device, dtype=dtype, attn_implementation=attn_implementation, actions_only=True
+    )
 
 
 def with_real_time_chunking(make: Callable[[], Policy]) -> Policy:

@@ -189,11 +189,16 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """Owner and name of a model on the Hugging Face hub."""
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a Hugging Face hub id, OWNER/NAME."""
+    return _HUB_ID.fullmatch(name) is not None and ".." not in name.split("/")
+
+
 def _source(name_or_folder: str | Path) -> str | Callable[[], Backbone]:
     """Return a folder or hub id to load from, or a builder. Raises UnknownNameError for other
     names."""
     name = str(name_or_folder)
-    if recover_folder(Path(name_or_folder)).is_dir() or (name not in BACKBONES and _HUB_ID.fullmatch(name)):
+    if recover_folder(Path(name_or_folder)).is_dir() or (name not in BACKBONES and is_hub_id(name)):
         return name
     return lookup("backbone", name, BACKBONES)
 

@@ -273,6 +273,7 @@ class CheckpointPolicy:
             blocks=config.layer if actions_only and config.frozen.weights else None,
         )
         backbone.freeze()
+        backbone.require_layer(config.layer)
         config.frozen.require(backbone, f"checkpoint '{folder}'")
         if dtype is None and torch.device(device).type != "cuda":
             precision = getattr(torch, config.dtype)

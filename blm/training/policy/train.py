@@ -182,6 +182,7 @@ def train_stage2(
     # closed-loop validation on the CPU writes the policy for its workers, with the whole backbone
     saves = validate is not None and config.device == "cpu"
     backbone = _load_backbone(config, config.intents.layer if not saves else None)
+    backbone.require_layer(config.intents.layer)
     frozen = FrozenProof.of(backbone)
     datasets = [open_dataset(folder) for folder in config.datasets]
     contract = joint_contract(datasets, config.policy, cameras=config.intents.cameras, execute=config.execute)
