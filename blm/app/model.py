@@ -12,6 +12,7 @@ import torch
 
 from blm.backbone import BACKBONES, Backbone
 from blm.backbone.backbone import is_hub_id
+from blm.backbone.compilation import CompileMode
 from blm.backbone.generation.generator import Generation
 from blm.backbone.precision import WeightDtype, frozen_dtype
 from blm.backbone.vision_cache import cache_vision_features
@@ -40,13 +41,14 @@ class BLM:
         dtype: WeightDtype | None = None,
         attn_implementation: str | None = None,
         actions_only: bool = False,
+        compile: CompileMode = "none",
     ) -> BLM:
         """Load a checkpoint folder, or a release by name.
 
         `dtype` is the precision of the backbone: by default bfloat16 on CUDA, and that of the
         checkpoint elsewhere. `attn_implementation` is its attention implementation in transformers.
         With `actions_only` the blocks and the head that only answers need are not loaded, and
-        asking for an answer raises BlmError.
+        asking for an answer raises BlmError. `compile` compiles what chooses actions.
         Raises UnknownNameError for any other name, and BlmError for a missing or altered file.
         """
         if not (folder := checkpoint_folder(name_or_folder)).is_dir():
@@ -62,6 +64,7 @@ class BLM:
             dtype=dtype,
             attn_implementation=attn_implementation,
             actions_only=actions_only,
+            compile=compile,
         )
         return cls(policy)
 
@@ -141,14 +144,18 @@ class ModelSource:
         dtype: WeightDtype | None = None,
         attn_implementation: str | None = None,
         actions_only: bool = False,
+        compile: CompileMode = "none",
     ) -> LoadedModel:
         """Load the weights; `dtype` and `attn_implementation` are those of the backbone, as for
         `BLM.from_pretrained`.
 
         With `actions_only` the model does not chat, and what only chat needs is not loaded. Raises
-        BlmError for missing, altered or unreadable files, and for `actions_only` without a policy.
+        BlmError for missing, altered or unreadable files, for `actions_only` without a policy, and
+        for `compile` without a checkpoint of Stage II.
         """
         check_device(device)
+        if compile != "none" and self.kind != "blm":
+            raise BlmError(f"'{self.where}' cannot be compiled: it is no checkpoint of Stage II")
         if actions_only and not self.has_policy:
             raise BlmError(f"'{self.where}' has no policy: it answers questions, and chooses no actions")
         if self.kind == "diffusion_policy":
@@ -162,6 +169,7 @@ class ModelSource:
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 actions_only=actions_only,
+                compile=compile,
             )
             return LoadedModel(None if actions_only else model.backbone, model)
         try:

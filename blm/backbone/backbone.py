@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from blm.backbone.families import require_family
 from blm.backbone.generation.generator import Generation
@@ -78,6 +78,7 @@ class Backbone(MultimodalModel):
         require_attention(attn_implementation)
         source = _source(name_or_folder)
         if isinstance(source, str):
+            model: PreTrainedModel
             absent = None
             with _loading(source):
                 config = AutoConfig.from_pretrained(source)

@@ -5,10 +5,8 @@ Shapes: B conversations, L prompt positions, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from inspect import signature
@@ -20,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blm.backbone.compilation import Compiler
 from blm.backbone.families import arrange_pictures
-from blm.backbone.hashing import hash_tensors
-from blm.backbone.partial import NO_HEAD, Absent
 from blm.backbone.prompt import question_prompt, to_chat
+from blm.backbone.truncation import decoder_path, truncated
 from blm.backbone.video import (
     Video,
     VideosAs,
@@ -36,6 +34,7 @@ from blm.backbone.video import (
     video_arguments,
 )
 from blm.backbone.vision_plan import plan_on_cpu
+from blm.backbone.weights import Weights
 from blm.types import BlmError, Message
 
 Inputs = dict[str, Tensor]
@@ -52,7 +51,7 @@ class HiddenStates:
     """[B, L] bool, False at padding."""
 
 
-class MultimodalModel:
+class MultimodalModel(Weights):
     """A multimodal language model: prompt, encode, tap hidden states, freeze, hash.
 
     Generation is in subclasses. `tap` may run in one thread while another thread generates text
@@ -66,15 +65,15 @@ class MultimodalModel:
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
-        self.model = model.eval()
+        super().__init__(model)
         self.processor = processor
         self.videos_as: VideosAs = "frames"
         if reads_videos(processor, model.config.model_type):
             self.videos_as = "video"
-        self.absent: Absent | None = None
-        """What of the model is not loaded; None: nothing."""
         plan_on_cpu(model, model.config.model_type)
-        self._path = _decoder_path(model)
+        self._path = decoder_path(model)
+        self._compiled = dict[int, nn.Module]()
+        """Layer -> the model up to this layer, with compiled blocks."""
         self._processing = threading.Lock()
         self._features_per_row = dict[tuple[int, ...], Fraction]()
         """Size of a row of `pixel_values` -> number of picture features for each row."""
@@ -256,19 +255,25 @@ class MultimodalModel:
         """Return H_k, the output of block `layer`, counted from 1.
 
         Later blocks and the final norm do not run. Where a model adds image features between blocks
-        (Qwen3-VL's DeepStack), they are included: H_k is the input of block k + 1. `inputs` are those
-        of `read` or `encode`; with those of `read`, which are on the CPU, a GPU waits less often.
-        Raises BlmError for a layer that the model does not have.
+        (Qwen3-VL's DeepStack), they are included: H_k is the input of block k + 1. `inputs` are
+        those of `encode`, or better, because a GPU then waits less often, of `read`. Raises
+        BlmError for a layer that the model does not have.
         """
         self.require_layer(layer)
-        grids = grids_of(inputs)
-        if grids:  # positions and grids are read on the host
-            rest = {name: value for name, value in inputs.items() if name not in (*grids, "mm_token_type_ids")}
-            inputs = {**self.place({**rest, "position_ids": self.position_ids(inputs)}), **grids}
-        else:
-            inputs = self.place(inputs)
-        hidden = _truncated(self.model, self._path, layer)(**inputs, use_cache=False).last_hidden_state
+        grids = grids_of(inputs)  # the host reads them, for positions and lengths
+        if grids:
+            inputs = {**inputs, "position_ids": self.position_ids(inputs)}
+        unread = (*grids, "mm_token_type_ids") if grids else ()
+        inputs = {**self.place({n: x for n, x in inputs.items() if n not in unread}), **grids}
+        view = self._compiled.get(layer) or truncated(self.model, self._path, layer)
+        hidden = view(**inputs, use_cache=False).last_hidden_state
         return HiddenStates(hidden, inputs["attention_mask"].bool())
+
+    def compile_tap(self, layer: int, compiler: Compiler) -> None:
+        """Let `tap` compile blocks 1 .. `layer`, but not the vision tower. For frozen weights only:
+        parameters that are replaced later are not seen."""
+        self.require_layer(layer)
+        self._compiled[layer] = truncated(self.model, self._path, layer, compiler)
 
     def require_layer(self, layer: int) -> None:
         """Raise BlmError for a layer that the model does not have, or that is not loaded."""
@@ -277,46 +282,6 @@ class MultimodalModel:
             if self.absent is not None:
                 which = f"the loaded blocks of the {self.absent.blocks} of this model"
             raise BlmError(f"layer {layer} is outside 1 .. {self.num_layers}, {which}")
-
-    def require_whole(self) -> None:
-        """Raise BlmError if only a part of the model is loaded."""
-        if self.absent is not None:
-            raise BlmError(NO_HEAD)
-
-    def require_part_of(self, whole: MultimodalModel, where: str) -> None:
-        """Raise BlmError unless all stored tensors of this model are, bit for bit, those of
-        `whole`."""
-        others = whole.model.state_dict()
-        for name, value in self.model.state_dict().items():
-            if not torch.equal(value.cpu(), others[name].cpu()):
-                raise BlmError(f"{where}: the backbone in memory (its '{name}') is not the frozen one")
-
-    def freeze(self) -> None:
-        """Switch to evaluation mode, and stop gradients of all parameters."""
-        self.model.eval().requires_grad_(False)
-
-    def fingerprint(self) -> str:
-        """Return the sha256 of all stored tensors (parameters and persistent buffers) in their
-        present precision, by sorted name.
-
-        Buffers that are computed when a model is made, such as the frequencies of rotary positions,
-        are left out: they differ between processors and library versions. Tensors that are not
-        loaded are read from their files, so the hash is that of the whole model.
-        """
-        stored = self.model.state_dict().keys()
-        return self._hash({name: value for name, value in self.model.named_buffers() if name in stored})
-
-    def fingerprint_with_computed_buffers(self) -> str:
-        """Return the hash that older checkpoints store: of all parameters and all buffers."""
-        return self._hash(dict(self.model.named_buffers()))
-
-    def _hash(self, buffers: Mapping[str, Tensor]) -> str:
-        digest = hashlib.sha256()
-        stored: Mapping[str, Tensor] = {**dict(self.model.named_parameters()), **buffers}
-        if self.absent is not None:
-            stored = self.absent.beside(stored, self.model.dtype)
-        hash_tensors(digest, stored)
-        return digest.hexdigest()
 
     @staticmethod
     def probe_prompts() -> list[tuple[Message, ...]]:
@@ -349,32 +314,6 @@ def _measure_features_per_row(model: MultimodalModel, inputs: Inputs) -> Fractio
     return Fraction(sum(part.shape[:-1].numel() for part in output.pooler_output), rows)
 
 
-def _decoder_path(model: PreTrainedModel) -> tuple[str, ...]:
-    decoder = model.get_decoder()
-    for name, module in model.named_modules():
-        if module is decoder and {"layers", "norm"} <= module._modules.keys():
-            return tuple(name.split("."))
-    raise BlmError(
-        f"{type(model).__name__} has no language model with 'layers' and 'norm'; it cannot be tapped"
-    )
-
-
-def _truncated(model: nn.Module, path: Sequence[str], layer: int) -> nn.Module:
-    """Return a view of model.<path[0]> with blocks 1 .. layer only and no final norm.
-
-    Modules on the path are shallow copies; all others, and every parameter, are shared. The model
-    itself does not change, so another thread may generate with it.
-    """
-    top = view = shallow_copy(model.get_submodule(path[0]))
-    for name in path[1:]:
-        view._modules[name] = shallow_copy(view.get_submodule(name))
-        view = view.get_submodule(name)
-    layers = view.get_submodule("layers")
-    assert isinstance(layers, nn.ModuleList)
-    view._modules |= {"layers": layers[:layer], "norm": nn.Identity()}
-    return top
-
-
 def _without_missing_pictures(pixels: Tensor) -> Tensor:
     """Return the images [N, 1, 3, height, width] of a padded [B, max images, 3, height, width].
 
@@ -383,13 +322,3 @@ def _without_missing_pictures(pixels: Tensor) -> Tensor:
     """
     flat = pixels.flatten(0, 1)
     return flat[flat.flatten(1).any(1)][:, None]
-
-
-def shallow_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of a module that shares its parameters.
-
-    Children and attributes of the copy can be replaced without changing the module.
-    """
-    view = copy.copy(module)
-    view.__dict__["_modules"] = dict(module._modules)
-    return view

@@ -113,6 +113,14 @@ def stored_names(model: nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters()} | buffers
 
 
+def require_part(part: nn.Module, whole: nn.Module, where: str) -> None:
+    """Raise BlmError unless all stored tensors of `part` are, bit for bit, those of `whole`."""
+    others = whole.state_dict()
+    for name, value in part.state_dict().items():
+        if not torch.equal(value.cpu(), others[name].cpu()):
+            raise BlmError(f"{where}: the backbone in memory (its '{name}') is not the frozen one")
+
+
 def _without_head(kind: Any) -> Any:
     """Return the model class `kind` without a head; it keeps its name, which loading goes by."""
 

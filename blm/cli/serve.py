@@ -65,6 +65,9 @@ class Serve(CliCommand):
     attn_implementation: str | None = None
     """Attention implementation in transformers: eager, sdpa, flash_attention_2, ..; by default the
     model's own."""
+    compile: Literal["none", "default", "cuda-graphs"] = "none"
+    """Compile the tapped blocks, the bridge and the sampler with torch.compile.
+    `default` needs a C++ compiler on the CPU and triton on a GPU; `cuda-graphs` needs a GPU."""
     actions_only: bool = False
     """Serve actions without chat.
     The part of the backbone that only answers questions is then not loaded."""
@@ -81,8 +84,10 @@ class Serve(CliCommand):
         _check_addresses(self)
         with exit_on_interrupt("interrupted before the server started"):
             from blm.app.model import check_device, find_model
+            from blm.backbone.compilation import require_compiler
 
             check_device(self.device)
+            require_compiler(self.compile, self.device)
             source = find_model(self.checkpoint)
             _check_features(self, source)
             _warn(source)
@@ -102,6 +107,7 @@ def load_options(chosen: Serve | AskModel) -> LoadOptions:
         "device": chosen.device,
         "dtype": chosen.dtype,
         "attn_implementation": chosen.attn_implementation,
+        "compile": chosen.compile if isinstance(chosen, Serve) else "none",
     }
 
 
@@ -151,6 +157,8 @@ def _check_addresses(chosen: Serve) -> None:
 
 
 def _check_features(chosen: Serve, source: ModelSource) -> None:
+    if chosen.compile != "none" and source.kind != "blm":
+        raise BlmError(f"--compile needs a checkpoint of Stage II, and '{chosen.checkpoint}' is none")
     if chosen.actions_only and not source.has_policy:
         raise BlmError(f"--actions-only needs a policy, and '{chosen.checkpoint}' has chat only (Stage I)")
     if chosen.groot_port is not None and not source.has_policy:

@@ -7,7 +7,7 @@ policy was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import Tensor
 
 from blm.backbone.backbone import Backbone
+from blm.backbone.compilation import CompileMode, Compiler, batch_bucket, pad_prompts, require_compiler
 from blm.backbone.precision import WeightDtype, frozen_dtype, place_weights
 from blm.backbone.prompt import control_prompt
 from blm.bridge import BridgeConfig
@@ -163,6 +165,8 @@ class CheckpointPolicy:
         self.provenance = provenance or {}
         self.backbone, self.frozen, self.layer, self.transforms = backbone, frozen, layer, transforms
         self.network = network.eval().requires_grad_(False)
+        self._sample: Callable[..., Tensor] | None = None
+        """The compiled sampler, with the bridge."""
         self.contract = with_hashes(contract, network, transforms, frozen.fingerprint)
 
     @property
@@ -172,6 +176,29 @@ class CheckpointPolicy:
 
     def reset(self) -> None:
         """Do nothing: a chunk depends on its observation alone."""
+
+    def compile(self, compiler: Compiler) -> None:
+        """Compile the tapped blocks, and bridge and sampler, from the next action on.
+
+        Batches are then padded to powers of 2, and prompts to multiples of 32 tokens; each pair of
+        sizes is compiled when it first occurs. Actions differ by rounding (about 1e-5 in float32).
+        A chunk that continues another one (real-time chunking) is sampled without compilation.
+        """
+        self.backbone.compile_tap(self.layer, compiler)
+        self._sample = compiler(self.network.sample)
+
+    def warm_up(self, batch_sizes: Sequence[int] = (1,)) -> None:
+        """Choose actions for blank observations of these numbers, so that later calls are fast."""
+        robot, space = next(iter(self.contract.action_spaces.items()))
+        side = self.contract.image_size
+        blank = Observation(
+            robot=robot,
+            instruction="pick up the cube.",
+            images={camera: np.zeros((side, side, 3), np.uint8) for camera in self.contract.cameras},
+            state=np.add(space.low, space.high, dtype=np.float32) / 2,
+        )
+        for size in batch_sizes:
+            self.act_batch([blank] * size)
 
     def act(self, observation: Observation) -> ActionChunk:
         """Return the chunk for one observation; see `act_batch`."""
@@ -185,6 +212,8 @@ class CheckpointPolicy:
         observation that does not match the contract.
         """
         checked = [self.contract.check(observation) for observation in observations]
+        if self._sample is not None:
+            checked += checked[-1:] * (batch_bucket(len(checked)) - len(checked))
         prompts = [control_prompt(o.instruction, o.robot, o.images) for o in checked]
         config, robots = self.network.config, list(self.contract.action_spaces)
         states = [self.transforms[o.robot].state.forward(o.state) for o in checked]
@@ -199,9 +228,15 @@ class CheckpointPolicy:
         # copied before the backbone runs, because a later copy would wait for the backbone
         prefix = prefix and prefix.to(device)
         state, robot, noise, dims = (x.to(device) for x in inputs)
-        tapped = self.backbone.tap(self.backbone.read(prompts, side="right"), self.layer)
-        actions = self.network.sample(tapped.hidden, tapped.mask, state, robot, noise, dims, prefix)
-        return decode_chunks(self.contract, self.transforms, checked, actions)
+        read, sample = self.backbone.read(prompts, side="right"), self.network.sample
+        if self._sample is not None:
+            torch.compiler.cudagraph_mark_step_begin()
+            read = pad_prompts(read, self.backbone.processor.tokenizer.pad_token_id)
+            sample = sample if prefix else self._sample
+        tapped = self.backbone.tap(read, self.layer)
+        actions = sample(tapped.hidden, tapped.mask, state, robot, noise, dims, prefix)
+        count = len(observations)
+        return decode_chunks(self.contract, self.transforms, checked[:count], actions[:count])
 
     def _action_prefix(self, observations: Sequence[Observation]) -> ActionPrefix | None:
         """Return the current chunks, normalised; None if no observation has one."""
@@ -253,6 +288,7 @@ class CheckpointPolicy:
         dtype: WeightDtype | None = None,
         attn_implementation: str | None = None,
         actions_only: bool = False,
+        compile: CompileMode = "none",
     ) -> CheckpointPolicy:
         """Load a checkpoint folder, or a release by name.
 
@@ -260,9 +296,11 @@ class CheckpointPolicy:
         `dtype`: by default bfloat16 on CUDA, and the stored precision elsewhere. Bridge and policy
         stay in float32. With `actions_only` the blocks after the tapped one and the head stay on
         disk: they are hashed with the rest, but the backbone cannot answer, and its logits are not
-        compared. A checkpoint whose hash covers computed buffers is loaded whole. Raises BlmError,
-        naming the file and a remedy, unless the folder is complete and unaltered.
+        compared. A checkpoint whose hash covers computed buffers is loaded whole. With `compile`
+        the policy is compiled, and has chosen its first action. Raises BlmError, naming the file
+        and a remedy, unless the folder is complete and unaltered, and if it cannot be compiled.
         """
+        require_compiler(compile, device)
         folder = checkpoint_folder(folder)
         config = CheckpointConfig.from_json(read_config(folder))
         contract = config.contract
@@ -275,10 +313,8 @@ class CheckpointPolicy:
         backbone.freeze()
         backbone.require_layer(config.layer)
         config.frozen.require(backbone, f"checkpoint '{folder}'")
-        if dtype is None and torch.device(device).type != "cuda":
-            precision = getattr(torch, config.dtype)
-        else:
-            precision = frozen_dtype(device, dtype)
+        keeps = dtype is None and torch.device(device).type != "cuda"
+        precision = getattr(torch, config.dtype) if keeps else frozen_dtype(device, dtype)
         place_weights(backbone.model, device, precision)
         if backbone.absent is None:
             config.frozen.compare_logits(backbone, f"checkpoint '{folder}'")
@@ -290,7 +326,7 @@ class CheckpointPolicy:
         with torch.device("meta"):  # saves time, memory and random numbers: the weights are replaced below
             network = PolicyNetwork(config.policy, backbone.hidden_size, len(contract.action_spaces))
         network.load_state_dict(load_file(folder / "policy.safetensors", device), assign=True)
-        return cls(
+        policy = cls(
             backbone=backbone,
             frozen=config.frozen,
             layer=config.layer,
@@ -299,6 +335,10 @@ class CheckpointPolicy:
             contract=contract,
             provenance=config.provenance,
         )
+        if compile != "none":
+            policy.compile(Compiler(compile))
+            policy.warm_up()
+        return policy
 
 
 class RealTimeChunkingPolicy:

@@ -59,11 +59,7 @@ class Generation:
     def __init__(
         self, backbone: MultimodalModel, *, piece_tokens: int | None = None, step_tokens: int | None = None
     ) -> None:
-        """Limit the tokens of one prefill pass and of one decoding pass; None: by device type.
-
-        Raises BlmError for a backbone of which only a part is loaded.
-        """
-        backbone.require_whole()
+        """Limit the tokens of one prefill pass and of one decoding pass; None: by device type."""
         device = str(backbone.model.device.type)
         self.backbone = backbone
         self.piece_tokens = piece_tokens or PIECE_TOKENS.get(device, PIECE_TOKENS_ELSEWHERE)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blm.backbone.backbone import Backbone
+from blm.backbone.partial import require_part
 from blm.backbone.precision import WeightDtype, frozen_dtype, place_weights, require_attention
 from blm.datasets.lerobot import EpisodeDataset, open_dataset
 from blm.io import replacing
@@ -179,10 +180,7 @@ def train_stage2(
     """
     processes = Processes.join(config.device)
     config = replace(config, device=str(processes.device))
-    # closed-loop validation on the CPU writes the policy for its workers, with the whole backbone
-    saves = validate is not None and config.device == "cpu"
-    backbone = _load_backbone(config, config.intents.layer if not saves else None)
-    backbone.require_layer(config.intents.layer)
+    backbone = _load_backbone(config, writes=validate is not None and config.device == "cpu")
     frozen = FrozenProof.of(backbone)
     datasets = [open_dataset(folder) for folder in config.datasets]
     contract = joint_contract(datasets, config.policy, cameras=config.intents.cameras, execute=config.execute)
@@ -217,8 +215,6 @@ def train_stage2(
     del backbone
     _run(start.network, ema, opened, config, out, validate_weights)
     whole = _proved_backbone(config, frozen, kept)
-    frozen = frozen.with_logits(whole)
-    frozen.compare_logits(whole, "after Stage II")
     if processes.first:
         policy(cast(PolicyNetwork, ema.module), whole).save(out / "checkpoint", facts, proved=True)
         best = BestCheckpoint(out)
@@ -344,14 +340,17 @@ def _run(
     run_loop(network, loss, next_batch, config.loop, out, ema=ema, on_eval=evaluate)
 
 
-def _load_backbone(config: PolicyTrainingConfig, blocks: int | None) -> Backbone:
+def _load_backbone(config: PolicyTrainingConfig, *, writes: bool) -> Backbone:
+    """Load the part of the backbone that is tapped, or the whole if it is written: at the end, and
+    for the workers of a closed-loop validation on the CPU."""
     backbone = Backbone.load(
         config.backbone,
         device=config.device,
         dtype=frozen_dtype(config.device, config.dtype),
         attn_implementation=config.attn_implementation,
-        blocks=blocks,
+        blocks=None if writes else config.intents.layer,
     )
+    backbone.require_layer(config.intents.layer)
     backbone.freeze()
     return backbone
 
@@ -365,11 +364,12 @@ def _proved_backbone(config: PolicyTrainingConfig, frozen: FrozenProof, kept: Ba
     """
     if kept is not None and kept.absent is None:
         frozen.require(kept, "after Stage II")
+        frozen.with_logits(kept).compare_logits(kept, "after Stage II")
         return kept
-    whole = _load_backbone(replace(config, device="cpu", dtype=_dtype_name(config)), None)
+    whole = _load_backbone(replace(config, device="cpu", dtype=_dtype_name(config)), writes=True)
     frozen.require(whole, "after Stage II")
     if kept is not None:
-        kept.require_part_of(whole, "after Stage II")
+        require_part(kept.model, whole.model, "after Stage II")
         kept.model.to("meta")
     place_weights(whole.model, config.device, whole.model.dtype)
     return whole
