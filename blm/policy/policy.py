@@ -230,7 +230,8 @@ class CheckpointPolicy:
         state, robot, noise, dims = (x.to(device) for x in inputs)
         read, sample = self.backbone.read(prompts, side="right"), self.network.sample
         if self._sample is not None:
-            torch.compiler.cudagraph_mark_step_begin()
+            if device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()
             read = pad_prompts(read, self.backbone.processor.tokenizer.pad_token_id)
             sample = sample if prefix else self._sample
         tapped = self.backbone.tap(read, self.layer)

@@ -63,6 +63,7 @@ def test_each_part_is_one_graph_for_every_size_that_was_seen(policy: CheckpointP
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when inductor is imported
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_inductor_chooses_the_same_actions(policy: CheckpointPolicy) -> None:
     wanted = [chunk.actions for chunk in policy.act_batch(seen(policy, 1))]
