@@ -11,7 +11,7 @@ from blm.backbone.precision import WeightDtype, require_attention
 from blm.evaluation.digital.endpoint import Endpoint, EndpointSettings
 from blm.types import BlmError, Chat
 
-HELP = "a checkpoint or backbone folder, a backbone's name, or openai:MODEL@URL (URL ends in /v1)"
+HELP = "a checkpoint or backbone folder, a backbone's name or hub id, or openai:MODEL@URL (URL ends in /v1)"
 SCHEME = "openai:"
 KEY_VARIABLE = "OPENAI_API_KEY"
 
@@ -45,7 +45,9 @@ def load_chat(
         endpoint = open_endpoint(name, api_key=api_key, cache=cache, settings=settings)
         return LoadedChat(endpoint, endpoint.name)
     require_attention(attn_implementation)
-    source = find_model(name, what="model", others=["<a folder>", "openai:MODEL@URL"])
+    source = find_model(
+        name, what="model", others=["<a folder>", "<an id of the Hugging Face hub>", "openai:MODEL@URL"]
+    )
     if not source.has_chat:
         raise BlmError(f"'{name}' is a {source.kind}: it controls robots and cannot chat; give {HELP}")
     model = source.load(device, dtype=dtype, attn_implementation=attn_implementation)

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 
 from blm.backbone import BACKBONES, Backbone
+from blm.backbone.backbone import is_hub_id
+from blm.backbone.compilation import CompileMode
 from blm.backbone.generation.generator import Generation
 from blm.backbone.precision import WeightDtype, frozen_dtype, require_attention
 from blm.backbone.vision_cache import cache_vision_features
@@ -38,11 +40,15 @@ class BLM:
         device: str = "cpu",
         dtype: WeightDtype | None = None,
         attn_implementation: str | None = None,
+        actions_only: bool = False,
+        compile: CompileMode = "none",
     ) -> BLM:
         """Load a checkpoint folder, or a release by name.
 
         `dtype` is the precision of the backbone: by default bfloat16 on CUDA, and that of the
         checkpoint elsewhere. `attn_implementation` is its attention implementation in transformers.
+        With `actions_only` the blocks and the head that only answers need are not loaded, and
+        asking for an answer raises BlmError. `compile` compiles what chooses actions.
         Raises UnknownNameError for any other name, and BlmError for a missing or altered file.
         """
         if not (folder := checkpoint_folder(name_or_folder)).is_dir():
@@ -53,7 +59,12 @@ class BLM:
             )
         check_device(device)
         policy = CheckpointPolicy.load(
-            folder, device=device, dtype=dtype, attn_implementation=attn_implementation
+            folder,
+            device=device,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            actions_only=actions_only,
+            compile=compile,
         )
         return cls(policy)
 
@@ -109,7 +120,7 @@ class ModelSource:
 
     kind: Kind
     where: str
-    """Folder of the model, or a name of BACKBONES."""
+    """Folder of the model, a name of BACKBONES, or a hub id."""
 
     @property
     def has_policy(self) -> bool:
@@ -132,23 +143,36 @@ class ModelSource:
         *,
         dtype: WeightDtype | None = None,
         attn_implementation: str | None = None,
+        actions_only: bool = False,
+        compile: CompileMode = "none",
     ) -> LoadedModel:
         """Load the weights; `dtype` and `attn_implementation` are those of the backbone, as for
         `BLM.from_pretrained`.
 
-        Raises BlmError for missing, altered or unreadable files.
+        With `actions_only` the model does not chat, and what only chat needs is not loaded. Raises
+        BlmError for missing, altered or unreadable files, for `actions_only` without a policy, and
+        for `compile` without a checkpoint of Stage II.
         """
         check_device(device)
         require_attention(attn_implementation)
+        if compile != "none" and self.kind != "blm":
+            raise BlmError(f"'{self.where}' cannot be compiled: it is no checkpoint of Stage II")
+        if actions_only and not self.has_policy:
+            raise BlmError(f"'{self.where}' has no policy: it answers questions, and chooses no actions")
         if self.kind == "diffusion_policy":
             from blm.baselines.diffusion_policy import DiffusionPolicy
 
             return LoadedModel(None, DiffusionPolicy.load(self.where, device=device))
         if self.kind == "blm":
             model = BLM.from_pretrained(
-                self.where, device=device, dtype=dtype, attn_implementation=attn_implementation
+                self.where,
+                device=device,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                actions_only=actions_only,
+                compile=compile,
             )
-            return LoadedModel(model.backbone, model)
+            return LoadedModel(None if actions_only else model.backbone, model)
         try:
             backbone = Backbone.load(
                 self.where,
@@ -176,9 +200,9 @@ def find_model(
     name_or_folder: str | Path,
     *,
     what: str = "checkpoint",
-    others: Sequence[str] = ("<a folder of Stage I or II>",),
+    others: Sequence[str] = ("<a folder of Stage I or II>", "<an id of the Hugging Face hub>"),
 ) -> ModelSource:
-    """Find a release, a checkpoint, the folder of a backbone, or a name of BACKBONES.
+    """Find a release, a checkpoint, the folder of a backbone, a name of BACKBONES, or a hub id.
 
     For a run folder, this is the model of its last finished training stage. Reads no weights.
     Raises UnknownNameError for an unknown name; the message calls it a `what`, and lists the valid
@@ -191,6 +215,8 @@ def find_model(
             return ModelSource("backbone", name)
         if folder.exists():
             raise BlmError(f"'{name}' is a file; give the folder of a checkpoint or backbone")
+        if is_hub_id(name):
+            return ModelSource("backbone", name)
         raise UnknownNameError(what, name, {*RELEASES, *BACKBONES, *others})
     for inside in (".", "checkpoint", "stage2/checkpoint"):
         if (folder / inside / "manifest.json").is_file():

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from blm.app.model import check_device
+from blm.backbone.compilation import CompileMode, require_compiler
 from blm.backbone.precision import LoadOptions, WeightDtype, require_attention
 from blm.datasets.lerobot import open_dataset
 from blm.evaluation import PhysicalProtocol, RandomPolicy, ZeroPolicy
@@ -106,8 +107,9 @@ def policy_factory(
         identity = f"{server_name} at {name}" if server_name else ""
         return partial(RemotePolicy, name, api_key=api_key, contract=replace(contract, revision=identity))
     if (checkpoint_folder(name) / "manifest.json").is_file():
-        check_device(load.get("device", "cpu"))
+        check_device(device := load.get("device", "cpu"))
         require_attention(load.get("attn_implementation"))
+        require_compiler(load.get("compile", "none"), device)
         return partial(load_checkpoint, Path(name), **load)
     raise BlmError(f"no policy '{name}'; give {HELP}")
 
@@ -118,16 +120,27 @@ def load_checkpoint(
     device: str = "cpu",
     dtype: WeightDtype | None = None,
     attn_implementation: str | None = None,
+    compile: CompileMode = "none",
 ) -> Policy:
-    """Load a checkpoint of any kind; `dtype` and `attn_implementation` are those of its backbone.
+    """Load a checkpoint of any kind, only to act; `dtype` and `attn_implementation` are those of its
+    backbone.
 
-    Raises BlmError for missing or altered files.
+    Raises BlmError for missing or altered files, and for a baseline that should be compiled.
     """
     if checkpoint_kind(folder) == "diffusion_policy":
+        if compile != "none":
+            raise BlmError(f"--compile needs a checkpoint of Stage II, and '{folder}' is a baseline")
         from blm.baselines.diffusion_policy import DiffusionPolicy
 
         return DiffusionPolicy.load(folder, device=device)
-    return CheckpointPolicy.load(folder, device=device, dtype=dtype, attn_implementation=attn_implementation)
+    return CheckpointPolicy.load(
+        folder,
+        device=device,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        actions_only=True,
+        compile=compile,
+    )
 
 
 def with_real_time_chunking(make: Callable[[], Policy]) -> Policy:

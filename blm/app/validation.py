@@ -28,7 +28,9 @@ def closed_loop_validation(
             return evaluate(lambda: policy, policy.contract, folder)
         weights = work_folder(out / "driven/.weights", "a policy in training", {})
         policy.save(weights / "policy", {})
-        metrics = evaluate(partial(CheckpointPolicy.load, weights / "policy"), policy.contract, folder)
+        metrics = evaluate(
+            partial(CheckpointPolicy.load, weights / "policy", actions_only=True), policy.contract, folder
+        )
         remove_own(weights)
         return metrics
 

@@ -12,12 +12,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
 from blm.backbone.families import require_family
 from blm.backbone.generation.generator import Generation
 from blm.backbone.model import MultimodalModel
 from blm.backbone.nano.model import SAMPLE_TEXTS, make_nano
+from blm.backbone.partial import load_first_blocks
 from blm.backbone.precision import place_weights, require_attention, use_attention
 from blm.backbone.processors import load_processor
 from blm.backbone.saving import save_folder, save_model
@@ -64,22 +65,33 @@ class Backbone(MultimodalModel):
         dtype: torch.dtype = torch.float32,
         attn_implementation: str | None = None,
         float32: Callable[[str], bool] | None = None,
+        blocks: int | None = None,
     ) -> Backbone:
         """Load a folder, a name of BACKBONES ("nano" is built with random weights), or an id of the
         Hugging Face hub ("Qwen/Qwen2.5-VL-3B-Instruct").
 
         `attn_implementation` is a name of ATTENTION_IMPLEMENTATIONS; None: the model's default.
         Parameters whose name `float32` accepts are float32 whatever `dtype` is.
+        With `blocks` only what runs up to that block is loaded: later blocks and the head take no
+        memory, `tap` and `fingerprint` return the same, and all that needs the rest raises
+        BlmError. A model that is built ("nano", "smol") stays whole.
 
         Raises UnknownNameError for a name that is none of them, and BlmError for a model that
-        cannot be loaded, cannot be a backbone, or cannot use the attention implementation.
+        cannot be loaded, cannot be a backbone, cannot use the attention implementation, or has
+        fewer blocks.
         """
         require_attention(attn_implementation)
         source = _source(name_or_folder)
         if isinstance(source, str):
+            model: PreTrainedModel
+            absent = None
             with _loading(source):
-                require_family(AutoConfig.from_pretrained(source))
-                model = AutoModelForImageTextToText.from_pretrained(source)
+                config = AutoConfig.from_pretrained(source)
+                require_family(config)
+                if blocks is None:
+                    model = AutoModelForImageTextToText.from_pretrained(source)
+                else:
+                    model, absent = load_first_blocks(source, config, blocks)
             state = model.state_dict()
             stored = {name: value.dtype for name, value in state.items() if value.is_floating_point()}
             # tensors of a memory-mapped file may be unaligned; aligned copies give the same bits everywhere
@@ -89,8 +101,11 @@ class Backbone(MultimodalModel):
                 processor = load_processor(source)
             backbone = cls(model, processor)
             backbone.stored_dtypes = stored
+            backbone.absent = absent
         else:
             backbone = source()
+            if blocks is not None:
+                backbone.require_layer(blocks)
         use_attention(backbone.model, attn_implementation)
         backbone.attn_implementation = attn_implementation
         place_weights(backbone.model, device, dtype, float32)
@@ -130,7 +145,9 @@ class Backbone(MultimodalModel):
         save_folder(folder, self.write_into)
 
     def write_into(self, folder: Path) -> None:
-        """Write the stock transformers files into an existing folder."""
+        """Write the stock transformers files into an existing folder. Raises BlmError for a
+        backbone of which only a part is loaded."""
+        self.require_whole()
         save_model(self.model, folder, self.stored_dtypes)
         self.processor.save_pretrained(folder)
 
@@ -181,11 +198,16 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 """Owner and name of a model on the Hugging Face hub."""
 
 
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a Hugging Face hub id, OWNER/NAME."""
+    return _HUB_ID.fullmatch(name) is not None and ".." not in name.split("/")
+
+
 def _source(name_or_folder: str | Path) -> str | Callable[[], Backbone]:
     """Return a folder or hub id to load from, or a builder. Raises UnknownNameError for other
     names."""
     name = str(name_or_folder)
-    if recover_folder(Path(name_or_folder)).is_dir() or (name not in BACKBONES and _HUB_ID.fullmatch(name)):
+    if recover_folder(Path(name_or_folder)).is_dir() or (name not in BACKBONES and is_hub_id(name)):
         return name
     return lookup("backbone", name, BACKBONES)
 

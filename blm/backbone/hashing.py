@@ -25,6 +25,6 @@ def hash_tensors(digest: Digest, values: Mapping[str, Any]) -> None:
         if isinstance(value, Tensor):
             value = value.detach().cpu().contiguous()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(value.reshape(-1).view(torch.uint8).numpy())
         else:
             digest.update(f"{name} {value!r}".encode())

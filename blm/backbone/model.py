@@ -5,10 +5,8 @@ Shapes: B conversations, L prompt positions, d hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from inspect import signature
@@ -20,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from blm.backbone.compilation import Compiler
 from blm.backbone.families import arrange_pictures
-from blm.backbone.hashing import hash_tensors
 from blm.backbone.precision import mixed_precision
 from blm.backbone.prompt import question_prompt, to_chat
+from blm.backbone.truncation import decoder_path, truncated
 from blm.backbone.video import (
     Video,
     VideosAs,
@@ -35,6 +34,8 @@ from blm.backbone.video import (
     token_types,
     video_arguments,
 )
+from blm.backbone.vision_plan import plan_on_cpu
+from blm.backbone.weights import Weights
 from blm.types import BlmError, Message
 
 Inputs = dict[str, Tensor]
@@ -51,7 +52,7 @@ class HiddenStates:
     """[B, L] bool, False at padding."""
 
 
-class MultimodalModel:
+class MultimodalModel(Weights):
     """A multimodal language model: prompt, encode, tap hidden states, freeze, hash.
 
     Generation is in subclasses. `tap` may run in one thread while another thread generates text
@@ -65,12 +66,15 @@ class MultimodalModel:
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any) -> None:
-        self.model = model.eval()
+        super().__init__(model)
         self.processor = processor
         self.videos_as: VideosAs = "frames"
         if reads_videos(processor, model.config.model_type):
             self.videos_as = "video"
-        self._path = _decoder_path(model)
+        plan_on_cpu(model, model.config.model_type)
+        self._path = decoder_path(model)
+        self._compiled = dict[int, nn.Module]()
+        """Layer -> the model up to this layer, with compiled blocks."""
         self._processing = threading.Lock()
         self._features_per_row = dict[tuple[int, ...], Fraction]()
         """Size of a row of `pixel_values` -> number of picture features for each row."""
@@ -82,7 +86,7 @@ class MultimodalModel:
 
     @property
     def num_layers(self) -> int:
-        """Number of transformer blocks of the language model."""
+        """Number of loaded transformer blocks of the language model."""
         return len(self.decoder.layers)
 
     @property
@@ -254,36 +258,33 @@ class MultimodalModel:
         """Return H_k, the output of block `layer`, counted from 1.
 
         Later blocks and the final norm do not run. Where a model adds image features between blocks
-        (Qwen3-VL's DeepStack), they are included: H_k is the input of block k + 1. Raises BlmError
-        for a layer that the model does not have.
+        (Qwen3-VL's DeepStack), they are included: H_k is the input of block k + 1. `inputs` are
+        those of `encode`, or better, because a GPU then waits less often, of `read`. Raises
+        BlmError for a layer that the model does not have.
         """
-        if not 1 <= layer <= self.num_layers:
-            raise BlmError(f"layer {layer} is outside 1 .. {self.num_layers}, the blocks of this model")
-        hidden = _truncated(self.model, self._path, layer)(**inputs, use_cache=False).last_hidden_state
+        self.require_layer(layer)
+        grids = grids_of(inputs)  # the host reads them, for positions and lengths
+        if grids:
+            inputs = {**inputs, "position_ids": self.position_ids(inputs)}
+        unread = (*grids, "mm_token_type_ids") if grids else ()
+        inputs = {**self.place({n: x for n, x in inputs.items() if n not in unread}), **grids}
+        view = self._compiled.get(layer) or truncated(self.model, self._path, layer)
+        hidden = view(**inputs, use_cache=False).last_hidden_state
         return HiddenStates(hidden, inputs["attention_mask"].bool())
 
-    def freeze(self) -> None:
-        """Switch to evaluation mode, and stop gradients of all parameters."""
-        self.model.eval().requires_grad_(False)
+    def compile_tap(self, layer: int, compiler: Compiler) -> None:
+        """Let `tap` compile blocks 1 .. `layer`, but not the vision tower. For frozen weights only:
+        parameters that are replaced later are not seen."""
+        self.require_layer(layer)
+        self._compiled[layer] = truncated(self.model, self._path, layer, compiler)
 
-    def fingerprint(self) -> str:
-        """Return the sha256 of all stored tensors (parameters and persistent buffers) in their
-        present precision, by sorted name.
-
-        Buffers that are computed when a model is made, such as the frequencies of rotary positions,
-        are left out: they differ between processors and library versions.
-        """
-        stored = self.model.state_dict().keys()
-        return self._hash({name: value for name, value in self.model.named_buffers() if name in stored})
-
-    def fingerprint_with_computed_buffers(self) -> str:
-        """Return the hash that older checkpoints store: of all parameters and all buffers."""
-        return self._hash(dict(self.model.named_buffers()))
-
-    def _hash(self, buffers: Mapping[str, Tensor]) -> str:
-        digest = hashlib.sha256()
-        hash_tensors(digest, {**dict(self.model.named_parameters()), **buffers})
-        return digest.hexdigest()
+    def require_layer(self, layer: int) -> None:
+        """Raise BlmError for a layer that the model does not have, or that is not loaded."""
+        if not 1 <= layer <= self.num_layers:
+            which = "the blocks of this model"
+            if self.absent is not None:
+                which = f"the loaded blocks of the {self.absent.blocks} of this model"
+            raise BlmError(f"layer {layer} is outside 1 .. {self.num_layers}, {which}")
 
     @staticmethod
     def probe_prompts() -> list[tuple[Message, ...]]:
@@ -295,6 +296,7 @@ class MultimodalModel:
     @torch.no_grad()
     def probe_logits(self) -> Tensor:
         """Return the next-token logits [2, V] after the two probe prompts."""
+        self.require_whole()
         return torch.cat(
             [
                 self.model(**self.encode([prompt])).logits[:, -1].float().cpu()
@@ -316,32 +318,6 @@ def _measure_features_per_row(model: MultimodalModel, inputs: Inputs) -> Fractio
     return Fraction(sum(part.shape[:-1].numel() for part in output.pooler_output), rows)
 
 
-def _decoder_path(model: PreTrainedModel) -> tuple[str, ...]:
-    decoder = model.get_decoder()
-    for name, module in model.named_modules():
-        if module is decoder and {"layers", "norm"} <= module._modules.keys():
-            return tuple(name.split("."))
-    raise BlmError(
-        f"{type(model).__name__} has no language model with 'layers' and 'norm'; it cannot be tapped"
-    )
-
-
-def _truncated(model: nn.Module, path: Sequence[str], layer: int) -> nn.Module:
-    """Return a view of model.<path[0]> with blocks 1 .. layer only and no final norm.
-
-    Modules on the path are shallow copies; all others, and every parameter, are shared. The model
-    itself does not change, so another thread may generate with it.
-    """
-    top = view = shallow_copy(model.get_submodule(path[0]))
-    for name in path[1:]:
-        view._modules[name] = shallow_copy(view.get_submodule(name))
-        view = view.get_submodule(name)
-    layers = view.get_submodule("layers")
-    assert isinstance(layers, nn.ModuleList)
-    view._modules |= {"layers": layers[:layer], "norm": nn.Identity()}
-    return top
-
-
 def _without_missing_pictures(pixels: Tensor) -> Tensor:
     """Return the images [N, 1, 3, height, width] of a padded [B, max images, 3, height, width].
 
@@ -350,13 +326,3 @@ def _without_missing_pictures(pixels: Tensor) -> Tensor:
     """
     flat = pixels.flatten(0, 1)
     return flat[flat.flatten(1).any(1)][:, None]
-
-
-def shallow_copy(module: nn.Module) -> nn.Module:
-    """Return a copy of a module that shares its parameters.
-
-    Children and attributes of the copy can be replaced without changing the module.
-    """
-    view = copy.copy(module)
-    view.__dict__["_modules"] = dict(module._modules)
-    return view

@@ -8,7 +8,7 @@ pool * pool, d hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blm.backbone.model import HiddenStates, Inputs, MultimodalModel
-from blm.types import BlmError, Message
+from blm.types import BlmError
 
 WITHOUT_GRID: Mapping[str, str] = {
     "blm_conv_vision": "its tokens are the things that it found and the quarters of the picture",
@@ -48,18 +48,15 @@ class Pooling:
         return HiddenStates(members.sum(2), self.mask)
 
 
-def tap_pooled(
-    model: MultimodalModel, prompts: Sequence[Sequence[Message]], layer: int, pool: int
-) -> HiddenStates:
-    """Return H_k at the positions of prompts, padded on the right, with pooled picture tokens.
+def tap_pooled(model: MultimodalModel, inputs: Inputs, layer: int, pool: int) -> HiddenStates:
+    """Return H_k with pooled picture tokens; `inputs` are those of `read`, padded on the right.
 
-    With `pool` 1 no token is pooled. Raises BlmError as `encode`, `tap` and `picture_grids` do.
+    With `pool` 1 no token is pooled. Raises BlmError as `tap` and `picture_grids` do.
     """
     if pool == 1:
-        return model.tap(model.encode(prompts, side="right"), layer)
-    inputs = model.read(prompts, side="right")
+        return model.tap(inputs, layer)
     pooling = make_pooling(model, inputs, pool).to(model.model.device)  # copied before the model runs
-    return pooling(model.tap(model.place(inputs), layer).hidden)
+    return pooling(model.tap(inputs, layer).hidden)
 
 
 def make_pooling(model: MultimodalModel, inputs: Inputs, pool: int) -> Pooling:

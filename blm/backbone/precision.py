@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from blm.backbone.compilation import CompileMode
 from blm.types import BlmError, lookup
 
 WeightDtype = Literal["float32", "bfloat16"]
@@ -21,6 +22,7 @@ class LoadOptions(TypedDict, total=False):
     device: str
     dtype: WeightDtype | None
     attn_implementation: str | None
+    compile: CompileMode
 
 
 ATTENTION_IMPLEMENTATIONS = {

@@ -162,6 +162,9 @@ class EvaluatePhysical(CliCommand):
     attn_implementation: str | None = None
     """Attention implementation in transformers: eager, sdpa, flash_attention_2, ..; by default the
     model's own."""
+    compile: Literal["none", "default", "cuda-graphs"] = "none"
+    """Compile the tapped blocks, the bridge and the sampler with torch.compile.
+    `default` needs a C++ compiler on the CPU and triton on a GPU; `cuda-graphs` needs a GPU."""
     max_batch: int = 64
     """Maximum number of observations in such a batch. With 1, results are bit-reproducible."""
     cameras: tuple[str, ...] = ("base", "wrist")
@@ -230,6 +233,7 @@ class EvaluatePhysical(CliCommand):
                 "device": self.device,
                 "dtype": self.dtype,
                 "attn_implementation": self.attn_implementation,
+                "compile": self.compile,
             },
             server_name=self.server_name,
         )

@@ -36,7 +36,7 @@ class Serve(CliCommand):
     """
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """Checkpoint folder, or the name of a release or backbone.
+    """Checkpoint folder, the name of a release or backbone, or a hub id.
     Stage II serves chat and actions, Stage I chat only, a Diffusion Policy actions only."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 opens the server to the network and requires an API key."""
@@ -65,6 +65,12 @@ class Serve(CliCommand):
     attn_implementation: str | None = None
     """Attention implementation in transformers: eager, sdpa, flash_attention_2, ..; by default the
     model's own."""
+    compile: Literal["none", "default", "cuda-graphs"] = "none"
+    """Compile the tapped blocks, the bridge and the sampler with torch.compile.
+    `default` needs a C++ compiler on the CPU and triton on a GPU; `cuda-graphs` needs a GPU."""
+    actions_only: bool = False
+    """Serve actions without chat.
+    The part of the backbone that only answers questions is then not loaded."""
     playground: bool = False
     """Also serve a web page on which the model controls simulated robots and answers questions."""
     beside: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
@@ -78,12 +84,15 @@ class Serve(CliCommand):
         _check_addresses(self)
         with exit_on_interrupt("interrupted before the server started"):
             from blm.app.model import check_device, find_model
+            from blm.backbone.compilation import require_compiler
 
             check_device(self.device)
+            require_compiler(self.compile, self.device)
             source = find_model(self.checkpoint)
             _check_features(self, source)
             _warn(source)
-            app = _build(self, source.load(**load_options(self)), access)
+            model = source.load(**load_options(self), actions_only=self.actions_only)
+            app = _build(self, model, access)
             sockets = addresses.listen(self.host, self.port)
         from blm.serving.app import serve
 
@@ -98,6 +107,7 @@ def load_options(chosen: Serve | AskModel) -> LoadOptions:
         "device": chosen.device,
         "dtype": chosen.dtype,
         "attn_implementation": chosen.attn_implementation,
+        "compile": chosen.compile if isinstance(chosen, Serve) else "none",
     }
 
 
@@ -110,7 +120,8 @@ def _print_addresses(chosen: Serve, source: ModelSource, port: int) -> None:
     """Print the addresses; programs parse the first line, the address of chat and actions."""
     web = addresses.to_url("http", chosen.host, port)
     socket = addresses.to_url("ws", chosen.host, port)
-    spaces = [f"chat on {web}/v1"] * source.has_chat + [f"actions on {socket}/"] * source.has_policy
+    chats = source.has_chat and not chosen.actions_only
+    spaces = [f"chat on {web}/v1"] * chats + [f"actions on {socket}/"] * source.has_policy
     console.print(", ".join(spaces), highlight=False, soft_wrap=True)
     if chosen.playground:
         console.print(f"playground on {web}/playground", highlight=False, soft_wrap=True)
@@ -146,6 +157,10 @@ def _check_addresses(chosen: Serve) -> None:
 
 
 def _check_features(chosen: Serve, source: ModelSource) -> None:
+    if chosen.compile != "none" and source.kind != "blm":
+        raise BlmError(f"--compile needs a checkpoint of Stage II, and '{chosen.checkpoint}' is none")
+    if chosen.actions_only and not source.has_policy:
+        raise BlmError(f"--actions-only needs a policy, and '{chosen.checkpoint}' has chat only (Stage I)")
     if chosen.groot_port is not None and not source.has_policy:
         raise BlmError(f"--groot-port needs a policy, and '{chosen.checkpoint}' has chat only (Stage I)")
     if chosen.playground:
@@ -190,7 +205,7 @@ class AskModel(CliCommand):
     """
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """Checkpoint folder of Stage I or II, or the name of a release or backbone."""
+    """Checkpoint folder of Stage I or II, the name of a release or backbone, or a hub id."""
     question: str | None = None
     """Question to ask.
     By default, each line of the standard input is a question of one conversation."""

@@ -7,7 +7,7 @@ policy was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import Tensor
 
 from blm.backbone.backbone import Backbone
+from blm.backbone.compilation import CompileMode, Compiler, batch_bucket, pad_prompts, require_compiler
 from blm.backbone.pooling import tap_pooled
 from blm.backbone.precision import WeightDtype, frozen_dtype, place_weights
 from blm.backbone.prompt import control_prompt, frames_of, view_names
@@ -45,7 +47,7 @@ class FrozenProof:
     """Hash of the weights, which is part of the policy's revision. In older checkpoints it covers
     computed buffers, too."""
     logits: tuple[float, ...]
-    """About 256 of the logits on the probe prompts."""
+    """About 256 of the logits on the probe prompts; none if only a part of the backbone was loaded."""
     weights: str = ""
     """sha256 of all stored tensors (`Backbone.fingerprint`); empty in older checkpoints."""
 
@@ -53,7 +55,11 @@ class FrozenProof:
     def of(cls, backbone: Backbone) -> FrozenProof:
         """Return the proof of a backbone in its present state."""
         weights = backbone.fingerprint()
-        return cls(weights, _probe(backbone), weights)
+        return cls(weights, () if backbone.absent else _probe(backbone), weights)
+
+    def with_logits(self, backbone: Backbone) -> FrozenProof:
+        """Return the proof with logits; those of a whole `backbone` if it has none."""
+        return self if self.logits else replace(self, logits=_probe(backbone))
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> FrozenProof:
@@ -83,7 +89,7 @@ class FrozenProof:
         rounding.
 
         Precision, device and library versions change logits a little, so they prove nothing about
-        the weights.
+        the weights. Raises BlmError for a backbone of which only a part is loaded.
         """
         difference = float(np.abs(np.subtract(_probe(backbone), self.logits)).max())
         if not difference <= _logit_rounding(backbone):
@@ -172,6 +178,8 @@ class CheckpointPolicy:
         self.provenance = provenance or {}
         self.backbone, self.frozen, self.layer, self.transforms = backbone, frozen, layer, transforms
         self.network = network.eval().requires_grad_(False)
+        self._sample: Callable[..., Tensor] | None = None
+        """The compiled sampler, with the bridge."""
         self.contract = with_hashes(contract, network, transforms, frozen.fingerprint)
 
     @property
@@ -181,6 +189,29 @@ class CheckpointPolicy:
 
     def reset(self) -> None:
         """Do nothing: a chunk depends on its observation alone."""
+
+    def compile(self, compiler: Compiler) -> None:
+        """Compile the tapped blocks, and bridge and sampler, from the next action on.
+
+        Batches are then padded to powers of 2, and prompts to multiples of 32 tokens; each pair of
+        sizes is compiled when it first occurs. Actions differ by rounding (about 1e-5 in float32).
+        A chunk that continues another one (real-time chunking) is sampled without compilation.
+        """
+        self.backbone.compile_tap(self.layer, compiler)
+        self._sample = compiler(self.network.sample)
+
+    def warm_up(self, batch_sizes: Sequence[int] = (1,)) -> None:
+        """Choose actions for blank observations of these numbers, so that later calls are fast."""
+        robot, space = next(iter(self.contract.action_spaces.items()))
+        side = self.contract.image_size
+        blank = Observation(
+            robot=robot,
+            instruction="pick up the cube.",
+            images={camera: np.zeros((side, side, 3), np.uint8) for camera in self.contract.cameras},
+            state=np.add(space.low, space.high, dtype=np.float32) / 2,
+        )
+        for size in batch_sizes:
+            self.act_batch([blank] * size)
 
     def act(self, observation: Observation) -> ActionChunk:
         """Return the chunk for one observation; see `act_batch`."""
@@ -194,6 +225,8 @@ class CheckpointPolicy:
         observation that does not match the contract.
         """
         checked = [self.contract.check(observation) for observation in observations]
+        if self._sample is not None:
+            checked += checked[-1:] * (batch_bucket(len(checked)) - len(checked))
         prompts = [control_prompt(o.instruction, o.robot, self._views(o)) for o in checked]
         config, robots = self.network.config, list(self.contract.action_spaces)
         states = [self.transforms[o.robot].state.forward(o.state) for o in checked]
@@ -208,9 +241,16 @@ class CheckpointPolicy:
         # copied before the backbone runs, because a later copy would wait for the backbone
         prefix = prefix and prefix.to(device)
         state, robot, noise, dims = (x.to(device) for x in inputs)
-        tapped = tap_pooled(self.backbone, prompts, self.layer, self.pool)
-        actions = self.network.sample(tapped.hidden, tapped.mask, state, robot, noise, dims, prefix)
-        return decode_chunks(self.contract, self.transforms, checked, actions)
+        read, sample = self.backbone.read(prompts, side="right"), self.network.sample
+        if self._sample is not None:
+            if device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()
+            read = pad_prompts(read, self.backbone.processor.tokenizer.pad_token_id)
+            sample = sample if prefix else self._sample
+        tapped = tap_pooled(self.backbone, read, self.layer, self.pool)
+        actions = sample(tapped.hidden, tapped.mask, state, robot, noise, dims, prefix)
+        count = len(observations)
+        return decode_chunks(self.contract, self.transforms, checked[:count], actions[:count])
 
     def _views(self, observation: Observation) -> dict[str, ImageArray]:
         """Return the images of the present observation and of its history, by view."""
@@ -233,19 +273,22 @@ class CheckpointPolicy:
                 weights[row] = prefix_weights(len(o.chunk), o.inference_delay, config.horizon)
         return ActionPrefix(actions, weights)
 
-    def save(self, folder: Path, provenance: Mapping[str, Any]) -> None:
+    def save(self, folder: Path, provenance: Mapping[str, Any], *, proved: bool = False) -> None:
         """Write the checkpoint folder atomically; it may replace an unaltered checkpoint.
 
-        Raises BlmError if the backbone is no longer in the precision in which it was frozen.
+        `proved` skips hashing the backbone: the caller has just done it. Raises BlmError if the
+        backbone is no longer in the precision in which it was frozen, or is not whole.
         """
-        self.frozen.require(self.backbone, f"cannot write '{folder}'")
+        self.backbone.require_whole()
+        if not proved:
+            self.frozen.require(self.backbone, f"cannot write '{folder}'")
         config = CheckpointConfig(
             policy=self.network.config,
             contract=self.contract,
             layer=self.layer,
             prompt=prompt_version(self.backbone, _view_names(self.contract)),
             dtype=str(self.backbone.model.dtype).removeprefix("torch."),
-            frozen=self.frozen,
+            frozen=self.frozen.with_logits(self.backbone),
             provenance=dict(provenance),
             pool=self.pool,
         )
@@ -264,28 +307,37 @@ class CheckpointPolicy:
         device: str = "cpu",
         dtype: WeightDtype | None = None,
         attn_implementation: str | None = None,
+        actions_only: bool = False,
+        compile: CompileMode = "none",
     ) -> CheckpointPolicy:
         """Load a checkpoint folder, or a release by name.
 
         The backbone is compared with the frozen one in its stored precision, and then converted to
         `dtype`: by default bfloat16 on CUDA, and the stored precision elsewhere. Bridge and policy
-        stay in float32. Raises BlmError, naming the file and a remedy, unless the folder is
-        complete and unaltered.
+        stay in float32. With `actions_only` the blocks after the tapped one and the head stay on
+        disk: they are hashed with the rest, but the backbone cannot answer, and its logits are not
+        compared. A checkpoint whose hash covers computed buffers is loaded whole. With `compile`
+        the policy is compiled, and has chosen its first action. Raises BlmError, naming the file
+        and a remedy, unless the folder is complete and unaltered, and if it cannot be compiled.
         """
+        require_compiler(compile, device)
         folder = checkpoint_folder(folder)
         config = CheckpointConfig.from_json(read_config(folder))
         contract = config.contract
         backbone = Backbone.load(
-            folder / "backbone", dtype=getattr(torch, config.dtype), attn_implementation=attn_implementation
+            folder / "backbone",
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=attn_implementation,
+            blocks=config.layer if actions_only and config.frozen.weights else None,
         )
         backbone.freeze()
+        backbone.require_layer(config.layer)
         config.frozen.require(backbone, f"checkpoint '{folder}'")
-        if dtype is None and torch.device(device).type != "cuda":
-            precision = getattr(torch, config.dtype)
-        else:
-            precision = frozen_dtype(device, dtype)
+        keeps = dtype is None and torch.device(device).type != "cuda"
+        precision = getattr(torch, config.dtype) if keeps else frozen_dtype(device, dtype)
         place_weights(backbone.model, device, precision)
-        config.frozen.compare_logits(backbone, f"checkpoint '{folder}'")
+        if backbone.absent is None:
+            config.frozen.compare_logits(backbone, f"checkpoint '{folder}'")
         if (now := prompt_version(backbone, _view_names(contract))) != config.prompt:
             raise BlmError(
                 f"checkpoint '{folder}' was trained with control prompts of version {config.prompt}, this "
@@ -294,7 +346,7 @@ class CheckpointPolicy:
         with torch.device("meta"):  # saves time, memory and random numbers: the weights are replaced below
             network = PolicyNetwork(config.policy, backbone.hidden_size, len(contract.action_spaces))
         network.load_state_dict(load_file(folder / "policy.safetensors", device), assign=True)
-        return cls(
+        policy = cls(
             backbone=backbone,
             frozen=config.frozen,
             layer=config.layer,
@@ -304,6 +356,10 @@ class CheckpointPolicy:
             provenance=config.provenance,
             pool=config.pool,
         )
+        if compile != "none":
+            policy.compile(Compiler(compile))
+            policy.warm_up()
+        return policy
 
 
 class RealTimeChunkingPolicy:

@@ -49,7 +49,7 @@ def test_pooled_states_are_means_of_the_grids(family: str) -> None:
     inputs = backbone.read(prompts(), side="right")
     whole = backbone.tap(backbone.place(inputs), 1)
     for pool in (2, 3):
-        found = tap_pooled(backbone, prompts(), 1, pool)
+        found = tap_pooled(backbone, backbone.read(prompts(), side="right"), 1, pool)
         for row, (wanted, states) in enumerate(
             zip(slow_pooling(backbone, inputs, whole.hidden, pool), found.hidden, strict=True)
         ):
@@ -58,7 +58,7 @@ def test_pooled_states_are_means_of_the_grids(family: str) -> None:
             assert found.mask[row, :length].all() and length == len(wanted)
             saved = sum(h * w - pooled_count(h, w, pool) for h, w in picture_grids(backbone, inputs)[:2])
             assert length == int(whole.mask[row].sum()) - saved and saved > 0
-    same = tap_pooled(backbone, prompts(), 1, 1)
+    same = tap_pooled(backbone, backbone.read(prompts(), side="right"), 1, 1)
     assert torch.equal(same.hidden, whole.hidden) and torch.equal(same.mask, whole.mask)
 
 
@@ -81,7 +81,8 @@ def test_a_tower_without_a_grid_is_refused_by_name() -> None:
     with pytest.raises(
         BlmError, match=r"'blm_conv_vision' cannot be pooled.*things that it found.*use pool 1"
     ):
-        tap_pooled(build_nano(), prompts(), 1, 2)
+        nano = build_nano()
+        tap_pooled(nano, nano.read(prompts(), side="right"), 1, 2)
     backbone = tiny_smol(96)
     inputs = backbone.read(prompts(), side="right")
     inputs["input_ids"][inputs["input_ids"].eq(backbone.placeholder_id).nonzero()[0].unbind()] = 0

@@ -305,3 +305,15 @@ def test_the_app_reports_its_abilities() -> None:
     ):
         with running(policy, generator) as address:
             assert httpx.get(f"http://{address}/version").json()["serves"] == serves
+
+
+# --- names of models ---
+
+
+def test_a_hub_id_is_a_backbone_and_only_a_policy_acts_alone() -> None:
+    source = find_model("Qwen/Qwen2.5-VL-3B-Instruct")
+    assert (source.kind, source.has_policy, source.has_chat) == ("backbone", False, True)
+    with pytest.raises(BlmError, match="has no policy"):
+        source.load(actions_only=True)
+    with pytest.raises(BlmError, match="cannot be compiled: it is no checkpoint of Stage II"):
+        source.load(compile="default")

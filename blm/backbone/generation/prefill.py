@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from blm.backbone.generation.batch import Batch, GeneratedSequence
-from blm.backbone.model import Inputs, MultimodalModel, shallow_copy
+from blm.backbone.model import Inputs, MultimodalModel
+from blm.backbone.truncation import shallow_copy
 from blm.backbone.video import MEDIA
 from blm.types import Sampling
 
@@ -64,6 +65,7 @@ class ChunkRunner:
 
     def __init__(self, backbone: MultimodalModel) -> None:
         self.backbone = backbone
+        backbone.require_whole()
         self._model = shallow_copy(backbone.model)
         base = backbone.model.base_model
         view: Any = self._model if base is backbone.model else shallow_copy(base)

@@ -257,7 +257,9 @@ def _set_up_worker(
     config: HiddenStateConfig,
     codec: Path | None,
 ) -> None:
-    backbone = Backbone.load(source, dtype=dtype, attn_implementation=attn_implementation)
+    backbone = Backbone.load(
+        source, dtype=dtype, attn_implementation=attn_implementation, blocks=config.layer
+    )
     loaded = TokenCodec.load(codec)[0] if codec is not None else None
     _worker[:] = [ShardWriter(LiveHiddenStates(backbone, open_dataset(dataset), config), loaded)]
 

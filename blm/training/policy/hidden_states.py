@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blm.backbone.backbone import Backbone
-from blm.backbone.pooling import MAX_POOL, make_pooling
+from blm.backbone.pooling import MAX_POOL, tap_pooled
 from blm.backbone.prompt import control_prompt
 from blm.datasets.lerobot import EpisodeDataset
 from blm.datasets.mixture import IndexArray
@@ -108,12 +108,8 @@ class LiveHiddenStates:
         rows: HiddenStateRows = []
         for start in range(0, len(prompts), self.config.batch_size):
             inputs = self.backbone.read(prompts[start : start + self.config.batch_size], side="right")
-            pooling = make_pooling(self.backbone, inputs, self.config.pool) if self.config.pool > 1 else None
-            tapped = self.backbone.tap(self.backbone.place(inputs), self.config.layer)
-            mask = inputs["attention_mask"].bool()
-            if pooling is not None:
-                tapped, mask = pooling.to(tapped.hidden.device)(tapped.hidden), pooling.mask
-            hidden = tapped.hidden.float().cpu()
+            tapped = tap_pooled(self.backbone, inputs, self.config.layer, self.config.pool)
+            hidden, mask = tapped.hidden.float().cpu(), tapped.mask.bool().cpu()
             rows += [h[m].numpy() for h, m in zip(hidden, mask, strict=True)]
         return rows
 

@@ -13,13 +13,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from blm.backbone.backbone import Backbone
-from blm.backbone.precision import WeightDtype, frozen_dtype, require_attention
+from blm.backbone.partial import require_part
+from blm.backbone.precision import WeightDtype, frozen_dtype, place_weights, require_attention
 from blm.datasets.lerobot import EpisodeDataset, open_dataset
 from blm.io import replacing
 from blm.policy.checkpoint import require_free
@@ -187,7 +189,7 @@ def train_stage2(
     processes = Processes.join(config.device)
     require_precision(processes.device, config.loop.precision)
     config = replace(config, device=str(processes.device))
-    backbone = _load_backbone(config)
+    backbone = _load_backbone(config, writes=validate is not None and config.device == "cpu")
     frozen = FrozenProof.of(backbone)
     datasets = [open_dataset(folder) for folder in config.datasets]
     contract = joint_contract(datasets, config.policy, cameras=config.intents.cameras, execute=config.execute)
@@ -200,7 +202,7 @@ def train_stage2(
     _prepare_folder(out, inputs, processes)
     opened = open_datasets(backbone, datasets, config, start, processes)
 
-    def policy(weights: PolicyNetwork) -> CheckpointPolicy:
+    def policy(weights: PolicyNetwork, backbone: Backbone) -> CheckpointPolicy:
         start.restore_old_rows(weights)
         spaces = {**start.spaces(), **contract.action_spaces}
         fitted = {one.dataset.space.robot: one.transforms for one in opened}
@@ -215,22 +217,21 @@ def train_stage2(
         )
 
     def validate_weights(step: int, weights: PolicyNetwork) -> Mapping[str, float]:
-        return validate(step, policy(weights)) if validate is not None and processes.first else {}
+        if validate is None or kept is None or not processes.first:
+            return {}
+        return validate(step, policy(weights, kept))
 
     ema = Ema(start.network, config.policy.ema)
-    if config.cache is not None and validate is None:
-        del backbone
+    kept = backbone if config.cache is None or validate is not None else None
+    del backbone
     _run(start.network, ema, opened, config, out, validate_weights)
-    if config.cache is not None and validate is None:
-        backbone = _load_backbone(config)
-    frozen.require(backbone, "after Stage II")
-    frozen.compare_logits(backbone, "after Stage II")
+    whole = _proved_backbone(config, frozen, kept)
     if processes.first:
-        policy(cast(PolicyNetwork, ema.module)).save(out / "checkpoint", facts)
+        policy(cast(PolicyNetwork, ema.module), whole).save(out / "checkpoint", facts, proved=True)
         best = BestCheckpoint(out)
         if best.facts:
             best.load(start.network)
-            policy(start.network).save(out / "best", {**facts, **best.facts})
+            policy(start.network, whole).save(out / "best", {**facts, **best.facts}, proved=True)
     processes.wait()
     return out / "checkpoint"
 
@@ -256,7 +257,7 @@ def _start(backbone: Backbone, contract: PolicyContract, config: PolicyTrainingC
         )
     else:
         start = from_checkpoint(
-            CheckpointPolicy.load(config.start),
+            CheckpointPolicy.load(config.start, actions_only=True),
             backbone=backbone,
             layer=config.intents.layer,
             pool=config.intents.pool,
@@ -356,12 +357,41 @@ def _run(
     run_loop(network, loss, next_batch, config.loop, out, ema=ema, on_eval=evaluate)
 
 
-def _load_backbone(config: PolicyTrainingConfig) -> Backbone:
+def _load_backbone(config: PolicyTrainingConfig, *, writes: bool) -> Backbone:
+    """Load the part of the backbone that is tapped, or the whole if it is written: at the end, and
+    for the workers of a closed-loop validation on the CPU."""
     backbone = Backbone.load(
         config.backbone,
         device=config.device,
         dtype=frozen_dtype(config.device, config.dtype),
         attn_implementation=config.attn_implementation,
+        blocks=None if writes else config.intents.layer,
     )
+    backbone.require_layer(config.intents.layer)
     backbone.freeze()
     return backbone
+
+
+def _proved_backbone(config: PolicyTrainingConfig, frozen: FrozenProof, kept: Backbone | None) -> Backbone:
+    """Return the whole backbone, on the device, after its one comparison with the frozen one.
+
+    `kept` is the backbone, or the part of it, that was in memory during the training. A part is
+    compared with the whole, which is then read into host memory, and makes room for it. Raises
+    BlmError if either has changed.
+    """
+    if kept is not None and kept.absent is None:
+        frozen.require(kept, "after Stage II")
+        frozen.with_logits(kept).compare_logits(kept, "after Stage II")
+        return kept
+    whole = _load_backbone(replace(config, device="cpu", dtype=_dtype_name(config)), writes=True)
+    frozen.require(whole, "after Stage II")
+    if kept is not None:
+        require_part(kept.model, whole.model, "after Stage II")
+        kept.model.to("meta")
+    place_weights(whole.model, config.device, whole.model.dtype)
+    return whole
+
+
+def _dtype_name(config: PolicyTrainingConfig) -> WeightDtype:
+    is_short = frozen_dtype(config.device, config.dtype) is torch.bfloat16
+    return "bfloat16" if is_short else "float32"

@@ -6,6 +6,8 @@ the logits of a whole batch would take more memory than the model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 

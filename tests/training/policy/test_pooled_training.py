@@ -59,7 +59,9 @@ def test_a_policy_acts_on_the_tokens_that_it_was_trained_on(
     bridge = policy.network.bridge.forward
     monkeypatch.setattr(policy.network.bridge, "forward", lambda h, m: seen.append(h[m]) or bridge(h, m))
     policy.act(Observation(images=images, state=data.states[3], instruction=text, robot="arm"))
-    wanted = tap_pooled(policy.backbone, [control_prompt(text, "arm", images)], 1, 2)
+    wanted = tap_pooled(
+        policy.backbone, policy.backbone.read([control_prompt(text, "arm", images)], side="right"), 1, 2
+    )
     assert policy.pool == 2 and torch.equal(seen[0], wanted.hidden[wanted.mask])
     live = LiveHiddenStates(policy.backbone, data, config.intents).read(np.array([3]))[0]
     np.testing.assert_allclose(live, seen[0].numpy(), atol=1e-5)
