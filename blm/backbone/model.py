@@ -71,7 +71,7 @@ class MultimodalModel:
             self.videos_as = "video"
         self._path = _decoder_path(model)
         self._processing = threading.Lock()
-        self._features_per_row = dict[tuple[int, ...], Fraction]()
+        self.features_per_row = dict[tuple[int, ...], Fraction]()
         """Size of a row of `pixel_values` -> number of picture features for each row."""
 
     @property
@@ -183,9 +183,9 @@ class MultimodalModel:
         """
         pixels = inputs["pixel_values"]
         size = tuple(pixels.shape[1:])
-        if size not in self._features_per_row:
-            self._features_per_row[size] = _measure_features_per_row(self, inputs)
-        return int(self._features_per_row[size] * len(pixels))
+        if size not in self.features_per_row:
+            self.features_per_row[size] = _measure_features_per_row(self, inputs)
+        return int(self.features_per_row[size] * len(pixels))
 
     def encode(
         self,

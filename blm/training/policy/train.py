@@ -25,14 +25,16 @@ from blm.io import replacing
 from blm.policy.checkpoint import require_free
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, FrozenProof
-from blm.training.loop.batches import Microbatch
+from blm.training.loop.batches import ByWorkers, MakeBatch, Microbatch, prefetch
 from blm.training.loop.distributed import DataShard, Processes
 from blm.training.loop.ema import Ema
 from blm.training.loop.loop import LoopConfig, run_loop
 from blm.training.policy.add_robot import InitialPolicy, from_checkpoint, from_scratch
 from blm.training.policy.hidden_state_cache import ALONE, cache_hidden_states, describe
 from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenStates
+from blm.training.policy.live import Live, LiveBatch, LiveBatches, open_live
 from blm.training.policy.sampler import (
+    WHOLE_BATCH,
     HiddenStateSource,
     PolicyDataset,
     PolicySampler,
@@ -207,9 +209,12 @@ def train_stage2(
         return validate(step, policy(weights)) if validate is not None and processes.first else {}
 
     ema = Ema(start.network, config.policy.ema)
-    if config.cache is not None and validate is None:
+    live = None
+    if config.cache is None:
+        live = open_live(backbone, config.backbone, opened, config.intents)
+    elif validate is None:
         del backbone
-    _run(start.network, ema, opened, config, out, validate_weights)
+    _run(start.network, ema, opened, config, out, validate_weights, live)
     if config.cache is not None and validate is None:
         backbone = _load_backbone(config)
     frozen.require(backbone, "after Stage II")
@@ -301,6 +306,7 @@ def _run(
     config: PolicyTrainingConfig,
     out: Path,
     validate: Callable[[int, PolicyNetwork], Mapping[str, float]],
+    live: Live | None,
 ) -> None:
     """Run the training loop; the EMA is the teacher of the future loss and is validated."""
     teacher = cast(PolicyNetwork, ema.module)
@@ -308,8 +314,14 @@ def _run(
     best = BestCheckpoint(out)
     first = Processes.join(config.device).first
 
-    def loss(batch: PolicyBatch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        losses = network.loss(batch.to(config.device), teacher)
+    def ready(batch: PolicyBatch | LiveBatch) -> PolicyBatch:
+        if isinstance(batch, LiveBatch):
+            assert live is not None
+            return live.tap(batch)
+        return batch.to(config.device)
+
+    def loss(batch: PolicyBatch | LiveBatch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        losses = network.loss(ready(batch), teacher)
         return losses["loss"], {name: losses[name].detach() for name in names}
 
     held_out = anything_held_out(datasets, config.weights)
@@ -321,8 +333,9 @@ def _run(
     def evaluate(step: int) -> Mapping[str, float]:
         metrics = dict[str, float]()
         if held_out and config.validation_batches:
-            batches = map(make_sampler(datasets, config, train=False), range(config.validation_batches))
-            losses = [teacher.loss(batch.to(config.device), teacher) for batch in batches]
+            steps = range(config.validation_batches)
+            batches = prefetch(_make_batch(datasets, config, live, train=False), steps, [WHOLE_BATCH])
+            losses = [teacher.loss(ready(one.batch), teacher) for (one,), _ in batches]
             for name in names:
                 metrics[f"val_{name}"] = sum(float(loss[name]) for loss in losses) / len(losses)
         metrics |= validate(step, teacher)
@@ -330,13 +343,25 @@ def _run(
             best.update(teacher, step, metrics)
         return metrics
 
-    sampler = make_sampler(datasets, config)
+    next_batch = _make_batch(datasets, config, live)
+    run_loop(network, loss, next_batch, config.loop, out, ema=ema, on_eval=evaluate)
+
+
+def _make_batch(
+    datasets: Sequence[PolicyDataset], config: PolicyTrainingConfig, live: Live | None, *, train: bool = True
+) -> MakeBatch[Any]:
+    """Return the function that makes a micro-batch: with cached hidden states, or with prompts."""
+    if live is not None:
+        plain = [replace(one, hidden_states=None) for one in datasets]  # workers get no weights
+        make = LiveBatches(make_sampler(plain, config, train=train), live.reader, config.intents)
+        return ByWorkers(make, config.intents.workers)
+    sampler = make_sampler(datasets, config, train=train)
 
     def next_batch(step: int, shard: DataShard) -> Microbatch[PolicyBatch]:
         batch = sampler(step, shard)
         return Microbatch(batch, batch.ids, weight=len(batch.ids))
 
-    run_loop(network, loss, next_batch, config.loop, out, ema=ema, on_eval=evaluate)
+    return next_batch
 
 
 def _load_backbone(config: PolicyTrainingConfig) -> Backbone:
