@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -15,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from blm.jobs.local import exit_with_parent
 from blm.jobs.unit import ONE_THREAD, environment_variables
 from blm.training.loop.distributed import DataShard
 from blm.types import BlmError
@@ -79,6 +81,8 @@ def open_batches(
         with closing(prefetch(next_batch, steps, shards, pin=pin)) as batches:
             yield batches
         return
+    context: Any = torch.multiprocessing.get_context("forkserver")  # it imports the modules once for all
+    context.set_forkserver_preload([next_batch.make.__module__])
     loader = DataLoader[Any](
         _Steps(next_batch.make),
         batch_size=None,
@@ -86,7 +90,7 @@ def open_batches(
         num_workers=next_batch.workers,
         pin_memory=pin,
         worker_init_fn=_set_up_worker,
-        multiprocessing_context="spawn",
+        multiprocessing_context=context,
         generator=torch.Generator(),  # by default it would draw from the global one, as dropout does
     )
     with environment_variables(ONE_THREAD):
@@ -165,3 +169,5 @@ def _loaded_steps(
 
 def _set_up_worker(number: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the training process handles Ctrl-C and ends its workers
+    # torch's own watch is on the fork server, which lives as long as its workers
+    threading.Thread(target=exit_with_parent, daemon=True).start()
