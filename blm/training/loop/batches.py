@@ -97,13 +97,6 @@ def open_batches(
         loaded: Any = iter(loader)
     try:
         yield _loaded_steps(loaded, steps, len(shards))
-    except RuntimeError as error:  # a signal handler of torch raises it, wherever this process is
-        if "DataLoader worker" not in str(error):
-            raise
-        raise BlmError(
-            f"a worker process that prepares batches ended: {' '.join(str(error).split())} Check memory and "
-            "shared memory (/dev/shm), or use fewer workers; the same command resumes the run"
-        ) from error
     finally:
         loaded._shutdown_workers()
 
@@ -158,13 +151,24 @@ def _loaded_steps(
         begin = time.perf_counter()
         microbatches = list[Microbatch[B]]()
         for _ in range(parts):
-            made = next(loaded)
+            made = _next(loaded)
             if isinstance(made, _Failure):
                 error = BlmError(f"the batch of step {step} cannot be made: {made.message}")
                 error.add_note(made.trace)
                 raise error
             microbatches.append(made)
         yield microbatches, time.perf_counter() - begin
+
+
+def _next(loaded: Iterator[Microbatch[B] | _Failure]) -> Microbatch[B] | _Failure:
+    """Return the next micro-batch. Raises BlmError if a worker has died, also while it sent one."""
+    try:
+        return next(loaded)
+    except (RuntimeError, OSError, EOFError) as error:
+        raise BlmError(
+            f"a worker process that prepares batches ended: {' '.join(str(error).split())}. Check memory and "
+            "shared memory (/dev/shm), or use fewer workers; the same command resumes the run"
+        ) from error
 
 
 def _set_up_worker(number: int) -> None:

@@ -33,7 +33,7 @@ def test_batches_come_in_the_order_of_steps_and_parts(workers: int) -> None:
 
 def test_a_worker_that_is_killed_is_reported() -> None:
     with (
-        pytest.raises(BlmError, match=r"worker process .* ended: .*killed by signal: Killed.* fewer workers"),
+        pytest.raises(BlmError, match=r"a worker process that .* ended: .* fewer workers"),
         open_batches(ByWorkers(killed, 1), range(4), PARTS) as batches,
     ):
         list(batches)
@@ -43,8 +43,8 @@ def test_a_worker_that_is_killed_is_reported() -> None:
 @pytest.mark.parametrize(
     ("first", "message"),
     [
-        (1, "^the batch of step 1 cannot be made: sample 'arm', frame 7 cannot be prepared: no such frame$"),
-        (2, "^the batch of step 2 cannot be made: KeyError: 'base'$"),
+        (1, "^the batch of step 1 cannot be made: sample 'arm', frame 7 cannot be prepared: no such frame"),
+        (2, "^the batch of step 2 cannot be made: KeyError: 'base'"),
     ],
 )
 def test_an_error_in_a_worker_names_step_and_sample(first: int, message: str) -> None:
@@ -57,8 +57,7 @@ def test_an_error_in_a_worker_names_step_and_sample(first: int, message: str) ->
 
 
 SCRIPT = """
-import os, time
-from pathlib import Path
+import multiprocessing, time
 from blm.training.loop.batches import ByWorkers, open_batches
 from blm.training.loop.distributed import DataShard
 from tests.support.batches import numbers
@@ -66,8 +65,7 @@ from tests.support.batches import numbers
 if __name__ == "__main__":
     with open_batches(ByWorkers(numbers, 2), range(10**6), [DataShard()]) as batches:
         for _ in batches:
-            pids = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text()
-            print(pids, flush=True)
+            print(*(one.pid for one in multiprocessing.active_children()), flush=True)
             time.sleep(60)
 """
 
@@ -83,23 +81,18 @@ def test_workers_end_with_the_training_process(tmp_path: Path, how: signal.Signa
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, str(tmp_path / "script.py")]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])}
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-    )
-    assert process.stdout is not None and process.stderr is not None
-    children = [int(pid) for pid in process.stdout.readline().split()]
-    assert len(children) >= 2
-    if how == signal.SIGINT:
-        os.killpg(process.pid, how)  # as a terminal does
-    else:
-        process.kill()
-    process.wait(60)
-    errors = process.stderr.read()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        children = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(children) == 2
+        if how == signal.SIGINT:
+            os.killpg(process.pid, how)  # as a terminal does
+        else:
+            process.kill()
+        errors = process.stderr.read()
     assert errors.count("Traceback") <= 1, errors
     deadline = time.monotonic() + 30
     while any(map(_alive, children)) and time.monotonic() < deadline:
