@@ -76,7 +76,7 @@ class MultimodalModel(Weights):
         self._compiled = dict[int, nn.Module]()
         """Layer -> the model up to this layer, with compiled blocks."""
         self._processing = threading.Lock()
-        self._features_per_row = dict[tuple[int, ...], Fraction]()
+        self.features_per_row = dict[tuple[int, ...], Fraction]()
         """Size of a row of `pixel_values` -> number of picture features for each row."""
 
     @property
@@ -190,9 +190,9 @@ class MultimodalModel(Weights):
         if self.model.device.type == "meta":  # an outline computes no features
             return int((inputs["input_ids"] == self.placeholder_id).sum())
         size = tuple(pixels.shape[1:])
-        if size not in self._features_per_row:
-            self._features_per_row[size] = _measure_features_per_row(self, inputs)
-        return int(self._features_per_row[size] * len(pixels))
+        if size not in self.features_per_row:
+            self.features_per_row[size] = _measure_features_per_row(self, inputs)
+        return int(self.features_per_row[size] * len(pixels))
 
     def encode(
         self,

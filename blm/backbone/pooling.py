@@ -39,7 +39,13 @@ class Pooling:
     """[B, L'] False at padding."""
 
     def to(self, device: torch.device) -> Pooling:
-        return Pooling(self.positions.to(device), self.weights.to(device), self.mask.to(device))
+        """Return a copy on a device; copying from pinned memory does not block the host."""
+        tensors = (self.positions, self.weights, self.mask)
+        return Pooling(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+
+    def pin_memory(self) -> Pooling:
+        """Return a copy in pinned (page-locked) memory."""
+        return Pooling(self.positions.pin_memory(), self.weights.pin_memory(), self.mask.pin_memory())
 
     def __call__(self, hidden: Tensor) -> HiddenStates:
         """Return the pooled states [B, L', d] of hidden states [B, L, d]."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,6 +42,11 @@ class CameraVideos:
     """Height and width [px]."""
     _open: dict[int, VideoFile] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy in another process opens the files again."""
+        own = partial(CameraVideos, files=self.files, file=self.file, first=self.first, shape=self.shape)
+        return own, ()
 
     def read(self, number: int, frame: int) -> ImageArray:
         """Return one frame [H, W, 3] of file `number`.

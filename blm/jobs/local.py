@@ -150,7 +150,7 @@ def _worker_main(pipe: Connection, job: JobSpec) -> None:
     for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
     try:
         job.set_up()
     except Exception as error:
@@ -177,7 +177,8 @@ def _picklable_error(error: Exception) -> Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 
-def _exit_with_parent() -> None:
+def exit_with_parent() -> None:
+    """Wait in a thread of a worker for the end of its parent, and end the worker."""
     parent = parent_process()
     assert parent is not None
     parent.join()

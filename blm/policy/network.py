@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,18 @@ class ActionBatch:
     runs: Runs = ()
     """The robots in `embodiment` on the host, if known, for grouped products."""
 
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy on a device; copying from pinned memory does not block the host."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """Return a copy in pinned (page-locked) memory."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
+        tensors: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
 
 class HiddenStateCodec(Protocol):
     """Decoder of hidden states that travel to the device as codes."""
@@ -133,22 +145,13 @@ class PolicyBatch(ActionBatch):
     """With a codec, `hidden` and `future_hidden` are its codes [.., bytes], until `to` decodes
     them."""
 
-    def to(self, device: torch.device | str) -> PolicyBatch:
-        """Return a copy on a device, with decoded hidden states; copying from pinned memory does
-        not block the host."""
-        moved = self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy on a device, with decoded hidden states."""
+        moved = super().to(device)
         if self.codec is None:
             return moved
         hidden, future = self.codec.decode(moved.hidden), self.codec.decode(moved.future_hidden)
         return replace(moved, hidden=hidden, future_hidden=future, codec=None)
-
-    def pin_memory(self) -> PolicyBatch:
-        """Return a copy in pinned (page-locked) memory."""
-        return self._with_tensors(Tensor.pin_memory)
-
-    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> PolicyBatch:
-        tensors: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
 
 
 class PolicyNetwork(nn.Module):

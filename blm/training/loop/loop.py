@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from blm.backbone.precision import WeightDtype, frozen_dtype
 from blm.io import lock_folder
-from blm.training.loop.batches import Microbatch, prefetch, with_pinned_memory
+from blm.training.loop.batches import Microbatch, open_batches
 from blm.training.loop.distributed import (
     DataShard,
     Processes,
@@ -132,11 +132,11 @@ def run_loop(
 
     `next_batch(step, shard)`, step = 0, 1, .., returns one micro-batch; those of all shards form
     the batch of the step. It must depend only on its arguments (and the seed): it runs one step
-    ahead in a separate thread, so it may not use torch's global generator. `loss_fn(batch)` returns
-    the mean loss of a micro-batch and metrics to log (also means); it runs under autocast to
-    `config.precision`. `learning_rate(name)` replaces `config.lr` for a parameter.
-    `on_eval(steps done)` returns numbers to add to a log row; every process calls it, with
-    unsharded weights.
+    ahead in a separate thread, or further ahead in the worker processes of `ByWorkers`, so it may
+    not use torch's global generator. `loss_fn(batch)` returns the mean loss of a micro-batch and
+    metrics to log (also means); it runs under autocast to `config.precision`.
+    `learning_rate(name)` replaces `config.lr` for a parameter. `on_eval(steps done)` returns
+    numbers to add to a log row; every process calls it, with unsharded weights.
 
     Raises BlmError when a loss or gradient is not finite, before the weights change; when `out`
     holds a run of another config or module; when another process trains there; and for a precision
@@ -164,8 +164,7 @@ def run_loop(
             betas=config.betas,
             weight_decay=config.weight_decay,
         )
-        make_batch = with_pinned_memory(next_batch) if device.type == "cuda" else next_batch
-        _Run[B](wrapped, module, config, out, processes, optimizer, ema, dtype).train(make_batch, on_eval)
+        _Run[B](wrapped, module, config, out, processes, optimizer, ema, dtype).train(next_batch, on_eval)
     unwrap()
 
 
@@ -193,16 +192,16 @@ class _Run(Generic[B]):
         start, seconds = restore_state(self.out, asdict(config), self.tensors(), self.processes, MAY_CHANGE)
         if first:
             truncate_log(self.out / "log.jsonl", start)
-        meter = Meter(seconds)
+        meter, steps = Meter(seconds), range(start, config.steps)
+        shards, pin = self.processes.data_shards(config.accumulate), self.processes.device.type == "cuda"
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with (
             Progress(*columns, console=Console(stderr=True), disable=not first) as bar,
             MetricsLog(self.out, config.trackers, asdict(config), on=first) as log,
             CheckpointWriter(self.out, self.processes, config.keep) as writer,
+            open_batches(next_batch, steps, shards, pin=pin) as batches,
         ):
             task = bar.add_task(config.title, total=config.steps, completed=start)
-            shards = self.processes.data_shards(config.accumulate)
-            batches = prefetch(next_batch, range(start, config.steps), shards)
             for step, (microbatches, wait) in enumerate(batches, start):
                 values, sizes = self.update(step, microbatches)
                 meter.add(values, sizes, wait)

@@ -45,8 +45,9 @@ class HiddenStateConfig:
     batch_size: int = 32
     """Number of frames per forward pass of the backbone."""
     workers: int = 2
-    """Worker processes that fill a cache, on the CPU, for each training process; 0: this process. On a
-    GPU, each training process computes its shards itself, with the backbone that it has."""
+    """Worker processes of each training process; 0: the training process itself does their work.
+    Without a cache, they decode frames and prepare prompts during training. With one, they fill it, on
+    the CPU; on a GPU, each training process fills its shards with the backbone that it has."""
     shard_frames: int = 256
     """Number of cached frames after which the cache starts a new shard, at the next episode."""
     precision: CachePrecision = "float16"

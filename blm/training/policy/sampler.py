@@ -261,8 +261,7 @@ class PolicySampler:
             frames = samples.frames[mine]
             now += source.hidden_states.read(frames, samples.views[mine])
             if self.policy.future_weight:
-                ends = source.dataset.starts[source.dataset.episode_index[frames] + 1]
-                future += source.hidden_states.read(np.minimum(frames + self.policy.future_steps, ends - 1))
+                future += source.hidden_states.read(self._later(number, frames))
         first = self.datasets[0].hidden_states
         hidden, mask = collate(now)
         future_hidden, future_mask = collate(future or now)
@@ -274,6 +273,16 @@ class PolicySampler:
             codec=first.codec if first is not None else None,
             **vars(self.vectors(samples)),
         )
+
+    def future_frames(self, samples: SampledFrames) -> IndexArray:
+        """Return the frames [B] `future_steps` after those of the samples, or the last of the episode."""
+        numbers = np.unique(samples.datasets)
+        return np.concatenate([self._later(i, samples.frames[samples.datasets == i]) for i in numbers])
+
+    def _later(self, index: int, frames: IndexArray) -> IndexArray:
+        data = self.datasets[index].dataset
+        ends = data.starts[data.episode_index[frames] + 1]
+        return np.minimum(frames + self.policy.future_steps, ends - 1)
 
     def _count_values(self, index: int, frames: IndexArray) -> float:
         """Count the real action values in the chunks of these frames of one dataset."""

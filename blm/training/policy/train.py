@@ -27,16 +27,18 @@ from blm.io import replacing
 from blm.policy.checkpoint import require_free
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, FrozenProof
-from blm.training.loop.batches import Microbatch
+from blm.training.loop.batches import ByWorkers, MakeBatch, Microbatch, prefetch
 from blm.training.loop.distributed import DataShard, Processes
 from blm.training.loop.ema import Ema
 from blm.training.loop.loop import LoopConfig, require_precision, run_loop
 from blm.training.policy.add_robot import InitialPolicy, from_checkpoint, from_scratch
 from blm.training.policy.hidden_state_cache import ALONE, cache_hidden_states, describe
 from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenStates
+from blm.training.policy.live import Live, LiveBatch, LiveBatches, open_live
 from blm.training.policy.projection import open_projection
 from blm.training.policy.quantization import TokenCodec
 from blm.training.policy.sampler import (
+    WHOLE_BATCH,
     HiddenStateSource,
     PolicyDataset,
     PolicySampler,
@@ -223,8 +225,9 @@ def train_stage2(
 
     ema = Ema(start.network, config.policy.ema)
     kept = backbone if config.cache is None or validate is not None else None
+    live = open_live(backbone, config.backbone, opened, config.intents) if config.cache is None else None
     del backbone
-    _run(start.network, ema, opened, config, out, validate_weights)
+    _run(start.network, ema, opened, config, out, validate_weights, live)
     whole = _proved_backbone(config, frozen, kept)
     if processes.first:
         policy(cast(PolicyNetwork, ema.module), whole).save(out / "checkpoint", facts, proved=True)
@@ -318,6 +321,7 @@ def _run(
     config: PolicyTrainingConfig,
     out: Path,
     validate: Callable[[int, PolicyNetwork], Mapping[str, float]],
+    live: Live | None,
 ) -> None:
     """Run the training loop; the EMA is the teacher of the future loss and is validated."""
     teacher = cast(PolicyNetwork, ema.module)
@@ -325,8 +329,14 @@ def _run(
     best = BestCheckpoint(out)
     first = Processes.join(config.device).first
 
-    def loss(batch: PolicyBatch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        losses = network.loss(batch.to(config.device), teacher)
+    def ready(batch: PolicyBatch | LiveBatch) -> PolicyBatch:
+        if isinstance(batch, LiveBatch):
+            assert live is not None
+            return live.tap(batch)
+        return batch.to(config.device)
+
+    def loss(batch: PolicyBatch | LiveBatch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        losses = network.loss(ready(batch), teacher)
         return losses["loss"], {name: losses[name].detach() for name in names}
 
     held_out = anything_held_out(datasets, config.weights)
@@ -338,8 +348,9 @@ def _run(
     def evaluate(step: int) -> Mapping[str, float]:
         metrics = dict[str, float]()
         if held_out and config.validation_batches:
-            batches = map(make_sampler(datasets, config, train=False), range(config.validation_batches))
-            losses = [teacher.loss(batch.to(config.device), teacher) for batch in batches]
+            steps = range(config.validation_batches)
+            batches = prefetch(_make_batch(datasets, config, live, train=False), steps, [WHOLE_BATCH])
+            losses = [teacher.loss(ready(one.batch), teacher) for (one,), _ in batches]
             for name in names:
                 metrics[f"val_{name}"] = sum(float(loss[name]) for loss in losses) / len(losses)
         metrics |= validate(step, teacher)
@@ -347,14 +358,26 @@ def _run(
             best.update(teacher, step, metrics)
         return metrics
 
-    sampler = make_sampler(datasets, config)
     network.train()  # a checkpoint to start from is in evaluation mode
+    next_batch = _make_batch(datasets, config, live)
+    run_loop(network, loss, next_batch, config.loop, out, ema=ema, on_eval=evaluate)
+
+
+def _make_batch(
+    datasets: Sequence[PolicyDataset], config: PolicyTrainingConfig, live: Live | None, *, train: bool = True
+) -> MakeBatch[Any]:
+    """Return the function that makes a micro-batch: with cached hidden states, or with prompts."""
+    if live is not None:
+        plain = [replace(one, hidden_states=None) for one in datasets]  # workers get no weights
+        make = LiveBatches(make_sampler(plain, config, train=train), live.reader, config.intents)
+        return ByWorkers(make, config.intents.workers)
+    sampler = make_sampler(datasets, config, train=train)
 
     def next_batch(step: int, shard: DataShard) -> Microbatch[PolicyBatch]:
         batch = sampler(step, shard)
         return Microbatch(batch, batch.ids, weight=len(batch.ids))
 
-    run_loop(network, loss, next_batch, config.loop, out, ema=ema, on_eval=evaluate)
+    return next_batch
 
 
 def _load_backbone(config: PolicyTrainingConfig, *, writes: bool) -> Backbone:
