@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,18 @@ class ActionBatch:
     whole.
     """
 
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy on a device; copying from pinned memory does not block the host."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """Return a copy in pinned (page-locked) memory."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> Self:
+        tensors: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyBatch(ActionBatch):
@@ -113,18 +125,6 @@ class PolicyBatch(ActionBatch):
     """[B, L', d] hidden states of the frame `future_steps` ahead."""
     future_mask: Tensor
     """[B, L']"""
-
-    def to(self, device: torch.device | str) -> PolicyBatch:
-        """Return a copy on a device; copying from pinned memory does not block the host."""
-        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> PolicyBatch:
-        """Return a copy in pinned (page-locked) memory."""
-        return self._with_tensors(Tensor.pin_memory)
-
-    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> PolicyBatch:
-        tensors: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
 
 
 class PolicyNetwork(nn.Module):

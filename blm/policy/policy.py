@@ -32,6 +32,7 @@ from blm.policy.checkpoint import (
 from blm.policy.codec import decode_chunks, pad_dims, prompt_version
 from blm.policy.flow import ActionPrefix, prefix_weights, seeded_noise
 from blm.policy.network import PolicyConfig, PolicyNetwork
+from blm.policy.tuning import TuningRecord
 from blm.types import ActionChunk, BlmError, FloatArray, Observation, PolicyContract
 
 
@@ -123,9 +124,12 @@ class CheckpointConfig:
     """Type of the backbone's weights, such as "bfloat16"."""
     frozen: FrozenProof
     provenance: Mapping[str, Any]
+    tuning: TuningRecord | None = None
+    """How Stage II tuned the backbone; None if it was frozen."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "blm", **asdict(self), "contract": self.contract.to_json()}
+        value = {"kind": "blm", **asdict(self), "contract": self.contract.to_json()}
+        return {name: part for name, part in value.items() if name != "tuning" or part is not None}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CheckpointConfig:
@@ -138,6 +142,7 @@ class CheckpointConfig:
             dtype=value["dtype"],
             frozen=FrozenProof.from_json(value["frozen"]),
             provenance=value["provenance"],
+            tuning=TuningRecord.from_json(value["tuning"]) if "tuning" in value else None,
         )
 
 
@@ -154,9 +159,13 @@ class CheckpointPolicy:
         transforms: Mapping[str, RobotTransforms],
         contract: PolicyContract,
         provenance: Mapping[str, Any] | None = None,
+        tuning: TuningRecord | None = None,
     ) -> None:
-        """Tap block `layer` (k); `provenance` is that of the loaded checkpoint."""
-        self.provenance = provenance or {}
+        """Tap block `layer` (k); `provenance` is that of the loaded checkpoint.
+
+        With a tuned backbone, `frozen` is the proof of its weights after the tuning.
+        """
+        self.provenance, self.tuning = provenance or {}, tuning
         self.backbone, self.frozen, self.layer, self.transforms = backbone, frozen, layer, transforms
         self.network = network.eval().requires_grad_(False)
         self.contract = with_hashes(contract, network, transforms, frozen.fingerprint)
@@ -229,6 +238,7 @@ class CheckpointPolicy:
             dtype=str(self.backbone.model.dtype).removeprefix("torch."),
             frozen=self.frozen,
             provenance=dict(provenance),
+            tuning=self.tuning,
         )
 
         def add_backbone(work: Path) -> None:
@@ -283,6 +293,7 @@ class CheckpointPolicy:
             transforms=read_transforms(folder),
             contract=contract,
             provenance=config.provenance,
+            tuning=config.tuning,
         )
 
 

@@ -17,6 +17,7 @@ from blm.datasets.transforms import RobotTransforms
 from blm.policy.heads import IndexedLinear, with_embodiments
 from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
+from blm.policy.tuning import TuningRecord
 from blm.types import ActionSpace, BlmError, PolicyContract
 
 
@@ -36,6 +37,11 @@ class InitialPolicy:
     def num_checkpoint_robots(self) -> int:
         """Number of robots of the checkpoint, and therefore of its rows."""
         return len(self.checkpoint.contract.action_spaces) if self.checkpoint is not None else 0
+
+    @property
+    def tuning(self) -> TuningRecord | None:
+        """How the backbone of the checkpoint was tuned; None: frozen, or no checkpoint."""
+        return self.checkpoint.tuning if self.checkpoint is not None else None
 
     def transforms(self) -> dict[str, RobotTransforms]:
         """Return the transforms of the checkpoint, on which its weights depend."""

@@ -2,36 +2,51 @@
 
 One policy is trained for several robots, each with one row in the indexed weights. With a
 hidden-state cache the backbone is in memory only before the first step and after the last. The run
-ends with a proof that the backbone has not changed.
+ends with a proof that the backbone has not changed. `backbone_tuning.py` has the options that
+train the backbone, too.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from rich.console import Console
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from blm.backbone.backbone import Backbone
 from blm.backbone.precision import WeightDtype, frozen_dtype, require_attention
 from blm.datasets.lerobot import EpisodeDataset, open_dataset
-from blm.io import replacing
 from blm.policy.checkpoint import require_free
-from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
+from blm.policy.network import PolicyBatch, PolicyConfig
 from blm.policy.policy import CheckpointPolicy, FrozenProof
 from blm.training.loop.batches import Microbatch
 from blm.training.loop.distributed import DataShard, Processes
 from blm.training.loop.ema import Ema
 from blm.training.loop.loop import LoopConfig, run_loop
 from blm.training.policy.add_robot import InitialPolicy, from_checkpoint, from_scratch
+from blm.training.policy.backbone_tuning import (
+    BackboneTuning,
+    TrainedModule,
+    TunedBatch,
+    TunedPolicy,
+    in_use,
+    network_of,
+    require_tuning,
+    tune_backbone,
+)
+from blm.training.policy.best_checkpoint import BestCheckpoint
+from blm.training.policy.cotraining import (
+    CotrainingSampler,
+    LanguageCotraining,
+    cotraining_sampler,
+    require_cotraining,
+)
 from blm.training.policy.hidden_state_cache import ALONE, cache_hidden_states, describe
 from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenStates
+from blm.training.policy.prompt_features import cache_prompts
 from blm.training.policy.sampler import (
     HiddenStateSource,
     PolicyDataset,
@@ -85,8 +100,14 @@ class PolicyTrainingConfig:
     attn_implementation: str | None = None
     """Attention implementation of the backbone in transformers: eager, sdpa, flash_attention_2, ..;
     by default the model's own."""
+    tune: BackboneTuning = field(default_factory=BackboneTuning)
+    """Training of the backbone, which is frozen by default."""
+    cotrain: LanguageCotraining = field(default_factory=LanguageCotraining)
+    """Language co-training of a backbone that is tuned."""
 
     def __post_init__(self) -> None:
+        require_tuning(self.tune, self.loop, cache=self.cache, only_new=self.only_new)
+        require_cotraining(self.cotrain, self.loop, tuned=self.tune.on)
         require_numbers(self, held_out=(0, 0.9), validation_batches=(0, 1_000_000))
         require_weights(self.weights)
         require_attention(self.attn_implementation)
@@ -130,6 +151,10 @@ def _hidden_states(
     name: str,
     processes: Processes,
 ) -> HiddenStateSource:
+    if config.tune.on:
+        assert config.tune.features is not None, "`train_stage2` chooses the folder"
+        folder = config.tune.features / name
+        return cache_prompts(backbone, config.backbone, dataset, config.intents, folder, processes)
     if config.cache is None:
         return LiveHiddenStates(backbone, dataset, config.intents)
     folder = config.cache / name
@@ -158,6 +183,18 @@ def make_sampler(
     )
 
 
+def sampler_for(
+    trained: TrainedModule,
+    datasets: Sequence[PolicyDataset],
+    config: PolicyTrainingConfig,
+    *,
+    train: bool = True,
+) -> Callable[..., PolicyBatch | TunedBatch]:
+    """Return the sampler whose batches `trained` takes; validation has no conversations."""
+    frames = make_sampler(datasets, config, train=train)
+    return trained.tuned.sampler(frames, language=train) if isinstance(trained, TunedPolicy) else frames
+
+
 ClosedLoopValidation = Callable[[int, CheckpointPolicy], Mapping[str, float]]
 """(steps done, policy) -> metrics of closed-loop episodes: "success" (0..1), and others to log."""
 
@@ -177,49 +214,58 @@ def train_stage2(
     Raises BlmError if datasets and config do not match, and if the backbone has changed.
     """
     processes = Processes.join(config.device)
-    config = replace(config, device=str(processes.device))
+    config = replace(config, device=str(processes.device), tune=config.tune.in_folder(out))
     backbone = _load_backbone(config)
     frozen = FrozenProof.of(backbone)
     datasets = [open_dataset(folder) for folder in config.datasets]
     contract = joint_contract(datasets, config.policy, cameras=config.intents.cameras, execute=config.execute)
     start = _start(backbone, contract, config)
-    inputs = _inputs(backbone, datasets, start, config)
+    language = cotraining_sampler(backbone, config.cotrain, config.loop, processes)
+    inputs = _inputs(backbone, datasets, start, config, language)
     origin = {"start": start.checkpoint.provenance} if start.checkpoint is not None else {}
     facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs, **origin}
     facts |= warn_of_reserved(datasets) if processes.first else {}
     _prepare_folder(out, inputs, processes)
     opened = open_datasets(backbone, datasets, config, start, processes)
+    layer = config.intents.layer
+    tuned = tune_backbone(backbone, layer, config.tune, language, seed=config.loop.seed)
+    trained = start.network if tuned is None else TunedPolicy(start.network, tuned)
 
-    def policy(weights: PolicyNetwork) -> CheckpointPolicy:
-        start.restore_old_rows(weights)
+    def policy(weights: TrainedModule) -> CheckpointPolicy:
+        network = network_of(weights)
+        start.restore_old_rows(network)
         spaces = {**start.spaces(), **contract.action_spaces}
         fitted = {one.dataset.space.robot: one.transforms for one in opened}
+        mine = backbone if tuned is None else tuned.merged(weights)
         return CheckpointPolicy(
-            backbone=backbone,
-            frozen=frozen,
-            layer=config.intents.layer,
-            network=weights,
+            backbone=mine,
+            frozen=frozen if tuned is None else FrozenProof.of(mine),
+            layer=layer,
+            network=network,
             transforms={**start.transforms(), **fitted},
             contract=replace(contract, action_spaces={name: spaces[name] for name in start.robots}),
+            tuning=start.tuning if tuned is None else tuned.record(),
         )
 
-    def validate_weights(step: int, weights: PolicyNetwork) -> Mapping[str, float]:
+    def validate_weights(step: int, weights: TrainedModule) -> Mapping[str, float]:
         return validate(step, policy(weights)) if validate is not None and processes.first else {}
 
-    ema = Ema(start.network, config.policy.ema)
+    ema = Ema(trained, config.policy.ema)
     if config.cache is not None and validate is None:
         del backbone
-    _run(start.network, ema, opened, config, out, validate_weights)
+    with in_use(tuned):
+        _run(trained, ema, opened, config, out, validate_weights)
     if config.cache is not None and validate is None:
         backbone = _load_backbone(config)
-    frozen.require(backbone, "after Stage II")
-    frozen.compare_logits(backbone, "after Stage II")
+    if tuned is None:
+        frozen.require(backbone, "after Stage II")
+        frozen.compare_logits(backbone, "after Stage II")
     if processes.first:
-        policy(cast(PolicyNetwork, ema.module)).save(out / "checkpoint", facts)
+        policy(cast(TrainedModule, ema.module)).save(out / "checkpoint", facts)
         best = BestCheckpoint(out)
         if best.facts:
-            best.load(start.network)
-            policy(start.network).save(out / "best", {**facts, **best.facts})
+            best.load(trained)
+            policy(trained).save(out / "best", {**facts, **best.facts})
     processes.wait()
     return out / "checkpoint"
 
@@ -258,9 +304,15 @@ def _start(backbone: Backbone, contract: PolicyContract, config: PolicyTrainingC
 
 
 def _inputs(
-    backbone: Backbone, datasets: Sequence[EpisodeDataset], start: InitialPolicy, config: PolicyTrainingConfig
+    backbone: Backbone,
+    datasets: Sequence[EpisodeDataset],
+    start: InitialPolicy,
+    config: PolicyTrainingConfig,
+    language: CotrainingSampler | None,
 ) -> dict[str, Any]:
     """Return all inputs that a run depends on, except the loop's config, for inputs.json."""
+    tuning = {"tune": config.tune.facts()} if config.tune.on else {}
+    cotraining = {"cotrain": language.facts()} if language is not None else {}
     return {
         "robots": list(start.robots),
         "intents": [describe(backbone, data, config.intents) for data in datasets],
@@ -269,48 +321,28 @@ def _inputs(
         "held_out": config.held_out,
         "start": start.checkpoint.contract.revision if start.checkpoint is not None else "",
         "only_new": config.only_new,
+        **tuning,
+        **cotraining,
     }
 
 
-class BestCheckpoint:
-    """Tracks the weights with the best validation of a run, in `out/best.safetensors`."""
-
-    def __init__(self, out: Path) -> None:
-        self.file, self.facts = out / "best.safetensors", dict[str, str]()
-        if self.file.exists():
-            with safe_open(self.file, "pt") as stored:
-                self.facts = stored.metadata() or {}
-
-    def update(self, weights: nn.Module, step: int, metrics: Mapping[str, float]) -> None:
-        """Save these weights if they are the best so far, by success or validation loss."""
-        score = metrics.get("success", -metrics.get("val_loss_flow", math.inf))
-        if score > float(self.facts.get("score", -math.inf)):
-            self.facts = {"score": str(score), "step": str(step)}
-            with replacing(self.file) as temporary:
-                save_file(weights.state_dict(), temporary, self.facts)
-
-    def load(self, network: nn.Module) -> None:
-        """Copy the best weights into `network`."""
-        network.load_state_dict(load_file(self.file))
-
-
 def _run(
-    network: PolicyNetwork,
+    trained: TrainedModule,
     ema: Ema,
     datasets: Sequence[PolicyDataset],
     config: PolicyTrainingConfig,
     out: Path,
-    validate: Callable[[int, PolicyNetwork], Mapping[str, float]],
+    validate: Callable[[int, TrainedModule], Mapping[str, float]],
 ) -> None:
     """Run the training loop; the EMA is the teacher of the future loss and is validated."""
-    teacher = cast(PolicyNetwork, ema.module)
-    names = ("loss_flow", "loss_future")
+    teacher: Any = ema.module
     best = BestCheckpoint(out)
     first = Processes.join(config.device).first
 
-    def loss(batch: PolicyBatch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        losses = network.loss(batch.to(config.device), teacher)
-        return losses["loss"], {name: losses[name].detach() for name in names}
+    def loss(batch: PolicyBatch | TunedBatch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        module: Any = trained
+        losses = dict[str, Tensor](module.loss(batch.to(config.device), teacher))
+        return losses.pop("loss"), {name: value.detach() for name, value in losses.items()}
 
     held_out = anything_held_out(datasets, config.weights)
     if config.held_out and not held_out and first:
@@ -321,22 +353,22 @@ def _run(
     def evaluate(step: int) -> Mapping[str, float]:
         metrics = dict[str, float]()
         if held_out and config.validation_batches:
-            batches = map(make_sampler(datasets, config, train=False), range(config.validation_batches))
-            losses = [teacher.loss(batch.to(config.device), teacher) for batch in batches]
-            for name in names:
+            drawn = map(sampler_for(trained, datasets, config, train=False), range(config.validation_batches))
+            losses = [teacher.loss(batch.to(config.device), teacher) for batch in drawn]
+            for name in ("loss_flow", "loss_future"):
                 metrics[f"val_{name}"] = sum(float(loss[name]) for loss in losses) / len(losses)
         metrics |= validate(step, teacher)
         if first:
             best.update(teacher, step, metrics)
         return metrics
 
-    sampler = make_sampler(datasets, config)
+    sampler = sampler_for(trained, datasets, config)
 
-    def next_batch(step: int, shard: DataShard) -> Microbatch[PolicyBatch]:
+    def next_batch(step: int, shard: DataShard) -> Microbatch[PolicyBatch | TunedBatch]:
         batch = sampler(step, shard)
         return Microbatch(batch, batch.ids, weight=len(batch.ids))
 
-    run_loop(network, loss, next_batch, config.loop, out, ema=ema, on_eval=evaluate)
+    run_loop(trained, loss, next_batch, config.loop, out, ema=ema, on_eval=evaluate)
 
 
 def _load_backbone(config: PolicyTrainingConfig) -> Backbone:
