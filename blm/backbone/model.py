@@ -254,16 +254,7 @@ class MultimodalModel:
         (Qwen3-VL's DeepStack), they are included: H_k is the input of block k + 1. Raises BlmError
         for a layer that the model does not have.
         """
-        return HiddenStates(self.tap_with_gradient(inputs, layer), inputs["attention_mask"].bool())
-
-    def tap_with_gradient(self, inputs: Mapping[str, Any], layer: int) -> Tensor:
-        """Return H_k [B, L, d] as `tap` does; gradients flow into the blocks that are trained."""
-        if not 1 <= layer <= self.num_layers:
-            raise BlmError(f"layer {layer} is outside 1 .. {self.num_layers}, the blocks of this model")
-        hidden: Tensor = _truncated(self.model, self._path, layer)(
-            **inputs, use_cache=False
-        ).last_hidden_state
-        return hidden
+        return HiddenStates(tap_with_gradient(self, inputs, layer), inputs["attention_mask"].bool())
 
     def freeze(self) -> None:
         """Switch to evaluation mode, and stop gradients of all parameters."""
@@ -304,6 +295,14 @@ class MultimodalModel:
                 for prompt in self.probe_prompts()
             ]
         )
+
+
+def tap_with_gradient(model: MultimodalModel, inputs: Mapping[str, Any], layer: int) -> Tensor:
+    """Return H_k [B, L, d] as `MultimodalModel.tap` does; gradients flow into trained blocks."""
+    if not 1 <= layer <= model.num_layers:
+        raise BlmError(f"layer {layer} is outside 1 .. {model.num_layers}, the blocks of this model")
+    hidden: Tensor = _truncated(model.model, model._path, layer)(**inputs, use_cache=False).last_hidden_state
+    return hidden
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ CONVERSIONS = {
         HiddenStateConfig,
         computed=frozenset(),
         defaults=frozenset({"batch_size", "shard_frames"}),
-        not_in_config=frozenset({"loop", "policy", "execute", "drive"}),
+        not_in_config=frozenset({"loop", "policy", "execute", "drive", "tune", "cotrain"}),
     ),
 }
 

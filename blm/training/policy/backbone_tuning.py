@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from blm.backbone import Backbone
 from blm.backbone.hashing import hash_tensors
+from blm.backbone.model import tap_with_gradient
 from blm.backbone.precision import place_weights
 from blm.policy.network import ActionBatch, PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.tuning import TuningKind, TuningRecord
@@ -53,7 +54,7 @@ class BackboneTuning:
     """Number of blocks that `last_blocks` trains, the tapped one being the last."""
     lr: float = 1e-4
     """Peak learning rate of the backbone's part; AdamW steps it, also beside --loop.muon."""
-    features: Path | None = None
+    features: str | None = None
     """Folder of the cached vision features, which several runs can share; by default
     OUT/features."""
     checkpoint_blocks: bool = False
@@ -66,7 +67,7 @@ class BackboneTuning:
 
     def in_folder(self, out: Path) -> BackboneTuning:
         """Return this config with the folder of the vision features of a run in `out`."""
-        return replace(self, features=self.features or out / "features")
+        return replace(self, features=self.features or str(out / "features"))
 
     def facts(self) -> dict[str, Any]:
         """Return what the result depends on, for inputs.json."""
@@ -232,7 +233,7 @@ class TunedBackbone:
         inputs = self.backbone.place(batch.inputs)
         arguments = forward_arguments(self.backbone, inputs)
         with known_padding(batch.padding > 0):
-            hidden = self.backbone.tap_with_gradient(arguments, self.layer)
+            hidden = tap_with_gradient(self.backbone, arguments, self.layer)
         return hidden, inputs["attention_mask"].bool()
 
     def merged(self, weights: nn.Module) -> Backbone:
@@ -272,7 +273,7 @@ class TunedBackbone:
             rank=self.config.lora.rank if kind == "lora" else 0,
             lr=self.config.lr,
             language_weight=cotrain.weight,
-            corpora=tuple(folder.name for folder in cotrain.corpora),
+            corpora=tuple(Path(folder).name for folder in cotrain.corpora),
             before=self.before,
         )
 
@@ -286,8 +287,9 @@ class TunedPolicy(nn.Module):
     def __init__(self, network: PolicyNetwork, tuned: TunedBackbone) -> None:
         super().__init__()
         self.network, self.tuned = network, tuned
-        named = zip(tuned.names, tuned.trained, strict=True)
-        self.backbone = nn.ParameterDict({name.replace(".", "/"): p for name, p in named})
+        self.backbone = nn.ParameterDict()  # filled one by one: given a dict, it would sort the names
+        for name, parameter in zip(tuned.names, tuned.trained, strict=True):
+            self.backbone[name.replace(".", "/")] = parameter
 
     @property
     def config(self) -> PolicyConfig:
@@ -343,7 +345,6 @@ def tune_backbone(
     layer: int,
     config: BackboneTuning,
     conversations: CotrainingSampler | None,
-    *,
     seed: int,
 ) -> TunedBackbone | None:
     """Return the backbone to tune, or None for a frozen one; raises as `TunedBackbone` does."""

@@ -25,7 +25,7 @@ class LanguageCotraining:
 
     weight: float = 0.0
     """Weight of the language loss, relative to the loss of the actions; 0: no co-training."""
-    corpora: tuple[Path, ...] = ()
+    corpora: tuple[str, ...] = ()
     """Corpus folders of Stage I: scene questions, general dialogues."""
     every: int = 1
     """Train on a batch of conversations in every n-th step."""
@@ -115,7 +115,8 @@ def cotraining_sampler(
 
 def _sources(backbone: Backbone, config: LanguageCotraining, loop: LoopConfig) -> list[TrainingSource]:
     """Return the conversations as Stage I trains on them; for nano that includes its own forms."""
-    rows = [(clean_corpus(folder, backbone=backbone), folder, 1.0) for folder in config.corpora]
+    folders = [Path(folder) for folder in config.corpora]
+    rows = [(clean_corpus(folder, backbone=backbone), folder, 1.0) for folder in folders]
     if is_nano(backbone):
         return nano_sources(rows, loop)
     return [

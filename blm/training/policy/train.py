@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
@@ -153,7 +154,7 @@ def _hidden_states(
 ) -> HiddenStateSource:
     if config.tune.on:
         assert config.tune.features is not None, "`train_stage2` chooses the folder"
-        folder = config.tune.features / name
+        folder = Path(config.tune.features) / name
         return cache_prompts(backbone, config.backbone, dataset, config.intents, folder, processes)
     if config.cache is None:
         return LiveHiddenStates(backbone, dataset, config.intents)
@@ -222,28 +223,24 @@ def train_stage2(
     start = _start(backbone, contract, config)
     language = cotraining_sampler(backbone, config.cotrain, config.loop, processes)
     inputs = _inputs(backbone, datasets, start, config, language)
-    origin = {"start": start.checkpoint.provenance} if start.checkpoint is not None else {}
-    facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs, **origin}
+    facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs, **start.origin}
     facts |= warn_of_reserved(datasets) if processes.first else {}
     _prepare_folder(out, inputs, processes)
     opened = open_datasets(backbone, datasets, config, start, processes)
-    layer = config.intents.layer
-    tuned = tune_backbone(backbone, layer, config.tune, language, seed=config.loop.seed)
+    tuned = tune_backbone(backbone, config.intents.layer, config.tune, language, config.loop.seed)
     trained = start.network if tuned is None else TunedPolicy(start.network, tuned)
 
     def policy(weights: TrainedModule) -> CheckpointPolicy:
         network = network_of(weights)
         start.restore_old_rows(network)
-        spaces = {**start.spaces(), **contract.action_spaces}
-        fitted = {one.dataset.space.robot: one.transforms for one in opened}
         mine = backbone if tuned is None else tuned.merged(weights)
         return CheckpointPolicy(
             backbone=mine,
             frozen=frozen if tuned is None else FrozenProof.of(mine),
-            layer=layer,
+            layer=config.intents.layer,
             network=network,
-            transforms={**start.transforms(), **fitted},
-            contract=replace(contract, action_spaces={name: spaces[name] for name in start.robots}),
+            transforms={**start.transforms(), **{one.dataset.space.robot: one.transforms for one in opened}},
+            contract=start.extended(contract),
             tuning=start.tuning if tuned is None else tuned.record(),
         )
 
@@ -258,16 +255,31 @@ def train_stage2(
     if config.cache is not None and validate is None:
         backbone = _load_backbone(config)
     if tuned is None:
-        frozen.require(backbone, "after Stage II")
-        frozen.compare_logits(backbone, "after Stage II")
+        _require_unchanged(frozen, backbone)
     if processes.first:
-        policy(cast(TrainedModule, ema.module)).save(out / "checkpoint", facts)
-        best = BestCheckpoint(out)
-        if best.facts:
-            best.load(trained)
-            policy(trained).save(out / "best", {**facts, **best.facts})
+        _save(policy, trained, cast(TrainedModule, ema.module), out, facts)
     processes.wait()
     return out / "checkpoint"
+
+
+def _require_unchanged(frozen: FrozenProof, backbone: Backbone) -> None:
+    frozen.require(backbone, "after Stage II")
+    frozen.compare_logits(backbone, "after Stage II")
+
+
+def _save(
+    policy: Callable[[TrainedModule], CheckpointPolicy],
+    trained: TrainedModule,
+    averaged: TrainedModule,
+    out: Path,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write the checkpoint of the averaged weights, and that of the best ones."""
+    policy(averaged).save(out / "checkpoint", facts)
+    best = BestCheckpoint(out)
+    if best.facts:
+        best.load(trained)
+        policy(trained).save(out / "best", {**facts, **best.facts})
 
 
 def _prepare_folder(out: Path, inputs: Mapping[str, Any], processes: Processes) -> None:
@@ -354,7 +366,8 @@ def _run(
         metrics = dict[str, float]()
         if held_out and config.validation_batches:
             drawn = map(sampler_for(trained, datasets, config, train=False), range(config.validation_batches))
-            losses = [teacher.loss(batch.to(config.device), teacher) for batch in drawn]
+            with torch.no_grad():
+                losses = [teacher.loss(batch.to(config.device), teacher) for batch in drawn]
             for name in ("loss_flow", "loss_future"):
                 metrics[f"val_{name}"] = sum(float(loss[name]) for loss in losses) / len(losses)
         metrics |= validate(step, teacher)
