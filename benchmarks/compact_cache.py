@@ -36,10 +36,11 @@ from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.add_robot import InitialPolicy, from_scratch
+from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_state_cache import CacheShard, coding_error
 from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.open_data import make_sampler, open_datasets
 from blm.training.policy.sampler import PolicySampler
-from blm.training.policy.train import PolicyTrainingConfig, make_sampler, open_datasets
 
 T_975 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """97.5 % quantile of Student's t by number of repeats (one fewer degrees of freedom)."""

@@ -25,9 +25,10 @@ from blm.training.loop.ema import Ema
 from blm.training.loop.loop import LoopConfig
 from blm.training.loop.optimizers import Optimizers
 from blm.training.policy.add_robot import from_scratch
+from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.open_data import make_sampler, open_datasets
 from blm.training.policy.sampler import PolicySampler
-from blm.training.policy.train import PolicyTrainingConfig, make_sampler, open_datasets
 from blm.training.sft.lora import Lora
 from blm.training.sft.loss import MaskedLossModel
 from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource

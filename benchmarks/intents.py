@@ -27,9 +27,10 @@ from blm.evaluation.results import this_machine
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.add_robot import from_scratch
+from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.open_data import make_sampler, open_datasets
 from blm.training.policy.sampler import PolicySampler
-from blm.training.policy.train import PolicyTrainingConfig, make_sampler, open_datasets
 from blm.types import ActionSpace, Episode
 
 CAMERAS, SIDE, LENGTH, DIM = ("base", "side", "wrist"), 112, 60, 8

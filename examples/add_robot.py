@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from blm.policy.policy import CheckpointPolicy
 from blm.training.loop.loop import LoopConfig
+from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
-from blm.training.policy.train import PolicyTrainingConfig, train_stage2
+from blm.training.policy.train import train_stage2
 
 
 def main(

@@ -13,8 +13,9 @@ import tyro
 from blm.datasets.lerobot import open_dataset
 from blm.policy.policy import CheckpointPolicy
 from blm.training.loop.loop import LoopConfig
+from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
-from blm.training.policy.train import PolicyTrainingConfig, train_stage2
+from blm.training.policy.train import train_stage2
 from blm.types import Observation
 
 

@@ -22,8 +22,8 @@ from blm.training.loop import distributed
 from blm.training.loop.distributed import Processes, process_timeout
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy import train
+from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
-from blm.training.policy.train import PolicyTrainingConfig
 from blm.types import BlmError, UnknownNameError
 from tests.support.backbones import tiny_qwen
 

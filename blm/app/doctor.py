@@ -101,12 +101,14 @@ def _checkpoint(path: Path) -> Check:
     from blm.app.policies import load_checkpoint
 
     try:
-        load_checkpoint(path)
+        policy = load_checkpoint(path)
     except PointerError as error:
         return Check(str(path), f"checkpoint: {error.what}", error.fix)
     except BlmError as error:
         return Check(str(path), "checkpoint: damaged", str(error))
-    return Check(str(path), "checkpoint: no faults")
+    tuning = getattr(policy, "tuning", None)
+    note = f". Note: the backbone was {tuning.describe()}" if tuning is not None else ""
+    return Check(str(path), f"checkpoint: no faults{note}")
 
 
 def _collection(path: Path) -> Iterator[Check]:

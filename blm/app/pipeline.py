@@ -23,6 +23,8 @@ from blm.app.model import check_device
 from blm.app.recipe import MixtureSettings, Recipe
 from blm.io import lock_folder, read_json, write_json, writing
 from blm.training.loop.loop import MAY_CHANGE
+from blm.training.policy.backbone_tuning import BackboneTuning
+from blm.training.policy.cotraining import LanguageCotraining
 from blm.types import BlmError
 
 LEDGER = "stages.json"
@@ -32,7 +34,14 @@ RECIPE = "recipe.json"
 NOT_IN_KEYS = ("workers", "device", "dtype", "attn_implementation")
 """Recipe fields that say how something is computed: another value gives the same result but for
 rounding. Caches and training runs record the precision of their weights themselves."""
-ADDED_TO_STAGE2 = {"precision": "float16", "views": 0, "dims": 1024, "pool": 1}
+ADDED_TO_STAGE2 = {
+    "precision": "float16",
+    "views": 0,
+    "dims": 1024,
+    "pool": 1,
+    "tune": asdict(BackboneTuning()),
+    "cotrain": asdict(LanguageCotraining()),
+}
 """Fields of `Stage2Settings` that older run folders do not have, and their defaults."""
 ADDED_TO_STAGE1 = {"mixture": asdict(MixtureSettings()), "epochs": 0.0}
 ADDED_TO_CORPUS = {"answers": "reasoning"}

@@ -10,7 +10,7 @@ config: the only place where settings become configs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,8 +28,10 @@ from blm.tasks import TASKS
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.scene import CAMERAS
 from blm.training.loop.loop import LoopConfig
+from blm.training.policy.backbone_tuning import BackboneTuning, require_tuning
+from blm.training.policy.config import PolicyTrainingConfig
+from blm.training.policy.cotraining import LanguageCotraining, require_cotraining
 from blm.training.policy.hidden_states import CachePrecision, HiddenStateConfig, require_precision
-from blm.training.policy.train import PolicyTrainingConfig
 from blm.training.pretraining.nano import NanoPretrainingConfig
 from blm.training.sft.train import Stage1Config
 from blm.types import BlmError, PolicyContract, lookup, require_numbers
@@ -181,8 +183,15 @@ class Stage2Settings:
     """Closed-loop validation episodes for each robot and task at every evaluation.
     Evaluations happen every --stage2.loop.eval-every steps.
     With 0, the validation loss alone selects the best checkpoint."""
+    tune: BackboneTuning = field(default_factory=BackboneTuning)
+    """Training of the backbone, which is frozen by default."""
+    cotrain: LanguageCotraining = field(default_factory=LanguageCotraining)
+    """Language co-training of a backbone that is tuned; by default on the run's scene questions."""
 
     def __post_init__(self) -> None:
+        require_tuning(self.tune, self.loop, cache=None, only_new=False)
+        if self.cotrain.weight:
+            require_cotraining(with_corpora(self.cotrain, Path()), self.loop, tuned=self.tune.on)
         require_numbers(self, layer=(1, 10_000), stride=(1, 100_000), views=(0, 1000))
         require_precision(self.precision)
         require_numbers(self, drive=(0, len(VALIDATION_SEEDS)))
@@ -309,7 +318,18 @@ def policy_training_config(
     values["intents"] = HiddenStateConfig(**_values_for(HiddenStateConfig, recipe, recipe.stage2))
     values["weights"] = dict.fromkeys(sorted(recorded - {*tasks}), 0.0)
     values["cache"] = cache
+    if recipe.stage2.tune.on:
+        features = recipe.stage2.tune.features or str(cache / "features")
+        values |= {"cache": None, "tune": replace(recipe.stage2.tune, features=features)}
+        values["cotrain"] = with_corpora(recipe.stage2.cotrain, run)
     return PolicyTrainingConfig(**values)
+
+
+def with_corpora(cotrain: LanguageCotraining, run: Path) -> LanguageCotraining:
+    """Return the config of co-training with the run's scene questions, unless it names corpora."""
+    if not cotrain.weight or cotrain.corpora:
+        return cotrain
+    return replace(cotrain, corpora=(str(run / "corpora/train"),))
 
 
 def physical_protocol(recipe: Recipe, contract: PolicyContract, trained: RobotsAndTasks) -> PhysicalProtocol:

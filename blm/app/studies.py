@@ -16,13 +16,14 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 
+from blm.app.model import BLM
 from blm.app.pipeline import NOT_IN_KEYS, json_of, to_json
 from blm.app.policies import load_checkpoint
 from blm.app.recipe import (
@@ -36,15 +37,20 @@ from blm.app.study_result import StudyResult, VariantResult
 from blm.backbone import Backbone
 from blm.backbone.nano import model as nano
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
-from blm.evaluation import PhysicalProtocol, compare, evaluate_physical
+from blm.corpora import read_questions
+from blm.evaluation import PhysicalProtocol, compare, evaluate_digital, evaluate_physical
+from blm.evaluation.digital.result import DigitalResult
+from blm.evaluation.digital.runner import DigitalEvalConfig
+from blm.evaluation.digital.subset import evenly_spaced
 from blm.evaluation.physical.result import EpisodeResult, PhysicalResult
 from blm.evaluation.physical.summary import summarise
 from blm.evaluation.result_files import load_result, write_result
 from blm.evaluation.results import this_machine
-from blm.evaluation.statistics import holm
+from blm.evaluation.statistics import Rate, holm
 from blm.io import read_json_lines, write_json, write_text
 from blm.policy.checkpoint import read_contract
-from blm.training.policy.train import PolicyTrainingConfig, train_stage2
+from blm.training.policy.config import PolicyTrainingConfig
+from blm.training.policy.train import train_stage2
 from blm.types import BlmError, lookup
 
 
@@ -101,8 +107,20 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         Variant("relative", {"stage2.policy.relative": True}),
         Variant("absolute", {"stage2.policy.relative": False}),
     ),
+    "tuning": (
+        Variant("frozen"),
+        Variant("LoRA", {"stage2.tune.kind": "lora"}),
+        Variant(
+            "LoRA, co-trained",
+            {"stage2.tune.kind": "lora", "stage2.cotrain.weight": 1.0, "stage2.cotrain.every": 4},
+        ),
+    ),
 }
 """Name of a study -> its variants; all are compared with the first."""
+
+
+ASKED = ("tuning",)
+"""Studies whose variants also answer the held-out scene questions of the run."""
 
 
 def with_field(value: Any, path: str, new: Any) -> Any:
@@ -125,16 +143,21 @@ def run_study(name: str, recipe: Recipe, run: Path, only: Sequence[str] = ()) ->
     for wanted in only:
         lookup(f"variant of {name}", wanted, {variant.name: variant for variant in others})
     variants = [first, *(variant for variant in others if not only or variant.name in only)]
-    for needed in ("episodes", "stage1/backbone"):
+    asked = name in ASKED
+    questions = ("corpora/train", "corpora/held_out") if asked else ()
+    for needed in ("episodes", "stage1/backbone", *questions):
         if not (run / needed).exists():
+            more = ", scene questions" if asked else ""
             raise BlmError(
-                f"'{run}' has no {needed}; a study needs a run with demonstrations and a finished Stage I"
+                f"'{run}' has no {needed}; a study needs a run with demonstrations{more} and a finished "
+                "Stage I"
             )
     folder = run / "studies" / name
     rows = []
     for variant in variants:
         Console(stderr=True).print(f"[bold]study {name}: {variant.name}[/bold]")
-        rows.append(run_variant(variant, recipe, run))
+        row = run_variant(variant, recipe, run)
+        rows.append(replace(row, answers=ask_variant(row, recipe, run)) if asked else row)
     reference, *results = (load_result(run / "studies/variants" / row.result) for row in rows)
     folder.mkdir(exist_ok=True)
     gaps = [compare(result, reference, but=("cameras",)) for result in results]
@@ -204,6 +227,26 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path) -> VariantResult:
         solved={cell.name: int(cell.summary.success_once.hits) for cell in summary.cells},
         result=out.name,
     )
+
+
+def ask_variant(row: VariantResult, recipe: Recipe, run: Path) -> Rate:
+    """Ask the joint model of a variant the held-out scene questions; return the rate of correct
+    answers."""
+    folder, corpus = run / "studies/variants" / row.result, run / "corpora/held_out"
+    if (folder / "digital/result.json").exists():
+        result = load_result(folder / "digital")
+        assert isinstance(result, DigitalResult)
+    else:
+        model = BLM.from_pretrained(folder / "joint/checkpoint", **load_options(recipe))
+        result = evaluate_digital(
+            model.backbone,
+            evenly_spaced(read_questions(corpus), recipe.evaluation.max_questions),
+            folder / "digital",
+            model=model.contract.revision,
+            config=DigitalEvalConfig(root=corpus),
+        )
+    overall = result.summary.overall
+    return Rate(**{field.name: getattr(overall, field.name) for field in fields(Rate)})
 
 
 def variant_key(variant: Variant, recipe: Recipe) -> str:

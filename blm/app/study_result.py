@@ -34,6 +34,13 @@ class VariantResult:
     """Success rate of this variant minus that of the first; None for the first."""
     p_corrected: float | None = None
     """p-value of the gap, corrected for the number of variants (Holm)."""
+    answers: Rate | None = None
+    """Rate of correct answers to held-out scene questions after Stage II; None: not asked."""
+
+    @property
+    def steps_per_s(self) -> float | None:
+        """Training steps per second; None for files without the number of steps."""
+        return None if self.steps is None else self.steps * self.models / self.training_seconds
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON form, without the fields that are None."""
@@ -43,7 +50,7 @@ class VariantResult:
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         rates = {
             name: Rate(**value[name]) if name in value else None
-            for name in ("success", "success_at_end", "success_at_limit")
+            for name in ("success", "success_at_end", "success_at_limit", "answers")
         }
         gap = Difference(**value["gap"]) if "gap" in value else None
         return cls(**{"steps": None, **value, **rates, "gap": gap})
@@ -81,6 +88,16 @@ class StudyResult:
             "|---|---|---|---|---|---|---|---|---|",
             *(_markdown_row(variant) for variant in self.variants),
         ]
+        if first.answers is not None:
+            lines += [
+                "",
+                f"{first.answers.n} held-out scene questions after Stage II; a frozen backbone answers as "
+                "before it.",
+                "",
+                "| variant | correct answers | steps/s |",
+                "|---|---|---|",
+                *(_language_row(variant) for variant in self.variants),
+            ]
         return "\n".join(lines) + "\n"
 
 
@@ -98,6 +115,12 @@ def _markdown_row(row: VariantResult) -> str:
         "-" if p is None else f"{p:.2g}",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _language_row(row: VariantResult) -> str:
+    rate, speed = row.answers, row.steps_per_s
+    answers = "-" if rate is None else f"{rate.rate:.1%} ({rate.low:.1%} to {rate.high:.1%})"
+    return f"| {row.variant} | {answers} | {'-' if speed is None else f'{speed:.2f}'} |"
 
 
 def _percent(rate: Rate | None) -> str:

@@ -6,7 +6,7 @@ Shapes: B conversations, L prompt positions, d hidden size, V vocabulary.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from inspect import signature
@@ -303,6 +303,17 @@ class MultimodalModel(Weights):
                 for prompt in self.probe_prompts()
             ]
         )
+
+
+def tap_with_gradient(model: MultimodalModel, arguments: Mapping[str, Any], layer: int) -> Tensor:
+    """Return H_k [B, L, d] as `MultimodalModel.tap` does; gradients flow into trained blocks.
+
+    `arguments` of the model's forward are on its device and include position ids.
+    """
+    model.require_layer(layer)
+    view = truncated(model.model, model._path, layer)
+    hidden: Tensor = view(**arguments, use_cache=False).last_hidden_state
+    return hidden
 
 
 @torch.no_grad()

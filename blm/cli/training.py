@@ -26,7 +26,8 @@ from blm.datasets.lerobot import open_dataset
 from blm.io import read_json_lines, write_json
 from blm.seeds import VALIDATION_SEEDS, reserved_seeds_warning
 from blm.training.loop.distributed import Processes
-from blm.training.policy.train import PolicyTrainingConfig, train_stage2
+from blm.training.policy.config import PolicyTrainingConfig
+from blm.training.policy.train import train_stage2
 from blm.training.pretraining.nano import NanoPretrainingConfig
 from blm.training.sft.retention import Retention, read_texts
 from blm.training.sft.tokenize_corpora import CorpusTokenizer, TrainingSource

@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from blm.policy.tuning import TuningRecord
+
 HEADER = """---
 library_name: blm
 pipeline_tag: robotics
@@ -13,6 +15,7 @@ tags: [robotics, vision-language-action, flow-matching]
 ---
 """
 TITLES = {"blm": "BLM: bridge and policy on a frozen backbone", "diffusion_policy": "Diffusion Policy"}
+TUNED_TITLE = "BLM: bridge and policy on a tuned backbone"
 
 
 def model_card(config: Mapping[str, Any]) -> str:
@@ -21,7 +24,7 @@ def model_card(config: Mapping[str, Any]) -> str:
     loop = provenance.get("loop") or {}
     lines = [
         HEADER,
-        f"# {TITLES[config['kind']]}",
+        f"# {TUNED_TITLE if config.get('tuning') else TITLES[config['kind']]}",
         "",
         f"Cameras {', '.join(contract['cameras'])}, {contract['image_size']} px; {contract['rate_hz']:g} Hz; "
         f"chunks of {contract['horizon']} actions, of which {contract['execute']} are executed.",
@@ -44,7 +47,19 @@ def model_card(config: Mapping[str, Any]) -> str:
             "**Trained on reserved scenes** (" + ", ".join(counts) + "): scores on them are not valid.",
         ]
     if frozen := config.get("frozen"):
-        lines += [
+        lines += _proof(frozen, config.get("tuning"))
+        lines.append(
+            f"sha256 of all parameters: `{frozen.get('weights') or frozen['fingerprint']}`; "
+            f"{len(frozen['logits'])} logits in config.json; tapped after block {config['layer']}."
+        )
+    lines += ["", "## Provenance", "", "```json", json.dumps(provenance, indent=1), "```", ""]
+    return "\n".join(lines)
+
+
+def _proof(frozen: Mapping[str, Any], tuning: Mapping[str, Any] | None) -> list[str]:
+    """Return the lines on how the backbone relates to the one before Stage II."""
+    if tuning is None:
+        return [
             "",
             "## Frozen backbone",
             "",
@@ -52,8 +67,16 @@ def model_card(config: Mapping[str, Any]) -> str:
             "the same after it, and is compared at every load; the logits are compared, too, and a "
             "difference beyond rounding gives a warning.",
             "",
-            f"sha256 of all parameters: `{frozen.get('weights') or frozen['fingerprint']}`; "
-            f"{len(frozen['logits'])} logits in config.json; tapped after block {config['layer']}.",
         ]
-    lines += ["", "## Provenance", "", "```json", json.dumps(provenance, indent=1), "```", ""]
-    return "\n".join(lines)
+    record = TuningRecord.from_json(tuning)
+    return [
+        "",
+        "## Tuned backbone",
+        "",
+        f"**Not frozen**: the backbone was {record.describe()}. The tuned weights are stored here; their "
+        "hash was taken after Stage II, and is compared at every load. All other weights of the backbone "
+        "were the same after Stage II as before it.",
+        "",
+        f"sha256 before Stage II: `{record.before}`.",
+        "",
+    ]

@@ -35,6 +35,7 @@ from blm.policy.checkpoint import (
 from blm.policy.codec import decode_chunks, pad_dims, prompt_version
 from blm.policy.flow import ActionPrefix, prefix_weights, seeded_noise
 from blm.policy.network import PolicyConfig, PolicyNetwork
+from blm.policy.tuning import TuningRecord
 from blm.types import ActionChunk, BlmError, FloatArray, ImageArray, Observation, PolicyContract
 
 
@@ -136,9 +137,12 @@ class CheckpointConfig:
     provenance: Mapping[str, Any]
     pool: int = 1
     """Side of the squares over which picture tokens of H_k are averaged; 1 in older checkpoints."""
+    tuning: TuningRecord | None = None
+    """How Stage II tuned the backbone; None if it was frozen."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": "blm", **asdict(self), "contract": self.contract.to_json()}
+        value = {"kind": "blm", **asdict(self), "contract": self.contract.to_json()}
+        return {name: part for name, part in value.items() if name != "tuning" or part is not None}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CheckpointConfig:
@@ -152,6 +156,7 @@ class CheckpointConfig:
             frozen=FrozenProof.from_json(value["frozen"]),
             provenance=value["provenance"],
             pool=value.get("pool", 1),
+            tuning=TuningRecord.from_json(value["tuning"]) if "tuning" in value else None,
         )
 
 
@@ -169,12 +174,14 @@ class CheckpointPolicy:
         contract: PolicyContract,
         provenance: Mapping[str, Any] | None = None,
         pool: int = 1,
+        tuning: TuningRecord | None = None,
     ) -> None:
         """Tap block `layer` (k), and average picture tokens over squares of `pool` x `pool`.
 
-        `provenance` is that of the loaded checkpoint.
+        `provenance` is that of the loaded checkpoint. With a tuned backbone, `frozen` is the proof
+        of its weights after the tuning.
         """
-        self.pool = pool
+        self.pool, self.tuning = pool, tuning
         self.provenance = provenance or {}
         self.backbone, self.frozen, self.layer, self.transforms = backbone, frozen, layer, transforms
         self.network = network.eval().requires_grad_(False)
@@ -291,6 +298,7 @@ class CheckpointPolicy:
             frozen=self.frozen.with_logits(self.backbone),
             provenance=dict(provenance),
             pool=self.pool,
+            tuning=self.tuning,
         )
 
         def add_backbone(work: Path) -> None:
@@ -355,6 +363,7 @@ class CheckpointPolicy:
             contract=contract,
             provenance=config.provenance,
             pool=config.pool,
+            tuning=config.tuning,
         )
         if compile != "none":
             policy.compile(Compiler(compile))

@@ -27,8 +27,8 @@ from blm.corpora import SceneCorpusConfig
 from blm.planner import CollectConfig
 from blm.robots import ROBOTS
 from blm.seeds import STAGE1_HELD_OUT_SEEDS, TRAINING_SEEDS
+from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
-from blm.training.policy.train import PolicyTrainingConfig
 from blm.types import BlmError, PolicyContract
 
 CI = RECIPES["ci"]()
@@ -75,7 +75,7 @@ CONVERSIONS = {
         HiddenStateConfig,
         computed=frozenset(),
         defaults=frozenset({"batch_size", "shard_frames"}),
-        not_in_config=frozenset({"loop", "policy", "execute", "drive"}),
+        not_in_config=frozenset({"loop", "policy", "execute", "drive", "tune", "cotrain"}),
     ),
 }
 

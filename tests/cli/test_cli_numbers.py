@@ -21,8 +21,8 @@ from blm.corpora import ConverterConfig, CurationConfig, SceneCorpusConfig
 from blm.evaluation.digital.benchmarks.sharerobot_split import SplitConfig
 from blm.planner import CollectConfig
 from blm.training.loop.loop import LoopConfig
+from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
-from blm.training.policy.train import PolicyTrainingConfig
 from blm.training.sft.train import Stage1Config
 from blm.types import BlmError
 

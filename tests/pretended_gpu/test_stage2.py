@@ -14,9 +14,10 @@ from blm.backbone import Backbone
 from blm.policy.policy import CheckpointPolicy
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy import hidden_state_cache
+from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_state_cache import cache_hidden_states
 from blm.training.policy.hidden_states import HiddenStateConfig
-from blm.training.policy.train import PolicyTrainingConfig, train_stage2
+from blm.training.policy.train import train_stage2
 from blm.types import BlmError
 from tests.support.hidden_states import make_backbone, make_dataset
 from tests.support.policy_training import POLICY

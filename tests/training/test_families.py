@@ -19,9 +19,10 @@ from blm.app.model import BLM
 from blm.backbone import Backbone, question_prompt
 from blm.evaluation.digital import evaluate_digital
 from blm.training.loop.loop import LoopConfig
+from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_state_cache import ALONE
 from blm.training.policy.hidden_states import HiddenStateConfig
-from blm.training.policy.train import PolicyTrainingConfig, train_stage2
+from blm.training.policy.train import train_stage2
 from blm.training.sft.feature_cache import cache_features
 from blm.training.sft.lora import Lora
 from blm.training.sft.loss import MaskedLossModel

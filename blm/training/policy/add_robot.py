@@ -7,7 +7,8 @@ trained, so the actions of the other robots stay the same, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,8 @@ from blm.datasets.transforms import RobotTransforms
 from blm.policy.heads import IndexedLinear, with_embodiments
 from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
-from blm.types import ActionSpace, BlmError, PolicyContract
+from blm.policy.tuning import TuningRecord
+from blm.types import BlmError, PolicyContract
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +39,25 @@ class InitialPolicy:
         """Number of robots of the checkpoint, and therefore of its rows."""
         return len(self.checkpoint.contract.action_spaces) if self.checkpoint is not None else 0
 
+    @property
+    def tuning(self) -> TuningRecord | None:
+        """How the backbone of the checkpoint was tuned; None: frozen, or no checkpoint."""
+        return self.checkpoint.tuning if self.checkpoint is not None else None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """The provenance of the checkpoint, as a part of that of the run; empty without one."""
+        return {"start": self.checkpoint.provenance} if self.checkpoint is not None else {}
+
     def transforms(self) -> dict[str, RobotTransforms]:
         """Return the transforms of the checkpoint, on which its weights depend."""
         return dict(self.checkpoint.transforms) if self.checkpoint is not None else {}
 
-    def spaces(self) -> dict[str, ActionSpace]:
-        """Return the action spaces of the checkpoint."""
-        return dict(self.checkpoint.contract.action_spaces) if self.checkpoint is not None else {}
+    def extended(self, contract: PolicyContract) -> PolicyContract:
+        """Return the contract of the datasets with the robots of the checkpoint as well."""
+        old = self.checkpoint.contract.action_spaces if self.checkpoint is not None else {}
+        spaces = {**old, **contract.action_spaces}
+        return replace(contract, action_spaces={name: spaces[name] for name in self.robots})
 
     def freeze(self) -> None:
         """With `only_new`, freeze all but the indexed weights; see also `restore_old_rows`."""

@@ -25,21 +25,22 @@ from blm.policy.heads import runs_of
 from blm.policy.network import ActionBatch, HiddenStateCodec, PolicyBatch, PolicyConfig
 from blm.seeds import reserved_seeds_warning
 from blm.training.loop.distributed import DataShard
-from blm.training.policy.hidden_states import HiddenStateRows, collate
+from blm.training.policy.hidden_states import collate
 from blm.types import ActionSpace, BlmError, PolicyContract
 
 WHOLE_BATCH = DataShard()
 
 
 class HiddenStateSource(Protocol):
-    """Source of the hidden states H_k of frames: a cache, or the backbone."""
+    """Source of the hidden states H_k of frames: a cache, or the backbone. With a tuned backbone,
+    the source of prompts whose hidden states are computed in each step."""
 
     @property
     def codec(self) -> HiddenStateCodec | None:
         """Decoder of its rows if they are codes; all sources of a run have the same."""
         ...
 
-    def read(self, frames: IndexArray, views: IndexArray | None = None) -> HiddenStateRows: ...
+    def read(self, frames: IndexArray, views: IndexArray | None = None) -> list[Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -254,14 +255,7 @@ class PolicySampler:
     def __call__(self, step: int, shard: DataShard = WHOLE_BATCH) -> PolicyBatch:
         """Return the batch of a data shard, with hidden states now and `future_steps` ahead."""
         samples = self.sample(step, shard)
-        now, future = list[Any](), list[Any]()
-        for number in np.unique(samples.datasets):
-            mine, source = samples.datasets == number, self.datasets[number]
-            assert source.hidden_states is not None, "this sampler was created for a policy that takes images"
-            frames = samples.frames[mine]
-            now += source.hidden_states.read(frames, samples.views[mine])
-            if self.policy.future_weight:
-                future += source.hidden_states.read(self._later(number, frames))
+        now, future = self.read(samples)
         first = self.datasets[0].hidden_states
         hidden, mask = collate(now)
         future_hidden, future_mask = collate(future or now)
@@ -283,6 +277,19 @@ class PolicySampler:
         data = self.datasets[index].dataset
         ends = data.starts[data.episode_index[frames] + 1]
         return np.minimum(frames + self.policy.future_steps, ends - 1)
+
+    def read(self, samples: SampledFrames) -> tuple[list[Any], list[Any]]:
+        """Return what the source has of the frames, and of those `future_steps` ahead; the latter
+        are empty without the future-prediction loss."""
+        now, future = list[Any](), list[Any]()
+        for number in np.unique(samples.datasets):
+            mine, source = samples.datasets == number, self.datasets[number]
+            assert source.hidden_states is not None, "this sampler was created for a policy that takes images"
+            frames = samples.frames[mine]
+            now += source.hidden_states.read(frames, samples.views[mine])
+            if self.policy.future_weight:
+                future += source.hidden_states.read(self._later(number, frames))
+        return now, future
 
     def _count_values(self, index: int, frames: IndexArray) -> float:
         """Count the real action values in the chunks of these frames of one dataset."""

@@ -2,173 +2,41 @@
 
 One policy is trained for several robots, each with one row in the indexed weights. With a
 hidden-state cache the backbone is in memory only before the first step and after the last. The run
-ends with a proof that the backbone has not changed.
+ends with a proof that the backbone has not changed. Options train parts of the backbone instead
+(`backbone_tuning.py`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from blm.backbone.backbone import Backbone
 from blm.backbone.partial import require_part
-from blm.backbone.precision import WeightDtype, frozen_dtype, place_weights, require_attention
+from blm.backbone.precision import WeightDtype, frozen_dtype, place_weights
 from blm.datasets.lerobot import EpisodeDataset, open_dataset
-from blm.io import replacing
 from blm.policy.checkpoint import require_free
-from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, FrozenProof
-from blm.training.loop.batches import ByWorkers, MakeBatch, Microbatch, prefetch
-from blm.training.loop.distributed import DataShard, Processes
+from blm.training.loop.distributed import Processes
 from blm.training.loop.ema import Ema
-from blm.training.loop.loop import LoopConfig, require_precision, run_loop
+from blm.training.loop.loop import require_precision
 from blm.training.policy.add_robot import InitialPolicy, from_checkpoint, from_scratch
-from blm.training.policy.hidden_state_cache import ALONE, cache_hidden_states, describe
-from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenStates
-from blm.training.policy.live import Live, LiveBatch, LiveBatches, open_live
-from blm.training.policy.projection import open_projection
+from blm.training.policy.backbone_tuning import TrainedModule, TunedPolicy, in_use, network_of, tune_backbone
+from blm.training.policy.best_checkpoint import BestCheckpoint
+from blm.training.policy.config import PolicyTrainingConfig
+from blm.training.policy.cotraining import CotrainingSampler, cotraining_sampler
+from blm.training.policy.hidden_state_cache import describe
+from blm.training.policy.live import open_live
+from blm.training.policy.open_data import open_codec, open_datasets
+from blm.training.policy.policy_loop import run_policy_loop
 from blm.training.policy.quantization import TokenCodec
-from blm.training.policy.sampler import (
-    WHOLE_BATCH,
-    HiddenStateSource,
-    PolicyDataset,
-    PolicySampler,
-    anything_held_out,
-    joint_contract,
-    require_weights,
-    split,
-    warn_of_reserved,
-)
+from blm.training.policy.sampler import joint_contract, warn_of_reserved
 from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
-from blm.types import BlmError, PolicyContract, require_numbers
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyTrainingConfig:
-    """Stage II: datasets, backbone, policy and training loop."""
-
-    datasets: tuple[Path, ...]
-    """Dataset folders, at least one per robot: demonstrations and corrections."""
-    backbone: str
-    """Folder that Stage I wrote, or the name of a backbone."""
-    intents: HiddenStateConfig
-    """Hidden states H_k, which the bridge turns into intent tokens."""
-    loop: LoopConfig
-    """Training loop."""
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    """Bridge, diffusion transformer and losses."""
-    cache: Path | None = None
-    """Folder of the hidden-state caches, one per dataset; several runs can share it.
-    Without a cache, H_k is computed for every batch."""
-    start: Path | None = None
-    """Checkpoint whose weights initialise the training; its robots may be a subset.
-    By default, the weights are random."""
-    only_new: bool = False
-    """Train only the per-robot weights of robots that the checkpoint --start does not have."""
-    weights: Mapping[str, float] = field(default_factory=dict)
-    """Sampling weights of frames, as pairs of a robot's or task's name and a number.
-    The default weight is 1; frames of weight 0 are never sampled."""
-    execute: int = 8
-    """Number of actions of a chunk to execute before the next observation.
-    It is stored in the contract of the checkpoint."""
-    held_out: float = 0.05
-    """Fraction of each dataset's episodes that is held out for the validation loss, 0..0.9."""
-    validation_batches: int = 8
-    """Number of held-out batches per validation."""
-    device: str = "cpu"
-    """Torch device: cpu, cuda, cuda:N or mps."""
-    dtype: WeightDtype | None = None
-    """Precision of the frozen backbone; by default bfloat16 on CUDA and float32 elsewhere."""
-    attn_implementation: str | None = None
-    """Attention implementation of the backbone in transformers: eager, sdpa, flash_attention_2, ..;
-    by default the model's own."""
-
-    def __post_init__(self) -> None:
-        require_numbers(self, held_out=(0, 0.9), validation_batches=(0, 1_000_000))
-        require_weights(self.weights)
-        require_attention(self.attn_implementation)
-        if self.only_new and self.start is None:
-            raise BlmError("only_new needs a checkpoint to start from")
-        if not 1 <= self.execute <= self.policy.horizon:
-            raise BlmError(f"execute {self.execute} must lie in 1..horizon = {self.policy.horizon}")
-        stride, steps = self.intents.stride, self.policy.future_steps
-        if steps % stride:
-            raise BlmError(f"stride {stride} of the hidden states must divide future_steps = {steps}")
-
-
-def open_datasets(
-    backbone: Backbone,
-    datasets: Sequence[EpisodeDataset],
-    config: PolicyTrainingConfig,
-    start: InitialPolicy,
-    processes: Processes = ALONE,
-) -> list[PolicyDataset]:
-    """Split the episodes, fit the transforms, and open the hidden states; all of `processes` fill
-    the caches, where needed."""
-    opened = split(
-        datasets,
-        config.policy,
-        stride=config.intents.stride,
-        held_out=config.held_out,
-        seed=config.loop.seed,
-        robots=start.robots,
-        transforms=start.transforms(),
-    )
-    codec = _codec(backbone, datasets, config, processes)
-
-    def source(dataset: EpisodeDataset, name: str) -> HiddenStateSource:
-        if config.cache is None:
-            return LiveHiddenStates(backbone, dataset, config.intents)
-        folder = config.cache / name
-        return cache_hidden_states(
-            backbone, config.backbone, dataset, config.intents, folder, processes, codec
-        )
-
-    return [
-        replace(one, hidden_states=source(one.dataset, name))
-        for one, name in zip(opened, cache_names(datasets), strict=True)
-    ]
-
-
-def _codec(
-    backbone: Backbone, datasets: Sequence[EpisodeDataset], config: PolicyTrainingConfig, processes: Processes
-) -> TokenCodec | None:
-    """Return the codec of the run's caches; None if they are not compact, or there are none."""
-    if config.cache is None:
-        return None
-    return open_projection(backbone, datasets, config.intents, config.cache, processes)
-
-
-def cache_names(datasets: Sequence[EpisodeDataset]) -> list[str]:
-    """Return the folder names of caches: "panda" for a robot's first dataset, then "panda-2"."""
-    names = [data.space.robot for data in datasets]
-    counts = (names[: number + 1].count(name) for number, name in enumerate(names))
-    return [name if count == 1 else f"{name}-{count}" for name, count in zip(names, counts, strict=True)]
-
-
-def make_sampler(
-    datasets: Sequence[PolicyDataset], config: PolicyTrainingConfig, *, train: bool = True
-) -> PolicySampler:
-    """Return the sampler of training frames, or of held-out frames."""
-    return PolicySampler(
-        datasets,
-        config.policy,
-        batch_size=config.loop.batch_size,
-        seed=config.loop.seed,
-        weights=config.weights,
-        views=config.intents.views,
-        train=train,
-    )
-
+from blm.types import PolicyContract
 
 ClosedLoopValidation = Callable[[int, CheckpointPolicy], Mapping[str, float]]
 """(steps done, policy) -> metrics of closed-loop episodes: "success" (0..1), and others to log."""
@@ -190,51 +58,58 @@ def train_stage2(
     """
     processes = Processes.join(config.device)
     require_precision(processes.device, config.loop.precision)
-    config = replace(config, device=str(processes.device))
-    backbone = _load_backbone(config, writes=validate is not None and config.device == "cpu")
+    config = replace(config, device=str(processes.device), tune=config.tune.in_folder(out))
+    writes = config.tune.on or (validate is not None and config.device == "cpu")
+    backbone = _load_backbone(config, writes=writes)
     frozen = FrozenProof.of(backbone)
     datasets = [open_dataset(folder) for folder in config.datasets]
     contract = joint_contract(datasets, config.policy, cameras=config.intents.cameras, execute=config.execute)
     start = _start(backbone, contract, config)
-    codec = _codec(backbone, datasets, config, processes)
-    inputs = _inputs(backbone, datasets, start, config, codec)
-    origin = {"start": start.checkpoint.provenance} if start.checkpoint is not None else {}
-    facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs, **origin}
+    language = cotraining_sampler(backbone, config.cotrain, config.loop, processes)
+    codec = open_codec(backbone, datasets, config, processes)
+    inputs = _inputs(backbone, datasets, start, config, codec, language)
+    facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs, **start.origin}
     facts |= warn_of_reserved(datasets) if processes.first else {}
     _prepare_folder(out, inputs, processes)
     opened = open_datasets(backbone, datasets, config, start, processes)
+    tuned = tune_backbone(backbone, config.intents.layer, config.tune, language, config.loop.seed)
+    trained = start.network if tuned is None else TunedPolicy(start.network, tuned)
 
-    def policy(weights: PolicyNetwork, backbone: Backbone) -> CheckpointPolicy:
-        start.restore_old_rows(weights)
-        spaces = {**start.spaces(), **contract.action_spaces}
-        fitted = {one.dataset.space.robot: one.transforms for one in opened}
+    def policy(weights: TrainedModule, whole: Backbone | None) -> CheckpointPolicy:
+        network = network_of(weights)
+        start.restore_old_rows(network)
+        mine = tuned.merged(weights) if tuned is not None else whole
+        assert mine is not None
         return CheckpointPolicy(
-            backbone=backbone,
-            frozen=frozen,
+            backbone=mine,
+            frozen=frozen if tuned is None else FrozenProof.of(mine),
             layer=config.intents.layer,
-            network=weights,
-            transforms={**start.transforms(), **fitted},
-            contract=replace(contract, action_spaces={name: spaces[name] for name in start.robots}),
+            network=network,
+            transforms={**start.transforms(), **{one.dataset.space.robot: one.transforms for one in opened}},
+            contract=start.extended(contract),
             pool=config.intents.pool,
+            tuning=start.tuning if tuned is None else tuned.record(),
         )
 
-    def validate_weights(step: int, weights: PolicyNetwork) -> Mapping[str, float]:
-        if validate is None or kept is None or not processes.first:
-            return {}
-        return validate(step, policy(weights, kept))
+    def validate_weights(step: int, weights: TrainedModule) -> Mapping[str, float]:
+        return validate(step, policy(weights, kept)) if validate is not None and processes.first else {}
 
-    ema = Ema(start.network, config.policy.ema)
+    ema = Ema(trained, config.policy.ema)
+    live = None
+    if config.cache is None and tuned is None:
+        live = open_live(backbone, config.backbone, opened, config.intents)
     kept = backbone if config.cache is None or validate is not None else None
-    live = open_live(backbone, config.backbone, opened, config.intents) if config.cache is None else None
     del backbone
-    _run(start.network, ema, opened, config, out, validate_weights, live)
-    whole = _proved_backbone(config, frozen, kept)
+    with in_use(tuned):
+        run_policy_loop(trained, ema, opened, config, out, validate_weights, live)
+    whole = _proved_backbone(config, frozen, kept) if tuned is None else None
     if processes.first:
-        policy(cast(PolicyNetwork, ema.module), whole).save(out / "checkpoint", facts, proved=True)
+        averaged = cast(TrainedModule, ema.module)
+        policy(averaged, whole).save(out / "checkpoint", facts, proved=True)
         best = BestCheckpoint(out)
         if best.facts:
-            best.load(start.network)
-            policy(start.network, whole).save(out / "best", {**facts, **best.facts}, proved=True)
+            best.load(trained)
+            policy(trained, whole).save(out / "best", {**facts, **best.facts}, proved=True)
     processes.wait()
     return out / "checkpoint"
 
@@ -279,8 +154,11 @@ def _inputs(
     start: InitialPolicy,
     config: PolicyTrainingConfig,
     codec: TokenCodec | None,
+    language: CotrainingSampler | None,
 ) -> dict[str, Any]:
     """Return all inputs that a run depends on, except the loop's config, for inputs.json."""
+    tuning = {"tune": config.tune.facts()} if config.tune.on else {}
+    cotraining = {"cotrain": language.facts()} if language is not None else {}
     return {
         "robots": list(start.robots),
         "intents": [describe(backbone, data, config.intents, codec) for data in datasets],
@@ -289,95 +167,9 @@ def _inputs(
         "held_out": config.held_out,
         "start": start.checkpoint.contract.revision if start.checkpoint is not None else "",
         "only_new": config.only_new,
+        **tuning,
+        **cotraining,
     }
-
-
-class BestCheckpoint:
-    """Tracks the weights with the best validation of a run, in `out/best.safetensors`."""
-
-    def __init__(self, out: Path) -> None:
-        self.file, self.facts = out / "best.safetensors", dict[str, str]()
-        if self.file.exists():
-            with safe_open(self.file, "pt") as stored:
-                self.facts = stored.metadata() or {}
-
-    def update(self, weights: nn.Module, step: int, metrics: Mapping[str, float]) -> None:
-        """Save these weights if they are the best so far, by success or validation loss."""
-        score = metrics.get("success", -metrics.get("val_loss_flow", math.inf))
-        if score > float(self.facts.get("score", -math.inf)):
-            self.facts = {"score": str(score), "step": str(step)}
-            with replacing(self.file) as temporary:
-                save_file(weights.state_dict(), temporary, self.facts)
-
-    def load(self, network: nn.Module) -> None:
-        """Copy the best weights into `network`."""
-        network.load_state_dict(load_file(self.file))
-
-
-def _run(
-    network: PolicyNetwork,
-    ema: Ema,
-    datasets: Sequence[PolicyDataset],
-    config: PolicyTrainingConfig,
-    out: Path,
-    validate: Callable[[int, PolicyNetwork], Mapping[str, float]],
-    live: Live | None,
-) -> None:
-    """Run the training loop; the EMA is the teacher of the future loss and is validated."""
-    teacher = cast(PolicyNetwork, ema.module)
-    names = ("loss_flow", "loss_future")
-    best = BestCheckpoint(out)
-    first = Processes.join(config.device).first
-
-    def ready(batch: PolicyBatch | LiveBatch) -> PolicyBatch:
-        if isinstance(batch, LiveBatch):
-            assert live is not None
-            return live.tap(batch)
-        return batch.to(config.device)
-
-    def loss(batch: PolicyBatch | LiveBatch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        losses = network.loss(ready(batch), teacher)
-        return losses["loss"], {name: losses[name].detach() for name in names}
-
-    held_out = anything_held_out(datasets, config.weights)
-    if config.held_out and not held_out and first:
-        Console(stderr=True).print(
-            "no held-out episode belongs to a trained robot and task, so there is no validation loss"
-        )
-
-    def evaluate(step: int) -> Mapping[str, float]:
-        metrics = dict[str, float]()
-        if held_out and config.validation_batches:
-            steps = range(config.validation_batches)
-            batches = prefetch(_make_batch(datasets, config, live, train=False), steps, [WHOLE_BATCH])
-            losses = [teacher.loss(ready(one.batch), teacher) for (one,), _ in batches]
-            for name in names:
-                metrics[f"val_{name}"] = sum(float(loss[name]) for loss in losses) / len(losses)
-        metrics |= validate(step, teacher)
-        if first:
-            best.update(teacher, step, metrics)
-        return metrics
-
-    network.train()  # a checkpoint to start from is in evaluation mode
-    next_batch = _make_batch(datasets, config, live)
-    run_loop(network, loss, next_batch, config.loop, out, ema=ema, on_eval=evaluate)
-
-
-def _make_batch(
-    datasets: Sequence[PolicyDataset], config: PolicyTrainingConfig, live: Live | None, *, train: bool = True
-) -> MakeBatch[Any]:
-    """Return the function that makes a micro-batch: with cached hidden states, or with prompts."""
-    if live is not None:
-        plain = [replace(one, hidden_states=None) for one in datasets]  # workers get no weights
-        make = LiveBatches(make_sampler(plain, config, train=train), live.reader, config.intents)
-        return ByWorkers(make, config.intents.workers)
-    sampler = make_sampler(datasets, config, train=train)
-
-    def next_batch(step: int, shard: DataShard) -> Microbatch[PolicyBatch]:
-        batch = sampler(step, shard)
-        return Microbatch(batch, batch.ids, weight=len(batch.ids))
-
-    return next_batch
 
 
 def _load_backbone(config: PolicyTrainingConfig, *, writes: bool) -> Backbone:

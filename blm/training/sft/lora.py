@@ -43,15 +43,20 @@ class Lora:
             raise BlmError(f"{self}: rank and alpha may not be negative, dropout must lie in 0 .. 1")
 
 
-def add_adapters(backbone: Backbone, lora: Lora, *, projector: bool, seed: int) -> peft.PeftModel:
+def add_adapters(
+    backbone: Backbone, lora: Lora, *, projector: bool, seed: int, blocks: int | None = None
+) -> peft.PeftModel:
     """Add adapters to the backbone's language model, and freeze all other weights.
 
-    With `projector` the projector is trained, too. Raises BlmError for targets that the language
-    model does not have.
+    With `projector` the projector is trained, too; with `blocks`, only the first blocks get
+    adapters. Raises BlmError for targets that the language model does not have.
     """
     (decoder,) = (name for name, part in backbone.model.named_modules() if part is backbone.decoder)
+    inside = tuple(f"layers.{number}." for number in range(blocks)) if blocks is not None else ("",)
     linear = [
-        f"{decoder}.{name}" for name, part in backbone.decoder.named_modules() if isinstance(part, nn.Linear)
+        f"{decoder}.{name}"
+        for name, part in backbone.decoder.named_modules()
+        if isinstance(part, nn.Linear) and name.startswith(inside)
     ]
     chosen = linear
     if lora.targets != ("all-linear",):

@@ -23,8 +23,9 @@ from safetensors.torch import load_file
 from blm.backbone import build_nano
 from blm.policy.network import PolicyConfig
 from blm.training.loop.loop import LoopConfig
+from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
-from blm.training.policy.train import PolicyTrainingConfig, train_stage2
+from blm.training.policy.train import train_stage2
 from blm.training.sft import loss
 from blm.training.sft.lora import Lora
 from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1

@@ -17,8 +17,10 @@ from blm.datasets.lerobot import EpisodeDataset
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.add_robot import from_scratch
 from blm.training.policy.cache_processes import wait_for_file
+from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_state_cache import ALONE, cache_hidden_states, cached_frame_bytes
 from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenStates, collate
+from blm.training.policy.open_data import make_sampler, open_datasets
 from blm.training.policy.projection import FILE, open_projection, sample_frames
 from blm.training.policy.quantization import (
     ErrorMeter,
@@ -27,7 +29,7 @@ from blm.training.policy.quantization import (
     normalised,
     outlier_channels,
 )
-from blm.training.policy.train import PolicyTrainingConfig, make_sampler, open_datasets, train_stage2
+from blm.training.policy.train import train_stage2
 from blm.types import BlmError
 from tests.support.hidden_states import make_backbone, make_dataset
 from tests.support.policy_training import POLICY

@@ -19,10 +19,12 @@ from blm.training.loop.batches import ByWorkers, open_batches
 from blm.training.loop.distributed import DataShard
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.add_robot import from_scratch
+from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.live import LiveBatch, LiveBatches, PromptReader, open_live
+from blm.training.policy.open_data import make_sampler, open_datasets
 from blm.training.policy.sampler import PolicyDataset
-from blm.training.policy.train import PolicyTrainingConfig, make_sampler, open_datasets, train_stage2
+from blm.training.policy.train import train_stage2
 from blm.types import BlmError
 from tests.support.backbones import MAKERS
 from tests.support.hidden_states import make_backbone, make_dataset

@@ -16,9 +16,11 @@ from blm.training.loop.distributed import DataShard
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy import train as policy_training
 from blm.training.policy.add_robot import from_scratch
+from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.open_data import make_sampler, open_datasets
 from blm.training.policy.sampler import PolicyDataset, PolicySampler, split
-from blm.training.policy.train import PolicyTrainingConfig, make_sampler, open_datasets, train_stage2
+from blm.training.policy.train import train_stage2
 from blm.types import BlmError, Observation
 from tests.support.hidden_states import make_backbone, make_dataset
 from tests.support.policy_training import POLICY

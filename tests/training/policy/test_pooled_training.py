@@ -16,8 +16,9 @@ from blm.datasets.lerobot import open_dataset
 from blm.policy.checkpoint import read_config
 from blm.policy.policy import CheckpointConfig, CheckpointPolicy
 from blm.training.loop.loop import LoopConfig
+from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenStates
-from blm.training.policy.train import PolicyTrainingConfig, train_stage2
+from blm.training.policy.train import train_stage2
 from blm.types import BlmError, Observation
 from tests.support.hidden_states import make_backbone, make_dataset
 from tests.support.policy_training import POLICY
