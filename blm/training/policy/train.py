@@ -191,8 +191,7 @@ def train_stage2(
     datasets = [open_dataset(folder) for folder in config.datasets]
     contract = joint_contract(datasets, config.policy, cameras=config.intents.cameras, execute=config.execute)
     start = _start(backbone, contract, config)
-    codec = _codec(backbone, datasets, config, processes)
-    inputs = _inputs(backbone, datasets, start, config, codec)
+    inputs = _inputs(backbone, datasets, start, config, processes)
     origin = {"start": start.checkpoint.provenance} if start.checkpoint is not None else {}
     facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs, **origin}
     facts |= warn_of_reserved(datasets) if processes.first else {}
@@ -226,8 +225,7 @@ def train_stage2(
     frozen.compare_logits(backbone, "after Stage II")
     if processes.first:
         policy(cast(PolicyNetwork, ema.module)).save(out / "checkpoint", facts)
-        best = BestCheckpoint(out)
-        if best.facts:
+        if (best := BestCheckpoint(out)).facts:
             best.load(start.network)
             policy(start.network).save(out / "best", {**facts, **best.facts})
     processes.wait()
@@ -273,9 +271,10 @@ def _inputs(
     datasets: Sequence[EpisodeDataset],
     start: InitialPolicy,
     config: PolicyTrainingConfig,
-    codec: TokenCodec | None,
+    processes: Processes,
 ) -> dict[str, Any]:
     """Return all inputs that a run depends on, except the loop's config, for inputs.json."""
+    codec = _codec(backbone, datasets, config, processes)
     return {
         "robots": list(start.robots),
         "intents": [describe(backbone, data, config.intents, codec) for data in datasets],
