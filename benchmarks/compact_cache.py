@@ -118,7 +118,7 @@ def compare(network: PolicyNetwork, live: PolicyBatch, cached: PolicyBatch) -> d
         network.sample(batch.hidden, batch.mask, live.state, live.embodiment, live.noise, dims)
         for batch in (live, cached)
     ]
-    cosine = F.cosine_similarity(*intents, dim=-1)
+    cosine = F.cosine_similarity(intents[0], intents[1], dim=-1)
     chunks = dims[:, None].expand(actions[0].shape)
     difference = (actions[0] - actions[1])[chunks].abs()
     return {
