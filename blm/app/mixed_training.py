@@ -152,7 +152,7 @@ def print_record(record: MixtureRecord) -> None:
 
 def _tokenize(backbone: Backbone, corpus: TrainingCorpus, config: Stage1Config) -> list[TokenizedExample]:
     processes = Processes.join(backbone.model.device)
-    tokenizer = CorpusTokenizer(backbone, config.limits, processes, skip_bad=False, cache_features=False)
+    tokenizer = CorpusTokenizer(backbone, config.limits, processes, skip_bad=False)
     conversations = [row.messages for row in corpus.conversations]
     source = TrainingSource(name=f"held-out {corpus.name}", conversations=conversations, root=corpus.folder)
     return list(tokenizer.tokenize(source).examples)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from blm.backbone.precision import LoadOptions, WeightDtype, require_attention
+from blm.backbone.precision import BackboneOptions, WeightDtype, require_attention
 from blm.corpora import SceneCorpusConfig
 from blm.corpora.public import PlacedCorpus, place
 from blm.corpora.scenes.sentences import Answers
@@ -344,8 +344,8 @@ def physical_protocol(recipe: Recipe, contract: PolicyContract, trained: RobotsA
     )
 
 
-def load_options(recipe: Recipe) -> LoadOptions:
-    """Return the form in which the recipe's checkpoints are loaded."""
+def load_options(recipe: Recipe) -> BackboneOptions:
+    """Return the form in which the recipe's backbones and checkpoints are loaded."""
     return {
         "device": recipe.device,
         "dtype": recipe.dtype,

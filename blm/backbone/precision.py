@@ -16,12 +16,17 @@ from blm.types import BlmError, lookup
 WeightDtype = Literal["float32", "bfloat16"]
 
 
-class LoadOptions(TypedDict, total=False):
-    """Form in which the model of a checkpoint is loaded."""
+class BackboneOptions(TypedDict, total=False):
+    """Form in which a backbone is loaded."""
 
     device: str
     dtype: WeightDtype | None
     attn_implementation: str | None
+
+
+class LoadOptions(BackboneOptions, total=False):
+    """Form in which the model of a checkpoint is loaded."""
+
     compile: CompileMode
 
 

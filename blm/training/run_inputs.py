@@ -40,7 +40,7 @@ def require_same_inputs(path: Path, inputs: Mapping[str, Any], complaint: str) -
         if stored == wanted:
             return
         if outputs:
-            names = (name for name in {**wanted, **stored} if name != "key")
+            names = (name for name in {**inputs, **stored} if name != "key")
             other = ", ".join(name for name in names if stored.get(name) != wanted.get(name))
             raise BlmError(f"{complaint}: it has another {other}; name another folder, or move this one away")
     elif outputs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from blm.corpora.format.validate import clean_corpus
 from blm.training.loop.distributed import DataShard, Processes
 from blm.training.loop.loop import LoopConfig
 from blm.training.pretraining.nano import is_nano, nano_sources
+from blm.training.sft.feature_cache import cache_features
 from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource
 from blm.training.sft.pack import ExampleBatch, collate
 from blm.training.sft.tokenize import TokenizationConfig, single_torch_thread
@@ -32,8 +33,8 @@ class LanguageCotraining:
     batch_size: int = 8
     """Number of conversations in such a batch, over all processes and micro-batches."""
     cache_features: bool = True
-    """Keep the vision features of all images of the corpora in memory; without, the vision tower
-    runs in every such step."""
+    """Cache the vision features of all images of the corpora on disk, in OUT/language_features;
+    without, the vision tower runs in every such step."""
     limits: TokenizationConfig = field(default_factory=TokenizationConfig)
     """Tokenization of the conversations."""
 
@@ -96,19 +97,21 @@ class CotrainingSampler:
 
 
 def cotraining_sampler(
-    backbone: Backbone, config: LanguageCotraining, loop: LoopConfig, processes: Processes
+    backbone: Backbone, config: LanguageCotraining, loop: LoopConfig, processes: Processes, out: Path
 ) -> CotrainingSampler | None:
-    """Read and tokenise the corpora; None without co-training.
+    """Read and tokenise the corpora; None without co-training. `out` is the folder of the run.
 
     Raises BlmError for a corpus or conversation that cannot be used.
     """
     if not config.weight:
         return None
     with single_torch_thread():
-        tokenizer = CorpusTokenizer(
-            backbone, config.limits, processes, skip_bad=False, cache_features=config.cache_features
-        )
+        tokenizer = CorpusTokenizer(backbone, config.limits, processes, skip_bad=False)
         sources = [tokenizer.tokenize(source) for source in _sources(backbone, config, loop)]
+    if config.cache_features:
+        examples = [source.examples for source in sources]
+        cached = cache_features(backbone, examples, out / "language_features", processes)
+        sources = [replace(one, examples=found) for one, found in zip(sources, cached.examples, strict=True)]
     parts = processes.count * loop.accumulate
     return CotrainingSampler(backbone, sources, config, seed=loop.seed, parts=parts)
 

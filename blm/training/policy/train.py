@@ -65,7 +65,7 @@ def train_stage2(
     datasets = [open_dataset(folder) for folder in config.datasets]
     contract = joint_contract(datasets, config.policy, cameras=config.intents.cameras, execute=config.execute)
     start = _start(backbone, contract, config)
-    language = cotraining_sampler(backbone, config.cotrain, config.loop, processes)
+    language = cotraining_sampler(backbone, config.cotrain, config.loop, processes, out)
     codec = open_codec(backbone, datasets, config, processes)
     inputs = _inputs(backbone, datasets, start, config, codec, language)
     facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs, **start.origin}
