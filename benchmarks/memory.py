@@ -24,7 +24,8 @@ from typing import TypeVar, cast
 import torch
 import tyro
 
-from blm.app.memory import GIB, estimate_memory
+from blm.app.memory.estimate import estimate_memory
+from blm.app.memory.table import GIB
 from blm.app.recipe import Recipe
 from blm.app.recipes import RECIPES
 from blm.evaluation.results import this_machine
@@ -107,11 +108,15 @@ def main(
             idle, most = alone(peak, name, made.tokens, made.hidden, size, device)
             peaks.append(most / GIB)
         slope = (peaks[1] - peaks[0]) / (batch_sizes[1] - batch_sizes[0])
+        states = made.stage("Stage II, cached").device
         room = budget - peaks[0] + slope * batch_sizes[0]
         found[name] = {
             "policy_parameters": made.policy,
             "tokens_a_frame": made.tokens,
-            "weights_moments_average_gib": round(made.stage2_bytes / GIB, 3),
+            "weights_moments_average_gib": round(
+                sum(states[part] for part in ("trained", "gradients", "moments", "average")) / GIB, 3
+            ),
+            "estimated_peak_gib_at_the_recipe_s_batch": round(sum(states.values()) / GIB, 3),
             "idle_gib": round(idle / GIB, 3),
             "peak_gib": {size: round(most, 3) for size, most in zip(batch_sizes, peaks, strict=True)},
             f"largest_batch_in_{budget:g}_gib": max(0, int(room / slope)) if slope > 0 else None,

@@ -32,13 +32,16 @@ from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenState
 from blm.training.sft.lora import Lora
 from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource
 from blm.training.sft.pack import pack
-from blm.training.sft.tokenize import TokenizationConfig, tokenize_conversation
+from blm.training.sft.tokenize import tokenize_conversation
 from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
 from blm.types import BlmError, Message, UnknownNameError
 from tests.support.measured_memory import allocated_peak, small_qwen
 
 WITHIN = 0.1
-"""Largest relative difference of estimate and measurement."""
+"""Largest relative difference of estimate and measurement.
+
+Batches are compared apart: a thread makes them, and the profiler sees the thread that trains.
+"""
 
 
 def talk(seed: int, *, picture: bool = True) -> tuple[Message, ...]:
@@ -83,7 +86,7 @@ def test_stage_one_takes_the_estimated_memory(name: str, tmp_path: Path) -> None
     weights = size_of([*real.model.parameters(), *real.model.buffers()])
     sources = [TrainingSource(name="made", conversations=TALKS)]
     measured = weights + allocated_peak(lambda: train_stage1(real, sources, config, tmp_path / "out"))
-    assert estimate.peak + estimate.batch == pytest.approx(measured, rel=WITHIN), estimate
+    assert estimate.peak - estimate.batch == pytest.approx(measured, rel=WITHIN), estimate
     assert estimate.activations > 0.1 * estimate.peak, "the test would not notice wrong activations"
 
 
@@ -129,7 +132,7 @@ def test_stage_two_from_the_cache_takes_the_estimated_memory(tmp_path: Path) -> 
         run_loop(network, loss, next_batch, config, tmp_path / "out", ema=ema)
 
     measured = size_of([*network.parameters(), *network.buffers()]) + allocated_peak(train)
-    assert estimate.peak + estimate.batch == pytest.approx(measured, rel=WITHIN), estimate
+    assert estimate.peak - estimate.batch == pytest.approx(measured, rel=WITHIN), estimate
 
 
 def test_acting_and_cache_filling_take_the_estimated_memory() -> None:
@@ -159,7 +162,8 @@ def test_acting_and_cache_filling_take_the_estimated_memory() -> None:
     live = LiveHiddenStates(real, dataset, config)
     live.tap(texts, images)  # counts the features of a picture once
     few, some = (tap(outline, real.read(prompts[:n]), 3) for n in (1, 3))
-    measured = allocated_peak(lambda: live.tap(texts, images))
+    pixels = size_of(real.read(prompts).values())  # in memory of NumPy, which the profiler does not see
+    measured = allocated_peak(lambda: live.tap(texts, images)) + pixels
     assert few + 3 * (some - few) / 2 == pytest.approx(measured, rel=WITHIN)
 
 
@@ -191,6 +195,8 @@ def test_the_sizes_are_those_of_real_models(nano: MemoryEstimate) -> None:
     cached = nano.stage("Stage II, cached")
     assert cached.device["trained"] == cached.device["average"] == 4 * nano.policy
     assert cached.device["gradients"] == 4 * nano.policy
+    with pytest.raises(BlmError, match="processes is 0"):
+        estimate_memory(recipe, processes=0)
     text = describe(nano, "cpu")
     assert "2.3 M parameters" in text and "each process" in text and "Stage II, live" in text
 
@@ -203,11 +209,11 @@ def test_shapes_have_the_published_number_of_parameters(name: str, parameters: i
     backbone = outline_backbone(name)
     assert count_parameters(backbone.model) == parameters
     assert not torch.cuda.is_initialized() or torch.cuda.memory_allocated() == 0
-    assert Stage1Config(loop=LOOP, limits=TokenizationConfig()).limits.max_length > 300
     with pytest.raises(UnknownNameError, match="qwen2_5_vl_7b"):
         shape_of("qwen2_5_vl_72b")
 
 
+@pytest.mark.slow
 def test_several_processes_share_the_states(nano: MemoryEstimate) -> None:
     base = RECIPES["nano"]()
     loop = replace(base.stage1.training.loop, muon=0.0)
@@ -219,8 +225,6 @@ def test_several_processes_share_the_states(nano: MemoryEstimate) -> None:
     assert copied["moments"] == alone["moments"] and sharded["moments"] == -(-alone["moments"] // 4)
     assert copied["gradient buckets"] == alone["gradients"]
     assert copied["activations"] < 0.4 * alone["activations"], "each process has a quarter of the batch"
-    with pytest.raises(BlmError, match="processes is 0"):
-        estimate_memory(recipe, processes=0)
 
 
 @pytest.mark.slow
