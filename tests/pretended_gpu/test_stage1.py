@@ -17,7 +17,7 @@ from tests.support.backbones import picture
 from tests.support.pretended_gpu import PretendedGpu, Sync, table
 from tests.support.pretended_gpu.comparison import assert_same, every_family, log_rows, moved, twin
 
-ON_PICTURES = {"qwen2.5": 21, "qwen3": 26, "smolvlm": 4, "smolvlm2": 4}
+ON_PICTURES = {"qwen2.5": 19, "qwen3": 22, "smolvlm": 4, "smolvlm2": 4}
 """Synchronisations per step with images, if not 1: transformers' vision towers read sizes back."""
 ON_FEATURES = {"qwen3": 11}
 """The same with cached features: DeepStack adds them between blocks under a boolean mask."""
