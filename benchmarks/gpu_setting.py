@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import Qwen2_5_VLConfig
 
 from blm.app.recipe import Recipe
 from blm.app.recipes import RECIPES
@@ -116,22 +117,28 @@ def full_setting(name: str, folder: Path, device: str, cameras: tuple[int, ...],
     )
 
 
-def tiny_setting(name: str, folder: Path, device: str, cameras: tuple[int, ...], seed: int) -> Setting:
-    """Return the same with a backbone and a policy of a few hundred thousand parameters."""
+def tiny_shape(name: str) -> Qwen2_5_VLConfig:
+    """Return the shape of a published backbone, shrunk to a few hundred thousand parameters."""
     config = shape_of(name)
-    text, vision = config.text_config, config.vision_config
+    text: Any = config.text_config
+    vision: Any = config.vision_config
     text.vocab_size, text.hidden_size, text.intermediate_size = 1024, 32, 48
     text.num_hidden_layers, text.num_attention_heads, text.num_key_value_heads = 3, 2, 1
     text.layer_types = ["full_attention"] * 3
     text.rope_parameters = {**text.rope_parameters, "mrope_section": [2, 3, 3]}
     vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 2, 32, 48, 2
     vision.out_hidden_size, vision.fullatt_block_indexes, vision.window_size = 32, [1], 56
+    return config
+
+
+def tiny_setting(name: str, folder: Path, device: str, cameras: tuple[int, ...], seed: int) -> Setting:
+    """Return the same with a backbone and a policy of a few hundred thousand parameters."""
     bridge = BridgeConfig(width=16, latents=3, blocks=1, heads=2)
     place = torch.device(device)
     torch.manual_seed(seed)
     return Setting(
         recipe=RECIPES[name](),
-        backbone=_frozen(stand_in(config, device=place, texts=prompt_texts())),
+        backbone=_frozen(stand_in(tiny_shape(name), device=place, texts=prompt_texts())),
         policy=PolicyConfig(bridge=bridge, width=32, heads=2, horizon=6, future_steps=6),
         layer=2,
         side=56,

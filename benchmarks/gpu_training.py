@@ -19,8 +19,8 @@ from blm.backbone.precision import place_weights
 from blm.backbone.prompt import question_prompt
 from blm.datasets.lerobot import open_dataset
 from blm.policy.network import PolicyBatch, PolicyNetwork
-from blm.training.loop.batches import Microbatch, prefetch, with_pinned_memory
-from blm.training.loop.distributed import DataShard
+from blm.training.loop.batches import Microbatch, prefetch
+from blm.training.loop.distributed import DataShard, Processes
 from blm.training.loop.ema import Ema
 from blm.training.loop.loop import LoopConfig
 from blm.training.loop.optimizers import Optimizers
@@ -29,6 +29,7 @@ from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.open_data import make_sampler, open_datasets
 from blm.training.policy.sampler import PolicySampler
+from blm.training.sft.feature_cache import cache_features
 from blm.training.sft.lora import Lora
 from blm.training.sft.loss import MaskedLossModel
 from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource
@@ -36,7 +37,6 @@ from blm.training.sft.pack import ExampleBatch, pack
 from blm.training.sft.prefix_attention import use_prefix_attention
 from blm.training.sft.tokenize import TokenizationConfig, TokenizedExample, tokenize_conversation
 from blm.training.sft.train import Stage1Config, choose_trained, without_placeholder_checks
-from blm.training.sft.vision_features import VisionFeatureCache
 from blm.types import Message
 
 
@@ -103,8 +103,7 @@ def _train2(setting: Setting, config: PolicyTrainingConfig, clock: Clock) -> Num
         batch = sampler(step, shard)
         return Microbatch(batch, batch.ids)
 
-    make = with_pinned_memory(microbatch) if setting.on_gpu else microbatch
-    batches = prefetch(make, range(40), [DataShard()])
+    batches = prefetch(microbatch, range(40), [DataShard()], pin=setting.on_gpu)
     waited = []
 
     def step(number: int) -> float:
@@ -122,7 +121,7 @@ def _train2(setting: Setting, config: PolicyTrainingConfig, clock: Clock) -> Num
     found = with_peak(setting, lambda: rate(setting, clock, step))
     found["samples_per_s"] = found.pop("per_s")
     found["data_share"] = sum(waited) / (time.perf_counter() - begin)
-    batches.close()  # type: ignore[attr-defined]
+    batches.close()
     return found | {"batch": setting.stage2_batch}
 
 
@@ -160,7 +159,9 @@ def stage1(setting: Setting, clock: Clock, found: Numbers) -> None:
 def _train1(setting: Setting, config: Stage1Config, clock: Clock) -> Numbers:
     backbone, found = setting.backbone, Numbers()
     adapted = choose_trained(backbone, config, exact=False)
-    examples = VisionFeatureCache(backbone, Counter())(_examples(setting, config.limits))
+    made = _examples(setting, config.limits)
+    folder = setting.folder / f"features-{'lora' if config.lora.rank else 'full'}"
+    [examples] = cache_features(backbone, [made], folder, Processes(0, 1, setting.device)).examples
     model = MaskedLossModel(backbone, cached=True).train()
     backbone.model.activation_checkpointing_enable()
     optimizer = _optimizer(backbone.model, config.loop)

@@ -15,25 +15,27 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
+from gpu_setting import tiny_shape
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from blm.backbone.backbone import Backbone
+from blm.backbone.stand_in import stand_in
 from blm.datasets.lerobot import finalize_dataset, open_dataset, stage_episode
 from blm.evaluation.results import this_machine
 from blm.policy.network import PolicyConfig
 from blm.training.loop.batches import ByWorkers, open_batches
 from blm.training.loop.distributed import DataShard
 from blm.training.policy.hidden_states import HiddenStateConfig
-from blm.training.policy.live import LiveBatches, PromptReader, open_live
+from blm.training.policy.live import LiveBatches, PreparedPrompts, PromptReader, open_live
 from blm.training.policy.sampler import PolicySampler, split
 from blm.types import ActionSpace, Episode
-from tests.support.backbones import tiny_qwen
 
 CAMERAS, SIDE, LENGTH, DIM = ("base", "side", "wrist"), 224, 60, 8
 WARM_UP = 4
@@ -83,7 +85,7 @@ def make_dataset(folder: Path, episodes: int = 6) -> Path:
 
 def make_backbone(folder: Path) -> Backbone:
     """Write and load a tiny Qwen2.5-VL whose processor has the settings of the released one."""
-    backbone = tiny_qwen("2.5")
+    backbone = stand_in(tiny_shape("qwen2_5_vl_3b"))
     size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}
     backbone.processor.image_processor = Qwen2VLImageProcessorPil(size=size)
     backbone.save(folder)
@@ -99,9 +101,9 @@ def cpu_ms(make: LiveBatches, steps: int = 2) -> float:
     return (time.process_time() - begin) / prompts * 1000
 
 
-def count(parts: object) -> int:
+def count(parts: Sequence[PreparedPrompts]) -> int:
     """Return the number of prompts of a batch."""
-    return sum(len(part.inputs["input_ids"]) for part in parts)  # type: ignore[attr-defined]
+    return sum(len(part.inputs["input_ids"]) for part in parts)
 
 
 def share(make: LiveBatches, workers: int, step_seconds: float, steps: int) -> Share:

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -59,13 +60,18 @@ class Options:
 
 def tiny_qwen(vocabulary: int) -> Qwen2_5_VLForConditionalGeneration:
     """Return a random model: one block, pictures of 112 px, windows of 56 px."""
-    text = {"vocab_size": vocabulary, "hidden_size": WIDTH, "intermediate_size": WIDTH}
+    text: dict[str, Any] = {"vocab_size": vocabulary, "hidden_size": WIDTH, "intermediate_size": WIDTH}
     text |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
-    vision = {"depth": 8, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2}
+    vision: dict[str, Any] = {"depth": 8, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2}
     vision |= {"out_hidden_size": WIDTH, "window_size": 56, "fullatt_block_indexes": [3, 7]}
     torch.manual_seed(0)
-    ids = {"image_token_id": 10, "video_token_id": 11, "vision_start_token_id": 12, "vision_end_token_id": 13}
+    ids: dict[str, Any] = {
+        "image_token_id": 10,
+        "video_token_id": 11,
+        "vision_start_token_id": 12,
+        "vision_end_token_id": 13,
+    }
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
     return Qwen2_5_VLForConditionalGeneration(config)
 
@@ -136,7 +142,7 @@ def measure_features(options: Options, folder: Path) -> dict[str, float]:
     count, values = 200, 256 * 1280
     pictures = {str(number): (0, number * values) for number in range(count)}
     np.save(folder / "0.npy", np.ones(count * values, np.float32))
-    facts = {"sha256": "", "bytes": 0, "sample_sha256": ""}
+    facts: dict[str, Any] = {"sha256": "", "bytes": 0, "sample_sha256": ""}
     shard = FeatureShard(examples=[], layouts=[[("tower_features", (256, 1280))]], pictures=pictures, **facts)
     before = resident()
     files = FeatureFiles(folder, {"0.npy": shard}, torch.float32)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PretrainedConfig, Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLConfig
 
 from blm.types import lookup
 
@@ -56,7 +56,7 @@ def known_shapes() -> tuple[str, ...]:
     return tuple(_TEXT)
 
 
-def shape_of(name: str) -> PretrainedConfig:
+def shape_of(name: str) -> Qwen2_5_VLConfig:
     """Return the config of a published backbone. Raises UnknownNameError for an unknown one."""
     text = lookup("backbone with a known shape", name, _TEXT)
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}

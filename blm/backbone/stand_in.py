@@ -7,6 +7,7 @@ memory estimates and speed measurements: model, images and prompts run through t
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLProcessor
@@ -52,13 +53,13 @@ def stand_in(
     tokenizer.add_special_tokens(
         {"additional_special_tokens": list(SPECIAL_TOKENS), "eos_token": "<|im_end|>"}
     )
-    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
-    config = copy.deepcopy(config)
-    config.image_token_id, config.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
-    config.vision_start_token_id, config.vision_end_token_id = ids["<|vision_start|>"], ids["<|vision_end|>"]
-    config.text_config.eos_token_id, config.text_config.pad_token_id = ids["<|im_end|>"], 0
+    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    shape: Any = copy.deepcopy(config)
+    shape.image_token_id, shape.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
+    shape.vision_start_token_id, shape.vision_end_token_id = ids["<|vision_start|>"], ids["<|vision_end|>"]
+    shape.text_config.eos_token_id, shape.text_config.pad_token_id = ids["<|im_end|>"], 0
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
-    pictures = Qwen2VLImageProcessorPil(patch_size=config.vision_config.patch_size)
+        model = AutoModelForImageTextToText.from_config(shape, dtype=dtype)
+    pictures = Qwen2VLImageProcessorPil(patch_size=shape.vision_config.patch_size)
     kind = without_video(Qwen2_5_VLProcessor)
     return Backbone(model, kind(pictures, tokenizer, chat_template=CHAT_TEMPLATE))

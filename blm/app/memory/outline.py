@@ -22,7 +22,12 @@ from blm.backbone.stand_in import stand_in
 from blm.policy.network import PolicyBatch, PolicyNetwork
 from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource
 from blm.training.sft.pack import ExampleBatch, pack
-from blm.training.sft.tokenize import TokenizedExample, concatenate_vision_inputs, tokenize_conversation
+from blm.training.sft.tokenize import (
+    TokenizedExample,
+    VisionInputs,
+    concatenate_vision_inputs,
+    tokenize_conversation,
+)
 from blm.training.sft.train import Stage1Config
 from blm.training.sft.vision_features import PictureFeatures, encode_pictures
 from blm.types import BlmError, Message
@@ -32,6 +37,16 @@ INSTRUCTION = "Pick up the red cube and move it to the green goal."
 QUESTION = "Point to the red cube and to the green goal in the base view."
 ANSWER = "The cube is left of the gripper and in front of it. cube (412, 530) goal (633, 287)"
 """A typical turn about a scene."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Vision features that are in memory."""
+
+    features: VisionInputs
+
+    def read(self) -> VisionInputs:
+        return self.features
 
 
 def outline_backbone(name: str) -> Backbone:
@@ -118,7 +133,7 @@ class Outline:
                 features = encode_pictures(backbone, self._one_picture(backbone, config))
             count = len(self.recipe.cameras)
             kept = {name: (value,) * count for name, value in features.items()}
-            example = replace(example, processor_input=None, features=kept)
+            example = replace(example, processor_input=None, features=_Kept(kept))
         per_pass = config.loop.batch_size // (self.processes * config.loop.accumulate)
         sampler = MixtureSampler(
             [TokenizedSource(name="scenes", examples=[example])],
@@ -148,7 +163,7 @@ class Outline:
         return concatenate_vision_inputs([example.vision_inputs(backbone)])
 
 
-def _tokenized(backbone: Backbone, config: Stage1Config, messages: Sequence[Message]) -> TokenizedExample:
+def _tokenized(backbone: Backbone, config: Stage1Config, messages: tuple[Message, ...]) -> TokenizedExample:
     example = tokenize_conversation(backbone, messages, config.limits, None, Counter())
     if example is None:
         raise BlmError(

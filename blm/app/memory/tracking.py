@@ -46,11 +46,11 @@ class TensorMemory(TorchDispatchMode):
             key, size = storage._cdata, storage.nbytes()
             if key in self._storages or size == 0:
                 continue
-            self._storages[key] = weakref.ref(storage, lambda _, key=key, size=size: self._remove(key, size))
+            self._storages[key] = weakref.ref(storage, partial(self._remove, key, size))
             self.live += size
         self.peak = max(self.peak, self.live)
 
-    def _remove(self, key: int, size: int) -> None:
+    def _remove(self, key: int, size: int, _: object) -> None:
         del self._storages[key]
         self.live -= size
 

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from blm.backbone import Backbone, Inputs
-from blm.backbone.truncation import shallow_copy
 from blm.backbone.precision import mixed_precision
+from blm.backbone.truncation import shallow_copy
 from blm.training.sft.pack import ExampleBatch, probe_examples
 from blm.training.sft.prefix_attention import known_padding, uses_prefix_attention
 from blm.training.sft.tokenize import concatenate_vision_inputs
