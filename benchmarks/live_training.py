@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from blm.policy.network import PolicyConfig
 from blm.training.loop.batches import ByWorkers, open_batches
 from blm.training.loop.distributed import DataShard
 from blm.training.policy.hidden_states import HiddenStateConfig
-from blm.training.policy.live import LiveBatches, PromptReader, open_live
+from blm.training.policy.live import LiveBatches, PreparedPrompts, PromptReader, open_live
 from blm.training.policy.sampler import PolicySampler, split
 from blm.types import ActionSpace, Episode
 from tests.support.backbones import tiny_qwen
@@ -99,9 +100,9 @@ def cpu_ms(make: LiveBatches, steps: int = 2) -> float:
     return (time.process_time() - begin) / prompts * 1000
 
 
-def count(parts: object) -> int:
+def count(parts: Sequence[PreparedPrompts]) -> int:
     """Return the number of prompts of a batch."""
-    return sum(len(part.inputs["input_ids"]) for part in parts)  # type: ignore[attr-defined]
+    return sum(len(part.inputs["input_ids"]) for part in parts)
 
 
 def share(make: LiveBatches, workers: int, step_seconds: float, steps: int) -> Share:
