@@ -7,9 +7,10 @@ memory estimates and speed measurements: model, images and prompts run through t
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLProcessor
+from transformers import AutoModelForImageTextToText, PretrainedConfig, Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from blm.backbone.backbone import Backbone
@@ -36,13 +37,13 @@ CHAT_TEMPLATE = (
 
 
 def stand_in(
-    config: Qwen2_5_VLConfig,
+    shape: PretrainedConfig,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     texts: tuple[str, ...] = SAMPLE_TEXTS,
 ) -> Backbone:
-    """Return a backbone in the shape of `config` (see `shape_of`), on a device.
+    """Return a backbone in the shape of `shape_of(name)`, on a device.
 
     The tokenizer is trained on `texts`: they become about as many tokens as with Qwen's own. Its
     special tokens have other ids than the published ones; the vocabulary keeps its size. On the
@@ -52,8 +53,8 @@ def stand_in(
     tokenizer.add_special_tokens(
         {"additional_special_tokens": list(SPECIAL_TOKENS), "eos_token": "<|im_end|>"}
     )
-    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
-    config = copy.deepcopy(config)
+    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    config: Any = copy.deepcopy(shape)
     config.image_token_id, config.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
     config.vision_start_token_id, config.vision_end_token_id = ids["<|vision_start|>"], ids["<|vision_end|>"]
     config.text_config.eos_token_id, config.text_config.pad_token_id = ids["<|im_end|>"], 0

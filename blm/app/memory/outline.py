@@ -22,7 +22,12 @@ from blm.backbone.stand_in import stand_in
 from blm.policy.network import PolicyBatch, PolicyNetwork
 from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource
 from blm.training.sft.pack import ExampleBatch, pack
-from blm.training.sft.tokenize import TokenizedExample, concatenate_vision_inputs, tokenize_conversation
+from blm.training.sft.tokenize import (
+    Messages,
+    TokenizedExample,
+    concatenate_vision_inputs,
+    tokenize_conversation,
+)
 from blm.training.sft.train import Stage1Config
 from blm.training.sft.vision_features import PictureFeatures, encode_pictures
 from blm.types import BlmError, Message
@@ -148,7 +153,7 @@ class Outline:
         return concatenate_vision_inputs([example.vision_inputs(backbone)])
 
 
-def _tokenized(backbone: Backbone, config: Stage1Config, messages: Sequence[Message]) -> TokenizedExample:
+def _tokenized(backbone: Backbone, config: Stage1Config, messages: Messages) -> TokenizedExample:
     example = tokenize_conversation(backbone, messages, config.limits, None, Counter())
     if example is None:
         raise BlmError(
