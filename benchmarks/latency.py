@@ -74,7 +74,7 @@ class RandomDecision(Decision):
             torch.set_default_dtype(dtype)
             model = AutoModelForImageTextToText.from_config(config)
             torch.set_default_dtype(torch.float32)
-            network = PolicyNetwork(recipe.stage2.policy, config.text_config.hidden_size, 4)
+            network = PolicyNetwork(recipe.stage2.policy, config.get_text_config().hidden_size, 4)
         super().__init__(Backbone(model, None), network, recipe.stage2.layer, ())
         self.count, self.device, self.dtype, self.config = cameras, device, dtype, config
 

@@ -55,8 +55,7 @@ class HiddenStates:
 class MultimodalModel(Weights):
     """A multimodal language model: prompt, encode, tap hidden states, freeze, hash.
 
-    Generation is in subclasses. `tap` may run in one thread while another thread generates text
-    with the same model.
+    `tap` may run in one thread while another thread generates text with the same model.
 
     `videos_as` is the form in which consecutive frames of a video in a message reach the model.
     "video": as one video input, with the model family's own temporal patches and timestamps; this
@@ -264,7 +263,7 @@ class MultimodalModel(Weights):
         """
         self.require_layer(layer)
         grids = grids_of(inputs)  # the host reads them, for positions and lengths
-        if grids:
+        if grids and "position_ids" not in inputs:
             inputs = {**inputs, "position_ids": self.position_ids(inputs)}
         unread = (*grids, "mm_token_type_ids") if grids else ()
         inputs = {**self.place({n: x for n, x in inputs.items() if n not in unread}), **grids}

@@ -10,7 +10,7 @@ import copy
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2_5_VLProcessor
+from transformers import AutoModelForImageTextToText, PretrainedConfig, Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from blm.backbone.backbone import Backbone
@@ -37,13 +37,13 @@ CHAT_TEMPLATE = (
 
 
 def stand_in(
-    config: Qwen2_5_VLConfig,
+    shape: PretrainedConfig,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     texts: tuple[str, ...] = SAMPLE_TEXTS,
 ) -> Backbone:
-    """Return a backbone in the shape of `config` (see `shape_of`), on a device.
+    """Return a backbone in the shape of `shape_of(name)`, on a device.
 
     The tokenizer is trained on `texts`: they become about as many tokens as with Qwen's own. Its
     special tokens have other ids than the published ones; the vocabulary keeps its size. On the
@@ -53,13 +53,13 @@ def stand_in(
     tokenizer.add_special_tokens(
         {"additional_special_tokens": list(SPECIAL_TOKENS), "eos_token": "<|im_end|>"}
     )
-    ids: dict[str, Any] = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
-    shape: Any = copy.deepcopy(config)
-    shape.image_token_id, shape.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
-    shape.vision_start_token_id, shape.vision_end_token_id = ids["<|vision_start|>"], ids["<|vision_end|>"]
-    shape.text_config.eos_token_id, shape.text_config.pad_token_id = ids["<|im_end|>"], 0
+    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
+    config: Any = copy.deepcopy(shape)
+    config.image_token_id, config.video_token_id = ids["<|image_pad|>"], ids["<|video_pad|>"]
+    config.vision_start_token_id, config.vision_end_token_id = ids["<|vision_start|>"], ids["<|vision_end|>"]
+    config.text_config.eos_token_id, config.text_config.pad_token_id = ids["<|im_end|>"], 0
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(shape, dtype=dtype)
-    pictures = Qwen2VLImageProcessorPil(patch_size=shape.vision_config.patch_size)
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    pictures = Qwen2VLImageProcessorPil(patch_size=config.vision_config.patch_size)
     kind = without_video(Qwen2_5_VLProcessor)
     return Backbone(model, kind(pictures, tokenizer, chat_template=CHAT_TEMPLATE))

@@ -23,6 +23,7 @@ from blm.policy.network import PolicyBatch, PolicyNetwork
 from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource
 from blm.training.sft.pack import ExampleBatch, pack
 from blm.training.sft.tokenize import (
+    Messages,
     TokenizedExample,
     VisionInputs,
     concatenate_vision_inputs,
@@ -163,7 +164,7 @@ class Outline:
         return concatenate_vision_inputs([example.vision_inputs(backbone)])
 
 
-def _tokenized(backbone: Backbone, config: Stage1Config, messages: tuple[Message, ...]) -> TokenizedExample:
+def _tokenized(backbone: Backbone, config: Stage1Config, messages: Messages) -> TokenizedExample:
     example = tokenize_conversation(backbone, messages, config.limits, None, Counter())
     if example is None:
         raise BlmError(

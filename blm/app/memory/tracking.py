@@ -37,7 +37,7 @@ class TensorMemory(TorchDispatchMode):
         """Bytes of tensors now."""
         self.peak = 0
         """Largest value of `live` so far; assign `live` to begin anew."""
-        self._storages = dict[int, weakref.ref[Any]]()
+        self._storages = dict[int, weakref.finalize]()
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that were created outside, such as the weights of a model."""
@@ -46,11 +46,11 @@ class TensorMemory(TorchDispatchMode):
             key, size = storage._cdata, storage.nbytes()
             if key in self._storages or size == 0:
                 continue
-            self._storages[key] = weakref.ref(storage, partial(self._remove, key, size))
+            self._storages[key] = weakref.finalize(storage, self._remove, key, size)
             self.live += size
         self.peak = max(self.peak, self.live)
 
-    def _remove(self, key: int, size: int, _: object) -> None:
+    def _remove(self, key: int, size: int) -> None:
         del self._storages[key]
         self.live -= size
 

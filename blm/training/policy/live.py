@@ -155,8 +155,8 @@ class Tap:
     pixel_map: PixelMap | None
 
     def inputs(self, prompts: PreparedPrompts) -> Inputs:
-        """Return the inputs of the model on its device and in its precision."""
-        inputs = self.backbone.place(prompts.inputs)
+        """Return the inputs of the model; `tap` moves those that the host does not read."""
+        inputs = prompts.inputs
         if prompts.pictures is None:
             return inputs
         assert self.pixel_map is not None
