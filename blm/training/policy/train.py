@@ -209,12 +209,9 @@ def train_stage2(
         return validate(step, policy(weights)) if validate is not None and processes.first else {}
 
     ema = Ema(start.network, config.policy.ema)
-    live = None
-    if config.cache is None:
-        live = open_live(backbone, config.backbone, opened, config.intents)
-    elif validate is None:
+    if config.cache is not None and validate is None:
         del backbone
-    _run(start.network, ema, opened, config, out, validate_weights, live)
+    _run(start.network, ema, opened, config, out, validate_weights)
     if config.cache is not None and validate is None:
         backbone = _load_backbone(config)
     frozen.require(backbone, "after Stage II")
@@ -306,13 +303,15 @@ def _run(
     config: PolicyTrainingConfig,
     out: Path,
     validate: Callable[[int, PolicyNetwork], Mapping[str, float]],
-    live: Live | None,
 ) -> None:
     """Run the training loop; the EMA is the teacher of the future loss and is validated."""
     teacher = cast(PolicyNetwork, ema.module)
     names = ("loss_flow", "loss_future")
     best = BestCheckpoint(out)
     first = Processes.join(config.device).first
+    source, live = datasets[0].hidden_states, None
+    if isinstance(source, LiveHiddenStates):
+        live = open_live(source.backbone, config.backbone, datasets, config.intents)
 
     def ready(batch: PolicyBatch | LiveBatch) -> PolicyBatch:
         if isinstance(batch, LiveBatch):
