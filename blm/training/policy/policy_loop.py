@@ -19,7 +19,8 @@ from blm.training.loop.loop import run_loop
 from blm.training.policy.backbone_tuning import TrainedModule, TunedBatch, TunedPolicy
 from blm.training.policy.best_checkpoint import BestCheckpoint
 from blm.training.policy.config import PolicyTrainingConfig
-from blm.training.policy.live import Live, LiveBatch, LiveBatches
+from blm.training.policy.hidden_states import LiveHiddenStates
+from blm.training.policy.live import Live, LiveBatch, LiveBatches, open_live
 from blm.training.policy.open_data import make_sampler
 from blm.training.policy.sampler import WHOLE_BATCH, PolicyDataset, anything_held_out
 
@@ -34,16 +35,17 @@ def run_policy_loop(
     config: PolicyTrainingConfig,
     out: Path,
     validate: Callable[[int, TrainedModule], Mapping[str, float]],
-    live: Live | None,
 ) -> None:
     """Run the training loop; the EMA is the teacher of the future loss and is validated.
 
-    `validate(steps done, averaged weights)` returns metrics of closed-loop episodes. `live`
-    computes the hidden states of a frozen backbone in every step; None: they are cached, or the
-    backbone is tuned.
+    `validate(steps done, averaged weights)` returns metrics of closed-loop episodes.
     """
     teacher: Any = ema.module
     best = BestCheckpoint(out)
+    source = datasets[0].hidden_states
+    live = None
+    if isinstance(source, LiveHiddenStates):
+        live = open_live(source.backbone, config.backbone, datasets, config.intents)
     first = Processes.join(config.device).first
 
     def loss(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,6 @@ from blm.training.policy.best_checkpoint import BestCheckpoint
 from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.cotraining import CotrainingSampler, cotraining_sampler
 from blm.training.policy.hidden_state_cache import describe
-from blm.training.policy.live import open_live
 from blm.training.policy.open_data import open_codec, open_datasets
 from blm.training.policy.policy_loop import run_policy_loop
 from blm.training.policy.quantization import TokenCodec
@@ -95,23 +95,30 @@ def train_stage2(
         return validate(step, policy(weights, kept)) if validate is not None and processes.first else {}
 
     ema = Ema(trained, config.policy.ema)
-    live = None
-    if config.cache is None and tuned is None:
-        live = open_live(backbone, config.backbone, opened, config.intents)
     kept = backbone if config.cache is None or validate is not None else None
     del backbone
     with in_use(tuned):
-        run_policy_loop(trained, ema, opened, config, out, validate_weights, live)
+        run_policy_loop(trained, ema, opened, config, out, validate_weights)
     whole = _proved_backbone(config, frozen, kept) if tuned is None else None
     if processes.first:
-        averaged = cast(TrainedModule, ema.module)
-        policy(averaged, whole).save(out / "checkpoint", facts, proved=True)
-        best = BestCheckpoint(out)
-        if best.facts:
-            best.load(trained)
-            policy(trained, whole).save(out / "best", {**facts, **best.facts}, proved=True)
+        _save(partial(policy, whole=whole), trained, cast(TrainedModule, ema.module), out, facts)
     processes.wait()
     return out / "checkpoint"
+
+
+def _save(
+    policy: Callable[[TrainedModule], CheckpointPolicy],
+    trained: TrainedModule,
+    averaged: TrainedModule,
+    out: Path,
+    facts: Mapping[str, Any],
+) -> None:
+    """Write the checkpoint of the averaged weights, and that of the best ones."""
+    policy(averaged).save(out / "checkpoint", facts, proved=True)
+    best = BestCheckpoint(out)
+    if best.facts:
+        best.load(trained)
+        policy(trained).save(out / "best", {**facts, **best.facts}, proved=True)
 
 
 def _prepare_folder(out: Path, inputs: Mapping[str, Any], processes: Processes) -> None:

@@ -147,7 +147,7 @@ def test_the_gradient_is_that_of_a_step_through_images_and_tap(config):
     """Against a slow way: finite differences of the loss, of one adapter weight."""
     from blm.training.policy import backbone_tuning as tuning
     from blm.training.policy.add_robot import from_scratch
-    from blm.training.policy.train import open_datasets, sampler_for
+    from blm.training.policy.open_data import make_sampler, open_datasets
 
     backbone = Backbone.load(config.backbone, dtype=torch.float64)
     backbone.freeze()
@@ -159,7 +159,7 @@ def test_the_gradient_is_that_of_a_step_through_images_and_tap(config):
     opened = open_datasets(backbone, datasets, double, start)
     tuned = tuning.tune_backbone(backbone, 1, own, None, 0)
     module = TunedPolicy(start.network, tuned)
-    batch = sampler_for(module, opened, double)(0)
+    batch = tuned.sampler(make_sampler(opened, double), language=True)(0)
     actions = {
         name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in vars(batch.actions).items()

@@ -345,7 +345,7 @@ def test_a_backbone_that_changes_during_stage_two_is_noticed(config, tmp_path, m
         else:
             disturb(datasets[0].hidden_states.backbone.model)
 
-    monkeypatch.setattr(policy_training, "_run", run)
+    monkeypatch.setattr(policy_training, "run_policy_loop", run)
     with pytest.raises(BlmError, match=r"after Stage II: the backbone .* is not the frozen one"):
         train_stage2(config, tmp_path / "out", {})
     assert not (tmp_path / "out/checkpoint").exists()
