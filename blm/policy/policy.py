@@ -172,17 +172,16 @@ class CheckpointPolicy:
         network: PolicyNetwork,
         transforms: Mapping[str, RobotTransforms],
         contract: PolicyContract,
-        provenance: Mapping[str, Any] | None = None,
         pool: int = 1,
         tuning: TuningRecord | None = None,
     ) -> None:
         """Tap block `layer` (k), and average picture tokens over squares of `pool` x `pool`.
 
-        `provenance` is that of the loaded checkpoint. With a tuned backbone, `frozen` is the proof
-        of its weights after the tuning.
+        With a tuned backbone, `frozen` is the proof of its weights after the tuning.
         """
         self.pool, self.tuning = pool, tuning
-        self.provenance = provenance or {}
+        self.provenance: Mapping[str, Any] = {}
+        """That of the loaded checkpoint."""
         self.backbone, self.frozen, self.layer, self.transforms = backbone, frozen, layer, transforms
         self.network = network.eval().requires_grad_(False)
         self._sample: Callable[..., Tensor] | None = None
@@ -331,7 +330,6 @@ class CheckpointPolicy:
         require_compiler(compile, device)
         folder = checkpoint_folder(folder)
         config = CheckpointConfig.from_json(read_config(folder))
-        contract = config.contract
         backbone = Backbone.load(
             folder / "backbone",
             dtype=getattr(torch, config.dtype),
@@ -346,13 +344,13 @@ class CheckpointPolicy:
         place_weights(backbone.model, device, precision)
         if backbone.absent is None:
             config.frozen.compare_logits(backbone, f"checkpoint '{folder}'")
-        if (now := prompt_version(backbone, _view_names(contract))) != config.prompt:
+        if (now := prompt_version(backbone, _view_names(config.contract))) != config.prompt:
             raise BlmError(
                 f"checkpoint '{folder}' was trained with control prompts of version {config.prompt}, this "
                 f"program writes version {now}; use the program version of the checkpoint or train again"
             )
         with torch.device("meta"):  # saves time, memory and random numbers: the weights are replaced below
-            network = PolicyNetwork(config.policy, backbone.hidden_size, len(contract.action_spaces))
+            network = PolicyNetwork(config.policy, backbone.hidden_size, len(config.contract.action_spaces))
         network.load_state_dict(load_file(folder / "policy.safetensors", device), assign=True)
         policy = cls(
             backbone=backbone,
@@ -360,11 +358,11 @@ class CheckpointPolicy:
             layer=config.layer,
             network=network,
             transforms=read_transforms(folder),
-            contract=contract,
-            provenance=config.provenance,
+            contract=config.contract,
             pool=config.pool,
             tuning=config.tuning,
         )
+        policy.provenance = config.provenance
         if compile != "none":
             policy.compile(Compiler(compile))
             policy.warm_up()

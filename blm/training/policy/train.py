@@ -33,7 +33,6 @@ from blm.training.policy.cotraining import CotrainingSampler, cotraining_sampler
 from blm.training.policy.hidden_state_cache import describe
 from blm.training.policy.open_data import open_codec, open_datasets
 from blm.training.policy.policy_loop import run_policy_loop
-from blm.training.policy.quantization import TokenCodec
 from blm.training.policy.sampler import joint_contract, warn_of_reserved
 from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
 from blm.types import PolicyContract
@@ -66,8 +65,7 @@ def train_stage2(
     contract = joint_contract(datasets, config.policy, cameras=config.intents.cameras, execute=config.execute)
     start = _start(backbone, contract, config)
     language = cotraining_sampler(backbone, config.cotrain, config.loop, processes, out)
-    codec = open_codec(backbone, datasets, config, processes)
-    inputs = _inputs(backbone, datasets, start, config, codec, language)
+    inputs = _inputs(backbone, datasets, start, config, language, processes)
     facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs, **start.origin}
     facts |= warn_of_reserved(datasets) if processes.first else {}
     _prepare_folder(out, inputs, processes)
@@ -78,8 +76,7 @@ def train_stage2(
     def policy(weights: TrainedModule, whole: Backbone | None) -> CheckpointPolicy:
         network = network_of(weights)
         start.restore_old_rows(network)
-        mine = tuned.merged(weights) if tuned is not None else whole
-        assert mine is not None
+        mine = tuned.merged(weights) if tuned is not None else cast(Backbone, whole)
         return CheckpointPolicy(
             backbone=mine,
             frozen=frozen if tuned is None else FrozenProof.of(mine),
@@ -160,10 +157,11 @@ def _inputs(
     datasets: Sequence[EpisodeDataset],
     start: InitialPolicy,
     config: PolicyTrainingConfig,
-    codec: TokenCodec | None,
     language: CotrainingSampler | None,
+    processes: Processes,
 ) -> dict[str, Any]:
     """Return all inputs that a run depends on, except the loop's config, for inputs.json."""
+    codec = open_codec(backbone, datasets, config, processes)
     tuning = {"tune": config.tune.facts()} if config.tune.on else {}
     cotraining = {"cotrain": language.facts()} if language is not None else {}
     return {

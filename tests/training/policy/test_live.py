@@ -148,7 +148,7 @@ def test_trained_weights_are_equal_with_workers_and_after_an_interruption(
 ) -> None:
     weights = {}
 
-    def save(self: CheckpointPolicy, folder: Path, facts: Any) -> None:
+    def save(self: CheckpointPolicy, folder: Path, facts: Any, *, proved: bool = False) -> None:
         if folder.name == "checkpoint":
             weights[folder.parent.name] = [*self.network.state_dict().values()]
 
