@@ -39,6 +39,7 @@ ADDED_TO_STAGE2 = {
     "views": 0,
     "dims": 1024,
     "pool": 1,
+    "frames": 1,
     "tune": asdict(BackboneTuning()),
     "cotrain": asdict(LanguageCotraining()),
 }

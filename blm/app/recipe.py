@@ -175,6 +175,8 @@ class Stage2Settings:
     """Channels that a compact hidden-state cache keeps of each token."""
     pool: int = 1
     """Average picture tokens over squares of n x n tokens, in training and when the policy acts."""
+    frames: int = 1
+    """Number of observations in a prompt: the present one and those of the decisions before."""
     views: int = 0
     """Augmented views of each frame to cache beside the frame."""
     execute: int = 8
@@ -192,7 +194,7 @@ class Stage2Settings:
         require_tuning(self.tune, self.loop, cache=None, only_new=False)
         if self.cotrain.weight:
             require_cotraining(with_corpora(self.cotrain, Path()), self.loop, tuned=self.tune.on)
-        require_numbers(self, layer=(1, 10_000), stride=(1, 100_000), views=(0, 1000))
+        require_numbers(self, layer=(1, 10_000), stride=(1, 100_000), views=(0, 1000), frames=(1, 64))
         require_precision(self.precision)
         require_numbers(self, drive=(0, len(VALIDATION_SEEDS)))
         if not 1 <= self.execute <= self.policy.horizon:
@@ -315,7 +317,8 @@ def policy_training_config(
     values = _values_for(PolicyTrainingConfig, recipe, recipe.stage2)
     values["datasets"] = datasets
     values["backbone"] = str(backbone)
-    values["intents"] = HiddenStateConfig(**_values_for(HiddenStateConfig, recipe, recipe.stage2))
+    seen = _values_for(HiddenStateConfig, recipe, recipe.stage2)
+    values["intents"] = HiddenStateConfig(**seen, frame_steps=recipe.stage2.execute)
     values["weights"] = dict.fromkeys(sorted(recorded - {*tasks}), 0.0)
     values["cache"] = cache
     if recipe.stage2.tune.on:

@@ -112,6 +112,7 @@ def from_checkpoint(
         "pool": (policy.pool, pool),
         "policy": (policy.network.config, config),
         "cameras": (old.cameras, contract.cameras),
+        "frames": (old.frames, contract.frames),
         "image_size": (old.image_size, contract.image_size),
         "rate_hz": (old.rate_hz, contract.rate_hz),
     }

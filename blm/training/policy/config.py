@@ -70,6 +70,13 @@ class PolicyTrainingConfig:
             raise BlmError("only_new needs a checkpoint to start from")
         if not 1 <= self.execute <= self.policy.horizon:
             raise BlmError(f"execute {self.execute} must lie in 1..horizon = {self.policy.horizon}")
+        if self.intents.frames > 1 and self.intents.frame_steps != self.execute:
+            raise BlmError(
+                f"frame_steps {self.intents.frame_steps} must equal execute = {self.execute}, because a "
+                f"policy of {self.intents.frames} frames remembers the observations of its decisions"
+            )
+        if self.tune.on and self.intents.pool > 1:
+            raise BlmError(f"pool is {self.intents.pool}, but a tuned backbone (tune.kind) needs pool 1")
         stride, steps = self.intents.stride, self.policy.future_steps
         if steps % stride:
             raise BlmError(f"stride {stride} of the hidden states must divide future_steps = {steps}")

@@ -215,7 +215,7 @@ def _report_size(live: LiveHiddenStates, folder: Path) -> None:
     """
     dataset, side = live.dataset, live.dataset.image_size
     blank = np.zeros((len(dataset.instructions), side, side, 3), np.uint8)
-    prompts = live.tap(dataset.instructions, dict.fromkeys(live.config.cameras, blank))
+    prompts = live.tap(dataset.instructions, dict.fromkeys(live.config.views_of_prompt, blank))
     kept = dataset.task_index[kept_frames(dataset.starts, live.config.stride)]
     tokens, width = np.array([len(row) for row in prompts])[kept], prompts[0].shape[1]
     precision, dims = live.config.precision, live.config.dims

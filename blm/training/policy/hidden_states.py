@@ -16,7 +16,7 @@ from torch import Tensor
 
 from blm.backbone.backbone import Backbone
 from blm.backbone.pooling import MAX_POOL, tap_pooled
-from blm.backbone.prompt import control_prompt
+from blm.backbone.prompt import control_prompt, frames_of, view_names
 from blm.datasets.lerobot import EpisodeDataset
 from blm.datasets.mixture import IndexArray
 from blm.jobs import MAX_WORKERS
@@ -39,6 +39,11 @@ class HiddenStateConfig:
     """Block k of the language model, counted from 1, whose output is H_k."""
     cameras: tuple[str, ...]
     """Cameras whose images the backbone sees."""
+    frames: int = 1
+    """Number of observations in a prompt: the frame itself, and earlier ones of its episode."""
+    frame_steps: int = 8
+    """Control steps between these observations. With more than one, it must equal --execute, because
+    the policy remembers the observations of its decisions."""
     stride: int = 1
     """Cache every n-th frame of an episode, and its last frame.
     This number must divide --policy.future-steps."""
@@ -67,10 +72,34 @@ class HiddenStateConfig:
         most = dict.fromkeys(("layer", "stride", "batch_size", "shard_frames"), (1, 10**9))
         require_numbers(self, **most, views=(0, 1000), workers=(0, MAX_WORKERS))
         require_numbers(self, dims=(MIN_DIMS, 1_000_000), pool=(1, MAX_POOL))
+        require_numbers(self, frames=(1, 64), frame_steps=(1, 100_000))
         require_precision(self.precision)
         sizes = (self.layer, self.stride, self.batch_size, self.shard_frames, self.views + 1)
         if min(sizes) < 1 or not self.cameras:
             raise BlmError(f"hidden states: need a layer, cameras and positive sizes, got {self}")
+
+    @property
+    def views_of_prompt(self) -> list[str]:
+        """Names of the images of a prompt, in order."""
+        return view_names(self.cameras, self.frames, self.frame_steps)
+
+
+def observed_images(
+    dataset: EpisodeDataset, frames: IndexArray, config: HiddenStateConfig, views: IndexArray | None = None
+) -> dict[str, ImageArray]:
+    """Return the images [n, height, width, 3] of each name in the prompts of dataset frames.
+
+    Before the beginning of an episode, its first frame is repeated. View 0 is the frame itself,
+    others are augmented.
+    """
+    starts = dataset.starts[dataset.episode_index[frames]]
+    ages = range((config.frames - 1) * config.frame_steps, -1, -config.frame_steps)
+    seen = [
+        {camera: dataset.frames(np.maximum(frames - age, starts), camera) for camera in config.cameras}
+        for age in ages
+    ]
+    images = frames_of(seen, config.frames, config.frame_steps)
+    return images if views is None else augmented(images, frames, views)
 
 
 def require_precision(precision: str) -> None:
@@ -95,13 +124,11 @@ class LiveHiddenStates:
 
     def read(self, frames: IndexArray, views: IndexArray | None = None) -> HiddenStateRows:
         """Return H_k of these dataset frames in these views; view 0 is the frame itself."""
-        images = {camera: self.dataset.frames(frames, camera) for camera in self.config.cameras}
-        if views is not None:
-            images = augmented(images, frames, views)
+        images = observed_images(self.dataset, frames, self.config, views)
         return self.tap([self.dataset.instructions[t] for t in self.dataset.task_index[frames]], images)
 
     def tap(self, instructions: Sequence[str], images: Mapping[str, ImageArray]) -> HiddenStateRows:
-        """Return H_k of n control prompts: n texts, and images [n, height, width, 3] per camera."""
+        """Return H_k of n control prompts: n texts, and images [n, height, width, 3] per view."""
         prompts = [
             control_prompt(text, self.dataset.space.robot, {camera: images[camera][i] for camera in images})
             for i, text in enumerate(instructions)

@@ -34,8 +34,7 @@ from blm.datasets.mixture import IndexArray
 from blm.policy.network import ActionBatch, PolicyBatch
 from blm.training.loop.batches import Microbatch
 from blm.training.loop.distributed import DataShard
-from blm.training.policy.augmentation import augmented
-from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.hidden_states import HiddenStateConfig, observed_images
 from blm.training.policy.sampler import WHOLE_BATCH, PolicyDataset, PolicySampler
 from blm.types import BlmError, ImageArray
 
@@ -226,8 +225,7 @@ class LiveBatches:
         for number, frame, view in frames:
             dataset = self.sampler.datasets[number].dataset
             with _naming(f"sample '{dataset.folder}', frame {frame}"):
-                views = {camera: dataset.frames([frame], camera) for camera in self.config.cameras}
-                views = augmented(views, np.array([frame]), np.array([view]))
+                views = observed_images(dataset, np.array([frame]), self.config, np.array([view]))
             pictures.append({camera: view[0] for camera, view in views.items()})
             texts.append((dataset.instructions[dataset.task_index[frame]], dataset.space.robot))
         names = ", ".join(f"'{self.sampler.datasets[n].dataset.folder}' {i}" for n, i, _ in frames)
@@ -261,9 +259,9 @@ def open_live(
     `source` is the name or folder from which `backbone` was loaded.
     """
     side = datasets[0].dataset.image_size
-    found = _find_exact(backbone, source, datasets, config.cameras)
+    found = _find_exact(backbone, source, datasets, config.views_of_prompt)
     if found is None:  # count the features of such a picture here, with the weights
-        blank = dict.fromkeys(config.cameras, np.zeros((side, side, 3), np.uint8))
+        blank = dict.fromkeys(config.views_of_prompt, np.zeros((side, side, 3), np.uint8))
         backbone.read([control_prompt("", "", blank)])
     model = backbone.model
     on_device = None if found is None else found.to(model.device, model.dtype)

@@ -40,7 +40,7 @@ def describe_tokens(backbone: Backbone, config: HiddenStateConfig) -> dict[str, 
     """Return what hidden states depend on, apart from the dataset."""
     return {
         "backbone": backbone.fingerprint(),
-        "prompt": prompt_version(backbone, config.cameras),
+        "prompt": prompt_version(backbone, config.views_of_prompt),
         "image_processing": json.loads(backbone.processor.image_processor.to_json_string()),
         "layer": config.layer,
         "cameras": list(config.cameras),

@@ -25,10 +25,9 @@ from blm.datasets.mixture import IndexArray, kept_frames
 from blm.io import replacing
 from blm.jobs import Result, WorkUnit, run_units
 from blm.training.loop.distributed import Processes
-from blm.training.policy.augmentation import augmented
 from blm.training.policy.cache_processes import journal_path, own_units, require_shared, wait_for_shards
 from blm.training.policy.hidden_state_cache import describe
-from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.hidden_states import HiddenStateConfig, observed_images
 from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
 from blm.training.sft.tokenize import TokenizedExample, VisionInputs, vision_inputs_of
 from blm.training.sft.vision_features import PictureFeatures, encode_pictures
@@ -54,7 +53,7 @@ class PromptReader:
     def templates(self) -> list[TokenizedExample]:
         """Return the prompt of each instruction, without vision features."""
         side = self.dataset.image_size
-        blank = dict.fromkeys(self.config.cameras, np.zeros((side, side, 3), np.uint8))
+        blank = dict.fromkeys(self.config.views_of_prompt, np.zeros((side, side, 3), np.uint8))
         return [self._template(text, blank) for text in self.dataset.instructions]
 
     def _template(self, text: str, blank: dict[str, ImageArray]) -> TokenizedExample:
@@ -70,8 +69,7 @@ class PromptReader:
 
     def features(self, frames: IndexArray, views: IndexArray) -> PictureFeatures:
         """Return the vision features of frames in these views: each tensor is [n, ..]."""
-        images = {camera: self.dataset.frames(frames, camera) for camera in self.config.cameras}
-        images = augmented(images, frames, views)
+        images = observed_images(self.dataset, frames, self.config, views)
         each = [{camera: images[camera][i] for camera in images} for i in range(len(frames))]
         text = self.dataset.instructions[self.dataset.task_index[frames[0]]]
         inputs = self.inputs([text] * len(frames), each)

@@ -135,9 +135,14 @@ def _fit_robot_transforms(
 
 
 def joint_contract(
-    datasets: Sequence[EpisodeDataset], policy: PolicyConfig, *, cameras: tuple[str, ...], execute: int
+    datasets: Sequence[EpisodeDataset],
+    policy: PolicyConfig,
+    *,
+    cameras: tuple[str, ...],
+    execute: int,
+    frames: int = 1,
 ) -> PolicyContract:
-    """Return the contract of one policy for all datasets.
+    """Return the contract of one policy for all datasets, which sees `frames` observations.
 
     Raises BlmError for datasets that do not match.
     """
@@ -164,6 +169,7 @@ def joint_contract(
         horizon=policy.horizon,
         execute=execute,
         rate_hz=rate,
+        frames=frames,
     )
 
 

@@ -62,7 +62,7 @@ def train_stage2(
     backbone = _load_backbone(config, writes=writes)
     frozen = FrozenProof.of(backbone)
     datasets = [open_dataset(folder) for folder in config.datasets]
-    contract = joint_contract(datasets, config.policy, cameras=config.intents.cameras, execute=config.execute)
+    contract = _contract(datasets, config)
     start = _start(backbone, contract, config)
     language = cotraining_sampler(backbone, config.cotrain, config.loop, processes, out)
     inputs = _inputs(backbone, datasets, start, config, language, processes)
@@ -116,6 +116,16 @@ def _save(
     if best.facts:
         best.load(trained)
         policy(trained).save(out / "best", {**facts, **best.facts}, proved=True)
+
+
+def _contract(datasets: Sequence[EpisodeDataset], config: PolicyTrainingConfig) -> PolicyContract:
+    return joint_contract(
+        datasets,
+        config.policy,
+        cameras=config.intents.cameras,
+        execute=config.execute,
+        frames=config.intents.frames,
+    )
 
 
 def _prepare_folder(out: Path, inputs: Mapping[str, Any], processes: Processes) -> None:
