@@ -51,23 +51,24 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "command",
+    ("command", "actions_only"),
     [
-        "chat blm-nano --question hello",
-        "serve blm-nano",
-        "eval physical --model blm-nano --out OUT",
-        "eval digital --benchmark scene --data DATA --model blm-nano --out OUT",
+        ("chat blm-nano --question hello", False),
+        ("serve blm-nano", False),
+        ("serve blm-nano --actions-only", True),
+        ("eval physical --model blm-nano --out OUT", True),
+        ("eval digital --benchmark scene --data DATA --model blm-nano --out OUT", False),
     ],
 )
 def test_commands_load_a_checkpoint_as_asked(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, actions_only: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("blm.cli.digital.load_questions", lambda *given: [])
     line = command.replace("OUT", str(tmp_path / "out")).replace("DATA", str(tmp_path))
     with pytest.raises(LoadingStarted) as loading:
         main([*line.split(), *FLAGS, "--dtype", "float32"])
     expected = {"device": "cuda:3", "dtype": "float32", "attn_implementation": "eager"}
-    assert loading.value.options == expected
+    assert loading.value.options == {**expected, "actions_only": actions_only, "compile": "none"}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,8 @@ def test_stage_two_freezes_a_bfloat16_backbone_on_a_gpu(dtype: Any, expected: to
     )
     with pytest.raises(LoadingStarted) as loading:
         train.train_stage2(config, Path("unused"), {})
-    assert loading.value.options == {"device": "cuda:3", "dtype": expected, "attn_implementation": "eager"}
+    wanted = {"device": "cuda:3", "dtype": expected, "attn_implementation": "eager", "blocks": 1}
+    assert loading.value.options == wanted
 
 
 def test_a_recipe_passes_its_device_to_every_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from blm.backbone.pooling import MAX_POOL
 from blm.backbone.precision import BackboneOptions, WeightDtype, require_attention
 from blm.corpora import SceneCorpusConfig
 from blm.corpora.public import PlacedCorpus, place
@@ -31,7 +32,12 @@ from blm.training.loop.loop import LoopConfig
 from blm.training.policy.backbone_tuning import BackboneTuning, require_tuning
 from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.cotraining import LanguageCotraining, require_cotraining
-from blm.training.policy.hidden_states import CachePrecision, HiddenStateConfig, require_precision
+from blm.training.policy.hidden_states import (
+    MIN_DIMS,
+    CachePrecision,
+    HiddenStateConfig,
+    require_precision,
+)
 from blm.training.pretraining.nano import NanoPretrainingConfig
 from blm.training.sft.train import Stage1Config
 from blm.types import BlmError, PolicyContract, lookup, require_numbers
@@ -195,6 +201,7 @@ class Stage2Settings:
         if self.cotrain.weight:
             require_cotraining(with_corpora(self.cotrain, Path()), self.loop, tuned=self.tune.on)
         require_numbers(self, layer=(1, 10_000), stride=(1, 100_000), views=(0, 1000), frames=(1, 64))
+        require_numbers(self, dims=(MIN_DIMS, 1_000_000), pool=(1, MAX_POOL))
         require_precision(self.precision)
         require_numbers(self, drive=(0, len(VALIDATION_SEEDS)))
         if not 1 <= self.execute <= self.policy.horizon:

@@ -54,7 +54,7 @@ def test_stage_two_waits_once_a_step(
 ) -> None:
     saved: dict[str, list[Tensor]] = {}
 
-    def save(self: CheckpointPolicy, folder: Path, facts: Any) -> None:
+    def save(self: CheckpointPolicy, folder: Path, facts: Any, *, proved: bool = False) -> None:
         if folder.name == "checkpoint":
             saved[folder.parent.name] = [*self.network.state_dict().values()]
 

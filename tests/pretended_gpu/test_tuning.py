@@ -25,7 +25,7 @@ from tests.support.pretended_gpu.comparison import GPU, log_rows
 def test_a_tuned_step_waits_once(
     gpu: PretendedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("blm.policy.policy.CheckpointPolicy.save", lambda *_: None)
+    monkeypatch.setattr("blm.policy.policy.CheckpointPolicy.save", lambda *_, **__: None)
     monkeypatch.setattr("blm.training.policy.train.BestCheckpoint.update", lambda *_: None)
     make_backbone(tmp_path / "backbone")
     make_dataset(tmp_path, "arm", 2, lengths=(9, 8))

@@ -74,13 +74,13 @@ def test_a_killed_run_resumes_to_the_same_bits(
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     victim = processes.Process(target=die, args=(cut, kind, pack_length))
     victim.start()
-    train(whole, kind, pack_length)
     log, deadline = cut / "log.jsonl", time.monotonic() + 120
     while not log.exists() or len(log.read_text().splitlines()) < 8:
         assert victim.is_alive() and time.monotonic() < deadline
         time.sleep(0.01)
     victim.kill()
     victim.join()
+    train(whole, kind, pack_length)
     assert victim.exitcode == -signal.SIGKILL and not (cut / "backbone").exists()
     assert [file.name for file in checkpoints(cut)] == ["state-00000005.safetensors"]
     train(cut, kind, pack_length)

@@ -269,7 +269,7 @@ def test_a_reader_holds_only_what_it_reads(qwen: Backbone, tmp_path: Path) -> No
     size = sum(tensor.nbytes for one in batch for tensors in one.values() for tensor in tensors)
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert size <= held < 1.5 * size
+    assert size <= held < 3 * size, "all features would be ten times as large"
 
 
 def test_filling_holds_the_features_of_one_shard(
