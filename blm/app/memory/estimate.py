@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,8 @@ from blm.app.recipe import Recipe
 from blm.backbone import Backbone
 from blm.training.policy.hidden_state_cache import cached_frame_bytes
 from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.sft.loss import LOGITS_AT_ONCE
+from blm.training.sft.tokenize import TokenizedExample
 from blm.types import BlmError, Sampling
 
 STEPS_PER_DEMONSTRATION = 65
@@ -23,8 +26,8 @@ WORKER_BYTES = 536 * 2**20
 """Resident memory of a process without a model [bytes], Python and libraries: 505 MiB measured for
 training, 501 for a data worker, and 536 for one with a scene in MuJoCo (`benchmarks/memory.py`). The
 libraries' pages, which processes share, count in each: 220 MiB."""
-LONG_SEQUENCES = (1, 2)
-"""Numbers of the longest conversations at which a step is measured; others lie on the line."""
+MEASURED_EXAMPLES = 16
+"""Most conversations at which a step of Stage I is measured."""
 TUNED = (
     "not counted: the recipe tunes the backbone in Stage II (stage2.tune). Add its trained weights with "
     "gradients, moments and average, and the activations of blocks 1..k; the cache holds vision features"
@@ -159,23 +162,42 @@ def _stage1(outline: Outline, *, shard: bool) -> list[StageMemory]:
 def _stage1_steps(outline: Outline, backbone: Backbone) -> tuple[dict[str, TrainingMemory], int]:
     """Return the memory of a step on scene questions and, in a mixture, on the longest conversations
     that public corpora may have; and the bytes of the cached features of a picture."""
-    config = outline.recipe.stage1.training
-    mixed = outline.mixed(config.loop)
-    batch, picture = outline.scene_batch(backbone)
-    steps = {"Stage I": stage1_step(backbone, config, batch, mixed=mixed)}
+    example, picture = outline.scene_example(backbone)
+    steps = {"Stage I": _stage1_step(outline, backbone, example)}
     if outline.recipe.stage1.mixture.public:
         example = outline.longest(backbone)
-        few, some = (
-            stage1_step(backbone, config, outline.stage1_batch(backbone, example, count), mixed=mixed)
-            for count in LONG_SEQUENCES
-        )
-        more = outline.examples_per_pass - LONG_SEQUENCES[0]
-        steps[f"Stage I, if all conversations have {len(example):,} tokens"] = replace(
-            few,
-            batch=few.batch + more * (some.batch - few.batch),
-            activations=few.activations + more * (some.activations - few.activations),
-        )
+        name = f"Stage I, if all conversations have {len(example):,} tokens"
+        steps[name] = _stage1_step(outline, backbone, example)
     return steps, picture
+
+
+def _stage1_step(outline: Outline, backbone: Backbone, example: TokenizedExample) -> TrainingMemory:
+    """Return the memory of a step on equal conversations; that of a large batch lies on the line
+    through N and 2 N of them.
+
+    N fills whole sequences, and gives logits that the loss splits into chunks of the same size as
+    those of 2 N: N x is the number of chunks before rounding.
+    """
+    config = outline.recipe.stage1.training
+
+    def measure(count: int) -> TrainingMemory:
+        batch = outline.stage1_batch(backbone, example, count)
+        return stage1_step(backbone, config, batch, mixed=outline.mixed(config.loop))
+
+    count, together = outline.examples_per_pass, max(1, config.pack_length // len(example))
+    if count <= MEASURED_EXAMPLES:
+        return measure(count)
+    vocabulary = len(backbone.model.get_input_embeddings().weight)
+    x = int(example.loss_mask.sum()) * vocabulary / LOGITS_AT_ONCE
+    sizes = range(together, MEASURED_EXAMPLES // 2 + 1, together)
+    few = next((n for n in sizes if math.ceil(2 * n * x) == 2 * math.ceil(n * x)), together)
+    low, high = measure(few), measure(2 * few)
+    more = (count - few) / few
+    return replace(
+        low,
+        batch=int(low.batch + more * (high.batch - low.batch)),
+        activations=int(low.activations + more * (high.activations - low.activations)),
+    )
 
 
 def _training(

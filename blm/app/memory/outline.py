@@ -156,8 +156,8 @@ class Outline:
         choose_without_values(backbone, settings.training)
         return backbone
 
-    def scene_batch(self, backbone: Backbone) -> tuple[ExampleBatch, int]:
-        """Return a micro-batch of scene questions, and the bytes of cached features of a picture (0
+    def scene_example(self, backbone: Backbone) -> tuple[TokenizedExample, int]:
+        """Return a conversation about a scene, and the bytes of cached features of a picture (0
         without a cache)."""
         config = self.recipe.stage1.training
         example = self._example(backbone, config)
@@ -168,8 +168,7 @@ class Outline:
             count = len(self.recipe.cameras)
             kept = {name: (value,) * count for name, value in features.items()}
             example = replace(example, processor_input=None, features=_Kept(kept))
-        batch = self.stage1_batch(backbone, example, self.examples_per_pass)
-        return batch, sum(value.nbytes for value in features.values())
+        return example, sum(value.nbytes for value in features.values())
 
     @property
     def examples_per_pass(self) -> int:

@@ -21,7 +21,8 @@ def describe(estimate: MemoryEstimate, device: str) -> str:
     lines = [
         f"backbone {estimate.backbone / 1e6:,.1f} M parameters, of which {estimate.tapped / 1e6:,.1f} M are "
         f"used for an action; policy {estimate.policy / 1e6:,.1f} M",
-        f"control prompt {estimate.tokens} tokens x {estimate.hidden}; {estimate.cached / 1e6:.3g} MB a frame in the cache",
+        f"control prompt {estimate.tokens} tokens x {estimate.hidden}; a frame in the cache "
+        f"{estimate.cached / 1e6:.3g} MB",
     ]
     for stage in estimate.stages:
         lines.append("")
