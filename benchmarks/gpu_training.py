@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import intents
 import numpy as np
@@ -138,7 +138,7 @@ def _train2(setting: Setting, config: PolicyTrainingConfig, clock: Clock) -> Num
     ema = Ema(network, setting.policy.ema)
     teacher = cast(PolicyNetwork, ema.module)
     optimizer = _optimizer(network, config.loop)
-    live, make = None, _from_cache(make_sampler(datasets, config))
+    live, make = None, cast(MakeBatch[Any], _from_cache(make_sampler(datasets, config)))
     if config.cache is None:
         live = open_live(setting.backbone, str(setting.source()), datasets, config.intents)
         plain = [replace(one, hidden_states=None) for one in datasets]

@@ -235,17 +235,11 @@ def _stage2(outline: Outline, loaded: Loaded, frame: float, *, shard: bool) -> l
     batch = outline.policy_batch(tokens, loaded.whole.hidden_size)
     step = stage2_step(network, settings.policy.ema, settings.loop, batch, mixed=mixed)
     training = _training(outline, step, network, shard=shard, mixed=mixed)
-    defaults = HiddenStateConfig(layer=settings.layer, cameras=recipe.cameras)
-    passes = _tap_bytes(outline, loaded.part, defaults.batch_size)
-    frames = _episodes(recipe) * STEPS_PER_DEMONSTRATION // settings.stride * (settings.views + 1)
     whole, part = loaded.whole_bytes, loaded.part_bytes
-    driven = bool(settings.drive)  # closed-loop validation keeps the backbone, on the CPU to write it
-    kept = 0 if not driven else part if outline.on_cuda else whole
-    filling = {"backbone": part if outline.on_cuda else max(part, kept), "policy": step.trained}
-    workers = 0 if outline.on_cuda else recipe.workers
-    rows = defaults.shard_frames * (settings.views + 1) * tokens * loaded.whole.hidden_size
-    shards = max(1, workers) * rows * (2 * 4 + 2)  # rows, all rows, and what is stored
-    copies = {"worker processes": workers * (part + passes + WORKER_BYTES)} if workers else {}
+    passes = _tap_bytes(outline, loaded.part, _hidden_states(recipe).batch_size)
+    kept = 0  # closed-loop validation keeps the backbone, on the CPU the whole, to write it
+    if settings.drive:
+        kept = part if outline.on_cuda else whole
     prompt = size_of(outline.prompts(loaded.whole, 1).values())  # the pictures are smaller as uint8
     ahead = outline.processes * recipe.workers * 2 * 2 * len(batch.ids) * prompt
     states = 4 * len(batch.ids) * tokens * loaded.whole.hidden_size * 4  # of all frames, now and future
@@ -257,11 +251,13 @@ def _stage2(outline: Outline, loaded: Loaded, frame: float, *, shard: bool) -> l
     end = {"backbone": whole, "trained": step.trained, "gradients": step.gradients, "average": step.average}
     reading = {"backbone, read whole": whole * outline.processes} if outline.on_cuda else {}
     return [
-        StageMemory(
-            stage="hidden-state cache",
-            device=filling | ({} if workers else {"activations": passes}),
-            host=copies | {"shards in memory": shards * outline.processes} | _processes(outline),
-            disk={"cache": int(frames * frame)},
+        _cache_fill(
+            outline,
+            max(part, kept),
+            passes,
+            frame,
+            values=tokens * loaded.whole.hidden_size,
+            policy=step.trained,
         ),
         StageMemory(
             stage="Stage II, cached",
@@ -287,6 +283,34 @@ def _stage2(outline: Outline, loaded: Loaded, frame: float, *, shard: bool) -> l
             host=reading | _processes(outline),
         ),
     ]
+
+
+def _hidden_states(recipe: Recipe) -> HiddenStateConfig:
+    return HiddenStateConfig(layer=recipe.stage2.layer, cameras=recipe.cameras)
+
+
+def _cache_fill(
+    outline: Outline, backbone: int, passes: int, frame: float, *, values: int, policy: int
+) -> StageMemory:
+    """Return the memory of filling the cache: frames of `values` numbers, of `frame` bytes on the disk.
+
+    The policy waits on the device.
+    """
+    recipe, defaults = outline.recipe, _hidden_states(outline.recipe)
+    copies = recipe.stage2.views + 1
+    frames = _episodes(recipe) * STEPS_PER_DEMONSTRATION // recipe.stage2.stride * copies
+    workers = 0 if outline.on_cuda else recipe.workers
+    # a shard's hidden states, the same in one array, and what is stored
+    shard = defaults.shard_frames * copies * int(2 * 4 * values + frame)
+    host = {"shards in memory": max(1, workers) * shard * outline.processes}
+    if workers:
+        host["worker processes"] = workers * (backbone + passes + WORKER_BYTES)
+    return StageMemory(
+        stage="hidden-state cache",
+        device={"backbone": backbone, "policy": policy} | ({} if workers else {"activations": passes}),
+        host=host | _processes(outline),
+        disk={"cache": int(frames * frame)},
+    )
 
 
 def _use(outline: Outline, loaded: Loaded) -> list[StageMemory]:
