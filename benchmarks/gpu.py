@@ -49,8 +49,14 @@ class Options:
     """Recipes whose backbone and policy are measured."""
     cameras: tuple[int, ...] = (2, 3)
     """Numbers of cameras."""
+    parts: tuple[str, ...] = tuple(PARTS)
+    """Parts to measure."""
+    batches: tuple[int, ...] = ()
+    """Numbers of observations in a batch; by default 1, 8 and 32, or with --tiny 1 and 2."""
     tiny: bool = False
     """Measure tiny models, in seconds."""
+    repeats: int = 2
+    """Number of repeats of a measurement with --tiny."""
     seconds: float = 480.0
     """Time for everything [s]."""
     seed: int = 0
@@ -112,16 +118,19 @@ def main(options: Options) -> None:
 
 def _measure_shape(shape: str, folder: Path, options: Options, results: Results, end: float) -> None:
     place: dict[str, Any] = results.values["backbones"].setdefault(shape, {})
-    make = tiny_setting if options.tiny else full_setting
+    how = (shape, folder, options.device, options.cameras, options.seed)
     setting = None
     with results.part(place, "load") as found:
-        setting = make(shape, folder, options.device, options.cameras, options.seed)
+        setting = tiny_setting(*how, options.repeats) if options.tiny else full_setting(*how)
+        setting.batches = options.batches or setting.batches
         found |= {"parameters": sum(p.numel() for p in setting.backbone.model.parameters())}
     if setting is None:
         return
     begin, used = time.monotonic(), 0.0
     total = end - begin
-    for name, (function, share) in PARTS.items():
+    total /= sum(PARTS[name][1] for name in options.parts)
+    for name in options.parts:
+        function, share = PARTS[name]
         used += share
         with results.part(place, name) as found:
             function(setting, Clock(begin + used * total), found)

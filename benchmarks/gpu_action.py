@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from gpu_setting import INSTRUCTION, Clock, Numbers, Setting, SkippedError, attempt, latency, shown, with_peak
+from gpu_setting import (
+    INSTRUCTION,
+    Clock,
+    Numbers,
+    Setting,
+    SkippedError,
+    attempt,
+    latency,
+    shown,
+    wait,
+    with_peak,
+)
 from torch import Tensor
 
+from blm.app.memory.work import act, size_of
+from blm.backbone.compilation import CompileMode, Compiler, pad_prompts, require_compiler
 from blm.backbone.prompt import control_prompt
 from blm.policy.network import PolicyNetwork
 from blm.training.sft.vision_features import vision_features
@@ -29,8 +43,8 @@ class Decision:
         self.robot = torch.zeros(count, dtype=torch.long, device=device)
         self.noise = torch.randn(count, config.horizon, config.max_dim, device=device)
         self.dims = torch.ones(count, config.max_dim, dtype=torch.bool, device=device)
-        tapped = self.tap()
-        self.hidden, self.mask = tapped
+        self.rest = (self.state, self.robot, self.noise, self.dims)
+        self.hidden, self.mask = self.tap()
 
     def vision(self) -> Any:
         return vision_features(self.backbone, self.inputs)
@@ -44,7 +58,7 @@ class Decision:
 
     def policy(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return the actions: the bridge and the Euler steps."""
-        return self.network.sample(hidden, mask, self.state, self.robot, self.noise, self.dims)
+        return self.network.sample(hidden, mask, *self.rest)
 
     def action(self) -> Tensor:
         """Return the actions: what the device does for one decision."""
@@ -54,7 +68,7 @@ class Decision:
 def action(setting: Setting, clock: Clock, found: Numbers) -> None:
     """Measure the latency of an action by parts, and that of its compiled forms."""
     network = setting.network().eval().requires_grad_(False)
-    cases = [(cameras, count) for cameras in setting.cameras for count in setting.batches]
+    cases = [(cameras, count) for count in setting.batches for cameras in setting.cameras]
     for number, (cameras, count) in enumerate(cases):
         own = clock.first(1 / (len(cases) - number))
         name = f"{cameras} cameras, batch {count}"
@@ -65,11 +79,9 @@ def action(setting: Setting, clock: Clock, found: Numbers) -> None:
             case["error"] = shown(error)
             continue
         case["tokens"] = decision.hidden.shape[1]
-        attempt(case, "eager", own.first(0.5), lambda clock: _eager(decision, clock))  # noqa: B023
-        if count > 1:
-            continue  # compiling takes longer than measuring, and latency matters for one robot
-        for mode, options in {"compiled": {}, "cuda graphs": {"mode": "reduce-overhead"}}.items():
-            attempt(case, mode, own, lambda clock: _compiled(decision, clock, options))  # noqa: B023
+        attempt(case, "eager", own.first(0.3), lambda clock: _eager(decision, clock))  # noqa: B023
+        for mode in ("default", "cuda-graphs"):
+            attempt(case, mode, own, lambda clock: _compiled(decision, clock, mode))  # noqa: B023
 
 
 @torch.no_grad()
@@ -87,19 +99,50 @@ def _eager(decision: Decision, clock: Clock) -> Numbers:
         found[name] = latency(setting, clock.first(1 / (len(parts) - number)), call)
     tokens = decision.hidden.shape[:2].numel()
     found["tap"]["tokens_per_s"] = 1000 * tokens / found["tap"]["p50_ms"]
-    return with_peak(setting, lambda: found | {"n_of_the_peak": len([decision.action()])})
+
+    def peak() -> Numbers:
+        decision.action()
+        return found
+
+    return with_peak(setting, peak, lambda: _predicted(decision))
+
+
+def _predicted(decision: Decision) -> int:
+    setting = decision.setting
+    backbone, network = setting.outline(), setting.network_outline().eval().requires_grad_(False)
+    weights = size_of([*setting.backbone.model.parameters(), *network.parameters()])
+    return weights + act(backbone, network, decision.read(), setting.layer)
 
 
 @torch.no_grad()
-def _compiled(decision: Decision, clock: Clock, options: Numbers) -> Numbers:
-    """Measure bridge and sampler compiled as one function, and the action with them."""
+def _compiled(decision: Decision, clock: Clock, mode: CompileMode) -> Numbers:
+    """Measure tap, bridge and sampler as a policy compiles them."""
     setting = decision.setting
-    if options and not setting.on_gpu:
+    if mode == "cuda-graphs" and not setting.on_gpu:
         raise SkippedError("CUDA graphs need a GPU")
+    if clock.left < setting.compile_seconds:
+        raise SkippedError(f"compiling takes {setting.compile_seconds:.0f} s; {clock.left:.0f} s are left")
+    if "backend" not in setting.compile_options:
+        require_compiler(mode, setting.device)
+    begin = time.monotonic()
     torch.compiler.reset()
-    fast = torch.compile(decision.policy, **options, **setting.compile_options)
-    first, last = decision.hidden, decision.mask
-    return {
-        "bridge and sampler": latency(setting, clock.first(0.5), lambda: fast(first, last)),
-        "action": latency(setting, clock, lambda: fast(*decision.tap())),
-    }
+    compiler = Compiler(mode, **setting.compile_options)
+    decision.backbone.compile_tap(setting.layer, compiler)
+    sample: Any = compiler(decision.network.sample)
+    inputs = pad_prompts(decision.inputs, decision.backbone.processor.tokenizer.pad_token_id)
+
+    def choose() -> Tensor:
+        if setting.on_gpu:
+            torch.compiler.cudagraph_mark_step_begin()
+        tapped = decision.backbone.tap(inputs, setting.layer)
+        return sample(tapped.hidden, tapped.mask, *decision.rest)  # type: ignore[no-any-return]
+
+    try:
+        choose()
+        wait(setting)
+        setting.compile_seconds = time.monotonic() - begin
+        found = {"action": latency(setting, clock.first(0.6), choose)}
+        tap = latency(setting, clock, lambda: decision.backbone.tap(inputs, setting.layer))
+        return found | {"tap": tap, "compile_s": setting.compile_seconds}
+    finally:
+        decision.backbone._compiled.clear()  # the next measurement is eager

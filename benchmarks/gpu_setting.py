@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from transformers import Qwen2_5_VLConfig
 
+from blm.app.memory.table import GIB
+from blm.app.memory.tracking import strip_values
 from blm.app.recipe import Recipe
 from blm.app.recipes import RECIPES
 from blm.backbone import Backbone
@@ -26,6 +28,10 @@ Numbers = dict[str, Any]
 INSTRUCTION = "Pick up the red cube and move it to the green goal."
 CAMERAS = ("base", "side", "wrist")
 WORDS = ("the", "robot", "moves", "its", "gripper", "over", "a", "table", "with", "cubes", "and", "asks")
+
+
+MOST_STEPS = 30
+"""Most training steps of a measurement."""
 
 
 class SkippedError(Exception):
@@ -53,6 +59,8 @@ class Setting:
     """What is measured: a backbone with its policy, and the sizes of the measurements."""
 
     recipe: Recipe
+    shape: Any
+    """Config of the backbone's model."""
     backbone: Backbone
     policy: PolicyConfig
     layer: int
@@ -72,6 +80,29 @@ class Setting:
     episodes: int = 3
     compile_options: Numbers = field(default_factory=dict)
     """Arguments of torch.compile besides the mode."""
+    compile_seconds: float = 0.0
+    """Duration of the last compilation [s]: none is begun with less time."""
+    workers: int = 2
+    """Worker processes of live Stage II."""
+
+    def outline(self, dtype: torch.dtype | None = None) -> Backbone:
+        """Return a backbone without values, whose work shows how much memory the real one takes."""
+        model = stand_in(self.shape, device="meta", texts=prompt_texts()).model
+        return Backbone(strip_values(model, dtype or self.backbone.model.dtype), self.backbone.processor)
+
+    def network_outline(self) -> PolicyNetwork:
+        """Return a policy network without values."""
+        with torch.device("meta"):
+            network = PolicyNetwork(self.policy, self.backbone.hidden_size, len(self.recipe.robots))
+        return strip_values(network)
+
+    def source(self) -> Path:
+        """Return a folder from which worker processes read config and processor."""
+        folder = self.folder / "outline"
+        if not folder.exists():
+            self.backbone.model.config.save_pretrained(folder)
+            self.backbone.processor.save_pretrained(folder)
+        return folder
 
     @property
     def on_gpu(self) -> bool:
@@ -106,6 +137,7 @@ def full_setting(name: str, folder: Path, device: str, cameras: tuple[int, ...],
     torch.manual_seed(seed)
     return Setting(
         recipe=recipe,
+        shape=shape_of(name),
         backbone=_frozen(stand_in(shape_of(name), device=place, dtype=dtype, texts=prompt_texts())),
         policy=recipe.stage2.policy,
         layer=recipe.stage2.layer,
@@ -131,13 +163,16 @@ def tiny_shape(name: str) -> Qwen2_5_VLConfig:
     return config
 
 
-def tiny_setting(name: str, folder: Path, device: str, cameras: tuple[int, ...], seed: int) -> Setting:
+def tiny_setting(
+    name: str, folder: Path, device: str, cameras: tuple[int, ...], seed: int, repeats: int = 2
+) -> Setting:
     """Return the same with a backbone and a policy of a few hundred thousand parameters."""
     bridge = BridgeConfig(width=16, latents=3, blocks=1, heads=2)
     place = torch.device(device)
     torch.manual_seed(seed)
     return Setting(
         recipe=RECIPES[name](),
+        shape=tiny_shape(name),
         backbone=_frozen(stand_in(tiny_shape(name), device=place, texts=prompt_texts())),
         policy=PolicyConfig(bridge=bridge, width=32, heads=2, horizon=6, future_steps=6),
         layer=2,
@@ -147,11 +182,12 @@ def tiny_setting(name: str, folder: Path, device: str, cameras: tuple[int, ...],
         folder=folder,
         seed=seed,
         batches=(1, 2),
-        repeats=4,
+        repeats=repeats,
         stage2_batch=4,
         stage1_examples=4,
         pack_length=512,
         episodes=1,
+        workers=1,
         compile_options={} if place.type == "cuda" else {"backend": "eager"},
     )
 
@@ -177,11 +213,13 @@ def shown(error: Exception) -> str:
 
 
 def attempt(found: Numbers, name: str, clock: Clock, measure: Callable[[Clock], Numbers]) -> None:
-    """Store the numbers of a measurement, or {"error": ..} if it fails or there is no time."""
+    """Store the numbers of a measurement, or {"error": ..} if it fails, or {"skipped": reason}."""
     try:
         if clock.left <= 0:
             raise SkippedError("no time was left")
         found[name] = measure(clock)
+    except SkippedError as reason:
+        found[name] = {"skipped": str(reason)}
     except Exception as error:
         found[name] = {"error": shown(error)}
     gc.collect()
@@ -190,39 +228,48 @@ def attempt(found: Numbers, name: str, clock: Clock, measure: Callable[[Clock], 
 
 
 def latency(setting: Setting, clock: Clock, call: Callable[[], Any]) -> Numbers:
-    """Return median and 99th percentile [ms] of a call, after two to warm up, and their number n."""
+    """Return median and 99th percentile [ms] of a call, after one or two to warm up, and their number
+    n; without time left, of one call."""
     milliseconds = []
-    for turn in range(setting.repeats + 2):
-        if turn > 2 and clock.left < 0:
+    warm_up = min(2, setting.repeats)
+    for turn in range(setting.repeats + warm_up):
+        if turn > warm_up and clock.left < 0:
             break
         wait(setting)
         begin = time.perf_counter()
         call()
         wait(setting)
-        if turn >= 2:
+        if turn >= warm_up:
             milliseconds.append(1000 * (time.perf_counter() - begin))
     p50, p99 = np.quantile(milliseconds, [0.5, 0.99])
     return {"p50_ms": float(p50), "p99_ms": float(p99), "n": len(milliseconds)}
 
 
-def rate(setting: Setting, clock: Clock, steps: Callable[[int], float], most: int = 30) -> Numbers:
+def rate(setting: Setting, clock: Clock, steps: Callable[[int], float]) -> Numbers:
     """Return units of work a second: `steps(number)` takes one step and returns its units."""
     steps(0)
     wait(setting)
     begin, done, number = time.perf_counter(), 0.0, 0
-    while number < 2 or (number < most and clock.left > 0):
+    while number < 1 or (number < min(MOST_STEPS, setting.repeats) and clock.left > 0):
         number += 1
         done += steps(number)
     wait(setting)
     return {"per_s": done / (time.perf_counter() - begin), "n": number}
 
 
-def with_peak(setting: Setting, measure: Callable[[], Numbers]) -> Numbers:
-    """Add the largest allocated memory of the GPU [GiB] to the numbers of a measurement."""
-    if not setting.on_gpu:
-        return measure()
-    torch.cuda.reset_peak_memory_stats(setting.device)
-    return measure() | {"peak_gib": torch.cuda.max_memory_allocated(setting.device) / 2**30}
+def with_peak(
+    setting: Setting, measure: Callable[[], Numbers], predict: Callable[[], int] | None = None
+) -> Numbers:
+    """Add to the numbers of a measurement the largest allocated memory of the GPU, and what
+    `blm memory` computes for the same work [GiB]."""
+    if setting.on_gpu:
+        torch.cuda.reset_peak_memory_stats(setting.device)
+    found = measure()
+    if setting.on_gpu:
+        found["peak_gib"] = torch.cuda.max_memory_allocated(setting.device) / GIB
+    if predict is not None:
+        found["predicted_peak_gib"] = predict() / GIB
+    return found
 
 
 def wait(setting: Setting) -> None:

@@ -8,18 +8,32 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import cast
+from typing import Any, Literal, cast, get_args
 
 import intents
 import numpy as np
 import torch
-from gpu_setting import CAMERAS, INSTRUCTION, WORDS, Clock, Numbers, Setting, attempt, rate, wait, with_peak
+from gpu_setting import (
+    CAMERAS,
+    INSTRUCTION,
+    MOST_STEPS,
+    WORDS,
+    Clock,
+    Numbers,
+    Setting,
+    attempt,
+    rate,
+    wait,
+    with_peak,
+)
 
+from blm.app.memory.tracking import empty
+from blm.app.memory.work import choose_without_values, size_of, stage1_step, stage2_step, tap
 from blm.backbone.precision import place_weights
-from blm.backbone.prompt import question_prompt
-from blm.datasets.lerobot import open_dataset
+from blm.backbone.prompt import control_prompt, question_prompt
+from blm.datasets.lerobot import EpisodeDataset, open_dataset
 from blm.policy.network import PolicyBatch, PolicyNetwork
-from blm.training.loop.batches import Microbatch, prefetch
+from blm.training.loop.batches import ByWorkers, MakeBatch, Microbatch, open_batches
 from blm.training.loop.distributed import DataShard, Processes
 from blm.training.loop.ema import Ema
 from blm.training.loop.loop import LoopConfig
@@ -27,8 +41,9 @@ from blm.training.loop.optimizers import Optimizers
 from blm.training.policy.add_robot import from_scratch
 from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.live import LiveBatches, open_live
 from blm.training.policy.open_data import make_sampler, open_datasets
-from blm.training.policy.sampler import PolicySampler
+from blm.training.policy.sampler import PolicyDataset, PolicySampler
 from blm.training.sft.feature_cache import cache_features
 from blm.training.sft.lora import Lora
 from blm.training.sft.loss import MaskedLossModel
@@ -39,6 +54,9 @@ from blm.training.sft.tokenize import TokenizationConfig, TokenizedExample, toke
 from blm.training.sft.train import Stage1Config, choose_trained, without_placeholder_checks
 from blm.types import Message
 
+Form = Literal["cached", "compact", "live"]
+"""Where the hidden states of Stage II come from."""
+
 
 def cache_fill(setting: Setting, clock: Clock, found: Numbers) -> None:
     """Measure the frames a second at which a hidden-state cache is filled."""
@@ -46,83 +64,130 @@ def cache_fill(setting: Setting, clock: Clock, found: Numbers) -> None:
         attempt(found, f"{cameras} cameras", clock, lambda clock: _fill(setting, cameras))  # noqa: B023
 
 
-def _config(setting: Setting, cameras: int, *, cached: bool) -> PolicyTrainingConfig:
+def _config(setting: Setting, cameras: int, form: Form) -> PolicyTrainingConfig:
     names, folder = CAMERAS[:cameras], setting.folder / f"{cameras}"
     if not (folder / "arm").exists():
         intents.make_dataset(folder, setting.episodes, cameras=names, side=setting.side)
     return PolicyTrainingConfig(
         datasets=(folder / "arm",),
         backbone="random",
-        intents=HiddenStateConfig(layer=setting.layer, cameras=names, workers=0),
+        intents=HiddenStateConfig(
+            layer=setting.layer,
+            cameras=names,
+            workers=setting.workers if form == "live" else 0,
+            precision="compact" if form == "compact" else "float16",
+        ),
         loop=LoopConfig(steps=1, batch_size=setting.stage2_batch),
         policy=setting.policy,
-        cache=folder / "cache" if cached else None,
+        cache=folder / form if form != "live" else None,
         execute=setting.policy.horizon // 2,
         held_out=0.0,
         device=str(setting.device),
     )
 
 
-def _sampler(setting: Setting, config: PolicyTrainingConfig) -> PolicySampler:
+def _datasets(setting: Setting, config: PolicyTrainingConfig) -> list[PolicyDataset]:
     datasets = [open_dataset(folder) for folder in config.datasets]
     start = from_scratch(config.policy, setting.backbone.hidden_size, ["arm"], seed=setting.seed)
-    return make_sampler(open_datasets(setting.backbone, datasets, config, start), config)
+    return open_datasets(setting.backbone, datasets, config, start)
 
 
 def _fill(setting: Setting, cameras: int) -> Numbers:
-    config = _config(setting, cameras, cached=True)
+    config = _config(setting, cameras, "cached")
     assert config.cache is not None
     shutil.rmtree(config.cache, ignore_errors=True)
     frames = sum(open_dataset(folder).num_frames for folder in config.datasets)
+    (data,) = map(open_dataset, config.datasets)
     wait(setting)
     begin = time.perf_counter()
-    numbers = with_peak(setting, lambda: {"tokens": _sampler(setting, config)(0).hidden.shape[1]})
-    seconds = time.perf_counter() - begin
+
+    def fill() -> Numbers:
+        _datasets(setting, config)
+        return {"seconds": time.perf_counter() - begin}
+
+    numbers = with_peak(setting, fill, lambda: _weights(setting) + _tap_bytes(setting, config, data))
     size = sum(path.stat().st_size for path in config.cache.rglob("*.npy"))
-    return numbers | {"frames_per_s": frames / seconds, "bytes_per_frame": size / frames, "n": frames}
+    rate = frames / numbers.pop("seconds")
+    return numbers | {"frames_per_s": rate, "bytes_per_frame": size / frames, "n": frames}
+
+
+def _weights(setting: Setting) -> int:
+    return size_of(setting.backbone.model.parameters())
+
+
+def _tap_bytes(setting: Setting, config: PolicyTrainingConfig, dataset: EpisodeDataset) -> int:
+    """Return what a pass of the backbone over a batch of frames takes."""
+    images = setting.images(1, len(config.intents.cameras))[0]
+    prompt = control_prompt(dataset.instructions[0], dataset.space.robot, images)
+    inputs = setting.backbone.read([prompt] * config.intents.batch_size, side="right")
+    return tap(setting.outline(), inputs, setting.layer)
 
 
 def stage2(setting: Setting, clock: Clock, found: Numbers) -> None:
-    """Measure samples a second of Stage II from a cache and live."""
-    variants = {"cached": True, "live": False}
-    cases = [(cameras, name) for cameras in setting.cameras for name in variants]
-    for number, (cameras, name) in enumerate(cases):
+    """Measure samples a second of Stage II from a cache, from a compact cache, and live."""
+    cases = [(cameras, form) for cameras in setting.cameras for form in get_args(Form)]
+    for number, (cameras, form) in enumerate(cases):
         own = clock.first(1 / (len(cases) - number))
-        config = _config(setting, cameras, cached=variants[name])
-        attempt(found, f"{cameras} cameras, {name}", own, lambda own: _train2(setting, config, own))  # noqa: B023
+        config = _config(setting, cameras, form)
+        attempt(found, f"{cameras} cameras, {form}", own, lambda own: _train2(setting, config, own))  # noqa: B023
 
 
 def _train2(setting: Setting, config: PolicyTrainingConfig, clock: Clock) -> Numbers:
     """Return samples/s of the steps of Stage II: prefetching, loss, AdamW and moving average."""
-    sampler, network = _sampler(setting, config), setting.network()
+    datasets, network = _datasets(setting, config), setting.network()
     ema = Ema(network, setting.policy.ema)
     teacher = cast(PolicyNetwork, ema.module)
     optimizer = _optimizer(network, config.loop)
+    live, make = None, cast(MakeBatch[Any], _from_cache(make_sampler(datasets, config)))
+    if config.cache is None:
+        live = open_live(setting.backbone, str(setting.source()), datasets, config.intents)
+        plain = [replace(one, hidden_states=None) for one in datasets]
+        batches_of = LiveBatches(make_sampler(plain, config), live.reader, config.intents)
+        make = ByWorkers(batches_of, config.intents.workers)
+    waited, last = list[float](), list[PolicyBatch]()
 
-    def microbatch(step: int, shard: DataShard) -> Microbatch[PolicyBatch]:
+    with open_batches(make, range(MOST_STEPS + 1), [DataShard()], pin=setting.on_gpu) as batches:
+
+        def step(number: int) -> float:
+            (one,), wait = next(batches)
+            waited.append(wait)
+            optimizer.zero_grad()
+            batch = live.tap(one.batch) if live is not None else one.batch.to(setting.device)
+            with torch.autocast("cuda", torch.bfloat16) if setting.on_gpu else nullcontext():
+                loss = network.loss(batch, teacher)["loss"]
+            loss.backward()
+            optimizer.step(1.0)
+            ema.update(network, number)
+            last[:] = [batch]
+            return len(one.ids)
+
+        def measure() -> Numbers:
+            numbers = rate(setting, clock, step)
+            return {"samples_per_s": numbers.pop("per_s")} | numbers
+
+        begin = time.perf_counter()
+        found = with_peak(setting, measure, lambda: _predicted2(setting, config, last[0]))
+        share = sum(waited[1:]) / (time.perf_counter() - begin)
+    return found | {"data_share": share, "batch": setting.stage2_batch}
+
+
+def _from_cache(sampler: PolicySampler) -> MakeBatch[PolicyBatch]:
+    def make(step: int, shard: DataShard) -> Microbatch[PolicyBatch]:
         batch = sampler(step, shard)
         return Microbatch(batch, batch.ids)
 
-    batches = prefetch(microbatch, range(40), [DataShard()], pin=setting.on_gpu)
-    waited = []
+    return make
 
-    def step(number: int) -> float:
-        (one,), wait = next(batches)
-        waited.append(wait)
-        optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16) if setting.on_gpu else nullcontext():
-            loss = network.loss(one.batch.to(setting.device), teacher)["loss"]
-        loss.backward()
-        optimizer.step(1.0)
-        ema.update(network, number)
-        return len(one.ids)
 
-    begin = time.perf_counter()
-    found = with_peak(setting, lambda: rate(setting, clock, step))
-    found["samples_per_s"] = found.pop("per_s")
-    found["data_share"] = sum(waited) / (time.perf_counter() - begin)
-    batches.close()
-    return found | {"batch": setting.stage2_batch}
+def _predicted2(setting: Setting, config: PolicyTrainingConfig, batch: PolicyBatch) -> int:
+    """Return the peak of a step beside the weights of the backbone."""
+    tensors = {
+        name: empty(*x.shape) for name, x in vars(batch).items() if name in ("hidden", "future_hidden")
+    }
+    bare = replace(batch, **tensors).to("cpu")
+    step = stage2_step(setting.network_outline(), setting.policy.ema, config.loop, bare, mixed=setting.on_gpu)
+    live = 0 if config.cache is not None else _tap_bytes(setting, config, open_dataset(config.datasets[0]))
+    return _weights(setting) + step.peak + live
 
 
 def _optimizer(module: torch.nn.Module, loop: LoopConfig) -> Optimizers:
@@ -178,8 +243,10 @@ def _train1(setting: Setting, config: Stage1Config, clock: Clock) -> Numbers:
                 optimizer.step(1.0)
                 return batch.tokens
 
-            def measure(clock: Clock, step=step) -> Numbers:  # type: ignore[no-untyped-def]
-                numbers = with_peak(setting, lambda: rate(setting, clock, step))
+            def measure(clock: Clock, step=step, batches=batches) -> Numbers:  # type: ignore[no-untyped-def]
+                numbers = with_peak(
+                    setting, lambda: rate(setting, clock, step), lambda: _predicted1(setting, config, batches)
+                )
                 return {"tokens_per_s": numbers.pop("per_s")} | numbers
 
             with use_prefix_attention(backbone), without_placeholder_checks():
@@ -190,6 +257,13 @@ def _train1(setting: Setting, config: Stage1Config, clock: Clock) -> Numbers:
         if adapted is not None:
             adapted.unload()
     return found
+
+
+def _predicted1(setting: Setting, config: Stage1Config, batches: Sequence[ExampleBatch]) -> int:
+    backbone = setting.outline(torch.float32)
+    choose_without_values(backbone, config)
+    largest = max(batches, key=lambda batch: batch.loss_mask.numel())
+    return stage1_step(backbone, config, largest, mixed=setting.on_gpu).peak
 
 
 def _examples(setting: Setting, limits: TokenizationConfig) -> list[TokenizedExample]:

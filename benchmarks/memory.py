@@ -1,8 +1,14 @@
-"""Peak memory of Stage II with a hidden-state cache, and the largest batch for 12 GiB.
+"""Memory: estimates of `blm memory` against measurements, worker processes, and whole processes.
 
     python benchmarks/memory.py [--recipes nano smol ..] [--batch-sizes 8 32] [--device cpu] [--budget 12]
+    python benchmarks/memory.py --recipes
 
-Each number comes from a separate process that runs two steps of the real training loop (AdamW,
+estimates: for tiny models, what torch allocates on the CPU in Stage I (full and LoRA), Stage II from
+a cache, acting and cache filling, beside the estimate. processes: resident memory of processes that
+have loaded their libraries and a scene, but no model. recipes: the peak memory of Stage II with a
+hidden-state cache, and the largest batch for the budget; `--recipes` without a name leaves them out.
+
+Each number of a recipe comes from a separate process that runs two steps of the real training loop (AdamW,
 moving average, a save at the end) with a recipe's policy on random hidden states in the shape of
 its backbone: memory does not depend on their values, and the backbone is not loaded. On a CPU it is
 the peak of the resident set, which includes the interpreter and its libraries (`idle`); on CUDA it
@@ -23,6 +29,7 @@ from typing import TypeVar, cast
 
 import torch
 import tyro
+from measured_memory import Comparison, acting_memory, stage1_memory, stage2_memory
 
 from blm.app.memory.estimate import estimate_memory
 from blm.app.memory.table import GIB
@@ -84,6 +91,34 @@ def peak(name: str, tokens: int, hidden: int, batch_size: int, device: str) -> t
     return idle, torch.cuda.max_memory_allocated() if device.startswith("cuda") else resident()
 
 
+def estimates() -> dict[str, Comparison]:
+    """Return the estimated and the measured bytes of each part."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        found = {f"Stage I, {name}": stage1_memory(name, folder / name) for name in ("full", "LoRA")}
+        return {**found, "Stage II, cached": stage2_memory(folder), **acting_memory()}
+
+
+def training_process() -> int:
+    """Return the resident memory of a process that is ready to train [bytes]."""
+    import blm.training.policy.train  # noqa: F401
+
+    return resident()
+
+
+def simulation_process() -> int:
+    """Return the resident memory of a process that is ready to evaluate, with one scene [bytes]."""
+    import blm.policy.policy  # noqa: F401
+    from blm.tasks import Env
+
+    env = Env("panda", "pick_cube", cameras=("base", "side", "wrist"), image_size=224)
+    env.reset(seed=0)
+    env.observation()
+    env.close()
+    return resident()
+
+
 def alone(function: Callable[..., T], *arguments: object) -> T:
     """Call a function in a new process, because a child's peak begins with that of its parent.
 
@@ -100,7 +135,19 @@ def main(
     device: str = "cpu",
     budget: float = 12.0,
 ) -> None:
-    """Print one JSON object: peaks in GiB by recipe and batch size, and the largest batch."""
+    """Print one JSON object: estimates in MiB, processes in MiB, peaks of recipes in GiB."""
+    compared = {
+        name: {
+            "estimated_mib": round(one.estimated / 2**20, 2),
+            "measured_mib": round(one.measured / 2**20, 2),
+            "difference": round(one.difference, 4),
+        }
+        for name, one in alone(estimates).items()
+    }
+    processes = {
+        "training_mib": alone(training_process) // 2**20,
+        "simulation_mib": alone(simulation_process) // 2**20,
+    }
     found = {}
     for name in recipes:
         made, peaks, idle = alone(estimate_memory, RECIPES[name]()), [], 0
@@ -123,7 +170,8 @@ def main(
         }
         print(json.dumps({name: found[name]}), flush=True)
     gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
-    print(json.dumps({"recipes": found, "gpu": gpu, "machine": this_machine().to_json()}, indent=1))
+    result = {"estimates": compared, "processes": processes, "recipes": found}
+    print(json.dumps({**result, "gpu": gpu, "machine": this_machine().to_json()}, indent=1))
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def run_eval_physical(recipe: Recipe, run: Path) -> None:
     contract = CheckpointPolicy.load(folder, **load_options(recipe)).contract
     protocol = physical_protocol(recipe, contract, (recipe.robots, recipe.tasks))
     for name, make in (
-        ("physical", partial(CheckpointPolicy.load, folder, **load_options(recipe))),
+        ("physical", partial(CheckpointPolicy.load, folder, actions_only=True, **load_options(recipe))),
         ("zero", partial(ZeroPolicy, contract)),
     ):
         videos = int(name == "physical")
@@ -150,7 +150,7 @@ def run_released(recipe: Recipe, run: Path) -> None:
     """Evaluate the released model on the scenes of this run, and ask it about one of them."""
     folder, out = checkpoint_folder("blm-nano"), run / "results/released"
     protocol = physical_protocol(recipe, read_contract(folder), (recipe.robots, recipe.tasks))
-    make = partial(CheckpointPolicy.load, folder, **load_options(recipe))
+    make = partial(CheckpointPolicy.load, folder, actions_only=True, **load_options(recipe))
     evaluate_physical(make, protocol, out, workers=recipe.workers, engine=recipe.engine)
     model = BLM.from_pretrained(folder, **load_options(recipe))
     env = Env("panda", "pick_cube", cameras=model.contract.cameras, image_size=model.contract.image_size)

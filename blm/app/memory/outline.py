@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +16,15 @@ from torch import Tensor, nn
 from blm.app.memory.tracking import TensorMemory, empty, strip_values
 from blm.app.memory.work import choose_without_values
 from blm.app.recipe import Recipe
+from blm.app.stage1 import NANO
 from blm.backbone import Backbone, Inputs
+from blm.backbone.pooling import picture_grids, pooled_count
 from blm.backbone.precision import frozen_dtype
-from blm.backbone.prompt import control_prompt
+from blm.backbone.prompt import control_prompt, question_prompt
 from blm.backbone.published_shapes import known_shapes, shape_of
 from blm.backbone.stand_in import stand_in
 from blm.policy.network import PolicyBatch, PolicyNetwork
+from blm.training.loop.loop import LoopConfig
 from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource
 from blm.training.sft.pack import ExampleBatch, pack
 from blm.training.sft.tokenize import (
@@ -38,11 +43,13 @@ INSTRUCTION = "Pick up the red cube and move it to the green goal."
 QUESTION = "Point to the red cube and to the green goal in the base view."
 ANSWER = "The cube is left of the gripper and in front of it. cube (412, 530) goal (633, 287)"
 """A typical turn about a scene."""
+FRAMES = 8
+"""Pictures of a long conversation: the frames of those of ShareRobot."""
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """Vision features that are in memory."""
+    """Vision inputs or features that are in memory."""
 
     features: VisionInputs
 
@@ -81,12 +88,30 @@ class Outline:
     def on_cuda(self) -> bool:
         return torch.device(self.recipe.device).type == "cuda"
 
-    def frozen_backbone(self) -> Backbone:
-        """Return the backbone as Stage II and acting hold it."""
+    def mixed(self, loop: LoopConfig) -> bool:
+        """Return whether the loss of a training runs under bfloat16 autocast."""
+        return frozen_dtype(self.recipe.device, loop.precision) is torch.bfloat16
+
+    def frozen_backbone(self, blocks: int | None = None) -> Backbone:
+        """Return the backbone as Stage II and acting hold it: whole, or its first blocks without
+        the head, as `Backbone.load` loads them."""
         backbone = outline_backbone(self.recipe.stage1.backbone)
         strip_values(backbone.model, frozen_dtype(self.recipe.device, self.recipe.dtype))
+        if blocks is not None:
+            backbone.require_layer(blocks)
+            decoder: Any = backbone.decoder
+            decoder.layers = decoder.layers[:blocks]
+            backbone.model.set_output_embeddings(nn.Identity())
         backbone.freeze()
         return backbone
+
+    def pooled_tokens(self, backbone: Backbone) -> int:
+        """Return the tokens of a control prompt after pooling."""
+        inputs, pool = self.prompts(backbone, 1), self.recipe.stage2.pool
+        tokens = int(inputs["input_ids"].shape[1])
+        if pool == 1:
+            return tokens
+        return tokens - sum(h * w - pooled_count(h, w, pool) for h, w in picture_grids(backbone, inputs))
 
     def network(self, hidden_size: int) -> PolicyNetwork:
         """Return bridge and policy."""
@@ -121,12 +146,20 @@ class Outline:
             ids=range(size),
         )
 
-    def stage1(self) -> tuple[Backbone, ExampleBatch, int]:
-        """Return the backbone of Stage I, a micro-batch, and the bytes of cached features of a
-        picture (0 without a cache)."""
+    def stage1_backbone(self) -> Backbone:
+        """Return the backbone as Stage I holds it: see `load_pretrained`."""
+        settings = self.recipe.stage1
+        backbone = outline_backbone(settings.backbone)
+        if settings.backbone != NANO:
+            frozen = frozen_dtype(self.recipe.device, self.recipe.dtype)
+            strip_values(backbone.model, frozen, settings.training.trains)
+        choose_without_values(backbone, settings.training)
+        return backbone
+
+    def scene_example(self, backbone: Backbone) -> tuple[TokenizedExample, int]:
+        """Return a conversation about a scene, and the bytes of cached features of a picture (0
+        without a cache)."""
         config = self.recipe.stage1.training
-        backbone = outline_backbone(self.recipe.stage1.backbone)
-        choose_without_values(backbone, config)
         example = self._example(backbone, config)
         features = PictureFeatures()
         if config.cache_features:
@@ -135,16 +168,47 @@ class Outline:
             count = len(self.recipe.cameras)
             kept = {name: (value,) * count for name, value in features.items()}
             example = replace(example, processor_input=None, features=_Kept(kept))
-        per_pass = config.loop.batch_size // (self.processes * config.loop.accumulate)
+        return example, sum(value.nbytes for value in features.values())
+
+    @property
+    def examples_per_pass(self) -> int:
+        """Number of conversations in a micro-batch of Stage I of one process."""
+        loop = self.recipe.stage1.training.loop
+        return max(1, loop.batch_size // (self.processes * loop.accumulate))
+
+    def stage1_batch(self, backbone: Backbone, example: TokenizedExample, count: int) -> ExampleBatch:
+        """Return a micro-batch of equal conversations, packed as the recipe says."""
+        one = _without_pixels(backbone, example)
         sampler = MixtureSampler(
-            [TokenizedSource(name="scenes", examples=[example])],
-            examples_per_step=max(1, per_pass),
-            pack_length=config.pack_length,
+            [TokenizedSource(name="equal", examples=[one])],
+            examples_per_step=count,
+            pack_length=self.recipe.stage1.training.pack_length,
             seed=0,
         )
-        sequences = sampler.sequences(0)
-        batch = pack(backbone, [[example] * len(sequence) for sequence in sequences], ())
-        return backbone, batch, sum(value.nbytes for value in features.values())
+        return pack(backbone, [[one] * len(sequence) for sequence in sampler.sequences(0)], ())
+
+    def longest(self, backbone: Backbone) -> TokenizedExample:
+        """Return a conversation of `limits.max_length` tokens: about as many of the largest pictures
+        as fit, up to `FRAMES`, and text."""
+        config = self.recipe.stage1.training
+        side = math.isqrt(config.limits.max_pixels or self.recipe.image_size**2)
+        picture = np.zeros((side, side, 3), np.uint8)
+
+        def talk(pictures: int, words: int) -> TokenizedExample | None:
+            messages = (
+                *question_prompt(QUESTION, [picture] * pictures),
+                Message("assistant", ("a " * words,)),
+            )
+            return tokenize_conversation(backbone, messages, config.limits, None, Counter())
+
+        pictures = next(count for count in range(FRAMES, -1, -1) if talk(count, 1) is not None)
+        one, more = talk(pictures, 1), talk(pictures, 17)
+        if one is None or more is None:
+            return self._example(backbone, config)
+        words = 1 + (config.limits.max_length - len(one)) * 16 // (len(more) - len(one))
+        found = talk(pictures, words)
+        assert found is not None
+        return found
 
     def _blank(self) -> np.ndarray:
         side = self.recipe.image_size
@@ -162,6 +226,17 @@ class Outline:
         prompt = control_prompt(INSTRUCTION, self.recipe.robots[0], {"base": self._blank()})
         example = _tokenized(backbone, config, (*prompt, Message("assistant", (ANSWER,))))
         return concatenate_vision_inputs([example.vision_inputs(backbone)])
+
+
+def _without_pixels(backbone: Backbone, example: TokenizedExample) -> TokenizedExample:
+    """Return an example whose pictures were processed once and have no values."""
+    if example.processor_input is None:
+        return example
+    inputs = {
+        name: tuple(empty(*one.shape) if one.is_floating_point() else one for one in parts)
+        for name, parts in example.vision_inputs(backbone).items()
+    }
+    return replace(example, processor_input=None, features=_Kept(inputs))
 
 
 def _tokenized(backbone: Backbone, config: Stage1Config, messages: Messages) -> TokenizedExample:

@@ -21,11 +21,13 @@ def describe(estimate: MemoryEstimate, device: str) -> str:
     lines = [
         f"backbone {estimate.backbone / 1e6:,.1f} M parameters, of which {estimate.tapped / 1e6:,.1f} M are "
         f"used for an action; policy {estimate.policy / 1e6:,.1f} M",
-        f"control prompt {estimate.tokens} tokens x {estimate.hidden}",
+        f"control prompt {estimate.tokens} tokens x {estimate.hidden}; a frame in the cache "
+        f"{estimate.cached / 1e6:.3g} MB",
     ]
     for stage in estimate.stages:
         lines.append("")
         lines += _stage(stage, where)
+    lines += ["", estimate.uncounted] if estimate.uncounted else []
     return "\n".join(lines)
 
 

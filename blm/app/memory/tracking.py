@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, TypeVar
@@ -74,18 +74,22 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="cpu")
 
 
-def strip_values(module: M, dtype: torch.dtype | None = None) -> M:
+def strip_values(
+    module: M, dtype: torch.dtype | None = None, float32: Callable[[str], bool] | None = None
+) -> M:
     """Replace the parameters of a module, in place, by ones without values, on the CPU.
 
-    Tied parameters stay tied. Floating-point parameters get the precision `dtype`, if given.
-    Buffers keep their values, except those on the meta device, which have none.
+    Tied parameters stay tied. Floating-point parameters get the precision `dtype`, if given, and
+    float32 if `float32` accepts their name, as in `place_weights`. Buffers keep their values, except
+    those on the meta device, which have none.
     """
     made = dict[nn.Parameter, nn.Parameter]()
-    for part in module.modules():
+    for prefix, part in module.named_modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
                 if parameter not in made:
-                    made[parameter] = _stripped(parameter, dtype)
+                    whole = float32 is not None and float32(f"{prefix}.{name}")
+                    made[parameter] = _stripped(parameter, torch.float32 if whole else dtype)
                 part._parameters[name] = made[parameter]
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_meta:

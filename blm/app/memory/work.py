@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from blm.app.memory.tracking import TensorMemory, quiet, strip_values
 from blm.backbone import Backbone, Inputs
+from blm.backbone.pooling import tap_pooled
 from blm.policy.network import PolicyBatch, PolicyNetwork
 from blm.training.loop.ema import Ema
 from blm.training.loop.loop import LoopConfig
@@ -24,6 +25,7 @@ from blm.training.sft.loss import MaskedLossModel
 from blm.training.sft.pack import ExampleBatch
 from blm.training.sft.prefix_attention import use_prefix_attention
 from blm.training.sft.train import Stage1Config, choose_trained, without_placeholder_checks
+from blm.training.sft.vision_attention import use_batched_vision_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +50,9 @@ class TrainingMemory:
         return sum(vars(self).values())
 
     @property
-    def sharded(self) -> int:
-        """Bytes that FSDP2 distributes over the processes."""
-        return self.frozen + self.trained + self.gradients + self.moments
+    def state(self) -> int:
+        """Bytes of a checkpoint of the run, of which the loop keeps a copy in host memory."""
+        return self.trained + self.moments + self.average
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
@@ -88,7 +90,8 @@ def stage1_step(
                 sums = loss_model(batch)
                 return sums.loss_sum / sums.tokens
 
-        with use_prefix_attention(backbone), without_placeholder_checks():
+        batched = use_batched_vision_attention(backbone)
+        with use_prefix_attention(backbone), batched, without_placeholder_checks():
             _update(optimizer, loss, config.loop, memory)
         if config.checkpoint_blocks:
             model.activation_checkpointing_disable()
@@ -120,19 +123,19 @@ def stage2_step(
     return _training_memory(network, optimizer, memory, batch=size_of(tensors), average=average)
 
 
-def tap(backbone: Backbone, inputs: Inputs, layer: int) -> int:
+def tap(backbone: Backbone, inputs: Inputs, layer: int, pool: int = 1) -> int:
     """Return the bytes beside the weights, inputs included, at the peak of tapping H_k."""
     with TensorMemory() as memory:
         weights = [*backbone.model.parameters(), *backbone.model.buffers()]
         memory.add(weights)
         before = memory.live
         memory.add(inputs.values())
-        backbone.tap(backbone.place(inputs), layer)
+        tap_pooled(backbone, inputs, layer, pool)
         return memory.peak - before
 
 
 @torch.no_grad()
-def act(backbone: Backbone, network: PolicyNetwork, inputs: Inputs, layer: int) -> int:
+def act(backbone: Backbone, network: PolicyNetwork, inputs: Inputs, layer: int, pool: int = 1) -> int:
     """Return the bytes beside the weights, inputs included, at the peak of choosing actions."""
     config, count = network.config, len(inputs["input_ids"])
     state, robot = torch.zeros(count, config.max_dim), torch.zeros(count, dtype=torch.long)
@@ -142,7 +145,7 @@ def act(backbone: Backbone, network: PolicyNetwork, inputs: Inputs, layer: int) 
         memory.add([*backbone.model.parameters(), *backbone.model.buffers(), *network.parameters()])
         before = memory.live
         memory.add(inputs.values())
-        tapped = backbone.tap(backbone.place(inputs), layer)
+        tapped = tap_pooled(backbone, inputs, layer, pool)
         network.sample(tapped.hidden, tapped.mask, state, robot, noise, dims)
         return memory.peak - before
 
