@@ -37,7 +37,11 @@ RECIPE = "recipe.json"
 NOT_IN_KEYS = ("workers", "device", "dtype", "attn_implementation")
 """Recipe fields that say how something is computed: another value gives the same result but for
 rounding. Caches and training runs record the precision of their weights themselves."""
+ADDED_TO_LOOP = {"precision": None}
+"""Fields of `LoopConfig` that older run folders do not have, and their defaults."""
 ADDED_TO_STAGE2 = {
+    "loop": ADDED_TO_LOOP,
+    "policy": {"dropout": 0.0, "state_noise": 0.0},
     "precision": "float16",
     "views": 0,
     "dims": 1024,
@@ -45,8 +49,13 @@ ADDED_TO_STAGE2 = {
     "tune": asdict(BackboneTuning()),
     "cotrain": asdict(LanguageCotraining()),
 }
-"""Fields of `Stage2Settings` that older run folders do not have, and their defaults."""
-ADDED_TO_STAGE1 = {"mixture": asdict(MixtureSettings()), "epochs": 0.0}
+"""The same for `Stage2Settings`, and for the parts of it."""
+ADDED_TO_STAGE1 = {
+    "mixture": asdict(MixtureSettings()),
+    "epochs": 0.0,
+    "training": {"loop": ADDED_TO_LOOP},
+    "schooling": {"eye": ADDED_TO_LOOP, "drill": ADDED_TO_LOOP},
+}
 ADDED_TO_CORPUS = {"answers": "reasoning"}
 """The same for `Stage1Settings` and `CorpusSettings`."""
 ADDED: dict[str, dict[str, Any]] = {
@@ -275,9 +284,16 @@ def json_of(recipe: Recipe, field: str) -> Any:
     """Return a recipe field as JSON, without settings that older run folders do not have and that
     have their default: their keys stay the same."""
     value = to_json(getattr(recipe, field))
-    if field not in ADDED:
-        return value
-    return {name: item for name, item in value.items() if (name, item) not in ADDED[field].items()}
+    return _without(value, ADDED[field]) if field in ADDED else value
+
+
+def _without(value: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without those that have their default."""
+    return {
+        name: _without(item, defaults[name]) if isinstance(defaults.get(name), dict) else item
+        for name, item in value.items()
+        if (name, item) not in defaults.items()
+    }
 
 
 def _move_aside(stage: Stage, folder: Path, there: dict[str, Any] | None, asked: dict[str, Any]) -> None:

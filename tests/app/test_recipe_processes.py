@@ -41,7 +41,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch.setattr, cut=True)
         main(["train", "stage1", *flags_of(RECIPE, folder, "alone")])
-    launch(__file__, str(folder), timeout=400, BLM_PROCESS_TIMEOUT="100")
+    launch(__file__, str(folder), BLM_PROCESS_TIMEOUT="100")
     return folder
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from blm.app.pipeline import LEDGER, RECIPE, Stage, differences, read_ledger, run_stages
+from blm.app.pipeline import LEDGER, RECIPE, Stage, differences, read_ledger, run_stages, settings_of
 from blm.app.recipe import Recipe
 from blm.app.recipes import RECIPES
 from blm.app.stages import STAGES
@@ -188,6 +188,16 @@ def test_a_check_is_made_before_anything_is_written_and_not_of_finished_stages(t
     assert not (tmp_path / "run").exists()
     run_stages(checked, ["a", "b"], CI, tmp_path / "run")
     run_stages(checked, ["a", "b"], replace(CI, workers=3), tmp_path / "run")
+
+
+def test_settings_that_older_run_folders_lack_change_no_key_while_they_have_their_default() -> None:
+    own = settings_of(STAGES["stage2"], CI)["stage2"]
+    assert "precision" not in own["loop"] and not {"dropout", "state_noise"} & own["policy"].keys()
+    assert not {"dims", "pool", "tune", "cotrain"} & own.keys()
+    training = settings_of(STAGES["stage1"], CI)["stage1"]["training"]
+    assert "precision" not in training["loop"] and training["lora"]["dropout"] == 0.0
+    stage2 = replace(CI.stage2, policy=replace(CI.stage2.policy, dropout=0.2))
+    assert settings_of(STAGES["stage2"], replace(CI, stage2=stage2))["stage2"]["policy"]["dropout"] == 0.2
 
 
 def test_several_processes_run_a_stage_together_and_the_first_keeps_the_ledger(

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 
-def launch(file: str, *arguments: str, timeout: float = 200, **variables: str) -> None:
+def launch(file: str, *arguments: str, timeout: float = 400, **variables: str) -> None:
     """Run a file in two processes; an error shows what they printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

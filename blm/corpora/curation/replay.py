@@ -162,12 +162,8 @@ def build_replay(
         raise BlmError(f"a replay corpus needs a count from 1 to {MOST:,}, got {count}")
     if not 0 <= seed < 2**32:
         raise BlmError(f"seed is {seed}; it must be 0 to {2**32 - 1:,}")
-    revision = backbone.fingerprint()[:16]
-    facts: dict[str, object] = {"replay": revision, "seed": seed}
-    if pictures is not None:
-        listed = "\n".join(pictures.references)
-        facts["pictures"] = hashlib.sha256(listed.encode(errors="surrogatepass")).hexdigest()[:16]
-    shards = shards_folder(out)
+    revision, shards = backbone.fingerprint()[:16], shards_folder(out)
+    facts = _facts(revision, seed, pictures)
     group.together(lambda: work_folder(shards, SHARDS_KIND, facts) if group.first else None)
     root = pictures.root if pictures is not None else None
 
@@ -200,6 +196,15 @@ def build_replay(
 
     group.together(write)
     return unused
+
+
+def _facts(revision: str, seed: int, pictures: Pictures | None) -> dict[str, object]:
+    """Return what the answers depend on, beside their number and length."""
+    facts: dict[str, object] = {"replay": revision, "seed": seed}
+    if pictures is not None:
+        listed = "\n".join(pictures.references)
+        facts["pictures"] = hashlib.sha256(listed.encode(errors="surrogatepass")).hexdigest()[:16]
+    return facts
 
 
 def _conversations(asked: Sequence[Prompt], answers: Sequence[tuple[str, bool]]) -> Iterator[Conversation]:
