@@ -73,11 +73,15 @@ def train_on_mixture(
     """Train a pretrained backbone in place; print and store the sources and the retention.
 
     At every evaluation the log gets the loss of each source on held-out conversations, and the
-    divergence from the base on text. Returns the counts of conversations.
+    divergence from the base on text. All processes call this: each computes a part of the losses,
+    and all of the retention, so that none waits for another; the first prints and writes. Returns
+    the counts of conversations.
     """
+    first = Processes.join(backbone.model.device).first
     loop = replace(settings.training.loop, steps=mixture.plan.steps)
     training = replace(settings.training, loop=loop)
-    print_plan(mixture, loop.batch_size)
+    if first:
+        print_plan(mixture, loop.batch_size)
     check = RetentionCheck(backbone, settings.backbone)
     held_out = {corpus.name: _tokenize(backbone, corpus, training) for corpus in mixture.held_out}
     before = _losses(backbone, held_out, loop.batch_size)
@@ -91,13 +95,15 @@ def train_on_mixture(
 
     _, sources = prepare_stage1(backbone, mixture.corpora, training, settings.schooling, out)
     counts = train_stage1(backbone, sources, training, out, on_eval=evaluate)
-    drawn = {name: DrawnSource(**part) for name, part in read_json(out / "drawn.json").items()}
-    record = _record(mixture, drawn, before, after or _losses(backbone, held_out, loop.batch_size))
-    write_json(out / MIXTURE, asdict(replace(record, batch_size=loop.batch_size)))
-    print_record(record)
+    after = after or _losses(backbone, held_out, loop.batch_size)
     retention = check.compare(backbone, str(out / "backbone"))
-    write_json(out / RETENTION, asdict(retention))
-    print_retention(retention, Console(stderr=True))
+    if first:
+        drawn = {name: DrawnSource(**part) for name, part in read_json(out / "drawn.json").items()}
+        record = _record(mixture, drawn, before, after)
+        write_json(out / MIXTURE, asdict(replace(record, batch_size=loop.batch_size)))
+        print_record(record)
+        write_json(out / RETENTION, asdict(retention))
+        print_retention(retention, Console(stderr=True))
     return counts
 
 

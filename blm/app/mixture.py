@@ -26,6 +26,9 @@ from blm.corpora import read_corpus
 from blm.corpora.curation.replay import Pictures, build_replay
 from blm.corpora.format.messages import Conversation
 from blm.corpora.public import PlacedCorpus, require_sound
+from blm.training.loop.distributed import Processes
+from blm.training.policy.cache_processes import ProcessGroup
+from blm.training.run_inputs import run_together
 from blm.types import BlmError
 
 SCENES, REPLAY = "scenes", "replay"
@@ -125,21 +128,26 @@ def read_mixture(
     """Read the public corpora, let the base model write replay, and plan the training.
 
     Only the conversations that the training draws are kept. `scenes` are the curated scene
-    questions; None leaves them out. Raises BlmError for a corpus that is present but faulty.
+    questions; None leaves them out. All processes call this, read the same, and write a part of
+    replay each. Raises BlmError, in every process, for a corpus that is present but faulty.
     """
-    whole = [replace(scenes, weight=settings.mixture.scenes)] if scenes is not None else []
-    for corpus in settings.mixture.placed:
-        if corpus.present:
-            require_sound(corpus)
-            whole.append(_with_rows(corpus, read_corpus(corpus.folder)))
-    for one in whole:
-        warn_of_lengths(backbone, one, settings.training)
-    split = [_hold_out(one) if one.name != SCENES else (one, _held_out_scenes(run)) for one in whole]
-    replay = _replay(backbone, settings, whole, run)
-    if replay is not None:
-        split.append(_hold_out(replay))
+    processes = Processes.join(backbone.model.device)
+
+    def read() -> list[TrainingCorpus]:
+        found = [replace(scenes, weight=settings.mixture.scenes)] if scenes is not None else []
+        for corpus in settings.mixture.placed:
+            if corpus.present:
+                require_sound(corpus)
+                found.append(_with_rows(corpus, read_corpus(corpus.folder)))
+        for one in found if processes.first else ():
+            warn_of_lengths(backbone, one, settings.training)
+        return found
+
+    whole = run_together(processes, read)
+    replay = _replay(backbone, settings, whole, run, processes)
+    split = run_together(processes, lambda: [_split(one, run) for one in [*whole, *replay]])
     sizes = {one.name: (len(one.conversations), one.weight) for one, _ in split if one.name != REPLAY}
-    count = len(split[-1][0].conversations) if replay is not None else 0
+    count = len(split[-1][0].conversations) if replay else 0
     plan = plan_mixture(sizes, count, settings)
     seed = settings.training.loop.seed
     corpora = [
@@ -181,6 +189,11 @@ def print_plan(mixture: Mixture, batch_size: int) -> None:
         console.print(f"missing and left out: {names}", highlight=False, soft_wrap=True)
 
 
+def _split(corpus: TrainingCorpus, run: Path) -> tuple[TrainingCorpus, TrainingCorpus]:
+    """Return a corpus, and what is held out to measure its loss; the run holds out scenes already."""
+    return (corpus, _held_out_scenes(run)) if corpus.name == SCENES else _hold_out(corpus)
+
+
 def _held_out_scenes(run: Path) -> TrainingCorpus:
     """Return some of the run's held-out scene questions."""
     folder = run / "corpora/held_out"
@@ -216,17 +229,21 @@ def _choose(rows: Sequence[Conversation], examples: float, seed: int, number: in
 
 
 def _replay(
-    backbone: Backbone, settings: Stage1Settings, corpora: Sequence[TrainingCorpus], run: Path
-) -> TrainingCorpus | None:
-    """Return the conversations that the base model writes, once per run folder; None without replay.
+    backbone: Backbone,
+    settings: Stage1Settings,
+    corpora: Sequence[TrainingCorpus],
+    run: Path,
+    processes: Processes,
+) -> list[TrainingCorpus]:
+    """Return the conversations that the base model writes, once per run folder; [] without replay.
 
     It is also asked about pictures: those of the general corpus, or else those of the first source.
     """
     mixture = settings.mixture
     if not mixture.replay_share:
-        return None
+        return []
     folder = run / "replay"
-    if not folder.exists():
+    if not processes.gather_objects(folder.exists())[0]:
         seen = next((one for one in corpora if one.name == "general"), corpora[0]) if corpora else None
         seed = settings.training.loop.seed
         dropped = build_replay(
@@ -236,14 +253,16 @@ def _replay(
             seed=seed,
             max_tokens=mixture.replay_tokens,
             pictures=_pictures(seen, seed) if seen is not None else None,
+            group=ProcessGroup(processes),
         )
-        Console(stderr=True).print(
+        Console(stderr=True, quiet=not processes.first).print(
             f"replay: {mixture.replay_rows:,} conversations by '{settings.backbone}'; {dropped:,} answers "
             f"were longer than {mixture.replay_tokens} tokens and dropped",
             highlight=False,
             soft_wrap=True,
         )
-    return TrainingCorpus(name=REPLAY, folder=folder, conversations=read_corpus(folder))
+    rows = run_together(processes, lambda: read_corpus(folder))
+    return [TrainingCorpus(name=REPLAY, folder=folder, conversations=rows)]
 
 
 def _pictures(corpus: TrainingCorpus, seed: int) -> Pictures:

@@ -12,8 +12,9 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from rich.console import Console
 from blm.app.model import check_device
 from blm.app.recipe import MixtureSettings, Recipe
 from blm.io import lock_folder, read_json, write_json, writing
+from blm.training.loop.distributed import Processes
 from blm.training.loop.loop import MAY_CHANGE
 from blm.training.policy.backbone_tuning import BackboneTuning
 from blm.training.policy.cotraining import LanguageCotraining
+from blm.training.run_inputs import run_together
 from blm.types import BlmError
 
 LEDGER = "stages.json"
@@ -34,7 +37,11 @@ RECIPE = "recipe.json"
 NOT_IN_KEYS = ("workers", "device", "dtype", "attn_implementation")
 """Recipe fields that say how something is computed: another value gives the same result but for
 rounding. Caches and training runs record the precision of their weights themselves."""
+ADDED_TO_LOOP = {"precision": None}
+"""Fields of `LoopConfig` that older run folders do not have, and their defaults."""
 ADDED_TO_STAGE2 = {
+    "loop": ADDED_TO_LOOP,
+    "policy": {"dropout": 0.0, "state_noise": 0.0},
     "precision": "float16",
     "views": 0,
     "dims": 1024,
@@ -43,8 +50,13 @@ ADDED_TO_STAGE2 = {
     "tune": asdict(BackboneTuning()),
     "cotrain": asdict(LanguageCotraining()),
 }
-"""Fields of `Stage2Settings` that older run folders do not have, and their defaults."""
-ADDED_TO_STAGE1 = {"mixture": asdict(MixtureSettings()), "epochs": 0.0}
+"""The same for `Stage2Settings`, and for the parts of it."""
+ADDED_TO_STAGE1 = {
+    "mixture": asdict(MixtureSettings()),
+    "epochs": 0.0,
+    "training": {"loop": ADDED_TO_LOOP},
+    "schooling": {"eye": ADDED_TO_LOOP, "drill": ADDED_TO_LOOP},
+}
 ADDED_TO_CORPUS = {"answers": "reasoning"}
 """The same for `Stage1Settings` and `CorpusSettings`."""
 ADDED: dict[str, dict[str, Any]] = {
@@ -78,6 +90,8 @@ class Stage:
     check: Callable[[Recipe, Path], None] | None = None
     """Raises BlmError for settings that the stage cannot fulfil. Takes seconds, and is called
     before the first stage of a run."""
+    together: bool = False
+    """Whether the processes of `accelerate launch` run it together; other stages run in one."""
 
 
 @dataclass(frozen=True)
@@ -99,30 +113,76 @@ def run_stages(stages: dict[str, Stage], names: list[str], recipe: Recipe, folde
     An unfinished stage may be run again with other settings; its old files are moved aside. Raises
     BlmError before anything is written: for a missing input, for settings that a stage cannot
     fulfil, for a folder with a finished stage of other settings or with files of another program,
-    and if another process is running stages in the folder.
+    and if another run is using the folder. Of several processes (`accelerate launch`) all call
+    this; the first alone checks, and writes recipe and ledger. Then only stages of `Stage.together`
+    may be left to run.
     """
     check_device(recipe.device)
+    processes = Processes.join(recipe.device)
+    first = processes.first
+    run_together(processes, lambda: _check(stages, names, recipe, folder, processes) if first else None)
+    with ExitStack() as held:
+
+        def begin() -> None:
+            held.enter_context(lock_folder(folder))
+            write_json(folder / RECIPE, to_json(recipe))
+
+        run_together(processes, begin if first else lambda: None)
+        for place, name in enumerate(names, start=1):
+            _run_stage(stages, stages[name], recipe, folder, f"[{place}/{len(names)}]")
+
+
+def _check(
+    stages: dict[str, Stage], names: list[str], recipe: Recipe, folder: Path, processes: Processes
+) -> None:
+    """Raise BlmError if the stages cannot run; see `run_stages`."""
     with lock_folder(folder) if folder.exists() else nullcontext():
         require_run_folder(folder)
         require_settings(stages, names, recipe, folder)
         require_inputs(stages, names, folder)
     ledger = read_ledger(folder)
-    for stage in (stages[name] for name in names):
-        if stage.check is not None and not (stage.name in ledger and ledger[stage.name].done):
+    waiting = [stages[name] for name in names if not (name in ledger and ledger[name].done)]
+    if processes.count > 1 and (alone := [stage.name for stage in waiting if not stage.together]):
+        shared = ", ".join(name for name, stage in stages.items() if stage.together)
+        raise BlmError(
+            f"{', '.join(alone)} in '{folder}' run in one process, but {processes.count} were launched; run "
+            f"them without a launcher. Several processes run these stages: {shared}"
+        )
+    for stage in waiting:
+        if stage.check is not None:
             stage.check(recipe, folder)
-    with lock_folder(folder):
-        write_json(folder / RECIPE, to_json(recipe))
-        for place, name in enumerate(names, start=1):
-            _run_stage(stages, stages[name], recipe, folder, f"[{place}/{len(names)}]")
 
 
 def _run_stage(stages: dict[str, Stage], stage: Stage, recipe: Recipe, folder: Path, place: str) -> None:
+    """Run a stage in all processes, unless it is done; the first one writes the ledger."""
+    processes = Processes.join(recipe.device)
+    first = processes.first
+    prepare = partial(_begin_stage, stages, stage, recipe, folder, place)
+    begun = processes.gather_objects(run_together(processes, prepare if first else lambda: None))[0]
+    if begun is None:
+        return
+    seconds, begin = begun.seconds, time.perf_counter()
+    try:
+        stage.run(recipe, folder)
+        processes.wait()
+    finally:
+        if first:
+            seconds += time.perf_counter() - begin
+            _write_record(folder, stage.name, replace(begun, seconds=seconds))
+    if first:
+        _write_record(folder, stage.name, replace(begun, done=True, seconds=seconds))
+
+
+def _begin_stage(
+    stages: dict[str, Stage], stage: Stage, recipe: Recipe, folder: Path, place: str
+) -> StageRecord | None:
+    """Write and return the record of a stage that begins or continues; None if it is done."""
     console, ledger = Console(stderr=True), read_ledger(folder)
     key = stage_key(stages, stage, recipe, ledger)
     record = ledger.get(stage.name)
     if record and record.done:
         console.print(f"[dim]{place} {stage.title}: already done, skipped[/dim]")
-        return
+        return None
     if record and record.key != key:
         _move_aside(stage, folder, record.settings, settings_of(stage, recipe))
         del ledger[stage.name]
@@ -134,14 +194,8 @@ def _run_stage(stages: dict[str, Stage], stage: Stage, recipe: Recipe, folder: P
     if record is not None and record.settings is not None:
         settings = with_neutral(settings, record.settings)  # of which the key is made
     begun = StageRecord(key, settings, done=False, seconds=seconds)
-    begin = time.perf_counter()
-    try:
-        _write_record(folder, stage.name, begun)
-        stage.run(recipe, folder)
-    finally:
-        seconds += time.perf_counter() - begin
-        _write_record(folder, stage.name, replace(begun, seconds=seconds))
-    _write_record(folder, stage.name, replace(begun, done=True, seconds=seconds))
+    _write_record(folder, stage.name, begun)
+    return begun
 
 
 def require_run_folder(folder: Path) -> None:
@@ -231,9 +285,16 @@ def json_of(recipe: Recipe, field: str) -> Any:
     """Return a recipe field as JSON, without settings that older run folders do not have and that
     have their default: their keys stay the same."""
     value = to_json(getattr(recipe, field))
-    if field not in ADDED:
-        return value
-    return {name: item for name, item in value.items() if (name, item) not in ADDED[field].items()}
+    return _without(value, ADDED[field]) if field in ADDED else value
+
+
+def _without(value: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without those that have their default."""
+    return {
+        name: _without(item, defaults[name]) if isinstance(defaults.get(name), dict) else item
+        for name, item in value.items()
+        if (name, item) not in defaults.items()
+    }
 
 
 def _move_aside(stage: Stage, folder: Path, there: dict[str, Any] | None, asked: dict[str, Any]) -> None:

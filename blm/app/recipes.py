@@ -165,16 +165,22 @@ def _qwen(name: str, layer: int, policy: PolicyConfig) -> Recipe:
 
 
 def qwen2_5_vl_3b() -> Recipe:
-    """A recipe for one GPU: the policy has half of the paper's depth. Not run yet."""
+    """A recipe for one GPU: the policy has half of the paper's depth, and the dropout of GR00T N1.5.
+    Not run yet."""
     bridge = BridgeConfig(width=1024, latents=32, blocks=2, heads=16)
-    policy = PolicyConfig(bridge=bridge, width=1024, blocks=8, heads=16, max_dim=32, future_layer=6)
+    policy = PolicyConfig(
+        bridge=bridge, width=1024, blocks=8, heads=16, max_dim=32, future_layer=6, dropout=0.2
+    )
     return _qwen("qwen2_5_vl_3b", 24, policy)
 
 
 def qwen2_5_vl_7b() -> Recipe:
-    """The paper's backbone, and the policy head of GR00T N1.5 (16 blocks of 1536). Not run yet."""
+    """The paper's backbone, and the policy head of GR00T N1.5 (16 blocks of 1536, dropout 0.2).
+    Not run yet."""
     bridge = BridgeConfig(width=1024, latents=32, blocks=4, heads=16)
-    policy = PolicyConfig(bridge=bridge, width=1536, blocks=16, heads=32, max_dim=32, future_layer=12)
+    policy = PolicyConfig(
+        bridge=bridge, width=1536, blocks=16, heads=32, max_dim=32, future_layer=12, dropout=0.2
+    )
     return _qwen("qwen2_5_vl_7b", 19, policy)
 
 

@@ -6,7 +6,7 @@ run/  recipe.json stages.json  episodes/<robot>  episodes_held_out/<robot>  corp
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,9 @@ from blm.policy.checkpoint import checkpoint_folder, read_contract
 from blm.policy.policy import CheckpointPolicy
 from blm.robots import ROBOTS
 from blm.tasks import Env
+from blm.training.loop.distributed import Processes
 from blm.training.policy.train import train_stage2
+from blm.training.run_inputs import run_together
 from blm.training.sft.train import train_stage1
 from blm.types import BlmError, Image, Message
 
@@ -75,23 +77,26 @@ def run_corpus(recipe: Recipe, run: Path) -> None:
 
 
 def run_stage1(recipe: Recipe, run: Path) -> None:
-    """Fine-tune the backbone on scene questions, or on the recipe's mixture."""
+    """Fine-tune the backbone on scene questions, or on the recipe's mixture, in all processes."""
     out = run / "stage1"
     settings = recipe.stage1
+    processes = Processes.join(recipe.device)
+    recipe = replace(recipe, device=str(processes.device))
     pretrained = load_pretrained(settings.backbone, settings.training, **load_options(recipe))
-    scenes, report = read_scenes(run)
+    scenes, report = run_together(processes, lambda: read_scenes(run))
     if settings.mixed:
         assert pretrained is not None  # `check_stage1` refuses a nano
         used = scenes if settings.mixture.scenes else None
         counts = train_on_mixture(pretrained, read_mixture(pretrained, settings, used, run), settings, out)
     else:
-        if pretrained is not None:
+        if pretrained is not None and processes.first:
             warn_of_lengths(pretrained, scenes, settings.training)
         backbone, sources = prepare_stage1(
             pretrained, [scenes], settings.training, settings.schooling, out, device=recipe.device
         )
         counts = train_stage1(backbone, sources, settings.training, out)
-    write_json(out / "corpus.json", {**asdict(report), "rows": dict(counts)})
+    if processes.first:
+        write_json(out / "corpus.json", {**asdict(report), "rows": dict(counts)})
 
 
 def read_scenes(run: Path) -> tuple[TrainingCorpus, CurationReport]:
@@ -214,6 +219,7 @@ STAGES: dict[str, Stage] = {
             ("stage1", "replay"),
             {"replay": REPLAY_IGNORES},
             check_stage1,
+            together=True,
         ),
         Stage(
             "stage2",
@@ -224,6 +230,7 @@ STAGES: dict[str, Stage] = {
             ("stage2", "intents"),
             {"intents": ("stage2.loop", "stage2.policy", "stage2.execute", "stage2.drive")},
             check_stage2,
+            together=True,
         ),
         Stage(
             "digital",

@@ -23,6 +23,7 @@ from blm.app.stages import STAGES, write_report
 from blm.app.studies import STUDIES, run_study
 from blm.cli import COMMANDS
 from blm.cli.command import CliCommand, RunSelection, split_flags
+from blm.training.loop.distributed import Processes
 from blm.types import lookup
 
 console = Console()
@@ -58,6 +59,7 @@ class StageCommand(RecipeCommand):
 
     def run(self, command_line: Sequence[str]) -> None:
         run_stages(STAGES, [COMMANDS[command_line[1]].stage], self.recipe, self.folder)
+        Processes.join(self.recipe.device).leave()
 
 
 class Demo(RecipeCommand):
@@ -70,6 +72,12 @@ class Demo(RecipeCommand):
 
     def run(self, command_line: Sequence[str]) -> None:
         run_stages(STAGES, list(STAGES), self.recipe, self.folder)
+        processes = Processes.join(self.recipe.device)
+        if processes.first:
+            self._report(command_line)
+        processes.leave()
+
+    def _report(self, command_line: Sequence[str]) -> None:
         report = write_report(self.folder, shlex.join(command_line))
         console.print(f"\nreport: [bold]{report}[/bold] (open it in a browser)", soft_wrap=True)
         console.print(

@@ -53,7 +53,7 @@ def run_units(
     Return key -> result for all units.
 
     `work` and `setup` must be module-level functions; `setup` runs once in each worker. With
-    `workers=0` everything runs in this process.
+    `workers=0` everything runs in this process. Without a title there is no progress bar.
 
     If a worker dies (out of memory, kill -9, a lost node), it is replaced and its unit is retried.
     After ATTEMPTS deaths a unit is given up; the other units continue, and the run ends with an
@@ -110,7 +110,7 @@ def _given_up_error(reasons: Mapping[str, str], count: int) -> BlmError:
 def _progress(title: str, *, total: int, done: int) -> Iterator[Callable[[], None]]:
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not title) as bar:
         task = bar.add_task(title, total=total, completed=done)
         yield lambda: bar.advance(task)
 

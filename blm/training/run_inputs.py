@@ -7,12 +7,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from blm.io import read_json, write_json
 from blm.training.loop.distributed import Processes
 from blm.types import BlmError
 
+T = TypeVar("T")
 OUTPUTS = (
     "log.jsonl",
     "manifest.json",
@@ -51,12 +52,12 @@ def require_same_inputs(path: Path, inputs: Mapping[str, Any], complaint: str) -
     write_json(path, wanted)
 
 
-def run_together(processes: Processes, action: Callable[[], None]) -> None:
-    """Run `action` in this process. Raises BlmError in every process if it failed in one, naming
-    that process."""
-    fault = ""
+def run_together(processes: Processes, action: Callable[[], T]) -> T:
+    """Return `action()` of this process when all processes have run it. Raises BlmError in every
+    process if it failed in one, naming that process."""
+    fault, found = "", None
     try:
-        action()
+        found = action()
     except BlmError as error:
         if processes.count == 1:
             raise
@@ -64,6 +65,7 @@ def run_together(processes: Processes, action: Callable[[], None]) -> None:
     for rank, text in enumerate(processes.gather_objects(fault)):
         if text:
             raise BlmError(f"process {rank} of {processes.count}: {text}")
+    return cast(T, found)
 
 
 def require_same_facts(processes: Processes, what: str, facts: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,116 +19,40 @@ from blm.app.pipeline import read_ledger
 from blm.app.recipe import Recipe
 from blm.app.recipes import RECIPES
 from blm.app.stages import STAGES, write_report
-from blm.backbone import Backbone
 from blm.cli import main
-from blm.corpora import Conversation, read_corpus, write_corpus
+from blm.corpora import read_corpus
 from blm.io import read_json, read_json_lines
 from blm.policy.policy import CheckpointPolicy
-from blm.types import Image, Message
-from tests.support.backbones import picture, tiny_qwen
-from tests.support.smol import tiny_smol
-
-DATA = (
-    *("--robots", "panda"),
-    *("--tasks", "push_cube"),
-    *("--cameras", "base", "wrist"),
-    *("--image-size", "64"),
-    *("--workers", "0"),
-    *("--demonstrations.episodes", "2"),
-    *("--demonstrations.held-out-episodes", "1"),
-    *("--corpus.scenes", "6"),
-    *("--corpus.held-out-scenes", "2"),
-    *("--corpus.turns", "3"),
-    *("--corpus.frames-per-episode", "2"),
-)
-TRAINING = (
-    *("--stage1.schooling.eye.steps", "2"),
-    *("--stage1.schooling.drill.steps", "2"),
-    *("--stage1.training.loop.steps", "2"),
-    *("--stage1.training.loop.batch-size", "4"),
-    *("--stage1.mixture.replay-rows", "20"),
-    *("--stage1.mixture.replay-tokens", "64"),
-    *("--stage2.loop.steps", "2"),
-    *("--stage2.loop.batch-size", "4"),
-    *("--stage2.layer", "2"),
-    *("--stage2.policy.width", "32"),
-    *("--stage2.policy.heads", "2"),
-    *("--stage2.policy.blocks", "2"),
-    *("--stage2.policy.future-layer", "1"),
-    *("--stage2.policy.bridge.width", "32"),
-    *("--stage2.policy.bridge.heads", "2"),
-    *("--stage2.policy.bridge.latents", "4"),
-    *("--evaluation.episodes", "1"),
-    *("--evaluation.max-steps", "8"),
-    *("--evaluation.max-questions", "6"),
-)
-TINY: dict[str, Callable[[], Backbone]] = {
-    "smol": tiny_smol,
-    "qwen2_5_vl_3b": lambda: tiny_qwen("2.5"),
-    "qwen2_5_vl_7b": lambda: tiny_qwen("2.5"),
-}
-"""Recipe -> its tiny backbone; those of the other recipes are small themselves."""
-
+from tests.support.recipes import TINY, collect_and_ask, flags_of, prepare, shrink, write_public
 
 PRETRAINED = tuple(TINY)
 """The recipes that train on a mixture."""
+FAST, SLOW = ("smol", "qwen2_5_vl_7b"), pytest.mark.slow
+"""The settings of the 3B recipe for Stage I are those of the 7B; the others pretrain a nano for longer."""
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Form of the answers -> a run folder with demonstrations and questions."""
-    first, second = (tmp_path_factory.mktemp("data") / "run" for _ in range(2))
-    main(["collect", "--recipe", "ci", "--run", str(first), *DATA, *TRAINING])
-    shutil.copytree(first, second)
-    for folder, answers in ((first, "reasoning"), (second, "sentence")):
-        flags = [*DATA, *TRAINING, "--corpus.answers", answers]
-        main(["corpus", "build", "--recipe", "ci", "--run", str(folder), *flags])
-    return {"reasoning": first, "sentence": second}
+def data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Form of the answers -> a run folder with demonstrations and questions, made when first asked for."""
+    folder = tmp_path_factory.mktemp("data")
+    return cache(lambda answers: collect_and_ask(folder / answers, answers))
 
 
 @pytest.fixture(autouse=True)
-def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random models never end their answers to the instruction probes."""
-    monkeypatch.setattr("blm.evaluation.digital.instructions.MAX_TOKENS", 8)
+def small_probes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random models hardly ever end an answer. In fast tests replay keeps its first tokens."""
+    shrink(monkeypatch.setattr, cut=request.node.get_closest_marker("slow") is None)
 
 
-def write_public(folder: Path, rows: int) -> None:
-    """A corpus of pictures with one question each, in groups of two."""
-    write_corpus(
-        folder,
-        (
-            Conversation(
-                id=f"{folder.name}/{number}",
-                group=f"{folder.name}/{number // 2}",
-                source=folder.name,
-                kinds=("planning",),
-                messages=(
-                    Message("user", (Image(picture(number, 64, 64)), f"What comes after step {number}?")),
-                    Message("assistant", (f"Step {number + 1} comes next.",)),
-                ),
-            )
-            for number in range(rows)
-        ),
-    )
-
-
-def flags_of(recipe: str, folder: Path) -> list[str]:
-    """The flags that shrink a recipe. Of the public corpora, "general" is present."""
-    flags = ["--recipe", recipe, "--run", str(folder / "run"), *DATA, *TRAINING]
-    if recipe in TINY:
-        TINY[recipe]().save(folder / "tiny")
-        write_public(folder / "corpora/general", 40)
-        flags += ["--stage1.backbone", str(folder / "tiny")]
-        flags += ["--stage1.mixture.corpora-folder", str(folder / "corpora")]
-    return flags
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=() if name in FAST else SLOW) for name in RECIPES]
+)
 def test_stage_one_and_stage_two_of_every_recipe_run_as_written(
-    recipe: str, data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: str, data: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     own = RECIPES[recipe]()
-    shutil.copytree(data[own.corpus.answers], tmp_path / "run")
+    shutil.copytree(data(own.corpus.answers), tmp_path / "run")
+    prepare(recipe, tmp_path)
     flags = flags_of(recipe, tmp_path)
     main(["train", "stage1", *flags])
     printed = "".join(capsys.readouterr())
@@ -164,11 +89,12 @@ def check_mixture_of(own: Recipe, out: Path, printed: str) -> None:
 
 
 def test_a_present_corpus_is_trained_on_with_its_weight_for_the_epochs_asked_for(
-    data: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Half an epoch of 38 + 2 x 58 conversations and one example in five of replay."""
-    shutil.copytree(data["sentence"], tmp_path / "run")
+    shutil.copytree(data("sentence"), tmp_path / "run")
     write_public(tmp_path / "own/mine", 60)
+    prepare("qwen2_5_vl_3b", tmp_path)
     flags = flags_of("qwen2_5_vl_3b", tmp_path)
     flags += ["--stage1.training.loop.steps", "1000", "--stage1.mixture.scenes", "0"]
     flags += ["--stage1.mixture.public", "general:1", f"{tmp_path}/own/mine:2", "robovqa:1"]
@@ -191,6 +117,7 @@ def test_a_present_corpus_is_trained_on_with_its_weight_for_the_epochs_asked_for
 
 
 def test_a_faulty_corpus_stops_the_run_before_it_begins(tmp_path: Path) -> None:
+    prepare("qwen2_5_vl_3b", tmp_path)
     flags = flags_of("qwen2_5_vl_3b", tmp_path)
     file = tmp_path / "corpora/general/corpus.jsonl"
     lines = file.read_text().splitlines()
@@ -206,6 +133,7 @@ def test_a_faulty_corpus_stops_the_run_before_it_begins(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_whole_loop_of_every_recipe_runs_to_its_report(recipe: str, tmp_path: Path) -> None:
+    prepare(recipe, tmp_path)
     main(["demo", *flags_of(recipe, tmp_path)])
     assert all(record.done for record in read_ledger(tmp_path / "run").values())
     assert read_ledger(tmp_path / "run").keys() == STAGES.keys()

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from blm.app.pipeline import LEDGER, RECIPE, Stage, differences, read_ledger, run_stages
+from blm.app.pipeline import LEDGER, RECIPE, Stage, differences, read_ledger, run_stages, settings_of
+from blm.app.recipe import Recipe
 from blm.app.recipes import RECIPES
 from blm.app.stages import STAGES
 from blm.io import lock_folder
+from blm.training.loop.distributed import Processes
 from blm.types import BlmError
+from tests.support.meeting import in_processes
 
 CI = RECIPES["ci"]()
 OTHER = replace(CI, corpus=replace(CI.corpus, turns=9))
@@ -183,3 +188,44 @@ def test_a_check_is_made_before_anything_is_written_and_not_of_finished_stages(t
     assert not (tmp_path / "run").exists()
     run_stages(checked, ["a", "b"], CI, tmp_path / "run")
     run_stages(checked, ["a", "b"], replace(CI, workers=3), tmp_path / "run")
+
+
+def test_settings_that_older_run_folders_lack_change_no_key_while_they_have_their_default() -> None:
+    own = settings_of(STAGES["stage2"], CI)["stage2"]
+    assert "precision" not in own["loop"] and not {"dropout", "state_noise"} & own["policy"].keys()
+    assert not {"dims", "pool", "tune", "cotrain"} & own.keys()
+    training = settings_of(STAGES["stage1"], CI)["stage1"]["training"]
+    assert "precision" not in training["loop"] and training["lora"]["dropout"] == 0.0
+    stage2 = replace(CI.stage2, policy=replace(CI.stage2.policy, dropout=0.2))
+    assert settings_of(STAGES["stage2"], replace(CI, stage2=stage2))["stage2"]["policy"]["dropout"] == 0.2
+
+
+def test_several_processes_run_a_stage_together_and_the_first_keeps_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Processes are threads here; tests/app/test_recipe_processes.py launches real ones."""
+    mine, ran = threading.local(), list[int]()
+    monkeypatch.setattr(Processes, "join", lambda device="cpu": mine.processes)
+    made = stages()
+    made["b"] = replace(made["b"], run=lambda recipe, folder: ran.append(mine.processes.rank), together=True)
+
+    def run(names: list[str], recipe: Recipe = CI) -> Callable[[Processes], None]:
+        def work(processes: Processes) -> None:
+            mine.processes = processes
+            run_stages(made, names, recipe, tmp_path)
+
+        return work
+
+    (complaint,) = {*in_processes(2, run(["a", "b"]))}
+    assert "process 0 of 2: a in" in complaint and "run in one process, but 2 were launched" in complaint
+    assert complaint.endswith("run these stages: b") and not written(tmp_path)
+    mine.processes = Processes(0, 1, torch.device("cpu"))
+    run_stages(made, ["a"], CI, tmp_path)
+    assert in_processes(3, run(["a", "b"])) == [None] * 3
+    assert sorted(ran) == [0, 1, 2] and read_ledger(tmp_path)["b"].done
+    assert capsys.readouterr().err.count("second") == 1
+    assert in_processes(2, run(["b"])) == [None] * 2 and len(ran) == 3, "it is done"
+    for complaint in in_processes(2, run(["b"], OTHER)):
+        assert "'a' is finished with corpus.turns 4, asked for: 9" in complaint
+    with lock_folder(tmp_path):
+        assert all("another process is using" in found for found in in_processes(2, run(["b"])))

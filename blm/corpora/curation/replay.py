@@ -24,7 +24,8 @@ from blm.backbone import Backbone
 from blm.corpora.format.messages import Conversation, write_corpus
 from blm.corpora.scenes.build import SHARDS_KIND, remove_shards, shards_folder
 from blm.io import work_folder
-from blm.jobs import Result, WorkUnit, run_units
+from blm.jobs import Result, WorkUnit
+from blm.jobs.group import Alone, Group
 from blm.media import with_pixels
 from blm.types import BlmError, Image, Message
 
@@ -114,6 +115,7 @@ class Pictures:
     """Folder of the pictures."""
 
 
+ALONE = Alone()
 Prompt = tuple[str, tuple[Image, ...], str]
 """Group, pictures and text."""
 
@@ -142,6 +144,7 @@ def build_replay(
     seed: int = 0,
     max_tokens: int = MAX_TOKENS,
     pictures: Pictures | None = None,
+    group: Group = ALONE,
 ) -> int:
     """Write a corpus of `count` conversations at `out`.
 
@@ -149,6 +152,8 @@ def build_replay(
 
     Empty answers and those that do not end within `max_tokens` are dropped. With `pictures`, a
     third of the prompts show one. A killed run resumes.
+    The processes of `group` answer a part of the batches each, and the first writes the corpus: it
+    does not depend on their number. Each must have the backbone, and all must see `out`.
     Raises BlmError when `out` exists, or when the model gives no complete answer to most prompts.
     """
     if out.exists():
@@ -157,12 +162,9 @@ def build_replay(
         raise BlmError(f"a replay corpus needs a count from 1 to {MOST:,}, got {count}")
     if not 0 <= seed < 2**32:
         raise BlmError(f"seed is {seed}; it must be 0 to {2**32 - 1:,}")
-    revision = backbone.fingerprint()[:16]
-    facts: dict[str, object] = {"replay": revision, "seed": seed}
-    if pictures is not None:
-        listed = "\n".join(pictures.references)
-        facts["pictures"] = hashlib.sha256(listed.encode(errors="surrogatepass")).hexdigest()[:16]
-    shards = work_folder(shards_folder(out), SHARDS_KIND, facts)
+    revision, shards = backbone.fingerprint()[:16], shards_folder(out)
+    facts = _facts(revision, seed, pictures)
+    group.together(lambda: work_folder(shards, SHARDS_KIND, facts) if group.first else None)
     root = pictures.root if pictures is not None else None
 
     def answer(payload: tuple[int, Sequence[Prompt]]) -> Result:
@@ -181,14 +183,28 @@ def build_replay(
         for _ in range(-(-(count - len(kept)) // BATCH)):
             part = list(itertools.islice(prompts, BATCH))
             units.append(WorkUnit(f"{revision}/{seed}/{max_tokens}/{len(units)}", (len(units), part)))
-        done = run_units(answer, units, journal=shards / "journal.jsonl", workers=0, title="replay")
+        done = group.run_units(answer, units, shards, "replay")
         asked = [prompt for unit in units for prompt in unit.payload[1]]
         answers = [answer for unit in units for answer in done[unit.key]["answers"]]
         answered, kept = len(answers), list(_conversations(asked, answers))
     unused = answered - len(kept)
-    write_corpus(out, kept[:count], media=root)
-    remove_shards(out)
+
+    def write() -> None:
+        if group.first:
+            write_corpus(out, kept[:count], media=root)
+            remove_shards(out)
+
+    group.together(write)
     return unused
+
+
+def _facts(revision: str, seed: int, pictures: Pictures | None) -> dict[str, object]:
+    """Return what the answers depend on, beside their number and length."""
+    facts: dict[str, object] = {"replay": revision, "seed": seed}
+    if pictures is not None:
+        listed = "\n".join(pictures.references)
+        facts["pictures"] = hashlib.sha256(listed.encode(errors="surrogatepass")).hexdigest()[:16]
+    return facts
 
 
 def _conversations(asked: Sequence[Prompt], answers: Sequence[tuple[str, bool]]) -> Iterator[Conversation]:

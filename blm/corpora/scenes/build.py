@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -158,8 +158,12 @@ def shards_folder(out: Path) -> Path:
 def remove_shards(out: Path) -> None:
     """Remove the shards that a run, killed at its very end, left next to a finished corpus."""
     if out.exists() and (shards_folder(out) / MARK).is_file():
-        names = (CORPUS_FILE, "journal.jsonl", MARK)
-        remove_own(shards_folder(out), lambda name: name.name in names or name.parts[-2:-1] == ("images",))
+
+        def ours(name: PurePath) -> bool:
+            known = name.name in (CORPUS_FILE, MARK) or name.match("journal*.jsonl")
+            return known or name.parts[-2:-1] == ("images",)
+
+        remove_own(shards_folder(out), ours)
 
 
 ShardItems = tuple[str, str, Sequence[int]]

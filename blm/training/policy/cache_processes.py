@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from blm.io import read_json, sha256_file
-from blm.jobs import Result, WorkUnit, read_journal
+from blm.jobs import Result, WorkUnit, read_journal, run_units
 from blm.training.loop.distributed import DataShard, Processes, process_timeout
 from blm.training.run_inputs import run_together
 from blm.types import BlmError
 
+T = TypeVar("T")
 POLL_SECONDS = 0.5
 """Time between two looks at the files of other processes [s]."""
 SHARED_SECONDS = 60.0
@@ -120,3 +122,31 @@ def _wait(complete: Callable[[], bool], folder: Path) -> None:
                 "of the other processes. The same command continues; BLM_PROCESS_TIMEOUT [s] sets this limit"
             )
         time.sleep(POLL_SECONDS)
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """The processes that train together as a `Group`, for work whose parts take about equally long:
+    they wait for each other in collective operations, which BLM_PROCESS_TIMEOUT limits."""
+
+    processes: Processes
+
+    @property
+    def first(self) -> bool:
+        return self.processes.first
+
+    def together(self, action: Callable[[], T]) -> T:
+        return run_together(self.processes, action)
+
+    def run_units(
+        self, work: Callable[[Any], Result], units: Sequence[WorkUnit], folder: Path, title: str
+    ) -> dict[str, Result]:
+        """Return the results of all units; those in a journal, also of a former process, stay."""
+        processes = self.processes
+        finished = self.together(lambda: finished_shards(folder, repair=self.first))
+        part = DataShard(processes.rank, processes.count).of(units)
+        mine = [unit for unit in part if unit.key not in finished]
+        journal = journal_path(folder, processes.rank)
+        shown = title if self.first else ""
+        self.together(lambda: run_units(work, mine, journal=journal, workers=0, title=shown))
+        return self.together(lambda: wait_for_shards(units, folder))

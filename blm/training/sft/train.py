@@ -23,7 +23,7 @@ from blm.backbone.precision import is_mixed
 from blm.backbone.saving import require_free
 from blm.io import write_json
 from blm.training.loop.batches import Microbatch
-from blm.training.loop.distributed import DataShard, Processes, fsdp_requested
+from blm.training.loop.distributed import DataShard, Processes, fsdp_requested, read_scalars
 from blm.training.loop.loop import LoopConfig, require_precision, run_loop
 from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
 from blm.training.sft.feature_cache import cache_features
@@ -331,11 +331,17 @@ def _run_inputs(
 def held_out_loss(
     backbone: Backbone, examples: Sequence[TokenizedExample], batch_size: int
 ) -> dict[str, float]:
-    """Return mean loss [nats] and accuracy per token of the answers, under teacher forcing."""
+    """Return mean loss [nats] and accuracy per token of the answers, under teacher forcing.
+
+    All processes call this with the same examples; each computes some of the batches.
+    """
+    processes = Processes.join(backbone.model.device)
     loss_model, sums = MaskedLossModel(backbone).eval(), torch.zeros(3, dtype=torch.float64)
-    for begin in range(0, len(examples), batch_size):
+    own = DataShard(processes.rank, processes.count)
+    for begin in own.of(range(0, len(examples), batch_size)):
         some = examples[begin : begin + batch_size]
         result = loss_model(collate(backbone, some, tuple(range(len(some)))))
         sums += torch.stack([value.cpu().double() for value in result])
-    loss, tokens, correct = sums.tolist()
+    (total,) = read_scalars(processes.sum({str(n): value for n, value in enumerate(sums.tolist())}))
+    loss, tokens, correct = total.values()
     return {"held_out_loss": loss / tokens, "held_out_accuracy": correct / tokens}

@@ -6,10 +6,7 @@ This file is also what `accelerate launch` runs in each process.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +29,7 @@ from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
 from blm.types import Image, Message
 from tests.support.backbones import tiny_qwen
 from tests.support.hidden_states import make_backbone, make_dataset
+from tests.support.launch import launch
 from tests.support.policy_training import POLICY
 
 TEXTS = ["How many cubes are there?", "two", "Hello.", "Good day to you, robot."]
@@ -42,7 +40,6 @@ RATE = 2e-5
 """Of Stage I. Copying heads are sharp: at larger ones a step enlarges rounding above what is compared."""
 MODELS = {"nano": lambda: build_nano(TEXTS), "qwen3": lambda: tiny_qwen("3")}
 """The eye of Qwen3-VL is sharded by block: a process that did not run it would leave the other waiting."""
-LAUNCH = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
 
 
 def sources() -> list[TrainingSource]:
@@ -79,16 +76,22 @@ def train(out: Path, model: str = "nano", *, shard: bool = False, accumulate: in
 
 
 def train_policy(
-    out: Path, data: Path, *, shard: bool = False, policy: PolicyConfig = POLICY, rows: int = 2 * ROWS
+    out: Path,
+    data: Path,
+    *,
+    shard: bool = False,
+    policy: PolicyConfig = POLICY,
+    rows: int = 2 * ROWS,
+    live: int | None = None,
 ) -> None:
-    """Stage II, on the datasets of two robots in the folder `data`."""
+    """Stage II, on the datasets of two robots in `data`: from a cache, or live with so many workers."""
     config = PolicyTrainingConfig(
         datasets=(data / "arm", data / "leg"),
         backbone=str(data / "backbone"),
-        intents=HiddenStateConfig(layer=1, cameras=("base",), workers=0, stride=2),
+        intents=HiddenStateConfig(layer=1, cameras=("base",), workers=live or 0, stride=2),
         loop=LoopConfig(steps=STEPS, batch_size=rows, lr=1e-3, log_every=1, shard=shard),
         policy=policy,
-        cache=out / "cache",
+        cache=out / "cache" if live is None else None,
         execute=3,
         held_out=0.3,
         validation_batches=2,
@@ -137,15 +140,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folders of runs of two processes."""
     out = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     make_data(out / "data")
-    command = [sys.executable, "-m", "accelerate.commands.launch", *LAUNCH.split()]
-    command += ["--main_process_port", str(port), __file__, str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    launch(__file__, str(out))
     return out
 
 
@@ -180,6 +176,16 @@ def test_ddp_and_fsdp2_resume_from_each_other(alone: Path, two: Path, kind: str)
     require_same(two / kind, alone / "nano")
 
 
+@pytest.mark.slow
+def test_two_processes_with_a_worker_each_train_the_policy_live_like_one(tmp_path: Path) -> None:
+    """Without a cache: each worker prepares the prompts of its process, whose own backbone reads them."""
+    make_data(tmp_path / "data")
+    train_policy(tmp_path / "alone", tmp_path / "data", live=0)
+    launch(__file__, str(tmp_path), "live")
+    for kind in ("ddp", "fsdp2"):
+        require_same(tmp_path / kind, tmp_path / "alone", "checkpoint/policy.safetensors", lr=1e-3)
+
+
 def test_one_process_with_parts_trains_as_without(alone: Path, tmp_path: Path) -> None:
     train(tmp_path, accumulate=2)
     require_same(tmp_path, alone / "nano")
@@ -191,6 +197,15 @@ def go_on(old: Path, new: Path, step: int) -> Path:
     for file in (old / "inputs.json", old / "log.jsonl", *old.glob(f"state-{step:08d}.*")):
         shutil.copy(file, new / file.name)
     return new
+
+
+def work_live(out: Path) -> None:
+    """Train the policy without a cache."""
+    state = PartialState(cpu=True)
+    assert state.num_processes == 2
+    for kind, shard in (("ddp", False), ("fsdp2", True)):
+        train_policy(out / kind, out / "data", shard=shard, live=1)
+    state.destroy_process_group()
 
 
 def work(out: Path) -> None:
@@ -215,4 +230,4 @@ def work(out: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    work(Path(sys.argv[1]))
+    (work_live if "live" in sys.argv[2:] else work)(Path(sys.argv[1]))

@@ -6,6 +6,7 @@ import itertools
 import math
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from blm.backbone import Backbone, build_nano
 from blm.corpora.curation import replay
-from blm.corpora.format.messages import Conversation, read_corpus, write_corpus
+from blm.corpora.format.messages import CORPUS_FILE, Conversation, read_corpus, write_corpus
 from blm.evaluation.digital.instructions import (
     VerifiableInstruction,
     follows,
@@ -21,9 +22,12 @@ from blm.evaluation.digital.instructions import (
     summarise,
     verifiable_instructions,
 )
+from blm.training.loop.distributed import Processes
+from blm.training.policy.cache_processes import ProcessGroup
 from blm.training.sft.retention import Retention, held_out_texts, read_texts
 from blm.types import BlmError, Image, Message
 from tests.support.backbones import MAKERS, picture
+from tests.support.meeting import in_processes
 
 TEXTS = ["The gripper moves to the red cube and closes.", "Is it done? Not yet.", "What can you do?", "x"]
 
@@ -137,8 +141,8 @@ def test_replay_prompts_are_many_and_a_function_of_the_seed() -> None:
 class Halting:
     """A backbone whose answers all end, whatever it is asked, until it fails at a call."""
 
-    def __init__(self, fail_at: int = 99) -> None:
-        self.calls, self.fail_at = 0, fail_at
+    def __init__(self, fail_at: int = 99, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.calls, self.fail_at, self.error = 0, fail_at, error
 
     def fingerprint(self) -> str:
         return "ab" * 32
@@ -146,7 +150,7 @@ class Halting:
     def complete(self, conversations, *, max_tokens, seed):
         self.calls += 1
         if self.calls == self.fail_at:
-            raise KeyboardInterrupt
+            raise self.error("no answer")
         texts = [f"{seed}: {messages[0].text}"[:max_tokens] for messages in conversations]
         return [(text, index % 4 != 0) for index, text in enumerate(texts)]
 
@@ -166,6 +170,38 @@ def test_a_replay_corpus_is_text_only_exact_in_number_and_resumes(tmp_path: Path
     assert again.calls == Halting().calls + 3  # two of five batches were in the journal
     with pytest.raises(BlmError, match="exists"):
         replay.build_replay(again, tmp_path / "b", 100)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_write_the_replay_of_one_and_continue_what_any_number_began(
+    tmp_path: Path, count: int
+) -> None:
+    wanted = replay.build_replay(Halting(), tmp_path / "a", 100, seed=5)  # type: ignore[arg-type]
+
+    def build(name: str, fail_at: int = 99) -> list[Any]:
+        backbones = [Halting(fail_at if rank else 99, BlmError) for rank in range(count)]
+
+        def work(processes: Processes) -> tuple[int, int]:
+            mine: Any = backbones[processes.rank]
+            unused = replay.build_replay(mine, tmp_path / name, 100, seed=5, group=ProcessGroup(processes))
+            return unused, mine.calls
+
+        found = in_processes(count, work)
+        if fail_at == 99:
+            assert (tmp_path / name / CORPUS_FILE).read_text() == (tmp_path / "a" / CORPUS_FILE).read_text()
+            assert not (tmp_path / f"{name}.shards").exists()
+        return found
+
+    found = build("b")
+    assert [unused for unused, _ in found] == [wanted] * count
+    assert sum(calls for _, calls in found) == 5 and max(calls for _, calls in found) <= 3
+    complaints = build("c", fail_at=1)
+    assert len({*complaints}) == 1 and "process 1 of" in complaints[0] and "no answer" in complaints[0]
+    again: Any = Halting()
+    alone = ProcessGroup(Processes(0, 1, torch.device("cpu")))
+    assert replay.build_replay(again, tmp_path / "c", 100, seed=5, group=alone) == wanted
+    assert (tmp_path / "c" / CORPUS_FILE).read_text() == (tmp_path / "a" / CORPUS_FILE).read_text()
+    assert again.calls < 5 and not (tmp_path / "c.shards").exists()
 
 
 def test_a_third_of_replay_asks_about_pictures_if_there_are_some(tmp_path: Path) -> None:

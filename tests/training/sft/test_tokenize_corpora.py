@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,26 +16,7 @@ from blm.training.sft import tokenize_corpora as reading
 from blm.training.sft.tokenize import TokenizationConfig, TokenizedExample
 from blm.training.sft.tokenize_corpora import CorpusTokenizer, TrainingSource, check_lengths
 from blm.types import BlmError, Image, Message
-
-
-class Meeting:
-    """Processes as threads: what `all_gather_object` does."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.table = count, [None] * count
-        self.barrier = threading.Barrier(count, timeout=60)
-
-    def of(self, rank: int) -> Processes:
-        meeting = self
-
-        class Thread(Processes):
-            def gather_objects(self, value: Any) -> list[Any]:
-                meeting.barrier.wait()
-                meeting.table[rank] = pickle.dumps(value)
-                meeting.barrier.wait()
-                return [pickle.loads(one) for one in meeting.table]
-
-        return Thread(rank, self.count, torch.device("cpu"))
+from tests.support.meeting import Meeting
 
 
 def conversations(count: int, bad: tuple[int, ...] = (), long: tuple[int, ...] = ()) -> list[Any]:
