@@ -135,7 +135,7 @@ def _compiled(decision: Decision, clock: Clock, mode: CompileMode) -> Numbers:
         if setting.on_gpu:
             torch.compiler.cudagraph_mark_step_begin()
         tapped = decision.backbone.tap(inputs, setting.layer)
-        return sample(tapped.hidden, tapped.mask, *decision.rest)  # type: ignore[no-any-return]
+        return sample(tapped.hidden, tapped.mask, *decision.rest)
 
     try:
         choose()

@@ -181,10 +181,8 @@ def _from_cache(sampler: PolicySampler) -> MakeBatch[PolicyBatch]:
 
 def _predicted2(setting: Setting, config: PolicyTrainingConfig, batch: PolicyBatch) -> int:
     """Return the peak of a step beside the weights of the backbone."""
-    tensors = {
-        name: empty(*x.shape) for name, x in vars(batch).items() if name in ("hidden", "future_hidden")
-    }
-    bare = replace(batch, **tensors).to("cpu")
+    hidden, future = empty(*batch.hidden.shape), empty(*batch.future_hidden.shape)
+    bare = replace(batch, hidden=hidden, future_hidden=future).to("cpu")
     step = stage2_step(setting.network_outline(), setting.policy.ema, config.loop, bare, mixed=setting.on_gpu)
     live = 0 if config.cache is not None else _tap_bytes(setting, config, open_dataset(config.datasets[0]))
     return _weights(setting) + step.peak + live

@@ -79,7 +79,7 @@ def allocated_peak(run: Callable[[], object]) -> int:
 
 def small_qwen(device: str = "cpu", **text: Any) -> Backbone:
     """A Qwen2.5-VL of a few million parameters, in the real classes, on a device."""
-    config = shape_of("qwen2_5_vl_3b")
+    config: Any = shape_of("qwen2_5_vl_3b")
     changes = {
         "vocab_size": 4096,
         "hidden_size": 128,
