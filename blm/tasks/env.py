@@ -16,9 +16,10 @@ from blm.robots.build import FINGERS
 from blm.tasks.appearance import Appearance, AppearanceRandomizer
 from blm.tasks.distractors import Distractors, draw_distractors, show_distractors
 from blm.tasks.rendering import Renderer
-from blm.tasks.scene import CAMERAS, SUBSTEPS, build_model
-from blm.tasks.spec import Item, ObjectState, Placement
+from blm.tasks.scene import CAMERAS, SUBSTEPS, build_model, paint_items
+from blm.tasks.spec import Item, ObjectState, Placement, SceneDraw
 from blm.tasks.task_env import RENDER_SIZE, TaskEnv
+from blm.tasks.variation import Variation
 from blm.types import BlmError, ContractError, FloatArray, ImageArray, lookup
 
 _PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -37,9 +38,13 @@ class EnvState:
     start."""
     steps: int
     instruction: str
+    named_other: bool
+    """Whether the instruction names the other thing, which is judged then."""
+    items: tuple[Item, ...]
     distractors: Distractors
-    appearance_seed: int
-    """Seed of the episode's appearance."""
+    seed: int
+    """Seed of the episode, from which its appearance is drawn."""
+    variation: Variation
 
 
 class Env(TaskEnv):
@@ -49,26 +54,30 @@ class Env(TaskEnv):
         self.model = build_model(self.robot, self.task_spec, self._extra)
         self.data = mujoco.MjData(self.model)
         self._randomizer = AppearanceRandomizer(self.model, appearance)
-        self._appearance_seed = 0
+        self._seed = 0
         self._distractors: Distractors = ()
         self._renderer: Renderer | None = None
 
-    def _start_episode(self, seed: int, arm_start: str) -> None:
+    def _start_episode(self, seed: int, draw: SceneDraw, arm_start: str) -> None:
         arm_rng = self._stream(seed, "arm")
         distractor_rng = self._stream(seed, "distractors")
         mujoco.mj_resetData(self.model, self.data)
-        region = self.task_spec.region(self.robot)
-        placement = self.task_spec.sample(self._stream(seed, "placement"), self.robot, region)
+        placement = draw.placement
         self._distractors = draw_distractors(distractor_rng, self.robot, self.items, placement, self._extra)
-        show_distractors(self.model, self._distractors)
-        self._appearance_seed = seed
-        self._randomizer.apply(seed)
+        self._seed = seed
+        self._dress()
         self._set_item_poses({**placement, **{item.name: where for item, where in self._distractors}})
         home = np.array(self.robot.home)
         self._set_arm(home + arm_rng.normal(0, self.robot.reset_noise, len(home)), opening=1.0)
         if arm_start == "random":
             self._randomise_arm(arm_rng)
         self._refresh()
+
+    def _dress(self) -> None:
+        """Show the colours, distractors and looks of the present episode."""
+        paint_items(self.model, self.items)
+        show_distractors(self.model, self._distractors)
+        self._randomizer.apply(self._seed)
 
     def _simulate(self, target: FloatArray) -> None:
         self.data.ctrl[:] = (*target[:-1], target[-1] * self.robot.gripper.stroke)
@@ -84,7 +93,16 @@ class Env(TaskEnv):
         """Return a copy of the complete state."""
         physics = np.empty(mujoco.mj_stateSize(self.model, _PHYSICS))
         mujoco.mj_getState(self.model, self.data, physics, _PHYSICS)
-        return EnvState(physics, self._steps, self.task_description, self._distractors, self._appearance_seed)
+        return EnvState(
+            physics=physics,
+            steps=self._steps,
+            instruction=self.task_description,
+            named_other=self._named_other,
+            items=self.items,
+            distractors=self._distractors,
+            seed=self._seed,
+            variation=self.variation,
+        )
 
     def set_state(self, state: EnvState) -> None:
         """Continue from the state of an Env of the same robot, task and distractors."""
@@ -96,10 +114,12 @@ class Env(TaskEnv):
             )
         self._steps = state.steps
         self.task_description = state.instruction
+        self._named_other = state.named_other
+        self.items = state.items
+        self.variation = state.variation
         self._distractors = state.distractors
-        show_distractors(self.model, self._distractors)
-        self._appearance_seed = state.appearance_seed
-        self._randomizer.apply(state.appearance_seed)
+        self._seed = state.seed
+        self._dress()
         mujoco.mj_setState(self.model, self.data, state.physics, _PHYSICS)
         self._refresh()
 

@@ -24,8 +24,10 @@ from numpy.typing import NDArray
 from blm.robots import ROBOTS
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.scene import CAMERAS
-from blm.tasks.spec import Item, ObjectState
+from blm.tasks.spec import Item, ObjectState, SceneDraw
 from blm.tasks.task_env import TaskEnv
+from blm.tasks.variation import PLAIN as NO_VARIATION
+from blm.tasks.variation import Variation
 from blm.types import BlmError, FloatArray, ImageArray, lookup
 
 _HAND = "panda_hand"
@@ -146,7 +148,13 @@ class ManiSkillEnv(TaskEnv):
         if start != "home":
             raise BlmError(f"ManiSkill starts at 'home', not '{start}'; collect with random_starts 0")
 
-    def _start_episode(self, seed: int, arm_start: str) -> None:
+    def _check_variation(self, variation: Variation) -> None:
+        if variation != NO_VARIATION:
+            raise BlmError(
+                f"ManiSkill's scenes cannot be varied, and this episode asks for {variation.to_json()}"
+            )
+
+    def _start_episode(self, seed: int, draw: SceneDraw, arm_start: str) -> None:
         self._seed = seed
         self.restart()
 

@@ -6,6 +6,8 @@ density of items are ManiSkill's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mujoco
 
 from blm.robots import RobotSpec, add_robot, camera_quaternion
@@ -57,6 +59,14 @@ def build_model(robot: RobotSpec, task: TaskSpec, distractors: int) -> mujoco.Mj
     ):
         _add_item(spec, item)
     return spec.compile()
+
+
+def paint_items(model: mujoco.MjModel, items: Sequence[Item]) -> None:
+    """Give the geoms of these items their present colours."""
+    for item in items:
+        first = model.body(item.name).geomadr[0]
+        for number, part in enumerate(item.parts):
+            model.geom_rgba[first + number] = PALETTE[part.color]
 
 
 def _set_options(spec: mujoco.MjSpec) -> None:

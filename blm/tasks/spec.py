@@ -98,6 +98,19 @@ class ObjectState:
 
 
 @dataclass(frozen=True, eq=False)
+class SceneDraw:
+    """The scene of one episode."""
+
+    items: tuple[Item, ...]
+    """Items of the same names, roles and shapes as `TaskSpec.items`; only their colours are drawn."""
+    placement: Placement
+    words: Mapping[str, str] = field(default_factory=dict)
+    """Words that fill the slots of the instruction, e.g. "color" -> "yellow"."""
+    other_words: Mapping[str, str] = field(default_factory=dict)
+    """Words of the instruction that names the other thing of the same scene; empty if there is none."""
+
+
+@dataclass(frozen=True, eq=False)
 class TaskState:
     """The state that a success rule judges."""
 
@@ -144,6 +157,10 @@ class TaskSpec:
     """Whether that item must be grasped."""
     regions: Mapping[str, Region] = field(default_factory=dict)
     """Robot name -> spawn region, for arms that cannot do the task in their whole workspace."""
+    scene: Callable[[np.random.Generator, RobotSpec, Region], SceneDraw] | None = None
+    """Draws colours and words as well as poses; None for a task whose scenes differ in poses only."""
+    swap: Mapping[str, str] = field(default_factory=dict)
+    """Item -> the item in its place if the instruction names the other thing, for scoring that one."""
     view_shift: float = 0.0
     """Shift of the third-person cameras along x that keeps the task in view [m]."""
     max_steps: int = 200
@@ -154,8 +171,15 @@ class TaskSpec:
         area = robot.workspace
         return self.regions.get(robot.name, Region(area.centre, (area.half, area.half)))
 
+    def draw(self, rng: np.random.Generator, robot: RobotSpec) -> SceneDraw:
+        """Draw the scene of an episode."""
+        region = self.region(robot)
+        if self.scene is not None:
+            return self.scene(rng, robot, region)
+        return SceneDraw(self.items(robot), self.sample(rng, robot, region))
+
     def instruction(self, index: int) -> str:
-        """Return phrasing `index`, held-out ones counted last.
+        """Return phrasing `index`, held-out ones counted last; its slots are not filled.
 
         Raises BlmError when out of range.
         """

@@ -24,7 +24,9 @@ from blm.robots import ROBOTS
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.registry import TASKS
 from blm.tasks.scene import CAMERAS
-from blm.tasks.spec import ObjectState, TaskState
+from blm.tasks.spec import ObjectState, SceneDraw, TaskState
+from blm.tasks.variation import PLAIN as NO_VARIATION
+from blm.tasks.variation import Variation
 from blm.types import BlmError, FloatArray, ImageArray, Observation, lookup
 
 _STREAMS = {"placement": 0, "phrasing": 1, "distractors": 2, "arm": 3}
@@ -76,6 +78,9 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         if not 16 <= image_size <= 1024 or not 0 <= distractors <= 20:
             raise BlmError(f"image_size {image_size} must be 16..1024, distractors {distractors} 0..20")
         self.items = self.task_spec.items(self.robot)
+        self.variation = NO_VARIATION
+        """How the present episode differs from the plain suite."""
+        self._named_other = False
         self.seconds = {"physics": 0.0, "rendering": 0.0}
         """Time spent in physics and rendering since the environment was made [s]."""
         self._max_episode_steps = self._default_max_steps() if max_steps is None else max_steps
@@ -114,9 +119,12 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         """Raise BlmError for an invalid value of the reset option "arm"."""
         lookup("arm start", start, {"home": 0, "random": 0})
 
+    def _check_variation(self, variation: Variation) -> None:
+        """Raise BlmError for a variation that this simulator cannot show."""
+
     @abstractmethod
-    def _start_episode(self, seed: int, arm_start: str) -> None:
-        """Put the scene of `seed` into its initial state."""
+    def _start_episode(self, seed: int, draw: SceneDraw, arm_start: str) -> None:
+        """Put the scene `draw` of `seed`, with `variation`, into its initial state."""
 
     @abstractmethod
     def _simulate(self, target: FloatArray) -> None:
@@ -159,25 +167,52 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[EnvObservation, dict[str, Any]]:
-        """Start the episode of `seed`. Options: "phrasing" (index), "arm" ("home" or "random").
+        """Start the episode of `seed`.
 
-        Raises BlmError for an unknown option, phrasing or arm start.
+        Options: "phrasing" (index) or "wording" (text, whose slots are filled; may be empty);
+        "named" ("own", or "other" for the instruction of the other thing in the scene, by which
+        success is then judged); "arm" ("home" or "random"); "variation" (a `Variation`).
+
+        Raises BlmError for an unknown option, phrasing or arm start, for a wording with an unknown
+        slot, and for a variation that the simulator cannot show.
         """
         super().reset(seed=seed)
-        chosen: dict[str, Any] = {"arm": "home", "phrasing": None}
+        chosen: dict[str, Any] = {
+            "arm": "home", "phrasing": None, "wording": None, "named": "own", "variation": NO_VARIATION
+        }  # fmt: skip
         for option in options or {}:
             lookup("reset option", option, chosen)
         chosen |= options or {}
         self._check_arm_start(chosen["arm"])
+        self._check_variation(chosen["variation"])
         if seed is None:  # beyond all reserved ranges of seeds
             seed = int(self.np_random.integers(10_000_000, 2**31))
-        phrasing = chosen["phrasing"]
-        if phrasing is None:
-            phrasing = int(self._stream(seed, "phrasing").integers(len(self.task_spec.phrasings)))
-        self.task_description = self.task_spec.instruction(phrasing)
+        draw = self.task_spec.draw(self._stream(seed, "placement"), self.robot)
+        self.task_description = self._instruct(seed, draw, chosen)
+        self.items = draw.items
+        self.variation = chosen["variation"]
         self._steps = 0
-        self._start_episode(seed, chosen["arm"])
+        self._start_episode(seed, draw, chosen["arm"])
         return self.observe(), self._info()
+
+    def _instruct(self, seed: int, draw: SceneDraw, chosen: dict[str, Any]) -> str:
+        """Return the instruction of an episode, and note whether it names the other thing."""
+        lookup("named thing", chosen["named"], {"own": 0, "other": 0})
+        self._named_other = chosen["named"] == "other"
+        if self._named_other and not draw.other_words:
+            raise BlmError(f"the scenes of task '{self.task}' have no other thing to name")
+        phrasing, wording = chosen["phrasing"], chosen["wording"]
+        if wording is None:
+            if phrasing is None:
+                phrasing = int(self._stream(seed, "phrasing").integers(len(self.task_spec.phrasings)))
+            wording = self.task_spec.instruction(phrasing)
+        words = draw.other_words if self._named_other else draw.words
+        try:
+            return wording.format(**words)
+        except (KeyError, IndexError, ValueError) as error:
+            raise BlmError(
+                f"wording {wording!r} of task '{self.task}' has slots other than {sorted(words)}"
+            ) from error
 
     @staticmethod
     def _stream(seed: int, name: str) -> np.random.Generator:
@@ -216,7 +251,12 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
     def task_state(self) -> TaskState:
         """Return the state that the task's success rule judges."""
         grasped = frozenset(i.name for i in self.items if i.role == "free" and self.is_grasping(i.name))
-        return TaskState(self.robot, self.objects(), self.arm_speed(), grasped)
+        objects = self.objects()
+        if self._named_other:
+            swap = self.task_spec.swap
+            objects = {name: objects[swap.get(name, name)] for name in objects}
+            grasped = frozenset(swap.get(name, name) for name in grasped)
+        return TaskState(self.robot, objects, self.arm_speed(), grasped)
 
     def evaluate(self) -> dict[str, bool]:
         """Return the task's conditions in the present state; one of them is "success"."""
