@@ -5,16 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from blm.robots import RobotSpec
-from blm.tasks.spec import Item, Part, Placement, Region, TaskSpec, TaskState, pose
+from blm.tasks.spec import Item, ObjectState, Part, Placement, Region, TaskSpec, TaskState, pose
 
 HALF_LENGTH = 0.12
-"""Half the length of the peg [m]; it weighs 0.6 kg."""
+"""Half the length of the peg of the plain suite [m]; it weighs 0.6 kg."""
 HALF_WIDTH = 0.025
-"""Half the width of the peg [m]."""
+"""Half the width of the same peg [m]."""
 UPRIGHT = 0.08
 """Maximum angle from the vertical for success [rad]."""
 LEVEL = 0.005
 """Maximum error of the centre's height for success [m]."""
+
+
+def half_length(peg: ObjectState) -> float:
+    """Return half the length of a peg, whose first part is one of its halves [m]."""
+    return 2 * peg.size[0]
 
 
 def angle_from_vertical(world_axis: np.ndarray) -> float:
@@ -40,7 +45,7 @@ def _success(state: TaskState) -> dict[str, bool]:
     w, x, y, z = peg.quaternion
     axis = np.array([1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)])  # its local x
     upright = angle_from_vertical(axis) < UPRIGHT
-    level = bool(abs(peg.position[2] - HALF_LENGTH) < LEVEL)
+    level = bool(abs(peg.position[2] - half_length(peg)) < LEVEL)
     grasped = "peg" in state.grasped
     return {
         "is_upright": upright,

@@ -21,15 +21,24 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from blm.robots import ROBOTS
-from blm.tasks.appearance import PLAIN, Appearance
+from blm.tasks.randomization import NO_RANDOMIZATION, DomainRandomization
 from blm.tasks.registry import TASKS
 from blm.tasks.scene import CAMERAS
+from blm.tasks.sensing import disturb_picture, disturb_state, is_dropped
 from blm.tasks.spec import ObjectState, SceneDraw, TaskState
 from blm.tasks.variation import PLAIN as NO_VARIATION
 from blm.tasks.variation import Variation
 from blm.types import BlmError, FloatArray, ImageArray, Observation, lookup
 
-_STREAMS = {"placement": 0, "phrasing": 1, "distractors": 2, "arm": 3}
+_STREAMS = {
+    "placement": 0,
+    "phrasing": 1,
+    "distractors": 2,
+    "arm": 3,
+    "clutter": 5,
+    "sensors": 6,
+    "variation": 7,
+}
 """Random stream -> its number; each is independent of the others."""
 RENDER_SIZE = 480
 """Side of the pictures for people [px]."""
@@ -63,7 +72,7 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         max_steps: int | None = None,
         terminate_on_success: bool = True,
         distractors: int = 0,
-        appearance: Appearance = PLAIN,
+        randomization: DomainRandomization = NO_RANDOMIZATION,
     ) -> None:
         """Raises BlmError for invalid arguments."""
         self.robot = lookup("robot", robot, ROBOTS)
@@ -81,14 +90,18 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         self.variation = NO_VARIATION
         """How the present episode differs from the plain suite."""
         self._named_other = False
+        self._seed = 0
+        self._delivered: dict[str, ImageArray] = {}
         self.seconds = {"physics": 0.0, "rendering": 0.0}
         """Time spent in physics and rendering since the environment was made [s]."""
         self._max_episode_steps = self._default_max_steps() if max_steps is None else max_steps
         self._terminate = terminate_on_success
         self._extra = distractors
+        self.randomization = randomization
+        """Distribution of the variation of episodes whose reset states none."""
         self._steps = 0
         self._make_spaces()
-        self._make_simulator(appearance)
+        self._make_simulator()
 
     def _make_spaces(self) -> None:
         space = self.contract_space = self.robot.action_space
@@ -105,7 +118,7 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
     # --- what a simulator adds ---
 
     @abstractmethod
-    def _make_simulator(self, appearance: Appearance) -> None:
+    def _make_simulator(self) -> None:
         """Build the scene of `robot`, `task_spec` and `_extra` distractors.
 
         Raises BlmError if the simulator does not have it.
@@ -171,27 +184,30 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
 
         Options: "phrasing" (index) or "wording" (text, whose slots are filled; may be empty);
         "named" ("own", or "other" for the instruction of the other thing in the scene, by which
-        success is then judged); "arm" ("home" or "random"); "variation" (a `Variation`).
+        success is then judged); "arm" ("home" or "random"); "variation" (a `Variation`; by default
+        one is drawn from `randomization`).
 
         Raises BlmError for an unknown option, phrasing or arm start, for a wording with an unknown
         slot, and for a variation that the simulator cannot show.
         """
         super().reset(seed=seed)
         chosen: dict[str, Any] = {
-            "arm": "home", "phrasing": None, "wording": None, "named": "own", "variation": NO_VARIATION
+            "arm": "home", "phrasing": None, "wording": None, "named": "own", "variation": None
         }  # fmt: skip
         for option in options or {}:
             lookup("reset option", option, chosen)
         chosen |= options or {}
         self._check_arm_start(chosen["arm"])
-        self._check_variation(chosen["variation"])
         if seed is None:  # beyond all reserved ranges of seeds
             seed = int(self.np_random.integers(10_000_000, 2**31))
-        draw = self.task_spec.draw(self._stream(seed, "placement"), self.robot)
+        variation = chosen["variation"] or self.randomization.draw(self.stream(seed, "variation"))
+        self._check_variation(variation)
+        draw = self.task_spec.draw(self.stream(seed, "placement"), self.robot)
         self.task_description = self._instruct(seed, draw, chosen)
         self.items = draw.items
-        self.variation = chosen["variation"]
-        self._steps = 0
+        self.variation = variation
+        self._seed, self._steps = seed, 0
+        self._delivered.clear()
         self._start_episode(seed, draw, chosen["arm"])
         return self.observe(), self._info()
 
@@ -204,7 +220,7 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         phrasing, wording = chosen["phrasing"], chosen["wording"]
         if wording is None:
             if phrasing is None:
-                phrasing = int(self._stream(seed, "phrasing").integers(len(self.task_spec.phrasings)))
+                phrasing = int(self.stream(seed, "phrasing").integers(len(self.task_spec.phrasings)))
             wording = self.task_spec.instruction(phrasing)
         words = draw.other_words if self._named_other else draw.words
         try:
@@ -215,7 +231,7 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
             ) from error
 
     @staticmethod
-    def _stream(seed: int, name: str) -> np.random.Generator:
+    def stream(seed: int, name: str) -> np.random.Generator:
         """Return one of the random streams of an episode; `name` is in `_STREAMS`."""
         return np.random.default_rng((seed, _STREAMS[name]))
 
@@ -229,17 +245,22 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         late = self._steps >= self._max_episode_steps
         return self.observe(), float(info["success"]), done, late, info
 
-    def observe(self) -> EnvObservation:
-        """Render all cameras and return the present observation."""
-        pixels = {camera: self.picture(camera) for camera in self.cameras}
-        return {"pixels": pixels, "agent_pos": self.state()}
+    def observe(self, cameras: Iterable[str] | None = None) -> EnvObservation:
+        """Return the present observation of these cameras (default: `cameras`), with sensor errors.
 
-    def observation(self, seed: int = 0) -> Observation:
-        """Return the present observation as a `types.Observation`.
+        The errors follow from the seed of the episode and the step: observing twice gives the same.
+        """
+        pixels = {camera: self._sense(camera) for camera in (self.cameras if cameras is None else cameras)}
+        noise = self.variation.sensors
+        rng = np.random.default_rng((self._seed, _STREAMS["sensors"], self._steps))
+        return {"pixels": pixels, "agent_pos": disturb_state(self.state(), noise, rng)}
+
+    def observation(self, seed: int = 0, cameras: Iterable[str] | None = None) -> Observation:
+        """Return `observe(cameras)` as a `types.Observation`.
 
         `seed` is the policy's sampling seed.
         """
-        seen = self.observe()
+        seen = self.observe(cameras)
         return Observation(
             images=seen["pixels"],
             state=seen["agent_pos"],
@@ -247,6 +268,19 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
             robot=self.embodiment,
             seed=seed,
         )
+
+    def _sense(self, camera: str) -> ImageArray:
+        """Return the picture that a camera delivers now: with errors, or its previous one."""
+        noise = self.variation.sensors
+        if noise == NO_VARIATION.sensors:
+            return self.picture(camera)
+        lookup("camera", camera, CAMERAS)
+        number = [*CAMERAS].index(camera)
+        rng = np.random.default_rng((self._seed, _STREAMS["sensors"], self._steps, 1 + number))
+        if is_dropped(noise, rng) and camera in self._delivered:
+            return self._delivered[camera]
+        self._delivered[camera] = disturb_picture(self.picture(camera), noise, rng)
+        return self._delivered[camera]
 
     def task_state(self) -> TaskState:
         """Return the state that the task's success rule judges."""

@@ -17,9 +17,8 @@ import numpy as np
 
 from blm.robots.build import FINGERS
 from blm.tasks import Env
-from blm.tasks.place_sphere import REST
+from blm.tasks.place_sphere import resting_height
 from blm.tasks.push_cube import TARGET_RADIUS
-from blm.tasks.rendering import Renderer
 from blm.tasks.spec import ObjectState
 from blm.types import ImageArray
 
@@ -111,22 +110,22 @@ class SceneObservation:
 class SceneObserver:
     """Observes an environment: one image and one segmentation mask per camera.
 
-    Holds an OpenGL context until `close`.
+    Images have the sensor errors of the episode's variation; masks have none. `close` frees the
+    environment's renderers.
     """
 
     def __init__(self, env: Env, cameras: Sequence[str]) -> None:
         self.env, self.cameras = env, tuple(cameras)
-        self._renderer = Renderer(env.model, env.image_size)
 
     def observe(self, arrangement: Arrangement = "sampled") -> SceneObservation:
         """Render all cameras and return the observation."""
         env, size = self.env, self.env.image_size
         objects, tcp = env.objects(), np.asarray(env.tcp()[0])
         labels = {key: label(state) for key, state in objects.items()}
-        images, points, boxes, seen = {}, {}, {}, set()
+        images = env.observe(self.cameras)["pixels"]
+        points, boxes, seen = {}, {}, set()
         for camera in self.cameras:
-            images[camera] = self._renderer.rgb(env.data, camera, size)
-            bodies = np.append(env.model.geom_bodyid, 0)[self._renderer.geoms(env.data, camera, size)]
+            bodies = env.bodies(camera)
             masks = {key: bodies == env.data.body(key).id for key in objects}
             visible = [key for key in objects if masks[key].sum() >= MIN_VISIBLE * size**2]
             where = env.project(np.stack([objects[key].position for key in visible] + [tcp]), camera)[:, :2]
@@ -147,7 +146,7 @@ class SceneObserver:
         return SceneObservation(scene_objects, tcp, points, images, boxes, base, middle, arrangement)
 
     def close(self) -> None:
-        self._renderer.close()
+        self.env.close()
 
 
 def box_of(mask: np.ndarray) -> Box | None:
@@ -218,7 +217,11 @@ def _new_position(
         clear = _is_free(tcp, None, list(others.values()))
         return tcp if clear and tcp[2] > 2 * item.size[0] else None
     if arrangement == "done" and goal is not None:
-        rise = {"disc": item.size[0], "cube": 2 * item.size[0], "bin": REST}[goal.kind]
+        rise = {
+            "disc": item.size[0],
+            "cube": item.size[0] + goal.size[0],
+            "bin": resting_height(item, goal),
+        }[goal.kind]
         radius = 0.6 * TARGET_RADIUS if goal.kind == "disc" else 0.0
         spot = goal.position + np.array([*rng.uniform(-radius, radius, 2) / np.sqrt(2), rise])
         return spot if _is_free(spot, tcp, [o for o in others.values() if o is not goal]) else None
