@@ -20,6 +20,7 @@ from blm.tasks.distractors import Distractors, draw_distractors, show_distractor
 from blm.tasks.rendering import Renderer
 from blm.tasks.scene import CAMERAS, SUBSTEPS, paint_items
 from blm.tasks.scene_variation import SceneModel, needs_dressing
+from blm.tasks.sensing import Sensors
 from blm.tasks.spec import Item, ObjectState, Placement, SceneDraw
 from blm.tasks.task_env import RENDER_SIZE, TaskEnv
 from blm.tasks.variation import Variation
@@ -128,7 +129,7 @@ class Env(TaskEnv):
             distractors=self._distractors,
             seed=self._seed,
             variation=self.variation,
-            delivered=dict(self._delivered),
+            delivered=dict(self._sensors.delivered),
         )
 
     def set_state(self, state: EnvState) -> None:
@@ -149,7 +150,7 @@ class Env(TaskEnv):
         self.variation = state.variation
         self._distractors = state.distractors
         self._seed = state.seed
-        self._delivered = dict(state.delivered)
+        self._sensors = Sensors(state.variation.sensors, state.seed, state.delivered)
         self._dress()
         mujoco.mj_setState(self.model, self.data, state.physics, _PHYSICS)
         self._refresh()

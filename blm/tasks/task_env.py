@@ -13,6 +13,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypedDict
 
 import gymnasium
@@ -24,7 +25,7 @@ from blm.robots import ROBOTS
 from blm.tasks.randomization import NO_RANDOMIZATION, DomainRandomization
 from blm.tasks.registry import TASKS
 from blm.tasks.scene import CAMERAS
-from blm.tasks.sensing import disturb_picture, disturb_state, is_dropped
+from blm.tasks.sensing import Sensors
 from blm.tasks.spec import ObjectState, SceneDraw, TaskState
 from blm.tasks.variation import PLAIN as NO_VARIATION
 from blm.tasks.variation import Variation
@@ -91,7 +92,7 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         """How the present episode differs from the plain suite."""
         self._named_other = False
         self._seed = 0
-        self._delivered: dict[str, ImageArray] = {}
+        self._sensors = Sensors(NO_VARIATION.sensors, 0)
         self.seconds = {"physics": 0.0, "rendering": 0.0}
         """Time spent in physics and rendering since the environment was made [s]."""
         self._max_episode_steps = self._default_max_steps() if max_steps is None else max_steps
@@ -207,7 +208,7 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         self.items = draw.items
         self.variation = variation
         self._seed, self._steps = seed, 0
-        self._delivered.clear()
+        self._sensors = Sensors(variation.sensors, seed)
         self._start_episode(seed, draw, chosen["arm"])
         return self.observe(), self._info()
 
@@ -250,10 +251,11 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
 
         The errors follow from the seed of the episode and the step: observing twice gives the same.
         """
-        pixels = {camera: self._sense(camera) for camera in (self.cameras if cameras is None else cameras)}
-        noise = self.variation.sensors
-        rng = np.random.default_rng((self._seed, _STREAMS["sensors"], self._steps))
-        return {"pixels": pixels, "agent_pos": disturb_state(self.state(), noise, rng)}
+        pixels = {
+            camera: self._sensors.picture(camera, self._steps, partial(self.picture, camera))
+            for camera in (self.cameras if cameras is None else cameras)
+        }
+        return {"pixels": pixels, "agent_pos": self._sensors.state(self.state(), self._steps)}
 
     def observation(self, seed: int = 0, cameras: Iterable[str] | None = None) -> Observation:
         """Return `observe(cameras)` as a `types.Observation`.
@@ -268,19 +270,6 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
             robot=self.embodiment,
             seed=seed,
         )
-
-    def _sense(self, camera: str) -> ImageArray:
-        """Return the picture that a camera delivers now: with errors, or its previous one."""
-        noise = self.variation.sensors
-        if noise == NO_VARIATION.sensors:
-            return self.picture(camera)
-        lookup("camera", camera, CAMERAS)
-        number = [*CAMERAS].index(camera)
-        rng = np.random.default_rng((self._seed, _STREAMS["sensors"], self._steps, 1 + number))
-        if is_dropped(noise, rng) and camera in self._delivered:
-            return self._delivered[camera]
-        self._delivered[camera] = disturb_picture(self.picture(camera), noise, rng)
-        return self._delivered[camera]
 
     def task_state(self) -> TaskState:
         """Return the state that the task's success rule judges."""
