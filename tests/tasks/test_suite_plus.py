@@ -161,11 +161,13 @@ def test_the_share_of_plain_episodes_and_switches_hold():
 
 
 def test_an_environment_draws_its_variation_from_the_seed():
-    env = Env("panda", "pick_cube", cameras=(), randomization=DomainRandomization(amplitude=1.0))
+    training = DomainRandomization(amplitude=1.0)
+    env = Env("panda", "pick_cube", cameras=("base",), image_size=32, randomization=training)
     seen = []
     for seed in (*range(12), 0):
         env.reset(seed=seed)
         seen.append(env.variation)
+        assert Variation.from_json(json.loads(json.dumps(env.variation.to_json()))) == env.variation
     assert seen[0] == seen[-1] and PLAIN in seen and len({str(one) for one in seen}) > 6
     env.reset(seed=1, options={"variation": PLAIN})
     assert env.variation == PLAIN
