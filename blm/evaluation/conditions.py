@@ -135,9 +135,7 @@ def select(
     graded_levels = {str(condition.level): 0 for condition in conditions if condition.is_graded}
     for chosen, there, what in ((rows, have, "axis"), (levels, graded_levels, "level")):
         if chosen and not there:
-            raise BlmError(
-                f"{what} {', '.join(map(str, chosen))}: this protocol has no {what} to choose from"
-            )
+            raise BlmError(f"{what} {', '.join(map(str, chosen))}: this protocol has none to choose from")
         for one in chosen:
             lookup(f"{what} of this protocol", str(one), there)
     return tuple(

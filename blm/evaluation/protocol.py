@@ -254,7 +254,7 @@ class PhysicalProtocol:
 
 def require_no_variation(conditions: Sequence[Condition], visible_goals: bool) -> None:
     """Raise BlmError, which names them, for what ManiSkill's scenes cannot show."""
-    axes = [one for one in dict.fromkeys(c.axis for c in conditions if c.needs_variation)]
+    axes = list(dict.fromkeys(c.axis for c in conditions if c.needs_variation))
     axes += ["visible goals"] if visible_goals else []
     if axes:
         raise BlmError(

@@ -50,6 +50,6 @@ def draw_until_visible(env: Env, draw_again: Callable[[], None]) -> None:
         draw_again()
     if hidden := hidden_goals(env):
         raise BlmError(
-            f"{', '.join(hidden)} of '{env.embodiment}' in '{env.task}' is hidden from {' and '.join(CAMERAS)} "
-            f"in {DRAWS} scenes of one seed"
+            f"{', '.join(hidden)} of '{env.embodiment}' in '{env.task}' is hidden from "
+            f"{' and '.join(CAMERAS)} in {DRAWS} scenes of one seed"
         )
