@@ -73,7 +73,6 @@ def evaluate_physical(
             engine=engine,
         )
     episodes = [EpisodeResult.from_json(row) for row in results.values()]
-    execution = _execution(episodes, workers, host.served if host else None)
     result = PhysicalResult(
         protocol=protocol,
         machine=this_machine(rendering=gl_backend()),
@@ -81,7 +80,7 @@ def evaluate_physical(
         model=contract.revision or "unnamed",
         training=contract.training,
         summary=summarise(episodes),
-        execution=execution,
+        execution=_execution(episodes, workers, host.served if host else None),
         episodes=tuple(episodes),
     )
     return write_result(out, result)
