@@ -48,6 +48,7 @@ class EnvState:
     variation: Variation
     words: Mapping[str, str]
     """Words that fill the slots of the instruction."""
+    other_words: Mapping[str, str]
     start: Mapping[str, FloatArray]
     """Position of each object at the start of the episode, [3]."""
     went_wrong: bool
@@ -110,6 +111,7 @@ class Env(TaskEnv):
             seed=self._seed,
             variation=self.variation,
             words=self.words,
+            other_words=self.other_words,
             start=dict(self._start),
             went_wrong=self._went_wrong,
         )
@@ -128,6 +130,7 @@ class Env(TaskEnv):
         self.items = state.items
         self.variation = state.variation
         self.words = state.words
+        self.other_words = state.other_words
         self._start = dict(state.start)
         self._went_wrong = state.went_wrong
         self._distractors = state.distractors

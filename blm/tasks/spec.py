@@ -36,6 +36,10 @@ PALETTE = {
 }
 
 
+MARKERS = ("sphere", "disc")
+"""Kinds of goal markers, which are not objects and are referred to by name only."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One primitive shape of an item, in the item's frame."""
@@ -90,6 +94,11 @@ class ObjectState:
     """Speed of its centre [m/s]."""
     spin: float = 0.0
     """Angular speed [rad/s]."""
+
+    @property
+    def label(self) -> str:
+        """Its name in questions: colour and kind, or the name of a goal marker."""
+        return self.name.replace("_", " ") if self.kind in MARKERS else f"{self.color} {self.kind}"
 
     @property
     def is_static(self) -> bool:

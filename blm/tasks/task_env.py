@@ -44,6 +44,12 @@ class EnvObservation(TypedDict):
     """Joint positions [rad] and measured gripper opening, [D]."""
 
 
+def draw_scene(robot: str, task: str, seed: int) -> SceneDraw:
+    """Return the scene of an episode, before any variation."""
+    arm = lookup("robot", robot, ROBOTS)
+    return lookup("task", task, TASKS).draw(np.random.default_rng((seed, _STREAMS["placement"])), arm)
+
+
 class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
     """A robot at a table with one task; `robot` and `task` are names in ROBOTS and TASKS.
 
@@ -82,6 +88,8 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         """How the present episode differs from the plain suite."""
         self.words: Mapping[str, str] = {}
         """Words that fill the slots of the present instruction."""
+        self.other_words: Mapping[str, str] = {}
+        """Words of the instruction that names the other thing of the scene; empty if there is none."""
         self._named_other = self._went_wrong = False
         self._start: dict[str, FloatArray] = {}
         self.seconds = {"physics": 0.0, "rendering": 0.0}
@@ -190,7 +198,7 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         self._check_variation(chosen["variation"])
         if seed is None:  # beyond all reserved ranges of seeds
             seed = int(self.np_random.integers(10_000_000, 2**31))
-        draw = self.task_spec.draw(self._stream(seed, "placement"), self.robot)
+        draw = draw_scene(self.embodiment, self.task, seed)
         self.task_description = self._instruct(seed, draw, chosen)
         self.items = draw.items
         self.variation = chosen["variation"]
@@ -211,7 +219,8 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
             if phrasing is None:
                 phrasing = int(self._stream(seed, "phrasing").integers(len(self.task_spec.phrasings)))
             wording = self.task_spec.instruction(phrasing)
-        self.words = words = draw.other_words if self._named_other else draw.words
+        pair = draw.words, draw.other_words
+        self.words, self.other_words = words, _ = pair[::-1] if self._named_other else pair
         try:
             return wording.format(**words)
         except (KeyError, IndexError, ValueError) as error:

@@ -198,7 +198,7 @@ def synthetic(out: Path, model: str, rate: float) -> Path:
                 success_at_end=solved,
                 steps=200,
                 first_success=None,
-                reason="" if solved else REASONS[seed % 5],
+                reason="" if solved else REASONS[seed % len(REASONS)],
                 success_at_limit=solved and seed != 1,
             )
         )
