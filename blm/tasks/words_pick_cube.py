@@ -15,6 +15,12 @@ _DEPTH = 0.02
 """Maximum offset of each cube in x [m]."""
 
 
+_LOW = 0.13
+"""Height below which no hand at home hides a goal from the cameras base and wrist [m]."""
+_AHEAD = 0.4
+"""Minimum x of a higher goal in the region, as a multiple of the half extent: there it is visible too."""
+
+
 def _items(robot: RobotSpec, color: str = "red", other: str = "blue") -> tuple[Item, ...]:
     half = robot.workspace.cube_half
     return cube("cube", color, half), cube("other", other, half), goal_sphere(robot)
@@ -24,11 +30,15 @@ def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Place
     half = robot.workspace.cube_half
     cube_at, other_at = side_by_side(rng, region.draw(rng), _GAP, _DEPTH)
     yaws = rng.uniform(0, 2 * np.pi, size=2)
-    height = 4 * half + float(rng.uniform(0, robot.workspace.height - 3 * half))  # above both cubes
+    while True:
+        goal = region.draw(rng)
+        height = 4 * half + float(rng.uniform(0, robot.workspace.height - 3 * half))  # above both cubes
+        if height < _LOW or goal[0] - region.centre[0] > _AHEAD * region.half[0]:
+            break
     return {
         "cube": pose(*cube_at, half, yaws[0]),
         "other": pose(*other_at, half, yaws[1]),
-        "goal": pose(*region.draw(rng), height),
+        "goal": pose(*goal, height),
     }
 
 
