@@ -17,6 +17,7 @@ from typing import Any, Literal, Required, TypedDict, Unpack, get_args
 
 from blm.robots import ROBOTS
 from blm.seeds import EVALUATION_SEEDS, VALIDATION_SEEDS
+from blm.tasks.registry import SUITE24
 from blm.tasks.suite import suite_version
 from blm.types import BlmError, ContractError, Episode, PolicyContract, lookup
 
@@ -53,7 +54,7 @@ class ProtocolSettings(ProtocolOverrides, total=False):
 PROTOCOLS: dict[str, ProtocolSettings] = {
     "suite24": {
         "robots": ("panda", "xarm6", "xarm7", "widowxai"),
-        "tasks": ("push_cube", "pull_cube", "pick_cube", "stack_cube", "place_sphere", "lift_peg_upright"),
+        "tasks": SUITE24,
         "episodes": 50,
         "first_seed": 0,
         "max_steps": 200,

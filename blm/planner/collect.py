@@ -31,7 +31,7 @@ from blm.planner.demonstration import TAKE_OVER, Demonstrator, Perturbation, dem
 from blm.planner.expert import HOLD_STEPS, Expert
 from blm.robots import ROBOTS
 from blm.seeds import count_reserved_seeds, reserved_seeds_warning
-from blm.tasks import Env, TaskEnv
+from blm.tasks import SUITE24, Env, TaskEnv
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.scene import CAMERAS
 from blm.tasks.suite import suite_version
@@ -52,7 +52,7 @@ class CollectConfig:
 
     robots: tuple[str, ...] = tuple(ROBOTS)
     """Names of the robots."""
-    tasks: tuple[str, ...] = tuple(DECOMPOSITIONS)
+    tasks: tuple[str, ...] = SUITE24
     """Names of the tasks."""
     episodes: int = 50
     """Number of successful episodes to keep for each robot and task."""

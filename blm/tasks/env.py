@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,13 @@ class EnvState:
     seed: int
     """Seed of the episode, from which its appearance is drawn."""
     variation: Variation
+    words: Mapping[str, str]
+    """Words that fill the slots of the instruction."""
+    other_words: Mapping[str, str]
+    start: Mapping[str, FloatArray]
+    """Position of each object at the start of the episode, [3]."""
+    went_wrong: bool
+    """Whether `TaskSpec.wrong` has held after a step."""
 
 
 class Env(TaskEnv):
@@ -102,6 +110,10 @@ class Env(TaskEnv):
             distractors=self._distractors,
             seed=self._seed,
             variation=self.variation,
+            words=self.words,
+            other_words=self.other_words,
+            start=dict(self._start),
+            went_wrong=self._went_wrong,
         )
 
     def set_state(self, state: EnvState) -> None:
@@ -117,6 +129,10 @@ class Env(TaskEnv):
         self._named_other = state.named_other
         self.items = state.items
         self.variation = state.variation
+        self.words = state.words
+        self.other_words = state.other_words
+        self._start = dict(state.start)
+        self._went_wrong = state.went_wrong
         self._distractors = state.distractors
         self._seed = state.seed
         self._dress()
@@ -129,12 +145,16 @@ class Env(TaskEnv):
         return {item.name: self._object(item) for item in items}
 
     def shift_object(self, name: str, by: FloatArray) -> None:
-        """Move an item by a displacement [3] in m and set its velocity to 0."""
+        """Move an item by a displacement [3] in m and set its velocity to 0.
+
+        The robot did not do it, so a displaced item starts anew where it is put.
+        """
         body = self._body(name)
         position, quaternion = body.xpos + by, body.xquat.copy()
         if self.model.body(name).mocapid[0] < 0:
             self.data.joint(name).qvel[:] = 0
         self._set_item_poses({name: ((*position.tolist(),), (*quaternion.tolist(),))})
+        self._start[name] = self._start[name] + by
         self._refresh()
 
     def tcp(self) -> tuple[FloatArray, FloatArray]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
@@ -24,7 +24,7 @@ from blm.robots import ROBOTS
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.registry import TASKS
 from blm.tasks.scene import CAMERAS
-from blm.tasks.spec import ObjectState, SceneDraw, TaskState
+from blm.tasks.spec import ObjectState, SceneDraw, TaskState, exchange
 from blm.tasks.variation import PLAIN as NO_VARIATION
 from blm.tasks.variation import Variation
 from blm.types import BlmError, FloatArray, ImageArray, Observation, lookup
@@ -42,6 +42,12 @@ class EnvObservation(TypedDict):
     """Camera -> uint8 [H, W, 3]."""
     agent_pos: NDArray[np.float32]
     """Joint positions [rad] and measured gripper opening, [D]."""
+
+
+def draw_scene(robot: str, task: str, seed: int) -> SceneDraw:
+    """Return the scene of an episode, before any variation."""
+    arm = lookup("robot", robot, ROBOTS)
+    return lookup("task", task, TASKS).draw(np.random.default_rng((seed, _STREAMS["placement"])), arm)
 
 
 class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
@@ -80,7 +86,12 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         self.items = self.task_spec.items(self.robot)
         self.variation = NO_VARIATION
         """How the present episode differs from the plain suite."""
-        self._named_other = False
+        self.words: Mapping[str, str] = {}
+        """Words that fill the slots of the present instruction."""
+        self.other_words: Mapping[str, str] = {}
+        """Words of the instruction that names the other thing of the scene; empty if there is none."""
+        self._named_other = self._went_wrong = False
+        self._start: dict[str, FloatArray] = {}
         self.seconds = {"physics": 0.0, "rendering": 0.0}
         """Time spent in physics and rendering since the environment was made [s]."""
         self._max_episode_steps = self._default_max_steps() if max_steps is None else max_steps
@@ -187,12 +198,14 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         self._check_variation(chosen["variation"])
         if seed is None:  # beyond all reserved ranges of seeds
             seed = int(self.np_random.integers(10_000_000, 2**31))
-        draw = self.task_spec.draw(self._stream(seed, "placement"), self.robot)
+        draw = draw_scene(self.embodiment, self.task, seed)
         self.task_description = self._instruct(seed, draw, chosen)
         self.items = draw.items
         self.variation = chosen["variation"]
         self._steps = 0
         self._start_episode(seed, draw, chosen["arm"])
+        self._went_wrong = False
+        self._start = {name: thing.position for name, thing in self.objects().items()}
         return self.observe(), self._info()
 
     def _instruct(self, seed: int, draw: SceneDraw, chosen: dict[str, Any]) -> str:
@@ -206,7 +219,8 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
             if phrasing is None:
                 phrasing = int(self._stream(seed, "phrasing").integers(len(self.task_spec.phrasings)))
             wording = self.task_spec.instruction(phrasing)
-        words = draw.other_words if self._named_other else draw.words
+        pair = draw.words, draw.other_words
+        self.words, self.other_words = words, _ = pair[::-1] if self._named_other else pair
         try:
             return wording.format(**words)
         except (KeyError, IndexError, ValueError) as error:
@@ -225,6 +239,7 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         self._simulate(target)
         self._steps += 1
         info = self._info()
+        self._went_wrong = info.get("is_wrong_object", False)
         done = info["success"] and self._terminate
         late = self._steps >= self._max_episode_steps
         return self.observe(), float(info["success"]), done, late, info
@@ -248,19 +263,39 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
             seed=seed,
         )
 
+    @property
+    def swap(self) -> Mapping[str, str]:
+        """Item -> the item that has its part in the present instruction; see `TaskSpec.swap`."""
+        return self.task_spec.swap if self._named_other else {}
+
+    def named_objects(self) -> dict[str, ObjectState]:
+        """Return the present state of every object by its part in the present instruction."""
+        return exchange(self.objects(), self.swap)
+
     def task_state(self) -> TaskState:
         """Return the state that the task's success rule judges."""
-        grasped = frozenset(i.name for i in self.items if i.role == "free" and self.is_grasping(i.name))
-        objects = self.objects()
-        if self._named_other:
-            swap = self.task_spec.swap
-            objects = {name: objects[swap.get(name, name)] for name in objects}
-            grasped = frozenset(swap.get(name, name) for name in grasped)
-        return TaskState(self.robot, objects, self.arm_speed(), grasped)
+        swap = self.swap
+        grasped = (i.name for i in self.items if i.role == "free" and self.is_grasping(i.name))
+        return TaskState(
+            self.robot,
+            self.named_objects(),
+            self.arm_speed(),
+            frozenset(swap.get(name, name) for name in grasped),
+            {name: self._start[swap.get(name, name)] for name in self._start},
+        )
 
     def evaluate(self) -> dict[str, bool]:
-        """Return the task's conditions in the present state; one of them is "success"."""
-        return self.task_spec.success(self.task_state())
+        """Return the task's conditions in the present state; one of them is "success".
+
+        In a task with another thing to name, "is_wrong_object" tells whether `TaskSpec.wrong` holds or
+        has held after a step of this episode; then there is no success.
+        """
+        state = self.task_state()
+        flags = self.task_spec.success(state)
+        if self.task_spec.wrong is None:
+            return flags
+        wrong = self._went_wrong or self.task_spec.wrong(state)
+        return {**flags, "is_wrong_object": wrong, "success": flags["success"] and not wrong}
 
     def render(self) -> ImageArray:
         """Return a larger picture of the camera "base", for people."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
@@ -19,7 +19,8 @@ from rich.console import Console
 
 from blm.corpora.format.messages import CORPUS_FILE, Conversation, read_corpus, write_corpus
 from blm.corpora.scenes.annotations import QuestionSampler, by_kind, to_messages
-from blm.corpora.scenes.episodes import frame_annotations, read_steps
+from blm.corpora.scenes.episodes import EpisodeSteps, frame_annotations, read_steps
+from blm.corpora.scenes.instructions import NAMED
 from blm.corpora.scenes.observation import SceneObserver, rearrange
 from blm.corpora.scenes.questions import control_turn, scan_step, scan_turns, scene_turns
 from blm.corpora.scenes.sentences import Answers
@@ -30,6 +31,7 @@ from blm.io import MARK, remove_own, work_folder
 from blm.jobs import MAX_WORKERS, Result, WorkUnit, run_units
 from blm.seeds import count_reserved_seeds, reserved_seeds_warning
 from blm.tasks import Env
+from blm.tasks.task_env import draw_scene
 from blm.types import BlmError, ImageArray, require_numbers
 
 SCENES_PER_SHARD = 400
@@ -261,10 +263,8 @@ def _episode_conversations(config: SceneCorpusConfig, part: ShardItems) -> Itera
     for episode in sampler.rng.permutation(
         episodes
     ):  # mix the tasks, so that any prefix of the corpus is a fair sample
-        first, stop = dataset.starts[episode : episode + 2]
-        steps = read_steps(
-            dataset.tasks[episode], dataset.primitives[first:stop], dataset.success[first:stop]
-        )
+        first = dataset.starts[episode]
+        steps = _steps(dataset, robot, int(episode))
         moments = [(index, frame) for index in range(len(steps.names)) for frame in steps.moments(index)]
         for index, frame in _balance_steps(moments, config.frames_per_episode, sampler.rng):
             instruction = dataset.instructions[dataset.task_index[first + frame]]
@@ -280,6 +280,26 @@ def _episode_conversations(config: SceneCorpusConfig, part: ShardItems) -> Itera
                 kinds=tuple(turn.kind for turn in turns),
                 messages=to_messages(images, turns, thoughts=config.thoughts),
             )
+
+
+def _steps(dataset: EpisodeDataset, robot: str, episode: int) -> EpisodeSteps:
+    """Return the steps of an episode, with the words of its scene, which follow from its seed.
+
+    Raises BlmError if the instruction has none of these words: another version drew the scene.
+    """
+    first, stop = dataset.starts[episode : episode + 2]
+    task = dataset.tasks[episode]
+    steps = read_steps(task, dataset.primitives[first:stop], dataset.success[first:stop])
+    if task not in NAMED:
+        return steps
+    draw = draw_scene(robot, task, dataset.seeds[episode])
+    instruction = dataset.instructions[dataset.task_index[first]]
+    if not any(word in instruction for word in draw.words.values()):
+        raise BlmError(
+            f"episode {episode} of '{dataset.folder}' says {instruction!r}, but the scene of its seed has "
+            f"the words {dict(draw.words)}: use the program version of the collection"
+        )
+    return replace(steps, words=draw.words, other_words=draw.other_words)
 
 
 def _balance_steps(

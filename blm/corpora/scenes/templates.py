@@ -139,6 +139,17 @@ def _displacement(start: str, end: str) -> Wordings:
     )
 
 
+def _named(what: str) -> Wordings:
+    return _wordings(
+        f"Task: {{task}} [Which|What] {{kind}} {what}[ now|]?",
+        f"Task: {{task}} [Name|Tell|Give|Find] the {{kind}} that {what}.",
+        f"[Which|What] {{kind}} {what} for this task: {{task}}",
+        f"[Name|Give|Find] the {{kind}} that {what} for this task: {{task}}",
+        f"For this task, [which|what] {{kind}} {what}: {{task}}",
+        held_out=(f"Task: {{task}} Tell which {{kind}} {what}.",),
+    )
+
+
 TEMPLATES: dict[str, Wordings] = {
     "existence": _wordings(
         "[Is there|Can you see|Do you see|Can you find] a {thing} on the table?",
@@ -373,6 +384,9 @@ TEMPLATES: dict[str, Wordings] = {
             "From now on, list the steps for this task: {task}",
         ),
     ),
+    "instruction_object": _named("is to be moved"),
+    "instruction_goal": _named("is the goal"),
+    "instruction_end": _named("must be up"),
     "planning_with_context": _wordings(
         "Task: {task} At least this is [finished|done]: {done}. " + _NOW,
         "[Finished|Done]: {done}, maybe more. Task: {task} " + _NOW,

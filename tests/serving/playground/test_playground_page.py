@@ -21,7 +21,7 @@ from blm.robots import ROBOTS
 from blm.serving.app import create_app
 from blm.serving.playground import PATH, add_playground, session
 from blm.serving.playground.suggestions import BY_TASK, QUESTIONS, suggested_questions
-from blm.tasks import TASKS, Env
+from blm.tasks import SUITE24, TASKS, Env
 from blm.types import BlmError, Message, Sampling
 from tests.support.playground import CONTRACT, StillPolicy
 from tests.support.serving import EchoGenerator, Words, running_app
@@ -90,7 +90,7 @@ def test_the_released_model_answers_what_is_suggested() -> None:
 
     model = BLM.from_pretrained("blm-nano")
     cameras, right, asked = model.contract.cameras, list[str](), list[str]()
-    for index, task in enumerate(TASKS):
+    for index, task in enumerate(SUITE24):
         robot = list(ROBOTS)[index % len(ROBOTS)]
         env = Env(robot, task, cameras=cameras, image_size=model.contract.image_size)
         with closing(env), closing(SceneObserver(env, cameras)) as observer:
