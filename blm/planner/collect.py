@@ -35,7 +35,7 @@ from blm.tasks import SUITE24, Env, TaskEnv
 from blm.tasks.appearance import PLAIN, Appearance
 from blm.tasks.scene import CAMERAS
 from blm.tasks.suite import suite_version
-from blm.types import BlmError, Policy, lookup, require_numbers
+from blm.types import BlmError, Policy, Training, lookup, require_numbers
 
 MakePolicy = Callable[[], Policy]
 """Picklable; called once in each worker process."""
@@ -88,6 +88,11 @@ class CollectConfig:
     def package(self) -> str:
         """Distribution name of the simulator."""
         return "mani_skill" if self.simulator == "maniskill" else "mujoco"
+
+    @property
+    def training(self) -> Training:
+        """The record of policies that are trained on these demonstrations."""
+        return "randomized" if self.distractors or self.appearance != PLAIN else "plain"
 
     def __post_init__(self) -> None:
         for robot in self.robots:
@@ -158,6 +163,7 @@ def _make(config: CollectConfig, out: Path, wanted: Mapping[str, Any], pilot: Ma
         "versions": versions,
         "suite": suite,
         "seeds": [min(seeds), max(seeds)],
+        "training": config.training,
         "collect": wanted,
     }
     for robot in config.robots:

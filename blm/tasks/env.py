@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from blm.tasks.scene import CAMERAS, SUBSTEPS, build_model, paint_items
 from blm.tasks.spec import Item, ObjectState, Placement, SceneDraw
 from blm.tasks.task_env import RENDER_SIZE, TaskEnv
 from blm.tasks.variation import Variation
+from blm.tasks.visibility import draw_until_visible
 from blm.types import BlmError, ContractError, FloatArray, ImageArray, lookup
 
 _PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -80,6 +81,9 @@ class Env(TaskEnv):
         if arm_start == "random":
             self._randomise_arm(arm_rng)
         self._refresh()
+
+    def _show_goals(self, draw_again: Callable[[], None]) -> None:
+        draw_until_visible(self, draw_again)
 
     def _dress(self) -> None:
         """Show the colours, distractors and looks of the present episode."""
@@ -211,10 +215,10 @@ class Env(TaskEnv):
         focal = centre / np.tan(np.radians(self.model.cam(camera).fovy[0]) / 2)
         return np.stack([centre - focal * x / z, centre + focal * y / z, -z], axis=1)
 
-    def mask(self, name: str, camera: str) -> NDArray[np.bool_]:
-        """Return the segmentation mask of an object, bool [image_size, image_size]."""
+    def mask(self, name: str, camera: str, size: int | None = None) -> NDArray[np.bool_]:
+        """Return the segmentation mask of an object, bool [size, size] (default: image_size)."""
         lookup("camera", camera, CAMERAS)
-        geoms = self._ensure_renderer().geoms(self.data, camera, self.image_size)
+        geoms = self._ensure_renderer().geoms(self.data, camera, size or self.image_size)
         return np.append(self.model.geom_bodyid, 0)[geoms] == self._body(name).id
 
     def close(self) -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypedDict
 
 import gymnasium
@@ -137,6 +138,10 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
     def _start_episode(self, seed: int, draw: SceneDraw, arm_start: str) -> None:
         """Put the scene `draw` of `seed`, with `variation`, into its initial state."""
 
+    def _show_goals(self, draw_again: Callable[[], None]) -> None:
+        """Call `draw_again` until no goal is hidden, in a simulator that draws scenes itself."""
+        raise BlmError("visible_goals needs the simulator mujoco: this one draws its own scenes")
+
     @abstractmethod
     def _simulate(self, target: FloatArray) -> None:
         """Hold joint targets [rad] and gripper opening, [D], for one control step."""
@@ -182,14 +187,16 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
 
         Options: "phrasing" (index) or "wording" (text, whose slots are filled; may be empty);
         "named" ("own", or "other" for the instruction of the other thing in the scene, by which
-        success is then judged); "arm" ("home" or "random"); "variation" (a `Variation`).
+        success is then judged); "arm" ("home" or "random"); "variation" (a `Variation`);
+        "visible_goals" (draw again a scene with a hidden goal, see `blm.tasks.visibility`).
 
         Raises BlmError for an unknown option, phrasing or arm start, for a wording with an unknown
-        slot, and for a variation that the simulator cannot show.
+        slot, and for a variation or visible goals that the simulator cannot show.
         """
         super().reset(seed=seed)
         chosen: dict[str, Any] = {
-            "arm": "home", "phrasing": None, "wording": None, "named": "own", "variation": NO_VARIATION
+            "arm": "home", "phrasing": None, "wording": None, "named": "own", "variation": NO_VARIATION,
+            "visible_goals": False,
         }  # fmt: skip
         for option in options or {}:
             lookup("reset option", option, chosen)
@@ -198,7 +205,15 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         self._check_variation(chosen["variation"])
         if seed is None:  # beyond all reserved ranges of seeds
             seed = int(self.np_random.integers(10_000_000, 2**31))
-        draw = draw_scene(self.embodiment, self.task, seed)
+        begin = partial(self._begin, seed, self._stream(seed, "placement"), chosen)
+        begin()
+        if chosen["visible_goals"]:
+            self._show_goals(begin)
+        return self.observe(), self._info()
+
+    def _begin(self, seed: int, placement: np.random.Generator, chosen: dict[str, Any]) -> None:
+        """Start an episode with the next scene of the stream `placement`."""
+        draw = self.task_spec.draw(placement, self.robot)
         self.task_description = self._instruct(seed, draw, chosen)
         self.items = draw.items
         self.variation = chosen["variation"]
@@ -206,7 +221,6 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         self._start_episode(seed, draw, chosen["arm"])
         self._went_wrong = False
         self._start = {name: thing.position for name, thing in self.objects().items()}
-        return self.observe(), self._info()
 
     def _instruct(self, seed: int, draw: SceneDraw, chosen: dict[str, Any]) -> str:
         """Return the instruction of an episode, and note whether it names the other thing."""
@@ -249,15 +263,15 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         pixels = {camera: self.picture(camera) for camera in self.cameras}
         return {"pixels": pixels, "agent_pos": self.state()}
 
-    def observation(self, seed: int = 0) -> Observation:
+    def observation(self, seed: int = 0, cameras: Iterable[str] | None = None) -> Observation:
         """Return the present observation as a `types.Observation`.
 
-        `seed` is the policy's sampling seed.
+        `seed` is the policy's sampling seed; `cameras` are those to render, by default `self.cameras`.
         """
-        seen = self.observe()
+        wanted = self.cameras if cameras is None else cameras
         return Observation(
-            images=seen["pixels"],
-            state=seen["agent_pos"],
+            images={camera: self.picture(camera) for camera in wanted},
+            state=self.state(),
             instruction=self.task_description,
             robot=self.embodiment,
             seed=seed,

@@ -177,8 +177,9 @@ def test_lost_video_is_an_error(run: Path, tmp_path: Path) -> None:
 def synthetic(out: Path, model: str, rate: float) -> Path:
     """A made-up result of suite24: cell c has about rate * (1 + c) / 24 solved, failures take turns."""
     protocol, episodes = PhysicalProtocol.named("suite24", CONTRACT), []
-    cells = list(dict.fromkeys((robot, task) for robot, task, _ in protocol.scenes))
-    for robot, task, seed in protocol.scenes:
+    cells = list(dict.fromkeys((key.robot, key.task) for key in protocol.keys))
+    for key in protocol.keys:
+        robot, task, seed = key.robot, key.task, key.seed
         solved = seed < 50 * rate * (1 + cells.index((robot, task))) / len(cells)
         episodes.append(
             EpisodeResult(
