@@ -7,9 +7,10 @@ wording.
 Besides the suite's tasks there are six *words* tasks, in whose scenes only the words decide.
 Their wordings have slots: `{color}` of the object to move (`{a}` onto `{b}` in a stack), `{bin}`,
 and `{top}`, the end of the peg that points up. Slots are filled with colours. In the wordings of
-pushing and pulling, the verb or the direction always tells the one from the other. Directions are
-the robot's: "ahead" and "forward" lead away from it, "back" and "near" towards it. No wording says
-"behind" or "in front of", which people understand both ways.
+pushing and pulling, the verb or the direction tells the one from the other (except in "Slide the
+blue block to the round target", a phrasing of the suite). Directions are the robot's: "ahead" and
+"forward" lead away from it, "back" and "near" towards it. No wording says "behind" or "in front
+of", which people understand both ways.
 """
 
 from blm.tasks.wordings.grammar import expand
