@@ -146,7 +146,9 @@ class Expert:
         env = self.env
         position, rotation = env.tcp()
         tool = Pose.from_rotation_and_translation(mink.SO3.from_matrix(rotation), position)
-        return WorldState(env.robot, tool, env.gripper_opening, env.objects(), env.is_grasping, env.swap)
+        return WorldState(
+            env.robot, tool, env.gripper_opening, env.objects(), env.is_grasping, env.naming.swap
+        )
 
     def _start_primitive(self, primitive: Primitive, state: WorldState) -> None:
         if self._primitive.name in ("lift", "move") and primitive.name == "approach":

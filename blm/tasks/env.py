@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from blm.robots.build import FINGERS
 from blm.tasks.appearance import Appearance, AppearanceRandomizer
 from blm.tasks.distractors import Distractors, draw_distractors, show_distractors
+from blm.tasks.naming import Naming
 from blm.tasks.rendering import Renderer
 from blm.tasks.scene import CAMERAS, SUBSTEPS, build_model, paint_items
 from blm.tasks.spec import Item, ObjectState, Placement, SceneDraw
@@ -40,16 +41,12 @@ class EnvState:
     start."""
     steps: int
     instruction: str
-    named_other: bool
-    """Whether the instruction names the other thing, which is judged then."""
+    naming: Naming
     items: tuple[Item, ...]
     distractors: Distractors
     seed: int
     """Seed of the episode, from which its appearance is drawn."""
     variation: Variation
-    words: Mapping[str, str]
-    """Words that fill the slots of the instruction."""
-    other_words: Mapping[str, str]
     start: Mapping[str, FloatArray]
     """Position of each object at the start of the episode, [3]."""
     went_wrong: bool
@@ -109,13 +106,11 @@ class Env(TaskEnv):
             physics=physics,
             steps=self._steps,
             instruction=self.task_description,
-            named_other=self._named_other,
+            naming=self.naming,
             items=self.items,
             distractors=self._distractors,
             seed=self._seed,
             variation=self.variation,
-            words=self.words,
-            other_words=self.other_words,
             start=dict(self._start),
             went_wrong=self._went_wrong,
         )
@@ -130,11 +125,9 @@ class Env(TaskEnv):
             )
         self._steps = state.steps
         self.task_description = state.instruction
-        self._named_other = state.named_other
+        self.naming = state.naming
         self.items = state.items
         self.variation = state.variation
-        self.words = state.words
-        self.other_words = state.other_words
         self._start = dict(state.start)
         self._went_wrong = state.went_wrong
         self._distractors = state.distractors

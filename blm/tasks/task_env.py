@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypedDict
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from blm.robots import ROBOTS
 from blm.tasks.appearance import PLAIN, Appearance
+from blm.tasks.naming import Naming, fill_slots, name_things
 from blm.tasks.registry import TASKS
 from blm.tasks.scene import CAMERAS
 from blm.tasks.spec import ObjectState, SceneDraw, TaskState, exchange
@@ -87,11 +88,9 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         self.items = self.task_spec.items(self.robot)
         self.variation = NO_VARIATION
         """How the present episode differs from the plain suite."""
-        self.words: Mapping[str, str] = {}
-        """Words that fill the slots of the present instruction."""
-        self.other_words: Mapping[str, str] = {}
-        """Words of the instruction that names the other thing of the scene; empty if there is none."""
-        self._named_other = self._went_wrong = False
+        self.naming = Naming()
+        """Which things the instruction of the present episode names."""
+        self._went_wrong = False
         self._start: dict[str, FloatArray] = {}
         self.seconds = {"physics": 0.0, "rendering": 0.0}
         """Time spent in physics and rendering since the environment was made [s]."""
@@ -214,7 +213,11 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
     def _begin(self, seed: int, placement: np.random.Generator, chosen: dict[str, Any]) -> None:
         """Start an episode with the next scene of the stream `placement`."""
         draw = self.task_spec.draw(placement, self.robot)
-        self.task_description = self._instruct(seed, draw, chosen)
+        wording = chosen["wording"]
+        if wording is None:
+            wording = self._wording(seed, chosen["phrasing"])
+        self.naming = name_things(self.task_spec, draw, chosen["named"])
+        self.task_description = fill_slots(self.task_spec, wording, self.naming.words)
         self.items = draw.items
         self.variation = chosen["variation"]
         self._steps = 0
@@ -222,25 +225,11 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         self._went_wrong = False
         self._start = {name: thing.position for name, thing in self.objects().items()}
 
-    def _instruct(self, seed: int, draw: SceneDraw, chosen: dict[str, Any]) -> str:
-        """Return the instruction of an episode, and note whether it names the other thing."""
-        lookup("named thing", chosen["named"], {"own": 0, "other": 0})
-        self._named_other = chosen["named"] == "other"
-        if self._named_other and not draw.other_words:
-            raise BlmError(f"the scenes of task '{self.task}' have no other thing to name")
-        phrasing, wording = chosen["phrasing"], chosen["wording"]
-        if wording is None:
-            if phrasing is None:
-                phrasing = int(self._stream(seed, "phrasing").integers(len(self.task_spec.phrasings)))
-            wording = self.task_spec.instruction(phrasing)
-        pair = draw.words, draw.other_words
-        self.words, self.other_words = words, _ = pair[::-1] if self._named_other else pair
-        try:
-            return wording.format(**words)
-        except (KeyError, IndexError, ValueError) as error:
-            raise BlmError(
-                f"wording {wording!r} of task '{self.task}' has slots other than {sorted(words)}"
-            ) from error
+    def _wording(self, seed: int, phrasing: int | None) -> str:
+        """Return a phrasing of the task, by default that of the seed; its slots are not filled."""
+        if phrasing is None:
+            phrasing = int(self._stream(seed, "phrasing").integers(len(self.task_spec.phrasings)))
+        return self.task_spec.instruction(phrasing)
 
     @staticmethod
     def _stream(seed: int, name: str) -> np.random.Generator:
@@ -277,18 +266,13 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
             seed=seed,
         )
 
-    @property
-    def swap(self) -> Mapping[str, str]:
-        """Item -> the item that has its part in the present instruction; see `TaskSpec.swap`."""
-        return self.task_spec.swap if self._named_other else {}
-
     def named_objects(self) -> dict[str, ObjectState]:
         """Return the present state of every object by its part in the present instruction."""
-        return exchange(self.objects(), self.swap)
+        return exchange(self.objects(), self.naming.swap)
 
     def task_state(self) -> TaskState:
         """Return the state that the task's success rule judges."""
-        swap = self.swap
+        swap = self.naming.swap
         grasped = (i.name for i in self.items if i.role == "free" and self.is_grasping(i.name))
         return TaskState(
             self.robot,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
@@ -31,6 +31,7 @@ from blm.io import MARK, remove_own, work_folder
 from blm.jobs import MAX_WORKERS, Result, WorkUnit, run_units
 from blm.seeds import count_reserved_seeds, reserved_seeds_warning
 from blm.tasks import Env
+from blm.tasks.naming import Naming
 from blm.tasks.task_env import draw_scene
 from blm.types import BlmError, ImageArray, require_numbers
 
@@ -283,23 +284,29 @@ def _episode_conversations(config: SceneCorpusConfig, part: ShardItems) -> Itera
 
 
 def _steps(dataset: EpisodeDataset, robot: str, episode: int) -> EpisodeSteps:
-    """Return the steps of an episode, with the words of its scene, which follow from its seed.
+    """Return the steps of an episode with the words of its scene."""
+    first, stop = dataset.starts[episode : episode + 2]
+    task = dataset.tasks[episode]
+    naming = _naming(dataset, robot, episode)
+    return read_steps(task, dataset.primitives[first:stop], dataset.success[first:stop], naming)
+
+
+def _naming(dataset: EpisodeDataset, robot: str, episode: int) -> Naming:
+    """Return the words of an episode, which follow from its seed.
 
     Raises BlmError if the instruction has none of these words: another version drew the scene.
     """
-    first, stop = dataset.starts[episode : episode + 2]
     task = dataset.tasks[episode]
-    steps = read_steps(task, dataset.primitives[first:stop], dataset.success[first:stop])
     if task not in NAMED:
-        return steps
+        return Naming()
     draw = draw_scene(robot, task, dataset.seeds[episode])
-    instruction = dataset.instructions[dataset.task_index[first]]
+    instruction = dataset.instructions[dataset.task_index[dataset.starts[episode]]]
     if not any(word in instruction for word in draw.words.values()):
         raise BlmError(
             f"episode {episode} of '{dataset.folder}' says {instruction!r}, but the scene of its seed has "
             f"the words {dict(draw.words)}: use the program version of the collection"
         )
-    return replace(steps, words=draw.words, other_words=draw.other_words)
+    return Naming(draw.words, draw.other_words)
 
 
 def _balance_steps(

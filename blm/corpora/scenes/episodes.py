@@ -6,13 +6,14 @@ and carrying, releasing and retreating.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from blm.corpora.scenes.annotations import Annotation
 from blm.corpora.scenes.instructions import instruction_annotations
+from blm.tasks.naming import Naming
 from blm.types import BlmError, lookup
 
 MERGED = {"lift": "move", "retreat": "release"}
@@ -75,6 +76,9 @@ Frames with a time between SOON and LATER are not asked about.
 """
 
 
+_NO_WORDS = Naming()
+
+
 @dataclass(frozen=True)
 class EpisodeSteps:
     """The steps of one episode, in order."""
@@ -87,15 +91,13 @@ class EpisodeSteps:
     """Frame at which the fingers start to touch the object; the number of frames if never."""
     done: int
     """First frame from which the task stays solved; the number of frames if never."""
-    words: Mapping[str, str] = field(default_factory=dict)
-    """Words that fill the slots of the instruction."""
-    other_words: Mapping[str, str] = field(default_factory=dict)
-    """Words of the instruction that names the other thing; empty if there is none."""
+    naming: Naming = field(default_factory=Naming)
+    """Words of the episode's instruction."""
 
     @property
     def thing(self) -> str:
         """The object as answers name it, e.g. 'red cube'."""
-        return PHRASES[self.task][0].format(**self.words)
+        return PHRASES[self.task][0].format(**self.naming.words)
 
     @property
     def regular(self) -> bool:
@@ -111,11 +113,13 @@ class EpisodeSteps:
 
     def phrase(self, name: str) -> str:
         """Return a step as answers name it, e.g. 'grasp the red cube'."""
-        goal = PHRASES[self.task][1].format(**self.words)
+        goal = PHRASES[self.task][1].format(**self.naming.words)
         return WORDS[name].format(object=self.thing, goal=goal)
 
 
-def read_steps(task: str, primitives: Sequence[str] | np.ndarray, success: np.ndarray) -> EpisodeSteps:
+def read_steps(
+    task: str, primitives: Sequence[str] | np.ndarray, success: np.ndarray, naming: Naming = _NO_WORDS
+) -> EpisodeSteps:
     """Segment an episode into steps by the primitive labels of its frames.
 
     Raises BlmError for an unknown primitive.
@@ -140,6 +144,7 @@ def read_steps(task: str, primitives: Sequence[str] | np.ndarray, success: np.nd
         starts=(*(frame for _, frame in runs), count),
         contact=int(touching[0]) if len(touching) else count,
         done=count - solved_for,
+        naming=naming,
     )
 
 
@@ -156,7 +161,7 @@ def frame_annotations(steps: EpisodeSteps, index: int, frame: int, instruction: 
     asked = f"{thought}; asked {now}"
     yield Annotation("discriminative_affordance_positive", "yes", {"step": now}, thought=asked)
     thing = steps.thing
-    yield from instruction_annotations(steps.task, instruction, steps.words, steps.other_words)
+    yield from instruction_annotations(steps.task, instruction, steps.naming)
     if frame + SOON >= steps.contact > frame:
         yield Annotation("forecasting_touch", "yes", {"thing": thing}, thought=f"now {now}")
     elif frame + LATER < steps.contact or (now == "hold still" and "release" in steps.names):

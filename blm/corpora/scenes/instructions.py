@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from blm.corpora.scenes.annotations import Annotation
+from blm.tasks.naming import Naming
 
 _CUBE = ("instruction_object", "cube", "{color} cube", "{color} cube")
 NAMED: dict[str, tuple[tuple[str, str, str, str], ...]] = {
@@ -25,10 +26,8 @@ NAMED: dict[str, tuple[tuple[str, str, str, str], ...]] = {
 with the other words of the scene."""
 
 
-def instruction_annotations(
-    task: str, instruction: str, words: Mapping[str, str], other_words: Mapping[str, str]
-) -> Iterator[Annotation]:
+def instruction_annotations(task: str, instruction: str, naming: Naming) -> Iterator[Annotation]:
     """Yield what can be asked about an instruction; nothing for a task with one thing of each kind."""
     for kind, thing, named, other in NAMED.get(task, ()):
         asked = {"task": instruction, "kind": thing}
-        yield Annotation(kind, named.format(**words), asked, (other.format(**other_words),))
+        yield Annotation(kind, named.format(**naming.words), asked, (other.format(**naming.other_words),))

@@ -8,7 +8,7 @@ height (down).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from blm.robots.build import FINGERS
 from blm.tasks import Env
+from blm.tasks.naming import Naming
 from blm.tasks.place_sphere import REST
 from blm.tasks.rendering import Renderer
 from blm.tasks.spec import MARKERS, ObjectState
@@ -82,10 +83,7 @@ class SceneObservation:
     arrangement: Arrangement = "sampled"
     task: str = ""
     instruction: str = ""
-    words: Mapping[str, str] = field(default_factory=dict)
-    """Words that fill the slots of the instruction."""
-    other_words: Mapping[str, str] = field(default_factory=dict)
-    """Words of the instruction that names the other thing; empty if there is none."""
+    naming: Naming = field(default_factory=Naming)
 
     @property
     def object(self) -> SceneObject:
@@ -155,8 +153,7 @@ class SceneObserver:
             arrangement=arrangement,
             task=env.task,
             instruction=env.task_description,
-            words=env.words,
-            other_words=env.other_words,
+            naming=env.naming,
         )
 
     def close(self) -> None:
@@ -181,10 +178,10 @@ def _things(env: Env) -> Iterator[tuple[SceneObject, np.ndarray]]:
         geoms = np.flatnonzero(env.model.geom_bodyid == env.data.body(key).id)
         yield SceneObject(key, state.label, state.kind, state.color, state.position, _role(env, key)), geoms
     for item in env.items:
-        if item.name in env.task_spec.swap and "top" in env.words:
+        if item.name in env.task_spec.swap and "top" in env.naming.words:
             geoms = np.flatnonzero(env.model.geom_bodyid == env.data.body(item.name).id)
             for part, geom in zip(item.parts, geoms, strict=True):
-                role: Role = "top" if part.color == env.words["top"] else "other"
+                role: Role = "top" if part.color == env.naming.words["top"] else "other"
                 key, named = f"{item.name} {part.color}", f"{part.color} end"
                 place = env.data.geom_xpos[geom].copy()
                 yield SceneObject(key, named, "end", part.color, place, role), np.array([geom])
@@ -194,7 +191,7 @@ def _role(env: Env, key: str) -> Role:
     if key.startswith("distractor"):
         return "distractor"
     parts: dict[str, Role] = {env.task_spec.object: "object", env.task_spec.goal: "goal"}
-    return {env.swap.get(part, part): role for part, role in parts.items()}.get(key, "other")
+    return {env.naming.swap.get(part, part): role for part, role in parts.items()}.get(key, "other")
 
 
 def rearrange(env: Env, rng: np.random.Generator) -> Arrangement:

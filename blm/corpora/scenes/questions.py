@@ -46,7 +46,7 @@ DIRECTIONS = ("forward", "back", "left", "right", "down", "up")
 
 def scene_annotations(scene: SceneObservation) -> Iterator[Annotation]:
     """Yield all annotations of a scene."""
-    yield from instruction_annotations(scene.task, scene.instruction, scene.words, scene.other_words)
+    yield from instruction_annotations(scene.task, scene.instruction, scene.naming)
     for extract in (_objects, _states, _relations, _comparisons, _directions, _pictures, _metric):
         yield from extract(scene)
 
