@@ -27,7 +27,7 @@ from blm.planner.primitives import (
     push_key_poses,
     push_towards,
 )
-from blm.tasks.place_sphere import REST
+from blm.tasks.place_sphere import resting_height
 
 
 def pick_cube(state: WorldState) -> Primitive:
@@ -60,7 +60,8 @@ def stack_cube(state: WorldState) -> Primitive:
 
 def place_sphere(state: WorldState) -> Primitive:
     """Place the ball in the bin and release it."""
-    return place_on(state, state.item("ball"), state.item("bin"), rise=REST, within=0.005)
+    ball, tray = state.item("ball"), state.item("bin")
+    return place_on(state, ball, tray, rise=resting_height(ball, tray), within=0.005)
 
 
 DECOMPOSITIONS: dict[str, Callable[[WorldState], Primitive]] = {

@@ -9,13 +9,18 @@ from blm.tasks.spec import Item, ObjectState, Part, Placement, Region, TaskSpec,
 from blm.types import FloatArray
 
 HALF_LENGTH = 0.12
-"""Half the length of the peg [m]; it weighs 0.6 kg."""
+"""Half the length of the peg of the plain suite [m]; it weighs 0.6 kg."""
 HALF_WIDTH = 0.025
-"""Half the width of the peg [m]."""
+"""Half the width of the same peg [m]."""
 UPRIGHT = 0.08
 """Maximum angle from the vertical for success [rad]."""
 LEVEL = 0.005
 """Maximum error of the centre's height for success [m]."""
+
+
+def half_length(peg: ObjectState) -> float:
+    """Return half the length of a peg, whose first part is one of its halves [m]."""
+    return 2 * peg.size[0]
 
 
 def angle_from_vertical(world_axis: np.ndarray) -> float:
@@ -51,7 +56,7 @@ def stands(state: TaskState) -> dict[str, bool]:
     """Return whether the peg stands on the table, on either end."""
     peg = state.objects["peg"]
     upright = angle_from_vertical(axis_of(peg)) < UPRIGHT
-    level = bool(abs(peg.position[2] - HALF_LENGTH) < LEVEL)
+    level = bool(abs(peg.position[2] - half_length(peg)) < LEVEL)
     grasped = "peg" in state.grasped
     return {
         "is_upright": upright,

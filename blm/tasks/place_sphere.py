@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from blm.robots import RobotSpec
-from blm.tasks.spec import Item, Part, Placement, Region, TaskSpec, TaskState, pose
+from blm.tasks.spec import Item, ObjectState, Part, Placement, Region, TaskSpec, TaskState, pose
 
 RADIUS = 0.02
 """Radius of the ball [m]."""
@@ -16,12 +16,15 @@ WALL = 0.0025
 """Half the thickness of the bin's floor and walls [m]; the ball just fits inside."""
 _RIM = 0.005
 """Half the height of the bin's walls [m]."""
-REST = RADIUS + WALL
-"""Height of the ball's centre above the bin's origin when it lies inside [m]."""
 _BALL_X = (-1.0, -0.5)
 """Range of the ball's initial x in the region, as a multiple of the region's half extent."""
 _BIN_X = (0.0, 1.0)
 """The same for the bin; both start anywhere in y."""
+
+
+def resting_height(ball: ObjectState, tray: ObjectState) -> float:
+    """Return the height of the ball's centre above the bin's origin when it lies inside [m]."""
+    return ball.size[0] + tray.size[2]
 
 
 def ball(name: str, color: str) -> Item:
@@ -56,7 +59,8 @@ def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Place
 def in_bin(state: TaskState, name: str = "bin") -> dict[str, bool]:
     """Return whether the ball lies in a bin, at rest and released."""
     offset = state.offset("ball", name)
-    on = bool(np.linalg.norm(offset[:2]) <= 0.005 and abs(offset[2] - REST) <= 0.005)
+    rest = resting_height(state.objects["ball"], state.objects[name])
+    on = bool(np.linalg.norm(offset[:2]) <= 0.005 and abs(offset[2] - rest) <= 0.005)
     return state.placed("ball", "is_in_bin", on)
 
 

@@ -38,7 +38,8 @@ def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Place
 
 def _success(state: TaskState) -> dict[str, bool]:
     near = bool(np.linalg.norm(state.offset("cube", "target")[:2]) < TARGET_RADIUS)
-    low = bool(state.objects["cube"].position[2] < state.robot.workspace.cube_half + 0.005)
+    cube = state.objects["cube"]
+    low = bool(cube.position[2] < cube.size[2] + 0.005)
     return {"is_at_target": near, "is_on_table": low, "success": near and low}
 
 

@@ -31,10 +31,10 @@ def two_cubes(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Pla
 
 def stacked(state: TaskState) -> dict[str, bool]:
     """Return whether the cube stands on the lower one, at rest and released."""
-    half = state.robot.workspace.cube_half
+    cube, lower = state.objects["cube"], state.objects["lower"]
     offset = state.offset("cube", "lower")
-    level = abs(offset[2] - 2 * half) <= 0.005
-    on = bool(np.linalg.norm(offset[:2]) <= np.sqrt(2) * half + 0.005 and level)
+    level = abs(offset[2] - (cube.size[2] + lower.size[2])) <= 0.005
+    on = bool(np.linalg.norm(offset[:2]) <= np.sqrt(2) * lower.size[0] + 0.005 and level)
     return state.placed("cube", "is_on_lower", on)
 
 

@@ -32,6 +32,7 @@ from blm.jobs import MAX_WORKERS, Result, WorkUnit, run_units
 from blm.seeds import count_reserved_seeds, reserved_seeds_warning
 from blm.tasks import Env
 from blm.tasks.naming import Naming
+from blm.tasks.randomization import NO_RANDOMIZATION, DomainRandomization
 from blm.tasks.task_env import draw_scene
 from blm.types import BlmError, ImageArray, require_numbers
 
@@ -71,6 +72,8 @@ class SceneCorpusConfig:
     """Set of question templates; the held-out templates are for evaluation only."""
     max_distractors: int = 3
     """Maximum number of distractor objects in a scene."""
+    randomization: DomainRandomization = NO_RANDOMIZATION
+    """Randomisation of looks, cameras, layout and sensors."""
     teach: bool = True
     """Add teaching turns (the control prompt, a list of the objects in each view).
     Also write a chain of thought before answers, if --answers is `reasoning`.
@@ -222,7 +225,14 @@ def _scene_conversations(config: SceneCorpusConfig, part: ShardItems) -> Iterato
 
         @cache
         def observer_for(distractors: int) -> SceneObserver:
-            env = Env(robot, task, cameras=(), image_size=config.image_size, distractors=distractors)
+            env = Env(
+                robot,
+                task,
+                cameras=(),
+                image_size=config.image_size,
+                distractors=distractors,
+                randomization=config.randomization,
+            )
             return stack.enter_context(closing(SceneObserver(env, config.cameras)))
 
         for number in numbers:

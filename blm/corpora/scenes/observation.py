@@ -18,8 +18,7 @@ import numpy as np
 from blm.robots.build import FINGERS
 from blm.tasks import Env
 from blm.tasks.naming import Naming
-from blm.tasks.place_sphere import REST
-from blm.tasks.rendering import Renderer
+from blm.tasks.place_sphere import resting_height
 from blm.tasks.spec import MARKERS, ObjectState
 from blm.types import ImageArray
 
@@ -116,21 +115,21 @@ class SceneObservation:
 class SceneObserver:
     """Observes an environment: one image and one segmentation mask per camera.
 
-    Holds an OpenGL context until `close`.
+    Images have the sensor errors of the episode's variation; masks have none. `close` frees the
+    environment's renderers.
     """
 
     def __init__(self, env: Env, cameras: Sequence[str]) -> None:
         self.env, self.cameras = env, tuple(cameras)
-        self._renderer = Renderer(env.model, env.image_size)
 
     def observe(self, arrangement: Arrangement = "sampled") -> SceneObservation:
         """Render all cameras and return the observation."""
         env, size = self.env, self.env.image_size
         things, tcp = list(_things(env)), np.asarray(env.tcp()[0])
-        images, points, boxes, seen = {}, {}, {}, set()
+        images = env.observe(self.cameras)["pixels"]
+        points, boxes, seen = {}, {}, set()
         for camera in self.cameras:
-            images[camera] = self._renderer.rgb(env.data, camera, size)
-            geoms = self._renderer.geoms(env.data, camera, size)
+            geoms = env.geoms(camera)
             masks = {thing.label: np.isin(geoms, parts) for thing, parts in things}
             visible = [t for t, _ in things if masks[t.label].sum() >= MIN_VISIBLE * size**2]
             where = env.project(np.stack([t.position for t in visible] + [tcp]), camera)[:, :2]
@@ -157,7 +156,7 @@ class SceneObserver:
         )
 
     def close(self) -> None:
-        self._renderer.close()
+        self.env.close()
 
 
 def box_of(mask: np.ndarray) -> Box | None:
@@ -239,7 +238,11 @@ def _new_position(
         clear = _is_free(tcp, None, list(others.values()))
         return tcp if clear and tcp[2] > 2 * item.size[0] else None
     if arrangement == "done" and goal is not None:
-        rise = {"disc": item.size[0], "cube": 2 * item.size[0], "bin": REST}[goal.kind]
+        rise = {
+            "disc": item.size[0],
+            "cube": item.size[0] + goal.size[0],
+            "bin": resting_height(item, goal),
+        }[goal.kind]
         radius = 0.6 * goal.size[0] if goal.kind == "disc" else 0.0
         spot = goal.position + np.array([*rng.uniform(-radius, radius, 2) / np.sqrt(2), rise])
         return spot if _is_free(spot, tcp, [o for o in others.values() if o.name != goal.name]) else None
