@@ -23,6 +23,7 @@ from rich.console import Console
 from blm.app.model import check_device
 from blm.app.recipe import MixtureSettings, Recipe
 from blm.io import lock_folder, read_json, write_json, writing
+from blm.tasks.randomization import NO_RANDOMIZATION
 from blm.training.loop.distributed import Processes
 from blm.training.loop.loop import MAY_CHANGE
 from blm.training.policy.backbone_tuning import BackboneTuning
@@ -57,13 +58,19 @@ ADDED_TO_STAGE1 = {
     "training": {"loop": ADDED_TO_LOOP},
     "schooling": {"eye": ADDED_TO_LOOP, "drill": ADDED_TO_LOOP},
 }
-ADDED_TO_CORPUS = {"answers": "reasoning"}
+ADDED_TO_CORPUS = {"answers": "reasoning", "randomization": asdict(NO_RANDOMIZATION)}
 """The same for `Stage1Settings` and `CorpusSettings`."""
 ADDED: dict[str, dict[str, Any]] = {
     "stage1": ADDED_TO_STAGE1,
     "stage2": ADDED_TO_STAGE2,
     "corpus": ADDED_TO_CORPUS,
+    "demonstrations": {"randomization": asdict(NO_RANDOMIZATION)},
 }
+REMOVED: dict[str, dict[str, Any]] = {
+    "demonstrations": {"appearance": {"colors": 0.0, "light": 0.0, "camera": 0.0}},
+}
+"""Settings that only older run folders have, with the values that they had by default: the keys of
+finished stages contain them."""
 NEUTRAL = frozenset({*MAY_CHANGE, *NOT_IN_KEYS, "checkpoint_blocks", "corpora_folder"})
 """Names of settings that say how a result is computed, not which: a stage may be continued, and its
 result used, with other values."""
@@ -285,7 +292,8 @@ def json_of(recipe: Recipe, field: str) -> Any:
     """Return a recipe field as JSON, without settings that older run folders do not have and that
     have their default: their keys stay the same."""
     value = to_json(getattr(recipe, field))
-    return _without(value, ADDED[field]) if field in ADDED else value
+    value = _without(value, ADDED[field]) if field in ADDED else value
+    return value | REMOVED[field] if field in REMOVED else value
 
 
 def _without(value: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

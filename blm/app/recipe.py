@@ -25,8 +25,8 @@ from blm.planner import CollectConfig
 from blm.policy.network import PolicyConfig
 from blm.robots import ROBOTS
 from blm.seeds import EVALUATION_SEEDS, STAGE1_HELD_OUT_SEEDS, TRAINING_SEEDS, VALIDATION_SEEDS
-from blm.tasks import TASKS
-from blm.tasks.appearance import PLAIN, Appearance
+from blm.tasks import SUITE24, TASKS
+from blm.tasks.randomization import NO_RANDOMIZATION, DomainRandomization
 from blm.tasks.scene import CAMERAS
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.backbone_tuning import BackboneTuning, require_tuning
@@ -66,9 +66,9 @@ class DemonstrationSettings:
     hold: int = 10
     """Number of control steps at the end of each episode in which the arm stays at the goal."""
     distractors: int = 0
-    """Number of coloured distractor objects in each scene."""
-    appearance: Appearance = PLAIN
-    """Randomisation of colours, light and cameras."""
+    """Number of coloured distractor objects in each scene that nothing collides with."""
+    randomization: DomainRandomization = NO_RANDOMIZATION
+    """Randomisation of looks, cameras, layout, sensors and start."""
 
     def __post_init__(self) -> None:
         require_numbers(self, held_out_episodes=(1, 1_000_000))
@@ -86,6 +86,8 @@ class CorpusSettings:
     """Number of questions about each scene."""
     max_distractors: int = 3
     """Maximum number of distractor objects in a scene."""
+    randomization: DomainRandomization = NO_RANDOMIZATION
+    """Randomisation of looks, cameras, layout and sensors."""
     frames_per_episode: int = 8
     """Number of frames of each demonstration to ask about."""
     answers: Answers = "reasoning"
@@ -232,7 +234,7 @@ class Recipe:
     """Name of the recipe. The run folder is runs/NAME unless --run names another folder."""
     robots: tuple[str, ...] = tuple(ROBOTS)
     """Robots of all stages."""
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = SUITE24
     """Tasks of all stages."""
     cameras: tuple[str, ...] = ("base", "wrist")
     """Cameras whose images the model sees."""
@@ -290,6 +292,8 @@ def collect_config(recipe: Recipe, *, held_out: bool) -> CollectConfig:
     values = _values_for(CollectConfig, recipe, settings)
     values["episodes"] = settings.held_out_episodes if held_out else settings.episodes
     values["first_seed"] = seeds.start + FIRST_EPISODE_SEED
+    if held_out:
+        values["randomization"] = NO_RANDOMIZATION
     return CollectConfig(**values)
 
 
@@ -306,6 +310,8 @@ def corpus_config(recipe: Recipe, run: Path, corpus: CorpusName) -> SceneCorpusC
     values["first_seed"] = (TRAINING_SEEDS if training else STAGE1_HELD_OUT_SEEDS).start
     values["episodes"] = run / ("episodes" if training else "episodes_held_out")
     values["teach"] = training
+    if not training:
+        values["randomization"] = NO_RANDOMIZATION
     values["wording"] = "held_out" if corpus == "held_out_wording" else "seen"
     return SceneCorpusConfig(**values)
 

@@ -149,7 +149,7 @@ class EpisodeDataset:
         if "training" in self.provenance or collect is None:
             stated: Training = self.provenance.get("training", "unknown")
             return stated
-        looks = collect.get("appearance") or {}
+        looks = collect.get("appearance") or {}  # an earlier name of the randomization
         return "randomized" if collect.get("distractors") or any(looks.values()) else "plain"
 
     @property

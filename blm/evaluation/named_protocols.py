@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, Required, TypedDict
 
 from blm.evaluation.conditions import Condition, graded, named
+from blm.tasks.registry import SUITE24, WORDS
 
 Phrasing = Literal["seen", "held_out", "both"]
 Latency = Literal["none", "measured"] | float
@@ -37,20 +38,12 @@ class ProtocolSettings(ProtocolOverrides, total=False):
 
 _SUITE24: ProtocolSettings = {
     "robots": ("panda", "xarm6", "xarm7", "widowxai"),
-    "tasks": ("push_cube", "pull_cube", "pick_cube", "stack_cube", "place_sphere", "lift_peg_upright"),
+    "tasks": SUITE24,
     "episodes": 50,
     "first_seed": 0,
     "max_steps": 200,
     "phrasing": "both",
 }
-_WORDS_TASKS = (
-    "words_push_cube",
-    "words_pull_cube",
-    "words_pick_cube",
-    "words_stack_cube",
-    "words_place_sphere",
-    "words_lift_peg_upright",
-)
 PROTOCOLS: dict[str, ProtocolSettings] = {
     "suite24": _SUITE24,
     "suite24-v2": {**_SUITE24, "visible_goals": True},
@@ -58,7 +51,7 @@ PROTOCOLS: dict[str, ProtocolSettings] = {
     "suite24-dynamics": {**_SUITE24, "episodes": 5, "conditions": named("dynamics")},
     "suite24-words": {
         **_SUITE24,
-        "tasks": _WORDS_TASKS,
+        "tasks": WORDS,
         "episodes": 25,
         "conditions": named("control"),
     },

@@ -31,8 +31,8 @@ from blm.planner.demonstration import TAKE_OVER, Demonstrator, Perturbation, dem
 from blm.planner.expert import HOLD_STEPS, Expert
 from blm.robots import ROBOTS
 from blm.seeds import count_reserved_seeds, reserved_seeds_warning
-from blm.tasks import Env, TaskEnv
-from blm.tasks.appearance import PLAIN, Appearance
+from blm.tasks import SUITE24, Env, TaskEnv
+from blm.tasks.randomization import NO_RANDOMIZATION, DomainRandomization
 from blm.tasks.scene import CAMERAS
 from blm.tasks.suite import suite_version
 from blm.types import BlmError, Policy, Training, lookup, require_numbers
@@ -52,7 +52,7 @@ class CollectConfig:
 
     robots: tuple[str, ...] = tuple(ROBOTS)
     """Names of the robots."""
-    tasks: tuple[str, ...] = tuple(DECOMPOSITIONS)
+    tasks: tuple[str, ...] = SUITE24
     """Names of the tasks."""
     episodes: int = 50
     """Number of successful episodes to keep for each robot and task."""
@@ -74,9 +74,9 @@ class CollectConfig:
     """Number of control steps at the end of each episode in which the arm stays at the goal.
     A policy learns to stay from steps at least one chunk before the end of an episode."""
     distractors: int = 0
-    """Number of coloured distractor objects in each scene."""
-    appearance: Appearance = PLAIN
-    """Randomisation of colours, light and cameras."""
+    """Number of coloured distractor objects in each scene that nothing collides with."""
+    randomization: DomainRandomization = NO_RANDOMIZATION
+    """Randomisation of looks, cameras, layout, sensors and start."""
     simulator: Literal["mujoco", "maniskill"] = "mujoco"
     """Simulator; `maniskill` needs a separate Python environment (docs/maniskill.md)."""
     workers: int = 2
@@ -92,7 +92,8 @@ class CollectConfig:
     @property
     def training(self) -> Training:
         """The record of policies that are trained on these demonstrations."""
-        return "randomized" if self.distractors or self.appearance != PLAIN else "plain"
+        varied = self.distractors or self.randomization != NO_RANDOMIZATION
+        return "randomized" if varied else "plain"
 
     def __post_init__(self) -> None:
         for robot in self.robots:
@@ -339,7 +340,7 @@ def make_env(config: CollectConfig, robot: str, task: str, cameras: tuple[str, .
         image_size=config.image_size,
         terminate_on_success=False,
         distractors=config.distractors,
-        appearance=config.appearance,
+        randomization=config.randomization,
     )
 
 

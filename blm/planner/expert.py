@@ -14,6 +14,7 @@ from blm.planner.collision import CLEARANCE, TOUCH
 from blm.planner.decompositions import DECOMPOSITIONS, KEY_POSES
 from blm.planner.primitives import Candidate, Primitive, WorldState
 from blm.tasks import Env
+from blm.tasks.spec import Item
 from blm.types import lookup
 
 HOLD_STEPS = 10
@@ -57,14 +58,18 @@ class Expert:
 
     def __init__(self, env: Env, rng: np.random.Generator, hold: int = HOLD_STEPS) -> None:
         self.env, self.hold = env, hold
-        self.planner = ArmPlanner(env.robot, env.items)
         self._decide = lookup("task with an expert", env.task, DECOMPOSITIONS)
-        self._solid = frozenset(item.name for item in env.items if item.role != "marker")
+        self._solid: tuple[Item, ...] | None = None
         self.reset(rng)
 
     def reset(self, rng: np.random.Generator) -> None:
-        """Start a new episode; the planner's model is kept."""
+        """Start a new episode; the planner's model is kept if the solid things are the same."""
         self._rng = rng
+        solid = tuple(
+            item for item in (*self.env.items, *self.env.solid_distractors) if item.role != "marker"
+        )
+        if solid != self._solid:
+            self._solid, self.planner = solid, ArmPlanner(self.env.robot, solid)
         self._primitive = Primitive(name="none", opening=1.0)
         self._plan: Vector = np.empty((0, self.planner.dof))
         self._next = self._steps_held = 0
@@ -111,7 +116,7 @@ class Expert:
         rng = np.random.default_rng(0)
         home = np.array(self.env.robot.home)
         key_poses = lookup("task with key poses", self.env.task, KEY_POSES)(self._world_state())
-        self.planner.update_collision_world({}, touches=self._solid)
+        self.planner.update_collision_world({}, touches=[item.name for item in self._solid or ()])
         reached = [
             any(self.planner.inverse_kinematics(pose, home, rng) is not None for pose in candidates)
             for candidates in key_poses
@@ -146,7 +151,9 @@ class Expert:
         env = self.env
         position, rotation = env.tcp()
         tool = Pose.from_rotation_and_translation(mink.SO3.from_matrix(rotation), position)
-        return WorldState(env.robot, tool, env.gripper_opening, env.objects(), env.is_grasping)
+        return WorldState(
+            env.robot, tool, env.gripper_opening, env.objects(), env.is_grasping, env.naming.swap
+        )
 
     def _start_primitive(self, primitive: Primitive, state: WorldState) -> None:
         if self._primitive.name in ("lift", "move") and primitive.name == "approach":
@@ -240,7 +247,7 @@ class Expert:
         """
         touches = {*primitive.touches}
         if not primitive.carried and (ahead or not primitive.free):
-            touches.add(self.env.task_spec.object)
+            touches.add(state.item(self.env.task_spec.object).name)
         opening = max(primitive.opening, state.opening)
         self.planner.update_collision_world(
             state.objects, touches=touches, carried=primitive.carried, tool=state.tool, opening=opening

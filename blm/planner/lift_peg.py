@@ -31,12 +31,12 @@ from blm.planner.primitives import (
 )
 from blm.robots import RobotSpec
 from blm.tasks import ObjectState
-from blm.tasks.lift_peg_upright import HALF_LENGTH, HALF_WIDTH, angle_from_vertical
+from blm.tasks.lift_peg_upright import HALF_LENGTH, angle_from_vertical, half_length
 
 NAME = "peg"
 """The item's name in the task."""
 GRIP = 0.095
-"""Distance of the grasp point from the peg's centre [m]."""
+"""Distance of the grasp point from the centre of the plain suite's peg [m]."""
 GENTLE = 0.018
 """How far inside the peg's side each finger is commanded to let the peg swing [m]."""
 FIRM = 0.022
@@ -67,33 +67,49 @@ LEAVE = 0.03
 """Height above the standing peg to which the tool retreats [m]."""
 
 
-def lift_peg_upright(state: WorldState) -> Primitive:
-    """Stand the peg upright, release it and hold still above it."""
+def lift_peg_upright(state: WorldState, *, named_end: bool = False) -> Primitive:
+    """Stand the peg upright, release it and hold still above it.
+
+    With `named_end`, the end that the instruction names must be up: the peg is gripped at that end,
+    because it hangs from the grip.
+    """
     peg = state.objects[NAME]
+    ends = _ends(state, named_end)
     lean = _lean_angle(peg)
     on_foot = lean < STEADY and _lowest(peg) < LOW
     if _in_hand(state, peg) and not (on_foot and peg.spin < SWINGING):
+        if np.sign(_in_peg(state, peg)[0]) not in ends:
+            return Primitive(name="release", opening=1.0, touches=(NAME,))
         return _lift_and_straighten(state, peg)
     if on_foot or (lean < LYING and (peg.spin > ROCKING or _distance_past_end(state, peg) < LEAVE / 2)):
         return _release_and_retreat(state, peg)
-    return _grasp(state, peg)
+    return _grasp(state, peg, ends)
 
 
-def lift_peg_key_poses(state: WorldState) -> KeyPoses:
+def lift_peg_key_poses(state: WorldState, *, named_end: bool = False) -> KeyPoses:
     """Return the key poses: grasp, on the way up, peg hanging, peg straightened."""
-    sequences = _grasp_sequences(state, state.objects[NAME])
+    sequences = _grasp_sequences(state, state.objects[NAME], _ends(state, named_end))
     return [[sequence[index] for sequence in sequences] for index in range(len(sequences[0]))]
 
 
-def _grasp(state: WorldState, peg: ObjectState) -> Primitive:
+def _ends(state: WorldState, named_end: bool) -> tuple[int, ...]:
+    """Return the ends that may be up, as signs along the peg's axis."""
+    if not named_end:
+        return (-1, 1)
+    return (-1,) if NAME in state.swap else (1,)
+
+
+def _grasp(state: WorldState, peg: ObjectState, ends: tuple[int, ...]) -> Primitive:
     """Approach one end with open fingers, descend, close lightly; again if the fingers missed."""
-    ends = [state.tool.inverse() @ (peg.position + end * GRIP * _axis(peg)) for end in (-1, 1)]
-    x, y, z = min(ends, key=lambda place: np.linalg.norm(place[:2]))
-    sequences = _grasp_sequences(state, peg)
+    places = [state.tool.inverse() @ (peg.position + end * _grip(peg) * _axis(peg)) for end in ends]
+    x, y, z = min(places, key=lambda place: np.linalg.norm(place[:2]))
+    sequences = _grasp_sequences(state, peg, ends)
     across = abs(state.tool.rotation().as_matrix()[:, 1] @ _axis(peg)) < 0.1
     over = max(abs(x), abs(y)) < ON_SPOT and across
-    if over and abs(z) < ON_SPOT and state.opening > 0.8 * _opening(state.robot, 0.0):
-        return Primitive(name="grasp", opening=_opening(state.robot, GENTLE), touches=(NAME,))
+    if over and abs(z) < ON_SPOT and state.opening > 0.8 * _opening(state.robot, peg, 0.0):
+        return Primitive(
+            name="grasp", opening=_opening(state.robot, peg, _squeeze(peg, GENTLE)), touches=(NAME,)
+        )
     if over and 0 < z < 1.5 * HOVER and state.opening > 0.95:
         sequences.sort(key=lambda sequence: _pose_distance(state.tool, sequence[0]))
         return Primitive(
@@ -122,7 +138,7 @@ def _lift_and_straighten(state: WorldState, peg: ObjectState) -> Primitive:
     axis = end * _axis(peg)  # from the foot to the grip
     lean = float(np.arccos(np.clip(axis[2], -1, 1)))
     lowest = _lowest(peg)
-    height = HALF_LENGTH + abs(_in_peg(state, peg)[0])  # of the grip above the foot
+    height = half_length(peg) + abs(_in_peg(state, peg)[0])  # of the grip above the foot
 
     def held(later: WorldState) -> bool:
         peg = later.objects[NAME]
@@ -131,7 +147,7 @@ def _lift_and_straighten(state: WorldState, peg: ObjectState) -> Primitive:
     def with_peg(name: str, grip: float, routes: list[list[Pose]], rigid: bool = True) -> Primitive:
         return Primitive(
             name=name,
-            opening=_opening(state.robot, grip),
+            opening=_opening(state.robot, peg, _squeeze(peg, grip)),
             candidates=[Candidate(poses) for poses in routes],
             touches=() if rigid else (NAME,),
             carried=NAME if rigid else "",
@@ -156,7 +172,7 @@ def _lift_and_straighten(state: WorldState, peg: ObjectState) -> Primitive:
 def _release_and_retreat(state: WorldState, peg: ObjectState) -> Primitive:
     """Open the gripper, move up, and hold still once the peg is still."""
     above = _distance_past_end(state, peg)
-    around = state.opening > _opening(state.robot, 0.003)  # fingers that stand on the peg cannot open
+    around = state.opening > _opening(state.robot, peg, 0.003)  # fingers that stand on the peg cannot open
     if above < 0.01 and around and state.opening < 0.95:
         return Primitive(name="release", opening=1.0, touches=(NAME,))
     if above < LEAVE / 2:
@@ -174,18 +190,19 @@ def _release_and_retreat(state: WorldState, peg: ObjectState) -> Primitive:
     return Primitive(name="hold" if at_rest else "retreat", opening=1.0)
 
 
-def _grasp_sequences(state: WorldState, peg: ObjectState) -> list[list[Pose]]:
+def _grasp_sequences(state: WorldState, peg: ObjectState, ends: tuple[int, ...]) -> list[list[Pose]]:
     """Return sequences of poses (grasp, on the way up, hanging, straightened), the best first."""
     axis = _axis(peg)
     if axis[:2] @ (peg.position - state.robot.base_position)[:2] < 0:
         axis = -axis
+        ends = tuple(-end for end in reversed(ends))
     heading = np.arctan2(axis[1], axis[0])
     sequences = []
-    for route, flip, tilt, end in product((0, 1), (1, -1), TILTS, (-1, 1)):
-        spot = peg.position + end * GRIP * axis
+    for route, flip, tilt, end in product((0, 1), (1, -1), TILTS, ends):
+        spot = peg.position + end * _grip(peg) * axis
         yaw = heading if flip == 1 else heading - np.pi
-        grasp = make_pose([*spot[:2], max(spot[2], HALF_WIDTH)], yaw, tilt)
-        hang = np.array([*spot[:2], HALF_LENGTH + GRIP + ROOM])
+        grasp = make_pose([*spot[:2], max(spot[2], peg.size[1])], yaw, tilt)
+        hang = np.array([*spot[:2], half_length(peg) + _grip(peg) + ROOM])
         up = _lift_routes(state.robot, grasp, hang)[route]
         # The tool's x axis runs along the peg; gripped at that end, the tool must tilt more to straighten it.
         straight = SO3.from_y_radians(end * flip * SWING)
@@ -228,7 +245,7 @@ def _distance_past_end(state: WorldState, peg: ObjectState) -> float:
     Infinite if it is far from the peg's axis.
     """
     along, side, height = _in_peg(state, peg)
-    return float(abs(along) - HALF_LENGTH) if max(abs(side), height) < 0.08 else np.inf
+    return float(abs(along) - half_length(peg)) if max(abs(side), height) < 0.08 else np.inf
 
 
 def _in_hand(state: WorldState, peg: ObjectState) -> bool:
@@ -237,12 +254,27 @@ def _in_hand(state: WorldState, peg: ObjectState) -> bool:
     Positions are used, because the contact force vanishes for instants while the peg swings.
     """
     along, side, height = _in_peg(state, peg)
-    between = abs(along) < HALF_LENGTH + 0.008 and max(abs(side), height) < HALF_WIDTH
-    return bool(between and state.opening < _opening(state.robot, -0.004))
+    between = abs(along) < half_length(peg) + 0.008 and max(abs(side), height) < peg.size[1]
+    return bool(between and state.opening < _opening(state.robot, peg, -0.004))
 
 
 def _axis(peg: ObjectState) -> Vector:
     return SO3(np.asarray(peg.quaternion)).as_matrix()[:, 0]
+
+
+def _grip(peg: ObjectState) -> float:
+    """Return the distance of the grasp point from the peg's centre [m]."""
+    return GRIP * _scale(peg)
+
+
+def _squeeze(peg: ObjectState, depth: float) -> float:
+    """Return the commanded depth [m] whose force relates to the peg's weight as in the plain suite."""
+    return depth * _scale(peg) ** 3
+
+
+def _scale(peg: ObjectState) -> float:
+    """Return the size of the peg relative to that of the plain suite."""
+    return half_length(peg) / HALF_LENGTH
 
 
 def _lean_angle(peg: ObjectState) -> float:
@@ -251,7 +283,7 @@ def _lean_angle(peg: ObjectState) -> float:
 
 def _lowest(peg: ObjectState) -> float:
     """Return the height of the peg's lowest corner [m]."""
-    half = np.array([HALF_LENGTH, HALF_WIDTH, HALF_WIDTH])
+    half = np.array([half_length(peg), peg.size[1], peg.size[1]])
     return float(peg.position[2] - abs(SO3(np.asarray(peg.quaternion)).as_matrix()[2]) @ half)
 
 
@@ -262,9 +294,9 @@ def _rotation_between(one: Vector, other: Vector) -> Vector:
     return np.asarray(normal / max(sine, 1e-9) * np.arctan2(sine, one @ other))
 
 
-def _opening(robot: RobotSpec, inside: float) -> float:
+def _opening(robot: RobotSpec, peg: ObjectState, inside: float) -> float:
     """Return the gripper command that sends each finger `inside` [m] the peg's side."""
-    return float(np.clip((HALF_WIDTH - inside) / robot.gripper.stroke, 0.0, 1.0))
+    return float(np.clip((peg.size[1] - inside) / robot.gripper.stroke, 0.0, 1.0))
 
 
 def _pose_distance(one: Pose, other: Pose) -> float:

@@ -14,7 +14,7 @@ from blm.jobs import Result, WorkUnit, run_units
 from blm.planner.collect import CollectConfig, make_env
 from blm.planner.collection_summary import SUMMARY, CollectionSummary
 from blm.planner.demonstration import replay
-from blm.tasks.appearance import Appearance
+from blm.tasks.randomization import DomainRandomization
 from blm.tasks.suite import suite_version
 from blm.types import BlmError, ContractError
 
@@ -64,12 +64,20 @@ def verify(out: Path, *, workers: int = 2, engine: Literal["local", "ray"] = "lo
 
 
 def read_config(stored: Mapping[str, Any]) -> CollectConfig:
-    """Return the configuration that is stored with a collection."""
+    """Return the configuration that is stored with a collection.
+
+    Raises BlmError for a collection of an earlier version with `appearance`, which cannot be drawn again.
+    """
+    if any(stored.get("appearance", {}).values()):
+        raise BlmError(
+            f"recorded with appearance {stored['appearance']}, which `randomization` has replaced: its "
+            "pictures cannot be made again; verify it with the program version that collected it"
+        )
     known = {field.name for field in fields(CollectConfig)}
     values: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k in known
     }
-    values["appearance"] = Appearance(**stored["appearance"])
+    values["randomization"] = DomainRandomization(**stored.get("randomization", {}))
     return CollectConfig(**values)
 
 

@@ -32,7 +32,7 @@ def draw_distractors(
 
     Raises BlmError if there is not enough room on the table.
     """
-    taken = [(np.array(placement[item.name][0][:2]), _radius(item)) for item in items]
+    taken = [(np.array(placement[item.name][0][:2]), radius(item)) for item in items]
     used = {("ball" if item.kind == "sphere" else item.kind, item.color) for item in items}
     choices = [(k, c) for k in ("cube", "ball", "cylinder") for c in PALETTE if (k, c) not in used]
     drawn: list[tuple[Item, Pose]] = []
@@ -41,7 +41,7 @@ def draw_distractors(
             break
         spot = np.array(robot.workspace.centre) + rng.uniform(-_REACH, _REACH, 2)
         half = float(rng.uniform(0.016, 0.024))
-        if all(np.linalg.norm(spot - place) > 1.5 * half + radius + 0.01 for place, radius in taken):
+        if all(np.linalg.norm(spot - place) > 1.5 * half + size + 0.01 for place, size in taken):
             kind, color = choices.pop(int(rng.integers(len(choices))))
             part = {
                 "cube": Part("box", (half, half, half), color),
@@ -58,8 +58,8 @@ def draw_distractors(
     return tuple(drawn)
 
 
-def show_distractors(model: mujoco.MjModel, distractors: Distractors) -> None:
-    """Set shape, size and colour of the model's distractor bodies."""
+def show_distractors(model: mujoco.MjModel, distractors: Sequence[tuple[Item, Pose]]) -> None:
+    """Set shape, size and colour of the model's distractor bodies, which nothing collides with."""
     for item, _ in distractors:
         geom, part = model.body(item.name).geomadr[0], item.parts[0]
         model.geom_type[geom] = SHAPES[part.shape]
@@ -69,7 +69,7 @@ def show_distractors(model: mujoco.MjModel, distractors: Distractors) -> None:
         model.geom_pos[geom] = part.position
 
 
-def _radius(item: Item) -> float:
+def radius(item: Item) -> float:
     """Return the radius of the item's bounding circle in plan [m]."""
     return max(
         np.hypot(*part.position[:2]) + (np.hypot(*part.size[:2]) if part.shape == "box" else part.size[0])

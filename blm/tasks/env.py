@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,21 +14,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blm.robots.build import FINGERS
-from blm.tasks.appearance import Appearance, AppearanceRandomizer
+from blm.tasks.arm_starts import offset_start, random_start
+from blm.tasks.clutter import draw_solids, resize
 from blm.tasks.distractors import Distractors, draw_distractors, show_distractors
+from blm.tasks.naming import Naming
 from blm.tasks.rendering import Renderer
-from blm.tasks.scene import CAMERAS, SUBSTEPS, build_model, paint_items
+from blm.tasks.scene import CAMERAS, SUBSTEPS, paint_items
+from blm.tasks.scene_variation import SceneModel, needs_dressing
 from blm.tasks.spec import Item, ObjectState, Placement, SceneDraw
 from blm.tasks.task_env import RENDER_SIZE, TaskEnv
 from blm.tasks.variation import Variation
 from blm.tasks.visibility import draw_until_visible
-from blm.types import BlmError, ContractError, FloatArray, ImageArray, lookup
+from blm.types import ContractError, FloatArray, ImageArray, lookup
 
 _PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
 _GRASP_CONE = np.cos(np.radians(85))
 """A finger's force counts if it is within 85 deg of the closing axis (ManiSkill, is_grasping)."""
-_ATTEMPTS = 5000
-"""Number of arm poses that are tried for a random start."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,51 +41,79 @@ class EnvState:
     start."""
     steps: int
     instruction: str
-    named_other: bool
-    """Whether the instruction names the other thing, which is judged then."""
+    naming: Naming
     items: tuple[Item, ...]
     distractors: Distractors
     seed: int
-    """Seed of the episode, from which its appearance is drawn."""
+    """Seed of the episode, from which the errors of its sensors are drawn."""
     variation: Variation
+    start: Mapping[str, FloatArray]
+    """Position of each object at the start of the episode, [3]."""
+    went_wrong: bool
+    """Whether `TaskSpec.wrong` has held after a step."""
+    delivered: Mapping[str, ImageArray]
+    """Camera -> the picture that it delivered last, if the variation drops pictures."""
 
 
 class Env(TaskEnv):
-    """A robot at a table with one task, simulated in MuJoCo."""
+    """A robot at a table with one task, simulated in MuJoCo.
 
-    def _make_simulator(self, appearance: Appearance) -> None:
-        self.model = build_model(self.robot, self.task_spec, self._extra)
-        self.data = mujoco.MjData(self.model)
-        self._randomizer = AppearanceRandomizer(self.model, appearance)
-        self._seed = 0
+    A varied episode has a model of its own, so `model` and `data` may be others after a reset.
+    """
+
+    def _make_simulator(self) -> None:
         self._distractors: Distractors = ()
-        self._renderer: Renderer | None = None
+        self._models: dict[int | None, SceneModel] = {}
+        self._renderers: dict[bool, Renderer] = {}
+        self._use(self.variation)
+
+    def _use(self, variation: Variation) -> SceneModel:
+        """Switch to the model in which a variation can be shown, and return it."""
+        solid = variation.clutter.distractors if needs_dressing(variation) else None
+        if solid not in self._models:
+            self._models[solid] = SceneModel(self.robot, self.task_spec, self._extra, solid)
+        self._scene = self._models[solid]
+        self.model, self.data = self._scene.model, self._scene.data
+        return self._scene
 
     def _start_episode(self, seed: int, draw: SceneDraw, arm_start: str) -> None:
-        arm_rng = self._stream(seed, "arm")
-        distractor_rng = self._stream(seed, "distractors")
-        mujoco.mj_resetData(self.model, self.data)
-        placement = draw.placement
-        self._distractors = draw_distractors(distractor_rng, self.robot, self.items, placement, self._extra)
-        self._seed = seed
+        clutter = self.variation.clutter
+        draw = resize(draw, clutter.scale)
+        self.items = draw.items
+        ghosts = draw_distractors(
+            self.stream(seed, "distractors"), self.robot, self.items, draw.placement, self._extra
+        )
+        solids = draw_solids(self.stream(seed, "clutter"), self.robot, self.task_spec, draw, ghosts, clutter)
+        self._distractors = ghosts + solids
         self._dress()
-        self._set_item_poses({**placement, **{item.name: where for item, where in self._distractors}})
+        mujoco.mj_resetData(self.model, self.data)
+        self._set_item_poses({**draw.placement, **{item.name: where for item, where in self._distractors}})
+        arm_rng = self.stream(seed, "arm")
         home = np.array(self.robot.home)
-        self._set_arm(home + arm_rng.normal(0, self.robot.reset_noise, len(home)), opening=1.0)
+        start = home + arm_rng.normal(0, self.robot.reset_noise, len(home))
+        self.place_arm(start, opening=1.0)
         if arm_start == "random":
-            self._randomise_arm(arm_rng)
+            random_start(self, arm_rng)
+        elif self.variation.arm_offset:
+            offset_start(self, arm_rng, self.variation.arm_offset)
         self._refresh()
 
     def _show_goals(self, draw_again: Callable[[], None]) -> None:
         draw_until_visible(self, draw_again)
 
     def _dress(self) -> None:
-        """Show the colours, distractors and looks of the present episode."""
-        paint_items(self.model, self.items)
-        show_distractors(self.model, self._distractors)
-        self._randomizer.apply(self._seed)
+        """Show the colours, distractors and variation of the present episode."""
+        scene = self._use(self.variation)
+        if scene.is_dressed:
+            scene.dress(self.variation, self.items, self._distractors)
+        else:
+            paint_items(self.model, self.items)
+        show_distractors(self.model, [(i, where) for i, where in self._distractors if i.role == "marker"])
 
     def _simulate(self, target: FloatArray) -> None:
+        change = self.variation.dynamics
+        if self._steps == change.move_goal_at:
+            self.shift_object(self._goal_name(), np.array([*change.move_goal_by, 0.0]))
         self.data.ctrl[:] = (*target[:-1], target[-1] * self.robot.gripper.stroke)
         with self._timed("physics"):
             mujoco.mj_step(self.model, self.data, nstep=SUBSTEPS)
@@ -102,28 +131,37 @@ class Env(TaskEnv):
             physics=physics,
             steps=self._steps,
             instruction=self.task_description,
-            named_other=self._named_other,
+            naming=self.naming,
             items=self.items,
             distractors=self._distractors,
             seed=self._seed,
             variation=self.variation,
+            start=dict(self._start),
+            went_wrong=self._went_wrong,
+            delivered=dict(self._delivered),
         )
 
     def set_state(self, state: EnvState) -> None:
         """Continue from the state of an Env of the same robot, task and distractors."""
-        size = mujoco.mj_stateSize(self.model, _PHYSICS)
-        if state.physics.shape != (size,) or len(state.distractors) != self._extra:
+        before = self.variation
+        size = mujoco.mj_stateSize(self._use(state.variation).model, _PHYSICS)
+        count = self._extra + state.variation.clutter.distractors
+        if state.physics.shape != (size,) or len(state.distractors) != count:
+            self._use(before)
             raise ContractError(
                 f"a state of {state.physics.size} numbers and {len(state.distractors)} distractors is not of "
-                f"'{self.embodiment}' in '{self.task}' with {self._extra} distractors ({size} numbers)"
+                f"'{self.embodiment}' in '{self.task}' with {count} distractors ({size} numbers)"
             )
         self._steps = state.steps
         self.task_description = state.instruction
-        self._named_other = state.named_other
+        self.naming = state.naming
         self.items = state.items
         self.variation = state.variation
+        self._start = dict(state.start)
+        self._went_wrong = state.went_wrong
         self._distractors = state.distractors
         self._seed = state.seed
+        self._delivered = dict(state.delivered)
         self._dress()
         mujoco.mj_setState(self.model, self.data, state.physics, _PHYSICS)
         self._refresh()
@@ -133,13 +171,22 @@ class Env(TaskEnv):
         items = (*self.items, *(item for item, _ in self._distractors))
         return {item.name: self._object(item) for item in items}
 
+    @property
+    def solid_distractors(self) -> tuple[Item, ...]:
+        """The distractors of the present episode that collide with everything."""
+        return tuple(item for item, _ in self._distractors if item.role != "marker")
+
     def shift_object(self, name: str, by: FloatArray) -> None:
-        """Move an item by a displacement [3] in m and set its velocity to 0."""
+        """Move an item by a displacement [3] in m and set its velocity to 0.
+
+        The robot did not do it, so a displaced item starts anew where it is put.
+        """
         body = self._body(name)
         position, quaternion = body.xpos + by, body.xquat.copy()
         if self.model.body(name).mocapid[0] < 0:
             self.data.joint(name).qvel[:] = 0
         self._set_item_poses({name: ((*position.tolist(),), (*quaternion.tolist(),))})
+        self._start[name] = self._start[name] + by
         self._refresh()
 
     def tcp(self) -> tuple[FloatArray, FloatArray]:
@@ -181,7 +228,7 @@ class Env(TaskEnv):
         """Return uint8 [size, size, 3] (default: image_size) from any camera of the scene."""
         lookup("camera", camera, CAMERAS)
         with self._timed("rendering"):
-            return self._ensure_renderer().rgb(self.data, camera, size or self.image_size)
+            return self._ready_renderer().rgb(self.data, camera, size or self.image_size)
 
     def project(self, points: FloatArray, camera: str) -> FloatArray:
         """Project world points [N, 3] into a camera.
@@ -198,22 +245,35 @@ class Env(TaskEnv):
 
     def mask(self, name: str, camera: str, size: int | None = None) -> NDArray[np.bool_]:
         """Return the segmentation mask of an object, bool [size, size] (default: image_size)."""
+        return np.append(self.model.geom_bodyid, 0)[self.geoms(camera, size)] == self._body(name).id
+
+    def geoms(self, camera: str, size: int | None = None) -> NDArray[np.int64]:
+        """Return the geom id of each pixel, -1 for the wall, int64 [size, size] (default: image_size)."""
         lookup("camera", camera, CAMERAS)
-        geoms = self._ensure_renderer().geoms(self.data, camera, size or self.image_size)
-        return np.append(self.model.geom_bodyid, 0)[geoms] == self._body(name).id
+        return self._ready_renderer().geoms(self.data, camera, size or self.image_size)
 
     def close(self) -> None:
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        for renderer in self._renderers.values():
+            renderer.close()
+        self._renderers.clear()
 
-    def _ensure_renderer(self) -> Renderer:
-        if self._renderer is None:
-            self._renderer = Renderer(self.model, max(self.image_size, RENDER_SIZE))
-        return self._renderer
+    def _ready_renderer(self) -> Renderer:
+        """Return a renderer of the present model; all dressed models share one."""
+        scene = self._scene
+        if scene.is_dressed not in self._renderers:
+            self._renderers[scene.is_dressed] = Renderer(self.model, max(self.image_size, RENDER_SIZE))
+        renderer = self._renderers[scene.is_dressed]
+        renderer.show(self.model, scene.textures, shadows=scene.shadows)
+        return renderer
+
+    def _goal_name(self) -> str:
+        """Return the name of the goal: what the object is brought to, or itself if there is no such thing."""
+        others = [item for item in self.items if item.name != self.task_spec.object]
+        goal = next((item for item in others if item.role != "free"), others[0] if others else self.items[0])
+        return self.naming.swap.get(goal.name, goal.name)
 
     def _body(self, name: str) -> Any:
-        names = [*(item.name for item in self.items), *(f"distractor{i}" for i in range(self._extra))]
+        names = [*(item.name for item in self.items), *(item.name for item, _ in self._distractors)]
         lookup("object", name, dict.fromkeys(names))
         return self.data.body(name)
 
@@ -236,28 +296,12 @@ class Env(TaskEnv):
                 self.data.mocap_pos[index] = position
                 self.data.mocap_quat[index] = quaternion
 
-    def _set_arm(self, angles: FloatArray, opening: float) -> None:
-        """Set the joint positions of arm and fingers, and the same targets."""
+    def place_arm(self, angles: FloatArray, opening: float) -> None:
+        """Set the joint positions [rad] of arm and fingers, clipped to the limits, and the same targets."""
         self.data.qpos[self._arm] = np.clip(angles, self._low[:-1], self._high[:-1])
         for finger in FINGERS:
             self.data.joint(finger).qpos[0] = opening * self.robot.gripper.stroke
         self.data.ctrl[:] = (*self.data.qpos[self._arm], opening * self.robot.gripper.stroke)
-
-    def _randomise_arm(self, rng: np.random.Generator) -> None:
-        """Draw an arm pose near home: tool above the workspace, pointing down, no contact."""
-        area, home = self.robot.workspace, np.array(self.robot.home)
-        owners = self.model.geom_bodyid
-        robot_geoms = (owners > 0) & (owners <= self.model.body(FINGERS[1]).id)
-        for _ in range(_ATTEMPTS):
-            self._set_arm(home + rng.uniform(-0.7, 0.7, len(home)), opening=float(rng.uniform()))
-            mujoco.mj_kinematics(self.model, self.data)
-            position, rotation = self.tcp()
-            inside = (np.abs(position[:2] - area.centre) <= area.half + 0.05).all()
-            if inside and 0.05 <= position[2] <= area.height + 0.1 and rotation[2, 2] < -0.8:
-                mujoco.mj_collision(self.model, self.data)
-                if not robot_geoms[self.data.contact.geom].any():
-                    return
-        raise BlmError(f"found no free arm pose for '{self.embodiment}' in {_ATTEMPTS} draws")
 
     def _refresh(self) -> None:
         """Update derived quantities; keep the solver's warm start, which is part of a state."""

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blm.robots import ROBOTS
-from blm.tasks.appearance import PLAIN, Appearance
+from blm.tasks.randomization import NO_RANDOMIZATION
 from blm.tasks.scene import CAMERAS
 from blm.tasks.spec import Item, ObjectState, SceneDraw
 from blm.tasks.task_env import TaskEnv
@@ -110,12 +110,12 @@ def require_maniskill() -> None:
 class ManiSkillEnv(TaskEnv):
     """A robot at a table with one task, simulated in ManiSkill (PhysX)."""
 
-    def _make_simulator(self, appearance: Appearance) -> None:
+    def _make_simulator(self) -> None:
         lookup("robot in ManiSkill", self.embodiment, {"panda": ROBOTS["panda"]})
         self._maniskill_task = lookup("task in ManiSkill", self.task, MANISKILL_TASKS)
-        if self._extra or appearance != PLAIN:
+        if self._extra or self.randomization != NO_RANDOMIZATION:
             raise BlmError(
-                "ManiSkill's scenes cannot be changed: distractors must be 0 and the appearance plain"
+                "ManiSkill's scenes cannot be changed: distractors and randomization.amplitude must be 0"
             )
         self._cameras: dict[tuple[str, int], Any] = {}
         self.simulation = self._make()
@@ -155,7 +155,6 @@ class ManiSkillEnv(TaskEnv):
             )
 
     def _start_episode(self, seed: int, draw: SceneDraw, arm_start: str) -> None:
-        self._seed = seed
         self.restart()
 
     def restart(self) -> None:

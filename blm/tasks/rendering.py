@@ -12,6 +12,7 @@ import importlib
 import os
 import sys
 import weakref
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import mujoco
@@ -62,13 +63,15 @@ def _close_all() -> None:
 class Renderer:
     """Renders square images of one model, up to `size` px per side.
 
-    Holds an OpenGL context until `close`.
+    It also renders other models with the same textures, if `show` names them. Holds an OpenGL
+    context until `close`.
     """
 
     _gl: Any = None
 
     def __init__(self, model: mujoco.MjModel, size: int) -> None:
         self._model, self._gl = model, _new_context(size)
+        self._uploaded: dict[int, Hashable] = {}
         model.vis.global_.offwidth = model.vis.global_.offheight = size
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_50)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
@@ -77,6 +80,16 @@ class Renderer:
         self._camera, self._options = mujoco.MjvCamera(), mujoco.MjvOption()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         _open.add(self)
+
+    def show(self, model: mujoco.MjModel, textures: Mapping[int, Hashable], *, shadows: bool = False) -> None:
+        """Render `model` from now on, whose textures have these contents (number -> any key)."""
+        self._model = model
+        self._scene.flags[_FLAGS.mjRND_SHADOW] = int(shadows)
+        self._gl.make_current()
+        for number, content in textures.items():
+            if self._uploaded.get(number) != content:
+                mujoco.mjr_uploadTexture(model, self._context, number)
+                self._uploaded[number] = content
 
     def rgb(self, data: mujoco.MjData, camera: str, size: int) -> ImageArray:
         """Return uint8 [size, size, 3]."""

@@ -33,19 +33,29 @@ they give depth. The wrist camera belongs to the robot.
 """
 ROLLING = (0.3, 0.005, 0.0005)
 """Sliding, torsional and rolling friction of a ball. Without rolling friction it would never stop."""
-_SKY, _TABLE = (0.55, 0.60, 0.66), (0.78, 0.70, 0.60, 1.0)
+WALL_COLOR: Vector = (0.55, 0.60, 0.66)
+"""Colour of the sky, which stands for the wall behind the table."""
+TABLE_COLOR: Vector = (0.78, 0.70, 0.60)
+TILE = 128
+"""Side of the textures of table and wall [px]; the table shows four tiles, each 0.75 m wide."""
+WALL_TEXTURE, TABLE_TEXTURE = 0, 1
+"""Numbers of these textures in a dressed model."""
+_SHADOW_MAP = 512
+"""Side of the shadow map of a dressed model [px]."""
 
 
-def build_model(robot: RobotSpec, task: TaskSpec, distractors: int) -> mujoco.MjModel:
+def build_model(
+    robot: RobotSpec, task: TaskSpec, distractors: int, *, dressed: bool = False, solid: int = 0
+) -> mujoco.MjModel:
     """Compile the scene.
 
-    Bodies have the names of items; distractors (hidden at first) "distractor0"...
+    Bodies have the names of items; distractors (hidden at first) "distractor0"..., the `solid` ones
+    last. A `dressed` scene looks and moves the same, and can also show textures and shadows.
     """
     spec = mujoco.MjSpec()
     _set_options(spec)
-    _add_room(spec)
-    x, y = task.region(robot).centre
-    x += task.view_shift
+    _add_room(spec, dressed)
+    x, y = view_centre(robot, task)
     for name, view in CAMERAS.items():
         if view is not None:
             eye, target = ((point[0] + x, point[1] + y, point[2]) for point in view[:2])
@@ -56,9 +66,19 @@ def build_model(robot: RobotSpec, task: TaskSpec, distractors: int) -> mujoco.Mj
     for item in (
         *task.items(robot),
         *(Item(f"distractor{i}", "", "", unseen, "marker") for i in range(distractors)),
+        *(
+            Item(f"distractor{i}", "", "", (Part("box", (0.02, 0.02, 0.02), "white"),))
+            for i in range(distractors, distractors + solid)
+        ),
     ):
         _add_item(spec, item)
     return spec.compile()
+
+
+def view_centre(robot: RobotSpec, task: TaskSpec) -> tuple[float, float]:
+    """Return the point of the table, x and y [m], to which the third-person cameras are relative."""
+    x, y = task.region(robot).centre
+    return x + task.view_shift, y
 
 
 def paint_items(model: mujoco.MjModel, items: Sequence[Item]) -> None:
@@ -86,16 +106,31 @@ def _set_options(spec: mujoco.MjSpec) -> None:
     visual.map.znear = 0.01
 
 
-def _add_room(spec: mujoco.MjSpec) -> None:
+def _add_room(spec: mujoco.MjSpec, dressed: bool) -> None:
     light = spec.worldbody.add_light(dir=(-0.3, 0.35, -1), castshadow=False)
     light.type = mujoco.mjtLightType.mjLIGHT_DIRECTIONAL
     light.diffuse, light.specular = (0.45, 0.45, 0.45), (0.05, 0.05, 0.05)
     table = spec.worldbody.add_geom(name="table", type=SHAPES["box"], size=(0.75, 0.75, 0.02))
-    table.pos, table.rgba = (-0.15, 0, -0.02), _TABLE
-    sky = spec.add_texture(name="sky", type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, width=8, height=48)
+    table.pos, table.rgba = (-0.15, 0, -0.02), (*TABLE_COLOR, 1.0)
+    side = TILE if dressed else 8
+    sky = spec.add_texture(name="sky", type=mujoco.mjtTexture.mjTEXTURE_SKYBOX, width=side, height=6 * side)
     sky.builtin = mujoco.mjtBuiltin.mjBUILTIN_FLAT
-    sky.rgb1 = _SKY
-    sky.rgb2 = _SKY
+    sky.rgb1 = WALL_COLOR
+    sky.rgb2 = WALL_COLOR
+    if dressed:
+        _add_table_texture(spec, table)
+
+
+def _add_table_texture(spec: mujoco.MjSpec, table: mujoco.MjsGeom) -> None:
+    """Give the table a white texture, which leaves its colour as it is, and the scene a shadow map."""
+    texture = spec.add_texture(name="table", type=mujoco.mjtTexture.mjTEXTURE_2D, width=TILE, height=TILE)
+    texture.builtin = mujoco.mjtBuiltin.mjBUILTIN_FLAT
+    texture.rgb1 = texture.rgb2 = (1, 1, 1)
+    material = spec.add_material(name="table", texrepeat=(2, 2))
+    material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "table"
+    table.material = "table"
+    spec.visual.quality.shadowsize = _SHADOW_MAP
+    spec.visual.map.shadowclip = 0.5  # share of the scene that the map covers: 1.1 m around the workspace
 
 
 def _add_item(spec: mujoco.MjSpec, item: Item) -> None:

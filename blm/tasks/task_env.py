@@ -22,15 +22,25 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from blm.robots import ROBOTS
-from blm.tasks.appearance import PLAIN, Appearance
+from blm.tasks.naming import Naming, fill_slots, name_things
+from blm.tasks.randomization import NO_RANDOMIZATION, DomainRandomization
 from blm.tasks.registry import TASKS
 from blm.tasks.scene import CAMERAS
-from blm.tasks.spec import ObjectState, SceneDraw, TaskState
+from blm.tasks.sensing import disturb_picture, disturb_state, is_dropped
+from blm.tasks.spec import ObjectState, SceneDraw, TaskState, exchange
 from blm.tasks.variation import PLAIN as NO_VARIATION
 from blm.tasks.variation import Variation
 from blm.types import BlmError, FloatArray, ImageArray, Observation, lookup
 
-_STREAMS = {"placement": 0, "phrasing": 1, "distractors": 2, "arm": 3}
+_STREAMS = {
+    "placement": 0,
+    "phrasing": 1,
+    "distractors": 2,
+    "arm": 3,
+    "clutter": 5,
+    "sensors": 6,
+    "variation": 7,
+}
 """Random stream -> its number; each is independent of the others."""
 RENDER_SIZE = 480
 """Side of the pictures for people [px]."""
@@ -43,6 +53,12 @@ class EnvObservation(TypedDict):
     """Camera -> uint8 [H, W, 3]."""
     agent_pos: NDArray[np.float32]
     """Joint positions [rad] and measured gripper opening, [D]."""
+
+
+def draw_scene(robot: str, task: str, seed: int) -> SceneDraw:
+    """Return the scene of an episode, before any variation."""
+    arm = lookup("robot", robot, ROBOTS)
+    return lookup("task", task, TASKS).draw(np.random.default_rng((seed, _STREAMS["placement"])), arm)
 
 
 class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
@@ -64,7 +80,7 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         max_steps: int | None = None,
         terminate_on_success: bool = True,
         distractors: int = 0,
-        appearance: Appearance = PLAIN,
+        randomization: DomainRandomization = NO_RANDOMIZATION,
     ) -> None:
         """Raises BlmError for invalid arguments."""
         self.robot = lookup("robot", robot, ROBOTS)
@@ -81,15 +97,22 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         self.items = self.task_spec.items(self.robot)
         self.variation = NO_VARIATION
         """How the present episode differs from the plain suite."""
-        self._named_other = False
+        self.naming = Naming()
+        """Which things the instruction of the present episode names."""
+        self._went_wrong = False
+        self._start: dict[str, FloatArray] = {}
+        self._seed = 0
+        self._delivered: dict[str, ImageArray] = {}
         self.seconds = {"physics": 0.0, "rendering": 0.0}
         """Time spent in physics and rendering since the environment was made [s]."""
         self._max_episode_steps = self._default_max_steps() if max_steps is None else max_steps
         self._terminate = terminate_on_success
         self._extra = distractors
+        self.randomization = randomization
+        """Distribution of the variation of episodes whose reset states none."""
         self._steps = 0
         self._make_spaces()
-        self._make_simulator(appearance)
+        self._make_simulator()
 
     def _make_spaces(self) -> None:
         space = self.contract_space = self.robot.action_space
@@ -106,7 +129,7 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
     # --- what a simulator adds ---
 
     @abstractmethod
-    def _make_simulator(self, appearance: Appearance) -> None:
+    def _make_simulator(self) -> None:
         """Build the scene of `robot`, `task_spec` and `_extra` distractors.
 
         Raises BlmError if the simulator does not have it.
@@ -176,25 +199,28 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
 
         Options: "phrasing" (index) or "wording" (text, whose slots are filled; may be empty);
         "named" ("own", or "other" for the instruction of the other thing in the scene, by which
-        success is then judged); "arm" ("home" or "random"); "variation" (a `Variation`);
-        "visible_goals" (draw again a scene with a hidden goal, see `blm.tasks.visibility`).
+        success is then judged); "arm" ("home" or "random"); "variation" (a `Variation`; by default
+        one is drawn from `randomization`); "visible_goals" (draw again a scene with a hidden goal,
+        see `blm.tasks.visibility`).
 
         Raises BlmError for an unknown option, phrasing or arm start, for a wording with an unknown
         slot, and for a variation or visible goals that the simulator cannot show.
         """
         super().reset(seed=seed)
         chosen: dict[str, Any] = {
-            "arm": "home", "phrasing": None, "wording": None, "named": "own", "variation": NO_VARIATION,
+            "arm": "home", "phrasing": None, "wording": None, "named": "own", "variation": None,
             "visible_goals": False,
         }  # fmt: skip
         for option in options or {}:
             lookup("reset option", option, chosen)
         chosen |= options or {}
         self._check_arm_start(chosen["arm"])
-        self._check_variation(chosen["variation"])
         if seed is None:  # beyond all reserved ranges of seeds
             seed = int(self.np_random.integers(10_000_000, 2**31))
-        begin = partial(self._begin, seed, self._stream(seed, "placement"), chosen)
+        variation = chosen["variation"] or self.randomization.draw(self.stream(seed, "variation"))
+        self._check_variation(variation)
+        self.variation = variation
+        begin = partial(self._begin, seed, self.stream(seed, "placement"), chosen)
         begin()
         if chosen["visible_goals"]:
             self._show_goals(begin)
@@ -203,33 +229,26 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
     def _begin(self, seed: int, placement: np.random.Generator, chosen: dict[str, Any]) -> None:
         """Start an episode with the next scene of the stream `placement`."""
         draw = self.task_spec.draw(placement, self.robot)
-        self.task_description = self._instruct(seed, draw, chosen)
-        self.items = draw.items
-        self.variation = chosen["variation"]
-        self._steps = 0
-        self._start_episode(seed, draw, chosen["arm"])
-
-    def _instruct(self, seed: int, draw: SceneDraw, chosen: dict[str, Any]) -> str:
-        """Return the instruction of an episode, and note whether it names the other thing."""
-        lookup("named thing", chosen["named"], {"own": 0, "other": 0})
-        self._named_other = chosen["named"] == "other"
-        if self._named_other and not draw.other_words:
-            raise BlmError(f"the scenes of task '{self.task}' have no other thing to name")
-        phrasing, wording = chosen["phrasing"], chosen["wording"]
+        wording = chosen["wording"]
         if wording is None:
-            if phrasing is None:
-                phrasing = int(self._stream(seed, "phrasing").integers(len(self.task_spec.phrasings)))
-            wording = self.task_spec.instruction(phrasing)
-        words = draw.other_words if self._named_other else draw.words
-        try:
-            return wording.format(**words)
-        except (KeyError, IndexError, ValueError) as error:
-            raise BlmError(
-                f"wording {wording!r} of task '{self.task}' has slots other than {sorted(words)}"
-            ) from error
+            wording = self._wording(seed, chosen["phrasing"])
+        self.naming = name_things(self.task_spec, draw, chosen["named"])
+        self.task_description = fill_slots(self.task_spec, wording, self.naming.words)
+        self.items = draw.items
+        self._seed, self._steps = seed, 0
+        self._delivered.clear()
+        self._start_episode(seed, draw, chosen["arm"])
+        self._went_wrong = False
+        self._start = {name: thing.position for name, thing in self.objects().items()}
+
+    def _wording(self, seed: int, phrasing: int | None) -> str:
+        """Return a phrasing of the task, by default that of the seed; its slots are not filled."""
+        if phrasing is None:
+            phrasing = int(self.stream(seed, "phrasing").integers(len(self.task_spec.phrasings)))
+        return self.task_spec.instruction(phrasing)
 
     @staticmethod
-    def _stream(seed: int, name: str) -> np.random.Generator:
+    def stream(seed: int, name: str) -> np.random.Generator:
         """Return one of the random streams of an episode; `name` is in `_STREAMS`."""
         return np.random.default_rng((seed, _STREAMS[name]))
 
@@ -239,42 +258,76 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         self._simulate(target)
         self._steps += 1
         info = self._info()
+        self._went_wrong = info.get("is_wrong_object", False)
         done = info["success"] and self._terminate
         late = self._steps >= self._max_episode_steps
         return self.observe(), float(info["success"]), done, late, info
 
-    def observe(self) -> EnvObservation:
-        """Render all cameras and return the present observation."""
-        pixels = {camera: self.picture(camera) for camera in self.cameras}
-        return {"pixels": pixels, "agent_pos": self.state()}
+    def observe(self, cameras: Iterable[str] | None = None) -> EnvObservation:
+        """Return the present observation of these cameras (default: `cameras`), with sensor errors.
+
+        The errors follow from the seed of the episode and the step: observing twice gives the same.
+        """
+        pixels = {camera: self._sense(camera) for camera in (self.cameras if cameras is None else cameras)}
+        noise = self.variation.sensors
+        rng = np.random.default_rng((self._seed, _STREAMS["sensors"], self._steps))
+        return {"pixels": pixels, "agent_pos": disturb_state(self.state(), noise, rng)}
 
     def observation(self, seed: int = 0, cameras: Iterable[str] | None = None) -> Observation:
-        """Return the present observation as a `types.Observation`.
+        """Return `observe(cameras)` as a `types.Observation`.
 
         `seed` is the policy's sampling seed; `cameras` are those to render, by default `self.cameras`.
         """
-        wanted = self.cameras if cameras is None else cameras
+        seen = self.observe(cameras)
         return Observation(
-            images={camera: self.picture(camera) for camera in wanted},
-            state=self.state(),
+            images=seen["pixels"],
+            state=seen["agent_pos"],
             instruction=self.task_description,
             robot=self.embodiment,
             seed=seed,
         )
 
+    def named_objects(self) -> dict[str, ObjectState]:
+        """Return the present state of every object by its part in the present instruction."""
+        return exchange(self.objects(), self.naming.swap)
+
+    def _sense(self, camera: str) -> ImageArray:
+        """Return the picture that a camera delivers now: with errors, or its previous one."""
+        noise = self.variation.sensors
+        if noise == NO_VARIATION.sensors:
+            return self.picture(camera)
+        lookup("camera", camera, CAMERAS)
+        number = [*CAMERAS].index(camera)
+        rng = np.random.default_rng((self._seed, _STREAMS["sensors"], self._steps, 1 + number))
+        if is_dropped(noise, rng) and camera in self._delivered:
+            return self._delivered[camera]
+        self._delivered[camera] = disturb_picture(self.picture(camera), noise, rng)
+        return self._delivered[camera]
+
     def task_state(self) -> TaskState:
         """Return the state that the task's success rule judges."""
-        grasped = frozenset(i.name for i in self.items if i.role == "free" and self.is_grasping(i.name))
-        objects = self.objects()
-        if self._named_other:
-            swap = self.task_spec.swap
-            objects = {name: objects[swap.get(name, name)] for name in objects}
-            grasped = frozenset(swap.get(name, name) for name in grasped)
-        return TaskState(self.robot, objects, self.arm_speed(), grasped)
+        swap = self.naming.swap
+        grasped = (i.name for i in self.items if i.role == "free" and self.is_grasping(i.name))
+        return TaskState(
+            self.robot,
+            self.named_objects(),
+            self.arm_speed(),
+            frozenset(swap.get(name, name) for name in grasped),
+            {name: self._start[swap.get(name, name)] for name in self._start},
+        )
 
     def evaluate(self) -> dict[str, bool]:
-        """Return the task's conditions in the present state; one of them is "success"."""
-        return self.task_spec.success(self.task_state())
+        """Return the task's conditions in the present state; one of them is "success".
+
+        In a task with another thing to name, "is_wrong_object" tells whether `TaskSpec.wrong` holds or
+        has held after a step of this episode; then there is no success.
+        """
+        state = self.task_state()
+        flags = self.task_spec.success(state)
+        if self.task_spec.wrong is None:
+            return flags
+        wrong = self._went_wrong or self.task_spec.wrong(state)
+        return {**flags, "is_wrong_object": wrong, "success": flags["success"] and not wrong}
 
     def render(self) -> ImageArray:
         """Return a larger picture of the camera "base", for people."""

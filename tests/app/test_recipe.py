@@ -27,6 +27,7 @@ from blm.corpora import SceneCorpusConfig
 from blm.planner import CollectConfig
 from blm.robots import ROBOTS
 from blm.seeds import STAGE1_HELD_OUT_SEEDS, TRAINING_SEEDS
+from blm.tasks.randomization import DomainRandomization
 from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.types import BlmError, PolicyContract
@@ -170,7 +171,7 @@ def test_keys_of_a_stored_recipe_stay() -> None:
         *("demonstrations", "corpus", "stage1", "stage2", "evaluation"),
         *NOT_IN_KEYS,
     }
-    assert set(stored["demonstrations"]) == {
+    assert set(json_of(CI, "demonstrations")) == {
         *("episodes", "held_out_episodes", "noise", "disturbed", "random_starts", "hold", "distractors"),
         "appearance",
     }
@@ -191,6 +192,9 @@ def test_only_a_changed_setting_changes_the_key_of_a_stage() -> None:
     for change in ({"epochs": 0.5}, {"mixture": MixtureSettings(scenes=2.0)}):
         changed = replace(CI, stage1=replace(CI.stage1, **change))
         assert stage_key(STAGES, stage1, changed, {}) != stage_key(STAGES, stage1, CI, {})
+    for part in ("demonstrations", "corpus"):
+        varied = replace(getattr(CI, part), randomization=DomainRandomization(amplitude=0.5))
+        assert json_of(replace(CI, **{part: varied}), part) != json_of(CI, part)
     changed = replace(CI, corpus=replace(CI.corpus, answers="sentence"))
     assert stage_key(STAGES, corpus, changed, {}) != stage_key(STAGES, corpus, CI, {})
     for change in ({"precision": "compact"}, {"views": 1}, {"dims": 64}, {"pool": 2}):

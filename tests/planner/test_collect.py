@@ -22,7 +22,7 @@ from blm.planner.expert import HOLD_STEPS
 from blm.planner.verify import Verification, verify
 from blm.robots import ROBOTS
 from blm.tasks import Env
-from blm.tasks.appearance import Appearance
+from blm.tasks.randomization import DomainRandomization
 from blm.types import ActionChunk, BlmError, ContractError, Episode, PolicyContract
 
 collecting = sys.modules["blm.planner.collect"]
@@ -124,12 +124,12 @@ def test_a_pilot_that_needs_other_pictures_is_refused(tmp_path):
         collect(config, tmp_path / "out", wanderer)
 
 
-def test_the_appearance_varies_and_physics_does_not(tmp_path):
-    vivid = Appearance(colors=0.2, light=0.3, camera=0.02)
+def test_looks_vary_and_physics_does_not(tmp_path):
+    vivid = DomainRandomization(amplitude=0.7, plain=0.0, layout=False, sensors=False, start=False)
     config = dataclasses.replace(SMALL, tasks=("push_cube",), episodes=1, workers=0)
     plain, changed = tmp_path / "plain", tmp_path / "changed"
     collect(config, plain)
-    collect(dataclasses.replace(config, appearance=vivid, distractors=2), changed)
+    collect(dataclasses.replace(config, randomization=vivid, distractors=2), changed)
     one, other = (open_dataset(out / "widowxai").episode(0) for out in (plain, changed))
     np.testing.assert_array_equal(one.states, other.states)
     difference = np.abs(one.images["base"].astype(int) - other.images["base"])
@@ -172,7 +172,7 @@ def test_collection_gives_a_dataset_and_a_summary(collected):
 def test_a_killed_collection_resumes_to_the_same_bytes(collected, tmp_path):
     program = (
         "from pathlib import Path; from blm.planner.collect import CollectConfig, collect\n"
-        "from blm.tasks.appearance import Appearance\n"
+        "from blm.tasks.randomization import DomainRandomization\n"
         f"if __name__ == '__main__': collect({SMALL!r}, Path('out'))\n"
     )
     (tmp_path / "program.py").write_text(program)

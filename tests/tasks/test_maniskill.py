@@ -158,7 +158,7 @@ def test_tool_is_where_our_model_has_it(env):
     ours.reset(seed=0)
     for seed in range(3):
         env.reset(seed=seed)
-        ours._set_arm(env.state()[:7].astype(np.float64), opening=1.0)
+        ours.place_arm(env.state()[:7].astype(np.float64), opening=1.0)
         ours._refresh()
         (place, turn), (our_place, our_turn) = env.tcp(), ours.tcp()
         np.testing.assert_allclose(place, our_place, atol=5e-4)
@@ -174,7 +174,7 @@ def test_cameras_stand_where_ours_do(env, camera):
     seen = 0
     for seed in range(6):
         pixels = env.reset(seed=seed)[0]["pixels"][camera].astype(int)
-        ours._set_arm(env.state()[:7].astype(np.float64), opening=1.0)
+        ours.place_arm(env.state()[:7].astype(np.float64), opening=1.0)
         ours._refresh()
         u, v, _ = ours.project(env.objects()["cube"].position[None], camera)[0]
         # The table is orange-brown: the cube is what has hardly any green or blue.

@@ -119,7 +119,7 @@ def run_episode(unit: tuple[EpisodeKey, bool]) -> Result:
     policy.reset()
     if isinstance(policy, PrivilegedPolicy):
         policy.attach(env)
-    start = env.objects()[spec.object].position
+    start = env.named_objects()[spec.object].position
     clock = EpisodeTimer()
     frames: list[ImageArray] = []
     moments: list[StepOutcome] = []

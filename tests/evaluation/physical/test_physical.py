@@ -48,7 +48,7 @@ from blm.evaluation.statistics import wilson
 from blm.robots import ROBOTS
 from blm.seeds import EVALUATION_SEEDS, STAGE1_HELD_OUT_SEEDS, TRAINING_SEEDS
 from blm.serving.client import RemotePolicy
-from blm.tasks import TASKS, Env
+from blm.tasks import SUITE24, TASKS, Env
 from blm.tasks.spec import Region
 from blm.tasks.variation import PLAIN, Dynamics, Variation
 from blm.types import (
@@ -114,7 +114,7 @@ def test_protocol_refuses_seeds_of_training() -> None:
 def test_suite24_is_the_suite() -> None:
     suite = PhysicalProtocol.named("suite24", CONTRACT)
     assert (suite.name, len(suite.keys), suite.max_steps) == ("suite24", 4 * 6 * 50, 200)
-    assert set(suite.robots) == set(ROBOTS) and set(suite.tasks) <= set(TASKS)
+    assert set(suite.robots) == set(ROBOTS) and set(suite.tasks) == set(SUITE24)
     assert suite.keys[:2] == [EpisodeKey("panda", "push_cube", 0), EpisodeKey("panda", "push_cube", 1)]
     assert {key.seed for key in suite.keys} == set(range(50))
     assert [phrasing_of(suite, seed) for seed in (0, 1, 48, 49)] == ["seen", "held_out"] * 2
