@@ -21,7 +21,7 @@ from blm.evaluation.protocol import VALIDATION_SEEDS
 from blm.evaluation.results import this_machine
 from blm.planner.expert import Expert
 from blm.robots import ROBOTS
-from blm.tasks import TASKS, Env
+from blm.tasks import SUITE24, Env
 
 
 def ratios(robot: str, task: str, seed: int, steps: int = 200) -> tuple[float, float]:
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="episodes of each robot and task")
     seeds = VALIDATION_SEEDS[: parser.parse_args().seeds]
     for robot in ROBOTS:
-        found = np.array([ratios(robot, task, seed) for task in TASKS for seed in seeds])
+        found = np.array([ratios(robot, task, seed) for task in SUITE24 for seed in seeds])
         worst = {"robot": robot, "episodes": len(found)}
         for name, column in zip(("targets", "joints"), found.T, strict=True):
             worst[name] = {"median": round(float(np.median(column)), 1), "max": round(float(column.max()), 1)}

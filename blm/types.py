@@ -8,9 +8,9 @@ docs/conventions.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,8 @@ from blm.errors import shorten as shorten
 
 FloatArray = NDArray[np.floating[Any]]
 ImageArray = NDArray[np.uint8]
+_ADDED = {"frames": 1, "training": "unknown"}
+"""Later fields of a contract -> default, which is not written, so that older clients read it."""
 MAX_INSTRUCTION = 400
 """Maximum length of an instruction [bytes of UTF-8]; each byte may become a token of every prompt.
 With 1,000 tokens, a batch of eight robots took 405 instead of about 100 ms (`blm-nano`, two cores).
@@ -70,6 +72,17 @@ class ActionChunk:
     rate_hz: float = 20.0
 
 
+Training = Literal["plain", "randomized", "none", "unknown"]
+"""Whether a policy was trained with randomized looks, layouts or dynamics. "none": it was not trained."""
+
+
+def joint_training(parts: Iterable[Training]) -> Training:
+    """Return the record of a policy that was trained on all of these data: randomized if any part
+    was, and plain only if all parts are known to be."""
+    found = {*parts}
+    return next((kind for kind in ("randomized", "unknown", "plain") if kind in found), "unknown")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PolicyContract:
     """The inputs and outputs of a policy, stored in checkpoints and sent to clients."""
@@ -91,9 +104,12 @@ class PolicyContract:
     frames: int = 1
     """Number of observations that the policy sees: the present one, and those of the decisions
     before it, `execute` control steps apart."""
+    training: Training = "unknown"
+    """Whether the training scenes were randomized; results of policies that differ in it are told apart."""
 
     def __post_init__(self) -> None:
         require_numbers(self, frames=(1, 64))
+        lookup("training", self.training, dict.fromkeys(get_args(Training)))
         require_numbers(self, horizon=(1, 100_000), image_size=(1, 16_384), rate_hz=(1e-3, 1e6))
         if not 1 <= self.execute <= self.horizon:
             raise BlmError(f"execute is {self.execute}; it must be 1 to horizon = {self.horizon}")
@@ -101,7 +117,7 @@ class PolicyContract:
     def to_json(self) -> dict[str, Any]:
         spaces = {name: space.to_json() for name, space in self.action_spaces.items()}
         fields = {**asdict(self), "action_spaces": spaces, "cameras": list(self.cameras)}
-        return {name: value for name, value in fields.items() if name != "frames" or value != 1}
+        return {name: value for name, value in fields.items() if _ADDED.get(name) != value}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PolicyContract:

@@ -17,7 +17,7 @@ from blm.evaluation.digital.runner import DigitalEvalConfig
 from blm.policy.checkpoint import checkpoint_folder
 from blm.policy.policy import CheckpointPolicy
 from blm.robots import ROBOTS
-from blm.tasks import TASKS
+from blm.tasks import SUITE24
 
 NANO = RELEASED / "blm-nano"
 
@@ -88,7 +88,7 @@ def test_it_answers_about_new_scenes_of_every_robot_and_task(nano: Backbone, tmp
     """Random scenes beyond those of the published number, asked about in wordings that were trained on."""
     config = SceneCorpusConfig(
         robots=tuple(ROBOTS),
-        tasks=tuple(TASKS),
+        tasks=SUITE24,
         cameras=("base", "side", "wrist"),
         image_size=112,
         scenes=24,

@@ -76,6 +76,7 @@ def contract_without_model(
         horizon=horizon,
         execute=execute,
         revision=name,
+        training="none",
     )
 
 
@@ -105,7 +106,8 @@ def policy_factory(
         return partial(ZeroPolicy if name == "zero" else RandomPolicy, contract)
     if name.startswith(SCHEMES):
         identity = f"{server_name} at {name}" if server_name else ""
-        return partial(RemotePolicy, name, api_key=api_key, contract=replace(contract, revision=identity))
+        stated = replace(contract, revision=identity, training="unknown")
+        return partial(RemotePolicy, name, api_key=api_key, contract=stated)
     if (checkpoint_folder(name) / "manifest.json").is_file():
         check_device(device := load.get("device", "cpu"))
         require_attention(load.get("attn_implementation"))

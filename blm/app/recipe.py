@@ -25,7 +25,7 @@ from blm.planner import CollectConfig
 from blm.policy.network import PolicyConfig
 from blm.robots import ROBOTS
 from blm.seeds import EVALUATION_SEEDS, STAGE1_HELD_OUT_SEEDS, TRAINING_SEEDS, VALIDATION_SEEDS
-from blm.tasks import TASKS
+from blm.tasks import SUITE24, TASKS
 from blm.tasks.randomization import NO_RANDOMIZATION, DomainRandomization
 from blm.tasks.scene import CAMERAS
 from blm.training.loop.loop import LoopConfig
@@ -234,7 +234,7 @@ class Recipe:
     """Name of the recipe. The run folder is runs/NAME unless --run names another folder."""
     robots: tuple[str, ...] = tuple(ROBOTS)
     """Robots of all stages."""
-    tasks: tuple[str, ...] = tuple(TASKS)
+    tasks: tuple[str, ...] = SUITE24
     """Tasks of all stages."""
     cameras: tuple[str, ...] = ("base", "wrist")
     """Cameras whose images the model sees."""

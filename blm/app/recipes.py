@@ -20,7 +20,7 @@ from blm.app.recipe import (
 )
 from blm.bridge import BridgeConfig
 from blm.policy.network import PolicyConfig
-from blm.tasks import TASKS
+from blm.tasks import SUITE24
 from blm.training.loop.loop import LoopConfig
 from blm.training.pretraining.nano import NanoPretrainingConfig
 from blm.training.sft.lora import Lora
@@ -81,7 +81,7 @@ def ci() -> Recipe:
     return replace(
         demo(),
         name="ci",
-        tasks=tuple(TASKS),
+        tasks=SUITE24,
         cameras=("base", "wrist"),
         demonstrations=DemonstrationSettings(episodes=1, held_out_episodes=1),
         corpus=CorpusSettings(scenes=40, held_out_scenes=8, turns=4),
@@ -96,7 +96,7 @@ def nano() -> Recipe:
     return replace(
         demo(),
         name="nano",
-        tasks=tuple(TASKS),
+        tasks=SUITE24,
         cameras=("base", "side", "wrist"),
         demonstrations=DemonstrationSettings(episodes=80, held_out_episodes=4),
         corpus=CorpusSettings(scenes=24_000, held_out_scenes=600, turns=10, frames_per_episode=6),

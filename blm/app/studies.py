@@ -204,13 +204,14 @@ def run_variant(variant: Variant, recipe: Recipe, run: Path) -> VariantResult:
         protocol = physical_protocol(recipe, contract, (robots, tasks))
         episodes += evaluate_variant(checkpoint, protocol, recipe, work / "physical").episodes
     protocol = physical_protocol(recipe, contract, (recipe.robots, recipe.tasks))
-    order = {f"{robot}/{task}/{seed}": i for i, (robot, task, seed) in enumerate(protocol.scenes)}
+    order = {key.id: i for i, key in enumerate(protocol.keys)}
     episodes.sort(key=lambda episode: order[episode.id])
     result = PhysicalResult(
         protocol=protocol,
         machine=this_machine(),
         seconds=time.monotonic() - begin,
         model=f"variant {out.name}",
+        training=contract.training,
         summary=summarise(episodes),
         episodes=tuple(episodes),
     )

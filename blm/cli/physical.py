@@ -10,21 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import tyro
-from rich.console import Console
-from rich.table import Table
 
 from blm.cli.command import CliCommand, split_flags
+from blm.cli.physical_tables import console, print_result, print_summary
 from blm.planner import CollectConfig
-from blm.planner.collection_summary import CollectionSummary
-from blm.types import BlmError, Policy, require_numbers
+from blm.types import BlmError, Policy, lookup, require_numbers
 
 if TYPE_CHECKING:
     from blm.evaluation import PhysicalProtocol
-    from blm.evaluation.physical.result import PhysicalResult
-
-console = Console()
-WIDTH = 130
-"""Minimum width of the tables [characters]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,44 +75,6 @@ class Collect(CliCommand):
         print_summary(collect(self.config, self.out, pilot))
 
 
-def _print_wide(table: Table) -> None:
-    """Print a table at its full width: a narrow terminal wraps its lines but cuts no cell."""
-    Console(width=max(console.width, WIDTH)).print(table)
-
-
-def print_summary(summary: CollectionSummary) -> None:
-    """Print the attempts of a collection by robot and task, and the time of each part."""
-    table = Table(box=None)
-    for heading in (
-        "robot",
-        "task",
-        "kept",
-        "attempts",
-        "unreachable",
-        "success",
-        "frames",
-        "other rejections",
-    ):
-        table.add_column(heading, justify="left" if heading in ("robot", "task") else "right")
-    kept = frames = 0
-    for robot, cells in summary.robots.items():
-        for task, cell in cells.items():
-            rejected = dict(cell.rejected)
-            far = rejected.pop("unreachable", 0)
-            share = f"{cell.kept / max(cell.attempts - far, 1):.0%}"
-            reasons = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
-            numbers = (cell.kept, cell.attempts, far, share, cell.frames, reasons or "-")
-            table.add_row(robot, task, *map(str, numbers))
-            kept += cell.kept
-            frames += cell.frames
-    _print_wide(table)
-    total = sum(summary.seconds_in.values())
-    parts = ", ".join(f"{part} {s / total:.0%}" for part, s in summary.seconds_in.items())
-    minutes = summary.seconds / 60
-    rate = f"{kept} episodes, {frames} frames in {minutes:.1f} min: {kept / minutes:.0f} episodes/min"
-    console.print(f"{rate}; time: {parts}", soft_wrap=True)
-
-
 @dataclass(frozen=True, kw_only=True)
 class EvaluatePhysical(CliCommand):
     """Evaluate a policy in closed loop; write OUT/result.json, videos and OUT/report.html.
@@ -133,14 +88,20 @@ class EvaluatePhysical(CliCommand):
     out: Path
     """Folder to write. Run the same command again to resume."""
     protocol: str = "suite24"
-    """Name of the protocol.
-    A run with other robots, tasks, episodes or latency gets an unnamed protocol."""
+    """Name of the protocol: suite24, suite24-v2, suite24-plus, suite24-dynamics or suite24-words.
+    A run with other robots, tasks, episodes, axes, levels or latency gets an unnamed protocol."""
     robots: tuple[str, ...] = ()
     """Robots to evaluate; by default those of the protocol."""
     tasks: tuple[str, ...] = ()
     """Tasks to evaluate; by default those of the protocol."""
     episodes: int | None = None
-    """Number of episodes for each robot and task; by default that of the protocol."""
+    """Number of episodes for each robot and task, and for each condition of a perturbed protocol.
+    By default that of the protocol."""
+    axes: tuple[str, ...] = ()
+    """Axes, dynamics or controls of a perturbed protocol to evaluate; by default all.
+    The same scenes without them are always evaluated too."""
+    levels: tuple[int, ...] = ()
+    """Levels of the axes to evaluate; by default all."""
     latency: Literal["none", "measured"] | float = "none"
     """Time between an observation and its actions: none, measured, or a number [s].
     With `none`, the simulation waits for the policy.
@@ -218,7 +179,9 @@ class EvaluatePhysical(CliCommand):
 
     def _policy_and_protocol(self) -> tuple[Callable[[], Policy], PhysicalProtocol]:
         from blm.app.policies import contract_of, load_replay, policy_factory, with_real_time_chunking
-        from blm.evaluation import PhysicalProtocol
+        from blm.evaluation import PROTOCOLS, PhysicalProtocol
+        from blm.evaluation.conditions import select
+        from blm.evaluation.protocol import require_no_variation
 
         if self.model.startswith("replay:"):
             return load_replay(Path(self.model.removeprefix("replay:")))
@@ -240,7 +203,12 @@ class EvaluatePhysical(CliCommand):
         make = partial(with_real_time_chunking, make) if self.continued else make
         wanted = {name: getattr(self, name) for name in ("robots", "tasks", "episodes")}
         changes: Any = {name: value for name, value in wanted.items() if value}
+        standard = lookup("protocol", self.protocol, PROTOCOLS)
+        conditions = tuple(standard.get("conditions", ()))
+        if self.axes or self.levels:
+            changes["conditions"] = conditions = select(conditions, self.axes, self.levels)
         if self.simulator == "maniskill":
+            require_no_variation(conditions, standard.get("visible_goals", False))
             changes |= {"robots": ("panda",), "simulator": f"maniskill {version('mani_skill')}"}
         contract = contract_of(make)
         return make, PhysicalProtocol.named(self.protocol, contract, latency=self.latency, **changes)
@@ -251,38 +219,6 @@ class EvaluatePhysical(CliCommand):
         report = self.out / "report.html"
         build_report(ReportData(title=f"{self.model}: {protocol}", physical={self.model: file}), report)
         console.print(f"report: {report}", soft_wrap=True)
-
-
-def print_result(result: PhysicalResult) -> None:
-    """Print success rates of every robot and task with intervals, and reasons of failures."""
-    table = Table(box=None)
-    for heading in ("robot", "task", "n", "once", "95 %", "at end", "at limit", "failures"):
-        table.add_column(heading, justify="left" if heading in ("robot", "task", "failures") else "right")
-    summary = result.summary
-    rows = [(cell.robot, cell.task, cell.summary) for cell in summary.cells]
-    rows += [("all", wording.replace("_", " "), part) for wording, part in summary.phrasings.items()]
-    for robot, task, part in [*rows, ("all", "all", summary.overall)]:
-        once, limit = part.success_once, part.success_at_limit
-        failures = ", ".join(f"{reason} {n}" for reason, n in part.reasons.items() if n)
-        table.add_row(
-            robot,
-            task,
-            str(part.n),
-            f"{once.rate:.0%}",
-            f"{once.low:.1%} to {once.high:.1%}",
-            f"{part.success_at_end.rate:.0%}",
-            "-" if limit is None else f"{limit.rate:.0%}",
-            failures or "-",
-        )
-    _print_wide(table)
-    minutes, spent = result.seconds / 60, result.execution
-    parts = ""
-    if spent is not None:
-        parts = (
-            f"policy {spent.seconds_policy:.0f} s, physics {spent.seconds_physics:.0f} s, "
-            f"rendering {spent.seconds_rendering:.0f} s"
-        )
-    console.print(f"{minutes:.1f} min in all; summed over workers: {parts}", soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,9 +234,13 @@ class Compare(CliCommand):
     """Folder of an evaluation, or its result.json."""
     b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
     """Folder of the evaluation to compare with, or its result.json."""
+    across_training: bool = False
+    """Compare results of a perturbed protocol even if one policy was trained with randomized scenes
+    (augmented) and the other was not (zero-shot); both are labelled."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.evaluation import format_comparison, load_result
 
         names = (str(self.a), str(self.b))
-        print(format_comparison(load_result(self.a), load_result(self.b), names=names))
+        results = load_result(self.a), load_result(self.b)
+        print(format_comparison(*results, names=names, across_training=self.across_training))

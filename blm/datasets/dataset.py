@@ -19,7 +19,7 @@ from blm.datasets.files import Manifest, content_hash, describe_files
 from blm.datasets.statistics import Stats
 from blm.datasets.video import VideoFile
 from blm.seeds import count_reserved_seeds
-from blm.types import ActionSpace, ContractError, Episode, FloatArray, ImageArray
+from blm.types import ActionSpace, ContractError, Episode, FloatArray, ImageArray, Training
 
 VECTORS: Final = ("observation.state", "action", "executed_action")
 """Names of the vector features, all of shape [N, D]."""
@@ -138,6 +138,19 @@ class EpisodeDataset:
     def provenance(self) -> Mapping[str, Any]:
         """Provenance that the writer of the dataset stored: versions, configuration, seeds."""
         return {} if self.manifest is None else self.manifest.provenance
+
+    @property
+    def training(self) -> Training:
+        """Whether the recorded scenes were randomized; unknown for a dataset of another program.
+
+        Datasets that were collected before this was recorded state their configuration.
+        """
+        collect = self.provenance.get("collect")
+        if "training" in self.provenance or collect is None:
+            stated: Training = self.provenance.get("training", "unknown")
+            return stated
+        looks = collect.get("appearance") or {}  # an earlier name of the randomization
+        return "randomized" if collect.get("distractors") or any(looks.values()) else "plain"
 
     @property
     def reserved_seeds(self) -> dict[str, int]:

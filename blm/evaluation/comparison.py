@@ -2,35 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import asdict
+from collections.abc import Collection, Mapping, Sequence
 
+from blm.evaluation.physical.result import PhysicalResult
 from blm.evaluation.protocol import PhysicalProtocol, require_equal
 from blm.evaluation.results import EvaluationResult, ScoredItem
 from blm.evaluation.statistics import Difference, holm, paired_difference
-from blm.types import BlmError, ContractError
+from blm.types import BlmError, ContractError, Training
 
 _UNLIKE = "results of different protocols cannot be compared"
 Pair = tuple[ScoredItem, ScoredItem]
 """The same item in two results."""
 
 
-def compare(first: EvaluationResult, second: EvaluationResult, *, but: Collection[str] = ()) -> Difference:
+TRAINING_LABELS: Mapping[Training, str] = {
+    "plain": "zero-shot",
+    "randomized": "augmented",
+    "none": "not trained",
+    "unknown": "training unknown",
+}
+"""Record of a policy's training -> its label beside results of perturbed protocols."""
+
+
+def compare(
+    first: EvaluationResult,
+    second: EvaluationResult,
+    *,
+    but: Collection[str] = (),
+    across_training: bool = False,
+) -> Difference:
     """Return the paired difference of two results, first minus second.
 
     `but` names fields of the protocol that may differ, because they are under comparison. Raises
     ContractError, which prints both sides, for different protocols, items or scenes, and BlmError
-    for a replay check or a validation: they are not scores.
+    for a replay check or a validation: they are not scores. Without `across_training`, raises
+    ContractError as `require_same_training` does.
     """
-    return _difference(_pairs(first, second, but))
+    return _difference(_pairs(first, second, but, across_training))
 
 
-def compare_cells(first: EvaluationResult, second: EvaluationResult) -> dict[str, Difference]:
+def require_same_training(results: Mapping[str, EvaluationResult]) -> None:
+    """Raise ContractError, which names them, if results of a perturbed protocol (name -> result) mix
+    policies that were trained with randomized scenes and others.
+
+    Policies that were not trained, such as the expert, stand beside both.
+    """
+    known = {
+        name: result.training
+        for name, result in results.items()
+        if isinstance(result, PhysicalResult) and result.protocol.conditions and result.training != "none"
+    }
+    if len({*known.values()}) > 1:
+        sides = ", ".join(f"'{name}' is {TRAINING_LABELS[training]}" for name, training in known.items())
+        raise ContractError(
+            f"augmented and zero-shot results of a perturbed protocol are not compared, and {sides}; give "
+            "--across-training (across_training=True) to compare them with labels"
+        )
+
+
+def compare_cells(
+    first: EvaluationResult, second: EvaluationResult, *, across_training: bool = False
+) -> dict[str, Difference]:
     """Return paired differences by phrasing of the instruction (physical) and by stratum.
 
-    A stratum is one robot and task, or one kind of question. Raises like `compare`.
+    A stratum is one robot and task, one condition, or one kind of question. Raises like `compare`.
     """
-    pairs = _pairs(first, second)
+    pairs = _pairs(first, second, across_training=across_training)
     parts: dict[str, list[Pair]] = {}
     for phrasing in ("seen", "held_out"):
         part = [pair for pair in pairs if pair[0].phrasing == phrasing]
@@ -42,21 +79,25 @@ def compare_cells(first: EvaluationResult, second: EvaluationResult) -> dict[str
 
 
 def format_comparison(
-    first: EvaluationResult, second: EvaluationResult, names: tuple[str, str] = ("A", "B")
+    first: EvaluationResult,
+    second: EvaluationResult,
+    names: tuple[str, str] = ("A", "B"),
+    *,
+    across_training: bool = False,
 ) -> str:
     """Format a text table: overall, then in parts, with intervals. Raises like `compare`.
 
     The p-values of the parts are corrected for their number (Holm 1979, Scand. J. Statistics 6:65).
     """
-    whole = compare(first, second)
-    parts = compare_cells(first, second)
+    whole = compare(first, second, across_training=across_training)
+    parts = compare_cells(first, second, across_training=across_training)
     corrected = holm([part.p_value for part in parts.values()])
     rows = [("all", whole, whole.p_value)]
     rows += [(name, part, p) for (name, part), p in zip(parts.items(), corrected, strict=True)]
     width = max(len(name) for name, _, _ in rows)
     lines = [
-        f"A: {names[0]} (model {first.model})",
-        f"B: {names[1]} (model {second.model})",
+        f"A: {names[0]} (model {first.model}{_label(first)})",
+        f"B: {names[1]} (model {second.model}{_label(second)})",
         f"{first.score} on the same {whole.n} items, protocol {first.protocol_hash}",
         "",
         f"{'':{width}}      n       A       B      A - B (95 % interval)  only A  only B  p",
@@ -72,7 +113,19 @@ def format_comparison(
     return "\n".join([*lines, "", clustered if whole.p_value is None else tested])
 
 
-def _pairs(first: EvaluationResult, second: EvaluationResult, but: Collection[str] = ()) -> list[Pair]:
+def _label(result: EvaluationResult) -> str:
+    """Return the label of a result's training under a perturbed protocol; empty elsewhere."""
+    if not isinstance(result, PhysicalResult) or not result.protocol.conditions:
+        return ""
+    return f", {TRAINING_LABELS[result.training]}"
+
+
+def _pairs(
+    first: EvaluationResult,
+    second: EvaluationResult,
+    but: Collection[str] = (),
+    across_training: bool = False,
+) -> list[Pair]:
     for side in (first, second):
         if isinstance(side.protocol, PhysicalProtocol) and side.protocol.purpose != "evaluation":
             raise BlmError(
@@ -80,10 +133,12 @@ def _pairs(first: EvaluationResult, second: EvaluationResult, but: Collection[st
                 "compare evaluations on evaluation seeds"
             )
     ours, theirs = (
-        {name: value for name, value in asdict(result.protocol).items() if name not in but}
+        {name: value for name, value in result.protocol.to_json().items() if name not in but}
         for result in (first, second)
     )
     require_equal(ours, theirs, _UNLIKE, "there")
+    if not across_training:
+        require_same_training({"the first": first, "the second": second})
     items = first.items()
     others = {item.id: item for item in second.items()}
     if len(others) != len(items):

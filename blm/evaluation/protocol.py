@@ -13,54 +13,51 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from typing import Any, Literal, Required, TypedDict, Unpack, get_args
+from itertools import product
+from typing import Any, Literal, Unpack, get_args
 
+from blm.evaluation.conditions import OTHER_TASK, PLAIN, Condition
+from blm.evaluation.named_protocols import (
+    PROTOCOLS,
+    Latency,
+    Phrasing,
+    ProtocolOverrides,
+    ProtocolSettings,
+)
 from blm.robots import ROBOTS
 from blm.seeds import EVALUATION_SEEDS, VALIDATION_SEEDS
 from blm.tasks.suite import suite_version
+from blm.tasks.suite_plus import table_hash
+from blm.tasks.wordings import TEST_WORDINGS
 from blm.types import BlmError, ContractError, Episode, PolicyContract, lookup
 
 _FROM_CONTRACT = ("cameras", "image_size", "rate_hz", "execute")
-Phrasing = Literal["seen", "held_out", "both"]
-Latency = Literal["none", "measured"] | float
+_OPTIONAL = ("conditions", "perturbations", "wordings", "visible_goals")
+"""Fields that are in a protocol's JSON form only if they are not empty."""
 Purpose = Literal["evaluation", "validation", "replay check"]
 Scene = tuple[str, str, int]
 """Robot, task and seed."""
 
 
-class ProtocolOverrides(TypedDict, total=False):
-    """The fields of a `PhysicalProtocol` that do not follow from the policy."""
+@dataclass(frozen=True)
+class EpisodeKey:
+    """One episode of a protocol."""
 
-    robots: Sequence[str]
-    tasks: Sequence[str]
-    episodes: int
-    first_seed: int
-    max_steps: int
-    settle_steps: int
-    phrasing: Phrasing
-    latency: Latency
-    simulator: str
+    robot: str
+    task: str
+    seed: int
+    condition: Condition = PLAIN
 
+    @property
+    def twin(self) -> str:
+        """Identifier of the unperturbed episode of the same scene: "robot/task/seed"."""
+        return f"{self.robot}/{self.task}/{self.seed}"
 
-class ProtocolSettings(ProtocolOverrides, total=False):
-    """The fields of `ProtocolOverrides`, with robots, tasks and episodes required."""
-
-    robots: Required[Sequence[str]]  # type: ignore[misc]
-    tasks: Required[Sequence[str]]  # type: ignore[misc]
-    episodes: Required[int]  # type: ignore[misc]
-
-
-PROTOCOLS: dict[str, ProtocolSettings] = {
-    "suite24": {
-        "robots": ("panda", "xarm6", "xarm7", "widowxai"),
-        "tasks": ("push_cube", "pull_cube", "pick_cube", "stack_cube", "place_sphere", "lift_peg_upright"),
-        "episodes": 50,
-        "first_seed": 0,
-        "max_steps": 200,
-        "phrasing": "both",
-    },
-}
-"""Named protocols: the fields that do not follow from the policy."""
+    @property
+    def id(self) -> str:
+        """Identifier: that of the twin, and the condition if it has one."""
+        label = self.condition.label
+        return f"{self.twin}/{label}" if label else self.twin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +73,11 @@ class PhysicalProtocol:
     tasks: tuple[str, ...]
     first_seed: int = 0
     episodes: int
-    """Number of episodes per robot and task; their seeds start at `first_seed`."""
+    """Number of episodes per robot, task and condition; their seeds start at `first_seed`.
+
+    Level l of an axis has the l-th range of so many seeds. Every scene of a condition is also run
+    once without it, as its twin.
+    """
     recorded: tuple[Scene, ...] = ()
     """Robot, task and seed of each episode of a replay check; they replace the seeds above."""
     max_steps: int = 200
@@ -104,28 +105,52 @@ class PhysicalProtocol:
     simulator: str = field(default_factory=lambda: f"mujoco {version('mujoco')}")
     suite: str
     success_rule: str = "once: the task's rule holds after some step; at end: it holds after the last step"
+    conditions: tuple[Condition, ...] = ()
+    """Conditions under which scenes are run in addition to their unperturbed twins."""
+    perturbations: str = ""
+    """Hash of the tables that define the conditions' variations; empty if there are none."""
+    wordings: str = ""
+    """Hash of the wordings of the conditions of language; empty if there are none."""
+    visible_goals: bool = False
+    """Whether a scene with a hidden goal is drawn again; see `blm.tasks.visibility`."""
 
     @property
-    def seeds(self) -> range:
-        return range(self.first_seed, self.first_seed + self.episodes)
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the unperturbed episodes of each robot and task."""
+        return tuple(sorted({seed for one in self.conditions or (PLAIN,) for seed in self.seeds_of(one)}))
+
+    def seeds_of(self, condition: Condition) -> range:
+        """Return the seeds of the episodes of a condition, for each robot and task."""
+        first = self.first_seed + self.episodes * max(condition.level - 1, 0)
+        return range(first, first + self.episodes)
 
     @property
-    def scenes(self) -> list[Scene]:
-        """Robot, task and seed of every episode, cell after cell."""
-        every = [(robot, task, seed) for robot in self.robots for task in self.tasks for seed in self.seeds]
-        return list(self.recorded) or every
+    def keys(self) -> list[EpisodeKey]:
+        """Every episode, cell after cell, in each cell the unperturbed ones first."""
+        if self.recorded:
+            return [EpisodeKey(*scene) for scene in self.recorded]
+        cell = [(seed, PLAIN) for seed in self.seeds]
+        cell += [(seed, condition) for condition in self.conditions for seed in self.seeds_of(condition)]
+        cells = product(self.robots, self.tasks)
+        return [EpisodeKey(robot, task, *one) for robot, task in cells for one in cell]
 
     def __post_init__(self) -> None:
         if (self.purpose == "replay check") != bool(self.recorded):
             raise BlmError("only a replay check has recorded episodes, and it needs them; use for_replay")
         if not self.recorded:
-            seeds = self.seeds
+            seeds = self.seeds or (-1,)
             valid = VALIDATION_SEEDS if self.purpose == "validation" else EVALUATION_SEEDS
-            if not seeds or seeds[0] not in valid or seeds[-1] not in valid:
+            if seeds[0] not in valid or seeds[-1] not in valid:
                 raise BlmError(
                     f"{self.episodes} {self.purpose} seeds from {self.first_seed}: need one or more, all "
                     f"within {valid.start}..{valid.stop - 1}; other seeds are for training"
                 )
+        if self.simulator.startswith("maniskill"):
+            require_no_variation(self.conditions, self.visible_goals)
+        if self.visible_goals and any(condition.needs_variation for condition in self.conditions):
+            raise BlmError("visible_goals draws scenes by their plain looks: give it no perturbed axes")
+        if len({*self.conditions}) != len(self.conditions) or PLAIN in self.conditions:
+            raise BlmError("the conditions of a protocol must differ, and none may be plain")
         fixed = isinstance(self.latency, int | float) and 0 <= self.latency < math.inf
         if not fixed and self.latency not in ("none", "measured"):
             raise BlmError(
@@ -197,15 +222,25 @@ class PhysicalProtocol:
         robots, tasks = tuple(settings["robots"]), tuple(settings["tasks"])
         fields: dict[str, Any] = {**settings, "robots": robots, "tasks": tasks}
         fields |= {field: getattr(contract, field) for field in _FROM_CONTRACT}
-        suite = suite_version(robots, tasks)
+        conditions = fields["conditions"] = tuple(settings.get("conditions", ()))
+        if any(condition.needs_variation for condition in conditions):
+            fields["perturbations"] = table_hash()
+        fields["wordings"] = _wordings_hash(tasks, conditions)
+        suite = suite_version(robots, tasks, visible_goals=settings.get("visible_goals", False))
         return cls(name=name, purpose=purpose, recorded=recorded, suite=suite, **fields)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form, of which `protocol_hash` is the hash."""
+        value = {**asdict(self), "conditions": [condition.to_json() for condition in self.conditions]}
+        return {name: part for name, part in value.items() if part or name not in _OPTIONAL}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> PhysicalProtocol:
-        """Read `dataclasses.asdict` of a protocol after JSON. Raises TypeError for unknown fields."""
+        """Read `to_json`. Raises TypeError for unknown fields."""
         lists = ("robots", "tasks", "cameras")
         fields = {**value, **{name: tuple(value[name]) for name in lists}}
         fields["recorded"] = tuple((robot, task, seed) for robot, task, seed in value["recorded"])
+        fields["conditions"] = tuple(Condition(**one) for one in value.get("conditions", ()))
         return cls(**fields)
 
     def require_fits(self, contract: PolicyContract) -> None:
@@ -215,6 +250,28 @@ class PhysicalProtocol:
             lookup("robot", robot, ROBOTS).action_space.require_same(space, "the policy")
         ours, theirs = ({name: getattr(side, name) for name in _FROM_CONTRACT} for side in (self, contract))
         require_equal(ours, theirs, "protocol and policy differ", "in the policy")
+
+
+def require_no_variation(conditions: Sequence[Condition], visible_goals: bool) -> None:
+    """Raise BlmError, which names them, for what ManiSkill's scenes cannot show."""
+    axes = list(dict.fromkeys(c.axis for c in conditions if c.needs_variation))
+    axes += ["visible goals"] if visible_goals else []
+    if axes:
+        raise BlmError(
+            f"ManiSkill's scenes cannot be varied, and the protocol varies {', '.join(axes)}: use the "
+            "simulator mujoco, or a protocol without conditions"
+        )
+
+
+def _wordings_hash(tasks: Sequence[str], conditions: Sequence[Condition]) -> str:
+    """Return the hash of the wordings that these conditions give to tasks; empty for none."""
+    data: list[Any] = []
+    if any(condition.axis == "language" for condition in conditions):
+        tests = {task: lookup("task with test wordings", task, TEST_WORDINGS) for task in tasks}
+        data.append({task: sorted(levels.items()) for task, levels in tests.items()})
+    if any(condition.is_control for condition in conditions):
+        data.append({task: OTHER_TASK.get(task, "") for task in tasks})
+    return digest(data) if data else ""
 
 
 def phrasing_of(protocol: PhysicalProtocol, seed: int) -> Literal["seen", "held_out"]:
@@ -254,9 +311,13 @@ class DigitalProtocol:
     judge_prompt: str = ""
     """Hash of the judge's prompt."""
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON form, of which `protocol_hash` is the hash."""
+        return asdict(self)
+
 
 def protocol_hash(protocol: PhysicalProtocol | DigitalProtocol) -> str:
-    return digest(asdict(protocol))
+    return digest(protocol.to_json())
 
 
 def digest(value: Any) -> str:

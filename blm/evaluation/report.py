@@ -6,35 +6,31 @@ Styles, loss curves (SVG) and videos are embedded. A missing part is shown as "n
 from __future__ import annotations
 
 import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-import matplotlib
 from jinja2 import Environment, StrictUndefined, Template
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
-from blm.evaluation.comparison import compare
+from blm.evaluation.comparison import TRAINING_LABELS, compare, require_same_training
+from blm.evaluation.conditions import PLAIN
 from blm.evaluation.digital.result import DigitalResult
 from blm.evaluation.digital.table import PaperTable
+from blm.evaluation.figures import axes_figure, loss_curve
 from blm.evaluation.physical.outcome import REASONS
-from blm.evaluation.physical.result import EpisodeResult, PhysicalResult, SuccessSummary
+from blm.evaluation.physical.result import EpisodeResult, PhysicalResult
+from blm.evaluation.physical.success import SuccessSummary
 from blm.evaluation.result_files import load_result
 from blm.evaluation.statistics import Difference, Rate, success_rate
-from blm.io import read_json_lines, write_text
+from blm.io import write_text
 from blm.robots import ROBOTS
 from blm.tasks import TASKS
 from blm.types import BlmError, ContractError
 
 MAX_VIDEOS = 24
-_INK = "#010203"
-"""Stands for the page's text colour while matplotlib draws; replaced by `currentColor`."""
-_COLORS = ("#2f7fd8", "#d9822b", "#2f9e6e", "#b0579c")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +61,8 @@ class ReportData:
     """Training run -> name of a retention metric -> value, measured against the base model."""
     physical: Mapping[str, Path] = field(default_factory=dict)
     """Policy -> result.json of its closed-loop evaluation; the report is about the first policy."""
+    across_training: bool = False
+    """Put augmented beside zero-shot results of a perturbed protocol, with labels."""
     dialogue: Path | None = None
     """A conversation about an image: {"image": FILE, "lines": [[question, answer], ..]}."""
 
@@ -101,7 +99,8 @@ class Dialogue:
 def build_report(data: ReportData, out: Path) -> None:
     """Write the page to `out`, atomically.
 
-    Raises BlmError for a result that is not an evaluation, is damaged or lacks its videos.
+    Raises BlmError for a result that is not an evaluation, is damaged or lacks its videos, and, unless
+    `across_training`, for augmented beside zero-shot results.
     """
     physical = _load_all(data.physical, PhysicalResult)
     digital = _load_all(data.digital, DigitalResult)
@@ -110,6 +109,8 @@ def build_report(data: ReportData, out: Path) -> None:
             raise BlmError(
                 f"'{name}' is a {result.protocol.purpose}, which is not a score: leave it out of the report"
             )
+    if not data.across_training:
+        require_same_training(physical)
     machines = [result.machine for result in (*physical.values(), *digital.values())]
     page = _template().render(
         data=data,
@@ -118,12 +119,18 @@ def build_report(data: ReportData, out: Path) -> None:
         differences={name: _difference(physical, name) for name in physical},
         grid=_grid(physical) if physical else None,
         reasons=REASONS,
+        trainings=TRAINING_LABELS,
+        axes_figures={
+            name: axes_figure(result.summary.perturbed)
+            for name, result in physical.items()
+            if result.summary.perturbed is not None
+        },
         videos={name: _films(data.physical[name], result) for name, result in physical.items()},
         dialogue=_dialogue(data.dialogue),
         collection=_read(data.collection).get("robots", {}),
         sheet=_embedded(data.sheet, "image/png") if data.sheet and data.sheet.exists() else "",
         mixture=_read(data.mixture),
-        curves={stage: _curve(stage, path) for stage, path in data.logs.items()},
+        curves={stage: loss_curve(stage, path) for stage, path in data.logs.items()},
         machine=machines[0].to_json() if machines else {},
         robots=ROBOTS,
         tasks=TASKS,
@@ -138,7 +145,7 @@ def _template() -> Template:
     environment.filters |= {
         "percent": lambda share: f"{100 * share:.0f} %",
         "duration": _duration,
-        "asdict": asdict,
+        "protocol": lambda protocol: protocol.to_json(),
     }
     return environment.from_string(files("blm.evaluation").joinpath("report.html.jinja").read_text())
 
@@ -175,7 +182,9 @@ def _load_all(paths: Mapping[str, Path], kind: type[ResultT]) -> dict[str, Resul
 def _grid(results: Mapping[str, PhysicalResult]) -> CellGrid:
     (_, model), *others = results.items()
     marginal = {
-        name: success_rate([e.success_once for e in model.episodes if name in (e.robot, e.task)])
+        name: success_rate(
+            [e.success_once for e in model.episodes if name in (e.robot, e.task) and e.condition == PLAIN]
+        )
         for name in (*model.protocol.robots, *model.protocol.tasks)
     }
     beside: dict[str, dict[str, Rate]] = {}
@@ -190,7 +199,7 @@ def _difference(results: Mapping[str, PhysicalResult], name: str) -> Difference 
     """Return first policy minus this one on the same scenes; None if the protocols differ."""
     first = next(iter(results))
     try:
-        return None if name == first else compare(results[first], results[name])
+        return None if name == first else compare(results[first], results[name], across_training=True)
     except ContractError:
         return None
 
@@ -218,32 +227,3 @@ def _dialogue(path: Path | None) -> Dialogue | None:
 def _embedded(file: Path, kind: str) -> str:
     """Return the file as a data URI."""
     return f"data:{kind};base64," + base64.b64encode(file.read_bytes()).decode()
-
-
-def _curve(stage: str, log: Path) -> str:
-    """Return losses over steps as inline SVG in the page's colours; empty for no rows."""
-    rows = read_json_lines(log) if log.exists() else []
-    names = [name for name in dict.fromkeys(k for row in rows for k in row) if "loss" in name]
-    if not names:
-        return ""
-    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": stage, "font.size": 11}
-    style |= dict.fromkeys(inked, _INK)
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.6, 3.0), layout="constrained")
-        axes = figure.subplots()
-        for name, color in zip(names, _COLORS, strict=False):
-            points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), color=color, linewidth=1.6)
-        axes.set_xlabel("step")
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.15, color=_INK)
-        axes.legend(frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :].replace(_INK, "currentColor")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,11 +61,12 @@ def load_result(path: Path) -> PhysicalResult | DigitalResult:
 def _require_intact(file: Path, value: dict[str, Any]) -> None:
     """Raise BlmError if counts or the protocol's hash contradict the content: it was edited."""
     score, rows, overall = value["score"], value["rows"], value["overall"]
-    hits = math.fsum(row[score] for row in rows)
-    counted = [len({row["id"] for row in rows}), int(hits) if hits.is_integer() else hits]
+    varied = [row for row in rows if "condition" in row]
+    plain = [row for row in rows if "condition" not in row]  # of which `overall` is the summary
     stated = [overall["n"], overall.get(score, overall)["hits"]]
     for quantity, there, true in (
-        ("n and hits", stated, counted),
+        ("n and hits", stated, _counted(plain, score)),
+        ("n and hits of the conditions", _stated(value.get("perturbed")), _counted(varied, score)),
         ("hash of the protocol", value["protocol_hash"], digest(value["protocol"])),
     ):
         if there != true:
@@ -72,3 +74,18 @@ def _require_intact(file: Path, value: dict[str, Any]) -> None:
                 f"result '{file}' is damaged or was edited: {quantity} is {there} in its summary, "
                 f"{true} from its content; evaluate again"
             )
+
+
+def _counted(rows: Sequence[Mapping[str, Any]], score: str) -> list[float]:
+    """Return the number of different rows and the sum of their scores."""
+    hits = math.fsum(row[score] for row in rows)
+    return [len({row["id"] for row in rows}), int(hits) if hits.is_integer() else hits]
+
+
+def _stated(perturbed: Mapping[str, Any] | None) -> list[float]:
+    """Return the number of perturbed episodes and of their successes that a summary states."""
+    if perturbed is None:
+        return [0, 0]
+    parts = [level for axis in perturbed["axes"] for level in axis["levels"]]
+    parts += perturbed["dynamics"] + perturbed["controls"]
+    return [sum(part["n"] for part in parts), sum(part["success_once"]["hits"] for part in parts)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -112,7 +112,7 @@ class EvaluationResult:
         """Return the JSON form; subclasses add their own fields after these."""
         return {
             "format": FORMAT,
-            "protocol": asdict(self.protocol),
+            "protocol": self.protocol.to_json(),
             "protocol_hash": self.protocol_hash,
             "machine": self.machine.to_json(),
             "seconds": self.seconds,

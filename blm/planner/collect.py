@@ -31,11 +31,11 @@ from blm.planner.demonstration import TAKE_OVER, Demonstrator, Perturbation, dem
 from blm.planner.expert import HOLD_STEPS, Expert
 from blm.robots import ROBOTS
 from blm.seeds import count_reserved_seeds, reserved_seeds_warning
-from blm.tasks import Env, TaskEnv
+from blm.tasks import SUITE24, Env, TaskEnv
 from blm.tasks.randomization import NO_RANDOMIZATION, DomainRandomization
 from blm.tasks.scene import CAMERAS
 from blm.tasks.suite import suite_version
-from blm.types import BlmError, Policy, lookup, require_numbers
+from blm.types import BlmError, Policy, Training, lookup, require_numbers
 
 MakePolicy = Callable[[], Policy]
 """Picklable; called once in each worker process."""
@@ -52,7 +52,7 @@ class CollectConfig:
 
     robots: tuple[str, ...] = tuple(ROBOTS)
     """Names of the robots."""
-    tasks: tuple[str, ...] = tuple(DECOMPOSITIONS)
+    tasks: tuple[str, ...] = SUITE24
     """Names of the tasks."""
     episodes: int = 50
     """Number of successful episodes to keep for each robot and task."""
@@ -88,6 +88,12 @@ class CollectConfig:
     def package(self) -> str:
         """Distribution name of the simulator."""
         return "mani_skill" if self.simulator == "maniskill" else "mujoco"
+
+    @property
+    def training(self) -> Training:
+        """The record of policies that are trained on these demonstrations."""
+        varied = self.distractors or self.randomization != NO_RANDOMIZATION
+        return "randomized" if varied else "plain"
 
     def __post_init__(self) -> None:
         for robot in self.robots:
@@ -158,6 +164,7 @@ def _make(config: CollectConfig, out: Path, wanted: Mapping[str, Any], pilot: Ma
         "versions": versions,
         "suite": suite,
         "seeds": [min(seeds), max(seeds)],
+        "training": config.training,
         "collect": wanted,
     }
     for robot in config.robots:

@@ -151,7 +151,9 @@ class Expert:
         env = self.env
         position, rotation = env.tcp()
         tool = Pose.from_rotation_and_translation(mink.SO3.from_matrix(rotation), position)
-        return WorldState(env.robot, tool, env.gripper_opening, env.objects(), env.is_grasping)
+        return WorldState(
+            env.robot, tool, env.gripper_opening, env.objects(), env.is_grasping, env.naming.swap
+        )
 
     def _start_primitive(self, primitive: Primitive, state: WorldState) -> None:
         if self._primitive.name in ("lift", "move") and primitive.name == "approach":
@@ -245,7 +247,7 @@ class Expert:
         """
         touches = {*primitive.touches}
         if not primitive.carried and (ahead or not primitive.free):
-            touches.add(self.env.task_spec.object)
+            touches.add(state.item(self.env.task_spec.object).name)
         opening = max(primitive.opening, state.opening)
         self.planner.update_collision_world(
             state.objects, touches=touches, carried=primitive.carried, tool=state.tool, opening=opening

@@ -67,29 +67,43 @@ LEAVE = 0.03
 """Height above the standing peg to which the tool retreats [m]."""
 
 
-def lift_peg_upright(state: WorldState) -> Primitive:
-    """Stand the peg upright, release it and hold still above it."""
+def lift_peg_upright(state: WorldState, *, named_end: bool = False) -> Primitive:
+    """Stand the peg upright, release it and hold still above it.
+
+    With `named_end`, the end that the instruction names must be up: the peg is gripped at that end,
+    because it hangs from the grip.
+    """
     peg = state.objects[NAME]
+    ends = _ends(state, named_end)
     lean = _lean_angle(peg)
     on_foot = lean < STEADY and _lowest(peg) < LOW
     if _in_hand(state, peg) and not (on_foot and peg.spin < SWINGING):
+        if np.sign(_in_peg(state, peg)[0]) not in ends:
+            return Primitive(name="release", opening=1.0, touches=(NAME,))
         return _lift_and_straighten(state, peg)
     if on_foot or (lean < LYING and (peg.spin > ROCKING or _distance_past_end(state, peg) < LEAVE / 2)):
         return _release_and_retreat(state, peg)
-    return _grasp(state, peg)
+    return _grasp(state, peg, ends)
 
 
-def lift_peg_key_poses(state: WorldState) -> KeyPoses:
+def lift_peg_key_poses(state: WorldState, *, named_end: bool = False) -> KeyPoses:
     """Return the key poses: grasp, on the way up, peg hanging, peg straightened."""
-    sequences = _grasp_sequences(state, state.objects[NAME])
+    sequences = _grasp_sequences(state, state.objects[NAME], _ends(state, named_end))
     return [[sequence[index] for sequence in sequences] for index in range(len(sequences[0]))]
 
 
-def _grasp(state: WorldState, peg: ObjectState) -> Primitive:
+def _ends(state: WorldState, named_end: bool) -> tuple[int, ...]:
+    """Return the ends that may be up, as signs along the peg's axis."""
+    if not named_end:
+        return (-1, 1)
+    return (-1,) if NAME in state.swap else (1,)
+
+
+def _grasp(state: WorldState, peg: ObjectState, ends: tuple[int, ...]) -> Primitive:
     """Approach one end with open fingers, descend, close lightly; again if the fingers missed."""
-    ends = [state.tool.inverse() @ (peg.position + end * _grip(peg) * _axis(peg)) for end in (-1, 1)]
-    x, y, z = min(ends, key=lambda place: np.linalg.norm(place[:2]))
-    sequences = _grasp_sequences(state, peg)
+    places = [state.tool.inverse() @ (peg.position + end * _grip(peg) * _axis(peg)) for end in ends]
+    x, y, z = min(places, key=lambda place: np.linalg.norm(place[:2]))
+    sequences = _grasp_sequences(state, peg, ends)
     across = abs(state.tool.rotation().as_matrix()[:, 1] @ _axis(peg)) < 0.1
     over = max(abs(x), abs(y)) < ON_SPOT and across
     if over and abs(z) < ON_SPOT and state.opening > 0.8 * _opening(state.robot, peg, 0.0):
@@ -176,14 +190,15 @@ def _release_and_retreat(state: WorldState, peg: ObjectState) -> Primitive:
     return Primitive(name="hold" if at_rest else "retreat", opening=1.0)
 
 
-def _grasp_sequences(state: WorldState, peg: ObjectState) -> list[list[Pose]]:
+def _grasp_sequences(state: WorldState, peg: ObjectState, ends: tuple[int, ...]) -> list[list[Pose]]:
     """Return sequences of poses (grasp, on the way up, hanging, straightened), the best first."""
     axis = _axis(peg)
     if axis[:2] @ (peg.position - state.robot.base_position)[:2] < 0:
         axis = -axis
+        ends = tuple(-end for end in reversed(ends))
     heading = np.arctan2(axis[1], axis[0])
     sequences = []
-    for route, flip, tilt, end in product((0, 1), (1, -1), TILTS, (-1, 1)):
+    for route, flip, tilt, end in product((0, 1), (1, -1), TILTS, ends):
         spot = peg.position + end * _grip(peg) * axis
         yaw = heading if flip == 1 else heading - np.pi
         grasp = make_pose([*spot[:2], max(spot[2], peg.size[1])], yaw, tilt)

@@ -8,8 +8,8 @@ held, and therefore an approach is due again. Poses follow the conventions of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
 
@@ -78,6 +78,12 @@ class WorldState:
     objects: dict[str, ObjectState]
     held: Callable[[str], bool]
     """Whether both fingers press on the named object."""
+    swap: Mapping[str, str] = field(default_factory=dict)
+    """Item of the task -> the item in its place, if the instruction names the other thing."""
+
+    def item(self, name: str) -> ObjectState:
+        """Return the object that has the part of this item in the present instruction."""
+        return self.objects[self.swap.get(name, name)]
 
     @property
     def tool_position(self) -> Vector:
@@ -110,10 +116,8 @@ KeyPoses = list[list[Pose]]
 """Key poses that the tool must reach, in order; each is a list of interchangeable candidates."""
 
 
-def push_key_poses(state: WorldState) -> KeyPoses:
-    """Return the key poses of a push: behind the cube, and at the end of the push."""
-    cube = state.objects["cube"]
-    target = state.objects["target"].position
+def push_key_poses(state: WorldState, cube: ObjectState, target: Vector) -> KeyPoses:
+    """Return the key poses of a push to `target` [3]: behind the cube, and at the end of the push."""
     displacement = (target - cube.position)[:2]
     unit = displacement / np.linalg.norm(displacement)
     back = cube.size[0] + FINGER + GAP

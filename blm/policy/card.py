@@ -40,6 +40,8 @@ def model_card(config: Mapping[str, Any]) -> str:
             "",
             f"Trained for {loop['steps']:,} steps of {loop['batch_size']} samples, seed {loop['seed']}.",
         ]
+    if training := contract.get("training"):
+        lines += ["", f"Training scenes: {training}."]
     if reserved := provenance.get("reserved_seeds"):
         counts = [f"{n} episodes for {what}" for of in reserved.values() for what, n in of.items()]
         lines += [

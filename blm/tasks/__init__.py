@@ -4,9 +4,20 @@ To add a task, write its file and add a line to the registry.
 """
 
 from blm.tasks.env import Env, EnvState
-from blm.tasks.registry import TASKS
+from blm.tasks.registry import SUITE24, TASKS, WORDS
 from blm.tasks.rendering import gl_backend
 from blm.tasks.spec import ObjectState, TaskSpec, TaskState
 from blm.tasks.task_env import TaskEnv
 
-__all__ = ["TASKS", "Env", "EnvState", "ObjectState", "TaskEnv", "TaskSpec", "TaskState", "gl_backend"]
+__all__ = [
+    "SUITE24",
+    "TASKS",
+    "WORDS",
+    "Env",
+    "EnvState",
+    "ObjectState",
+    "TaskEnv",
+    "TaskSpec",
+    "TaskState",
+    "gl_backend",
+]

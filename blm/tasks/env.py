@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,15 @@ from blm.robots.build import FINGERS
 from blm.tasks.arm_starts import offset_start, random_start
 from blm.tasks.clutter import draw_solids, resize
 from blm.tasks.distractors import Distractors, draw_distractors, show_distractors
+from blm.tasks.naming import Naming, goal_of
 from blm.tasks.rendering import Renderer
 from blm.tasks.scene import CAMERAS, SUBSTEPS, paint_items
 from blm.tasks.scene_variation import SceneModel, needs_dressing
 from blm.tasks.sensing import Sensors
 from blm.tasks.spec import Item, ObjectState, Placement, SceneDraw
-from blm.tasks.task_env import RENDER_SIZE, TaskEnv
+from blm.tasks.task_env import RENDER_SIZE, TaskEnv, episode_stream
 from blm.tasks.variation import Variation
+from blm.tasks.visibility import draw_until_visible
 from blm.types import ContractError, FloatArray, ImageArray, lookup
 
 _PHYSICS = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -40,13 +42,16 @@ class EnvState:
     start."""
     steps: int
     instruction: str
-    named_other: bool
-    """Whether the instruction names the other thing, which is judged then."""
+    naming: Naming
     items: tuple[Item, ...]
     distractors: Distractors
     seed: int
     """Seed of the episode, from which the errors of its sensors are drawn."""
     variation: Variation
+    start: Mapping[str, FloatArray]
+    """Position of each object at the start of the episode, [3]."""
+    went_wrong: bool
+    """Whether `TaskSpec.wrong` has held after a step."""
     delivered: Mapping[str, ImageArray]
     """Camera -> the picture that it delivered last, if the variation drops pictures."""
 
@@ -77,14 +82,16 @@ class Env(TaskEnv):
         draw = resize(draw, clutter.scale)
         self.items = draw.items
         ghosts = draw_distractors(
-            self.stream(seed, "distractors"), self.robot, self.items, draw.placement, self._extra
+            episode_stream(seed, "distractors"), self.robot, self.items, draw.placement, self._extra
         )
-        solids = draw_solids(self.stream(seed, "clutter"), self.robot, self.task_spec, draw, ghosts, clutter)
+        solids = draw_solids(
+            episode_stream(seed, "clutter"), self.robot, self.task_spec, draw, ghosts, clutter
+        )
         self._distractors = ghosts + solids
         self._dress()
         mujoco.mj_resetData(self.model, self.data)
         self._set_item_poses({**draw.placement, **{item.name: where for item, where in self._distractors}})
-        arm_rng = self.stream(seed, "arm")
+        arm_rng = episode_stream(seed, "arm")
         home = np.array(self.robot.home)
         start = home + arm_rng.normal(0, self.robot.reset_noise, len(home))
         self.place_arm(start, opening=1.0)
@@ -93,6 +100,9 @@ class Env(TaskEnv):
         elif self.variation.arm_offset:
             offset_start(self, arm_rng, self.variation.arm_offset)
         self._refresh()
+
+    def _show_goals(self, draw_again: Callable[[], None]) -> None:
+        draw_until_visible(self, draw_again)
 
     def _dress(self) -> None:
         """Show the colours, distractors and variation of the present episode."""
@@ -106,7 +116,8 @@ class Env(TaskEnv):
     def _simulate(self, target: FloatArray) -> None:
         change = self.variation.dynamics
         if self._steps == change.move_goal_at:
-            self.shift_object(self._goal_name(), np.array([*change.move_goal_by, 0.0]))
+            goal = goal_of(self.task_spec, self.items, self.naming)
+            self.shift_object(goal, np.array([*change.move_goal_by, 0.0]))
         self.data.ctrl[:] = (*target[:-1], target[-1] * self.robot.gripper.stroke)
         with self._timed("physics"):
             mujoco.mj_step(self.model, self.data, nstep=SUBSTEPS)
@@ -124,11 +135,13 @@ class Env(TaskEnv):
             physics=physics,
             steps=self._steps,
             instruction=self.task_description,
-            named_other=self._named_other,
+            naming=self.naming,
             items=self.items,
             distractors=self._distractors,
             seed=self._seed,
             variation=self.variation,
+            start=dict(self._start),
+            went_wrong=self._went_wrong,
             delivered=dict(self._sensors.delivered),
         )
 
@@ -145,9 +158,11 @@ class Env(TaskEnv):
             )
         self._steps = state.steps
         self.task_description = state.instruction
-        self._named_other = state.named_other
+        self.naming = state.naming
         self.items = state.items
         self.variation = state.variation
+        self._start = dict(state.start)
+        self._went_wrong = state.went_wrong
         self._distractors = state.distractors
         self._seed = state.seed
         self._sensors = Sensors(state.variation.sensors, state.seed, state.delivered)
@@ -166,12 +181,16 @@ class Env(TaskEnv):
         return tuple(item for item, _ in self._distractors if item.role != "marker")
 
     def shift_object(self, name: str, by: FloatArray) -> None:
-        """Move an item by a displacement [3] in m and set its velocity to 0."""
+        """Move an item by a displacement [3] in m and set its velocity to 0.
+
+        The robot did not do it, so a displaced item starts anew where it is put.
+        """
         body = self._body(name)
         position, quaternion = body.xpos + by, body.xquat.copy()
         if self.model.body(name).mocapid[0] < 0:
             self.data.joint(name).qvel[:] = 0
         self._set_item_poses({name: ((*position.tolist(),), (*quaternion.tolist(),))})
+        self._start[name] = self._start[name] + by
         self._refresh()
 
     def tcp(self) -> tuple[FloatArray, FloatArray]:
@@ -228,15 +247,14 @@ class Env(TaskEnv):
         focal = centre / np.tan(np.radians(self.model.cam(camera).fovy[0]) / 2)
         return np.stack([centre - focal * x / z, centre + focal * y / z, -z], axis=1)
 
-    def mask(self, name: str, camera: str) -> NDArray[np.bool_]:
-        """Return the segmentation mask of an object, bool [image_size, image_size]."""
-        return self.bodies(camera) == self._body(name).id
+    def mask(self, name: str, camera: str, size: int | None = None) -> NDArray[np.bool_]:
+        """Return the segmentation mask of an object, bool [size, size] (default: image_size)."""
+        return np.append(self.model.geom_bodyid, 0)[self.geoms(camera, size)] == self._body(name).id
 
-    def bodies(self, camera: str) -> NDArray[np.int64]:
-        """Return the id of the body in each pixel (0 for table and wall), [image_size, image_size]."""
+    def geoms(self, camera: str, size: int | None = None) -> NDArray[np.int64]:
+        """Return the geom id of each pixel, -1 for the wall, int64 [size, size] (default: image_size)."""
         lookup("camera", camera, CAMERAS)
-        geoms = self._ready_renderer().geoms(self.data, camera, self.image_size)
-        return np.append(self.model.geom_bodyid, 0)[geoms].astype(np.int64)
+        return self._ready_renderer().geoms(self.data, camera, size or self.image_size)
 
     def close(self) -> None:
         for renderer in self._renderers.values():
@@ -251,12 +269,6 @@ class Env(TaskEnv):
         renderer = self._renderers[scene.is_dressed]
         renderer.show(self.model, scene.textures, shadows=scene.shadows)
         return renderer
-
-    def _goal_name(self) -> str:
-        """Return the name of the goal: what the object is brought to, or itself if there is no such thing."""
-        others = [item for item in self.items if item.name != self.task_spec.object]
-        goal = next((item for item in others if item.role != "free"), others[0] if others else self.items[0])
-        return self.task_spec.swap.get(goal.name, goal.name) if self._named_other else goal.name
 
     def _body(self, name: str) -> Any:
         names = [*(item.name for item in self.items), *(item.name for item, _ in self._distractors)]

@@ -6,6 +6,7 @@ import numpy as np
 
 from blm.robots import RobotSpec
 from blm.tasks.spec import Item, ObjectState, Part, Placement, Region, TaskSpec, TaskState, pose
+from blm.types import FloatArray
 
 HALF_LENGTH = 0.12
 """Half the length of the peg of the plain suite [m]; it weighs 0.6 kg."""
@@ -27,24 +28,34 @@ def angle_from_vertical(world_axis: np.ndarray) -> float:
     return float(np.arccos(np.clip(abs(world_axis[2]), 0.0, 1.0)))
 
 
-def _items(robot: RobotSpec) -> tuple[Item, ...]:
+def peg(front: str, back: str) -> Item:
+    """Return a peg along x whose halves have these colours."""
     size = (HALF_LENGTH / 2, HALF_WIDTH, HALF_WIDTH)
     ends = (
-        Part("box", size, "red", (HALF_LENGTH / 2, 0.0, 0.0)),
-        Part("box", size, "blue", (-HALF_LENGTH / 2, 0.0, 0.0)),
+        Part("box", size, front, (HALF_LENGTH / 2, 0.0, 0.0)),
+        Part("box", size, back, (-HALF_LENGTH / 2, 0.0, 0.0)),
     )
-    return (Item("peg", "peg", "red and blue", ends),)
+    return Item("peg", "peg", f"{front} and {back}", ends)
+
+
+def _items(robot: RobotSpec) -> tuple[Item, ...]:
+    return (peg("red", "blue"),)
 
 
 def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Placement:
     return {"peg": pose(*region.draw(rng), HALF_WIDTH)}
 
 
-def _success(state: TaskState) -> dict[str, bool]:
-    peg = state.objects["peg"]
+def axis_of(peg: ObjectState) -> FloatArray:
+    """Return the direction of the peg's front end [3]."""
     w, x, y, z = peg.quaternion
-    axis = np.array([1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)])  # its local x
-    upright = angle_from_vertical(axis) < UPRIGHT
+    return np.array([1 - 2 * (y * y + z * z), 2 * (x * y + w * z), 2 * (x * z - w * y)])
+
+
+def stands(state: TaskState) -> dict[str, bool]:
+    """Return whether the peg stands on the table, on either end."""
+    peg = state.objects["peg"]
+    upright = angle_from_vertical(axis_of(peg)) < UPRIGHT
     level = bool(abs(peg.position[2] - half_length(peg)) < LEVEL)
     grasped = "peg" in state.grasped
     return {
@@ -60,7 +71,7 @@ LIFT_PEG_UPRIGHT = TaskSpec(
     title="Stand a peg upright",
     items=_items,
     sample=_sample,
-    success=_success,
+    success=stands,
     phrasings=(
         "Stand the peg upright on the table.",
         "Lift the red and blue peg and set it on its end.",

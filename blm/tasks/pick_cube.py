@@ -20,10 +20,14 @@ def goal_tolerance(robot: RobotSpec) -> float:
     return 1.25 * robot.workspace.cube_half
 
 
-def _items(robot: RobotSpec) -> tuple[Item, ...]:
+def goal_sphere(robot: RobotSpec) -> Item:
+    """Return the visible goal."""
     ball = Part("sphere", (goal_tolerance(robot), 0.0, 0.0), "green")
-    red = cube("cube", "red", robot.workspace.cube_half)
-    return red, Item("goal", "sphere", "green", (ball,), role="marker")
+    return Item("goal", "sphere", "green", (ball,), role="marker")
+
+
+def _items(robot: RobotSpec) -> tuple[Item, ...]:
+    return cube("cube", "red", robot.workspace.cube_half), goal_sphere(robot)
 
 
 def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Placement:
@@ -35,7 +39,8 @@ def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Place
     return {"cube": pose(*start, half, yaw), "goal": pose(*goal, height)}
 
 
-def _success(state: TaskState) -> dict[str, bool]:
+def held_at_goal(state: TaskState) -> dict[str, bool]:
+    """Return whether the cube is at the goal and the arm at rest."""
     near = bool(np.linalg.norm(state.offset("cube", "goal")) <= goal_tolerance(state.robot))
     static, grasped = state.robot_speed <= STATIC_SPEED, "cube" in state.grasped
     return {"is_at_goal": near, "is_robot_static": static, "is_grasped": grasped, "success": near and static}
@@ -46,7 +51,7 @@ PICK_CUBE = TaskSpec(
     title="Pick up a cube and hold it at a goal",
     items=_items,
     sample=_sample,
-    success=_success,
+    success=held_at_goal,
     phrasings=(
         "Pick up the red cube and move it to the green goal.",
         "Grasp the red cube and hold it at the green sphere.",
@@ -54,5 +59,6 @@ PICK_CUBE = TaskSpec(
         "Take the red block and bring it to the green target in the air.",
     ),
     object="cube",
+    goal="goal",
     held_out_phrasings=("Carry the red cube to where the green sphere floats.",),
 )

@@ -12,7 +12,7 @@ from blm.tasks.spec import Item, ObjectState, Part, Placement, Region, TaskSpec,
 
 RADIUS = 0.02
 """Radius of the ball [m]."""
-_WALL = 0.0025
+WALL = 0.0025
 """Half the thickness of the bin's floor and walls [m]; the ball just fits inside."""
 _RIM = 0.005
 """Half the height of the bin's walls [m]."""
@@ -27,29 +27,39 @@ def resting_height(ball: ObjectState, tray: ObjectState) -> float:
     return ball.size[0] + tray.size[2]
 
 
-def _items(robot: RobotSpec) -> tuple[Item, ...]:
-    outer, off, up = RADIUS + 2 * _WALL, RADIUS + _WALL, _WALL + _RIM
+def ball(name: str, color: str) -> Item:
+    """Return a ball that just fits into a bin."""
+    return Item(name, "ball", color, (Part("sphere", (RADIUS, 0.0, 0.0), color),))
+
+
+def shallow_bin(name: str, color: str) -> Item:
+    """Return a bin with a low rim."""
+    outer, off, up = RADIUS + 2 * WALL, RADIUS + WALL, WALL + _RIM
     parts = (
-        Part("box", (outer, outer, _WALL), "white"),
-        Part("box", (_WALL, outer, _RIM), "white", (-off, 0.0, up)),
-        Part("box", (_WALL, outer, _RIM), "white", (off, 0.0, up)),
-        Part("box", (outer, _WALL, _RIM), "white", (0.0, -off, up)),
-        Part("box", (outer, _WALL, _RIM), "white", (0.0, off, up)),
+        Part("box", (outer, outer, WALL), color),
+        Part("box", (WALL, outer, _RIM), color, (-off, 0.0, up)),
+        Part("box", (WALL, outer, _RIM), color, (off, 0.0, up)),
+        Part("box", (outer, WALL, _RIM), color, (0.0, -off, up)),
+        Part("box", (outer, WALL, _RIM), color, (0.0, off, up)),
     )
-    ball = Item("ball", "ball", "blue", (Part("sphere", (RADIUS, 0.0, 0.0), "blue"),))
-    return ball, Item("bin", "bin", "white", parts, role="fixed")
+    return Item(name, "bin", color, parts, role="fixed")
+
+
+def _items(robot: RobotSpec) -> tuple[Item, ...]:
+    return ball("ball", "blue"), shallow_bin("bin", "white")
 
 
 def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Placement:
     (x, y), (dx, dy) = region.centre, region.half
-    ball = x + dx * rng.uniform(*_BALL_X), y + dy * rng.uniform(-1, 1)
+    ball_at = x + dx * rng.uniform(*_BALL_X), y + dy * rng.uniform(-1, 1)
     bin_at = x + dx * rng.uniform(*_BIN_X), y + dy * rng.uniform(-1, 1)
-    return {"ball": pose(*ball, RADIUS), "bin": pose(*bin_at, _WALL)}
+    return {"ball": pose(*ball_at, RADIUS), "bin": pose(*bin_at, WALL)}
 
 
-def _success(state: TaskState) -> dict[str, bool]:
-    offset = state.offset("ball", "bin")
-    rest = resting_height(state.objects["ball"], state.objects["bin"])
+def in_bin(state: TaskState, name: str = "bin") -> dict[str, bool]:
+    """Return whether the ball lies in a bin, at rest and released."""
+    offset = state.offset("ball", name)
+    rest = resting_height(state.objects["ball"], state.objects[name])
     on = bool(np.linalg.norm(offset[:2]) <= 0.005 and abs(offset[2] - rest) <= 0.005)
     return state.placed("ball", "is_in_bin", on)
 
@@ -59,7 +69,7 @@ PLACE_SPHERE = TaskSpec(
     title="Place a ball in a bin",
     items=_items,
     sample=_sample,
-    success=_success,
+    success=in_bin,
     phrasings=(
         "Place the blue ball in the white bin.",
         "Pick up the sphere and put it into the shallow bin.",
@@ -68,5 +78,6 @@ PLACE_SPHERE = TaskSpec(
     ),
     held_out_phrasings=("The blue sphere belongs in the white box: bring it there.",),
     object="ball",
+    goal="bin",
     regions={"widowxai": Region((-0.25, 0.0), (0.1, 0.05))},  # keeps ball and bin apart
 )

@@ -36,6 +36,7 @@ PULL_CUBE = TaskSpec(
     ),
     held_out_phrasings=("Get the blue cube to the bullseye by pulling it.",),
     object="cube",
+    goal="target",
     regions={
         "widowxai": Region((-0.13, 0.0), (0.05, 0.05))
     },  # otherwise the target would be at the robot's base

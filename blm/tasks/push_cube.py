@@ -17,14 +17,18 @@ TARGET_DISTANCE = 0.2
 _RINGS = ("red", "white", "red", "white", "red")
 
 
-def cube_and_target(robot: RobotSpec) -> tuple[Item, ...]:
-    """Return a blue cube and a flat round target."""
+def disc(name: str, radius: float) -> Item:
+    """Return a flat round target."""
     rings = tuple(
-        Part("cylinder", (TARGET_RADIUS * (1 - index / len(_RINGS)), 0.0004 * (index + 1), 0.0), color)
+        Part("cylinder", (radius * (1 - index / len(_RINGS)), 0.0004 * (index + 1), 0.0), color)
         for index, color in enumerate(_RINGS)
     )
-    blue = cube("cube", "blue", robot.workspace.cube_half)
-    return blue, Item("target", "disc", "red and white", rings, role="marker")
+    return Item(name, "disc", "red and white", rings, role="marker")
+
+
+def cube_and_target(robot: RobotSpec) -> tuple[Item, ...]:
+    """Return a blue cube and a flat round target."""
+    return cube("cube", "blue", robot.workspace.cube_half), disc("target", TARGET_RADIUS)
 
 
 def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Placement:
@@ -53,6 +57,7 @@ PUSH_CUBE = TaskSpec(
     ),
     held_out_phrasings=("Get the blue cube to the bullseye by pushing it.",),
     object="cube",
+    goal="target",
     prehensile=False,
     view_shift=0.1,
 )

@@ -50,6 +50,9 @@ class DomainRandomization:
     """Blur, noise, compression, exposure and drops of pictures, and noise of joint readings."""
     start: bool = True
     """Offset the joint positions at the start."""
+    wordings: bool = False
+    """Draw the instructions of all episodes from the 60 to 100 training wordings of a task.
+    Otherwise one of its four phrasings is drawn."""
 
     def __post_init__(self) -> None:
         require_numbers(self, amplitude=(0, 1), plain=(0, 1))

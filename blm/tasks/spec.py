@@ -9,7 +9,7 @@ their classes and fields are part of the suite's version.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -34,6 +34,10 @@ PALETTE = {
     "cyan": (0.10, 0.75, 0.80, 1.0),
     "white": (0.95, 0.95, 0.95, 1.0),
 }
+
+
+MARKERS = ("sphere", "disc")
+"""Kinds of goal markers, which are not objects and are referred to by name only."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,11 @@ class ObjectState:
     """Angular speed [rad/s]."""
 
     @property
+    def label(self) -> str:
+        """Its name in questions: colour and kind, or the name of a goal marker."""
+        return self.name.replace("_", " ") if self.kind in MARKERS else f"{self.color} {self.kind}"
+
+    @property
     def is_static(self) -> bool:
         """Whether it is at rest, by ManiSkill's thresholds (0.01 m/s, 0.5 rad/s)."""
         return self.speed <= 0.01 and self.spin <= 0.5
@@ -120,6 +129,12 @@ class TaskState:
     """Maximum arm joint speed [rad/s]."""
     grasped: frozenset[str]
     """Names of the grasped objects."""
+    start: Mapping[str, FloatArray] = field(default_factory=dict)
+    """Position of each item at the start of the episode, [3]."""
+
+    def displacement(self, name: str) -> FloatArray:
+        """Return the present position of `name` minus that at the start, [3]."""
+        return self.objects[name].position - self.start[name]
 
     def offset(self, name: str, other: str) -> FloatArray:
         """Return the position of `name` minus that of `other`, [3]."""
@@ -153,6 +168,8 @@ class TaskSpec:
     """Instructions kept for evaluation; their indices follow those of `phrasings`."""
     object: str
     """Name of the item that the task moves."""
+    goal: str = ""
+    """Name of the item to which it is moved; empty for none."""
     prehensile: bool = True
     """Whether that item must be grasped."""
     regions: Mapping[str, Region] = field(default_factory=dict)
@@ -160,7 +177,17 @@ class TaskSpec:
     scene: Callable[[np.random.Generator, RobotSpec, Region], SceneDraw] | None = None
     """Draws colours and words as well as poses; None for a task whose scenes differ in poses only."""
     swap: Mapping[str, str] = field(default_factory=dict)
-    """Item -> the item in its place if the instruction names the other thing, for scoring that one."""
+    """Item -> the item in its place if the instruction names the other thing.
+
+    An item in its own place is turned end for end.
+    """
+    wrong: Callable[[TaskState], bool] | None = None
+    """Whether the robot has done the task with another thing than the named one, or moved that.
+
+    The environment remembers it: the episode cannot succeed afterwards.
+    """
+    chance: float = 1.0
+    """Success rate of a policy that masters the motions and ignores the words."""
     view_shift: float = 0.0
     """Shift of the third-person cameras along x that keeps the task in view [m]."""
     max_steps: int = 200
@@ -191,6 +218,15 @@ class TaskSpec:
                 f"{seen}..{len(every) - 1} (held out)"
             )
         return every[index]
+
+
+def exchange(objects: Mapping[str, ObjectState], swap: Mapping[str, str]) -> dict[str, ObjectState]:
+    """Return the objects by their part in the instruction that `swap` leads to; see `TaskSpec.swap`."""
+    exchanged = {name: objects[swap.get(name, name)] for name in objects}
+    for name in (name for name, other in swap.items() if name == other):
+        w, x, y, z = objects[name].quaternion
+        exchanged[name] = replace(objects[name], quaternion=np.array([-z, y, -x, w]))  # half a turn about z
+    return exchanged
 
 
 def pose(x: float, y: float, z: float, yaw: float = 0.0) -> Pose:

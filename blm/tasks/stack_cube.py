@@ -16,7 +16,8 @@ def _items(robot: RobotSpec) -> tuple[Item, ...]:
     return cube("cube", "red", half), cube("lower", "green", half)
 
 
-def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Placement:
+def two_cubes(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Placement:
+    """Draw the poses of two cubes that do not overlap."""
     half = robot.workspace.cube_half
     apart = 2 * (np.sqrt(2) * half + 0.001)  # bounding circles do not overlap at any yaw
     centre, spread = np.array(region.draw(rng)), np.array(region.half) * _SPREAD
@@ -28,7 +29,8 @@ def _sample(rng: np.random.Generator, robot: RobotSpec, region: Region) -> Place
     return {"cube": pose(x, y, half, yaws[0]), "lower": pose(u, v, half, yaws[1])}
 
 
-def _success(state: TaskState) -> dict[str, bool]:
+def stacked(state: TaskState) -> dict[str, bool]:
+    """Return whether the cube stands on the lower one, at rest and released."""
     cube, lower = state.objects["cube"], state.objects["lower"]
     offset = state.offset("cube", "lower")
     level = abs(offset[2] - (cube.size[2] + lower.size[2])) <= 0.005
@@ -40,8 +42,8 @@ STACK_CUBE = TaskSpec(
     name="stack_cube",
     title="Stack a cube on another",
     items=_items,
-    sample=_sample,
-    success=_success,
+    sample=two_cubes,
+    success=stacked,
     phrasings=(
         "Stack the red cube on the green cube.",
         "Put the red cube on top of the green one and let go.",
@@ -50,6 +52,7 @@ STACK_CUBE = TaskSpec(
     ),
     held_out_phrasings=("Build a tower: red cube above, green cube below.",),
     object="cube",
+    goal="lower",
     # Half of ManiSkill's range: none of our cameras shows cubes 0.3 m to the side.
     regions=dict.fromkeys(("panda", "xarm6", "xarm7"), Region((0.0, 0.0), (0.05, 0.05)))
     | {"widowxai": Region((-0.25, 0.0), (0.025, 0.025))},

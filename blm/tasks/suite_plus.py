@@ -21,7 +21,7 @@ from blm.tasks.randomization import TEST_PATTERNS, TRAINING_PATTERNS
 from blm.tasks.registry import TASKS
 from blm.tasks.scene import TABLE_COLOR, WALL_COLOR
 from blm.tasks.spec import PALETTE
-from blm.tasks.task_env import TaskEnv
+from blm.tasks.task_env import episode_stream
 from blm.tasks.variation import (
     PLAIN,
     CameraShift,
@@ -217,7 +217,7 @@ class _Scene:
     def __init__(self, robot: str, task: str, seed: int, rng: np.random.Generator) -> None:
         self.seed, self.rng, self.cell = seed, rng, (robot, task)
         self._task = lookup("task", task, TASKS)
-        self._draw = self._task.draw(TaskEnv.stream(seed, "placement"), lookup("robot", robot, ROBOTS))
+        self._draw = self._task.draw(episode_stream(seed, "placement"), lookup("robot", robot, ROBOTS))
 
     def signed(self, amount: float) -> float:
         """Return the amount with a random sign."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypedDict
@@ -22,11 +22,13 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from blm.robots import ROBOTS
+from blm.tasks.naming import Naming, fill_slots, name_things
 from blm.tasks.randomization import NO_RANDOMIZATION, DomainRandomization
 from blm.tasks.registry import TASKS
+from blm.tasks.reset_options import ResetOptions
 from blm.tasks.scene import CAMERAS
 from blm.tasks.sensing import Sensors
-from blm.tasks.spec import ObjectState, SceneDraw, TaskState
+from blm.tasks.spec import ObjectState, SceneDraw, TaskState, exchange
 from blm.tasks.variation import PLAIN as NO_VARIATION
 from blm.tasks.variation import Variation
 from blm.types import BlmError, FloatArray, ImageArray, Observation, lookup
@@ -51,6 +53,17 @@ class EnvObservation(TypedDict):
     """Camera -> uint8 [H, W, 3]."""
     agent_pos: NDArray[np.float32]
     """Joint positions [rad] and measured gripper opening, [D]."""
+
+
+def episode_stream(seed: int, name: str) -> np.random.Generator:
+    """Return one of the random streams of an episode; `name` is in `_STREAMS`."""
+    return np.random.default_rng((seed, _STREAMS[name]))
+
+
+def draw_scene(robot: str, task: str, seed: int) -> SceneDraw:
+    """Return the scene of an episode, before any variation."""
+    arm = lookup("robot", robot, ROBOTS)
+    return lookup("task", task, TASKS).draw(episode_stream(seed, "placement"), arm)
 
 
 class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
@@ -89,7 +102,10 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         self.items = self.task_spec.items(self.robot)
         self.variation = NO_VARIATION
         """How the present episode differs from the plain suite."""
-        self._named_other = False
+        self.naming = Naming()
+        """Which things the instruction of the present episode names."""
+        self._went_wrong = False
+        self._start: dict[str, FloatArray] = {}
         self._seed = 0
         self._sensors = Sensors(NO_VARIATION.sensors, 0)
         self.seconds = {"physics": 0.0, "rendering": 0.0}
@@ -139,6 +155,10 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
     def _start_episode(self, seed: int, draw: SceneDraw, arm_start: str) -> None:
         """Put the scene `draw` of `seed`, with `variation`, into its initial state."""
 
+    def _show_goals(self, draw_again: Callable[[], None]) -> None:
+        """Call `draw_again` until no goal is hidden, in a simulator that draws scenes itself."""
+        raise BlmError("visible_goals needs the simulator mujoco: this one draws its own scenes")
+
     @abstractmethod
     def _simulate(self, target: FloatArray) -> None:
         """Hold joint targets [rad] and gripper opening, [D], for one control step."""
@@ -180,60 +200,39 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[EnvObservation, dict[str, Any]]:
-        """Start the episode of `seed`.
-
-        Options: "phrasing" (index) or "wording" (text, whose slots are filled; may be empty);
-        "named" ("own", or "other" for the instruction of the other thing in the scene, by which
-        success is then judged); "arm" ("home" or "random"); "variation" (a `Variation`; by default
-        one is drawn from `randomization`).
+        """Start the episode of `seed`; `options` are the fields of `ResetOptions`.
 
         Raises BlmError for an unknown option, phrasing or arm start, for a wording with an unknown
-        slot, and for a variation that the simulator cannot show.
+        slot, and for a variation or visible goals that the simulator cannot show.
         """
         super().reset(seed=seed)
-        chosen: dict[str, Any] = {
-            "arm": "home", "phrasing": None, "wording": None, "named": "own", "variation": None
-        }  # fmt: skip
-        for option in options or {}:
-            lookup("reset option", option, chosen)
-        chosen |= options or {}
-        self._check_arm_start(chosen["arm"])
+        chosen = ResetOptions.read(options)
+        self._check_arm_start(chosen.arm)
         if seed is None:  # beyond all reserved ranges of seeds
             seed = int(self.np_random.integers(10_000_000, 2**31))
-        variation = chosen["variation"] or self.randomization.draw(self.stream(seed, "variation"))
+        variation = chosen.variation or self.randomization.draw(episode_stream(seed, "variation"))
         self._check_variation(variation)
-        draw = self.task_spec.draw(self.stream(seed, "placement"), self.robot)
-        self.task_description = self._instruct(seed, draw, chosen)
-        self.items = draw.items
         self.variation = variation
-        self._seed, self._steps = seed, 0
-        self._sensors = Sensors(variation.sensors, seed)
-        self._start_episode(seed, draw, chosen["arm"])
+        begin = partial(self._begin, seed, episode_stream(seed, "placement"), chosen)
+        begin()
+        if chosen.visible_goals:
+            self._show_goals(begin)
         return self.observe(), self._info()
 
-    def _instruct(self, seed: int, draw: SceneDraw, chosen: dict[str, Any]) -> str:
-        """Return the instruction of an episode, and note whether it names the other thing."""
-        lookup("named thing", chosen["named"], {"own": 0, "other": 0})
-        self._named_other = chosen["named"] == "other"
-        if self._named_other and not draw.other_words:
-            raise BlmError(f"the scenes of task '{self.task}' have no other thing to name")
-        phrasing, wording = chosen["phrasing"], chosen["wording"]
-        if wording is None:
-            if phrasing is None:
-                phrasing = int(self.stream(seed, "phrasing").integers(len(self.task_spec.phrasings)))
-            wording = self.task_spec.instruction(phrasing)
-        words = draw.other_words if self._named_other else draw.words
-        try:
-            return wording.format(**words)
-        except (KeyError, IndexError, ValueError) as error:
-            raise BlmError(
-                f"wording {wording!r} of task '{self.task}' has slots other than {sorted(words)}"
-            ) from error
-
-    @staticmethod
-    def stream(seed: int, name: str) -> np.random.Generator:
-        """Return one of the random streams of an episode; `name` is in `_STREAMS`."""
-        return np.random.default_rng((seed, _STREAMS[name]))
+    def _begin(self, seed: int, placement: np.random.Generator, options: ResetOptions) -> None:
+        """Start an episode with the next scene of the stream `placement`."""
+        spec = self.task_spec
+        draw = spec.draw(placement, self.robot)
+        grammar = self.randomization.wordings
+        wording = options.instruction(spec, episode_stream(seed, "phrasing"), grammar=grammar)
+        self.naming = name_things(spec, draw, options.named)
+        self.task_description = fill_slots(spec, wording, self.naming.words)
+        self.items = draw.items
+        self._seed, self._steps = seed, 0
+        self._sensors = Sensors(self.variation.sensors, seed)
+        self._start_episode(seed, draw, options.arm)
+        self._went_wrong = False
+        self._start = {name: thing.position for name, thing in self.objects().items()}
 
     def step(self, action: NDArray[np.float32]) -> tuple[EnvObservation, float, bool, bool, dict[str, Any]]:
         """Hold the targets for one control step. Raises ContractError on a wrong shape or a NaN."""
@@ -241,6 +240,7 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         self._simulate(target)
         self._steps += 1
         info = self._info()
+        self._went_wrong = info.get("is_wrong_object", False)
         done = info["success"] and self._terminate
         late = self._steps >= self._max_episode_steps
         return self.observe(), float(info["success"]), done, late, info
@@ -259,7 +259,7 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
     def observation(self, seed: int = 0, cameras: Iterable[str] | None = None) -> Observation:
         """Return `observe(cameras)` as a `types.Observation`.
 
-        `seed` is the policy's sampling seed.
+        `seed` is the policy's sampling seed; `cameras` are those to render, by default `self.cameras`.
         """
         seen = self.observe(cameras)
         return Observation(
@@ -270,19 +270,34 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
             seed=seed,
         )
 
+    def named_objects(self) -> dict[str, ObjectState]:
+        """Return the present state of every object by its part in the present instruction."""
+        return exchange(self.objects(), self.naming.swap)
+
     def task_state(self) -> TaskState:
         """Return the state that the task's success rule judges."""
-        grasped = frozenset(i.name for i in self.items if i.role == "free" and self.is_grasping(i.name))
-        objects = self.objects()
-        if self._named_other:
-            swap = self.task_spec.swap
-            objects = {name: objects[swap.get(name, name)] for name in objects}
-            grasped = frozenset(swap.get(name, name) for name in grasped)
-        return TaskState(self.robot, objects, self.arm_speed(), grasped)
+        swap = self.naming.swap
+        grasped = (i.name for i in self.items if i.role == "free" and self.is_grasping(i.name))
+        return TaskState(
+            self.robot,
+            self.named_objects(),
+            self.arm_speed(),
+            frozenset(swap.get(name, name) for name in grasped),
+            {name: self._start[swap.get(name, name)] for name in self._start},
+        )
 
     def evaluate(self) -> dict[str, bool]:
-        """Return the task's conditions in the present state; one of them is "success"."""
-        return self.task_spec.success(self.task_state())
+        """Return the task's conditions in the present state; one of them is "success".
+
+        In a task with another thing to name, "is_wrong_object" tells whether `TaskSpec.wrong` holds or
+        has held after a step of this episode; then there is no success.
+        """
+        state = self.task_state()
+        flags = self.task_spec.success(state)
+        if self.task_spec.wrong is None:
+            return flags
+        wrong = self._went_wrong or self.task_spec.wrong(state)
+        return {**flags, "is_wrong_object": wrong, "success": flags["success"] and not wrong}
 
     def render(self) -> ImageArray:
         """Return a larger picture of the camera "base", for people."""

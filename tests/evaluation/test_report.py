@@ -25,7 +25,7 @@ from blm.evaluation.report import ReportData, build_report
 from blm.evaluation.result_files import write_result
 from blm.evaluation.results import this_machine
 from blm.robots import ROBOTS
-from blm.tasks import TASKS
+from blm.tasks import SUITE24, TASKS
 from blm.types import BlmError, Image, Message, PolicyContract, Question
 
 CONTRACT = PolicyContract(
@@ -177,8 +177,9 @@ def test_lost_video_is_an_error(run: Path, tmp_path: Path) -> None:
 def synthetic(out: Path, model: str, rate: float) -> Path:
     """A made-up result of suite24: cell c has about rate * (1 + c) / 24 solved, failures take turns."""
     protocol, episodes = PhysicalProtocol.named("suite24", CONTRACT), []
-    cells = list(dict.fromkeys((robot, task) for robot, task, _ in protocol.scenes))
-    for robot, task, seed in protocol.scenes:
+    cells = list(dict.fromkeys((key.robot, key.task) for key in protocol.keys))
+    for key in protocol.keys:
+        robot, task, seed = key.robot, key.task, key.seed
         solved = seed < 50 * rate * (1 + cells.index((robot, task))) / len(cells)
         episodes.append(
             EpisodeResult(
@@ -198,7 +199,7 @@ def synthetic(out: Path, model: str, rate: float) -> Path:
                 success_at_end=solved,
                 steps=200,
                 first_success=None,
-                reason="" if solved else REASONS[seed % 5],
+                reason="" if solved else REASONS[seed % len(REASONS)],
                 success_at_limit=solved and seed != 1,
             )
         )
@@ -240,9 +241,9 @@ def table(text: str, kind: str) -> list[list[str]]:
 
 def test_heat_map_has_every_cell_with_count_and_interval(suite: str) -> None:
     rows = table(suite, "heat")
-    assert len(rows) == 1 + len(ROBOTS) + 1 and {len(row) for row in rows} == {1 + len(TASKS) + 1}
+    assert len(rows) == 1 + len(ROBOTS) + 1 and {len(row) for row in rows} == {1 + len(SUITE24) + 1}
     head = [cell.rpartition(">")[2].strip() for cell in rows[0]]
-    assert head[1:-1] == [TASKS[task].title for task in TASKS] and head[-1] == "All tasks"
+    assert head[1:-1] == [TASKS[task].title for task in SUITE24] and head[-1] == "All tasks"
     cells = [cell for row in rows[1:-1] for cell in row[1:-1]]
     assert "4 % 1–13 % · 2/50 at end 2, at step 200 1 expert 6 % hold still 0 %" in cells[0]
     assert "80 % 67–89 % · 40/50 at end 40, at step 200 39 expert 100 % hold still 0 %" in cells[-1]

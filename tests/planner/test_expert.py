@@ -9,14 +9,13 @@ import pytest
 
 from blm.planner.arm_planner import CONTROL_STEP, POSITION_TOLERANCE, ArmPlanner, PlanError, make_pose
 from blm.planner.collect import CollectConfig, draw_perturbation
-from blm.planner.decompositions import DECOMPOSITIONS
 from blm.planner.demonstration import demonstrate
 from blm.planner.expert import HOLD_STEPS, Expert
 from blm.robots import ROBOTS
-from blm.tasks import Env
+from blm.tasks import SUITE24, Env
 from blm.types import UnknownNameError
 
-CELLS = list(itertools.product(ROBOTS, DECOMPOSITIONS))
+CELLS = list(itertools.product(ROBOTS, SUITE24))
 CLEAN = CollectConfig(cameras=(), noise=(0.0,), disturbed=0.0, random_starts=0.0)
 
 

@@ -15,13 +15,13 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from blm.robots import ROBOTS
-from blm.tasks import TASKS, Env, ObjectState, TaskState, gl_backend
+from blm.tasks import SUITE24, TASKS, Env, ObjectState, TaskState, gl_backend
 from blm.tasks.distractors import draw_distractors
 from blm.tasks.spec import Region
 from blm.tasks.suite import suite_version
 from blm.types import BlmError, ContractError, UnknownNameError
 
-CELLS = [(robot, task) for robot in ROBOTS for task in TASKS]
+CELLS = [(robot, task) for robot in ROBOTS for task in SUITE24]
 CAMERAS = ("base", "side", "wrist")
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from blm.corpora.format.messages import with_thought
 from blm.corpora.scenes.sentences import BRIEF, sentence
-from blm.corpora.scenes.templates import TEMPLATES, Wording, expansions
+from blm.corpora.scenes.templates import TEMPLATES, Wording
+from blm.tasks.wordings import expand
 from blm.types import Image, ImageArray, Message, base_kind
 
 NUMERIC_KINDS = ("point", "box", "metric")
@@ -141,7 +142,7 @@ class QuestionSampler:
 
     def _phrase_briefly(self, annotation: Annotation) -> QuestionTurn:
         pattern = str(self.rng.choice(getattr(TEMPLATES[annotation.kind], self.wording)))
-        wording = str(self.rng.choice(expansions(pattern)))
+        wording = str(self.rng.choice(expand(pattern)))
         question = re.sub(r"\ba (?=[aeiou])", "an ", wording.format(**annotation.words))
         if not annotation.wrong or self.rng.random() >= self.choice:
             return QuestionTurn(annotation.kind, question, annotation.answer, annotation.thought)

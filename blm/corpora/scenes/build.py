@@ -19,7 +19,8 @@ from rich.console import Console
 
 from blm.corpora.format.messages import CORPUS_FILE, Conversation, read_corpus, write_corpus
 from blm.corpora.scenes.annotations import QuestionSampler, by_kind, to_messages
-from blm.corpora.scenes.episodes import frame_annotations, read_steps
+from blm.corpora.scenes.episodes import EpisodeSteps, frame_annotations, read_steps
+from blm.corpora.scenes.instructions import NAMED
 from blm.corpora.scenes.observation import SceneObserver, rearrange
 from blm.corpora.scenes.questions import control_turn, scan_step, scan_turns, scene_turns
 from blm.corpora.scenes.sentences import Answers
@@ -30,7 +31,9 @@ from blm.io import MARK, remove_own, work_folder
 from blm.jobs import MAX_WORKERS, Result, WorkUnit, run_units
 from blm.seeds import count_reserved_seeds, reserved_seeds_warning
 from blm.tasks import Env
+from blm.tasks.naming import Naming
 from blm.tasks.randomization import NO_RANDOMIZATION, DomainRandomization
+from blm.tasks.task_env import draw_scene
 from blm.types import BlmError, ImageArray, require_numbers
 
 SCENES_PER_SHARD = 400
@@ -271,10 +274,8 @@ def _episode_conversations(config: SceneCorpusConfig, part: ShardItems) -> Itera
     for episode in sampler.rng.permutation(
         episodes
     ):  # mix the tasks, so that any prefix of the corpus is a fair sample
-        first, stop = dataset.starts[episode : episode + 2]
-        steps = read_steps(
-            dataset.tasks[episode], dataset.primitives[first:stop], dataset.success[first:stop]
-        )
+        first = dataset.starts[episode]
+        steps = _steps(dataset, robot, int(episode))
         moments = [(index, frame) for index in range(len(steps.names)) for frame in steps.moments(index)]
         for index, frame in _balance_steps(moments, config.frames_per_episode, sampler.rng):
             instruction = dataset.instructions[dataset.task_index[first + frame]]
@@ -290,6 +291,32 @@ def _episode_conversations(config: SceneCorpusConfig, part: ShardItems) -> Itera
                 kinds=tuple(turn.kind for turn in turns),
                 messages=to_messages(images, turns, thoughts=config.thoughts),
             )
+
+
+def _steps(dataset: EpisodeDataset, robot: str, episode: int) -> EpisodeSteps:
+    """Return the steps of an episode with the words of its scene."""
+    first, stop = dataset.starts[episode : episode + 2]
+    task = dataset.tasks[episode]
+    naming = _naming(dataset, robot, episode)
+    return read_steps(task, dataset.primitives[first:stop], dataset.success[first:stop], naming)
+
+
+def _naming(dataset: EpisodeDataset, robot: str, episode: int) -> Naming:
+    """Return the words of an episode, which follow from its seed.
+
+    Raises BlmError if the instruction has none of these words: another version drew the scene.
+    """
+    task = dataset.tasks[episode]
+    if task not in NAMED:
+        return Naming()
+    draw = draw_scene(robot, task, dataset.seeds[episode])
+    instruction = dataset.instructions[dataset.task_index[dataset.starts[episode]]]
+    if not any(word in instruction for word in draw.words.values()):
+        raise BlmError(
+            f"episode {episode} of '{dataset.folder}' says {instruction!r}, but the scene of its seed has "
+            f"the words {dict(draw.words)}: use the program version of the collection"
+        )
+    return Naming(draw.words, draw.other_words)
 
 
 def _balance_steps(

@@ -7,11 +7,13 @@ and carrying, releasing and retreating.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from blm.corpora.scenes.annotations import Annotation
+from blm.corpora.scenes.instructions import instruction_annotations
+from blm.tasks.naming import Naming
 from blm.types import BlmError, lookup
 
 MERGED = {"lift": "move", "retreat": "release"}
@@ -23,6 +25,12 @@ IN_TASK = {
     "stack_cube": {"descend": "grasp"},
     "place_sphere": {"descend": "grasp"},
     "lift_peg_upright": {"descend": "grasp", "lift": "lift", "turn": "lift"},
+    "words_push_cube": {},
+    "words_pull_cube": {},
+    "words_pick_cube": {"descend": "grasp"},
+    "words_stack_cube": {"descend": "grasp"},
+    "words_place_sphere": {"descend": "grasp"},
+    "words_lift_peg_upright": {"descend": "grasp", "lift": "lift", "turn": "lift"},
 }
 """Task -> further merged primitives."""
 PHRASES = {
@@ -32,8 +40,14 @@ PHRASES = {
     "stack_cube": ("red cube", "green cube"),
     "place_sphere": ("blue ball", "white bin"),
     "lift_peg_upright": ("peg", "table"),
+    "words_push_cube": ("{color} cube", "far target"),
+    "words_pull_cube": ("{color} cube", "near target"),
+    "words_pick_cube": ("{color} cube", "goal"),
+    "words_stack_cube": ("{a} cube", "{b} cube"),
+    "words_place_sphere": ("{color} ball", "{bin} bin"),
+    "words_lift_peg_upright": ("peg", "table"),
 }
-"""Task -> names of its object and its goal."""
+"""Task -> names of its object and its goal; slots stand for the words of an episode."""
 WORDS = {
     "approach": "approach the {object}",
     "descend": "descend to the {object}",
@@ -62,6 +76,9 @@ Frames with a time between SOON and LATER are not asked about.
 """
 
 
+_NO_WORDS = Naming()
+
+
 @dataclass(frozen=True)
 class EpisodeSteps:
     """The steps of one episode, in order."""
@@ -74,6 +91,13 @@ class EpisodeSteps:
     """Frame at which the fingers start to touch the object; the number of frames if never."""
     done: int
     """First frame from which the task stays solved; the number of frames if never."""
+    naming: Naming = field(default_factory=Naming)
+    """Words of the episode's instruction."""
+
+    @property
+    def thing(self) -> str:
+        """The object as answers name it, e.g. 'red cube'."""
+        return PHRASES[self.task][0].format(**self.naming.words)
 
     @property
     def regular(self) -> bool:
@@ -89,11 +113,13 @@ class EpisodeSteps:
 
     def phrase(self, name: str) -> str:
         """Return a step as answers name it, e.g. 'grasp the red cube'."""
-        thing, goal = PHRASES[self.task]
-        return WORDS[name].format(object=thing, goal=goal)
+        goal = PHRASES[self.task][1].format(**self.naming.words)
+        return WORDS[name].format(object=self.thing, goal=goal)
 
 
-def read_steps(task: str, primitives: Sequence[str] | np.ndarray, success: np.ndarray) -> EpisodeSteps:
+def read_steps(
+    task: str, primitives: Sequence[str] | np.ndarray, success: np.ndarray, naming: Naming = _NO_WORDS
+) -> EpisodeSteps:
     """Segment an episode into steps by the primitive labels of its frames.
 
     Raises BlmError for an unknown primitive.
@@ -118,6 +144,7 @@ def read_steps(task: str, primitives: Sequence[str] | np.ndarray, success: np.nd
         starts=(*(frame for _, frame in runs), count),
         contact=int(touching[0]) if len(touching) else count,
         done=count - solved_for,
+        naming=naming,
     )
 
 
@@ -133,7 +160,8 @@ def frame_annotations(steps: EpisodeSteps, index: int, frame: int, instruction: 
     yield Annotation("generative_affordance", now, {}, others)
     asked = f"{thought}; asked {now}"
     yield Annotation("discriminative_affordance_positive", "yes", {"step": now}, thought=asked)
-    thing = PHRASES[steps.task][0]
+    thing = steps.thing
+    yield from instruction_annotations(steps.task, instruction, steps.naming)
     if frame + SOON >= steps.contact > frame:
         yield Annotation("forecasting_touch", "yes", {"thing": thing}, thought=f"now {now}")
     elif frame + LATER < steps.contact or (now == "hold still" and "release" in steps.names):

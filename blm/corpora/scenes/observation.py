@@ -8,8 +8,8 @@ height (down).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import mujoco
@@ -17,15 +17,13 @@ import numpy as np
 
 from blm.robots.build import FINGERS
 from blm.tasks import Env
+from blm.tasks.naming import Naming
 from blm.tasks.place_sphere import resting_height
-from blm.tasks.push_cube import TARGET_RADIUS
-from blm.tasks.spec import ObjectState
+from blm.tasks.spec import MARKERS, ObjectState
 from blm.types import ImageArray
 
 MIN_VISIBLE = 8e-4
 """Minimum share of an image that an object must cover to be asked about: 10 px of 112 x 112."""
-MARKERS = ("sphere", "disc")
-"""Kinds of goal markers, which are not objects and are referred to by name only."""
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom as fractions of the image's width and height."""
 Arrangement = Literal["sampled", "displaced", "held", "done"]
@@ -35,27 +33,31 @@ CLEAR = 0.08
 """Minimum distance of a moved object from other objects and from the tool [m]."""
 
 
+Role = Literal["object", "goal", "top", "other", "distractor"]
+"""Role in the instruction: the object to move, the goal to move it to, the end of a peg that must be up;
+a thing that fits as well but is not named; or none."""
+
+
 @dataclass(frozen=True)
 class SceneObject:
     """One object of a scene, with the label that questions use."""
 
     key: str
-    """Its key in `Env.objects()`."""
+    """Its key in `Env.objects()`; that of the peg, with a colour, for one of its ends."""
     label: str
     """Its name in questions, e.g. 'red cube'."""
     kind: str
     color: str
     position: np.ndarray
     """World frame [m], shape [3]."""
-    role: Literal["object", "goal", "distractor"] = "goal"
-    """Its role in the task: the object to move, the goal to move it to, or neither."""
+    role: Role = "goal"
     seen: bool = True
     """Whether a third-person camera shows it."""
 
     @property
     def solid(self) -> bool:
-        """Whether it can be counted and compared, unlike goal markers."""
-        return self.kind not in MARKERS
+        """Whether it can be counted and compared, unlike goal markers and the ends of a peg."""
+        return self.kind not in (*MARKERS, "end")
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,9 @@ class SceneObservation:
     middle: np.ndarray
     """World position of the workspace's centre [m], shape [2]."""
     arrangement: Arrangement = "sampled"
+    task: str = ""
+    instruction: str = ""
+    naming: Naming = field(default_factory=Naming)
 
     @property
     def object(self) -> SceneObject:
@@ -120,30 +125,35 @@ class SceneObserver:
     def observe(self, arrangement: Arrangement = "sampled") -> SceneObservation:
         """Render all cameras and return the observation."""
         env, size = self.env, self.env.image_size
-        objects, tcp = env.objects(), np.asarray(env.tcp()[0])
-        labels = {key: label(state) for key, state in objects.items()}
+        things, tcp = list(_things(env)), np.asarray(env.tcp()[0])
         images = env.observe(self.cameras)["pixels"]
         points, boxes, seen = {}, {}, set()
         for camera in self.cameras:
-            bodies = env.bodies(camera)
-            masks = {key: bodies == env.data.body(key).id for key in objects}
-            visible = [key for key in objects if masks[key].sum() >= MIN_VISIBLE * size**2]
-            where = env.project(np.stack([objects[key].position for key in visible] + [tcp]), camera)[:, :2]
-            named = [labels[key] for key in visible] + ["gripper"]
+            geoms = env.geoms(camera)
+            masks = {thing.label: np.isin(geoms, parts) for thing, parts in things}
+            visible = [t for t, _ in things if masks[t.label].sum() >= MIN_VISIBLE * size**2]
+            where = env.project(np.stack([t.position for t in visible] + [tcp]), camera)[:, :2]
+            named = [t.label for t in visible] + ["gripper"]
             points[camera] = {
                 name: (float(u), float(v))
                 for name, (u, v) in zip(named, where / size, strict=True)
                 if 0 <= u < 1 and 0 <= v < 1 and not (name == "gripper" and camera == "wrist")
             }
-            boxes[camera] = {labels[k]: box for k in visible if (box := box_of(masks[k])) is not None}
-            seen |= set(visible) if camera != "wrist" else set()
-        scene_objects = tuple(
-            SceneObject(key, labels[key], s.kind, s.color, s.position, _role(env, key), key in seen)
-            for key, s in objects.items()
+            boxes[camera] = {t.label: box for t in visible if (box := box_of(masks[t.label])) is not None}
+            seen |= {t.label for t in visible} if camera != "wrist" else set()
+        return SceneObservation(
+            objects=tuple(replace(thing, seen=thing.label in seen) for thing, _ in things),
+            tcp=tcp,
+            points=points,
+            images=images,
+            boxes=boxes,
+            base=np.array(env.robot.base_position),
+            middle=np.array(env.task_spec.region(env.robot).centre),
+            arrangement=arrangement,
+            task=env.task,
+            instruction=env.task_description,
+            naming=env.naming,
         )
-        middle = np.array(env.task_spec.region(env.robot).centre)
-        base = np.array(env.robot.base_position)
-        return SceneObservation(scene_objects, tcp, points, images, boxes, base, middle, arrangement)
 
     def close(self) -> None:
         self.env.close()
@@ -161,15 +171,26 @@ def box_of(mask: np.ndarray) -> Box | None:
     return (left / size, top / size, right / size, bottom / size)
 
 
-def _role(env: Env, key: str) -> Literal["object", "goal", "distractor"]:
-    if key == env.task_spec.object:
-        return "object"
-    return "distractor" if key.startswith("distractor") else "goal"
+def _things(env: Env) -> Iterator[tuple[SceneObject, np.ndarray]]:
+    """Yield every object of the scene with its geoms; the ends of a peg if one of them is named."""
+    for key, state in env.objects().items():
+        geoms = np.flatnonzero(env.model.geom_bodyid == env.data.body(key).id)
+        yield SceneObject(key, state.label, state.kind, state.color, state.position, _role(env, key)), geoms
+    for item in env.items:
+        if item.name in env.task_spec.swap and "top" in env.naming.words:
+            geoms = np.flatnonzero(env.model.geom_bodyid == env.data.body(item.name).id)
+            for part, geom in zip(item.parts, geoms, strict=True):
+                role: Role = "top" if part.color == env.naming.words["top"] else "other"
+                key, named = f"{item.name} {part.color}", f"{part.color} end"
+                place = env.data.geom_xpos[geom].copy()
+                yield SceneObject(key, named, "end", part.color, place, role), np.array([geom])
 
 
-def label(state: ObjectState) -> str:
-    """Return the label of an item in questions: colour and kind, or the name of a goal marker."""
-    return state.name if state.kind in MARKERS else f"{state.color} {state.kind}"
+def _role(env: Env, key: str) -> Role:
+    if key.startswith("distractor"):
+        return "distractor"
+    parts: dict[str, Role] = {env.task_spec.object: "object", env.task_spec.goal: "goal"}
+    return {env.naming.swap.get(part, part): role for part, role in parts.items()}.get(key, "other")
 
 
 def rearrange(env: Env, rng: np.random.Generator) -> Arrangement:
@@ -178,8 +199,8 @@ def rearrange(env: Env, rng: np.random.Generator) -> Arrangement:
     Nothing is moved if there is no free position; the long peg always stays in place.
     """
     arrangement: Arrangement = rng.choice(list(ARRANGEMENTS), p=list(ARRANGEMENTS.values()))
-    objects, tool = env.objects(), env.tcp()
-    item = objects[env.task_spec.object]
+    tool = env.tcp()
+    item = env.named_objects()[env.task_spec.object]
     _lower_goal(env, rng)
     place = None if item.kind == "peg" else _new_position(env, arrangement, item, rng)
     if place is None:
@@ -210,7 +231,7 @@ def _new_position(
     """Return the object's new position [3], or None if it stays."""
     objects, tcp = env.objects(), env.tcp()[0]
     others = {key: state for key, state in objects.items() if key != item.name}
-    goal = next((s for key, s in others.items() if not key.startswith("distractor")), None)
+    goal = env.named_objects().get(env.task_spec.goal)
     if arrangement == "sampled" or (arrangement == "done" and (goal is None or goal.kind == "sphere")):
         return None
     if arrangement == "held":
@@ -222,9 +243,9 @@ def _new_position(
             "cube": item.size[0] + goal.size[0],
             "bin": resting_height(item, goal),
         }[goal.kind]
-        radius = 0.6 * TARGET_RADIUS if goal.kind == "disc" else 0.0
+        radius = 0.6 * goal.size[0] if goal.kind == "disc" else 0.0
         spot = goal.position + np.array([*rng.uniform(-radius, radius, 2) / np.sqrt(2), rise])
-        return spot if _is_free(spot, tcp, [o for o in others.values() if o is not goal]) else None
+        return spot if _is_free(spot, tcp, [o for o in others.values() if o.name != goal.name]) else None
     area = env.task_spec.region(env.robot)
     reach = np.array(area.half) + 0.04
     for _ in range(20):

@@ -17,6 +17,7 @@ import numpy as np
 from blm.backbone.prompt import control_question
 from blm.corpora.scenes.annotations import NUMERIC_KINDS, Annotation, QuestionSampler, QuestionTurn, by_kind
 from blm.corpora.scenes.comparing import AIR_GAP, comparisons, vector
+from blm.corpora.scenes.instructions import instruction_annotations
 from blm.corpora.scenes.observation import Box, SceneObject, SceneObservation
 from blm.tasks.spec import PALETTE
 
@@ -45,6 +46,7 @@ DIRECTIONS = ("forward", "back", "left", "right", "down", "up")
 
 def scene_annotations(scene: SceneObservation) -> Iterator[Annotation]:
     """Yield all annotations of a scene."""
+    yield from instruction_annotations(scene.task, scene.instruction, scene.naming)
     for extract in (_objects, _states, _relations, _comparisons, _directions, _pictures, _metric):
         yield from extract(scene)
 
@@ -62,7 +64,7 @@ def _objects(scene: SceneObservation) -> Iterator[Annotation]:
     for color in PALETTE:
         for kind in KINDS:
             role = there.get(f"{color} {kind}")
-            if role in (None, "distractor"):  # for the task's own objects the answer would always be yes
+            if role in (None, "other", "distractor"):  # object and goal of a task are always there
                 asked = {"thing": f"{color} {kind}"}
                 thought = _listing(visible, color)
                 yield Annotation("existence", "yes" if role else "no", asked, thought=thought)
@@ -119,11 +121,18 @@ def _states(scene: SceneObservation) -> Iterator[Annotation]:
     if goal.kind != "sphere":
         places.append(f"{'in' if goal.kind == 'bin' else 'on'} the {goal.label}")
     near = float(np.linalg.norm((item.position - goal.position)[:2]))
-    if goal.kind == "disc" and not held and 0.07 < near < 0.13:
+    if goal.kind == "disc" and not held and _is_at_edge(scene, item, near):
         return
     on = done or (goal.kind == "disc" and near <= 0.07)
     answer = places[1] if held else places[2] if on else places[0]
     yield Annotation("location_state", answer, {"thing": item.label}, tuple({*places} - {answer}))
+
+
+def _is_at_edge(scene: SceneObservation, item: SceneObject, near: float) -> bool:
+    """Whether it is unclear if the object lies on the goal, `near` [m] away, or if it lies on another."""
+    others = [t for t in scene.objects if t.kind == "disc" and t.role == "other"]
+    elsewhere = any(float(np.linalg.norm((item.position - t.position)[:2])) < 0.13 for t in others)
+    return 0.07 < near < 0.13 or elsewhere
 
 
 def _relations(scene: SceneObservation) -> Iterator[Annotation]:
@@ -144,7 +153,9 @@ def _relations(scene: SceneObservation) -> Iterator[Annotation]:
                 thought = _positions(scene, item, None, axis=axis)
                 yield Annotation(name, answer, {"thing": item.label}, _opposite(answer, words), thought)
         side = float(item.position[1] - scene.middle[1])
-        lies = item.kind not in ("peg", "sphere") and (scene.arrangement != "held" or item.role != "object")
+        lies = item.kind not in ("peg", "sphere", "end") and (
+            scene.arrangement != "held" or item.role != "object"
+        )
         if lies and not MIDDLE_OF_TABLE[0] < abs(side) < MIDDLE_OF_TABLE[1]:
             parts = ("left", "middle", "right")
             answer = parts[1] if abs(side) < MIDDLE_OF_TABLE[1] else parts[0] if side > 0 else parts[2]
@@ -300,7 +311,8 @@ def control_turn(scene: SceneObservation, instruction: str, robot: str) -> Quest
     answer. In a random scene the first primitive comes next; an object in the hand is moved, and an
     object at its goal stays there.
     """
-    roles: dict[str, str] = {t.label: t.role for t in scene.objects if t.role != "distractor"}
+    spare = ("other", "distractor")
+    roles: dict[str, str] = {t.label: t.role for t in scene.objects if t.role not in spare}
     roles["gripper"] = "gripper"
     views = []
     for camera, points in scene.points.items():

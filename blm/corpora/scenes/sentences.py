@@ -53,6 +53,9 @@ SENTENCES = {
     "past_description": "The step before was: {answer}.",
     "remaining_steps": "The remaining steps are: {answer}.",
     "planning": "The steps from now on are: {answer}.",
+    "instruction_object": "The {answer} is to be moved.",
+    "instruction_goal": "The goal is the {answer}.",
+    "instruction_end": "The {answer} must be up.",
     "planning_with_context": "The step to do now is: {answer}.",
 }
 """Base kind -> the sentence around an answer."""

@@ -1,8 +1,8 @@
 """Question templates of every kind: those for training, and held-out ones for evaluation.
 
-A template is a pattern in which `[a|b|]` stands for one of its alternatives. An alternative may be
-empty and holds no brackets. `expansions` lists the questions that a pattern stands for, and `{...}`
-is filled from an annotation. A multiple choice adds its options on separate lines.
+A template is a pattern in which `[a|b|]` stands for one of its alternatives (see
+`blm.tasks.wordings.expand`), and `{...}` is filled from an annotation. A multiple choice adds its
+options on separate lines.
 
 There are many training templates, because a model that is trained from scratch on a few memorises
 them and understands no others. Held-out templates recombine words and phrases of training
@@ -11,8 +11,6 @@ templates, of the same kind or of others.
 
 from __future__ import annotations
 
-import re
-from itertools import product
 from typing import Literal, NamedTuple
 
 Wording = Literal["seen", "held_out"]
@@ -23,17 +21,6 @@ class Wordings(NamedTuple):
 
     seen: tuple[str, ...]
     held_out: tuple[str, ...]
-
-
-def expansions(pattern: str) -> list[str]:
-    """List the wordings that a pattern stands for, in the order of its alternatives.
-
-    `{...}` stays.
-    """
-    parts = re.split(r"\[(.*?)\]", pattern)  # every second part was in brackets
-    return [
-        "".join(chosen) for chosen in product(*(p.split("|") if i % 2 else [p] for i, p in enumerate(parts)))
-    ]
 
 
 def _wordings(*seen: str, held_out: tuple[str, ...]) -> Wordings:
@@ -136,6 +123,17 @@ def _displacement(start: str, end: str) -> Wordings:
             f"Tell the way from the {start} to the {end} in cm.",
             f"In cm, give the way from the {start} to the {end}.",
         ),
+    )
+
+
+def _named(what: str) -> Wordings:
+    return _wordings(
+        f"Task: {{task}} [Which|What] {{kind}} {what}[ now|]?",
+        f"Task: {{task}} [Name|Tell|Give|Find] the {{kind}} that {what}.",
+        f"[Which|What] {{kind}} {what} for this task: {{task}}",
+        f"[Name|Give|Find] the {{kind}} that {what} for this task: {{task}}",
+        f"For this task, [which|what] {{kind}} {what}: {{task}}",
+        held_out=(f"Task: {{task}} Tell which {{kind}} {what}.",),
     )
 
 
@@ -373,6 +371,9 @@ TEMPLATES: dict[str, Wordings] = {
             "From now on, list the steps for this task: {task}",
         ),
     ),
+    "instruction_object": _named("is to be moved"),
+    "instruction_goal": _named("is the goal"),
+    "instruction_end": _named("must be up"),
     "planning_with_context": _wordings(
         "Task: {task} At least this is [finished|done]: {done}. " + _NOW,
         "[Finished|Done]: {done}, maybe more. Task: {task} " + _NOW,

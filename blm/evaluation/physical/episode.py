@@ -1,4 +1,4 @@
-"""One closed-loop episode in a worker process: (robot, task, seed) -> JSON of an EpisodeResult."""
+"""One closed-loop episode in a worker process: its key -> JSON of an EpisodeResult."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import av
 import numpy as np
@@ -18,7 +18,7 @@ from blm.chunks import ChunkExecutor, ObservationHistory
 from blm.evaluation.physical.outcome import StepOutcome, judge, observe_step
 from blm.evaluation.physical.policy_host import HostedPolicy
 from blm.evaluation.physical.result import EpisodeResult
-from blm.evaluation.protocol import PhysicalProtocol, digest, phrasing_of
+from blm.evaluation.protocol import EpisodeKey, PhysicalProtocol, digest, phrasing_of
 from blm.io import replacing
 from blm.jobs import Result
 from blm.tasks import TASKS, Env, TaskEnv
@@ -106,26 +106,24 @@ class EpisodeTimer:
         setattr(self, part, getattr(self, part) + time.perf_counter() - begin)
 
 
-def run_episode(unit: tuple[str, str, int, bool]) -> Result:
-    """Run one episode, (robot, task, seed, whether to film it); return its `EpisodeResult` as JSON."""
+def run_episode(unit: tuple[EpisodeKey, bool]) -> Result:
+    """Run one episode (its key, whether to film it); return its `EpisodeResult` as JSON."""
     assert _worker is not None, "run_episode needs set_up"
-    robot, task, seed, film = unit
+    key, film = unit
     protocol = _worker.protocol
     policy = _worker.policy
-    env = _worker.env(robot, task)
-    spec = TASKS[task]
-    phrasing = phrasing_of(protocol, seed)
-    unseen = {"phrasing": len(spec.phrasings) + seed % len(spec.held_out_phrasings)}
-    env.reset(seed=seed, options=unseen if phrasing == "held_out" else None)
+    env = _worker.env(key.robot, key.task)
+    spec = TASKS[key.task]
+    env.reset(seed=key.seed, options=_reset_options(protocol, key))
     scene = _scene_hash(env)
     policy.reset()
     if isinstance(policy, PrivilegedPolicy):
         policy.attach(env)
-    start = env.objects()[spec.object].position
+    start = env.named_objects()[spec.object].position
     clock = EpisodeTimer()
     frames: list[ImageArray] = []
     moments: list[StepOutcome] = []
-    actions = drive(policy, env, seed, protocol, clock)
+    actions = drive(policy, env, key.seed, protocol, clock)
     limit = judged = protocol.max_steps  # the outcome depends on the steps up to `judged`
     drive_on = protocol.purpose == "evaluation"
     while len(moments) < (limit if drive_on else judged):
@@ -137,17 +135,18 @@ def run_episode(unit: tuple[str, str, int, bool]) -> Result:
             moments.append(observe_step(env, float(action[-1]), info))
         if moments[-1].success and judged == limit:
             judged = min(limit, len(moments) + protocol.settle_steps)
-    video = f"videos/{robot}-{task}-{seed}.mp4" if film else None
+    video = f"videos/{key.id.replace('/', '-')}.mp4" if film else None
     if video:
         write_video(_worker.out / video, frames, protocol.rate_hz)
     result = EpisodeResult(
-        id=f"{robot}/{task}/{seed}",
-        robot=robot,
-        task=task,
-        seed=seed,
+        id=key.id,
+        robot=key.robot,
+        task=key.task,
+        seed=key.seed,
+        condition=key.condition,
         scene=scene,
         instruction=env.task_description,
-        phrasing=phrasing,
+        phrasing=phrasing_of(protocol, key.seed),
         video=video,
         seconds_policy=clock.policy,
         seconds_physics=clock.physics,
@@ -157,6 +156,18 @@ def run_episode(unit: tuple[str, str, int, bool]) -> Result:
         success_at_limit=moments[-1].success if len(moments) == limit else None,
     )
     return result.to_json()
+
+
+def _reset_options(protocol: PhysicalProtocol, key: EpisodeKey) -> dict[str, Any]:
+    """Return the options that give an episode its wording and condition.
+
+    A perturbed episode has the wording of its twin, unless its condition is one of language.
+    """
+    options: dict[str, Any] = {"visible_goals": True} if protocol.visible_goals else {}
+    if phrasing_of(protocol, key.seed) == "held_out":
+        spec = TASKS[key.task]
+        options["phrasing"] = len(spec.phrasings) + key.seed % len(spec.held_out_phrasings)
+    return options | key.condition.reset_options(key.robot, key.task, key.seed)
 
 
 def _scene_hash(env: TaskEnv) -> str:
@@ -171,27 +182,27 @@ def drive(
     """Yield the action of each control step; see `ChunkExecutor` for delayed chunks.
 
     With a latency of L seconds a chunk arrives ceil(L * rate) steps late; the arm holds its own
-    position until the first one. Only the images that the policy sees are rendered: rendering costs
-    more than physics.
+    position until the first one. The episode's variation may add a delay, and hold each action for
+    several steps: of the actions for those steps, the first is executed. The policy's view has the
+    variation's noise. Only the images that the policy sees are rendered: rendering costs more than
+    physics.
     """
     executor = ChunkExecutor(protocol.execute, hold=env.state())
     history = ObservationHistory(policy.contract)
+    dynamics = env.variation.dynamics
+    held = env.state()
     while True:
         if executor.decision_due:
             with clock.timing("rendering"):
-                images = {camera: env.picture(camera) for camera in protocol.cameras}
-            observation = Observation(
-                images=images,
-                state=env.state(),
-                instruction=env.task_description,
-                robot=env.embodiment,
-                seed=decision_seed(seed, executor.step),
-            )
+                observation = env.observation(decision_seed(seed, executor.step), protocol.cameras)
             with clock.timing("policy"):
                 chunk, seconds = _ask(policy, history.extend(observation))
             clock.decisions.append(seconds)
-            executor.receive(chunk, _delay(protocol, seconds))
-        yield executor.next_action()
+            executor.receive(chunk, _delay(protocol, seconds) + dynamics.delay)
+        is_new = executor.step % dynamics.hold == 0
+        action = executor.next_action()
+        held = action if is_new else held
+        yield held
 
 
 def _ask(policy: Policy, observation: Observation) -> tuple[FloatArray, float]:

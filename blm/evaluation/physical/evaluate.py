@@ -73,14 +73,14 @@ def evaluate_physical(
             engine=engine,
         )
     episodes = [EpisodeResult.from_json(row) for row in results.values()]
-    execution = _execution(episodes, workers, host.served if host else None)
     result = PhysicalResult(
         protocol=protocol,
         machine=this_machine(rendering=gl_backend()),
         seconds=time.monotonic() - start,
         model=contract.revision or "unnamed",
+        training=contract.training,
         summary=summarise(episodes),
-        execution=execution,
+        execution=_execution(episodes, workers, host.served if host else None),
         episodes=tuple(episodes),
     )
     return write_result(out, result)
@@ -139,8 +139,8 @@ def _units(protocol: PhysicalProtocol, run: str, videos_per_cell: int) -> list[W
     """Return one unit per episode; the first `videos_per_cell` of each cell record videos."""
     seen: Counter[tuple[str, str]] = Counter()
     units = []
-    for robot, task, seed in protocol.scenes:
-        film = seen[robot, task] < videos_per_cell
-        seen[robot, task] += 1
-        units.append(WorkUnit(f"{run}/{videos_per_cell}/{robot}/{task}/{seed}", (robot, task, seed, film)))
+    for key in protocol.keys:
+        film = seen[key.robot, key.task] < videos_per_cell
+        seen[key.robot, key.task] += 1
+        units.append(WorkUnit(f"{run}/{videos_per_cell}/{key.id}", (key, film)))
     return units

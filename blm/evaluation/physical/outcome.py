@@ -11,7 +11,7 @@ import numpy as np
 from blm.tasks import TaskEnv
 from blm.types import FloatArray
 
-Reason = Literal["never_grasped", "never_touched", "dropped", "missed_goal", "timeout"]
+Reason = Literal["wrong_object", "never_grasped", "never_touched", "dropped", "missed_goal", "timeout"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 MOVED = 0.01
 """An object that never moved further than this from its start was not touched [m]."""
@@ -36,6 +36,8 @@ class StepOutcome:
     """Measured opening of the gripper (0..1)."""
     command: float
     """Commanded opening of the gripper in this step (0..1)."""
+    wrong: bool = False
+    """The task was done with another thing than the named one, or that was moved, up to this step."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,9 @@ def observe_step(env: TaskEnv, command: float, info: Mapping[str, Any]) -> StepO
     `info` is what it returned, `command` the gripper opening in the action.
     """
     flags = {name: bool(value) for name, value in info.items() if isinstance(value, bool | np.bool_)}
+    wrong = flags.pop("is_wrong_object", False)
     place = [value for name, value in flags.items() if not _is_about_rest_or_grasp(name)]
-    thing = env.objects()[env.task_spec.object]
+    thing = env.named_objects()[env.task_spec.object]
     return StepOutcome(
         success=flags["success"],
         goal=all(place),
@@ -67,6 +70,7 @@ def observe_step(env: TaskEnv, command: float, info: Mapping[str, Any]) -> StepO
         position=thing.position,
         opening=env.gripper_opening,
         command=command,
+        wrong=wrong,
     )
 
 
@@ -78,6 +82,8 @@ def judge(start: FloatArray, steps: Sequence[StepOutcome], *, prehensile: bool) 
     """Judge an episode; `start` [3] is the position of the object before the first step.
 
     A failure is an episode without success at any step. Its reason is the first that fits:
+    wrong_object   the task was done with another thing than the instruction names, or that thing was
+                   moved (`TaskSpec.wrong`)
     never_grasped  the object has to be grasped, and was held at no step
     never_touched  it has to be pushed or pulled, and was never more than 1 cm from its start
     timeout        at the last step it was held, or was at its goal while another condition was
@@ -103,6 +109,8 @@ def first_success(steps: Sequence[StepOutcome]) -> int:
 
 def _reason(start: FloatArray, steps: Sequence[StepOutcome], prehensile: bool) -> Reason:
     last = steps[-1]
+    if last.wrong:
+        return "wrong_object"
     if prehensile and not any(step.held for step in steps):
         return "never_grasped"
     if not prehensile and all(np.linalg.norm(step.position - start) <= MOVED for step in steps):

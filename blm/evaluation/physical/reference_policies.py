@@ -30,7 +30,7 @@ class ZeroPolicy:
     name = "zero"
 
     def __init__(self, contract: PolicyContract) -> None:
-        self.contract = replace(contract, revision=self.name)
+        self.contract = replace(contract, revision=self.name, training="none")
 
     def reset(self) -> None: ...
 
@@ -75,6 +75,7 @@ class ReplayPolicy:
             horizon=REPLAY_CHUNK,
             execute=REPLAY_CHUNK,
             revision=f"replay-{recording.hexdigest()[:12]}",
+            training="none",
         )
         self._left: FloatArray = np.empty((0, 0))
 

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
-from blm.evaluation.protocol import PhysicalProtocol
+from blm.evaluation.conditions import PLAIN, Condition
+from blm.evaluation.physical.perturbed import PerturbedSummary
+from blm.evaluation.physical.success import SuccessSummary
+from blm.evaluation.protocol import EpisodeKey, PhysicalProtocol
 from blm.evaluation.results import EvaluationResult, Machine, ScoredItem
-from blm.evaluation.statistics import Rate
+from blm.types import Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +19,7 @@ class EpisodeResult:
     """One episode."""
 
     id: str
-    """robot/task/seed."""
+    """robot/task/seed, and the condition if it has one."""
     robot: str
     task: str
     seed: int
@@ -47,55 +50,26 @@ class EpisodeResult:
     """Reason of the failure, one of REASONS; empty for a success."""
     success_at_limit: bool | None = None
     """Whether the rule held at the step limit; None if the episode ended after its success."""
+    condition: Condition = PLAIN
+    """How the episode differs from its twin, the plain episode of the same scene."""
+
+    @property
+    def twin(self) -> str:
+        """Identifier of the plain episode of the same robot, task and seed."""
+        return EpisodeKey(self.robot, self.task, self.seed).id
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Return the fields; a plain episode has no condition."""
+        value = {**asdict(self), "condition": self.condition.to_json()}
+        return {name: part for name, part in value.items() if name != "condition" or part}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return cls(**value)
+        return cls(**{**value, "condition": Condition(**value.get("condition", {}))})
 
     def without_times(self) -> Self:
         """Return the episode with all times set to zero; the rest is reproducible."""
         return replace(self, act_ms=0.0, seconds_policy=0.0, seconds_physics=0.0, seconds_rendering=0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SuccessSummary:
-    """Success rates of a set of episodes, and the reasons of failures."""
-
-    n: int
-    success_once: Rate
-    success_at_end: Rate
-    success_at_limit: Rate | None
-    """None if episodes ended after their success, so that it was not measured."""
-    reasons: Mapping[str, int]
-    """Each of REASONS -> number of episodes that failed for it."""
-    act_ms: float
-    """Median duration of a decision [ms]."""
-
-    def to_json(self) -> dict[str, Any]:
-        limit = self.success_at_limit
-        return {
-            "n": self.n,
-            "success_once": asdict(self.success_once),
-            "success_at_end": asdict(self.success_at_end),
-            **({} if limit is None else {"success_at_limit": asdict(limit)}),
-            "reasons": dict(self.reasons),
-            "act_ms": self.act_ms,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        limit = value.get("success_at_limit")
-        return cls(
-            n=value["n"],
-            success_once=Rate(**value["success_once"]),
-            success_at_end=Rate(**value["success_at_end"]),
-            success_at_limit=None if limit is None else Rate(**limit),
-            reasons=value["reasons"],
-            act_ms=value["act_ms"],
-        )
 
 
 @dataclass(frozen=True)
@@ -132,18 +106,22 @@ def _phrasings_from_json(value: Mapping[str, Any]) -> dict[str, SuccessSummary]:
 
 @dataclass(frozen=True, kw_only=True)
 class PhysicalSummary:
-    """Success rates over all episodes, by phrasing of the instruction, and by cell."""
+    """Success rates over all plain episodes, by phrasing of the instruction, and by cell; and over the
+    perturbed ones."""
 
     overall: SuccessSummary
     phrasings: Mapping[str, SuccessSummary]
     cells: tuple[CellSummary, ...]
     """In the order of the protocol."""
+    perturbed: PerturbedSummary | None = None
+    """None for a protocol without conditions."""
 
     def to_json(self) -> dict[str, Any]:
         return {
             "overall": self.overall.to_json(),
             "phrasings": _phrasings_to_json(self.phrasings),
             "cells": [cell.to_json() for cell in self.cells],
+            **({} if self.perturbed is None else {"perturbed": self.perturbed.to_json()}),
         }
 
     @classmethod
@@ -152,6 +130,7 @@ class PhysicalSummary:
             overall=SuccessSummary.from_json(value["overall"]),
             phrasings=_phrasings_from_json(value["phrasings"]),
             cells=tuple(CellSummary.from_json(cell) for cell in value["cells"]),
+            perturbed=PerturbedSummary.from_json(value["perturbed"]) if "perturbed" in value else None,
         )
 
 
@@ -198,21 +177,33 @@ class PhysicalResult(EvaluationResult):
     """None for a result that was combined from the episodes of several policies."""
     episodes: tuple[EpisodeResult, ...]
     """Empty for a published summary."""
+    training: Training = "unknown"
+    """Whether the policy was trained with randomized scenes, by its own record."""
 
     def items(self) -> list[ScoredItem]:
+        """Return the episodes that count.
+
+        They are the perturbed ones, without controls, if there are any: by condition, and clustered by
+        scene, because each scene is run under several. Otherwise they are the plain ones, by cell.
+        """
+        perturbed = [one for one in self.episodes if one.condition.row and not one.condition.is_control]
         return [
             ScoredItem(
                 id=episode.id,
                 score=float(episode.success_once),
-                stratum=f"{episode.robot} {episode.task}",
-                phrasing=episode.phrasing,
+                stratum=episode.condition.label or f"{episode.robot} {episode.task}",
+                phrasing=None if perturbed else episode.phrasing,
                 scene=episode.scene,
+                group=episode.twin if perturbed else None,
             )
-            for episode in self.episodes
+            for episode in perturbed or self.episodes
+            if perturbed or episode.condition == PLAIN
         ]
 
     def to_json(self) -> dict[str, Any]:
         value = super().to_json()
+        if self.training != "unknown":
+            value["training"] = self.training
         execution = {} if self.execution is None else asdict(self.execution)
         if execution:
             value["workers"] = execution.pop("workers")
@@ -228,6 +219,7 @@ class PhysicalResult(EvaluationResult):
             machine=Machine.from_json(value["machine"]),
             seconds=value["seconds"],
             model=value["model"],
+            training=value.get("training", "unknown"),
             summary=PhysicalSummary.from_json(value),
             execution=Execution.from_json(value) if "workers" in value else None,
             episodes=tuple(EpisodeResult.from_json(row) for row in value.get("rows", ())),

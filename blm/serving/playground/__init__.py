@@ -19,7 +19,7 @@ from fastapi.responses import HTMLResponse
 from blm.robots import ROBOTS
 from blm.serving.playground.rollout import ServedModel
 from blm.serving.playground.session import Simulators, VisitorSession, own_address
-from blm.tasks import TASKS
+from blm.tasks import SUITE24, TASKS, WORDS
 from blm.types import BlmError, PolicyContract
 
 PATH = "/playground"
@@ -101,7 +101,8 @@ def page_facts(
         "policy": contract is not None,
         "chat": "chat" in app.state.serves,
         "robots": robots,
-        "tasks": {task: spec.title for task, spec in TASKS.items()},
+        "tasks": {task: TASKS[task].title for task in SUITE24},
+        "words": {task: TASKS[task].title for task in WORDS},
         "key": app.state.access.needs_key,
     }
 

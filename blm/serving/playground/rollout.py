@@ -9,6 +9,7 @@ import queue
 import reprlib
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass
@@ -299,7 +300,10 @@ class Rollout(threading.Thread):
 
 def describe(env: Env) -> dict[str, Any]:
     """Return the message that describes a scene: instruction, cameras, movable objects."""
-    objects = {name: f"{thing.color} {thing.kind}" for name, thing in env.objects().items()}
+    things = env.objects()
+    looks = {name: f"{thing.color} {thing.kind}" for name, thing in things.items()}
+    alike = {look for look, count in Counter(looks.values()).items() if count > 1}
+    objects = {name: things[name].label if look in alike else look for name, look in looks.items()}
     return {
         "type": "scene",
         "instruction": env.task_description,

@@ -34,6 +34,14 @@ _TO_TARGET: tuple[tuple[str, dict[str, str]], ...] = (
     ("distance", {"thing": "blue cube", "other": "target"}),
     ("colour", {"thing": "cube"}),
 )
+_TO_NAMED: tuple[tuple[str, dict[str, str]], ...] = (
+    ("next", {}),
+    ("point", {"thing": "{cube}"}),
+    ("depth", {"thing": "{cube}", "other": "{other}"}),
+    ("side", {"thing": "{cube}", "other": "{other}"}),
+    ("count", {"thing": "cube"}),
+    ("held", {"thing": "{cube}"}),
+)
 BY_TASK: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
     "push_cube": _TO_TARGET,
     "pull_cube": _TO_TARGET,
@@ -68,8 +76,34 @@ BY_TASK: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
         ("count", {"thing": "cube"}),
         ("other", {"thing": "red cube"}),
     ),
+    "words_push_cube": _TO_NAMED,
+    "words_pull_cube": _TO_NAMED,
+    "words_pick_cube": (*_TO_NAMED, ("air", {"thing": "goal"}), ("height", {"thing": "goal"})),
+    "words_stack_cube": (
+        ("next", {}),
+        ("point", {"thing": "{cube}"}),
+        ("side", {"thing": "{cube}", "other": "{lower}"}),
+        ("depth", {"thing": "{cube}", "other": "{lower}"}),
+        ("held", {"thing": "{cube}"}),
+    ),
+    "words_place_sphere": (
+        ("next", {}),
+        ("point", {"thing": "{bin}"}),
+        ("side", {"thing": "{ball}", "other": "{other_ball}"}),
+        ("depth", {"thing": "{ball}", "other": "{bin}"}),
+        ("table", {"thing": "{ball}"}),
+        ("held", {"thing": "{ball}"}),
+    ),
+    "words_lift_peg_upright": (
+        ("next", {}),
+        ("point", {"thing": "{peg}"}),
+        ("height", {"thing": "gripper"}),
+        ("count", {"thing": "cube"}),
+    ),
 }
-"""Task -> kinds of its questions and the fields of their templates, most interesting first."""
+"""Task -> kinds of its questions and the fields of their templates, most interesting first.
+
+{..} stands for the label of an item."""
 
 MIN_GAP = 0.05
 """Minimum distance of objects for questions about sides [m]; nearer, answers are unclear."""
@@ -80,14 +114,14 @@ MIDDLE, OUTSIDE = 0.02, 0.08
 def suggested_questions(env: Env) -> list[str]:
     """Return the questions that have one clear answer in the present state."""
     task = BY_TASK.get(env.task, (("next", {}),))
-    places = {
-        thing.name if thing.kind in ("sphere", "disc") else f"{thing.color} {thing.kind}": thing.position
-        for thing in env.objects().values()
-    }
+    things = env.objects()
+    places = {thing.label: thing.position for thing in things.values()}
+    labels = {name: thing.label for name, thing in things.items()}
     camera = env.cameras[0]
+    filled = [(kind, {k: name.format(**labels) for k, name in about.items()}) for kind, about in task]
     return [
         QUESTIONS[kind].format(**about, camera=camera)
-        for kind, about in task
+        for kind, about in filled
         if _is_clear(kind, about, places, env)
     ]
 

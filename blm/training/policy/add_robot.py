@@ -19,7 +19,7 @@ from blm.policy.heads import IndexedLinear, with_embodiments
 from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
 from blm.policy.tuning import TuningRecord
-from blm.types import BlmError, PolicyContract
+from blm.types import BlmError, PolicyContract, joint_training
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +54,14 @@ class InitialPolicy:
         return dict(self.checkpoint.transforms) if self.checkpoint is not None else {}
 
     def extended(self, contract: PolicyContract) -> PolicyContract:
-        """Return the contract of the datasets with the robots of the checkpoint as well."""
-        old = self.checkpoint.contract.action_spaces if self.checkpoint is not None else {}
-        spaces = {**old, **contract.action_spaces}
-        return replace(contract, action_spaces={name: spaces[name] for name in self.robots})
+        """Return the contract of the datasets with the robots and data of the checkpoint as well."""
+        old = self.checkpoint.contract if self.checkpoint is not None else contract
+        spaces = {**old.action_spaces, **contract.action_spaces}
+        return replace(
+            contract,
+            action_spaces={name: spaces[name] for name in self.robots},
+            training=joint_training([old.training, contract.training]),
+        )
 
     def freeze(self) -> None:
         """With `only_new`, freeze all but the indexed weights; see also `restore_old_rows`."""

@@ -26,7 +26,7 @@ from blm.policy.network import ActionBatch, HiddenStateCodec, PolicyBatch, Polic
 from blm.seeds import reserved_seeds_warning
 from blm.training.loop.distributed import DataShard
 from blm.training.policy.hidden_states import collate
-from blm.types import ActionSpace, BlmError, PolicyContract
+from blm.types import ActionSpace, BlmError, PolicyContract, joint_training
 
 WHOLE_BATCH = DataShard()
 
@@ -170,6 +170,7 @@ def joint_contract(
         execute=execute,
         rate_hz=rate,
         frames=frames,
+        training=joint_training(data.training for data in datasets),
     )
 
 

@@ -8,15 +8,19 @@ import pytest
 from blm.corpora.scenes.episodes import AFTER, BEFORE, IN_TASK, frame_annotations, read_steps
 from blm.planner.decompositions import DECOMPOSITIONS
 from blm.tasks import TASKS
+from blm.tasks.naming import Naming
+from blm.tasks.task_env import draw_scene
 from blm.types import BlmError
 from tests.support.recorded import recorded
 
 PICK = ("approach", "descend", "grasp", "lift", "move", "release", "retreat", "hold")
+PEG = ("approach", "descend", "grasp", "lift", "turn", "place", "release", "hold")
 RUNS = {
     "push_cube": ("approach", "push", "hold"),
     "pull_cube": ("approach", "pull", "hold"),
-    "lift_peg_upright": ("approach", "descend", "grasp", "lift", "turn", "place", "release", "hold"),
+    "lift_peg_upright": PEG,
 }
+RUNS |= {f"words_{task}": runs for task, runs in RUNS.items()}
 
 
 def test_every_primitive_has_a_step():
@@ -79,7 +83,9 @@ def test_questions_about_a_moment():
 @pytest.mark.parametrize("task", IN_TASK)
 def test_previous_and_next_steps_follow_from_the_sequence(task):
     labels = [name for name in RUNS.get(task, PICK) for _ in range(10)]
-    steps = read_steps(task, labels, np.zeros(len(labels), bool))
+    draw = draw_scene("panda", task, 0)
+    naming = Naming(draw.words, draw.other_words)
+    steps = read_steps(task, labels, np.zeros(len(labels), bool), naming)
     assert steps.regular
     for index in range(len(steps.names)):
         for annotation in frame_annotations(steps, index, steps.starts[index] + 4, "Do it."):

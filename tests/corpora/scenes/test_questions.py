@@ -35,8 +35,9 @@ from blm.corpora.scenes.questions import (
     scene_turns,
 )
 from blm.corpora.scenes.report import describe
-from blm.corpora.scenes.templates import TEMPLATES, expansions
+from blm.corpora.scenes.templates import TEMPLATES
 from blm.tasks import Env
+from blm.tasks.wordings import expand
 from blm.types import BlmError, Episode, base_kind
 from tests.support.episodes import write
 from tests.support.recorded import recorded
@@ -296,8 +297,7 @@ def pattern_of(template):
 
 def test_held_out_wordings_are_never_trained_on(corpora):
     patterns = {
-        kind: [pattern_of(t) for held in w.held_out for t in expansions(held)]
-        for kind, w in TEMPLATES.items()
+        kind: [pattern_of(t) for held in w.held_out for t in expand(held)] for kind, w in TEMPLATES.items()
     }
     counts = Counter()
     for name in ("train", "new_words"):

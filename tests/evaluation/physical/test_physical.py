@@ -34,11 +34,13 @@ from blm.evaluation import (
     format_comparison,
     load_result,
 )
+from blm.evaluation.conditions import Condition
 from blm.evaluation.physical.episode import EpisodeTimer, decision_seed, drive
 from blm.evaluation.physical.outcome import REASONS, StepOutcome, judge, observe_step
 from blm.evaluation.physical.policy_host import HostedPolicy, PolicyHost
 from blm.evaluation.physical.result import PhysicalResult, SharedPolicy
 from blm.evaluation.protocol import (
+    EpisodeKey,
     phrasing_of,
     protocol_hash,
 )
@@ -46,8 +48,9 @@ from blm.evaluation.statistics import wilson
 from blm.robots import ROBOTS
 from blm.seeds import EVALUATION_SEEDS, STAGE1_HELD_OUT_SEEDS, TRAINING_SEEDS
 from blm.serving.client import RemotePolicy
-from blm.tasks import TASKS, Env
+from blm.tasks import SUITE24, TASKS, Env
 from blm.tasks.spec import Region
+from blm.tasks.variation import PLAIN, Dynamics, Variation
 from blm.types import (
     ActionChunk,
     BlmError,
@@ -110,10 +113,10 @@ def test_protocol_refuses_seeds_of_training() -> None:
 
 def test_suite24_is_the_suite() -> None:
     suite = PhysicalProtocol.named("suite24", CONTRACT)
-    assert (suite.name, len(suite.scenes), suite.max_steps) == ("suite24", 4 * 6 * 50, 200)
-    assert set(suite.robots) == set(ROBOTS) and set(suite.tasks) == set(TASKS)
-    assert suite.scenes[:2] == [("panda", "push_cube", 0), ("panda", "push_cube", 1)]
-    assert {seed for _, _, seed in suite.scenes} == set(range(50))
+    assert (suite.name, len(suite.keys), suite.max_steps) == ("suite24", 4 * 6 * 50, 200)
+    assert set(suite.robots) == set(ROBOTS) and set(suite.tasks) == set(SUITE24)
+    assert suite.keys[:2] == [EpisodeKey("panda", "push_cube", 0), EpisodeKey("panda", "push_cube", 1)]
+    assert {key.seed for key in suite.keys} == set(range(50))
     assert [phrasing_of(suite, seed) for seed in (0, 1, 48, 49)] == ["seen", "held_out"] * 2
     same_robots = list(PROTOCOLS["suite24"]["robots"])
     again = PhysicalProtocol.named("suite24", CONTRACT, robots=same_robots, latency="none")
@@ -130,6 +133,7 @@ def test_every_field_changes_the_hash() -> None:
     special = {"latency": {"latency": 0.5}, "phrasing": {"phrasing": "both"}}
     replay = {"purpose": "replay check", "recorded": (("panda", "push_cube", 10_000),)}
     special |= dict.fromkeys(replay, replay)
+    special["conditions"] = {"conditions": (Condition(axis="light", level=1),)}
     for name, value in vars(base).items():
         other = value + 1 if isinstance(value, int | float) else f"{value}x" if isinstance(value, str) else ()
         changed = replace(base, **special.get(name, {name: other}))
@@ -609,7 +613,7 @@ def test_host_serves_new_workers_after_dead_ones(host: PolicyHost) -> None:
     first._host.send(seen)
     first.close()  # dies without reading its answer
     assert (second.act(seen).actions == RandomPolicy(CONTRACT).act(seen).actions).all()
-    assert second.contract == replace(CONTRACT, revision="random") and second.seconds >= 0.02
+    assert second.contract == replace(CONTRACT, revision="random", training="none") and second.seconds >= 0.02
     with pytest.raises(multiprocessing.AuthenticationError):
         HostedPolicy(host.connection_info[0], b"wrong", CONTRACT)
     third = HostedPolicy(*host.connection_info)
@@ -662,7 +666,7 @@ evaluate_physical(batched, protocol(**{asked!r}), Path({str(tmp_path / "cut")!r}
 class Numbered:
     """A fake policy: action i of its k-th chunk is 100 k + i in every dimension. And a fake environment."""
 
-    embodiment, task_description = "panda", ""
+    variation = PLAIN
 
     def __init__(self, horizon: int, seconds: float = 0.0) -> None:
         self.contract = replace(CONTRACT, horizon=horizon, cameras=())
@@ -678,6 +682,9 @@ class Numbered:
 
     def state(self) -> np.ndarray:
         return np.full(8, -1.0, np.float32)
+
+    def observation(self, seed: int, cameras: Sequence[str]) -> Observation:
+        return Observation(images={}, state=self.state(), instruction="", robot="panda", seed=seed)
 
 
 @pytest.mark.parametrize(
@@ -700,6 +707,22 @@ def test_latency_gives_exactly_these_actions(latency: float | str, horizon: int,
         int(action[0]) for action, _ in zip(drive(fake, fake, 0, asked, EpisodeTimer()), wanted, strict=False)
     ]
     assert played == wanted
+
+
+@pytest.mark.parametrize(
+    "dynamics, wanted",
+    [
+        (Dynamics(delay=1), [-1, 1, 2, 3, 4, 101, 102, 103, 104, 201]),
+        (Dynamics(delay=2), [-1, -1, 2, 3, 4, 5, 102, 103, 104, 105, 202]),
+        (Dynamics(hold=2), [0, 0, 2, 2, 100, 100, 102, 102, 200]),
+        (Dynamics(hold=3), [0, 0, 0, 3, 3, 3, 102, 102, 102, 201]),
+    ],
+)
+def test_delay_and_hold_of_a_variation(dynamics: Dynamics, wanted: list[int]) -> None:
+    fake = Numbered(6)
+    fake.variation = Variation(dynamics=dynamics)
+    actions = drive(fake, fake, 0, replace(protocol(), cameras=()), EpisodeTimer())
+    assert [int(action[0]) for action, _ in zip(actions, wanted, strict=False)] == wanted
 
 
 def test_measured_latency_is_the_time_that_the_policy_takes() -> None:
@@ -747,7 +770,7 @@ def test_replay_executes_the_executed_actions(tmp_path: Path) -> None:
     episodes = [recording(10_000), recording(10_007, start="random")]
     policy = ReplayPolicy(episodes)
     asked = PhysicalProtocol.for_replay(policy.contract, episodes)
-    assert [seed for _, _, seed in asked.scenes] == [10_000, 10_007] and asked.max_steps == 20
+    assert [key.seed for key in asked.keys] == [10_000, 10_007] and asked.max_steps == 20
     told: list[np.ndarray] = []
 
     class Watched(ReplayPolicy):

@@ -16,12 +16,13 @@ from blm.corpora.scenes.annotations import Annotation
 from blm.corpora.scenes.episodes import PHRASES
 from blm.corpora.scenes.observation import SceneObserver
 from blm.corpora.scenes.questions import scene_annotations
-from blm.corpora.scenes.templates import TEMPLATES, expansions
+from blm.corpora.scenes.templates import TEMPLATES
 from blm.robots import ROBOTS
 from blm.serving.app import create_app
 from blm.serving.playground import PATH, add_playground, session
 from blm.serving.playground.suggestions import BY_TASK, QUESTIONS, suggested_questions
-from blm.tasks import TASKS, Env
+from blm.tasks import SUITE24, TASKS, Env
+from blm.tasks.wordings import expand
 from blm.types import BlmError, Message, Sampling
 from tests.support.playground import CONTRACT, StillPolicy
 from tests.support.serving import EchoGenerator, Words, running_app
@@ -57,7 +58,7 @@ def trained_fields(kind: str) -> str:
 
 @pytest.mark.parametrize("kind", QUESTIONS)
 def test_a_suggested_question_is_worded_as_trained(kind: str) -> None:
-    trained = {text for pattern in TEMPLATES[KINDS[kind]].seen for text in expansions(pattern)}
+    trained = {text for pattern in TEMPLATES[KINDS[kind]].seen for text in expand(pattern)}
     assert trained_fields(kind) in trained
     assert BY_TASK.keys() == TASKS.keys()
     assert any(kind in dict(questions) for questions in BY_TASK.values())
@@ -90,7 +91,7 @@ def test_the_released_model_answers_what_is_suggested() -> None:
 
     model = BLM.from_pretrained("blm-nano")
     cameras, right, asked = model.contract.cameras, list[str](), list[str]()
-    for index, task in enumerate(TASKS):
+    for index, task in enumerate(SUITE24):
         robot = list(ROBOTS)[index % len(ROBOTS)]
         env = Env(robot, task, cameras=cameras, image_size=model.contract.image_size)
         with closing(env), closing(SceneObserver(env, cameras)) as observer:
@@ -105,7 +106,7 @@ def test_the_released_model_answers_what_is_suggested() -> None:
                 for fact in facts
                 if fact.kind in KINDS.values()
                 for pattern in TEMPLATES[fact.kind].seen
-                for text in expansions(pattern)
+                for text in expand(pattern)
             }
             for question in suggested_questions(env):
                 if question not in worded:  # its answer is not clear enough for the corpora: rare
