@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import closing
 from itertools import product
 
 import numpy as np
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import binary_dilation
 
 from blm.robots import ROBOTS
-from blm.tasks import TASKS, Env
+from blm.tasks import SUITE24, Env
 from blm.tasks.suite_plus import AXES, LEVELS, perturbation
 from blm.tasks.variation import PLAIN
 
@@ -61,7 +60,7 @@ def share_visible(env_of: dict[tuple[str, str], Env], axis: str, level: int, sce
 
 def main() -> None:
     scenes = int(sys.argv[1]) if len(sys.argv) > 1 else 50
-    env_of = {cell: Env(*cell, cameras=()) for cell in product(ROBOTS, TASKS)}
+    env_of = {cell: Env(*cell, cameras=()) for cell in product(ROBOTS, SUITE24)}
     print(f"share of {scenes} scenes with object and goal visible, {' / '.join(CAMERAS)} cameras")
     for axis in ("plain", *(axis for axis in AXES if axis != "language")):
         levels = LEVELS if axis != "plain" else LEVELS[:1]
@@ -70,8 +69,7 @@ def main() -> None:
             f"{axis:12}" + "   ".join("/".join(f"{share:.2f}" for share in row) for row in shares), flush=True
         )
     for env in env_of.values():
-        with closing(env):
-            pass
+        env.close()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from blm.app.viewing import GAP, INK, PALE, font, save_png
 from blm.robots import ROBOTS
-from blm.tasks import TASKS, Env
+from blm.tasks import SUITE24, Env
 from blm.tasks.scene import CAMERAS
 from blm.tasks.suite_plus import AXES, LEVELS, perturbation
 from blm.tasks.variation import PLAIN
@@ -28,7 +28,7 @@ def write_plus_sheets(folder: Path, seed: int) -> Path:
     A row is an axis and a column a level. Its images are those of all cameras at the start.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for robot, task in product(ROBOTS, TASKS):
+    for robot, task in product(ROBOTS, SUITE24):
         with closing(Env(robot, task, cameras=CAMERAS, image_size=_SIDE)) as env:
             save_png(plus_sheet(env, seed), folder / f"{robot}-{task}.png")
     return folder

@@ -65,7 +65,8 @@ def is_on_disc(state: TaskState, name: str) -> bool:
 
 def _success(state: TaskState) -> dict[str, bool]:
     near = is_on_disc(state, "far_target")
-    low = bool(state.objects["cube"].position[2] < state.robot.workspace.cube_half + 0.005)
+    cube = state.objects["cube"]
+    low = bool(cube.position[2] < cube.size[2] + 0.005)
     return {"is_at_target": near, "is_on_table": low, "success": near and low}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from blm.robots import ROBOTS
-from blm.tasks import TASKS, Env
+from blm.tasks import SUITE24, TASKS, Env
 from blm.tasks.maniskill import ManiSkillEnv
 from blm.tasks.randomization import NO_RANDOMIZATION, TEST_PATTERNS, TRAINING_PATTERNS, DomainRandomization
 from blm.tasks.suite_plus import (
@@ -23,7 +23,7 @@ from blm.tasks.suite_plus import (
 from blm.tasks.variation import PLAIN, Variation
 from blm.types import BlmError, UnknownNameError
 
-CELLS = [*itertools.product(ROBOTS, TASKS)]
+CELLS = [*itertools.product(ROBOTS, SUITE24)]
 LOOKS = ("camera", "light", "background", "layout", "start", "sensors")
 
 
