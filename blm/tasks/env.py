@@ -116,9 +116,8 @@ class Env(TaskEnv):
     def _simulate(self, target: FloatArray) -> None:
         change = self.variation.dynamics
         if self._steps == change.move_goal_at:
-            self.shift_object(
-                goal_of(self.task_spec, self.items, self.naming), np.array([*change.move_goal_by, 0.0])
-            )
+            goal = goal_of(self.task_spec, self.items, self.naming)
+            self.shift_object(goal, np.array([*change.move_goal_by, 0.0]))
         self.data.ctrl[:] = (*target[:-1], target[-1] * self.robot.gripper.stroke)
         with self._timed("physics"):
             mujoco.mj_step(self.model, self.data, nstep=SUBSTEPS)
