@@ -230,7 +230,8 @@ class _Scene:
 
     def color(self, base: Vector, change: float) -> Vector:
         """Draw a colour near `base` that is unlike those of the task's things, or the most unlike of many."""
-        draws = np.clip(np.array(base) + self.rng.uniform(-change, change, (_DRAWS, 3)), 0, 1)
+        low, high = (np.clip(np.array(base) + end, 0, 1) for end in (-change, change))
+        draws = self.rng.uniform(low, high, (_DRAWS, 3))
         contrast = np.linalg.norm(draws[:, None] - self._colors(), axis=-1).min(axis=1)
         chosen = np.argmax(contrast >= _CONTRAST) if contrast.max() >= _CONTRAST else np.argmax(contrast)
         r, g, b = draws[chosen].tolist()

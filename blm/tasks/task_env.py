@@ -39,10 +39,9 @@ _STREAMS = {
     "distractors": 2,
     "arm": 3,
     "clutter": 5,
-    "sensors": 6,
     "variation": 7,
 }
-"""Random stream -> its number; each is independent of the others."""
+"""Random stream -> its number; each is independent of the others, and of the sensors' stream 6."""
 RENDER_SIZE = 480
 """Side of the pictures for people [px]."""
 
