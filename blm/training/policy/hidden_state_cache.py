@@ -27,16 +27,16 @@ from blm.datasets.lerobot import EpisodeDataset, open_dataset
 from blm.datasets.mixture import IndexArray, kept_frames
 from blm.io import read_json, replacing, sha256_file, write_json
 from blm.jobs import Result, WorkUnit, run_units
-from blm.training.loop.distributed import Processes
-from blm.training.policy import augmentation
-from blm.training.policy.cache_files import require_unaltered, sample_sha256
-from blm.training.policy.cache_processes import (
+from blm.training.caches.files import require_unaltered, sample_sha256
+from blm.training.caches.processes import (
     journal_path,
     own_units,
     require_shared,
     wait_for_manifest,
     wait_for_shards,
 )
+from blm.training.loop.distributed import Processes
+from blm.training.policy import augmentation
 from blm.training.policy.cache_shards import CacheShard, ShardWriter, coding_error
 from blm.training.policy.hidden_states import (
     CachePrecision,

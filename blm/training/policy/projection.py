@@ -24,8 +24,8 @@ from blm.datasets.lerobot import EpisodeDataset
 from blm.datasets.mixture import IndexArray, kept_frames
 from blm.io import sha256_file
 from blm.policy.codec import prompt_version
+from blm.training.caches.processes import wait_for_file
 from blm.training.loop.distributed import Processes
-from blm.training.policy.cache_processes import wait_for_file
 from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenStates
 from blm.training.policy.quantization import TokenCodec
 from blm.training.run_inputs import run_together

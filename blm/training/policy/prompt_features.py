@@ -24,8 +24,8 @@ from blm.datasets.lerobot import EpisodeDataset, open_dataset
 from blm.datasets.mixture import IndexArray, kept_frames
 from blm.io import replacing
 from blm.jobs import Result, WorkUnit, run_units
+from blm.training.caches.processes import journal_path, own_units, require_shared, wait_for_shards
 from blm.training.loop.distributed import Processes
-from blm.training.policy.cache_processes import journal_path, own_units, require_shared, wait_for_shards
 from blm.training.policy.hidden_state_cache import describe
 from blm.training.policy.hidden_states import HiddenStateConfig, observed_images
 from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together

@@ -30,9 +30,8 @@ from blm.backbone.vision_cache import content_key
 from blm.io import read_json, replacing, sha256_file, write_json
 from blm.jobs import Result, WorkUnit, run_units
 from blm.media import locate
-from blm.training.loop.distributed import Processes
-from blm.training.policy.cache_files import require_unaltered, sample_sha256
-from blm.training.policy.cache_processes import (
+from blm.training.caches.files import require_unaltered, sample_sha256
+from blm.training.caches.processes import (
     finished_shards,
     journal_path,
     own_units,
@@ -40,6 +39,7 @@ from blm.training.policy.cache_processes import (
     wait_for_manifest,
     wait_for_shards,
 )
+from blm.training.loop.distributed import Processes
 from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
 from blm.training.sft.tokenize import TokenizedExample, VisionInputs
 from blm.training.sft.vision_attention import use_batched_vision_attention

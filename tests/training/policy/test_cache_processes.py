@@ -22,10 +22,12 @@ import torch
 from blm.backbone.backbone import Backbone
 from blm.datasets.lerobot import EpisodeDataset, open_dataset
 from blm.jobs import WorkUnit, read_journal
+from blm.training.caches import files
+from blm.training.caches import processes as cache_processes
+from blm.training.caches.processes import wait_for_shards
 from blm.training.loop.distributed import Processes
 from blm.training.loop.loop import LoopConfig
-from blm.training.policy import cache_files, cache_processes, hidden_state_cache
-from blm.training.policy.cache_processes import wait_for_shards
+from blm.training.policy import hidden_state_cache
 from blm.training.policy.hidden_state_cache import CachedHiddenStates, cache_hidden_states
 from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.projection import FILE, open_projection
@@ -163,13 +165,13 @@ def test_a_line_that_another_process_is_writing_stays(tmp_path: Path) -> None:
 def test_a_large_shard_is_checked_by_size_and_samples(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_files, "SAMPLE_BLOCKS", 4)
-    monkeypatch.setattr(cache_files, "SAMPLE_BYTES", 64)
+    monkeypatch.setattr(files, "SAMPLE_BLOCKS", 4)
+    monkeypatch.setattr(files, "SAMPLE_BYTES", 64)
     fill(world, tmp_path)
     shard = tmp_path / "00001.npy"
     data = shard.read_bytes()
     hashed = list[Path]()
-    monkeypatch.setattr(cache_files, "sha256_file", hashed.append)
+    monkeypatch.setattr(files, "sha256_file", hashed.append)
     fill(world, tmp_path)
     assert not hashed, "a whole shard was read"
     for changed in (data[:-1] + bytes([data[-1] ^ 1]), bytes([data[0] ^ 1]) + data[1:], data + b"0"):

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from blm.backbone.backbone import Backbone
 from blm.bridge import BridgeConfig, Perceiver
 from blm.datasets.lerobot import EpisodeDataset
+from blm.training.caches.processes import wait_for_file
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.add_robot import from_scratch
-from blm.training.policy.cache_processes import wait_for_file
 from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_state_cache import ALONE, cache_hidden_states, cached_frame_bytes
 from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenStates, collate
@@ -199,8 +199,8 @@ def test_bad_settings_are_refused() -> None:
 
 
 def test_a_file_that_another_process_wrote_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("blm.training.policy.cache_processes.SHARED_SECONDS", 0.0)
-    monkeypatch.setattr("blm.training.policy.cache_processes.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("blm.training.caches.processes.SHARED_SECONDS", 0.0)
+    monkeypatch.setattr("blm.training.caches.processes.POLL_SECONDS", 0.01)
     with pytest.raises(BlmError, match="is not the file that process 0 uses; name a folder that all"):
         wait_for_file(tmp_path / FILE, "0" * 64)
 
