@@ -217,7 +217,7 @@ class EvaluatePhysical(CliCommand):
             self._report(file, protocol.name or "own protocol")
 
     def _policy_and_protocol(self) -> tuple[Callable[[], Policy], PhysicalProtocol]:
-        from blm.app.policies import contract_of, load_replay, policy_factory, with_real_time_chunking
+        from blm.app.policies import ReadyPolicy, load_replay, policy_factory, with_real_time_chunking
         from blm.evaluation import PhysicalProtocol
 
         if self.model.startswith("replay:"):
@@ -242,8 +242,8 @@ class EvaluatePhysical(CliCommand):
         changes: Any = {name: value for name, value in wanted.items() if value}
         if self.simulator == "maniskill":
             changes |= {"robots": ("panda",), "simulator": f"maniskill {version('mani_skill')}"}
-        contract = contract_of(make)
-        return make, PhysicalProtocol.named(self.protocol, contract, latency=self.latency, **changes)
+        ready = ReadyPolicy(make)
+        return ready, PhysicalProtocol.named(self.protocol, ready.contract, latency=self.latency, **changes)
 
     def _report(self, file: Path, protocol: str) -> None:
         from blm.evaluation.report import ReportData, build_report
