@@ -58,4 +58,6 @@ WORDS_LIFT_PEG_UPRIGHT = TaskSpec(
     object="peg",
     swap={"peg": "peg"},
     chance=0.5,
+    # Elsewhere the arm cannot grip each end and stand the peg on the other.
+    regions={"widowxai": Region((-0.22, 0.0), (0.035, 0.05))},
 )
