@@ -25,8 +25,8 @@ MIN_VIDEO_WIDTH = 560
 GAP = 6
 """Space between images, and unit of all margins [px]."""
 _DARK = (24, 26, 31)
-_PALE = (250, 250, 248)
-_INK = (30, 32, 38)
+PALE = (250, 250, 248)
+INK = (30, 32, 38)
 _GREY = (122, 126, 136)
 _LIGHT = (236, 238, 242)
 _GREEN = (46, 160, 82)
@@ -73,7 +73,7 @@ def video_frame(episode: Episode, t: int, fps: int = 20) -> ImageArray:
     canvas = Image.new("RGB", (width + width % 2, bottom + 54 + bottom % 2), _DARK)
     draw = ImageDraw.Draw(canvas)
     for row, line in enumerate(lines):
-        draw.text((2 * GAP, GAP + 22 * row), line, _LIGHT, _font(17))
+        draw.text((2 * GAP, GAP + 22 * row), line, _LIGHT, font(17))
     x = (canvas.width - strip) // 2
     for camera, picture in zip(episode.images, pictures, strict=True):
         canvas.paste(picture, (x, top))
@@ -90,8 +90,8 @@ def _draw_status_line(draw: ImageDraw.ImageDraw, episode: Episode, t: int, fps: 
     name = episode.primitives[t] if episode.primitives else ""
     if name:
         draw.rounded_rectangle((2 * GAP, y - 9, 3 * GAP + 12, y + 9), 4, _primitive_color(episode, t))
-        draw.text((4 * GAP + 12, y), name, _LIGHT, _font(15), anchor="lm")
-    draw.text((150, y), "gripper", _GREY, _font(14), anchor="lm")
+        draw.text((4 * GAP + 12, y), name, _LIGHT, font(15), anchor="lm")
+    draw.text((150, y), "gripper", _GREY, font(14), anchor="lm")
     opening = float(np.clip(episode.states[t, -1], 0, 1))
     draw.rounded_rectangle((206, y - 6, 286, y + 6), 6, outline=_GREY)
     if opening > 0.05:
@@ -100,9 +100,9 @@ def _draw_status_line(draw: ImageDraw.ImageDraw, episode: Episode, t: int, fps: 
     draw.ellipse((312, y - 7, 326, y + 7), _GREEN if done else None, _GREEN if done else _GREY)
     if done:
         draw.line([(315, y), (318, y + 3), (323, y - 4)], _LIGHT, 2)
-    draw.text((332, y), "success", _LIGHT if done else _GREY, _font(14), anchor="lm")
+    draw.text((332, y), "success", _LIGHT if done else _GREY, font(14), anchor="lm")
     time = f"{t / fps:.2f} s   frame {t + 1}/{len(episode)}"
-    draw.text((right, y), time, _GREY, _font(14), anchor="rm")
+    draw.text((right, y), time, _GREY, font(14), anchor="rm")
 
 
 def _draw_timeline(draw: ImageDraw.ImageDraw, episode: Episode, t: int, size: tuple[int, int]) -> None:
@@ -141,7 +141,7 @@ def contact_sheet(episodes: Sequence[Episode], path: Path, moments: int = 6, fps
     """
     if not episodes:
         raise BlmError("a contact sheet needs at least one episode")
-    return _save(_stack_vertically([_episode_block(episode, moments, fps) for episode in episodes]), path)
+    return save_png(_stack_vertically([_episode_block(episode, moments, fps) for episode in episodes]), path)
 
 
 def suite_sheet(episodes: Mapping[tuple[str, str], Episode], path: Path, moments: int = 3) -> Path:
@@ -159,11 +159,11 @@ def suite_sheet(episodes: Mapping[tuple[str, str], Episode], path: Path, moments
     label = 168
     head = 36
     size = (label + len(robots) * (width + 2 * GAP), head + len(tasks) * (height + 2 * GAP))
-    sheet = Image.new("RGB", size, _PALE)
+    sheet = Image.new("RGB", size, PALE)
     draw = ImageDraw.Draw(sheet)
     for column, robot in enumerate(robots):
         x = label + column * (width + 2 * GAP)
-        draw.text((x + width // 2, head // 2), robot, _INK, _font(22), anchor="mm")
+        draw.text((x + width // 2, head // 2), robot, INK, font(22), anchor="mm")
         for row, task in enumerate(tasks):
             y = head + row * (height + 2 * GAP)
             if (robot, task) in strips:
@@ -173,8 +173,8 @@ def suite_sheet(episodes: Mapping[tuple[str, str], Episode], path: Path, moments
     for row, task in enumerate(tasks):
         y = head + row * (height + 2 * GAP) + height // 2
         words = "\n".join(_wrap_text(task.replace("_", " "), 22, label - 4 * GAP))
-        draw.multiline_text((2 * GAP, y), words, _INK, _font(22), anchor="lm")
-    return _save(sheet, path)
+        draw.multiline_text((2 * GAP, y), words, INK, font(22), anchor="lm")
+    return save_png(sheet, path)
 
 
 def collection_sheet(collection: Path, path: Path) -> Path:
@@ -202,13 +202,13 @@ def _episode_block(episode: Episode, moments: int, fps: int) -> Image.Image:
     title = f"{episode.robot}  {episode.task}  seed {episode.seed}"
     lines = _wrap_text(episode.instruction, 15, width - 2 * GAP)
     top = 26 + 20 * len(lines)
-    block = Image.new("RGB", (width, top + 22 + sum(row.height + 4 for row in rows)), _PALE)
+    block = Image.new("RGB", (width, top + 22 + sum(row.height + 4 for row in rows)), PALE)
     draw = ImageDraw.Draw(block)
-    draw.text((GAP, 5), title, _INK, _font(17))
+    draw.text((GAP, 5), title, INK, font(17))
     tint = _GREEN if episode.success else _RED
-    draw.text((width - GAP, 5), outcome, tint, _font(17), anchor="ra")
+    draw.text((width - GAP, 5), outcome, tint, font(17), anchor="ra")
     for row, line in enumerate(lines):
-        draw.text((GAP, 26 + 20 * row), line, _GREY, _font(15))
+        draw.text((GAP, 26 + 20 * row), line, _GREY, font(15))
     y = top + 4
     for camera, picture in zip(episode.images, rows, strict=True):
         block.paste(picture, (GAP, y))
@@ -217,7 +217,7 @@ def _episode_block(episode: Episode, moments: int, fps: int) -> Image.Image:
     step = (rows[0].width + 4) // moments
     for column, t in enumerate(_evenly_spaced_frames(episode, moments)):
         name = episode.primitives[t] if episode.primitives else ""
-        draw.text((GAP + column * step + 2, y), f"{t / fps:.1f} s  {name}", _INK, _font(13))
+        draw.text((GAP + column * step + 2, y), f"{t / fps:.1f} s  {name}", INK, font(13))
     return block
 
 
@@ -228,7 +228,7 @@ def _camera_strip(episode: Episode, moments: int, camera: str = "") -> Image.Ima
     times = _evenly_spaced_frames(episode, moments)
     pictures = [_enlarge(frames[t], MIN_SHEET_PICTURE) for t in times]
     width, height = pictures[0].size
-    strip = Image.new("RGB", ((width + 4) * moments - 4, height), _PALE)
+    strip = Image.new("RGB", ((width + 4) * moments - 4, height), PALE)
     draw = ImageDraw.Draw(strip)
     for column, (t, picture) in enumerate(zip(times, pictures, strict=True)):
         x = column * (width + 4)
@@ -254,7 +254,8 @@ def _require_pictures(episode: Episode) -> None:
 
 
 @cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """Return the font of all drawn text in a size [px]."""
     font = ImageFont.load_default(size)
     assert isinstance(font, ImageFont.FreeTypeFont)  # Pillow returns this type if a size is given
     return font
@@ -273,7 +274,7 @@ def _wrap_text(text: str, size: int, width: int) -> list[str]:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and _font(size).getlength(longer) > width:
+        if lines[-1] and font(size).getlength(longer) > width:
             lines.append(word)
         else:
             lines[-1] = longer
@@ -282,13 +283,13 @@ def _wrap_text(text: str, size: int, width: int) -> list[str]:
 
 def _draw_camera_name(draw: ImageDraw.ImageDraw, corner: tuple[int, int], text: str) -> None:
     """Draw the name of a camera into the corner of its image."""
-    x, y, right, bottom = draw.textbbox((corner[0] + 5, corner[1] + 2), text, _font(13))
+    x, y, right, bottom = draw.textbbox((corner[0] + 5, corner[1] + 2), text, font(13))
     draw.rounded_rectangle((x - 5, y - 3, right + 5, bottom + 3), 4, _DARK)
-    draw.text((corner[0] + 5, corner[1] + 2), text, _LIGHT, _font(13))
+    draw.text((corner[0] + 5, corner[1] + 2), text, _LIGHT, font(13))
 
 
 def _stack_vertically(blocks: Sequence[Image.Image]) -> Image.Image:
-    sheet = Image.new("RGB", (max(b.width for b in blocks), sum(b.height for b in blocks)), _PALE)
+    sheet = Image.new("RGB", (max(b.width for b in blocks), sum(b.height for b in blocks)), PALE)
     y = 0
     for block in blocks:
         sheet.paste(block, (0, y))
@@ -296,7 +297,8 @@ def _stack_vertically(blocks: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def _save(picture: Image.Image, path: Path) -> Path:
+def save_png(picture: Image.Image, path: Path) -> Path:
+    """Write a PNG and return its path."""
     with replacing(path, ".png") as temporary:
         picture.save(temporary)
     return path

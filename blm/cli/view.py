@@ -1,4 +1,4 @@
-"""Command that renders recorded episodes."""
+"""Command that renders recorded episodes, and the variations of suite24-plus."""
 
 from __future__ import annotations
 
@@ -14,33 +14,42 @@ from blm.cli.command import CliCommand
 from blm.types import BlmError
 
 console = Console()
+PLUS = "suite24-plus"
+"""Name that stands for the scenes of `blm.tasks.suite_plus` in place of a dataset's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class View(CliCommand):
     """Write an episode as a video, a contact sheet or a Rerun recording.
 
-    With `--form suite`, write one image of a collection.
+    With `--form suite`, write one image of a collection. For `suite24-plus` in place of a dataset,
+    write one image of its axes and levels for each robot and task.
 
     Example: blm view runs/demo/episodes/panda --episode 3 --form sheet
     """
 
     dataset: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATASET")]
-    """Folder of one robot's dataset; with `--form suite`, of a collection of several robots."""
+    """Folder of one robot's dataset, or `suite24-plus`.
+    With `--form suite`, the folder of a collection of several robots."""
     episode: int = 0
-    """Index of the episode in the dataset, from 0."""
+    """Index of the episode in the dataset, from 0; of suite24-plus, the seed of the scenes."""
     form: Literal["mp4", "sheet", "rerun", "suite"] = "mp4"
     """Form of the output.
     With `mp4`, a video; with `sheet`, a PNG with frames side by side.
     With `rerun`, a recording for the Rerun viewer (needs the extra `viewer`).
     With `suite`, a PNG with the first episode of every robot and task."""
     out: Path | None = None
-    """File to write; by default in the working folder, named after robot and episode."""
+    """File to write; by default in the working folder, named after robot and episode.
+    For suite24-plus, the folder of the images; by default suite24-plus."""
 
     def run(self, command_line: Sequence[str]) -> None:
         console.print(f"wrote {self._write()}", soft_wrap=True)
 
     def _write(self) -> Path:
+        if self.dataset == Path(PLUS):
+            from blm.app.plus_sheets import write_plus_sheets
+
+            return write_plus_sheets(self.out or Path(PLUS), self.episode)
         from blm.app.viewing import collection_sheet, contact_sheet, write_mp4, write_rerun
         from blm.datasets.lerobot import open_dataset
 

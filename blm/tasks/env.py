@@ -17,12 +17,13 @@ from blm.robots.build import FINGERS
 from blm.tasks.arm_starts import offset_start, random_start
 from blm.tasks.clutter import draw_solids, resize
 from blm.tasks.distractors import Distractors, draw_distractors, show_distractors
-from blm.tasks.naming import Naming
+from blm.tasks.naming import Naming, goal_of
 from blm.tasks.rendering import Renderer
 from blm.tasks.scene import CAMERAS, SUBSTEPS, paint_items
 from blm.tasks.scene_variation import SceneModel, needs_dressing
+from blm.tasks.sensing import Sensors
 from blm.tasks.spec import Item, ObjectState, Placement, SceneDraw
-from blm.tasks.task_env import RENDER_SIZE, TaskEnv
+from blm.tasks.task_env import RENDER_SIZE, TaskEnv, episode_stream
 from blm.tasks.variation import Variation
 from blm.tasks.visibility import draw_until_visible
 from blm.types import ContractError, FloatArray, ImageArray, lookup
@@ -81,14 +82,16 @@ class Env(TaskEnv):
         draw = resize(draw, clutter.scale)
         self.items = draw.items
         ghosts = draw_distractors(
-            self.stream(seed, "distractors"), self.robot, self.items, draw.placement, self._extra
+            episode_stream(seed, "distractors"), self.robot, self.items, draw.placement, self._extra
         )
-        solids = draw_solids(self.stream(seed, "clutter"), self.robot, self.task_spec, draw, ghosts, clutter)
+        solids = draw_solids(
+            episode_stream(seed, "clutter"), self.robot, self.task_spec, draw, ghosts, clutter
+        )
         self._distractors = ghosts + solids
         self._dress()
         mujoco.mj_resetData(self.model, self.data)
         self._set_item_poses({**draw.placement, **{item.name: where for item, where in self._distractors}})
-        arm_rng = self.stream(seed, "arm")
+        arm_rng = episode_stream(seed, "arm")
         home = np.array(self.robot.home)
         start = home + arm_rng.normal(0, self.robot.reset_noise, len(home))
         self.place_arm(start, opening=1.0)
@@ -113,7 +116,8 @@ class Env(TaskEnv):
     def _simulate(self, target: FloatArray) -> None:
         change = self.variation.dynamics
         if self._steps == change.move_goal_at:
-            self.shift_object(self._goal_name(), np.array([*change.move_goal_by, 0.0]))
+            goal = goal_of(self.task_spec, self.items, self.naming)
+            self.shift_object(goal, np.array([*change.move_goal_by, 0.0]))
         self.data.ctrl[:] = (*target[:-1], target[-1] * self.robot.gripper.stroke)
         with self._timed("physics"):
             mujoco.mj_step(self.model, self.data, nstep=SUBSTEPS)
@@ -138,7 +142,7 @@ class Env(TaskEnv):
             variation=self.variation,
             start=dict(self._start),
             went_wrong=self._went_wrong,
-            delivered=dict(self._delivered),
+            delivered=dict(self._sensors.delivered),
         )
 
     def set_state(self, state: EnvState) -> None:
@@ -161,7 +165,7 @@ class Env(TaskEnv):
         self._went_wrong = state.went_wrong
         self._distractors = state.distractors
         self._seed = state.seed
-        self._delivered = dict(state.delivered)
+        self._sensors = Sensors(state.variation.sensors, state.seed, state.delivered)
         self._dress()
         mujoco.mj_setState(self.model, self.data, state.physics, _PHYSICS)
         self._refresh()
@@ -265,12 +269,6 @@ class Env(TaskEnv):
         renderer = self._renderers[scene.is_dressed]
         renderer.show(self.model, scene.textures, shadows=scene.shadows)
         return renderer
-
-    def _goal_name(self) -> str:
-        """Return the name of the goal: what the object is brought to, or itself if there is no such thing."""
-        others = [item for item in self.items if item.name != self.task_spec.object]
-        goal = next((item for item in others if item.role != "free"), others[0] if others else self.items[0])
-        return self.naming.swap.get(goal.name, goal.name)
 
     def _body(self, name: str) -> Any:
         names = [*(item.name for item in self.items), *(item.name for item, _ in self._distractors)]

@@ -50,6 +50,9 @@ class DomainRandomization:
     """Blur, noise, compression, exposure and drops of pictures, and noise of joint readings."""
     start: bool = True
     """Offset the joint positions at the start."""
+    wordings: bool = False
+    """Draw the instructions of all episodes from the 60 to 100 training wordings of a task.
+    Otherwise one of its four phrasings is drawn."""
 
     def __post_init__(self) -> None:
         require_numbers(self, amplitude=(0, 1), plain=(0, 1))
@@ -122,12 +125,12 @@ def _sensors(rng: np.random.Generator, size: float) -> dict[str, Any]:
     """Draw sensor errors; each occurs in two of five episodes."""
     blur, noise, jpeg, exposure, dropped, joints = rng.random(6) < 0.4
     sensors = SensorNoise(
-        blur=blur * rng.uniform(0, 1.4 * size),
-        pixel_noise=noise * rng.uniform(0, 28 * size),
+        blur=float(blur * rng.uniform(0, 1.4 * size)),
+        pixel_noise=float(noise * rng.uniform(0, 28 * size)),
         jpeg_quality=int(jpeg) * round(100 - size * rng.uniform(10, 85)),
         exposure=_factor(rng, size * exposure, 0.6, 1.5),
-        dropped=dropped * rng.uniform(0, 0.25 * size),
-        joints=joints * rng.uniform(0, 0.03 * size),
+        dropped=float(dropped * rng.uniform(0, 0.25 * size)),
+        joints=float(joints * rng.uniform(0, 0.03 * size)),
     )
     return {"sensors": sensors}
 

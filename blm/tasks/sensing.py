@@ -2,22 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from io import BytesIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from blm.tasks.scene import CAMERAS
 from blm.tasks.variation import SensorNoise
-from blm.types import ImageArray
+from blm.types import ImageArray, lookup
 
+_STREAM = 6
+"""Number of this random stream of an episode; see `blm.tasks.task_env`."""
 _WIDTH = 112
 """Width of an image to which the blur refers [px]."""
 
 
-def is_dropped(noise: SensorNoise, rng: np.random.Generator) -> bool:
-    """Draw whether a camera delivers its previous picture again. It always uses one random number."""
-    return bool(rng.random() < noise.dropped)
+class Sensors:
+    """The cameras and joint encoders of one episode."""
+
+    def __init__(
+        self, noise: SensorNoise, seed: int, delivered: Mapping[str, ImageArray] | None = None
+    ) -> None:
+        self._noise, self._seed = noise, seed
+        self.delivered = dict(delivered or {})
+        """Camera -> the picture that it delivered last, if there are errors."""
+
+    def picture(self, camera: str, step: int, take: Callable[[], ImageArray]) -> ImageArray:
+        """Return what a camera delivers in a control step: `take()` with errors, or its last picture.
+
+        Asking twice in one step gives the same.
+        """
+        if self._noise == SensorNoise():
+            return take()
+        lookup("camera", camera, CAMERAS)
+        rng = np.random.default_rng((self._seed, _STREAM, step, 1 + [*CAMERAS].index(camera)))
+        dropped = rng.random() < self._noise.dropped
+        if not dropped or camera not in self.delivered:
+            self.delivered[camera] = disturb_picture(take(), self._noise, rng)
+        return self.delivered[camera]
+
+    def state(self, state: NDArray[np.float32], step: int) -> NDArray[np.float32]:
+        """Return measured joint positions [rad] and gripper opening, [D]; the latter has no error."""
+        if not self._noise.joints:
+            return state
+        rng = np.random.default_rng((self._seed, _STREAM, step, 0))
+        errors = self._noise.joints * rng.normal(size=len(state) - 1)
+        return state + np.append(errors, 0.0).astype(np.float32)
 
 
 def disturb_picture(image: ImageArray, noise: SensorNoise, rng: np.random.Generator) -> ImageArray:
@@ -33,12 +65,3 @@ def disturb_picture(image: ImageArray, noise: SensorNoise, rng: np.random.Genera
         Image.fromarray(image).save(buffer, "JPEG", quality=noise.jpeg_quality)
         image = np.asarray(Image.open(buffer))
     return image
-
-
-def disturb_state(
-    state: NDArray[np.float32], noise: SensorNoise, rng: np.random.Generator
-) -> NDArray[np.float32]:
-    """Return joint positions [rad] and gripper opening, [D], with noise on the joint positions."""
-    if not noise.joints:
-        return state
-    return state + np.append(noise.joints * rng.normal(size=len(state) - 1), 0.0).astype(np.float32)

@@ -21,7 +21,7 @@ from blm.tasks.randomization import TEST_PATTERNS, TRAINING_PATTERNS
 from blm.tasks.registry import TASKS
 from blm.tasks.scene import TABLE_COLOR, WALL_COLOR
 from blm.tasks.spec import PALETTE
-from blm.tasks.task_env import TaskEnv
+from blm.tasks.task_env import episode_stream
 from blm.tasks.variation import (
     PLAIN,
     CameraShift,
@@ -217,7 +217,7 @@ class _Scene:
     def __init__(self, robot: str, task: str, seed: int, rng: np.random.Generator) -> None:
         self.seed, self.rng, self.cell = seed, rng, (robot, task)
         self._task = lookup("task", task, TASKS)
-        self._draw = self._task.draw(TaskEnv.stream(seed, "placement"), lookup("robot", robot, ROBOTS))
+        self._draw = self._task.draw(episode_stream(seed, "placement"), lookup("robot", robot, ROBOTS))
 
     def signed(self, amount: float) -> float:
         """Return the amount with a random sign."""
@@ -230,7 +230,8 @@ class _Scene:
 
     def color(self, base: Vector, change: float) -> Vector:
         """Draw a colour near `base` that is unlike those of the task's things, or the most unlike of many."""
-        draws = np.clip(np.array(base) + self.rng.uniform(-change, change, (_DRAWS, 3)), 0, 1)
+        low, high = (np.clip(np.array(base) + end, 0, 1) for end in (-change, change))
+        draws = self.rng.uniform(low, high, (_DRAWS, 3))
         contrast = np.linalg.norm(draws[:, None] - self._colors(), axis=-1).min(axis=1)
         chosen = np.argmax(contrast >= _CONTRAST) if contrast.max() >= _CONTRAST else np.argmax(contrast)
         r, g, b = draws[chosen].tolist()

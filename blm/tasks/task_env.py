@@ -25,8 +25,9 @@ from blm.robots import ROBOTS
 from blm.tasks.naming import Naming, fill_slots, name_things
 from blm.tasks.randomization import NO_RANDOMIZATION, DomainRandomization
 from blm.tasks.registry import TASKS
+from blm.tasks.reset_options import ResetOptions
 from blm.tasks.scene import CAMERAS
-from blm.tasks.sensing import disturb_picture, disturb_state, is_dropped
+from blm.tasks.sensing import Sensors
 from blm.tasks.spec import ObjectState, SceneDraw, TaskState, exchange
 from blm.tasks.variation import PLAIN as NO_VARIATION
 from blm.tasks.variation import Variation
@@ -38,10 +39,9 @@ _STREAMS = {
     "distractors": 2,
     "arm": 3,
     "clutter": 5,
-    "sensors": 6,
     "variation": 7,
 }
-"""Random stream -> its number; each is independent of the others."""
+"""Random stream -> its number; each is independent of the others, and of the sensors' stream 6."""
 RENDER_SIZE = 480
 """Side of the pictures for people [px]."""
 
@@ -55,10 +55,15 @@ class EnvObservation(TypedDict):
     """Joint positions [rad] and measured gripper opening, [D]."""
 
 
+def episode_stream(seed: int, name: str) -> np.random.Generator:
+    """Return one of the random streams of an episode; `name` is in `_STREAMS`."""
+    return np.random.default_rng((seed, _STREAMS[name]))
+
+
 def draw_scene(robot: str, task: str, seed: int) -> SceneDraw:
     """Return the scene of an episode, before any variation."""
     arm = lookup("robot", robot, ROBOTS)
-    return lookup("task", task, TASKS).draw(np.random.default_rng((seed, _STREAMS["placement"])), arm)
+    return lookup("task", task, TASKS).draw(episode_stream(seed, "placement"), arm)
 
 
 class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
@@ -102,7 +107,7 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         self._went_wrong = False
         self._start: dict[str, FloatArray] = {}
         self._seed = 0
-        self._delivered: dict[str, ImageArray] = {}
+        self._sensors = Sensors(NO_VARIATION.sensors, 0)
         self.seconds = {"physics": 0.0, "rendering": 0.0}
         """Time spent in physics and rendering since the environment was made [s]."""
         self._max_episode_steps = self._default_max_steps() if max_steps is None else max_steps
@@ -195,62 +200,39 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[EnvObservation, dict[str, Any]]:
-        """Start the episode of `seed`.
-
-        Options: "phrasing" (index) or "wording" (text, whose slots are filled; may be empty);
-        "named" ("own", or "other" for the instruction of the other thing in the scene, by which
-        success is then judged); "arm" ("home" or "random"); "variation" (a `Variation`; by default
-        one is drawn from `randomization`); "visible_goals" (draw again a scene with a hidden goal,
-        see `blm.tasks.visibility`).
+        """Start the episode of `seed`; `options` are the fields of `ResetOptions`.
 
         Raises BlmError for an unknown option, phrasing or arm start, for a wording with an unknown
         slot, and for a variation or visible goals that the simulator cannot show.
         """
         super().reset(seed=seed)
-        chosen: dict[str, Any] = {
-            "arm": "home", "phrasing": None, "wording": None, "named": "own", "variation": None,
-            "visible_goals": False,
-        }  # fmt: skip
-        for option in options or {}:
-            lookup("reset option", option, chosen)
-        chosen |= options or {}
-        self._check_arm_start(chosen["arm"])
+        chosen = ResetOptions.read(options)
+        self._check_arm_start(chosen.arm)
         if seed is None:  # beyond all reserved ranges of seeds
             seed = int(self.np_random.integers(10_000_000, 2**31))
-        variation = chosen["variation"] or self.randomization.draw(self.stream(seed, "variation"))
+        variation = chosen.variation or self.randomization.draw(episode_stream(seed, "variation"))
         self._check_variation(variation)
         self.variation = variation
-        begin = partial(self._begin, seed, self.stream(seed, "placement"), chosen)
+        begin = partial(self._begin, seed, episode_stream(seed, "placement"), chosen)
         begin()
-        if chosen["visible_goals"]:
+        if chosen.visible_goals:
             self._show_goals(begin)
         return self.observe(), self._info()
 
-    def _begin(self, seed: int, placement: np.random.Generator, chosen: dict[str, Any]) -> None:
+    def _begin(self, seed: int, placement: np.random.Generator, options: ResetOptions) -> None:
         """Start an episode with the next scene of the stream `placement`."""
-        draw = self.task_spec.draw(placement, self.robot)
-        wording = chosen["wording"]
-        if wording is None:
-            wording = self._wording(seed, chosen["phrasing"])
-        self.naming = name_things(self.task_spec, draw, chosen["named"])
-        self.task_description = fill_slots(self.task_spec, wording, self.naming.words)
+        spec = self.task_spec
+        draw = spec.draw(placement, self.robot)
+        grammar = self.randomization.wordings
+        wording = options.instruction(spec, episode_stream(seed, "phrasing"), grammar=grammar)
+        self.naming = name_things(spec, draw, options.named)
+        self.task_description = fill_slots(spec, wording, self.naming.words)
         self.items = draw.items
         self._seed, self._steps = seed, 0
-        self._delivered.clear()
-        self._start_episode(seed, draw, chosen["arm"])
+        self._sensors = Sensors(self.variation.sensors, seed)
+        self._start_episode(seed, draw, options.arm)
         self._went_wrong = False
         self._start = {name: thing.position for name, thing in self.objects().items()}
-
-    def _wording(self, seed: int, phrasing: int | None) -> str:
-        """Return a phrasing of the task, by default that of the seed; its slots are not filled."""
-        if phrasing is None:
-            phrasing = int(self.stream(seed, "phrasing").integers(len(self.task_spec.phrasings)))
-        return self.task_spec.instruction(phrasing)
-
-    @staticmethod
-    def stream(seed: int, name: str) -> np.random.Generator:
-        """Return one of the random streams of an episode; `name` is in `_STREAMS`."""
-        return np.random.default_rng((seed, _STREAMS[name]))
 
     def step(self, action: NDArray[np.float32]) -> tuple[EnvObservation, float, bool, bool, dict[str, Any]]:
         """Hold the targets for one control step. Raises ContractError on a wrong shape or a NaN."""
@@ -268,10 +250,11 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
 
         The errors follow from the seed of the episode and the step: observing twice gives the same.
         """
-        pixels = {camera: self._sense(camera) for camera in (self.cameras if cameras is None else cameras)}
-        noise = self.variation.sensors
-        rng = np.random.default_rng((self._seed, _STREAMS["sensors"], self._steps))
-        return {"pixels": pixels, "agent_pos": disturb_state(self.state(), noise, rng)}
+        pixels = {
+            camera: self._sensors.picture(camera, self._steps, partial(self.picture, camera))
+            for camera in (self.cameras if cameras is None else cameras)
+        }
+        return {"pixels": pixels, "agent_pos": self._sensors.state(self.state(), self._steps)}
 
     def observation(self, seed: int = 0, cameras: Iterable[str] | None = None) -> Observation:
         """Return `observe(cameras)` as a `types.Observation`.
@@ -290,19 +273,6 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
     def named_objects(self) -> dict[str, ObjectState]:
         """Return the present state of every object by its part in the present instruction."""
         return exchange(self.objects(), self.naming.swap)
-
-    def _sense(self, camera: str) -> ImageArray:
-        """Return the picture that a camera delivers now: with errors, or its previous one."""
-        noise = self.variation.sensors
-        if noise == NO_VARIATION.sensors:
-            return self.picture(camera)
-        lookup("camera", camera, CAMERAS)
-        number = [*CAMERAS].index(camera)
-        rng = np.random.default_rng((self._seed, _STREAMS["sensors"], self._steps, 1 + number))
-        if is_dropped(noise, rng) and camera in self._delivered:
-            return self._delivered[camera]
-        self._delivered[camera] = disturb_picture(self.picture(camera), noise, rng)
-        return self._delivered[camera]
 
     def task_state(self) -> TaskState:
         """Return the state that the task's success rule judges."""

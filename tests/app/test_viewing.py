@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
+from contextlib import closing
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,9 @@ import pytest
 from PIL import Image
 
 from blm.app import viewing
+from blm.app.plus_sheets import plus_sheet
 from blm.datasets.video import VideoFile, count_frames
+from blm.tasks import Env
 from blm.types import BlmError, Episode, ImageArray
 
 T, SIDE = 8, 64
@@ -105,6 +109,21 @@ def test_suite_sheet_has_a_cell_for_each_robot_and_task(tmp_path: Path) -> None:
     assert green(pixels) == 2 * 5 * side  # one solved moment in each of two cells
     with pytest.raises(BlmError, match="at least one episode"):
         viewing.suite_sheet({}, path)
+
+
+def test_a_plus_sheet_shows_every_axis_and_level() -> None:
+    with closing(Env("panda", "push_cube", cameras=("base", "wrist"), image_size=112)) as env:
+        sheet = np.asarray(plus_sheet(env, seed=3)).astype(int)
+    rows, columns = 7, 5
+    height, width = (sheet.shape[0] - 30) // rows, (sheet.shape[1] - 120) // columns
+    cells = [
+        [sheet[30 + r * height :][:112, 120 + c * width :][:, :226] for c in range(columns)]
+        for r in range(rows)
+    ]
+    assert all(np.array_equal(cells[0][0], cell) for cell in cells[0])
+    for row in cells[1:]:
+        assert all(np.abs(cell - cells[0][0]).mean() > 0.5 for cell in row)
+        assert all(not np.array_equal(one, other) for one, other in pairwise(row))
 
 
 def test_an_episode_without_pictures_is_refused(tmp_path: Path) -> None:
