@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blm.app.policies import contract_of, policy_factory
+from blm.app.policies import policy_factory
 from blm.cli import main
 from blm.datasets.dataset import EpisodeDataset
 from blm.evaluation import (
@@ -298,7 +298,7 @@ def test_the_expert_is_perturbed_too(tmp_path: Path) -> None:
     make = policy_factory("expert", cameras=(), image_size=32, horizon=1, execute=1, api_key=None, load={})
     options = {"robots": ("panda",), "tasks": ("push_cube",), "episodes": 1, "max_steps": 120}
     protocol = PhysicalProtocol.for_policy(
-        contract_of(make), **options, conditions=(Condition(axis="light", level=2), BLANK)
+        make().contract, **options, conditions=(Condition(axis="light", level=2), BLANK)
     )
     result = evaluate_physical(make, protocol, tmp_path, workers=0, videos_per_cell=0)
     assert result.training == "none"
