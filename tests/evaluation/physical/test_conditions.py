@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 
 from blm.app.policies import policy_factory
 from blm.cli import main
+from blm.datasets.dataset import EpisodeDataset
 from blm.evaluation import (
     PROTOCOLS,
     PhysicalProtocol,
@@ -487,6 +489,22 @@ def test_a_contract_tells_its_training() -> None:
         replace(CONTRACT, training="yes")
     assert joint_training(["plain", "randomized", "unknown"]) == "randomized"
     assert joint_training(["plain", "unknown"]) == "unknown" and joint_training(["plain"]) == "plain"
+
+
+@pytest.mark.parametrize(
+    "provenance, training",
+    [
+        ({}, "unknown"),
+        ({"training": "randomized", "collect": {}}, "randomized"),
+        ({"collect": {"distractors": 0, "appearance": {"light": 0.0}}}, "plain"),
+        ({"collect": {"distractors": 0, "appearance": {"light": 0.3}}}, "randomized"),
+        ({"collect": {"distractors": 2}}, "randomized"),
+    ],
+)
+def test_a_dataset_tells_whether_its_scenes_were_randomized(provenance: dict, training: str) -> None:
+    """Those collected before this was recorded tell it by their configuration."""
+    dataset = SimpleNamespace(provenance=provenance)
+    assert EpisodeDataset.training.fget(dataset) == training
 
 
 def test_keys_name_episodes() -> None:
