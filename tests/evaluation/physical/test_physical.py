@@ -325,10 +325,10 @@ def test_a_policy_that_is_ready_is_the_first_here_and_stays_here() -> None:
         return made[-1]
 
     factory = ReadyPolicy(make)
-    assert len(made) == 1 and factory.contract == CONTRACT
+    assert len(made) == 1 and factory.contract == made[0].contract
     assert factory() is made[0] and factory() is made[1]
     copy = pickle.loads(pickle.dumps(ReadyPolicy(partial(ZeroPolicy, CONTRACT))))
-    assert copy._ready is None and copy().contract == copy.contract == CONTRACT
+    assert copy._ready is None and copy().contract == copy.contract == factory.contract
 
 
 def test_episodes_of_a_server_without_a_contract_are_never_taken_for_anothers(tmp_path: Path) -> None:
