@@ -37,9 +37,10 @@ from blm.policy.policy import CheckpointPolicy
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.add_robot import InitialPolicy, from_scratch
 from blm.training.policy.config import PolicyTrainingConfig
+from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.training.policy.hidden_state_cache import CacheShard, coding_error
 from blm.training.policy.hidden_states import HiddenStateConfig
-from blm.training.policy.open_data import make_sampler, open_datasets
+from blm.training.policy.open_data import make_sampler, open_codec, open_datasets
 from blm.training.policy.sampler import PolicySampler
 
 T_975 = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -196,11 +197,17 @@ def main(
             loop=LoopConfig(steps=1, batch_size=batch_size),
             policy=chosen.start.network.config,
         )
-        live = make_sampler(open_datasets(chosen.backbone, opened, config, chosen.start), config)(0)
+        hashed = HashedBackbone.of(chosen.backbone, config.backbone)
+
+        def sampler_of(one: PolicyTrainingConfig) -> PolicySampler:
+            codec = open_codec(hashed, opened, one)
+            return make_sampler(open_datasets(hashed, opened, one, chosen.start, codec), one)
+
+        live = sampler_of(config)(0)
         samplers, facts = dict[str, PolicySampler](), dict[str, dict[str, Any]]()
         for name, intents in variants(config.intents, dims, pools).items():
             one = replace(config, intents=intents, cache=work / name)
-            samplers[name] = make_sampler(open_datasets(chosen.backbone, opened, one, chosen.start), one)
+            samplers[name] = sampler_of(one)
             there = samplers[name](0).to("cpu")
             facts[name] = cache_facts(work / name) | compare(chosen.start.network, live, there)
         steps = trainer(chosen.start.network)

@@ -40,9 +40,10 @@ from blm.training.loop.loop import LoopConfig
 from blm.training.loop.optimizers import Optimizers
 from blm.training.policy.add_robot import from_scratch
 from blm.training.policy.config import PolicyTrainingConfig
+from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.live import LiveBatches, open_live
-from blm.training.policy.open_data import make_sampler, open_datasets
+from blm.training.policy.open_data import make_sampler, open_codec, open_datasets
 from blm.training.policy.sampler import PolicyDataset, PolicySampler
 from blm.training.sft.feature_cache import cache_features
 from blm.training.sft.lora import Lora
@@ -89,7 +90,8 @@ def _config(setting: Setting, cameras: int, form: Form) -> PolicyTrainingConfig:
 def _datasets(setting: Setting, config: PolicyTrainingConfig) -> list[PolicyDataset]:
     datasets = [open_dataset(folder) for folder in config.datasets]
     start = from_scratch(config.policy, setting.backbone.hidden_size, ["arm"], seed=setting.seed)
-    return open_datasets(setting.backbone, datasets, config, start)
+    hashed = HashedBackbone(setting.backbone, config.backbone, "random weights")  # hashing takes minutes
+    return open_datasets(hashed, datasets, config, start, open_codec(hashed, datasets, config))
 
 
 def _fill(setting: Setting, cameras: int) -> Numbers:

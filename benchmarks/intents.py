@@ -28,6 +28,7 @@ from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.add_robot import from_scratch
 from blm.training.policy.config import PolicyTrainingConfig
+from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.open_data import make_sampler, open_datasets
 from blm.training.policy.sampler import PolicySampler
@@ -106,10 +107,11 @@ def main(repeats: int = 5, steps: int = 4, batch_size: int = 32, threads: int = 
         )
         dataset, begin = open_dataset(folder / "arm"), time.perf_counter()
         start = from_scratch(cached.policy, backbone.hidden_size, ["arm"], seed=0)
-        samplers = {"cached": make_sampler(open_datasets(backbone, [dataset], cached, start), cached)}
+        hashed = HashedBackbone.of(backbone, cached.backbone)
+        samplers = {"cached": make_sampler(open_datasets(hashed, [dataset], cached, start, None), cached)}
         filling = time.perf_counter() - begin
         live = replace(cached, cache=None)
-        samplers["live"] = make_sampler(open_datasets(backbone, [dataset], live, start), live)
+        samplers["live"] = make_sampler(open_datasets(hashed, [dataset], live, start, None), live)
         step = trainer(backbone.hidden_size)
         rates: dict[str, list[float]] = {name: [] for name in samplers}
         for repeat in range(-1, repeats):  # the first repeat warms up

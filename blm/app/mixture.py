@@ -26,8 +26,8 @@ from blm.corpora import read_corpus
 from blm.corpora.curation.replay import Pictures, build_replay
 from blm.corpora.format.messages import Conversation
 from blm.corpora.public import PlacedCorpus, require_sound
+from blm.training.caches.processes import ProcessGroup
 from blm.training.loop.distributed import Processes
-from blm.training.policy.cache_processes import ProcessGroup
 from blm.training.run_inputs import run_together
 from blm.types import BlmError
 

@@ -140,7 +140,7 @@ def run_eval_digital(recipe: Recipe, run: Path) -> None:
 def run_eval_physical(recipe: Recipe, run: Path) -> None:
     """Evaluate the checkpoint and a hold-still baseline in closed loop on every robot and task."""
     folder = run / "stage2/checkpoint"
-    contract = CheckpointPolicy.load(folder, **load_options(recipe)).contract
+    contract = read_contract(folder)
     protocol = physical_protocol(recipe, contract, (recipe.robots, recipe.tasks))
     for name, make in (
         ("physical", partial(CheckpointPolicy.load, folder, actions_only=True, **load_options(recipe))),

@@ -178,7 +178,7 @@ class EvaluatePhysical(CliCommand):
             self._report(file, protocol.name or "own protocol")
 
     def _policy_and_protocol(self) -> tuple[Callable[[], Policy], PhysicalProtocol]:
-        from blm.app.policies import contract_of, load_replay, policy_factory, with_real_time_chunking
+        from blm.app.policies import ReadyPolicy, load_replay, policy_factory, with_real_time_chunking
         from blm.evaluation import PROTOCOLS, PhysicalProtocol
         from blm.evaluation.conditions import select
         from blm.evaluation.protocol import require_no_variation
@@ -210,8 +210,8 @@ class EvaluatePhysical(CliCommand):
         if self.simulator == "maniskill":
             require_no_variation(conditions, standard.get("visible_goals", False))
             changes |= {"robots": ("panda",), "simulator": f"maniskill {version('mani_skill')}"}
-        contract = contract_of(make)
-        return make, PhysicalProtocol.named(self.protocol, contract, latency=self.latency, **changes)
+        ready = ReadyPolicy(make)
+        return ready, PhysicalProtocol.named(self.protocol, ready.contract, latency=self.latency, **changes)
 
     def _report(self, file: Path, protocol: str) -> None:
         from blm.evaluation.report import ReportData, build_report

@@ -102,11 +102,12 @@ class Condition:
 
 
 def chance(tasks: Iterable[str]) -> float | None:
-    """Return the success rate of a policy that solves these tasks but ignores words.
+    """Return the mean success rate of policies that solve these tasks but ignore words.
 
-    Two things fit the scenes of a task with another thing to name; for other tasks it is unknown (None).
+    It is None if words do not decide in the scenes of one of these tasks (`TaskSpec.chance` is 1).
     """
-    return None if any(task in OTHER_TASK for task in tasks) else 0.5
+    rates = [lookup("task", task, TASKS).chance for task in tasks]
+    return None if not rates or max(rates) == 1 else sum(rates) / len(rates)
 
 
 PLAIN = Condition()

@@ -33,7 +33,6 @@ def _drawing(salt: str, size: tuple[float, float]) -> Iterator[tuple[Axes, list[
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.15, color=_INK)
         yield axes, drawn
-        axes.legend(frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
@@ -55,6 +54,7 @@ def loss_curve(stage: str, log: Path) -> str:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.legend(frameon=False)
     return drawn[0]
 
 
@@ -72,6 +72,7 @@ def axes_figure(summary: PerturbedSummary) -> str:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.grid(visible=False, axis="x")
         axes.set_ylabel("success once")
+        axes.figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return drawn[0]
 
 

@@ -80,7 +80,7 @@ def lift_peg_upright(state: WorldState, *, named_end: bool = False) -> Primitive
     if _in_hand(state, peg) and not (on_foot and peg.spin < SWINGING):
         if np.sign(_in_peg(state, peg)[0]) not in ends:
             return Primitive(name="release", opening=1.0, touches=(NAME,))
-        return _lift_and_straighten(state, peg)
+        return _lift_and_straighten(state, peg, look_ahead=named_end)
     if on_foot or (lean < LYING and (peg.spin > ROCKING or _distance_past_end(state, peg) < LEAVE / 2)):
         return _release_and_retreat(state, peg)
     return _grasp(state, peg, ends)
@@ -132,8 +132,11 @@ def _grasp(state: WorldState, peg: ObjectState, ends: tuple[int, ...]) -> Primit
     )
 
 
-def _lift_and_straighten(state: WorldState, peg: ObjectState) -> Primitive:
-    """Lift the peg until it hangs clear of the table, straighten it, set it down."""
+def _lift_and_straighten(state: WorldState, peg: ObjectState, *, look_ahead: bool) -> Primitive:
+    """Lift the peg until it hangs clear of the table, straighten it, set it down.
+
+    With `look_ahead`, routes up that leave room to straighten the peg come first.
+    """
     end = np.sign(_in_peg(state, peg)[0])
     axis = end * _axis(peg)  # from the foot to the grip
     lean = float(np.arccos(np.clip(axis[2], -1, 1)))
@@ -144,11 +147,15 @@ def _lift_and_straighten(state: WorldState, peg: ObjectState) -> Primitive:
         peg = later.objects[NAME]
         return _in_hand(later, peg) and (_lean_angle(peg) > PLUMB) == (lean > PLUMB)
 
-    def with_peg(name: str, grip: float, routes: list[list[Pose]], rigid: bool = True) -> Primitive:
+    def with_peg(
+        name: str, grip: float, routes: list[list[Pose]], rigid: bool = True, roomy: bool = False
+    ) -> Primitive:
+        last = [[_straightened(route[-1], axis)] for route in routes] if roomy else []
+        first = [Candidate(route, pose) for route, pose in zip(routes, last, strict=False)]
         return Primitive(
             name=name,
             opening=_opening(state.robot, peg, _squeeze(peg, grip)),
-            candidates=[Candidate(poses) for poses in routes],
+            candidates=[*first, *(Candidate(poses) for poses in routes)],
             touches=() if rigid else (NAME,),
             carried=NAME if rigid else "",
             valid=held,
@@ -166,7 +173,15 @@ def _lift_and_straighten(state: WorldState, peg: ObjectState) -> Primitive:
     straight, turned = _lift_routes(state.robot, state.tool, hang)
     rotated = [[pose] for pose in _rotated_about_closing_axis(state, hang)[1:]]
     routes = [straight[1:], *rotated, turned, turned[1:]]
-    return with_peg("lift", GENTLE if lean > PLUMB else FIRM, routes, rigid=False)
+    roomy = look_ahead and lean > STRAIGHT
+    return with_peg("lift", GENTLE if lean > PLUMB else FIRM, routes, rigid=False, roomy=roomy)
+
+
+def _straightened(tool: Pose, axis: Vector) -> Pose:
+    """Return the pose of a tool that has straightened the peg with this axis (foot to grip, [3])."""
+    sideways = np.cross(axis, UP)
+    turn = SO3.exp(SWING * sideways / max(float(np.linalg.norm(sideways)), 1e-9))
+    return Pose.from_rotation_and_translation(turn @ tool.rotation(), tool.translation())
 
 
 def _release_and_retreat(state: WorldState, peg: ObjectState) -> Primitive:

@@ -67,11 +67,11 @@ class FrozenProof:
         """Return the proof that the config.json of a checkpoint holds."""
         return cls(stored["fingerprint"], tuple(stored["logits"]), stored.get("weights", ""))
 
-    def require(self, backbone: Backbone, where: str) -> None:
+    def require(self, backbone: Backbone, where: str, *, weights: str = "") -> None:
         """Raise BlmError unless the weights of `backbone`, in the precision in which they were
-        hashed, are unchanged."""
+        hashed, are unchanged. `weights` is its `Backbone.fingerprint`, where that is known."""
         if self.weights:
-            now, then = backbone.fingerprint(), self.weights
+            now, then = weights or backbone.fingerprint(), self.weights
             remedy = "restore it or train Stage II again"
         else:
             now, then = backbone.fingerprint_with_computed_buffers(), self.fingerprint
@@ -282,7 +282,8 @@ class CheckpointPolicy:
     def save(self, folder: Path, provenance: Mapping[str, Any], *, proved: bool = False) -> None:
         """Write the checkpoint folder atomically; it may replace an unaltered checkpoint.
 
-        `proved` skips hashing the backbone: the caller has just done it. Raises BlmError if the
+        `proved` skips hashing the backbone: the caller has just done it, or is about to load the
+        folder, which does it. Raises BlmError if the
         backbone is no longer in the precision in which it was frozen, or is not whole.
         """
         self.backbone.require_whole()

@@ -9,6 +9,7 @@ import numpy as np
 from blm.robots import RobotSpec
 from blm.tasks.lift_peg_upright import HALF_WIDTH, axis_of, peg, stands
 from blm.tasks.spec import PALETTE, Item, Placement, Region, SceneDraw, TaskSpec, TaskState, pose
+from blm.tasks.wordings import HELD_OUT_WORDINGS, TRAINING_WORDINGS
 from blm.tasks.words import draw_colors
 
 
@@ -48,14 +49,11 @@ WORDS_LIFT_PEG_UPRIGHT = TaskSpec(
     scene=_scene,
     success=_success,
     wrong=_wrong,
-    phrasings=(
-        "Stand the peg upright on the table with the {top} end up.",
-        "Lift the peg and set it down upright, the {top} end on top.",
-        "Raise the lying peg until it stands with its {top} end up.",
-        "Pick up the bar and put it upright with the {top} end at the top.",
-    ),
-    held_out_phrasings=("Make the peg that lies on the table stand vertically, {top} end up.",),
+    phrasings=TRAINING_WORDINGS["words_lift_peg_upright"][:4],
+    held_out_phrasings=HELD_OUT_WORDINGS["words_lift_peg_upright"],
     object="peg",
     swap={"peg": "peg"},
     chance=0.5,
+    # Elsewhere the arm cannot grip each end and stand the peg on the other.
+    regions={"widowxai": Region((-0.22, 0.0), (0.035, 0.05))},
 )

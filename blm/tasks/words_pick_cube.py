@@ -7,6 +7,7 @@ import numpy as np
 from blm.robots import RobotSpec
 from blm.tasks.pick_cube import goal_sphere, held_at_goal
 from blm.tasks.spec import Item, Placement, Region, SceneDraw, TaskSpec, TaskState, cube, pose
+from blm.tasks.wordings import HELD_OUT_WORDINGS, TRAINING_WORDINGS
 from blm.tasks.words import draw_colors, is_displaced, side_by_side
 
 _GAP = (0.09, 0.14)
@@ -60,13 +61,8 @@ WORDS_PICK_CUBE = TaskSpec(
     scene=_scene,
     success=held_at_goal,
     wrong=_wrong,
-    phrasings=(
-        "Pick up the {color} cube and move it to the green goal.",
-        "Grasp the {color} cube and hold it at the green sphere.",
-        "Lift the {color} cube to the green ball.",
-        "Take the {color} block and bring it to the green target in the air.",
-    ),
-    held_out_phrasings=("Carry the {color} cube to where the green sphere floats.",),
+    phrasings=TRAINING_WORDINGS["words_pick_cube"][:4],
+    held_out_phrasings=HELD_OUT_WORDINGS["words_pick_cube"],
     object="cube",
     goal="goal",
     swap={"cube": "other", "other": "cube"},

@@ -7,6 +7,7 @@ import numpy as np
 from blm.robots import RobotSpec
 from blm.tasks.place_sphere import RADIUS, WALL, ball, in_bin, shallow_bin
 from blm.tasks.spec import Item, Placement, Region, SceneDraw, TaskSpec, TaskState, pose
+from blm.tasks.wordings import HELD_OUT_WORDINGS, TRAINING_WORDINGS
 from blm.tasks.words import draw_colors, is_displaced, side_by_side
 
 _GAP = (0.10, 0.14)
@@ -58,13 +59,8 @@ WORDS_PLACE_SPHERE = TaskSpec(
     scene=_scene,
     success=in_bin,
     wrong=_wrong,
-    phrasings=(
-        "Place the {color} ball in the {bin} bin.",
-        "Pick up the {color} sphere and put it into the shallow {bin} bin.",
-        "Drop the {color} ball into the small {bin} tray.",
-        "Put the {color} ball in the {bin} bin and let go.",
-    ),
-    held_out_phrasings=("The {color} sphere belongs in the {bin} box: bring it there.",),
+    phrasings=TRAINING_WORDINGS["words_place_sphere"][:4],
+    held_out_phrasings=HELD_OUT_WORDINGS["words_place_sphere"],
     object="ball",
     goal="bin",
     swap={"ball": "other_ball", "other_ball": "ball", "bin": "other_bin", "other_bin": "bin"},

@@ -6,6 +6,7 @@ The scenes are those of `words_push_cube`.
 from __future__ import annotations
 
 from blm.tasks.spec import TaskSpec, TaskState
+from blm.tasks.wordings import HELD_OUT_WORDINGS, TRAINING_WORDINGS
 from blm.tasks.words import is_displaced
 from blm.tasks.words_push_cube import (
     REGIONS,
@@ -33,13 +34,8 @@ WORDS_PULL_CUBE = TaskSpec(
     scene=draw_cubes_and_discs,
     success=_success,
     wrong=_wrong,
-    phrasings=(
-        "Pull the {color} cube onto the red and white target.",
-        "Pull the {color} block back into the target circle.",
-        "Draw the {color} cube towards the robot onto the round target.",
-        "Drag the {color} cube backward until it is on the target.",
-    ),
-    held_out_phrasings=("Get the {color} cube to the bullseye by pulling it.",),
+    phrasings=TRAINING_WORDINGS["words_pull_cube"][:4],
+    held_out_phrasings=HELD_OUT_WORDINGS["words_pull_cube"],
     object="cube",
     goal="near_target",
     swap={"cube": "other", "other": "cube"},

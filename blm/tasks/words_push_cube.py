@@ -11,6 +11,7 @@ import numpy as np
 from blm.robots import RobotSpec
 from blm.tasks.push_cube import disc
 from blm.tasks.spec import Item, Placement, Region, SceneDraw, TaskSpec, TaskState, cube, pose
+from blm.tasks.wordings import HELD_OUT_WORDINGS, TRAINING_WORDINGS
 from blm.tasks.words import draw_colors, is_displaced, side_by_side
 
 RADIUS = 0.08
@@ -82,13 +83,8 @@ WORDS_PUSH_CUBE = TaskSpec(
     scene=draw_cubes_and_discs,
     success=_success,
     wrong=_wrong,
-    phrasings=(
-        "Push the {color} cube onto the red and white target.",
-        "Push the {color} block forward into the target circle.",
-        "Shove the {color} cube away from the robot onto the round target.",
-        "Slide the {color} cube ahead until it is on the target.",
-    ),
-    held_out_phrasings=("Get the {color} cube to the bullseye by pushing it.",),
+    phrasings=TRAINING_WORDINGS["words_push_cube"][:4],
+    held_out_phrasings=HELD_OUT_WORDINGS["words_push_cube"],
     object="cube",
     goal="far_target",
     swap={"cube": "other", "other": "cube"},

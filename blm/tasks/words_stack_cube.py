@@ -7,6 +7,7 @@ import numpy as np
 from blm.robots import RobotSpec
 from blm.tasks.spec import Item, Region, SceneDraw, TaskSpec, TaskState, cube
 from blm.tasks.stack_cube import STACK_CUBE, stacked, two_cubes
+from blm.tasks.wordings import HELD_OUT_WORDINGS, TRAINING_WORDINGS
 from blm.tasks.words import DISPLACED, draw_colors
 
 
@@ -34,13 +35,8 @@ WORDS_STACK_CUBE = TaskSpec(
     scene=_scene,
     success=stacked,
     wrong=_wrong,
-    phrasings=(
-        "Stack the {a} cube on the {b} cube.",
-        "Put the {a} cube on top of the {b} one and let go.",
-        "Pick up the {a} block and set it on the {b} block.",
-        "Place the {a} cube onto the {b} cube.",
-    ),
-    held_out_phrasings=("Build a tower: {a} cube above, {b} cube below.",),
+    phrasings=TRAINING_WORDINGS["words_stack_cube"][:4],
+    held_out_phrasings=HELD_OUT_WORDINGS["words_stack_cube"],
     object="cube",
     goal="lower",
     swap={"cube": "lower", "lower": "cube"},

@@ -1,1 +1,1 @@
-"""Stage I (`sft`), Stage II (`policy`), the pretraining of nano, and the loop that they share."""
+"""Stage I (`sft`), Stage II (`policy`), the pretraining of nano, and the loop and caches of all."""

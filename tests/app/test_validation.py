@@ -21,7 +21,8 @@ class Policy:
     def __init__(self, device: str) -> None:
         self.device, self.saved = device, list[Path]()
 
-    def save(self, folder: Path, provenance: dict[str, Any]) -> None:
+    def save(self, folder: Path, provenance: dict[str, Any], *, proved: bool) -> None:
+        assert proved, "the weights are hashed here and again in each worker"
         self.saved.append(folder)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from blm.backbone import Backbone
 from blm.policy.policy import CheckpointPolicy
 from blm.training.loop.loop import LoopConfig
-from blm.training.policy import hidden_state_cache
+from blm.training.policy import cache_workers
 from blm.training.policy.config import PolicyTrainingConfig
+from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.training.policy.hidden_state_cache import cache_hidden_states
 from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.train import train_stage2
@@ -84,14 +85,13 @@ def test_a_cache_is_filled_on_the_gpu_by_the_training_process(
 ) -> None:
     from blm.datasets.lerobot import open_dataset
 
-    def run_units(*_: Any, **options: Any) -> None:
+    def run_units(write: Any, *_: Any, **options: Any) -> None:
         assert options["workers"] == 0 and "setup" not in options
-        raise BlmError(str(hidden_state_cache._worker[0].live.backbone.model.device))
+        raise BlmError(str(write.__self__.live.backbone.model.device))
 
-    monkeypatch.setattr(hidden_state_cache, "run_units", run_units)
-    backbone = Backbone.load(policy_config.backbone, device=GPU)
+    monkeypatch.setattr(cache_workers, "run_units", run_units)
+    source = policy_config.backbone
+    hashed = HashedBackbone.of(Backbone.load(source, device=GPU), source)
     dataset = open_dataset(policy_config.datasets[0])
     with pytest.raises(BlmError, match=f"^{GPU}$"):
-        cache_hidden_states(
-            backbone, policy_config.backbone, dataset, replace(policy_config.intents, workers=2), tmp_path
-        )
+        cache_hidden_states(hashed, dataset, replace(policy_config.intents, workers=2), tmp_path)

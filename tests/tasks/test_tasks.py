@@ -361,7 +361,7 @@ def test_distractors_are_apart_told_apart_and_touch_nothing(robot, task):
         plain.reset(seed=seed)
         things = env.objects()
         assert len(things) == len(env.items) + 6
-        assert len({(thing.kind, thing.color) for thing in things.values()}) == len(things)
+        assert len({thing.label for thing in things.values()}) == len(things)
         solids = [thing for thing in things.values() if thing.kind not in ("sphere", "disc")]
         for i, one in enumerate(solids):
             for other in solids[:i]:

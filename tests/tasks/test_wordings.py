@@ -9,6 +9,7 @@ import string
 import pytest
 
 from blm.tasks import TASKS
+from blm.tasks.registry import WORDS
 from blm.tasks.spec import PALETTE
 from blm.tasks.wordings import HELD_OUT_WORDINGS, LEVELS, TEST_WORDINGS, TRAINING_WORDINGS, expand, training
 from blm.types import BlmError
@@ -47,7 +48,7 @@ def core(text: str) -> str:
 
 def test_tasks_levels_and_counts():
     assert {*TRAINING_WORDINGS} == {*TEST_WORDINGS} == {*SLOTS}
-    assert {*HELD_OUT_WORDINGS} == {*SLOTS} - {*TASKS}
+    assert {*HELD_OUT_WORDINGS} == {*WORDS} and {*SLOTS} == {*TASKS}
     assert all(len(texts) >= 3 for texts in HELD_OUT_WORDINGS.values())
     for task in SLOTS:
         assert 60 <= len(TRAINING_WORDINGS[task]) <= 100, (task, len(TRAINING_WORDINGS[task]))

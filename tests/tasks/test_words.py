@@ -164,7 +164,8 @@ def test_the_wrong_disc_and_the_wrong_stack_are_mistakes() -> None:
 def test_the_named_end_of_the_peg_must_be_up(up: int, named: str) -> None:
     turn = np.array([np.cos(np.pi / 4), 0.0, -up * np.sin(np.pi / 4), 0.0])  # its front end points up or down
     spec = TASKS["words_lift_peg_upright"]
-    peg = {"peg": ObjectState("peg", "peg", "", np.array([0.0, 0.0, 0.12]), turn)}
+    size = spec.items(ROBOTS["panda"])[0].parts[0].size
+    peg = {"peg": ObjectState("peg", "peg", "", np.array([0.0, 0.0, 0.12]), turn, size)}
     state = TaskState(ROBOTS["panda"], peg if named == "own" else exchange(peg, spec.swap), 0.0, frozenset())
     right = (up == 1) == (named == "own")
     assert spec.wrong is not None

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from blm.backbone.backbone import Backbone
 from blm.datasets.transforms import RobotTransforms
 from blm.policy.heads import IndexedLinear, with_embodiments
 from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
 from blm.policy.tuning import TuningRecord
+from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.types import BlmError, PolicyContract, joint_training
 
 
@@ -96,7 +96,7 @@ def from_scratch(config: PolicyConfig, hidden_size: int, robots: Sequence[str], 
 def from_checkpoint(
     policy: CheckpointPolicy,
     *,
-    backbone: Backbone,
+    backbone: HashedBackbone,
     layer: int,
     pool: int,
     config: PolicyConfig,
@@ -109,7 +109,7 @@ def from_checkpoint(
     the checkpoint; and if `only_new` is set with no new robot, or with datasets of the checkpoint's
     robots.
     """
-    policy.frozen.require(backbone, "the checkpoint to start from")
+    policy.frozen.require(backbone.backbone, "the checkpoint to start from", weights=backbone.weights)
     old = policy.contract
     pairs = {
         "layer": (policy.layer, layer),

@@ -30,6 +30,7 @@ from blm.policy.tuning import TuningKind, TuningRecord
 from blm.training.loop.distributed import DataShard, fsdp_requested
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.cotraining import CotrainingSampler, LanguageBatch, LanguageCotraining
+from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.training.policy.sampler import WHOLE_BATCH, PolicySampler
 from blm.training.sft.lora import Lora, add_adapters
 from blm.training.sft.loss import MaskedLossModel
@@ -165,7 +166,7 @@ class TunedBackbone:
 
     def __init__(
         self,
-        backbone: Backbone,
+        hashed: HashedBackbone,
         layer: int,
         config: BackboneTuning,
         conversations: CotrainingSampler | None,
@@ -178,9 +179,10 @@ class TunedBackbone:
         Raises BlmError for LoRA targets that the language model does not have, and for more blocks
         than the tap has before it.
         """
-        self.backbone, self.layer, self.config = backbone, layer, config
+        self.backbone = backbone = hashed.backbone
+        self.layer, self.config = layer, config
         self.conversations = conversations
-        self.before = backbone.fingerprint()
+        self.before = hashed.weights
         self.first_block = 1
         names = [name for name, _ in backbone.model.named_parameters()]
         self.adapted: PeftModel | None = None
@@ -341,14 +343,14 @@ def network_of(trained: TrainedModule) -> PolicyNetwork:
 
 
 def tune_backbone(
-    backbone: Backbone,
+    hashed: HashedBackbone,
     layer: int,
     config: BackboneTuning,
     conversations: CotrainingSampler | None,
     seed: int,
 ) -> TunedBackbone | None:
     """Return the backbone to tune, or None for a frozen one; raises as `TunedBackbone` does."""
-    return TunedBackbone(backbone, layer, config, conversations, seed=seed) if config.on else None
+    return TunedBackbone(hashed, layer, config, conversations, seed=seed) if config.on else None
 
 
 @contextmanager

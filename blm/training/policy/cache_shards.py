@@ -4,36 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from blm.datasets.mixture import IndexArray
+from blm.io import replacing
+from blm.jobs import Result
+from blm.training.caches.files import ShardFile, describe_file
 from blm.training.policy.hidden_states import HiddenStateRows, LiveHiddenStates
 from blm.training.policy.quantization import CodingError, ErrorMeter, TokenCodec
 from blm.types import BlmError
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheShard:
+class CacheShard(ShardFile):
     """A file of the cache, as the manifest describes it."""
 
     frames: Sequence[int]
     """Dataset frames, in order."""
     lengths: Sequence[int]
     """Tokens of each row of hidden states; a frame has one row per view."""
-    sha256: str
     error: float | None = None
     """RMS error of decoded tokens, relative to the normalised tokens; None for float16."""
     worst_error: float | None = None
     """Largest such error of a token."""
     cosine: float | None = None
     """Smallest cosine between a token and its decoded one."""
-    bytes: int = 0
-    """Size of the file."""
-    sample_sha256: str = ""
-    """Hash of blocks of the file, see `sample_sha256`; empty in caches of older versions."""
 
 
 def coding_error(shards: Iterable[CacheShard]) -> CodingError | None:
@@ -51,10 +51,28 @@ def coding_error(shards: Iterable[CacheShard]) -> CodingError | None:
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """What a worker process computes shards with."""
+    """What a process computes shards with."""
 
     live: LiveHiddenStates
     codec: TokenCodec | None
+
+    def write(self, payload: tuple[Path, Sequence[IndexArray]]) -> Result:
+        """Write the shard of a payload: its path, and the cached frames of each of its episodes."""
+        path, episodes = payload
+        copies = self.live.config.views + 1
+        rows = [
+            row
+            for frames in episodes
+            for row in self.live.read(np.repeat(frames, copies), np.tile(np.arange(copies), len(frames)))
+        ]
+        stored, error = self.store(rows)
+        coding = dict[str, float]()
+        if error is not None:
+            coding = {"error": error.rms, "worst_error": error.worst, "cosine": error.cosine}
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, stored)
+        frames = np.concatenate(episodes).tolist()
+        return {"frames": frames, "lengths": [len(row) for row in rows], **coding, **describe_file(path)}
 
     def store(self, rows: HiddenStateRows) -> tuple[NDArray[Any], CodingError | None]:
         """Return hidden states in the form of the cache, [tokens, ..], and the error of codes.

@@ -3,18 +3,16 @@
     cache/  spec.json  journal.jsonl  00000.npy 00001.npy ..  manifest.json
 
 A shard holds the hidden states of some whole episodes, [tokens, d], prompts one after another
-without padding, in float16 or as compact codes (`quantization.py`). spec.json records everything that
-H_k depends on; a cache with another spec, or with a changed shard, is refused. The future loss
-reads the frame `future_steps` ahead from the same cache. Augmented views of a frame follow the
-frame itself.
+without padding, in float16 or as compact codes (`quantization.py`). The future loss reads the frame
+`future_steps` ahead from the same cache. Augmented views of a frame follow the frame itself.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +21,16 @@ import torch
 from rich.console import Console
 
 from blm.backbone.backbone import Backbone
-from blm.datasets.lerobot import EpisodeDataset, open_dataset
+from blm.datasets.lerobot import EpisodeDataset
 from blm.datasets.mixture import IndexArray, kept_frames
-from blm.io import read_json, replacing, sha256_file, write_json
-from blm.jobs import Result, WorkUnit, run_units
+from blm.io import read_json
+from blm.jobs import WorkUnit
+from blm.training.caches.filling import Cache, fill_cache
 from blm.training.loop.distributed import Processes
 from blm.training.policy import augmentation
-from blm.training.policy.cache_files import require_unaltered, sample_sha256
-from blm.training.policy.cache_processes import (
-    journal_path,
-    own_units,
-    require_shared,
-    wait_for_manifest,
-    wait_for_shards,
-)
 from blm.training.policy.cache_shards import CacheShard, ShardWriter, coding_error
+from blm.training.policy.cache_workers import FrameWorkers, WriteShard
+from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.training.policy.hidden_states import (
     CachePrecision,
     HiddenStateConfig,
@@ -47,7 +40,7 @@ from blm.training.policy.hidden_states import (
 )
 from blm.training.policy.projection import describe_tokens
 from blm.training.policy.quantization import TokenCodec, code_bytes
-from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
+from blm.training.run_inputs import run_together
 from blm.types import BlmError
 
 FORMAT = 2
@@ -83,8 +76,7 @@ class CachedHiddenStates:
 
 
 def cache_hidden_states(
-    backbone: Backbone,
-    source: str,
+    hashed: HashedBackbone,
     dataset: EpisodeDataset,
     config: HiddenStateConfig,
     folder: Path,
@@ -93,29 +85,31 @@ def cache_hidden_states(
 ) -> CachedHiddenStates:
     """Fill the cache `folder`, or the missing part of it; check it, and open it.
 
-    `source` is the name or folder from which worker processes load `backbone`; `codec` is that of
-    `open_projection`. All of `processes` call this, and each computes a part of the shards. Raises
-    BlmError, in every process, if the folder holds a cache with another spec or projection, or one
-    that was altered, or if the processes see different files.
+    `codec` is that of `open_projection`. All of `processes` call this, and each computes a part of
+    the shards. Raises BlmError, in every process, if the folder holds a cache with another spec or
+    projection, or one that was altered, or if the processes see different files.
     """
     assert (codec is not None) == (config.precision == "compact")
-    spec = describe(backbone, dataset, config, codec)
-    manifest = folder / "manifest.json"
+    spec = describe(hashed, dataset, config, codec)
 
-    def prepare() -> None:
+    def check() -> None:
         if processes.first:
             _require_same_coding(folder, spec)
-            require_same_inputs(folder / "spec.json", spec, f"hidden-state cache '{folder}' is stale")
-            if not manifest.exists():
-                _report_size(LiveHiddenStates(backbone, dataset, config), folder)
 
-    require_same_facts(processes, f"hidden-state cache '{folder}'", spec)
-    run_together(processes, prepare)
-    require_shared(processes, folder)
-    if not manifest.exists():
-        _fill(backbone, source, dataset, config, folder, processes, codec)
-    shards = {name: CacheShard(**shard) for name, shard in json.loads(manifest.read_text()).items()}
-    run_together(processes, lambda: require_unaltered("hidden-state cache", folder, shards))
+    def report() -> None:
+        _report_size(LiveHiddenStates(hashed.backbone, dataset, config), folder)
+
+    run_together(processes, check)
+    cache = Cache(
+        name="hidden-state cache",
+        folder=folder,
+        spec=spec,
+        shard=CacheShard,
+        title=f"hidden states of {dataset.space.robot}",
+    )
+    writer = partial(_open_writer, config=config, codec=codec.path if codec is not None else None)
+    workers = FrameWorkers(hashed, dataset, config, writer)
+    shards = fill_cache(cache, list(_shards(dataset, config, folder)), processes, workers, report)
     if processes.first and (error := coding_error(shards.values())):
         Console(stderr=True).print(
             f"compact hidden states {folder}: RMS error {error.rms:.2%}, worst token {error.worst:.2%}, "
@@ -151,49 +145,16 @@ def _naming(folder: Path) -> Iterator[None]:
         raise BlmError(f"hidden-state cache '{folder}': {error}; move the folder away") from None
 
 
-def _fill(
-    backbone: Backbone,
-    source: str,
+def describe(
+    hashed: HashedBackbone,
     dataset: EpisodeDataset,
     config: HiddenStateConfig,
-    folder: Path,
-    processes: Processes,
     codec: TokenCodec | None = None,
-) -> None:
-    """Compute the missing shards of this process, and wait for those of the others."""
-    units = list(_shards(dataset, config, folder))
-    setup: dict[str, Any] = {"workers": config.workers}
-    if config.workers and backbone.model.device.type == "cpu":
-        setup["setup"] = _set_up_worker
-        setup["setup_args"] = (
-            source,
-            backbone.model.dtype,
-            backbone.attn_implementation,
-            dataset.folder,
-            config,
-            codec.path if codec is not None else None,
-        )
-    else:  # further processes would hold further copies of the backbone on the same GPU
-        setup["workers"] = 0
-        _worker[:] = [ShardWriter(LiveHiddenStates(backbone, dataset, config), codec)]
-    if mine := own_units(units, folder, processes):
-        part = f", process {processes.rank} of {processes.count}" if processes.count > 1 else ""
-        title = f"hidden states of {dataset.space.robot}{part}"
-        run_units(_write_shard, mine, journal=journal_path(folder, processes.rank), title=title, **setup)
-    _worker.clear()
-    if processes.first:
-        write_json(folder / "manifest.json", wait_for_shards(units, folder))
-    else:
-        wait_for_manifest(folder)
-
-
-def describe(
-    backbone: Backbone, dataset: EpisodeDataset, config: HiddenStateConfig, codec: TokenCodec | None = None
 ) -> dict[str, Any]:
     """Return all inputs that the cached values depend on, for spec.json."""
     return {
         "format": FORMAT,
-        **describe_tokens(backbone, config),
+        **describe_tokens(hashed, config),
         "stride": config.stride,
         "precision": config.precision,
         "views": config.views,
@@ -245,47 +206,8 @@ def _shards(dataset: EpisodeDataset, config: HiddenStateConfig, folder: Path) ->
             shard, number = [], number + 1
 
 
-_worker: list[ShardWriter] = []
-"""The writer of this worker process; set by `_set_up_worker`."""
-
-
-def _set_up_worker(
-    source: str,
-    dtype: torch.dtype,
-    attn_implementation: str | None,
-    dataset: Path,
-    config: HiddenStateConfig,
-    codec: Path | None,
-) -> None:
-    backbone = Backbone.load(
-        source, dtype=dtype, attn_implementation=attn_implementation, blocks=config.layer
-    )
+def _open_writer(
+    backbone: Backbone, dataset: EpisodeDataset, config: HiddenStateConfig, codec: Path | None
+) -> WriteShard:
     loaded = TokenCodec.load(codec)[0] if codec is not None else None
-    _worker[:] = [ShardWriter(LiveHiddenStates(backbone, open_dataset(dataset), config), loaded)]
-
-
-def _write_shard(payload: tuple[Path, list[IndexArray]]) -> Result:
-    path, episodes = payload
-    writer = _worker[0]
-    live = writer.live
-    copies = live.config.views + 1
-    rows = [
-        row
-        for frames in episodes
-        for row in live.read(np.repeat(frames, copies), np.tile(np.arange(copies), len(frames)))
-    ]
-    stored, error = writer.store(rows)
-    coding = dict[str, float]()
-    if error is not None:
-        coding = {"error": error.rms, "worst_error": error.worst, "cosine": error.cosine}
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.save(file, stored)
-    frames = np.concatenate(episodes).tolist()
-    return {
-        "frames": frames,
-        "lengths": [len(row) for row in rows],
-        "sha256": sha256_file(path),
-        **coding,
-        "bytes": path.stat().st_size,
-        "sample_sha256": sample_sha256(path),
-    }
+    return ShardWriter(LiveHiddenStates(backbone, dataset, config), loaded).write

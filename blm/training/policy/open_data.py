@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from blm.backbone.backbone import Backbone
 from blm.datasets.lerobot import EpisodeDataset
 from blm.training.loop.distributed import Processes
 from blm.training.policy.add_robot import InitialPolicy
 from blm.training.policy.config import PolicyTrainingConfig
+from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.training.policy.hidden_state_cache import ALONE, cache_hidden_states
 from blm.training.policy.hidden_states import LiveHiddenStates
 from blm.training.policy.projection import open_projection
@@ -20,14 +20,15 @@ from blm.training.policy.sampler import HiddenStateSource, PolicyDataset, Policy
 
 
 def open_datasets(
-    backbone: Backbone,
+    hashed: HashedBackbone,
     datasets: Sequence[EpisodeDataset],
     config: PolicyTrainingConfig,
     start: InitialPolicy,
+    codec: TokenCodec | None,
     processes: Processes = ALONE,
 ) -> list[PolicyDataset]:
     """Split the episodes, fit the transforms, and open the hidden states; all of `processes` fill
-    the caches, where needed."""
+    the caches, where needed. `codec` is that of `open_codec`."""
     opened = split(
         datasets,
         config.policy,
@@ -37,19 +38,15 @@ def open_datasets(
         robots=start.robots,
         transforms=start.transforms(),
     )
-    codec = open_codec(backbone, datasets, config, processes)
 
     def source(dataset: EpisodeDataset, name: str) -> HiddenStateSource:
         if config.tune.on:
             assert config.tune.features is not None, "`train_stage2` chooses the folder"
             features = Path(config.tune.features) / name
-            return cache_prompts(backbone, config.backbone, dataset, config.intents, features, processes)
+            return cache_prompts(hashed, dataset, config.intents, features, processes)
         if config.cache is None:
-            return LiveHiddenStates(backbone, dataset, config.intents)
-        folder = config.cache / name
-        return cache_hidden_states(
-            backbone, config.backbone, dataset, config.intents, folder, processes, codec
-        )
+            return LiveHiddenStates(hashed.backbone, dataset, config.intents)
+        return cache_hidden_states(hashed, dataset, config.intents, config.cache / name, processes, codec)
 
     return [
         replace(one, hidden_states=source(one.dataset, name))
@@ -58,12 +55,15 @@ def open_datasets(
 
 
 def open_codec(
-    backbone: Backbone, datasets: Sequence[EpisodeDataset], config: PolicyTrainingConfig, processes: Processes
+    hashed: HashedBackbone,
+    datasets: Sequence[EpisodeDataset],
+    config: PolicyTrainingConfig,
+    processes: Processes = ALONE,
 ) -> TokenCodec | None:
     """Return the codec of the run's caches; None if they are not compact, or there are none."""
     if config.cache is None:
         return None
-    return open_projection(backbone, datasets, config.intents, config.cache, processes)
+    return open_projection(hashed, datasets, config.intents, config.cache, processes)
 
 
 def cache_names(datasets: Sequence[EpisodeDataset]) -> list[str]:

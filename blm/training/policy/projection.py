@@ -22,10 +22,10 @@ from torch import Tensor
 from blm.backbone.backbone import Backbone
 from blm.datasets.lerobot import EpisodeDataset
 from blm.datasets.mixture import IndexArray, kept_frames
-from blm.io import sha256_file
 from blm.policy.codec import prompt_version
+from blm.training.caches.processes import wait_for_file
 from blm.training.loop.distributed import Processes
-from blm.training.policy.cache_processes import wait_for_file
+from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenStates
 from blm.training.policy.quantization import TokenCodec
 from blm.training.run_inputs import run_together
@@ -36,10 +36,11 @@ SAMPLE_FRAMES = 256
 """Frames, of all datasets together, whose tokens a projection is fitted to."""
 
 
-def describe_tokens(backbone: Backbone, config: HiddenStateConfig) -> dict[str, Any]:
+def describe_tokens(hashed: HashedBackbone, config: HiddenStateConfig) -> dict[str, Any]:
     """Return what hidden states depend on, apart from the dataset."""
+    backbone = hashed.backbone
     return {
-        "backbone": backbone.fingerprint(),
+        "backbone": hashed.weights,
         "prompt": prompt_version(backbone, config.views_of_prompt),
         "image_processing": json.loads(backbone.processor.image_processor.to_json_string()),
         "layer": config.layer,
@@ -49,7 +50,7 @@ def describe_tokens(backbone: Backbone, config: HiddenStateConfig) -> dict[str, 
 
 
 def open_projection(
-    backbone: Backbone,
+    hashed: HashedBackbone,
     datasets: Sequence[EpisodeDataset],
     config: HiddenStateConfig,
     folder: Path,
@@ -63,25 +64,31 @@ def open_projection(
     """
     if config.precision != "compact":
         return None
-    path = folder / FILE
-    inputs = {**describe_tokens(backbone, config), "dims": min(config.dims, backbone.hidden_size)}
+    path, backbone = folder / FILE, hashed.backbone
+    inputs = {**describe_tokens(hashed, config), "dims": min(config.dims, backbone.hidden_size)}
 
-    def prepare() -> None:
-        if processes.first:
-            if not path.exists():
-                codec = TokenCodec.fit(_sample(backbone, datasets, config), config.dims)
-                codec.save(path, inputs)
-                _report(codec, path)
-            _require(path, inputs)
+    def prepare() -> TokenCodec | None:
+        if not processes.first:
+            return None
+        if not path.exists():
+            codec = TokenCodec.fit(_sample(backbone, datasets, config), config.dims)
+            codec.save(path, inputs)
+            _report(codec, path)
+        return _load(path, inputs)
 
-    run_together(processes, prepare)
-    sha256 = processes.gather_objects(sha256_file(path) if processes.first else "")[0]
-    run_together(processes, lambda: wait_for_file(path, sha256))
-    return TokenCodec.load(path)[0]
+    mine = run_together(processes, prepare)
+    sha256 = processes.gather_objects(mine.sha256 if mine is not None else "")[0]
+
+    def open_shared() -> TokenCodec:
+        wait_for_file(path, sha256)
+        return TokenCodec.load(path)[0]
+
+    return run_together(processes, lambda: open_shared() if mine is None else mine)
 
 
-def _require(path: Path, inputs: dict[str, Any]) -> None:
-    stored = TokenCodec.load(path)[1]
+def _load(path: Path, inputs: dict[str, Any]) -> TokenCodec:
+    """Return the codec in a file. Raises BlmError if it was made from other inputs."""
+    codec, stored = TokenCodec.load(path)
     wanted = json.loads(json.dumps(inputs))
     if other := [name for name in {**wanted, **stored} if wanted.get(name) != stored.get(name)]:
         found = ", ".join(f"{name} ({stored[name]})" if name == "dims" else name for name in other)
@@ -89,6 +96,7 @@ def _require(path: Path, inputs: dict[str, Any]) -> None:
             f"'{path}' was made for another {found}; name another folder for the caches, or move this one "
             "away"
         )
+    return codec
 
 
 def _report(codec: TokenCodec, path: Path) -> None:

@@ -1,6 +1,6 @@
 """Prompts of frames with cached vision features: what a tuned backbone reads in every step.
 
-    features/<dataset>/  spec.json  journal.jsonl  00000.safetensors 00001.safetensors ..
+    features/<dataset>/  spec.json  journal.jsonl  00000.safetensors ..  manifest.json
 
 The vision tower is frozen, so its features of a frame are computed once; only the blocks of the
 language model run in a step. All images of a dataset have one size, so each frame has the same
@@ -9,8 +9,9 @@ number of features. A text is tokenised once for each instruction.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,31 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from blm.backbone import Backbone, Inputs, control_prompt
-from blm.datasets.lerobot import EpisodeDataset, open_dataset
+from blm.datasets.lerobot import EpisodeDataset
 from blm.datasets.mixture import IndexArray, kept_frames
 from blm.io import replacing
-from blm.jobs import Result, WorkUnit, run_units
+from blm.jobs import Result, WorkUnit
+from blm.training.caches.files import ShardFile, describe_file
+from blm.training.caches.filling import Cache, fill_cache
 from blm.training.loop.distributed import Processes
-from blm.training.policy.cache_processes import journal_path, own_units, require_shared, wait_for_shards
+from blm.training.policy.cache_workers import FrameWorkers, WriteShard
+from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.training.policy.hidden_state_cache import describe
 from blm.training.policy.hidden_states import HiddenStateConfig, observed_images
-from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
 from blm.training.sft.tokenize import TokenizedExample, VisionInputs, vision_inputs_of
 from blm.training.sft.vision_features import PictureFeatures, encode_pictures
 from blm.types import ImageArray
+
+FORMAT = 3
+"""Version of these caches; older ones had no manifest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptShard(ShardFile):
+    """A file of the cache, as the manifest describes it."""
+
+    frames: Sequence[int]
+    """Dataset frames, in order; each has one row per view."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,19 @@ class PromptReader:
         found = encode_pictures(self.backbone, pixels)
         return {name: value.unflatten(0, (len(frames), -1)) for name, value in found.items()}
 
+    def write(self, payload: tuple[Path, IndexArray]) -> Result:
+        """Write the shard of a payload: its path and its frames."""
+        path, frames = payload
+        copies, size = self.config.views + 1, self.config.batch_size
+        rows, views = np.repeat(frames, copies), np.tile(np.arange(copies), len(frames))
+        parts = [
+            self.features(rows[begin : begin + size], views[begin : begin + size])
+            for begin in range(0, len(rows), size)
+        ]
+        with replacing(path) as temporary:
+            save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, temporary)
+        return {"frames": frames.tolist(), **describe_file(path)}
+
 
 @dataclass(frozen=True)
 class StoredRow:
@@ -97,13 +124,13 @@ class CachedPrompts:
     codec = None
     """Its rows are not coded."""
 
-    def __init__(self, reader: PromptReader, units: Sequence[WorkUnit]) -> None:
+    def __init__(self, reader: PromptReader, folder: Path, shards: Mapping[str, PromptShard]) -> None:
         self.templates = reader.templates()
         self.task_index, self.copies = reader.dataset.task_index, reader.config.views + 1
-        self._files = [safe_open(unit.payload[0], "pt") for unit in units]
-        self._frames = np.concatenate([unit.payload[1] for unit in units])
-        sizes = [len(unit.payload[1]) for unit in units]
-        self._file = np.repeat(np.arange(len(units)), sizes)
+        self._files = [safe_open(folder / name, "pt") for name in shards]
+        sizes = [len(shard.frames) for shard in shards.values()]
+        self._frames = np.concatenate([np.asarray(shard.frames) for shard in shards.values()])
+        self._file = np.repeat(np.arange(len(sizes)), sizes)
         self._row = np.concatenate([np.arange(size) for size in sizes])
 
     def read(self, frames: IndexArray, views: IndexArray | None = None) -> list[TokenizedExample]:
@@ -118,8 +145,7 @@ class CachedPrompts:
 
 
 def cache_prompts(
-    backbone: Backbone,
-    source: str,
+    hashed: HashedBackbone,
     dataset: EpisodeDataset,
     config: HiddenStateConfig,
     folder: Path,
@@ -127,33 +153,22 @@ def cache_prompts(
 ) -> CachedPrompts:
     """Compute the vision features of the frames that `folder` lacks, and open them.
 
-    `source` is the name or folder from which worker processes load `backbone`. All of `processes`
-    call this, and each computes a part. Raises BlmError, in every process, if the folder holds
-    features of another model or dataset, or if the processes see different files.
+    All of `processes` call this, and each computes a part. Raises BlmError, in every process, if
+    the folder holds features of another model or dataset, or altered ones, or if the processes see
+    different files.
     """
-    spec = {**describe(backbone, dataset, config), "values": "vision features"}
+    spec = {**describe(hashed, dataset, config), "values": "vision features", "format": FORMAT}
     del spec["layer"], spec["precision"]
-    require_same_facts(processes, f"vision features '{folder}'", spec)
-
-    def prepare() -> None:
-        if processes.first:
-            require_same_inputs(folder / "spec.json", spec, f"the vision features '{folder}' are stale")
-
-    run_together(processes, prepare)
-    require_shared(processes, folder)
-    units = _units(dataset, config, folder)
-    setup: dict[str, Any] = {"workers": 0}
-    if config.workers and backbone.model.device.type == "cpu":
-        setup = {"workers": config.workers, "setup": _set_up_worker}
-        setup["setup_args"] = (source, backbone.model.dtype, dataset.folder, config)
-    else:
-        _worker[:] = [PromptReader(backbone, dataset, config)]
-    if mine := own_units(units, folder, processes):
-        title = f"vision features of {dataset.space.robot}"
-        run_units(_write, mine, journal=journal_path(folder, processes.rank), title=title, **setup)
-    _worker.clear()
-    wait_for_shards(units, folder)
-    return CachedPrompts(PromptReader(backbone, dataset, config), units)
+    cache = Cache(
+        name="cache of vision features",
+        folder=folder,
+        spec=spec,
+        shard=PromptShard,
+        title=f"vision features of {dataset.space.robot}",
+    )
+    workers = FrameWorkers(hashed, dataset, config, partial(_open_writer, config=config))
+    shards = fill_cache(cache, _units(dataset, config, folder), processes, workers)
+    return CachedPrompts(PromptReader(hashed.backbone, dataset, config), folder, shards)
 
 
 def _units(dataset: EpisodeDataset, config: HiddenStateConfig, folder: Path) -> list[WorkUnit]:
@@ -165,26 +180,5 @@ def _units(dataset: EpisodeDataset, config: HiddenStateConfig, folder: Path) -> 
     ]
 
 
-_worker: list[PromptReader] = []
-"""The reader in this worker process; set by `_set_up_worker`."""
-
-
-def _set_up_worker(source: str, dtype: torch.dtype, dataset: Path, config: HiddenStateConfig) -> None:
-    backbone = Backbone.load(source, dtype=dtype)
-    backbone.freeze()
-    _worker[:] = [PromptReader(backbone, open_dataset(dataset), config)]
-
-
-def _write(payload: tuple[Path, IndexArray]) -> Result:
-    path, frames = payload
-    reader = _worker[0]
-    copies = reader.config.views + 1
-    rows, views = np.repeat(frames, copies), np.tile(np.arange(copies), len(frames))
-    size = reader.config.batch_size
-    parts = [
-        reader.features(rows[begin : begin + size], views[begin : begin + size])
-        for begin in range(0, len(rows), size)
-    ]
-    with replacing(path) as temporary:
-        save_file({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, temporary)
-    return {"bytes": path.stat().st_size}
+def _open_writer(backbone: Backbone, dataset: EpisodeDataset, config: HiddenStateConfig) -> WriteShard:
+    return PromptReader(backbone, dataset, config).write

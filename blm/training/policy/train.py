@@ -9,7 +9,7 @@ ends with a proof that the backbone has not changed. Options train parts of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -20,19 +20,29 @@ from blm.backbone.backbone import Backbone
 from blm.backbone.partial import require_part
 from blm.backbone.precision import WeightDtype, frozen_dtype, place_weights
 from blm.datasets.lerobot import EpisodeDataset, open_dataset
+from blm.datasets.transforms import RobotTransforms
 from blm.policy.checkpoint import require_free
 from blm.policy.policy import CheckpointPolicy, FrozenProof
 from blm.training.loop.distributed import Processes
 from blm.training.loop.ema import Ema
 from blm.training.loop.loop import require_precision
 from blm.training.policy.add_robot import InitialPolicy, from_checkpoint, from_scratch
-from blm.training.policy.backbone_tuning import TrainedModule, TunedPolicy, in_use, network_of, tune_backbone
+from blm.training.policy.backbone_tuning import (
+    TrainedModule,
+    TunedBackbone,
+    TunedPolicy,
+    in_use,
+    network_of,
+    tune_backbone,
+)
 from blm.training.policy.best_checkpoint import BestCheckpoint
 from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.cotraining import CotrainingSampler, cotraining_sampler
+from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.training.policy.hidden_state_cache import describe
 from blm.training.policy.open_data import open_codec, open_datasets
 from blm.training.policy.policy_loop import run_policy_loop
+from blm.training.policy.quantization import TokenCodec
 from blm.training.policy.sampler import joint_contract, warn_of_reserved
 from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
 from blm.types import PolicyContract
@@ -61,39 +71,34 @@ def train_stage2(
     writes = config.tune.on or (validate is not None and config.device == "cpu")
     backbone = _load_backbone(config, writes=writes)
     frozen = FrozenProof.of(backbone)
+    hashed = HashedBackbone(backbone, config.backbone, frozen.weights)
     datasets = [open_dataset(folder) for folder in config.datasets]
     contract = _contract(datasets, config)
-    start = _start(backbone, contract, config)
+    start = _start(hashed, contract, config)
     language = cotraining_sampler(backbone, config.cotrain, config.loop, processes, out)
-    inputs = _inputs(backbone, datasets, start, config, language, processes)
+    codec = open_codec(hashed, datasets, config, processes)
+    inputs = _inputs(hashed, datasets, codec, start, config, language)
     facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs, **start.origin}
     facts |= warn_of_reserved(datasets) if processes.first else {}
     _prepare_folder(out, inputs, processes)
-    opened = open_datasets(backbone, datasets, config, start, processes)
-    tuned = tune_backbone(backbone, config.intents.layer, config.tune, language, config.loop.seed)
+    opened = open_datasets(hashed, datasets, config, start, codec, processes)
+    tuned = tune_backbone(hashed, config.intents.layer, config.tune, language, config.loop.seed)
     trained = start.network if tuned is None else TunedPolicy(start.network, tuned)
-
-    def policy(weights: TrainedModule, whole: Backbone | None) -> CheckpointPolicy:
-        network = network_of(weights)
-        start.restore_old_rows(network)
-        mine = tuned.merged(weights) if tuned is not None else cast(Backbone, whole)
-        return CheckpointPolicy(
-            backbone=mine,
-            frozen=frozen if tuned is None else FrozenProof.of(mine),
-            layer=config.intents.layer,
-            network=network,
-            transforms={**start.transforms(), **{one.dataset.space.robot: one.transforms for one in opened}},
-            contract=start.extended(contract),
-            pool=config.intents.pool,
-            tuning=start.tuning if tuned is None else tuned.record(),
-        )
+    policy = _PolicyAssembler(
+        config=config,
+        start=start,
+        contract=start.extended(contract),
+        transforms={**start.transforms(), **{one.dataset.space.robot: one.transforms for one in opened}},
+        frozen=frozen,
+        tuned=tuned,
+    )
 
     def validate_weights(step: int, weights: TrainedModule) -> Mapping[str, float]:
         return validate(step, policy(weights, kept)) if validate is not None and processes.first else {}
 
     ema = Ema(trained, config.policy.ema)
     kept = backbone if config.cache is None or validate is not None else None
-    del backbone
+    del backbone, hashed
     with in_use(tuned):
         run_policy_loop(trained, ema, opened, config, out, validate_weights)
     whole = _proved_backbone(config, frozen, kept) if tuned is None else None
@@ -101,6 +106,36 @@ def train_stage2(
         _save(partial(policy, whole=whole), trained, cast(TrainedModule, ema.module), out, facts)
     processes.wait()
     return out / "checkpoint"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PolicyAssembler:
+    """Makes a policy of trained weights and a backbone."""
+
+    config: PolicyTrainingConfig
+    start: InitialPolicy
+    contract: PolicyContract
+    transforms: Mapping[str, RobotTransforms]
+    frozen: FrozenProof
+    """Proof of the backbone before the training."""
+    tuned: TunedBackbone | None
+
+    def __call__(self, weights: TrainedModule, whole: Backbone | None) -> CheckpointPolicy:
+        """Return the policy; `whole` is the frozen backbone, which a tuned one replaces."""
+        network = network_of(weights)
+        self.start.restore_old_rows(network)
+        tuned = self.tuned
+        backbone = tuned.merged(weights) if tuned is not None else cast(Backbone, whole)
+        return CheckpointPolicy(
+            backbone=backbone,
+            frozen=self.frozen if tuned is None else FrozenProof.of(backbone),
+            layer=self.config.intents.layer,
+            network=network,
+            transforms=self.transforms,
+            contract=self.contract,
+            pool=self.config.intents.pool,
+            tuning=self.start.tuning if tuned is None else tuned.record(),
+        )
 
 
 def _save(
@@ -142,15 +177,14 @@ def _prepare_folder(out: Path, inputs: Mapping[str, Any], processes: Processes) 
     run_together(processes, prepare)
 
 
-def _start(backbone: Backbone, contract: PolicyContract, config: PolicyTrainingConfig) -> InitialPolicy:
+def _start(hashed: HashedBackbone, contract: PolicyContract, config: PolicyTrainingConfig) -> InitialPolicy:
     if config.start is None:
-        start = from_scratch(
-            config.policy, backbone.hidden_size, list(contract.action_spaces), config.loop.seed
-        )
+        width, robots = hashed.backbone.hidden_size, list(contract.action_spaces)
+        start = from_scratch(config.policy, width, robots, config.loop.seed)
     else:
         start = from_checkpoint(
             CheckpointPolicy.load(config.start, actions_only=True),
-            backbone=backbone,
+            backbone=hashed,
             layer=config.intents.layer,
             pool=config.intents.pool,
             config=config.policy,
@@ -163,20 +197,19 @@ def _start(backbone: Backbone, contract: PolicyContract, config: PolicyTrainingC
 
 
 def _inputs(
-    backbone: Backbone,
+    hashed: HashedBackbone,
     datasets: Sequence[EpisodeDataset],
+    codec: TokenCodec | None,
     start: InitialPolicy,
     config: PolicyTrainingConfig,
     language: CotrainingSampler | None,
-    processes: Processes,
 ) -> dict[str, Any]:
     """Return all inputs that a run depends on, except the loop's config, for inputs.json."""
-    codec = open_codec(backbone, datasets, config, processes)
     tuning = {"tune": config.tune.facts()} if config.tune.on else {}
     cotraining = {"cotrain": language.facts()} if language is not None else {}
     return {
         "robots": list(start.robots),
-        "intents": [describe(backbone, data, config.intents, codec) for data in datasets],
+        "intents": [describe(hashed, data, config.intents, codec) for data in datasets],
         "policy": asdict(config.policy),
         "weights": dict(config.weights),
         "held_out": config.held_out,

@@ -4,9 +4,7 @@
 
 A shard holds the features of the pictures of some examples, one after another, in the precision of
 the vision tower; equal pictures are stored once. All processes fill the cache together, and each
-reads from the files what a step needs, so none holds the features in its memory. A killed run
-continues behind its last shard. spec.json records everything that the features depend on; a cache
-with another spec, or with a changed shard, is refused.
+reads from the files what a step needs, so none holds the features in its memory.
 """
 
 from __future__ import annotations
@@ -27,20 +25,13 @@ from blm.backbone import Backbone, Inputs
 from blm.backbone.hashing import hash_tensors
 from blm.backbone.video import Clip
 from blm.backbone.vision_cache import content_key
-from blm.io import read_json, replacing, sha256_file, write_json
+from blm.io import replacing
 from blm.jobs import Result, WorkUnit, run_units
 from blm.media import locate
+from blm.training.caches.files import ShardFile, describe_file, sample_sha256
+from blm.training.caches.filling import Cache, fill_cache
+from blm.training.caches.processes import finished_shards
 from blm.training.loop.distributed import Processes
-from blm.training.policy.cache_files import require_unaltered, sample_sha256
-from blm.training.policy.cache_processes import (
-    finished_shards,
-    journal_path,
-    own_units,
-    require_shared,
-    wait_for_manifest,
-    wait_for_shards,
-)
-from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
 from blm.training.sft.tokenize import TokenizedExample, VisionInputs
 from blm.training.sft.vision_attention import use_batched_vision_attention
 from blm.training.sft.vision_features import (
@@ -62,7 +53,7 @@ Place = tuple[int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeatureShard:
+class FeatureShard(ShardFile):
     """A file of the cache, as the manifest describes it."""
 
     examples: Sequence[Sequence[str]]
@@ -71,10 +62,6 @@ class FeatureShard:
     pictures: Mapping[str, tuple[int, int]]
     """Content key -> number of the layout and index of the first value; the pictures that are in no
     shard that was finished earlier."""
-    sha256: str
-    bytes: int
-    """Size of the file."""
-    sample_sha256: str
 
 
 class FeatureFiles:
@@ -135,32 +122,20 @@ def cache_features(
     vision tower is frozen, if the folder holds a cache with another spec, or one that was altered,
     or if the processes see different files.
     """
-    spec = _describe(backbone, sources)
-    manifest = folder / "manifest.json"
+    cache = Cache(
+        name="feature cache",
+        folder=folder,
+        spec=_describe(backbone, sources),
+        shard=FeatureShard,
+        title="vision features",
+    )
 
-    def prepare() -> None:
-        if processes.first:
-            folder.mkdir(parents=True, exist_ok=True)
-            require_same_inputs(folder / "spec.json", spec, f"feature cache '{folder}' is stale")
+    def compute(units: Sequence[WorkUnit], journal: Path, title: str) -> None:
+        write = _Filler(backbone, folder).write_shard
+        with use_batched_vision_attention(backbone):
+            run_units(write, units, journal=journal, workers=0, title=title)
 
-    require_same_facts(processes, f"feature cache '{folder}'", spec)
-    run_together(processes, prepare)
-    require_shared(processes, folder)
-    units = list(_units(sources, folder))
-    if not manifest.exists():
-        filler = _Filler(backbone, folder)
-        if mine := own_units(units, folder, processes):
-            title = "vision features"
-            title += f", process {processes.rank} of {processes.count}" if processes.count > 1 else ""
-            journal = journal_path(folder, processes.rank)
-            with use_batched_vision_attention(backbone):
-                run_units(filler.write_shard, mine, journal=journal, workers=0, title=title)
-        if processes.first:
-            write_json(manifest, wait_for_shards(units, folder))
-        else:
-            wait_for_manifest(folder)
-    shards = {name: FeatureShard(**shard) for name, shard in read_json(manifest).items()}
-    run_together(processes, lambda: require_unaltered("feature cache", folder, shards))
+    shards = fill_cache(cache, list(_units(sources, folder)), processes, compute)
     files = FeatureFiles(folder, shards, _feature_dtype(backbone))
     keys = [tuple(own) for shard in shards.values() for own in shard.examples]
     rest = iter(keys)
@@ -221,14 +196,7 @@ class _Filler:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.save(file, np.concatenate([empty, *values]))
         self.stored |= pictures.keys()
-        return {
-            "examples": keys,
-            "layouts": layouts,
-            "pictures": pictures,
-            "sha256": sha256_file(path),
-            "bytes": path.stat().st_size,
-            "sample_sha256": sample_sha256(path),
-        }
+        return {"examples": keys, "layouts": layouts, "pictures": pictures, **describe_file(path)}
 
 
 def _flat(values: Tensor) -> np.ndarray:

@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from blm.app.policies import contract_of, policy_factory
+from blm.app.policies import policy_factory
 from blm.cli import main
+from blm.datasets.dataset import EpisodeDataset
 from blm.evaluation import (
     PROTOCOLS,
     PhysicalProtocol,
@@ -296,7 +298,7 @@ def test_the_expert_is_perturbed_too(tmp_path: Path) -> None:
     make = policy_factory("expert", cameras=(), image_size=32, horizon=1, execute=1, api_key=None, load={})
     options = {"robots": ("panda",), "tasks": ("push_cube",), "episodes": 1, "max_steps": 120}
     protocol = PhysicalProtocol.for_policy(
-        contract_of(make), **options, conditions=(Condition(axis="light", level=2), BLANK)
+        make().contract, **options, conditions=(Condition(axis="light", level=2), BLANK)
     )
     result = evaluate_physical(make, protocol, tmp_path, workers=0, videos_per_cell=0)
     assert result.training == "none"
@@ -487,6 +489,22 @@ def test_a_contract_tells_its_training() -> None:
         replace(CONTRACT, training="yes")
     assert joint_training(["plain", "randomized", "unknown"]) == "randomized"
     assert joint_training(["plain", "unknown"]) == "unknown" and joint_training(["plain"]) == "plain"
+
+
+@pytest.mark.parametrize(
+    "provenance, training",
+    [
+        ({}, "unknown"),
+        ({"training": "randomized", "collect": {}}, "randomized"),
+        ({"collect": {"distractors": 0, "appearance": {"light": 0.0}}}, "plain"),
+        ({"collect": {"distractors": 0, "appearance": {"light": 0.3}}}, "randomized"),
+        ({"collect": {"distractors": 2}}, "randomized"),
+    ],
+)
+def test_a_dataset_tells_whether_its_scenes_were_randomized(provenance: dict, training: str) -> None:
+    """Those collected before this was recorded tell it by their configuration."""
+    dataset = SimpleNamespace(provenance=provenance)
+    assert EpisodeDataset.training.fget(dataset) == training
 
 
 def test_keys_name_episodes() -> None:

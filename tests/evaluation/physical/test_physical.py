@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import av
 import numpy as np
 import pytest
 
-from blm.app.policies import contract_of, policy_factory
+from blm.app.policies import ReadyPolicy, policy_factory
 from blm.evaluation import (
     PROTOCOLS,
     PhysicalProtocol,
@@ -320,12 +321,28 @@ def test_a_policy_of_another_contract_does_not_continue_a_run(tmp_path: Path) ->
     assert len((tmp_path / "journal.jsonl").read_text().splitlines()) == 2 * before
 
 
+def test_a_policy_that_is_ready_is_the_first_here_and_stays_here() -> None:
+    made = list[ZeroPolicy]()
+
+    def make() -> ZeroPolicy:
+        made.append(ZeroPolicy(CONTRACT))
+        return made[-1]
+
+    factory = ReadyPolicy(make)
+    assert len(made) == 1 and factory.contract == made[0].contract
+    assert factory() is made[0] and factory() is made[1]
+    copy = pickle.loads(pickle.dumps(ReadyPolicy(partial(ZeroPolicy, CONTRACT))))
+    assert copy._ready is None and copy().contract == copy.contract == factory.contract
+
+
 def test_episodes_of_a_server_without_a_contract_are_never_taken_for_anothers(tmp_path: Path) -> None:
     def evaluate(address: str, **how: Any) -> PhysicalResult:
         look: Any = {"cameras": CONTRACT.cameras, "image_size": CONTRACT.image_size}
-        make = policy_factory(f"ws://{address}", **look, horizon=4, execute=4, api_key=None, load={}, **how)
+        make = ReadyPolicy(
+            policy_factory(f"ws://{address}", **look, horizon=4, execute=4, api_key=None, load={}, **how)
+        )
         protocol = PhysicalProtocol.for_policy(
-            contract_of(make), robots=("panda",), tasks=("push_cube",), episodes=1, max_steps=4
+            make.contract, robots=("panda",), tasks=("push_cube",), episodes=1, max_steps=4
         )
         return evaluate_physical(make, protocol, tmp_path, workers=0, videos_per_cell=0)
 

@@ -18,7 +18,10 @@ from blm.training.loop.loop import LoopConfig
 from blm.training.policy.backbone_tuning import BackboneTuning, TunedPolicy, TunedSampler
 from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.cotraining import LanguageCotraining
+from blm.training.policy.hashed_backbone import HashedBackbone
+from blm.training.policy.hidden_state_cache import ALONE
 from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenStates
+from blm.training.policy.prompt_features import cache_prompts
 from blm.training.policy.train import train_stage2
 from blm.training.sft.lora import Lora
 from blm.types import BlmError
@@ -69,17 +72,14 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def test_prompts_with_cached_features_have_the_hidden_states_of_the_images(config, tmp_path):
     from blm.backbone.model import tap_with_gradient
-    from blm.training.loop.distributed import Processes
-    from blm.training.policy.prompt_features import cache_prompts
     from blm.training.sft.pack import collate
     from blm.training.sft.vision_features import forward_arguments
 
     config = replace(config, intents=replace(config.intents, views=1))
     backbone, dataset = Backbone.load(config.backbone), open_dataset(config.datasets[0])
     backbone.freeze()
-    source = cache_prompts(
-        backbone, config.backbone, dataset, config.intents, tmp_path, Processes.join("cpu")
-    )
+    hashed = HashedBackbone.of(backbone, config.backbone)
+    source = cache_prompts(hashed, dataset, config.intents, tmp_path, ALONE)
     frames, views = np.array([2, 9, 17, 4]), np.array([0, 1, 0, 1])
     expected = LiveHiddenStates(backbone, dataset, config.intents).read(frames, views)
     rows = source.read(frames, views)
@@ -87,9 +87,48 @@ def test_prompts_with_cached_features_have_the_hidden_states_of_the_images(confi
     hidden = tap_with_gradient(backbone, forward_arguments(backbone, batch.inputs), 1)
     for got, mask, row in zip(hidden, batch.inputs["attention_mask"].bool(), expected, strict=True):
         torch.testing.assert_close(got[mask].detach(), torch.from_numpy(row), rtol=1e-5, atol=1e-5)
-    with pytest.raises(BlmError, match=r"vision features .* are stale: it has another prompt, cameras"):
-        other = replace(config.intents, cameras=("base",))
-        cache_prompts(backbone, config.backbone, dataset, other, tmp_path, Processes.join("cpu"))
+
+
+def test_a_cache_of_vision_features_is_opened_only_as_it_was_written(config, tmp_path):
+    backbone, dataset = Backbone.load(config.backbone), open_dataset(config.datasets[0])
+    backbone.freeze()
+    hashed = HashedBackbone.of(backbone, config.backbone)
+    frames, views = np.array([2, 9, 17, 4]), np.array([0, 0, 0, 0])
+
+    def fill(folder: Path = tmp_path / "cache", **changes) -> list[dict[str, torch.Tensor]]:
+        intents = replace(config.intents, **changes)
+        source = cache_prompts(hashed, dataset, intents, folder, ALONE)
+        return [
+            {name: values for name, (values,) in row.features.read().items()}
+            for row in source.read(frames, views)
+        ]
+
+    def assert_same(made, wanted) -> None:
+        for one, other in zip(made, wanted, strict=True):
+            assert one.keys() == other.keys() and one
+            for name in one:
+                torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-5)
+
+    wanted = fill()
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert_same(fill(shard_frames=3), wanted)  # the manifest says which frames a file has
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()} == before
+    assert_same(fill(tmp_path / "by a worker", workers=1), wanted)
+    with pytest.raises(BlmError, match=r"of vision features .* is stale: it has another prompt, cameras"):
+        fill(cameras=("base",))
+    shard = tmp_path / "cache/00001.safetensors"
+    data = shard.read_bytes()
+    for damaged in (data[:-1], bytes([*data[:-1], data[-1] ^ 1]), None):
+        shard.unlink() if damaged is None else shard.write_bytes(damaged)
+        with pytest.raises(BlmError, match=r"of vision features .* 00001\.safetensors is missing or altered"):
+            fill()
+    shard.write_bytes(data)
+    (tmp_path / "cache/manifest.json").unlink()  # killed before the manifest
+    assert_same(fill(), wanted)
+    spec = json.loads((tmp_path / "cache/spec.json").read_text())
+    (tmp_path / "cache/spec.json").write_text(json.dumps({**spec, "format": 2}))
+    with pytest.raises(BlmError, match="is stale: it has another format"):
+        fill()
 
 
 @pytest.mark.parametrize("tune", [LORA, LAST], ids=["lora", "last blocks"])
@@ -156,8 +195,9 @@ def test_the_gradient_is_that_of_a_step_through_images_and_tap(config):
     datasets = [open_dataset(folder) for folder in config.datasets]
     own = replace(config.tune, features=config.tune.features + "-double")
     double = replace(config, tune=own)
-    opened = open_datasets(backbone, datasets, double, start)
-    tuned = tuning.tune_backbone(backbone, 1, own, None, 0)
+    hashed = HashedBackbone.of(backbone, config.backbone)
+    opened = open_datasets(hashed, datasets, double, start, None)
+    tuned = tuning.tune_backbone(hashed, 1, own, None, 0)
     module = TunedPolicy(start.network, tuned)
     batch = tuned.sampler(make_sampler(opened, double), language=True)(0)
     actions = {

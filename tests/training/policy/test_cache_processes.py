@@ -22,13 +22,18 @@ import torch
 from blm.backbone.backbone import Backbone
 from blm.datasets.lerobot import EpisodeDataset, open_dataset
 from blm.jobs import WorkUnit, read_journal
+from blm.training.caches import files
+from blm.training.caches import processes as cache_processes
+from blm.training.caches.processes import wait_for_shards
 from blm.training.loop.distributed import Processes
 from blm.training.loop.loop import LoopConfig
-from blm.training.policy import cache_files, cache_processes, hidden_state_cache
-from blm.training.policy.cache_processes import wait_for_shards
-from blm.training.policy.hidden_state_cache import CachedHiddenStates, cache_hidden_states
+from blm.training.policy import cache_workers
+from blm.training.policy.cache_workers import FrameWorkers
+from blm.training.policy.hashed_backbone import HashedBackbone
+from blm.training.policy.hidden_state_cache import ALONE, CachedHiddenStates, cache_hidden_states
 from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.projection import FILE, open_projection
+from blm.training.policy.prompt_features import cache_prompts
 from blm.training.policy.quantization import TokenCodec
 from blm.training.run_inputs import run_together
 from blm.training.sft.tokenize_corpora import TrainingSource
@@ -41,10 +46,13 @@ SHARDS = 5
 LENGTHS = (12,) * SHARDS
 
 
-def fill(world: Path, folder: Path, processes: Processes = hidden_state_cache.ALONE) -> CachedHiddenStates:
-    backbone = Backbone.load(world / "backbone")
+def fill(world: Path, folder: Path, processes: Processes = ALONE) -> CachedHiddenStates:
+    return cache_hidden_states(load(world), open_dataset(world / "arm"), CONFIG, folder, processes)
+
+
+def load(world: Path, **options: Any) -> HashedBackbone:
     source = str(world / "backbone")
-    return cache_hidden_states(backbone, source, open_dataset(world / "arm"), CONFIG, folder, processes)
+    return HashedBackbone.of(Backbone.load(source, **options), source)
 
 
 @pytest.fixture(scope="module")
@@ -163,13 +171,13 @@ def test_a_line_that_another_process_is_writing_stays(tmp_path: Path) -> None:
 def test_a_large_shard_is_checked_by_size_and_samples(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_files, "SAMPLE_BLOCKS", 4)
-    monkeypatch.setattr(cache_files, "SAMPLE_BYTES", 64)
+    monkeypatch.setattr(files, "SAMPLE_BLOCKS", 4)
+    monkeypatch.setattr(files, "SAMPLE_BYTES", 64)
     fill(world, tmp_path)
     shard = tmp_path / "00001.npy"
     data = shard.read_bytes()
     hashed = list[Path]()
-    monkeypatch.setattr(cache_files, "sha256_file", hashed.append)
+    monkeypatch.setattr(files, "sha256_file", hashed.append)
     fill(world, tmp_path)
     assert not hashed, "a whole shard was read"
     for changed in (data[:-1] + bytes([data[-1] ^ 1]), bytes([data[0] ^ 1]) + data[1:], data + b"0"):
@@ -194,26 +202,45 @@ def test_a_cache_of_an_older_version_is_hashed_whole(world: Path, tmp_path: Path
         fill(world, tmp_path)
 
 
+class StopError(Exception):
+    """Ends a run before its work."""
+
+
 def test_on_a_gpu_no_worker_loads_another_backbone(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = list[dict[str, Any]]()
-    dataset = open_dataset(world / "arm")
-
-    def run_units(work: Callable[..., Any], units: list[WorkUnit], **options: Any) -> dict[str, Any]:
-        calls.append(options)
-        raise BlmError("stop")
-
-    backbone = Backbone.load(world / "backbone")
-    monkeypatch.setattr(hidden_state_cache, "run_units", run_units)
+    monkeypatch.setattr(cache_workers, "run_units", lambda *_, **options: calls.append(options))
+    hashed, dataset = load(world), open_dataset(world / "arm")
     config = replace(CONFIG, workers=2)
     for device in ("cpu", "meta"):
-        backbone.model.to(device)
-        with pytest.raises(BlmError, match="stop"):
-            hidden_state_cache._fill(backbone, "source", dataset, config, tmp_path, hidden_state_cache.ALONE)
+        hashed.backbone.model.to(device)
+        workers = FrameWorkers(hashed, dataset, config, lambda *_: lambda payload: {})
+        workers([], tmp_path / "journal.jsonl", "")
     on_cpu, elsewhere = calls
     assert (on_cpu["workers"], elsewhere["workers"]) == (2, 0)
     assert "setup" in on_cpu and "setup" not in elsewhere
+
+
+@pytest.mark.parametrize("fill_frames", [cache_hidden_states, cache_prompts])
+def test_workers_compute_with_the_settings_of_this_process(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fill_frames: Callable[..., Any]
+) -> None:
+    def run_units(work: Callable[..., Any], units: list[WorkUnit], **options: Any) -> None:
+        options["setup"](*options["setup_args"])
+        raise StopError
+
+    monkeypatch.setattr(cache_workers, "run_units", run_units)
+    monkeypatch.setattr(cache_workers, "_writer", [])
+    hashed = load(world, dtype=torch.bfloat16, attn_implementation="eager")
+    dataset = open_dataset(world / "arm")
+    with pytest.raises(StopError):
+        fill_frames(hashed, dataset, replace(CONFIG, workers=1), tmp_path, ALONE)
+    (write,) = cache_workers._writer
+    owner: Any = write.__self__  # type: ignore[attr-defined]
+    loaded = owner.live.backbone if hasattr(owner, "live") else owner.backbone
+    assert loaded.model.dtype is torch.bfloat16
+    assert loaded.attn_implementation == loaded.model.config._attn_implementation == "eager"
 
 
 def attempt(action: Callable[[], object]) -> str:
@@ -224,8 +251,7 @@ def attempt(action: Callable[[], object]) -> str:
 
 
 def fill_other(world: Path, dataset: EpisodeDataset, folder: Path, processes: Processes) -> None:
-    backbone = Backbone.load(world / "backbone")
-    cache_hidden_states(backbone, str(world / "backbone"), dataset, CONFIG, folder, processes)
+    cache_hidden_states(load(world), dataset, CONFIG, folder, processes)
 
 
 def work(world: Path, out: Path) -> None:
@@ -239,7 +265,7 @@ def work(world: Path, out: Path) -> None:
             raise BlmError("the disk of 1 is full")
 
     dataset = open_dataset(world / ("other/arm" if rank else "arm"))
-    backbone = Backbone.load(world / "backbone")
+    hashed = load(world)
     said = (Message("user", ("Hello.",)), Message("assistant", (f"I am process {rank}.",)))
     talk = TrainingSource(name="talk", conversations=[said])
     loop = LoopConfig(steps=1, batch_size=2)
@@ -247,9 +273,8 @@ def work(world: Path, out: Path) -> None:
     compact = replace(CONFIG, precision="compact", dims=16)
 
     def fill_compact(folder: Path, intents: HiddenStateConfig, count: int = 2) -> str:
-        codec = open_projection(backbone, both[:count], intents, folder, processes)
-        source = str(world / "backbone")
-        cache_hidden_states(backbone, source, both[0], intents, folder / "arm", processes, codec)
+        codec = open_projection(hashed, both[:count], intents, folder, processes)
+        cache_hidden_states(hashed, both[0], intents, folder / "arm", processes, codec)
         return codec.sha256 if codec is not None else ""
 
     found = {
@@ -260,7 +285,9 @@ def work(world: Path, out: Path) -> None:
         "fault": attempt(lambda: run_together(processes, fail)),
         "folder": attempt(lambda: fill(world, out / f"own-{rank}", processes)),
         "dataset": attempt(lambda: fill_other(world, dataset, out / "mixed", processes)),
-        "corpus": attempt(lambda: train_stage1(backbone, [talk], Stage1Config(loop=loop), out / "stage1")),
+        "corpus": attempt(
+            lambda: train_stage1(hashed.backbone, [talk], Stage1Config(loop=loop), out / "stage1")
+        ),
         "frames": attempt(lambda: len(fill(world, out / "cache", processes)._frames)),
     }
     fill(world, out / "altered", processes)

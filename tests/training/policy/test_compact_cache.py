@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from blm.backbone.backbone import Backbone
 from blm.bridge import BridgeConfig, Perceiver
 from blm.datasets.lerobot import EpisodeDataset
+from blm.training.caches.processes import wait_for_file
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.add_robot import from_scratch
-from blm.training.policy.cache_processes import wait_for_file
 from blm.training.policy.config import PolicyTrainingConfig
+from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.training.policy.hidden_state_cache import ALONE, cache_hidden_states, cached_frame_bytes
 from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenStates, collate
-from blm.training.policy.open_data import make_sampler, open_datasets
+from blm.training.policy.open_data import make_sampler, open_codec, open_datasets
 from blm.training.policy.projection import FILE, open_projection, sample_frames
 from blm.training.policy.quantization import (
     ErrorMeter,
@@ -111,22 +111,22 @@ def test_the_bridge_gives_the_same_intent_tokens() -> None:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Backbone, str, list[EpisodeDataset]]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[HashedBackbone, list[EpisodeDataset]]:
     folder = tmp_path_factory.mktemp("world")
     backbone = make_backbone(folder / "backbone")
     datasets = [make_dataset(folder), make_dataset(folder, "leg", 3, lengths=(9, 8))]
-    return backbone, str(folder / "backbone"), datasets
+    return HashedBackbone.of(backbone, str(folder / "backbone")), datasets
 
 
 @pytest.mark.parametrize("dims", [16, 1024])
 def test_a_cache_decodes_to_the_normalised_tap(world, tmp_path, capsys, dims):
-    backbone, source, datasets = world
+    hashed, datasets = world
     config = replace(CONFIG, dims=dims, views=1)
-    codec = open_projection(backbone, datasets, config, tmp_path, ALONE)
+    codec = open_projection(hashed, datasets, config, tmp_path, ALONE)
     dataset = datasets[0]
-    cache = cache_hidden_states(backbone, source, dataset, config, tmp_path / "arm", codec=codec)
+    cache = cache_hidden_states(hashed, dataset, config, tmp_path / "arm", codec=codec)
     frames, views = np.array([45, 0, 60, 0]), np.array([1, 0, 1, 1])
-    live = LiveHiddenStates(backbone, dataset, config).read(frames, views)
+    live = LiveHiddenStates(hashed.backbone, dataset, config).read(frames, views)
     shards = json.loads((tmp_path / "arm/manifest.json").read_text()).values()
     worst = max(shard["worst_error"] for shard in shards)
     assert all(0 < shard["error"] <= shard["worst_error"] for shard in shards)
@@ -146,45 +146,45 @@ def test_a_cache_decodes_to_the_normalised_tap(world, tmp_path, capsys, dims):
 
 
 def test_a_projection_is_made_once_and_by_the_same_tokens_the_same(world, tmp_path):
-    backbone, _, datasets = world
-    first = open_projection(backbone, datasets, replace(CONFIG, dims=16), tmp_path / "a", ALONE)
+    hashed, datasets = world
+    first = open_projection(hashed, datasets, replace(CONFIG, dims=16), tmp_path / "a", ALONE)
     changed = (tmp_path / "a" / FILE).stat().st_mtime_ns
-    again = open_projection(backbone, datasets[1:], replace(CONFIG, dims=16), tmp_path / "a", ALONE)
+    again = open_projection(hashed, datasets[1:], replace(CONFIG, dims=16), tmp_path / "a", ALONE)
     assert (tmp_path / "a" / FILE).stat().st_mtime_ns == changed and again.sha256 == first.sha256
-    anew = open_projection(backbone, datasets, replace(CONFIG, dims=16), tmp_path / "b", ALONE)
+    anew = open_projection(hashed, datasets, replace(CONFIG, dims=16), tmp_path / "b", ALONE)
     assert anew.sha256 == first.sha256
-    assert open_projection(backbone, datasets, replace(CONFIG, precision="float16"), tmp_path, ALONE) is None
+    assert open_projection(hashed, datasets, replace(CONFIG, precision="float16"), tmp_path, ALONE) is None
 
 
 def test_a_sample_has_every_instruction(world):
-    dataset = world[2][0]
+    dataset = world[1][0]
     frames = sample_frames(dataset, 4, 2)
     assert len(frames) == 2 and len({*dataset.task_index[frames]}) == len(dataset.instructions) == 2
     assert sample_frames(dataset, 4, 10**6).tolist() == sorted({*sample_frames(dataset, 4, 10**6)})
 
 
 def test_other_projections_and_older_caches_are_refused_by_name(world, tmp_path):
-    backbone, source, (dataset, other) = world
-    codec = open_projection(backbone, [dataset], CONFIG, tmp_path, ALONE)
-    cache_hidden_states(backbone, source, dataset, CONFIG, tmp_path / "arm", codec=codec)
+    hashed, (dataset, other) = world
+    codec = open_projection(hashed, [dataset], CONFIG, tmp_path, ALONE)
+    cache_hidden_states(hashed, dataset, CONFIG, tmp_path / "arm", codec=codec)
     with pytest.raises(BlmError, match=r"made for another dims \(32\); name another folder"):
-        open_projection(backbone, [dataset], replace(CONFIG, dims=16), tmp_path, ALONE)
+        open_projection(hashed, [dataset], replace(CONFIG, dims=16), tmp_path, ALONE)
     with pytest.raises(BlmError, match="made for another layer; name another folder"):
-        open_projection(backbone, [dataset], replace(CONFIG, layer=2), tmp_path, ALONE)
+        open_projection(hashed, [dataset], replace(CONFIG, layer=2), tmp_path, ALONE)
     (tmp_path / FILE).unlink()
-    anew = open_projection(backbone, [other], CONFIG, tmp_path, ALONE)
+    anew = open_projection(hashed, [other], CONFIG, tmp_path, ALONE)
     with pytest.raises(BlmError, match=r"was made with another projection .* not .*: all caches of a run"):
-        cache_hidden_states(backbone, source, dataset, CONFIG, tmp_path / "arm", codec=anew)
+        cache_hidden_states(hashed, dataset, CONFIG, tmp_path / "arm", codec=anew)
     plain = replace(CONFIG, precision="float16")
     with pytest.raises(BlmError, match="another precision, explained, projection; name another folder"):
-        cache_hidden_states(backbone, source, dataset, plain, tmp_path / "arm")
+        cache_hidden_states(hashed, dataset, plain, tmp_path / "arm")
     spec = json.loads((tmp_path / "arm/spec.json").read_text())
     (tmp_path / "arm/spec.json").write_text(json.dumps({**spec, "precision": "int8"}))
     with pytest.raises(BlmError, match=r"precision 'int8' of older versions.*use 'compact'.*move the folder"):
-        cache_hidden_states(backbone, source, dataset, plain, tmp_path / "arm")
+        cache_hidden_states(hashed, dataset, plain, tmp_path / "arm")
     (tmp_path / FILE).write_bytes(b"not a projection")
     with pytest.raises(BlmError, match=r"projection\.safetensors' is no projection of a hidden-state cache"):
-        open_projection(backbone, [dataset], CONFIG, tmp_path, ALONE)
+        open_projection(hashed, [dataset], CONFIG, tmp_path, ALONE)
 
 
 def test_bad_settings_are_refused() -> None:
@@ -199,17 +199,17 @@ def test_bad_settings_are_refused() -> None:
 
 
 def test_a_file_that_another_process_wrote_is_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("blm.training.policy.cache_processes.SHARED_SECONDS", 0.0)
-    monkeypatch.setattr("blm.training.policy.cache_processes.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("blm.training.caches.processes.SHARED_SECONDS", 0.0)
+    monkeypatch.setattr("blm.training.caches.processes.POLL_SECONDS", 0.01)
     with pytest.raises(BlmError, match="is not the file that process 0 uses; name a folder that all"):
         wait_for_file(tmp_path / FILE, "0" * 64)
 
 
 def test_batches_of_codes_give_the_losses_of_the_tap(world, tmp_path):
-    backbone, source, datasets = world
+    hashed, datasets = world
     config = PolicyTrainingConfig(
         datasets=tuple(data.folder for data in datasets),
-        backbone=source,
+        backbone=hashed.source,
         intents=replace(CONFIG, stride=2),
         loop=LoopConfig(steps=3, batch_size=8, lr=4e-3, log_every=1),
         policy=POLICY,
@@ -221,7 +221,8 @@ def test_batches_of_codes_give_the_losses_of_the_tap(world, tmp_path):
     start = from_scratch(POLICY, 32, ["arm", "leg"], seed=0)
     losses = []
     for one in (config, replace(config, cache=None)):
-        batch = make_sampler(open_datasets(backbone, datasets, one, start), one)(0)
+        codec = open_codec(hashed, datasets, one)
+        batch = make_sampler(open_datasets(hashed, datasets, one, start, codec), one)(0)
         assert (batch.codec is None) == (one.cache is None)
         moved = batch.to("cpu")
         assert moved.codec is None and moved.hidden.shape[-1] == 32
@@ -239,9 +240,9 @@ def test_batches_of_codes_give_the_losses_of_the_tap(world, tmp_path):
 
 
 def test_collated_codes_are_masked(world, tmp_path):
-    backbone, source, (dataset, _) = world
-    codec = open_projection(backbone, [dataset], CONFIG, tmp_path, ALONE)
-    cache = cache_hidden_states(backbone, source, dataset, CONFIG, tmp_path / "arm", codec=codec)
+    hashed, (dataset, _) = world
+    codec = open_projection(hashed, [dataset], CONFIG, tmp_path, ALONE)
+    cache = cache_hidden_states(hashed, dataset, CONFIG, tmp_path / "arm", codec=codec)
     rows = cache.read(np.array([0, 19]))
     codes, mask = collate(rows)
     decoded = codec.decode(codes)
@@ -251,13 +252,11 @@ def test_collated_codes_are_masked(world, tmp_path):
 
 @pytest.mark.slow
 def test_worker_processes_use_the_projection_of_the_file(world, tmp_path):
-    backbone, source, (dataset, _) = world
+    hashed, (dataset, _) = world
     config = replace(CONFIG, stride=16, dims=16)
-    codec = open_projection(backbone, [dataset], config, tmp_path, ALONE)
+    codec = open_projection(hashed, [dataset], config, tmp_path, ALONE)
     made = [
-        cache_hidden_states(
-            backbone, source, dataset, replace(config, workers=n), tmp_path / str(n), codec=codec
-        )
+        cache_hidden_states(hashed, dataset, replace(config, workers=n), tmp_path / str(n), codec=codec)
         for n in (0, 1)
     ]
     frames = np.array([0, 16, 19])

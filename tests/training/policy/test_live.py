@@ -20,6 +20,7 @@ from blm.training.loop.distributed import DataShard
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.add_robot import from_scratch
 from blm.training.policy.config import PolicyTrainingConfig
+from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.live import LiveBatch, LiveBatches, PromptReader, open_live
 from blm.training.policy.open_data import make_sampler, open_datasets
@@ -55,7 +56,9 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> PolicyTrainingConfig:
 def opened(config: PolicyTrainingConfig) -> tuple[Backbone, list[PolicyDataset]]:
     backbone = Backbone.load(config.backbone)
     datasets = [open_dataset(folder) for folder in config.datasets]
-    return backbone, open_datasets(backbone, datasets, config, from_scratch(POLICY, 32, ["arm", "leg"], 0))
+    start = from_scratch(POLICY, 32, ["arm", "leg"], 0)
+    hashed = HashedBackbone.of(backbone, config.backbone)
+    return backbone, open_datasets(hashed, datasets, config, start, None)
 
 
 def live_batches(config: PolicyTrainingConfig) -> LiveBatches:

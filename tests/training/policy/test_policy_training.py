@@ -17,6 +17,7 @@ from blm.training.loop.loop import LoopConfig
 from blm.training.policy import train as policy_training
 from blm.training.policy.add_robot import from_scratch
 from blm.training.policy.config import PolicyTrainingConfig
+from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.open_data import make_sampler, open_datasets
 from blm.training.policy.sampler import PolicyDataset, PolicySampler, split
@@ -48,7 +49,8 @@ def config(tmp_path_factory) -> PolicyTrainingConfig:
 def robots_of(config: PolicyTrainingConfig) -> list[PolicyDataset]:
     start = from_scratch(config.policy, 32, ["arm", "leg"], 0)
     datasets = [open_dataset(folder) for folder in config.datasets]
-    return open_datasets(Backbone.load(config.backbone), datasets, config, start)
+    hashed = HashedBackbone.of(Backbone.load(config.backbone), config.backbone)
+    return open_datasets(hashed, datasets, config, start, None)
 
 
 def test_losses_from_the_cache_equal_those_without_within_half_precision(config):
@@ -144,10 +146,11 @@ def test_statistics_come_from_training_episodes_only(config):
     assert len(held) == 1 and not set(held) & set(dataset.episode_index[robot.train])
     poisoned = np.where(np.isin(dataset.episode_index, held)[:, None], 99.0, dataset.actions)
     (other,) = open_datasets(
-        Backbone.load(config.backbone),
+        HashedBackbone.of(Backbone.load(config.backbone), config.backbone),
         [replace(dataset, actions=poisoned)],
         replace(config, cache=None),
         from_scratch(config.policy, 32, ["arm"], 0),
+        codec=None,
     )
     assert other.transforms.to_json() == robot.transforms.to_json()
 

@@ -158,16 +158,16 @@ def test_a_killed_process_continues_behind_its_last_shard(
     distinct = sum(passes)
     child = os.fork()
     if child == 0:
-        write = feature_cache.sample_sha256
+        describe = feature_cache.describe_file
         done = list[Path]()
 
-        def killed(path: Path) -> str:
+        def killed(path: Path) -> dict[str, Any]:
             done.append(path)
             if len(done) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return write(path)
+            return describe(path)
 
-        feature_cache.sample_sha256 = killed
+        feature_cache.describe_file = killed
         try:
             cache_features(qwen, [some], tmp_path / "cut", ALONE)
         finally:

@@ -22,8 +22,8 @@ from blm.evaluation.digital.instructions import (
     summarise,
     verifiable_instructions,
 )
+from blm.training.caches.processes import ProcessGroup
 from blm.training.loop.distributed import Processes
-from blm.training.policy.cache_processes import ProcessGroup
 from blm.training.sft.retention import Retention, held_out_texts, read_texts
 from blm.types import BlmError, Image, Message
 from tests.support.backbones import MAKERS, picture

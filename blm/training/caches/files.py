@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
@@ -18,17 +19,24 @@ SAMPLE_BYTES = 65_536
 """Size of such a block."""
 
 
-class ShardFile(Protocol):
-    """A file of a cache, as its manifest describes it."""
+@dataclass(frozen=True, kw_only=True)
+class ShardFile:
+    """A file of a cache, as the manifest describes it."""
 
-    @property
-    def sha256(self) -> str: ...
+    sha256: str
+    bytes: int = 0
+    """Size of the file."""
+    sample_sha256: str = ""
+    """Hash of blocks of the file, see `sample_sha256`; empty in caches of older versions."""
 
-    @property
-    def bytes(self) -> int: ...
 
-    @property
-    def sample_sha256(self) -> str: ...
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return the fields of `ShardFile` of a file that was just written, for its manifest."""
+    return {
+        "sha256": sha256_file(path),
+        "bytes": path.stat().st_size,
+        "sample_sha256": sample_sha256(path),
+    }
 
 
 def require_unaltered(what: str, folder: Path, shards: Mapping[str, ShardFile]) -> None:
