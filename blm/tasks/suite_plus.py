@@ -130,8 +130,8 @@ LIGHT = (
     LightLevel(0.9, 5, 0.1, False),
     LightLevel(0.8, 10, 0.2, False),
     LightLevel(0.65, 20, 0.4, True),
-    LightLevel(0.5, 30, 0.6, True),
-    LightLevel(1.5, 40, 0.8, True),
+    LightLevel(0.5, 30, 0.5, True),
+    LightLevel(1.5, 40, 0.5, True),
 )
 BACKGROUND = (
     BackgroundLevel(0.08),
