@@ -17,6 +17,7 @@ from blm.app.stages import run_eval_digital, run_eval_physical, run_stage1
 from blm.backbone import Backbone
 from blm.backbone.precision import frozen_dtype, place_weights
 from blm.cli import main
+from blm.policy.checkpoint import checkpoint_folder, read_contract
 from blm.policy.policy import CheckpointPolicy
 from blm.training.loop import distributed
 from blm.training.loop.distributed import Processes, process_timeout
@@ -136,9 +137,11 @@ def test_a_recipe_passes_its_device_to_every_stage(tmp_path: Path, monkeypatch: 
     recipe = replace(recipe, stage1=replace(recipe.stage1, backbone="smol"))
     options = {"device": "cuda:3", "dtype": "float32", "attn_implementation": "eager"}
     assert load_options(recipe) == options
+    contract = read_contract(checkpoint_folder("blm-nano"))
+    monkeypatch.setattr("blm.app.stages.read_contract", lambda folder: contract)
     with pytest.raises(LoadingStarted) as loading:
         run_eval_physical(recipe, tmp_path)
-    assert loading.value.options == options
+    assert loading.value.options == options | {"actions_only": True}
     monkeypatch.setattr("blm.app.stages.BLM.from_pretrained", CheckpointPolicy.load)
     with pytest.raises(LoadingStarted) as loading:
         run_eval_digital(recipe, tmp_path)

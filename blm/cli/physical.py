@@ -151,8 +151,10 @@ class EvaluatePhysical(CliCommand):
     def __post_init__(self) -> None:
         from blm.jobs import MAX_WORKERS
         from blm.seeds import EVALUATION_SEEDS
+        from blm.tasks.suite_plus import LEVELS
 
         require_numbers(self, episodes=(1, len(EVALUATION_SEEDS)), videos=(0, 1_000_000))
+        require_numbers(self, levels=(LEVELS[0], LEVELS[-1]))
         require_numbers(self, workers=(0, MAX_WORKERS), max_batch=(1, 100_000), image_size=(16, 4096))
         if self.latency not in ("none", "measured"):
             require_numbers(self, latency=(0, 3600))

@@ -111,7 +111,9 @@ def test_every_number_of_every_command_has_limits(command):
             path = name.replace("-", "_")
             old = attrgetter(path)(CONFIGS[command])
             try:
-                with_field(CONFIGS[command], path, (value,) * len(old) if isinstance(old, tuple) else value)
+                with_field(
+                    CONFIGS[command], path, (value,) * max(1, len(old)) if isinstance(old, tuple) else value
+                )
                 wrong.append(f"{name}={value} was accepted")
             except BlmError as error:
                 if path.rpartition(".")[2] not in str(error):

@@ -204,7 +204,7 @@ def test_a_task_without_test_wordings_is_refused(monkeypatch: pytest.MonkeyPatch
         (["--protocol", "suite24-plus", "--axes", "lihgt"], "unknown axis of this protocol 'lihgt'"),
         (
             ["--protocol", "suite24-plus", "--levels", "7"],
-            "unknown level of this protocol '7'. Valid: 1, 2, 3",
+            "levels is (7,); it must be 1 to 5",
         ),
         (["--protocol", "suite24-dynamics", "--levels", "2"], "level 2: this protocol has none"),
         (["--axes", "light"], "axis light: this protocol has none to choose from"),
@@ -405,7 +405,8 @@ def test_words_have_a_chance_level(result: PhysicalResult) -> None:
         if one.condition in (PLAIN, BLANK)
     ]
     perturbed = summarise(words).perturbed
-    assert perturbed.chance == 0.5 and perturbed.wrong_object.n == 4
+    assert perturbed.chance == TASKS["words_push_cube"].chance == 0.25
+    assert perturbed.wrong_object.n == 4
     assert not perturbed.axes and perturbed.mean_of_axes is None and perturbed.worst_axis is None
 
 

