@@ -127,6 +127,7 @@ def shorter(line: str) -> list[str]:
         ".venv/bin/blm": BLM,
         "blm": BLM,
         ".venv/bin/python": sys.executable,
+        ".venv/bin/accelerate": ACCELERATE,
         "accelerate": ACCELERATE,
     }
     words = [programs.get(word, word) for word in words]
