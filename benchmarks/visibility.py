@@ -20,14 +20,15 @@ from blm.robots import ROBOTS
 from blm.tasks import SUITE24, Env
 from blm.tasks.suite_plus import AXES, LEVELS, perturbation
 from blm.tasks.variation import PLAIN
+from blm.tasks.visibility import MIN_PIXELS
 
-PIXELS, CONTRAST, RING = 12, 15.0, 3
+CONTRAST, RING = 15.0, 3
 CAMERAS: dict[str, tuple[str, ...]] = {"all": ("base", "side", "wrist"), "pair": ("base", "wrist")}
 
 
 def is_visible(image: NDArray[np.uint8], mask: NDArray[np.bool_]) -> bool:
     """Whether the masked pixels of an image are enough, and differ from those around them."""
-    if mask.sum() < PIXELS:
+    if mask.sum() < MIN_PIXELS:
         return False
     ring = binary_dilation(mask, iterations=RING) & ~mask
     contrast = np.linalg.norm(image[mask].mean(axis=0) - image[ring].mean(axis=0))

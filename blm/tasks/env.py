@@ -17,7 +17,7 @@ from blm.robots.build import FINGERS
 from blm.tasks.arm_starts import offset_start, random_start
 from blm.tasks.clutter import draw_solids, resize
 from blm.tasks.distractors import Distractors, draw_distractors, show_distractors
-from blm.tasks.naming import Naming, goal_of
+from blm.tasks.naming import Naming
 from blm.tasks.rendering import Renderer
 from blm.tasks.scene import CAMERAS, SUBSTEPS, paint_items
 from blm.tasks.scene_variation import SceneModel, needs_dressing
@@ -116,8 +116,8 @@ class Env(TaskEnv):
     def _simulate(self, target: FloatArray) -> None:
         change = self.variation.dynamics
         if self._steps == change.move_goal_at:
-            goal = goal_of(self.task_spec, self.items, self.naming)
-            self.shift_object(goal, np.array([*change.move_goal_by, 0.0]))
+            goal = self.task_spec.goal or self.task_spec.object
+            self.shift_object(self.naming.swap.get(goal, goal), np.array([*change.move_goal_by, 0.0]))
         self.data.ctrl[:] = (*target[:-1], target[-1] * self.robot.gripper.stroke)
         with self._timed("physics"):
             mujoco.mj_step(self.model, self.data, nstep=SUBSTEPS)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from blm.tasks.spec import Item, SceneDraw, TaskSpec
+from blm.tasks.spec import SceneDraw, TaskSpec
 from blm.types import BlmError, lookup
 
 
@@ -41,10 +41,3 @@ def fill_slots(spec: TaskSpec, wording: str, words: Mapping[str, str]) -> str:
         raise BlmError(
             f"wording {wording!r} of task '{spec.name}' has slots other than {sorted(words)}"
         ) from error
-
-
-def goal_of(spec: TaskSpec, items: Sequence[Item], naming: Naming) -> str:
-    """Return the name of the goal: what the object is brought to, or itself if there is no such thing."""
-    others = [item for item in items if item.name != spec.object]
-    goal = next((item for item in others if item.role != "free"), others[0] if others else items[0])
-    return naming.swap.get(goal.name, goal.name)

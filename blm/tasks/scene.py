@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import mujoco
+import numpy as np
 
 from blm.robots import RobotSpec, add_robot, camera_quaternion
 from blm.tasks.spec import PALETTE, Item, Part, TaskSpec, Vector
@@ -81,12 +82,12 @@ def view_centre(robot: RobotSpec, task: TaskSpec) -> tuple[float, float]:
     return x + task.view_shift, y
 
 
-def paint_items(model: mujoco.MjModel, items: Sequence[Item]) -> None:
-    """Give the geoms of these items their present colours."""
+def paint_items(model: mujoco.MjModel, items: Sequence[Item], tint: Vector = (0.0, 0.0, 0.0)) -> None:
+    """Give the geoms of these items their present colours, those of objects changed by `tint` [0..1]."""
     for item in items:
-        first = model.body(item.name).geomadr[0]
-        for number, part in enumerate(item.parts):
-            model.geom_rgba[first + number] = PALETTE[part.color]
+        change = np.zeros(4) if item.role == "marker" else np.array([*tint, 0.0])
+        for geom, part in enumerate(item.parts, start=model.body(item.name).geomadr[0]):
+            model.geom_rgba[geom] = np.clip(PALETTE[part.color] + change, 0, 1)
 
 
 def _set_options(spec: mujoco.MjSpec) -> None:

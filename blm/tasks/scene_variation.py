@@ -26,6 +26,7 @@ from blm.tasks.scene import (
     WALL_COLOR,
     WALL_TEXTURE,
     build_model,
+    paint_items,
     view_centre,
 )
 from blm.tasks.spec import PALETTE, Item, Part, TaskSpec, Vector
@@ -147,11 +148,7 @@ class SceneModel:
         owner = model.geom_bodyid
         robot = (owner > 0) & (owner <= model.body(FINGERS[1]).id)
         model.geom_rgba[robot, :3] = np.clip(model.geom_rgba[robot, :3] + variation.robot_tint, 0, 1)
-        for item in items:
-            first = model.body(item.name).geomadr[0]
-            tint = variation.clutter.tint if item.role != "marker" else (0.0, 0.0, 0.0)
-            for geom, part in enumerate(item.parts, start=first):
-                model.geom_rgba[geom, :3] = np.clip(np.add(PALETTE[part.color][:3], tint), 0, 1)
+        paint_items(model, items, variation.clutter.tint)
 
     def _move_cameras(self, shift: CameraShift) -> None:
         model = self.model

@@ -21,7 +21,7 @@ from blm.tasks.randomization import TEST_PATTERNS, TRAINING_PATTERNS
 from blm.tasks.registry import TASKS
 from blm.tasks.scene import TABLE_COLOR, WALL_COLOR
 from blm.tasks.spec import PALETTE
-from blm.tasks.task_env import episode_stream
+from blm.tasks.task_env import draw_scene
 from blm.tasks.variation import (
     PLAIN,
     CameraShift,
@@ -217,7 +217,7 @@ class _Scene:
     def __init__(self, robot: str, task: str, seed: int, rng: np.random.Generator) -> None:
         self.seed, self.rng, self.cell = seed, rng, (robot, task)
         self._task = lookup("task", task, TASKS)
-        self._draw = self._task.draw(episode_stream(seed, "placement"), lookup("robot", robot, ROBOTS))
+        self._draw = draw_scene(robot, task, seed)
 
     def signed(self, amount: float) -> float:
         """Return the amount with a random sign."""
@@ -239,10 +239,9 @@ class _Scene:
 
     def goal_displacement(self) -> tuple[float, float]:
         """Draw a displacement of the goal on which it does not meet the object, [m]."""
-        name = self._task.object
+        name, goal = self._task.object, self._task.goal
         placement = self._draw.placement
-        others = [other for other in placement if other != name]
-        apart = np.subtract(placement[others[0]][0], placement[name][0])[:2] if others else np.full(2, np.inf)
+        apart = np.subtract(placement[goal][0], placement[name][0])[:2] if goal else np.full(2, np.inf)
         while True:
             x, y = self.direction()[:2]
             by = _GOAL_MOVES_BY * np.array([x, y]) / np.hypot(x, y)

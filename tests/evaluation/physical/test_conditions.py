@@ -34,7 +34,6 @@ from blm.evaluation.physical.summary import summarise
 from blm.evaluation.protocol import EpisodeKey, protocol_hash
 from blm.evaluation.report import ReportData, build_report
 from blm.evaluation.statistics import success_rate, wilson
-from blm.robots import ROBOTS
 from blm.tasks import TASKS, Env
 from blm.tasks.suite_plus import AXES, DYNAMICS, LEVELS, perturbation
 from blm.tasks.visibility import MIN_PIXELS, hidden_goals
@@ -48,14 +47,8 @@ from blm.types import (
     UnknownNameError,
     joint_training,
 )
+from tests.support.contracts import CONTRACT
 
-CONTRACT = PolicyContract(
-    action_spaces={name: robot.action_space for name, robot in ROBOTS.items()},
-    cameras=("base",),
-    image_size=32,
-    horizon=6,
-    execute=4,
-)
 BLANK = Condition(axis="control", name="blank")
 FEW = (*graded(("camera", "start"), (1, 3)), Condition(axis="dynamics", name="delay_2"), BLANK)
 """Two axes with two levels, changed dynamics and a control."""

@@ -61,15 +61,9 @@ from blm.types import (
     PolicyContract,
     UnknownNameError,
 )
+from tests.support.contracts import CONTRACT
 from tests.support.serving import foreign_openpi_server, running
 
-CONTRACT = PolicyContract(
-    action_spaces={name: robot.action_space for name, robot in ROBOTS.items()},
-    cameras=("base",),
-    image_size=32,
-    horizon=6,
-    execute=4,
-)
 make_random = partial(RandomPolicy, CONTRACT)
 
 
