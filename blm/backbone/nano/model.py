@@ -133,7 +133,9 @@ def make_nano(
         **ids,
     )
     config = LlavaConfig(
-        vision_config=ConvVisionConfig(things=things, steps=steps, views=views),
+        vision_config=ConvVisionConfig(
+            things=things, steps=steps, views=views, dilations=(1, 2, 4), pooled=True, compound=True
+        ),
         text_config=text,
         image_token_index=processor.image_token_id,
         vision_feature_select_strategy="full",

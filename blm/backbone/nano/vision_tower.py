@@ -63,10 +63,20 @@ class ConvVisionConfig(PretrainedConfig):
         things: Sequence[str] = (),
         steps: Sequence[str] = (),
         views: Sequence[str] = (),
+        dilations: Sequence[int] = (1, 2),
+        pooled: bool = False,
+        compound: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Check the vocabulary: `things` of at most WORDS - FOUND words, `steps`, `views`."""
-        words = sorted({word for thing in things for word in map_words(thing)})
+        """Check the vocabulary: `things` of at most WORDS - FOUND words, `steps`, `views`.
+
+        `dilations` has one number for each residual block at an eighth of the resolution. With
+        `pooled`, these blocks are followed by a bias from the whole image, such as the colour of
+        its light. With `compound`, names of more than two words share the scores of their words
+        too: "red and blue peg" those of "red", "blue" and "peg". The defaults are those of
+        `blm-nano` 1.
+        """
+        words = sorted({word for thing in things for word in map_words(thing, compound)})
         if len(words) > WORDS - FOUND:
             raise BlmError(
                 f"nano's vision tower supports at most {WORDS - FOUND} words, not {len(words)}: {words}"
@@ -78,16 +88,20 @@ class ConvVisionConfig(PretrainedConfig):
                 )
         self.channels, self.width = channels, width
         self.things, self.steps, self.views = list(things), list(steps), list(views)
+        self.dilations, self.pooled, self.compound = list(dilations), pooled, compound
         self.image_size, self.patch_size = IMAGE_SIZE, IMAGE_SIZE // GRID
         places = 2 + 4 * len(FREQUENCIES) + 3 + 6 * len(PERIODS) + 5 * DECIMAL
         self.hidden_size = WORDS + QUARTERS + 1 + places + 2 * channels + STEPS + VIEWS
         super().__init__(**kwargs)
 
 
-def map_words(thing: str) -> list[str]:
-    """Return the words whose scores add up to a thing's map: colour and kind, or the whole name."""
-    words = thing.split()
-    return words if len(words) == 2 else [thing]
+def map_words(thing: str, compound: bool) -> list[str]:
+    """Return the words whose scores add up to a thing's map: colour and kind, or the whole name.
+
+    With `compound`, these are all words of the name but "and".
+    """
+    words = [word for word in thing.split() if word != "and"]
+    return words if compound or len(words) == 2 else [thing]
 
 
 class ResidualBlock(nn.Module):
@@ -100,6 +114,23 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
+
+
+class GlobalContext(nn.Module):
+    """Adds to every cell a projection of the mean and the maximum over all cells.
+
+    A cell can thus take account of the light and the background of the whole image, at the cost of
+    one matrix product: the global pooling of "Accelerating Self-Play Learning in Go" (Wu, 2019).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(2 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(x)
+        pooled = torch.cat([active.mean((2, 3)), active.amax((2, 3))], dim=-1)
+        return x + self.mix(pooled)[..., None, None]
 
 
 class ConvVision(PreTrainedModel):
@@ -118,7 +149,9 @@ class ConvVision(PreTrainedModel):
         super().__init__(config)
         c, w = config.channels, config.width
         self.num_maps = max(len(config.things), FOUND)  # before pretraining, maps have no names
-        self.words = list(dict.fromkeys(word for thing in config.things for word in map_words(thing)))
+        self.words = list(
+            dict.fromkeys(word for thing in config.things for word in map_words(thing, config.compound))
+        )
         self.stem = nn.Sequential(  # at half resolution a cube of 7 px differs from a cylinder
             nn.Conv2d(3, c // 3, 4, stride=2, padding=1),
             ResidualBlock(c // 3),
@@ -127,7 +160,8 @@ class ConvVision(PreTrainedModel):
         )
         self.fine, self.both = ResidualBlock(c), ResidualBlock(c)
         self.down = nn.Conv2d(c, w, 3, stride=2, padding=1)
-        self.coarse = nn.Sequential(ResidualBlock(w), ResidualBlock(w, 2))
+        self.coarse = nn.Sequential(*(ResidualBlock(w, dilation) for dilation in config.dilations))
+        self.context = GlobalContext(w) if config.pooled else nn.Identity()
         self.up = nn.Conv2d(w, 4 * c, 1)
         self.score = nn.Conv2d(c, len(self.words) + self.num_maps - len(config.things), 1)
         self.nowhere = nn.Parameter(torch.zeros(self.num_maps))
@@ -147,13 +181,15 @@ class ConvVision(PreTrainedModel):
             for block in module.modules():
                 if isinstance(block, ResidualBlock):
                     nn.init.zeros_(block.conv2.weight)
+            if isinstance(module.context, GlobalContext):
+                nn.init.zeros_(module.context.mix.weight)
             nn.init.normal_(module.score.weight, std=0.05)
             nn.init.constant_(module.nowhere, 6.0)  # about log P: as likely as all cells together
 
     def features(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Return features of the cells [N, F, P], and a summary of the image [N, 4 W]."""
         fine = self.fine(self.stem(pixel_values))
-        coarse = F.relu(self.coarse(self.down(F.relu(fine))))
+        coarse = F.relu(self.context(self.coarse(self.down(F.relu(fine)))))
         features = F.relu(self.both(fine + F.pixel_shuffle(self.up(coarse), 2))).flatten(2)
         halves = coarse.unflatten(2, (2, -1)).flatten(3)  # [N, W, 2, P / 8]: upper and lower half
         return features, torch.cat([halves.mean(-1), halves.amax(-1)], dim=-1).flatten(1)
@@ -189,7 +225,8 @@ class ConvVision(PreTrainedModel):
 
         It has the device and dtype of `like`.
         """
-        return _mixing_matrix(tuple(self.config.things), self.num_maps, like.device, like.dtype)
+        words = tuple(tuple(map_words(thing, self.config.compound)) for thing in self.config.things)
+        return _mixing_matrix(words, self.num_maps, like.device, like.dtype)
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
         """Return tokens [N, 16, C] of the FOUND most probable things, then of the quarters."""
@@ -250,15 +287,15 @@ def _quarter_weights(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _mixing_matrix(
-    things: tuple[str, ...], num_maps: int, device: torch.device, dtype: torch.dtype
+    names: tuple[tuple[str, ...], ...], num_maps: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    words = list(dict.fromkeys(word for thing in things for word in map_words(thing)))
-    rest = num_maps - len(things)
+    words = list(dict.fromkeys(word for name in names for word in name))
+    rest = num_maps - len(names)
     mixing = torch.zeros(num_maps, len(words) + rest)
-    for place, thing in enumerate(things):
-        for word in map_words(thing):
+    for place, name in enumerate(names):
+        for word in name:
             mixing[place, words.index(word)] = 1
-    mixing[len(things) :, len(words) :] = torch.eye(rest)
+    mixing[len(names) :, len(words) :] = torch.eye(rest)
     return mixing.to(device, dtype)
 
 

@@ -250,6 +250,34 @@ def test_tokens_name_what_they_are_about():
     assert (tokens[0, FOUND:, WORDS : WORDS + QUARTERS] / NAME_SCALE).allclose(torch.eye(QUARTERS))
 
 
+def test_compound_names_share_the_scores_of_their_words():
+    things = ["blue cube", "red and blue peg", "red cube"]
+    whole, split = (ConvVision(ConvVisionConfig(things=things, compound=on)) for on in (False, True))
+    assert whole.words == ["blue", "cube", "red and blue peg", "red"]
+    assert split.words == ["blue", "cube", "red", "peg"]
+    assert split.mixing_matrix(split.nowhere)[:3, :4].tolist() == [[1, 1, 0, 0], [1, 0, 1, 1], [0, 1, 1, 0]]
+
+
+def test_the_light_of_the_whole_picture_reaches_every_cell():
+    torch.manual_seed(0)
+    tower = ConvVision(ConvVisionConfig(things=["red cube"], dilations=(1,), pooled=True))
+    pixels = torch.randn(1, 3, 112, 112)
+    changed = pixels.clone()
+    changed[..., :16, :16] += 1
+    with torch.no_grad():
+        before, after = (tower.features(image)[0] for image in (pixels, changed))
+        assert before[..., -1].equal(after[..., -1]), "training starts without the projection"
+        tower.context.mix.weight.normal_()
+        before, after = (tower.features(image)[0] for image in (pixels, changed))
+        assert not before[..., -1].allclose(after[..., -1])
+
+
+def test_the_sizes_of_the_first_release_stay_the_defaults():
+    old, new = ConvVision(ConvVisionConfig()), build_nano().model.base_model.vision_tower
+    assert len(old.coarse) == 2 and not list(old.context.parameters())
+    assert len(new.coarse) == 3 and list(new.context.parameters())
+
+
 def test_too_many_words_or_steps_are_refused():
     with pytest.raises(BlmError, match=f"at most {WORDS - FOUND} words"):
         ConvVisionConfig(things=[f"thing{index}" for index in range(WORDS)])
