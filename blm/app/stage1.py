@@ -76,10 +76,12 @@ def prepare_stage1(
     Without a backbone, a nano gets a tokenizer of these corpora and is pretrained in `out`; an
     interrupted pretraining is continued.
     """
+    found = {row.training for corpus in corpora for row in corpus.conversations}
     if backbone is None:
         texts = [(corpus.conversations, corpus.folder) for corpus in corpora]
         backbone = pretrain_nano(texts, schooling, out, seed=config.loop.seed)
         backbone.model.to(device)
+    backbone.record_training(found)
     if is_nano(backbone):
         shares = [(corpus.conversations, corpus.folder, corpus.weight) for corpus in corpora]
         return backbone, nano_sources(shares, config.loop)

@@ -25,10 +25,14 @@ from blm.backbone.saving import save_folder, save_model
 from blm.backbone.smol import make_smol
 from blm.errors import shorten
 from blm.io import recover_folder
-from blm.types import BlmError, Message, Sampling, lookup
+from blm.types import BlmError, Message, Sampling, Training, joint_training, lookup
 
 RELEASED = Path(__file__).parents[1] / "releases"
 """Weights that ship with the package."""
+
+
+TRAINING_KEY = "scene_training"
+"""Key of a model's config that states how its training scenes varied."""
 
 
 class Backbone(MultimodalModel):
@@ -38,6 +42,21 @@ class Backbone(MultimodalModel):
     """Attention implementation that `load` was asked for; None: the model's default."""
     stored_dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
     """Precision of the tensors in the folder that was loaded, by name."""
+
+    @property
+    def training(self) -> Training:
+        """Whether Stage I showed randomized scenes of our simulator; unknown if it showed none.
+
+        The config of the model keeps it.
+        """
+        stated: Training = getattr(self.model.config, TRAINING_KEY, "unknown")
+        return stated
+
+    def record_training(self, scenes: Iterable[Training]) -> None:
+        """Record the training scenes of Stage I, beside those of its earlier runs."""
+        known = {self.training, *scenes} - {"unknown"}
+        if known:
+            setattr(self.model.config, TRAINING_KEY, joint_training(known))
 
     @classmethod
     def outline(cls, name_or_folder: str | Path) -> Backbone:

@@ -73,6 +73,9 @@ class CollectConfig:
     hold: int = HOLD_STEPS
     """Number of control steps at the end of each episode in which the arm stays at the goal.
     A policy learns to stay from steps at least one chunk before the end of an episode."""
+    take_over: tuple[int, int] = TAKE_OVER
+    """Range of the number of control steps that a policy controls before the expert takes over.
+    It applies to corrections only. Late steps show what follows a success or a failure."""
     distractors: int = 0
     """Number of coloured distractor objects in each scene that nothing collides with."""
     randomization: DomainRandomization = NO_RANDOMIZATION
@@ -113,7 +116,10 @@ class CollectConfig:
             distractors=(0, 100),
             workers=(0, MAX_WORKERS),
             hold=(HOLD_STEPS, 100_000),
+            take_over=(1, 100_000),
         )
+        if self.take_over[0] >= self.take_over[1]:
+            raise BlmError(f"take_over is {self.take_over}; the first number must be below the second")
         if not self.noise or self.image_size % 2:
             raise BlmError(
                 "collecting needs at least one noise level and an even image_size; got "
@@ -304,7 +310,7 @@ def draw_perturbation(config: CollectConfig, rng: np.random.Generator, piloted: 
     pulse = int(rng.integers(5, 40)) if rng.random() < config.disturbed else None
     start = rng.random() < config.random_starts
     if piloted:
-        take_over = int(rng.integers(*TAKE_OVER))
+        take_over = int(rng.integers(*config.take_over))
         return Perturbation(sigma=0.0, pulse=None, random_start=False, take_over=take_over)
     return Perturbation(sigma=sigma, pulse=pulse, random_start=bool(start), take_over=0)
 

@@ -30,7 +30,7 @@ NOISE_MEMORY = 0.9
 PULSE = 8
 """Number of control steps for which a disturbance inverts the gripper command."""
 TAKE_OVER = (8, 100)
-"""Range of the number of steps that a policy controls before the expert takes over."""
+"""Default range of the number of steps that a policy controls before the expert takes over."""
 
 
 class RecordedStep(NamedTuple):

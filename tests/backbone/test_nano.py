@@ -67,3 +67,19 @@ def test_nano_distinguishes_positions(nano: Backbone) -> None:
     ]
     assert (hidden[0] - hidden[1]).abs().max() > 1e-3
     assert (hidden[0] - hidden[2]).abs().max() > 1e-2
+
+
+def test_a_backbone_records_the_scenes_of_its_training(tmp_path: Path) -> None:
+    fresh = build_nano()
+    before = fresh.fingerprint()
+    fresh.record_training(["unknown"])
+    assert fresh.training == "unknown"
+    fresh.record_training(["unknown", "plain"])
+    assert fresh.training == "plain"
+    fresh.save(tmp_path / "plain")
+    later = Backbone.load(tmp_path / "plain")
+    assert later.training == "plain" and later.fingerprint() == before
+    later.record_training(["randomized"])
+    later.record_training(["plain"])
+    later.save(tmp_path / "randomized")
+    assert Backbone.load(tmp_path / "randomized").training == "randomized"

@@ -17,7 +17,7 @@ from blm.datasets.lerobot import open_dataset
 from blm.io import lock_folder
 from blm.planner.collect import CollectConfig, collect, draw_perturbation, make_expert
 from blm.planner.collection_summary import CellCounts
-from blm.planner.demonstration import TAKE_OVER, Perturbation, demonstrate, replay
+from blm.planner.demonstration import Perturbation, demonstrate, replay
 from blm.planner.expert import HOLD_STEPS
 from blm.planner.verify import Verification, verify
 from blm.robots import ROBOTS
@@ -87,7 +87,7 @@ def test_a_pulse_works_the_gripper_the_wrong_way():
 
 
 def test_corrections_are_labels_on_the_states_of_another_policy(tmp_path):
-    config = dataclasses.replace(SMALL, tasks=("push_cube",), workers=0)
+    config = dataclasses.replace(SMALL, tasks=("push_cube",), take_over=(5, 40), workers=0)
     summary = collect(config, tmp_path / "out", wanderer)
     assert summary.config["pilot"] == "wanderer"
     dataset = open_dataset(tmp_path / "out/widowxai")
@@ -95,7 +95,7 @@ def test_corrections_are_labels_on_the_states_of_another_policy(tmp_path):
     for i in range(3):
         episode = dataset.episode(i, cameras=())
         driven = int(episode.metrics["piloted_steps"])
-        assert TAKE_OVER[0] <= driven < TAKE_OVER[1]
+        assert 5 <= driven < 40
         chunk = episode.executed[:4, :2] - episode.states[0, :2]
         np.testing.assert_allclose(chunk, 0.03 * np.arange(1, 5)[:, None] * np.ones(2), atol=1e-5)
         assert np.abs(episode.executed - episode.actions)[:driven].max() > 0.05
@@ -104,6 +104,8 @@ def test_corrections_are_labels_on_the_states_of_another_policy(tmp_path):
     assert verify(tmp_path / "out", workers=0).same == 3
     with pytest.raises(BlmError, match=r"pilot: 'wanderer' there, None asked for"):
         collect(config, tmp_path / "out")
+    with pytest.raises(BlmError, match=r"take_over is \(9, 9\); the first number must be below"):
+        dataclasses.replace(config, take_over=(9, 9))
 
 
 def test_a_longer_hold_is_the_same_episode_with_more_of_its_end(tmp_path):

@@ -9,8 +9,9 @@ answer.
 
 Only "messages" is required, so that rows of other programs are valid. Defaults: id "row-<line>";
 source "messages"; group "<source>/<first media file>", or else the id; the source's name as kind of
-each answer. Only this module reads and writes the format. A row that violates it is a `RowError`
-(see blm.corpora.format.faults).
+each answer. Rows about our simulated scenes also have "training": "plain" or "randomized". Only
+this module reads and writes the format. A row that violates it is a `RowError` (see
+blm.corpora.format.faults).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import PIL.Image
 
@@ -31,7 +32,7 @@ from blm.corpora.format.faults import RowError
 from blm.io import MARK, new_folder, replacing
 from blm.media import locate, split_time
 from blm.seeds import count_reserved_seeds
-from blm.types import BlmError, Image, Message, Question, Scorer
+from blm.types import BlmError, Image, Message, Question, Scorer, Training
 
 CORPUS_FILE = "corpus.jsonl"
 ROLES = ("system", "user", "assistant")
@@ -49,6 +50,8 @@ class Conversation:
     kinds: tuple[str, ...]
     """Question kinds, one per assistant turn."""
     messages: tuple[Message, ...]
+    training: Training = "unknown"
+    """Whether its simulated scenes were randomized; unknown for all other conversations."""
 
     @property
     def media(self) -> tuple[Image, ...]:
@@ -223,7 +226,13 @@ def parse_row(row: Any, number: int) -> Conversation:
         raise RowError("wrong number of kinds", f"{len(kinds)} kinds for {answers} assistant turns")
     files = [split_time(str(image.path))[0] for message in messages for image in message.images]
     group = _text(row, "group", f"{source}/{files[0]}" if files else identity)
-    return Conversation(id=identity, group=group, source=source, kinds=tuple(kinds), messages=messages)
+    training = row.get("training", "unknown")
+    if training not in get_args(Training):
+        valid = ", ".join(get_args(Training))
+        raise RowError("malformed row", f"'training' is {training!r}; valid: {valid}")
+    return Conversation(
+        id=identity, group=group, source=source, kinds=tuple(kinds), messages=messages, training=training
+    )
 
 
 def check_turns(messages: Sequence[Message]) -> None:
@@ -321,10 +330,12 @@ def _to_row(
             return {"type": "text", "text": part}
         return {"type": "image_url", "image_url": {"url": _store(part, folder, media, stored)}}
 
+    known = {} if conversation.training == "unknown" else {"training": conversation.training}
     return {
         "id": conversation.id,
         "group": conversation.group,
         "source": conversation.source,
+        **known,
         "kinds": list(conversation.kinds),
         "messages": [
             {"role": m.role, "content": [part_to_json(part) for part in m.content]}

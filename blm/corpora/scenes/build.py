@@ -262,6 +262,7 @@ def _scene_conversation(
         messages=to_messages(
             [scene.images[camera] for camera in config.cameras], turns, thoughts=config.thoughts
         ),
+        training="plain" if config.randomization == NO_RANDOMIZATION else "randomized",
     )
 
 
@@ -290,6 +291,7 @@ def _episode_conversations(config: SceneCorpusConfig, part: ShardItems) -> Itera
                 source="episode",
                 kinds=tuple(turn.kind for turn in turns),
                 messages=to_messages(images, turns, thoughts=config.thoughts),
+                training=dataset.training,
             )
 
 

@@ -45,7 +45,7 @@ from blm.training.policy.policy_loop import run_policy_loop
 from blm.training.policy.quantization import TokenCodec
 from blm.training.policy.sampler import joint_contract, warn_of_reserved
 from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
-from blm.types import PolicyContract
+from blm.types import PolicyContract, joint_training
 
 ClosedLoopValidation = Callable[[int, CheckpointPolicy], Mapping[str, float]]
 """(steps done, policy) -> metrics of closed-loop episodes: "success" (0..1), and others to log."""
@@ -73,7 +73,7 @@ def train_stage2(
     frozen = FrozenProof.of(backbone)
     hashed = HashedBackbone(backbone, config.backbone, frozen.weights)
     datasets = [open_dataset(folder) for folder in config.datasets]
-    contract = _contract(datasets, config)
+    contract = _contract(backbone, datasets, config)
     start = _start(hashed, contract, config)
     language = cotraining_sampler(backbone, config.cotrain, config.loop, processes, out)
     codec = open_codec(hashed, datasets, config, processes)
@@ -153,14 +153,18 @@ def _save(
         policy(trained).save(out / "best", {**facts, **best.facts}, proved=True)
 
 
-def _contract(datasets: Sequence[EpisodeDataset], config: PolicyTrainingConfig) -> PolicyContract:
-    return joint_contract(
+def _contract(
+    backbone: Backbone, datasets: Sequence[EpisodeDataset], config: PolicyTrainingConfig
+) -> PolicyContract:
+    contract = joint_contract(
         datasets,
         config.policy,
         cameras=config.intents.cameras,
         execute=config.execute,
         frames=config.intents.frames,
     )
+    known = [] if backbone.training == "unknown" else [backbone.training]
+    return replace(contract, training=joint_training([contract.training, *known]))
 
 
 def _prepare_folder(out: Path, inputs: Mapping[str, Any], processes: Processes) -> None:

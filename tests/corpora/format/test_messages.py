@@ -440,3 +440,13 @@ def test_scenes_reserved_for_evaluation_are_counted_by_group():
     )
     rows = [replace(conversation(str(i), 0), group=group) for i, group in enumerate(groups)]
     assert reserved_scenes(rows) == {"evaluation": 1}
+
+
+def test_rows_tell_whether_their_scenes_were_randomized(tmp_path):
+    rows = [conversation("a", training="randomized"), conversation("b", training="plain"), conversation("c")]
+    write_corpus(tmp_path / "corpus", rows)
+    assert [row.training for row in read_corpus(tmp_path / "corpus")] == ["randomized", "plain", "unknown"]
+    stored = [json.loads(text) for text in (tmp_path / "corpus" / CORPUS_FILE).read_text().splitlines()]
+    assert ["training" in row for row in stored] == [True, True, False]
+    with pytest.raises(RowError, match="'training' is 'dark'; valid: plain, randomized"):
+        parse_row({**stored[0], "training": "dark"}, 1)

@@ -283,6 +283,7 @@ def test_only_what_teaches_has_thoughts_scans_and_prompts(corpora):
 def test_corpus_depends_on_the_configuration_only(corpora, tmp_path):
     small = config(scenes=6, tasks=("push_cube",), turns=3)
     assert build_scene_corpus(small, tmp_path / "one", workers=0) == 6
+    assert {row.training for row in read_corpus(tmp_path / "one")} == {"plain"}
     build_scene_corpus(small, tmp_path / "two", workers=0)
     assert (tmp_path / "one" / CORPUS_FILE).read_bytes() == (tmp_path / "two" / CORPUS_FILE).read_bytes()
     rows = read_corpus(tmp_path / "one")

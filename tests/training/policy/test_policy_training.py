@@ -242,6 +242,14 @@ def test_stage_two_learns_both_robots_and_does_not_change_the_backbone(config, t
         assert error.mean() < 0.15, "joints move up to 0.75 rad in these six steps"
 
 
+def test_the_contract_tells_how_the_scenes_of_both_stages_varied(config):
+    datasets = [open_dataset(folder) for folder in config.datasets]
+    backbone = Backbone.load(config.backbone)
+    for recorded, told in (("unknown", "unknown"), ("plain", "unknown"), ("randomized", "randomized")):
+        backbone.record_training([recorded])
+        assert policy_training._contract(backbone, datasets, config).training == told
+
+
 def test_a_finished_run_is_not_repeated_and_other_inputs_are_refused(config, trained):
     before = (trained / "checkpoint/policy.safetensors").read_bytes()
     train_stage2(config, trained, {"command": "again"})
