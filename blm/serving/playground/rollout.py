@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +38,8 @@ TABLE_HALF = 0.5
 
 No camera shows it further out.
 """
+LIGHT = (0.2, 1.5)
+"""Range of the brightness that a command may set, as a factor of that of the plain suite."""
 MAX_INSTRUCTION = 300
 MAX_WAITING_COMMANDS = 16
 POLICY_TIMEOUT_S = 30.0
@@ -273,8 +275,8 @@ class Rollout(threading.Thread):
             request_id = number if isinstance(number, int) and abs(number) < 2**53 else None
             step = self._progress.step
             self.notify({"type": "look", "id": request_id, "images": cameras, "step": step})
-        elif kind == "move":
-            move_object(env, command)
+        elif kind in ("move", "light"):
+            (move_object if kind == "move" else set_light)(env, command)
             self._show(env)
 
     def _disconnect(self) -> None:
@@ -340,6 +342,18 @@ def move_object(env: Env, command: Mapping[str, Any]) -> None:
             f"the {name} would leave the table; it may be at most {TABLE_HALF} m from the table's centre"
         )
     env.shift_object(name, by)
+
+
+def set_light(env: Env, command: Mapping[str, Any]) -> None:
+    """Set the `brightness` of all light. Raises BlmError for a value outside LIGHT."""
+    brightness = command.get("brightness")
+    if not isinstance(brightness, int | float) or not LIGHT[0] <= brightness <= LIGHT[1]:
+        raise BlmError(
+            f"the brightness is a number from {LIGHT[0]} to {LIGHT[1]}, got {reprlib.repr(brightness)}"
+        )
+    state = env.get_state()
+    light = replace(state.variation.light, brightness=float(brightness))
+    env.set_state(replace(state, variation=replace(state.variation, light=light)))
 
 
 def data_uri(image: ImageArray, image_format: Literal["PNG", "JPEG"]) -> str:

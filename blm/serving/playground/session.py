@@ -184,14 +184,14 @@ class VisitorSession:
         kind = command.get("type")
         if kind in ("start", "preview"):
             await self._open_scene(command, drive=kind == "start")
-        elif kind in ("pause", "stop", "look", "move"):
+        elif kind in ("pause", "stop", "look", "move", "light"):
             side = command.get("side")
             for index, rollout in enumerate(self.rollouts):
                 if side is None or side == index:
                     rollout.send(command)
         else:
             raise BlmError(
-                f"unknown command {reprlib.repr(kind)}; valid: start, preview, pause, stop, look, move"
+                f"unknown command {reprlib.repr(kind)}; valid: start, preview, pause, stop, look, move, light"
             )
 
     async def _open_scene(self, command: Mapping[str, Any], *, drive: bool) -> None:

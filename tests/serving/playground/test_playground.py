@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import re
 import socket as sockets
@@ -14,6 +16,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,6 +100,27 @@ def test_a_visitor_sees_the_model_drive_and_moves_an_object() -> None:
         for _ in range(9):
             send(socket, "move", object="cube", dx=0.1, dy=0)
         assert "leave the table" in until(socket, "error")["message"]
+
+
+def test_a_visitor_dims_the_light_and_turns_it_up_again() -> None:
+    with serving(policy=StillPolicy()) as address, visit(address) as socket:
+        start(socket, "preview")
+        send(socket, "move", object="cube", dx=0.1, dy=0.1)
+        looks = []
+        for number, brightness in enumerate((1, 0.5, 1)):
+            send(socket, "light", brightness=brightness)
+            send(socket, "look", id=number)
+            looks.append(until(socket, "look", id=number)["images"])
+        assert looks[0] == looks[2], "nothing has moved, and the light is as before"
+        assert brightness_of(looks[1]["base"]) < 0.7 * brightness_of(looks[0]["base"])
+        for wrong in (0.1, 2, "dark", None):
+            send(socket, "light", brightness=wrong)
+            assert "a number from 0.2 to 1.5" in until(socket, "error")["message"]
+
+
+def brightness_of(uri: str) -> float:
+    with PIL.Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as image:
+        return float(np.asarray(image).mean())
 
 
 def test_a_scene_is_shown_before_it_is_driven_and_is_driven_as_it_was_left() -> None:
@@ -425,6 +449,8 @@ NONSENSE = (
     '{"type": null}',
     '{"type": ["start"]}',
     '{"type": "move"}',
+    '{"type": "light"}',
+    '{"type": "light", "brightness": NaN}',
     '{"type": "move", "object": "cube", "dx": NaN, "dy": 0}',
     '{"type": "move", "object": "cube", "dx": Infinity, "dy": 0}',
     '{"type": "move", "object": "cube", "dx": 1e999, "dy": 0}',
@@ -485,10 +511,10 @@ def test_no_command_ends_a_session_or_makes_a_second_thread() -> None:
 
         @settings(max_examples=60, deadline=None)
         @given(
-            st.sampled_from(["start", "preview", "pause", "stop", "look", "move"]),
+            st.sampled_from(["start", "preview", "pause", "stop", "look", "move", "light"]),
             st.dictionaries(
                 st.sampled_from(["robot", "task", "seed", "instruction", "models", "side", "id", "on"])
-                | st.sampled_from(["object", "dx", "dy"]),
+                | st.sampled_from(["object", "dx", "dy", "brightness"]),
                 JSON | st.sampled_from(["panda", "push_cube", "cube"]),
             ),
         )
