@@ -375,8 +375,8 @@ def _link(source: Path, target: Path) -> None:
     if there and (there.st_size, there.st_mtime_ns) == (have.st_size, have.st_mtime_ns):
         return
     target.unlink(missing_ok=True)  # left by a killed run; it may be a link to another file
-    with replacing(target) as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError:  # another disk, or a file system without hard links
+    try:
+        os.link(source, target)  # atomic; `replacing` lists the folder each time, which n files make n^2
+    except OSError:  # another disk, or a file system without hard links
+        with replacing(target) as temporary:
             shutil.copy2(source, temporary)
