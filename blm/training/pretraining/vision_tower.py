@@ -137,7 +137,9 @@ def vision_tower_loss(
     features, summary = tower.features(pixels)
     log_maps = tower.maps(features)[:, : points.shape[1]]
     labelled = ~points[:, 0, 0].isnan()
-    loss = -(target_heatmaps(points[labelled]) * log_maps[labelled]).sum()
+    # all processes must use all parameters in every step (DDP), whichever labels their images have
+    unused = 0.0 * torch.stack([p.sum() for p in tower.parameters()]).sum()
+    loss = unused - (target_heatmaps(points[labelled]) * log_maps[labelled]).sum()
     metrics: dict[str, Tensor | float] = dict.fromkeys(("mm_off", "steps_right", "views_right"), math.nan)
     metrics["pixels_off"] = localisation_error(log_maps[labelled], points[labelled])
     rows, things = (~metres[..., 0].isnan()).nonzero(as_tuple=True)

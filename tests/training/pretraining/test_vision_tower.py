@@ -209,6 +209,10 @@ def test_missing_labels_have_no_gradient():
         assert math.isfinite(loss) and without not in heads and len(heads) == 4
     loss, heads = reached(eye, pixels, unknown._replace(step=told.step))
     assert math.isfinite(loss) and heads == {"doing"}
+    for labels in (told, unknown, unknown._replace(step=told.step)):
+        reached(eye, pixels, labels)
+        unused = [name for name, p in eye.named_parameters() if p.grad is None]
+        assert not unused, "processes whose images have other labels would wait for each other"
 
 
 def test_metric_names_do_not_depend_on_labels():
