@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from blm.backbone import build_nano
-from blm.backbone.nano.vision_tower import (
-    CELLS,
+from blm.backbone.grounding import (
     DECIMAL,
     DECIMAL_SCALE,
     FOUND,
@@ -23,11 +22,10 @@ from blm.backbone.nano.vision_tower import (
     REACH,
     STEPS,
     WORDS,
-    ConvVision,
-    ConvVisionConfig,
     digit_features,
     metric_position_features,
 )
+from blm.backbone.nano.vision_tower import CELLS, ConvVision, ConvVisionConfig
 from blm.corpora.format.messages import Conversation
 from blm.corpora.scenes.questions import read_scan
 from blm.training.loop.loop import LoopConfig
@@ -96,7 +94,7 @@ def moment(seed: int) -> Conversation:
 
 def test_targets_are_distributions_with_their_mean_at_the_point():
     points = torch.tensor([[[0.5, 0.25], [-1.0, -1.0]]])
-    made = target_heatmaps(points)
+    made = target_heatmaps(points, CELLS)
     assert torch.allclose(made.sum(-1), torch.ones(1, 2))
     assert made[0, 1, -1] == 1.0
     cells = (torch.arange(CELLS) + 0.5) / CELLS
