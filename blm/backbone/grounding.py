@@ -15,7 +15,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,19 @@ def map_words(thing: str, compound: bool) -> list[str]:
     return words if compound or len(words) == 2 else [thing]
 
 
+class FoundThings(NamedTuple):
+    """The K most probable things of N images."""
+
+    names: Tensor
+    """[N, K, words] 1 for each word of the name."""
+    points: Tensor
+    """[N, K, 2] x, y as fractions of the image."""
+    presence: Tensor
+    """[N, K, 1] probability that the thing is in the image."""
+    tokens: Tensor
+    """[N, K + 4, C] tokens of the things, then of the quarters of the image."""
+
+
 class GroundingTower(PreTrainedModel):
     """Vision tower: normalised pixels [N, 3, H, W] -> tokens [N, FOUND + QUARTERS, C].
 
@@ -174,10 +187,14 @@ class GroundingTower(PreTrainedModel):
 
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutput:
         """Return tokens [N, 16, C] of the FOUND most probable things, then of the quarters."""
-        features, summary = self.features(pixel_values)
+        tokens = self.find(*self.features(pixel_values), FOUND).tokens
+        return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
+
+    def find(self, features: Tensor, summary: Tensor, count: int) -> FoundThings:
+        """Return the `count` most probable things in the order of `config.things`; see `features`."""
         log_maps = self.maps(features)
         presence = 1 - log_maps[..., -1].exp()
-        found = presence.topk(FOUND, dim=1).indices.sort(dim=1).values
+        found = presence.topk(count, dim=1).indices.sort(dim=1).values
         rows = torch.arange(len(found), device=found.device)[:, None]
         weights = torch.cat([log_maps[rows, found, :-1].softmax(-1), _quarters(log_maps)], dim=1)
         certain = presence.new_ones(len(presence), QUARTERS)
@@ -185,7 +202,7 @@ class GroundingTower(PreTrainedModel):
         names = self.names(found)
         place, appearance, position = self.describe(features, summary, weights, names)
         is_fixed = self.fixed(appearance[..., -features.shape[1] :]).sigmoid()  # a fixed camera
-        is_thing = (torch.arange(FOUND + QUARTERS, device=presence.device) < FOUND).to(presence)[:, None]
+        is_thing = (torch.arange(count + QUARTERS, device=presence.device) < count).to(presence)[:, None]
         digits = digit_features((place[..., :2] + 1) * 50) * is_thing
         metric = [metric_position_features(position), digit_features(100 * REACH * position)]
         metric_features = torch.cat(metric, dim=-1) * is_fixed * is_thing
@@ -200,8 +217,9 @@ class GroundingTower(PreTrainedModel):
         view = VIEW_SCALE * self.view(summary).softmax(-1)
         context = torch.cat([self.doing(summary).softmax(-1), view], dim=-1)[:, None]
         per_thing = presence * torch.cat(parts, dim=-1)
-        tokens = torch.cat([per_thing, context.expand(-1, FOUND + QUARTERS, -1)], dim=-1)
-        return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
+        tokens = torch.cat([per_thing, context.expand(-1, count + QUARTERS, -1)], dim=-1)
+        points = (place[:, :count, :2] + 1) / 2
+        return FoundThings(names[:, :count, : len(self.words)], points, presence[:, :count], tokens)
 
     def names(self, found: Tensor) -> Tensor:
         """Return one-hot names [N, K + 4, WORDS + QUARTERS] of maps [N, K] and the quarters."""

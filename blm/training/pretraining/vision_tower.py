@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -70,12 +70,32 @@ def scanned_views(row: Conversation, root: Path) -> list[ScannedView]:
     ]
 
 
+class Vocabulary(TypedDict):
+    things: list[str]
+    steps: list[str]
+    views: list[str]
+
+
+"""What a vision tower can be taught to find and to tell apart."""
+
+
+def all_scanned_views(
+    corpora: Sequence[tuple[Sequence[Conversation], Path]],
+) -> tuple[list[ScannedView], Vocabulary]:
+    """Return the labelled views of corpora (conversations, and the folder of their images), and the
+    vocabulary of their labels."""
+    views = [view for rows, root in corpora for row in rows for view in scanned_views(row, root)]
+    things = sorted({name for view in views for name in view.positions or ()})
+    steps, names = (sorted({getattr(view, kind) for view in views} - {""}) for kind in ("step", "name"))
+    return views, {"things": things, "steps": steps, "views": names}
+
+
 def pretrain_vision_tower(
     backbone: Backbone, views: Sequence[ScannedView], loop: LoopConfig, out: Path
 ) -> None:
     """Train the vision tower of a nano in place; its log is `out/log.jsonl`."""
     tower = backbone.model.base_model.vision_tower
-    assert isinstance(tower, GroundingTower) and isinstance(tower.config, GroundingConfig)
+    assert isinstance(tower, GroundingTower)
     all_targets = grounding_targets(views, tower.config)
 
     def next_batch(step: int, shard: DataShard) -> Microbatch[tuple[Tensor, GroundingTargets]]:
