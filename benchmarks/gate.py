@@ -13,14 +13,14 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 import tyro
 
 from blm.backbone import Backbone
-from blm.backbone.nano.vision_tower import IMAGE_SIZE, REACH, ConvVision, ConvVisionConfig
+from blm.backbone.grounding import REACH, GroundingTower
 from blm.corpora import read_corpus
 from blm.media import load_pixels
 from blm.training.pretraining.vision_tower import (
@@ -75,8 +75,8 @@ def errors(
 
     The last are the numbers of wrong objects per image by view.
     """
-    eye: ConvVision = model.model.base_model.vision_tower
-    config = cast(ConvVisionConfig, eye.config)
+    eye: GroundingTower = model.model.base_model.vision_tower
+    config = eye.config
     targets, things = grounding_targets(views, config), config.things
     pixels, millimetres, missed = (defaultdict[str, list[float]](list) for _ in range(3))
     for begin in range(0, len(views), 64):
@@ -89,7 +89,7 @@ def errors(
             targets.points[some],
             targets.metres[some],
         )
-        off, there = IMAGE_SIZE * (expected_points(logs) - points).norm(dim=-1), points[..., 0] >= 0
+        off, there = config.image_size * (expected_points(logs) - points).norm(dim=-1), points[..., 0] >= 0
         wrong = ((logs[..., -1].exp() < 0.5) != there).sum(1)
         for row in (~points[:, 0, 0].isnan()).nonzero()[:, 0].tolist():
             view, robot = views[begin + row].name, robots[begin + row]

@@ -11,7 +11,14 @@ from rich.console import Console
 from blm.backbone import Backbone
 from blm.backbone.precision import WeightDtype, frozen_dtype
 from blm.corpora.format.messages import Conversation
-from blm.training.pretraining.nano import NanoPretrainingConfig, is_nano, nano_sources, pretrain_nano
+from blm.training.pretraining.nano import (
+    NanoPretrainingConfig,
+    is_nano,
+    nano_sources,
+    pretrain_nano,
+    without_scan_turns,
+)
+from blm.training.pretraining.smol import is_untaught, pretrain_smol
 from blm.training.sft.tokenize_corpora import TrainingSource, check_lengths
 from blm.training.sft.train import Stage1Config
 
@@ -73,26 +80,31 @@ def prepare_stage1(
 ) -> tuple[Backbone, list[TrainingSource]]:
     """Return the backbone and the sources for `train_stage1`.
 
-    Without a backbone, a nano gets a tokenizer of these corpora and is pretrained in `out`; an
-    interrupted pretraining is continued.
+    Without a backbone, a nano gets a tokenizer of these corpora and is pretrained in `out`, as is
+    the vision tower of a new smol, in place; an interrupted pretraining is continued.
     """
     found = {row.training for corpus in corpora for row in corpus.conversations}
     if backbone is None:
         texts = [(corpus.conversations, corpus.folder) for corpus in corpora]
         backbone = pretrain_nano(texts, schooling, out, seed=config.loop.seed)
         backbone.model.to(device)
+    elif is_untaught(backbone):
+        pairs = [(corpus.conversations, corpus.folder) for corpus in corpora]
+        pretrain_smol(backbone, pairs, schooling.eye, out, seed=config.loop.seed)
+        backbone.model.to(device)
     backbone.record_training(found)
     if is_nano(backbone):
         shares = [(corpus.conversations, corpus.folder, corpus.weight) for corpus in corpora]
         return backbone, nano_sources(shares, config.loop)
-    sources = [
-        TrainingSource(
-            name=corpus.name,
-            conversations=[conversation.messages for conversation in corpus.conversations],
-            root=corpus.folder,
-            weight=corpus.weight,
-            locations=[f"{corpus.folder}, {conversation.id}" for conversation in corpus.conversations],
-        )
-        for corpus in corpora
-    ]
-    return backbone, sources
+    return backbone, [_source(corpus) for corpus in corpora]
+
+
+def _source(corpus: TrainingCorpus) -> TrainingSource:
+    """Return a corpus without its scan turns, which are labels of vision towers."""
+    return TrainingSource(
+        name=corpus.name,
+        conversations=[without_scan_turns(row).messages for row in corpus.conversations],
+        root=corpus.folder,
+        weight=corpus.weight,
+        locations=[f"{corpus.folder}, {row.id}" for row in corpus.conversations],
+    )

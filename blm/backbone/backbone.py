@@ -22,7 +22,7 @@ from blm.backbone.partial import load_first_blocks
 from blm.backbone.precision import place_weights, require_attention, use_attention
 from blm.backbone.processors import load_processor
 from blm.backbone.saving import save_folder, save_model
-from blm.backbone.smol import make_smol
+from blm.backbone.smol.model import make_smol
 from blm.errors import shorten
 from blm.io import recover_folder
 from blm.types import BlmError, Message, Sampling, Training, joint_training, lookup
@@ -187,12 +187,20 @@ def build_nano(
     return Backbone(*make_nano(texts, seed=seed, things=things, steps=steps, views=views))
 
 
-def build_smol(*, image_size: Literal[128, 224] = 128, seed: int = 0) -> Backbone:
-    """Return smol: pretrained parts and an untrained projector.
+def build_smol(
+    *,
+    image_size: Literal[128, 224] = 128,
+    seed: int = 0,
+    things: Sequence[str] = (),
+    steps: Sequence[str] = (),
+    views: Sequence[str] = (),
+) -> Backbone:
+    """Return smol: pretrained parts, and an untrained projector and heads of the vision tower.
 
-    Raises BlmError if its packages are not installed.
+    It has a heat map for each of `things`, and classifies `steps` and `views`. Raises BlmError if
+    its packages are not installed.
     """
-    return Backbone(*make_smol(image_size, seed=seed))
+    return Backbone(*make_smol(image_size, seed=seed, things=things, steps=steps, views=views))
 
 
 BACKBONES: dict[str, str | Callable[[], Backbone]] = {

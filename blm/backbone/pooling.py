@@ -21,6 +21,7 @@ from blm.types import BlmError
 
 WITHOUT_GRID: Mapping[str, str] = {
     "blm_conv_vision": "its tokens are the things that it found and the quarters of the picture",
+    "blm_scene_vision": "some of its tokens are the words and digits of the things that it found",
 }
 """`model_type` of a vision tower -> the reason why its tokens form no grid."""
 MAX_POOL = 16

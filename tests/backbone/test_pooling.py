@@ -11,11 +11,11 @@ from torch import Tensor
 from blm.backbone import Backbone, build_nano, control_prompt
 from blm.backbone.pooling import make_pooling, picture_grids, pooled_count, tap_pooled
 from blm.types import BlmError
-from tests.support.backbones import picture
+from tests.support.backbones import picture, tiny_smolvlm
 from tests.support.families import FAMILIES
 from tests.support.smol import tiny_smol
 
-GRIDS: dict[str, Callable[[], Backbone]] = {**FAMILIES, "smol": lambda: tiny_smol(96)}
+GRIDS: dict[str, Callable[[], Backbone]] = {**FAMILIES, "smolvlm": lambda: tiny_smolvlm("smolvlm")}
 
 
 def prompts(side: int = 56) -> list:
@@ -63,7 +63,7 @@ def test_pooled_states_are_means_of_the_grids(family: str) -> None:
 
 
 def test_text_tokens_stay_bit_for_bit() -> None:
-    backbone = tiny_smol(96)
+    backbone = tiny_smolvlm("smolvlm")
     inputs = backbone.read(prompts(), side="right")
     hidden = torch.randn(*inputs["input_ids"].shape, 8)
     found = make_pooling(backbone, inputs, 2)(hidden)
@@ -83,8 +83,11 @@ def test_a_tower_without_a_grid_is_refused_by_name() -> None:
     ):
         nano = build_nano()
         tap_pooled(nano, nano.read(prompts(), side="right"), 1, 2)
-    backbone = tiny_smol(96)
+    with pytest.raises(BlmError, match=r"'blm_scene_vision' cannot be pooled.*words and digits"):
+        smol = tiny_smol()
+        tap_pooled(smol, smol.read(prompts(), side="right"), 1, 2)
+    backbone = tiny_smolvlm("smolvlm")
     inputs = backbone.read(prompts(), side="right")
     inputs["input_ids"][inputs["input_ids"].eq(backbone.placeholder_id).nonzero()[0].unbind()] = 0
-    with pytest.raises(BlmError, match="35 tokens of 4 pictures, which are no squares"):
+    with pytest.raises(BlmError, match="15 tokens of 4 pictures, which are no squares"):
         picture_grids(backbone, inputs)

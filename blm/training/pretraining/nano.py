@@ -26,9 +26,9 @@ from blm.corpora.scenes.annotations import QuestionSampler, QuestionTurn, by_kin
 from blm.corpora.scenes.comparing import comparisons
 from blm.corpora.scenes.questions import read_scan
 from blm.training.loop.loop import LoopConfig
-from blm.training.pretraining.vision_tower import pretrain_vision_tower, scanned_views
+from blm.training.pretraining.vision_tower import all_scanned_views, pretrain_vision_tower
 from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
-from blm.types import Message
+from blm.types import Message, require_numbers
 
 VISION_TOWER_LOOP = LoopConfig(steps=3000, batch_size=32, lr=3e-3, clip=5.0, title="nano's eye")
 GROUNDING_DRILL_LOOP = LoopConfig(steps=1500, batch_size=8, lr=2e-3, muon=0.02, title="nano's drill")
@@ -56,6 +56,12 @@ class NanoPretrainingConfig:
     """Pretraining of the vision tower alone."""
     drill: LoopConfig = GROUNDING_DRILL_LOOP
     """Pretraining of the language model, on the grounding drill and on text-only scenes."""
+    pack_length: int = 0
+    """Length of packed sequences in the drill [tokens], as in Stage I; 0 pads instead.
+    Its rows are short and text-only scenes are long, so that padding is more than half of a batch."""
+
+    def __post_init__(self) -> None:
+        require_numbers(self, pack_length=(0, 10**9))
 
 
 def pretrain_nano(
@@ -70,11 +76,9 @@ def pretrain_nano(
     `corpora` are conversations and the folder of their images. Without scan turns in them the
     weights stay random. Resumes a killed run in `out`.
     """
-    views = [view for rows, root in corpora for row in rows for view in scanned_views(row, root)]
-    things = sorted({name for view in views for name in view.positions or ()})
-    steps, names = (sorted({getattr(view, kind) for view in views} - {""}) for kind in ("step", "name"))
+    views, vocabulary = all_scanned_views(corpora)
     texts = (m.text for rows, _ in corpora for row in rows for m in row.messages)
-    backbone = build_nano(texts, seed=seed, things=things, steps=steps, views=names)
+    backbone = build_nano(texts, seed=seed, **vocabulary)
     if not views:
         return backbone
     pretrain_vision_tower(backbone, views, config.eye, out / "eye")
@@ -91,7 +95,8 @@ def pretrain_nano(
     sources = add_text_only_scenes(sources, [rows for rows, _ in corpora], config.drill)
     count = config.drill.steps * config.drill.batch_size  # no more than training will use
     sources = [replace(source, conversations=source.conversations[:count]) for source in sources]
-    train_stage1(backbone, sources, Stage1Config(loop=config.drill, vision_scale=0.0), out / "drill")
+    drill = Stage1Config(loop=config.drill, vision_scale=0.0, pack_length=config.pack_length)
+    train_stage1(backbone, sources, drill, out / "drill")
     return backbone
 
 

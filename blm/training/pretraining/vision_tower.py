@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from blm.backbone import Backbone
-from blm.backbone.nano.vision_tower import CELLS, IMAGE_SIZE, REACH, ConvVision, ConvVisionConfig
+from blm.backbone.grounding import REACH, GroundingConfig, GroundingTower
 from blm.corpora import Conversation
 from blm.corpora.scenes.questions import POINT_SCALE, read_scan
 from blm.media import load_pixels
@@ -70,12 +70,32 @@ def scanned_views(row: Conversation, root: Path) -> list[ScannedView]:
     ]
 
 
+class Vocabulary(TypedDict):
+    things: list[str]
+    steps: list[str]
+    views: list[str]
+
+
+"""What a vision tower can be taught to find and to tell apart."""
+
+
+def all_scanned_views(
+    corpora: Sequence[tuple[Sequence[Conversation], Path]],
+) -> tuple[list[ScannedView], Vocabulary]:
+    """Return the labelled views of corpora (conversations, and the folder of their images), and the
+    vocabulary of their labels."""
+    views = [view for rows, root in corpora for row in rows for view in scanned_views(row, root)]
+    things = sorted({name for view in views for name in view.positions or ()})
+    steps, names = (sorted({getattr(view, kind) for view in views} - {""}) for kind in ("step", "name"))
+    return views, {"things": things, "steps": steps, "views": names}
+
+
 def pretrain_vision_tower(
     backbone: Backbone, views: Sequence[ScannedView], loop: LoopConfig, out: Path
 ) -> None:
     """Train the vision tower of a nano in place; its log is `out/log.jsonl`."""
     tower = backbone.model.base_model.vision_tower
-    assert isinstance(tower, ConvVision) and isinstance(tower.config, ConvVisionConfig)
+    assert isinstance(tower, GroundingTower)
     all_targets = grounding_targets(views, tower.config)
 
     def next_batch(step: int, shard: DataShard) -> Microbatch[tuple[Tensor, GroundingTargets]]:
@@ -108,7 +128,7 @@ class GroundingTargets(NamedTuple):
     """[N] class of the camera."""
 
 
-def grounding_targets(views: Sequence[ScannedView], known: ConvVisionConfig) -> GroundingTargets:
+def grounding_targets(views: Sequence[ScannedView], known: GroundingConfig) -> GroundingTargets:
     """Return the labels of views, in the vision tower's order of things, steps and cameras."""
     things = known.things
     points = torch.full((len(views), len(things), 2), -1.0)
@@ -126,7 +146,7 @@ def grounding_targets(views: Sequence[ScannedView], known: ConvVisionConfig) -> 
 
 
 def vision_tower_loss(
-    tower: ConvVision, pixels: Tensor, targets: GroundingTargets
+    tower: GroundingTower, pixels: Tensor, targets: GroundingTargets
 ) -> tuple[Tensor, dict[str, Tensor | float]]:
     """Return the mean loss over images [N, 3, 112, 112], and metrics.
 
@@ -139,9 +159,10 @@ def vision_tower_loss(
     labelled = ~points[:, 0, 0].isnan()
     # all processes must use all parameters in every step (DDP), whichever labels their images have
     unused = 0.0 * torch.stack([p.sum() for p in tower.parameters()]).sum()
-    loss = unused - (target_heatmaps(points[labelled]) * log_maps[labelled]).sum()
+    loss = unused - (target_heatmaps(points[labelled], tower.config.cells) * log_maps[labelled]).sum()
     metrics: dict[str, Tensor | float] = dict.fromkeys(("mm_off", "steps_right", "views_right"), math.nan)
-    metrics["pixels_off"] = localisation_error(log_maps[labelled], points[labelled])
+    off = localisation_error(log_maps[labelled], points[labelled])
+    metrics["pixels_off"] = tower.config.image_size * off
     rows, things = (~metres[..., 0].isnan()).nonzero(as_tuple=True)
     if len(rows):
         weights = log_maps[rows, things, None, :-1].softmax(-1)
@@ -162,14 +183,14 @@ def vision_tower_loss(
     return loss / len(pixels), metrics
 
 
-def target_heatmaps(points: Tensor) -> Tensor:
+def target_heatmaps(points: Tensor, side: int) -> Tensor:
     """Return distributions [N, M, P + 1] over cells and "nowhere" for points [N, M, 2].
 
-    Negative points are absent.
+    There are P = side x side cells. Negative points are absent.
     """
     present = points[..., :1] >= 0
-    cells = (torch.arange(CELLS, device=points.device) + 0.5) / CELLS
-    x, y = torch.exp(-(((points[..., None] - cells) * CELLS / TARGET_STD) ** 2) / 2).unbind(-2)
+    cells = (torch.arange(side, device=points.device) + 0.5) / side
+    x, y = torch.exp(-(((points[..., None] - cells) * side / TARGET_STD) ** 2) / 2).unbind(-2)
     near = (y[..., :, None] * x[..., None, :]).flatten(-2)
     near = near / near.sum(-1, keepdim=True).clamp_min(1e-9) * present
     return torch.cat([near, (~present).to(near)], dim=-1)
@@ -177,13 +198,17 @@ def target_heatmaps(points: Tensor) -> Tensor:
 
 @torch.no_grad()
 def localisation_error(log_maps: Tensor, points: Tensor) -> Tensor:
-    """Return the median distance [px] of expected and true points of present objects, or NaN."""
+    """Return the median distance of expected and true points of present objects, or NaN.
+
+    It is a fraction of the side of the image.
+    """
     distance = (expected_points(log_maps) - points).norm(dim=-1)[points[..., 0] >= 0]
-    return IMAGE_SIZE * distance.median() if len(distance) else torch.tensor(math.nan)
+    return distance.median() if len(distance) else torch.tensor(math.nan)
 
 
 def expected_points(log_maps: Tensor) -> Tensor:
     """Return mean points [N, M, 2] (fractions) of log-probabilities [N, M, P + 1]."""
-    cells = (torch.arange(CELLS, device=log_maps.device) + 0.5) / CELLS
-    weights = log_maps[..., :-1].softmax(-1).unflatten(-1, (CELLS, CELLS))
+    side = math.isqrt(log_maps.shape[-1] - 1)
+    cells = (torch.arange(side, device=log_maps.device) + 0.5) / side
+    weights = log_maps[..., :-1].softmax(-1).unflatten(-1, (side, side))
     return torch.stack([(weights.sum(-2) * cells).sum(-1), (weights.sum(-1) * cells).sum(-1)], dim=-1)

@@ -20,15 +20,15 @@ from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenStates
 from blm.training.policy.train import train_stage2
 from blm.types import BlmError, Observation
+from tests.support.backbones import tiny_smolvlm
 from tests.support.hidden_states import make_backbone, make_dataset
 from tests.support.policy_training import POLICY
-from tests.support.smol import tiny_smol
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PolicyTrainingConfig:
     folder = tmp_path_factory.mktemp("pooled")
-    tiny_smol().save(folder / "backbone")
+    tiny_smolvlm("smolvlm").save(folder / "backbone")
     make_dataset(folder, lengths=(9, 8))
     return PolicyTrainingConfig(
         datasets=(folder / "arm",),

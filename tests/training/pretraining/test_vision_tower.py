@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -12,8 +13,7 @@ import pytest
 import torch
 
 from blm.backbone import build_nano
-from blm.backbone.nano.vision_tower import (
-    CELLS,
+from blm.backbone.grounding import (
     DECIMAL,
     DECIMAL_SCALE,
     FOUND,
@@ -23,15 +23,15 @@ from blm.backbone.nano.vision_tower import (
     REACH,
     STEPS,
     WORDS,
-    ConvVision,
-    ConvVisionConfig,
     digit_features,
     metric_position_features,
 )
+from blm.backbone.nano.vision_tower import CELLS, ConvVision, ConvVisionConfig
 from blm.corpora.format.messages import Conversation
 from blm.corpora.scenes.questions import read_scan
 from blm.training.loop.loop import LoopConfig
 from blm.training.loop.metrics import Meter
+from blm.training.pretraining import smol as smol_pretraining
 from blm.training.pretraining.nano import (
     EXTRA_COMPARISONS,
     TEXT_ONLY_SHARE,
@@ -43,6 +43,7 @@ from blm.training.pretraining.nano import (
     text_only_scene,
     without_scan_turns,
 )
+from blm.training.pretraining.smol import is_untaught, pretrain_smol
 from blm.training.pretraining.vision_tower import (
     GroundingTargets,
     expected_points,
@@ -52,6 +53,7 @@ from blm.training.pretraining.vision_tower import (
     vision_tower_loss,
 )
 from blm.types import BlmError, Image, Message
+from tests.support.smol import tiny_smol
 
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (30, 60, 220)}
 
@@ -96,7 +98,7 @@ def moment(seed: int) -> Conversation:
 
 def test_targets_are_distributions_with_their_mean_at_the_point():
     points = torch.tensor([[[0.5, 0.25], [-1.0, -1.0]]])
-    made = target_heatmaps(points)
+    made = target_heatmaps(points, CELLS)
     assert torch.allclose(made.sum(-1), torch.ones(1, 2))
     assert made[0, 1, -1] == 1.0
     cells = (torch.arange(CELLS) + 0.5) / CELLS
@@ -280,6 +282,33 @@ def test_the_sizes_of_the_first_release_stay_the_defaults():
     old, new = ConvVision(ConvVisionConfig()), build_nano().model.base_model.vision_tower
     assert len(old.coarse) == 2 and not list(old.context.parameters())
     assert len(new.coarse) == 3 and list(new.context.parameters())
+
+
+def test_an_untaught_smol_learns_to_find_things_and_keeps_its_language(tmp_path, monkeypatch):
+    made = []
+
+    def build(*, image_size, seed, **vocabulary):
+        made.append(tiny_smol(image_size, **vocabulary))
+        return tiny_smol(image_size, **vocabulary)
+
+    monkeypatch.setattr(smol_pretraining, "build_smol", build)
+    backbone, rows = tiny_smol(64), [scene(seed) for seed in range(8)]
+    unlabelled = [row(9, np.zeros((8, 8, 3), np.uint8), ("day", "no"))]
+    pretrain_smol(backbone, [(unlabelled, Path())], LOOP, tmp_path)
+    assert is_untaught(backbone) and not made
+    pretrain_smol(backbone, [(rows, Path())], LOOP, tmp_path)
+    assert not is_untaught(backbone)
+    known = backbone.model.model.vision_tower.config
+    assert known.things == sorted(f"{color} square" for color in COLORS) and known.views == ["base"]
+    log = [json.loads(text) for text in (tmp_path / "eye/log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    before = made[0].model.state_dict()
+    after = backbone.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.startswith("model.vision_tower.") for name in changed)
+
+
+LOOP = LoopConfig(steps=12, batch_size=8, lr=3e-3, clip=5.0, log_every=1)
 
 
 def test_too_many_words_or_steps_are_refused():

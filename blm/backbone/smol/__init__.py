@@ -1,0 +1,1 @@
+"""smol: a small pretrained backbone, whose weights are Python packages."""
