@@ -13,9 +13,11 @@ import pytest
 
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, read_corpus, read_questions
 from blm.corpora.format.messages import CORPUS_FILE, scorer_of
+from blm.corpora.scenes.build import _sampler
 from blm.corpora.scenes.free_questions import FREE_TEMPLATES, STRANGE, free_questions, free_turns, phrase
 from blm.corpora.scenes.free_talk_templates import REFUSAL_TEMPLATES
 from blm.corpora.scenes.observation import SceneObserver, rearrange
+from blm.corpora.scenes.questions import scene_turns
 from blm.corpora.scenes.templates import TEMPLATES
 from blm.evaluation.digital.facts import check_facts
 from blm.evaluation.digital.parsers.claims import OBJECT, clauses, mentions
@@ -211,7 +213,8 @@ def test_corpora_hold_free_questions_with_their_facts(tmp_path):
         {q.messages[-1].text for q in read_questions(tmp_path / name, free=True)}
         for name in ("train", "held_out")
     )
-    patterns = [re.compile(re.sub(r"\\{\w+\\}", ".+", re.escape(t))) for ts in HELD_OUT.values() for t in ts]
+    held = [text.replace(" an ", " a ") for texts in HELD_OUT.values() for text in texts]
+    patterns = [re.compile(re.sub(r"\\{\w+\\}", ".+", re.escape(text))) for text in held]
     plain = {text.replace(" an ", " a ") for text in training}
     assert not [text for text in plain if any(p.fullmatch(text) for p in patterns)]
     assert [t for t in new if not any(p.fullmatch(t.replace(" an ", " a ")) for p in patterns)] == []
@@ -226,11 +229,27 @@ def test_corpora_hold_free_questions_with_their_facts(tmp_path):
 
 
 def test_without_free_questions_a_corpus_stays_as_it_was(tmp_path):
-    """The closed questions of a scene do not depend on the share of free ones."""
-    build_scene_corpus(config(scenes=3), tmp_path / "none", workers=0)
+    """Its turns are those that `scene_turns` draws from the scenes alone, and no row has facts."""
+    made = config(scenes=3)
+    build_scene_corpus(made, tmp_path / "none", workers=0)
+    rows, sampler = read_corpus(tmp_path / "none"), _sampler(made, 0)
+    for number, row in enumerate(rows):
+        seed = made.first_seed + number
+        rng = np.random.default_rng(seed)
+        count = int(rng.integers(made.max_distractors + 1))
+        with Env("panda", "words_push_cube", cameras=(), image_size=64, distractors=count) as env:
+            observer = SceneObserver(env, ("base",))
+            env.reset(seed=seed, options={"arm": "random"})
+            scene = observer.observe(rearrange(env, rng)).in_centimetres()
+            observer.close()
+        turns = scene_turns(scene, made.turns, sampler, pointing=made.pointing, metric=made.metric)
+        told = list(zip(row.kinds, row.messages[::2], row.messages[1::2], strict=True))
+        assert [(k, q.text, a.text) for k, q, a in told if k != "control"] == [
+            (turn.kind, turn.question, turn.answer) for turn in turns
+        ]
     text = (tmp_path / "none" / CORPUS_FILE).read_text()
-    assert "facts" not in text and not read_questions(tmp_path / "none", free=True)
     assert all("facts" not in json.loads(line) for line in text.splitlines())
+    assert not read_questions(tmp_path / "none", free=True)
 
 
 def test_free_turns_are_of_different_kinds_and_depend_on_their_generator_only():
