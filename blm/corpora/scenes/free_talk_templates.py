@@ -168,7 +168,7 @@ REFUSAL_TEMPLATES: dict[str, FreeWordings] = {
         "Is it [raining|snowing|sunny] [outside|today]?",
         "How is the weather[ today|]?",
         "[Tell me|Say] what the weather is like.",
-        held_out=("Does the sun shine today?", "Will I need an umbrella?"),
+        held_out=("Does the sun shine today?", "Will I get wet outside?"),
         answers=(
             f"{_SORRY} can't see outside, so I do not know the weather.",
             f"{_SORRY} do not know what the weather is like: I only see the robot's table.",
