@@ -245,10 +245,28 @@ class Message:
         return tuple(part for part in self.content if isinstance(part, Image))
 
 
-Scorer = Literal["exact", "choice", "point", "points", "box", "metric", "judge"]
+Scorer = Literal["exact", "choice", "point", "points", "box", "metric", "facts", "judge"]
 """How an answer is judged. exact: normalised string equality. choice: the letter of an option.
 point: distance to "(x, y)". points: share of the points inside the mask. box: overlap of boxes
-"(x1, y1, x2, y2)". metric: distance in cm. judge: a language model compares it with the reference."""
+"(x1, y1, x2, y2)". metric: distance in cm. facts: what it says in free words, against `KeyFacts`.
+judge: a language model compares it with the reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyFacts:
+    """What an answer in free words must say and must not say, by the truth of its scene.
+
+    A fact is in plain words, "one|other" is met by either of them. It is a thing ("red cube"), "yes"
+    or "no", the number that the answer gives ("#3"), a relation ("red cube <left> blue ball"), or
+    any other phrase.
+    """
+
+    required: tuple[str, ...] = ()
+    """Facts that the answer must state."""
+    forbidden: tuple[str, ...] = ()
+    """Facts that the answer must not state."""
+    things: tuple[str, ...] = ()
+    """Everything that the answer may say is there; any other object in it is false."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +286,8 @@ class Question:
     """Options of a multiple-choice question; the answer is the letter of one (A, B, ..)."""
     mask: Image | None = None
     """Correct points are those on white pixels of this image."""
+    facts: KeyFacts | None = None
+    """What the answer is scored by, if the scorer is "facts"; `answer` is then one right answer of many."""
 
 
 def base_kind(kind: str) -> str:

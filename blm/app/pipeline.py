@@ -58,7 +58,7 @@ ADDED_TO_STAGE1 = {
     "training": {"loop": ADDED_TO_LOOP},
     "schooling": {"eye": ADDED_TO_LOOP, "drill": ADDED_TO_LOOP},
 }
-ADDED_TO_CORPUS = {"answers": "reasoning", "randomization": asdict(NO_RANDOMIZATION)}
+ADDED_TO_CORPUS = {"answers": "reasoning", "randomization": asdict(NO_RANDOMIZATION), "free": 0.0}
 """The same for `Stage1Settings` and `CorpusSettings`."""
 ADDED: dict[str, dict[str, Any]] = {
     "stage1": ADDED_TO_STAGE1,

@@ -93,9 +93,12 @@ class CorpusSettings:
     answers: Answers = "reasoning"
     """Form of the answers, also of held-out questions; see `blm corpus build --help`.
     `sentence` is for backbones that already speak English."""
+    free: float = 0.0
+    """Fraction of free questions ("What do you see?") among those about scenes, 0..1.
+    They need --corpus.answers sentence."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, held_out_scenes=(1, 1_000_000))
+        require_numbers(self, held_out_scenes=(1, 1_000_000), free=(0, 1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,9 +34,11 @@ class EvaluateDigital(CliCommand):
     """
 
     benchmark: str
-    """Name of the benchmark; `scene` reads a corpus of scene questions."""
+    """Name of the benchmark; `scene` reads the closed questions of a corpus of scene questions, and
+    `scene_free` its free ones."""
     data: Path
-    """Folder of the benchmark's data in its published layout; for `scene`, a corpus folder."""
+    """Folder of the benchmark's data in its published layout; for `scene` and `scene_free`, a
+    corpus folder."""
     model: str
     """Folder of a checkpoint or backbone, the name of a backbone, or openai:MODEL@URL.
     The URL ends in /v1."""
@@ -78,6 +80,7 @@ class EvaluateDigital(CliCommand):
         from blm.app.chats import load_chat
         from blm.evaluation.digital import BENCHMARKS
         from blm.evaluation.digital.benchmarks.pointing import with_convention
+        from blm.evaluation.digital.benchmarks.scene_questions import SCENE, SCENE_FREE
         from blm.evaluation.digital.endpoint import Endpoint, EndpointSettings
         from blm.evaluation.digital.runner import DigitalEvalConfig, evaluate_digital
         from blm.evaluation.digital.subset import evenly_spaced
@@ -88,7 +91,8 @@ class EvaluateDigital(CliCommand):
             with_convention(question, convention) if question.scorer == "points" else question
             for question in evenly_spaced(load_questions(self.benchmark, self.data), self.limit)
         ]
-        known = load_questions("scene", self.baseline_corpus) if self.baseline_corpus else []
+        kind = SCENE_FREE.name if benchmark is SCENE_FREE else SCENE.name
+        known = load_questions(kind, self.baseline_corpus) if self.baseline_corpus else []
         judge = find_judge(self)
         config = DigitalEvalConfig(
             root=self.data, coordinates=self.coordinates, compat=self.compat, batch=self.batch
@@ -132,12 +136,21 @@ class EvaluateDigital(CliCommand):
 
 
 def load_questions(benchmark: str, folder: Path) -> list[Question]:
-    """Return the questions of a benchmark, or of a corpus for `scene`. Raises BlmError."""
+    """Return the questions of a benchmark; those of scenes are from a corpus.
+
+    Raises BlmError, also for a corpus without such questions.
+    """
     from blm.corpora import read_questions
     from blm.evaluation.digital import BENCHMARKS
+    from blm.evaluation.digital.benchmarks.scene_questions import FROM_CORPUS, SCENE_FREE
 
-    if benchmark == "scene":
-        return read_questions(folder)
+    if benchmark in FROM_CORPUS:
+        questions = read_questions(folder, free=benchmark == SCENE_FREE.name)
+        if not questions:
+            raise BlmError(
+                f"corpus '{folder}' has no questions of '{benchmark}'. {BENCHMARKS[benchmark].get}"
+            )
+        return questions
     return lookup("benchmark", benchmark, BENCHMARKS).questions(folder)
 
 

@@ -195,7 +195,10 @@ def test_only_a_changed_setting_changes_the_key_of_a_stage() -> None:
     for part in ("demonstrations", "corpus"):
         varied = replace(getattr(CI, part), randomization=DomainRandomization(amplitude=0.5))
         assert json_of(replace(CI, **{part: varied}), part) != json_of(CI, part)
-    changed = replace(CI, corpus=replace(CI.corpus, answers="sentence"))
-    assert stage_key(STAGES, corpus, changed, {}) != stage_key(STAGES, corpus, CI, {})
+    spoken, free = (
+        stage_key(STAGES, corpus, replace(CI, corpus=replace(CI.corpus, answers="sentence", free=share)), {})
+        for share in (0.0, 0.2)
+    )
+    assert len({spoken, free, stage_key(STAGES, corpus, CI, {})}) == 3
     for change in ({"precision": "compact"}, {"views": 1}, {"dims": 64}, {"pool": 2}):
         assert stage_key(STAGES, stage, replace(CI, stage2=replace(CI.stage2, **change)), {}) != key

@@ -85,7 +85,7 @@ def check_mixture_of(own: Recipe, out: Path, printed: str) -> None:
         assert rows[-1][f"loss of {name}"] > 0
     retention = read_json(out / "retention.json")
     assert rows[-1]["kl"] == pytest.approx(retention["text"]["kl"], rel=0.2, abs=1e-3)
-    assert len(retention["rows"]["tuned"]) == 40 and "perplexity of held-out text" in printed
+    assert len(retention["rows"]["tuned"]) == 260 and "perplexity of held-out text" in printed
 
 
 def test_a_present_corpus_is_trained_on_with_its_weight_for_the_epochs_asked_for(

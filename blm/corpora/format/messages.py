@@ -7,6 +7,8 @@ references below the folder: an image, or a video frame `clips/a.mp4#t=1.25` (se
 optional system turn comes first, then user and assistant turns alternate, and the last is an
 answer.
 
+Rows with free questions also have "facts": the key facts of each answer, or null.
+
 Only "messages" is required, so that rows of other programs are valid. Defaults: id "row-<line>";
 source "messages"; group "<source>/<first media file>", or else the id; the source's name as kind of
 each answer. Rows about our simulated scenes also have "training": "plain" or "randomized". Only
@@ -28,11 +30,12 @@ from typing import Any, get_args
 
 import PIL.Image
 
+from blm.corpora.format.facts import FREE, facts_to_json, read_facts
 from blm.corpora.format.faults import RowError
 from blm.io import MARK, new_folder, replacing
 from blm.media import locate, split_time
 from blm.seeds import count_reserved_seeds
-from blm.types import BlmError, Image, Message, Question, Scorer, Training
+from blm.types import BlmError, Image, KeyFacts, Message, Question, Scorer, Training
 
 CORPUS_FILE = "corpus.jsonl"
 ROLES = ("system", "user", "assistant")
@@ -52,6 +55,8 @@ class Conversation:
     messages: tuple[Message, ...]
     training: Training = "unknown"
     """Whether its simulated scenes were randomized; unknown for all other conversations."""
+    facts: tuple[KeyFacts | None, ...] = ()
+    """Key facts of each assistant turn, None where the question is not free; empty if none is."""
 
     @property
     def media(self) -> tuple[Image, ...]:
@@ -84,7 +89,8 @@ class Conversation:
             else:
                 pending = (*pending, *asked.content[: end_of_pictures(asked)])
         kinds = tuple(kind for turn, kind in enumerate(self.kinds) if turn in wanted)
-        return replace(self, kinds=kinds, messages=tuple(kept))
+        facts = tuple(facts for turn, facts in enumerate(self.facts) if turn in wanted)
+        return replace(self, kinds=kinds, messages=tuple(kept), facts=facts)
 
     def questions(self) -> Iterator[Question]:
         """Yield each turn as a separate question, with the images shown so far."""
@@ -99,6 +105,7 @@ class Conversation:
                 group=self.group,
                 scorer=scorer,
                 options=options_of(asked.text) if scorer == "choice" else (),
+                facts=self.facts[turn] if self.facts else None,
             )
 
 
@@ -122,6 +129,8 @@ def with_thought(thought: str, answer: str) -> str:
 
 def scorer_of(kind: str) -> Scorer:
     """Return the scorer of a question kind, which follows from its name."""
+    if kind.startswith(FREE):
+        return "facts"
     for beginning in ("point", "box", "metric"):
         if kind.startswith(beginning):
             return beginning
@@ -185,12 +194,13 @@ TEACHING = ("control", "scan")
 """Prefixes of the kinds of teaching turns, whose long answers are not evaluated."""
 
 
-def read_questions(folder: Path) -> list[Question]:
-    """Return the questions of a corpus without teaching turns.
+def read_questions(folder: Path, *, free: bool = False) -> list[Question]:
+    """Return the questions of a corpus without teaching turns: the closed ones, or the free ones.
 
     Raises BlmError as `read_corpus` does.
     """
-    return [q for row in read_corpus(folder) for q in row.questions() if not q.kind.startswith(TEACHING)]
+    every = [q for row in read_corpus(folder) for q in row.questions() if not q.kind.startswith(TEACHING)]
+    return [question for question in every if (question.scorer == "facts") == free]
 
 
 def parse_json_line(line: bytes) -> Any:
@@ -231,7 +241,13 @@ def parse_row(row: Any, number: int) -> Conversation:
         valid = ", ".join(get_args(Training))
         raise RowError("malformed row", f"'training' is {training!r}; valid: {valid}")
     return Conversation(
-        id=identity, group=group, source=source, kinds=tuple(kinds), messages=messages, training=training
+        id=identity,
+        group=group,
+        source=source,
+        kinds=tuple(kinds),
+        messages=messages,
+        training=training,
+        facts=read_facts(row.get("facts"), [kind.startswith(FREE) for kind in kinds]),
     )
 
 
@@ -337,6 +353,7 @@ def _to_row(
         "source": conversation.source,
         **known,
         "kinds": list(conversation.kinds),
+        **facts_to_json(conversation.facts),
         "messages": [
             {"role": m.role, "content": [part_to_json(part) for part in m.content]}
             for m in conversation.messages

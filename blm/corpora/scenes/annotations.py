@@ -17,7 +17,7 @@ from blm.corpora.format.messages import with_thought
 from blm.corpora.scenes.sentences import BRIEF, sentence
 from blm.corpora.scenes.templates import TEMPLATES, Wording
 from blm.tasks.wordings import expand
-from blm.types import Image, ImageArray, Message, base_kind
+from blm.types import Image, ImageArray, KeyFacts, Message, base_kind
 
 NUMERIC_KINDS = ("point", "box", "metric")
 """Prefixes of kinds with numeric answers, which need no balancing."""
@@ -51,6 +51,8 @@ class QuestionTurn:
     answer: str
     thought: str = ""
     """Reasoning from which the answer follows; a model may write it before its answer."""
+    facts: KeyFacts | None = None
+    """Key facts of a free question."""
 
 
 @dataclass(frozen=True)

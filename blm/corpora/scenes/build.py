@@ -20,6 +20,7 @@ from rich.console import Console
 from blm.corpora.format.messages import CORPUS_FILE, Conversation, read_corpus, write_corpus
 from blm.corpora.scenes.annotations import QuestionSampler, by_kind, to_messages
 from blm.corpora.scenes.episodes import EpisodeSteps, frame_annotations, read_steps
+from blm.corpora.scenes.free_questions import free_turns
 from blm.corpora.scenes.instructions import NAMED
 from blm.corpora.scenes.observation import SceneObserver, rearrange
 from blm.corpora.scenes.questions import control_turn, scan_step, scan_turns, scene_turns
@@ -38,6 +39,8 @@ from blm.types import BlmError, ImageArray, require_numbers
 
 SCENES_PER_SHARD = 400
 EPISODES_PER_SHARD = 60
+FREE_STREAM = 1
+"""Stream of the random numbers of free questions: closed questions do not depend on them."""
 FRAME_GAP = 3
 """Number of frames between two images of a sequence: 0.15 s at 20 Hz."""
 
@@ -68,6 +71,9 @@ class SceneCorpusConfig:
     """Fraction of questions about positions, displacements and distances in cm, 0..1."""
     choice: float = 0.25
     """Fraction of multiple-choice questions among the questions that allow this form, 0..1."""
+    free: float = 0.0
+    """Fraction of free questions ("What do you see?") among those about scenes, 0..1.
+    They need --answers sentence, and are evaluated with `blm eval digital --benchmark scene_free`."""
     wording: Wording = "seen"
     """Set of question templates; the held-out templates are for evaluation only."""
     max_distractors: int = 3
@@ -115,7 +121,13 @@ class SceneCorpusConfig:
             pointing=(0, 1),
             metric=(0, 1),
             choice=(0, 1),
+            free=(0, 1),
         )
+        if self.free and self.answers != "sentence":
+            raise BlmError(
+                f"free questions (free is {self.free}) are answered in sentences, but answers is "
+                f"'{self.answers}'; valid: sentence, or free 0"
+            )
         shares = (self.pointing, self.metric, 1 - self.pointing - self.metric, self.choice)
         if min(shares) < 0 or self.choice > 1:
             raise BlmError(
@@ -249,7 +261,12 @@ def _scene_conversation(
     scene = observer.observe(rearrange(env, rng))
     if config.teach:
         scene = scene.in_centimetres()
-    turns = scene_turns(scene, config.turns, sampler, pointing=config.pointing, metric=config.metric)
+    free_rng = np.random.default_rng((seed, FREE_STREAM))
+    count = int(free_rng.binomial(config.turns, config.free))
+    free = free_turns(scene, env.robot, count, free_rng, config.wording)
+    closed = config.turns - len(free)
+    turns = scene_turns(scene, closed, sampler, pointing=config.pointing, metric=config.metric)
+    turns = [*free, *turns]
     turns += scan_turns(scene) if config.scans else []
     if config.teach and (env.task_spec.prehensile or scene.arrangement != "held"):
         turns.append(control_turn(scene, env.task_description, env.embodiment))
@@ -263,6 +280,7 @@ def _scene_conversation(
             [scene.images[camera] for camera in config.cameras], turns, thoughts=config.thoughts
         ),
         training="plain" if config.randomization == NO_RANDOMIZATION else "randomized",
+        facts=tuple(turn.facts for turn in turns) if any(turn.facts for turn in turns) else (),
     )
 
 

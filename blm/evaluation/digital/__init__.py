@@ -14,7 +14,7 @@ from blm.evaluation.digital.benchmarks.holoassist import HOLOASSIST
 from blm.evaluation.digital.benchmarks.refspatial import REFSPATIAL
 from blm.evaluation.digital.benchmarks.robofail import ROBOFAIL
 from blm.evaluation.digital.benchmarks.robovqa import ROBOVQA
-from blm.evaluation.digital.benchmarks.scene_questions import SCENE
+from blm.evaluation.digital.benchmarks.scene_questions import SCENE, SCENE_FREE
 from blm.evaluation.digital.benchmarks.sharerobot import SHAREROBOT
 from blm.evaluation.digital.benchmarks.where2place import WHERE2PLACE
 from blm.evaluation.digital.runner import evaluate_digital
@@ -31,6 +31,7 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "refspatial": REFSPATIAL,
     "easy_vqa": EASY_VQA,
     "scene": SCENE,
+    "scene_free": SCENE_FREE,
 }
 """Name -> benchmark; the six of BLM1's table come first."""
 

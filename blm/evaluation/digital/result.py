@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, Self
 
+from blm.evaluation.digital.facts import FactCheck
 from blm.evaluation.protocol import DigitalProtocol
 from blm.evaluation.results import EvaluationResult, Machine, ScoredItem
 from blm.evaluation.statistics import Difference, Rate
@@ -39,16 +40,21 @@ class Prediction:
     """Whether the judge failed; None for an answer that was not judged."""
     judgement: str | None = None
     """The judge's reply; None for an answer that was not judged."""
+    facts: FactCheck | None = None
+    """The key facts in an answer in free words; None for all other answers."""
 
     def to_json(self) -> dict[str, Any]:
         value = asdict(self)
         if self.unjudged is None:
             del value["unjudged"], value["judgement"]
+        if self.facts is None:
+            del value["facts"]
         return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        return cls(**value)
+        facts = FactCheck.from_json(value["facts"]) if "facts" in value else None
+        return cls(**{**value, "facts": facts})
 
 
 @dataclass(frozen=True)

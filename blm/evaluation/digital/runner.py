@@ -148,7 +148,8 @@ def _key(question: Question, root: Path | None) -> list[Any]:
     ]
     mask = [_picture(question.mask, root, question.id)] if question.mask else []
     about = [question.id, question.kind, question.answer, question.group, question.scorer]
-    return [*about, list(question.options), parts, mask]
+    facts = [asdict(question.facts)] if question.facts else []
+    return [*about, list(question.options), parts, mask, *facts]
 
 
 def _picture(image: Image, root: Path | None, name: str) -> str:
@@ -214,6 +215,7 @@ def _loaded(question: Question, root: Path | None) -> tuple[Message, ...]:
 
 
 def _predict(question: Question, raw: str, failure: str | None, scoring: ScoringConfig) -> Prediction:
+    scored = score(question, raw, scoring)
     return Prediction(
         id=question.id,
         kind=question.kind,
@@ -223,7 +225,11 @@ def _predict(question: Question, raw: str, failure: str | None, scoring: Scoring
         reference=question.answer,
         raw=raw,
         failure=failure,
-        **asdict(score(question, raw, scoring)),
+        score=scored.score,
+        parsed=scored.parsed,
+        error=scored.error,
+        points=scored.points,
+        facts=scored.facts,
     )
 
 

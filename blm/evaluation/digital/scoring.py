@@ -4,7 +4,7 @@ A changed rule needs a new version in `DigitalProtocol.parser`.
 
 An answer that cannot be parsed scores 0 and is counted. Exact match compares words: lower case, no
 punctuation, no articles, numbers as digits; if the reference is yes or no, a leading yes or no is
-the answer.
+the answer. Answers in free words are scored by their facts (see blm.evaluation.digital.facts).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from blm.evaluation.digital.facts import FactCheck, check_facts
 from blm.evaluation.digital.parsers.compat import COMPAT, Upstream, mean_mask_value
 from blm.evaluation.digital.parsers.coordinates import (
     THOUSANDTHS,
@@ -42,6 +43,8 @@ class ItemScore:
     """Distance of a point to the reference [thousandths of the image], or of a length [cm]."""
     points: int | None = None
     """Number of points, if several may be given."""
+    facts: FactCheck | None = None
+    """The key facts in an answer in free words."""
 
 
 UNREAD = ItemScore(score=0.0, parsed=None)
@@ -151,6 +154,14 @@ def _metric(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
     )
 
 
+def _facts(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
+    if question.facts is None:
+        raise BlmError(f"question '{question.id}' is scored by facts but has no key facts")
+    text = final_answer(raw)
+    checked = check_facts(text, question.facts)
+    return ItemScore(score=float(checked.right), parsed=text or None, facts=checked)
+
+
 def _judge(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
     return ItemScore(score=0.0, parsed=final_answer(raw) or None)
 
@@ -189,5 +200,6 @@ _SCORERS: dict[Scorer, Callable[[Question, str, ScoringConfig], ItemScore]] = {
     "points": _points,
     "box": _box,
     "metric": _metric,
+    "facts": _facts,
     "judge": _judge,
 }

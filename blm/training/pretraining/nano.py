@@ -109,9 +109,9 @@ def grounding_drill(row: Conversation) -> Iterator[Conversation]:
         kinds = [f"{kind}{view}" for kind in GROUNDING_KINDS]
         turns = [turn for turn, kind in enumerate(row.kinds) if kind in kinds]
         if read_scan(answers[scan]):
-            first, *rest = (Message(m.role, (m.text,)) for m in row.select(turns).messages)
-            shown = Message("user", (image, first.text))
-            yield replace(row, kinds=tuple(row.kinds[t] for t in turns), messages=(shown, *rest))
+            chosen = row.select(turns)
+            first, *rest = (Message(m.role, (m.text,)) for m in chosen.messages)
+            yield replace(chosen, messages=(Message("user", (image, first.text)), *rest))
 
 
 def is_nano(backbone: Backbone) -> bool:

@@ -45,7 +45,7 @@ from tests.support.benchmarks import (
     write_json,
 )
 
-LOADED = sorted(set(BENCHMARKS) - {"scene"})
+LOADED = sorted(set(BENCHMARKS) - {"scene", "scene_free"})
 COUNTS = {"egothink": 24, "sharerobot": 40, "refspatial": 4, "easy_vqa": 6}
 """Questions in each made folder; three in the others."""
 CASES = [*((name, name, FIXTURES[name]) for name in LOADED), *((v, *VARIANTS[v]) for v in VARIANTS)]
@@ -163,8 +163,10 @@ def test_record_and_missing_folder(name, tmp_path):
 
 
 def test_scene_questions_are_given(tmp_path):
-    with pytest.raises(BlmError, match="come from a corpus"):
-        load("scene", make_fixture("scene", tmp_path / "corpus"))
+    folder = make_fixture("scene", tmp_path / "corpus")
+    for name in ("scene", "scene_free"):
+        with pytest.raises(BlmError, match="come from a corpus"):
+            load(name, folder)
 
 
 def test_cosmos_asks_as_published(folders):

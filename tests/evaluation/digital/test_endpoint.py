@@ -27,7 +27,7 @@ from blm.evaluation.digital.benchmarks import published
 from blm.evaluation.digital.endpoint import Endpoint, EndpointSettings
 from blm.evaluation.digital.runner import DigitalEvalConfig, evaluate_digital
 from blm.evaluation.result_files import write_result
-from blm.types import BlmError, Image, Message, Question, Sampling
+from blm.types import BlmError, Image, KeyFacts, Message, Question, Sampling
 from tests.support.benchmarks import make_fixture
 from tests.support.commands import run_command
 from tests.support.serving import EchoGenerator, Words, running
@@ -337,6 +337,45 @@ def test_command_evaluates_a_corpus(
     assert "limit is 0; it must be 1 to" in capsys.readouterr().err
     with pytest.raises(BlmError, match=r"unknown benchmark 'robvqa'. Did you mean 'robovqa'"):
         run_eval(server, tmp_path, tmp_path / "bad", benchmark="robvqa")
+
+
+def test_command_scores_free_questions_by_their_facts(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`scene_free` asks the free questions of a corpus only, and `scene` the others."""
+    facts = KeyFacts(required=("red cube",), forbidden=("nothing",), things=("red cube", "blue ball"))
+    write_corpus(
+        tmp_path / "corpus",
+        [
+            Conversation(
+                id=f"c{index}",
+                group=f"c{index}",
+                source="s",
+                kinds=("free_see", "count"),
+                messages=(
+                    Message("user", (Image(np.full((4, 4, 3), index, np.uint8)), "What do you see?")),
+                    Message("assistant", ("I see a red cube.",)),
+                    Message("user", ("How many cubes?",)),
+                    Message("assistant", ("1",)),
+                ),
+                facts=(facts, None),
+            )
+            for index in range(4)
+        ],
+    )
+    server.script = [(200, said("There's a block that is red.")), (200, said("A red cube and a cat."))]
+    more = ("--baseline-corpus", str(tmp_path / "corpus"), "--concurrency", "1")
+    run_eval(server, tmp_path / "corpus", tmp_path / "out", *more, benchmark="scene_free")
+    result = load_result(tmp_path / "out")
+    assert {p.scorer for p in result.predictions} == {"facts"} and result.protocol.average == "kinds"
+    assert [p.score for p in result.predictions] == [1, 0, 0, 0]
+    assert result.predictions[1].facts.false == ("a cat",)
+    assert result.baselines["majority"].summary.overall.rate == 1
+    run_eval(server, tmp_path / "corpus", tmp_path / "closed")
+    assert {p.kind for p in load_result(tmp_path / "closed").predictions} == {"count"}
+    make_corpus(tmp_path / "none", 2)
+    with pytest.raises(BlmError, match=r"no questions of 'scene_free'.*--free 1"):
+        run_eval(server, tmp_path / "none", tmp_path / "bad", benchmark="scene_free")
 
 
 def test_command_on_published_layouts(

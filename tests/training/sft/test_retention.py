@@ -16,8 +16,6 @@ from blm.backbone import Backbone, build_nano
 from blm.corpora.curation import replay
 from blm.corpora.format.messages import CORPUS_FILE, Conversation, read_corpus, write_corpus
 from blm.evaluation.digital.instructions import (
-    VerifiableInstruction,
-    follows,
     run_instructions,
     summarise,
     verifiable_instructions,
@@ -256,113 +254,6 @@ def test_drawn_answers_depend_on_the_seed_alone() -> None:
     assert [text for text, _ in greedy] == backbone.answer_batch(asked, max_tokens=12)
 
 
-GOOD = {
-    "capital letters only": "SALT WATER.",
-    "whole answer in capital": "RED",
-    "lower-case letters only": "a cat is small and soft.",
-    "everything in lower case": "fish live in water.",
-    "exactly two sentences": "The moon is round. It is 3.5 billion years old!",
-    "exactly one sentence": "People sleep to rest.",
-    "exactly three sentences": "It spans. It joins. It holds?",
-    "at most 12 words": "A forest is a place with many trees.",
-    "at least 40 words": "word " * 40,
-    "single word": "Cold.",
-    "20 to 40 words": "bread " * 25,
-    "That is all": "Rain falls. That is all.",
-    "question mark": "For what else than sitting?",
-    "word Certainly": "Certainly, it is hot.",
-    "Begin your answer with: My": "My answer is honey.",
-    "quotation marks": '"The Last Robot"',
-    "letter e": "A cat.",
-    "word snow": "Winter is cold.",
-    "use no comma": "Dogs bark at night.",
-    "spoon and window": "The spoon lies at the window.",
-    "blue at least twice": "Blue sky, blue sea.",
-    "3 bullet points": "* wet\n* clear\n* cold",
-    "2 reasons": "- fun\n- news",
-    "numbered list": "1. apple\n2. pear\n3. fig\n4. plum",
-    "separated by commas": "red, green, blue",
-    'keys "name"': '{"name": "Ann", "age": 7}',
-    "JSON list": "[1, 2, 3]",
-    "Repeat this": "The red cube is on the table.",
-    "word hello": "hello hello hello",
-    "Is fire hot": "yes",
-    "two short paragraphs": "Trees grow.\n\nThey are green.",
-    "capital of France": "It is Paris.",
-    "capital of Japan": "Tokyo",
-    "capital of Italy": "Rome!",
-    "2 + 3": "2 + 3 = 5",
-    "7 - 4": "3",
-    "days does a week": "7 days",
-    "planet": "The Earth.",
-    "Celsius": "At 100 degrees.",
-    "formula of water": "H2O",
-}
-BAD = {
-    "capital letters only": ["Salt water", "123", ""],
-    "whole answer in capital": ["Red", "rED"],
-    "lower-case letters only": ["A cat is small."],
-    "everything in lower case": ["Fish live in water"],
-    "exactly two sentences": ["The moon is round.", "One. Two. Three."],
-    "exactly one sentence": ["One. Two."],
-    "exactly three sentences": ["One. Two."],
-    "at most 12 words": ["one two three four five six seven eight nine ten eleven twelve thirteen"],
-    "at least 40 words": ["word " * 39],
-    "single word": ["It is cold"],
-    "20 to 40 words": ["bread " * 19, "bread " * 41],
-    "That is all": ["That is all. Thanks!"],
-    "question mark": ["For sitting."],
-    "word Certainly": ["It is, certainly."],
-    "Begin your answer with: My": ["Honey. My answer is honey"],
-    "quotation marks": ["The Last Robot", '"A" and more', '""'],
-    "letter e": ["Elephant", "An eel", "..."],
-    "word snow": ["Snow falls."],
-    "use no comma": ["Dogs, cats."],
-    "spoon and window": ["The spoons lie at the window."],
-    "blue at least twice": ["Blue sky, bluer sea."],
-    "3 bullet points": ["Here:\n* a\n* b\n* c", "* a\n* b", "*a\n*b\n*c"],
-    "2 reasons": ["- a\n- b\n- c"],
-    "numbered list": ["1. a\n2. b\n3. c", "1. a\n2. b\n4. c\n3. d"],
-    "separated by commas": [
-        "red, green",
-        "red\ngreen\nblue",
-        "The colours, as you asked, are red green and blue",
-    ],
-    'keys "name"': ['{"name": "Ann"}', '```json\n{"name": "A", "age": 1}\n```', "[1]", "{name: 1}"],
-    "JSON list": ['{"a": 1}', "1, 2, 3"],
-    "Repeat this": ["The red cube is on the table", 'Sure: "The red cube is on the table."'],
-    "word hello": ["hello hello", "Hello hello hello"],
-    "Is fire hot": ["Yes", "yes.", "yes, it is"],
-    "two short paragraphs": ["Trees grow.\nThey are green.", "A\n\nB\n\nC"],
-    "capital of France": ["Parisian", "London"],
-    "2 + 3": ["15"],
-    "formula of water": ["HO2"],
-}
-
-
-def probe_of(part: str) -> VerifiableInstruction:
-    (probe,) = [p for p in verifiable_instructions() if part in p.question.messages[-1].text]
-    return probe
-
-
-@pytest.mark.parametrize("part", GOOD)
-def test_probes_accept_answers_that_keep_the_rule(part: str) -> None:
-    assert follows(probe_of(part), GOOD[part])
-
-
-@pytest.mark.parametrize("part", BAD)
-def test_probes_refuse_answers_that_break_it(part: str) -> None:
-    for answer in BAD[part]:
-        assert not follows(probe_of(part), answer), answer
-
-
-def test_every_probe_has_a_passing_answer_above_and_none_accepts_silence() -> None:
-    probes = verifiable_instructions()
-    assert len(probes) >= 24 and len({probe.question.id for probe in probes}) == len(probes)
-    assert {probe.question.id for probe in probes} == {probe_of(part).question.id for part in GOOD}
-    assert not any(follows(probe, answer) for probe in probes for answer in ("", "  \n"))
-
-
 def test_a_run_gives_rows_and_rates() -> None:
     class Parrot:
         def answer(self, messages, *, max_tokens):
@@ -372,5 +263,6 @@ def test_a_run_gives_rows_and_rates() -> None:
     right = {row.question for row in rows if row.correct}
     assert "What is the capital of France?" in right and "What is the capital of Japan?" not in right
     found = summarise(rows)
-    assert found["all"].n == found["instructions"].n + found["knowledge"].n == len(rows)
+    parts = [found[name].n for name in ("instructions", "knowledge", "dialogue")]
+    assert found["all"].n == sum(parts) == len(rows) == 260 and parts[2] == 60
     assert found["all"].hits == len(right) and found["all"].low < found["all"].rate

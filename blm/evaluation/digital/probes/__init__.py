@@ -1,0 +1,1 @@
+"""Probes of a language model: prompts whose answers a program checks."""
