@@ -77,6 +77,11 @@ _NOTHING = re.compile(
     r"(?:no (?!idea|clue|answer|information|comment|one)\w+|none|nothing)\b",
     re.IGNORECASE,
 )
+_NUMBERED = re.compile(
+    r"\b(?:cube|cup|object|item|image|picture|frame|figure|step|option|point|box|room|floor|year|in)\s+$|\d:$",
+    re.IGNORECASE,
+)
+"""Before a number that names a thing, a year or a time."""
 _CONTEXT = 200
 """Characters before a number in which its clause begins."""
 _SAME = 0.02
@@ -149,6 +154,8 @@ def _find(pattern: re.Pattern[str], text: str) -> list[_Value]:
         value = to_number(match["number"])
         clause = clauses(text[max(match.start() - _CONTEXT, 0) : match.start()] + "#")[-1]
         if pattern is _COUNT and "/" in match["number"]:
+            continue
+        if pattern is not _AMOUNT and _NUMBERED.search(clause[:-1]):
             continue
         if value is None or not math.isfinite(value) or NEGATION.search(clause):
             continue

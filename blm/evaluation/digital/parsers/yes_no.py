@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from blm.evaluation.digital.parsers.phrases import CONDITION, after_correction, clauses
+from blm.evaluation.digital.parsers.phrases import CONDITION, REFUSAL, after_correction, clauses
 from blm.evaluation.digital.parsers.text import plain
 
 YesNo = Literal["yes", "no"]
@@ -29,7 +29,10 @@ _LEADING = (
     r"|lautet|das|ich (?:denke|glaube)|natürlich|a resposta|é|[b-h])(?=[\s:()]))[\s:()]++)*"
 )
 """Words that may stand before the word that answers, in its clause."""
-_BREAK = r"(?=\s*$|\s*[,.:)!-]|\s+(?:it|they|he|she|we|you|i|there|this|that|the|because|since|as|from me)\b)"
+_BREAK = (
+    r"(?=\s*$|\s*(?:[,.:)!]|-(?!\w))"
+    r"|\s+(?:it|they|he|she|we|you|i|there|this|that|the|because|since|as|from me)\b)"
+)
 _CLAUSE: dict[YesNo, re.Pattern[str]] = {
     word: re.compile(rf"\W*{_LEADING}(?:{words}){_BREAK}") for word, words in _WORDS.items()
 }
@@ -75,7 +78,8 @@ def read_yes_no(text: str) -> YesNo | None:
     said = plain(text).lower().strip(" \t\n\"'“”([{")
     said = re.sub(r"\b(is|are|was)n['’]t\b", r"\1 not", after_correction(said, no_corrects=False))
     said = _IDIOM.sub(" ", _QUOTED.sub(r"\1", said)).strip()
-    if _BOTH.search(said) or CONDITION.search(said):
+    unsure = said.endswith("?") and REFUSAL.search(said)
+    if unsure or _BOTH.search(said) or CONDITION.search(said):
         return None
     parts = clauses(said)
     if concluded := [word for part in parts if _CONCLUDES.match(part) for word in _read_clause(part)]:
