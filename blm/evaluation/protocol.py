@@ -296,8 +296,8 @@ class DigitalProtocol:
     """System message put before each question; empty for none."""
     average: Literal["items", "kinds"] = "items"
     """Definition of the headline score: mean over questions, or unweighted mean over the kinds."""
-    parser: str = "2"
-    """Version of the rules in digital/parsers/extraction.py and digital/scoring.py."""
+    parser: str = "3"
+    """Version of the rules in digital/parsers/ and digital/scoring.py."""
     compat: str = ""
     """Upstream parser that read the answers instead of ours (digital/parsers/compat.py)."""
     point_radius: float = 50.0

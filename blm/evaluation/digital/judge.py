@@ -44,6 +44,12 @@ Length and style do not count. Say in one sentence why, then the rating on a lin
 Rating: [[1]] or Rating: [[0.5]] or Rating: [[0]]"""
 MAX_TOKENS = 512
 """Maximum length of the judge's reply [tokens]."""
+_RATING = r"\[\[\s*(-?\d+(?:\.\d+)?)\s*\]\]"
+_JOINED = re.compile(
+    rf"(?:rating:?\s*)?{_RATING}(?:[\s,/|]*(?:or)?\s*(?:rating:?\s*)?{_RATING}){{2,}}", re.IGNORECASE
+)
+"""Three ratings or more in a row, as the prompt's last line has them."""
+_FINAL = re.compile(rf"^\W*rating\W*{_RATING}\W*$", re.MULTILINE | re.IGNORECASE)
 BATCH = 64
 """Number of answers graded per batch."""
 
@@ -132,8 +138,15 @@ def _messages(graded: AnswerToGrade) -> tuple[Message, ...]:
 
 
 def read_rating(reply: str) -> float | None:
-    """Return the rating in a reply after its reasoning; None unless exactly one is found."""
-    found = {float(value) for value in re.findall(r"\[\[(-?\d+(?:\.\d+)?)\]\]", without_reasoning(reply))}
+    """Return the rating in a reply after its reasoning; None unless exactly one is found.
+
+    A repeated rubric is no rating: neither three ratings in a row nor, if all three are named
+    elsewhere too, any but the one on a line "Rating: [[1]]".
+    """
+    said = _JOINED.sub(" ", without_reasoning(reply))
+    found = {float(value) for value in re.findall(_RATING, said)}
+    if found == {0.0, 0.5, 1.0}:
+        found = {float(value) for value in _FINAL.findall(said)}
     return found.pop() if len(found) == 1 and found <= {0.0, 0.5, 1.0} else None
 
 

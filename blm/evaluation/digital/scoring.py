@@ -10,6 +10,7 @@ the answer. Answers in free words are scored by their facts (see blm.evaluation.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,15 @@ from blm.evaluation.digital.parsers.coordinates import (
     read_metric,
     read_numbers,
 )
-from blm.evaluation.digital.parsers.extraction import final_answer, normalise, read_choice, read_yes_no
+from blm.evaluation.digital.parsers.extraction import (
+    final_answer,
+    normalise,
+    read_choice,
+    read_count,
+    read_words,
+    read_yes_no,
+    short_answer,
+)
 from blm.evaluation.protocol import DigitalProtocol
 from blm.media import load_pixels
 from blm.types import BlmError, ImageArray, Question, Scorer
@@ -48,6 +57,8 @@ class ItemScore:
 
 
 UNREAD = ItemScore(score=0.0, parsed=None)
+_TRUTH = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
+"""Reference answer to a yes/no question -> the reading that is right."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +81,22 @@ def score(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
 
 
 def _exact(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
-    text, reference = final_answer(raw), normalise(question.answer)
-    if reference in ("yes", "no"):
-        said = read_yes_no(text)
-        return ItemScore(score=float(said == reference), parsed=said)
-    return ItemScore(score=float(normalise(text) == reference and text != ""), parsed=text or None)
+    """Compare words. The reference decides only the type of answer that is read.
+
+    An answer that equals the reference word by word is right in any case.
+    """
+    text, reference = short_answer(raw), normalise(question.answer)
+    if reference in _TRUTH:
+        truth = read_yes_no(text)
+        return ItemScore(score=float(truth == _TRUTH[reference]), parsed=truth)
+    number = re.fullmatch(r"-?\d+(?:\.\d+)?", reference)
+    said = read_count(text) if number else read_words(text)
+    if text and normalise(text) == reference:
+        return ItemScore(score=1.0, parsed=text)
+    if said is None:
+        return UNREAD
+    same = float(said) == float(reference) if number else normalise(said) == reference
+    return ItemScore(score=float(same), parsed=said)
 
 
 def _choice(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
@@ -82,18 +104,25 @@ def _choice(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
     if upstream and upstream.choice:
         letter = upstream.choice(raw, question.options)
     else:
-        letter = read_choice(final_answer(raw), question.options)
+        letter = read_choice(short_answer(raw), question.options)
     right = letter is not None and letter.lower() == question.answer.strip(" ().").lower()
     return ItemScore(score=float(right), parsed=letter)
 
 
 def _point(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
     reference = _reference(question, 2)
-    found = read_numbers(final_answer(raw), 2, config.coordinates, picture_size(question, config))
-    if not found or not inside(found[0]):
+    found = _only_place(question, raw, 2, config)
+    if found is None:
         return UNREAD
-    error = math.dist(found[0], reference)
-    return ItemScore(score=float(error <= config.protocol.point_radius), parsed=_show(found[0]), error=error)
+    error = math.dist(found, reference)
+    return ItemScore(score=float(error <= config.protocol.point_radius), parsed=_show(found), error=error)
+
+
+def _only_place(question: Question, raw: str, count: int, config: ScoringConfig) -> tuple[float, ...] | None:
+    """Return the one point or box of an answer; None for several different ones or one outside."""
+    found = set(read_numbers(short_answer(raw), count, config.coordinates, picture_size(question, config)))
+    place = found.pop() if len(found) == 1 else None
+    return place if place is not None and inside(place) else None
 
 
 def _points(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
@@ -125,11 +154,11 @@ def _is_white(grey: ImageArray, place: Sequence[float]) -> bool:
 
 def _box(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
     reference = _reference(question, 4)
-    found = read_numbers(final_answer(raw), 4, config.coordinates, picture_size(question, config))
-    if not found or not inside(found[0]) or found[0][0] >= found[0][2] or found[0][1] >= found[0][3]:
+    found = _only_place(question, raw, 4, config)
+    if found is None or found[0] >= found[2] or found[1] >= found[3]:
         return UNREAD
-    right = overlap(found[0], reference) >= config.protocol.box_overlap
-    return ItemScore(score=float(right), parsed=_show(found[0]))
+    right = overlap(found, reference) >= config.protocol.box_overlap
+    return ItemScore(score=float(right), parsed=_show(found))
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> float:
@@ -143,7 +172,7 @@ def overlap(a: Sequence[float], b: Sequence[float]) -> float:
 
 def _metric(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
     reference = read_metric(question.answer)
-    found = read_metric(final_answer(raw))
+    found = read_metric(short_answer(raw))
     if reference is None:
         raise BlmError(f"question '{question.id}': the reference {question.answer!r} is not a length in cm")
     if found is None or len(found) != len(reference):

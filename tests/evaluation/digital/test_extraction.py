@@ -173,8 +173,14 @@ def test_yes_no(text: str, word: str | None) -> None:
     [
         ("(376, 309)", "thousandths", [(376, 309)]),
         ("The cube is at [12,1000]", "thousandths", [(12, 1000)]),
-        ("(0.376, 0.309)", "thousandths", []),
-        ("376 309", "thousandths", []),
+        ("(0.376, 0.309)", "thousandths", [(376, 309)]),  # nobody writes thousandths of a thousandth
+        ("(0.376, 309)", "thousandths", []),
+        ("376 309", "thousandths", [(376, 309)]),
+        ("3/4, 1/2", "thousandths", []),
+        ("1:2", "thousandths", []),
+        ("(35%, 62%)", "pixels", [(350, 620)]),
+        ('{"y": 309, "x": 376}', "yx1000", [(376, 309)]),
+        ("1. (1, 2)\n2. (3, 4)", "thousandths", [(1, 2), (3, 4)]),
         ("(1, 2) or (3, 4)", "thousandths", [(1, 2), (3, 4)]),
         ("[(0.376, 0.309)]", "unit", [(376, 309)]),
         ("(1, 0)", "unit", [(1000, 0)]),
@@ -231,13 +237,23 @@ def test_boxes_and_bad_conventions() -> None:
         ("(12, -3, 20)", (12, -3, 20)),
         ("It is 12 cm, that is 12 cm.", (12,)),
         ("The 2 cubes are 12 cm apart", (12,)),
+        ("5 inches", (12.7,)),
+        ("1/2 m", (50,)),
+        ("1½ ft", (45.72,)),
+        ("1,200 mm", (120,)),
+        ("−5 cm", (-5,)),
+        ("0,3 m", (30,)),
+        ("1 m 20 cm", (120,)),
+        ("12–15 cm", None),
+        ("more than 12 cm", None),
+        ("12 cm/s", None),
         ("12 cm or 15 cm", None),
         ("10 to 12", None),
         ("far", None),
     ],
 )
 def test_metric(text: str, value: tuple[float, ...] | None) -> None:
-    assert read_metric(text) == (value if value is None else pytest.approx(value))
+    assert read_metric(final_answer(text)) == (value if value is None else pytest.approx(value))
 
 
 # --- upstream parsers: what each makes of the same strings, from the functions at the commits in COMPAT ---

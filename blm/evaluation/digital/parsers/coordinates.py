@@ -1,4 +1,4 @@
-"""Coordinates and lengths in an answer: points, boxes, distances. The caller names the convention.
+"""Coordinates in an answer: points and boxes. The caller names the convention.
 
 Four are in use, and numbers alone do not distinguish them: integers 0..1000 of each side (ours,
 Qwen3-VL), floats 0..1 (RoboPoint, Where2Place), pixels of the image as the model saw it
@@ -13,9 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from blm.evaluation.digital.parsers.places import Group, find_groups
+from blm.evaluation.digital.parsers.quantities import read_metric
 from blm.types import BlmError
 
-_NUMBER = r"[-+]?\d+(?:\.\d+)?"
+__all__ = ["THOUSANDTHS", "Coordinates", "inside", "read_metric", "read_numbers"]
+
+_SCALES = {"percent": 10.0, "loc": 1000.0 / 1024.0, "bins": 1.0}
+"""Thousandths per unit of a scale that the answer states itself."""
 
 
 @dataclass(frozen=True)
@@ -40,23 +45,29 @@ class Coordinates:
         return cls(text)  # type: ignore[arg-type]
 
     def to_thousandths(
-        self, numbers: Sequence[str], size: tuple[int, int] | None
+        self, numbers: Sequence[str], size: tuple[int, int] | None, *, named: bool = False
     ) -> tuple[float, ...] | None:
         """Return x, y, .. in thousandths of the sides; None for numbers of another convention.
 
-        `size` is that of the question's image.
+        `size` is that of the question's image; `named` coordinates are in the order x, y in any
+        convention. Decimals up to 1 are shares of the sides where thousandths are expected, because
+        nobody writes thousandths of a thousandth.
         """
         values = [float(number) for number in numbers]
-        if self.kind == "yx1000":
+        if self.kind == "yx1000" and not named:
             values = [value for y, x in zip(values[::2], values[1::2], strict=True) for value in (x, y)]
-        if self.kind in ("thousandths", "yx1000") and not all("." not in number for number in numbers):
-            return None
-        if self.kind == "unit" and not all(-1 <= value <= 2 for value in values):
-            return None
         scale = (1.0, 1.0)
-        if self.kind == "unit":
+        if self.kind in ("thousandths", "yx1000"):
+            shares = all(0 <= value <= 1 for value in values)
+            if not shares and any(0 < abs(value) < 1 for value in values):
+                return None
+            if shares and any("." in number for number in numbers):
+                scale = (1000.0, 1000.0)
+        elif self.kind == "unit":
+            if not all(-1 <= value <= 2 for value in values):
+                return None
             scale = (1000.0, 1000.0)
-        elif self.kind == "pixels":
+        else:
             width, height = self.size or size or (0, 0)
             assert width and height, "pixels need the size of an image"
             scale = (1000.0 / width, 1000.0 / height)
@@ -69,37 +80,21 @@ THOUSANDTHS = Coordinates("thousandths")
 def read_numbers(
     text: str, count: int, coordinates: Coordinates = THOUSANDTHS, size: tuple[int, int] | None = None
 ) -> list[tuple[float, ...]]:
-    """Read all groups of `count` coordinates, in thousandths.
+    """Read all groups of `count` coordinates (2 or 4), in thousandths; see places.py for the forms.
 
-    Forms are "(x, y)", "[x, y]" and Molmo's <point x= y=>.
+    Percent, Molmo's tags and PaliGemma's tokens state their scale themselves.
     """
-    number = rf"\s*({_NUMBER})\s*"
-    groups = re.findall(r"[(\[]" + ",".join([number] * count) + r"[)\]]", text)
-    if count == 2 and not groups:
-        tags = re.findall(rf'\bx\d*="({_NUMBER})"\s+y\d*="({_NUMBER})"', text)  # always percent
-        return [tuple(round(float(number) * 10, 6) for number in tag) for tag in tags]
-    places = [coordinates.to_thousandths(group, size) for group in groups]
+    places = [_place(group, coordinates, size) for group in find_groups(text, count)]
     return [place for place in places if place is not None]
+
+
+def _place(group: Group, coordinates: Coordinates, size: tuple[int, int] | None) -> tuple[float, ...] | None:
+    if group.scale == "stated":
+        return coordinates.to_thousandths(group.numbers, size, named=group.order == "named")
+    scale = _SCALES[group.scale]
+    return tuple(round(float(number) * scale, 6) for number in group.numbers)
 
 
 def inside(place: Sequence[float]) -> bool:
     """Return whether coordinates in thousandths lie in the image."""
     return all(0 <= value <= 1000 for value in place)
-
-
-def read_metric(text: str) -> tuple[float, ...] | None:
-    """Read a length or vector in cm: "12 cm", "0.12 m", "(12, -3, 20) cm"; the default unit is cm.
-
-    None for several different ones. Vectors take precedence over lengths, lengths with a unit over
-    bare numbers.
-    """
-    unit = r"\s*(mm|cm|m|(?:milli|centi)?met(?:er|re)s?)\b"
-    vector = rf"[(\[]\s*({_NUMBER}(?:\s*,\s*{_NUMBER})+)\s*[)\]](?:{unit})?"
-    found = re.findall(vector, text) or re.findall(rf"(?<![\w.,(\[])({_NUMBER}){unit}", text)
-    found = found or [(number, "cm") for number in re.findall(rf"(?<![\w.])({_NUMBER})(?![\w.]*\w)", text)]
-    scales = {"": 1.0, "c": 1.0, "mm": 0.1, "mi": 0.1, "m": 100.0, "me": 100.0}
-    values = set()
-    for numbers, name in found:
-        scale = scales[name[:1] if name.startswith("c") else name[:2]]
-        values.add(tuple(round(float(number) * scale, 6) for number in numbers.split(",")))
-    return values.pop() if len(values) == 1 else None
