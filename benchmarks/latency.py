@@ -162,7 +162,7 @@ def main(
         decision: Decision = RandomDecision(shape, device, dtype)
     elif checkpoint is not None:
         policy = CheckpointPolicy.load(checkpoint, device=device)
-        decision = Decision(policy.backbone, policy.network, policy.layer, policy.contract.cameras)
+        decision = Decision(policy.backbone, policy.network, policy.tap.layer, policy.contract.cameras)
     else:
         backbone, recipe = build_nano(), RECIPES["nano"]()
         torch.manual_seed(0)

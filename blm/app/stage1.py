@@ -10,7 +10,7 @@ from rich.console import Console
 
 from blm.backbone import Backbone
 from blm.backbone.precision import WeightDtype, frozen_dtype
-from blm.corpora.format.messages import Conversation
+from blm.corpora.format.messages import Conversation, control_orders
 from blm.training.pretraining.nano import NanoPretrainingConfig, is_nano, nano_sources, pretrain_nano
 from blm.training.sft.tokenize_corpora import TrainingSource, check_lengths
 from blm.training.sft.train import Stage1Config
@@ -82,6 +82,8 @@ def prepare_stage1(
         backbone = pretrain_nano(texts, schooling, out, seed=config.loop.seed)
         backbone.model.to(device)
     backbone.record_training(found)
+    for corpus in corpora:
+        backbone.record_prompts(control_orders(corpus.conversations))
     if is_nano(backbone):
         shares = [(corpus.conversations, corpus.folder, corpus.weight) for corpus in corpora]
         return backbone, nano_sources(shares, config.loop)

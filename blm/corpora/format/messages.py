@@ -28,6 +28,7 @@ from typing import Any, get_args
 
 import PIL.Image
 
+from blm.backbone.prompt import PromptOrder
 from blm.corpora.format.faults import RowError
 from blm.io import MARK, new_folder, replacing
 from blm.media import locate, split_time
@@ -100,6 +101,13 @@ class Conversation:
                 scorer=scorer,
                 options=options_of(asked.text) if scorer == "choice" else (),
             )
+
+
+def control_orders(rows: Iterable[Conversation]) -> set[PromptOrder]:
+    """Return in which orders the control prompts of these conversations have text and images."""
+    taught = (row for row in rows if "control" in row.kinds)
+    asked = [question for row in taught for kind, question, _ in row.turns() if kind == "control"]
+    return {"text_first" if isinstance(question.content[0], str) else "pictures_first" for question in asked}
 
 
 def end_of_pictures(message: Message) -> int:

@@ -351,7 +351,7 @@ def test_the_middle_of_the_table_is_straight_ahead(observed):
 
 def test_the_control_answer_contains_positions(observed):
     scene = observed[0][0]
-    turn = control_turn(scene, "Stack it.", "panda")
+    turn = control_turn(scene, "Stack it.", "panda", "pictures_first")
     assert re.search(r"base: object \(\d+, \d+\), goal", turn.answer)
     following = {"sampled": "approach", "displaced": "approach", "held": "move", "done": "hold"}
     assert turn.answer.split()[-1] == following[scene.arrangement]
