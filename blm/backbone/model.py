@@ -267,13 +267,9 @@ class MultimodalModel(Weights):
             inputs = {**inputs, "position_ids": self.position_ids(inputs)}
         unread = (*grids, "mm_token_type_ids") if grids else ()
         inputs = {**self.place({n: x for n, x in inputs.items() if n not in unread}), **grids}
-        view = self._compiled.get(layer) or self.up_to(layer)
+        view = self._compiled.get(layer) or truncated(self.model, self._path, layer)
         hidden = view(**inputs, use_cache=False).last_hidden_state
         return HiddenStates(hidden, inputs["attention_mask"].bool())
-
-    def up_to(self, layer: int) -> nn.Module:
-        """Return a view of the model with blocks 1 .. `layer` only; it shares the weights."""
-        return truncated(self.model, self._path, layer)
 
     def compile_tap(self, layer: int, compiler: Compiler) -> None:
         """Let `tap` compile blocks 1 .. `layer`, but not the vision tower. For frozen weights only:
@@ -308,13 +304,18 @@ class MultimodalModel(Weights):
         )
 
 
+def blocks_up_to(model: MultimodalModel, layer: int) -> nn.Module:
+    """Return a view of the model with blocks 1 .. `layer` only; it shares the weights."""
+    return truncated(model.model, model._path, layer)
+
+
 def tap_with_gradient(model: MultimodalModel, arguments: Mapping[str, Any], layer: int) -> Tensor:
     """Return H_k [B, L, d] as `MultimodalModel.tap` does; gradients flow into trained blocks.
 
     `arguments` of the model's forward are on its device and include position ids.
     """
     model.require_layer(layer)
-    hidden: Tensor = model.up_to(layer)(**arguments, use_cache=False).last_hidden_state
+    hidden: Tensor = blocks_up_to(model, layer)(**arguments, use_cache=False).last_hidden_state
     return hidden
 
 

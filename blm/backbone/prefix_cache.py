@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from blm.backbone.generation.batch import KeyValueCache, cache_argument
-from blm.backbone.model import HiddenStates, Inputs, MultimodalModel
+from blm.backbone.model import HiddenStates, Inputs, MultimodalModel, blocks_up_to
 from blm.backbone.video import grids_of
 from blm.types import BlmError
 
@@ -130,7 +130,7 @@ class PrefixCache:
 
     def _run(self, inputs: Inputs, cache: DynamicCache, grids: Inputs) -> Tensor:
         """Run the blocks with keys and values in `cache`, which grows; the host reads `grids`."""
-        blocks = self.model.up_to(self.layer)
+        blocks = blocks_up_to(self.model, self.layer)
         more: dict[str, Any] = {**grids, cache_argument(blocks): cache, "use_cache": True}
         hidden: Tensor = blocks(**self.model.place(inputs), **more).last_hidden_state
         return hidden

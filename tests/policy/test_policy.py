@@ -571,7 +571,7 @@ def test_the_model_card_states_contract_proof_and_origin(saved):
     assert card.startswith("---\nlibrary_name: blm") and policy.frozen.fingerprint in card
     for robot, space in policy.contract.action_spaces.items():
         assert f"| {robot} | " in card and all(name in card for name in space.names)
-    assert '"command": "test"' in card and f"tapped after block {policy.layer}" in card
+    assert '"command": "test"' in card and f"tapped after block {policy.tap.layer}" in card
 
 
 def test_people_may_add_to_the_card(copied):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from blm.backbone import Backbone
 from blm.backbone.prefix_cache import PrefixCache
 from blm.datasets.lerobot import open_dataset
+from blm.policy import checkpoint as checkpoint_module
 from blm.policy.checkpoint import read_config
 from blm.policy.codec import prompt_version
 from blm.policy.policy import CheckpointConfig, CheckpointPolicy
@@ -101,18 +103,19 @@ def test_a_policy_acts_on_what_it_was_trained_on(config: PolicyTrainingConfig, t
     for number, (robot, frame) in enumerate(((0, 2), (1, 10), (0, 4))):
         data = open_dataset(config.datasets[robot])
         (learnt,) = LiveHiddenStates(policy.backbone, data, config.intents).read(np.array([frame]))
-        np.testing.assert_allclose(whole[number], learnt, atol=1e-5)
-        np.testing.assert_allclose(cached[number], learnt, atol=2e-5)
-        np.testing.assert_allclose(actions[number], plain[number], atol=2e-5)
+        np.testing.assert_allclose(whole[number], learnt, rtol=0, atol=2e-7)
+        np.testing.assert_allclose(cached[number], learnt, rtol=0, atol=2e-7)
+        np.testing.assert_allclose(actions[number], plain[number], rtol=0, atol=1e-5)
     old = replace(config.intents, prompt="pictures_first")
     (other,) = LiveHiddenStates(policy.backbone, data, old).read(np.array([4]))
-    assert len(other) != len(cached[2]) or np.abs(other - cached[2]).max() > 0.1
+    assert len(other) != len(cached[2]) or np.abs(other - cached[2]).max() > 1e-3
 
 
 def test_the_order_is_recorded(config: PolicyTrainingConfig, trained: Path) -> None:
     stored = read_config(trained)
     assert stored["prompt_order"] == "text_first" and "tap" not in stored
-    assert CheckpointConfig.from_json(stored).to_json() == {k: v for k, v in stored.items() if k != "format"}
+    again = json.loads(json.dumps(CheckpointConfig.from_json(stored).to_json()))
+    assert again == {name: value for name, value in stored.items() if name in again}
     del stored["prompt_order"]
     assert CheckpointConfig.from_json(stored).tap == TapConfig(layer=2), "as older checkpoints"
     assert config.cache is not None
@@ -130,16 +133,19 @@ def test_another_order_is_refused(config: PolicyTrainingConfig, trained: Path, t
         train_stage2(replace(old, start=trained, cache=None), tmp_path / "start", {})
     for make in (HiddenStateConfig, TapConfig):
         more = {"cameras": ("base",)} if make is HiddenStateConfig else {}
-        with pytest.raises(BlmError, match="unknown prompt order 'words'.*pictures_first, text_first"):
+        with pytest.raises(BlmError, match=r"unknown prompt order 'words'.*pictures_first, text_first"):
             make(layer=1, prompt="words", **more)
 
 
-def test_a_checkpoint_whose_order_was_edited_is_refused(trained: Path, config: PolicyTrainingConfig) -> None:
-    stored = read_config(trained)
+def test_a_checkpoint_whose_order_was_edited_is_refused(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "edited"
+    shutil.copytree(trained, folder)
+    stored = json.loads((folder / "config.json").read_text())
     del stored["prompt_order"]
-    edited = CheckpointConfig.from_json(stored)
-    backbone = Backbone.load(config.backbone)
-    assert prompt_version(backbone, ("base", "wrist"), edited.tap.prompt) != edited.prompt
+    (folder / "config.json").write_text(json.dumps(stored))
+    (folder / "manifest.json").write_text(json.dumps(checkpoint_module._hashes(folder)))
+    with pytest.raises(BlmError, match="was trained with control prompts of version"):
+        CheckpointPolicy.load(folder)
 
 
 def test_training_without_a_cache_reads_the_same_prompts(
@@ -158,9 +164,7 @@ def test_stage_i_and_stage_ii_agree(config: PolicyTrainingConfig, tmp_path: Path
     taught.record_prompts({"pictures_first"})
     taught.save(tmp_path / "backbone")
     config = replace(config, backbone=str(tmp_path / "backbone"), cache=None)
-    with pytest.raises(
-        BlmError, match=r"taught this backbone control prompts in the order pictures_first: use"
-    ):
+    with pytest.raises(BlmError, match=r"Stage I taught .* in the order pictures_first: use that"):
         train_stage2(config, tmp_path / "run", {})
     again = Backbone.load(tmp_path / "backbone")
     again.record_prompts({"text_first"})
@@ -173,7 +177,7 @@ def test_a_template_that_moves_pictures_is_refused(config: PolicyTrainingConfig,
     moving.processor.chat_template = IMAGES_BEFORE_TEXT
     moving.save(tmp_path / "backbone")
     config = replace(config, backbone=str(tmp_path / "backbone"), cache=None)
-    with pytest.raises(BlmError, match="family 'llava' with this chat template cannot read .* text_first"):
+    with pytest.raises(BlmError, match=r"family 'llava' with this chat template cannot read .* text_first"):
         train_stage2(config, tmp_path / "run", {})
     with pytest.raises(BlmError, match="moves the pictures in front of the text"):
         moving.record_prompts({"text_first"})
