@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from blm.app.stage1 import TrainingCorpus, prepare_stage1
 from blm.backbone import Backbone
 from blm.backbone.prefix_cache import PrefixCache
+from blm.backbone.prompt import PromptOrder, control_prompt
+from blm.corpora.format.messages import Conversation
 from blm.datasets.lerobot import open_dataset
 from blm.policy import checkpoint as checkpoint_module
 from blm.policy.checkpoint import read_config
@@ -24,7 +28,11 @@ from blm.training.loop.loop import LoopConfig
 from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig, LiveHiddenStates
 from blm.training.policy.train import train_stage2
-from blm.types import BlmError, Observation
+from blm.training.pretraining.nano import NanoPretrainingConfig
+from blm.training.sft.tokenize import tokenize_conversation
+from blm.training.sft.train import Stage1Config
+from blm.types import BlmError, Message, Observation
+from tests.support.backbones import picture
 from tests.support.families import FAMILIES
 from tests.support.hidden_states import make_dataset
 from tests.support.policy_training import POLICY
@@ -170,6 +178,24 @@ def test_stage_i_and_stage_ii_agree(config: PolicyTrainingConfig, tmp_path: Path
     again.record_prompts({"text_first"})
     assert again.taught_prompts == ("pictures_first", "text_first")
     again.require_taught("text_first")
+
+
+@pytest.mark.parametrize("order", ["pictures_first", "text_first"])
+def test_stage_i_trains_on_the_tokens_that_stage_ii_reads(order: PromptOrder, tmp_path: Path) -> None:
+    images = {"base": picture(0, 64, 64), "wrist": picture(1, 64, 64)}
+    prompt = control_prompt("push it.", "panda", images, order=order)
+    messages = (*prompt, Message("assistant", ("next: approach",)))
+    row = Conversation(id="a", group="a", source="scene", kinds=("control",), messages=messages)
+    corpus = TrainingCorpus(name="scenes", folder=tmp_path, conversations=[row])
+    stage1 = Stage1Config(loop=LoopConfig(steps=1, batch_size=1, lr=1e-3))
+    backbone, (source,) = prepare_stage1(tiny_smol(), [corpus], stage1, NanoPretrainingConfig(), tmp_path)
+    assert backbone.taught_prompts == (order,)
+    (one,) = source.conversations
+    example = tokenize_conversation(backbone, one, stage1.limits, None, Counter())
+    assert example is not None
+    read = backbone.read([prompt], side="right")["input_ids"][0].numpy()
+    assert np.array_equal(example.tokens[: len(read)], read)
+    assert np.flatnonzero(example.loss_mask)[0] == len(read), "the answer follows"
 
 
 def test_a_template_that_moves_pictures_is_refused(config: PolicyTrainingConfig, tmp_path: Path) -> None:
