@@ -62,7 +62,7 @@ def load(model: str, backbone: str, layer: int, robots: Sequence[str]) -> Model:
     if not backbone:
         policy = CheckpointPolicy.load(model)
         start = InitialPolicy(policy.network, tuple(policy.contract.action_spaces), policy)
-        return Model(policy.backbone, policy.layer, start, trained=True)
+        return Model(policy.backbone, policy.tap.layer, start, trained=True)
     loaded = Backbone.load(backbone)
     loaded.freeze()
     start = from_scratch(PolicyConfig(), loaded.hidden_size, robots, seed=0)

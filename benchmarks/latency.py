@@ -1,14 +1,16 @@
 """Latency of one decision by parts, and the effect of optimisations.
 
     python benchmarks/latency.py [--checkpoint FOLDER] [--repeats 50] [--threads 1] [--device cpu]
+    python benchmarks/latency.py --recipe smol --batches 1
     python benchmarks/latency.py --shape qwen2_5_vl_3b --device cuda
 
 With --shape, weights are random and there are two cameras of 224 px. All variants are timed in
 turn, in one run. Parts: image processing and prompt, the tapped blocks of the backbone, the bridge,
 one denoising step, and the rest (transforms, copies). Variants: all blocks instead of the tapped
 ones; keys and values of the intent tokens recomputed in each step; a compiled denoising step
-(`--compile`); batches. Medians and 99th percentiles are printed; a ratio is the median of the
-ratios of neighbouring repeats, with a 95 % bootstrap interval.
+(`--compile`); batches; and, except with --shape, control prompts in the order text_first, which are
+read whole, or without their cached text. Medians and 99th percentiles are printed; a ratio is the
+median of the ratios of neighbouring repeats, with a 95 % bootstrap interval.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,8 +28,9 @@ import tyro
 from transformers import AutoModelForImageTextToText
 
 from blm.app.recipes import RECIPES
-from blm.backbone.backbone import Backbone, build_nano
-from blm.backbone.prompt import control_prompt
+from blm.backbone.backbone import Backbone
+from blm.backbone.prefix_cache import PrefixCache
+from blm.backbone.prompt import PromptOrder, control_prompt
 from blm.backbone.published_shapes import shape_of
 from blm.evaluation.results import this_machine
 from blm.policy.network import PolicyNetwork
@@ -48,16 +51,22 @@ class Decision:
         self.side = 112
         self.compiled: Callable[..., Any] | None = None
         """The denoising step, if it is to be timed compiled too."""
+        self.prefixes: PrefixCache | None = None
+        """The cache of texts, if it is to be timed too."""
 
     def prompts(self, count: int) -> dict[str, Any]:
+        return self.backbone.place(self.read(count, "pictures_first"))
+
+    def read(self, count: int, order: PromptOrder) -> dict[str, Any]:
+        """Return the inputs of prompts on the CPU."""
         rng = np.random.default_rng(0)
 
         def picture() -> ImageArray:
             return rng.integers(0, 256, (self.side, self.side, 3), np.uint8)
 
         views = [{camera: picture() for camera in self.cameras} for _ in range(count)]
-        prompts = [control_prompt(INSTRUCTION, "panda", view) for view in views]
-        return self.backbone.encode(prompts, side="right")
+        prompts = [control_prompt(INSTRUCTION, "panda", view, order=order) for view in views]
+        return self.backbone.read(prompts, side="right")
 
     @torch.no_grad()
     def tap(self, inputs: Any, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +145,23 @@ def once(decision: Decision, count: int, device: str) -> dict[str, float]:
     dims = torch.ones(count, config.max_dim, dtype=torch.bool, device=device)
     parts["policy"], _ = timed(lambda: network.sample(hidden, mask, state, robot, noise, dims), device)
     parts["decision"] = parts["prompt and pictures"] + parts["tap"] + parts["policy"]
+    if decision.prefixes is not None:
+        parts |= text_first(decision, decision.prefixes, count, device)
+        for name in ("whole text", "cached text"):
+            parts[f"decision, {name}"] = (
+                parts["prompt and pictures, text first"] + parts[f"tap, {name}"] + parts["policy"]
+            )
+    return parts
+
+
+def text_first(decision: Decision, prefixes: PrefixCache, count: int, device: str) -> dict[str, float]:
+    """Return the durations [ms] for prompts with the text first, with and without a prefix cache."""
+    parts = dict[str, float]()
+    parts["prompt and pictures, text first"], inputs = timed(
+        lambda: decision.read(count, "text_first"), device
+    )
+    parts["tap, whole text"], _ = timed(lambda: decision.backbone.tap(inputs, decision.layer), device)
+    parts["tap, cached text"], _ = timed(lambda: prefixes.tap(inputs), device)
     return parts
 
 
@@ -150,6 +176,8 @@ def ratio(rows: list[dict[str, float]], over: str, under: str) -> dict[str, Any]
 def main(
     checkpoint: Path | None = None,
     shape: str | None = None,
+    recipe: Literal["nano", "smol"] = "nano",
+    batches: tuple[int, ...] = BATCHES,
     repeats: int = 50,
     threads: int = 1,
     device: str = "cpu",
@@ -162,18 +190,21 @@ def main(
         decision: Decision = RandomDecision(shape, device, dtype)
     elif checkpoint is not None:
         policy = CheckpointPolicy.load(checkpoint, device=device)
-        decision = Decision(policy.backbone, policy.network, policy.layer, policy.contract.cameras)
+        decision = Decision(policy.backbone, policy.network, policy.tap.layer, policy.contract.cameras)
     else:
-        backbone, recipe = build_nano(), RECIPES["nano"]()
+        backbone, settings = Backbone.load(recipe, device=device), RECIPES[recipe]()
+        backbone.freeze()
         torch.manual_seed(0)
-        network = PolicyNetwork(recipe.stage2.policy, backbone.hidden_size, 4)
-        backbone.model.to(device)
-        decision = Decision(backbone, network.to(device), recipe.stage2.layer, recipe.cameras)
+        network = PolicyNetwork(settings.stage2.policy, backbone.hidden_size, 4).to(device)
+        decision = Decision(backbone, network, settings.stage2.layer, settings.cameras)
+        decision.side = settings.image_size
+    if shape is None:
+        decision.prefixes = PrefixCache(decision.backbone, decision.layer)
     if compile:
         mode = "reduce-overhead" if device == "cuda" else None  # CUDA graphs
         decision.compiled = torch.compile(decision.network.velocity, mode=mode)
     found = dict[str, dict[str, Any]]()
-    for count in BATCHES:
+    for count in batches:
         rows = [once(decision, count, device) for _ in range(repeats + 3)][3:]  # the first repeats warm up
         found[f"batch {count}"] = {
             "median_ms": {name: float(np.median([row[name] for row in rows])) for name in rows[0]},
@@ -181,13 +212,18 @@ def main(
             "all blocks over tapped": ratio(rows, "tap, all blocks", "tap"),
             "keys anew over once": ratio(rows, "denoising step, keys anew", "denoising step"),
         }
+        if decision.prefixes is not None:
+            for part in ("tap", "decision"):
+                found[f"batch {count}"][f"{part}: whole text over cached text"] = ratio(
+                    rows, f"{part}, whole text", f"{part}, cached text"
+                )
         if compile:
             found[f"batch {count}"]["compiled over eager"] = ratio(
                 rows, "denoising step, compiled", "denoising step"
             )
     name = torch.cuda.get_device_name() if device == "cuda" else this_machine().processor
     about = {"device": name, "cores": os.cpu_count(), "threads": threads, "torch": torch.__version__}
-    weights = shape or str(checkpoint or "untrained nano")
+    weights = shape or str(checkpoint or f"untrained {recipe}")
     print(
         json.dumps({"weights": weights, "compiled": compile, "repeats": repeats, **about, **found}, indent=1)
     )

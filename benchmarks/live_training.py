@@ -138,7 +138,7 @@ def main(
         proof = time.process_time() - begin
         assert live.tap.pixel_map is not None, "Qwen's processor is a map at 224 px"
         make = LiveBatches(sampler, live.reader, config)
-        slow = LiveBatches(sampler, PromptReader(backbone, source), config)
+        slow = LiveBatches(sampler, PromptReader(backbone, source, config.prompt), config)
         cost = {"fast": cpu_ms(make), "processor in the worker": cpu_ms(slow)}
         batch = make(0).batch
         begin = time.process_time()

@@ -66,6 +66,8 @@ ADDED: dict[str, dict[str, Any]] = {
     "corpus": ADDED_TO_CORPUS,
     "demonstrations": {"randomization": asdict(NO_RANDOMIZATION)},
 }
+ADDED_FIELDS = {"prompt": "pictures_first"}
+"""Recipe fields that older run folders do not have, and their defaults."""
 REMOVED: dict[str, dict[str, Any]] = {
     "demonstrations": {"appearance": {"colors": 0.0, "light": 0.0, "camera": 0.0}},
 }
@@ -285,7 +287,8 @@ def _short(value: Any) -> str:
 
 def settings_of(stage: Stage, recipe: Recipe) -> dict[str, Any]:
     """Return the recipe fields that the stage's result depends on, as JSON values."""
-    return {field: json_of(recipe, field) for field in stage.fields}
+    values = {field: json_of(recipe, field) for field in stage.fields}
+    return _without(values, ADDED_FIELDS)
 
 
 def json_of(recipe: Recipe, field: str) -> Any:

@@ -9,6 +9,7 @@ from blm.app.mixture import name_missing
 from blm.app.recipe import Recipe, Stage1Settings
 from blm.app.stage1 import NANO, TrainingCorpus, warn_of_lengths
 from blm.backbone import Backbone
+from blm.backbone.families import require_rendered_order
 from blm.corpora.public import require_sound
 from blm.training.pretraining.nano import is_nano
 from blm.training.sft.train import choose_trained
@@ -50,9 +51,11 @@ def check_mixture(backbone: Backbone, settings: Stage1Settings) -> None:
 
 
 def check_stage2(recipe: Recipe, run: Path) -> None:
-    """Raise BlmError if the backbone has fewer blocks than the layer that the recipe reads."""
+    """Raise BlmError if the backbone has fewer blocks than the layer that the recipe reads, or cannot
+    read the recipe's prompts."""
     trained = run / "stage1/backbone"
     backbone = Backbone.outline(trained if trained.is_dir() else recipe.stage1.backbone)
     layer = recipe.stage2.layer
     if layer > backbone.num_layers:
         raise BlmError(f"stage2.layer is {layer}, but the backbone has {backbone.num_layers} blocks")
+    require_rendered_order(backbone.processor, backbone.model.config.model_type, recipe.prompt)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from blm.backbone.pooling import MAX_POOL
 from blm.backbone.precision import BackboneOptions, WeightDtype, require_attention
+from blm.backbone.prompt import PromptOrder, require_order
 from blm.corpora import SceneCorpusConfig
 from blm.corpora.public import PlacedCorpus, place
 from blm.corpora.scenes.sentences import Answers
@@ -243,6 +244,9 @@ class Recipe:
     """Cameras whose images the model sees."""
     image_size: int = 112
     """Width and height of the camera images [px]; must be even."""
+    prompt: PromptOrder = "pictures_first"
+    """Order of text and images in the control prompt, which Stage I teaches and Stage II reads.
+    With text_first, acting reads the text only once in an episode."""
     workers: int = 2
     """Number of worker processes for collection, questions, hidden-state caches and evaluation.
     With 0, all work runs in the main process."""
@@ -276,6 +280,7 @@ class Recipe:
         if not self.cameras:
             raise BlmError(f"a recipe needs at least one camera; valid: {', '.join(CAMERAS)}")
         require_attention(self.attn_implementation)
+        require_order(self.prompt)
         require_numbers(self, image_size=(16, 4096))
         if self.image_size % 2:
             raise BlmError(f"image_size is {self.image_size}; videos need an even side")

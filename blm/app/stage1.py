@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from rich.console import Console
 
 from blm.backbone import Backbone
 from blm.backbone.precision import WeightDtype, frozen_dtype
+from blm.backbone.prompt import PromptOrder
 from blm.corpora.format.messages import Conversation
 from blm.training.pretraining.nano import (
     NanoPretrainingConfig,
@@ -69,6 +70,13 @@ def warn_of_lengths(backbone: Backbone, corpus: TrainingCorpus, config: Stage1Co
         Console(stderr=True).print(f"warning: {warning}", soft_wrap=True, highlight=False)
 
 
+def control_orders(rows: Iterable[Conversation]) -> set[PromptOrder]:
+    """Return in which orders the control prompts of these conversations have text and images."""
+    taught = (row for row in rows if "control" in row.kinds)
+    asked = [question for row in taught for kind, question, _ in row.turns() if kind == "control"]
+    return {"text_first" if isinstance(question.content[0], str) else "pictures_first" for question in asked}
+
+
 def prepare_stage1(
     backbone: Backbone | None,
     corpora: Sequence[TrainingCorpus],
@@ -93,6 +101,8 @@ def prepare_stage1(
         pretrain_smol(backbone, pairs, schooling.eye, out, seed=config.loop.seed)
         backbone.model.to(device)
     backbone.record_training(found)
+    for corpus in corpora:
+        backbone.record_prompts(control_orders(corpus.conversations))
     if is_nano(backbone):
         shares = [(corpus.conversations, corpus.folder, corpus.weight) for corpus in corpora]
         return backbone, nano_sources(shares, config.loop)

@@ -209,7 +209,14 @@ STAGES: dict[str, Stage] = {
             run_collect,
             ("episodes", "episodes_held_out"),
         ),
-        Stage("corpus", "Scene questions", (*_SUITE, "corpus"), ("collect",), run_corpus, ("corpora",)),
+        Stage(
+            "corpus",
+            "Scene questions",
+            (*_SUITE, "corpus", "prompt"),
+            ("collect",),
+            run_corpus,
+            ("corpora",),
+        ),
         Stage(
             "stage1",
             "Stage I: fine-tune the backbone",
@@ -224,7 +231,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "stage2",
             "Stage II: train bridge and policy",
-            ("stage2",),
+            ("stage2", "prompt"),
             ("collect", "stage1"),
             run_stage2,
             ("stage2", "intents"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +14,14 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from blm.backbone.families import require_family
+from blm.backbone.families import require_family, require_rendered_order
 from blm.backbone.generation.generator import Generation
 from blm.backbone.model import MultimodalModel
 from blm.backbone.nano.model import SAMPLE_TEXTS, make_nano
 from blm.backbone.partial import load_first_blocks
 from blm.backbone.precision import place_weights, require_attention, use_attention
 from blm.backbone.processors import load_processor
+from blm.backbone.prompt import PromptOrder
 from blm.backbone.saving import save_folder, save_model
 from blm.backbone.smol.model import make_smol
 from blm.errors import shorten
@@ -33,6 +34,8 @@ RELEASED = Path(__file__).parents[1] / "releases"
 
 TRAINING_KEY = "scene_training"
 """Key of a model's config that states how its training scenes varied."""
+PROMPTS_KEY = "control_prompts"
+"""Key of a model's config that states the orders of the control prompts that it was taught."""
 
 
 class Backbone(MultimodalModel):
@@ -57,6 +60,34 @@ class Backbone(MultimodalModel):
         known = {self.training, *scenes} - {"unknown"}
         if known:
             setattr(self.model.config, TRAINING_KEY, joint_training(known))
+
+    @property
+    def taught_prompts(self) -> tuple[str, ...]:
+        """Orders of the control prompts that Stage I taught (`PromptOrder`); none if it taught none,
+        or an older version did.
+
+        The config of the model keeps them.
+        """
+        return tuple(getattr(self.model.config, PROMPTS_KEY, ()))
+
+    def record_prompts(self, orders: Collection[PromptOrder]) -> None:
+        """Record the orders of the control prompts of Stage I, beside those of its earlier runs.
+
+        Raises BlmError for an order that the chat template cannot write.
+        """
+        for order in orders:
+            require_rendered_order(self.processor, self.model.config.model_type, order)
+        if known := {*self.taught_prompts, *orders}:
+            setattr(self.model.config, PROMPTS_KEY, sorted(known))
+
+    def require_taught(self, order: PromptOrder) -> None:
+        """Raise BlmError if Stage I taught control prompts, but none in this order."""
+        if self.taught_prompts and order not in self.taught_prompts:
+            raise BlmError(
+                f"the prompt order is {order}, but Stage I taught this backbone control prompts in the order "
+                f"{', '.join(self.taught_prompts)}: use that order, or train Stage I with a corpus of the "
+                f"other (blm corpus build --prompt {order})"
+            )
 
     @classmethod
     def outline(cls, name_or_folder: str | Path) -> Backbone:

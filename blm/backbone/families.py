@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
+
+from blm.backbone.prompt import PromptOrder, control_prompt, to_chat
 from blm.types import BlmError
 
 REFUSED: Mapping[str, str] = {
@@ -40,6 +43,26 @@ def require_processor(processor: Any) -> None:
         raise BlmError(f"the {name} of this model has no chat template; use an instruction-tuned model")
     if getattr(processor, "image_token", None) is None:
         raise BlmError(f"the {name} of this model has no placeholder for pictures (image_token)")
+
+
+def require_rendered_order(processor: Any, family: str, order: PromptOrder) -> None:
+    """Raise BlmError if a chat template cannot write control prompts in this order.
+
+    Templates of LLaVA on the hub, for instance, write all pictures of a turn before its text.
+    """
+    if order == "pictures_first":  # what every template that we know does
+        return
+    blank = np.zeros((8, 8, 3), np.uint8)
+    chat = to_chat(control_prompt("Push it.", "panda", {"base": blank, "wrist": blank}, order=order))
+    rest = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    for part in chat[0]["content"]:
+        _, found, rest = rest.partition(part.get("text", processor.image_token))
+        if not found:
+            raise BlmError(
+                f"a model of the family '{family}' with this chat template cannot read control prompts in "
+                f"the order {order}, because the template moves the pictures in front of the text: use the "
+                "order pictures_first, or a template that writes the parts of a message in their order"
+            )
 
 
 def one_tile_a_picture(processor: Any) -> None:

@@ -304,14 +304,18 @@ class MultimodalModel(Weights):
         )
 
 
+def blocks_up_to(model: MultimodalModel, layer: int) -> nn.Module:
+    """Return a view of the model with blocks 1 .. `layer` only; it shares the weights."""
+    return truncated(model.model, model._path, layer)
+
+
 def tap_with_gradient(model: MultimodalModel, arguments: Mapping[str, Any], layer: int) -> Tensor:
     """Return H_k [B, L, d] as `MultimodalModel.tap` does; gradients flow into trained blocks.
 
     `arguments` of the model's forward are on its device and include position ids.
     """
     model.require_layer(layer)
-    view = truncated(model.model, model._path, layer)
-    hidden: Tensor = view(**arguments, use_cache=False).last_hidden_state
+    hidden: Tensor = blocks_up_to(model, layer)(**arguments, use_cache=False).last_hidden_state
     return hidden
 
 

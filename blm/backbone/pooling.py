@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from blm.backbone.model import HiddenStates, Inputs, MultimodalModel
+from blm.backbone.prefix_cache import PrefixCache
 from blm.types import BlmError
 
 WITHOUT_GRID: Mapping[str, str] = {
@@ -55,15 +56,19 @@ class Pooling:
         return HiddenStates(members.sum(2), self.mask)
 
 
-def tap_pooled(model: MultimodalModel, inputs: Inputs, layer: int, pool: int) -> HiddenStates:
+def tap_pooled(
+    model: MultimodalModel, inputs: Inputs, layer: int, pool: int, prefixes: PrefixCache | None = None
+) -> HiddenStates:
     """Return H_k with pooled picture tokens; `inputs` are those of `read`, padded on the right.
 
-    With `pool` 1 no token is pooled. Raises BlmError as `tap` and `picture_grids` do.
+    With `pool` 1 no token is pooled. `prefixes` caches the texts before the pictures for taps of
+    this model after this layer. Raises BlmError as `tap` and `picture_grids` do.
     """
-    if pool == 1:
-        return model.tap(inputs, layer)
-    pooling = make_pooling(model, inputs, pool).to(model.model.device)  # copied before the model runs
-    return pooling(model.tap(inputs, layer).hidden)
+    pooling = None
+    if pool > 1:  # copied before the model runs
+        pooling = make_pooling(model, inputs, pool).to(model.model.device)
+    tapped = model.tap(inputs, layer) if prefixes is None else prefixes.tap(inputs)
+    return tapped if pooling is None else pooling(tapped.hidden)
 
 
 def make_pooling(model: MultimodalModel, inputs: Inputs, pool: int) -> Pooling:

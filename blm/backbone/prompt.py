@@ -1,30 +1,49 @@
 """The prompt engine: system text, robot, cameras, instruction and video frames -> chat messages.
 
-Images come first, in the order given, and text after them: in a causal model the image tokens
-then see the same prefix in a question and in a control prompt.
+In a question, images come first, in the order given, and the text after them. In a control prompt,
+the order of text and images is a choice, see `PromptOrder`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from blm.backbone.video import VideosAs, parts_of
-from blm.types import BlmError, Image, ImageArray, Message
+from blm.types import BlmError, Image, ImageArray, Message, lookup
+
+PromptOrder = Literal["pictures_first", "text_first"]
+"""Order of text and images in a control prompt.
+
+pictures_first: the images, then the text. In a causal model the tokens of the images then see the
+same prefix in a question and in a control prompt.
+text_first: robot, views and task, then the images, then a short question. The text in front of the
+images is the same in all decisions of an episode, so its keys and values can be cached
+(`blm.backbone.prefix_cache`).
+"""
+
+
+def require_order(order: str) -> None:
+    """Raise BlmError for an unknown order of the control prompt."""
+    lookup("prompt order", order, dict.fromkeys(get_args(PromptOrder)))
 
 
 def control_prompt(
-    instruction: str, robot: str, images: Mapping[str, ImageArray], *, system: str = ""
+    instruction: str,
+    robot: str,
+    images: Mapping[str, ImageArray],
+    *,
+    order: PromptOrder = "pictures_first",
+    system: str = "",
 ) -> tuple[Message, ...]:
     """Return the prompt at whose hidden states a policy is trained.
 
-    `images` maps camera names to uint8 [height, width, 3].
+    `images` maps camera names to uint8 [height, width, 3]. Raises BlmError for an unknown order.
     """
-    return question_prompt(
-        control_question(instruction, robot, list(images)), list(images.values()), system=system
-    )
+    before, question = control_texts(instruction, robot, list(images), order)
+    return question_prompt(question, list(images.values()), system=system, before=before)
 
 
 def frames_of(images: Sequence[Mapping[str, ImageArray]], count: int, steps: int) -> dict[str, ImageArray]:
@@ -48,24 +67,31 @@ def view_names(cameras: Sequence[str], count: int, steps: int) -> list[str]:
     return list(frames_of([dict.fromkeys(cameras, blank)], count, steps))
 
 
-def control_question(instruction: str, robot: str, cameras: Sequence[str]) -> str:
-    """Return the text of the control prompt; `robot` is its name ("panda").
+def control_texts(
+    instruction: str, robot: str, cameras: Sequence[str], order: PromptOrder
+) -> tuple[str, str]:
+    """Return the texts of the control prompt before and after its images; the first is empty if the
+    images come first. `robot` is its name ("panda").
 
     It asks for object, goal, gripper and next primitive although nobody waits for the words: a
     model that was taught to answer such questions gathers the answers at their positions, where the
-    bridge reads them.
+    bridge reads them. Raises BlmError for an unknown order.
     """
-    return (
+    require_order(order)
+    task = (
         f"Robot: {robot}. Views: {', '.join(cameras)}. Point to the object, the goal and the gripper in each "
-        f"view. Task: {instruction} What is the next primitive?"
+        f"view. Task: {instruction}"
     )
+    question = "What is the next primitive?"
+    return (task, question) if order == "text_first" else ("", f"{task} {question}")
 
 
 def question_prompt(
-    question: str, images: Sequence[ImageArray] = (), *, system: str = ""
+    question: str, images: Sequence[ImageArray] = (), *, system: str = "", before: str = ""
 ) -> tuple[Message, ...]:
-    """Return one user turn: the images, if any, then the question."""
-    user = Message("user", (*(Image(pixels) for pixels in images), question))
+    """Return one user turn: the text `before` the images, the images, if any, and the question."""
+    first = (before,) if before else ()
+    user = Message("user", (*first, *(Image(pixels) for pixels in images), question))
     return (Message("system", (system,)), user) if system else (user,)
 
 

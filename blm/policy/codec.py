@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from blm.backbone import Backbone
-from blm.backbone.prompt import control_prompt, to_chat
+from blm.backbone.families import require_rendered_order
+from blm.backbone.prompt import PromptOrder, control_prompt, to_chat
 from blm.datasets.transforms import RobotTransforms
 from blm.types import ActionChunk, FloatArray, Observation, PolicyContract
 
@@ -46,9 +47,13 @@ def decode_chunks(
     return chunks
 
 
-def prompt_version(backbone: Backbone, cameras: Sequence[str]) -> str:
-    """Return a short hash of the control prompt's wording and of the chat template."""
+def prompt_version(backbone: Backbone, cameras: Sequence[str], order: PromptOrder) -> str:
+    """Return a short hash of the control prompt's wording and order, and of the chat template.
+
+    Raises BlmError for a chat template that cannot write the order.
+    """
     blank = np.zeros((8, 8, 3), np.uint8)
-    chat = to_chat(control_prompt("{instruction}", "{robot}", dict.fromkeys(cameras, blank)))
+    chat = to_chat(control_prompt("{instruction}", "{robot}", dict.fromkeys(cameras, blank), order=order))
+    require_rendered_order(backbone.processor, backbone.model.config.model_type, order)
     text = json.dumps([chat, backbone.processor.chat_template])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

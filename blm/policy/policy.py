@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -34,91 +33,15 @@ from blm.policy.checkpoint import (
 )
 from blm.policy.codec import decode_chunks, pad_dims, prompt_version
 from blm.policy.flow import ActionPrefix, prefix_weights, seeded_noise
+from blm.policy.frozen import FrozenProof
 from blm.policy.network import PolicyConfig, PolicyNetwork
+from blm.policy.tap import TapConfig
 from blm.policy.tuning import TuningRecord
 from blm.types import ActionChunk, BlmError, FloatArray, ImageArray, Observation, PolicyContract
 
 
-@dataclass(frozen=True)
-class FrozenProof:
-    """Proof that a backbone is unchanged: the hash of its weights decides, and its logits on fixed
-    prompts inform."""
-
-    fingerprint: str
-    """Hash of the weights, which is part of the policy's revision. In older checkpoints it covers
-    computed buffers, too."""
-    logits: tuple[float, ...]
-    """About 256 of the logits on the probe prompts; none if only a part of the backbone was loaded."""
-    weights: str = ""
-    """sha256 of all stored tensors (`Backbone.fingerprint`); empty in older checkpoints."""
-
-    @classmethod
-    def of(cls, backbone: Backbone) -> FrozenProof:
-        """Return the proof of a backbone in its present state."""
-        weights = backbone.fingerprint()
-        return cls(weights, () if backbone.absent else _probe(backbone), weights)
-
-    def with_logits(self, backbone: Backbone) -> FrozenProof:
-        """Return the proof with logits; those of a whole `backbone` if it has none."""
-        return self if self.logits else replace(self, logits=_probe(backbone))
-
-    @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> FrozenProof:
-        """Return the proof that the config.json of a checkpoint holds."""
-        return cls(stored["fingerprint"], tuple(stored["logits"]), stored.get("weights", ""))
-
-    def require(self, backbone: Backbone, where: str, *, weights: str = "") -> None:
-        """Raise BlmError unless the weights of `backbone`, in the precision in which they were
-        hashed, are unchanged. `weights` is its `Backbone.fingerprint`, where that is known."""
-        if self.weights:
-            now, then = weights or backbone.fingerprint(), self.weights
-            remedy = "restore it or train Stage II again"
-        else:
-            now, then = backbone.fingerprint_with_computed_buffers(), self.fingerprint
-            remedy = (
-                "restore it or train Stage II again. The hash of this older checkpoint covers values that "
-                "another processor or library version computes otherwise"
-            )
-        if now != then:
-            raise BlmError(
-                f"{where}: the backbone (fingerprint {now[:12]}) is not the frozen one of Stage II "
-                f"({then[:12]}); {remedy}"
-            )
-
-    def compare_logits(self, backbone: Backbone, where: str) -> float:
-        """Return the largest difference of the probe logits, and print a warning if it exceeds
-        rounding.
-
-        Precision, device and library versions change logits a little, so they prove nothing about
-        the weights. Raises BlmError for a backbone of which only a part is loaded.
-        """
-        difference = float(np.abs(np.subtract(_probe(backbone), self.logits)).max())
-        if not difference <= _logit_rounding(backbone):
-            Console(stderr=True).print(
-                f"warning: {where}: logits of the frozen backbone differ by {difference:.3g} from those at "
-                f"training, with the same weights ({backbone.model.dtype} on {backbone.model.device}); check "
-                "the versions of torch and transformers, and the attention implementation",
-                highlight=False,
-                soft_wrap=True,
-            )
-        return difference
-
-
 def _view_names(contract: PolicyContract) -> list[str]:
     return view_names(contract.cameras, contract.frames, contract.execute)
-
-
-def _probe(backbone: Backbone) -> tuple[float, ...]:
-    logits = backbone.probe_logits().flatten()
-    return tuple(logits[:: max(1, len(logits) // 256)].tolist())
-
-
-def _logit_rounding(backbone: Backbone) -> float:
-    """Return the difference of logits that rounding explains: between two correct bfloat16 kernels
-    0.56 was measured, and 0.021 with TF32."""
-    if backbone.model.dtype != torch.float32:
-        return 1.0
-    return 0.01 if backbone.model.device.type == "cpu" else 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,21 +50,23 @@ class CheckpointConfig:
 
     policy: PolicyConfig
     contract: PolicyContract
-    layer: int
-    """k, the block of the backbone that is tapped."""
+    tap: TapConfig
+    """How H_k is obtained; config.json has its fields beside the others."""
     prompt: str
     """Version of the control prompt."""
     dtype: str
     """Type of the backbone's weights, such as "bfloat16"."""
     frozen: FrozenProof
     provenance: Mapping[str, Any]
-    pool: int = 1
-    """Side of the squares over which picture tokens of H_k are averaged; 1 in older checkpoints."""
     tuning: TuningRecord | None = None
     """How Stage II tuned the backbone; None if it was frozen."""
 
     def to_json(self) -> dict[str, Any]:
         value = {"kind": "blm", **asdict(self), "contract": self.contract.to_json()}
+        tap = value.pop("tap")
+        value |= {"layer": tap["layer"], "pool": tap["pool"]}
+        if self.tap.prompt != "pictures_first":
+            value["prompt_order"] = self.tap.prompt
         return {name: part for name, part in value.items() if name != "tuning" or part is not None}
 
     @classmethod
@@ -150,12 +75,15 @@ class CheckpointConfig:
         return cls(
             policy=PolicyConfig(**policy),
             contract=PolicyContract.from_json(value["contract"]),
-            layer=value["layer"],
+            tap=TapConfig(
+                layer=value["layer"],
+                pool=value.get("pool", 1),  # older checkpoints have neither pooling nor another order
+                prompt=value.get("prompt_order", "pictures_first"),
+            ),
             prompt=value["prompt"],
             dtype=value["dtype"],
             frozen=FrozenProof.from_json(value["frozen"]),
             provenance=value["provenance"],
-            pool=value.get("pool", 1),
             tuning=TuningRecord.from_json(value["tuning"]) if "tuning" in value else None,
         )
 
@@ -168,21 +96,19 @@ class CheckpointPolicy:
         *,
         backbone: Backbone,
         frozen: FrozenProof,
-        layer: int,
+        tap: TapConfig,
         network: PolicyNetwork,
         transforms: Mapping[str, RobotTransforms],
         contract: PolicyContract,
-        pool: int = 1,
         tuning: TuningRecord | None = None,
     ) -> None:
-        """Tap block `layer` (k), and average picture tokens over squares of `pool` x `pool`.
-
-        With a tuned backbone, `frozen` is the proof of its weights after the tuning.
-        """
-        self.pool, self.tuning = pool, tuning
+        """With a tuned backbone, `frozen` is the proof of its weights after the tuning."""
+        self.tap, self.tuning = tap, tuning
+        self.prefixes = tap.prefix_cache(backbone)
+        """Cache of the texts of control prompts; None: every decision reads the whole prompt."""
         self.provenance: Mapping[str, Any] = {}
         """That of the loaded checkpoint."""
-        self.backbone, self.frozen, self.layer, self.transforms = backbone, frozen, layer, transforms
+        self.backbone, self.frozen, self.transforms = backbone, frozen, transforms
         self.network = network.eval().requires_grad_(False)
         self._sample: Callable[..., Tensor] | None = None
         """The compiled sampler, with the bridge."""
@@ -202,8 +128,10 @@ class CheckpointPolicy:
         Batches are then padded to powers of 2, and prompts to multiples of 32 tokens; each pair of
         sizes is compiled when it first occurs. Actions differ by rounding (about 1e-5 in float32).
         A chunk that continues another one (real-time chunking) is sampled without compilation.
+        Compiled blocks read whole prompts, without the prefix cache.
         """
-        self.backbone.compile_tap(self.layer, compiler)
+        self.backbone.compile_tap(self.tap.layer, compiler)
+        self.prefixes = None
         self._sample = compiler(self.network.sample)
 
     def warm_up(self, batch_sizes: Sequence[int] = (1,)) -> None:
@@ -233,7 +161,8 @@ class CheckpointPolicy:
         checked = [self.contract.check(observation) for observation in observations]
         if self._sample is not None:
             checked += checked[-1:] * (batch_bucket(len(checked)) - len(checked))
-        prompts = [control_prompt(o.instruction, o.robot, self._views(o)) for o in checked]
+        order = self.tap.prompt
+        prompts = [control_prompt(o.instruction, o.robot, self._views(o), order=order) for o in checked]
         config, robots = self.network.config, list(self.contract.action_spaces)
         states = [self.transforms[o.robot].state.forward(o.state) for o in checked]
         inputs = (
@@ -253,7 +182,7 @@ class CheckpointPolicy:
                 torch.compiler.cudagraph_mark_step_begin()
             read = pad_prompts(read, self.backbone.processor.tokenizer.pad_token_id)
             sample = sample if prefix else self._sample
-        tapped = tap_pooled(self.backbone, read, self.layer, self.pool)
+        tapped = tap_pooled(self.backbone, read, self.tap.layer, self.tap.pool, self.prefixes)
         actions = sample(tapped.hidden, tapped.mask, state, robot, noise, dims, prefix)
         count = len(observations)
         return decode_chunks(self.contract, self.transforms, checked[:count], actions[:count])
@@ -292,12 +221,11 @@ class CheckpointPolicy:
         config = CheckpointConfig(
             policy=self.network.config,
             contract=self.contract,
-            layer=self.layer,
-            prompt=prompt_version(self.backbone, _view_names(self.contract)),
+            tap=self.tap,
+            prompt=prompt_version(self.backbone, _view_names(self.contract), self.tap.prompt),
             dtype=str(self.backbone.model.dtype).removeprefix("torch."),
             frozen=self.frozen.with_logits(self.backbone),
             provenance=dict(provenance),
-            pool=self.pool,
             tuning=self.tuning,
         )
 
@@ -335,17 +263,18 @@ class CheckpointPolicy:
             folder / "backbone",
             dtype=getattr(torch, config.dtype),
             attn_implementation=attn_implementation,
-            blocks=config.layer if actions_only and config.frozen.weights else None,
+            blocks=config.tap.layer if actions_only and config.frozen.weights else None,
         )
         backbone.freeze()
-        backbone.require_layer(config.layer)
+        backbone.require_layer(config.tap.layer)
         config.frozen.require(backbone, f"checkpoint '{folder}'")
         keeps = dtype is None and torch.device(device).type != "cuda"
         precision = getattr(torch, config.dtype) if keeps else frozen_dtype(device, dtype)
         place_weights(backbone.model, device, precision)
         if backbone.absent is None:
             config.frozen.compare_logits(backbone, f"checkpoint '{folder}'")
-        if (now := prompt_version(backbone, _view_names(config.contract))) != config.prompt:
+        now = prompt_version(backbone, _view_names(config.contract), config.tap.prompt)
+        if now != config.prompt:
             raise BlmError(
                 f"checkpoint '{folder}' was trained with control prompts of version {config.prompt}, this "
                 f"program writes version {now}; use the program version of the checkpoint or train again"
@@ -356,11 +285,10 @@ class CheckpointPolicy:
         policy = cls(
             backbone=backbone,
             frozen=config.frozen,
-            layer=config.layer,
+            tap=config.tap,
             network=network,
             transforms=read_transforms(folder),
             contract=config.contract,
-            pool=config.pool,
             tuning=config.tuning,
         )
         policy.provenance = config.provenance

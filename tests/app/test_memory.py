@@ -79,7 +79,7 @@ def test_the_sizes_are_those_of_real_models(nano: MemoryEstimate) -> None:
     assert nano.stage("hidden-state cache").device["backbone"] == pytest.approx(4 * nano.tapped, rel=0.01)
     assert cached.host["checkpoint copy"] == sum(cached.device[n] for n in ("trained", "moments", "average"))
     text = describe(nano, "cpu")
-    assert "2.3 M parameters" in text and "each process" in text and "Stage II, live" in text
+    assert "2.5 M parameters" in text and "each process" in text and "Stage II, live" in text
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blm.app.pipeline import NOT_IN_KEYS, json_of, stage_key, to_json
+from blm.app.pipeline import NOT_IN_KEYS, json_of, settings_of, stage_key, to_json
 from blm.app.recipe import (
     CorpusSettings,
     DemonstrationSettings,
@@ -120,6 +120,8 @@ def test_scene_questions_reach_the_config_of_each_corpus(tmp_path: Path) -> None
     assert train.episodes == tmp_path / "episodes" and seen.episodes == tmp_path / "episodes_held_out"
     assert (train.wording, seen.wording, other.wording) == ("seen", "seen", "held_out")
     assert replace(other, wording="seen") == seen and seen.turns == CI.corpus.turns
+    assert train.prompt == seen.prompt == "pictures_first"
+    assert corpus_config(replace(CI, prompt="text_first"), tmp_path, "train").prompt == "text_first"
 
 
 def test_stage_two_reaches_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,6 +143,10 @@ def test_stage_two_reaches_its_config(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (config.intents.dims, config.intents.pool) == (64, 2)
     assert (config.device, config.dtype, config.attn_implementation) == ("cuda:3", "float32", "eager")
     assert config.intents.cameras == CI.cameras and config.weights == {"pick_cube": 0.0}
+    assert config.intents.prompt == "pictures_first"
+    recipe = replace(recipe, prompt="text_first")
+    config = policy_training_config(recipe, tmp_path, tmp_path / "backbone", tmp_path / "cache", one)
+    assert config.intents.prompt == "text_first", "Stage I and Stage II agree"
 
 
 def test_evaluation_settings_reach_the_protocol() -> None:
@@ -168,9 +174,10 @@ def test_keys_of_a_stored_recipe_stay() -> None:
     stored = json.loads(json.dumps(to_json(CI)))
     assert set(stored) == {
         *("name", "robots", "tasks", "cameras", "image_size", "workers", "engine"),
-        *("demonstrations", "corpus", "stage1", "stage2", "evaluation"),
+        *("demonstrations", "corpus", "stage1", "stage2", "evaluation", "prompt"),
         *NOT_IN_KEYS,
     }
+    assert all("prompt" not in settings_of(stage, CI) for stage in STAGES.values()), "by default"
     assert set(json_of(CI, "demonstrations")) == {
         *("episodes", "held_out_episodes", "noise", "disturbed", "random_starts", "hold", "distractors"),
         "appearance",
@@ -200,5 +207,11 @@ def test_only_a_changed_setting_changes_the_key_of_a_stage() -> None:
         for share in (0.0, 0.2)
     )
     assert len({spoken, free, stage_key(STAGES, corpus, CI, {})}) == 3
+    changed = replace(CI, corpus=replace(CI.corpus, answers="sentence"))
+    assert stage_key(STAGES, corpus, changed, {}) != stage_key(STAGES, corpus, CI, {})
+    other = replace(CI, prompt="text_first")
+    for name, part in STAGES.items():
+        affected = {"corpus", "stage1", "stage2", "digital", "physical"}
+        assert (stage_key(STAGES, part, other, {}) != stage_key(STAGES, part, CI, {})) == (name in affected)
     for change in ({"precision": "compact"}, {"views": 1}, {"dims": 64}, {"pool": 2}):
         assert stage_key(STAGES, stage, replace(CI, stage2=replace(CI.stage2, **change)), {}) != key

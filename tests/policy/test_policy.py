@@ -19,9 +19,11 @@ from blm.datasets.transforms import Normalize, RobotTransforms
 from blm.policy import checkpoint as checkpoint_module
 from blm.policy import codec, flow
 from blm.policy.checkpoint import with_hashes
+from blm.policy.frozen import FrozenProof
 from blm.policy.heads import IndexedLinear, runs_of, with_embodiments
 from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
-from blm.policy.policy import CheckpointPolicy, FrozenProof, RealTimeChunkingPolicy
+from blm.policy.policy import CheckpointPolicy, RealTimeChunkingPolicy
+from blm.policy.tap import TapConfig
 from blm.serving.app import create_app
 from blm.types import ActionChunk, ActionSpace, BlmError, Message, Observation, Policy, PolicyContract
 
@@ -285,7 +287,7 @@ def make_policy(seed: int = 0) -> CheckpointPolicy:
     return CheckpointPolicy(
         backbone=backbone,
         frozen=FrozenProof.of(backbone),
-        layer=2,
+        tap=TapConfig(layer=2),
         network=PolicyNetwork(CONFIG, 32, 2),
         transforms=transforms,
         contract=PolicyContract(
@@ -461,7 +463,7 @@ def test_a_foreign_format_folder_or_prompt_is_refused(copied, tmp_path, monkeypa
     with pytest.raises(BlmError, match=r"no checkpoint at .* give the folder that Stage II wrote"):
         CheckpointPolicy.load(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(codec, "control_prompt", lambda *_: make_prompt("other words"))
+        patch.setattr(codec, "control_prompt", lambda *_, **__: make_prompt("other words"))
         with pytest.raises(BlmError, match="control prompts of version"):
             CheckpointPolicy.load(copied)
     config = json.loads((copied / "config.json").read_text())
@@ -569,7 +571,7 @@ def test_the_model_card_states_contract_proof_and_origin(saved):
     assert card.startswith("---\nlibrary_name: blm") and policy.frozen.fingerprint in card
     for robot, space in policy.contract.action_spaces.items():
         assert f"| {robot} | " in card and all(name in card for name in space.names)
-    assert '"command": "test"' in card and f"tapped after block {policy.layer}" in card
+    assert '"command": "test"' in card and f"tapped after block {policy.tap.layer}" in card
 
 
 def test_people_may_add_to_the_card(copied):

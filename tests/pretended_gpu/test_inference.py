@@ -12,8 +12,10 @@ import torch
 from blm.backbone import Backbone
 from blm.backbone.generation.generator import Generation
 from blm.datasets.transforms import Normalize, RobotTransforms
+from blm.policy.frozen import FrozenProof
 from blm.policy.network import PolicyNetwork
-from blm.policy.policy import CheckpointPolicy, FrozenProof
+from blm.policy.policy import CheckpointPolicy
+from blm.policy.tap import TapConfig
 from blm.types import ActionSpace, Observation, PolicyContract, Sampling
 from tests.support.backbones import PROMPTS, picture
 from tests.support.policy_training import POLICY
@@ -75,7 +77,7 @@ def make_policy(backbone: Backbone) -> CheckpointPolicy:
     return CheckpointPolicy(
         backbone=backbone,
         frozen=FrozenProof("0" * 64, (0.0,)),
-        layer=2,
+        tap=TapConfig(layer=2),
         network=network,
         transforms={
             robot: RobotTransforms(state=one, normalize_actions=one, relative=spaces[robot].offsets_allowed)

@@ -122,7 +122,7 @@ class Outline:
     def prompts(self, backbone: Backbone, count: int) -> Inputs:
         """Return the inputs of control prompts with blank pictures."""
         images = dict.fromkeys(self.recipe.cameras, self._blank())
-        prompt = control_prompt(INSTRUCTION, self.recipe.robots[0], images)
+        prompt = control_prompt(INSTRUCTION, self.recipe.robots[0], images, order=self.recipe.prompt)
         return backbone.read([prompt] * count, side="right")
 
     def policy_batch(self, tokens: int, hidden_size: int) -> PolicyBatch:

@@ -5,12 +5,13 @@ Shapes: B sequences, L positions of the longest, D size of an attention head, V 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache
 
@@ -70,21 +71,25 @@ class KeyValueCache:
         ]
         return KeyValueCache(_cache_of(layers), mask[:, -longest:])
 
-    def joined(self, other: KeyValueCache) -> KeyValueCache:
-        """Return the rows of both caches, padded to the longer one."""
-        length = max(self.mask.shape[1], other.mask.shape[1])
+    @classmethod
+    def join(cls, caches: Sequence[KeyValueCache]) -> KeyValueCache:
+        """Return a copy of the rows of all caches, padded to the longest one."""
+        length = max(one.mask.shape[1] for one in caches)
 
-        def padded(*both: Tensor) -> Tensor:
-            return torch.cat([F.pad(x, (0, 0, length - x.shape[2], 0)) for x in both])
+        def padded(parts: Sequence[Tensor]) -> Tensor:
+            return torch.cat([F.pad(x, (0, 0, length - x.shape[2], 0)) for x in parts])
 
         layers = [
-            (padded(keys, more_keys), padded(values, more_values))
-            for (keys, values), (more_keys, more_values) in zip(
-                _layers(self.cache), _layers(other.cache), strict=True
-            )
+            (padded([keys for keys, _ in parts]), padded([values for _, values in parts]))
+            for parts in zip(*(_layers(one.cache) for one in caches), strict=True)
         ]
-        masks = [F.pad(mask, (length - mask.shape[1], 0)) for mask in (self.mask, other.mask)]
-        return KeyValueCache(_cache_of(layers), torch.cat(masks))
+        masks = [F.pad(one.mask, (length - one.mask.shape[1], 0)) for one in caches]
+        return cls(_cache_of(layers), torch.cat(masks))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the keys and values."""
+        return sum(keys.nbytes + values.nbytes for keys, values in _layers(self.cache))
 
     def extended(self) -> KeyValueCache:
         """Return the cache for a pass that adds one position to each row."""
@@ -106,11 +111,16 @@ class Batch:
 
     def joined(self, other: Batch) -> Batch:
         """Return a batch of the sequences of both batches."""
-        return Batch(self.sequences + other.sequences, self.cache.joined(other.cache))
+        return Batch(self.sequences + other.sequences, KeyValueCache.join([self.cache, other.cache]))
 
     def select(self, rows: Sequence[int]) -> Batch:
         """Return a batch of these rows."""
         return Batch([self.sequences[row] for row in rows], self.cache.select(rows))
+
+
+def cache_argument(model: nn.Module) -> str:
+    """Return the name of the argument of a model's forward that takes its key-value cache."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def fail(sequences: Sequence[GeneratedSequence], error: Exception) -> None:

@@ -10,7 +10,6 @@ L positions of the longest, V vocabulary.
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import threading
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from blm.backbone.generation.batch import Batch, GeneratedSequence, KeyValueCache, fail
+from blm.backbone.generation.batch import Batch, GeneratedSequence, KeyValueCache, cache_argument, fail
 from blm.backbone.generation.detokenizer import Detokenizer
 from blm.backbone.generation.prefill import ChunkRunner, Prefill, Prompt
 from blm.backbone.generation.sampling import TokenChooser
@@ -66,8 +65,7 @@ class Generation:
         self.step_tokens = step_tokens or STEP_TOKENS.get(device, STEP_TOKENS_ELSEWHERE)
         self._batches = list[Batch]()
         self._chunk_runner = ChunkRunner(backbone)
-        takes = inspect.signature(backbone.model.forward).parameters
-        self._cache_name = "cache" if "cache" in takes else "past_key_values"  # before transformers 5.24
+        self._cache_name = cache_argument(backbone.model)
         config = backbone.model.generation_config
         end_tokens = np.atleast_1d(config.eos_token_id).tolist()
         self._chooser = TokenChooser(end_tokens, config.repetition_penalty or 1.0)

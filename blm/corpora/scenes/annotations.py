@@ -53,6 +53,8 @@ class QuestionTurn:
     """Reasoning from which the answer follows; a model may write it before its answer."""
     facts: KeyFacts | None = None
     """Key facts of a free question."""
+    before: str = ""
+    """Text in front of the images; only the first turn of a conversation can have it."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,10 @@ def to_messages(
     pictures = tuple(Image(image) for image in images)
     messages: list[Message] = []
     for index, turn in enumerate(turns):
-        messages.append(Message("user", (*pictures, turn.question) if index == 0 else (turn.question,)))
+        assert index == 0 or not turn.before, "a later turn cannot have text in front of the images"
+        before = (turn.before,) if turn.before else ()
+        shown = (*before, *pictures) if index == 0 else ()
+        messages.append(Message("user", (*shown, turn.question)))
         answer = with_thought(turn.thought, turn.answer) if thoughts else turn.answer
         messages.append(Message("assistant", (answer,)))
     return tuple(messages)

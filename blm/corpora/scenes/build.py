@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from blm.backbone.prompt import PromptOrder, require_order
 from blm.corpora.format.messages import CORPUS_FILE, Conversation, read_corpus, write_corpus
-from blm.corpora.scenes.annotations import QuestionSampler, by_kind, to_messages
+from blm.corpora.scenes.annotations import QuestionSampler, QuestionTurn, by_kind, to_messages
 from blm.corpora.scenes.episodes import EpisodeSteps, frame_annotations, read_steps
 from blm.corpora.scenes.free_questions import free_turns
 from blm.corpora.scenes.instructions import NAMED
@@ -89,6 +90,10 @@ class SceneCorpusConfig:
     With `reasoning`, a chain of thought and a short answer; with `terse`, short answers only.
     With `sentence`, plain English for pretrained backbones: half of the questions ask for the
     answer only, and the others are answered in a sentence. Held-out questions all ask for it."""
+    prompt: PromptOrder = "pictures_first"
+    """Order of the control prompt, which must be that of Stage II (--intents.prompt).
+    With text_first, each control prompt is a conversation of its own, because the other questions
+    about its images begin with the images."""
     episodes: Path | None = None
     """Folder with one dataset of demonstrations per robot, whose frames are also asked about."""
     frames_per_episode: int = 6
@@ -128,6 +133,7 @@ class SceneCorpusConfig:
                 f"free questions (free is {self.free}) are answered in sentences, but answers is "
                 f"'{self.answers}'; valid: sentence, or free 0"
             )
+        require_order(self.prompt)
         shares = (self.pointing, self.metric, 1 - self.pointing - self.metric, self.choice)
         if min(shares) < 0 or self.choice > 1:
             raise BlmError(
@@ -248,12 +254,13 @@ def _scene_conversations(config: SceneCorpusConfig, part: ShardItems) -> Iterato
             return stack.enter_context(closing(SceneObserver(env, config.cameras)))
 
         for number in numbers:
-            yield _scene_conversation(config, observer_for, config.first_seed + number, sampler)
+            yield from _about_scene(config, observer_for, config.first_seed + number, sampler)
 
 
-def _scene_conversation(
+def _about_scene(
     config: SceneCorpusConfig, observer_for: Any, seed: int, sampler: QuestionSampler
-) -> Conversation:
+) -> Iterator[Conversation]:
+    """Yield the conversation about a scene, and its control prompt if that stands alone."""
     rng = np.random.default_rng(seed)
     observer: SceneObserver = observer_for(int(rng.integers(config.max_distractors + 1)))
     env = observer.env
@@ -268,20 +275,25 @@ def _scene_conversation(
     turns = scene_turns(scene, closed, sampler, pointing=config.pointing, metric=config.metric)
     turns = [*free, *turns]
     turns += scan_turns(scene) if config.scans else []
+    alone: list[QuestionTurn] = []
     if config.teach and (env.task_spec.prehensile or scene.arrangement != "held"):
-        turns.append(control_turn(scene, env.task_description, env.embodiment))
+        control = control_turn(scene, env.task_description, env.embodiment, config.prompt)
+        (alone if control.before else turns).append(control)
     group = f"scene/{env.embodiment}/{env.task}/{seed}"
-    return Conversation(
+    images = [scene.images[camera] for camera in config.cameras]
+    row = Conversation(
         id=group,
         group=group,
         source="scene",
         kinds=tuple(turn.kind for turn in turns),
-        messages=to_messages(
-            [scene.images[camera] for camera in config.cameras], turns, thoughts=config.thoughts
-        ),
+        messages=to_messages(images, turns, thoughts=config.thoughts),
         training="plain" if config.randomization == NO_RANDOMIZATION else "randomized",
         facts=tuple(turn.facts for turn in turns) if any(turn.facts for turn in turns) else (),
     )
+    yield row
+    if alone:
+        messages = to_messages(images, alone, thoughts=config.thoughts)
+        yield replace(row, id=f"{group}/control", kinds=("control",), messages=messages, facts=())
 
 
 def _episode_conversations(config: SceneCorpusConfig, part: ShardItems) -> Iterator[Conversation]:

@@ -14,7 +14,7 @@ from itertools import permutations
 
 import numpy as np
 
-from blm.backbone.prompt import control_question
+from blm.backbone.prompt import PromptOrder, control_texts
 from blm.corpora.scenes.annotations import NUMERIC_KINDS, Annotation, QuestionSampler, QuestionTurn, by_kind
 from blm.corpora.scenes.comparing import AIR_GAP, comparisons, vector
 from blm.corpora.scenes.instructions import instruction_annotations
@@ -304,7 +304,7 @@ def format_length(offset: np.ndarray | float) -> str:
     return f"{round(100 * float(np.linalg.norm(offset)))} cm"
 
 
-def control_turn(scene: SceneObservation, instruction: str, robot: str) -> QuestionTurn:
+def control_turn(scene: SceneObservation, instruction: str, robot: str, order: PromptOrder) -> QuestionTurn:
     """Return the control prompt with its answer: object, goal, gripper, next primitive.
 
     Stage II taps the backbone's hidden states at exactly this prompt, so Stage I teaches the
@@ -318,8 +318,9 @@ def control_turn(scene: SceneObservation, instruction: str, robot: str) -> Quest
     for camera, points in scene.points.items():
         spots = [f"{role} {format_point(points[name])}" for name, role in roles.items() if name in points]
         views.append(f"{camera}: {', '.join(spots) or 'nothing'}.")
-    question = control_question(instruction, robot, list(scene.points))
-    return QuestionTurn("control", question, f"{' '.join(views)} next: {_next_primitive(scene)}")
+    before, question = control_texts(instruction, robot, list(scene.points), order)
+    answer = f"{' '.join(views)} next: {_next_primitive(scene)}"
+    return QuestionTurn("control", question, answer, before=before)
 
 
 def scan_turns(scene: SceneObservation) -> list[QuestionTurn]:

@@ -17,6 +17,7 @@ from blm.datasets.transforms import RobotTransforms
 from blm.policy.heads import IndexedLinear, with_embodiments
 from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
+from blm.policy.tap import TapConfig
 from blm.policy.tuning import TuningRecord
 from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.types import BlmError, PolicyContract, joint_training
@@ -97,23 +98,23 @@ def from_checkpoint(
     policy: CheckpointPolicy,
     *,
     backbone: HashedBackbone,
-    layer: int,
-    pool: int,
+    tap: TapConfig,
     config: PolicyConfig,
     contract: PolicyContract,
     only_new: bool,
 ) -> InitialPolicy:
     """Return a copy of a checkpoint's network, with a further row for each new robot of `contract`.
 
-    Raises BlmError unless backbone, layer, pool, policy config, cameras, image size and rate are those of
-    the checkpoint; and if `only_new` is set with no new robot, or with datasets of the checkpoint's
-    robots.
+    Raises BlmError unless backbone, layer, pool, order of the prompt, policy config, cameras, image
+    size and rate are those of the checkpoint; and if `only_new` is set with no new robot, or with
+    datasets of the checkpoint's robots.
     """
     policy.frozen.require(backbone.backbone, "the checkpoint to start from", weights=backbone.weights)
     old = policy.contract
     pairs = {
-        "layer": (policy.layer, layer),
-        "pool": (policy.pool, pool),
+        "layer": (policy.tap.layer, tap.layer),
+        "pool": (policy.tap.pool, tap.pool),
+        "prompt": (policy.tap.prompt, tap.prompt),
         "policy": (policy.network.config, config),
         "cameras": (old.cameras, contract.cameras),
         "frames": (old.frames, contract.frames),

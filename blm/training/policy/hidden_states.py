@@ -16,10 +16,11 @@ from torch import Tensor
 
 from blm.backbone.backbone import Backbone
 from blm.backbone.pooling import MAX_POOL, tap_pooled
-from blm.backbone.prompt import control_prompt, frames_of, view_names
+from blm.backbone.prompt import PromptOrder, control_prompt, frames_of, require_order, view_names
 from blm.datasets.lerobot import EpisodeDataset
 from blm.datasets.mixture import IndexArray
 from blm.jobs import MAX_WORKERS
+from blm.policy.tap import TapConfig
 from blm.training.policy.augmentation import augmented
 from blm.types import BlmError, ImageArray, require_numbers
 
@@ -64,6 +65,9 @@ class HiddenStateConfig:
     pool: int = 1
     """Average the picture tokens over squares of n x n tokens, also when the policy acts; 1: keep all.
     The checkpoint records it. It needs a vision tower whose tokens form a grid."""
+    prompt: PromptOrder = "pictures_first"
+    """Order of the prompt: pictures_first, or text_first, with which acting reads the text only once.
+    The checkpoint records it; Stage I must have taught the same order (--prompt of the corpus)."""
     views: int = 0
     """Number of augmented versions of each frame (cropped images with other colours, see
     augmentation.py), which are cached as well. Training draws one version, or the frame itself."""
@@ -74,9 +78,15 @@ class HiddenStateConfig:
         require_numbers(self, dims=(MIN_DIMS, 1_000_000), pool=(1, MAX_POOL))
         require_numbers(self, frames=(1, 64), frame_steps=(1, 100_000))
         require_precision(self.precision)
+        require_order(self.prompt)
         sizes = (self.layer, self.stride, self.batch_size, self.shard_frames, self.views + 1)
         if min(sizes) < 1 or not self.cameras:
             raise BlmError(f"hidden states: need a layer, cameras and positive sizes, got {self}")
+
+    @property
+    def tap(self) -> TapConfig:
+        """How the policy obtains these hidden states."""
+        return TapConfig(layer=self.layer, pool=self.pool, prompt=self.prompt)
 
     @property
     def views_of_prompt(self) -> list[str]:
@@ -129,8 +139,9 @@ class LiveHiddenStates:
 
     def tap(self, instructions: Sequence[str], images: Mapping[str, ImageArray]) -> HiddenStateRows:
         """Return H_k of n control prompts: n texts, and images [n, height, width, 3] per view."""
+        robot, order = self.dataset.space.robot, self.config.prompt
         prompts = [
-            control_prompt(text, self.dataset.space.robot, {camera: images[camera][i] for camera in images})
+            control_prompt(text, robot, {camera: images[camera][i] for camera in images}, order=order)
             for i, text in enumerate(instructions)
         ]
         rows: HiddenStateRows = []

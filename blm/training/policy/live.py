@@ -29,7 +29,7 @@ from blm.backbone.backbone import Backbone
 from blm.backbone.model import HiddenStates, Inputs, MultimodalModel
 from blm.backbone.pixel_map import PixelMap, find_pixel_map
 from blm.backbone.pooling import Pooling, make_pooling
-from blm.backbone.prompt import control_prompt, question_prompt
+from blm.backbone.prompt import PromptOrder, control_prompt, question_prompt
 from blm.datasets.mixture import IndexArray
 from blm.policy.network import ActionBatch, PolicyBatch
 from blm.training.loop.batches import Microbatch
@@ -80,10 +80,12 @@ class PromptReader:
     A copy in another process loads the processor again from `source`.
     """
 
-    def __init__(self, backbone: Backbone, source: str, *, pool: int = 1, by_map: bool = False) -> None:
+    def __init__(
+        self, backbone: Backbone, source: str, order: PromptOrder, *, pool: int = 1, by_map: bool = False
+    ) -> None:
         """Pool squares of `pool` x `pool` picture tokens. With `by_map` a `PixelMap` processes the
         pictures, later."""
-        self.source, self.pool, self.by_map = source, pool, by_map
+        self.source, self.order, self.pool, self.by_map = source, order, pool, by_map
         self.features_per_row = backbone.features_per_row
         self._backbone: Backbone | None = backbone
         self._texts = dict[tuple[str, str], Inputs]()
@@ -104,12 +106,16 @@ class PromptReader:
     ) -> PreparedPrompts:
         """Prepare prompts of (instruction, robot) and the pictures of each camera, all of one size."""
         if not self.by_map:
-            prompts = [control_prompt(*text, views) for text, views in zip(texts, pictures, strict=True)]
+            prompts = [
+                control_prompt(*text, views, order=self.order)
+                for text, views in zip(texts, pictures, strict=True)
+            ]
             return self._prepared(self.backbone.read(prompts, side="right"))
         for text, views in zip(texts, pictures, strict=True):
             if text not in self._texts:
                 blank = {camera: np.zeros_like(view) for camera, view in views.items()}
-                inputs = self.backbone.read([control_prompt(*text, blank)], side="right")
+                prompt = control_prompt(*text, blank, order=self.order)
+                inputs = self.backbone.read([prompt], side="right")
                 self._texts[text] = {k: v for k, v in inputs.items() if k != "pixel_values"}
         pad = self.backbone.processor.tokenizer.pad_token_id
         inputs = _join([self._texts[text] for text in texts], pad)
@@ -259,23 +265,23 @@ def open_live(
     `source` is the name or folder from which `backbone` was loaded.
     """
     side = datasets[0].dataset.image_size
-    found = _find_exact(backbone, source, datasets, config.views_of_prompt)
+    found = _find_exact(backbone, source, datasets, config)
     if found is None:  # count the features of such a picture here, with the weights
         blank = dict.fromkeys(config.views_of_prompt, np.zeros((side, side, 3), np.uint8))
         backbone.read([control_prompt("", "", blank)])
     model = backbone.model
     on_device = None if found is None else found.to(model.device, model.dtype)
     tap = Tap(backbone=backbone, layer=config.layer, pixel_map=on_device)
-    reader = PromptReader(backbone, source, pool=config.pool, by_map=found is not None)
+    reader = PromptReader(backbone, source, config.prompt, pool=config.pool, by_map=found is not None)
     return Live(reader, tap)
 
 
 def _find_exact(
-    backbone: Backbone, source: str, datasets: Sequence[PolicyDataset], cameras: Sequence[str]
+    backbone: Backbone, source: str, datasets: Sequence[PolicyDataset], config: HiddenStateConfig
 ) -> PixelMap | None:
     """Return the map of the processor, or None unless it and texts that are joined after
     tokenisation give the processor's own bits for prompts of different lengths."""
-    side = datasets[0].dataset.image_size
+    side, cameras = datasets[0].dataset.image_size, config.views_of_prompt
 
     def process(pictures: Sequence[ImageArray]) -> Tensor:
         return backbone.read([question_prompt("", pictures)])["pixel_values"]
@@ -288,8 +294,8 @@ def _find_exact(
     rng = np.random.default_rng(1)
     noise = rng.integers(0, 256, (2, len(cameras), side, side, 3), dtype=np.uint8)
     pictures = [dict(zip(cameras, one, strict=True)) for one in noise]
-    own = PromptReader(backbone, source).read(some, pictures).inputs
-    joined = PromptReader(backbone, source, by_map=True).read(some, pictures)
+    own = PromptReader(backbone, source, config.prompt).read(some, pictures).inputs
+    joined = PromptReader(backbone, source, config.prompt, by_map=True).read(some, pictures)
     assert joined.pictures is not None
     inputs = {**joined.inputs, "pixel_values": found(joined.pictures)}
     same = own.keys() == inputs.keys() and all(

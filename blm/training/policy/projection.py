@@ -41,11 +41,12 @@ def describe_tokens(hashed: HashedBackbone, config: HiddenStateConfig) -> dict[s
     backbone = hashed.backbone
     return {
         "backbone": hashed.weights,
-        "prompt": prompt_version(backbone, config.views_of_prompt),
+        "prompt": prompt_version(backbone, config.views_of_prompt, config.prompt),
         "image_processing": json.loads(backbone.processor.image_processor.to_json_string()),
         "layer": config.layer,
         "cameras": list(config.cameras),
         **({"pool": config.pool} if config.pool > 1 else {}),
+        **({"prompt_order": config.prompt} if config.prompt != "pictures_first" else {}),
     }
 
 

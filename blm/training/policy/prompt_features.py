@@ -58,9 +58,10 @@ class PromptReader:
 
     def inputs(self, instructions: Sequence[str], images: Sequence[dict[str, ImageArray]]) -> Inputs:
         """Return the inputs of prompts on the CPU, padded on the right."""
-        robot = self.dataset.space.robot
+        robot, order = self.dataset.space.robot, self.config.prompt
         prompts = [
-            control_prompt(text, robot, views) for text, views in zip(instructions, images, strict=True)
+            control_prompt(text, robot, views, order=order)
+            for text, views in zip(instructions, images, strict=True)
         ]
         return self.backbone.read(prompts, side="right")
 

@@ -22,7 +22,8 @@ from blm.backbone.precision import WeightDtype, frozen_dtype, place_weights
 from blm.datasets.lerobot import EpisodeDataset, open_dataset
 from blm.datasets.transforms import RobotTransforms
 from blm.policy.checkpoint import require_free
-from blm.policy.policy import CheckpointPolicy, FrozenProof
+from blm.policy.frozen import FrozenProof
+from blm.policy.policy import CheckpointPolicy
 from blm.training.loop.distributed import Processes
 from blm.training.loop.ema import Ema
 from blm.training.loop.loop import require_precision
@@ -129,11 +130,10 @@ class _PolicyAssembler:
         return CheckpointPolicy(
             backbone=backbone,
             frozen=self.frozen if tuned is None else FrozenProof.of(backbone),
-            layer=self.config.intents.layer,
+            tap=self.config.intents.tap,
             network=network,
             transforms=self.transforms,
             contract=self.contract,
-            pool=self.config.intents.pool,
             tuning=self.start.tuning if tuned is None else tuned.record(),
         )
 
@@ -189,8 +189,7 @@ def _start(hashed: HashedBackbone, contract: PolicyContract, config: PolicyTrain
         start = from_checkpoint(
             CheckpointPolicy.load(config.start, actions_only=True),
             backbone=hashed,
-            layer=config.intents.layer,
-            pool=config.intents.pool,
+            tap=config.intents.tap,
             config=config.policy,
             contract=contract,
             only_new=config.only_new,
@@ -235,6 +234,7 @@ def _load_backbone(config: PolicyTrainingConfig, *, writes: bool) -> Backbone:
         blocks=None if writes else config.intents.layer,
     )
     backbone.require_layer(config.intents.layer)
+    backbone.require_taught(config.intents.prompt)
     backbone.freeze()
     return backbone
 

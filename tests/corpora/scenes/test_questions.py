@@ -10,9 +10,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from blm.app.stage1 import control_orders
+from blm.backbone.prompt import control_prompt
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, read_corpus
-from blm.corpora.format.messages import CORPUS_FILE, options_of, read_questions, without_thought
-from blm.corpora.scenes.annotations import LETTERS, Annotation, QuestionSampler, by_kind
+from blm.corpora.format.messages import (
+    CORPUS_FILE,
+    options_of,
+    read_questions,
+    without_thought,
+)
+from blm.corpora.scenes.annotations import LETTERS, Annotation, QuestionSampler, by_kind, to_messages
 from blm.corpora.scenes.build import _episode_conversations
 from blm.corpora.scenes.episodes import read_steps
 from blm.corpora.scenes.observation import (
@@ -351,7 +358,7 @@ def test_the_middle_of_the_table_is_straight_ahead(observed):
 
 def test_the_control_answer_contains_positions(observed):
     scene = observed[0][0]
-    turn = control_turn(scene, "Stack it.", "panda")
+    turn = control_turn(scene, "Stack it.", "panda", "pictures_first")
     assert re.search(r"base: object \(\d+, \d+\), goal", turn.answer)
     following = {"sampled": "approach", "displaced": "approach", "held": "move", "done": "hold"}
     assert turn.answer.split()[-1] == following[scene.arrangement]
@@ -366,6 +373,55 @@ def test_the_control_answer_contains_positions(observed):
             assert camera == "wrist" or f"{told[2:]} cm" == where
     turns = scene_turns(scene, 10, QuestionSampler(np.random.default_rng(0)), pointing=0.5, metric=0.2)
     assert len(turns) == 10
+
+
+def test_the_control_prompt_is_the_one_that_stage_two_reads(observed):
+    """In both orders, with the same answer."""
+    scene = observed[0][0]
+    images = [scene.images[camera] for camera in scene.points]
+    answers = set()
+    for order in ("pictures_first", "text_first"):
+        turn = control_turn(scene, "Stack it.", "panda", order)
+        asked, answer = to_messages(images, [turn], thoughts=False)
+        (wanted,) = control_prompt(
+            "Stack it.", "panda", dict(zip(scene.points, images, strict=True)), order=order
+        )
+        assert [one for one in asked.content if isinstance(one, str)] == [
+            one for one in wanted.content if isinstance(one, str)
+        ]
+        assert [isinstance(one, str) for one in asked.content] == [
+            isinstance(one, str) for one in wanted.content
+        ]
+        answers.add(answer.text)
+    assert len(answers) == 1
+
+
+def test_a_corpus_with_the_text_first_has_each_control_prompt_alone(tmp_path):
+    """All else is the same as with the pictures first."""
+    small = config(tasks=("stack_cube",), scenes=4)
+    rows = {}
+    for order in ("pictures_first", "text_first"):
+        build_scene_corpus(replace(small, prompt=order), tmp_path / order, workers=0)
+        rows[order] = list(read_corpus(tmp_path / order))
+        assert control_orders(rows[order]) == {order}
+    alone = [row for row in rows["text_first"] if "control" in row.kinds]
+    rest = [row for row in rows["text_first"] if "control" not in row.kinds]
+    assert len(rows["pictures_first"]) == len(rest) == 4 and len(alone) == 4
+    for old, new, control in zip(rows["pictures_first"], rest, alone, strict=True):
+        *turns, asked, answer = old.messages
+        assert new.messages == tuple(turns) and (new.id, new.kinds) == (old.id, old.kinds[:-1])
+        assert control.id == f"{old.id}/control" and control.group == old.group
+        assert control.kinds == ("control",) and control.training == old.training
+        shown, told = control.messages
+        task, *pictures, question = shown.content
+        assert f"{task} {question}" == asked.text and told == answer
+        assert tuple(pictures) == old.media, "the files are shared"
+    assert not [q for q in read_questions(tmp_path / "text_first") if q.kind == "control"]
+
+
+def test_an_unknown_order_is_refused():
+    with pytest.raises(BlmError, match="unknown prompt order 'words'"):
+        config(prompt="words")
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_a_policy_acts_on_the_tokens_that_it_was_trained_on(
     wanted = tap_pooled(
         policy.backbone, policy.backbone.read([control_prompt(text, "arm", images)], side="right"), 1, 2
     )
-    assert policy.pool == 2 and torch.equal(seen[0], wanted.hidden[wanted.mask])
+    assert policy.tap.pool == 2 and torch.equal(seen[0], wanted.hidden[wanted.mask])
     live = LiveHiddenStates(policy.backbone, data, config.intents).read(np.array([3]))[0]
     np.testing.assert_allclose(live, seen[0].numpy(), atol=1e-5)
     whole = LiveHiddenStates(policy.backbone, data, replace(config.intents, pool=1)).read(np.array([3]))[0]
@@ -73,7 +73,7 @@ def test_a_policy_acts_on_the_tokens_that_it_was_trained_on(
 def test_an_older_checkpoint_pools_nothing(trained: Path) -> None:
     stored = read_config(trained)
     assert stored.pop("pool") == 2
-    assert CheckpointConfig.from_json(stored).pool == 1
+    assert CheckpointConfig.from_json(stored).tap.pool == 1
 
 
 def test_another_pool_is_refused(config: PolicyTrainingConfig, trained: Path, tmp_path: Path) -> None:
