@@ -161,17 +161,18 @@ class GroundingTower(PreTrainedModel):
     def describe(
         self, features: Tensor, summary: Tensor, weights: Tensor, names: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Describe things by their weights over cells [N, T, P] and their names [N, T, W].
+        """Describe things by their float32 weights over cells [N, T, P] and their names [N, T, W].
 
         Returns, each [N, T, ...]: Fourier features of the position in the image; appearance of
         the thing and of the whole image; position in the robot's frame [units of REACH].
         """
-        appearance = F.layer_norm(weights @ features.transpose(1, 2), features.shape[1:2])
+        appearance = F.layer_norm(weights.to(features) @ features.transpose(1, 2), features.shape[1:2])
         average = self.average(features)[:, None].expand_as(appearance)
         place = weights @ _cell_features(self.config.cells, weights.device, weights.dtype)
         both = torch.cat([appearance, average], dim=-1)
         context = summary[:, None].expand(-1, weights.shape[1], -1)
-        return place, both, self.metric(torch.cat([names, place, both, context], dim=-1))
+        seen = torch.cat([names.to(features), place.to(features), both, context], dim=-1)
+        return place, both, self.metric(seen)
 
     def average(self, features: Tensor) -> Tensor:
         """Return the normalised mean over all cells [N, F] of features [N, F, P]."""
@@ -191,8 +192,11 @@ class GroundingTower(PreTrainedModel):
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
 
     def find(self, features: Tensor, summary: Tensor, count: int) -> FoundThings:
-        """Return the `count` most probable things in the order of `config.things`; see `features`."""
-        log_maps = self.maps(features)
+        """Return the `count` most probable things in the order of `config.things`; see `features`.
+
+        Positions are computed in float32: bfloat16 does not resolve hundredths of the image.
+        """
+        log_maps = self.maps(features).float()
         presence = 1 - log_maps[..., -1].exp()
         found = presence.topk(count, dim=1).indices.sort(dim=1).values
         rows = torch.arange(len(found), device=found.device)[:, None]
@@ -201,6 +205,7 @@ class GroundingTower(PreTrainedModel):
         presence = torch.cat([presence[rows, found], certain], dim=1)[..., None]
         names = self.names(found)
         place, appearance, position = self.describe(features, summary, weights, names)
+        position = position.float()
         is_fixed = self.fixed(appearance[..., -features.shape[1] :]).sigmoid()  # a fixed camera
         is_thing = (torch.arange(count + QUARTERS, device=presence.device) < count).to(presence)[:, None]
         digits = digit_features((place[..., :2] + 1) * 50) * is_thing
@@ -217,7 +222,7 @@ class GroundingTower(PreTrainedModel):
         view = VIEW_SCALE * self.view(summary).softmax(-1)
         context = torch.cat([self.doing(summary).softmax(-1), view], dim=-1)[:, None]
         per_thing = presence * torch.cat(parts, dim=-1)
-        tokens = torch.cat([per_thing, context.expand(-1, count + QUARTERS, -1)], dim=-1)
+        tokens = torch.cat([per_thing, context.expand(-1, count + QUARTERS, -1)], dim=-1).to(features)
         points = (place[:, :count, :2] + 1) / 2
         return FoundThings(names[:, :count, : len(self.words)], points, presence[:, :count], tokens)
 

@@ -35,6 +35,9 @@ READ_STRIDES = (8, 16, 32)
 """Strides whose maps these tokens contain; finer maps are folded into channels (space to depth)."""
 CELL_SIZE = sum(STRIDES[stride] * (CELL // stride) ** 2 for stride in READ_STRIDES)
 """Number of features of a cell."""
+DESCRIBED_SCALE, CELL_SCALE = 1 / DECIMAL_SCALE, 1 / 8
+"""Weights of descriptions and of normalised cells: beside words of the language model, their first
+projections are about as large as the words' embeddings."""
 SPELLED = 6
 """Number of tokens of a thing: two words, and two digits each for x and y."""
 EMPTY = "none"
@@ -142,9 +145,12 @@ class SceneVision(GroundingTower):
             ],
             dim=1,
         )
-        cells = F.pad(cells.flatten(2).transpose(1, 2), (self.config.word_size + self.config.token_size, 0))
+        cells = CELL_SCALE * F.layer_norm(cells.flatten(2).transpose(1, 2), (CELL_SIZE,))
+        cells = F.pad(cells, (self.config.word_size + self.config.token_size, 0))
         written = self._written(found.names, found.points, found.presence)
-        described = F.pad(found.tokens[:, : self.config.slots, None], (0, 0, 0, SPELLED - 1))
+        described = F.pad(
+            DESCRIBED_SCALE * found.tokens[:, : self.config.slots, None], (0, 0, 0, SPELLED - 1)
+        )
         slots = F.pad(torch.cat([written, described], dim=-1), (0, CELL_SIZE)).flatten(1, 2)
         tokens = torch.cat([slots, cells], dim=1)
         return BaseModelOutput(last_hidden_state=tokens, hidden_states=(tokens,))
@@ -155,7 +161,8 @@ class SceneVision(GroundingTower):
         `names` are the one-hot words [N, K, words], `points` x, y [N, K, 2] as fractions of the
         sides and `presence` [N, K, 1] the probabilities that the things are in the image.
         """
-        words, digits, empty = self.embedded.split((len(self.words), 10, 1))
+        words, digits, empty = self.embedded.float().split((len(self.words), 10, 1))
+        names = names.float()
         last = self.kinds(names)
         first = names - last
         first = torch.where(first.sum(-1, keepdim=True) > 0, first, last)
@@ -165,7 +172,7 @@ class SceneVision(GroundingTower):
         numbers = spelt[..., 2:].flatten(2).unflatten(-1, (4, 10))  # without the signs
         written = torch.cat([named, numbers @ digits], dim=2)
         presence = presence[..., None]
-        return presence * written + (1 - presence) * empty
+        return (presence * written + (1 - presence) * empty).to(self.dtype)
 
     def kinds(self, names: Tensor) -> Tensor:
         """Return the one-hot last word of each name [N, K, words]: the kind of the thing."""
