@@ -143,7 +143,7 @@ def test_trained_answers_are_reproduced(nano: Backbone, tmp_path: Path) -> None:
         dialogue(("How many cubes?", "one"), ("Point.", "(512, 430)"), images=(picture(5),)),
         dialogue(("Who are you?", "a robot")),
     ]
-    config = replace(CONFIG, loop=replace(CONFIG.loop, steps=100, batch_size=3))
+    config = replace(CONFIG, loop=replace(CONFIG.loop, steps=160, batch_size=3))
     counts = train_stage1(nano, [source(*talks)], config, tmp_path)
     assert counts == {"kept": 3}
     again = Backbone.load(tmp_path / "backbone")
