@@ -16,6 +16,7 @@ from blm.training.pretraining.nano import (
     NanoPretrainingConfig,
     is_nano,
     nano_sources,
+    pretrain_again,
     pretrain_nano,
     without_scan_turns,
 )
@@ -96,6 +97,9 @@ def prepare_stage1(
         texts = [(corpus.conversations, corpus.folder) for corpus in corpora]
         backbone = pretrain_nano(texts, schooling, out, seed=config.loop.seed)
         backbone.model.to(device)
+    elif is_nano(backbone) and schooling.again:
+        texts = [(corpus.conversations, corpus.folder) for corpus in corpora]
+        pretrain_again(backbone, texts, schooling, out)
     elif is_untaught(backbone):
         pairs = [(corpus.conversations, corpus.folder) for corpus in corpora]
         pretrain_smol(backbone, pairs, schooling.eye, out, seed=config.loop.seed)

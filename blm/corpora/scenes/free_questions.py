@@ -55,6 +55,8 @@ def free_turns(
     scene: SceneObservation, robot: RobotSpec, count: int, rng: np.random.Generator, wording: Wording
 ) -> list[QuestionTurn]:
     """Draw at most `count` free questions of different kinds; variants of the truth are equally likely."""
+    if count == 0:
+        return []
     groups: dict[str, dict[str, list[FreeQuestion]]] = defaultdict(lambda: defaultdict(list))
     for question in free_questions(scene, robot):
         groups[question.kind][question.variant].append(question)

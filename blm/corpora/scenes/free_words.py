@@ -79,5 +79,6 @@ def some(labels: Sequence[str]) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """Return "two cubes" or "one cube"."""
-    return f"{NUMBERS[number]} {noun}{'' if number == 1 else 's'}"
+    """Return "two cubes", "one cube", or "12 cubes" for a number without a word in NUMBERS."""
+    name = NUMBERS[number] if number < len(NUMBERS) else number
+    return f"{name} {noun}{'' if number == 1 else 's'}"

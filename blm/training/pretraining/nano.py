@@ -60,6 +60,10 @@ class NanoPretrainingConfig:
     """Length of packed sequences in the drill [tokens], as in Stage I; 0 pads instead.
     Its rows are short and text-only scenes are long, so that padding is more than half of a batch."""
 
+    again: bool = False
+    """Also pretrain a nano that was trained before, from the weights that it has.
+    By default, only a new one is."""
+
     def __post_init__(self) -> None:
         require_numbers(self, pack_length=(0, 10**9))
 
@@ -76,11 +80,26 @@ def pretrain_nano(
     `corpora` are conversations and the folder of their images. Without scan turns in them the
     weights stay random. Resumes a killed run in `out`.
     """
-    views, vocabulary = all_scanned_views(corpora)
+    _, vocabulary = all_scanned_views(corpora)
     texts = (m.text for rows, _ in corpora for row in rows for m in row.messages)
     backbone = build_nano(texts, seed=seed, **vocabulary)
+    pretrain_again(backbone, corpora, config, out)
+    return backbone
+
+
+def pretrain_again(
+    backbone: Backbone,
+    corpora: Sequence[tuple[Sequence[Conversation], Path]],
+    config: NanoPretrainingConfig,
+    out: Path,
+) -> None:
+    """Pretrain a nano in place, from its present weights; see `pretrain_nano`.
+
+    Raises BlmError for scan turns with names that its vision tower does not have.
+    """
+    views, _ = all_scanned_views(corpora)
     if not views:
-        return backbone
+        return
     pretrain_vision_tower(backbone, views, config.eye, out / "eye")
     drills = [
         (root, [one.messages for row in rows for one in grounding_drill(row)]) for rows, root in corpora
@@ -91,13 +110,12 @@ def pretrain_nano(
         if found
     ]
     if not sources:
-        return backbone
+        return
     sources = add_text_only_scenes(sources, [rows for rows, _ in corpora], config.drill)
     count = config.drill.steps * config.drill.batch_size  # no more than training will use
     sources = [replace(source, conversations=source.conversations[:count]) for source in sources]
     drill = Stage1Config(loop=config.drill, vision_scale=0.0, pack_length=config.pack_length)
     train_stage1(backbone, sources, drill, out / "drill")
-    return backbone
 
 
 def grounding_drill(row: Conversation) -> Iterator[Conversation]:

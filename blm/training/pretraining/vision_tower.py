@@ -27,7 +27,7 @@ from blm.media import load_pixels
 from blm.training.loop.batches import Microbatch
 from blm.training.loop.distributed import DataShard
 from blm.training.loop.loop import LoopConfig, run_loop
-from blm.types import Image
+from blm.types import BlmError, Image
 
 TARGET_STD = 0.5
 """Standard deviation of a target heat map around its point [cells]."""
@@ -110,6 +110,7 @@ def pretrain_vision_tower(
         pixels, *targets = (value.to(tower.device, non_blocking=True) for value in (batch[0], *batch[1]))
         return vision_tower_loss(tower, pixels, GroundingTargets(*targets))
 
+    tower.requires_grad_(True)
     tower.train()
     run_loop(tower, loss, next_batch, loop, out)
     tower.eval()
@@ -129,8 +130,17 @@ class GroundingTargets(NamedTuple):
 
 
 def grounding_targets(views: Sequence[ScannedView], known: GroundingConfig) -> GroundingTargets:
-    """Return the labels of views, in the vision tower's order of things, steps and cameras."""
+    """Return the labels of views, in the vision tower's order of things, steps and cameras.
+
+    Raises BlmError for names that the tower does not have.
+    """
     things = known.things
+    labels = {name for view in views for name in (*(view.positions or ()), view.step, view.name)} - {""}
+    if unknown := sorted(labels - {*things, *known.steps, *known.views}):
+        raise BlmError(
+            f"the vision tower has no heat map or class for {', '.join(unknown)}: it was made for other "
+            "corpora. Train a new backbone (--backbone nano), or drop these scenes"
+        )
     points = torch.full((len(views), len(things), 2), -1.0)
     metres = torch.full((len(views), len(things), 3), torch.nan)
     for row, view in enumerate(views):

@@ -16,6 +16,7 @@ from blm.corpora.format.messages import CORPUS_FILE, scorer_of
 from blm.corpora.scenes.build import _sampler
 from blm.corpora.scenes.free_questions import FREE_TEMPLATES, STRANGE, free_questions, free_turns, phrase
 from blm.corpora.scenes.free_talk_templates import REFUSAL_TEMPLATES
+from blm.corpora.scenes.free_words import counted
 from blm.corpora.scenes.observation import SceneObserver, rearrange
 from blm.corpora.scenes.questions import scene_turns
 from blm.corpora.scenes.templates import TEMPLATES
@@ -265,3 +266,10 @@ def test_free_turns_are_of_different_kinds_and_depend_on_their_generator_only():
 def test_shares_that_cannot_be_are_refused(change):
     with pytest.raises(BlmError, match="free"):
         config(**{"free": 0.5, **change})
+
+
+@pytest.mark.parametrize(
+    "number, said", [(1, "one cube"), (2, "two cubes"), (10, "ten cubes"), (17, "17 cubes")]
+)
+def test_numbers_of_objects_are_said_however_many_there_are(number: int, said: str) -> None:
+    assert counted(number, "cube") == said

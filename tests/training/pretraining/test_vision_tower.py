@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from blm.app.stage1 import TrainingCorpus, prepare_stage1
 from blm.backbone import build_nano
 from blm.backbone.grounding import (
     DECIMAL,
@@ -52,6 +53,7 @@ from blm.training.pretraining.vision_tower import (
     target_heatmaps,
     vision_tower_loss,
 )
+from blm.training.sft.train import Stage1Config
 from blm.types import BlmError, Image, Message
 from tests.support.smol import tiny_smol
 
@@ -349,6 +351,26 @@ def test_pretraining_finds_things_in_new_pictures(tmp_path):
     assert log["pixels_off"] < 3.0  # chance is above 30
     assert log["mm_off"] < 10 * 0.5 * guess  # always to guess the middle of all places gives 10 * guess
     assert log["steps_right"] > 0.8
+
+
+def test_a_trained_nano_is_pretrained_again_only_if_asked(tmp_path):
+    brief = LoopConfig(steps=1, batch_size=2)
+    config = NanoPretrainingConfig(eye=brief, drill=brief)
+    corpus = [TrainingCorpus(name="t", folder=tmp_path, conversations=[scene(seed) for seed in range(4)])]
+    backbone, _ = prepare_stage1(None, corpus, Stage1Config(loop=brief), config, tmp_path / "first")
+    first = backbone.fingerprint()
+    prepare_stage1(backbone, corpus, Stage1Config(loop=brief), config, tmp_path / "same")
+    assert backbone.fingerprint() == first
+    prepare_stage1(
+        backbone, corpus, Stage1Config(loop=brief), replace(config, again=True), tmp_path / "again"
+    )
+    assert backbone.fingerprint() != first
+    unknown = row(9, np.zeros((112, 112, 3), np.uint8), ("scan_base", "pink square (1, 2)"))
+    other = [replace(corpus[0], conversations=[unknown])]
+    with pytest.raises(BlmError, match="no heat map or class for pink square"):
+        prepare_stage1(
+            backbone, other, Stage1Config(loop=brief), replace(config, again=True), tmp_path / "no"
+        )
 
 
 def test_stage_one_omits_scan_turns():
