@@ -20,6 +20,7 @@ from blm.tasks import Env
 from blm.tasks.naming import Naming
 from blm.tasks.place_sphere import resting_height
 from blm.tasks.spec import MARKERS, ObjectState
+from blm.tasks.variation import CameraShift
 from blm.types import ImageArray
 
 MIN_VISIBLE = 8e-4
@@ -83,6 +84,11 @@ class SceneObservation:
     task: str = ""
     instruction: str = ""
     naming: Naming = field(default_factory=Naming)
+    cameras_known: bool = True
+    """Whether the third-person cameras are where the plain suite has them.
+
+    From a camera at an unknown place an image does not tell positions in the robot's frame.
+    """
 
     @property
     def object(self) -> SceneObject:
@@ -153,6 +159,7 @@ class SceneObserver:
             task=env.task,
             instruction=env.task_description,
             naming=env.naming,
+            cameras_known=env.variation.camera == CameraShift(),
         )
 
     def close(self) -> None:

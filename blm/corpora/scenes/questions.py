@@ -45,10 +45,11 @@ DIRECTIONS = ("forward", "back", "left", "right", "down", "up")
 
 
 def scene_annotations(scene: SceneObservation) -> Iterator[Annotation]:
-    """Yield all annotations of a scene."""
+    """Yield all annotations of a scene; no directions and distances if its cameras are moved."""
     yield from instruction_annotations(scene.task, scene.instruction, scene.naming)
     for extract in (_objects, _states, _relations, _comparisons, _directions, _pictures, _metric):
-        yield from extract(scene)
+        if scene.cameras_known or extract in (_objects, _pictures):
+            yield from extract(scene)
 
 
 def visible_objects(scene: SceneObservation) -> list[SceneObject]:
@@ -327,12 +328,13 @@ def scan_turns(scene: SceneObservation) -> list[QuestionTurn]:
     """Return one turn per view that lists everything visible, sorted by name.
 
     These turns train nano's vision tower. Third-person views also give positions relative to the
-    robot.
+    robot, unless their cameras are moved.
     """
     turns = []
     for camera, points in scene.points.items():
         named = dict(_name_and_position(scene, item) for item in (None, *scene.objects))
-        places = {} if camera == "wrist" else {n: f" at {vector(p - scene.base)}" for n, p in named.items()}
+        known = scene.cameras_known and camera != "wrist"
+        places = {n: f" at {vector(p - scene.base)}" for n, p in named.items()} if known else {}
         spots = ", ".join(
             f"{name} {format_point(points[name])}{places.get(name, '')}" for name in sorted(points)
         )

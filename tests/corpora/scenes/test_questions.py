@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -44,6 +45,7 @@ from blm.corpora.scenes.questions import (
 from blm.corpora.scenes.report import describe
 from blm.corpora.scenes.templates import TEMPLATES
 from blm.tasks import Env
+from blm.tasks.variation import CameraShift, Variation
 from blm.tasks.wordings import expand
 from blm.types import BlmError, Episode, base_kind
 from tests.support.episodes import write
@@ -430,3 +432,19 @@ def test_an_unknown_order_is_refused():
 def test_impossible_mixtures_are_refused(change):
     with pytest.raises(BlmError):
         config(**change)
+
+
+def test_moved_cameras_leave_no_questions_in_the_robots_frame():
+    moved = replace(SCENE, cameras_known=False)
+    kinds = {annotation.kind for annotation in scene_annotations(moved)}
+    usual = {annotation.kind for annotation in scene_annotations(SCENE)}
+    in_frame = ("metric", "situated", "comparing", "left_right", "front_behind", "location", "forecasting")
+    assert kinds < usual and not any(kind.startswith(in_frame) for kind in kinds)
+    assert any(kind.startswith("point") for kind in kinds)
+    for before, after in zip(scan_turns(SCENE), scan_turns(moved), strict=True):
+        assert {n: at[:2] for n, at in read_scan(before.answer).items()} == read_scan(after.answer)
+    with closing(Env("panda", "push_cube", cameras=())) as env:
+        observer = SceneObserver(env, ("base",))
+        for shift in (CameraShift(), CameraShift(azimuth=0.1)):
+            env.reset(seed=10_000, options={"variation": Variation(camera=shift)})
+            assert observer.observe().cameras_known == (shift == CameraShift())
