@@ -12,6 +12,7 @@ features of a word, T tokens, P cells.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -176,6 +177,11 @@ class SceneVision(GroundingTower):
 
     def kinds(self, names: Tensor) -> Tensor:
         """Return the one-hot last word of each name [N, K, words]: the kind of the thing."""
-        words = [map_words(thing, compound=True)[-1] for thing in self.config.things]
-        is_kind = torch.tensor([float(word in words) for word in self.words], device=names.device)
-        return names * is_kind.to(names.dtype)
+        last = {map_words(thing, compound=True)[-1] for thing in self.config.things}
+        return names * _flags(tuple(word in last for word in self.words), names.device)
+
+
+@lru_cache(maxsize=64)
+def _flags(values: tuple[bool, ...], device: torch.device) -> Tensor:
+    """Return 0 and 1 on the device, cached: the host waits for the device whenever it copies."""
+    return torch.tensor(values, dtype=torch.float32).to(device)
