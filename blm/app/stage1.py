@@ -92,19 +92,16 @@ def prepare_stage1(
     Without a backbone, a nano gets a tokenizer of these corpora and is pretrained in `out`, as is
     the vision tower of a new smol, in place; an interrupted pretraining is continued.
     """
-    found = {row.training for corpus in corpora for row in corpus.conversations}
+    pairs = [(corpus.conversations, corpus.folder) for corpus in corpora]
     if backbone is None:
-        texts = [(corpus.conversations, corpus.folder) for corpus in corpora]
-        backbone = pretrain_nano(texts, schooling, out, seed=config.loop.seed)
+        backbone = pretrain_nano(pairs, schooling, out, seed=config.loop.seed)
         backbone.model.to(device)
     elif is_nano(backbone) and schooling.again:
-        texts = [(corpus.conversations, corpus.folder) for corpus in corpora]
-        pretrain_again(backbone, texts, schooling, out)
+        pretrain_again(backbone, pairs, schooling, out)
     elif is_untaught(backbone):
-        pairs = [(corpus.conversations, corpus.folder) for corpus in corpora]
         pretrain_smol(backbone, pairs, schooling.eye, out, seed=config.loop.seed)
         backbone.model.to(device)
-    backbone.record_training(found)
+    backbone.record_training({row.training for rows, _ in pairs for row in rows})
     for corpus in corpora:
         backbone.record_prompts(control_orders(corpus.conversations))
     if is_nano(backbone):

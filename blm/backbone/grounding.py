@@ -273,7 +273,8 @@ def _cell_features(side: int, device: torch.device, dtype: torch.dtype) -> Tenso
 
 
 @lru_cache(maxsize=64)
-def _constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def device_constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return numbers [values] on the device, cached."""
     return torch.tensor(values, device=device, dtype=dtype)
 
 
@@ -310,6 +311,6 @@ def digit_features(number: Tensor) -> Tensor:
 
 
 def _fourier(place: Tensor, frequencies: tuple[float, ...]) -> Tensor:
-    factors = _constants(frequencies, place.device, place.dtype)
+    factors = device_constants(frequencies, place.device, place.dtype)
     phase = (place[..., None] * factors * math.pi).flatten(-2)
     return torch.cat([place, phase.sin(), phase.cos()], dim=-1)

@@ -12,7 +12,6 @@ features of a word, T tokens, P cells.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from blm.backbone.grounding import (
     DECIMAL_SCALE,
     GroundingConfig,
     GroundingTower,
+    device_constants,
     digit_features,
     map_words,
 )
@@ -178,10 +178,5 @@ class SceneVision(GroundingTower):
     def kinds(self, names: Tensor) -> Tensor:
         """Return the one-hot last word of each name [N, K, words]: the kind of the thing."""
         last = {map_words(thing, compound=True)[-1] for thing in self.config.things}
-        return names * _flags(tuple(word in last for word in self.words), names.device)
-
-
-@lru_cache(maxsize=64)
-def _flags(values: tuple[bool, ...], device: torch.device) -> Tensor:
-    """Return 0 and 1 on the device, cached: the host waits for the device whenever it copies."""
-    return torch.tensor(values, dtype=torch.float32).to(device)
+        is_kind = tuple(float(word in last) for word in self.words)
+        return names * device_constants(is_kind, names.device, names.dtype)

@@ -26,7 +26,7 @@ from blm.corpora.scenes.annotations import QuestionSampler, QuestionTurn, by_kin
 from blm.corpora.scenes.comparing import comparisons
 from blm.corpora.scenes.questions import read_scan
 from blm.training.loop.loop import LoopConfig
-from blm.training.pretraining.vision_tower import all_scanned_views, pretrain_vision_tower
+from blm.training.pretraining.vision_tower import ScannedView, all_scanned_views, pretrain_vision_tower
 from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
 from blm.types import Message, require_numbers
 
@@ -80,10 +80,10 @@ def pretrain_nano(
     `corpora` are conversations and the folder of their images. Without scan turns in them the
     weights stay random. Resumes a killed run in `out`.
     """
-    _, vocabulary = all_scanned_views(corpora)
+    views, vocabulary = all_scanned_views(corpora)
     texts = (m.text for rows, _ in corpora for row in rows for m in row.messages)
     backbone = build_nano(texts, seed=seed, **vocabulary)
-    pretrain_again(backbone, corpora, config, out)
+    _pretrain(backbone, corpora, views, config, out)
     return backbone
 
 
@@ -97,7 +97,17 @@ def pretrain_again(
 
     Raises BlmError for scan turns with names that its vision tower does not have.
     """
-    views, _ = all_scanned_views(corpora)
+    _pretrain(backbone, corpora, all_scanned_views(corpora)[0], config, out)
+
+
+def _pretrain(
+    backbone: Backbone,
+    corpora: Sequence[tuple[Sequence[Conversation], Path]],
+    views: Sequence[ScannedView],
+    config: NanoPretrainingConfig,
+    out: Path,
+) -> None:
+    """Pretrain in place the vision tower on `views`, then the language model; without views neither."""
     if not views:
         return
     pretrain_vision_tower(backbone, views, config.eye, out / "eye")
