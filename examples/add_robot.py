@@ -32,7 +32,7 @@ def main(
     config = PolicyTrainingConfig(
         datasets=(dataset,),
         backbone=str(checkpoint / "backbone"),
-        intents=HiddenStateConfig(layer=before.layer, cameras=before.contract.cameras, stride=2),
+        intents=HiddenStateConfig(layer=before.tap.layer, cameras=before.contract.cameras, stride=2),
         policy=before.network.config,
         loop=LoopConfig(steps=steps, batch_size=batch_size, lr=2e-3, log_every=50),
         cache=out / "intents",
