@@ -31,6 +31,8 @@ FOUND = 12
 """Number of tokens for things."""
 WORDS = 64
 """Maximum number of words in the names of things, and size of their one-hot code."""
+NAME_SIZE = WORDS + QUARTERS
+"""Number of the first features of a token: its name, or its quarter."""
 NAME_SCALE, LOOK_SCALE, DECIMAL_SCALE = 24.0, 0.3, 30.0
 """Weights of name, appearance and digits in a token: without them the few features of name and
 position are outweighed by the many of appearance. Digits were learnt faster at larger scales (1, 4,
@@ -67,13 +69,16 @@ class GroundingConfig(PretrainedConfig):
         steps: Sequence[str] = (),
         views: Sequence[str] = (),
         compound: bool = False,
+        sharpness: float = 1.0,
         **kwargs: Any,
     ) -> None:
         """Check the vocabulary: `things` of at most WORDS - FOUND words, `steps`, `views`.
 
         With `compound`, names of more than two words share the scores of their words too: "red and
         blue peg" those of "red", "blue" and "peg"; without it, as in `blm-nano` 1, they are words
-        of their own.
+        of their own. Above 1, `sharpness` moves the weights of tokens from probabilities towards 0
+        and 1: the language model normalises its inputs, and would otherwise read a thing that is
+        hardly there as one that is.
         """
         words = sorted({word for thing in things for word in map_words(thing, compound)})
         if len(words) > WORDS - FOUND:
@@ -84,14 +89,14 @@ class GroundingConfig(PretrainedConfig):
             if len(names) > most:
                 raise BlmError(f"the vision tower supports at most {most} {kind}, not {len(names)}: {names}")
         self.things, self.steps, self.views = list(things), list(steps), list(views)
-        self.compound = compound
+        self.compound, self.sharpness = compound, sharpness
         super().__init__(**kwargs)
 
     @property
     def token_size(self) -> int:
         """Number of features of a token."""
         places = 2 + 4 * len(FREQUENCIES) + 3 + 6 * len(PERIODS) + 5 * DECIMAL
-        return WORDS + QUARTERS + 1 + places + 2 * self.channels + STEPS + VIEWS
+        return NAME_SIZE + 1 + places + 2 * self.channels + STEPS + VIEWS
 
 
 def map_words(thing: str, compound: bool) -> list[str]:
@@ -137,7 +142,7 @@ class GroundingTower(PreTrainedModel):
         self.words = list(dict.fromkeys(words))
         self.score = nn.Conv2d(c, len(self.words) + self.num_maps - len(config.things), 1)
         self.nowhere = nn.Parameter(torch.zeros(self.num_maps))
-        seen = WORDS + QUARTERS + 2 + 4 * len(FREQUENCIES) + 2 * c + w
+        seen = NAME_SIZE + 2 + 4 * len(FREQUENCIES) + 2 * c + w
         self.metric = nn.Sequential(nn.Linear(seen, 192), nn.ReLU(), nn.Linear(192, 3))
         self.fixed, self.view = nn.Linear(c, 1), nn.Linear(w, VIEWS)
         self.doing = nn.Sequential(nn.Linear(w, 96), nn.ReLU(), nn.Linear(96, STEPS))
@@ -221,7 +226,7 @@ class GroundingTower(PreTrainedModel):
         ]
         view = VIEW_SCALE * self.view(summary).softmax(-1)
         context = torch.cat([self.doing(summary).softmax(-1), view], dim=-1)[:, None]
-        per_thing = presence * torch.cat(parts, dim=-1)
+        per_thing = sharpened(presence, self.config.sharpness) * torch.cat(parts, dim=-1)
         tokens = torch.cat([per_thing, context.expand(-1, count + QUARTERS, -1)], dim=-1).to(features)
         points = (place[:, :count, :2] + 1) / 2
         return FoundThings(names[:, :count, : len(self.words)], points, presence[:, :count], tokens)
@@ -232,6 +237,14 @@ class GroundingTower(PreTrainedModel):
         words = F.pad(words, (0, WORDS - words.shape[-1], 0, QUARTERS))
         quarter = torch.eye(QUARTERS, device=words.device, dtype=words.dtype).expand(len(found), -1, -1)
         return torch.cat([words, F.pad(quarter, (0, 0, found.shape[1], 0))], dim=-1)
+
+
+def sharpened(probability: Tensor, power: float) -> Tensor:
+    """Return p^k / (p^k + (1 - p)^k): the probability with its logit multiplied by k, the `power`."""
+    if power == 1:
+        return probability
+    odds, rest = probability**power, (1 - probability) ** power
+    return odds / (odds + rest)
 
 
 def _quarters(like: Tensor) -> Tensor:

@@ -134,7 +134,13 @@ def make_nano(
     )
     config = LlavaConfig(
         vision_config=ConvVisionConfig(
-            things=things, steps=steps, views=views, dilations=(1, 2, 4), pooled=True, compound=True
+            things=things,
+            steps=steps,
+            views=views,
+            dilations=(1, 2, 4),
+            pooled=True,
+            compound=True,
+            sharpness=4.0,
         ),
         text_config=text,
         image_token_index=processor.image_token_id,

@@ -39,6 +39,9 @@ from blm.training.sft.vision_attention import use_batched_vision_attention
 from blm.training.sft.vision_features import trained_projectors
 from blm.types import BlmError, require_numbers
 
+AuxiliaryLoss = Callable[[ExampleBatch], tuple[Tensor, dict[str, Tensor | float]]]
+"""Computes a loss, and metrics, from a batch and what the model's modules just did with it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage1Config:
@@ -106,14 +109,16 @@ def train_stage1(
     out: Path,
     *,
     on_eval: Callable[[int], Mapping[str, float]] | None = None,
+    auxiliary: AuxiliaryLoss | None = None,
 ) -> Counter[str]:
     """Train `backbone` in place, save it to `out/backbone`, and return counts of conversations.
 
     The counts of kept and dropped conversations are also written to `out/rows.json`, and what is
     drawn from each source to `out/drawn.json`. With LoRA the
     adapters are saved to `out/adapter`, and merged into the backbone. `on_eval(steps done)` is
-    called with the model in evaluation mode. Raises BlmError naming a conversation that cannot be
-    used.
+    called with the model in evaluation mode. `auxiliary(batch)` is called after the model has run
+    on the batch, and returns a loss to add, and metrics. Raises BlmError naming a conversation that
+    cannot be used.
     """
     processes, model = Processes.join(backbone.model.device), backbone.model
     require_precision(processes.device, config.loop.precision)
@@ -145,7 +150,9 @@ def train_stage1(
 
     def loss(batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         sums = loss_model.train()(batch)
-        return sums.loss_sum / sums.tokens, {"token_accuracy": sums.correct / sums.tokens}
+        total, extra = auxiliary(batch) if auxiliary is not None else (0.0, {})
+        metrics = {"token_accuracy": sums.correct / sums.tokens, **extra}
+        return sums.loss_sum / sums.tokens + total, metrics
 
     def evaluate(step: int) -> Mapping[str, float]:
         loss_model.eval()
