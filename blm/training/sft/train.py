@@ -136,9 +136,7 @@ def train_stage1(
     if config.cache_features:
         tokenized = _with_cached_features(backbone, tokenized, out / "features", processes, counts)
     if processes.first:
-        write_json(out / "rows.json", dict(counts))
-        drawn = sampler.drawn(config.loop.steps)
-        write_json(out / "drawn.json", {name: asdict(part) for name, part in drawn.items()})
+        _write_counts(out, counts, sampler, config.loop.steps)
     sharded = processes.count > 1 and (config.loop.shard or fsdp_requested())
     _require_no_videos(tokenized if sharded else ())
     loss_model = MaskedLossModel(backbone, sharded=sharded, cached=config.cache_features)
@@ -165,6 +163,13 @@ def train_stage1(
         model.activation_checkpointing_disable()
     _finish(backbone, adapted, out, processes)
     return counts
+
+
+def _write_counts(out: Path, counts: Counter[str], sampler: MixtureSampler, steps: int) -> None:
+    """Write how many conversations are used, and what is drawn from each source."""
+    write_json(out / "rows.json", dict(counts))
+    drawn = sampler.drawn(steps)
+    write_json(out / "drawn.json", {name: asdict(part) for name, part in drawn.items()})
 
 
 def _finish(backbone: Backbone, adapted: PeftModel | None, out: Path, processes: Processes) -> None:
