@@ -114,11 +114,10 @@ def train_stage1(
     """Train `backbone` in place, save it to `out/backbone`, and return counts of conversations.
 
     The counts of kept and dropped conversations are also written to `out/rows.json`, and what is
-    drawn from each source to `out/drawn.json`. With LoRA the
-    adapters are saved to `out/adapter`, and merged into the backbone. `on_eval(steps done)` is
-    called with the model in evaluation mode. `auxiliary(batch)` is called after the model has run
-    on the batch, and returns a loss to add, and metrics. Raises BlmError naming a conversation that
-    cannot be used.
+    drawn from each source to `out/drawn.json`. With LoRA the adapters are saved to `out/adapter`,
+    and merged into the backbone. `on_eval(steps done)` is called with the model in evaluation mode,
+    `auxiliary(batch)` after the model has run on the batch: it returns a loss to add, and metrics.
+    Raises BlmError naming a conversation that cannot be used.
     """
     processes, model = Processes.join(backbone.model.device), backbone.model
     require_precision(processes.device, config.loop.precision)
@@ -149,8 +148,7 @@ def train_stage1(
     def loss(batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         sums = loss_model.train()(batch)
         total, extra = auxiliary(batch) if auxiliary is not None else (0.0, {})
-        metrics = {"token_accuracy": sums.correct / sums.tokens, **extra}
-        return sums.loss_sum / sums.tokens + total, metrics
+        return sums.loss_sum / sums.tokens + total, {"token_accuracy": sums.correct / sums.tokens, **extra}
 
     def evaluate(step: int) -> Mapping[str, float]:
         loss_model.eval()
