@@ -39,9 +39,8 @@ def nano_stage1(*, eye: int, drill: int, steps: int, batch_size: int = 8) -> Sta
         eye=replace(defaults.eye, steps=eye),
         drill=replace(defaults.drill, steps=drill),
     )
-    return Stage1Settings(
-        schooling=schooling, training=frozen_vision_tower(steps=steps, batch_size=batch_size, lr=2e-3)
-    )
+    training = frozen_vision_tower(steps=steps, batch_size=batch_size, lr=2e-3)
+    return Stage1Settings(schooling=schooling, training=replace(training, supervise_attention=True))
 
 
 def frozen_vision_tower(*, steps: int, batch_size: int, lr: float) -> Stage1Config:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from blm.backbone import Backbone
 from blm.backbone.precision import WeightDtype, frozen_dtype
-from blm.backbone.prompt import PromptOrder
+from blm.backbone.prompt import PromptOrder, order_of
 from blm.corpora.format.messages import Conversation
 from blm.training.pretraining.nano import (
     NanoPretrainingConfig,
@@ -72,10 +72,9 @@ def warn_of_lengths(backbone: Backbone, corpus: TrainingCorpus, config: Stage1Co
 
 
 def control_orders(rows: Iterable[Conversation]) -> set[PromptOrder]:
-    """Return in which orders the control prompts of these conversations have text and images."""
+    """Return the orders of the control prompts of these conversations."""
     taught = (row for row in rows if "control" in row.kinds)
-    asked = [question for row in taught for kind, question, _ in row.turns() if kind == "control"]
-    return {"text_first" if isinstance(question.content[0], str) else "pictures_first" for question in asked}
+    return {order_of(question) for row in taught for kind, question, _ in row.turns() if kind == "control"}
 
 
 def prepare_stage1(

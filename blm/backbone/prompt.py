@@ -6,6 +6,7 @@ the order of text and images is a choice, see `PromptOrder`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -14,7 +15,7 @@ import numpy as np
 from blm.backbone.video import VideosAs, parts_of
 from blm.types import BlmError, Image, ImageArray, Message, lookup
 
-PromptOrder = Literal["pictures_first", "text_first"]
+PromptOrder = Literal["pictures_first", "text_first", "query_last"]
 """Order of text and images in a control prompt.
 
 pictures_first: the images, then the text. In a causal model the tokens of the images then see the
@@ -22,12 +23,29 @@ same prefix in a question and in a control prompt.
 text_first: robot, views and task, then the images, then a short question. The text in front of the
 images is the same in all decisions of an episode, so its keys and values can be cached
 (`blm.backbone.prefix_cache`).
+query_last: the images, then robot, views and task, and last the object, the goal and the gripper of
+each view by name. In a causal model only tokens behind the task can depend on it, so these words
+are where a backbone can gather what the task means in each view.
 """
+
+
+QUERY_LAST = re.compile(r"In ([^:]+): (object), (goal), (gripper)\.")
+"""What query_last asks of each view."""
 
 
 def require_order(order: str) -> None:
     """Raise BlmError for an unknown order of the control prompt."""
     lookup("prompt order", order, dict.fromkeys(get_args(PromptOrder)))
+
+
+def order_of(question: Message) -> PromptOrder:
+    """Return the order of a control prompt, given its turn of a conversation.
+
+    The turn begins with all images shown so far (`Conversation.turns`).
+    """
+    if isinstance(question.content[0], str):
+        return "text_first"
+    return "query_last" if QUERY_LAST.search(question.text) else "pictures_first"
 
 
 def control_prompt(
@@ -78,11 +96,11 @@ def control_texts(
     bridge reads them. Raises BlmError for an unknown order.
     """
     require_order(order)
-    task = (
-        f"Robot: {robot}. Views: {', '.join(cameras)}. Point to the object, the goal and the gripper in each "
-        f"view. Task: {instruction}"
-    )
-    question = "What is the next primitive?"
+    views, question = f"Robot: {robot}. Views: {', '.join(cameras)}.", "What is the next primitive?"
+    if order == "query_last":
+        points = " ".join(f"In {camera}: object, goal, gripper." for camera in cameras)  # QUERY_LAST
+        return "", f"{views} Task: {instruction} {points} {question}"
+    task = f"{views} Point to the object, the goal and the gripper in each view. Task: {instruction}"
     return (task, question) if order == "text_first" else ("", f"{task} {question}")
 
 

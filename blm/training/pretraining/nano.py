@@ -26,7 +26,6 @@ from blm.corpora.scenes.annotations import QuestionSampler, QuestionTurn, by_kin
 from blm.corpora.scenes.comparing import comparisons
 from blm.corpora.scenes.questions import read_scan
 from blm.training.loop.loop import LoopConfig
-from blm.training.pretraining.supervised_attention import SupervisedAttention
 from blm.training.pretraining.vision_tower import ScannedView, all_scanned_views, pretrain_vision_tower
 from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
 from blm.types import Message, require_numbers
@@ -125,10 +124,10 @@ def _pretrain(
     sources = add_text_only_scenes(sources, [rows for rows, _ in corpora], config.drill)
     count = config.drill.steps * config.drill.batch_size  # no more than training will use
     sources = [replace(source, conversations=source.conversations[:count]) for source in sources]
-    drill = Stage1Config(loop=config.drill, vision_scale=0.0, pack_length=config.pack_length)
-    attention = SupervisedAttention(backbone)
-    with attention.watch():
-        train_stage1(backbone, sources, drill, out / "drill", auxiliary=attention)
+    drill = Stage1Config(
+        loop=config.drill, vision_scale=0.0, pack_length=config.pack_length, supervise_attention=True
+    )
+    train_stage1(backbone, sources, drill, out / "drill")
 
 
 def grounding_drill(row: Conversation) -> Iterator[Conversation]:

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -33,14 +33,12 @@ from blm.training.sft.mixture_sampler import ExampleIndex, MixtureSampler, Token
 from blm.training.sft.pack import ExampleBatch, collate, pack, require_exact, require_maskable
 from blm.training.sft.parameter_groups import PartName, freeze_parts, part_of
 from blm.training.sft.prefix_attention import use_prefix_attention
+from blm.training.sft.supervised_attention import SupervisedAttention
 from blm.training.sft.tokenize import TokenizationConfig, TokenizedExample, single_torch_thread
 from blm.training.sft.tokenize_corpora import CorpusTokenizer, TrainingSource
 from blm.training.sft.vision_attention import use_batched_vision_attention
 from blm.training.sft.vision_features import trained_projectors
 from blm.types import BlmError, require_numbers
-
-AuxiliaryLoss = Callable[[ExampleBatch], tuple[Tensor, dict[str, Tensor | float]]]
-"""Computes a loss, and metrics, from a batch and what the model's modules just did with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +66,9 @@ class Stage1Config:
     cache_features: bool = False
     """Encode each image once, before training; needs a frozen vision tower.
     The features are stored in OUT/features, from which all processes read."""
+    supervise_attention: bool = False
+    """Also train where a nano attends to find the things whose positions it writes, and those that a
+    control prompt with the order query_last asks for (`blm.training.sft.supervised_attention`)."""
     checkpoint_blocks: bool = False
     """Activation checkpointing: recompute blocks in the backward pass to save memory."""
     skip_bad: bool = False
@@ -109,20 +110,19 @@ def train_stage1(
     out: Path,
     *,
     on_eval: Callable[[int], Mapping[str, float]] | None = None,
-    auxiliary: AuxiliaryLoss | None = None,
 ) -> Counter[str]:
     """Train `backbone` in place, save it to `out/backbone`, and return counts of conversations.
 
     The counts of kept and dropped conversations are also written to `out/rows.json`, and what is
     drawn from each source to `out/drawn.json`. With LoRA the adapters are saved to `out/adapter`,
-    and merged into the backbone. `on_eval(steps done)` is called with the model in evaluation mode,
-    `auxiliary(batch)` after the model has run on the batch: it returns a loss to add, and metrics.
+    and merged into the backbone. `on_eval(steps done)` is called with the model in evaluation mode.
     Raises BlmError naming a conversation that cannot be used.
     """
     processes, model = Processes.join(backbone.model.device), backbone.model
     require_precision(processes.device, config.loop.precision)
     _require_same_sources(processes, sources, out)
     adapted = choose_trained(backbone, config, exact=True)
+    attention = SupervisedAttention(backbone) if config.supervise_attention else None
     tokenized, counts = _tokenize(backbone, sources, config, processes)
     sampler = MixtureSampler(
         tokenized,
@@ -147,7 +147,7 @@ def train_stage1(
 
     def loss(batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         sums = loss_model.train()(batch)
-        total, extra = auxiliary(batch) if auxiliary is not None else (0.0, {})
+        total, extra = attention(batch) if attention is not None else (0.0, {})
         return sums.loss_sum / sums.tokens + total, {"token_accuracy": sums.correct / sums.tokens, **extra}
 
     def evaluate(step: int) -> Mapping[str, float]:
@@ -155,12 +155,19 @@ def train_stage1(
         return on_eval(step) if on_eval is not None else {}
 
     rate, evaluation = config.learning_rate, on_eval and evaluate
-    with use_prefix_attention(backbone), use_batched_vision_attention(backbone), without_placeholder_checks():
+    with _fast_attention(backbone), attention.watch() if attention is not None else nullcontext():
         run_loop(model, loss, next_batch, config.loop, out, learning_rate=rate, on_eval=evaluation)
     if config.checkpoint_blocks:
         model.activation_checkpointing_disable()
     _finish(backbone, adapted, out, processes)
     return counts
+
+
+@contextmanager
+def _fast_attention(backbone: Backbone) -> Iterator[None]:
+    """Let the model compute what it attends to as training does."""
+    with use_prefix_attention(backbone), use_batched_vision_attention(backbone), without_placeholder_checks():
+        yield
 
 
 def _write_counts(out: Path, counts: Counter[str], sampler: MixtureSampler, steps: int) -> None:
