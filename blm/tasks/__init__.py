@@ -1,8 +1,10 @@
 """The tasks, and the environment that runs any task on any robot.
 
-To add a task, write its file and add a line to the registry.
+To add a task, write its file and add a line to the registry. Importing this package registers the
+environments with Gymnasium (`blm.gymnasium_ids`).
 """
 
+from blm.gymnasium_ids import register
 from blm.tasks.env import Env, EnvState
 from blm.tasks.registry import SUITE24, TASKS, WORDS
 from blm.tasks.rendering import gl_backend
@@ -21,3 +23,5 @@ __all__ = [
     "TaskState",
     "gl_backend",
 ]
+
+register()

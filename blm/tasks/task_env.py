@@ -60,6 +60,11 @@ def episode_stream(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng((seed, _STREAMS[name]))
 
 
+def random_seed(rng: np.random.Generator) -> int:
+    """Return the seed of an episode for which none is stated, beyond all reserved ranges of seeds."""
+    return int(rng.integers(10_000_000, 2**31))
+
+
 def draw_scene(robot: str, task: str, seed: int) -> SceneDraw:
     """Return the scene of an episode, before any variation."""
     arm = lookup("robot", robot, ROBOTS)
@@ -73,7 +78,7 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012  # as Gymnasium declares it
-    render_mode = "rgb_array"
+    render_mode: str | None = "rgb_array"
 
     def __init__(
         self,
@@ -208,8 +213,7 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         super().reset(seed=seed)
         chosen = ResetOptions.read(options)
         self._check_arm_start(chosen.arm)
-        if seed is None:  # beyond all reserved ranges of seeds
-            seed = int(self.np_random.integers(10_000_000, 2**31))
+        seed = random_seed(self.np_random) if seed is None else seed
         variation = chosen.variation or self.randomization.draw(episode_stream(seed, "variation"))
         self._check_variation(variation)
         self.variation = variation
