@@ -61,13 +61,13 @@ def print_summary(summary: CollectionSummary) -> None:
 def print_result(result: PhysicalResult) -> None:
     """Print success rates of every robot and task with intervals, reasons of failures, and robustness."""
     table = Table(box=None)
-    for heading in ("robot", "task", "n", "once", "95 %", "at end", "at limit", "failures"):
+    for heading in ("robot", "task", "n", "once", "95 %", "at end", "strict", "at limit", "failures"):
         table.add_column(heading, justify="left" if heading in ("robot", "task", "failures") else "right")
     summary = result.summary
     rows = [(cell.robot, cell.task, cell.summary) for cell in summary.cells]
     rows += [("all", wording.replace("_", " "), part) for wording, part in summary.phrasings.items()]
     for robot, task, part in [*rows, ("all", "all", summary.overall)]:
-        once, limit = part.success_once, part.success_at_limit
+        once, strict, limit = part.success_once, part.success_strict, part.success_at_limit
         failures = ", ".join(f"{reason} {n}" for reason, n in part.reasons.items() if n)
         table.add_row(
             robot,
@@ -76,6 +76,7 @@ def print_result(result: PhysicalResult) -> None:
             f"{once.rate:.0%}",
             f"{once.low:.1%} to {once.high:.1%}",
             f"{part.success_at_end.rate:.0%}",
+            "-" if strict is None else f"{strict.rate:.0%}",
             "-" if limit is None else f"{limit.rate:.0%}",
             failures or "-",
         )

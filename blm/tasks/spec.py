@@ -65,6 +65,10 @@ class Item:
     """Free items obey physics, fixed ones collide, markers are only visible."""
 
 
+ON_TABLE = 0.005
+"""Maximum height of an object above the table on which it lies [m]."""
+
+
 @dataclass(frozen=True)
 class Region:
     """A rectangle on the table."""
@@ -192,6 +196,15 @@ class TaskSpec:
     """Shift of the third-person cameras along x that keeps the task in view [m]."""
     max_steps: int = 200
     """Step limit. ManiSkill registers 50, which is shorter than its own demonstrations."""
+
+    def is_settled(self, thing: ObjectState) -> bool:
+        """Whether the item that the task moves is at rest, and on the table if it is moved there.
+
+        ManiSkill's rules do not all ask for it: a cube may fly over the target, a peg swing through
+        the vertical.
+        """
+        low = thing.position[2] < thing.size[2] + ON_TABLE
+        return bool(thing.is_static and (low or self.prehensile))
 
     def region(self, robot: RobotSpec) -> Region:
         """Return the spawn region of a robot: its entry in `regions`, or its whole workspace."""

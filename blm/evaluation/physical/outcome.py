@@ -36,6 +36,8 @@ class StepOutcome:
     """Measured opening of the gripper (0..1)."""
     command: float
     """Commanded opening of the gripper in this step (0..1)."""
+    settled: bool = False
+    """The object is at rest, and on the table if it belongs there (`TaskSpec.is_settled`)."""
     wrong: bool = False
     """The task was done with another thing than the named one, or that was moved, up to this step."""
 
@@ -46,6 +48,8 @@ class EpisodeOutcome:
 
     success_once: bool
     success_at_end: bool
+    success_strict: bool
+    """Whether the rule held after some judged step after which the object had also settled."""
     steps: int
     first_success: int | None
     """First step after which the task's rule held, counted from 1; None for a failure."""
@@ -70,6 +74,7 @@ def observe_step(env: TaskEnv, command: float, info: Mapping[str, Any]) -> StepO
         position=thing.position,
         opening=env.gripper_opening,
         command=command,
+        settled=env.task_spec.is_settled(thing),
         wrong=wrong,
     )
 
@@ -96,6 +101,7 @@ def judge(start: FloatArray, steps: Sequence[StepOutcome], *, prehensile: bool) 
     return EpisodeOutcome(
         success_once=first > 0,
         success_at_end=steps[-1].success,
+        success_strict=any(step.success and step.settled for step in steps),
         steps=len(steps),
         first_success=first or None,
         reason="" if first else _reason(start, steps, prehensile),

@@ -48,6 +48,9 @@ class EpisodeResult:
     """First step after which the rule held, counted from 1; None for a failure."""
     reason: str
     """Reason of the failure, one of REASONS; empty for a success."""
+    success_strict: bool | None = None
+    """Whether the rule held after some judged step after which the object was also at rest, and on the
+    table if it belongs there; None in results of older versions."""
     success_at_limit: bool | None = None
     """Whether the rule held at the step limit; None if the episode ended after its success."""
     condition: Condition = PLAIN

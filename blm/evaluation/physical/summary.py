@@ -12,7 +12,7 @@ from blm.evaluation.physical.outcome import REASONS
 from blm.evaluation.physical.perturbed import AxisSummary, ConditionSummary, PerturbedSummary
 from blm.evaluation.physical.result import CellSummary, EpisodeResult, PhysicalSummary
 from blm.evaluation.physical.success import SuccessSummary
-from blm.evaluation.statistics import Difference, paired_difference, success_rate
+from blm.evaluation.statistics import Difference, Rate, paired_difference, success_rate
 
 
 def summarise(episodes: Sequence[EpisodeResult]) -> PhysicalSummary:
@@ -97,14 +97,20 @@ def _by_phrasing(episodes: Sequence[EpisodeResult]) -> dict[str, SuccessSummary]
     return {name: _success_summary(part) for name, part in parts.items() if part}
 
 
+def _rate_if_measured(successes: Sequence[bool | None]) -> Rate | None:
+    """Return the rate, or None if it was not measured in every episode."""
+    measured = [success for success in successes if success is not None]
+    return success_rate(measured) if len(measured) == len(successes) else None
+
+
 def _success_summary(episodes: Sequence[EpisodeResult]) -> SuccessSummary:
     reasons = Counter(episode.reason for episode in episodes)
-    at_limit = [episode.success_at_limit for episode in episodes if episode.success_at_limit is not None]
     return SuccessSummary(
         n=len(episodes),
         success_once=success_rate([episode.success_once for episode in episodes]),
         success_at_end=success_rate([episode.success_at_end for episode in episodes]),
-        success_at_limit=success_rate(at_limit) if len(at_limit) == len(episodes) else None,
+        success_strict=_rate_if_measured([episode.success_strict for episode in episodes]),
+        success_at_limit=_rate_if_measured([episode.success_at_limit for episode in episodes]),
         reasons={reason: reasons[reason] for reason in REASONS},
         act_ms=float(np.median([episode.act_ms for episode in episodes])),
     )
