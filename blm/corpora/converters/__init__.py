@@ -20,7 +20,8 @@ from blm.corpora.converters.lerobot import lerobot
 from blm.corpora.converters.rows import ConverterConfig, Rows, media_root
 from blm.corpora.converters.sharerobot import frames_root, sharerobot
 from blm.corpora.format.faults import Fault, RowError, summarise
-from blm.corpora.format.messages import Conversation, write_corpus
+from blm.corpora.format.messages import Conversation
+from blm.corpora.format.writing import write_corpus
 from blm.types import BlmError, lookup
 
 __all__ = ["CONVERTERS", "Conversion", "Converter", "ConverterConfig", "convert"]

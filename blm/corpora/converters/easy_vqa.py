@@ -53,6 +53,7 @@ def easy_vqa(source: Path, settings: ConverterConfig) -> Rows:
                 source=settings.source or "easy_vqa",
                 kinds=tuple(question_kind(answer) for _, answer in asked),
                 messages=tuple(messages),
+                independent=True,
             ),
         )
 

@@ -73,6 +73,7 @@ def _episode(
             source=settings.source or "lerobot",
             kinds=tuple(kind for kind, _, _ in asked),
             messages=tuple(messages),
+            independent=True,
         )
 
 
