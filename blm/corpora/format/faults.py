@@ -22,6 +22,7 @@ REASONS: dict[str, str] = {
     "unclear loss switch": "a switch of a turn is true, false, 0 or 1 (all of a text is trained, or nothing)",
     "nothing to learn": "at least one answer counts in the loss",
     "unsupported setting": "a picture or video is shown as it is, or scaled as its settings say",
+    "unclear coordinates": "points and boxes lie in their image, and there is one for each tag",
     "wrong number of kinds": "there is one kind for each assistant turn",
     "wrong media count": "the text has exactly one tag for each image or video",
     "duplicate id": "ids are unique",

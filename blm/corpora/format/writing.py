@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,36 @@ import PIL.Image
 
 from blm.corpora.format.facts import facts_to_json
 from blm.corpora.format.messages import CORPUS_FILE, Conversation, always_independent
-from blm.io import MARK, new_folder, replacing
+from blm.io import MARK, new_folder, replacing, write_json
 from blm.media import locate, split_time
 from blm.types import BlmError, Image
 
 
-def write_corpus(folder: Path, conversations: Iterable[Conversation], *, media: Path | None = None) -> int:
+@dataclass(frozen=True)
+class SourceImage(Image):
+    """An image that a corpus is to store under the name `path`, with `#t=` for a frame of a video."""
+
+    file: Path | None = None
+    """The file to store."""
+    encoded: bytes = field(default=b"", repr=False)
+    """The contents to store, without a file."""
+
+
+def write_corpus(
+    folder: Path,
+    conversations: Iterable[Conversation],
+    *,
+    media: Path | None = None,
+    notes: Mapping[str, Callable[[], Any]] | None = None,
+) -> int:
     """Write a corpus folder atomically; return the number of conversations.
 
     Images in memory are stored as PNG files that are named by a hash of their content, so equal
-    images are stored once. Media that are paths below the folder `media` are hard-linked, or
-    copied to another disk; without `media`, paths are written unchanged. Media that a killed run
-    stored are reused; an error leaves nothing behind. Raises BlmError if `folder` exists: a corpus
-    is never overwritten.
+    images are stored once, and a `SourceImage` under its own name. Media that are paths below the
+    folder `media` are hard-linked, or copied to another disk; without `media`, paths are written
+    unchanged. Media that a killed run stored are reused; an error leaves nothing behind. `notes`
+    maps names of JSON files to what they hold, known once all conversations are written. Raises
+    BlmError if `folder` exists: a corpus is never overwritten.
     """
     count = 0
     with new_folder(folder, resume=True) as work:
@@ -35,6 +53,9 @@ def write_corpus(folder: Path, conversations: Iterable[Conversation], *, media: 
             for conversation in conversations:
                 file.write(json.dumps(_to_row(conversation, work, media, stored)) + "\n")
                 count += 1
+        for name, content in (notes or {}).items():
+            write_json(work / name, content())
+            stored.add(work / name)
         for path in (path for path in work.rglob("*") if path.is_file() and path not in stored):
             path.unlink()  # left by an interrupted run with other rows
     return count
@@ -73,6 +94,9 @@ def _to_row(
 
 def _store(image: Image, folder: Path, media: Path | None, stored: set[Path]) -> str:
     """Store one image or video below `folder`; return its reference."""
+    if isinstance(image, SourceImage):
+        _store_source(image, folder, stored)
+        return str(image.path)
     if image.pixels is None and media is None:
         return str(image.path)
     if image.pixels is not None:
@@ -92,6 +116,18 @@ def _store(image: Image, folder: Path, media: Path | None, stored: set[Path]) ->
         else:
             PIL.Image.fromarray(image.pixels).save(target, compress_level=1)
     return reference
+
+
+def _store_source(image: SourceImage, folder: Path, stored: set[Path]) -> None:
+    target = folder / split_time(str(image.path))[0]
+    if target in stored:
+        return
+    stored.add(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if image.file is not None:
+        _link(image.file, target)
+    elif not target.exists() or target.read_bytes() != image.encoded:
+        target.write_bytes(image.encoded)
 
 
 def _link(source: Path, target: Path) -> None:

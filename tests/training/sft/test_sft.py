@@ -46,7 +46,10 @@ def dialogue(*turns: tuple[str, str], images: tuple[Image, ...] = ()) -> tuple[M
 
 
 def source(*talks: tuple[Message, ...], root: Path | None = None, **fields: Any) -> TrainingSource:
-    return TrainingSource(**{"name": "made", "conversations": talks, "root": root, **fields})
+    apart = [True] * len(talks)
+    return TrainingSource(
+        **{"name": "made", "conversations": talks, "root": root, "independent": apart, **fields}
+    )
 
 
 @pytest.fixture(scope="module", params=["nano", "qwen2.5"])
