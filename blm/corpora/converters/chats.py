@@ -22,19 +22,11 @@ from blm.corpora.converters.turns import Turn, read_turns
 from blm.corpora.format.faults import RowError
 from blm.corpora.format.find_media import image_size
 from blm.corpora.format.messages import Conversation, check_turns
+from blm.corpora.format.unsupported import require_supported
 from blm.io import read_json
 from blm.types import BlmError
 
 IMAGES, VIDEOS = ("images", "image", "image_path"), ("videos", "video")
-REFUSED = {
-    **dict.fromkeys(("tools", "functions"), "tools"),
-    **dict.fromkeys(("audio", "audios"), "sound"),
-    **dict.fromkeys(
-        ("rejected_response", "rejected_messages", "rejected_images", "rejected", "chosen", "kto_tag"),
-        "a preference between answers; keep the preferred one as the answer",
-    ),
-}
-"""Fields without which a row would mean something else -> what they hold."""
 USES = {
     **dict.fromkeys(IMAGES, "pictures"),
     **dict.fromkeys(VIDEOS, "videos"),
@@ -108,7 +100,7 @@ class ChatReader:
         """Return the conversation of a row. Raises RowError for a row that cannot be converted."""
         if not isinstance(row, Mapping):
             raise RowError("malformed row", f"it is {type(row).__name__}, no object")
-        _require_supported(row)
+        require_supported(row)
         own = Tally()
         turns, uses = read_turns(row, own)
         files = {"image": media_list(row, *IMAGES), "video": _videos(row, turns)}
@@ -141,14 +133,6 @@ class ChatReader:
             if medium.kind == "image"
         ]
         return [image_size(one.file or io.BytesIO(one.encoded), str(one.path)) for one in pictures]
-
-
-def _require_supported(row: Mapping[str, Any]) -> None:
-    for key, what in REFUSED.items():
-        if row.get(key) is not None and row[key] not in ("", [], {}):
-            raise RowError("unsupported content", f"'{key}' of the row: {what}")
-    if isinstance(row.get("label"), bool):
-        raise RowError("unsupported content", "'label' of the row: whether an answer is wanted (KTO)")
 
 
 def _videos(row: Mapping[str, Any], turns: Sequence[Turn]) -> list[Any]:

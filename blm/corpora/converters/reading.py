@@ -21,6 +21,8 @@ PARQUET_ROWS = 16
 """Rows of a parquet file that are in memory at once; a row may hold many pictures."""
 CELL = 1 << 30
 """Maximum length of a cell of a table [characters]; pictures are in cells."""
+IN_FOLDERS = (".json", ".jsonl", ".parquet", ".tsv")
+"""Endings of the files that are read in a folder; .csv often describes other files there."""
 ReadRows = Iterator[tuple[str, str, Any | RowError]]
 """Yields place, id and row: a JSON value, or the fault of its line."""
 
@@ -34,9 +36,9 @@ def read_rows(source: Path, tally: Tally) -> ReadRows:
     """
     if not source.exists():
         raise BlmError(f"'{source}' does not exist; name a file of rows, or the folder of them")
-    files = [source] if source.is_file() else sorted(f for f in source.rglob("*") if f.suffix in _READERS)
+    files = [source] if source.is_file() else sorted(f for f in source.rglob("*") if f.suffix in IN_FOLDERS)
     if not files:
-        raise BlmError(f"'{source}' holds no file that ends in {', '.join(_READERS)}")
+        raise BlmError(f"'{source}' holds no file that ends in {', '.join(IN_FOLDERS)}")
     for file in files:
         name = file.name if file == source else file.relative_to(source).as_posix()
         if file != source and file.suffix == ".json" and _is_object(file):

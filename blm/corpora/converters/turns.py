@@ -15,6 +15,7 @@ from blm.corpora.converters.report import Tally
 from blm.corpora.format.faults import RowError
 from blm.corpora.format.loss import EXCLUDED, TRAINED, read_loss, read_row_loss
 from blm.corpora.format.messages import check_text, settings_of, with_thought
+from blm.corpora.format.unsupported import THOUGHTS, require_supported_turn
 
 ROLES = {
     "human": "user",
@@ -31,10 +32,6 @@ LISTS = ("messages", "conversations", "conversation", "texts", "dialog")
 """Keys of a row that hold a list of turns."""
 PAIRS = (("instruction", "output"), ("query", "response"), ("question", "answer"))
 """Keys of a row that hold one question and its answer."""
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""Keys of an answer that hold the thought before it."""
-UNREAD = ("tool_calls", "function_call", "tools", "audio", "refusal", "images", "image", "videos", "video")
-"""Keys of a turn without which its text would mean something else."""
 PART_KINDS = {
     "text": "text",
     "input_text": "text",
@@ -167,8 +164,7 @@ def _turn(turn: Any) -> Turn:
     name, content = (turn[key] for key in keys)
     if name not in ROLES:
         raise RowError("unknown role", f"role {name!r}; valid: {', '.join(ROLES)}")
-    if unread := [key for key in UNREAD if turn.get(key)]:
-        raise RowError("unsupported content", f"a turn has {', '.join(unread)}")
+    require_supported_turn(turn)
     role, said = ROLES[name], read_loss(turn)
     thought = "".join(check_text(turn[key]) for key in THOUGHTS if turn.get(key))
     if isinstance(content, list):

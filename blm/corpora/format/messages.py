@@ -32,6 +32,7 @@ from typing import Any, get_args
 from blm.corpora.format.facts import FREE, read_facts
 from blm.corpora.format.faults import RowError
 from blm.corpora.format.loss import read_loss, read_row_loss
+from blm.corpora.format.unsupported import THOUGHTS, require_supported, require_supported_turn
 from blm.media import split_time
 from blm.seeds import count_reserved_seeds
 from blm.types import BlmError, Image, KeyFacts, Message, Question, Scorer, Training
@@ -245,6 +246,11 @@ def parse_row(row: Any, number: int) -> Conversation:
             "wrong media count",
             f"it has media outside the messages ({', '.join(beside)}); convert it with `blm corpus convert`",
         )
+    require_supported(row)
+    if row.get("objects"):
+        raise RowError(
+            "unclear coordinates", "'objects' of the row; `blm corpus convert` puts them into texts"
+        )
     messages = tuple(_message(message) for message in row["messages"])
     masked = read_row_loss(row, [message.role for message in messages])
     messages = tuple(replace(m, loss=m.loss and kept) for m, kept in zip(messages, masked, strict=True))
@@ -314,6 +320,11 @@ def check_turns(messages: Sequence[Message]) -> None:
 def _message(message: Any) -> Message:
     if not isinstance(message, dict) or "role" not in message or "content" not in message:
         raise RowError("malformed row", f"a message is {str(message)[:60]!r}, no role with content")
+    require_supported_turn(message)
+    if thought := [key for key in THOUGHTS if message.get(key)]:
+        raise RowError(
+            "unsupported content", f"'{thought[0]}' of a turn; `blm corpus convert` puts it in <think>"
+        )
     role, content = message["role"], message["content"]
     if role not in ROLES:
         raise RowError("unknown role", f"role {role!r}")

@@ -72,6 +72,22 @@ def test_masks_that_leave_nothing_or_are_unclear(mask, reason):
         parse_row({"messages": turns({}, {}), **mask}, 1)
 
 
+@pytest.mark.parametrize(
+    ("row", "turn"),
+    [
+        ({"rejected_response": "No."}, {}),
+        ({"label": False}, {}),
+        ({"tools": [{}]}, {}),
+        ({"objects": {"bbox": [[1, 2]]}}, {}),
+        ({}, {"tool_calls": [{}]}),
+        ({}, {"reasoning_content": "so"}),
+    ],
+)
+def test_a_row_that_means_something_else_is_a_fault(row, turn):
+    with pytest.raises(RowError, match=r"unsupported content|unclear coordinates"):
+        parse_row({"messages": turns(turn), **row}, 1)
+
+
 def test_any_switch_excludes():
     assert read_loss({"loss": True, "weight": 0}) is False
     assert read_loss({"role": "user"}) is None
