@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blm.corpora.converters.grounding import Size, convert_marks, fill_objects
+from blm.corpora.converters.grounding import Size, convert_marks, fill_objects, read_objects
 from blm.corpora.converters.media_files import MediaFolders, is_frames
 from blm.corpora.converters.placing import place_media
 from blm.corpora.converters.reading import read_rows
@@ -21,6 +21,7 @@ from blm.corpora.converters.rows import ConverterConfig, Rows, conversation, med
 from blm.corpora.converters.turns import Turn, read_turns
 from blm.corpora.format.faults import RowError
 from blm.corpora.format.find_media import image_size
+from blm.corpora.format.loss import MASKS
 from blm.corpora.format.messages import Conversation, check_turns
 from blm.corpora.format.unsupported import require_supported
 from blm.io import read_json
@@ -34,8 +35,7 @@ USES = {
     "kinds": "kinds",
     "group": "group",
     "independent": "independent turns",
-    "loss_mask": "loss",
-    "weight": "loss",
+    **dict.fromkeys(MASKS, "loss"),
 }
 Change = Callable[[Sequence[Turn]], list[Turn]]
 
@@ -121,10 +121,11 @@ class ChatReader:
         self, row: Mapping[str, Any], turns: Sequence[Turn], folders: Sequence[Path]
     ) -> list[Size | None]:
         """Return width and height of the row's pictures, if it has objects in pixels."""
-        objects = row.get("objects")
-        if not isinstance(objects, Mapping):
+        objects = read_objects(row.get("objects"))
+        if not objects:
             return []
-        if isinstance(objects.get("width"), int | float) and isinstance(objects.get("height"), int | float):
+        sides = [objects.get(key) for key in ("width", "height")]
+        if all(isinstance(side, int | float) and side >= 1 for side in sides):
             return [(objects["width"], objects["height"])]
         pictures = [
             self.folders.picture(medium.value, folders)

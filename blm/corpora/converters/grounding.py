@@ -6,6 +6,7 @@ A row whose coordinates cannot be converted is refused; a literal tag is never t
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -57,11 +58,8 @@ def fill_objects(turns: Sequence[Turn], objects: Any, sizes: Sequence[Size | Non
     or "norm1"), and "image_id" if there are several images. `sizes` are those of the row's images.
     Raises RowError if the numbers of tags and objects differ, and for tags without objects.
     """
-    if objects is not None and not isinstance(objects, Mapping):
-        raise RowError("unclear coordinates", f"'objects' is {str(objects)[:60]!r}, no object with 'bbox'")
-    given = objects or {}
-    names = [*(given.get("ref") or [])]
-    places = [*(given.get("bbox") or given.get("point") or given.get("points") or [])]
+    given = read_objects(objects)
+    names, places = given.get("ref") or [], given.get("bbox") or given.get("points") or []
     tags = [tag for turn in turns for part in _texts(turn) for tag in _OBJECT.findall(part)]
     if not tags:
         return list(turns)
@@ -79,6 +77,33 @@ def fill_objects(turns: Sequence[Turn], objects: Any, sizes: Sequence[Size | Non
         return next(called) if tag[1] == "ref-object" else next(written)
 
     return [_mapped(turn, lambda text: _OBJECT.sub(fill, text)) for turn in turns]
+
+
+def read_objects(objects: Any) -> Mapping[str, Any]:
+    """Return the field "objects" with lists "ref" and "bbox"; empty for a row without it.
+
+    ms-swift 2 wrote a list of {"caption", "bbox", "bbox_type", "image"}, also as a JSON text.
+    """
+    if isinstance(objects, str):
+        try:
+            objects = json.loads(objects) if objects.strip() else None
+        except ValueError:
+            raise RowError("unclear coordinates", f"'objects' is {objects[:60]!r}, no JSON") from None
+    if isinstance(objects, list) and all(isinstance(one, Mapping) and "bbox" in one for one in objects):
+        kinds = {str(one.get("bbox_type") or "real") for one in objects}
+        if len(kinds) > 1:
+            raise RowError("unclear coordinates", f"'bbox_type' differs: {', '.join(sorted(kinds))}")
+        found = {"ref": [one.get("caption", "") for one in objects], "bbox": [one["bbox"] for one in objects]}
+        numbers = [one.get("image", 0) for one in objects]
+        return {**found, "bbox_type": next(iter(kinds), "real"), "image_id": numbers}
+    if objects is not None and not isinstance(objects, Mapping):
+        raise RowError("unclear coordinates", f"'objects' is {str(objects)[:60]!r}, no object with 'bbox'")
+    given = objects or {}
+    if not all(isinstance(given.get(key) or [], list) for key in ("ref", "bbox", "points", "image_id")):
+        raise RowError(
+            "unclear coordinates", f"'objects' is {str(given)[:60]}; it needs lists 'ref' and 'bbox'"
+        )
+    return given
 
 
 def _written(place: Any, number: int, objects: Mapping[str, Any], sizes: Sequence[Size | None]) -> str:

@@ -28,13 +28,15 @@ from blm.corpora.converters.turns import Medium, Turn
 from blm.corpora.format.faults import RowError
 from blm.corpora.format.find_media import image_size
 from blm.corpora.format.writing import SourceImage
-from blm.media import VIDEOS, load_pixels, read_frames, split_time, video_seconds
+from blm.media import MAX_PIXELS, VIDEOS, load_pixels, read_frames, split_time, video_seconds
 from blm.types import BlmError, Image, ImageArray, Message
 
 INSIDE = ("images", "image", "videos", "video", "media", "data")
 """Folders beside the rows that often hold their media."""
 ABOVE = 3
 """Number of folders above the rows in which media are looked for."""
+MAX_FRAMES = 10_000
+"""Maximum number of frames that the settings of a video may ask for."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """File endings of pictures, which tell a list of frames from a list of videos."""
 
@@ -195,7 +197,8 @@ def _require_known(settings: Mapping[str, Any], known: Sequence[str], what: str)
     if unknown := sorted(settings.keys() - set(known)):
         raise RowError("unsupported setting", f"{', '.join(unknown)} of a {what}")
     for key, value in settings.items():
-        if key != "detail" and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if key != "detail" and not (number and 0 <= value <= MAX_PIXELS):
             raise RowError("unsupported setting", f"{key} of a {what} is {value!r}")
 
 
@@ -210,7 +213,7 @@ def shown_size(size: tuple[int, int], settings: Mapping[str, Any]) -> tuple[int,
         if {"resized_width", "resized_height"} - settings.keys():
             raise RowError("unsupported setting", "resized_width and resized_height belong together")
         sides = int(settings["resized_width"]), int(settings["resized_height"])
-        if min(sides) < 1:
+        if min(sides) < 1 or sides[0] * sides[1] > MAX_PIXELS:
             raise RowError("unsupported setting", f"a resized picture of {sides[0]} x {sides[1]} px")
         return sides
     most, least = settings.get("max_pixels"), settings.get("min_pixels")
@@ -248,7 +251,7 @@ def frame_times(seconds: float, settings: Mapping[str, Any], count: int) -> list
     elif rate is not None:
         count = max(1, round((end - begin) * rate))
         count = int(max(first("min_frames") or 1, min(count, first("max_frames") or count)))
-    if count < 1:
+    if not 1 <= count <= MAX_FRAMES:
         raise RowError("unsupported setting", f"{count} frames of a video")
     return [begin + (end - begin) * (index + 0.5) / count for index in range(count)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,8 @@ def evenly_spaced(items: Sequence[Item], count: int) -> list[Item]:
 
 def media_root(source: Path, settings: ConverterConfig) -> Path:
     """Return the folder that media references are relative to."""
-    return (settings.media or (source if source.is_dir() else source.parent)).absolute()
+    root = settings.media or (source if source.is_dir() else source.parent)
+    return Path(os.path.normpath(root.absolute()))
 
 
 def require_field(row: Any, key: str, kind: type | tuple[type, ...]) -> Any:

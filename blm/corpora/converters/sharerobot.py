@@ -170,12 +170,15 @@ def _original_size(row: Any, picture: SourceImage) -> Size:
     Raises RowError if the picture has another shape, because it is then a part of the original.
     """
     shown = image_size(picture.file or io.BytesIO(picture.encoded), str(picture.path))
-    meta = row.get("meta_data") or {}
-    width, height = meta.get("original_width"), meta.get("original_height")
-    if not isinstance(width, int | float) or not isinstance(height, int | float):
+    meta = require_field(row, "meta_data", dict) if row.get("meta_data") else {}
+    sides = [meta.get(key) for key in ("original_width", "original_height")]
+    if sides == [None, None]:
         if shown is None:
             raise RowError("unclear coordinates", "the size of the picture is not known")
         return shown
+    if not all(isinstance(side, int | float) and side >= 1 for side in sides):
+        raise RowError("unclear coordinates", f"an original of {sides[0]!r} x {sides[1]!r} px")
+    width, height = meta["original_width"], meta["original_height"]
     if shown is not None and abs(shown[0] * height / (shown[1] * width) - 1) > ROUNDING:
         raise RowError("unclear coordinates", f"a picture of {shown} and an original of {width} x {height}")
     return width, height

@@ -91,8 +91,8 @@ def read_turns(row: Mapping[str, Any], tally: Tally) -> tuple[list[Turn], dict[s
     listed, uses = _listed(row)
     turns = []
     for turn in listed:
-        tally.count(turn, TURN_USES, "turn.")
         turns.append(_turn(turn))
+        tally.count(turn, TURN_USES, "turn.")
     if "completion" in uses:  # what is before the completion is its prompt, which is not trained
         prompts = len(listed) - _length(row["completion"])
         turns = [replace(turn, loss=turn.loss and place >= prompts) for place, turn in enumerate(turns)]
@@ -139,7 +139,8 @@ def _as_turns(value: Any, role: str) -> list[Any]:
 
 def _history(row: Mapping[str, Any]) -> list[Any]:
     turns = []
-    for pair in row.get("history") or []:
+    history = row.get("history") or []
+    for pair in history if isinstance(history, list) else [history]:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RowError("malformed row", f"'history' has {str(pair)[:60]!r}, no question with its answer")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -162,7 +163,7 @@ def _turn(turn: Any) -> Turn:
     if not isinstance(turn, Mapping) or not set(keys) <= turn.keys():
         raise RowError("malformed row", f"a turn is {str(turn)[:60]!r}: from/value or role/content")
     name, content = (turn[key] for key in keys)
-    if name not in ROLES:
+    if not isinstance(name, str) or name not in ROLES:
         raise RowError("unknown role", f"role {name!r}; valid: {', '.join(ROLES)}")
     require_supported_turn(turn)
     role, said = ROLES[name], read_loss(turn)
@@ -183,7 +184,7 @@ def _part(part: Any) -> tuple[str, Part]:
     if isinstance(part, str):
         return "text", check_text(part)
     name = part.get("type") if isinstance(part, Mapping) else None
-    if name not in PART_KINDS:
+    if not isinstance(name, str) or name not in PART_KINDS:
         raise RowError("unsupported content", f"a part of type {name!r}; valid: {', '.join(PART_KINDS)}")
     kind = PART_KINDS[name]
     if kind in ("text", "thought"):

@@ -378,3 +378,47 @@ def test_rows_are_independent_only_if_told(tmp_path):
         assert [row.independent for row in read_corpus(tmp_path / f"{told}")] == [told, True]
     stored = (tmp_path / "True" / CORPUS_FILE).read_text()
     assert stored.count('"independent": true') == 2
+
+
+JUNK = [None, 7, -1.5, True, "", "x", "<image>", [], [7], {}, {"type": "image"}, [[]], {"url": 7}, [{}]]
+
+
+def altered(value, rng):
+    """The value with one of its parts replaced by junk."""
+    if isinstance(value, dict | list) and value and rng.random() < 0.8:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key = keys[int(rng.integers(len(keys)))]
+        copy = value.copy()
+        copy[key] = altered(value[key], rng)
+        return copy
+    return JUNK[int(rng.integers(len(JUNK)))]
+
+
+@pytest.mark.parametrize(
+    "converter",
+    ["messages", "robopoint", "vlmevalkit", "sharerobot_affordance", "sharerobot", "cosmos_reason1"],
+)
+def test_rows_with_junk_are_converted_or_refused_by_name(tmp_path, rng, converter):
+    """No field of a row can end a conversion otherwise than by the fault of its row."""
+    picture(tmp_path / "a.png")
+    clip(tmp_path / "v.mp4", 3)
+    grounding = {"ref": ["cup"], "bbox": [[6, 4, 12, 8]], "bbox_type": "real", "image_id": [0]}
+    video = {"type": "video", "video": "v.mp4", "fps": 2, "max_pixels": 64, "video_end": 0.2}
+    plain = [row for _, row in ROWS.values()]
+    plain += [
+        {"messages": ask([video, TEXT], loss=True), "loss_mask": [1]},
+        {"messages": ask("<image>?", "<ref-object><bbox>"), "images": ["a.png"], "objects": grounding},
+        {"instruction": "x", "affordance": {"x": 1, "y": 1, "width": 2, "height": 2}, "id": "a.png",
+         "meta_data": {"original_width": 24, "original_height": 16}},
+        {"instruction": "x", "points": [[1, 1], [2, 3]], "image": "a.png"},
+        {"video": "v.mp4", "conversations": ask("What?")},
+        {"video": "v.mp4", "qa_pairs": {"question": "?", "index2ans": {"A": "x"}, "answer": "A"}},
+        {"id": "a", "task": "Planning_Task", "conversations": human("<image> ?"), "image": ["a.png"]},
+        {"question": "?", "A": "x", "answer": "A", "image_path": "a.png", "index": 3, "category": "c"},
+        {"query": "<image>", "response": "x", "history": [["a", "b"]], "system": "s", "images": ["a.png"]},
+    ]  # fmt: skip
+    rows = [altered(plain[int(rng.integers(len(plain)))], rng) for _ in range(600)]
+    file = write(tmp_path / "r.json", [*rows, *plain])
+    done = convert(converter, file, tmp_path / "out", skip_bad=True)
+    assert done.read == len(rows) + len(plain) and done.written + len(done.skipped) == done.read
+    assert validate_corpus(tmp_path / "out").clean

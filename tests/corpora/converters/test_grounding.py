@@ -41,6 +41,8 @@ def answer_of(tmp_path, row):
         ({"ref": [], "bbox": [[0, 0, 1, 1]], "bbox_type": "norm1"}, "<bbox>", "(0, 0, 1000, 1000)"),
         ({"bbox": [[0.5, 0.25], [1, 0]], "bbox_type": "norm1"}, "<bbox><bbox>", "(500, 250)(1000, 0)"),
         ({"bbox": [[48, 16]], "width": 48, "height": 32}, "<bbox>", "(1000, 500)"),
+        ([{"caption": "cup", "bbox": [6, 4], "bbox_type": "real", "image": 0}], "<bbox>", "(250, 250)"),
+        ('[{"caption": "cup", "bbox": [6, 4]}]', "<ref-object><bbox>", "cup(250, 250)"),
     ],
 )
 def test_objects_fill_their_tags(tmp_path, objects, answer, wanted):
@@ -58,7 +60,9 @@ def test_objects_fill_their_tags(tmp_path, objects, answer, wanted):
         ({"ref": ["cup"], "bbox": [[1, 2, 3, 4]], "bbox_type": "odd"}, "bbox_type"),
         ({"ref": ["cup"], "bbox": [[1, 2, 3, 4]], "image_id": [3]}, "whose size is not known"),
         ({"ref": ["cup"], "bbox": ["here"]}, "a box is 'here'"),
-        ("cup", "no object"),
+        ("cup", "no JSON"),
+        (7, "no object"),
+        ({"ref": "cup", "bbox": [[1, 2]]}, "needs lists"),
     ],
 )
 def test_objects_that_do_not_fit_are_refused(tmp_path, objects, complaint):
