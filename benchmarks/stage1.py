@@ -34,6 +34,7 @@ from torch.nn import functional as F
 
 from blm.backbone import Backbone, build_nano
 from blm.corpora.format.messages import read_corpus
+from blm.corpora.format.turns import split_turns
 from blm.corpora.scenes.build import SceneCorpusConfig, build_scene_corpus
 from blm.evaluation.results import this_machine
 from blm.training.policy.hidden_state_cache import ALONE
@@ -46,7 +47,6 @@ from blm.training.sft.tokenize import (
     Messages,
     TokenizationConfig,
     TokenizedExample,
-    split_turns,
     tokenize_conversation,
 )
 from blm.training.sft.vision_features import vision_modules
@@ -84,7 +84,9 @@ def rows_of(
 ) -> list[TokenizedExample]:
     limits = TokenizationConfig(max_length=4096)
     parts = talks if share else [turn for talk in talks for turn in split_turns(talk)]
-    rows = [tokenize_conversation(backbone, talk, limits, root, Counter()) for talk in parts]
+    rows = [
+        tokenize_conversation(backbone, talk, limits, root, Counter(), independent=True) for talk in parts
+    ]
     return [row for row in rows if row is not None]
 
 

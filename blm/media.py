@@ -12,6 +12,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
 from math import floor
@@ -67,7 +68,7 @@ def with_pixels(messages: Sequence[Message], root: Path) -> tuple[Message, ...]:
     images = [part for message in messages for part in message.images]
     loaded = iter(load_images(images, root))
     return tuple(
-        Message(m.role, tuple(p if isinstance(p, str) else Image(next(loaded), p.path) for p in m.content))
+        replace(m, content=tuple(p if isinstance(p, str) else Image(next(loaded), p.path) for p in m.content))
         for m in messages
     )
 
@@ -106,11 +107,25 @@ def read_pixels(file: Path) -> ImageArray:
             if picture.width * picture.height > MAX_PIXELS:
                 size = f"{picture.width} x {picture.height} px"
                 raise BlmError(f"image {file} has {size}; at most {MAX_PIXELS:,} px are read")
+            require_8_bits(picture, str(file))
             return np.asarray(PIL.ImageOps.exif_transpose(picture).convert("RGB"))
     except BlmError:
         raise
     except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
         raise BlmError(f"cannot read image {file}: {error}") from error
+
+
+def require_8_bits(picture: PIL.Image.Image, name: str) -> None:
+    """Raise BlmError for a picture of one channel with more than 8 bits.
+
+    Such a picture is usually a depth map. Only its author knows which range is to be seen; the
+    decoder would make all values above 255 white.
+    """
+    if picture.mode[0] in "IF":
+        raise BlmError(
+            f"image {name} has 16 or more bits in one channel (mode {picture.mode}), as depth maps have; "
+            "store it with 8 bits, scaled as it is to be seen"
+        )
 
 
 def load_images(images: Sequence[Image], root: Path | None = None) -> list[ImageArray]:

@@ -235,6 +235,8 @@ class Message:
 
     role: Literal["system", "user", "assistant"]
     content: tuple[str | Image, ...]
+    loss: bool = True
+    """Whether training learns it. Only answers are ever learnt; one without loss is context."""
 
     @property
     def text(self) -> str:

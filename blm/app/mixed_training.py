@@ -159,8 +159,7 @@ def print_record(record: MixtureRecord) -> None:
 def _tokenize(backbone: Backbone, corpus: TrainingCorpus, config: Stage1Config) -> list[TokenizedExample]:
     processes = Processes.join(backbone.model.device)
     tokenizer = CorpusTokenizer(backbone, config.limits, processes, skip_bad=False)
-    conversations = [row.messages for row in corpus.conversations]
-    source = TrainingSource(name=f"held-out {corpus.name}", conversations=conversations, root=corpus.folder)
+    source = TrainingSource.of_rows(f"held-out {corpus.name}", corpus.conversations, corpus.folder)
     return list(tokenizer.tokenize(source).examples)
 
 

@@ -65,8 +65,7 @@ def load_pretrained(
 
 def warn_of_lengths(backbone: Backbone, corpus: TrainingCorpus, config: Stage1Config) -> None:
     """Print a warning if conversations are too long to train on; see `check_lengths`."""
-    conversations = [conversation.messages for conversation in corpus.conversations]
-    source = TrainingSource(name=corpus.name, conversations=conversations, root=corpus.folder)
+    source = TrainingSource.of_rows(corpus.name, corpus.conversations, corpus.folder)
     if warning := check_lengths(backbone, source, config.limits):
         Console(stderr=True).print(f"warning: {warning}", soft_wrap=True, highlight=False)
 
@@ -111,10 +110,5 @@ def prepare_stage1(
 
 def _source(corpus: TrainingCorpus) -> TrainingSource:
     """Return a corpus without its scan turns, which are labels of vision towers."""
-    return TrainingSource(
-        name=corpus.name,
-        conversations=[without_scan_turns(row).messages for row in corpus.conversations],
-        root=corpus.folder,
-        weight=corpus.weight,
-        locations=[f"{corpus.folder}, {row.id}" for row in corpus.conversations],
-    )
+    rows = [without_scan_turns(row) for row in corpus.conversations]
+    return TrainingSource.of_rows(corpus.name, rows, corpus.folder, weight=corpus.weight)

@@ -49,7 +49,7 @@ COMMANDS: dict[str, Command] = {
     "corpus build": Command(
         "generate questions about scenes and episodes", "corpus:BuildCorpus", stage="corpus"
     ),
-    "corpus convert": Command("convert a published corpus to messages JSONL", "corpus:ConvertCorpus"),
+    "corpus convert": Command("convert a published corpus to messages JSONL", "conversion:ConvertCorpus"),
     "corpus curate": Command(
         "remove faulty, duplicate and leaked conversations, and balance answers", "corpus:CurateCorpora"
     ),

@@ -146,10 +146,9 @@ class TrainStage1(CliCommand):
     def _held_out_examples(self, backbone: Backbone) -> list[Any]:
         if self.held_out is None:
             return []
-        conversations = [row.messages for row in clean_corpus(self.held_out, skip_bad=self.config.skip_bad)]
-        step = max(1, len(conversations) // self.held_out_rows)
-        chosen = conversations[::step][: self.held_out_rows]
-        source = TrainingSource(name="held out", conversations=chosen, root=self.held_out)
+        rows = clean_corpus(self.held_out, skip_bad=self.config.skip_bad)
+        step = max(1, len(rows) // self.held_out_rows)
+        source = TrainingSource.of_rows("held out", rows[::step][: self.held_out_rows], self.held_out)
         processes = Processes.join(backbone.model.device)
         tokenizer = CorpusTokenizer(backbone, self.config.limits, processes, skip_bad=False)
         return list(tokenizer.tokenize(source).examples)

@@ -10,8 +10,9 @@ from blm.corpora.curation.steps import (
     curate_sources,
     write_curated,
 )
-from blm.corpora.format.messages import Conversation, read_corpus, read_questions, scan_corpus, write_corpus
+from blm.corpora.format.messages import Conversation, read_corpus, read_questions, scan_corpus
 from blm.corpora.format.validate import clean_corpus, validate_corpus
+from blm.corpora.format.writing import write_corpus
 from blm.corpora.scenes.build import SceneCorpusConfig, build_scene_corpus
 
 __all__ = [

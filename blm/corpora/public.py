@@ -79,29 +79,27 @@ PUBLIC_CORPORA: dict[str, PublicCorpus] = {
         holds="spatial relations and pointing in photos, scans and simulated rooms",
         origin=f"{HUB}JingkunAn/RefSpatial",
         layout="JSON files with `conversations`, and their image folders",
-        convert="llava DOWNLOAD/FILE.json CORPORA/refspatial --media DOWNLOAD --source-name refspatial",
+        convert="robopoint DOWNLOAD/FILE.json CORPORA/refspatial --media DOWNLOAD --source-name refspatial",
         licence="Apache-2.0; images from OpenImages and CA-1M",
         rows=2_500_000,
-        note="points are 0..1 fractions, ours are integers 0..1000: do not mix them without converting. "
-        "Not tried with our converter",
+        note="points 0..1 become integers 0..1000, as ours. The published files themselves were not tried",
     ),
     "robopoint": PublicCorpus(
         holds="pointing to objects and free space, and general questions",
         origin=f"{HUB}wentao-yuan/robopoint-data",
         layout="a JSON file with `conversations`, and its image folder",
-        convert="llava DOWNLOAD/FILE.json CORPORA/robopoint --media DOWNLOAD --source-name robopoint",
+        convert="robopoint DOWNLOAD/FILE.json CORPORA/robopoint --media DOWNLOAD --source-name robopoint",
         licence="see the card",
-        note="points are 0..1 fractions, ours are integers 0..1000: do not mix them without converting. "
-        "Not tried with our converter",
+        note="points 0..1 become integers 0..1000, as ours. The published files themselves were not tried",
     ),
     "general": PublicCorpus(
         holds="general questions about pictures: LLaVA-Instruct, LLaVA-NeXT, Cambrian, ALLaVA, ..",
         origin=f"{HUB}liuhaotian/LLaVA-Instruct-150K, or any set of LLaVA's format",
-        layout="a JSON or JSONL file with `conversations`, and the image folders that it refers to",
+        layout="a JSON, JSONL or parquet file with `conversations`, and the images that it refers to",
         convert="llava DOWNLOAD/FILE.json CORPORA/general --media DOWNLOAD --source-name general",
         licence="see the card; texts written by GPT models and images have their own terms",
-        note="for language and vision in general. Sets in parquet files, such as LLaVA-OneVision and "
-        "FineVision, must be exported to JSONL and image files first",
+        note="for language and vision in general. Parquet files of LLaVA-OneVision (llava) and FineVision "
+        "(finevision) are read as they are",
     ),
 }
 """Name -> corpus. The folder of each is named after it."""

@@ -357,7 +357,10 @@ def talks() -> list[tuple[Message, ...]]:
 
 def test_rows_with_videos_are_trained_exactly_as_each_turn_alone(qwen: Backbone) -> None:
     qwen.model.requires_grad_(True)
-    rows = [tokenize_conversation(qwen, talk, TokenizationConfig(), None, Counter()) for talk in talks()]
+    rows = [
+        tokenize_conversation(qwen, talk, TokenizationConfig(), None, Counter(), independent=True)
+        for talk in talks()
+    ]
     assert all(row is not None for row in rows)
     kept = [row for row in rows if row is not None]
     packed = MaskedLossModel(qwen)(pack(qwen, [kept], ()))

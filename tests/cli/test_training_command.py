@@ -10,7 +10,8 @@ import pytest
 
 from blm.backbone import Backbone
 from blm.cli.training import split_weight
-from blm.corpora.format.messages import Conversation, write_corpus
+from blm.corpora.format.messages import Conversation
+from blm.corpora.format.writing import write_corpus
 from blm.types import BlmError, Image, Message
 from tests.support.commands import run_command
 

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from blm.corpora.format.messages import Conversation, write_corpus
+from blm.corpora.format.messages import Conversation
+from blm.corpora.format.writing import write_corpus
 from blm.types import Message
 
 

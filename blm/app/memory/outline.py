@@ -240,7 +240,7 @@ def _without_pixels(backbone: Backbone, example: TokenizedExample) -> TokenizedE
 
 
 def _tokenized(backbone: Backbone, config: Stage1Config, messages: Messages) -> TokenizedExample:
-    example = tokenize_conversation(backbone, messages, config.limits, None, Counter())
+    example = tokenize_conversation(backbone, messages, config.limits, None, Counter(), independent=True)
     if example is None:
         raise BlmError(
             f"a question about all cameras is longer than limits.max_length = {config.limits.max_length}: "

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
+from blm.corpora.converters.report import Tally
 from blm.corpora.converters.rows import ConverterConfig, Rows
 from blm.corpora.format.messages import Conversation
 from blm.io import read_json
@@ -26,7 +27,7 @@ def package_folder() -> Path:
     return Path(spec.origin).parent
 
 
-def easy_vqa(source: Path, settings: ConverterConfig) -> Rows:
+def easy_vqa(source: Path, settings: ConverterConfig, tally: Tally) -> Rows:
     """Convert one split."""
     split = source.name
     if split not in SPLITS:
@@ -53,6 +54,7 @@ def easy_vqa(source: Path, settings: ConverterConfig) -> Rows:
                 source=settings.source or "easy_vqa",
                 kinds=tuple(question_kind(answer) for _, answer in asked),
                 messages=tuple(messages),
+                independent=True,
             ),
         )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from blm.corpora.converters.report import Tally
 from blm.corpora.converters.rows import ConverterConfig, Rows, evenly_spaced
 from blm.corpora.format.faults import RowError
 from blm.corpora.format.messages import Conversation
@@ -24,7 +25,7 @@ PROGRESS = (0.25, 0.5, 0.75, 1.0)
 """Shares of an episode at which its progress is asked."""
 
 
-def lerobot(source: Path, settings: ConverterConfig) -> Rows:
+def lerobot(source: Path, settings: ConverterConfig, tally: Tally) -> Rows:
     """Convert all episodes of one dataset. Raises ContractError for a camera that it lacks."""
     dataset = open_dataset(source)
     cameras = settings.cameras or dataset.cameras[:1]
@@ -73,6 +74,7 @@ def _episode(
             source=settings.source or "lerobot",
             kinds=tuple(kind for kind, _, _ in asked),
             messages=tuple(messages),
+            independent=True,
         )
 
 

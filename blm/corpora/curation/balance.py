@@ -80,10 +80,12 @@ def yes_no_turns(rows: Sequence[Conversation]) -> dict[str, tuple[list[TurnIndex
 
 
 def _turns(rows: Sequence[Conversation]) -> Iterator[tuple[TurnIndex, str, str]]:
+    """Yield index, kind and answer of each turn that is learnt."""
     for number, row in enumerate(rows):
         answers = (message for message in row.messages if message.role == "assistant")
         for turn, (kind, answer) in enumerate(zip(row.kinds, answers, strict=True)):
-            yield (number, turn), kind, without_thought(answer.text)
+            if answer.loss:
+                yield (number, turn), kind, without_thought(answer.text)
 
 
 def _surplus(

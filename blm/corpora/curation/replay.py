@@ -21,7 +21,8 @@ from pydoc_data.topics import topics
 import numpy as np
 
 from blm.backbone import Backbone
-from blm.corpora.format.messages import Conversation, write_corpus
+from blm.corpora.format.messages import Conversation
+from blm.corpora.format.writing import write_corpus
 from blm.corpora.scenes.build import SHARDS_KIND, remove_shards, shards_folder
 from blm.io import work_folder
 from blm.jobs import Result, WorkUnit

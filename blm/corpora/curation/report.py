@@ -85,7 +85,7 @@ class DropReasons:
 
 
 def count_turns(rows: Iterable[Conversation]) -> int:
-    return sum(len(row.kinds) for row in rows)
+    return sum(sum(row.learnt) for row in rows)
 
 
 def answer_counts(rows: Sequence[Conversation]) -> dict[str, dict[str, int]]:

@@ -29,8 +29,9 @@ from blm.corpora.curation.report import (
     yes_no_shares,
 )
 from blm.corpora.format.faults import RowError
-from blm.corpora.format.messages import CORPUS_FILE, Conversation, scan_corpus, write_corpus
+from blm.corpora.format.messages import CORPUS_FILE, Conversation, scan_corpus
 from blm.corpora.format.perceptual_hash import SIDE, MediaHasher, NearDuplicateIndex, PictureHash
+from blm.corpora.format.writing import write_corpus
 from blm.io import new_folder, write_json
 from blm.types import BlmError, Question, require_numbers
 
@@ -137,10 +138,14 @@ class _CurationState:
         self._step(name, kept, reasons, reasons.rows)
 
     def drop_turns(self, name: str, reason: str, dropped: set[TurnIndex]) -> None:
-        """Drop single turns, and conversations that lose all their turns."""
+        """Drop single turns, and conversations that lose all turns that are learnt.
+
+        Later turns of a dialogue may refer to a dropped one: there it stays, as context without loss.
+        """
         kept, reasons, emptied = [], DropReasons(), Counter[str]()
         for number, entry in enumerate(self.entries):
-            turns = range(len(entry.conversation.kinds))
+            row = entry.conversation
+            turns = [turn for turn, learnt in enumerate(row.learnt) if learnt]
             left = [turn for turn in turns if (number, turn) not in dropped]
             for turn in turns:
                 if turn not in left:
@@ -148,7 +153,9 @@ class _CurationState:
             if len(left) == len(turns):
                 kept.append(entry)
             elif left:
-                kept.append(replace(entry, conversation=entry.conversation.select(left)))
+                gone = [turn for turn in turns if turn not in left]
+                rest = row.select(left) if row.independent else row.without_loss(gone)
+                kept.append(replace(entry, conversation=rest))
             else:
                 emptied[reason] += 1
         self._step(name, kept, reasons, emptied)

@@ -7,33 +7,33 @@ references below the folder: an image, or a video frame `clips/a.mp4#t=1.25` (se
 optional system turn comes first, then user and assistant turns alternate, and the last is an
 answer.
 
-Rows with free questions also have "facts": the key facts of each answer, or null.
+Rows with free questions also have "facts": the key facts of each answer, or null. A message with
+"loss": false (or another switch of blm.corpora.format.loss) is context: training does not learn it.
+"independent": true says that no turn of the row refers to another one, so that each may be trained
+and asked as if it were alone; otherwise every turn follows all earlier ones.
 
 Only "messages" is required, so that rows of other programs are valid. Defaults: id "row-<line>";
 source "messages"; group "<source>/<first media file>", or else the id; the source's name as kind of
-each answer. Rows about our simulated scenes also have "training": "plain" or "randomized". Only
-this module reads and writes the format. A row that violates it is a `RowError` (see
-blm.corpora.format.faults).
+each answer; "independent" as `always_independent` tells. Rows about our simulated scenes also have
+"training": "plain" or "randomized". This module reads the format, and blm.corpora.format.writing
+writes it. A row that violates it is a `RowError` (see blm.corpora.format.faults).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, get_args
 
-import PIL.Image
-
-from blm.corpora.format.facts import FREE, facts_to_json, read_facts
+from blm.corpora.format.facts import FREE, read_facts
 from blm.corpora.format.faults import RowError
-from blm.io import MARK, new_folder, replacing
-from blm.media import locate, split_time
+from blm.corpora.format.loss import read_loss, read_row_loss
+from blm.corpora.format.unsupported import THOUGHTS, require_supported, require_supported_turn
+from blm.media import split_time
 from blm.seeds import count_reserved_seeds
 from blm.types import BlmError, Image, KeyFacts, Message, Question, Scorer, Training
 
@@ -57,6 +57,13 @@ class Conversation:
     """Whether its simulated scenes were randomized; unknown for all other conversations."""
     facts: tuple[KeyFacts | None, ...] = ()
     """Key facts of each assistant turn, None where the question is not free; empty if none is."""
+    independent: bool = False
+    """Whether no turn refers to another one; only then may turns be trained or asked apart."""
+
+    @property
+    def learnt(self) -> tuple[bool, ...]:
+        """Whether training learns the answer of each turn."""
+        return tuple(message.loss for message in self.messages if message.role == "assistant")
 
     @property
     def media(self) -> tuple[Image, ...]:
@@ -84,7 +91,7 @@ class Conversation:
         body = [message for message in self.messages if message.role != "system"]
         for turn, (asked, answer) in enumerate(zip(body[::2], body[1::2], strict=True)):
             if turn in wanted:
-                kept += [Message("user", (*pending, *asked.content)), answer]
+                kept += [replace(asked, content=(*pending, *asked.content)), answer]
                 pending = ()
             else:
                 pending = (*pending, *asked.content[: end_of_pictures(asked)])
@@ -92,15 +99,30 @@ class Conversation:
         facts = tuple(facts for turn, facts in enumerate(self.facts) if turn in wanted)
         return replace(self, kinds=kinds, messages=tuple(kept), facts=facts)
 
+    def without_loss(self, turns: Collection[int]) -> Conversation:
+        """Return the conversation with the answers of these turns as context only."""
+        numbers = count()
+        messages = tuple(
+            replace(m, loss=m.loss and next(numbers) not in turns) if m.role == "assistant" else m
+            for m in self.messages
+        )
+        return replace(self, messages=messages)
+
     def questions(self) -> Iterator[Question]:
-        """Yield each turn as a separate question, with the images shown so far."""
+        """Yield each turn whose answer is learnt as a separate question.
+
+        It follows the images shown so far or, unless the turns are independent, all earlier turns.
+        """
         system = tuple(message for message in self.messages if message.role == "system")
         for turn, (kind, asked, answer) in enumerate(self.turns()):
+            if not answer.loss:
+                continue
             scorer = scorer_of(kind)
+            before = self.messages[: len(system) + 2 * turn + 1]
             yield Question(
                 id=f"{self.id}/{turn}",
                 kind=kind,
-                messages=(*system, asked),
+                messages=(*system, asked) if self.independent else before,
                 answer=without_thought(answer.text),
                 group=self.group,
                 scorer=scorer,
@@ -224,7 +246,14 @@ def parse_row(row: Any, number: int) -> Conversation:
             "wrong media count",
             f"it has media outside the messages ({', '.join(beside)}); convert it with `blm corpus convert`",
         )
+    require_supported(row)
+    if row.get("objects"):
+        raise RowError(
+            "unclear coordinates", "'objects' of the row; `blm corpus convert` puts them into texts"
+        )
     messages = tuple(_message(message) for message in row["messages"])
+    masked = read_row_loss(row, [message.role for message in messages])
+    messages = tuple(replace(m, loss=m.loss and kept) for m, kept in zip(messages, masked, strict=True))
     check_turns(messages)
     identity = _text(row, "id", f"row-{number}")
     source = _text(row, "source", "messages")
@@ -248,7 +277,28 @@ def parse_row(row: Any, number: int) -> Conversation:
         messages=messages,
         training=training,
         facts=read_facts(row.get("facts"), [kind.startswith(FREE) for kind in kinds]),
+        independent=_independent(row, identity, group),
     )
+
+
+OURS = re.compile(r"(scene|episode)/[^/]+/[^/]+/-?\d+")
+"""Group of a row about one of our own scenes: robot, task and seed."""
+
+
+def always_independent(identity: str, group: str) -> bool:
+    """Return whether a row that says nothing about it has independent turns.
+
+    These are the rows that this program builds itself, also those that earlier versions built,
+    which did not mark them: questions about our scenes and episodes, easy-VQA and LeRobotDatasets.
+    """
+    return bool(OURS.fullmatch(group)) or identity.startswith(("easy_vqa/", "lerobot/"))
+
+
+def _independent(row: dict[str, Any], identity: str, group: str) -> bool:
+    value = row.get("independent", always_independent(identity, group))
+    if not isinstance(value, bool):
+        raise RowError("malformed row", f"'independent' is {value!r}, not true or false")
+    return value
 
 
 def check_turns(messages: Sequence[Message]) -> None:
@@ -263,18 +313,25 @@ def check_turns(messages: Sequence[Message]) -> None:
             raise RowError("empty answer", f"turn {turn}" + (" has an image" if message.images else ""))
         if message.role == "user" and blank and not message.images:
             raise RowError("empty question", f"turn {turn}")
+    if not any(message.loss for message in messages if message.role == "assistant"):
+        raise RowError("nothing to learn", "all answers are excluded")
 
 
 def _message(message: Any) -> Message:
     if not isinstance(message, dict) or "role" not in message or "content" not in message:
         raise RowError("malformed row", f"a message is {str(message)[:60]!r}, no role with content")
+    require_supported_turn(message)
+    if thought := [key for key in THOUGHTS if message.get(key)]:
+        raise RowError(
+            "unsupported content", f"'{thought[0]}' of a turn; `blm corpus convert` puts it in <think>"
+        )
     role, content = message["role"], message["content"]
     if role not in ROLES:
         raise RowError("unknown role", f"role {role!r}")
     if not isinstance(content, str | list):
         raise RowError("malformed row", f"a content is {type(content).__name__}, neither text nor list")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return Message(role, tuple(_part(part) for part in parts))
+    return Message(role, tuple(_part(part) for part in parts), read_loss(message) is not False)
 
 
 def _part(part: Any) -> str | Image:
@@ -286,8 +343,27 @@ def _part(part: Any) -> str | Image:
         url = holder.get("url") if isinstance(holder, dict) else None
         if not isinstance(url, str) or not url:
             raise RowError("malformed row", f"an image_url is {holder!r}, it needs a 'url'")
+        if unread := [f"{key} {value!r}" for key, value in settings_of(part)]:
+            raise RowError(
+                "unsupported setting", f"{', '.join(unread)}; `blm corpus convert messages` applies settings"
+            )
         return Image(path=url)
     raise RowError("unsupported content", f"a part of type {kind!r}; valid: text, image_url")
+
+
+SETTINGS = (
+    *("min_pixels", "max_pixels", "total_pixels", "resized_height", "resized_width", "detail"),
+    *("fps", "nframes", "num_frames", "min_frames", "max_frames", "video_start", "video_end"),
+    *("sample_fps", "raw_fps", "crop", "start", "end", "start_time", "end_time"),
+)
+"""Keys of a content part that say how its picture or video is to be shown."""
+
+
+def settings_of(part: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the settings of a content part, also those beside its url, that change anything."""
+    holders = [part, *(value for value in part.values() if isinstance(value, Mapping))]
+    found = [(key, value) for holder in holders for key, value in holder.items() if key in SETTINGS]
+    return [(key, value) for key, value in found if value is not None and (key, value) != ("detail", "auto")]
 
 
 def check_text(text: Any) -> str:
@@ -312,88 +388,3 @@ def _text(row: dict[str, Any], key: str, default: str) -> str:
     if not isinstance(value, str) or not value:
         raise RowError("malformed row", f"'{key}' is {value!r}, no text")
     return check_text(value)
-
-
-# --- writing ------------------------------------------------------------------------------------------------
-
-
-def write_corpus(folder: Path, conversations: Iterable[Conversation], *, media: Path | None = None) -> int:
-    """Write a corpus folder atomically; return the number of conversations.
-
-    Images in memory are stored as PNG files that are named by a hash of their content, so equal
-    images are stored once. Media that are paths below the folder `media` are hard-linked, or
-    copied to another disk; without `media`, paths are written unchanged. Media that a killed run
-    stored are reused; an error leaves nothing behind. Raises BlmError if `folder` exists: a corpus
-    is never overwritten.
-    """
-    count = 0
-    with new_folder(folder, resume=True) as work:
-        stored: set[Path] = {work / CORPUS_FILE, work / MARK}
-        with (work / CORPUS_FILE).open("w", encoding="utf-8") as file:
-            for conversation in conversations:
-                file.write(json.dumps(_to_row(conversation, work, media, stored)) + "\n")
-                count += 1
-        for path in (path for path in work.rglob("*") if path.is_file() and path not in stored):
-            path.unlink()  # left by an interrupted run with other rows
-    return count
-
-
-def _to_row(
-    conversation: Conversation, folder: Path, media: Path | None, stored: set[Path]
-) -> dict[str, Any]:
-    def part_to_json(part: str | Image) -> dict[str, Any]:
-        if isinstance(part, str):
-            return {"type": "text", "text": part}
-        return {"type": "image_url", "image_url": {"url": _store(part, folder, media, stored)}}
-
-    known = {} if conversation.training == "unknown" else {"training": conversation.training}
-    return {
-        "id": conversation.id,
-        "group": conversation.group,
-        "source": conversation.source,
-        **known,
-        "kinds": list(conversation.kinds),
-        **facts_to_json(conversation.facts),
-        "messages": [
-            {"role": m.role, "content": [part_to_json(part) for part in m.content]}
-            for m in conversation.messages
-        ],
-    }
-
-
-def _store(image: Image, folder: Path, media: Path | None, stored: set[Path]) -> str:
-    """Store one image or video below `folder`; return its reference."""
-    if image.pixels is None and media is None:
-        return str(image.path)
-    if image.pixels is not None:
-        name = f"images/{hashlib.sha256(image.pixels.tobytes()).hexdigest()[:16]}.png"
-        reference = name
-    else:
-        assert media is not None
-        file = locate(str(image.path), media)
-        name = file.relative_to(os.path.normpath(media)).as_posix()
-        reference = name + str(image.path)[len(split_time(str(image.path))[0]) :]
-    target = folder / name
-    if target not in stored:
-        stored.add(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if image.pixels is None:
-            _link(file, target)
-        else:
-            PIL.Image.fromarray(image.pixels).save(target, compress_level=1)
-    return reference
-
-
-def _link(source: Path, target: Path) -> None:
-    if not source.is_file():
-        raise BlmError(f"cannot store '{source}': the file is missing")
-    source, there = source.resolve(), target.stat() if target.exists() else None
-    have = source.stat()
-    if there and (there.st_size, there.st_mtime_ns) == (have.st_size, have.st_mtime_ns):
-        return
-    target.unlink(missing_ok=True)  # left by a killed run; it may be a link to another file
-    try:
-        os.link(source, target)  # atomic; `replacing` lists the folder each time, which n files make n^2
-    except OSError:  # another disk, or a file system without hard links
-        with replacing(target) as temporary:
-            shutil.copy2(source, temporary)

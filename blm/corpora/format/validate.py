@@ -18,6 +18,7 @@ from rich.progress import track
 from blm.corpora.format.faults import Fault, RowError, count_faults, summarise
 from blm.corpora.format.messages import CORPUS_FILE, Conversation, scan_corpus
 from blm.corpora.format.perceptual_hash import MediaHasher
+from blm.corpora.format.turns import Messages, is_learnt, split_turns
 from blm.media import load_pixels
 from blm.types import BlmError
 
@@ -130,15 +131,23 @@ def check_with_backbone(
     for turn, message in enumerate(row.messages):
         if found := [token for token in reserved if token in message.text]:
             raise RowError("reserved token in text", f"turn {turn} of the {message.role} has {found[0]!r}")
-    text = backbone.render(row.messages, prompt=False)
-    for turn, message in enumerate(row.messages):
-        if message.role == "assistant":
-            asked = backbone.render(row.messages[:turn], prompt=True)
-            if not text.startswith(asked) or not text[len(asked) :].lstrip().startswith(message.text.strip()):
-                raise RowError("answer not learnt", f"the chat template rewrites turn {turn}")
+    for messages in split_turns(row.messages) if row.independent else [row.messages]:
+        _check_answers(messages, backbone)
     tokens = count_tokens(row, folder, backbone)
     if max_tokens is not None and tokens > max_tokens:
         raise RowError("too long", f"{tokens} tokens of at most {max_tokens}")
+
+
+def _check_answers(messages: Messages, backbone: Backbone) -> None:
+    """Raise RowError unless each learnt answer follows its prompt in the rendered text."""
+    text = backbone.render(messages, prompt=False)
+    for turn, message in enumerate(messages):
+        if is_learnt(message):
+            asked = backbone.render(messages[:turn], prompt=True)
+            if not text.startswith(asked) or not text[len(asked) :].lstrip().startswith(message.text.strip()):
+                raise RowError(
+                    "answer not learnt", f"the chat template rewrites the answer {message.text[:40]!r}"
+                )
 
 
 def count_tokens(row: Conversation, folder: Path, backbone: Backbone) -> int:

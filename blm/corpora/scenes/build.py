@@ -18,7 +18,8 @@ import numpy as np
 from rich.console import Console
 
 from blm.backbone.prompt import PromptOrder, require_order
-from blm.corpora.format.messages import CORPUS_FILE, Conversation, read_corpus, write_corpus
+from blm.corpora.format.messages import CORPUS_FILE, Conversation, read_corpus
+from blm.corpora.format.writing import write_corpus
 from blm.corpora.scenes.annotations import QuestionSampler, QuestionTurn, by_kind, to_messages
 from blm.corpora.scenes.episodes import EpisodeSteps, frame_annotations, read_steps
 from blm.corpora.scenes.free_questions import free_turns
@@ -289,6 +290,7 @@ def _about_scene(
         messages=to_messages(images, turns, thoughts=config.thoughts),
         training="plain" if config.randomization == NO_RANDOMIZATION else "randomized",
         facts=tuple(turn.facts for turn in turns) if any(turn.facts for turn in turns) else (),
+        independent=True,
     )
     yield row
     if alone:
@@ -322,6 +324,7 @@ def _episode_conversations(config: SceneCorpusConfig, part: ShardItems) -> Itera
                 kinds=tuple(turn.kind for turn in turns),
                 messages=to_messages(images, turns, thoughts=config.thoughts),
                 training=dataset.training,
+                independent=True,
             )
 
 

@@ -123,13 +123,7 @@ def _sources(backbone: Backbone, config: LanguageCotraining, loop: LoopConfig) -
     if is_nano(backbone):
         return nano_sources(rows, loop)
     return [
-        TrainingSource(
-            name=folder.name,
-            conversations=[row.messages for row in conversations],
-            root=folder,
-            weight=weight,
-            locations=[f"{folder}, {row.id}" for row in conversations],
-        )
+        TrainingSource.of_rows(folder.name, conversations, folder, weight=weight)
         for conversations, folder, weight in rows
     ]
 

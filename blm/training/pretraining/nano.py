@@ -111,11 +111,9 @@ def _pretrain(
     if not views:
         return
     pretrain_vision_tower(backbone, views, config.eye, out / "eye")
-    drills = [
-        (root, [one.messages for row in rows for one in grounding_drill(row)]) for rows, root in corpora
-    ]
+    drills = [(root, [one for row in rows for one in grounding_drill(row)]) for rows, root in corpora]
     sources = [
-        TrainingSource(name=root.name, conversations=found, root=root, weight=float(len(found)))
+        TrainingSource.of_rows(root.name, found, root, weight=float(len(found)))
         for root, found in drills
         if found
     ]
@@ -123,7 +121,7 @@ def _pretrain(
         return
     sources = add_text_only_scenes(sources, [rows for rows, _ in corpora], config.drill)
     count = config.drill.steps * config.drill.batch_size  # no more than training will use
-    sources = [replace(source, conversations=source.conversations[:count]) for source in sources]
+    sources = [source.first(count) for source in sources]
     drill = Stage1Config(
         loop=config.drill, vision_scale=0.0, pack_length=config.pack_length, supervise_attention=True
     )
@@ -158,13 +156,7 @@ def nano_sources(
     the folder of their images, and their weight.
     """
     without_scans = [
-        TrainingSource(
-            name=root.name,
-            conversations=[without_scan_turns(row).messages for row in rows],
-            root=root,
-            weight=weight,
-            locations=[f"{root}, {row.id}" for row in rows],
-        )
+        TrainingSource.of_rows(root.name, [without_scan_turns(row) for row in rows], root, weight=weight)
         for rows, root, weight in sources
     ]
     return add_text_only_scenes(without_scans, [rows for rows, _, _ in sources], loop)

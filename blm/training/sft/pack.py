@@ -17,6 +17,7 @@ from torch import Tensor
 
 from blm.backbone import Backbone, Inputs
 from blm.backbone.precision import is_mixed, mixed_precision
+from blm.corpora.format.turns import split_turns
 from blm.media import load_pixels
 from blm.training.sft.prefix_attention import PrefixAttentionLayout, prefix_attention_layout
 from blm.training.sft.tokenize import (
@@ -24,7 +25,6 @@ from blm.training.sft.tokenize import (
     TokenizationConfig,
     TokenizedExample,
     concatenate_vision_inputs,
-    split_turns,
     tokenize_conversation,
 )
 from blm.types import BlmError, Image, Message
@@ -220,7 +220,7 @@ def probe_examples(backbone: Backbone) -> list[TokenizedExample]:
     """Return the probe conversations as examples."""
     config = TokenizationConfig(max_length=1_000_000)
     examples = [
-        tokenize_conversation(backbone, conversation, config, None, Counter())
+        tokenize_conversation(backbone, conversation, config, None, Counter(), independent=True)
         for conversation in probe_conversations(backbone)
     ]
     return [example for example in examples if example is not None]

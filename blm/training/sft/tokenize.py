@@ -20,9 +20,9 @@ from torch import Tensor
 
 from blm.backbone import Backbone, Inputs
 from blm.backbone.video import Clip, Video, grids_of, load_media, media_of
-from blm.types import BlmError, Image, ImageArray, Message, require_numbers
+from blm.corpora.format.turns import Messages, is_learnt, split_turns
+from blm.types import BlmError, Image, ImageArray, require_numbers
 
-Messages = tuple[Message, ...]
 VisionInputs = Mapping[str, tuple[Tensor, ...]]
 """Model inputs other than tokens ("pixel_values", Qwen's "image_grid_thw", ..).
 
@@ -35,10 +35,10 @@ class TokenizationConfig:
     """How a conversation becomes a training example."""
 
     separate_turns: bool = True
-    """Prefix attention: each turn attends to the images and to itself, but not to other turns.
-    Each turn is trained exactly as if it were asked alone, and the images are encoded once.
-    Turn it off for dialogues whose turns refer to earlier turns.
-    It does not apply to conversations without images or with images in later turns."""
+    """Prefix attention for conversations whose turns are marked as independent: each turn attends
+    to the images and to itself, but not to other turns. Each turn is trained exactly as if it were
+    asked alone, and the images are encoded once. All other conversations stay whole, and so do
+    those without images or with images in later turns."""
     max_length: int = 2048
     """Maximum length of an example [tokens].
     Longer conversations lose their last turns, but never an image."""
@@ -136,12 +136,14 @@ def tokenize_conversation(
     config: TokenizationConfig,
     root: Path | None,
     counts: Counter[str],
+    *,
+    independent: bool = False,
 ) -> TokenizedExample | None:
-    """Tokenise one conversation; None if even its first turn is too long.
+    """Tokenise one conversation; None if even its first turn that is learnt is too long.
 
-    `counts` records the outcome.
+    `independent` tells whether its turns may be separated. `counts` records the outcome.
     """
-    turns = split_turns(messages) if config.separate_turns else [messages]
+    turns = split_turns(messages) if config.separate_turns and independent else [messages]
     images = media_of(turns[0], backbone.videos_as)
     source = ProcessorInput(backbone.render(turns[0], prompt=False), images, root, config.max_pixels)
     inputs, changed = source.process(backbone)
@@ -149,8 +151,10 @@ def tokenize_conversation(
     if len(tokens) > config.max_length:
         counts["turns cut"] += 1
         last = max(index for index, message in enumerate(messages) if message.role == "user")
-        if any(message.role == "assistant" for message in messages[:last]):
-            return tokenize_conversation(backbone, messages[:last], config, root, counts)
+        if any(is_learnt(message) for message in messages[:last]):
+            return tokenize_conversation(
+                backbone, messages[:last], config, root, counts, independent=independent
+            )
         counts["dropped, too long"] += 1
         return None
     counts["kept"] += 1
@@ -260,30 +264,13 @@ def _end_of_pictures(tokens: np.ndarray, placeholders: np.ndarray) -> int:
     return int(where[-1]) + 1 if len(where) else 0
 
 
-def split_turns(messages: Messages) -> list[Messages]:
-    """Split a dialogue about images into one conversation per turn, each with all the images.
-
-    Returns the dialogue unsplit if it has no images, or has them in later turns.
-    """
-    system = tuple(message for message in messages if message.role == "system")
-    users = [message for message in messages if message.role == "user"]
-    answers = [message for message in messages if message.role == "assistant"]
-    roles = [message.role for message in messages[len(system) :]]
-    roles_with_pictures = [message.role for message in messages if message.images]
-    if roles != ["user", "assistant"] * len(users) or roles_with_pictures != ["user"] or not users[0].images:
-        return [messages]
-    last = max(index for index, part in enumerate(users[0].content) if isinstance(part, Image))
-    pictures = users[0].content[: last + 1]
-    questions = [users[0], *(Message("user", (*pictures, *message.content)) for message in users[1:])]
-    return [(*system, question, answer) for question, answer in zip(questions, answers, strict=True)]
-
-
 def _tokens_and_loss_mask(backbone: Backbone, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
     """Return token ids and loss mask [L] of a conversation, with one placeholder per image.
 
     An answer is the text by which the rendered conversation with it is longer than the prompt
     before it, up to the first end token. This works for any chat template that does not rewrite
-    earlier turns. Raises BlmError for another template, and for a conversation without an answer.
+    earlier turns. Answers without loss are context. Raises BlmError for another template, and for
+    a conversation without an answer to learn.
     """
     text = backbone.render(messages, prompt=False)
     special = backbone.special_token_arguments(text)
@@ -292,7 +279,7 @@ def _tokens_and_loss_mask(backbone: Backbone, messages: Messages) -> tuple[np.nd
     tokens, offsets = np.asarray(encoding.ids), np.asarray(encoding.offsets)
     loss_mask = np.zeros(len(tokens), dtype=bool)
     for index, message in enumerate(messages):
-        if message.role != "assistant":
+        if not is_learnt(message):
             continue
         before = backbone.render(messages[:index], prompt=True)
         last = index + 1 == len(messages)

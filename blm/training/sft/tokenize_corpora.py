@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from rich.progress import track
 
 from blm.backbone import Backbone
 from blm.backbone.video import media_of
+from blm.corpora.format.messages import Conversation
 from blm.training.loop.distributed import DataShard, Processes
 from blm.training.sft.mixture_sampler import TokenizedSource
 from blm.training.sft.tokenize import (
@@ -40,6 +41,31 @@ class TrainingSource:
     """Weight in the training mixture, relative to the other sources."""
     locations: Sequence[str] = ()
     """Place of each conversation ("file:line"), for messages."""
+    independent: Sequence[bool] = ()
+    """Whether the turns of each conversation may be separated; empty if those of none may."""
+
+    @classmethod
+    def of_rows(
+        cls, name: str, rows: Sequence[Conversation], root: Path, *, weight: float = 1.0
+    ) -> TrainingSource:
+        """Return the source of the rows of a corpus in the folder `root`."""
+        return cls(
+            name=name,
+            conversations=[row.messages for row in rows],
+            root=root,
+            weight=weight,
+            locations=[f"{root}, {row.id}" for row in rows],
+            independent=[row.independent for row in rows],
+        )
+
+    def first(self, count: int) -> TrainingSource:
+        """Return the source with its first `count` conversations only."""
+        return replace(
+            self,
+            conversations=self.conversations[:count],
+            locations=self.locations[:count],
+            independent=self.independent[:count],
+        )
 
     def location(self, index: int) -> str:
         """Return the place of conversation `index`."""
@@ -104,7 +130,12 @@ class CorpusTokenizer:
             messages, example = tuple(source.conversations[number]), None
             try:
                 example = tokenize_conversation(
-                    self.backbone, messages, self.config, source.root, self.counts
+                    self.backbone,
+                    messages,
+                    self.config,
+                    source.root,
+                    self.counts,
+                    independent=bool(source.independent) and source.independent[number],
                 )
             except BlmError as error:
                 shard.faults.append((number, str(error)))

@@ -278,10 +278,14 @@ def test_rows_without_tags_are_shown_first_when_asked(tmp_path):
 
 
 @pytest.mark.parametrize("answer", ["<image> a cup", "see <video>"])
-def test_a_tag_in_an_answer_is_refused(tmp_path, answer):
+def test_a_tag_in_an_answer_is_a_word_unless_a_file_belongs_to_it(tmp_path, answer):
+    picture(tmp_path / "a.png")
     file = write(tmp_path / "r.json", [{"conversations": human("What?", answer)}])
-    with pytest.raises(BlmError, match="tag in the text of the assistant"):
-        convert("llava", file, tmp_path / "out")
+    convert("llava", file, tmp_path / "out")
+    assert only(tmp_path / "out").messages[1].text == answer
+    file = write(tmp_path / "s.json", [{"conversations": human("What?", answer), "images": ["a.png"]}])
+    with pytest.raises(BlmError, match="0 tags <image> for 1 files"):
+        convert("llava", file, tmp_path / "no")
 
 
 @pytest.mark.parametrize(

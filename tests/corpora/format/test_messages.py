@@ -36,7 +36,7 @@ def conversation(name="a", value=0, group="g", **changes):
         Message("user", ("Where is the cube?",)),
         Message("assistant", ("(10, 20)",)),
     )
-    fields = {"kinds": ("count", "point_base"), "messages": messages} | changes
+    fields = {"kinds": ("count", "point_base"), "messages": messages, "independent": True} | changes
     return Conversation(id=name, group=group, source="test", **fields)
 
 
@@ -202,7 +202,9 @@ def test_selected_turns_keep_their_questions(keep):
         *(Message("user", ("And here?", b)), Message("assistant", ("that",))),
         *(Message("user", ("Both?",)), Message("assistant", ("no",))),
     )
-    row = Conversation(id="x", group="g", source="s", kinds=("k0", "k1", "k2"), messages=messages)
+    row = Conversation(
+        id="x", group="g", source="s", kinds=("k0", "k1", "k2"), messages=messages, independent=True
+    )
     every, part = list(row.questions()), row.select(keep)
     assert [replace(q, id="") for q in part.questions()] == [replace(every[i], id="") for i in keep]
     assert (part == row) == (keep == (0, 1, 2))

@@ -19,7 +19,8 @@ import PIL.Image
 import pytest
 
 from blm.app.chats import load_chat, open_endpoint
-from blm.corpora.format.messages import Conversation, write_corpus
+from blm.corpora.format.messages import Conversation
+from blm.corpora.format.writing import write_corpus
 from blm.evaluation import load_result
 from blm.evaluation.digital import BENCHMARKS
 from blm.evaluation.digital.answers import AnswerError

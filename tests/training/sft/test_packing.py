@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from blm.backbone import Backbone, build_nano
+from blm.corpora.format.turns import split_turns
 from blm.media import load_pixels
 from blm.training.policy.hidden_state_cache import ALONE
 from blm.training.sft import pack as packing
@@ -32,7 +33,6 @@ from blm.training.sft.tokenize import (
     TokenizedExample,
     concatenate_vision_inputs,
     limit_pixels,
-    split_turns,
     tokenize_conversation,
 )
 from blm.training.sft.vision_features import (
@@ -76,7 +76,7 @@ def talk(*parts: str | Image | tuple[str | Image, ...]) -> tuple[Message, ...]:
 def row(
     backbone: Backbone, messages: tuple[Message, ...], limits: TokenizationConfig = LIMITS
 ) -> TokenizedExample:
-    made = tokenize_conversation(backbone, messages, limits, None, Counter())
+    made = tokenize_conversation(backbone, messages, limits, None, Counter(), independent=True)
     assert made is not None
     return made
 

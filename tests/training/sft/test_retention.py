@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from blm.backbone import Backbone, build_nano
 from blm.corpora.curation import replay
-from blm.corpora.format.messages import CORPUS_FILE, Conversation, read_corpus, write_corpus
+from blm.corpora.format.messages import CORPUS_FILE, Conversation, read_corpus
+from blm.corpora.format.writing import write_corpus
 from blm.evaluation.digital.instructions import (
     run_instructions,
     summarise,

@@ -46,7 +46,10 @@ def dialogue(*turns: tuple[str, str], images: tuple[Image, ...] = ()) -> tuple[M
 
 
 def source(*talks: tuple[Message, ...], root: Path | None = None, **fields: Any) -> TrainingSource:
-    return TrainingSource(**{"name": "made", "conversations": talks, "root": root, **fields})
+    apart = [True] * len(talks)
+    return TrainingSource(
+        **{"name": "made", "conversations": talks, "root": root, "independent": apart, **fields}
+    )
 
 
 @pytest.fixture(scope="module", params=["nano", "qwen2.5"])
@@ -62,7 +65,9 @@ def nano() -> Backbone:
 def batch(
     backbone: Backbone, limits: TokenizationConfig, *conversations: tuple[Message, ...]
 ) -> ExampleBatch:
-    rows = [tokenize_conversation(backbone, c, limits, None, Counter()) for c in conversations]
+    rows = [
+        tokenize_conversation(backbone, c, limits, None, Counter(), independent=True) for c in conversations
+    ]
     return collate(backbone, [row for row in rows if row is not None], tuple(range(len(rows))))
 
 
@@ -80,7 +85,12 @@ def test_answers_and_their_end_tokens_are_learnt_and_nothing_else(backbone: Back
     talk = dialogue(("How many cubes?", "two"), ("assistant", "(512, 430)"), images=(image,))
     for separate in (True, False):
         row = tokenize_conversation(
-            backbone, talk, TokenizationConfig(separate_turns=separate), None, Counter()
+            backbone,
+            talk,
+            TokenizationConfig(separate_turns=separate),
+            None,
+            Counter(),
+            independent=True,
         )
         assert row is not None
         segments = [row.segment_ids == number for number in np.unique(row.segment_ids)]
@@ -263,7 +273,7 @@ def test_long_rows_lose_their_last_turns_never_a_picture(nano: Backbone) -> None
     talk = dialogue(("How many cubes?", "two"), ("x" * 300, "no"), images=(picture(7),))
     limits = TokenizationConfig(max_length=60)
     config = replace(CONFIG, limits=limits)
-    row = tokenize_conversation(nano, talk, limits, None, counts)
+    row = tokenize_conversation(nano, talk, limits, None, counts, independent=True)
     assert row is not None and len(row.tokens) <= 60 and counts == {"turns cut": 1, "kept": 1}
     assert (row.tokens == nano.processor.image_token_id).sum() == 16
     assert (
