@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from blm.errors import ContractError
+from blm.errors import BlmError, ContractError
 
 ImageArray = NDArray[np.uint8]
 PictureFit = Literal["exact", "letterbox", "crop"]
@@ -47,3 +47,11 @@ def fit_picture(picture: NDArray[Any], fit: PictureFit, side: int, what: str) ->
     top, left = (side - new_height) // 2, (side - new_width) // 2
     out[top : top + new_height, left : left + new_width] = np.asarray(scaled)
     return out
+
+
+def joint_fit(fits: set[PictureFit]) -> PictureFit:
+    """Return the one way in which pictures become squares; "exact" goes with any. Raises BlmError."""
+    found = sorted(fits - {"exact"})
+    if len(found) > 1:
+        raise BlmError(f"one policy has one picture_fit; the data have {' and '.join(found)}")
+    return found[0] if found else "exact"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from blm.datasets.dataset import VECTORS, EpisodeDataset
 from blm.datasets.files import MANIFEST, PARTS, ProgressIterator, manifest_faults, no_progress
-from blm.datasets.lerobot_columns import camera_name, features_of
+from blm.datasets.lerobot_columns import features_of
 from blm.datasets.lerobot_layouts import REWRITE
 from blm.datasets.statistics import compute_stats
 from blm.datasets.video import decodable_frames, frame_times, probe
@@ -164,6 +164,7 @@ def shape_faults(dataset: EpisodeDataset) -> Iterator[DamagedError]:
     """Yield features whose declared shape differs from that of their columns or videos."""
     where, info = f"'{dataset.folder / 'meta/info.json'}'", dataset.info
     fix = RECOLLECT if dataset.manifest else REWRITE
+    cameras = {key: camera for camera, key in (dataset.mapping.cameras if dataset.mapping else {}).items()}
     files = sorted((dataset.folder / "data").rglob("[!.]*.parquet"))
     row = pq.ParquetFile(files[0]).read_row_group(0).slice(0, 1).to_pydict() if files else {}
     for name, feature in features_of(dataset.folder, info).items():
@@ -171,8 +172,9 @@ def shape_faults(dataset: EpisodeDataset) -> Iterator[DamagedError]:
             continue
         declared = tuple(feature["shape"])
         if feature["dtype"] == "video":
-            found = dataset.stored_shapes.get(camera_name(name))
-            videos = dataset.camera_videos.get(camera_name(name))
+            camera = cameras.get(name, name.removeprefix("observation.images."))
+            found = dataset.stored_shapes.get(camera)
+            videos = dataset.camera_videos.get(camera)
             with suppress(DamagedError):  # unreadable videos are reported by another check
                 found = probe(videos.files[0]).shape if videos else found
             if found and found not in (declared[:2], declared[1:]):

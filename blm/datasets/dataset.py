@@ -16,6 +16,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from blm.action_space import ACTION_KINDS
 from blm.datasets.files import Manifest, content_hash, describe_files
 from blm.datasets.mapping import DataMapping
 from blm.datasets.statistics import Stats
@@ -23,7 +24,16 @@ from blm.datasets.stored_pictures import StoredPictures
 from blm.datasets.video import VideoFile
 from blm.pictures import fit_picture
 from blm.seeds import count_reserved_seeds
-from blm.types import ActionSpace, ContractError, Episode, FloatArray, ImageArray, PictureFit, Training
+from blm.types import (
+    ActionSpace,
+    BlmError,
+    ContractError,
+    Episode,
+    FloatArray,
+    ImageArray,
+    PictureFit,
+    Training,
+)
 
 VECTORS: Final = ("observation.state", "action", "executed_action")
 """Names of the vector features: [N, S], [N, D] and [N, D]."""
@@ -241,6 +251,21 @@ class EpisodeDataset:
         for name, (need, have) in needs.items():
             if need != have:
                 raise ContractError(f"dataset '{self.folder}': {name} is {have}, {need} is needed")
+
+    def require_known_kinds(self) -> None:
+        """Raise BlmError unless it is known which actions are targets and which are deltas."""
+        if self.mapping is None and self.space.kind == "unknown":
+            raise BlmError(
+                f"dataset '{self.folder}' is of another program, and states neither kinds nor units: run "
+                f"`blm doctor {self.folder} --suggest`, check the mapping that it writes, and give it with "
+                "--mappings"
+            )
+        if self.mapping is not None and self.mapping.undecided:
+            valid = ", ".join(kind for kind in ACTION_KINDS if kind != "unknown")
+            raise BlmError(
+                f"the mapping of '{self.folder}' leaves the kind of {', '.join(self.mapping.undecided)} "
+                f"unknown; write one of {valid}"
+            )
 
     def _require_cameras(self, cameras: Sequence[str]) -> None:
         missing = [camera for camera in cameras if camera not in self.cameras]

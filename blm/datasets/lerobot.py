@@ -10,7 +10,7 @@ LeRobot ignores these. See docs/datasets.md.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from blm.datasets.lerobot_writer import (
     stage_episode,
     video_file,
 )
-from blm.datasets.mapping import DataMapping
+from blm.datasets.mapping import DataMapping, mappings_for
 from blm.datasets.statistics import Stats
 from blm.io import read_json, reading, recover_folder
 from blm.types import BlmError
@@ -43,7 +43,9 @@ __all__ = [
     "finalize_dataset",
     "load_dataset",
     "open_dataset",
+    "open_mapped",
     "stage_episode",
+    "stated_mappings",
     "verify_files",
 ]
 
@@ -59,6 +61,18 @@ def open_dataset(folder: Path | str, mapping: DataMapping | None = None) -> Epis
     for fault in opening_faults(dataset):
         raise fault
     return dataset
+
+
+def open_mapped(folders: Sequence[Path], mappings: Sequence[Path]) -> list[EpisodeDataset]:
+    """Open and check datasets, each through its mapping (see `mappings_for`). Raises BlmError."""
+    found = mappings_for(folders, mappings)
+    return [open_dataset(folder, mapping) for folder, mapping in zip(folders, found, strict=True)]
+
+
+def stated_mappings(datasets: Sequence[EpisodeDataset]) -> dict[str, dict[str, Any]]:
+    """Return the mappings of the datasets, as a part of the provenance; {} if there are none."""
+    found = {str(data.folder): data.mapping.to_json() for data in datasets if data.mapping is not None}
+    return {"mappings": found} if found else {}
 
 
 def load_dataset(folder: Path | str, mapping: DataMapping | None = None) -> EpisodeDataset:

@@ -6,7 +6,7 @@ Features are found by the names that LeRobot, openpi and GR00T use. Their meanin
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,17 @@ def is_camera(name: str, feature: Mapping[str, Any]) -> bool:
     return feature["dtype"] in ("video", "image") and not is_depth and "depth" not in name.lower()
 
 
-def camera_name(feature: str) -> str:
-    """Return the name of a camera, such as "top" for "observation.images.top"."""
-    for prefix in ("observation.images.", "observation.image.", "images.", "observation."):
-        if feature.startswith(prefix) and len(feature) > len(prefix):
-            return feature.removeprefix(prefix)
-    return feature
+def short_names(features: Iterable[str]) -> dict[str, str]:
+    """Return camera -> feature, with names such as "top" for "observation.images.top"."""
+    cameras = dict[str, str]()
+    for feature in features:
+        name = feature
+        for prefix in ("observation.images.", "observation.image.", "images.", "observation."):
+            if feature.startswith(prefix):
+                name = feature.removeprefix(prefix)
+                break
+        cameras[feature if name in cameras else name] = feature
+    return cameras
 
 
 def read_modality(folder: Path) -> Mapping[str, Any]:
@@ -113,19 +118,14 @@ def bare_mapping(folder: Path, info: Mapping[str, Any]) -> DataMapping:
     return DataMapping(
         robot=str(info.get("robot_type") or "unknown"),
         rate_hz=_rate(folder, info),
-        cameras=_cameras(features),
+        cameras={
+            name.removeprefix("observation.images."): name
+            for name, feature in features.items()
+            if is_camera(name, feature)
+        },
         state=_dimensions(folder, "state", features, modality),
         action=action,
     ).without_meaning()
-
-
-def _cameras(features: Features) -> dict[str, str]:
-    cameras = dict[str, str]()
-    for name, feature in features.items():
-        if is_camera(name, feature):
-            short = camera_name(name)
-            cameras[name if short in cameras else short] = name
-    return cameras
 
 
 def _rate(folder: Path, info: Mapping[str, Any]) -> float:

@@ -37,7 +37,7 @@ def test_foreign_datasets_are_read_whole(tmp_path, version):
     np.testing.assert_array_equal(dataset.executed, ACTIONS)
     np.testing.assert_array_equal(dataset.starts, STARTS)
     np.testing.assert_allclose(dataset.stats["action"].q01, np.quantile(ACTIONS, 0.01, axis=0), rtol=1e-5)
-    assert dataset.image_shapes == {"top": (48, 64), "image": (32, 32)}
+    assert dataset.image_shapes == {"top": (48, 64), "observation.image": (32, 32)}
     with pytest.raises(ContractError, match=r"'top': \(48, 64\)"):
         _ = dataset.image_size
     for camera, key in zip(dataset.cameras, SHAPES, strict=True):
