@@ -19,6 +19,8 @@ ALIKE = 0.8
 """Correlation with the next state from which an action is its target."""
 FOLLOWED = 0.5
 """Correlation with the change of the state from which an action is a delta."""
+WEAKLY_FOLLOWED = 0.25
+"""The same for an action whose range is not that of the state, such as a controller's input."""
 DELTAS: Mapping[ActionKind, ActionKind] = {
     "absolute_joint_position": "delta_joint_position",
     "absolute_eef_position": "delta_eef_position",
@@ -105,7 +107,7 @@ def _verdict(action: FloatArray, state: FloatArray | None, inside: NDArray[np.bo
     close = bool(len(command)) and float(np.abs(command - after).mean()) < 0.25 * span
     if absolute > ALIKE and close and np.ptp(action) < 5 * span:
         return "absolute"
-    if delta > absolute and (delta > FOLLOWED or not close):
+    if delta > max(absolute, FOLLOWED if close else WEAKLY_FOLLOWED):
         return "delta"
     return "untold"
 

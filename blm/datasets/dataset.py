@@ -206,12 +206,11 @@ class EpisodeDataset:
         """
         self._require_cameras([camera])
         rows = np.asarray(indices, np.int64)
+        side = None if self.mapping is None else self.mapping.image_size
         images = np.empty((len(rows), *self.image_shapes[camera], 3), np.uint8)
-        for place, stored in self._stored(rows, camera):
+        for place, picture in self._stored(rows, camera):
             what = f"frame {rows[place]} of camera '{camera}'"
-            images[place] = (
-                fit_picture(stored, self.picture_fit, images.shape[1], what) if self.mapping else stored
-            )
+            images[place] = picture if side is None else fit_picture(picture, self.picture_fit, side, what)
         return images
 
     def _stored(self, rows: IndexArray, camera: str) -> Iterator[tuple[int, ImageArray]]:

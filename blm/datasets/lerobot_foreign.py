@@ -70,7 +70,7 @@ def load_foreign(folder: Path, info: Mapping[str, Any], mapping: DataMapping | N
         states=states,
         actions=actions,
         executed=actions,
-        timestamps=frame_index / known.rate_hz if stamps is None else stamps,
+        timestamps=frame_index / known.rate_hz if stamps is None else stamps.reshape(count),
         episode_index=episode_index,
         instructions=instructions,
         task_index=task_index,

@@ -66,7 +66,10 @@ def read_layout(
     """
     version = str(info.get("codebase_version"))
     if version not in _LAYOUTS:
-        raise BlmError(f"'{folder}' is a LeRobotDataset {version}; this program reads {', '.join(_LAYOUTS)}")
+        raise BlmError(
+            f"'{folder}' is a LeRobotDataset {version}; this program reads {', '.join(_LAYOUTS)}: convert it "
+            "with LeRobot's own converter"
+        )
     layout = _LAYOUTS[version](folder, info, videos, rate_hz, in_order)
     if not len(layout.lengths) or layout.lengths.min() < 1:
         raise DamagedError(f"'{folder}' has no episode, or an empty one", REWRITE)
@@ -84,10 +87,8 @@ def _layout_v3(
     tables = []
     for path in sorted((folder / "meta/episodes").rglob("[!.]*.parquet")):
         with reading(path):
-            found = pq.read_table(path)
-            tables.append(
-                found.select([name for name in found.column_names if not name.startswith("stats/")])
-            )
+            names = [name for name in pq.read_schema(path).names if not name.startswith("stats/")]
+            tables.append(pq.read_table(path, columns=names))
     if not sum(len(table) for table in tables):
         return _computed_v3(folder, videos)
     with reading(folder / "meta/episodes"):

@@ -12,7 +12,9 @@ from blm.action_space import RotationForm
 from blm.datasets.mapping import Dimension
 from blm.types import ActionKind, FloatArray
 
-GRIPPER = re.compile(r"grip|jaw|claw|finger|eef_open|(^|[_.])hand($|[_.](?!\d))")
+GRIPPER = re.compile(r"grip|jaw|claw|finger|eef_open|(^|[_.])hand(\.pos)?$")
+NUMBERED = re.compile(r"((motor|dim|action|state)s?[_.]?)?\d+")
+"""Names that only number the dimensions."""
 QUATERNION = re.compile(r"(^|[_.])q(uat)?_?[wxyz]($|[_.])|quat")
 ROTATION = re.compile(
     r"(^|[_.])(d?r[xyz]|d?w[xyz]|d?rot|d?roll|d?pitch|d?yaw|rot(ation)?_?\w*|axis_?angle\w*|rotvec\w*|theta)"
@@ -89,18 +91,27 @@ def suggested_gripper(one: Dimension, values: FloatArray, notes: list[str]) -> D
     return replace(one, kind="gripper", unit="opening", zero=zero, one=opened)
 
 
+def is_gripper(values: FloatArray) -> bool:
+    """Return whether values look like an opening, a command in -1..1 or a width in m."""
+    return -1.1 <= float(values.min()) < float(values.max()) <= 1.1
+
+
 def with_units(
     part: Sequence[Dimension], largest: Mapping[str, float], notes: list[str]
 ) -> tuple[Dimension, ...]:
-    """Return dimensions with units that suit their kinds; `largest` is the largest absolute value of
-    each kind in the dataset, because all dimensions of a kind have one unit."""
+    """Return dimensions with units that suit their kinds.
+
+    `largest` is the largest absolute value of each kind in the dataset, because all dimensions of a
+    kind have one unit; it is negative if the values are whole numbers.
+    """
     return tuple(_with_unit(one, largest, rotation_form(part), notes) for one in part)
 
 
 def _with_unit(
     one: Dimension, largest: Mapping[str, float], form: RotationForm, notes: list[str]
 ) -> Dimension:
-    most = largest.get(one.kind, 0.0)
+    signed = largest.get(one.kind, 0.0)
+    most = abs(signed)
     if one.kind in ("gripper", "unknown"):
         return one
     if one.kind == "other" or one.kind.endswith("velocity"):
@@ -115,20 +126,24 @@ def _with_unit(
             return replace(one, unit="none")
         return replace(one, unit="m" if most < MOST_REACH else "mm")
     if one.kind == "delta_joint_position":
-        turned = largest.get("absolute_joint_position", most)
-        return replace(one, unit=_unit_of_joints(turned))
-    unit = _unit_of_joints(most)
+        return replace(one, unit=_unit_of_joints(largest.get("absolute_joint_position", signed)))
+    unit = _unit_of_joints(signed)
     if unit == "deg":
         notes.append(
             f"joints reach {most:.4g}: degrees are taken; write 'percent' for LeRobot's -100..100 of a range"
         )
     elif unit == "ticks":
         notes.append(f"joints reach {most:.4g}: servo ticks, 4096 a turn around {HALF_TURN:g}, are taken")
+    elif unit == "none":
+        notes.append(f"joints reach {most:.4g}, which is neither rad nor degrees nor ticks (unit 'none')")
     return replace(one, unit=unit, zero=HALF_TURN if unit == "ticks" else 0.0)
 
 
-def _unit_of_joints(most: float) -> str:
-    return "rad" if most <= RADIANS else "deg" if most <= MOST_DEGREES else "ticks"
+def _unit_of_joints(signed: float) -> str:
+    most = abs(signed)
+    if most <= RADIANS:
+        return "rad"
+    return "deg" if most <= MOST_DEGREES else "ticks" if signed < 0 else "none"
 
 
 def rotation_form(part: Sequence[Dimension]) -> RotationForm:

@@ -27,7 +27,14 @@ from blm.datasets.lerobot_columns import (
 from blm.datasets.lerobot_foreign import load_foreign
 from blm.datasets.lerobot_layouts import data_files
 from blm.datasets.mapping import DataMapping, Dimension
-from blm.datasets.meaning import kind_of_name, rotation_form, suggested_gripper, with_units
+from blm.datasets.meaning import (
+    NUMBERED,
+    is_gripper,
+    kind_of_name,
+    rotation_form,
+    suggested_gripper,
+    with_units,
+)
 from blm.io import read_json, reading
 from blm.types import BlmError, FloatArray, PictureFit
 
@@ -63,17 +70,22 @@ def suggest_mapping(folder: Path, fit: PictureFit = "letterbox", image_size: int
     notes, bare = list[str](), bare_mapping(folder, info)
     columns = _sample(folder, bare)
     signals, modality = _signals(bare, columns), read_modality(folder)
-    action = _named(bare.action, signals.action, modality.get("action"), notes)
-    state = _named(bare.state, signals.state, modality.get("state"), notes)
+    actions = {one.name: values for one, values in zip(bare.action, signals.action, strict=True)}
+    states = {one.name: values for one, values in zip(bare.state, signals.state, strict=True)}
+    action = _named(bare.action, _with_twins(actions, states), modality.get("action"), notes)
+    state = _named(bare.state, _with_twins(states, actions), modality.get("state"), notes)
     action = decided_actions(action, state, signals, notes)
     state = states_of(state, action)
     largest = dict[str, float]()
     for one, values in zip((*state, *action), (*signals.state, *signals.action), strict=True):
-        largest[one.kind] = max(largest.get(one.kind, 0.0), float(np.abs(values).max()))
+        largest[one.kind] = _larger(largest.get(one.kind), values)
     state, action = with_units(state, largest, notes), with_units(action, largest, notes)
     data, column = _open(folder, info, bare, notes)
+    if not info.get("robot_type"):
+        notes.append(f"the dataset names no robot: '{folder.resolve().name}' is taken, from its folder")
     mapping = replace(
         bare,
+        robot=str(info.get("robot_type") or folder.resolve().name),
         state=state,
         action=action,
         state_rotation=rotation_form(state),
@@ -92,6 +104,23 @@ def suggest_mapping(folder: Path, fit: PictureFit = "letterbox", image_size: int
             "training refuses 'unknown'"
         )
     return Suggestion(mapping, tuple(dict.fromkeys(notes)))
+
+
+def _with_twins(values: Mapping[str, FloatArray], others: Mapping[str, FloatArray]) -> tuple[FloatArray, ...]:
+    """Return the values of each dimension, with those of its namesake if they are of one range."""
+    found = []
+    for name, own in values.items():
+        twin = others.get(name, own)
+        alike = 0.5 * np.ptp(own) <= np.ptp(twin) <= 2 * np.ptp(own)
+        found.append(np.concatenate([own, twin]) if alike else own)
+    return tuple(found)
+
+
+def _larger(signed: float | None, values: FloatArray) -> float:
+    """Return the largest absolute value so far; negative while all values are whole numbers."""
+    whole = (signed is None or signed < 0) and bool((values == np.round(values)).all())
+    most = max(abs(signed or 0.0), float(np.abs(values).max()))
+    return -most if whole else most
 
 
 def _sample(folder: Path, mapping: DataMapping) -> dict[str, NDArray[Any]]:
@@ -144,11 +173,11 @@ def _named(
         if group and groups[group].get("absolute") is False:
             kind = DELTAS.get(kind, kind)
         found.append(replace(one, kind=kind) if kind != "gripper" else suggested_gripper(one, value, notes))
-    if len(found) > 1 and not groups and all(one.name.split(".")[-1].isdigit() for one in part):
-        notes.append(
-            f"the last number of {part[-1].feature} is taken for the gripper, because none has a name"
-        )
-        found[-1] = suggested_gripper(part[-1], values[-1], notes)
+    if part and not groups and all(NUMBERED.fullmatch(one.name) for one in part):
+        found = list(part)
+        if len(part) > 2 and is_gripper(values[-1]):
+            notes.append(f"the last number of {part[-1].feature} is taken for the gripper: none has a name")
+            found[-1] = suggested_gripper(part[-1], values[-1], notes)
     return tuple(found)
 
 

@@ -151,12 +151,13 @@ def joint_contract(
         raise BlmError(
             f"give one or more datasets, each only once; got {[str(data.folder) for data in datasets]}"
         )
+    for data in datasets:
+        data.require_known_kinds()
     spaces = dict[str, ActionSpace]()
     side, rate = datasets[0].image_size, datasets[0].space.rate_hz
     for data in datasets:
         space = spaces.setdefault(data.space.robot, data.space)
         data.require(space, cameras, side, rate)
-        data.require_known_kinds()
         if (most := max(data.space.dim, data.space.state_dim)) > policy.max_dim:
             raise BlmError(
                 f"'{data.space.robot}' has {most} dimensions, above policy.max_dim {policy.max_dim}; "
