@@ -112,13 +112,17 @@ def video_faults(dataset: EpisodeDataset, every: bool = False) -> Iterator[Damag
 
 
 def _gap_faults(dataset: EpisodeDataset, camera: str, lengths: NDArray[np.int64]) -> Iterator[DamagedError]:
-    """Yield episodes that overlap in a video, or that leave unused frames between them."""
+    """Yield episodes that overlap in a video, or in our datasets leave unused frames between them.
+
+    Editors of LeRobotDatasets leave the frames of deleted episodes in the videos.
+    """
     camera_videos = dataset.camera_videos[camera]
     for number, path in enumerate(camera_videos.files):
         mine = np.flatnonzero(camera_videos.file == number)
         mine = mine[np.argsort(camera_videos.first[mine], kind="stable")]
         due = np.concatenate([[0], (camera_videos.first[mine] + lengths[mine])[:-1]])
-        if len(wrong := np.flatnonzero(camera_videos.first[mine] != due)):
+        off = camera_videos.first[mine] - due
+        if len(wrong := np.flatnonzero(off if dataset.manifest else off < 0)):
             first = wrong[0]
             yield DamagedError(
                 f"video '{path}': episode {mine[first]} starts at frame {camera_videos.first[mine][first]}, "
