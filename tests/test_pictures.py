@@ -9,6 +9,7 @@ import pytest
 
 from blm.action_space import StateSpace
 from blm.pictures import fit_picture, joint_fit
+from blm.serving.protocols.openpi import wire
 from blm.types import ActionSpace, BlmError, ContractError, Observation, PolicyContract
 
 RNG = np.random.default_rng(0)
@@ -98,3 +99,14 @@ def test_a_contract_with_all_of_it_survives_strict_json_and_an_old_one_stays_the
 def test_the_middle_state_is_finite_where_limits_are_unknown():
     assert SPACE.middle_state().tolist() == [0.0, 0.0, 0.5]
     assert SPACE.offsets_allowed == (False, False)
+
+
+def test_clients_send_the_pictures_of_their_cameras_as_they_are():
+    picture = RNG.integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    request = {"observation/images/top": picture, "observation/state": [0.0, 0.1, 0.2], "prompt": "go"}
+    message = wire.pack(request)
+    assert len(message) < wire.frame_limit(CONTRACT)
+    observed = wire.to_observation(wire.unpack(message, wire.item_limit(CONTRACT)), CONTRACT)
+    np.testing.assert_array_equal(observed.images["top"], fit_picture(picture, "letterbox", 32, "it"))
+    with pytest.raises(ContractError, match="uint8 height x width x 3"):
+        wire.to_observation({"prompt": "go"}, CONTRACT)

@@ -117,7 +117,8 @@ def _with_unit(
     if one.kind == "other" or one.kind.endswith("velocity"):
         return replace(one, unit="none")
     if one.kind.endswith("eef_rotation"):
-        if form not in ("euler_xyz", "rotation_vector"):
+        is_input = one.kind.startswith("delta") and abs(largest.get("delta_eef_position", 0.0)) > MOST_STEP
+        if is_input or form not in ("euler_xyz", "rotation_vector"):
             return replace(one, unit="none")
         return replace(one, unit="rad" if most <= RADIANS else "deg")
     if one.kind.endswith("eef_position"):

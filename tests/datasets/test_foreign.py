@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from fractions import Fraction
+
 import av
 import numpy as np
 import pyarrow as pa
@@ -199,3 +202,46 @@ def test_exact_frames_of_videos_with_other_settings(tmp_path, options):
     file = video.VideoFile(path)
     for i in [*np.random.default_rng(0).permutation(80), *range(80), 79, 79, 0]:
         assert abs(int(file.read(int(i)).mean()) - (10 + 3 * i)) <= 1, i
+
+
+def test_frames_of_uneven_times_are_counted_in_their_order(tmp_path):
+    path, rng = tmp_path / "a.mp4", np.random.default_rng(0)
+    times = np.cumsum(rng.integers(400, 1600, 40))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30, options={"g": "8", "bf": "2"})
+        stream.width, stream.height, stream.pix_fmt, stream.time_base = 32, 32, "yuv420p", Fraction(1, 30_000)
+        stream.codec_context.time_base = Fraction(1, 30_000)
+        for i, time in enumerate(times.tolist()):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 10 + 5 * i, np.uint8), "rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 30_000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    file = video.VideoFile(path, by_order=True)
+    for i in [*np.random.default_rng(1).permutation(40), *range(40), 39, 0]:
+        assert abs(int(file.read(int(i)).mean()) - (10 + 5 * i)) <= 2, i
+
+
+def test_parts_of_state_and_action_in_features_of_their_own_are_joined(tmp_path):
+    folder = write_v2(tmp_path)
+    arm, hand = VECTOR | {"shape": [2], "names": ["x", "y"]}, VECTOR | {"shape": [1]}
+    parts = {"observation.state.arm": arm, "action.arm": arm, "action.gripper_position": hand}
+    for path in folder.rglob("episode_*.parquet"):
+        table = pq.read_table(path)
+        state, action = (np.array(table[name].to_pylist()) for name in ("observation.state", "action"))
+        table = table.drop_columns(["observation.state", "action", "timestamp"])
+        stamps = [[i / FPS] for i in range(len(table))]
+        for name, values in (
+            ("observation.state.arm", state[:, :2].tolist()),
+            ("action.arm", action[:, :2].tolist()),
+            ("action.gripper_position", action[:, 2:].tolist()),
+            ("timestamp", stamps),
+        ):
+            table = table.append_column(name, pa.array(values, pa.list_(pa.float32())))
+        pq.write_table(table, path)
+    info = json.loads((folder / "meta/info.json").read_text())
+    kept = {k: v for k, v in info["features"].items() if k not in ("observation.state", "action")}
+    (folder / "meta/info.json").write_text(json.dumps({**info, "features": {**parts, **kept}}))
+    dataset = open_dataset(folder)
+    np.testing.assert_array_equal(dataset.states, STATES[:, :2])
+    np.testing.assert_array_equal(dataset.actions, ACTIONS)
+    assert dataset.space.names == ("x", "y", "gripper_position") and dataset.space.state_names == ("x", "y")

@@ -269,8 +269,8 @@ def _is_number(value: Any) -> bool:
 
 def _accepted(contract: PolicyContract) -> str:
     names = [f"'{IMAGES}{camera}' (or '{OPENPI_IMAGES.get(camera)}')" for camera in contract.cameras]
-    exact = f"{contract.image_size}x{contract.image_size}"
-    side = f"uint8 {exact if contract.picture_fit == 'exact' else 'height x width'}x3"
+    exact = contract.picture_fit == "exact"
+    side = f"uint8 {contract.image_size}x{contract.image_size}x3" if exact else "uint8 height x width x 3"
     images = ", ".join(names).replace(" (or 'None')", "")
     robots = ", ".join(contract.action_spaces)
     return (
