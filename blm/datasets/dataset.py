@@ -209,9 +209,11 @@ class EpisodeDataset:
         side = None if self.mapping is None else self.mapping.image_size
         images = np.empty((len(rows), *self.image_shapes[camera], 3), np.uint8)
         for place, picture in self._stored(rows, camera):
-            what = f"frame {rows[place]} of camera '{camera}'"
-            images[place] = picture if side is None else fit_picture(picture, self.picture_fit, side, what)
+            images[place] = picture if side is None else self._fitted(picture, side, int(rows[place]), camera)
         return images
+
+    def _fitted(self, picture: ImageArray, side: int, frame: int, camera: str) -> ImageArray:
+        return fit_picture(picture, self.picture_fit, side, f"frame {frame} of camera '{camera}'")
 
     def _stored(self, rows: IndexArray, camera: str) -> Iterator[tuple[int, ImageArray]]:
         """Yield place in `rows` and picture as it is stored, in the fastest order."""
