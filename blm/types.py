@@ -25,15 +25,19 @@ from blm.errors import UnknownNameError as UnknownNameError
 from blm.errors import lookup as lookup
 from blm.errors import require_numbers as require_numbers
 from blm.errors import shorten as shorten
+from blm.pictures import PICTURE_FITS, fit_picture
+from blm.pictures import ImageArray as ImageArray
+from blm.pictures import PictureFit as PictureFit
 
 FloatArray = NDArray[np.floating[Any]]
-ImageArray = NDArray[np.uint8]
-_ADDED = {"frames": 1, "training": "unknown"}
+_ADDED = {"frames": 1, "training": "unknown", "picture_fit": "exact"}
 """Later fields of a contract -> default, which is not written, so that older clients read it."""
 MAX_INSTRUCTION = 400
 """Maximum length of an instruction [bytes of UTF-8]; each byte may become a token of every prompt.
 With 1,000 tokens, a batch of eight robots took 405 instead of about 100 ms (`blm-nano`, two cores).
 Instructions of open datasets stay below 300."""
+CAMERA_PIXELS = 1280 * 720
+"""Pixels of the largest usual camera picture, which bound the messages of clients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +47,8 @@ class Observation:
     images: Mapping[str, ImageArray]
     """Camera name -> uint8 [height, width, 3] RGB."""
     state: FloatArray
-    """[D] joint positions (rad) and gripper opening, in the order of the robot's ActionSpace."""
+    """[S] joint positions (rad) and gripper opening, in the order that the robot's ActionSpace
+    states."""
     instruction: str
     robot: str
     seed: int = 0
@@ -106,8 +111,11 @@ class PolicyContract:
     before it, `execute` control steps apart."""
     training: Training = "unknown"
     """Whether the training scenes were randomized; results of policies that differ in it are told apart."""
+    picture_fit: PictureFit = "exact"
+    """How pictures of other sizes become squares: they are accepted unless it is "exact"."""
 
     def __post_init__(self) -> None:
+        lookup("picture_fit", self.picture_fit, dict.fromkeys(PICTURE_FITS))
         require_numbers(self, frames=(1, 64))
         lookup("training", self.training, dict.fromkeys(get_args(Training)))
         require_numbers(self, horizon=(1, 100_000), image_size=(1, 16_384), rate_hz=(1e-3, 1e6))
@@ -124,8 +132,14 @@ class PolicyContract:
         spaces = {name: ActionSpace.from_json(space) for name, space in data["action_spaces"].items()}
         return cls(**{**data, "action_spaces": spaces, "cameras": tuple(data["cameras"])})
 
+    @property
+    def picture_bytes(self) -> int:
+        """Size of the largest pictures of an observation that are to be expected [bytes]."""
+        pixels = max(self.image_size**2, 0 if self.picture_fit == "exact" else CAMERA_PIXELS)
+        return 3 * len(self.cameras) * pixels
+
     def check(self, observation: Observation) -> Observation:
-        """Return the observation with a float32 state.
+        """Return the observation with a float32 state, and with pictures of the policy's size.
 
         Raises BlmError for an observation that violates the contract.
         """
@@ -158,12 +172,9 @@ class PolicyContract:
                 raise ContractError(
                     f"observation lacks camera '{camera}'; needed: {', '.join(self.cameras)}; got: {have}"
                 )
-            image = images[camera] = as_array(observation.images[camera], f"camera '{camera}': image")
-            if image.dtype != np.uint8 or image.shape != (self.image_size, self.image_size, 3):
-                raise ContractError(
-                    f"camera '{camera}': image is {image.dtype} {image.shape}, "
-                    f"needed: uint8 ({self.image_size}, {self.image_size}, 3)"
-                )
+            what = f"camera '{camera}': image"
+            image = as_array(observation.images[camera], what)
+            images[camera] = fit_picture(image, self.picture_fit, self.image_size, what)
         return images
 
     def _check_chunk(self, observation: Observation, dim: int) -> FloatArray | None:

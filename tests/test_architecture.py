@@ -14,7 +14,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 OPEN = {
     "errors": "",
     "action_space": "errors",
-    "types": "errors action_space",
+    "pictures": "errors",
+    "types": "errors action_space pictures",
     "seeds": "",
     "addresses": "types",
     "chunks": "types",

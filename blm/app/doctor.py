@@ -26,6 +26,7 @@ from blm.datasets.checks import (
 )
 from blm.datasets.files import MANIFEST
 from blm.datasets.lerobot import EpisodeDataset, load_dataset, verify_files
+from blm.datasets.mapping import DataMapping
 from blm.datasets.transforms import implausible_ranges
 from blm.io import DamagedError, PointerError, abandoned_paths, read_json
 from blm.robots import ROBOTS
@@ -61,13 +62,14 @@ def examine_machine() -> Iterator[Check]:
     yield Check("free disk", f"{free:.1f} GiB in {Path.cwd()}", fix)
 
 
-def examine_path(path: Path) -> Iterator[Check]:
+def examine_path(path: Path, mapping: DataMapping | None = None) -> Iterator[Check]:
     """Check a dataset, a collection (folder of datasets) or a checkpoint; yield each fault.
 
-    Writes nothing and raises nothing: anything that cannot be examined is reported as a fault.
+    A dataset of another program is read through `mapping`. Writes nothing and raises nothing:
+    anything that cannot be examined is reported as a fault.
     """
     try:
-        yield from _examine(path)
+        yield from _examine(path, mapping)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else "no reason given"
         found = f"cannot be examined ({type(error).__name__}: {reason[:200]})"
@@ -81,11 +83,11 @@ def _with_progress(things: Sequence[Any], title: str) -> Iterable[Any]:
     return track(things, f"checking {title}", console=Console(stderr=True), transient=True)
 
 
-def _examine(path: Path) -> Iterator[Check]:
+def _examine(path: Path, mapping: DataMapping | None) -> Iterator[Check]:
     from blm.policy.checkpoint import checkpoint_folder
 
     if (path / "meta/info.json").exists():
-        yield from _dataset(path)
+        yield from _dataset(path, mapping)
     elif (checkpoint_folder(path) / "manifest.json").exists():
         yield _checkpoint(path)
     elif (path / "collect.json").exists() or _datasets(path):
@@ -145,10 +147,10 @@ def _unfinished(path: Path) -> Iterator[Check]:
         )
 
 
-def _dataset(folder: Path) -> Iterator[Check]:
+def _dataset(folder: Path, mapping: DataMapping | None = None) -> Iterator[Check]:
     """Yield every fault of one dataset, or one line that sums it up if it has none."""
     reported: set[str] = set()
-    for error in _dataset_faults(folder):
+    for error in _dataset_faults(folder, mapping):
         if str(error) not in reported:
             what, fix = (
                 (error.what, error.fix) if isinstance(error, DamagedError) else ("refused", str(error))
@@ -156,14 +158,16 @@ def _dataset(folder: Path) -> Iterator[Check]:
             yield Check(str(folder), f"dataset: {what}", fix)
         reported.add(str(error))
     if not reported:
-        data = load_dataset(folder)
+        data = load_dataset(folder, mapping)
         known = "all files match the manifest" if data.manifest else "no manifest: written by another program"
         counts = f"{data.num_episodes} episodes, {data.num_frames} frames, {len(data.cameras)} cameras"
         note = f". Note: {reserved_seeds_warning('it', data.reserved_seeds)}" if data.reserved_seeds else ""
+        if data.space.kind == "unknown":
+            note += ". Note: kinds and units are unknown; --suggest writes a mapping, which training needs"
         yield Check(str(folder), f"dataset: good ({data.space.robot}: {counts}; {known}){note}")
 
 
-def _dataset_faults(folder: Path) -> Iterator[BlmError]:
+def _dataset_faults(folder: Path, mapping: DataMapping | None) -> Iterator[BlmError]:
     for left in abandoned_paths(folder):
         yield DamagedError(f"'{left}' is left over from an interrupted run", COLLECT_AGAIN)
     if absent := [*lfs_pointer_faults(folder)]:
@@ -178,7 +182,7 @@ def _dataset_faults(folder: Path) -> Iterator[BlmError]:
         yield error
         yield from unreadable_files(folder, _with_progress)
     try:
-        data = load_dataset(folder)
+        data = load_dataset(folder, mapping)
     except BlmError as error:
         yield error
         return
@@ -186,9 +190,9 @@ def _dataset_faults(folder: Path) -> Iterator[BlmError]:
         yield DamagedError(f"'{folder / MANIFEST}' is missing")
     yield from vector_faults(data, every=True)
     yield from video_faults(data, every=True)
-    shape = (data.num_frames, data.space.dim)
+    shapes = [(data.num_frames, size) for size in (data.space.state_dim, data.space.dim)]
     yield from shape_faults(data)
-    if data.num_frames and data.states.shape == data.actions.shape == shape:
+    if data.num_frames and [data.states.shape, data.actions.shape] == shapes:
         yield from _range_faults(data)
         yield from picture_faults(data, _with_progress)
     if "blm" in data.info and data.space.robot in ROBOTS:
@@ -204,9 +208,9 @@ def _range_faults(data: EpisodeDataset) -> Iterator[BlmError]:
     """Yield implausible ranges of values, and joints that never move."""
     for what in implausible_ranges(data.space, data.states, data.actions):
         yield DamagedError(what, "convert the dataset, or correct the units of its action space")
-    still = np.ptp(data.actions, axis=0)[:-1] == 0
-    for name, unmoved in zip(data.space.names, still, strict=False):
-        if unmoved:
+    still = np.ptp(data.actions, axis=0) == 0
+    for name, kind, unmoved in zip(data.space.names, data.space.dimension_kinds, still, strict=True):
+        if unmoved and kind in ("absolute_joint_position", "unknown"):
             yield DamagedError(
                 f"{name} has the same target in all frames", "check the recording, or leave the episode out"
             )

@@ -48,21 +48,22 @@ _PRIMITIVE_COLORS = (
 # --- videos ---------------------------------------------------------------------------------------
 
 
-def write_mp4(episode: Episode, path: Path, fps: int = 20) -> Path:
+def write_mp4(episode: Episode, path: Path, fps: int = 20, gripper: int | None = -1) -> Path:
     """Write a video of all cameras side by side, with a status line and a timeline.
 
     The status line shows primitive, gripper opening, success and time. The bar at the bottom shows
     the whole episode: a colour for each primitive, a green line while the task is solved, a white
-    mark at the current frame. Raises BlmError for an episode without images.
+    mark at the current frame. `gripper` is its place in the state; None: there is none. Raises
+    BlmError for an episode without images.
     """
     _require_pictures(episode)
-    frames = np.stack([video_frame(episode, t, fps) for t in range(len(episode))])
+    frames = np.stack([video_frame(episode, t, fps, gripper) for t in range(len(episode))])
     with replacing(path, ".mp4") as temporary:
         encode(temporary, frames, fps)
     return path
 
 
-def video_frame(episode: Episode, t: int, fps: int = 20) -> ImageArray:
+def video_frame(episode: Episode, t: int, fps: int = 20, gripper: int | None = -1) -> ImageArray:
     """Return frame `t` of the video [H, W, 3]; both sides are even, as the codec needs."""
     pictures = [_enlarge(frames[t], MIN_VIDEO_PICTURE) for frames in episode.images.values()]
     strip = sum(picture.width for picture in pictures) + GAP * (len(pictures) - 1)
@@ -79,23 +80,28 @@ def video_frame(episode: Episode, t: int, fps: int = 20) -> ImageArray:
         canvas.paste(picture, (x, top))
         _draw_camera_name(draw, (x + 4, top + 4), camera)
         x += picture.width + GAP
+    if gripper is not None:
+        _draw_gripper(draw, float(np.clip(episode.states[t, gripper], 0, 1)), bottom + 20)
     _draw_status_line(draw, episode, t, fps, bottom + 20)
     _draw_timeline(draw, episode, t, canvas.size)
     return np.asarray(canvas)
 
 
+def _draw_gripper(draw: ImageDraw.ImageDraw, opening: float, y: int) -> None:
+    """Draw the opening of the gripper into the status line around height `y`."""
+    draw.text((150, y), "gripper", _GREY, font(14), anchor="lm")
+    draw.rounded_rectangle((206, y - 6, 286, y + 6), 6, outline=_GREY)
+    if opening > 0.05:
+        draw.rounded_rectangle((208, y - 4, 208 + 76 * opening, y + 4), 4, _LIGHT)
+
+
 def _draw_status_line(draw: ImageDraw.ImageDraw, episode: Episode, t: int, fps: int, y: int) -> None:
-    """Draw the status line around height `y`: primitive, gripper opening, success, time."""
+    """Draw the status line around height `y`: primitive, success, time."""
     right = int(draw.im.size[0]) - 2 * GAP
     name = episode.primitives[t] if episode.primitives else ""
     if name:
         draw.rounded_rectangle((2 * GAP, y - 9, 3 * GAP + 12, y + 9), 4, _primitive_color(episode, t))
         draw.text((4 * GAP + 12, y), name, _LIGHT, font(15), anchor="lm")
-    draw.text((150, y), "gripper", _GREY, font(14), anchor="lm")
-    opening = float(np.clip(episode.states[t, -1], 0, 1))
-    draw.rounded_rectangle((206, y - 6, 286, y + 6), 6, outline=_GREY)
-    if opening > 0.05:
-        draw.rounded_rectangle((208, y - 4, 208 + 76 * opening, y + 4), 4, _LIGHT)
     done = t >= first_success_frame(episode)
     draw.ellipse((312, y - 7, 326, y + 7), _GREEN if done else None, _GREEN if done else _GREY)
     if done:
@@ -313,10 +319,17 @@ def _jpeg(frame: ImageArray) -> bytes:
 # --- Rerun ----------------------------------------------------------------------------------------
 
 
-def write_rerun(episode: Episode, path: Path, fps: int = 20, names: Sequence[str] = ()) -> Path:
+def write_rerun(
+    episode: Episode,
+    path: Path,
+    fps: int = 20,
+    names: Sequence[str] = (),
+    state_names: Sequence[str] | None = None,
+) -> Path:
     """Write a Rerun recording (.rrd): cameras, a curve per joint, gripper, primitive, success.
 
-    `names` are those of the action space [D], the gripper last. Timelines: "time" [s] and "frame".
+    `names` are those of the action space [D], by default joints and the gripper; `state_names` [S]
+    are those of the state, by default the same. Timelines: "time" [s] and "frame".
     Raises BlmError if the extra `blm[viewer]` is not installed, or for a wrong number of names.
     """
     try:
@@ -324,16 +337,21 @@ def write_rerun(episode: Episode, path: Path, fps: int = 20, names: Sequence[str
         import rerun.blueprint as rrb
     except ModuleNotFoundError as error:
         raise BlmError("Rerun is not installed; run: pip install 'blm[viewer]'") from error
-    dim = episode.states.shape[1]
+    dim = episode.actions.shape[1]
     names = tuple(names) or (*(f"joint{i + 1}" for i in range(dim - 1)), "gripper")
     if len(names) != dim:
         raise BlmError(f"{len(names)} names for {dim} dimensions of '{episode.robot}': {', '.join(names)}")
+    states = names if state_names is None else state_names
+    if len(states) != episode.states.shape[1]:
+        raise BlmError(f"{len(states)} names for {episode.states.shape[1]} dimensions of the state")
     with replacing(path, ".rrd") as temporary:
-        _write_recording(rr, rrb, temporary, episode, names, fps)
+        _write_recording(rr, rrb, temporary, episode, {"state": states, "action": names}, fps)
     return path
 
 
-def _write_recording(rr: Any, rrb: Any, path: Path, episode: Episode, names: Sequence[str], fps: int) -> None:
+def _write_recording(
+    rr: Any, rrb: Any, path: Path, episode: Episode, names: Mapping[str, Sequence[str]], fps: int
+) -> None:
     frames = np.arange(len(episode))
     recording = rr.RecordingStream("blm", recording_id=f"{episode.robot}-{episode.task}-{episode.seed}")
     cameras = [rrb.Spatial2DView(origin=f"camera/{camera}", name=camera) for camera in episode.images]
@@ -356,7 +374,8 @@ def _write_recording(rr: Any, rrb: Any, path: Path, episode: Episode, names: Seq
     if episode.executed is not None and not np.array_equal(episode.executed, episode.actions):
         arrays["executed"] = episode.executed
     for kind, values in arrays.items():
-        series |= {f"{kind}/{name}": values[:, i] for i, name in enumerate(names)}
+        called = names["state" if kind == "state" else "action"]
+        series |= {f"{kind}/{name}": values[:, i] for i, name in enumerate(called)}
     for name, curve in series.items():
         recording.log(name, rr.SeriesLines(names=name), static=True)
         recording.send_columns(name, times(frames), rr.Scalars.columns(scalars=curve.astype(np.float64)))

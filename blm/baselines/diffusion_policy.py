@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from blm.baselines.network import DiffusionConfig, DiffusionNetwork, bag_of_words
-from blm.datasets.lerobot import open_dataset
+from blm.datasets.lerobot import open_mapped, stated_mappings
 from blm.datasets.transforms import RobotTransforms
 from blm.policy.checkpoint import (
     read_config,
@@ -56,6 +56,8 @@ class BaselineConfig:
 
     datasets: tuple[Path, ...]
     """Dataset folders, at least one per robot."""
+    mappings: tuple[Path, ...] = ()
+    """Mappings of datasets of other programs: one for all, or one for each; - for none."""
     cameras: tuple[str, ...]
     """Cameras whose images the policy sees."""
     loop: LoopConfig
@@ -206,7 +208,7 @@ def train_baseline(config: BaselineConfig, out: Path, provenance: Mapping[str, A
 
     Logs to `out/log.jsonl`.
     """
-    datasets = [open_dataset(folder) for folder in config.datasets]
+    datasets = open_mapped(config.datasets, config.mappings)
     contract = joint_contract(datasets, config.actions, cameras=config.cameras, execute=config.execute)
     noise_scheduler = scheduler(config.network)
     names = list(contract.action_spaces)
@@ -219,7 +221,7 @@ def train_baseline(config: BaselineConfig, out: Path, provenance: Mapping[str, A
         robots=names,
     )
     facts = {"config": {**asdict(config), "loop": None}, "data": [data.content_hash for data in datasets]}
-    provenance = {**provenance, **warn_of_reserved(datasets)}
+    provenance = {**provenance, **stated_mappings(datasets), **warn_of_reserved(datasets)}
     require_free(out / "checkpoint")
     inputs = {name: str(value) for name, value in facts.items()}
     require_same_inputs(out / "inputs.json", inputs, f"'{out}' holds another run")

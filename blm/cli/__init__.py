@@ -94,6 +94,11 @@ COMMANDS: dict[str, Command] = {
     ),
     "export checkpoint": Command("export a checkpoint with its card", "export:ExportCheckpoint"),
     "view": Command("write an episode as a video, contact sheet or Rerun recording", "view:View"),
+    "data delete": Command("write a LeRobot dataset without some of its episodes", "data:DeleteEpisodes"),
+    "data split": Command("split a LeRobot dataset by episodes into two", "data:SplitDataset"),
+    "data merge": Command("join LeRobot datasets of one robot", "data:MergeDatasets"),
+    "data reindex": Command("write a LeRobot dataset with episodes from 0 on", "data:ReindexDataset"),
+    "data stats": Command("compute the statistics of a LeRobot dataset", "data:ComputeStatistics"),
     "doctor": Command("check this machine, and find faults in datasets and checkpoints", "doctor:Doctor"),
 }
 

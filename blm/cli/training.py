@@ -22,7 +22,7 @@ from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
 from blm.cli.command import CliCommand, OutFolder
 from blm.corpora.format.messages import Conversation, reserved_scenes, scan_corpus
 from blm.corpora.format.validate import clean_corpus
-from blm.datasets.lerobot import open_dataset
+from blm.datasets.lerobot import open_mapped
 from blm.io import read_json_lines, write_json
 from blm.seeds import VALIDATION_SEEDS, reserved_seeds_warning
 from blm.training.loop.distributed import Processes
@@ -180,7 +180,8 @@ class TrainStage2(CliCommand):
     def run(self, command_line: Sequence[str]) -> None:
         config = self.config
         check_device(config.device)
-        tasks = sorted({task for folder in config.datasets for task in open_dataset(folder).tasks})
+        opened = open_mapped(config.datasets, config.mappings)
+        tasks = sorted({task for data in opened for task in data.tasks})
         drive = None
         if self.drive:
             drive = closed_loop_validation(self.out, tasks, self.drive, config.intents.workers)

@@ -33,6 +33,8 @@ class View(CliCommand):
     With `--form suite`, the folder of a collection of several robots."""
     episode: int = 0
     """Index of the episode in the dataset, from 0; of suite24-plus, the seed of the scenes."""
+    mapping: Path | None = None
+    """Mapping through which the dataset is read: pictures and values are those that the policy sees."""
     form: Literal["mp4", "sheet", "rerun", "suite"] = "mp4"
     """Form of the output.
     With `mp4`, a video; with `sheet`, a PNG with frames side by side.
@@ -52,18 +54,21 @@ class View(CliCommand):
             return write_plus_sheets(self.out or Path(PLUS), self.episode)
         from blm.app.viewing import collection_sheet, contact_sheet, write_mp4, write_rerun
         from blm.datasets.lerobot import open_dataset
+        from blm.datasets.mapping import read_mapping
 
         if self.form == "suite":
             return collection_sheet(self.dataset, self.out or Path("suite.png"))
-        data = open_dataset(self.dataset)
+        data = open_dataset(self.dataset, None if self.mapping is None else read_mapping(self.mapping))
         if not 0 <= self.episode < data.num_episodes:
             valid = f"valid are 0..{data.num_episodes - 1}"
             raise BlmError(f"episode {self.episode} is not in '{self.dataset}': {valid}")
         suffix = {"mp4": "mp4", "sheet": "png", "rerun": "rrd"}[self.form]
         path = self.out or Path(f"{data.space.robot}-{self.episode:05d}.{suffix}")
         episode = data.episode(self.episode)
+        fps = round(data.space.rate_hz)
         if self.form == "sheet":
-            return contact_sheet([episode], path)
+            return contact_sheet([episode], path, fps=fps)
+        grippers = [place for place, kind in enumerate(data.space.state_kinds) if kind == "gripper"]
         if self.form == "mp4":
-            return write_mp4(episode, path)
-        return write_rerun(episode, path, names=data.space.names)
+            return write_mp4(episode, path, fps=fps, gripper=grippers[0] if grippers else None)
+        return write_rerun(episode, path, fps, data.space.names, data.space.state_names)

@@ -16,13 +16,18 @@ from numpy.typing import NDArray
 
 from blm.datasets.dataset import VECTORS, EpisodeDataset
 from blm.datasets.files import MANIFEST, PARTS, ProgressIterator, manifest_faults, no_progress
-from blm.datasets.lerobot_foreign import REWRITE
+from blm.datasets.lerobot_columns import features_of
+from blm.datasets.lerobot_layouts import REWRITE
 from blm.datasets.statistics import compute_stats
 from blm.datasets.video import decodable_frames, frame_times, probe
 from blm.io import DamagedError, reading, require_no_pointer
 from blm.types import BlmError
 
 RECOLLECT = "move the dataset folder away and collect again"
+EVEN = (
+    'if the frames are evenly spaced, state "clock": "frame_index" in a mapping '
+    "(blm doctor {folder} --suggest)"
+)
 MAX_PROBED_VIDEOS = 64
 """Maximum number of videos per camera to probe on opening; of more, only existence is checked."""
 MAX_CHECKED_EPISODES = 200
@@ -53,12 +58,13 @@ def vector_faults(dataset: EpisodeDataset, every: bool = False) -> Iterator[Dama
     """
     where, lengths = f"dataset '{dataset.folder}'", np.diff(dataset.starts)
     fix = RECOLLECT if dataset.manifest else REWRITE
-    shape = (int(dataset.starts[-1]), dataset.space.dim)
-    if not shape[0]:
+    frames, dim = int(dataset.starts[-1]), dataset.space.dim
+    if not frames:
         yield DamagedError(f"{where} has no frames", fix)
         return
     arrays = (dataset.states, dataset.actions, dataset.executed)
-    for name, array in zip(VECTORS, arrays, strict=True):
+    for name, array, size in zip(VECTORS, arrays, (dataset.space.state_dim, dim, dim), strict=True):
+        shape = (frames, size)
         if array.shape != shape:
             yield DamagedError(
                 f"{where}: {name} is {array.shape}, its episodes and action space need {shape}", fix
@@ -77,13 +83,13 @@ def vector_faults(dataset: EpisodeDataset, every: bool = False) -> Iterator[Dama
     if not np.array_equal(dataset.episode_index, np.repeat(np.arange(len(lengths)), lengths)):
         yield DamagedError(f"{where}: frames are not in the order of meta/episodes", fix)
         return
-    due = (np.arange(shape[0]) - np.repeat(dataset.starts[:-1], lengths)) / dataset.space.rate_hz
+    due = (np.arange(frames) - np.repeat(dataset.starts[:-1], lengths)) / dataset.space.rate_hz
     late = np.abs(dataset.timestamps - due) > TIMESTAMP_TOLERANCE / dataset.space.rate_hz
     if late.any():
         yield DamagedError(
             f"{where}: timestamps are not those of {dataset.space.rate_hz:g} Hz in {late.sum()} frames, "
             f"{_list_episodes(dataset.episode_index[late])}",
-            fix,
+            fix if dataset.manifest else EVEN.format(folder=dataset.folder),
         )
 
 
@@ -106,13 +112,17 @@ def video_faults(dataset: EpisodeDataset, every: bool = False) -> Iterator[Damag
 
 
 def _gap_faults(dataset: EpisodeDataset, camera: str, lengths: NDArray[np.int64]) -> Iterator[DamagedError]:
-    """Yield episodes that overlap in a video, or that leave unused frames between them."""
+    """Yield episodes that overlap in a video, or in our datasets leave unused frames between them.
+
+    Editors of LeRobotDatasets leave the frames of deleted episodes in the videos.
+    """
     camera_videos = dataset.camera_videos[camera]
     for number, path in enumerate(camera_videos.files):
         mine = np.flatnonzero(camera_videos.file == number)
         mine = mine[np.argsort(camera_videos.first[mine], kind="stable")]
         due = np.concatenate([[0], (camera_videos.first[mine] + lengths[mine])[:-1]])
-        if len(wrong := np.flatnonzero(camera_videos.first[mine] != due)):
+        off = camera_videos.first[mine] - due
+        if len(wrong := np.flatnonzero(off if dataset.manifest else off < 0)):
             first = wrong[0]
             yield DamagedError(
                 f"video '{path}': episode {mine[first]} starts at frame {camera_videos.first[mine][first]}, "
@@ -158,13 +168,17 @@ def shape_faults(dataset: EpisodeDataset) -> Iterator[DamagedError]:
     """Yield features whose declared shape differs from that of their columns or videos."""
     where, info = f"'{dataset.folder / 'meta/info.json'}'", dataset.info
     fix = RECOLLECT if dataset.manifest else REWRITE
+    cameras = {key: camera for camera, key in (dataset.mapping.cameras if dataset.mapping else {}).items()}
     files = sorted((dataset.folder / "data").rglob("[!.]*.parquet"))
     row = pq.ParquetFile(files[0]).read_row_group(0).slice(0, 1).to_pydict() if files else {}
-    for name, feature in info["features"].items():
+    for name, feature in features_of(dataset.folder, info).items():
+        if not feature.get("shape") or feature["dtype"] == "image":
+            continue
         declared = tuple(feature["shape"])
         if feature["dtype"] == "video":
-            found = dataset.image_shapes.get(name.removeprefix("observation.images."))
-            videos = dataset.camera_videos.get(name.removeprefix("observation.images."))
+            camera = cameras.get(name, name.removeprefix("observation.images."))
+            found = dataset.stored_shapes.get(camera)
+            videos = dataset.camera_videos.get(camera)
             with suppress(DamagedError):  # unreadable videos are reported by another check
                 found = probe(videos.files[0]).shape if videos else found
             if found and found not in (declared[:2], declared[1:]):
@@ -221,7 +235,9 @@ def _probe_faults(
             f": {have.frames - need} too many, so images and rows may not match" if have.frames > need else ""
         )
         yield DamagedError(f"video '{path}' has {have.frames} frames, its episodes need {need}{extra}")
-    if abs(have.rate * need / rate - need) > 0.5:
+    if dataset.camera_videos and all(one.by_order for one in dataset.camera_videos.values()):
+        pass  # the clock of the mapping is the number of the frame
+    elif abs(have.rate * need / rate - need) > 0.5:
         yield DamagedError(f"video '{path}' has {have.rate:g} frames per second, its dataset has {rate:g}")
     elif every and have.frames:
         times = frame_times(path) * rate

@@ -1,12 +1,13 @@
 """An opened dataset: vectors in memory, video frames on demand.
 
-Shape legend: N frames, E episodes, D dimensions.
+Shape legend: N frames, E episodes, S dimensions of the state, D of the action.
 """
 
 from __future__ import annotations
 
+import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,14 +16,27 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from blm.action_space import ACTION_KINDS
 from blm.datasets.files import Manifest, content_hash, describe_files
+from blm.datasets.mapping import DataMapping
 from blm.datasets.statistics import Stats
+from blm.datasets.stored_pictures import StoredPictures
 from blm.datasets.video import VideoFile
+from blm.pictures import fit_picture
 from blm.seeds import count_reserved_seeds
-from blm.types import ActionSpace, ContractError, Episode, FloatArray, ImageArray, Training
+from blm.types import (
+    ActionSpace,
+    BlmError,
+    ContractError,
+    Episode,
+    FloatArray,
+    ImageArray,
+    PictureFit,
+    Training,
+)
 
 VECTORS: Final = ("observation.state", "action", "executed_action")
-"""Names of the vector features, all of shape [N, D]."""
+"""Names of the vector features: [N, S], [N, D] and [N, D]."""
 OPEN_FILES = 16
 """Maximum number of open video files per camera."""
 IndexArray = NDArray[np.int64]
@@ -40,13 +54,15 @@ class CameraVideos:
     """[E] frame in the file at which each episode starts."""
     shape: tuple[int, int]
     """Height and width [px]."""
+    by_order: bool = False
+    """Frames are numbered in their order, whatever their times are."""
     _open: dict[int, VideoFile] = field(default_factory=dict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy in another process opens the files again."""
-        own = partial(CameraVideos, files=self.files, file=self.file, first=self.first, shape=self.shape)
-        return own, ()
+        names = ("files", "file", "first", "shape", "by_order")
+        return partial(CameraVideos, **{name: getattr(self, name) for name in names}), ()
 
     def read(self, number: int, frame: int) -> ImageArray:
         """Return one frame [H, W, 3] of file `number`.
@@ -57,7 +73,7 @@ class CameraVideos:
         threads that seek in it would get each other's frames.
         """
         with self._lock:
-            video = self._open.pop(number, None) or VideoFile(self.files[number])
+            video = self._open.pop(number, None) or VideoFile(self.files[number], self.by_order)
             self._open[number] = video
             if len(self._open) > OPEN_FILES:
                 del self._open[next(iter(self._open))]
@@ -84,7 +100,8 @@ class EpisodeDataset:
     states: FloatArray
     actions: FloatArray
     executed: FloatArray
-    """[N, D] float32 executed actions, with noise; `actions` are the labels without noise."""
+    """[N, S] states; [N, D] actions, the labels without noise; [N, D] executed actions, with noise:
+    all float32."""
     timestamps: FloatArray
     """[N] time since the start of the episode [s]."""
     episode_index: IndexArray
@@ -103,15 +120,31 @@ class EpisodeDataset:
     """[E] seed of the scene; -1 in a foreign dataset."""
     metrics: tuple[Mapping[str, float], ...]
     """[E] metrics of each episode."""
+    camera_pictures: Mapping[str, StoredPictures] = field(default_factory=dict)
+    """Camera -> its pictures, if the dataset keeps them in its data files."""
+    mapping: DataMapping | None = None
+    """What a dataset of another program was read through; None: what it states itself."""
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        return tuple(self.camera_videos)
+        return (*self.camera_videos, *self.camera_pictures)
+
+    @property
+    def picture_fit(self) -> PictureFit:
+        """How pictures become squares."""
+        return "exact" if self.mapping is None else self.mapping.picture_fit
+
+    @property
+    def stored_shapes(self) -> dict[str, tuple[int, int]]:
+        """Camera -> height and width [px] of its pictures in the dataset."""
+        videos = {camera: one.shape for camera, one in self.camera_videos.items()}
+        return videos | {camera: one.shape for camera, one in self.camera_pictures.items()}
 
     @property
     def image_shapes(self) -> dict[str, tuple[int, int]]:
-        """Camera -> height and width [px] of its frames."""
-        return {camera: camera_videos.shape for camera, camera_videos in self.camera_videos.items()}
+        """Camera -> height and width [px] of its frames as they are read."""
+        side = None if self.mapping is None else self.mapping.image_size
+        return self.stored_shapes if side is None else dict.fromkeys(self.cameras, (side, side))
 
     @property
     def image_size(self) -> int:
@@ -122,7 +155,8 @@ class EpisodeDataset:
         if len(sides := {side for shape in self.image_shapes.values() for side in shape}) != 1:
             raise ContractError(
                 f"dataset '{self.folder}' has images of height and width {self.image_shapes}; squares of "
-                "one size are needed: rewrite its videos, or read them with frames() and resize"
+                "one size are needed: read it through a mapping with the picture_fit letterbox or crop "
+                f"(blm doctor {self.folder} --suggest)"
             )
         return sides.pop()
 
@@ -159,8 +193,11 @@ class EpisodeDataset:
 
     @cached_property
     def content_hash(self) -> str:
-        """Hash of all files, from the manifest or computed for a foreign dataset."""
-        return content_hash(self.manifest.files if self.manifest else describe_files(self.folder))
+        """Hash of all files, from the manifest or computed for a foreign dataset, and of the mapping."""
+        files = content_hash(self.manifest.files if self.manifest else describe_files(self.folder))
+        if self.mapping is None:
+            return files
+        return hashlib.sha256((files + self.mapping.sha256).encode()).hexdigest()
 
     def frames(self, indices: Sequence[int] | IndexArray, camera: str) -> ImageArray:
         """Return frames [n, H, W, 3] of one camera for dataset frame numbers `indices` [n].
@@ -168,15 +205,27 @@ class EpisodeDataset:
         Increasing numbers are fastest. Raises ContractError for a camera that the dataset lacks.
         """
         self._require_cameras([camera])
-        camera_videos = self.camera_videos[camera]
         rows = np.asarray(indices, np.int64)
-        episodes = self.episode_index[rows]
+        side = None if self.mapping is None else self.mapping.image_size
+        images = np.empty((len(rows), *self.image_shapes[camera], 3), np.uint8)
+        for place, picture in self._stored(rows, camera):
+            images[place] = picture if side is None else self._fitted(picture, side, int(rows[place]), camera)
+        return images
+
+    def _fitted(self, picture: ImageArray, side: int, frame: int, camera: str) -> ImageArray:
+        return fit_picture(picture, self.picture_fit, side, f"frame {frame} of camera '{camera}'")
+
+    def _stored(self, rows: IndexArray, camera: str) -> Iterator[tuple[int, ImageArray]]:
+        """Yield place in `rows` and picture as it is stored, in the fastest order."""
+        if camera in self.camera_pictures:
+            for place in np.argsort(rows, kind="stable").tolist():
+                yield place, self.camera_pictures[camera].read(int(rows[place]))
+            return
+        camera_videos, episodes = self.camera_videos[camera], self.episode_index[rows]
         files = camera_videos.file[episodes]
         numbers = camera_videos.first[episodes] + rows - self.starts[episodes]
-        images = np.empty((len(rows), *camera_videos.shape, 3), np.uint8)
-        for place in np.lexsort((numbers, files)):
-            images[place] = camera_videos.read(int(files[place]), int(numbers[place]))
-        return images
+        for place in np.lexsort((numbers, files)).tolist():
+            yield place, camera_videos.read(int(files[place]), int(numbers[place]))
 
     def episode(self, i: int, cameras: Sequence[str] | None = None) -> Episode:
         """Return episode `i` with the images of `cameras` (None: all cameras)."""
@@ -199,10 +248,25 @@ class EpisodeDataset:
         """Raise ContractError unless space, cameras, image size and rate match."""
         space.require_same(self.space, f"dataset '{self.folder}'")
         self._require_cameras(cameras)
-        needs = {"image size": (image_size, self.image_size), "rate [Hz]": (rate_hz, self.info["fps"])}
+        needs = {"image size": (image_size, self.image_size), "rate [Hz]": (rate_hz, self.space.rate_hz)}
         for name, (need, have) in needs.items():
             if need != have:
                 raise ContractError(f"dataset '{self.folder}': {name} is {have}, {need} is needed")
+
+    def require_known_kinds(self) -> None:
+        """Raise BlmError unless it is known which actions are targets and which are deltas."""
+        if self.mapping is None and self.space.kind == "unknown":
+            raise BlmError(
+                f"dataset '{self.folder}' is of another program, and states neither kinds nor units: run "
+                f"`blm doctor {self.folder} --suggest`, check the mapping that it writes, and give it with "
+                "--mappings"
+            )
+        if self.mapping is not None and self.mapping.undecided:
+            valid = ", ".join(kind for kind in ACTION_KINDS if kind != "unknown")
+            raise BlmError(
+                f"the mapping of '{self.folder}' leaves the kind of {', '.join(self.mapping.undecided)} "
+                f"unknown; write one of {valid}"
+            )
 
     def _require_cameras(self, cameras: Sequence[str]) -> None:
         missing = [camera for camera in cameras if camera not in self.cameras]

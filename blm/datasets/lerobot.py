@@ -10,7 +10,7 @@ LeRobot ignores these. See docs/datasets.md.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from blm.datasets.checks import opening_faults
 from blm.datasets.dataset import VECTORS, CameraVideos, EpisodeDataset
 from blm.datasets.files import MANIFEST, Manifest, verify_files
-from blm.datasets.lerobot_foreign import load_foreign, matrix
+from blm.datasets.lerobot_columns import matrix
+from blm.datasets.lerobot_foreign import load_foreign
 from blm.datasets.lerobot_writer import (
     CODEBASE_VERSION,
     DATA_FILE,
@@ -32,6 +33,7 @@ from blm.datasets.lerobot_writer import (
     stage_episode,
     video_file,
 )
+from blm.datasets.mapping import DataMapping, mappings_for
 from blm.datasets.statistics import Stats
 from blm.io import read_json, reading, recover_folder
 from blm.types import BlmError
@@ -41,25 +43,39 @@ __all__ = [
     "finalize_dataset",
     "load_dataset",
     "open_dataset",
+    "open_mapped",
     "stage_episode",
+    "stated_mappings",
     "verify_files",
 ]
 
 
-def open_dataset(folder: Path | str) -> EpisodeDataset:
+def open_dataset(folder: Path | str, mapping: DataMapping | None = None) -> EpisodeDataset:
     """Open and check a dataset: one of this program, or any LeRobotDataset v2.0, v2.1 or v3.0.
 
-    Videos are not decoded or hashed; `verify_files` does that. The action space of a foreign
-    dataset has the names of its features, the extremes of its actions as limits, and unknown kind
-    and units. Raises BlmError that names file and fix for a missing, damaged or ambiguous dataset.
+    Videos are not decoded or hashed; `verify_files` does that. A foreign dataset is read through
+    `mapping`; without one, its action space has the names of its features, no limits, and unknown
+    kinds and units. Raises BlmError that names file and fix for a missing, damaged or ambiguous dataset.
     """
-    dataset = load_dataset(folder)
+    dataset = load_dataset(folder, mapping)
     for fault in opening_faults(dataset):
         raise fault
     return dataset
 
 
-def load_dataset(folder: Path | str) -> EpisodeDataset:
+def open_mapped(folders: Sequence[Path], mappings: Sequence[Path]) -> list[EpisodeDataset]:
+    """Open and check datasets, each through its mapping (see `mappings_for`). Raises BlmError."""
+    found = mappings_for(folders, mappings)
+    return [open_dataset(folder, mapping) for folder, mapping in zip(folders, found, strict=True)]
+
+
+def stated_mappings(datasets: Sequence[EpisodeDataset]) -> dict[str, dict[str, Any]]:
+    """Return the mappings of the datasets, as a part of the provenance; {} if there are none."""
+    found = {str(data.folder): data.mapping.to_json() for data in datasets if data.mapping is not None}
+    return {"mappings": found} if found else {}
+
+
+def load_dataset(folder: Path | str, mapping: DataMapping | None = None) -> EpisodeDataset:
     """Read a dataset without checking its content.
 
     Raises BlmError for a file that cannot be read.
@@ -73,7 +89,11 @@ def load_dataset(folder: Path | str) -> EpisodeDataset:
     info = read_json(info_path)
     with reading(info_path):
         if "blm" not in info:
-            return load_foreign(folder, info)
+            return load_foreign(folder, info, mapping)
+        if mapping is not None:
+            raise BlmError(
+                f"'{folder}' is a dataset of this program, which states everything; give no mapping"
+            )
         versions = (info["codebase_version"], info["blm"].get("format"))
     if versions != (CODEBASE_VERSION, FORMAT):
         raise BlmError(

@@ -234,8 +234,8 @@ def _write(folder: Path, rows: list[StagedEpisode], fps: int, own: BlmInfo) -> N
     pq.write_table(pa.table({k: _to_arrow(v) for k, v in columns.items()}), folder / DATA_FILE)
     entries = [_entry(row, i, columns, fps, own.cameras) for i, row in enumerate(rows)]
     pq.write_table(pa.Table.from_pylist(entries), folder / EPISODES_FILE)
-    pq.write_table(_text_index("task_index", tasks), folder / "meta/tasks.parquet")
-    pq.write_table(_text_index(SUBTASK, own.primitives), folder / "meta/subtasks.parquet")
+    pq.write_table(text_index("task_index", tasks), folder / "meta/tasks.parquet")
+    pq.write_table(text_index(SUBTASK, own.primitives), folder / "meta/subtasks.parquet")
     write_json(folder / "meta/stats.json", {name: _stats_json(value) for name, value in stats.items()})
     write_json(folder / "meta/modality.json", _modality(own))
     write_json(folder / "meta/info.json", _info(rows, columns, fps, own))
@@ -334,7 +334,7 @@ def _modality(own: BlmInfo) -> dict[str, Any]:
     }
 
 
-def _text_index(column: str, texts: Sequence[str]) -> pa.Table:
+def text_index(column: str, texts: Sequence[str]) -> pa.Table:
     """Return a table that pandas reads with text as the index, which LeRobot expects."""
     index = "__index_level_0__"
     table = pa.table({column: pa.array(range(len(texts)), pa.int64()), index: pa.array(texts, pa.string())})

@@ -7,6 +7,7 @@ once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ def compute_stats(array: NDArray[Any]) -> Stats:
     """
     if not len(array):
         raise BlmError(f"statistics need an array [N, D] with N >= 1, got shape {array.shape}")
-    values = np.asarray(array, dtype=np.float64).reshape(len(array), -1)
+    values = np.asarray(array, dtype=np.float64).reshape(len(array), math.prod(array.shape[1:]))
     quantiles = np.quantile(values, list(QUANTILES.values()), axis=0)
     return Stats(
         min=values.min(axis=0),

@@ -1,8 +1,8 @@
 """Normalisation and action transforms between a dataset and the network, each with its inverse.
 
-Shape legend: N frames, H action steps, D dimensions; leading dimensions are allowed. Nothing is
-clipped, so `inverse(forward(x)) == x` also holds outside the range seen in training. Inputs are
-never modified.
+Shape legend: N frames, H action steps, D dimensions of the action, S of the state; leading
+dimensions are allowed. Nothing is clipped, so `inverse(forward(x)) == x` also holds outside the
+range seen in training. Inputs are never modified.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from blm.types import ActionSpace, BlmError, FloatArray
+from blm.types import ActionKind, ActionSpace, BlmError, FloatArray
 
 QUANTILES = (0.002, 0.998)
 """Quantiles of the training frames that map to -1 and 1: extremes without outliers (our choice)."""
 MIN_HALF_RANGE = 0.01
 """Minimum half range that maps to 1 [rad or opening]; it limits the noise of a joint at rest."""
+MIN_HALF_STEP = 1e-4
+"""The same for deltas, velocities and poses, whose ordinary values are far smaller."""
 MOST_TURNS = 2.0
 """Maximum plausible joint position [turns]."""
 MOST_OPENING = 10.0
@@ -35,10 +37,12 @@ class Normalize:
 
     low: FloatArray
     high: FloatArray
+    least: FloatArray | float = MIN_HALF_RANGE
+    """Minimum half range, of all dimensions or [D]."""
 
     @property
     def _centre_and_half(self) -> tuple[FloatArray, FloatArray]:
-        return (self.high + self.low) / 2, np.maximum((self.high - self.low) / 2, MIN_HALF_RANGE)
+        return (self.high + self.low) / 2, np.maximum((self.high - self.low) / 2, self.least)
 
     def forward(self, values: FloatArray) -> FloatArray:
         centre, half = self._centre_and_half
@@ -49,32 +53,42 @@ class Normalize:
         return values * half + centre
 
     def to_json(self) -> dict[str, Any]:
-        return {"low": np.asarray(self.low).tolist(), "high": np.asarray(self.high).tolist()}
+        value = {"low": np.asarray(self.low).tolist(), "high": np.asarray(self.high).tolist()}
+        if not np.all(np.asarray(self.least) == MIN_HALF_RANGE):  # as in older files
+            value["least"] = np.asarray(self.least).tolist()
+        return value
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Normalize:
-        return cls(np.asarray(data["low"], np.float64), np.asarray(data["high"], np.float64))
+        low, high, least = (
+            np.asarray(data.get(k, MIN_HALF_RANGE), np.float64) for k in ("low", "high", "least")
+        )
+        return cls(low, high, least)
 
 
 @dataclass(frozen=True)
 class ActionTransform:
-    """Makes chunks [.., H, D] relative to their first state [.., D] and normalises them."""
+    """Makes chunks [.., H, D] relative to their first state [.., S] and normalises them."""
 
     normalize: Normalize
     relative: tuple[bool, ...]
     """[D] dimensions that are relative to the state."""
+    origins: tuple[int, ...] = ()
+    """[D] the dimension of the state that each is relative to; empty: the one in the same place."""
 
     def forward(self, actions: FloatArray, state: FloatArray) -> FloatArray:
-        return self.normalize.forward(actions - _origin(state, self.relative))
+        return self.normalize.forward(actions - _origin(state, self.relative, self.origins))
 
     def inverse(self, values: FloatArray, state: FloatArray) -> FloatArray:
-        return self.normalize.inverse(values) + _origin(state, self.relative)
+        return self.normalize.inverse(values) + _origin(state, self.relative, self.origins)
 
 
-def _origin(state: FloatArray, relative: Sequence[bool]) -> FloatArray:
+def _origin(state: FloatArray, relative: Sequence[bool], origins: Sequence[int]) -> FloatArray:
     """Return the origin of actions [.., 1, D]: the state in relative dimensions, 0 in others."""
-    origin = np.array(state, dtype=np.float64)
-    origin[..., ~np.asarray(relative)] = 0
+    measured, moved = np.asarray(state, np.float64), np.asarray(relative, bool)
+    places = np.asarray(origins if len(origins) else range(len(moved)), np.int64)
+    origin = np.zeros((*measured.shape[:-1], len(moved)))
+    origin[..., moved] = measured[..., places[moved]]
     return origin[..., None, :]
 
 
@@ -86,10 +100,12 @@ class RobotTransforms:
     normalize_actions: Normalize
     relative: tuple[bool, ...]
     """[D] dimensions whose targets the network predicts relative to the current state."""
+    origins: tuple[int, ...] = ()
+    """[D] the dimension of the state of each; empty: the one in the same place."""
 
     @property
     def actions(self) -> ActionTransform:
-        return ActionTransform(self.normalize_actions, self.relative)
+        return ActionTransform(self.normalize_actions, self.relative, self.origins)
 
     def to_json(self) -> dict[str, Any]:
         ranges = {"state": self.state.to_json(), "actions": self.normalize_actions.to_json()}
@@ -97,7 +113,8 @@ class RobotTransforms:
         uniform: bool | tuple[bool, ...] = self.relative
         if self.relative in (arm_only, (False,) * len(self.relative)):  # as in older files
             uniform = self.relative == arm_only
-        return {"relative": uniform, **ranges}
+        apart = {"origins": list(self.origins)} if self.origins else {}
+        return {"relative": uniform, **ranges, **apart}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RobotTransforms:
@@ -105,8 +122,9 @@ class RobotTransforms:
         actions = Normalize.from_json(data["actions"])
         relative = data["relative"]
         if isinstance(relative, bool):  # of all dimensions but the last, the gripper
-            relative = (*(relative,) * (state.low.shape[-1] - 1), False)
-        return cls(state=state, normalize_actions=actions, relative=tuple(relative))
+            relative = (*(relative,) * (actions.low.shape[-1] - 1), False)
+        origins = tuple(data.get("origins", ()))
+        return cls(state=state, normalize_actions=actions, relative=tuple(relative), origins=origins)
 
 
 def action_chunks(
@@ -121,19 +139,31 @@ def action_chunks(
     return actions_ND[np.minimum(rows, ends[:, None] - 1)], rows < ends[:, None]
 
 
-def implausible_ranges(space: ActionSpace, *values: FloatArray) -> Iterator[str]:
-    """Yield a message for each dimension of arrays [.., D] with implausible values."""
-    for place, (name, unit) in enumerate(zip(space.names, space.units, strict=True)):
-        low, high = (float(f([f(array[..., place]) for array in values])) for f in (np.min, np.max))
-        if unit == "rad" and max(-low, high) > MOST_TURNS * 2 * np.pi:
-            yield f"{name} goes from {low:.3g} to {high:.3g} rad; are these degrees? Convert them to rad"
-        elif unit == "opening" and max(-low, high) > MOST_OPENING:
-            yield f"{name} goes from {low:.3g} to {high:.3g}; convert it to 0 (closed) .. 1 (open)"
+def implausible_ranges(space: ActionSpace, states: FloatArray, actions: FloatArray) -> Iterator[str]:
+    """Yield a message for each dimension with implausible values in states [.., S] or actions [.., D]."""
+    told = set[str]()
+    for values, names, units in (
+        (states, space.state_names, space.state_units),
+        (actions, space.names, space.units),
+    ):
+        for place, (name, unit) in enumerate(zip(names, units, strict=True)):
+            what = _implausible(name, unit, float(values[..., place].min()), float(values[..., place].max()))
+            if what and name not in told:
+                told.add(name)
+                yield what
+
+
+def _implausible(name: str, unit: str, low: float, high: float) -> str:
+    if unit == "rad" and max(-low, high) > MOST_TURNS * 2 * np.pi:
+        return f"{name} goes from {low:.3g} to {high:.3g} rad; are these degrees? Convert them to rad"
+    if unit == "opening" and max(-low, high) > MOST_OPENING:
+        return f"{name} goes from {low:.3g} to {high:.3g}; convert it to 0 (closed) .. 1 (open)"
+    return ""
 
 
 def fit_transforms(
     space: ActionSpace,
-    states_ND: FloatArray,
+    states_NS: FloatArray,
     chunks_NHD: FloatArray,
     inside_NH: NDArray[np.bool_],
     relative: bool,
@@ -141,21 +171,32 @@ def fit_transforms(
     """Fit the normalisation to training frames, per dimension; for actions per step and dimension.
 
     With `relative`, targets become differences from the state wherever the action space allows it.
-    A gripper keeps the range of the action space, because its opening is bounded and often
-    constant. Raises BlmError if no episode is as long as a chunk, and for implausible units.
+    A gripper keeps the range 0..1, because its opening is bounded and often constant. Raises
+    BlmError if no episode is as long as a chunk, and for implausible units.
     """
-    if absurd := list(implausible_ranges(space, states_ND, chunks_NHD[inside_NH])):
+    if absurd := list(implausible_ranges(space, states_NS, chunks_NHD[inside_NH])):
         raise BlmError(f"'{space.robot}': {'; '.join(absurd)}")
     if not inside_NH.any(0).all():
         steps = inside_NH.shape[1]
         raise BlmError(f"'{space.robot}': no training episode has {steps} steps; reduce the horizon")
     offsets = tuple(relative and allowed for allowed in space.offsets_allowed)
-    moved = chunks_NHD - _origin(states_ND, offsets)
+    moved = chunks_NHD - _origin(states_NS, offsets, space.origins)
     each_step = zip(moved.swapaxes(0, 1), inside_NH.T, strict=True)
     actions = np.stack([np.quantile(step[inside], QUANTILES, axis=0) for step, inside in each_step], axis=1)
-    ranges = np.quantile(states_ND, QUANTILES, axis=0), actions
-    gripper = np.array([kind == "gripper" for kind in space.dimension_kinds])
-    for low, high in ranges:
-        low[..., gripper], high[..., gripper] = (np.array(x)[gripper] for x in (space.low, space.high))
-    state, normalize_actions = (Normalize(low, high) for low, high in ranges)
-    return RobotTransforms(state=state, normalize_actions=normalize_actions, relative=offsets)
+    state = _normalize(np.quantile(states_NS, QUANTILES, axis=0), space.state_kinds)
+    return RobotTransforms(
+        state=state,
+        normalize_actions=_normalize(actions, space.dimension_kinds),
+        relative=offsets,
+        origins=space.origins if space.state is not None else (),
+    )
+
+
+def _normalize(ranges: FloatArray, kinds: Sequence[ActionKind]) -> Normalize:
+    """Return the map of ranges [2, .., D]; a gripper has that of all openings."""
+    low, high = ranges
+    gripper = np.array([kind == "gripper" for kind in kinds], bool)
+    low[..., gripper], high[..., gripper] = 0.0, 1.0
+    coarse = ("absolute_joint_position", "gripper", "unknown")
+    least = np.array([MIN_HALF_RANGE if kind in coarse else MIN_HALF_STEP for kind in kinds])
+    return Normalize(low, high, least if (least != MIN_HALF_RANGE).any() else MIN_HALF_RANGE)

@@ -107,10 +107,20 @@ def frame_times(path: Path) -> NDArray[np.float64]:
 
     Raises DamagedError.
     """
-    with _video(path) as (container, stream):
+    with _video(path) as (_, stream):
         assert stream.time_base is not None
+        base = float(stream.time_base)
+    return frame_ticks(path).astype(np.float64) * base
+
+
+def frame_ticks(path: Path) -> NDArray[np.int64]:
+    """Return the sorted presentation times of all frames, in the time base of the stream.
+
+    Raises DamagedError.
+    """
+    with _video(path) as (container, stream):
         shown = [packet.pts for packet in container.demux(stream) if packet.pts is not None]
-        return np.sort(np.array(shown, np.float64)) * float(stream.time_base)
+        return np.sort(np.array(shown, np.int64))
 
 
 @contextmanager
@@ -139,8 +149,10 @@ class VideoFile:
     It seeks only if a key frame lies between the present position and the requested frame.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, by_order: bool = False) -> None:
+        """With `by_order` frames are numbered in the order of their times, which may be uneven."""
         self._path = path
+        self._times = frame_ticks(path) if by_order else None
         count_frames(path)  # raises an error that names a damaged file
         self._container = av.open(str(path))
         self._stream = self._container.streams.video[0]
@@ -167,7 +179,15 @@ class VideoFile:
         return np.asarray(self._to_rgb.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
 
     def _number(self, pts: int) -> int:
+        if self._times is not None:
+            return int(np.searchsorted(self._times, pts))
         return round((pts - self._start) / self._ticks)
+
+    def _time(self, index: int) -> int:
+        """Return the time at which a frame is shown, in ticks of the stream."""
+        if self._times is not None:
+            return int(self._times[min(index, len(self._times) - 1)])
+        return self._start + round(index * self._ticks)
 
     def _find(self, index: int) -> av.VideoFrame | None:
         at = bisect_right(self._keys, index) - 1
@@ -181,7 +201,7 @@ class VideoFile:
         return None
 
     def _seek(self, index: int) -> None:
-        self._container.seek(self._start + round(index * self._ticks), stream=self._stream)
+        self._container.seek(self._time(index), stream=self._stream)
         self._decoded = self._container.decode(self._stream)
 
     def _advance(self, index: int) -> av.VideoFrame | None:

@@ -18,6 +18,11 @@ TITLES = {"blm": "BLM: bridge and policy on a frozen backbone", "diffusion_polic
 TUNED_TITLE = "BLM: bridge and policy on a tuned backbone"
 
 
+def _dimensions(space: Mapping[str, Any]) -> str:
+    """Return names and units of an action space or a state space."""
+    return ", ".join(f"{name} [{unit}]" for name, unit in zip(space["names"], space["units"], strict=True))
+
+
 def model_card(config: Mapping[str, Any]) -> str:
     """Return README.md for a checkpoint with this config.json."""
     contract, provenance = config["contract"], config["provenance"]
@@ -33,8 +38,11 @@ def model_card(config: Mapping[str, Any]) -> str:
         "|---|---|",
     ]
     for robot, space in contract["action_spaces"].items():
-        names = (f"{name} [{unit}]" for name, unit in zip(space["names"], space["units"], strict=True))
-        lines.append(f"| {robot} | {', '.join(names)} |")
+        state = space.get("state")
+        told = _dimensions(space) if state is None else f"{_dimensions(state)}; action: {_dimensions(space)}"
+        lines.append(f"| {robot} | {told} |")
+    if fit := contract.get("picture_fit"):
+        lines += ["", f"Pictures of any size become squares by {fit}."]
     if loop:
         lines += [
             "",

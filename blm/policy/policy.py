@@ -142,7 +142,7 @@ class CheckpointPolicy:
             robot=robot,
             instruction="pick up the cube.",
             images={camera: np.zeros((side, side, 3), np.uint8) for camera in self.contract.cameras},
-            state=np.add(space.low, space.high, dtype=np.float32) / 2,
+            state=space.middle_state(),
         )
         for size in batch_sizes:
             self.act_batch([blank] * size)
@@ -169,7 +169,7 @@ class CheckpointPolicy:
             torch.stack([pad_dims(state, config.max_dim) for state in states]),
             torch.tensor([robots.index(o.robot) for o in checked]),
             seeded_noise([o.seed for o in checked], (config.horizon, config.max_dim)),
-            torch.stack([pad_dims(np.ones_like(o.state), config.max_dim) > 0 for o in checked]),
+            torch.stack([torch.arange(config.max_dim) < self._dim(o) for o in checked]),
         )
         device = self.backbone.model.device
         prefix = self._action_prefix(checked)
@@ -186,6 +186,9 @@ class CheckpointPolicy:
         actions = sample(tapped.hidden, tapped.mask, state, robot, noise, dims, prefix)
         count = len(observations)
         return decode_chunks(self.contract, self.transforms, checked[:count], actions[:count])
+
+    def _dim(self, observation: Observation) -> int:
+        return self.contract.action_spaces[observation.robot].dim
 
     def _views(self, observation: Observation) -> dict[str, ImageArray]:
         """Return the images of the present observation and of its history, by view."""

@@ -70,7 +70,7 @@ class Arm:
         """Map cameras of the contract to keys of the robot's observation.
 
         `cameras` is None if the names are the same; `fitted` then takes them from the contract.
-        `image_size` is the required side of the images [px].
+        `image_size` is the required side of the images [px]; None: the contract fits any size.
         """
         self.robot, self.limits, self.cameras, self.image_size = robot, limits, cameras, image_size
         self.units = units or Units()
@@ -87,7 +87,8 @@ class Arm:
                 f"the policy needs cameras {', '.join(contract.cameras)}; no camera is given for {missing}"
             )
         views = {camera: views[camera] for camera in contract.cameras}
-        return Arm(self.robot, self.limits, cameras=views, units=self.units, image_size=contract.image_size)
+        side = contract.image_size if contract.picture_fit == "exact" else None
+        return Arm(self.robot, self.limits, cameras=views, units=self.units, image_size=side)
 
     def read(self, now: float) -> Reading:
         """Read an observation from the robot.

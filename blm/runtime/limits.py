@@ -135,6 +135,11 @@ class ArmLimits:
         for rate in (space.rate_hz, contract.rate_hz):
             if not _is_finite(rate) or abs(rate - self.rate_hz) > RATE_TOLERANCE * self.rate_hz:
                 raise ContractError(f"the robot runs at {self.rate_hz} Hz, the policy at {_short(rate)} Hz")
+        if space.state is not None:
+            raise ContractError(
+                f"the policy's state of '{self.robot}' is {_short(space.state_names)}, and not that of its "
+                "actions, which the loop sends; map the same joints as state and action"
+            )
         self._check_range(space, accept_wider)
         self._check_sizes(contract)
         return space
@@ -147,7 +152,10 @@ class ArmLimits:
                 f"{name} of '{self.robot}': the policy's range is {_short(theirs[0])}..{_short(theirs[1])}"
             )
             if not all(map(_is_finite, theirs)) or not theirs[0] < theirs[1]:
-                raise ContractError(f"{given}; both limits must be finite, the lower one first")
+                raise ContractError(
+                    f"{given}; both limits must be finite, the lower one first (a policy of somebody else's "
+                    "dataset has them from 'low' and 'high' of its mapping)"
+                )
             if theirs[1] < low or theirs[0] > high:
                 raise ContractError(f"{given}, which does not overlap the robot's {low}..{high}")
             wider = theirs[0] < low - RANGE_TOLERANCE or theirs[1] > high + RANGE_TOLERANCE

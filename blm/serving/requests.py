@@ -309,7 +309,7 @@ def blank_observation(contract: PolicyContract, robot: str) -> Observation:
     space, side = contract.action_spaces[robot], contract.image_size
     return Observation(
         images={camera: np.zeros((side, side, 3), np.uint8) for camera in contract.cameras},
-        state=((np.asarray(space.low) + np.asarray(space.high)) / 2).astype(np.float32),
+        state=space.middle_state(),
         instruction="hold still.",
         robot=robot,
         seed=0,

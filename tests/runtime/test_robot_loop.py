@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from websockets.sync.server import ServerConnection
 
+from blm.action_space import StateSpace
 from blm.runtime import Arm, ArmLimits, Driver, RobotLike, RunLog, Safety, State, StoppedError, Units
 from blm.serving import RemotePolicy
-from blm.types import ActionChunk, BlmError, Observation, Policy
+from blm.types import ActionChunk, BlmError, ContractError, Observation, Policy
 from tests.support.openpi_server import fake_server, reply
 from tests.support.serving import CONTRACT, SIDE, EchoPolicy, running, wait_for
 
@@ -427,6 +428,17 @@ def test_mismatches_are_reported_before_the_arm_moves() -> None:
     driver_of(limp, safety=Safety(accept_torque_off=True)).run(0.2)
     with pytest.raises(BlmError, match="seconds must be positive"):
         driver_of(FakeArm()).run(float("nan"))
+
+
+def test_policies_of_other_states_and_without_limits_are_refused() -> None:
+    kinds = ("absolute_joint_position",) * 2
+    other = StateSpace(names=("x", "y"), units=("m", "m"), kinds=kinds, origins=(-1,) * SPACE.dim)
+    for space, said in (
+        (replace(SPACE, state=other), r"state of 'panda' is \('x', 'y'\), and not that of its actions"),
+        (replace(SPACE, low=(-np.inf, *SPACE.low[1:])), r"both limits must be finite.* 'low' and 'high'"),
+    ):
+        with pytest.raises(ContractError, match=said):
+            LIMITS.check_contract(replace(CONTRACT, action_spaces={"panda": space}))
 
 
 def test_it_runs_beside_another_main_thread() -> None:

@@ -79,12 +79,10 @@ def _episode(
 
 
 def _picture(dataset: EpisodeDataset, episode: int, row: int, camera: str) -> Image:
-    camera_videos = dataset.camera_videos[camera]
-    if np.count_nonzero(camera_videos.file == camera_videos.file[episode]) > 1:
+    camera_videos = dataset.camera_videos.get(camera)
+    if camera_videos is None or np.count_nonzero(camera_videos.file == camera_videos.file[episode]) > 1:
         return Image(dataset.frames([row], camera)[0])
     number = int(camera_videos.first[episode]) + row - int(dataset.starts[episode])
     file = camera_videos.files[int(camera_videos.file[episode])].relative_to(dataset.folder).as_posix()
-    middle = (number + 0.5) / float(
-        dataset.info["fps"]
-    )  # not the frame's edge, because times in files are rounded
+    middle = (number + 0.5) / dataset.space.rate_hz  # not the frame's edge: times in files are rounded
     return Image(path=f"{file}#t={middle:.4f}")

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from blm.datasets.transforms import RobotTransforms
+from blm.pictures import joint_fit
 from blm.policy.heads import IndexedLinear, with_embodiments
 from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
@@ -57,11 +58,13 @@ class InitialPolicy:
     def extended(self, contract: PolicyContract) -> PolicyContract:
         """Return the contract of the datasets with the robots and data of the checkpoint as well."""
         old = self.checkpoint.contract if self.checkpoint is not None else contract
+        fit = joint_fit({old.picture_fit, contract.picture_fit})
         spaces = {**old.action_spaces, **contract.action_spaces}
         return replace(
             contract,
             action_spaces={name: spaces[name] for name in self.robots},
             training=joint_training([old.training, contract.training]),
+            picture_fit=fit,
         )
 
     def freeze(self) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from blm.backbone.backbone import Backbone
 from blm.datasets.lerobot import EpisodeDataset, open_dataset
+from blm.datasets.mapping import DataMapping
 from blm.jobs import Result, WorkUnit, run_units
 from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.training.policy.hidden_states import HiddenStateConfig
@@ -52,6 +53,7 @@ class FrameWorkers:
                     backbone.attn_implementation,
                     self.config.layer,
                     self.dataset.folder,
+                    self.dataset.mapping,
                 ),
             )
         else:
@@ -70,10 +72,11 @@ def _set_up(
     attn_implementation: str | None,
     layer: int,
     dataset: Path,
+    mapping: DataMapping | None,
 ) -> None:
     backbone = Backbone.load(source, dtype=dtype, attn_implementation=attn_implementation, blocks=layer)
     backbone.freeze()
-    _writer[:] = [open_writer(backbone, open_dataset(dataset))]
+    _writer[:] = [open_writer(backbone, open_dataset(dataset, mapping))]
 
 
 def _write(payload: Any) -> Result:

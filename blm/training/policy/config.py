@@ -22,6 +22,9 @@ class PolicyTrainingConfig:
 
     datasets: tuple[Path, ...]
     """Dataset folders, at least one per robot: demonstrations and corrections."""
+    mappings: tuple[Path, ...] = ()
+    """Mappings of datasets of other programs (blm doctor DATASET --suggest writes one).
+    One for all datasets, or one for each; - for a dataset that needs none."""
     backbone: str
     """Folder that Stage I wrote, or the name of a backbone."""
     intents: HiddenStateConfig

@@ -19,6 +19,7 @@ from torch import Tensor
 from blm.datasets.lerobot import EpisodeDataset
 from blm.datasets.mixture import IndexArray, Mixture, kept_frames, split_episodes
 from blm.datasets.transforms import RobotTransforms, action_chunks, fit_transforms
+from blm.pictures import joint_fit
 from blm.policy.codec import pad_dims
 from blm.policy.flow import sample_time
 from blm.policy.heads import runs_of
@@ -77,7 +78,7 @@ class SampledFrames:
     values: float
     """Mean number of real (not padded) action values per sample of the whole step."""
     state_noise: Tensor | None = None
-    """[B, D] noise on the normalised state; None without noise."""
+    """[B, max_dim] noise on the normalised state; None without noise."""
 
 
 def split(
@@ -150,13 +151,18 @@ def joint_contract(
         raise BlmError(
             f"give one or more datasets, each only once; got {[str(data.folder) for data in datasets]}"
         )
+    for data in datasets:
+        data.require_known_kinds()
     spaces = dict[str, ActionSpace]()
     side, rate = datasets[0].image_size, datasets[0].space.rate_hz
     for data in datasets:
         space = spaces.setdefault(data.space.robot, data.space)
         data.require(space, cameras, side, rate)
-        if data.space.dim > policy.max_dim:
-            raise BlmError(f"'{data.space.robot}' has {data.space.dim} dimensions, above policy.max_dim")
+        if (most := max(data.space.dim, data.space.state_dim)) > policy.max_dim:
+            raise BlmError(
+                f"'{data.space.robot}' has {most} dimensions, above policy.max_dim {policy.max_dim}; "
+                f"set --policy.max-dim {most}"
+            )
         if (longest := np.diff(data.starts).max()) < policy.horizon:
             raise BlmError(
                 f"policy.horizon {policy.horizon} is longer than the longest episode of '{data.folder}', "
@@ -171,6 +177,7 @@ def joint_contract(
         rate_hz=rate,
         frames=frames,
         training=joint_training(data.training for data in datasets),
+        picture_fit=joint_fit({data.picture_fit for data in datasets}),
     )
 
 
@@ -242,9 +249,9 @@ class PolicySampler:
         """Return the batch without hidden states."""
         numbers = np.unique(samples.datasets)
         parts = [self._vectors(i, samples.frames[samples.datasets == i]) for i in numbers]
-        state, actions, real = (torch.cat(values) for values in zip(*parts, strict=True))
+        state, actions, real, measured = (torch.cat(values) for values in zip(*parts, strict=True))
         if samples.state_noise is not None:
-            state = state + samples.state_noise * real[:, 0]  # none on padding
+            state = state + samples.state_noise * measured  # none on padding
         where = zip(samples.datasets, samples.frames, strict=True)
         embodiments = [self.datasets[i].embodiment for i in samples.datasets]
         return ActionBatch(
@@ -305,7 +312,8 @@ class PolicySampler:
         return float(np.minimum(left, self.policy.horizon).sum() * data.space.dim)
 
     def _vectors(self, index: int, frames: IndexArray) -> tuple[Tensor, ...]:
-        """Return state [B, D], actions [B, H, D] and mask [B, H, D] of frames of a dataset."""
+        """Return state [B, S], actions [B, H, D], mask [B, H, D] and mask of the state [B, S] of
+        frames of a dataset, all padded."""
         source, policy = self.datasets[index], self.policy
         data = source.dataset
         ends, states = data.starts[data.episode_index[frames] + 1], data.states[frames]
@@ -314,6 +322,7 @@ class PolicySampler:
             source.transforms.state.forward(states),
             source.transforms.actions.forward(chunks, states),
             np.broadcast_to(inside[..., None], chunks.shape).astype(np.float32),
+            np.ones_like(states),
         )
         return tuple(pad_dims(value, policy.max_dim) for value in values)
 

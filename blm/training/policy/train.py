@@ -19,7 +19,7 @@ import torch
 from blm.backbone.backbone import Backbone
 from blm.backbone.partial import require_part
 from blm.backbone.precision import WeightDtype, frozen_dtype, place_weights
-from blm.datasets.lerobot import EpisodeDataset, open_dataset
+from blm.datasets.lerobot import EpisodeDataset, open_mapped, stated_mappings
 from blm.datasets.transforms import RobotTransforms
 from blm.policy.checkpoint import require_free
 from blm.policy.frozen import FrozenProof
@@ -73,14 +73,14 @@ def train_stage2(
     backbone = _load_backbone(config, writes=writes)
     frozen = FrozenProof.of(backbone)
     hashed = HashedBackbone(backbone, config.backbone, frozen.weights)
-    datasets = [open_dataset(folder) for folder in config.datasets]
+    datasets = open_mapped(config.datasets, config.mappings)
     contract = _contract(backbone, datasets, config)
     start = _start(hashed, contract, config)
     language = cotraining_sampler(backbone, config.cotrain, config.loop, processes, out)
     codec = open_codec(hashed, datasets, config, processes)
     inputs = _inputs(hashed, datasets, codec, start, config, language)
     facts = {**provenance, "loop": asdict(config.loop), "inputs": inputs, **start.origin}
-    facts |= warn_of_reserved(datasets) if processes.first else {}
+    facts |= stated_mappings(datasets) | (warn_of_reserved(datasets) if processes.first else {})
     _prepare_folder(out, inputs, processes)
     opened = open_datasets(hashed, datasets, config, start, codec, processes)
     tuned = tune_backbone(hashed, config.intents.layer, config.tune, language, config.loop.seed)

@@ -43,8 +43,8 @@ NumPy's own reader would pass the header to Python's parser.
 
 def message_limit(contract: PolicyContract) -> int:
     """Return the maximum size of a client's message [bytes]: MARGIN times MAX_ROWS observations."""
-    dim = max(space.dim for space in contract.action_spaces.values())
-    row = 3 * len(contract.cameras) * contract.image_size**2 + 8 * dim + MAX_TEXT
+    dim = max(space.state_dim for space in contract.action_spaces.values())
+    row = contract.picture_bytes + 8 * dim + MAX_TEXT
     return max(wire.SMALLEST_LIMIT, MARGIN * MAX_ROWS * row)
 
 

@@ -87,9 +87,10 @@ def unpack(data: bytes, max_items: int = MAX_ITEMS) -> Any:
 
 def frame_limit(contract: PolicyContract) -> int:
     """Return the maximum size of a client's frame [bytes]: MARGIN times a complete observation."""
-    dim = max(space.dim for space in contract.action_spaces.values())
-    pictures = 3 * len(contract.cameras) * contract.image_size**2
-    return max(SMALLEST_LIMIT, MARGIN * (pictures + 8 * dim * (contract.horizon + 1) + 2 * MAX_TEXT))
+    dim = max(max(space.dim, space.state_dim) for space in contract.action_spaces.values())
+    return max(
+        SMALLEST_LIMIT, MARGIN * (contract.picture_bytes + 8 * dim * (contract.horizon + 1) + 2 * MAX_TEXT)
+    )
 
 
 def item_limit(contract: PolicyContract) -> int:
@@ -97,7 +98,7 @@ def item_limit(contract: PolicyContract) -> int:
 
     It allows for a chunk as lists of numbers, and 1024 items for other keys.
     """
-    dim = max(space.dim for space in contract.action_spaces.values())
+    dim = max(max(space.dim, space.state_dim) for space in contract.action_spaces.values())
     return 1024 + (contract.horizon + 1) * (dim + 1)
 
 
@@ -268,7 +269,8 @@ def _is_number(value: Any) -> bool:
 
 def _accepted(contract: PolicyContract) -> str:
     names = [f"'{IMAGES}{camera}' (or '{OPENPI_IMAGES.get(camera)}')" for camera in contract.cameras]
-    side = f"uint8 {contract.image_size}x{contract.image_size}x3"
+    exact = contract.picture_fit == "exact"
+    side = f"uint8 {contract.image_size}x{contract.image_size}x3" if exact else "uint8 height x width x 3"
     images = ", ".join(names).replace(" (or 'None')", "")
     robots = ", ".join(contract.action_spaces)
     return (
