@@ -55,7 +55,7 @@ ADDED_TO_STAGE2 = {
 ADDED_TO_STAGE1 = {
     "mixture": asdict(MixtureSettings()),
     "epochs": 0.0,
-    "training": {"loop": ADDED_TO_LOOP, "supervise_attention": False},
+    "training": {"loop": ADDED_TO_LOOP, "supervise_attention": 0.0},
     "schooling": {"eye": ADDED_TO_LOOP, "drill": ADDED_TO_LOOP, "pack_length": 0, "again": False},
 }
 ADDED_TO_CORPUS = {"answers": "reasoning", "randomization": asdict(NO_RANDOMIZATION), "free": 0.0}

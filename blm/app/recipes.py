@@ -40,7 +40,7 @@ def nano_stage1(*, eye: int, drill: int, steps: int, batch_size: int = 8) -> Sta
         drill=replace(defaults.drill, steps=drill),
     )
     training = frozen_vision_tower(steps=steps, batch_size=batch_size, lr=2e-3)
-    return Stage1Settings(schooling=schooling, training=replace(training, supervise_attention=True))
+    return Stage1Settings(schooling=schooling, training=replace(training, supervise_attention=1.0))
 
 
 def frozen_vision_tower(*, steps: int, batch_size: int, lr: float) -> Stage1Config:

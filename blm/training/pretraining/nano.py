@@ -123,7 +123,7 @@ def _pretrain(
     count = config.drill.steps * config.drill.batch_size  # no more than training will use
     sources = [source.first(count) for source in sources]
     drill = Stage1Config(
-        loop=config.drill, vision_scale=0.0, pack_length=config.pack_length, supervise_attention=True
+        loop=config.drill, vision_scale=0.0, pack_length=config.pack_length, supervise_attention=1.0
     )
     train_stage1(backbone, sources, drill, out / "drill")
 

@@ -66,9 +66,11 @@ class Stage1Config:
     cache_features: bool = False
     """Encode each image once, before training; needs a frozen vision tower.
     The features are stored in OUT/features, from which all processes read."""
-    supervise_attention: bool = False
-    """Also train where a nano attends to find the things whose positions it writes, and those that a
-    control prompt with the order query_last asks for (`blm.training.sft.supervised_attention`)."""
+    supervise_attention: float = 0.0
+    """Weight of the loss of supervised attention: where a nano attends to find the things whose
+    positions it writes, and those that a control prompt with the order query_last asks for
+    (`blm.training.sft.supervised_attention`). Its gradient is several times that of the answers, so a
+    weight of 1 suits a nano that cannot find things yet, and a smaller one later training."""
     checkpoint_blocks: bool = False
     """Activation checkpointing: recompute blocks in the backward pass to save memory."""
     skip_bad: bool = False
@@ -79,6 +81,7 @@ class Stage1Config:
             self,
             vision_scale=(0, 1e6),
             projector_scale=(0, 1e6),
+            supervise_attention=(0, 1e6),
             language_scale=(0, 1e6),
             pack_length=(0, 10**9),
         )
@@ -147,8 +150,9 @@ def train_stage1(
 
     def loss(batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         sums = loss_model.train()(batch)
-        total, extra = attention(batch) if attention is not None else (0.0, {})
-        return sums.loss_sum / sums.tokens + total, {"token_accuracy": sums.correct / sums.tokens, **extra}
+        found, extra = attention(batch) if attention is not None else (0.0, {})
+        total = sums.loss_sum / sums.tokens + config.supervise_attention * found
+        return total, {"token_accuracy": sums.correct / sums.tokens, **extra}
 
     def evaluate(step: int) -> Mapping[str, float]:
         loss_model.eval()
