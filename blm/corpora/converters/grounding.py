@@ -20,6 +20,8 @@ SIDE = 1000
 Size = tuple[float, float]
 """Width and height that coordinates refer to."""
 _OBJECT = re.compile(r"<(ref-object|bbox|point)>")
+_IN_JSON = re.compile(r'":\s*\Z')
+"""The end of a text before the value of a JSON field: coordinates are a list there."""
 _NAMED = re.compile(r"<ref>(.*?)</ref>", re.DOTALL)
 _BOXES = re.compile(r"<box>(.*?)</box>", re.DOTALL)
 _NUMBER = r"-?\d+(?:\.\d+)?"
@@ -74,7 +76,10 @@ def fill_objects(turns: Sequence[Turn], objects: Any, sizes: Sequence[Size | Non
     called = iter(map(str, names))
 
     def fill(tag: re.Match[str]) -> str:
-        return next(called) if tag[1] == "ref-object" else next(written)
+        if tag[1] == "ref-object":
+            return next(called)
+        place = next(written)
+        return f"[{place[1:-1]}]" if _IN_JSON.search(tag.string, 0, tag.start()) else place
 
     return [_mapped(turn, lambda text: _OBJECT.sub(fill, text)) for turn in turns]
 

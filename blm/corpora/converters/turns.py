@@ -95,7 +95,10 @@ def read_turns(row: Mapping[str, Any], tally: Tally) -> tuple[list[Turn], dict[s
         tally.count(turn, TURN_USES, "turn.")
     if "completion" in uses:  # what is before the completion is its prompt, which is not trained
         prompts = len(listed) - _length(row["completion"])
-        turns = [replace(turn, loss=turn.loss and place >= prompts) for place, turn in enumerate(turns)]
+        turns = [
+            replace(turn, loss=turn.loss and (place >= prompts or turn.role != "assistant"))
+            for place, turn in enumerate(turns)
+        ]
     system = next((row[key] for key in ("system", "system_prompt") if row.get(key)), None)
     masked = read_row_loss(row, [turn.role for turn in turns])
     turns = [replace(turn, loss=turn.loss and kept) for turn, kept in zip(turns, masked, strict=True)]
@@ -166,7 +169,8 @@ def _turn(turn: Any) -> Turn:
     if not isinstance(name, str) or name not in ROLES:
         raise RowError("unknown role", f"role {name!r}; valid: {', '.join(ROLES)}")
     require_supported_turn(turn)
-    role, said = ROLES[name], read_loss(turn)
+    role = ROLES[name]
+    loss = read_loss(turn) or role != "assistant"
     thought = "".join(check_text(turn[key]) for key in THOUGHTS if turn.get(key))
     if isinstance(content, list):
         parts = [_part(part) for part in content]
@@ -174,9 +178,9 @@ def _turn(turn: Any) -> Turn:
         shown = tuple(part for kind, part in parts if kind != "thought")
         if thought and role == "assistant":
             shown = (with_thought(thought, ""), *shown)
-        return Turn(role, shown, said is not False)
+        return Turn(role, shown, loss)
     text = check_text(content)
-    return Turn(role, with_thought(thought, text) if role == "assistant" else text, said is not False)
+    return Turn(role, with_thought(thought, text) if role == "assistant" else text, loss)
 
 
 def _part(part: Any) -> tuple[str, Part]:

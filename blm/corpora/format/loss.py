@@ -31,8 +31,8 @@ MASKS = ("loss_mask", "train_mask", "loss_weights", *(key for key in TRAINED if 
 """Keys of a row whose list has one switch for each message, or for each answer."""
 
 
-def read_loss(message: Mapping[str, Any]) -> bool | None:
-    """Return what the switches of a message say; None if it has none.
+def read_loss(message: Mapping[str, Any]) -> bool:
+    """Return whether the switches of a message leave it in the loss, as they do if it has none.
 
     Raises RowError for a value other than true, false, 0 and 1, and for the keys in `REFUSED`.
     """
@@ -42,11 +42,13 @@ def read_loss(message: Mapping[str, Any]) -> bool | None:
         )
     said = [_switch(key, message[key]) for key in TRAINED if message.get(key) is not None]
     said += [not _switch(key, message[key]) for key in EXCLUDED if message.get(key) is not None]
-    return all(said) if said else None
+    return all(said)
 
 
 def read_row_loss(row: Mapping[str, Any], roles: Sequence[str]) -> list[bool]:
     """Return for each message whether the switches of its row leave it in the loss.
+
+    Only answers can be excluded: other turns are never learnt anyway.
 
     `roles` are those of the messages. Raises RowError for a row that is
     excluded as a whole, and for switches that are unclear.
@@ -73,7 +75,7 @@ def read_row_loss(row: Mapping[str, Any], roles: Sequence[str]) -> list[bool]:
             )
         for place, one in zip(places, value, strict=True):
             kept[place] = kept[place] and _switch(key, one)
-    return kept
+    return [role != "assistant" or keep for role, keep in zip(roles, kept, strict=True)]
 
 
 def _switch(key: str, value: Any) -> bool:

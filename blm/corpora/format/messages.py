@@ -331,7 +331,8 @@ def _message(message: Any) -> Message:
     if not isinstance(content, str | list):
         raise RowError("malformed row", f"a content is {type(content).__name__}, neither text nor list")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    return Message(role, tuple(_part(part) for part in parts), read_loss(message) is not False)
+    loss = read_loss(message) or role != "assistant"
+    return Message(role, tuple(_part(part) for part in parts), loss)
 
 
 def _part(part: Any) -> str | Image:

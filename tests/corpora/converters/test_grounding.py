@@ -41,6 +41,7 @@ def answer_of(tmp_path, row):
         ({"ref": [], "bbox": [[0, 0, 1, 1]], "bbox_type": "norm1"}, "<bbox>", "(0, 0, 1000, 1000)"),
         ({"bbox": [[0.5, 0.25], [1, 0]], "bbox_type": "norm1"}, "<bbox><bbox>", "(500, 250)(1000, 0)"),
         ({"bbox": [[48, 16]], "width": 48, "height": 32}, "<bbox>", "(1000, 500)"),
+        ({"bbox": [[6, 4]]}, '[{"point": <bbox>}]', '[{"point": [250, 250]}]'),
         ([{"caption": "cup", "bbox": [6, 4], "bbox_type": "real", "image": 0}], "<bbox>", "(250, 250)"),
         ('[{"caption": "cup", "bbox": [6, 4]}]', "<ref-object><bbox>", "cup(250, 250)"),
     ],

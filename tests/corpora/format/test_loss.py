@@ -90,7 +90,9 @@ def test_a_row_that_means_something_else_is_a_fault(row, turn):
 
 def test_any_switch_excludes():
     assert read_loss({"loss": True, "weight": 0}) is False
-    assert read_loss({"role": "user"}) is None
+    assert read_loss({"role": "user"}) is True
+    row = parse_row({"messages": [{"role": "user", "content": "?", "loss": False}, *turns({})[1:]]}, 1)
+    assert all(message.loss for message in row.messages), "only answers are ever learnt"
 
 
 def test_switches_and_independence_survive_writing(tmp_path):
