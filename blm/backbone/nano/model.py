@@ -141,6 +141,7 @@ def make_nano(
             pooled=True,
             compound=True,
             sharpness=4.0,
+            step_scale=10.0,
         ),
         text_config=text,
         image_token_index=processor.image_token_id,
