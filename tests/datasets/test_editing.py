@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 
@@ -95,7 +96,7 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing(tmp_path, monkeypatch):
         select_episodes([Selection(tmp_path / "arm")], tmp_path / "c")
 
     def broken(*_):
-        raise OSError("no space left")
+        raise OSError(errno.ENOSPC, "no space left")
 
     monkeypatch.setattr(editing.shutil, "copyfile", broken)
     with pytest.raises(BlmError):
