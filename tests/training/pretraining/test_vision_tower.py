@@ -433,3 +433,20 @@ def test_text_only_scenes_list_positions_in_words():
     *_, words = nano_sources([([seen] * 9, Path("a"), 1.0), ([seen] * 9, Path("b"), 1.0)], loop)
     assert len(words.conversations) == TEXT_ONLY_SHARE * 8, "no more than training will read"
     assert is_nano(build_nano())
+
+
+def test_positions_are_float32_under_autocast():
+    """bfloat16 has 8 bits: at 100 it rounds to halves, and digits of positions would change."""
+    torch.manual_seed(0)
+    names = ("red cube", "green cube", "blue cube", "red ball", "green ball", "blue ball")
+    tower = ConvVision(ConvVisionConfig(things=names, channels=8)).eval()
+    features = 3 * torch.randn(2, tower.config.channels, CELLS * CELLS)
+    summary = torch.randn(2, tower.config.summary_size)
+    with torch.no_grad():
+        exact = tower.find(features, summary, FOUND)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = tower.find(features, summary, FOUND)
+    assert torch.equal(found.names, exact.names)
+    assert found.points.dtype is torch.float32
+    torch.testing.assert_close(found.points, exact.points, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.presence, exact.presence, atol=1e-5, rtol=0)
