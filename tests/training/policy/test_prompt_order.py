@@ -111,8 +111,8 @@ def test_a_policy_acts_on_what_it_was_trained_on(config: PolicyTrainingConfig, t
     for number, (robot, frame) in enumerate(((0, 2), (1, 10), (0, 4))):
         data = open_dataset(config.datasets[robot])
         (learnt,) = LiveHiddenStates(policy.backbone, data, config.intents).read(np.array([frame]))
-        np.testing.assert_allclose(whole[number], learnt, rtol=0, atol=2e-7)
-        np.testing.assert_allclose(cached[number], learnt, rtol=0, atol=2e-7)
+        np.testing.assert_allclose(whole[number], learnt, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(cached[number], learnt, rtol=0, atol=2e-6)
         np.testing.assert_allclose(actions[number], plain[number], rtol=0, atol=1e-5)
     old = replace(config.intents, prompt="pictures_first")
     (other,) = LiveHiddenStates(policy.backbone, data, old).read(np.array([4]))
@@ -141,7 +141,7 @@ def test_another_order_is_refused(config: PolicyTrainingConfig, trained: Path, t
         train_stage2(replace(old, start=trained, cache=None), tmp_path / "start", {})
     for make in (HiddenStateConfig, TapConfig):
         more = {"cameras": ("base",)} if make is HiddenStateConfig else {}
-        with pytest.raises(BlmError, match=r"unknown prompt order 'words'.*pictures_first, text_first"):
+        with pytest.raises(BlmError, match=r"'words'.*pictures_first, query_last, text_first"):
             make(layer=1, prompt="words", **more)
 
 

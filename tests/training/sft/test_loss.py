@@ -77,7 +77,7 @@ def test_chunks_give_the_loss_and_the_gradients_of_all_logits(name: str) -> None
         parts, found = computed(backbone, tokens * vocabulary)
         assert torch.allclose(parts.loss_sum, whole.loss_sum, rtol=1e-6)
         assert parts[1:] == whole[1:] and int(whole.tokens) > 5
-        assert_close(found, wanted, 2e-5)
+        assert_close(found, wanted, 5e-4)
 
 
 def test_chunks_with_adapters_and_a_frozen_head() -> None:
@@ -87,7 +87,7 @@ def test_chunks_with_adapters_and_a_frozen_head() -> None:
         parts, found = computed(backbone, 1)
     assert all("lora" in name for name in found)
     assert torch.allclose(parts.loss_sum, whole.loss_sum, rtol=1e-6)
-    assert_close(found, wanted, 2e-5)
+    assert_close(found, wanted, 5e-4)
 
 
 @pytest.mark.parametrize("name", ["nano", "qwen3"])
