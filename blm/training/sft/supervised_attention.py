@@ -4,8 +4,9 @@ To answer with a position, a model must find the thing's image token by its name
 in it. Neither is of use without the other, so answers alone teach both only after a long plateau,
 if at all (docs/LOG.md). Some heads are therefore trained to attend to the token of the thing, as in
 "Neural Machine Translation with Supervised Attention" (Liu et al., 2016): where an answer writes a
-position, and where a control prompt names object, goal and gripper of a view behind the task
-(`PromptOrder` query_last). There, hidden states also learn to hold the position, for the policy.
+position, in the image or in the robot's frame, and where a control prompt names object, goal and
+gripper of a view behind the task (`PromptOrder` query_last). There, hidden states also learn to hold
+the position, for the policy.
 Shapes: G sequences of L positions, Q queries, C channels.
 """
 
@@ -16,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple, cast
 
@@ -25,7 +27,18 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaAttention, rotate_half
 
 from blm.backbone import Backbone
-from blm.backbone.grounding import FOUND, NAME_SIZE, GroundingTower
+from blm.backbone.grounding import (
+    DECIMAL,
+    FOUND,
+    FREQUENCIES,
+    NAME_SCALE,
+    NAME_SIZE,
+    REACH,
+    VIEWS,
+    WORDS,
+    GroundingTower,
+    map_words,
+)
 from blm.backbone.prompt import QUERY_LAST
 from blm.corpora.scenes.questions import POINT_SCALE
 from blm.training.sft.pack import ExampleBatch
@@ -37,13 +50,25 @@ heads, where each position knows the preceding two tokens (`blm/backbone/nano/in
 for a name. What a role means in a task takes one more block to find out."""
 NEAR = 0.05
 """Maximum distance between a position in an answer and the token's thing [fraction of the image]."""
+NEAR_CM = 10.0
+"""Maximum distance between a position in the robot's frame in an answer and that of the token [cm]."""
 CERTAIN = 0.2
 """Minimum weight of the token's thing, about the probability that it is in the image."""
 POSITION_WEIGHT = 10.0
 """Weight of the error of the positions that hidden states hold [fraction of the image]."""
-POINT_OR_BOX = re.compile(r"\((\d+(?:, -?\d+)+)\)")
+NOWHERE = 5.0
+"""Tokens of images without a known camera have a position at most this far from the robot [cm]."""
+METRIC_AT = NAME_SIZE + 1 + 2 + 4 * len(FREQUENCIES) + 2 * DECIMAL
+"""First feature of the position in the robot's frame in a token of a `GroundingTower`."""
+POINT_OR_BOX = re.compile(r"\((\d+(?:, \d+){3}|\d+, \d+)\)")
+VECTOR = r"\((-?\d+), (-?\d+), (-?\d+)\)"
+METRIC = re.compile(rf"([a-z]+(?: [a-z]+)*) ({VECTOR}|[xyz] -?\d+)")
+"""A thing and its position, or one coordinate of it, in the thoughts before an answer [cm]."""
+ONLY_METRIC = re.compile(rf"<\|assistant\|>({VECTOR}) cm")
+"""An answer that is the position of the thing in the question [cm]."""
 QUERIES = re.compile(rf"(?:{QUERY_LAST.pattern} ?)+")
 ROLE_POINT = re.compile(r"(object|goal|gripper) \((\d+), (\d+)\)")
+USER = "<|user|>"
 ANSWER = re.compile(r"<\|assistant\|>(.*?)<\|end\|>", re.DOTALL)
 Point = tuple[float, float]
 """x, y as fractions of the image."""
@@ -60,30 +85,67 @@ class RoleQuery(NamedTuple):
     """Where the thing is in that view, if it is there."""
 
 
+class Located(NamedTuple):
+    """A point, or the centre of a box, in an answer."""
+
+    at: range
+    """The positions that predict its tokens."""
+    view: str
+    """The camera that its turn names last; empty if it names none."""
+    point: Point
+    """The point."""
+
+
+class Measured(NamedTuple):
+    """A position in the robot's frame in an answer, or one coordinate of it."""
+
+    at: range
+    """The positions that predict its tokens."""
+    name: str
+    """The thing that is named before it; empty if none is."""
+    place: tuple[float, float, float] | None
+    """The position [cm]; None for a single coordinate."""
+
+
 class SequenceText:
     """The text of a sequence, and the token of each of its characters."""
 
-    def __init__(self, texts: Sequence[str], tokens: Sequence[int]) -> None:
-        """`texts` are the texts of the vocabulary."""
+    def __init__(self, texts: Sequence[str], tokens: Sequence[int], views: Sequence[str] = ()) -> None:
+        """`texts` are the texts of the vocabulary, `views` the names of the cameras."""
         parts = [texts[token] for token in tokens]
         self.text, self.ends = "".join(parts), list(accumulate(map(len, parts)))
+        self.view = re.compile(rf"\b({'|'.join(views)})\b" if views else "(?!)")
 
     def token(self, character: int) -> int:
         """Return the position of the token with this character."""
         return bisect_right(self.ends, character)
 
-    def located(self, answers: Sequence[bool]) -> Iterator[tuple[range, Point]]:
-        """Yield points, and centres of boxes, in answers: the positions that predict them.
-
-        `answers` is True at the tokens of answers.
-        """
+    def located(self, answers: Sequence[bool]) -> Iterator[Located]:
+        """Yield points, and centres of boxes, in answers. `answers` is True at the tokens of answers."""
         for match in POINT_OR_BOX.finditer(self.text):
             begin, end = self.token(match.start()), self.token(match.end() - 1)
             if answers[begin] and answers[end]:
                 x, y, *more = (int(number) / POINT_SCALE for number in match[1].split(", "))
                 if len(more) == 2:  # a box: its other corner
                     x, y = (x + more[0]) / 2, (y + more[1]) / 2
-                yield range(begin, end), (x, y)
+                turn = self.text.rfind(USER, 0, match.start())
+                views = self.view.findall(self.text, max(turn, 0), match.start())
+                yield Located(range(begin, end), views[-1] if views else "", (x, y))
+
+    def measured(self, answers: Sequence[bool]) -> Iterator[Measured]:
+        """Yield positions in the robot's frame, and single coordinates, in answers."""
+        for match in METRIC.finditer(self.text):
+            yield from self._measured(match.span(2), answers, match[1], match.groups()[2:])
+        for match in ONLY_METRIC.finditer(self.text):
+            yield from self._measured(match.span(1), answers, "", match.groups()[1:])
+
+    def _measured(
+        self, span: tuple[int, int], answers: Sequence[bool], name: str, numbers: Sequence[str | None]
+    ) -> Iterator[Measured]:
+        begin, end = self.token(span[0]), self.token(span[1] - 1)
+        if answers[begin] and answers[end]:
+            place = [float(number) for number in numbers if number]
+            yield Measured(range(begin, end), name, (place[0], place[1], place[2]) if place else None)
 
     def roles(self) -> Iterator[RoleQuery]:
         """Yield the roles that control prompts with the order query_last ask for."""
@@ -158,23 +220,27 @@ class SupervisedAttention:
         losses: dict[str, list[Tensor]] = {"named": [], "roles": [], "role_error": [], "seen": []}
         slots = self._slots(batch.inputs["input_ids"])
         for row, tokens in enumerate(batch.inputs["input_ids"].tolist()):
-            text, images = SequenceText(self.texts, tokens), slots[row]
-            named = [
-                (at, slot)
-                for positions, point in text.located(batch.loss_mask[row].tolist())
-                if (slot := nearest([image for image in images if image.start < positions[0]], -1, point))
-                for at in positions
+            text = SequenceText(self.texts, tokens, self.tower.config.views)
+            answers = batch.loss_mask[row].tolist()
+            seen = partial(visible, batch.inputs["attention_mask"][row], slots[row])
+            wanted: list[tuple[range, int | None]] = [
+                (at, nearest(in_view(seen(at[0]), view), -1, point))
+                for at, view, point in text.located(answers)
             ]
+            wanted += [(one.at, self._known(seen(one.at[0]), one)) for one in text.measured(answers)]
+            named = [(at, slot) for positions, slot in wanted if slot is not None for at in positions]
             losses["named"] += self._attention(NAMED_BLOCK, batch, row, named)
             roles = list(text.roles())
-            before = [[image for image in images if image.start < role.at] for role in roles]
-            pairs = zip(roles, before, strict=True)
-            found = [(r.at, s) for r, seen in pairs if r.point and (s := nearest(seen, r.view, r.point))]
+            found = [
+                (role.at, slot)
+                for role in roles
+                if role.point and (slot := nearest(seen(role.at), role.view, role.point)) is not None
+            ]
             losses["roles"] += self._attention(ROLE_BLOCK, batch, row, found)
             if roles:
-                error, seen = self._held(row, roles)
+                error, visibility = self._held(row, roles)
                 losses["role_error"].append(error)
-                losses["seen"].append(seen)
+                losses["seen"].append(visibility)
         means = {name: torch.cat(parts).mean() for name, parts in losses.items() if any(map(len, parts))}
         weights = {"role_error": POSITION_WEIGHT}
         total = sum((weights.get(name, 1.0) * mean for name, mean in means.items()), torch.zeros(()))
@@ -215,12 +281,37 @@ class SupervisedAttention:
         scores = scores.masked_fill(~(mask[row, 0, queries] if mask.ndim == 4 else causal), -torch.inf)
         return [-scores.float().log_softmax(-1)[:, torch.arange(len(keys)), keys].mean(0)]
 
+    def _known(self, images: Sequence[ImageTokens], found: Measured) -> int | None:
+        """Return the position of the token that knows where a thing is, of the conversation's views.
+
+        It is that of the first view that has the name; without a name, that with the nearest position.
+        """
+        words = set(map_words(found.name, self.tower.config.compound))
+        name = torch.tensor([word in words for word in self.tower.words] + [False] * WORDS)[:WORDS]
+        for image in images:
+            ruled_out = (image.weights < CERTAIN) | (image.places.norm(dim=-1) < NOWHERE)
+            distance = torch.zeros(FOUND)
+            if found.place:
+                distance = (image.places - torch.tensor(found.place)).norm(dim=-1)
+                ruled_out |= distance > NEAR_CM
+            if found.name:
+                ruled_out |= (image.names != name).any(-1)
+            best = int(distance.masked_fill(ruled_out, torch.inf).argmin())
+            if not ruled_out[best]:
+                return image.start + best
+        return None
+
     def _slots(self, ids: Tensor) -> list[list[ImageTokens]]:
         """Return the images of each sequence: where their tokens are, and what these are about."""
         tokens = self.image_tokens[:, :FOUND].float().cpu()
         weights, points = tokens[..., NAME_SIZE], tokens[..., NAME_SIZE + 1 : NAME_SIZE + 3]
         points = (points / weights[..., None] + 1) / 2
-        images, count = iter(zip(weights, points, strict=True)), self.image_tokens.shape[1]
+        names = tokens[..., :WORDS] > NAME_SCALE / 2 * weights[..., None]
+        places = 100 * REACH * tokens[..., METRIC_AT : METRIC_AT + 3] / weights[..., None]
+        cameras = dict(enumerate(self.tower.config.views))
+        views = [cameras.get(view, "") for view in self.image_tokens[:, 0, -VIEWS:].argmax(-1).tolist()]
+        images = iter(zip(weights, points, names, places, views, strict=True))
+        count = self.image_tokens.shape[1]
         starts = [(row == self.image_token).nonzero().flatten()[::count].tolist() for row in ids]
         return [[ImageTokens(start, *next(images)) for start in row] for row in starts]
 
@@ -235,6 +326,25 @@ class ImageTokens:
     """[FOUND] weight of each token's thing, about its probability."""
     points: Tensor
     """[FOUND, 2] its position as fractions of the image."""
+    names: Tensor
+    """[FOUND, WORDS] whether its name has each word."""
+    places: Tensor
+    """[FOUND, 3] its position in the robot's frame [cm], about 0 in a view of an unknown camera."""
+    view: str
+    """The camera, as the tower sees it; empty before its pretraining."""
+
+
+def visible(mask: Tensor, images: Sequence[ImageTokens], at: int) -> list[ImageTokens]:
+    """Return the images that a position attends to: those before it of its own example.
+
+    `mask` is the attention mask of the sequence: [L], or [1, L, L] of packed examples.
+    """
+    return [image for image in images if image.start < at and (mask.ndim == 1 or mask[0, at, image.start])]
+
+
+def in_view(images: Sequence[ImageTokens], view: str) -> list[ImageTokens]:
+    """Return the images of the camera; all of them if it is not named or not there."""
+    return [image for image in images if image.view == view] or list(images)
 
 
 def nearest(images: Sequence[ImageTokens], index: int, point: Point) -> int | None:

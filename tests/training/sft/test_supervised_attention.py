@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from blm.backbone import Backbone, build_nano
-from blm.backbone.grounding import FOUND
+from blm.backbone.grounding import FOUND, NAME_SCALE, REACH, map_words
+from blm.backbone.grounding import VIEWS as VIEW_COUNT
 from blm.backbone.prompt import control_prompt, order_of
 from blm.training.loop.distributed import Processes
 from blm.training.sft.loss import forward_arguments
 from blm.training.sft.pack import ExampleBatch, pack
 from blm.training.sft.prefix_attention import use_prefix_attention
 from blm.training.sft.supervised_attention import (
+    METRIC_AT,
     NAMED_BLOCK,
     NEAR,
     ROLE_BLOCK,
@@ -68,7 +70,8 @@ def run(attention: SupervisedAttention, backbone: Backbone, one: ExampleBatch) -
     ("text", "points"),
     [
         ("red square (120, 340)", [(0.12, 0.34)]),
-        ("red square (120, 340, 12, -5, 3), blue box (1, 2)", [(0.12, 0.34), (0.001, 0.002)]),
+        ("red square (120, 340), blue box (1, 2)", [(0.12, 0.34), (0.001, 0.002)]),
+        ("red square (12, 5, 3), blue box y 4", []),
         ("(100, 200, 300, 600)", [(0.2, 0.4)]),
         ("nothing (that I can see)", []),
         ("(7)", []),
@@ -80,8 +83,8 @@ def test_points_and_boxes_are_found_in_answers(text, points):
     ids = tokenizer(text)["input_ids"]
     texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
     found = list(SequenceText(texts, ids).located([True] * len(ids)))
-    assert [point for _, point in found] == [pytest.approx(point) for point in points]
-    for positions, _ in found:
+    assert [one.point for one in found] == [pytest.approx(point) for point in points]
+    for positions, _, _ in found:
         assert "(" in texts[ids[positions[0]]] and ")" in texts[ids[positions[-1] + 1]]
     assert not list(SequenceText(texts, ids).located([False] * len(ids))), "questions are not answers"
 
@@ -119,7 +122,7 @@ def test_the_loss_is_the_attention_that_the_model_computes():
     starts = (ids == attention.image_token).nonzero().flatten()[:: FOUND + 4].tolist()
     expected = []
     text = SequenceText(attention.texts, ids.tolist())
-    for positions, point in text.located(packed.loss_mask[0].tolist()):
+    for positions, _, point in text.located(packed.loss_mask[0].tolist()):
         slot = max(s for s in starts if s < positions[0]) + (2 if point[0] < 0.3 else 5)
         expected += [-weights[len(weights) // 2 :, at, slot].log().mean() for at in positions]
     assert len(expected) >= 20
@@ -138,6 +141,62 @@ def test_only_near_and_certain_things_are_targets():
         assert loss.item() == 0 and math.isnan(metrics["attended"])
     attention.image_tokens = token((0.12, 0.34)).expand(2, FOUND + 4, -1)
     assert attention(one)[0].item() > 0
+
+
+def test_a_point_is_looked_for_in_the_view_that_its_turn_names():
+    texts = list("<|user|>In the side view, where?<|end|><|assistant|>(1, 2)<|end|><|user|>base: and (3, 4)?")
+    texts += list("<|assistant|>(5, 6). side: (7, 8)<|user|>Where?<|assistant|>(9, 10)")
+    found = SequenceText(texts, range(len(texts)), ("base", "side")).located([True] * len(texts))
+    assert [one.view for one in found] == ["side", "base", "base", "side", ""]
+
+
+def metric_token(
+    backbone: Backbone, name: str, place: tuple[float, float, float], camera: int
+) -> torch.Tensor:
+    """A token of a thing with a name, at a place in the robot's frame [cm], seen by a camera."""
+    tower = backbone.model.base_model.vision_tower
+    value = token((0.5, 0.5))
+    for word in map_words(name, tower.config.compound):
+        value[tower.words.index(word)] = NAME_SCALE
+    value[METRIC_AT : METRIC_AT + 3] = torch.tensor(place) / (100 * REACH)
+    value[-VIEW_COUNT + camera] = 1
+    return value
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("red square (31, -7, 2), blue square (58, 4, 0): (27, 11, -2)", [3, 4]),
+        ("red square y -7", [3]),
+        ("(58, 4, 0) cm", [4]),
+        ("(58, 40, 0) cm", []),  # nothing is there
+        ("green square (31, -7, 2)", []),  # not seen
+        ("27 cm", []),
+    ],
+)
+def test_positions_in_the_robots_frame_are_read_from_the_token_of_the_thing(answer, expected):
+    """Parity: the loss is that of the token with the name, in the first view of a known camera."""
+    backbone = nano()
+    attention, one = SupervisedAttention(backbone), batch(backbone, [answer])
+    with torch.no_grad():
+        run(attention, backbone, one)
+    tokens = torch.stack([metric_token(backbone, "green square", (0, 0, 0), 1)] * (FOUND + 4))
+    tokens[3] = metric_token(backbone, "red square", (31, -7, 2), 1)
+    tokens[4] = metric_token(backbone, "blue square", (58, 4, 0), 1)
+    attention.image_tokens = tokens.expand(2, -1, -1)
+    loss, _ = attention(one)
+    if not expected:
+        assert loss.item() == 0
+        return
+    weights = weights_of_model(attention, one, NAMED_BLOCK)
+    ids = one.inputs["input_ids"][0]
+    starts = (ids == attention.image_token).nonzero().flatten()[:: FOUND + 4].tolist()
+    text = SequenceText(attention.texts, ids.tolist())
+    losses = []
+    for number, found in enumerate(text.measured(one.loss_mask[0].tolist())):
+        slot = max(s for s in starts if s < found.at[0]) + expected[number % len(expected)]
+        losses += [-weights[len(weights) // 2 :, at, slot].log().mean() for at in found.at]
+    assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
 
 VIEWS = {"base": {"object": (0.2, 0.3), "gripper": (0.7, 0.1)}, "wrist": {"goal": (0.4, 0.8)}}
