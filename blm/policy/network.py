@@ -189,7 +189,7 @@ class PolicyNetwork(nn.Module):
         tokens = [
             self.encode_state(state[:, None], embodiment),
             self.encode_action(noised, tau, embodiment) + self.position,
-            self.future.expand(len(noised), -1, -1),
+            self.future.expand(noised.shape[0], -1, -1),
         ]
         out, future = self.dit(torch.cat(tokens, dim=1), intent, tau, cache)
         actions_out = out[:, 1 : 1 + self.config.horizon]
