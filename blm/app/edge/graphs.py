@@ -61,8 +61,7 @@ class Reader(nn.Module):
 class Actor(nn.Module):
     """The bridge and all denoising steps: H_k -> normalised actions [B, H, D].
 
-    The flow time of a step is the same for all observations, so that everything that depends on it
-    alone is a constant of the graph.
+    The flow times of the steps, and all that depends on them alone, are constants of the graph.
     """
 
     def __init__(self, network: PolicyNetwork) -> None:
@@ -72,14 +71,7 @@ class Actor(nn.Module):
     def forward(
         self, hidden: Tensor, mask: Tensor, state: Tensor, robot: Tensor, noise: Tensor, dims: Tensor
     ) -> Tensor:
-        network, steps = self.network, self.network.config.sampler_steps
-        intent, real = network.bridge(hidden, mask.bool()), dims[:, None]
-        cache = network.dit.cache_intent(intent)
-        x = noise * real
-        for step in range(steps):
-            tau = torch.full((1,), step / steps)
-            x = x + network.velocity(x, tau, intent, state, robot, cache)[0] * real / steps
-        return x
+        return self.network.sample(hidden, mask.bool(), state, robot, noise, dims)
 
 
 def eye_and_reader(backbone: Backbone, layer: int) -> tuple[Eye, Reader]:
