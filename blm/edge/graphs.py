@@ -15,7 +15,7 @@ from blm.edge.folder import SUFFIX, Precision, Runtime
 from blm.errors import shorten
 from blm.types import BlmError
 
-PACKAGES: Mapping[Runtime, str] = {"onnx": "onnxruntime", "openvino": "openvino"}
+PACKAGES: dict[Runtime, str] = {"onnx": "onnxruntime", "openvino": "openvino"}
 
 
 class Graph(Protocol):
@@ -72,6 +72,8 @@ class _OnnxGraph:
         options = library.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 3  # errors, which are raised
+        # threads that spin while they wait take the cores from everything else on a robot's computer
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = library.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         self._run = self._session.run
 
