@@ -121,7 +121,8 @@ def test_no_wildcard_pickle_or_remote_code():
 
 
 @pytest.mark.parametrize(
-    "module", ["blm", "blm.cli", "blm.types", "blm.evaluation", "blm.serving.client", "blm.runtime", "blm.edge.policy"]
+    "module",
+    ["blm", "blm.cli", "blm.types", "blm.evaluation", "blm.serving.client", "blm.runtime", "blm.edge.policy"],
 )
 def test_loads_without_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -20,7 +20,6 @@ from blm.backbone.vision_cache import cache_vision_features
 from blm.policy.checkpoint import RELEASES, checkpoint_folder, checkpoint_kind
 from blm.types import BlmError, Policy, UnknownNameError
 
-
 Kind = Literal["blm", "diffusion_policy", "backbone"]
 
 

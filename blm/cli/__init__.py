@@ -132,11 +132,13 @@ def _run(arguments: list[str]) -> None:
         from blm.cli.interrupt import exit_on_interrupt
 
         with exit_on_interrupt("interrupted before the command started"):
-            from blm.cli.command import find_command, parse_command, print_error
+            from blm.cli.lookup import find_command, print_error
             from blm.errors import BlmError
         try:
             name, rest = find_command(arguments)
             with exit_on_interrupt("interrupted before the command started"):
+                from blm.cli.command import parse_command
+
                 command = parse_command(name, rest)
             command.run(["blm", name, *rest])
         except BlmError as error:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 import tyro
 from rich.console import Console
 
 from blm.cli.command import CliCommand, OutFolder
-
-if TYPE_CHECKING:
-    from blm.edge.folder import Runtime
+from blm.edge.folder import Runtime
 
 console = Console()
 
@@ -114,7 +112,8 @@ class ExportGraphs(ExportCommand):
     out: OutFolder
     """Folder to write; it must not exist."""
     batch: int | None = None
-    """Fixed number of observations in each run; by default any number."""
+    """Fixed number of observations in each run; by default any number.
+    OpenVINO is about a fifth faster with fixed numbers of observations and tokens."""
     length: int | None = None
     """Fixed number of tokens of a prompt; by default any number."""
 
@@ -141,7 +140,7 @@ class ExportOnnx(ExportGraphs):
     Example: blm export onnx blm-nano nano-onnx
     """
 
-    runtime = "onnx"
+    runtime: ClassVar[Runtime] = "onnx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,4 +152,4 @@ class ExportOpenVino(ExportGraphs):
     Example: blm export openvino blm-nano nano-openvino
     """
 
-    runtime = "openvino"
+    runtime: ClassVar[Runtime] = "openvino"

@@ -16,7 +16,7 @@ import tyro
 
 from blm.cli.command import CliCommand
 from blm.cli.physical_tables import console, print_result
-from blm.types import BlmError, Policy, lookup, require_numbers
+from blm.types import Policy, lookup, require_numbers
 
 if TYPE_CHECKING:
     from blm.evaluation import PhysicalProtocol

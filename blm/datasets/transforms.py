@@ -136,7 +136,9 @@ def transforms_to_json(transforms: Mapping[str, RobotTransforms]) -> dict[str, A
 
 def statistics_hash(transforms: Mapping[str, RobotTransforms]) -> str:
     """Return the hash by which contracts name the normalisation; robots may come in any order."""
-    return hashlib.sha256(json.dumps(transforms_to_json(transforms), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(transforms_to_json(transforms), sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
 
 
 def action_chunks(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +20,8 @@ from blm.edge.folder import GRAPHS, ExportManifest, read_manifest, read_statisti
 from blm.edge.graphs import Graph, default_threads, load_graph
 from blm.edge.noise import seeded_noise
 from blm.edge.prompts import PromptEncoder
-from blm.types import ActionChunk, BlmError, ContractError, ImageArray, Observation
+from blm.pictures import resized
+from blm.types import ActionChunk, ContractError, ImageArray, Observation
 
 
 class ExportedPolicy:
@@ -57,9 +57,7 @@ class ExportedPolicy:
         manifest = read_manifest(folder)
         count = default_threads() if threads is None else threads
         graphs = {
-            name: load_graph(
-                folder, name, manifest.runtime, precision=manifest.precision, threads=count
-            )
+            name: load_graph(folder, name, manifest.runtime, precision=manifest.precision, threads=count)
             for name in GRAPHS
         }
         prompts = PromptEncoder(manifest.prompt, folder / "tokenizer.json", manifest.length)
@@ -118,18 +116,5 @@ class ExportedPolicy:
         """Return the pictures of an observation and its history, in the order of the prompt."""
         images = [one.images for one in (*observation.history, observation)]
         views = frames_of(images, self.contract.frames, self.contract.execute)
-        return [self._resized(picture) for picture in views.values()]
-
-    def _resized(self, picture: ImageArray) -> ImageArray:
-        side = self.manifest.pictures.side
-        if picture.shape[:2] == (side, side):
-            return picture
-        image: Any
-        try:
-            from PIL import Image as image
-        except ImportError as error:
-            raise BlmError(
-                f"pictures of {self.contract.image_size} px must be resized to {side} px, for which Pillow is "
-                "needed: pip install pillow"
-            ) from error
-        return np.asarray(image.fromarray(picture).resize((side, side), self.manifest.pictures.resample))
+        settings = self.manifest.pictures
+        return [resized(picture, settings.side, settings.resample) for picture in views.values()]

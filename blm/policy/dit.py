@@ -29,8 +29,8 @@ Modulation = tuple[Tensor, Tensor]
 class TimeCache:
     """All that depends on the flow time alone, so that samplers compute it once for all steps."""
 
-    features_Bw: Tensor
-    """The result of `sinusoid`."""
+    features: Tensor
+    """[B, w] the result of `sinusoid`."""
     norms: tuple[Modulation, ...]
     """Of each block, and of the final norm."""
 

@@ -84,7 +84,7 @@ class ActionEncoder(nn.Module):
         """`tau` is [B], or the time cache of all samples."""
         tokens_BHw = self.first(actions_BHD, index)
         if isinstance(tau, TimeCache):
-            time_Bw = tau.features_Bw
+            time_Bw = tau.features
         else:
             time_Bw = sinusoid(tau, tokens_BHw.shape[-1]).to(tokens_BHw.dtype)
         time_BHw = time_Bw[:, None].expand_as(tokens_BHw)

@@ -56,9 +56,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[CheckpointPoli
 
 
 @pytest.fixture(scope="module")
-def exported(
-    checkpoint: tuple[CheckpointPolicy, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def exported(checkpoint: tuple[CheckpointPolicy, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("export") / "onnx"
     export_policy(str(checkpoint[1]), out, ExportConfig())
     return out
@@ -126,9 +124,7 @@ def test_the_contract_is_that_of_the_checkpoint_with_its_own_revision(
 
 
 @needs_onnx
-@pytest.mark.parametrize(
-    "name", ["eye.onnx", "actor.onnx", "tokenizer.json", "stats.json", MANIFEST]
-)
+@pytest.mark.parametrize("name", ["eye.onnx", "actor.onnx", "tokenizer.json", "stats.json", MANIFEST])
 def test_an_altered_file_is_named(copied: Path, name: str) -> None:
     content = bytearray((copied / name).read_bytes())
     where = content.index(b'"horizon": 5') + 11 if name == MANIFEST else len(content) // 2
@@ -234,6 +230,7 @@ def test_flags_of_torch_are_refused(
 
 
 @needs_onnx
+@pytest.mark.slow  # a second export
 def test_static_graphs_take_batches_of_every_size(
     checkpoint: tuple[CheckpointPolicy, Path], tmp_path: Path
 ) -> None:
@@ -270,4 +267,3 @@ def read_manifest_unchecked(folder: Path) -> Any:
     from blm.edge.folder import ExportManifest
 
     return ExportManifest.from_json(json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-

@@ -14,18 +14,14 @@ from blm import bridge as bridge_module
 from blm.app.policies import load_checkpoint
 from blm.backbone.backbone import Backbone
 from blm.backbone.nano.model import make_nano
-from blm.bridge import BridgeConfig
-from blm.datasets.transforms import Normalize, RobotTransforms
 from blm.policy import checkpoint as checkpoint_module
 from blm.policy import codec, flow
 from blm.policy.checkpoint import with_hashes
-from blm.policy.frozen import FrozenProof
 from blm.policy.heads import IndexedLinear, runs_of, with_embodiments
-from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
+from blm.policy.network import PolicyBatch, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, RealTimeChunkingPolicy
-from blm.policy.tap import TapConfig
 from blm.serving.app import create_app
-from blm.types import ActionChunk, BlmError, Message, Observation, Policy, PolicyContract
+from blm.types import ActionChunk, BlmError, Message, Policy
 from tests.support.policies import CONFIG, DIMS, make_observation, make_policy
 
 HIDDEN = 12

@@ -169,9 +169,7 @@ def _example_tokens(policy: CheckpointPolicy, count: int, length: int | None) ->
     from blm.backbone.prompt import control_prompt
 
     blank = np.zeros((policy.contract.image_size,) * 2 + (3,), np.uint8)
-    views = [
-        f"view {place}" for place in range(len(policy.contract.cameras) * policy.contract.frames)
-    ]
+    views = [f"view {place}" for place in range(len(policy.contract.cameras) * policy.contract.frames)]
     prompt = control_prompt("Pick up the red cube.", "panda", dict.fromkeys(views, blank))
     inputs = policy.backbone.read([prompt] * count, side="right")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -253,7 +251,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _card(manifest: ExportManifest, report: ExportReport) -> str:
-    forms = ", ".join(f"{'ONNX' if not domain else domain} {v}" for domain, v in manifest.operator_sets.items())
+    forms = ", ".join(
+        f"{'ONNX' if not domain else domain} {v}" for domain, v in manifest.operator_sets.items()
+    )
     return f"""---
 pipeline_tag: robotics
 ---

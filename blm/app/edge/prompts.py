@@ -54,9 +54,7 @@ def picture_settings(policy: CheckpointPolicy) -> PictureSettings:
     )["pixel_values"]
     height, width = blank.shape[-2:]
     if blank.ndim != 4 or height != width:
-        raise BlmError(
-            f"pictures of {size} px become {tuple(blank.shape)}; only squares can be exported"
-        )
+        raise BlmError(f"pictures of {size} px become {tuple(blank.shape)}; only squares can be exported")
     return PictureSettings(side=int(height), resample=int(images.resample))
 
 
