@@ -55,7 +55,8 @@ for line in sys.stdin:
     wall, cpu = time.perf_counter(), time.process_time()
     chunks = policy.act_batch(given)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    print(json.dumps({"wall_ms": 1e3 * wall, "cpu_ms": 1e3 * cpu, "actions": chunks[0].actions.tolist()}), flush=True)
+    found = {"wall_ms": 1e3 * wall, "cpu_ms": 1e3 * cpu, "actions": chunks[0].actions.tolist()}
+    print(json.dumps(found), flush=True)
 """
 
 

@@ -31,8 +31,8 @@ def require_no_torch_flags(name: str, **given: bool) -> None:
     wrong = [f"--{flag.replace('_', '-')}" for flag, is_given in given.items() if is_given]
     if wrong:
         raise BlmError(
-            f"{', '.join(wrong)}: a setting of checkpoints, and '{name}' is an exported policy; leave it out, "
-            "or name the checkpoint"
+            f"{', '.join(wrong)}: a setting of checkpoints, and '{name}' is an exported policy; leave it "
+            "out, or name the checkpoint"
         )
 
 

@@ -251,9 +251,8 @@ def _quiet() -> Iterator[None]:
 
 
 def _card(manifest: ExportManifest, report: ExportReport) -> str:
-    forms = ", ".join(
-        f"{'ONNX' if not domain else domain} {v}" for domain, v in manifest.operator_sets.items()
-    )
+    sets = manifest.operator_sets.items()
+    forms = ", ".join(f"{domain or 'ONNX'} {number}" for domain, number in sets)
     return f"""---
 pipeline_tag: robotics
 ---
