@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -93,9 +94,8 @@ def measure(models: tuple[str, ...], repeats: int) -> dict[str, Any]:
         "blm --help": lambda: run_once([CLI, "--help"]),
         "import blm": lambda: run_once(["import blm"]),
     }
-    programs |= {
-        f"blm serve {Path(one).name} to first action": lambda one=one: serve_once(one) for one in models
-    }
+    for one in models:
+        programs[f"blm serve {Path(one).name} to first action"] = partial(serve_once, one)
     found = dict[str, list[Times]]()
     for _ in range(repeats):
         for name, call in programs.items():
