@@ -113,10 +113,13 @@ class DiT(nn.Module):
         blocks = (block for block in self.blocks if isinstance(block, Block))
         return [block.attention.keys_values(intent_BMz) if block.crosses else None for block in blocks]
 
-    def cache_time(self, taus: Sequence[float], like: Tensor) -> list[TimeCache]:
-        """Return a cache for each flow time, on the device and in the precision of `like`; a sampler
-        of several steps computes those of all steps at once."""
-        tau_B = torch.tensor(taus, device=like.device, dtype=torch.float32)
+    def cache_time(self, steps: int, like: Tensor) -> list[TimeCache]:
+        """Return a cache for each of the flow times 0, 1 / steps, .., on the device and in the
+        precision of `like`.
+
+        They are computed there and all at once: a GPU would have to be waited for to copy them.
+        """
+        tau_B = torch.arange(steps, device=like.device, dtype=torch.float32) / steps
         features_Bw = sinusoid(tau_B, self.norm.modulation.in_features).to(like.dtype)
         time_Bw = self.embed_time(features_Bw)
         norms = [block.norm for block in self.blocks if isinstance(block, Block)] + [self.norm]
@@ -126,7 +129,7 @@ class DiT(nn.Module):
                 features_Bw[row : row + 1],
                 tuple((scale[row : row + 1], shift[row : row + 1]) for scale, shift in found),
             )
-            for row in range(len(taus))
+            for row in range(steps)
         ]
 
     def forward(

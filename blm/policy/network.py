@@ -249,7 +249,7 @@ class PolicyNetwork(nn.Module):
         intent, real, steps = self.bridge(hidden, mask), dims[:, None], self.config.sampler_steps
         cache = self.dit.cache_intent(intent)
         state_token = self.encode_state(state[:, None], embodiment)
-        times = iter(self.dit.cache_time([step / steps for step in range(steps)], intent))
+        times = iter(self.dit.cache_time(steps, intent))
 
         def velocity(x: Tensor, _tau: Tensor) -> Tensor:
             out, _ = self._transform(x, next(times), intent, state_token, embodiment, cache)
