@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from blm.app.edge.graphs import Actor, eye_and_reader
 from blm.app.edge.prompts import picture_settings, write_tokenizer
 from blm.datasets.transforms import transforms_to_json
-from blm.edge.folder import SUFFIX, ExportManifest, Precision, Runtime, write_manifest
+from blm.edge.folder import GRAPHS, SUFFIX, ExportManifest, Precision, Runtime, write_manifest
 from blm.edge.policy import ExportedPolicy
 from blm.io import new_folder
 from blm.policy.policy import CheckpointPolicy
@@ -159,8 +159,7 @@ def _write_graphs(policy: CheckpointPolicy, folder: Path, config: ExportConfig) 
     for name, (module, inputs) in graphs.items():
         sets |= _write_graph(module, inputs, folder / f"{name}.onnx", config)
     if config.runtime == "openvino":
-        for name in graphs:
-            _convert(folder, name)
+        to_openvino(folder)
     return sets
 
 
@@ -206,12 +205,13 @@ def _write_graph(
     return {one.domain: one.version for one in program.model_proto.opset_import}
 
 
-def _convert(folder: Path, name: str) -> None:
-    """Replace an ONNX graph by OpenVINO's form."""
+def to_openvino(folder: Path) -> None:
+    """Replace the ONNX graphs in a folder by OpenVINO's form."""
     openvino: Any = import_module("openvino")
-    model = openvino.convert_model(str(folder / f"{name}.onnx"))
-    openvino.save_model(model, str(folder / f"{name}{SUFFIX['openvino']}"), compress_to_fp16=False)
-    (folder / f"{name}.onnx").unlink()
+    for name in GRAPHS:
+        model = openvino.convert_model(str(folder / f"{name}.onnx"))
+        openvino.save_model(model, str(folder / f"{name}{SUFFIX['openvino']}"), compress_to_fp16=False)
+        (folder / f"{name}.onnx").unlink()
 
 
 def _verify(policy: CheckpointPolicy, folder: Path, config: ExportConfig) -> ExportReport:
