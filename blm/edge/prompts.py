@@ -38,7 +38,12 @@ class PromptEncoder:
         """With `length`, prompts are padded to that number of tokens, and longer ones refused."""
         self.template, self.length = template, length
         self._tokenizer: Tokenizer = Tokenizer.from_file(str(tokenizer_file))
-        self._picture: int = self._tokenizer.token_to_id(template.picture)
+        picture = self._tokenizer.token_to_id(template.picture)
+        if picture is None:
+            raise BlmError(
+                f"'{tokenizer_file}' has no token '{template.picture}', which stands for a picture"
+            )
+        self._picture: int = picture
         self._encode = lru_cache(MAX_KEPT)(self._encode_anew)
 
     def __call__(self, observations: Sequence[Observation]) -> TokenBatch:

@@ -187,7 +187,9 @@ def _write_graph(
     """Write one graph; return its operator sets."""
     dims = {name: torch.export.Dim(name, max=1 << 20) for name in ("batch", "pictures", "tokens")}
     free = {"batch": config.batch is None, "pictures": config.batch is None, "tokens": config.length is None}
-    axes = {name: ("pictures",) if name in ("pictures", "features") else ("batch",) for name in inputs}
+    axes: dict[str, tuple[str, ...]] = {
+        name: ("pictures",) if name in ("pictures", "features") else ("batch",) for name in inputs
+    }
     for name in {"ids", "mask", "hidden"} & axes.keys():
         axes[name] = ("batch", "tokens")
     shapes = [{at: dims[axis] for at, axis in enumerate(axes[name]) if free[axis]} for name in inputs]
