@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blm.app.edge.export import ExportConfig, export_policy, largest_difference, to_openvino
+from blm.app.edge.export import ExportConfig, export_policy, largest_difference
 from blm.app.exported import load_exported
 from blm.app.pretrained import BLM
 from blm.cli import main
@@ -227,21 +227,6 @@ def test_flags_of_torch_are_refused(
     with pytest.raises(SystemExit, match="2"):
         main([word.format(exported) for word in words])
     assert "a setting of checkpoints" in " ".join(capsys.readouterr().err.split())
-
-
-@needs_onnx
-@pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_openvino_chooses_the_actions_of_onnxruntime(exported: Path, copied: Path, precision: Any) -> None:
-    to_openvino(copied)
-    manifest = read_manifest_unchecked(copied)
-    write_manifest(copied, replace(manifest, runtime="openvino", precision=precision))
-    ours, theirs = ExportedPolicy.load(exported), load_exported(copied, "openvino")
-    assert theirs.contract.revision.endswith("+openvino" if precision == "float32" else "-bfloat16")
-    tolerance = TOLERANCE if precision == "float32" else 0.2
-    for seed in range(2):
-        one = make_observation("leg", seed)
-        np.testing.assert_allclose(ours.act(one).actions, theirs.act(one).actions, atol=tolerance)
 
 
 @needs_onnx

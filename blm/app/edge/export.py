@@ -159,7 +159,7 @@ def _write_graphs(policy: CheckpointPolicy, folder: Path, config: ExportConfig) 
     for name, (module, inputs) in graphs.items():
         sets |= _write_graph(module, inputs, folder / f"{name}.onnx", config)
     if config.runtime == "openvino":
-        to_openvino(folder)
+        _to_openvino(folder)
     return sets
 
 
@@ -207,7 +207,7 @@ def _write_graph(
     return {one.domain: one.version for one in program.model_proto.opset_import}
 
 
-def to_openvino(folder: Path) -> None:
+def _to_openvino(folder: Path) -> None:
     """Replace the ONNX graphs in a folder by OpenVINO's form."""
     openvino: Any = import_module("openvino")
     for name in GRAPHS:
