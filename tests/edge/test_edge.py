@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from blm.app.edge.export import ExportConfig, export_policy, largest_difference
+from blm.app.edge.export import ExportConfig, _to_openvino, export_policy, largest_difference
 from blm.app.exported import load_exported
 from blm.app.pretrained import BLM
 from blm.cli import main
@@ -227,6 +227,18 @@ def test_flags_of_torch_are_refused(
     with pytest.raises(SystemExit, match="2"):
         main([word.format(exported) for word in words])
     assert "a setting of checkpoints" in " ".join(capsys.readouterr().err.split())
+
+
+@needs_onnx
+@pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+def test_openvino_chooses_the_actions_of_onnxruntime(exported: Path, copied: Path) -> None:
+    _to_openvino(copied)
+    write_manifest(copied, replace(read_manifest_unchecked(copied), runtime="openvino"))
+    ours, theirs = ExportedPolicy.load(exported), load_exported(copied, "openvino")
+    assert theirs.contract.revision.endswith("+openvino")
+    for seed in range(2):
+        one = make_observation("leg", seed)
+        np.testing.assert_allclose(ours.act(one).actions, theirs.act(one).actions, atol=TOLERANCE)
 
 
 @needs_onnx
