@@ -17,7 +17,7 @@ TYPE_CHECKING = False  # `typing` would delay the command line (see blm/cli/__in
 if TYPE_CHECKING:
     from typing import Any
 
-    from blm.app.model import BLM
+    from blm.app.pretrained import BLM
     from blm.types import ActionChunk, ActionSpace, BlmError, Episode, Image, Message, Observation
 
 __version__ = "0.1.0"
@@ -25,9 +25,9 @@ __all__ = ["BLM", "ActionChunk", "ActionSpace", "BlmError", "Episode", "Image", 
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name on first use: `BLM` needs torch, the others need NumPy."""
+    """Import a public name on first use: `BLM` needs torch for checkpoints, the others need NumPy."""
     if name not in __all__:
         raise AttributeError(f"module 'blm' has no attribute '{name}'")
     from importlib import import_module
 
-    return getattr(import_module("blm.app.model" if name == "BLM" else "blm.types"), name)
+    return getattr(import_module("blm.app.pretrained" if name == "BLM" else "blm.types"), name)

@@ -66,7 +66,7 @@ class Perceiver(nn.Module):
     def forward(self, hidden_BLd: Tensor, mask_BL: Tensor) -> Tensor:
         """Return intent tokens [B, M, z]. `mask_BL` is True at real positions."""
         context_BLz = self.project(hidden_BLd.to(self.latents.dtype))
-        z_BMz = self.latents.expand(len(hidden_BLd), -1, -1)
+        z_BMz = self.latents.expand(hidden_BLd.shape[0], -1, -1)
         for block in self.blocks:
             z_BMz = block(z_BMz, context_BLz, mask_BL)
         return self.norm(z_BMz)

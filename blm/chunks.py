@@ -8,11 +8,12 @@ real arm, where time is continuous, `blm.runtime.timeline` does the same by the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
-from blm.types import BlmError, FloatArray, Observation, PolicyContract
+from blm.types import BlmError, FloatArray, ImageArray, Observation, PolicyContract
 
 
 class ChunkExecutor:
@@ -91,3 +92,24 @@ class ObservationHistory:
         complete = replace(observation, history=self._earlier)
         self._earlier = (*self._earlier, observation)[1 - self._frames :]
         return complete
+
+
+def frames_of(images: Sequence[Mapping[str, ImageArray]], count: int, steps: int) -> dict[str, ImageArray]:
+    """Return the images of `count` observations, oldest first, under one name for each view.
+
+    The names say how many control steps ago a view was seen: "base 16 steps ago", "base 8 steps
+    ago", "base", with observations `steps` apart. At the beginning of an episode there are fewer
+    observations; the oldest one is then repeated.
+    """
+    given = [images[0]] * (count - len(images)) + list(images)
+    return {
+        camera if not age else f"{camera} {age} steps ago": pixels
+        for age, views in zip(range((count - 1) * steps, -1, -steps), given, strict=True)
+        for camera, pixels in views.items()
+    }
+
+
+def view_names(cameras: Sequence[str], count: int, steps: int) -> list[str]:
+    """Return the names of the views in the prompt of `count` observations; see `frames_of`."""
+    blank = np.zeros((1, 1, 3), np.uint8)
+    return list(frames_of([dict.fromkeys(cameras, blank)], count, steps))

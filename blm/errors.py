@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 import reprlib
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
-
-import numpy as np
 
 T = TypeVar("T")
 
@@ -18,7 +17,8 @@ def shorten(value: object, most: int = 160, *, quote: bool = True) -> str:
     Text is quoted as in Python and followed by its length if it was cut; with `quote=False` it is
     not quoted, and its white space is collapsed. The cost does not grow with the size of `value`.
     """
-    if isinstance(value, np.ndarray):
+    numpy = sys.modules.get("numpy")  # not imported, because `blm --help` would wait for it
+    if numpy is not None and isinstance(value, numpy.ndarray):
         return f"array of {value.dtype} {value.shape}"
     size = ""
     if isinstance(value, str | bytes) and len(value) > most:

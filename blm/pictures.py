@@ -49,6 +49,16 @@ def fit_picture(picture: NDArray[Any], fit: PictureFit, side: int, what: str) ->
     return out
 
 
+def resized(picture: ImageArray, side: int, resample: int) -> ImageArray:
+    """Return a square picture with `side` px; `resample` is the number of Pillow's filter. One that
+    has this size already is returned as it is."""
+    if picture.shape[:2] == (side, side):
+        return picture
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling(resample)))
+
+
 def joint_fit(fits: set[PictureFit]) -> PictureFit:
     """Return the one way in which pictures become squares; "exact" goes with any. Raises BlmError."""
     found = sorted(fits - {"exact"})

@@ -11,7 +11,7 @@ for package in "$@"; do upgrades="$upgrades --upgrade-package $package"; done
 lock=$(mktemp)
 trap 'rm -f "$lock"' EXIT
 grep -v '^#' constraints.txt >"$lock"
-"$uv" pip compile -q --universal --python-version 3.11 pyproject.toml --extra dev $upgrades \
+"$uv" pip compile -q --universal --python-version 3.11 pyproject.toml --extra dev --extra openvino $upgrades \
   --no-header --no-annotate -o "$lock"
 {
   echo "# The versions with which the tests last passed, for every package that may be installed (transitive ones too)."

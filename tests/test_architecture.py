@@ -31,6 +31,7 @@ ALLOWED = {
     "datasets": "",
     "planner": "jobs robots tasks datasets",
     "backbone": "media",
+    "edge": "datasets",
     "corpora": "jobs media robots tasks datasets backbone",
     "layers": "",
     "bridge": "layers",
@@ -41,9 +42,9 @@ ALLOWED = {
     "serving": "robots tasks",
     "runtime": "serving",
     "app": "jobs media robots tasks datasets planner backbone corpora bridge policy training baselines "
-    "evaluation serving runtime",
+    "edge evaluation serving runtime",
     "cli": "jobs media robots tasks datasets planner backbone corpora bridge policy training baselines "
-    "evaluation serving runtime app",
+    "edge evaluation serving runtime app",
     "__init__": "app",
 }
 """Room -> rooms below it that it may import; no file is exempt."""
@@ -120,7 +121,8 @@ def test_no_wildcard_pickle_or_remote_code():
 
 
 @pytest.mark.parametrize(
-    "module", ["blm", "blm.cli", "blm.types", "blm.evaluation", "blm.serving.client", "blm.runtime"]
+    "module",
+    ["blm", "blm.cli", "blm.types", "blm.evaluation", "blm.serving.client", "blm.runtime", "blm.edge.policy"],
 )
 def test_loads_without_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -8,7 +8,8 @@ import shlex
 import pytest
 
 from blm.app.studies import STUDIES
-from blm.cli.command import find_command, parse_command
+from blm.cli.command import parse_command
+from blm.cli.lookup import find_command
 from blm.cli.runs import Study
 from tests.support.documents import COMMANDS, README, ROOT
 

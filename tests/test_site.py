@@ -69,8 +69,8 @@ def test_nothing_is_fetched_from_elsewhere(site):
 def test_the_reference_has_what_the_readme_calls(site):
     (anchors,) = (page.anchors for path, page in site.items() if path.parent.name == "api")
     for name in (
-        "blm.app.model.BLM.act",
-        "blm.app.model.BLM.answer",
+        "blm.app.pretrained.BLM.act",
+        "blm.app.pretrained.BLM.answer",
         "blm.tasks.env.Env",
         "blm.types.Message",
     ):

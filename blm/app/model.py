@@ -1,4 +1,4 @@
-"""`BLM`, a model that answers and acts from one checkpoint, and loading of models by name."""
+"""Loading of models by name, for chat, for actions, or for both."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from blm.app.pretrained import BLM as BLM
 from blm.backbone import BACKBONES, Backbone
 from blm.backbone.backbone import is_hub_id
 from blm.backbone.compilation import CompileMode
@@ -17,87 +18,7 @@ from blm.backbone.generation.generator import Generation
 from blm.backbone.precision import WeightDtype, frozen_dtype, require_attention
 from blm.backbone.vision_cache import cache_vision_features
 from blm.policy.checkpoint import RELEASES, checkpoint_folder, checkpoint_kind
-from blm.policy.policy import CheckpointPolicy
-from blm.types import ActionChunk, BlmError, Message, Observation, Policy, PolicyContract, UnknownNameError
-
-
-class BLM:
-    """A checkpoint that answers questions and controls robots: both a `Policy` and a `Chat`.
-
-    Vision features of recent images are cached: a question about a frame for which an action was
-    just chosen does not run the vision tower again.
-    """
-
-    def __init__(self, policy: CheckpointPolicy) -> None:
-        self.policy = policy
-        cache_vision_features(policy.backbone)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_folder: str | Path,
-        *,
-        device: str = "cpu",
-        dtype: WeightDtype | None = None,
-        attn_implementation: str | None = None,
-        actions_only: bool = False,
-        compile: CompileMode = "none",
-    ) -> BLM:
-        """Load a checkpoint folder, or a release by name.
-
-        `dtype` is the precision of the backbone: by default bfloat16 on CUDA, and that of the
-        checkpoint elsewhere. `attn_implementation` is its attention implementation in transformers.
-        With `actions_only` the blocks and the head that only answers need are not loaded, and
-        asking for an answer raises BlmError. `compile` compiles what chooses actions.
-        Raises UnknownNameError for any other name, and BlmError for a missing or altered file.
-        """
-        if not (folder := checkpoint_folder(name_or_folder)).is_dir():
-            raise UnknownNameError("checkpoint", str(name_or_folder), [*RELEASES, "<a folder from Stage II>"])
-        if (kind := checkpoint_kind(folder)) != "blm":
-            raise BlmError(
-                f"checkpoint '{folder}' is a {kind}, which cannot chat; `blm serve` serves its actions"
-            )
-        check_device(device)
-        policy = CheckpointPolicy.load(
-            folder,
-            device=device,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            actions_only=actions_only,
-            compile=compile,
-        )
-        return cls(policy)
-
-    @property
-    def backbone(self) -> Backbone:
-        """The frozen backbone that answers and acts."""
-        return self.policy.backbone
-
-    @property
-    def contract(self) -> PolicyContract:
-        """Inputs and outputs of the policy."""
-        return self.policy.contract
-
-    def answer(self, messages: Sequence[Message], *, max_tokens: int = 128) -> str:
-        """Return the greedy answer to a conversation; all blocks of the backbone run."""
-        return self.backbone.answer(messages, max_tokens=max_tokens)
-
-    def generator(self) -> Generation:
-        """Return a generator of several answers at once, token by token."""
-        return Generation(self.backbone)
-
-    def act(self, observation: Observation) -> ActionChunk:
-        """Return the next action chunk; only blocks 1..k of the backbone run."""
-        return self.policy.act(observation)
-
-    def act_batch(self, observations: Sequence[Observation]) -> list[ActionChunk]:
-        """Return an action chunk for each observation, computed in one batch."""
-        return self.policy.act_batch(observations)
-
-    def reset(self) -> None:
-        """Forget the previous episode."""
-        self.policy.reset()
-
+from blm.types import BlmError, Policy, UnknownNameError
 
 Kind = Literal["blm", "diffusion_policy", "backbone"]
 

@@ -159,27 +159,6 @@ def with_real_time_chunking(make: Callable[[], Policy]) -> Policy:
     return RealTimeChunkingPolicy(policy)
 
 
-class ReadyPolicy:
-    """A picklable factory of policies, which has created one: its first call returns that one.
-
-    So the contract is known before an evaluation, and a checkpoint is loaded and hashed once less.
-    A copy in another process creates its own.
-    """
-
-    def __init__(self, make: Callable[[], Policy]) -> None:
-        self._make = make
-        self._ready: Policy | None = make()
-        self.contract = self._ready.contract
-
-    def __call__(self) -> Policy:
-        """Return the policy that is ready, and then new ones."""
-        ready, self._ready = self._ready, None
-        return self._make() if ready is None else ready
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_ready": None}
-
-
 def load_replay(folder: Path) -> tuple[Callable[[], Policy], PhysicalProtocol]:
     """Return a factory of a dataset's replay policy, and the protocol of the replay check."""
     dataset = open_dataset(folder)

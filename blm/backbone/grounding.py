@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -164,11 +165,11 @@ class GroundingTower(PreTrainedModel):
         Scores have the weights' precision also under autocast: bfloat16 has errors of 6 % where two
         cells share a thing.
         """
-        with torch.autocast(features.device.type, enabled=False):
+        with _without_autocast(features.device.type):
             weight = self.score.weight.flatten(2)
             scores = F.conv1d(features.to(weight), weight, self.score.bias)
             scores = torch.einsum("mk,nkp->nmp", self.mixing_matrix(scores), scores)
-        nowhere = self.nowhere.expand(len(scores), -1)[..., None]
+        nowhere = self.nowhere.expand(scores.shape[0], -1)[..., None]
         return torch.cat([scores, nowhere], dim=-1).log_softmax(-1)
 
     def describe(
@@ -183,7 +184,7 @@ class GroundingTower(PreTrainedModel):
         average = self.average(features)[:, None].expand_as(appearance)
         both = torch.cat([appearance, average], dim=-1)
         context = summary[:, None].expand(-1, weights.shape[1], -1)
-        with torch.autocast(features.device.type, enabled=False):
+        with _without_autocast(features.device.type):
             place = weights @ _cell_features(self.config.cells, weights.device, weights.dtype)
             precise = self.score.weight
             seen = torch.cat([part.to(precise) for part in (names, place, both, context)], dim=-1)
@@ -214,9 +215,9 @@ class GroundingTower(PreTrainedModel):
         log_maps = self.maps(features).float()
         presence = 1 - log_maps[..., -1].exp()
         found = presence.topk(count, dim=1).indices.sort(dim=1).values
-        rows = torch.arange(len(found), device=found.device)[:, None]
+        rows = torch.arange(found.shape[0], device=found.device)[:, None]
         weights = torch.cat([log_maps[rows, found, :-1].softmax(-1), _quarters(log_maps)], dim=1)
-        certain = presence.new_ones(len(presence), QUARTERS)
+        certain = presence.new_ones(presence.shape[0], QUARTERS)
         presence = torch.cat([presence[rows, found], certain], dim=1)[..., None]
         names = self.names(found)
         place, appearance, position = self.describe(features, summary, weights, names)
@@ -246,8 +247,14 @@ class GroundingTower(PreTrainedModel):
         """Return one-hot names [N, K + 4, WORDS + QUARTERS] of maps [N, K] and the quarters."""
         words = self.mixing_matrix(self.nowhere)[found]
         words = F.pad(words, (0, WORDS - words.shape[-1], 0, QUARTERS))
-        quarter = torch.eye(QUARTERS, device=words.device, dtype=words.dtype).expand(len(found), -1, -1)
+        quarter = torch.eye(QUARTERS, device=words.device, dtype=words.dtype).expand(found.shape[0], -1, -1)
         return torch.cat([words, F.pad(quarter, (0, 0, found.shape[1], 0))], dim=-1)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[None]:
+    """Return a context without autocast: none at all where it is off, which exporters can trace."""
+    on = torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
 
 
 def sharpened(probability: Tensor, power: float) -> Tensor:
@@ -261,7 +268,7 @@ def sharpened(probability: Tensor, power: float) -> Tensor:
 def _quarters(like: Tensor) -> Tensor:
     """Return uniform weights [N, 4, P] over the cells of each quarter, for maps [N, M, P + 1]."""
     side = math.isqrt(like.shape[-1] - 1)
-    return _quarter_weights(side, like.device, like.dtype).expand(len(like), -1, -1)
+    return _quarter_weights(side, like.device, like.dtype).expand(like.shape[0], -1, -1)
 
 
 # These constants are cached on the device, because the host waits for the device whenever it copies

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from blm.baselines.network import DiffusionConfig, DiffusionNetwork, bag_of_words
+from blm.datasets.decoding import decode_chunks
 from blm.datasets.lerobot import open_mapped, stated_mappings
 from blm.datasets.transforms import RobotTransforms
 from blm.policy.checkpoint import (
@@ -28,7 +29,7 @@ from blm.policy.checkpoint import (
     with_hashes,
     write_checkpoint,
 )
-from blm.policy.codec import decode_chunks, pad_dims
+from blm.policy.codec import pad_dims
 from blm.policy.flow import seeded_noise
 from blm.policy.network import ActionBatch, PolicyConfig
 from blm.training.loop.batches import Microbatch
@@ -153,7 +154,7 @@ class DiffusionPolicy:
         for step in steps.timesteps.tolist():
             noise = self.network.unet(x, torch.full((len(x),), float(step), device=device), condition)
             x = steps.step(noise, step, x).prev_sample
-        return decode_chunks(self.contract, self.transforms, checked, x)
+        return decode_chunks(self.contract, self.transforms, checked, x.double().cpu().numpy())
 
     def save(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         config = {

@@ -43,7 +43,7 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("run the whole loop at small scale and write a report", "runs:Demo"),
     "collect": Command(
         "record demonstrations as a LeRobotDataset v3.0, or verify them (--verify)",
-        "physical:Collect",
+        "collection:Collect",
         stage="collect",
     ),
     "corpus build": Command(
@@ -93,6 +93,10 @@ COMMANDS: dict[str, Command] = {
         "export a dataset with its card, for LeRobot and model hubs", "export:ExportDataset"
     ),
     "export checkpoint": Command("export a checkpoint with its card", "export:ExportCheckpoint"),
+    "export onnx": Command("export a policy as ONNX graphs that run without torch", "export:ExportOnnx"),
+    "export openvino": Command(
+        "export a policy as OpenVINO graphs that run without torch", "export:ExportOpenVino"
+    ),
     "view": Command("write an episode as a video, contact sheet or Rerun recording", "view:View"),
     "data delete": Command("write a LeRobot dataset without some of its episodes", "data:DeleteEpisodes"),
     "data split": Command("split a LeRobot dataset by episodes into two", "data:SplitDataset"),
@@ -128,11 +132,13 @@ def _run(arguments: list[str]) -> None:
         from blm.cli.interrupt import exit_on_interrupt
 
         with exit_on_interrupt("interrupted before the command started"):
-            from blm.cli.command import find_command, parse_command, print_error
+            from blm.cli.lookup import find_command, print_error
             from blm.errors import BlmError
         try:
             name, rest = find_command(arguments)
             with exit_on_interrupt("interrupted before the command started"):
+                from blm.cli.command import parse_command
+
                 command = parse_command(name, rest)
             command.run(["blm", name, *rest])
         except BlmError as error:

@@ -1,4 +1,4 @@
-"""Find, parse and run a command. A command is a dataclass whose fields are its flags."""
+"""Parse and run a command. A command is a dataclass whose fields are its flags."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ from pathlib import Path
 from typing import Annotated, Self, TypeVar
 
 import tyro
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from blm.cli import COMMANDS
-from blm.errors import UnknownNameError
 
 T = TypeVar("T")
 OutFolder = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
@@ -49,22 +45,6 @@ class RunSelection:
     run: Path | None = None
 
 
-def find_command(arguments: list[str]) -> tuple[str, list[str]]:
-    """Split arguments into the name of a command, of one or two words, and the rest.
-
-    Without a command, print the table of commands and exit. Raises UnknownNameError for an unknown
-    command.
-    """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        _print_commands()
-        raise SystemExit(0)
-    for words in (2, 1):
-        name = " ".join(arguments[:words])
-        if name in COMMANDS:
-            return name, arguments[words:]
-    raise UnknownNameError("command", " ".join(arguments[:2]).split(" -")[0], COMMANDS)
-
-
 def parse_command(name: str, arguments: Sequence[str]) -> CliCommand:
     """Return the command, ready to run; with --run or --recipe, its stage of a run folder.
 
@@ -84,21 +64,3 @@ def parse_command(name: str, arguments: Sequence[str]) -> CliCommand:
 def split_flags(flags: type[T], name: str, arguments: Sequence[str]) -> tuple[T, list[str]]:
     """Parse only the flags of one class; return it, and the remaining arguments."""
     return tyro.cli(flags, args=list(arguments), prog=f"blm {name}", return_unknown_args=True, add_help=False)
-
-
-def print_error(error: Exception) -> None:
-    """Print an error in one paragraph on stderr."""
-    message = escape(str(error))  # brackets in an error are not markup
-    Console(stderr=True).print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
-
-
-def _print_commands() -> None:
-    table = Table(box=None, show_header=False)
-    for name, command in COMMANDS.items():
-        table.add_row(f"blm {name}", command.summary)
-    console = Console()
-    console.print(
-        "Boundless: one embodied model that answers questions and controls robot arms.\n"
-        "`blm COMMAND --help` shows the flags of a command.\n"
-    )
-    console.print(table)

@@ -1,16 +1,17 @@
-"""Commands that export backbones for vLLM, datasets for LeRobot, and checkpoints."""
+"""Commands that export backbones for vLLM, datasets for LeRobot, checkpoints, and graphs for robots."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 from rich.console import Console
 
 from blm.cli.command import CliCommand, OutFolder
+from blm.edge.folder import Runtime
 
 console = Console()
 
@@ -98,3 +99,57 @@ class ExportCheckpoint(ExportCommand):
         export_checkpoint(self.source, self.out)
         console.print(f"exported: {self.out}", soft_wrap=True)
         self.upload(self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportGraphs(ExportCommand):
+    """Base of the exports that run without torch."""
+
+    runtime: ClassVar[Runtime]
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    """Folder of a checkpoint of Stage II, or name of a release."""
+    out: OutFolder
+    """Folder to write; it must not exist."""
+    batch: int | None = None
+    """Fixed number of observations in each run; by default any number.
+    OpenVINO is about a fifth faster with fixed numbers of observations and tokens."""
+    length: int | None = None
+    """Fixed number of tokens of a prompt; by default any number."""
+
+    def run(self, command_line: Sequence[str]) -> None:
+        from blm.app.edge.export import ExportConfig, export_policy
+
+        config = ExportConfig(runtime=self.runtime, batch=self.batch, length=self.length)
+        report = export_policy(self.source, self.out, config)
+        console.print(
+            f"exported: {self.out} ({report.size / 1e6:.1f} MB); on {report.observations} observations its "
+            f"actions differ from those of torch by at most {report.difference:.1g} rad",
+            soft_wrap=True,
+        )
+        console.print(f"run it without torch: blm serve {self.out}", soft_wrap=True, highlight=False)
+        self.upload(self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOnnx(ExportGraphs):
+    """Export a policy as ONNX graphs, which a robot's computer runs with onnxruntime, without torch.
+
+    Verifies that the graphs choose the actions of torch.
+
+    Example: blm export onnx blm-nano nano-onnx
+    """
+
+    runtime: ClassVar[Runtime] = "onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOpenVino(ExportGraphs):
+    """Export a policy as OpenVINO graphs, which run without torch.
+
+    Verifies that the graphs choose the actions of torch.
+
+    Example: blm export openvino blm-nano nano-openvino
+    """
+
+    runtime: ClassVar[Runtime] = "openvino"

@@ -1,78 +1,25 @@
-"""Commands for the simulated suite: collect demonstrations, evaluate policies, compare results."""
+"""Commands for the simulated suite: evaluate policies, and compare results.
+
+An exported policy is evaluated without torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from blm.cli.command import CliCommand, split_flags
-from blm.cli.physical_tables import console, print_result, print_summary
-from blm.planner import CollectConfig
-from blm.types import BlmError, Policy, lookup, require_numbers
+from blm.cli.command import CliCommand
+from blm.cli.physical_tables import console, print_result
+from blm.types import Policy, lookup, require_numbers
 
 if TYPE_CHECKING:
     from blm.evaluation import PhysicalProtocol
-
-
-@dataclass(frozen=True, kw_only=True)
-class CollectMode:
-    """Flags of `blm collect` that are not fields of the config. They are parsed first."""
-
-    verify: bool = False
-    correct: bool = False
-    policy: Path | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Collect(CliCommand):
-    """Record demonstrations by the planning expert into OUT/<robot>, one dataset per robot.
-
-    The datasets have LeRobot's format v3.0. Run the same command again to resume a collection.
-
-    With --verify, nothing is recorded: every episode of OUT is replayed and must match bit for bit.
-
-    With --policy CHECKPOINT --correct, a policy controls the first steps of every episode.
-
-    The dataset then holds the expert's corrections in the states that the policy reaches.
-
-    Example: blm collect data --robots panda --tasks push_cube --episodes 10
-    """
-
-    out: Annotated[
-        tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="OUT", help_behavior_hint="(required)")
-    ] = None
-    """Folder to write."""
-    config: Annotated[CollectConfig, tyro.conf.arg(name="")] = field(default_factory=CollectConfig)
-    mode: tyro.conf.Suppress[CollectMode] = field(default_factory=CollectMode)
-
-    @classmethod
-    def parse(cls, name: str, arguments: Sequence[str]) -> Self:
-        mode, rest = split_flags(CollectMode, name, arguments)
-        if (mode.policy is not None) != mode.correct:
-            raise BlmError("--policy CHECKPOINT and --correct belong together: give both or none")
-        return replace(super().parse(name, rest), mode=mode)
-
-    def run(self, command_line: Sequence[str]) -> None:
-        from blm.app.policies import load_checkpoint
-        from blm.planner import collect
-        from blm.planner.verify import verify
-
-        if self.out is None:
-            raise BlmError("name the folder to write: blm collect OUT [flags]; --help shows the flags")
-        if self.mode.verify:
-            outcome = verify(self.out, workers=self.config.workers, engine=self.config.engine)
-            console.print(f"{outcome.same} of {outcome.episodes} episodes replayed bit for bit")
-            for key, what in outcome.differing.items():
-                console.print(f"[red]differs:[/red] {key}: {what}")
-            raise SystemExit(bool(outcome.differing))
-        pilot = partial(load_checkpoint, self.mode.policy) if self.mode.policy else None
-        print_summary(collect(self.config, self.out, pilot))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +30,8 @@ class EvaluatePhysical(CliCommand):
     """
 
     model: str
-    """Policy: a checkpoint folder, expert, zero, random, replay:DATASET, or ws://HOST:PORT.
+    """Policy: a checkpoint, the folder of an exported policy, expert, zero, random, replay:DATASET, or
+    ws://HOST:PORT.
     The last is the address of an OpenPI server."""
     out: Path
     """Folder to write. Run the same command again to resume."""
@@ -180,13 +128,45 @@ class EvaluatePhysical(CliCommand):
             self._report(file, protocol.name or "own protocol")
 
     def _policy_and_protocol(self) -> tuple[Callable[[], Policy], PhysicalProtocol]:
-        from blm.app.policies import ReadyPolicy, load_replay, policy_factory, with_real_time_chunking
         from blm.evaluation import PROTOCOLS, PhysicalProtocol
         from blm.evaluation.conditions import select
+        from blm.evaluation.physical.ready_policy import ReadyPolicy
         from blm.evaluation.protocol import require_no_variation
 
         if self.model.startswith("replay:"):
+            from blm.app.policies import load_replay
+
             return load_replay(Path(self.model.removeprefix("replay:")))
+        make = self._factory()
+        wanted = {name: getattr(self, name) for name in ("robots", "tasks", "episodes")}
+        changes: Any = {name: value for name, value in wanted.items() if value}
+        standard = lookup("protocol", self.protocol, PROTOCOLS)
+        conditions = tuple(standard.get("conditions", ()))
+        if self.axes or self.levels:
+            changes["conditions"] = conditions = select(conditions, self.axes, self.levels)
+        if self.simulator == "maniskill":
+            require_no_variation(conditions, standard.get("visible_goals", False))
+            changes |= {"robots": ("panda",), "simulator": f"maniskill {version('mani_skill')}"}
+        ready = ReadyPolicy(make)
+        return ready, PhysicalProtocol.named(self.protocol, ready.contract, latency=self.latency, **changes)
+
+    def _factory(self) -> Callable[[], Policy]:
+        """Return a picklable function that creates the policy."""
+        from blm.app.exported import load_exported, require_no_torch_flags
+        from blm.edge.folder import is_export
+
+        if is_export(self.model):
+            require_no_torch_flags(
+                self.model,
+                device=self.device != "cpu",
+                dtype=self.dtype is not None,
+                attn_implementation=self.attn_implementation is not None,
+                compile=self.compile != "none",
+                continued=self.continued,
+            )
+            return partial(load_exported, Path(self.model))
+        from blm.app.policies import policy_factory, with_real_time_chunking
+
         make = policy_factory(
             self.model,
             cameras=self.cameras,
@@ -202,18 +182,7 @@ class EvaluatePhysical(CliCommand):
             },
             server_name=self.server_name,
         )
-        make = partial(with_real_time_chunking, make) if self.continued else make
-        wanted = {name: getattr(self, name) for name in ("robots", "tasks", "episodes")}
-        changes: Any = {name: value for name, value in wanted.items() if value}
-        standard = lookup("protocol", self.protocol, PROTOCOLS)
-        conditions = tuple(standard.get("conditions", ()))
-        if self.axes or self.levels:
-            changes["conditions"] = conditions = select(conditions, self.axes, self.levels)
-        if self.simulator == "maniskill":
-            require_no_variation(conditions, standard.get("visible_goals", False))
-            changes |= {"robots": ("panda",), "simulator": f"maniskill {version('mani_skill')}"}
-        ready = ReadyPolicy(make)
-        return ready, PhysicalProtocol.named(self.protocol, ready.contract, latency=self.latency, **changes)
+        return partial(with_real_time_chunking, make) if self.continued else make
 
     def _report(self, file: Path, protocol: str) -> None:
         from blm.evaluation.report import ReportData, build_report

@@ -1,4 +1,4 @@
-"""Tables of the commands for the simulated suite: collections, success rates, robustness."""
+"""Tables of the commands for the simulated suite: success rates, robustness."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
-
-from blm.planner.collection_summary import CollectionSummary
 
 if TYPE_CHECKING:
     from blm.evaluation.physical.perturbed import ConditionSummary, PerturbedSummary
@@ -20,42 +18,9 @@ WIDTH = 130
 """Minimum width of the tables [characters]."""
 
 
-def _print_wide(table: Table) -> None:
+def print_wide(table: Table) -> None:
     """Print a table at its full width: a narrow terminal wraps its lines but cuts no cell."""
     Console(width=max(console.width, WIDTH)).print(table)
-
-
-def print_summary(summary: CollectionSummary) -> None:
-    """Print the attempts of a collection by robot and task, and the time of each part."""
-    table = Table(box=None)
-    for heading in (
-        "robot",
-        "task",
-        "kept",
-        "attempts",
-        "unreachable",
-        "success",
-        "frames",
-        "other rejections",
-    ):
-        table.add_column(heading, justify="left" if heading in ("robot", "task") else "right")
-    kept = frames = 0
-    for robot, cells in summary.robots.items():
-        for task, cell in cells.items():
-            rejected = dict(cell.rejected)
-            far = rejected.pop("unreachable", 0)
-            share = f"{cell.kept / max(cell.attempts - far, 1):.0%}"
-            reasons = ", ".join(f"{reason} {count}" for reason, count in rejected.items())
-            numbers = (cell.kept, cell.attempts, far, share, cell.frames, reasons or "-")
-            table.add_row(robot, task, *map(str, numbers))
-            kept += cell.kept
-            frames += cell.frames
-    _print_wide(table)
-    total = sum(summary.seconds_in.values())
-    parts = ", ".join(f"{part} {s / total:.0%}" for part, s in summary.seconds_in.items())
-    minutes = summary.seconds / 60
-    rate = f"{kept} episodes, {frames} frames in {minutes:.1f} min: {kept / minutes:.0f} episodes/min"
-    console.print(f"{rate}; time: {parts}", soft_wrap=True)
 
 
 def print_result(result: PhysicalResult) -> None:
@@ -80,7 +45,7 @@ def print_result(result: PhysicalResult) -> None:
             "-" if limit is None else f"{limit.rate:.0%}",
             failures or "-",
         )
-    _print_wide(table)
+    print_wide(table)
     if summary.perturbed is not None:
         _print_perturbed(summary.perturbed)
     minutes, spent = result.seconds / 60, result.execution
@@ -103,7 +68,7 @@ def _print_perturbed(summary: PerturbedSummary) -> None:
         if summary.mean_of_axes is not None and summary.drop is not None:
             empty = [""] * len(summary.axes[0].levels)
             table.add_row("mean", *empty, _interval(summary.mean_of_axes), _points(summary.drop))
-        _print_wide(table)
+        print_wide(table)
         if (worst := summary.worst_axis) is not None:
             console.print(f"worst axis: {worst.axis}, {_interval(worst.success)}", soft_wrap=True)
     for heading, part in (("dynamics", summary.dynamics), ("control", summary.controls)):
@@ -122,7 +87,7 @@ def _print_conditions(heading: str, part: Sequence[ConditionSummary]) -> None:
     for one in part:
         rate = one.summary.success_once
         table.add_row(one.condition.name, str(rate.n), _interval(rate), _points(one.drop))
-    _print_wide(table)
+    print_wide(table)
 
 
 def _table(first: str, *headings: str) -> Table:

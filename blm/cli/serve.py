@@ -20,9 +20,14 @@ from blm.types import BlmError, Message
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from blm.app.model import LoadedModel, ModelSource
+    from blm.app.exported import ExportSource
+    from blm.app.model import ModelSource
     from blm.backbone.precision import LoadOptions
     from blm.serving.access.keys import AccessControl
+    from blm.serving.scheduler import TokenGenerator
+    from blm.types import Policy
+
+    Source = ModelSource | ExportSource
 
 console = Console()
 complaints = Console(stderr=True)
@@ -36,8 +41,9 @@ class Serve(CliCommand):
     """
 
     checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
-    """Checkpoint folder, the name of a release or backbone, or a hub id.
-    Stage II serves chat and actions, Stage I chat only, a Diffusion Policy actions only."""
+    """Checkpoint folder, folder of an exported policy, name of a release or backbone, or a hub id.
+    Stage II serves chat and actions, Stage I chat only, a Diffusion Policy actions only.
+    An exported policy serves actions only, without torch."""
     host: str = "127.0.0.1"
     """Address to listen on. 0.0.0.0 opens the server to the network and requires an API key."""
     port: int = 8000
@@ -83,22 +89,36 @@ class Serve(CliCommand):
         access = _check_access(self)
         _check_addresses(self)
         with exit_on_interrupt("interrupted before the server started"):
-            from blm.app.model import check_device, find_model
-            from blm.backbone.compilation import require_compiler
-
-            check_device(self.device)
-            require_compiler(self.compile, self.device)
-            source = find_model(self.checkpoint)
-            _check_features(self, source)
-            _warn(source)
-            model = source.load(**load_options(self), actions_only=self.actions_only)
-            app = _build(self, model, access)
+            source, policy, generator = _load(self)
+            app = _build(self, policy, generator, access)
             sockets = addresses.listen(self.host, self.port)
         from blm.serving.app import serve
 
         port = sockets[0].getsockname()[1]
         _print_addresses(self, source, port)
         serve(app, self.host, port, sockets)
+
+
+def _load(chosen: Serve) -> tuple[Source, Policy | None, TokenGenerator | None]:
+    """Find and load the model. For an exported policy, torch is not imported."""
+    from blm.app.exported import find_export, load_exported, require_no_torch_flags
+
+    if (export := find_export(chosen.checkpoint)) is not None:
+        settings = load_options(chosen)
+        given = {name: value not in ("cpu", "none", None) for name, value in settings.items()}
+        require_no_torch_flags(chosen.checkpoint, **given)
+        _check_features(chosen, export)
+        return export, load_exported(Path(chosen.checkpoint)), None
+    from blm.app.model import check_device, find_model
+    from blm.backbone.compilation import require_compiler
+
+    check_device(chosen.device)
+    require_compiler(chosen.compile, chosen.device)
+    source = find_model(chosen.checkpoint)
+    _check_features(chosen, source)
+    _warn(source)
+    model = source.load(**load_options(chosen), actions_only=chosen.actions_only)
+    return source, model.policy, model.generator()
 
 
 def load_options(chosen: Serve | AskModel) -> LoadOptions:
@@ -111,12 +131,12 @@ def load_options(chosen: Serve | AskModel) -> LoadOptions:
     }
 
 
-def _warn(source: ModelSource) -> None:
+def _warn(source: Source) -> None:
     if source.warning:
         complaints.print(f"[yellow]note:[/yellow] {source.warning}", highlight=False, soft_wrap=True)
 
 
-def _print_addresses(chosen: Serve, source: ModelSource, port: int) -> None:
+def _print_addresses(chosen: Serve, source: Source, port: int) -> None:
     """Print the addresses; programs parse the first line, the address of chat and actions."""
     web = addresses.to_url("http", chosen.host, port)
     socket = addresses.to_url("ws", chosen.host, port)
@@ -156,7 +176,7 @@ def _check_addresses(chosen: Serve) -> None:
     addresses.check_free(chosen.host, chosen.groot_port, "--groot-port")
 
 
-def _check_features(chosen: Serve, source: ModelSource) -> None:
+def _check_features(chosen: Serve, source: Source) -> None:
     if chosen.compile != "none" and source.kind != "blm":
         raise BlmError(f"--compile needs a checkpoint of Stage II, and '{chosen.checkpoint}' is none")
     if chosen.actions_only and not source.has_policy:
@@ -169,7 +189,9 @@ def _check_features(chosen: Serve, source: ModelSource) -> None:
         read_beside(chosen.beside)
 
 
-def _build(chosen: Serve, model: LoadedModel, access: AccessControl) -> FastAPI:
+def _build(
+    chosen: Serve, policy: Policy | None, generator: TokenGenerator | None, access: AccessControl
+) -> FastAPI:
     from blm.serving.app import create_app
     from blm.serving.scheduler import SchedulerLimits
 
@@ -177,8 +199,8 @@ def _build(chosen: Serve, model: LoadedModel, access: AccessControl) -> FastAPI:
     # and keep other requests waiting
     limits = SchedulerLimits(max_action_batch=8) if chosen.device == "cpu" else SchedulerLimits()
     app = create_app(
-        model.policy,
-        model.generator(),
+        policy,
+        generator,
         name=chosen.name,
         access=access,
         scheduler_limits=limits,
@@ -187,13 +209,13 @@ def _build(chosen: Serve, model: LoadedModel, access: AccessControl) -> FastAPI:
     if chosen.playground:
         from blm.serving.playground import add_playground, read_beside
 
-        contract = model.policy.contract if model.policy is not None else None
+        contract = policy.contract if policy is not None else None
         add_playground(app, contract, name=chosen.name, beside=read_beside(chosen.beside))
     if chosen.groot_port is not None:
         from blm.serving.protocols.groot.server import add_groot
 
-        assert model.policy is not None
-        add_groot(app, model.policy, host=chosen.host, port=chosen.groot_port)
+        assert policy is not None
+        add_groot(app, policy, host=chosen.host, port=chosen.groot_port)
     return app
 
 

@@ -7,6 +7,8 @@ range seen in training. Inputs are never modified.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -125,6 +127,18 @@ class RobotTransforms:
             relative = (*(relative,) * (actions.low.shape[-1] - 1), False)
         origins = tuple(data.get("origins", ()))
         return cls(state=state, normalize_actions=actions, relative=tuple(relative), origins=origins)
+
+
+def transforms_to_json(transforms: Mapping[str, RobotTransforms]) -> dict[str, Any]:
+    """Return the content of stats.json."""
+    return {robot: values.to_json() for robot, values in transforms.items()}
+
+
+def statistics_hash(transforms: Mapping[str, RobotTransforms]) -> str:
+    """Return the hash by which contracts name the normalisation; robots may come in any order."""
+    return hashlib.sha256(json.dumps(transforms_to_json(transforms), sort_keys=True).encode()).hexdigest()[
+        :16
+    ]
 
 
 def action_chunks(

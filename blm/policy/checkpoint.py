@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from blm.backbone.backbone import RELEASED
-from blm.datasets.transforms import RobotTransforms
+from blm.datasets.transforms import RobotTransforms, statistics_hash, transforms_to_json
 from blm.io import MARK, new_folder, read_json, recover_folder, require_no_pointer, sha256_file
 from blm.policy.card import model_card
 from blm.types import BlmError, PolicyContract
@@ -52,7 +52,7 @@ def write_checkpoint(
         more(work)
         (work / "policy.safetensors").write_bytes(save(dict(weights)))
         (work / "config.json").write_text(json.dumps({"format": FORMAT, **config}, indent=1))
-        (work / "stats.json").write_text(json.dumps(_transforms_to_json(transforms), indent=1))
+        (work / "stats.json").write_text(json.dumps(transforms_to_json(transforms), indent=1))
         (work / "README.md").write_text(model_card(config))
         hashes = _hashes(work) | {"README.md": sha256_file(work / "README.md")}
         (work / "manifest.json").write_text(json.dumps(hashes, indent=1))
@@ -121,16 +121,11 @@ def with_hashes(
     `frozen` is the fingerprint of the frozen weights, which are part of the revision.
     """
     weights = save(network.state_dict()) + frozen.encode()
-    stats = json.dumps(_transforms_to_json(transforms), sort_keys=True)  # robots come in any order
     return replace(
         contract,
         revision=hashlib.sha256(weights).hexdigest()[:16],
-        statistics=hashlib.sha256(stats.encode()).hexdigest()[:16],
+        statistics=statistics_hash(transforms),
     )
-
-
-def _transforms_to_json(transforms: Mapping[str, RobotTransforms]) -> dict[str, Any]:
-    return {robot: values.to_json() for robot, values in transforms.items()}
 
 
 def checkpoint_kind(folder: Path) -> str:

@@ -1,14 +1,11 @@
-"""The codec of a policy: inputs and outputs of the network in common formats.
-
-Padding of states and actions to one width for all robots, decoding of normalised actions to chunks,
-and the version of the control prompt. Shape legend: B batch, H action steps, D padded dimension.
-"""
+"""Inputs of the network in common formats: padding of states and actions to one width for all
+robots, and the version of the control prompt."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,34 +14,13 @@ from torch import Tensor
 from blm.backbone import Backbone
 from blm.backbone.families import require_rendered_order
 from blm.backbone.prompt import PromptOrder, control_prompt, to_chat
-from blm.datasets.transforms import RobotTransforms
-from blm.types import ActionChunk, FloatArray, Observation, PolicyContract
+from blm.types import FloatArray
 
 
 def pad_dims(values: FloatArray, size: int) -> Tensor:
     """Return `values` [.., d] as a float32 tensor [.., size], padded with zeros."""
     missing = [(0, 0)] * (values.ndim - 1) + [(0, size - values.shape[-1])]
     return torch.from_numpy(np.pad(values, missing).astype(np.float32))
-
-
-def decode_chunks(
-    contract: PolicyContract,
-    transforms: Mapping[str, RobotTransforms],
-    observations: Sequence[Observation],
-    normalised: Tensor,
-) -> list[ActionChunk]:
-    """Decode normalised actions [B, H, D] to chunks of absolute targets within the limits.
-
-    Relative actions are added to the state of their observation.
-    """
-    chunks = []
-    for o, actions_HD in zip(observations, normalised.double().cpu().numpy(), strict=True):
-        space = contract.action_spaces[o.robot]
-        actions = transforms[o.robot].actions.inverse(actions_HD[:, : space.dim], o.state)
-        assert np.isfinite(actions).all(), "the policy produced an action that is not finite"
-        clipped = np.clip(actions, space.low, space.high).astype(np.float32)
-        chunks.append(ActionChunk(actions=clipped, rate_hz=space.rate_hz))
-    return chunks
 
 
 def prompt_version(backbone: Backbone, cameras: Sequence[str], order: PromptOrder) -> str:

@@ -113,6 +113,6 @@ def euler(velocity: Callable[[Tensor, Tensor], Tensor], noise: Tensor, steps: in
     """Integrate `velocity(x, tau_B)` from tau = 0 to 1 in equal steps, from `noise` [B, ...]."""
     x = noise
     for step in range(steps):
-        tau_B = torch.full((len(x),), step / steps, device=x.device, dtype=x.dtype)
+        tau_B = torch.full((x.shape[0],), step / steps, device=x.device, dtype=x.dtype)
         x = x + velocity(x, tau_B) / steps
     return x

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blm.policy.dit import sinusoid
+from blm.policy.dit import TimeCache, sinusoid
 
 Runs = tuple[tuple[int, int], ...]
 """The robots of a batch as (row of the indexed weights, number of consecutive samples), on the host."""
@@ -80,9 +80,14 @@ class ActionEncoder(nn.Module):
         self.second = IndexedLinear(embodiments, 2 * width, width)
         self.third = IndexedLinear(embodiments, width, width)
 
-    def forward(self, actions_BHD: Tensor, tau_B: Tensor, index: Tensor | Runs) -> Tensor:
+    def forward(self, actions_BHD: Tensor, tau: Tensor | TimeCache, index: Tensor | Runs) -> Tensor:
+        """`tau` is [B], or the time cache of all samples."""
         tokens_BHw = self.first(actions_BHD, index)
-        time_BHw = sinusoid(tau_B, tokens_BHw.shape[-1]).to(tokens_BHw.dtype)[:, None].expand_as(tokens_BHw)
+        if isinstance(tau, TimeCache):
+            time_Bw = tau.features
+        else:
+            time_Bw = sinusoid(tau, tokens_BHw.shape[-1]).to(tokens_BHw.dtype)
+        time_BHw = time_Bw[:, None].expand_as(tokens_BHw)
         mixed_BHw = F.silu(self.second(torch.cat([tokens_BHw, time_BHw], dim=-1), index))
         return self.third(mixed_BHw, index)
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from blm.bridge import BridgeConfig, Perceiver
 from blm.policy import flow
-from blm.policy.dit import DiT, IntentCache
+from blm.policy.dit import DiT, IntentCache, TimeCache
 from blm.policy.flow import ActionPrefix
 from blm.policy.heads import ActionEncoder, IndexedMLP, Runs
 from blm.types import BlmError, require_numbers
@@ -176,7 +176,7 @@ class PolicyNetwork(nn.Module):
     def velocity(
         self,
         noised: Tensor,
-        tau: Tensor,
+        tau: Tensor | TimeCache,
         intent: Tensor,
         state: Tensor,
         embodiment: Tensor | Runs,
@@ -184,16 +184,30 @@ class PolicyNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the velocity [B, H, D] and the predicted future intent tokens [B, M, z].
 
-        `noised` is [B, H, D], `intent` [B, M, z], and `cache` the result of `DiT.cache_intent`.
+        `noised` is [B, H, D], `intent` [B, M, z], `tau` [B] or a result of `DiT.cache_time`, and
+        `cache` the result of `DiT.cache_intent`.
         """
+        state_token = self.encode_state(state[:, None], embodiment)
+        out, future = self._transform(noised, tau, intent, state_token, embodiment, cache)
+        return self.decode_action(out, embodiment), self.predict_future(future)
+
+    def _transform(
+        self,
+        noised: Tensor,
+        tau: Tensor | TimeCache,
+        intent: Tensor,
+        state_token: Tensor,
+        embodiment: Tensor | Runs,
+        cache: IntentCache | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the output tokens of the actions [B, H, w], and the future tokens [B, M, w]."""
         tokens = [
-            self.encode_state(state[:, None], embodiment),
+            state_token,
             self.encode_action(noised, tau, embodiment) + self.position,
-            self.future.expand(len(noised), -1, -1),
+            self.future.expand(noised.shape[0], -1, -1),
         ]
         out, future = self.dit(torch.cat(tokens, dim=1), intent, tau, cache)
-        actions_out = out[:, 1 : 1 + self.config.horizon]
-        return self.decode_action(actions_out, embodiment), self.predict_future(future)
+        return out[:, 1 : 1 + self.config.horizon], future
 
     def loss(self, batch: PolicyBatch, teacher: PolicyNetwork) -> dict[str, Tensor]:
         """Return scalars 'loss', 'loss_flow' and 'loss_future'.
@@ -222,7 +236,7 @@ class PolicyNetwork(nn.Module):
         hidden: Tensor,
         mask: Tensor,
         state: Tensor,
-        embodiment: Tensor,
+        embodiment: Tensor | Runs,
         noise: Tensor,
         dims: Tensor,
         prefix: ActionPrefix | None = None,
@@ -230,13 +244,16 @@ class PolicyNetwork(nn.Module):
         """Return normalised actions [B, H, D], sampled from `noise` [B, H, D] by Euler steps.
 
         `dims` [B, D] is True at the dimensions that the robot has. `prefix` is the current chunk to
-        continue.
+        continue. What does not depend on the actions is computed once for all steps.
         """
-        intent, real = self.bridge(hidden, mask), dims[:, None]
+        intent, real, steps = self.bridge(hidden, mask), dims[:, None], self.config.sampler_steps
         cache = self.dit.cache_intent(intent)
+        state_token = self.encode_state(state[:, None], embodiment)
+        times = iter(self.dit.cache_time(steps, intent))
 
-        def velocity(x: Tensor, tau: Tensor) -> Tensor:
-            return self.velocity(x, tau, intent, state, embodiment, cache)[0] * real
+        def velocity(x: Tensor, _tau: Tensor) -> Tensor:
+            out, _ = self._transform(x, next(times), intent, state_token, embodiment, cache)
+            return self.decode_action(out, embodiment) * real
 
         field = velocity if prefix is None else flow.guided(velocity, prefix)
-        return flow.euler(field, noise * real, self.config.sampler_steps)
+        return flow.euler(field, noise * real, steps)

@@ -21,8 +21,10 @@ from blm.backbone.backbone import Backbone
 from blm.backbone.compilation import CompileMode, Compiler, batch_bucket, pad_prompts, require_compiler
 from blm.backbone.pooling import tap_pooled
 from blm.backbone.precision import WeightDtype, frozen_dtype, place_weights
-from blm.backbone.prompt import control_prompt, frames_of, view_names
+from blm.backbone.prompt import control_prompt
 from blm.bridge import BridgeConfig
+from blm.chunks import frames_of, view_names
+from blm.datasets.decoding import decode_chunks
 from blm.datasets.transforms import RobotTransforms
 from blm.policy.checkpoint import (
     checkpoint_folder,
@@ -31,7 +33,7 @@ from blm.policy.checkpoint import (
     with_hashes,
     write_checkpoint,
 )
-from blm.policy.codec import decode_chunks, pad_dims, prompt_version
+from blm.policy.codec import pad_dims, prompt_version
 from blm.policy.flow import ActionPrefix, prefix_weights, seeded_noise
 from blm.policy.frozen import FrozenProof
 from blm.policy.network import PolicyConfig, PolicyNetwork
@@ -185,7 +187,8 @@ class CheckpointPolicy:
         tapped = tap_pooled(self.backbone, read, self.tap.layer, self.tap.pool, self.prefixes)
         actions = sample(tapped.hidden, tapped.mask, state, robot, noise, dims, prefix)
         count = len(observations)
-        return decode_chunks(self.contract, self.transforms, checked[:count], actions[:count])
+        normalised = actions[:count].double().cpu().numpy()
+        return decode_chunks(self.contract, self.transforms, checked[:count], normalised)
 
     def _dim(self, observation: Observation) -> int:
         return self.contract.action_spaces[observation.robot].dim

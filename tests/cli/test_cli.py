@@ -12,7 +12,8 @@ from blm.app.pipeline import Stage, read_ledger, run_stages, stage_key
 from blm.app.recipes import RECIPES
 from blm.app.stages import STAGES
 from blm.cli import COMMANDS, main
-from blm.cli.command import CliCommand, find_command, print_error
+from blm.cli.command import CliCommand
+from blm.cli.lookup import find_command, print_error
 from blm.cli.runs import Demo
 from blm.datasets.lerobot_writer import write_json
 from blm.datasets.video import count_frames

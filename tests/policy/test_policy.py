@@ -14,30 +14,17 @@ from blm import bridge as bridge_module
 from blm.app.policies import load_checkpoint
 from blm.backbone.backbone import Backbone
 from blm.backbone.nano.model import make_nano
-from blm.bridge import BridgeConfig
-from blm.datasets.transforms import Normalize, RobotTransforms
 from blm.policy import checkpoint as checkpoint_module
 from blm.policy import codec, flow
 from blm.policy.checkpoint import with_hashes
-from blm.policy.frozen import FrozenProof
 from blm.policy.heads import IndexedLinear, runs_of, with_embodiments
-from blm.policy.network import PolicyBatch, PolicyConfig, PolicyNetwork
+from blm.policy.network import PolicyBatch, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, RealTimeChunkingPolicy
-from blm.policy.tap import TapConfig
 from blm.serving.app import create_app
-from blm.types import ActionChunk, ActionSpace, BlmError, Message, Observation, Policy, PolicyContract
+from blm.types import ActionChunk, BlmError, Message, Policy
+from tests.support.policies import CONFIG, DIMS, make_observation, make_policy
 
 HIDDEN = 12
-CONFIG = PolicyConfig(
-    bridge=BridgeConfig(width=16, latents=3, blocks=1, heads=2),
-    width=32,
-    blocks=4,
-    heads=2,
-    max_dim=6,
-    horizon=5,
-)
-DIMS = (4, 6)
-"""Real dimensions of the two robots of these tests."""
 
 
 def make_network(seed: int = 0) -> PolicyNetwork:
@@ -266,41 +253,6 @@ def test_parameters_are_all_used():
 
 
 # --- checkpoint -------------------------------------------------------------------------------------------
-
-
-def make_policy(seed: int = 0) -> CheckpointPolicy:
-    backbone = Backbone(*make_nano(seed=0, layers=2, width=32))
-    torch.manual_seed(seed)
-    spaces, transforms = {}, {}
-    for robot, dim in zip(("arm", "leg"), DIMS, strict=True):
-        spaces[robot] = ActionSpace(
-            robot=robot,
-            names=(*(f"j{i}" for i in range(dim - 1)), "gripper"),
-            units=("rad",) * (dim - 1) + ("opening",),
-            low=(-1.0,) * (dim - 1) + (0.0,),
-            high=(1.0,) * (dim - 1) + (1.0,),
-        )
-        steps = Normalize(np.full((5, dim), -0.5), np.full((5, dim), 0.7))
-        state = Normalize(np.full(dim, -1.0), np.full(dim, 1.0))
-        arm = tuple(i < dim - 1 for i in range(dim))
-        transforms[robot] = RobotTransforms(state=state, normalize_actions=steps, relative=arm)
-    return CheckpointPolicy(
-        backbone=backbone,
-        frozen=FrozenProof.of(backbone),
-        tap=TapConfig(layer=2),
-        network=PolicyNetwork(CONFIG, 32, 2),
-        transforms=transforms,
-        contract=PolicyContract(
-            action_spaces=spaces, cameras=("base", "wrist"), image_size=32, horizon=5, execute=3
-        ),
-    )
-
-
-def make_observation(robot: str = "arm", seed: int = 0) -> Observation:
-    rng = np.random.default_rng(seed)
-    images = {camera: rng.integers(0, 255, (32, 32, 3), np.uint8) for camera in ("wrist", "side", "base")}
-    state = rng.uniform(-0.5, 0.5, DIMS[robot == "leg"])
-    return Observation(images=images, state=state, instruction="go" * (seed + 1), robot=robot, seed=seed)
 
 
 @pytest.fixture(scope="module")

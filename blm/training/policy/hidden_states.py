@@ -16,7 +16,8 @@ from torch import Tensor
 
 from blm.backbone.backbone import Backbone
 from blm.backbone.pooling import MAX_POOL, tap_pooled
-from blm.backbone.prompt import PromptOrder, control_prompt, frames_of, require_order, view_names
+from blm.backbone.prompt import PromptOrder, control_prompt, require_order
+from blm.chunks import frames_of, view_names
 from blm.datasets.lerobot import EpisodeDataset
 from blm.datasets.mixture import IndexArray
 from blm.jobs import MAX_WORKERS

@@ -22,7 +22,7 @@ import av
 import numpy as np
 import pytest
 
-from blm.app.policies import ReadyPolicy, policy_factory
+from blm.app.policies import policy_factory
 from blm.evaluation import (
     PROTOCOLS,
     PhysicalProtocol,
@@ -39,6 +39,7 @@ from blm.evaluation.conditions import Condition
 from blm.evaluation.physical.episode import EpisodeTimer, decision_seed, drive
 from blm.evaluation.physical.outcome import REASONS, StepOutcome, judge, observe_step
 from blm.evaluation.physical.policy_host import HostedPolicy, PolicyHost
+from blm.evaluation.physical.ready_policy import ReadyPolicy
 from blm.evaluation.physical.result import PhysicalResult, SharedPolicy
 from blm.evaluation.protocol import (
     EpisodeKey,

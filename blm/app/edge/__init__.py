@@ -1,0 +1,1 @@
+"""Export of policies for computers without torch."""
