@@ -19,18 +19,22 @@ from peft import PeftModel
 from torch import Tensor
 
 from blm.backbone import Backbone
+from blm.backbone.outline import BackboneOutline, describe_outline, save_outline
 from blm.backbone.precision import is_mixed
 from blm.backbone.saving import require_free
+from blm.corpora.format.validated import ValidatedCorpus
 from blm.io import write_json
-from blm.training.loop.batches import Microbatch
+from blm.jobs import MAX_WORKERS
+from blm.training.loop.batches import ByWorkers
 from blm.training.loop.distributed import DataShard, Processes, fsdp_requested, read_scalars
 from blm.training.loop.loop import LoopConfig, require_precision, run_loop
 from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
+from blm.training.sft.examples import BatchMaker, LazyExamples, shows_video
 from blm.training.sft.feature_cache import cache_features
 from blm.training.sft.lora import Lora, add_adapters, merge_adapters
 from blm.training.sft.loss import MaskedLossModel
-from blm.training.sft.mixture_sampler import ExampleIndex, MixtureSampler, TokenizedSource
-from blm.training.sft.pack import ExampleBatch, collate, pack, require_exact, require_maskable
+from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource
+from blm.training.sft.pack import ExampleBatch, collate, require_exact, require_maskable
 from blm.training.sft.parameter_groups import PartName, freeze_parts, part_of
 from blm.training.sft.prefix_attention import use_prefix_attention
 from blm.training.sft.supervised_attention import SupervisedAttention
@@ -73,6 +77,10 @@ class Stage1Config:
     weight of 1 suits a nano that cannot find things yet, and a smaller one later training."""
     checkpoint_blocks: bool = False
     """Activation checkpointing: recompute blocks in the backward pass to save memory."""
+    workers: int = 0
+    """Number of processes that read and tokenise conversations while each process trains.
+    With 0, conversations are tokenised before training and kept in memory; with more, they stay on
+    disk, and any number of them can be trained on. The samples are the same to the last bit."""
     skip_bad: bool = False
     """Skip and report invalid conversations; by default, the first one stops the run."""
 
@@ -84,7 +92,10 @@ class Stage1Config:
             supervise_attention=(0, 1e6),
             language_scale=(0, 1e6),
             pack_length=(0, 10**9),
+            workers=(0, MAX_WORKERS),
         )
+        if self.workers and self.cache_features:
+            raise BlmError("cache_features keeps the conversations in memory, and workers do not: give one")
         if self.lora.rank and self.vision_scale:
             raise BlmError("LoRA does not train the vision tower; set vision_scale=0")
 
@@ -126,7 +137,8 @@ def train_stage1(
     _require_same_sources(processes, sources, out)
     adapted = choose_trained(backbone, config, exact=True)
     attention = SupervisedAttention(backbone) if config.supervise_attention else None
-    tokenized, counts = _tokenize(backbone, sources, config, processes)
+    outline = _outline(backbone, processes, out) if config.workers else None
+    tokenized, counts = _tokenize(backbone, sources, config, processes, outline)
     sampler = MixtureSampler(
         tokenized,
         examples_per_step=config.loop.batch_size,
@@ -134,7 +146,9 @@ def train_stage1(
         seed=config.loop.seed,
         world_size=processes.count * config.loop.accumulate,
     )
-    _prepare_folder(out, processes, _run_inputs(backbone, tokenized, config))
+    _prepare_folder(
+        out, processes, _run_inputs(backbone, tokenized, [source.corpus for source in sources], config)
+    )
     if config.cache_features:
         tokenized = _with_cached_features(backbone, tokenized, out / "features", processes, counts)
     if processes.first:
@@ -145,8 +159,7 @@ def train_stage1(
     if config.checkpoint_blocks:
         model.activation_checkpointing_enable()
 
-    def next_batch(step: int, shard: DataShard) -> Microbatch[ExampleBatch]:
-        return _microbatch(backbone, tokenized, sampler.sequences(step, shard.index))
+    next_batch = ByWorkers(BatchMaker(backbone, outline, tokenized, sampler), config.workers)
 
     def loss(batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         sums = loss_model.train()(batch)
@@ -227,7 +240,7 @@ def _require_no_videos(sources: Sequence[TokenizedSource]) -> None:
     forever.
     """
     for source in sources:
-        if any(example.shows_video for example in source.examples):
+        if shows_video(source.examples):
             raise BlmError(
                 f"'{source.name}' has videos, which sharded training cannot read as videos: set "
                 "cache_features, train without sharding, or set the backbone's videos_as to 'frames'"
@@ -259,28 +272,32 @@ def choose_trained(backbone: Backbone, config: Stage1Config, *, exact: bool) -> 
     return adapted
 
 
-def _microbatch(
-    backbone: Backbone, tokenized: Sequence[TokenizedSource], sequences: Sequence[Sequence[ExampleIndex]]
-) -> Microbatch[ExampleBatch]:
-    examples = [[tokenized[source].examples[index] for source, index in sequence] for sequence in sequences]
-    ids = [f"{tokenized[source].name} {index}" for sequence in sequences for source, index in sequence]
-    batch = pack(backbone, examples, tuple(range(len(ids))))
-    return Microbatch(
-        batch,
-        ids,
-        weight=float(batch.loss_mask.sum()),
-        tokens=batch.tokens,
-        positions=batch.loss_mask.numel(),
-    )
-
-
 def _tokenize(
-    backbone: Backbone, sources: Sequence[TrainingSource], config: Stage1Config, processes: Processes
+    backbone: Backbone,
+    sources: Sequence[TrainingSource],
+    config: Stage1Config,
+    processes: Processes,
+    outline: BackboneOutline | None,
 ) -> tuple[list[TokenizedSource], Counter[str]]:
-    """Tokenise all sources, and count the outcomes."""
+    """Tokenise all sources, and count the outcomes; with workers, rows of validated corpora stay on
+    disk."""
+    tokenizer = CorpusTokenizer(backbone, config.limits, processes, skip_bad=config.skip_bad)
+    found, counts = list[TokenizedSource](), Counter[str]()
     with single_torch_thread():
-        tokenizer = CorpusTokenizer(backbone, config.limits, processes, skip_bad=config.skip_bad)
-        return [tokenizer.tokenize(source) for source in sources], tokenizer.total_counts()
+        for source in sources:
+            if outline is not None and source.corpus is not None:
+                examples = LazyExamples(source.corpus, outline, config.limits)
+                found.append(TokenizedSource(name=source.name, examples=examples, weight=source.weight))
+                counts += Counter(source.corpus.outcomes)
+            else:
+                found.append(tokenizer.tokenize(source))
+        return found, counts + tokenizer.total_counts()
+
+
+def _outline(backbone: Backbone, processes: Processes, out: Path) -> BackboneOutline:
+    """Return the outline of the backbone, which process 0 writes for all workers."""
+    run_together(processes, lambda: save_outline(backbone, out / "outline") if processes.first else None)
+    return describe_outline(backbone, out / "outline")
 
 
 def _with_cached_features(
@@ -302,6 +319,9 @@ def _require_same_sources(processes: Processes, sources: Sequence[TrainingSource
         return
     facts = {}
     for source in sources:
+        if source.corpus is not None:
+            facts[f"corpus {source.name}"] = source.corpus.digest
+            continue
         digest = hashlib.sha256()
         for conversation in source.conversations:
             for message in conversation:
@@ -324,7 +344,10 @@ def _prepare_folder(out: Path, processes: Processes, inputs: Mapping[str, object
 
 
 def _run_inputs(
-    backbone: Backbone, tokenized: Sequence[TokenizedSource], config: Stage1Config
+    backbone: Backbone,
+    tokenized: Sequence[TokenizedSource],
+    corpora: Sequence[ValidatedCorpus | None],
+    config: Stage1Config,
 ) -> dict[str, object]:
     """Return the inputs of a run, for `inputs.json`.
 
@@ -332,7 +355,7 @@ def _run_inputs(
     the tokens.
     """
     facts = asdict(config)
-    for name in ("loop", "skip_bad", "checkpoint_blocks", "limits"):
+    for name in ("loop", "skip_bad", "checkpoint_blocks", "limits", "workers"):
         del facts[name]
     digest = hashlib.sha256()
     for name, parameter in sorted(backbone.model.named_parameters()):
@@ -340,7 +363,10 @@ def _run_inputs(
         sample = flat[:: max(1, len(flat) // 256)].float().cpu()
         digest.update(name.encode() + sample.numpy().tobytes())
     facts["backbone"] = digest.hexdigest()
-    for source in tokenized:
+    for source, corpus in zip(tokenized, corpora, strict=True):
+        if corpus is not None:
+            facts[f"source {source.name}"] = [len(source.examples), source.weight, corpus.digest]
+            continue
         digest = hashlib.sha256()
         for example in source.examples:
             digest.update(example.tokens.tobytes())
