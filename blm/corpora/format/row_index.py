@@ -52,14 +52,14 @@ class CorpusRows(Sequence[Conversation]):
     A copy in another process opens the files again. A slice is a list.
     """
 
-    def __init__(self, folder: Path, index: Path) -> None:
-        """`index` is a .npy file of `PLACE` or `MEASURED`."""
-        self.folder, self.index = folder, index
-        self.places: np.ndarray = np.load(index, mmap_mode="r")
+    def __init__(self, folder: Path, path: Path) -> None:
+        """`path` is the index, a .npy file of `PLACE` or `MEASURED`."""
+        self.folder, self.path = folder, path
+        self.places: np.ndarray = np.load(path, mmap_mode="r")
         self._file = -1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "index": self.index}
+        return {"folder": self.folder, "path": self.path}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

@@ -171,6 +171,7 @@ def add_text_only_scenes(
     They are drawn from all conversations.
     """
     rows = [row for rows in corpora for row in rows]
+    loop = loop.counted(len(rows))
     order = np.random.default_rng(loop.seed).permutation(len(rows))
     scenes = (scene.messages for index in order if (scene := text_only_scene(rows[index])) is not None)
     conversations = list(islice(scenes, ceil(TEXT_ONLY_SHARE * loop.steps * loop.batch_size)))

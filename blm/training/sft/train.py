@@ -35,7 +35,7 @@ from blm.training.sft.lora import Lora, add_adapters, merge_adapters
 from blm.training.sft.loss import MaskedLossModel
 from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource
 from blm.training.sft.pack import ExampleBatch, collate, require_exact, require_maskable
-from blm.training.sft.parameter_groups import PartName, freeze_parts, part_of
+from blm.training.sft.parameter_groups import PartName, freeze_parts, part_of, train_tower
 from blm.training.sft.prefix_attention import use_prefix_attention
 from blm.training.sft.supervised_attention import SupervisedAttention
 from blm.training.sft.tokenize import TokenizationConfig, TokenizedExample, single_torch_thread
@@ -53,7 +53,7 @@ class Stage1Config:
     """Training loop."""
     vision_scale: float | None = None
     """Learning rate of the vision tower relative to --loop.lr; 0 freezes it.
-    The default is 1, or 0 with LoRA."""
+    The default is 1, or 0 with LoRA, beside whose adapters the whole tower is trained."""
     projector_scale: float = 1.0
     """Learning rate of the projector relative to --loop.lr; 0 freezes it.
     The projector maps vision features to token embeddings."""
@@ -96,8 +96,6 @@ class Stage1Config:
         )
         if self.workers and self.cache_features:
             raise BlmError("cache_features keeps the conversations in memory, and workers do not: give one")
-        if self.lora.rank and self.vision_scale:
-            raise BlmError("LoRA does not train the vision tower; set vision_scale=0")
 
     def trains(self, name: str) -> bool:
         """Return whether a parameter of the backbone itself, not of an adapter, is trained."""
@@ -139,6 +137,7 @@ def train_stage1(
     attention = SupervisedAttention(backbone) if config.supervise_attention else None
     outline = _outline(backbone, processes, out) if config.workers else None
     tokenized, counts = _tokenize(backbone, sources, config, processes, outline)
+    config = replace(config, loop=config.loop.counted(sum(len(source.examples) for source in tokenized)))
     sampler = MixtureSampler(
         tokenized,
         examples_per_step=config.loop.batch_size,
@@ -258,6 +257,7 @@ def choose_trained(backbone: Backbone, config: Stage1Config, *, exact: bool) -> 
     if config.lora.rank:
         projector = config.projector_scale > 0
         adapted = add_adapters(backbone, config.lora, projector=projector, seed=config.loop.seed)
+        train_tower(backbone.model, config.scales["vision"])
     else:
         freeze_parts(backbone.model, config.scales)
     for parameter in backbone.model.parameters():
