@@ -72,6 +72,7 @@ def check_media(root: Path, references: Sequence[str], folder: Path, *, workers:
             for number, part in enumerate(_parts(references))
         ]
         journal = folder / "journal-media.jsonl"
+        workers = workers if len(units) > 1 else 0  # a process takes longer to start
         results = run_units(
             check_part, units, journal=journal, workers=workers, title=f"media of {root.name}"
         )

@@ -89,6 +89,7 @@ def scan_in_parts(corpus: Path, folder: Path, *, workers: int) -> Scan:
             for number, (begin, end) in enumerate(parts)
         ]
         journal = folder / "journal-scan.jsonl"
+        workers = workers if len(units) > 1 else 0  # a process takes longer to start
         results = run_units(
             scan_part, units, journal=journal, workers=workers, title=f"scanning {corpus.name}"
         )

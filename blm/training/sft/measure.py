@@ -120,6 +120,7 @@ def measure_rows(
         WorkUnit(f"{begin}", (begin, min(begin + ROWS_PER_UNIT, total), folder / f"rows-{begin:09d}.npy"))
         for begin in range(0, total, ROWS_PER_UNIT)
     ]
+    workers = workers if len(units) > 1 else 0  # a process takes longer to start
     results = run_units(
         measure_part,
         units,

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from blm.media import VIDEOS, split_time, video_size
 from blm.training.sft.measure import blank_picture, measure_row
 from blm.training.sft.tokenize import TokenizationConfig
 from blm.types import BlmError, Image
+
+BLOCK = 65_536
+"""Bytes that are read at once to find the beginning of a line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +112,26 @@ def sampled_rows(folder: Path, count: int) -> Iterator[Conversation]:
         for place in np.linspace(0, size, count, endpoint=False).astype(int).tolist():
             if place < end:  # inside the line that was read last
                 continue
-            source.seek(max(0, place - 1))
-            if place:
-                source.readline()
-            start, line = source.tell(), source.readline()
-            end = start + len(line)
+            source.seek(_line_start(source, place))
+            line = source.readline()
+            end = source.tell()
             try:
                 if line.strip():
-                    yield parse_row(parse_json_line(line), start)
+                    yield parse_row(parse_json_line(line), end)
             except RowError:
                 continue
+
+
+def _line_start(source: BinaryIO, place: int) -> int:
+    """Return where the line begins that contains the byte at `place`."""
+    while place > 0:
+        begin = max(0, place - BLOCK)
+        source.seek(begin)
+        found = source.read(place - begin).rfind(b"\n")
+        if found >= 0:
+            return begin + found + 1
+        place = begin
+    return 0
 
 
 def _with_sizes(row: Conversation, folder: Path) -> Conversation:
