@@ -74,6 +74,8 @@ class TrainStage1(CliCommand):
     sample: int = 500
     """Number of conversations that are measured before a corpus is validated.
     It takes seconds and shows whether the limits suit the corpus; 0 measures none."""
+    validate_only: bool = False
+    """Validate the corpora and end; the same command without this flag then trains at once."""
     retention_text: Path | None = None
     """Text file for measuring forgetting; by default a part of Python's manual."""
     device: str = "cpu"
@@ -92,7 +94,14 @@ class TrainStage1(CliCommand):
     def run(self, command_line: Sequence[str]) -> None:
         check_device(self.device)
         processes = Processes.join(self.device)
-        backbone, sources, held_out = self._prepare(processes.device)
+        pretrained, corpora = self._read_corpora(processes.device)
+        if self.validate_only:
+            self._report(corpora, processes)
+            return
+        backbone, sources = prepare_stage1(
+            pretrained, corpora, self.config, self.schooling, self.out, device=str(processes.device)
+        )
+        held_out = self._held_out_examples(backbone)
         with mixed_precision(backbone.model):
             retention = Retention(backbone, read_texts(self.retention_text) if self.retention_text else ())
 
@@ -114,8 +123,8 @@ class TrainStage1(CliCommand):
             console.print(f"backbone: {self.out / 'backbone'}", soft_wrap=True)
         processes.leave()
 
-    def _prepare(self, device: Any) -> tuple[Backbone, list[TrainingSource], list[Any]]:
-        """Return the backbone, the training sources, and the tokenized held-out examples."""
+    def _read_corpora(self, device: Any) -> tuple[Backbone | None, list[TrainingCorpus]]:
+        """Return the pretrained backbone, None for a new nano, and the validated corpora."""
         name = str(device)
         pretrained = load_pretrained(
             self.backbone,
@@ -129,10 +138,15 @@ class TrainStage1(CliCommand):
             if counts := corpus.facts.reserved:
                 message = reserved_seeds_warning(str(corpus.folder), counts)
                 Console(stderr=True).print(f"warning: {message}", soft_wrap=True)
-        backbone, sources = prepare_stage1(
-            pretrained, corpora, self.config, self.schooling, self.out, device=name
-        )
-        return backbone, sources, self._held_out_examples(backbone)
+        return pretrained, corpora
+
+    def _report(self, corpora: Sequence[TrainingCorpus], processes: Processes) -> None:
+        """Print what tokenisation makes of each corpus."""
+        for corpus in corpora if processes.first else ():
+            outcomes = {} if corpus.validated is None else corpus.validated.outcomes
+            counts = ", ".join(f"{name}: {count:,}" for name, count in outcomes.items())
+            console.print(f"{corpus.folder}: {len(corpus.conversations):,} rows {counts}", soft_wrap=True)
+        processes.leave()
 
     def _read(self, text: str, backbone: Backbone | None) -> TrainingCorpus:
         folder, weight = split_weight(text)
