@@ -94,6 +94,8 @@ class Stage1Config:
             pack_length=(0, 10**9),
             workers=(0, MAX_WORKERS),
         )
+        if self.lora.four_bit and self.loop.shard:
+            raise BlmError("weights of 4 bits cannot be sharded: give lora.four_bit or loop.shard")
         if self.workers and self.cache_features:
             raise BlmError("cache_features keeps the conversations in memory, and workers do not: give one")
 
@@ -354,7 +356,7 @@ def _run_inputs(
     They exclude the loop's config, which the loop compares itself, and `limits`, which determine
     the tokens.
     """
-    facts = asdict(config)
+    facts = asdict(config) | {"lora": config.lora.facts()}
     for name in ("loop", "skip_bad", "checkpoint_blocks", "limits", "workers"):
         del facts[name]
     digest = hashlib.sha256()
