@@ -9,8 +9,9 @@ is measured as a user meets it: the hash of the rows and the times of all media 
 and the row index is opened, before the first step.
 
 The rows are scanned and the media decoded completely. Their lengths are measured on the first
-`--templates` rows, whose texts repeat; `--measure-all` measures every row instead. With `--written-index` the rows are
-not scanned either: their places are those of the program that wrote them.
+`--templates` rows, whose texts repeat; `--measure-all` measures every row instead. With
+`--written-index` the rows are not scanned either: their places are those of the program that wrote
+them.
 """
 
 from __future__ import annotations
