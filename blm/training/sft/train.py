@@ -22,7 +22,6 @@ from blm.backbone import Backbone
 from blm.backbone.outline import BackboneOutline, describe_outline, save_outline
 from blm.backbone.precision import is_mixed
 from blm.backbone.saving import require_free
-from blm.corpora.format.validated import ValidatedCorpus
 from blm.io import write_json
 from blm.jobs import MAX_WORKERS
 from blm.training.loop.batches import ByWorkers
@@ -147,9 +146,7 @@ def train_stage1(
         seed=config.loop.seed,
         world_size=processes.count * config.loop.accumulate,
     )
-    _prepare_folder(
-        out, processes, _run_inputs(backbone, tokenized, [source.corpus for source in sources], config)
-    )
+    _prepare_folder(out, processes, _run_inputs(backbone, tokenized, sources, config))
     if config.cache_features:
         tokenized = _with_cached_features(backbone, tokenized, out / "features", processes, counts)
     if processes.first:
@@ -159,7 +156,6 @@ def train_stage1(
     loss_model = MaskedLossModel(backbone, sharded=sharded, cached=config.cache_features)
     if config.checkpoint_blocks:
         model.activation_checkpointing_enable()
-
     next_batch = ByWorkers(BatchMaker(backbone, outline, tokenized, sampler), config.workers)
 
     def loss(batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -348,7 +344,7 @@ def _prepare_folder(out: Path, processes: Processes, inputs: Mapping[str, object
 def _run_inputs(
     backbone: Backbone,
     tokenized: Sequence[TokenizedSource],
-    corpora: Sequence[ValidatedCorpus | None],
+    sources: Sequence[TrainingSource],
     config: Stage1Config,
 ) -> dict[str, object]:
     """Return the inputs of a run, for `inputs.json`.
@@ -365,9 +361,9 @@ def _run_inputs(
         sample = flat[:: max(1, len(flat) // 256)].float().cpu()
         digest.update(name.encode() + sample.numpy().tobytes())
     facts["backbone"] = digest.hexdigest()
-    for source, corpus in zip(tokenized, corpora, strict=True):
-        if corpus is not None:
-            facts[f"source {source.name}"] = [len(source.examples), source.weight, corpus.digest]
+    for source, given in zip(tokenized, sources, strict=True):
+        if given.corpus is not None:
+            facts[f"source {source.name}"] = [len(source.examples), source.weight, given.corpus.digest]
             continue
         digest = hashlib.sha256()
         for example in source.examples:
