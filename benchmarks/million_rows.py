@@ -149,7 +149,9 @@ def small_qwen(side: int) -> Backbone:
     vision |= {"out_hidden_size": 256, "window_size": 56, "fullatt_block_indexes": [2, 5]}
     torch.manual_seed(0)
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    media = dict(zip(names, (ids[t] for t in ("<|image_pad|>", "<|video_pad|>", *TOKENS[2:4])), strict=True))
+    media: dict[str, Any] = dict(
+        zip(names, (ids[t] for t in ("<|image_pad|>", "<|video_pad|>", *TOKENS[2:4])), strict=True)
+    )
     model = Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(text_config=text, vision_config=vision, **media)
     )
