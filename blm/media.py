@@ -314,6 +314,20 @@ def video_seconds(file: Path) -> float:
         raise BlmError(f"cannot read video {file}: {error}") from error
 
 
+def video_size(file: Path) -> tuple[int, int]:
+    """Return height and width of a video [px] from its header.
+
+    Raises BlmError for a file that is not a readable video.
+    """
+    import av
+
+    try:
+        with av.open(str(file)) as container:
+            return container.streams.video[0].height, container.streams.video[0].width
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise BlmError(f"cannot read video {file}: {error}") from error
+
+
 def frame_references(path: str, root: Path, count: int) -> list[str]:
     """Return references to `count` frames of a video, from the middles of equal parts of it."""
     seconds = video_seconds(locate(path, root))

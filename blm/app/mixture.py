@@ -93,6 +93,10 @@ def plan_mixture(
             "Stage I has nothing to train on: no scene questions, and all public corpora are missing"
         )
     loop = settings.training.loop
+    if not loop.steps:
+        raise BlmError(
+            "the length of a mixture is stage1.epochs, and its maximum training.loop.steps; give both"
+        )
     epoch = total / (1 - share)
     wanted = math.ceil(settings.epochs * epoch / loop.batch_size) if settings.epochs else loop.steps
     steps = max(1, min(wanted, loop.steps))

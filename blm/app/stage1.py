@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from rich.console import Console
 
 from blm.backbone import Backbone
 from blm.backbone.precision import WeightDtype, frozen_dtype
-from blm.backbone.prompt import PromptOrder, order_of
 from blm.corpora.format.messages import Conversation
+from blm.corpora.format.scan import CorpusFacts
+from blm.corpora.format.validated import ValidatedCorpus
 from blm.training.pretraining.nano import (
     NanoPretrainingConfig,
     is_nano,
     nano_sources,
     pretrain_again,
     pretrain_nano,
-    without_scan_turns,
 )
 from blm.training.pretraining.smol import is_untaught, pretrain_smol
-from blm.training.sft.tokenize_corpora import TrainingSource, check_lengths
+from blm.training.sft.tokenize_corpora import TrainingSource, check_lengths, without_scan_turns
 from blm.training.sft.train import Stage1Config
 
 NANO = "nano"
@@ -39,6 +40,24 @@ class TrainingCorpus:
     conversations: Sequence[Conversation]
     weight: float = 1.0
     """Share of the training examples, relative to the other corpora."""
+    validated: ValidatedCorpus | None = None
+    """The corpus as it was validated for the backbone, whose rows the conversations are."""
+
+    @classmethod
+    def of_validated(cls, corpus: ValidatedCorpus, *, weight: float = 1.0) -> TrainingCorpus:
+        """Return a validated corpus, whose conversations are read when they are used."""
+        return cls(
+            name=corpus.folder.name,
+            folder=corpus.folder,
+            conversations=corpus.open(),
+            weight=weight,
+            validated=corpus,
+        )
+
+    @cached_property
+    def facts(self) -> CorpusFacts:
+        """How its scenes varied, its control prompts, and its reserved scenes."""
+        return CorpusFacts.of(self.conversations) if self.validated is None else self.validated.facts
 
 
 def load_pretrained(
@@ -70,12 +89,6 @@ def warn_of_lengths(backbone: Backbone, corpus: TrainingCorpus, config: Stage1Co
         Console(stderr=True).print(f"warning: {warning}", soft_wrap=True, highlight=False)
 
 
-def control_orders(rows: Iterable[Conversation]) -> set[PromptOrder]:
-    """Return the orders of the control prompts of these conversations."""
-    taught = (row for row in rows if "control" in row.kinds)
-    return {order_of(question) for row in taught for kind, question, _ in row.turns() if kind == "control"}
-
-
 def prepare_stage1(
     backbone: Backbone | None,
     corpora: Sequence[TrainingCorpus],
@@ -99,9 +112,9 @@ def prepare_stage1(
     elif is_untaught(backbone):
         pretrain_smol(backbone, pairs, schooling.eye, out, seed=config.loop.seed)
         backbone.model.to(device)
-    backbone.record_training({row.training for rows, _ in pairs for row in rows})
     for corpus in corpora:
-        backbone.record_prompts(control_orders(corpus.conversations))
+        backbone.record_prompts(corpus.facts.orders)
+    backbone.record_training({kind for corpus in corpora for kind in corpus.facts.training})
     if is_nano(backbone):
         shares = [(corpus.conversations, corpus.folder, corpus.weight) for corpus in corpora]
         return backbone, nano_sources(shares, config.loop)
@@ -110,5 +123,7 @@ def prepare_stage1(
 
 def _source(corpus: TrainingCorpus) -> TrainingSource:
     """Return a corpus without its scan turns, which are labels of vision towers."""
+    if corpus.validated is not None:
+        return TrainingSource.of_corpus(corpus.name, corpus.validated, weight=corpus.weight)
     rows = [without_scan_turns(row) for row in corpus.conversations]
     return TrainingSource.of_rows(corpus.name, rows, corpus.folder, weight=corpus.weight)

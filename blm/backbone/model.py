@@ -186,10 +186,10 @@ class MultimodalModel(Weights):
         is asked once for each image size.
         """
         pixels = inputs["pixel_values"]
-        if self.model.device.type == "meta":  # an outline computes no features
-            return int((inputs["input_ids"] == self.placeholder_id).sum())
         size = tuple(pixels.shape[1:])
         if size not in self.features_per_row:
+            if self.model.device.type == "meta":  # an outline computes no features
+                return int((inputs["input_ids"] == self.placeholder_id).sum())
             self.features_per_row[size] = _measure_features_per_row(self, inputs)
         return int(self.features_per_row[size] * len(pixels))
 

@@ -53,6 +53,9 @@ COMMANDS: dict[str, Command] = {
     "corpus curate": Command(
         "remove faulty, duplicate and leaked conversations, and balance answers", "corpus:CurateCorpora"
     ),
+    "corpus group": Command(
+        "merge questions about the same pictures, which then share them", "grouping:GroupCorpus"
+    ),
     "corpus list": Command(
         "list public corpora: where to get them, how to place them, which are present",
         "public_corpora:ListCorpora",

@@ -14,24 +14,24 @@ from rich.console import Console
 from rich.table import Table
 
 from blm.app.model import check_device
-from blm.app.stage1 import TrainingCorpus, load_pretrained, prepare_stage1, warn_of_lengths
+from blm.app.stage1 import TrainingCorpus, load_pretrained, prepare_stage1
 from blm.app.validation import closed_loop_validation
 from blm.backbone import Backbone
 from blm.backbone.precision import WeightDtype, mixed_precision, require_attention
 from blm.baselines.diffusion_policy import BaselineConfig, train_baseline
 from blm.cli.command import CliCommand, OutFolder
-from blm.corpora.format.messages import Conversation, reserved_scenes, scan_corpus
-from blm.corpora.format.validate import clean_corpus
+from blm.corpora.format.validated import ValidatedCorpus
 from blm.datasets.lerobot import open_mapped
 from blm.io import read_json_lines, write_json
 from blm.seeds import VALIDATION_SEEDS, reserved_seeds_warning
 from blm.training.loop.distributed import Processes
 from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.train import train_stage2
-from blm.training.pretraining.nano import NanoPretrainingConfig
+from blm.training.pretraining.nano import NanoPretrainingConfig, is_nano
 from blm.training.sft.retention import Retention, read_texts
 from blm.training.sft.tokenize_corpora import CorpusTokenizer, TrainingSource
 from blm.training.sft.train import Stage1Config, held_out_loss, train_stage1
+from blm.training.sft.validation import Validator
 from blm.types import BlmError, require_numbers
 
 console = Console()
@@ -71,6 +71,11 @@ class TrainStage1(CliCommand):
     """Corpus folder for the held-out loss."""
     held_out_rows: int = 500
     """Maximum number of held-out conversations to use."""
+    sample: int = 500
+    """Number of conversations that are measured before a corpus is validated.
+    It takes seconds and shows whether the limits suit the corpus; 0 measures none."""
+    validate_only: bool = False
+    """Validate the corpora and end; the same command without this flag then trains at once."""
     retention_text: Path | None = None
     """Text file for measuring forgetting; by default a part of Python's manual."""
     device: str = "cpu"
@@ -83,13 +88,20 @@ class TrainStage1(CliCommand):
     by default the model's own."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, held_out_rows=(1, 10**9))
+        require_numbers(self, held_out_rows=(1, 10**9), sample=(0, 10**6))
         require_attention(self.attn_implementation)
 
     def run(self, command_line: Sequence[str]) -> None:
         check_device(self.device)
         processes = Processes.join(self.device)
-        backbone, sources, held_out = self._prepare(processes.device)
+        pretrained, corpora = self._read_corpora(processes.device)
+        if self.validate_only:
+            self._report(corpora, processes)
+            return
+        backbone, sources = prepare_stage1(
+            pretrained, corpora, self.config, self.schooling, self.out, device=str(processes.device)
+        )
+        held_out = self._held_out_examples(backbone)
         with mixed_precision(backbone.model):
             retention = Retention(backbone, read_texts(self.retention_text) if self.retention_text else ())
 
@@ -111,8 +123,8 @@ class TrainStage1(CliCommand):
             console.print(f"backbone: {self.out / 'backbone'}", soft_wrap=True)
         processes.leave()
 
-    def _prepare(self, device: Any) -> tuple[Backbone, list[TrainingSource], list[Any]]:
-        """Return the backbone, the training sources, and the tokenized held-out examples."""
+    def _read_corpora(self, device: Any) -> tuple[Backbone | None, list[TrainingCorpus]]:
+        """Return the pretrained backbone, None for a new nano, and the validated corpora."""
         name = str(device)
         pretrained = load_pretrained(
             self.backbone,
@@ -123,30 +135,45 @@ class TrainStage1(CliCommand):
         )
         corpora = [self._read(text, pretrained) for text in (*self.corpus, *self.replay)]
         for corpus in corpora:
-            if counts := reserved_scenes(corpus.conversations):
+            if counts := corpus.facts.reserved:
                 message = reserved_seeds_warning(str(corpus.folder), counts)
                 Console(stderr=True).print(f"warning: {message}", soft_wrap=True)
-        backbone, sources = prepare_stage1(
-            pretrained, corpora, self.config, self.schooling, self.out, device=name
-        )
-        return backbone, sources, self._held_out_examples(backbone)
+        return pretrained, corpora
+
+    def _report(self, corpora: Sequence[TrainingCorpus], processes: Processes) -> None:
+        """Print what tokenisation makes of each corpus."""
+        for corpus in corpora if processes.first else ():
+            outcomes = {} if corpus.validated is None else corpus.validated.outcomes
+            counts = ", ".join(f"{name}: {count:,}" for name, count in outcomes.items())
+            console.print(f"{corpus.folder}: {len(corpus.conversations):,} rows {counts}", soft_wrap=True)
+        processes.leave()
 
     def _read(self, text: str, backbone: Backbone | None) -> TrainingCorpus:
         folder, weight = split_weight(text)
-        if backbone is not None:  # before the whole corpus is checked, which may take hours
-            readable = [row for _, row in scan_corpus(folder) if isinstance(row, Conversation)]
-            warn_of_lengths(
-                backbone,
-                TrainingCorpus(name=folder.name, folder=folder, conversations=readable),
-                self.config,
-            )
-        rows = clean_corpus(folder, backbone=backbone, skip_bad=self.config.skip_bad)
-        return TrainingCorpus(name=folder.name, folder=folder, conversations=rows, weight=weight)
+        corpus = self._validated(folder, backbone)
+        if backbone is None or is_nano(backbone):  # its pretraining reads all rows several times
+            rows = list(corpus.open())
+            return TrainingCorpus(name=folder.name, folder=folder, conversations=rows, weight=weight)
+        return TrainingCorpus.of_validated(corpus, weight=weight)
+
+    def _validated(self, folder: Path, backbone: Backbone | None) -> ValidatedCorpus:
+        """Validate a corpus, together with the other processes."""
+        validator = Validator(
+            backbone=backbone,
+            limits=self.config.limits,
+            out=self.out,
+            processes=Processes.join(self.device if backbone is None else backbone.model.device),
+            workers=self.config.workers,
+            sample=self.sample,
+        )
+        corpus = validator.validate(folder)
+        corpus.require_clean(skip_bad=self.config.skip_bad)
+        return corpus
 
     def _held_out_examples(self, backbone: Backbone) -> list[Any]:
         if self.held_out is None:
             return []
-        rows = clean_corpus(self.held_out, skip_bad=self.config.skip_bad)
+        rows = self._validated(self.held_out, None).open()
         step = max(1, len(rows) // self.held_out_rows)
         source = TrainingSource.of_rows("held out", rows[::step][: self.held_out_rows], self.held_out)
         processes = Processes.join(backbone.model.device)

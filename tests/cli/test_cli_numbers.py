@@ -61,11 +61,12 @@ COMMANDS = {
     "collect out": ("episodes", "first-seed", "image-size", "workers", "hold", "distractors", "noise"),
     f"corpus build out {SCENES}": ("workers", "turns"),
     "corpus convert llava in out": ("frames",),
+    "corpus group out in": ("turns", "workers"),
     "corpus curate out in": ("max-length", "hash-distance", "seed"),
     "corpus validate in": ("max-tokens", "shown"),
     "corpus sharerobot in": ("episodes", "templates", "seed"),
     "corpus replay out --backbone=nano": ("count", "seed"),
-    f"train stage1 out --corpus=in {STEPS}": ("held-out-rows", "loop.accumulate"),
+    f"train stage1 out --corpus=in {STEPS}": ("held-out-rows", "loop.accumulate", "sample"),
     f"train stage2 out --datasets=in --backbone=nano --intents.layer=1 --intents.cameras=base {STEPS}": (
         "execute",
         "drive",

@@ -77,3 +77,15 @@ def test_weights_of_corpora(tmp_path: Path) -> None:
     assert split_weight(str(tmp_path / "a:b")) == (tmp_path / "a:b", 1.0)
     with pytest.raises(BlmError, match="FOLDER:WEIGHT"):
         split_weight("scenes:much")
+
+
+def test_validation_is_prepared_and_shows_long_rows_first(
+    corpora: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(corpora / "out"), "--corpus", str(corpora / "scenes"), "--backbone=blm-nano-2", *FLAGS]
+    run_command("train stage1", [*arguments, "--validate-only"])
+    assert not (corpora / "out/log.jsonl").exists() and list((corpora / "scenes/validated").iterdir())
+    (corpora / "scenes/corpus.jsonl").write_text((corpora / "scenes/corpus.jsonl").read_text() + "broken")
+    with pytest.raises(BlmError, match="3 of 3 sampled conversations of 'scenes' are longer than max_length"):
+        run_command("train stage1", [*arguments, "--limits.max-length=4"])
+    assert "sampled conversations have" in capsys.readouterr().err, "before the broken line is found"

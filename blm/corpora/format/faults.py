@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from blm.types import BlmError
@@ -66,10 +66,13 @@ def count_faults(faults: Iterable[Fault]) -> dict[str, int]:
     return dict(Counter(fault.reason for fault in faults).most_common())
 
 
-def summarise(faults: Sequence[Fault]) -> str:
-    """Return one line per reason: the count, the rule and the first places."""
+def summarise(faults: Sequence[Fault], counts: Mapping[str, int] | None = None) -> str:
+    """Return one line per reason: the count, the rule and the first places.
+
+    `counts` are those of all faults, if `faults` are only the first of each reason.
+    """
     lines = []
-    for reason, count in count_faults(faults).items():
+    for reason, count in (count_faults(faults) if counts is None else counts).items():
         places = [f"{f.where} ({f.detail})" for f in faults if f.reason == reason][:EXAMPLES]
         rest = ", .." if count > EXAMPLES else ""
         lines.append(f"  {count} x {reason} [{REASONS.get(reason, '')}]: {', '.join(places)}{rest}")

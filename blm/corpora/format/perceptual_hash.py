@@ -17,8 +17,8 @@ import numpy as np
 import PIL.Image
 
 from blm.corpora.format.faults import RowError
-from blm.corpora.format.find_media import find_media
-from blm.media import load_pixels, read_frames, split_time, video_seconds
+from blm.corpora.format.find_media import read_references
+from blm.media import load_pixels, split_time
 from blm.types import BlmError, Image, ImageArray
 
 SIDE = 16
@@ -86,23 +86,8 @@ class MediaHasher:
         return found
 
     def _open(self, file: str, references: list[str]) -> None:
-        try:
-            path = find_media(file, self.root)
-            times = [split_time(reference)[1] for reference in references]
-            late = [reference for reference, time in zip(references, times, strict=True) if time is not None]
-            if late and (seconds := video_seconds(path)) < max(t for t in times if t is not None):
-                raise RowError("time after the end", f"{late[-1]} of {seconds:.3f} s")
-            if late and None not in times:
-                pictures: Sequence[ImageArray] = read_frames(path, [t for t in times if t is not None])
-            else:
-                pictures = [load_pixels(Image(path=reference), self.root) for reference in references]
-        except RowError as error:
-            self._seen |= dict.fromkeys(references, error)
-        except BlmError as error:
-            self._seen |= dict.fromkeys(references, RowError("media unreadable", str(error)))
-        else:
-            hashes = map(perceptual_hash, pictures)
-            self._seen |= dict(zip(references, hashes, strict=True))
+        for reference, found in read_references(file, references, self.root).items():
+            self._seen[reference] = found if isinstance(found, RowError) else perceptual_hash(found)
 
 
 class NearDuplicateIndex(Generic[Value]):

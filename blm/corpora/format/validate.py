@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import track
 
-from blm.corpora.format.faults import Fault, RowError, count_faults, summarise
+from blm.corpora.format.faults import Fault, RowError, count_faults
 from blm.corpora.format.messages import CORPUS_FILE, Conversation, scan_corpus
 from blm.corpora.format.perceptual_hash import MediaHasher
 from blm.corpora.format.turns import Messages, is_learnt, split_turns
+from blm.corpora.format.validated import require_clean
 from blm.media import load_pixels
 from blm.types import BlmError
 
@@ -72,19 +73,9 @@ def clean_corpus(
     the counts and places of each reason. Raises BlmError if no row is left.
     """
     checked = list(_check(folder, backbone, max_tokens))
-    faults = [fault for _, fault in checked if fault is not None]
-    rows = [row for row, fault in checked if row is not None and fault is None]
-    summary = f"{len(faults)} of {len(checked)} rows of '{folder}' have faults"
-    if not rows:
-        raise BlmError(f"{summary}; no row is left\n{summarise(faults)}".rstrip())
-    if faults and not skip_bad:
-        raise BlmError(
-            f"{summary}; fix them (`blm corpus validate {folder}` lists them) or skip them (--skip-bad):\n"
-            f"{summarise(faults)}"
-        )
-    if faults:
-        Console(stderr=True).print(f"{summary}, skipped:\n{summarise(faults)}", highlight=False, markup=False)
-    return rows
+    faults = tuple(fault for _, fault in checked if fault is not None)
+    require_clean(folder, len(checked), faults, count_faults(faults), skip_bad=skip_bad)
+    return [row for row, fault in checked if row is not None and fault is None]
 
 
 def _check(
@@ -128,18 +119,27 @@ def check_with_backbone(
     rendered text, there must be one image feature per placeholder, and the tokens must fit
     `max_tokens` and the model's context.
     """
-    for turn, message in enumerate(row.messages):
-        if found := [token for token in reserved if token in message.text]:
-            raise RowError("reserved token in text", f"turn {turn} of the {message.role} has {found[0]!r}")
-    for messages in split_turns(row.messages) if row.independent else [row.messages]:
-        _check_answers(messages, backbone)
+    check_reserved(row, reserved)
+    check_answers(row, backbone)
     tokens = count_tokens(row, folder, backbone)
     if max_tokens is not None and tokens > max_tokens:
         raise RowError("too long", f"{tokens} tokens of at most {max_tokens}")
 
 
-def _check_answers(messages: Messages, backbone: Backbone) -> None:
+def check_reserved(row: Conversation, reserved: Sequence[str]) -> None:
+    """Raise RowError for a text with one of the `reserved` tokens."""
+    for turn, message in enumerate(row.messages):
+        if found := [token for token in reserved if token in message.text]:
+            raise RowError("reserved token in text", f"turn {turn} of the {message.role} has {found[0]!r}")
+
+
+def check_answers(row: Conversation, backbone: Backbone) -> None:
     """Raise RowError unless each learnt answer follows its prompt in the rendered text."""
+    for messages in split_turns(row.messages) if row.independent else [row.messages]:
+        _check_answers(messages, backbone)
+
+
+def _check_answers(messages: Messages, backbone: Backbone) -> None:
     text = backbone.render(messages, prompt=False)
     for turn, message in enumerate(messages):
         if is_learnt(message):

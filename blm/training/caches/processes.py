@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
+from uuid import uuid4
 
-from blm.io import read_json, sha256_file
+from blm.io import read_json, sha256_file, write_json
 from blm.jobs import Result, WorkUnit, read_journal, run_units
 from blm.training.loop.distributed import DataShard, Processes, process_timeout
 from blm.training.run_inputs import run_together
@@ -61,6 +62,36 @@ def wait_for_file(path: Path, sha256: str) -> None:
                 f"'{path}' is not the file that process 0 uses; name a folder that all processes share"
             )
         time.sleep(POLL_SECONDS)
+
+
+def by_first(processes: Processes, folder: Path, action: Callable[[], T]) -> T:
+    """Return what `action` returns in process 0, a JSON value; the other processes wait for it.
+
+    It may take hours, longer than a collective operation may wait, so they wait for a file in
+    `folder`. Raises BlmError in every process if the action fails, or if they do not share the folder.
+    """
+    if processes.count == 1:
+        return action()
+    path = folder / f"awaited-{processes.gather_objects(uuid4().hex)[0]}.json"
+    if processes.first:
+        write_json(path, {"running": True})
+        try:
+            write_json(path, {"value": action()})
+        except BlmError as error:
+            write_json(path, {"error": str(error)})
+    end = time.monotonic() + SHARED_SECONDS
+    while not path.exists():
+        if time.monotonic() > end:
+            raise BlmError(f"'{path}' of process 0 is not there: name a folder that all processes share")
+        time.sleep(POLL_SECONDS)
+    while "running" in (found := read_json(path)):
+        time.sleep(POLL_SECONDS)
+    processes.wait()
+    if processes.first:
+        path.unlink()
+    if "error" in found:
+        raise BlmError(found["error"])
+    return cast(T, found["value"])
 
 
 def journal_path(folder: Path, rank: int) -> Path:

@@ -18,7 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -54,8 +54,10 @@ MAY_CHANGE = ("log_every", "save_every", "eval_every", "title", "keep", "shard",
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-    steps: int
-    """Number of optimizer steps."""
+    steps: int = 0
+    """Number of optimizer steps; give this, or --loop.epochs in Stage I."""
+    epochs: float = 0.0
+    """Length of Stage I in passes over all examples, such as 1.5, instead of --loop.steps."""
     batch_size: int
     """Number of samples per step, summed over all processes and micro-batches."""
     lr: float = 1e-3
@@ -97,7 +99,12 @@ class LoopConfig:
     """Label of the progress bar."""
 
     def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "accumulate", "log_every", "save_every", "keep")
+        require_numbers(self, steps=(0, 10**12), epochs=(0, 1e6))
+        if bool(self.steps) == bool(self.epochs):
+            raise BlmError(
+                f"loop.steps is {self.steps} and loop.epochs is {self.epochs:g}; give one of both, above 0"
+            )
+        counts = ("batch_size", "accumulate", "log_every", "save_every", "keep")
         for name in (*counts, "lr", "clip"):
             if not getattr(self, name) > 0:
                 raise BlmError(f"{name} is {getattr(self, name)}; it must be positive")
@@ -106,6 +113,13 @@ class LoopConfig:
         require_numbers(
             self, betas=(0, 1), warmup_fraction=(0, 1), eval_every=(0, 10**12), seed=(0, 2**32 - 1)
         )
+
+    def counted(self, examples: int) -> LoopConfig:
+        """Return the config in steps, of which `self.epochs` passes over this many examples take
+        ceil(epochs * examples / batch_size)."""
+        if not self.epochs:
+            return self
+        return replace(self, steps=math.ceil(self.epochs * examples / self.batch_size), epochs=0.0)
 
 
 B = TypeVar("B")
@@ -142,6 +156,8 @@ def run_loop(
     holds a run of another config or module; when another process trains there; and for a precision
     that the device lacks.
     """
+    if not config.steps:
+        raise BlmError(f"this training has no epochs of {config.epochs:g}; give --loop.steps")
     device = next(module.parameters()).device
     dtype = require_precision(device, config.precision)
     out.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ from blm.training.loop.distributed import Processes
 from blm.training.loop.shards import StoredTensors, part_path, part_paths, row_bounds
 from blm.types import BlmError
 
-ADDED = {"precision": None}
+ADDED = {"precision": None, "epochs": 0.0}
 """Fields of LoopConfig that older checkpoints lack, and the values with which those runs computed."""
 _NAME = re.compile(r"state-\d{8,}\.safetensors")
 

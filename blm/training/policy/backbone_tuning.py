@@ -65,6 +65,8 @@ class BackboneTuning:
         require_numbers(self, blocks=(1, 10_000), lr=(0, 1e3))
         if self.kind == "lora" and not self.lora.rank:
             raise BlmError("tune.lora.rank is 0, so no adapter is trained; give a rank such as 16")
+        if self.lora.four_bit:
+            raise BlmError("tune.lora.four_bit: only Stage I trains beside weights of 4 bits")
 
     def in_folder(self, out: Path) -> BackboneTuning:
         """Return this config with the folder of the vision features of a run in `out`."""
@@ -72,7 +74,7 @@ class BackboneTuning:
 
     def facts(self) -> dict[str, Any]:
         """Return what the result depends on, for inputs.json."""
-        facts = asdict(self)
+        facts = asdict(self) | {"lora": self.lora.facts()}
         for name in ("features", "checkpoint_blocks", "blocks" if self.kind == "lora" else "lora"):
             del facts[name]
         return facts

@@ -27,6 +27,7 @@ from blm.corpora.scenes.comparing import comparisons
 from blm.corpora.scenes.questions import read_scan
 from blm.training.loop.loop import LoopConfig
 from blm.training.pretraining.vision_tower import ScannedView, all_scanned_views, pretrain_vision_tower
+from blm.training.sft.tokenize_corpora import without_scan_turns
 from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
 from blm.types import Message, require_numbers
 
@@ -170,6 +171,7 @@ def add_text_only_scenes(
     They are drawn from all conversations.
     """
     rows = [row for rows in corpora for row in rows]
+    loop = loop.counted(len(rows))
     order = np.random.default_rng(loop.seed).permutation(len(rows))
     scenes = (scene.messages for index in order if (scene := text_only_scene(rows[index])) is not None)
     conversations = list(islice(scenes, ceil(TEXT_ONLY_SHARE * loop.steps * loop.batch_size)))
@@ -177,15 +179,6 @@ def add_text_only_scenes(
         return list(sources)
     weight = TEXT_ONLY_SHARE / (1 - TEXT_ONLY_SHARE) * sum(source.weight for source in sources)
     return [*sources, TrainingSource(name="told", conversations=conversations, weight=weight)]
-
-
-def without_scan_turns(row: Conversation) -> Conversation:
-    """Return a conversation without its scan turns, on which the drill has trained.
-
-    Scan turns are a fifth of all tokens.
-    """
-    rest = [turn for turn, kind in enumerate(row.kinds) if not kind.startswith("scan")]
-    return row.select(rest) if rest else row
 
 
 def text_only_scene(row: Conversation) -> Conversation | None:

@@ -8,7 +8,7 @@ the backbone's model, so the training loop and `Backbone.tap` need no special ca
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from blm.backbone import Backbone
+from blm.backbone.four_bit import dequantized, is_quantized, quantize, restore
 from blm.backbone.saving import save_folder
 from blm.training.sft.parameter_groups import projector_names
 from blm.types import BlmError, require_numbers
@@ -29,6 +30,9 @@ class Lora:
 
     rank: int = 0
     """Rank of the adapters; 0 trains the weights themselves."""
+    four_bit: bool = False
+    """Store the frozen linear layers of the language model in 4 bits (bitsandbytes), which saves three
+    quarters of their memory. The merged model has the weights with which it was trained."""
     alpha: int = 0
     """Scale of the adapters, which are multiplied by alpha / rank; 0 means twice the rank."""
     dropout: float = 0.0
@@ -41,6 +45,12 @@ class Lora:
         require_numbers(self, rank=(0, 65_536), alpha=(0, 10**9), dropout=(0, 1))
         if self.rank < 0 or self.alpha < 0 or not 0 <= self.dropout < 1:
             raise BlmError(f"{self}: rank and alpha may not be negative, dropout must lie in 0 .. 1")
+        if self.four_bit and not self.rank:
+            raise BlmError("lora.four_bit freezes the weights, so it needs adapters: give lora.rank")
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the result depends on, in the form of runs that knew no 4-bit weights."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("four_bit", False)}
 
 
 def add_adapters(
@@ -49,8 +59,11 @@ def add_adapters(
     """Add adapters to the backbone's language model, and freeze all other weights.
 
     With `projector` the projector is trained, too; with `blocks`, only the first blocks get
-    adapters. Raises BlmError for targets that the language model does not have.
+    adapters. Raises BlmError for targets that the language model does not have, and for 4-bit weights
+    without bitsandbytes or on a device that it does not support.
     """
+    if lora.four_bit:
+        quantize(backbone)
     (decoder,) = (name for name, part in backbone.model.named_modules() if part is backbone.decoder)
     inside = tuple(f"layers.{number}." for number in range(blocks)) if blocks is not None else ("",)
     linear = [
@@ -90,7 +103,9 @@ def merge_adapters(backbone: Backbone, adapted: peft.PeftModel, folder: Path | N
     if folder is not None:
         save_folder(folder, lambda work: adapted.save_pretrained(str(work), safe_serialization=True))
     for layer in adapted.modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, LoraLayer) and is_quantized(layer.get_base_layer()):
+            _merge_quantized(layer)
+        elif isinstance(layer, LoraLayer):
             weight: Any = layer.get_base_layer().weight
             precision = weight.dtype
             weight.data = weight.data.float()
@@ -98,3 +113,12 @@ def merge_adapters(backbone: Backbone, adapted: peft.PeftModel, folder: Path | N
             weight.data = weight.data.to(precision)
     merged: Any = adapted.unload()
     assert merged is backbone.model
+    restore(backbone)
+
+
+def _merge_quantized(layer: Any) -> None:
+    """Give a LoRA layer over 4-bit weights a plain base layer with the adapter added."""
+    plain = dequantized(layer.get_base_layer())
+    precision = plain.weight.dtype
+    plain.weight.data = (plain.weight.data.float() + layer.get_delta_weight("default").float()).to(precision)
+    layer.base_layer = plain

@@ -9,7 +9,8 @@ from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +24,19 @@ ExampleIndex = tuple[int, int]
 """Number of a source, and of an example in it."""
 
 
+@runtime_checkable
+class MeasuredExamples(Protocol):
+    """Examples whose lengths are known without reading them."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each example."""
+
+    @property
+    def answers(self) -> np.ndarray:
+        """Number of tokens with loss of each example."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizedSource:
     """Examples of one kind, e.g. scene questions, or general replay."""
@@ -32,8 +46,22 @@ class TokenizedSource:
     weight: float = 1.0
     """Weight in the mixture: its share is weight / sum of weights, whatever its size."""
 
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Number of tokens of each example."""
+        if isinstance(self.examples, MeasuredExamples):
+            return self.examples.lengths
+        return np.array([len(example) for example in self.examples])
+
+    @cached_property
+    def answers(self) -> np.ndarray:
+        """Number of tokens with loss of each example."""
+        if isinstance(self.examples, MeasuredExamples):
+            return self.examples.answers
+        return np.array([int(example.loss_mask.sum()) for example in self.examples])
+
     def __post_init__(self) -> None:
-        if not self.examples or self.weight <= 0:
+        if not len(self.examples) or self.weight <= 0:
             raise BlmError(
                 f"source '{self.name}' has {len(self.examples)} examples "
                 f"and weight {self.weight}; leave it out"
@@ -87,6 +115,13 @@ class MixtureSampler:
         self._counts_before_block = [np.zeros(len(sources), dtype=np.int64)]
         self._order = lru_cache(2 * len(sources))(self._shuffled)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._order = lru_cache(2 * len(self.sources))(self._shuffled)
+
     def examples(self, step: int) -> list[ExampleIndex]:
         """Return the examples of a step."""
         begin = step * self.examples_per_step
@@ -118,21 +153,19 @@ class MixtureSampler:
     def length(self, index: ExampleIndex) -> int:
         """Return the number of tokens of an example."""
         source, example = index
-        return len(self.sources[source].examples[example])
+        return int(self.sources[source].lengths[example])
 
     def drawn(self, steps: int) -> dict[str, DrawnSource]:
         """Return what is drawn from each source in the first steps."""
         order = self._source_order(0, steps * self.examples_per_step)
         found = {}
         for number, count in enumerate(np.bincount(order, minlength=len(self.sources)).tolist()):
-            examples = self.sources[number].examples
-            epochs, rest = divmod(count, len(examples))
-            times = np.full(len(examples), epochs)
+            source = self.sources[number]
+            epochs, rest = divmod(count, len(source.examples))
+            times = np.full(len(source.examples), epochs)
             times[self._order(number, epochs)[:rest]] += 1
-            tokens = np.array([len(example) for example in examples])
-            answers = np.array([int(example.loss_mask.sum()) for example in examples])
-            found[self.sources[number].name] = DrawnSource(
-                examples=count, tokens=int(tokens @ times), answer_tokens=int(answers @ times)
+            found[source.name] = DrawnSource(
+                examples=count, tokens=int(source.lengths @ times), answer_tokens=int(source.answers @ times)
             )
         return found
 

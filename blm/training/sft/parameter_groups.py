@@ -60,3 +60,15 @@ def freeze_parts(model: nn.Module, scales: Mapping[PartName, float]) -> dict[str
         if part not in seen and scale != 1.0:
             raise BlmError(f"{part}_scale is {scale}, but {type(model).__name__} has no {part} parameters")
     return dict(trained)
+
+
+def train_tower(model: nn.Module, scale: float) -> None:
+    """Train the vision tower beside the adapters of a language model, if its scale is above 0.
+
+    Raises BlmError for a scale of a model that has no vision tower.
+    """
+    tower = [parameter for name, parameter in model.named_parameters() if part_of(name) == "vision"]
+    if scale and not tower:
+        raise BlmError(f"vision_scale is {scale}, but {type(model).__name__} has no vision parameters")
+    for parameter in tower:
+        parameter.requires_grad_(scale > 0)

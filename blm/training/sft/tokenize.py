@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -81,6 +81,16 @@ class FeatureReader(Protocol):
 
 
 @dataclass(frozen=True)
+class LoadedInputs:
+    """Vision inputs in memory."""
+
+    inputs: VisionInputs
+
+    def read(self) -> VisionInputs:
+        return self.inputs
+
+
+@dataclass(frozen=True)
 class TokenizedExample:
     """One conversation, ready to train on: all its turns after one copy of its images."""
 
@@ -138,10 +148,13 @@ def tokenize_conversation(
     counts: Counter[str],
     *,
     independent: bool = False,
+    keep_pixels: bool = False,
 ) -> TokenizedExample | None:
     """Tokenise one conversation; None if even its first turn that is learnt is too long.
 
-    `independent` tells whether its turns may be separated. `counts` records the outcome.
+    `independent` tells whether its turns may be separated. `counts` records the outcome. With
+    `keep_pixels` the example holds its images as the processor made them, for an example that is used
+    at once; by default they are loaded again.
     """
     turns = split_turns(messages) if config.separate_turns and independent else [messages]
     images = media_of(turns[0], backbone.videos_as)
@@ -153,15 +166,23 @@ def tokenize_conversation(
         last = max(index for index, message in enumerate(messages) if message.role == "user")
         if any(is_learnt(message) for message in messages[:last]):
             return tokenize_conversation(
-                backbone, messages[:last], config, root, counts, independent=independent
+                backbone,
+                messages[:last],
+                config,
+                root,
+                counts,
+                independent=independent,
+                keep_pixels=keep_pixels,
             )
         counts["dropped, too long"] += 1
         return None
     counts["kept"] += 1
     if changed:
         counts["pictures shrunk"] += changed
-    position_ids = _position_ids(backbone, tokens, segment_ids, vision_inputs_of(inputs) if images else {})
-    return TokenizedExample(tokens, loss_mask, segment_ids, position_ids, source if images else None)
+    vision = vision_inputs_of(inputs) if images else {}
+    position_ids = _position_ids(backbone, tokens, segment_ids, vision)
+    example = TokenizedExample(tokens, loss_mask, segment_ids, position_ids, source if images else None)
+    return replace(example, features=LoadedInputs(vision)) if keep_pixels and images else example
 
 
 def limit_pixels(pixels: ImageArray, max_pixels: int | None) -> ImageArray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +14,8 @@ from rich.progress import track
 from blm.backbone import Backbone
 from blm.backbone.video import media_of
 from blm.corpora.format.messages import Conversation
+from blm.corpora.format.row_index import LazySequence
+from blm.corpora.format.validated import ValidatedCorpus
 from blm.training.loop.distributed import DataShard, Processes
 from blm.training.sft.mixture_sampler import TokenizedSource
 from blm.training.sft.tokenize import (
@@ -25,6 +28,8 @@ from blm.types import BlmError, Message
 
 SAMPLED_CONVERSATIONS = 32
 """Conversations of a corpus whose length is measured before all of them are read."""
+MAX_IN_MEMORY = 300_000
+"""Maximum number of conversations that are tokenised before training: of 8 frames they take 130 kB each."""
 CONVERSATIONS_PER_EXCHANGE = 256
 """Number of conversations that a process tokenises between two exchanges."""
 
@@ -43,6 +48,22 @@ class TrainingSource:
     """Place of each conversation ("file:line"), for messages."""
     independent: Sequence[bool] = ()
     """Whether the turns of each conversation may be separated; empty if those of none may."""
+    corpus: ValidatedCorpus | None = None
+    """The corpus whose rows these are, in this order, if it was validated for this training."""
+
+    @classmethod
+    def of_corpus(cls, name: str, corpus: ValidatedCorpus, *, weight: float = 1.0) -> TrainingSource:
+        """Return the source of a validated corpus, whose rows are read when they are used."""
+        rows = corpus.open()
+        return cls(
+            name=name,
+            conversations=LazySequence(rows, _trained_messages),
+            root=corpus.folder,
+            weight=weight,
+            locations=LazySequence(range(len(rows)), rows.location),
+            independent=LazySequence(rows, attrgetter("independent")),
+            corpus=corpus,
+        )
 
     @classmethod
     def of_rows(
@@ -65,11 +86,25 @@ class TrainingSource:
             conversations=self.conversations[:count],
             locations=self.locations[:count],
             independent=self.independent[:count],
+            corpus=None,
         )
 
     def location(self, index: int) -> str:
         """Return the place of conversation `index`."""
         return self.locations[index] if self.locations else f"{self.name}, conversation {index}"
+
+
+def without_scan_turns(row: Conversation) -> Conversation:
+    """Return a conversation without its scan turns, which are labels of vision towers.
+
+    They are a fifth of all tokens of our scenes.
+    """
+    rest = [turn for turn, kind in enumerate(row.kinds) if not kind.startswith("scan")]
+    return row.select(rest) if 0 < len(rest) < len(row.kinds) else row
+
+
+def _trained_messages(row: Conversation) -> tuple[Message, ...]:
+    return without_scan_turns(row).messages
 
 
 @dataclass
@@ -105,6 +140,11 @@ class CorpusTokenizer:
         `skip_bad`), and when no conversation is left.
         """
         count, total = self.processes.count, len(source.conversations)
+        if total > MAX_IN_MEMORY:
+            raise BlmError(
+                f"'{source.name}' has {total:,} conversations, too many for the memory of each process (at "
+                f"most {MAX_IN_MEMORY:,}): give --workers N to read them while the model trains"
+            )
         size = CONVERSATIONS_PER_EXCHANGE * count
         blocks = [range(begin, min(begin + size, total)) for begin in range(0, total, size)]
         examples = list[TokenizedExample]()

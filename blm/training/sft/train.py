@@ -19,19 +19,22 @@ from peft import PeftModel
 from torch import Tensor
 
 from blm.backbone import Backbone
+from blm.backbone.outline import BackboneOutline, describe_outline, save_outline
 from blm.backbone.precision import is_mixed
 from blm.backbone.saving import require_free
 from blm.io import write_json
-from blm.training.loop.batches import Microbatch
+from blm.jobs import MAX_WORKERS
+from blm.training.loop.batches import ByWorkers
 from blm.training.loop.distributed import DataShard, Processes, fsdp_requested, read_scalars
 from blm.training.loop.loop import LoopConfig, require_precision, run_loop
 from blm.training.run_inputs import require_same_facts, require_same_inputs, run_together
+from blm.training.sft.examples import BatchMaker, LazyExamples, shows_video
 from blm.training.sft.feature_cache import cache_features
 from blm.training.sft.lora import Lora, add_adapters, merge_adapters
 from blm.training.sft.loss import MaskedLossModel
-from blm.training.sft.mixture_sampler import ExampleIndex, MixtureSampler, TokenizedSource
-from blm.training.sft.pack import ExampleBatch, collate, pack, require_exact, require_maskable
-from blm.training.sft.parameter_groups import PartName, freeze_parts, part_of
+from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource
+from blm.training.sft.pack import ExampleBatch, collate, require_exact, require_maskable
+from blm.training.sft.parameter_groups import PartName, freeze_parts, part_of, train_tower
 from blm.training.sft.prefix_attention import use_prefix_attention
 from blm.training.sft.supervised_attention import SupervisedAttention
 from blm.training.sft.tokenize import TokenizationConfig, TokenizedExample, single_torch_thread
@@ -49,7 +52,7 @@ class Stage1Config:
     """Training loop."""
     vision_scale: float | None = None
     """Learning rate of the vision tower relative to --loop.lr; 0 freezes it.
-    The default is 1, or 0 with LoRA."""
+    The default is 1, or 0 with LoRA, beside whose adapters the whole tower is trained."""
     projector_scale: float = 1.0
     """Learning rate of the projector relative to --loop.lr; 0 freezes it.
     The projector maps vision features to token embeddings."""
@@ -73,6 +76,10 @@ class Stage1Config:
     weight of 1 suits a nano that cannot find things yet, and a smaller one later training."""
     checkpoint_blocks: bool = False
     """Activation checkpointing: recompute blocks in the backward pass to save memory."""
+    workers: int = 0
+    """Number of processes that read and tokenise conversations while each process trains.
+    With 0, conversations are tokenised before training and kept in memory; with more, they stay on
+    disk, and any number of them can be trained on. The samples are the same to the last bit."""
     skip_bad: bool = False
     """Skip and report invalid conversations; by default, the first one stops the run."""
 
@@ -84,9 +91,12 @@ class Stage1Config:
             supervise_attention=(0, 1e6),
             language_scale=(0, 1e6),
             pack_length=(0, 10**9),
+            workers=(0, MAX_WORKERS),
         )
-        if self.lora.rank and self.vision_scale:
-            raise BlmError("LoRA does not train the vision tower; set vision_scale=0")
+        if self.lora.four_bit and self.loop.shard:
+            raise BlmError("weights of 4 bits cannot be sharded: give lora.four_bit or loop.shard")
+        if self.workers and self.cache_features:
+            raise BlmError("cache_features keeps the conversations in memory, and workers do not: give one")
 
     def trains(self, name: str) -> bool:
         """Return whether a parameter of the backbone itself, not of an adapter, is trained."""
@@ -126,7 +136,9 @@ def train_stage1(
     _require_same_sources(processes, sources, out)
     adapted = choose_trained(backbone, config, exact=True)
     attention = SupervisedAttention(backbone) if config.supervise_attention else None
-    tokenized, counts = _tokenize(backbone, sources, config, processes)
+    outline = _outline(backbone, processes, out) if config.workers else None
+    tokenized, counts = _tokenize(backbone, sources, config, processes, outline)
+    config = replace(config, loop=config.loop.counted(sum(len(source.examples) for source in tokenized)))
     sampler = MixtureSampler(
         tokenized,
         examples_per_step=config.loop.batch_size,
@@ -134,7 +146,7 @@ def train_stage1(
         seed=config.loop.seed,
         world_size=processes.count * config.loop.accumulate,
     )
-    _prepare_folder(out, processes, _run_inputs(backbone, tokenized, config))
+    _prepare_folder(out, processes, _run_inputs(backbone, tokenized, sources, config))
     if config.cache_features:
         tokenized = _with_cached_features(backbone, tokenized, out / "features", processes, counts)
     if processes.first:
@@ -144,9 +156,7 @@ def train_stage1(
     loss_model = MaskedLossModel(backbone, sharded=sharded, cached=config.cache_features)
     if config.checkpoint_blocks:
         model.activation_checkpointing_enable()
-
-    def next_batch(step: int, shard: DataShard) -> Microbatch[ExampleBatch]:
-        return _microbatch(backbone, tokenized, sampler.sequences(step, shard.index))
+    next_batch = ByWorkers(BatchMaker(backbone, outline, tokenized, sampler), config.workers)
 
     def loss(batch: ExampleBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         sums = loss_model.train()(batch)
@@ -227,7 +237,7 @@ def _require_no_videos(sources: Sequence[TokenizedSource]) -> None:
     forever.
     """
     for source in sources:
-        if any(example.shows_video for example in source.examples):
+        if shows_video(source.examples):
             raise BlmError(
                 f"'{source.name}' has videos, which sharded training cannot read as videos: set "
                 "cache_features, train without sharding, or set the backbone's videos_as to 'frames'"
@@ -245,6 +255,7 @@ def choose_trained(backbone: Backbone, config: Stage1Config, *, exact: bool) -> 
     if config.lora.rank:
         projector = config.projector_scale > 0
         adapted = add_adapters(backbone, config.lora, projector=projector, seed=config.loop.seed)
+        train_tower(backbone.model, config.scales["vision"])
     else:
         freeze_parts(backbone.model, config.scales)
     for parameter in backbone.model.parameters():
@@ -259,28 +270,32 @@ def choose_trained(backbone: Backbone, config: Stage1Config, *, exact: bool) -> 
     return adapted
 
 
-def _microbatch(
-    backbone: Backbone, tokenized: Sequence[TokenizedSource], sequences: Sequence[Sequence[ExampleIndex]]
-) -> Microbatch[ExampleBatch]:
-    examples = [[tokenized[source].examples[index] for source, index in sequence] for sequence in sequences]
-    ids = [f"{tokenized[source].name} {index}" for sequence in sequences for source, index in sequence]
-    batch = pack(backbone, examples, tuple(range(len(ids))))
-    return Microbatch(
-        batch,
-        ids,
-        weight=float(batch.loss_mask.sum()),
-        tokens=batch.tokens,
-        positions=batch.loss_mask.numel(),
-    )
-
-
 def _tokenize(
-    backbone: Backbone, sources: Sequence[TrainingSource], config: Stage1Config, processes: Processes
+    backbone: Backbone,
+    sources: Sequence[TrainingSource],
+    config: Stage1Config,
+    processes: Processes,
+    outline: BackboneOutline | None,
 ) -> tuple[list[TokenizedSource], Counter[str]]:
-    """Tokenise all sources, and count the outcomes."""
+    """Tokenise all sources, and count the outcomes; with workers, rows of validated corpora stay on
+    disk."""
+    tokenizer = CorpusTokenizer(backbone, config.limits, processes, skip_bad=config.skip_bad)
+    found, counts = list[TokenizedSource](), Counter[str]()
     with single_torch_thread():
-        tokenizer = CorpusTokenizer(backbone, config.limits, processes, skip_bad=config.skip_bad)
-        return [tokenizer.tokenize(source) for source in sources], tokenizer.total_counts()
+        for source in sources:
+            if outline is not None and source.corpus is not None:
+                examples = LazyExamples(source.corpus, outline, config.limits)
+                found.append(TokenizedSource(name=source.name, examples=examples, weight=source.weight))
+                counts += Counter(source.corpus.outcomes)
+            else:
+                found.append(tokenizer.tokenize(source))
+        return found, counts + tokenizer.total_counts()
+
+
+def _outline(backbone: Backbone, processes: Processes, out: Path) -> BackboneOutline:
+    """Return the outline of the backbone, which process 0 writes for all workers."""
+    run_together(processes, lambda: save_outline(backbone, out / "outline") if processes.first else None)
+    return describe_outline(backbone, out / "outline")
 
 
 def _with_cached_features(
@@ -302,6 +317,9 @@ def _require_same_sources(processes: Processes, sources: Sequence[TrainingSource
         return
     facts = {}
     for source in sources:
+        if source.corpus is not None:
+            facts[f"corpus {source.name}"] = source.corpus.digest
+            continue
         digest = hashlib.sha256()
         for conversation in source.conversations:
             for message in conversation:
@@ -324,15 +342,18 @@ def _prepare_folder(out: Path, processes: Processes, inputs: Mapping[str, object
 
 
 def _run_inputs(
-    backbone: Backbone, tokenized: Sequence[TokenizedSource], config: Stage1Config
+    backbone: Backbone,
+    tokenized: Sequence[TokenizedSource],
+    sources: Sequence[TrainingSource],
+    config: Stage1Config,
 ) -> dict[str, object]:
     """Return the inputs of a run, for `inputs.json`.
 
     They exclude the loop's config, which the loop compares itself, and `limits`, which determine
     the tokens.
     """
-    facts = asdict(config)
-    for name in ("loop", "skip_bad", "checkpoint_blocks", "limits"):
+    facts = asdict(config) | {"lora": config.lora.facts()}
+    for name in ("loop", "skip_bad", "checkpoint_blocks", "limits", "workers"):
         del facts[name]
     digest = hashlib.sha256()
     for name, parameter in sorted(backbone.model.named_parameters()):
@@ -340,7 +361,10 @@ def _run_inputs(
         sample = flat[:: max(1, len(flat) // 256)].float().cpu()
         digest.update(name.encode() + sample.numpy().tobytes())
     facts["backbone"] = digest.hexdigest()
-    for source in tokenized:
+    for source, given in zip(tokenized, sources, strict=True):
+        if given.corpus is not None:
+            facts[f"source {source.name}"] = [len(source.examples), source.weight, given.corpus.digest]
+            continue
         digest = hashlib.sha256()
         for example in source.examples:
             digest.update(example.tokens.tobytes())

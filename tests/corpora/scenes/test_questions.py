@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from blm.app.stage1 import control_orders
 from blm.backbone.prompt import control_prompt
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, read_corpus
 from blm.corpora.format.messages import (
@@ -20,6 +19,7 @@ from blm.corpora.format.messages import (
     read_questions,
     without_thought,
 )
+from blm.corpora.format.scan import CorpusFacts
 from blm.corpora.scenes.annotations import LETTERS, Annotation, QuestionSampler, by_kind, to_messages
 from blm.corpora.scenes.build import _episode_conversations
 from blm.corpora.scenes.episodes import read_steps
@@ -405,7 +405,7 @@ def test_a_corpus_with_the_text_first_has_each_control_prompt_alone(tmp_path):
     for order in ("pictures_first", "text_first"):
         build_scene_corpus(replace(small, prompt=order), tmp_path / order, workers=0)
         rows[order] = list(read_corpus(tmp_path / order))
-        assert control_orders(rows[order]) == {order}
+        assert CorpusFacts.of(rows[order]).orders == (order,)
     alone = [row for row in rows["text_first"] if "control" in row.kinds]
     rest = [row for row in rows["text_first"] if "control" not in row.kinds]
     assert len(rows["pictures_first"]) == len(rest) == 4 and len(alone) == 4

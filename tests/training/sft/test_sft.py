@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from blm.backbone import Backbone, build_nano
-from blm.io import read_json
+from blm.io import read_json, read_json_lines
 from blm.training.loop.distributed import DataShard
 from blm.training.loop.loop import LoopConfig
 from blm.training.sft.lora import Lora, add_adapters
 from blm.training.sft.loss import MaskedLossModel
 from blm.training.sft.pack import ExampleBatch, collate
-from blm.training.sft.parameter_groups import freeze_parts, part_of
+from blm.training.sft.parameter_groups import freeze_parts, part_of, train_tower
 from blm.training.sft.tokenize import TokenizationConfig, tokenize_conversation
 from blm.training.sft.train import Stage1Config, TrainingSource, train_stage1
 from blm.types import BlmError, Image, Message
@@ -193,8 +193,8 @@ def test_a_scale_without_effect_is_refused() -> None:
         freeze_parts(model, {"vision": 0.0, "projector": 1.0, "language": 1.0})
     with pytest.raises(BlmError, match=r"'strange.weight' .* belongs to none"):
         freeze_parts(torch.nn.ModuleDict({"strange": torch.nn.Linear(2, 2)}), {"vision": 1.0})
-    with pytest.raises(BlmError, match="vision_scale=0"):
-        Stage1Config(loop=CONFIG.loop, lora=Lora(rank=2), vision_scale=1.0)
+    with pytest.raises(BlmError, match=r"vision_scale is 1.0, but .* no vision"):
+        train_tower(model, 1.0)
     with pytest.raises(BlmError, match=r"\['w_proj'\] .* valid: .*'q_proj'"):
         add_adapters(build_nano(TEXTS), Lora(rank=2, targets=("w_proj",)), projector=False, seed=0)
 
@@ -219,6 +219,34 @@ def test_merged_adapters_answer_as_adapters_beside_the_base_do(name: str, tmp_pa
     assert all(
         torch.equal(weights[key], dict(MAKERS[name]().model.named_parameters())[key]) for key in kept[:9]
     )
+
+
+@pytest.mark.parametrize("name", ["nano", "qwen2.5", "qwen3"])
+def test_a_tower_is_trained_beside_adapters(name: str, tmp_path: Path) -> None:
+    backbone, base = MAKERS[name](), MAKERS[name]()
+    talk = dialogue(("How many?", "two"), images=(picture(6, size(backbone)),))
+    loop = replace(CONFIG.loop, steps=2)
+    config = replace(CONFIG, loop=loop, lora=Lora(rank=2), vision_scale=0.5, projector_scale=0.0)
+    train_stage1(backbone, [source(talk)], config, tmp_path)
+    before = dict(base.model.named_parameters())
+    saved = dict(Backbone.load(tmp_path / "backbone").model.named_parameters())
+    changed = {key for key, value in saved.items() if not torch.equal(value, before[key])}
+    parts = {part_of(key) for key in changed}
+    assert parts == {"vision", "language"}, "adapters are merged, the tower is trained, the projector is not"
+    tower = [key for key in saved if part_of(key) == "vision"]
+    assert len(changed.intersection(tower)) > len(tower) / 2
+
+
+def test_epochs_are_passes_over_all_examples(tmp_path: Path) -> None:
+    talks = [dialogue((f"How many {number}?", "two")) for number in range(6)]
+    config = replace(CONFIG, loop=LoopConfig(epochs=1.5, batch_size=4, lr=1e-3, log_every=1))
+    train_stage1(build_nano(TEXTS), [source(*talks)], config, tmp_path)
+    assert len(read_json_lines(tmp_path / "log.jsonl")) == 3, "ceil(1.5 * 6 / 4) steps"
+    assert read_json(tmp_path / "drawn.json")["made"]["examples"] == 12
+    with pytest.raises(BlmError, match="give one of both"):
+        LoopConfig(steps=1, epochs=1.0, batch_size=1)
+    with pytest.raises(BlmError, match="give one of both"):
+        LoopConfig(batch_size=1)
 
 
 def test_recomputed_blocks_give_the_same_gradients(tmp_path: Path) -> None:
