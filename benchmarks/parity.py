@@ -11,6 +11,7 @@ it is not offered. Run the same command again to resume.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,9 @@ import tyro
 from blm.app.exported import load_exported
 from blm.app.policies import load_checkpoint
 from blm.evaluation import PhysicalProtocol, PhysicalResult, compare, evaluate_physical
+from blm.evaluation.named_protocols import ProtocolOverrides
 from blm.evaluation.physical.ready_policy import ReadyPolicy
+from blm.types import Policy
 
 MARGIN = -0.03
 """Smallest acceptable lower bound of the difference in success."""
@@ -34,15 +37,17 @@ def main(
     robots: tuple[str, ...] = (),
 ) -> None:
     """Print the paired difference, and exit with 1 if the gate is not passed."""
-    factories = {
+    factories: dict[str, Callable[[], Policy]] = {
         "torch": partial(load_checkpoint, Path(checkpoint)),
         "exported": partial(load_exported, exported),
     }
     results = dict[str, PhysicalResult]()
     for name, make in factories.items():
         ready = ReadyPolicy(make)
-        changes = {"robots": robots} if robots else {}
-        protocol = PhysicalProtocol.named("suite24", ready.contract, episodes=episodes, **changes)
+        changes: ProtocolOverrides = {"episodes": episodes}
+        if robots:
+            changes["robots"] = robots
+        protocol = PhysicalProtocol.named("suite24", ready.contract, **changes)
         results[name] = evaluate_physical(ready, protocol, out / name, workers=workers, videos_per_cell=0)
     found = compare(results["exported"], results["torch"])
     passed = found.low >= MARGIN

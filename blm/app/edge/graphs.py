@@ -24,6 +24,9 @@ FAMILIES = ("llava",)
 class Eye(nn.Module):
     """Pictures uint8 [N, S, S, 3] -> features [N, T, d] at the width of the language model."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, view: Any, processor: Any) -> None:
         super().__init__()
         self.tower, self.projector = view.vision_tower, view.multi_modal_projector
