@@ -292,7 +292,8 @@ def _about_scene(
         facts=tuple(turn.facts for turn in turns) if any(turn.facts for turn in turns) else (),
         independent=True,
     )
-    yield row
+    if turns:  # without any, nothing is in view and the cameras are moved
+        yield row
     if alone:
         messages = to_messages(images, alone, thoughts=config.thoughts)
         yield replace(row, id=f"{group}/control", kinds=("control",), messages=messages, facts=())

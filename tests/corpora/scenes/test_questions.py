@@ -20,6 +20,7 @@ from blm.corpora.format.messages import (
     without_thought,
 )
 from blm.corpora.format.scan import CorpusFacts
+from blm.corpora.scenes import build
 from blm.corpora.scenes.annotations import LETTERS, Annotation, QuestionSampler, by_kind, to_messages
 from blm.corpora.scenes.build import _episode_conversations
 from blm.corpora.scenes.episodes import read_steps
@@ -396,6 +397,16 @@ def test_the_control_prompt_is_the_one_that_stage_two_reads(observed):
         ]
         answers.add(answer.text)
     assert len(answers) == 1
+
+
+def test_scenes_without_any_question_are_left_out(tmp_path, monkeypatch):
+    """As where nothing is in view and the cameras are moved; a conversation needs a question."""
+    asked = build.scene_turns
+    empty = iter([False, True, False, False])
+    monkeypatch.setattr(build, "scene_turns", lambda *a, **k: [] if next(empty) else asked(*a, **k))
+    count = build_scene_corpus(config(scenes=4, teach=False), tmp_path / "out", workers=0)
+    rows = list(read_corpus(tmp_path / "out"))
+    assert count == len(rows) == 3 and all(row.kinds for row in rows)
 
 
 def test_a_corpus_with_the_text_first_has_each_control_prompt_alone(tmp_path):
