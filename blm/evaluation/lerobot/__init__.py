@@ -36,7 +36,8 @@ class BlmEnv(EnvConfig):
     task: str | None = "PickCube-Panda-v0"
     fps: int = 20
     episode_length: int = 200
-    cameras: list[str] = field(default_factory=lambda: ["base", "wrist"])
+    cameras: list[str] = field(default_factory=lambda: ["base", "side", "wrist"])
+    """Those of our datasets, and so of the policies that LeRobot trains on them."""
     image_size: int = 112
     axis: str = ""
     """Perturbation of the tasks with "Plus"; see `blm.evaluation.gymnasium_envs.make`."""
