@@ -27,7 +27,8 @@ from blm.types import ActionChunk, BlmError, Episode, Observation, Policy, Polic
 
 SCHEMES = ("ws://", "wss://")
 HELP = (
-    "a checkpoint folder, blm-nano, expert, zero, random, replay:DATASET, or an OpenPI server ws://HOST:PORT"
+    "a checkpoint folder, blm-nano, expert, zero, random, replay:DATASET, lerobot:FOLDER, or an OpenPI "
+    "server ws://HOST:PORT"
 )
 
 

@@ -6,6 +6,7 @@ An exported policy is evaluated without torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -16,7 +17,7 @@ import tyro
 
 from blm.cli.command import CliCommand
 from blm.cli.physical_tables import console, print_result
-from blm.types import Policy, lookup, require_numbers
+from blm.types import BlmError, Policy, lookup, require_numbers
 
 if TYPE_CHECKING:
     from blm.evaluation import PhysicalProtocol
@@ -30,9 +31,9 @@ class EvaluatePhysical(CliCommand):
     """
 
     model: str
-    """Policy: a checkpoint, the folder of an exported policy, expert, zero, random, replay:DATASET, or
-    ws://HOST:PORT.
-    The last is the address of an OpenPI server."""
+    """Policy: a checkpoint, the folder of an exported policy, expert, zero, random, replay:DATASET,
+    lerobot:FOLDER, or ws://HOST:PORT. FOLDER is of a policy that LeRobot saved (docs/lerobot.md); the
+    last is the address of an OpenPI server."""
     out: Path
     """Folder to write. Run the same command again to resume."""
     protocol: str = "suite24"
@@ -91,6 +92,11 @@ class EvaluatePhysical(CliCommand):
     """Number of episodes for each robot and task to record as videos."""
     api_key: str | None = None
     """API key of an OpenPI server."""
+    mapping: Path | None = None
+    """Mapping of the dataset that a LeRobot policy was trained on, if it is not of this program.
+    `blm doctor DATASET --suggest` proposes one."""
+    lerobot_python: Path = Path(".venv-lerobot/bin/python")
+    """Python of LeRobot's environment, which scripts/lerobot.sh creates."""
     server_name: str = ""
     """Name and version of the model behind a server that sends no contract.
     The address does not identify the model, so without a name
@@ -111,23 +117,45 @@ class EvaluatePhysical(CliCommand):
     def run(self, command_line: Sequence[str]) -> None:
         from blm.evaluation import evaluate_physical
 
-        make, protocol = self._policy_and_protocol()
-        result = evaluate_physical(
-            make,
-            protocol,
-            self.out,
-            workers=self.workers,
-            videos_per_cell=self.videos,
-            engine=self.engine,
-            max_batch=self.max_batch,
-        )
+        with ExitStack() as stack:
+            make, protocol = self._policy_and_protocol(stack)
+            result = evaluate_physical(
+                make,
+                protocol,
+                self.out,
+                workers=self.workers,
+                videos_per_cell=self.videos,
+                engine=self.engine,
+                max_batch=self.max_batch,
+            )
         print_result(result)
         file = self.out / "result.json"
         console.print(f"result: {file}", soft_wrap=True)
         if protocol.purpose == "evaluation":
             self._report(file, protocol.name or "own protocol")
 
-    def _policy_and_protocol(self) -> tuple[Callable[[], Policy], PhysicalProtocol]:
+    def _lerobot(self, stack: ExitStack) -> Callable[[], Policy]:
+        """Start a LeRobot policy, which ends with `stack`. Raises BlmError for flags that it lacks."""
+        from blm.app.lerobot_policies import lerobot_process
+
+        flags = {"--continued": self.continued, "--compile": self.compile != "none"}
+        flags |= {"--dtype": self.dtype, "--attn-implementation": self.attn_implementation}
+        flags["--engine ray"] = self.engine == "ray"
+        if wrong := [flag for flag, given in flags.items() if given]:
+            raise BlmError(f"a LeRobot policy has no {', '.join(wrong)}: LeRobot's own process runs it here")
+        process = lerobot_process(
+            self.model,
+            robots=self.robots,
+            mapping=self.mapping,
+            python=self.lerobot_python,
+            device=self.device,
+        )
+        console.print("starting LeRobot's process", soft_wrap=True)
+        return stack.enter_context(process).make_policy
+
+    def _policy_and_protocol(self, stack: ExitStack) -> tuple[Callable[[], Policy], PhysicalProtocol]:
+        """Return the policy and the protocol; a process that the policy needs ends with `stack`."""
+        from blm.app.lerobot_policies import PREFIX
         from blm.evaluation import PROTOCOLS, PhysicalProtocol
         from blm.evaluation.conditions import select
         from blm.evaluation.physical.ready_policy import ReadyPolicy
@@ -137,7 +165,10 @@ class EvaluatePhysical(CliCommand):
             from blm.app.policies import load_replay
 
             return load_replay(Path(self.model.removeprefix("replay:")))
-        make = self._factory()
+        is_lerobot = self.model.startswith(PREFIX)
+        if self.mapping is not None and not is_lerobot:
+            raise BlmError("--mapping is for LeRobot policies (--model lerobot:FOLDER)")
+        make = self._lerobot(stack) if is_lerobot else self._factory()
         wanted = {name: getattr(self, name) for name in ("robots", "tasks", "episodes")}
         changes: Any = {name: value for name, value in wanted.items() if value}
         standard = lookup("protocol", self.protocol, PROTOCOLS)
@@ -148,6 +179,8 @@ class EvaluatePhysical(CliCommand):
             require_no_variation(conditions, standard.get("visible_goals", False))
             changes |= {"robots": ("panda",), "simulator": f"maniskill {version('mani_skill')}"}
         ready = ReadyPolicy(make)
+        if is_lerobot:
+            changes["robots"] = tuple(ready.contract.action_spaces)
         return ready, PhysicalProtocol.named(self.protocol, ready.contract, latency=self.latency, **changes)
 
     def _factory(self) -> Callable[[], Policy]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -43,6 +44,28 @@ def test_a_client_gets_the_actions_of_the_policy(client, robot):
         found = np.concatenate([actions["arm"][row], actions["gripper"][row]], axis=-1)
         np.testing.assert_array_equal(found, expected)
     assert actions["gripper"].shape == (2, 4, 1) and info["revision"] == "echo" and info["infer_ms"] >= 0
+
+
+@pytest.mark.parametrize("grippers", [(0,), (3, 7), ()])
+def test_grippers_are_where_the_action_space_has_them(grippers):
+    """A gripper that comes first, a bimanual arm, and an arm without a gripper."""
+    kinds = tuple("gripper" if place in grippers else "absolute_joint_position" for place in range(8))
+    space = replace(CONTRACT.action_spaces["panda"], kind="per_dimension", kinds=kinds)
+    policy = EchoPolicy(replace(CONTRACT, action_spaces={"panda": space}))
+    seen, others = observation("panda", 3), [place for place in range(8) if place not in grippers]
+    with running(policy) as port:
+        client = Client(port)
+        parts = {"arm": others, "gripper": list(grippers)} if grippers else {"arm": others}
+        request = batch(seen)
+        state = seen.state[None, None].repeat(2, axis=1)
+        request["observation"]["state"] = {part: state[..., places] for part, places in parts.items()}
+        actions, _ = client.call("get_action", request)
+        assert client.call("get_modality_config")["state"]["as_json"]["modality_keys"] == list(parts)
+        client.close()
+    expected = policy.act(seen).actions
+    assert actions.keys() == parts.keys()
+    for part, places in parts.items():
+        np.testing.assert_array_equal(actions[part][0], expected[:, places])
 
 
 def test_the_other_endpoints(client):

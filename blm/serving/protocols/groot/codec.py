@@ -1,9 +1,9 @@
 """GR00T's wire format: msgpack with arrays as .npy files, and batches of observations.
 
 An array is {"__ndarray_class__": True, "as_npy": the bytes of a .npy file}. An observation is a
-batch B with a time axis T: "video" camera -> uint8 [B, T, H, W, 3], "state" -> arm [B, T, D - 1]
-and gripper [B, T, 1], "language" one key -> [[text]]; only the last frame is used. Source:
-gr00t/policy/server_client.py of NVIDIA/Isaac-GR00T, commit 38624df.
+batch B with a time axis T: "video" camera -> uint8 [B, T, H, W, 3], "state" -> arm [B, T, joints]
+and gripper [B, T, grippers], "language" one key -> [[text]]; only the last frame is used. Source:
+gr00t/policy/server_client.py of NVIDIA/Isaac-GR00T, commit 38624df. S are the dimensions of a state.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgpack
@@ -19,7 +19,7 @@ import numpy as np
 
 from blm.serving.protocols.msgpack_limits import MAX_TEXT, check_limits
 from blm.serving.protocols.openpi import wire
-from blm.types import BlmError, Observation, PolicyContract, shorten
+from blm.types import ActionKind, BlmError, Observation, PolicyContract, shorten
 
 PARTS = ("arm", "gripper")
 """The modality keys of state and action, as in `meta/modality.json` of our datasets."""
@@ -39,6 +39,14 @@ _HEADER = re.compile(
 
 NumPy's own reader would pass the header to Python's parser.
 """
+
+
+def parts_of(kinds: Sequence[ActionKind]) -> dict[str, list[int]]:
+    """Return modality key -> its dimensions: grippers, wherever they are, and everything else. A key
+    without dimensions is left out."""
+    grippers = [place for place, kind in enumerate(kinds) if kind == "gripper"]
+    others = [place for place in range(len(kinds)) if place not in grippers]
+    return {part: places for part, places in zip(PARTS, (others, grippers), strict=True) if places}
 
 
 def message_limit(contract: PolicyContract) -> int:
@@ -145,20 +153,20 @@ def to_observations(data: Any, contract: PolicyContract) -> list[Observation]:
         seen, options = _map(_map(data, "data")["observation"], "observation"), options_of(data)
         (texts,) = _map(seen["language"], "language").values()
         video, parts = _map(seen["video"], "video"), _map(seen["state"], "state")
-        instructions = _texts(texts)
+        instructions, places = _texts(texts), _state_parts(options, contract)
         frames = {camera: _last(f"video.{camera}", video[camera], 5, "u") for camera in contract.cameras}
-        states = [_last(f"state.{part}", parts[part], 3, "iuf") for part in PARTS]
+        states = [_last(f"state.{part}", parts[part], 3, "iuf") for part in places]
         sizes = {len(instructions), *map(len, states), *map(len, frames.values())}
         if len(sizes) > 1 or not 1 <= len(instructions) <= MAX_ROWS:
             found = ", ".join(map(str, sorted(sizes)))
             raise ValueError(f"video, state and language must have one batch of 1 to {MAX_ROWS}, got {found}")
-        state = np.concatenate(states, axis=-1)
+        state = _in_order(np.concatenate(states, axis=-1), [i for found in places.values() for i in found])
     except (KeyError, TypeError, ValueError) as error:
         reason = "lacks" if isinstance(error, KeyError) else "is wrong:"
         raise BlmError(
             f"the observation {reason} {shorten(error)}; needed: 'video' with {', '.join(contract.cameras)} "
-            "[B, T, H, W, 3], 'state' with arm [B, T, joints] and gripper [B, T, 1], 'language' with one "
-            "list of texts, as nested maps"
+            "[B, T, H, W, 3], 'state' with arm [B, T, joints] and gripper [B, T, grippers], 'language' with "
+            "one list of texts, as nested maps"
         ) from error
     own = {name: options[name] for name in (wire.ROBOT, wire.SEED) if name in options}
     return [
@@ -173,6 +181,23 @@ def to_observations(data: Any, contract: PolicyContract) -> list[Observation]:
         )
         for row, instruction in enumerate(instructions)
     ]
+
+
+def _state_parts(options: Mapping[str, Any], contract: PolicyContract) -> dict[str, list[int]]:
+    """Return the parts of the state of the robot that a request names, or of the only one."""
+    robot = options.get(wire.ROBOT) or next(iter(contract.action_spaces))
+    space = contract.action_spaces.get(robot) if isinstance(robot, str) else None
+    return parts_of((space or next(iter(contract.action_spaces.values()))).state_kinds)
+
+
+def _in_order(values: np.ndarray[Any, Any], order: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Return vectors [B, S] whose column i goes to place order[i]; of another length as they are, which
+    the contract then refuses."""
+    if values.shape[-1] != len(order):
+        return values
+    ordered = np.empty_like(values)
+    ordered[:, list(order)] = values
+    return ordered
 
 
 def options_of(data: Any) -> Mapping[str, Any]:

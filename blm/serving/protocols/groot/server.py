@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from blm.serving.protocols.groot import codec
 from blm.serving.protocols.groot.zmtp import ZmtpConnection, ZmtpRequest
 from blm.serving.protocols.openpi import wire
 from blm.serving.scheduler import ActionResult, ModelScheduler
-from blm.types import BlmError, Observation, Policy, PolicyContract, shorten
+from blm.types import ActionKind, BlmError, Observation, Policy, PolicyContract, shorten
 
 log = logging.getLogger(__name__)
 ENDPOINTS = ("get_action", "get_modality_config", "ping", "reset")
@@ -182,7 +182,8 @@ class GrootServer:
         actions = np.stack([result.chunk.actions for result in results]).astype(np.float32)
         infer_ms = max(result.infer_ms for result in results)
         info = {"infer_ms": infer_ms, "revision": self._contract.revision}
-        return [{"arm": actions[..., :-1], "gripper": actions[..., -1:]}, info]
+        places = codec.parts_of(self._contract.action_spaces[observations[0].robot].dimension_kinds)
+        return [{part: actions[..., found] for part, found in places.items()}, info]
 
     async def _act(
         self, observations: Sequence[Observation], within_s: float, client: str
@@ -204,9 +205,14 @@ def _modalities(contract: PolicyContract) -> dict[str, Any]:
         described = {"delta_indices": list(range(steps)), "modality_keys": list(keys)}
         return {"__ModalityConfig_class__": True, "as_json": described}
 
+    def parts(kinds: Iterable[Sequence[ActionKind]]) -> list[str]:
+        found = {part for one in kinds for part in codec.parts_of(one)}
+        return [part for part in codec.PARTS if part in found]
+
+    spaces = contract.action_spaces.values()
     return {
         "video": config(contract.cameras),
-        "state": config(codec.PARTS),
-        "action": config(codec.PARTS, contract.horizon),
+        "state": config(parts(space.state_kinds for space in spaces)),
+        "action": config(parts(space.dimension_kinds for space in spaces), contract.horizon),
         "language": config(["annotation.human.task_description"]),
     }
