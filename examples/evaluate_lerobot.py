@@ -33,15 +33,10 @@ def main(
         f"lerobot:{folder}", robots=robots, mapping=mapping, python=PYTHON, device=device
     )
     with process:  # the policy and its process are shared by all workers, and end with the block
-        policy = process.make_policy()
+        contract = process.contract
         protocol = PhysicalProtocol.named(
-            "suite24",
-            policy.contract,
-            robots=tuple(policy.contract.action_spaces),
-            tasks=tasks,
-            episodes=episodes,
+            "suite24", contract, robots=tuple(contract.action_spaces), tasks=tasks, episodes=episodes
         )
-        policy.close()
         print_result(evaluate_physical(process.make_policy, protocol, out))
     print(f"result: {out / 'result.json'}")
 

@@ -139,7 +139,10 @@ class EvaluatePhysical(CliCommand):
         from blm.app.lerobot_policies import lerobot_process
 
         flags = {"--continued": self.continued, "--compile": self.compile != "none"}
-        flags |= {"--dtype": self.dtype, "--attn-implementation": self.attn_implementation}
+        flags |= {
+            "--dtype": self.dtype is not None,
+            "--attn-implementation": self.attn_implementation is not None,
+        }
         flags["--engine ray"] = self.engine == "ray"
         if wrong := [flag for flag, given in flags.items() if given]:
             raise BlmError(f"a LeRobot policy has no {', '.join(wrong)}: LeRobot's own process runs it here")

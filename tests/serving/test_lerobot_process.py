@@ -82,6 +82,7 @@ def test_feature_maps_survive_json_and_invert_themselves():
 def test_pictures_state_words_and_seeds_arrive_and_actions_come_back(start):
     with start(fault="facts") as process:
         policy = process.make_policy()
+        assert policy.contract == process.contract
         assert (policy.contract.horizon, policy.contract.execute) == (HORIZON, EXECUTE)
         assert (policy.contract.image_size, policy.contract.cameras) == (32, ("base", "wrist"))
         actions = policy.act(observation(policy, seed=41)).actions

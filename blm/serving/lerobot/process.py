@@ -19,7 +19,7 @@ import blm
 from blm.serving.lerobot.client import EpisodePolicy
 from blm.serving.lerobot.features import FeatureMap
 from blm.serving.lerobot.server import KEY_VARIABLE
-from blm.types import BlmError, Policy
+from blm.types import BlmError, Policy, PolicyContract
 
 START_TIMEOUT_S = 900.0
 """Time that a policy may take to load [s]; large ones are read from slow disks."""
@@ -112,6 +112,13 @@ class LeRobotProcess:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=1)
         return self._process.poll() is not None
+
+    @property
+    def contract(self) -> PolicyContract:
+        """The contract of the policy."""
+        policy = EpisodePolicy(self._uri, api_key=self._key, timeout_s=self._reply_timeout_s)
+        policy.close()
+        return policy.contract
 
     @property
     def make_policy(self) -> Callable[[], Policy]:
