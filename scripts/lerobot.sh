@@ -1,7 +1,7 @@
 #!/bin/sh
 # Create .venv-lerobot, in which the official LeRobot package reads our datasets, trains its policies on them, and
 # runs them on our suite (docs/lerobot.md).
-# Usage: scripts/lerobot.sh [python]. It takes about 2.2 GB and a few minutes.
+# Usage: scripts/lerobot.sh [python]. It takes about 1.8 GB and a few minutes.
 #
 # lerobot 0.4.4, the newest version for Python 3.11, requires torch < 2.11 and packages that neither datasets nor
 # policies need. It is therefore installed without its dependencies; the packages that it imports are listed here:
