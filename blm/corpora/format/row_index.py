@@ -1,7 +1,7 @@
 """The index of a corpus: where its rows are and how long they are, memory-mapped.
 
 A process that trains on a million rows cannot hold them as objects (134 kB for a row of eight
-frames). It holds 32 bytes a row instead, in pages that all processes of a machine share, and reads
+frames). It holds 28 bytes a row instead, in pages that all processes of a machine share, and reads
 a row from the corpus file when it is used.
 """
 

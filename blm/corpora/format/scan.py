@@ -178,7 +178,7 @@ def _joined(parts: Sequence[dict[str, list[str]]]) -> CorpusFacts:
 
 
 def _join(corpus: Path, folder: Path, results: Sequence[Result], files: Sequence[Path]) -> None:
-    """Write places.npy, media.txt and scan.json from the results of all parts; remove these."""
+    """Write places.npy, media.json and scan.json from the results of all parts; remove these."""
     places, faults, line = list[np.ndarray](), list[Fault](), 1
     for result, file in zip(results, files, strict=True):
         own = np.load(file)
