@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from blm.edge.folder import is_export, read_manifest
+from blm.edge.folder import Runtime, is_export
 from blm.edge.policy import ExportedPolicy
 from blm.types import BlmError
 
@@ -14,16 +14,14 @@ RuntimeChoice = Literal["torch", "onnx", "openvino"]
 """What runs a policy: torch a checkpoint, the others an exported folder."""
 
 
-def load_exported(folder: Path, runtime: RuntimeChoice | None = None) -> ExportedPolicy:
+def load_exported(folder: Path, runtime: Runtime | None = None) -> ExportedPolicy:
     """Load an exported policy. Raises BlmError as `ExportedPolicy.load` does, and if the folder was
     exported for another runtime."""
     if not is_export(folder):
         raise BlmError(
             f"'{folder}' is not an exported policy; write one: blm export {runtime or 'onnx'} CHECKPOINT OUT"
         )
-    if runtime is not None and (found := read_manifest(folder).runtime) != runtime:
-        raise BlmError(f"'{folder}' was exported for {found}, not for {runtime}: load it with {found}")
-    return ExportedPolicy.load(folder)
+    return ExportedPolicy.load(folder, runtime=runtime)
 
 
 def require_no_torch_flags(name: str, **given: bool) -> None:

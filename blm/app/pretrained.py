@@ -58,7 +58,7 @@ class BLM:
         is then not imported, the other settings do not apply, and the model does not answer.
         Raises UnknownNameError for any other name, and BlmError for a missing or altered file.
         """
-        if runtime in ("onnx", "openvino") or (runtime is None and is_export(name_or_folder)):
+        if runtime != "torch" and (runtime is not None or is_export(name_or_folder)):
             return cls(load_exported(Path(name_or_folder), runtime))
         from blm.app.model import check_device
         from blm.policy.checkpoint import RELEASES, checkpoint_folder, checkpoint_kind

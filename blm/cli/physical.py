@@ -158,7 +158,6 @@ class EvaluatePhysical(CliCommand):
 
     def _policy_and_protocol(self, stack: ExitStack) -> tuple[Callable[[], Policy], PhysicalProtocol]:
         """Return the policy and the protocol; a process that the policy needs ends with `stack`."""
-        from blm.app.lerobot_policies import PREFIX
         from blm.evaluation import PROTOCOLS, PhysicalProtocol
         from blm.evaluation.conditions import select
         from blm.evaluation.physical.ready_policy import ReadyPolicy
@@ -168,7 +167,7 @@ class EvaluatePhysical(CliCommand):
             from blm.app.policies import load_replay
 
             return load_replay(Path(self.model.removeprefix("replay:")))
-        is_lerobot = self.model.startswith(PREFIX)
+        is_lerobot = self.model.startswith("lerobot:")
         if self.mapping is not None and not is_lerobot:
             raise BlmError("--mapping is for LeRobot policies (--model lerobot:FOLDER)")
         make = self._lerobot(stack) if is_lerobot else self._factory()

@@ -22,7 +22,7 @@ from blm.types import BlmError, PolicyContract, lookup
 MANIFEST, CARD = "export.json", "README.md"
 KIND, FORMAT = "blm-export", 1
 Runtime = Literal["onnx", "openvino"]
-Precision = Literal["float32", "bfloat16", "int8"]
+Precision = Literal["float32", "bfloat16"]
 GRAPHS = ("eye", "reader", "actor")
 """eye: pictures -> features. reader: tokens, features -> H_k. actor: H_k, state, noise -> actions."""
 SUFFIX: Mapping[Runtime, str] = {"onnx": ".onnx", "openvino": ".xml"}

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from blm.chunks import frames_of
 from blm.datasets.decoding import decode_chunks
 from blm.datasets.transforms import RobotTransforms
-from blm.edge.folder import GRAPHS, ExportManifest, read_manifest, read_statistics
+from blm.edge.folder import GRAPHS, ExportManifest, Runtime, read_manifest, read_statistics
 from blm.edge.graphs import Graph, default_threads, load_graph
 from blm.edge.noise import seeded_noise
 from blm.edge.prompts import PromptEncoder
 from blm.pictures import resized
-from blm.types import ActionChunk, ContractError, ImageArray, Observation
+from blm.types import ActionChunk, BlmError, ContractError, ImageArray, Observation
 
 
 class ExportedPolicy:
@@ -46,15 +46,22 @@ class ExportedPolicy:
         self.provenance = manifest.provenance
 
     @classmethod
-    def load(cls, folder: Path | str, *, threads: int | None = None) -> ExportedPolicy:
+    def load(
+        cls, folder: Path | str, *, runtime: Runtime | None = None, threads: int | None = None
+    ) -> ExportedPolicy:
         """Load the folder that `blm export` wrote; by default it runs on OMP_NUM_THREADS threads, or
         one per core.
 
-        Raises BlmError, naming file and remedy, unless the folder is complete and unaltered, and
-        its runtime is installed and can run its graphs.
+        Raises BlmError, naming file and remedy, unless the folder is complete and unaltered, was
+        exported for this `runtime`, if one is given, and its runtime is installed and can run its graphs.
         """
         folder = Path(folder)
         manifest = read_manifest(folder)
+        if runtime not in (None, manifest.runtime):
+            raise BlmError(
+                f"'{folder}' was exported for {manifest.runtime}, not for {runtime}: load it with "
+                f"{manifest.runtime}"
+            )
         count = default_threads() if threads is None else threads
         graphs = {
             name: load_graph(folder, name, manifest.runtime, precision=manifest.precision, threads=count)

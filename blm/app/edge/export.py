@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from blm.app.edge.graphs import Actor, eye_and_reader
-from blm.app.edge.prompts import picture_settings, write_tokenizer
+from blm.app.edge.prompts import example_prompt, picture_settings, write_tokenizer
 from blm.datasets.transforms import transforms_to_json
 from blm.edge.folder import GRAPHS, SUFFIX, ExportManifest, Precision, Runtime, write_manifest
 from blm.edge.policy import ExportedPolicy
@@ -165,11 +165,8 @@ def _write_graphs(policy: CheckpointPolicy, folder: Path, config: ExportConfig) 
 
 def _example_tokens(policy: CheckpointPolicy, count: int, length: int | None) -> tuple[Tensor, Tensor]:
     """Return tokens and mask [count, L] of example prompts."""
-    from blm.backbone.prompt import control_prompt
-
-    blank = np.zeros((policy.contract.image_size,) * 2 + (3,), np.uint8)
-    views = [f"view {place}" for place in range(len(policy.contract.cameras) * policy.contract.frames)]
-    prompt = control_prompt("Pick up the red cube.", "panda", dict.fromkeys(views, blank))
+    robot = next(iter(policy.contract.action_spaces))
+    prompt = example_prompt(policy, robot, "Pick up the red cube.")
     inputs = policy.backbone.read([prompt] * count, side="right")
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     if length is not None:
@@ -230,12 +227,13 @@ def _verify(policy: CheckpointPolicy, folder: Path, config: ExportConfig) -> Exp
 
 def _require_packages(runtime: Runtime) -> None:
     needed = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
+    extras = "edge" if runtime == "onnx" else "edge,openvino"
     for name in needed[runtime]:
         try:
             import_module(name)
         except ImportError as error:
             raise BlmError(
-                f"the export needs the package {name}, which is not installed: pip install 'blm[edge]'"
+                f"the export needs the package {name}, which is not installed: pip install 'blm[{extras}]'"
             ) from error
 
 

@@ -50,7 +50,7 @@ def picture_settings(policy: CheckpointPolicy) -> PictureSettings:
     size = policy.contract.image_size
     images: Any = policy.backbone.processor.image_processor
     blank = policy.backbone.process(
-        [policy.backbone.render(_prompt(policy, ROBOT, TASK), prompt=True)], _blanks(policy)
+        [policy.backbone.render(example_prompt(policy, ROBOT, TASK), prompt=True)], _blanks(policy)
     )["pixel_values"]
     height, width = blank.shape[-2:]
     if blank.ndim != 4 or height != width:
@@ -61,7 +61,7 @@ def picture_settings(policy: CheckpointPolicy) -> PictureSettings:
 def _template(policy: CheckpointPolicy) -> PromptTemplate:
     backbone = policy.backbone
     tokenizer: Any = backbone.processor.tokenizer
-    text = backbone.render(_prompt(policy, ROBOT, TASK), prompt=True)
+    text = backbone.render(example_prompt(policy, ROBOT, TASK), prompt=True)
     before, robot, rest = text.partition(ROBOT)
     between, task, after = rest.partition(TASK)
     if not robot or not task or ROBOT in rest or TASK in after:
@@ -95,11 +95,13 @@ def _picture_tokens(policy: CheckpointPolicy, text: str, special: bool) -> tuple
 
 
 def _read(policy: CheckpointPolicy, robot: str, instruction: str) -> list[int]:
-    ids: list[int] = policy.backbone.read([_prompt(policy, robot, instruction)])["input_ids"][0].tolist()
+    inputs = policy.backbone.read([example_prompt(policy, robot, instruction)])
+    ids: list[int] = inputs["input_ids"][0].tolist()
     return ids
 
 
-def _prompt(policy: CheckpointPolicy, robot: str, instruction: str) -> Sequence[Message]:
+def example_prompt(policy: CheckpointPolicy, robot: str, instruction: str) -> Sequence[Message]:
+    """Return the control prompt of a policy about black pictures."""
     views = dict(zip(_views(policy), _blanks(policy), strict=True))
     return control_prompt(instruction, robot, views, order=policy.tap.prompt)
 
