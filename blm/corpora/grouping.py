@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from blm.corpora.format.messages import CORPUS_FILE, Conversation, end_of_pictures
+from blm.corpora.format.messages import Conversation, corpus_file, end_of_pictures
 from blm.corpora.format.row_index import CorpusRows
 from blm.corpora.format.scan import key_of, scan_in_parts
 from blm.corpora.format.validated import require_clean
@@ -56,8 +56,7 @@ def group_corpus(source: Path, out: Path, *, turns: int = 20, workers: int = 0) 
     """
     if turns < 1:
         raise BlmError(f"turns is {turns}; it must be 1 or more")
-    if not (source / CORPUS_FILE).is_file():
-        raise BlmError(f"'{source}' is not a corpus folder: {CORPUS_FILE} is missing")
+    corpus_file(source)
     if out.exists():
         raise BlmError(f"folder '{out}' exists; move it away or name another one")
     with TemporaryDirectory(prefix="blm-group-") as folder:

@@ -19,9 +19,12 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from blm.types import BlmError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 RESTORE = "restore the file from a copy, or move the folder away and make it again"
 LFS_HEADER = b"version https://git-lfs.github.com/spec/v1"
@@ -200,6 +203,14 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically. Raises BlmError on disk errors."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_array(path: Path, values: NDArray[Any]) -> None:
+    """Write a .npy file atomically. Raises BlmError on disk errors."""
+    import numpy as np
+
+    with replacing(path) as temporary, temporary.open("wb") as target:
+        np.save(target, values, allow_pickle=False)
 
 
 # --- identity of the writer --------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 from blm.corpora.format.faults import RowError
 from blm.corpora.format.find_media import read_references
 from blm.corpora.format.scan import key_of
-from blm.io import read_json, replacing, write_json
+from blm.io import read_json, write_array, write_json
 from blm.jobs import Result, WorkUnit, run_units
 from blm.media import locate, split_time
 from blm.types import BlmError
@@ -78,8 +78,7 @@ def check_media(root: Path, references: Sequence[str], folder: Path, *, workers:
         )
         files = [unit.payload[2] for unit in units]
         sizes = np.concatenate([np.zeros(0, dtype=_SIZE), *map(np.load, files)])
-        with replacing(folder / "media.npy") as temporary, temporary.open("wb") as target:
-            np.save(target, sizes[np.argsort(sizes["key"])])
+        write_array(folder / "media.npy", sizes[np.argsort(sizes["key"])])
         faults = {name: fault for result in results.values() for name, fault in result["faults"].items()}
         write_json(folder / "media-faults.json", faults)
         for file in files:
@@ -97,8 +96,7 @@ def check_part(payload: tuple[Path, Sequence[str], Path]) -> Result:
                 faults[reference] = (found.reason, found.detail)
             else:
                 sizes.append((key_of(reference), *found.shape[:2]))
-    with replacing(out) as temporary, temporary.open("wb") as target:
-        np.save(target, np.array(sizes, dtype=_SIZE))
+    write_array(out, np.array(sizes, dtype=_SIZE))
     return {"faults": faults}
 
 

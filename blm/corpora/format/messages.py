@@ -167,17 +167,23 @@ def options_of(question: str) -> tuple[str, ...]:
 # --- reading ------------------------------------------------------------------------------------------------
 
 
+def corpus_file(folder: Path) -> Path:
+    """Return the file of a corpus. Raises BlmError for a folder that is not a corpus."""
+    path = folder / CORPUS_FILE
+    if not path.is_file():
+        raise BlmError(
+            f"'{folder}' is not a corpus folder: {CORPUS_FILE} is missing; create one with `blm corpus`"
+        )
+    return path
+
+
 def scan_corpus(folder: Path) -> Iterator[tuple[int, Conversation | RowError]]:
     """Yield the number of each line and its conversation, or the fault of that line.
 
     Media are not opened, and blank lines are skipped. Raises BlmError for a folder that is not a
     corpus.
     """
-    path = folder / CORPUS_FILE
-    if not path.is_file():
-        raise BlmError(
-            f"'{folder}' is not a corpus folder: {CORPUS_FILE} is missing; create one with `blm corpus`"
-        )
+    path = corpus_file(folder)
     lines: dict[str, int] = {}
     with path.open("rb") as file:  # bytes, because text files are also split at U+2028
         for number, line in enumerate(file, start=1):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,7 +24,7 @@ from blm.corpora.format.messages import (
     reserved_scenes,
 )
 from blm.corpora.format.row_index import PLACE, CorpusRows
-from blm.io import read_json, replacing, write_json
+from blm.io import read_json, write_array, write_json
 from blm.jobs import Result, WorkUnit, run_units
 from blm.seeds import count_reserved_seeds
 from blm.types import Training
@@ -51,6 +51,13 @@ class CorpusFacts:
     def of(cls, rows: Iterable[Conversation]) -> CorpusFacts:
         """Return the facts of conversations in memory."""
         return _joined([_facts(list(rows))])
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> CorpusFacts:
+        """Read what `asdict` gives, as JSON keeps it."""
+        return cls(
+            training=tuple(value["training"]), orders=tuple(value["orders"]), reserved=value["reserved"]
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +102,12 @@ def scan_in_parts(corpus: Path, folder: Path, *, workers: int) -> Scan:
         )
         _join(corpus, folder, list(results.values()), [unit.payload[3] for unit in units])
     found = read_json(done)
-    facts = found["facts"]
     return Scan(
         folder=folder,
         rows=found["rows"],
         faults=tuple(Fault(*fault) for fault in found["faults"]),
         counts=found["counts"],
-        facts=CorpusFacts(
-            training=tuple(facts["training"]), orders=tuple(facts["orders"]), reserved=facts["reserved"]
-        ),
+        facts=CorpusFacts.from_json(found["facts"]),
     )
 
 
@@ -125,8 +129,7 @@ def scan_part(payload: tuple[Path, int, int, Path]) -> Result:
         places.append((offset, len(line), number, key_of(row.id) if named else 0))
         media |= {str(image.path) for image in row.media}
         rows.append(row)
-    with replacing(out) as temporary, temporary.open("wb") as target:
-        np.save(target, np.array(places, dtype=_SCANNED))
+    write_array(out, np.array(places, dtype=_SCANNED))
     write_json(out.with_suffix(".json"), sorted(media))
     return {"lines": number + 1, "faults": faults, "facts": _facts(rows)}
 
@@ -195,13 +198,11 @@ def _join(corpus: Path, folder: Path, results: Sequence[Result], files: Sequence
     _, first, inverse = np.unique(every["identity"], return_index=True, return_inverse=True)
     repeated = np.flatnonzero(first[inverse] != np.arange(len(every)))
     rows = len(every) + len(faults)
-    with replacing(folder / "places.npy") as temporary, temporary.open("wb") as target:
-        np.save(target, np.delete(every, repeated)[[*PLACE.names]].astype(PLACE))  # type: ignore[misc]
+    write_array(folder / "places.npy", np.delete(every, repeated)[[*PLACE.names]].astype(PLACE))  # type: ignore[misc]
     faults += _repeated_ids(corpus, folder, every, repeated, first[inverse])
     faults.sort(key=lambda fault: int(fault.where.rpartition(":")[2]))
     media = sorted({name for file in files for name in read_json(file.with_suffix(".json"))})
     write_json(folder / "media.json", media)
-    facts = _joined([result["facts"] for result in results])
     kept, counts = limit_faults(faults)
     write_json(
         folder / "scan.json",
@@ -209,7 +210,7 @@ def _join(corpus: Path, folder: Path, results: Sequence[Result], files: Sequence
             "rows": rows,
             "faults": [[fault.where, fault.reason, fault.detail] for fault in kept],
             "counts": counts,
-            "facts": {"training": facts.training, "orders": facts.orders, "reserved": facts.reserved},
+            "facts": asdict(_joined([result["facts"] for result in results])),
         },
     )
     for file in files:
@@ -224,8 +225,7 @@ def _repeated_ids(
     if not len(repeated):
         return []
     path = folder / "repeated.npy"
-    with replacing(path) as temporary, temporary.open("wb") as target:
-        np.save(target, every[repeated][[*PLACE.names]].astype(PLACE))  # type: ignore[misc]
+    write_array(path, every[repeated][[*PLACE.names]].astype(PLACE))  # type: ignore[misc]
     rows = CorpusRows(corpus, path)
     return [
         Fault(

@@ -80,11 +80,7 @@ class ValidatedCorpus:
             faults=tuple(Fault(**fault) for fault in found["faults"]),
             fault_counts=found["fault_counts"],
             outcomes=found["outcomes"],
-            facts=CorpusFacts(
-                training=tuple(found["facts"]["training"]),
-                orders=tuple(found["facts"]["orders"]),
-                reserved=found["facts"]["reserved"],
-            ),
+            facts=CorpusFacts.from_json(found["facts"]),
         )
 
 

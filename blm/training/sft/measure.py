@@ -8,7 +8,7 @@ once.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from blm.corpora.format.media_index import MediaIndex
 from blm.corpora.format.messages import Conversation
 from blm.corpora.format.row_index import MEASURED, CorpusRows
 from blm.corpora.format.validate import check_answers, check_reserved, reserved_tokens
-from blm.io import replacing
+from blm.io import write_array
 from blm.jobs import Result, WorkUnit, run_units
 from blm.training.sft.tokenize import TokenizationConfig, TokenizedExample, tokenize_conversation
 from blm.training.sft.tokenize_corpora import without_scan_turns
@@ -67,15 +67,8 @@ class _Measurer:
             return None
         check_reserved(row, self.reserved)
         check_answers(row, self.backbone)
-        blank = replace(row, messages=tuple(self._blank(message) for message in row.messages))
+        blank = with_blank_pictures(row, self.media.size)
         return measure_row(self.backbone, blank, self.limits, counts)
-
-    def _blank(self, message: Any) -> Any:
-        content = tuple(
-            blank_picture(part, self.media.size(str(part.path))) if isinstance(part, Image) else part
-            for part in message.content
-        )
-        return replace(message, content=content)
 
 
 _measurer: list[_Measurer] = []
@@ -102,8 +95,7 @@ def measure_part(payload: tuple[int, int, Path]) -> Result:
         if example is not None:
             tokens, answers, video = len(example), int(example.loss_mask.sum()), int(example.shows_video)
         measured.append((*own.rows.places[number].tolist(), tokens, answers, video))
-    with replacing(out) as temporary, temporary.open("wb") as target:
-        np.save(target, np.array(measured, dtype=MEASURED))
+    write_array(out, np.array(measured, dtype=MEASURED))
     return {"faults": faults, "counts": dict(counts)}
 
 
@@ -150,9 +142,19 @@ def measure_row(
         raise RowError("too long" if long else "placeholders differ from features", str(error)) from None
 
 
-def blank_picture(image: Image, size: tuple[int, int]) -> Image:
-    """Return a picture of this height and width that takes no memory; it keeps the path."""
-    return Image(np.broadcast_to(np.uint8(0), (*size, 3)), image.path)
+def with_blank_pictures(row: Conversation, size: Callable[[str], tuple[int, int]]) -> Conversation:
+    """Return a row with black pictures, which take no memory and keep their references.
+
+    `size` returns height and width [px] of a reference.
+    """
+
+    def blank(part: str | Image) -> str | Image:
+        if isinstance(part, str):
+            return part
+        return Image(np.broadcast_to(np.uint8(0), (*size(str(part.path)), 3)), part.path)
+
+    messages = (replace(m, content=tuple(blank(part) for part in m.content)) for m in row.messages)
+    return replace(row, messages=tuple(messages))
 
 
 def sizes_only(backbone: Backbone) -> Backbone:

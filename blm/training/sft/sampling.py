@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,11 +14,11 @@ import numpy as np
 from blm.backbone import Backbone
 from blm.corpora.format.faults import RowError
 from blm.corpora.format.find_media import find_media, image_size
-from blm.corpora.format.messages import CORPUS_FILE, Conversation, parse_json_line, parse_row
+from blm.corpora.format.messages import Conversation, corpus_file, parse_json_line, parse_row
 from blm.media import VIDEOS, split_time, video_size
-from blm.training.sft.measure import blank_picture, measure_row
+from blm.training.sft.measure import measure_row, with_blank_pictures
 from blm.training.sft.tokenize import TokenizationConfig
-from blm.types import BlmError, Image
+from blm.types import BlmError
 
 BLOCK = 65_536
 """Bytes that are read at once to find the beginning of a line."""
@@ -79,7 +80,7 @@ def sample_lengths(
     lengths, shown, outcomes = list[int](), 0, Counter[str]()
     for row in sampled_rows(folder, count):
         try:
-            blank = _with_sizes(row, folder)
+            blank = with_blank_pictures(row, partial(_size, folder))
             example = measure_row(backbone, blank, whole, Counter())
             assert example is not None
             own = Counter[str]()
@@ -102,11 +103,7 @@ def sample_lengths(
 
 def sampled_rows(folder: Path, count: int) -> Iterator[Conversation]:
     """Yield at most `count` rows without faults of format, evenly spaced by bytes."""
-    file = folder / CORPUS_FILE
-    if not file.is_file():
-        raise BlmError(
-            f"'{folder}' is not a corpus folder: {CORPUS_FILE} is missing; create one with `blm corpus`"
-        )
+    file = corpus_file(folder)
     size, end = file.stat().st_size, 0
     with file.open("rb") as source:
         for place in np.linspace(0, size, count, endpoint=False).astype(int).tolist():
@@ -134,15 +131,7 @@ def _line_start(source: BinaryIO, place: int) -> int:
     return 0
 
 
-def _with_sizes(row: Conversation, folder: Path) -> Conversation:
-    def blank(part: str | Image) -> str | Image:
-        return part if isinstance(part, str) else blank_picture(part, _size(str(part.path), folder))
-
-    messages = (replace(m, content=tuple(blank(part) for part in m.content)) for m in row.messages)
-    return replace(row, messages=tuple(messages))
-
-
-def _size(reference: str, folder: Path) -> tuple[int, int]:
+def _size(folder: Path, reference: str) -> tuple[int, int]:
     """Return height and width of a picture from its header. Raises RowError or BlmError."""
     name = split_time(reference)[0]
     path = find_media(name, folder)

@@ -19,17 +19,16 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 
 from blm.backbone import Backbone
 from blm.backbone.outline import BackboneOutline, save_outline
 from blm.corpora.format.faults import Fault
 from blm.corpora.format.media_index import check_media, media_signature
-from blm.corpora.format.messages import CORPUS_FILE
+from blm.corpora.format.messages import corpus_file
 from blm.corpora.format.scan import Scan, limit_faults, scan_in_parts
 from blm.corpora.format.validated import FORMAT, MANIFEST, ValidatedCorpus
-from blm.io import replacing, sha256_file
+from blm.io import sha256_file, write_array
 from blm.jobs import MAX_WORKERS
 from blm.training.caches.processes import by_first
 from blm.training.loop.distributed import Processes
@@ -37,7 +36,6 @@ from blm.training.run_inputs import require_same_facts, run_together
 from blm.training.sft.measure import MeasureSetup, measure_rows, sizes_only
 from blm.training.sft.sampling import sample_lengths
 from blm.training.sft.tokenize import TokenizationConfig
-from blm.types import BlmError
 
 FOLDER = "validated"
 """Folder of the validations, in the corpus folder."""
@@ -78,12 +76,7 @@ class Validator:
 
     def _validate(self, corpus: Path, outline: BackboneOutline | None) -> Path:
         """Validate a corpus; return the folder of the result."""
-        file = corpus / CORPUS_FILE
-        if not file.is_file():
-            raise BlmError(
-                f"'{corpus}' is not a corpus folder: {CORPUS_FILE} is missing; create one with `blm corpus`"
-            )
-        rows = sha256_file(file)
+        rows = sha256_file(corpus_file(corpus))
         base = corpus if os.access(corpus, os.W_OK) else self.out / corpus.name
         folder = base / FOLDER / rows[:NAME_LENGTH]
         limits = _limits_key(outline, self.limits)
@@ -122,8 +115,7 @@ class Validator:
     def _measure(self, scan: Scan, setup: MeasureSetup, folder: Path, key: str) -> None:
         """Measure the rows, and write the index and its manifest."""
         index, faults, outcomes = measure_rows(setup, folder, workers=self._workers)
-        with replacing(folder / "index.npy") as temporary, temporary.open("wb") as target:
-            np.save(target, index)
+        write_array(folder / "index.npy", index)
         kept, counts = limit_faults(faults)
         every = sorted((*scan.faults, *kept), key=_line)
         digest = hashlib.sha256(f"{key} {sha256_file(folder / 'index.npy')}".encode()).hexdigest()
@@ -132,7 +124,7 @@ class Validator:
             index=folder / "index.npy",
             digest=digest,
             rows=scan.rows,
-            bytes=(setup.corpus / CORPUS_FILE).stat().st_size,
+            bytes=corpus_file(setup.corpus).stat().st_size,
             faults=tuple(every),
             fault_counts=dict((Counter(scan.counts) + Counter(counts)).most_common()),
             outcomes=dict(outcomes),
