@@ -37,6 +37,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from blm.backbone import Backbone
 from blm.backbone.nano.model import train_tokenizer
 from blm.backbone.processors import without_video
+from blm.backbone.stand_in import SPECIAL_TOKENS
 from blm.backbone.video import FrameProcessor, completed
 from blm.corpora.format.row_index import MEASURED, PLACE
 from blm.corpora.format.scan import scan_in_parts
@@ -52,14 +53,6 @@ from blm.training.sft.train import Stage1Config, train_stage1
 
 ROWS_PER_EPISODE = 20
 """As in ShareRobot."""
-TOKENS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
 TEMPLATE = (
     "{%- for m in messages -%}{{ '<|im_start|>' + m.role + '\\n' }}{%- for p in m.content -%}"
     "{{ '<|vision_start|><|image_pad|><|vision_end|>' if p.type == 'image' else p.text }}"
@@ -139,9 +132,11 @@ def _row(number: int, episode: int, frames: int, text: int) -> str:
 def small_qwen(side: int) -> Backbone:
     """Return a Qwen2.5-VL of 11.4 million random parameters."""
     tokenizer = train_tokenizer(["The robot is to put thing 0 onto thing 1. What does it do next?"])
-    tokenizer.add_special_tokens({"additional_special_tokens": list(TOKENS), "eos_token": "<|im_end|>"})
-    numbers: Any = tokenizer.convert_tokens_to_ids(list(TOKENS))
-    ids = dict(zip(TOKENS, numbers, strict=True))
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(SPECIAL_TOKENS), "eos_token": "<|im_end|>"}
+    )
+    numbers: Any = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    ids = dict(zip(SPECIAL_TOKENS, numbers, strict=True))
     text: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 256, "intermediate_size": 1024}
     text |= {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2}
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}}
@@ -151,7 +146,7 @@ def small_qwen(side: int) -> Backbone:
     torch.manual_seed(0)
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     media: dict[str, Any] = dict(
-        zip(names, (ids[t] for t in ("<|image_pad|>", "<|video_pad|>", *TOKENS[2:4])), strict=True)
+        zip(names, (ids[t] for t in ("<|image_pad|>", "<|video_pad|>", *SPECIAL_TOKENS[2:4])), strict=True)
     )
     model = Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(text_config=text, vision_config=vision, **media)

@@ -26,6 +26,7 @@ from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImag
 from blm.backbone import Backbone, build_nano, control_prompt, question_prompt
 from blm.backbone.nano.model import train_tokenizer
 from blm.backbone.processors import without_video
+from blm.backbone.stand_in import SPECIAL_TOKENS
 from blm.backbone.video import FrameProcessor, completed
 from tests.support.smol import tiny_smol
 
@@ -37,21 +38,14 @@ QWEN_TEMPLATE = (
     "{{ '<|im_end|>\\n' }}{%- endfor -%}{{ '<|im_start|>assistant\\n' if add_generation_prompt else '' }}"
 )
 
-QWEN_TOKENS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-
 
 def tiny_qwen(version: str) -> Backbone:
     """A random model of the real Qwen classes: 4 blocks, pictures of 56 px -> 4 tokens."""
     tokenizer = train_tokenizer(["What is in the picture?"])
-    tokenizer.add_special_tokens({"additional_special_tokens": list(QWEN_TOKENS), "eos_token": "<|im_end|>"})
-    ids = dict(zip(QWEN_TOKENS, tokenizer.convert_tokens_to_ids(list(QWEN_TOKENS)), strict=True))
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": list(SPECIAL_TOKENS), "eos_token": "<|im_end|>"}
+    )
+    ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)), strict=True))
     media = {
         "image_token_id": ids["<|image_pad|>"],
         "video_token_id": ids["<|video_pad|>"],

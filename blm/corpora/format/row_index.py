@@ -8,6 +8,7 @@ a row from the corpus file when it is used.
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
@@ -27,14 +28,12 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-class LazySequence(Sequence[T], Generic[T, U]):
-    """`make(item)` for every item of a sequence, made whenever it is read."""
+class ReadOnDemand(Sequence[T]):
+    """A sequence whose items are made whenever they are used. A slice is a list."""
 
-    def __init__(self, items: Sequence[U], make: Callable[[U], T]) -> None:
-        self.items, self.make = items, make
-
-    def __len__(self) -> int:
-        return len(self.items)
+    @abstractmethod
+    def item(self, index: int) -> T:
+        """Return one item."""
 
     @overload
     def __getitem__(self, index: int) -> T: ...
@@ -42,14 +41,27 @@ class LazySequence(Sequence[T], Generic[T, U]):
     def __getitem__(self, index: slice) -> list[T]: ...
     def __getitem__(self, index: int | slice) -> T | list[T]:
         if isinstance(index, slice):
-            return [self[number] for number in range(len(self))[index]]
+            return [self.item(number) for number in range(len(self))[index]]
+        return self.item(index)
+
+
+class LazySequence(ReadOnDemand[T], Generic[T, U]):
+    """`make(item)` for every item of a sequence."""
+
+    def __init__(self, items: Sequence[U], make: Callable[[U], T]) -> None:
+        self.items, self.make = items, make
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def item(self, index: int) -> T:
         return self.make(self.items[index])
 
 
-class CorpusRows(Sequence[Conversation]):
+class CorpusRows(ReadOnDemand[Conversation]):
     """The rows of a corpus that an index names, read and parsed whenever they are used.
 
-    A copy in another process opens the files again. A slice is a list.
+    A copy in another process opens the files again.
     """
 
     def __init__(self, folder: Path, path: Path) -> None:
@@ -74,13 +86,8 @@ class CorpusRows(Sequence[Conversation]):
     def __iter__(self) -> Iterator[Conversation]:
         return (self[number] for number in range(len(self)))
 
-    @overload
-    def __getitem__(self, index: int) -> Conversation: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Conversation]: ...
-    def __getitem__(self, index: int | slice) -> Conversation | list[Conversation]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(len(self))[index]]
+    def item(self, index: int) -> Conversation:
+        """Return a row. Raises BlmError if the corpus file has changed."""
         place = self.places[index]
         try:
             return parse_row(parse_json_line(self._read(place)), int(place["line"]))

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
 from blm.backbone import Backbone
 from blm.backbone.outline import BackboneOutline
+from blm.corpora.format.row_index import ReadOnDemand
 from blm.corpora.format.validated import ValidatedCorpus
 from blm.training.loop.batches import Microbatch
 from blm.training.loop.distributed import DataShard
@@ -25,7 +26,7 @@ from blm.training.sft.tokenize_corpora import without_scan_turns
 from blm.types import BlmError
 
 
-class LazyExamples(Sequence[TokenizedExample]):
+class LazyExamples(ReadOnDemand[TokenizedExample]):
     """The examples of a validated corpus, tokenised whenever they are used.
 
     A copy in another process opens the files again, and loads the backbone's outline once.
@@ -71,13 +72,8 @@ class LazyExamples(Sequence[TokenizedExample]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> TokenizedExample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[TokenizedExample]: ...
-    def __getitem__(self, index: int | slice) -> TokenizedExample | list[TokenizedExample]:
-        if isinstance(index, slice):
-            return [self[number] for number in range(len(self))[index]]
+    def item(self, index: int) -> TokenizedExample:
+        """Return an example. Raises BlmError if its media have changed since it was measured."""
         number = int(self._numbers[index])
         row = without_scan_turns(self._rows[number])
         example = tokenize_conversation(

@@ -227,7 +227,7 @@ class SupervisedAttention:
                 (at, nearest(in_view(seen(at[0]), view), -1, point))
                 for at, view, point in text.located(answers)
             ]
-            wanted += [(one.at, self._known(seen(one.at[0]), one)) for one in text.measured(answers)]
+            wanted += [(one.at, self._metric_token(seen(one.at[0]), one)) for one in text.measured(answers)]
             named = [(at, slot) for positions, slot in wanted if slot is not None for at in positions]
             losses["named"] += self._attention(NAMED_BLOCK, batch, row, named)
             roles = list(text.roles())
@@ -281,10 +281,11 @@ class SupervisedAttention:
         scores = scores.masked_fill(~(mask[row, 0, queries] if mask.ndim == 4 else causal), -torch.inf)
         return [-scores.float().log_softmax(-1)[:, torch.arange(len(keys)), keys].mean(0)]
 
-    def _known(self, images: Sequence[ImageTokens], found: Measured) -> int | None:
-        """Return the position of the token that knows where a thing is, of the conversation's views.
+    def _metric_token(self, images: Sequence[ImageTokens], found: Measured) -> int | None:
+        """Return the position of the image token with the place of a thing in the robot's frame.
 
-        It is that of the first view that has the name; without a name, that with the nearest position.
+        It is of the first view that has a thing of that name; without a name, of the first with a thing
+        near the place. None if there is none.
         """
         words = set(map_words(found.name, self.tower.config.compound))
         name = torch.tensor([word in words for word in self.tower.words] + [False] * WORDS)[:WORDS]

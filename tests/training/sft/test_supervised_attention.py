@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -196,6 +197,8 @@ def test_positions_in_the_robots_frame_are_read_from_the_token_of_the_thing(answ
     for number, found in enumerate(text.measured(one.loss_mask[0].tolist())):
         slot = max(s for s in starts if s < found.at[0]) + expected[number % len(expected)]
         losses += [-weights[len(weights) // 2 :, at, slot].log().mean() for at in found.at]
+        predicted = "".join(attention.texts[token] for token in ids[found.at[0] + 1 : found.at[-1] + 2])
+        assert re.fullmatch(r" ?-?\d+(, -?\d+, -?\d+\))?,?", predicted), "the numbers, and nothing else"
     assert loss.item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
 
