@@ -7,15 +7,12 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 
 from blm.backbone.prompt import PromptOrder, control_prompt, to_chat
 from blm.types import BlmError
 
 REFUSED: Mapping[str, str] = {
-    "llava_onevision": (
-        "it cuts a picture into tiles only if the conversation has no other picture, so the features of a "
-        "picture depend on the pictures beside it"
-    ),
     "paligemma": (
         "it has no chat template, takes no prompt without a picture, and its prompts attend both ways"
     ),
@@ -75,6 +72,49 @@ def one_tile_a_picture(processor: Any) -> None:
     if hasattr(processor.image_processor, "crop_to_patches"):  # InternVL
         processor.image_processor.crop_to_patches = False
         processor.images_kwargs = {**processor.images_kwargs, "crop_to_patches": False}
+    if "batch_num_images" in getattr(processor.image_processor, "model_input_names", ()):
+        _never_alone(processor.image_processor)
+
+
+def _never_alone(image_processor: Any) -> None:
+    """Let LLaVA-OneVision's image processor prepare every picture as one of several, in place.
+
+    It cuts a picture into tiles only if its conversation has no other one, so the features of a
+    picture would depend on those beside it. Model and processor tell the two cases apart by the
+    number of pictures of the conversation: a picture is the only one if it is 1.
+    """
+    kind = type(image_processor)
+
+    def _preprocess(
+        self: Any, images: Sequence[Any], batch_num_images: Sequence[int], **settings: Any
+    ) -> Any:
+        return kind._preprocess(self, images, [2] * len(images), **settings)
+
+    members = {"_preprocess": _preprocess, "__module__": kind.__module__}
+    image_processor.__class__ = type(kind.__name__, (kind,), members)
+
+
+def see_pictures_one_by_one(model: Any, family: str) -> None:
+    """Let LLaVA-OneVision compute the features of each picture as one of several, in place.
+
+    It then takes `pixel_values` alone, as other families do; see `one_tile_a_picture`.
+    """
+    if family != "llava_onevision":
+        return
+    base = model.base_model
+    kind: Any = type(base)
+
+    def get_image_features(
+        self: Any, pixel_values: torch.Tensor, image_sizes: Any = None, **settings: Any
+    ) -> Any:
+        count = len(pixel_values)
+        sizes = torch.ones(count, 2, dtype=torch.long)
+        told = {"image_sizes": sizes, "batch_num_images": torch.full((count,), 2)}
+        return kind.get_image_features(self, pixel_values, **{**settings, **told})
+
+    if "get_image_features" not in vars(kind) or kind.__module__ != __name__:
+        members = {"get_image_features": get_image_features, "__module__": __name__}
+        base.__class__ = type(kind.__name__, (kind,), members)
 
 
 def arrange_pictures(processor: Any, texts: Sequence[str], images: Sequence[Any]) -> list[Any]:

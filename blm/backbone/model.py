@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from blm.backbone.compilation import Compiler
-from blm.backbone.families import arrange_pictures
+from blm.backbone.families import arrange_pictures, see_pictures_one_by_one
 from blm.backbone.precision import mixed_precision
 from blm.backbone.prompt import question_prompt, to_chat
 from blm.backbone.truncation import decoder_path, truncated
@@ -71,6 +71,7 @@ class MultimodalModel(Weights):
         if reads_videos(processor, model.config.model_type):
             self.videos_as = "video"
         plan_on_cpu(model, model.config.model_type)
+        see_pictures_one_by_one(model, model.config.model_type)
         self._path = decoder_path(model)
         self._compiled = dict[int, nn.Module]()
         """Layer -> the model up to this layer, with compiled blocks."""
@@ -160,6 +161,8 @@ class MultimodalModel(Weights):
         if "pixel_values" in inputs and inputs["pixel_values"].ndim == 5:
             inputs["pixel_values"] = _without_missing_pictures(inputs["pixel_values"])
             inputs.pop("pixel_attention_mask", None)  # all ones: each image fills its square
+            for name in ("image_sizes", "batch_num_images"):  # LLaVA-OneVision: one tile each
+                inputs.pop(name, None)
         self.check(inputs)
         return inputs
 

@@ -59,9 +59,19 @@ def without_video(kind: Any) -> Any:
         tokenizer: Any = None,
         chat_template: Any = None,
         image_seq_length: int | None = None,
+        num_image_tokens: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        vision_aspect_ratio: str | None = None,
     ) -> None:
-        settings = {} if image_seq_length is None else {"image_seq_length": image_seq_length}
-        kind.__init__(self, image_processor, tokenizer, None, chat_template=chat_template, **settings)
+        given = {
+            "image_seq_length": image_seq_length,  # InternVL
+            "num_image_tokens": num_image_tokens,  # LLaVA-OneVision, also the next two
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+            "vision_aspect_ratio": vision_aspect_ratio,
+        }
+        settings = {name: value for name, value in given.items() if value is not None}
+        parts = {"image_processor": image_processor, "tokenizer": tokenizer, "video_processor": None}
+        kind.__init__(self, **parts, chat_template=chat_template, **settings)
 
     def to_dict(self: Any) -> dict[str, Any]:
         """Add the settings of the video part, in the form of processor_config.json."""

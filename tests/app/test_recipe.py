@@ -68,7 +68,8 @@ CONVERSIONS = {
         Stage2Settings,
         PolicyTrainingConfig,
         computed=frozenset({"datasets", "backbone", "intents", "cache", "weights"}),
-        defaults=frozenset({"start", "only_new", "held_out", "validation_batches", "mappings"}),
+        defaults=frozenset({"start", "only_new", "new_backbone", "held_out"})
+        | {"validation_batches", "mappings"},
         not_in_config=frozenset({"layer", "stride", "frames", "precision", "dims", "pool", "views", "drive"}),
     ),
     "hidden states": Conversion(

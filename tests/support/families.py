@@ -21,6 +21,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionProcessor,
     LlavaProcessor,
     PaliGemmaConfig,
     PreTrainedTokenizerFast,
@@ -28,6 +30,9 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 
 from blm.backbone import Backbone
 from blm.backbone.families import one_tile_a_picture
@@ -139,6 +144,33 @@ def tiny_internvl() -> Backbone:
     return Backbone(model, processor)
 
 
+def tiny_llava_onevision() -> Backbone:
+    """LLaVA-OneVision: a SigLIP tower, a row break after each picture, Qwen2 behind."""
+    tokenizer = _tokenizer({"image_token": "<image>", "video_token": "<video>"})
+    config = LlavaOnevisionConfig(
+        vision_config={"model_type": "siglip_vision_model", **VISION, "vision_use_head": False},
+        text_config=_text(tokenizer, "qwen2"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=[[32, 32], [32, 64], [64, 32], [64, 64]],
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    torch.manual_seed(0)
+    pictures = LlavaOnevisionImageProcessorPil(
+        size={"height": 32, "width": 32}, image_grid_pinpoints=config.image_grid_pinpoints
+    )
+    processor = without_video(LlavaOnevisionProcessor)(
+        pictures,
+        tokenizer,
+        chat_template=CHAT.replace("{{ bos_token }}", "").replace("PICTURE", "<image>\\n"),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+    )
+    one_tile_a_picture(processor)
+    return Backbone(LlavaOnevisionForConditionalGeneration(config), processor)
+
+
 def tiny_gemma3() -> Backbone:
     """Gemma 3: pictures attend in both directions, three of four blocks in a window of 16 tokens."""
     names = {
@@ -178,12 +210,12 @@ FAMILIES: dict[str, Callable[[], Backbone]] = {
     "SmolVLM2": MAKERS["smolvlm2"],
     "Idefics3, SmolVLM": MAKERS["smolvlm"],
     "LLaVA": tiny_llava,
+    "LLaVA-OneVision": tiny_llava_onevision,
     "InternVL": tiny_internvl,
     "Gemma 3": tiny_gemma3,
 }
 """Families that are backbones."""
 REFUSED_FAMILIES: dict[str, Callable[[Path], None]] = {
-    "LLaVA-OneVision": _config_only(LlavaOnevisionConfig()),
     "PaliGemma": _config_only(PaliGemmaConfig()),
 }
 """Families that are refused, as writers of a folder: its config suffices."""

@@ -35,6 +35,8 @@ class InitialPolicy:
     """The checkpoint that the weights come from."""
     only_new: bool = False
     """Train only the rows of robots that the checkpoint does not have."""
+    new_backbone: bool = False
+    """The policy adapts to another backbone than that of the checkpoint."""
 
     @property
     def num_checkpoint_robots(self) -> int:
@@ -43,8 +45,8 @@ class InitialPolicy:
 
     @property
     def tuning(self) -> TuningRecord | None:
-        """How the backbone of the checkpoint was tuned; None: frozen, or no checkpoint."""
-        return self.checkpoint.tuning if self.checkpoint is not None else None
+        """How the backbone of the checkpoint was tuned; None: frozen, or not this backbone."""
+        return self.checkpoint.tuning if self.checkpoint is not None and not self.new_backbone else None
 
     @property
     def origin(self) -> dict[str, Any]:
@@ -105,19 +107,25 @@ def from_checkpoint(
     config: PolicyConfig,
     contract: PolicyContract,
     only_new: bool,
+    new_backbone: bool = False,
 ) -> InitialPolicy:
     """Return a copy of a checkpoint's network, with a further row for each new robot of `contract`.
 
     Raises BlmError unless backbone, layer, pool, order of the prompt, policy config, cameras, image
     size and rate are those of the checkpoint; and if `only_new` is set with no new robot, or with
-    datasets of the checkpoint's robots.
+    datasets of the checkpoint's robots. With `new_backbone`, the backbone only needs the same hidden
+    size, and layer, pool and order of the prompt may differ, since H_k is another in any case.
     """
-    policy.frozen.require(backbone.backbone, "the checkpoint to start from", weights=backbone.weights)
     old = policy.contract
-    pairs = {
-        "layer": (policy.tap.layer, tap.layer),
-        "pool": (policy.tap.pool, tap.pool),
-        "prompt": (policy.tap.prompt, tap.prompt),
+    pairs: dict[str, tuple[object, object]] = {}
+    if new_backbone:
+        pairs["hidden size"] = (policy.backbone.hidden_size, backbone.backbone.hidden_size)
+    else:
+        policy.frozen.require(backbone.backbone, "the checkpoint to start from", weights=backbone.weights)
+        pairs["layer"] = (policy.tap.layer, tap.layer)
+        pairs["pool"] = (policy.tap.pool, tap.pool)
+        pairs["prompt"] = (policy.tap.prompt, tap.prompt)
+    pairs |= {
         "policy": (policy.network.config, config),
         "cameras": (old.cameras, contract.cameras),
         "frames": (old.frames, contract.frames),
@@ -136,4 +144,4 @@ def from_checkpoint(
             "give datasets of other robots, or train all"
         )
     network = with_embodiments(policy.network, len(new)).requires_grad_(True)
-    return InitialPolicy(network, (*old.action_spaces, *new), policy, only_new)
+    return InitialPolicy(network, (*old.action_spaces, *new), policy, only_new, new_backbone)

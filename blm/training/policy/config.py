@@ -41,6 +41,9 @@ class PolicyTrainingConfig:
     By default, the weights are random."""
     only_new: bool = False
     """Train only the per-robot weights of robots that the checkpoint --start does not have."""
+    new_backbone: bool = False
+    """Allow another backbone than that of --start, of the same hidden size; the policy adapts to it,
+    for example after a further Stage I."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """Sampling weights of frames, as pairs of a robot's or task's name and a number.
     The default weight is 1; frames of weight 0 are never sampled."""
@@ -71,6 +74,8 @@ class PolicyTrainingConfig:
         require_attention(self.attn_implementation)
         if self.only_new and self.start is None:
             raise BlmError("only_new needs a checkpoint to start from")
+        if self.new_backbone and (self.start is None or self.only_new):
+            raise BlmError("new_backbone needs a checkpoint to start from, all of whose weights are trained")
         if not 1 <= self.execute <= self.policy.horizon:
             raise BlmError(f"execute {self.execute} must lie in 1..horizon = {self.policy.horizon}")
         if self.intents.frames > 1 and self.intents.frame_steps != self.execute:

@@ -193,6 +193,7 @@ def _start(hashed: HashedBackbone, contract: PolicyContract, config: PolicyTrain
             config=config.policy,
             contract=contract,
             only_new=config.only_new,
+            new_backbone=config.new_backbone,
         )
     start.network.to(config.device)
     start.freeze()
@@ -218,6 +219,7 @@ def _inputs(
         "held_out": config.held_out,
         "start": start.checkpoint.contract.revision if start.checkpoint is not None else "",
         "only_new": config.only_new,
+        **({"new_backbone": True} if config.new_backbone else {}),
         **tuning,
         **cotraining,
     }

@@ -327,6 +327,33 @@ def test_a_further_robot_is_new_rows_and_nothing_else(config, trained, tmp_path)
     assert np.abs(acts(made, tmp_path / "tail") - data.actions[3:9]).mean() < 0.2
 
 
+def test_a_policy_adapts_to_another_backbone(config, trained, tmp_path):
+    other = Backbone.load(config.backbone)
+    with torch.no_grad():
+        for value in other.model.parameters():
+            value.mul_(1.05)
+    other.save(tmp_path / "backbone")
+    moved = replace(
+        config,
+        start=trained / "checkpoint",
+        backbone=str(tmp_path / "backbone"),
+        cache=tmp_path / "cache",
+        loop=replace(config.loop, steps=20),
+    )
+    with pytest.raises(BlmError, match="is not the frozen one"):
+        train_stage2(moved, tmp_path / "run", {})
+    made = train_stage2(replace(moved, new_backbone=True), tmp_path / "run", {})
+    assert CheckpointPolicy.load(made).backbone.fingerprint() == Backbone.load(moved.backbone).fingerprint()
+    assert read_config(made)["provenance"]["inputs"]["new_backbone"] is True
+    rows = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    first = json.loads((trained / "log.jsonl").read_text().splitlines()[0])
+    assert rows[0]["loss_flow"] < 0.7 * first["loss_flow"], "the checkpoint's weights are worth something"
+    with pytest.raises(BlmError, match="new_backbone needs a checkpoint"):
+        replace(config, new_backbone=True)
+    with pytest.raises(BlmError, match="new_backbone needs a checkpoint"):
+        replace(moved, new_backbone=True, only_new=True)
+
+
 def test_a_start_that_does_not_fit_is_refused(config, trained):
     go_on = replace(config, start=trained / "checkpoint")
     with pytest.raises(BlmError, match="only_new needs a checkpoint"):
