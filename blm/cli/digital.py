@@ -230,27 +230,27 @@ def _cells(part: AnswerSummary, baselines: Sequence[AnswerSummary]) -> list[str]
 
 @dataclass(frozen=True, kw_only=True)
 class ShowTable(CliCommand):
-    """Show digital results next to the published rows of the paper's tables.
+    """Show digital results next to the published rows of the paper's tables, and what is missing to
+    reproduce each row.
 
     Example: blm eval table mine=results/robovqa --out table.md
     """
 
     results: Annotated[
         tyro.conf.Positional[tuple[str, ...]],
-        tyro.conf.arg(metavar="RESULT [RESULT ...]", help_behavior_hint="(required)"),
-    ]
+        tyro.conf.arg(metavar="[RESULT ...]"),
+    ] = ()
     """Folders of digital evaluations, each as DIR or LABEL=DIR.
-    Results with one label share a row."""
+    Results with one label share a row. Without any, the published rows alone are shown."""
     out: Path | None = None
     """File to write the tables to, .md or .html."""
 
     def run(self, command_line: Sequence[str]) -> None:
         found = [_labelled(entry) for entry in self.results]
-        if not found:
-            raise BlmError("name the folders of digital evaluations: blm eval table DIR... or LABEL=DIR...")
         if self.out and self.out.suffix not in (".md", ".html"):
             raise BlmError(f"'{self.out}': tables are written as .md or .html")
         show_tables([(entry.label, entry.result) for entry in found])
+        _show_gaps([(entry.label, entry.result) for entry in found])
         for entry in found:
             console.print(f"\n[bold]{escape(entry.label)}[/bold]")
             print_result(entry.result)
@@ -293,13 +293,27 @@ def show_tables(results: Sequence[tuple[str, DigitalResult]]) -> None:
         Console(width=max(console.width, 130)).print(shown)
 
 
+def _show_gaps(results: Sequence[tuple[str, DigitalResult]]) -> None:
+    """Print what is missing to reproduce each row of the paper's table."""
+    from blm.evaluation.digital.reproduction import gap_cells, gaps
+
+    shown = Table(title="What is missing to reproduce each row", show_lines=True)
+    for heading in ("row", "part", "missing", "source"):
+        shown.add_column(heading, overflow="fold")
+    for cells in gap_cells(gaps(results)):
+        shown.add_row(*map(escape, cells))
+    Console(width=max(console.width, 130)).print(shown)
+
+
 def _write_tables(found: Sequence[_Labelled], out: Path) -> None:
+    from blm.evaluation.digital.reproduction import gaps, gaps_to_markdown
     from blm.evaluation.digital.table import paper_tables, to_markdown
     from blm.evaluation.report import ReportData, build_report
 
-    papers = paper_tables([(entry.label, entry.result) for entry in found])
+    results = [(entry.label, entry.result) for entry in found]
+    papers, missing = paper_tables(results), gaps(results)
     if out.suffix == ".md":
-        write_text(out, "\n".join(map(to_markdown, papers)))
+        write_text(out, "\n".join([*map(to_markdown, papers), gaps_to_markdown(missing)]))
         return
     digital = {f"{entry.label}: {entry.result.protocol.benchmark}": entry.path for entry in found}
-    build_report(ReportData(title="Digital space", digital=digital, papers=papers), out)
+    build_report(ReportData(title="Digital space", digital=digital, papers=papers, gaps=missing), out)

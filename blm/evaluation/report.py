@@ -17,6 +17,7 @@ from jinja2 import Environment, StrictUndefined, Template
 
 from blm.evaluation.comparison import TRAINING_LABELS, compare, require_same_training
 from blm.evaluation.conditions import PLAIN
+from blm.evaluation.digital.reproduction import RowGaps, gap_cells
 from blm.evaluation.digital.result import DigitalResult
 from blm.evaluation.digital.table import PaperTable
 from blm.evaluation.figures import axes_figure, loss_curve
@@ -55,6 +56,8 @@ class ReportData:
     """Model -> result.json of a question benchmark; the report is about the first model."""
     papers: Sequence[PaperTable] = ()
     """Tables of the paper with our results as further rows."""
+    gaps: Sequence[RowGaps] = ()
+    """What is missing to reproduce the rows of these tables."""
     mixture: Path | None = None
     """mixture.json of Stage I: its sources, and the corpora that were missing."""
     retention: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
@@ -113,6 +116,7 @@ def build_report(data: ReportData, out: Path) -> None:
         require_same_training(physical)
     machines = [result.machine for result in (*physical.values(), *digital.values())]
     page = _template().render(
+        gaps=gap_cells(data.gaps) if data.gaps else [],
         data=data,
         physical=physical,
         digital=digital,

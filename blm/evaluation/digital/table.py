@@ -55,7 +55,8 @@ class PaperTable:
 
 
 def paper_tables(results: Sequence[tuple[str, DigitalResult]]) -> list[PaperTable]:
-    """Return the tables that these results (label, result) belong in.
+    """Return the tables that these results (label, result) belong in; without results, all tables
+    with their published rows.
 
     Raises BlmError for two results of one benchmark under one label.
     """
@@ -81,7 +82,7 @@ def paper_tables(results: Sequence[tuple[str, DigitalResult]]) -> list[PaperTabl
             for label, part in parts.items()
         }
         tables.append(_table(title, kinds, ours, known, ()))
-    return [table for table in tables if any(not row.published for row in table.rows)]
+    return [table for table in tables if not results or any(not row.published for row in table.rows)]
 
 
 def _table(

@@ -426,11 +426,16 @@ def test_table_in_the_papers_shape(tmp_path: Path, capsys: pytest.CaptureFixture
     theirs = next(line for line in lines if line.startswith("| BLM1"))
     assert "published, not measured" in theirs and "95.5 (90–98)" in theirs and theirs.endswith("| 64.9 |")
     assert "published, not measured" in page.read_text()
+    assert "which 205 episodes of ShareRobot" in page.read_text()
+    rows = [line.split(" | ") for line in lines if line.startswith("| mine | ")]
+    found = {(row[1], row[2]) for row in rows if len(row) == 4}
+    assert ("split", "RoboVQA: 10 of 110 questions") in found
+    assert ("judge", "EgoThink: words were compared, no language model judged") in found
+    assert not any(part == "data" for part, _ in found)
     run_command("eval table", [str(folders[0]), f"other={folders[1]}"])
     shown = capsys.readouterr().out
     assert "mine" in shown and "other" in shown and "–" not in shown.split("average")[0]
     for bad, message in (
-        ([], "name the folders"),
         ([str(folders[0])] * 2, "two results of 'robovqa' for 'mine'"),
         ([str(folders[0]), "--out", "t.pdf"], "written as .md or .html"),
     ):
