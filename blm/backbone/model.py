@@ -159,10 +159,7 @@ class MultimodalModel(Weights):
                 )
             )
         if "pixel_values" in inputs and inputs["pixel_values"].ndim == 5:
-            inputs["pixel_values"] = _without_missing_pictures(inputs["pixel_values"])
-            inputs.pop("pixel_attention_mask", None)  # all ones: each image fills its square
-            for name in ("image_sizes", "batch_num_images"):  # LLaVA-OneVision: one tile each
-                inputs.pop(name, None)
+            inputs = _one_square_a_picture(inputs)
         self.check(inputs)
         return inputs
 
@@ -335,11 +332,15 @@ def _measure_features_per_row(model: MultimodalModel, inputs: Inputs) -> Fractio
     return Fraction(sum(part.shape[:-1].numel() for part in output.pooler_output), rows)
 
 
-def _without_missing_pictures(pixels: Tensor) -> Tensor:
-    """Return the images [N, 1, 3, height, width] of a padded [B, max images, 3, height, width].
+def _one_square_a_picture(inputs: Inputs) -> Inputs:
+    """Return inputs whose `pixel_values` [B, max images, 3, height, width] become [N, 1, 3, height,
+    width], one row for each image.
 
-    Conversations with fewer images have zeros in the input. Idefics3 and SmolVLM drop the zeros
-    themselves; without them, batches have one layout for all models.
+    Conversations with fewer images have zeros in the input, which Idefics3 and SmolVLM drop
+    themselves; without them, batches have one layout for all models. What else describes pictures
+    is left out: each fills its square, and is a single tile (Idefics3, LLaVA-OneVision).
     """
-    flat = pixels.flatten(0, 1)
-    return flat[flat.flatten(1).any(1)][:, None]
+    flat = inputs["pixel_values"].flatten(0, 1)
+    others = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images")
+    kept = {name: value for name, value in inputs.items() if name not in others}
+    return {**kept, "pixel_values": flat[flat.flatten(1).any(1)][:, None]}
