@@ -68,7 +68,8 @@ def by_first(processes: Processes, folder: Path, action: Callable[[], T]) -> T:
     """Return what `action` returns in process 0, a JSON value; the other processes wait for it.
 
     It may take hours, longer than a collective operation may wait, so they wait for a file in
-    `folder`. Raises BlmError in every process if the action fails, or if they do not share the folder.
+    `folder`. Raises BlmError in every process if the action fails, or if they do not share the folder;
+    any other error, or an interrupt, is raised in process 0 and ends the others with a BlmError.
     """
     if processes.count == 1:
         return action()
@@ -79,6 +80,9 @@ def by_first(processes: Processes, folder: Path, action: Callable[[], T]) -> T:
             write_json(path, {"value": action()})
         except BlmError as error:
             write_json(path, {"error": str(error)})
+        except BaseException as error:  # process 0 ends here, so the others must not wait for it
+            write_json(path, {"died": f"process 0 failed: {error!r}"})
+            raise
     end = time.monotonic() + SHARED_SECONDS
     while not path.exists():
         if time.monotonic() > end:
@@ -86,6 +90,8 @@ def by_first(processes: Processes, folder: Path, action: Callable[[], T]) -> T:
         time.sleep(POLL_SECONDS)
     while "running" in (found := read_json(path)):
         time.sleep(POLL_SECONDS)
+    if "died" in found:
+        raise BlmError(found["died"])
     processes.wait()
     if processes.first:
         path.unlink()
