@@ -328,7 +328,24 @@ def video_size(file: Path) -> tuple[int, int]:
         raise BlmError(f"cannot read video {file}: {error}") from error
 
 
+def video_frames(file: Path) -> int:
+    """Return the number of frames of a video: that of its header, else of its packets.
+
+    Raises BlmError for a file that is not a readable video.
+    """
+    import av
+
+    try:
+        with av.open(str(file)) as container:
+            stream = container.streams.video[0]
+            return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise BlmError(f"cannot read video {file}: {error}") from error
+
+
 def frame_references(path: str, root: Path, count: int) -> list[str]:
-    """Return references to `count` frames of a video, from the middles of equal parts of it."""
-    seconds = video_seconds(locate(path, root))
+    """Return references to `count` frames of a video, from the middles of equal parts of it; to
+    each of its frames if it has fewer."""
+    file = locate(path, root)
+    seconds, count = video_seconds(file), max(1, min(count, video_frames(file)))
     return [f"{path}#t={seconds * (index + 0.5) / count:.3f}" for index in range(count)]

@@ -38,6 +38,10 @@ PROMPTS_KEY = "control_prompts"
 """Key of a model's config that states the orders of the control prompts that it was taught."""
 
 
+_SWITCH = "enable_thinking"
+"""Variable of a chat template that switches thinking."""
+
+
 class Backbone(MultimodalModel):
     """A multimodal model that answers conversations; the base class has its hidden states."""
 
@@ -87,6 +91,32 @@ class Backbone(MultimodalModel):
                 f"the prompt order is {order}, but Stage I taught this backbone control prompts in the order "
                 f"{', '.join(self.taught_prompts)}: use that order, or train Stage I with a corpus of the "
                 f"other (blm corpus build --prompt {order})"
+            )
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the model thinks before it answers: its chat template opens its thoughts, or lets
+        it by a switch (`enable_thinking`, on by default, as in Qwen3)."""
+        if _SWITCH in (self.processor.chat_template or ""):
+            return bool(self.template_options.get(_SWITCH, True))
+        prompt = self.render([Message("user", ("?",))], prompt=True)
+        return prompt.rfind("<think>") > prompt.rfind("</think>")
+
+    @property
+    def longest_answer(self) -> int | None:
+        """Longest answer by the model's generation config [tokens]; None: not stated."""
+        return getattr(self.model.generation_config, "max_new_tokens", None)
+
+    def set_thinking(self, on: bool) -> None:
+        """Switch thinking on or off. Raises BlmError for a model whose chat template has no switch,
+        unless it does what is wanted in any case."""
+        if _SWITCH in (self.processor.chat_template or ""):
+            self.template_options[_SWITCH] = on
+        elif self.thinks != on:
+            does = "always thinks" if self.thinks else "never opens thoughts"
+            raise BlmError(
+                f"thinking cannot be switched {'on' if on else 'off'}: the chat template of this "
+                f"{self.model.config.model_type} {does} and has no {_SWITCH}"
             )
 
     @classmethod

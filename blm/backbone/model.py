@@ -72,6 +72,8 @@ class MultimodalModel(Weights):
             self.videos_as = "video"
         plan_on_cpu(model, model.config.model_type)
         see_pictures_one_by_one(model, model.config.model_type)
+        self.template_options = dict[str, Any]()
+        """Further arguments of the chat template, such as `enable_thinking`."""
         self._path = decoder_path(model)
         self._compiled = dict[int, nn.Module]()
         """Layer -> the model up to this layer, with compiled blocks."""
@@ -128,8 +130,9 @@ class MultimodalModel(Weights):
             for token in (self.processor.image_token, getattr(self.processor, "video_token", None)):
                 if token is not None and token in message.text:
                     raise BlmError(f"text of the {message.role} contains '{token}', which is reserved")
+        chat, options = to_chat(messages, self.videos_as), self.template_options
         return self.processor.apply_chat_template(
-            to_chat(messages, self.videos_as), tokenize=False, add_generation_prompt=prompt
+            chat, tokenize=False, add_generation_prompt=prompt, **options
         )
 
     def process(

@@ -58,6 +58,13 @@ class EvaluateDigital(CliCommand):
     The result is then only comparable with results of the same limit."""
     baseline_corpus: Path | None = None
     """Corpus whose answers train the two baselines that see no image."""
+    max_tokens: int | None = None
+    """Longest answer [tokens], thoughts included.
+    By default that of the benchmark, and for a model that thinks as much more as its generation
+    config says."""
+    thinking: Literal["auto", "on", "off"] = "auto"
+    """Whether the model thinks before it answers: auto, as its chat template has it; on; off.
+    For an endpoint, on and off are sent as enable_thinking of its chat template."""
     batch: int = 16
     """Number of questions per batch of a local model."""
     concurrency: int = 8
@@ -75,6 +82,7 @@ class EvaluateDigital(CliCommand):
 
     def __post_init__(self) -> None:
         require_numbers(self, limit=(1, 10**9), batch=(1, 100_000), concurrency=(1, 1024))
+        require_numbers(self, max_tokens=(1, 10**6))
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.app.chats import load_chat
@@ -95,7 +103,12 @@ class EvaluateDigital(CliCommand):
         known = load_questions(kind, self.baseline_corpus) if self.baseline_corpus else []
         judge = find_judge(self)
         config = DigitalEvalConfig(
-            root=self.data, coordinates=self.coordinates, compat=self.compat, batch=self.batch
+            root=self.data,
+            coordinates=self.coordinates,
+            compat=self.compat,
+            max_tokens=self.max_tokens,
+            thinking=self.thinking,
+            batch=self.batch,
         )
         loaded = load_chat(
             self.model,
@@ -104,7 +117,7 @@ class EvaluateDigital(CliCommand):
             attn_implementation=self.attn_implementation,
             api_key=self.api_key,
             cache=self.out / "answers",
-            settings=EndpointSettings(concurrency=self.concurrency),
+            settings=EndpointSettings(concurrency=self.concurrency, thinking=self.thinking),
         )
         with ExitStack() as endpoints:
             for chat in (loaded.chat, getattr(judge, "chat", None)):
@@ -179,7 +192,8 @@ def print_result(result: DigitalResult) -> None:
         "95 %",
         *baselines,
         "unread",
-        "refused",
+        "truncated",
+        "failed",
         "unjudged",
         "median error",
     ):
@@ -194,6 +208,15 @@ def print_result(result: DigitalResult) -> None:
     console.print(
         f"{result.protocol.benchmark}: {headline.rate:.1%} {interval}, mean {over}, n = {headline.n}"
     )
+    if summary.overall.truncated:
+        limit = result.protocol.max_tokens
+        console.print(
+            f"{summary.overall.truncated} of {summary.overall.n} answers were cut at their limit ({limit} "
+            "tokens, or that of their kind): give more with --max-tokens, or --thinking on for a model that "
+            "thinks first"
+        )
+    for failed in [one for one in result.predictions if one.failure][:5]:
+        console.print(f"no answer to '{failed.id}': {failed.failure}", soft_wrap=True, markup=False)
     for name, balanced in summary.balanced.items():
         console.print(
             f"balanced accuracy, {name}: {balanced.rate:.1%} ({balanced.low:.1%} to {balanced.high:.1%}); "
@@ -223,7 +246,9 @@ def _cells(part: AnswerSummary, baselines: Sequence[AnswerSummary]) -> list[str]
         f"{part.rate:.1%}",
         f"{part.low:.1%} to {part.high:.1%}",
         *(f"{baseline.rate:.1%}" for baseline in baselines),
-        *(str(count) for count in (part.unread, part.refused, part.unjudged)),
+        str(part.unread),
+        "-" if part.truncated is None else str(part.truncated),
+        *(str(count) for count in (part.refused, part.unjudged)),
         f"{median:.0f} ‰" if median is not None else f"{cm:.1f} cm" if cm is not None else "-",
     ]
 

@@ -310,10 +310,13 @@ class DigitalProtocol:
     """Model that graded free-form answers; empty for none."""
     judge_prompt: str = ""
     """Hash of the judge's prompt."""
+    thinking: bool = False
+    """Whether the model thought before it answered; `max_tokens` then includes the thoughts."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON form, of which `protocol_hash` is the hash."""
-        return asdict(self)
+        """Return the JSON form, of which `protocol_hash` is the hash. `thinking` is in it only if it
+        is true, so that older results without it stay comparable."""
+        return {key: value for key, value in asdict(self).items() if key != "thinking" or value}
 
 
 def protocol_hash(protocol: PhysicalProtocol | DigitalProtocol) -> str:

@@ -13,6 +13,7 @@ import base64
 import binascii
 import hashlib
 import io
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from blm.corpora.converters.turns import Medium, Turn
 from blm.corpora.format.faults import RowError
 from blm.corpora.format.find_media import image_size
 from blm.corpora.format.writing import SourceImage
-from blm.media import MAX_PIXELS, VIDEOS, load_pixels, read_frames, split_time, video_seconds
+from blm.media import MAX_PIXELS, VIDEOS, load_pixels, read_frames, split_time, video_frames, video_seconds
 from blm.types import BlmError, Image, ImageArray, Message
 
 INSIDE = ("images", "image", "videos", "video", "media", "data")
@@ -148,7 +149,8 @@ class MediaFolders:
         found = self.find(value, folders)
         assert found.file is not None
         try:
-            times = frame_times(video_seconds(found.file), settings, self._settings.frames or 8)
+            length = (video_seconds(found.file), video_frames(found.file))
+            times = frame_times(*length, settings, self._settings.frames or 8)
             references = [SourceImage(path=f"{found.path}#t={time:.3f}", file=found.file) for time in times]
             if not _SCALES & settings.keys():
                 yield from references
@@ -229,11 +231,12 @@ def shown_size(size: tuple[int, int], settings: Mapping[str, Any]) -> tuple[int,
     return size
 
 
-def frame_times(seconds: float, settings: Mapping[str, Any], count: int) -> list[float]:
-    """Return the times of the frames of a video [s], from the middles of equal parts.
+def frame_times(seconds: float, frames: int, settings: Mapping[str, Any], count: int) -> list[float]:
+    """Return the times of the frames to take of a video [s], from the middles of equal parts.
 
     `count` frames are taken unless the settings give a number (`nframes`) or a rate (`fps`, within
-    `min_frames` and `max_frames`). Start and end settings choose a part of the video.
+    `min_frames` and `max_frames`), and never more than the video has there: `frames` in all. Start
+    and end settings choose a part of the video.
     """
 
     def first(*keys: str) -> float | None:
@@ -253,6 +256,7 @@ def frame_times(seconds: float, settings: Mapping[str, Any], count: int) -> list
         count = int(max(first("min_frames") or 1, min(count, first("max_frames") or count)))
     if not 1 <= count <= MAX_FRAMES:
         raise RowError("unsupported setting", f"{count} frames of a video")
+    count = min(count, max(1, math.ceil(frames * (end - begin) / seconds)))
     return [begin + (end - begin) * (index + 0.5) / count for index in range(count)]
 
 

@@ -21,7 +21,8 @@ import httpx
 import PIL.Image
 
 from blm.addresses import is_loopback_url
-from blm.evaluation.digital.answers import AnswerCache, AnswerError
+from blm.evaluation.digital.answers import Answer, AnswerCache, AnswerError
+from blm.evaluation.digital.thinking import Thinking
 from blm.media import load_pixels
 from blm.types import BlmError, Image, Message, require_numbers
 
@@ -40,6 +41,9 @@ class EndpointSettings:
     temperature: float = 0.0
     seed: int | None = 0
     """Sampling seed, sent with each request; None for servers that refuse one."""
+    thinking: Thinking = "auto"
+    """Whether the model thinks before it answers: sent as `enable_thinking` to the chat template
+    (vLLM, SGLang), unless it is "auto"."""
     token_field: str = "max_tokens"
     """Field of the token limit; some models want max_completion_tokens."""
     concurrency: int = 8
@@ -100,28 +104,31 @@ class Endpoint:
 
         Raises AnswerError for a refused conversation, BlmError for a server that fails.
         """
-        body = self._body(messages, max_tokens)
-        key = AnswerCache.key(self.url, body)
-        kept = self._cache.get(key)
-        if kept is not None:
-            return kept
-        text = _text(self._post(body))
-        self._cache.put(key, text)
-        return text
+        return self._ask(messages, max_tokens).text
 
-    def answer_batch(
+    def _ask(self, messages: Sequence[Message], max_tokens: int) -> Answer:
+        body = self._body(messages, max_tokens)
+        key = AnswerCache.key(self.url, body, "with its ending")
+        kept = self._cache.get(key)
+        if kept is None:
+            kept = _answer_of(self._post(body))
+            self._cache.put(key, kept)
+        return kept
+
+    def complete(
         self, conversations: Sequence[Sequence[Message]], *, max_tokens: int = 128
-    ) -> list[str | AnswerError]:
-        """Ask all conversations concurrently.
+    ) -> list[tuple[str, bool] | AnswerError]:
+        """Ask all conversations concurrently; return each answer and whether it came to its end.
 
         A refused one gives an AnswerError in its place. Raises BlmError like `answer`.
         """
 
-        def ask(messages: Sequence[Message]) -> str | AnswerError:
+        def ask(messages: Sequence[Message]) -> tuple[str, bool] | AnswerError:
             try:
-                return self.answer(messages, max_tokens=max_tokens)
+                found = self._ask(messages, max_tokens)
             except AnswerError as error:
                 return error
+            return found.text, not found.truncated
 
         with ThreadPoolExecutor(self.settings.concurrency) as pool:
             futures = [pool.submit(ask, messages) for messages in conversations]
@@ -138,6 +145,8 @@ class Endpoint:
         settings = self.settings
         body: dict[str, Any] = {"model": self.model, "temperature": settings.temperature}
         body |= {"messages": [_message(message) for message in messages], settings.token_field: max_tokens}
+        if settings.thinking != "auto":
+            body["chat_template_kwargs"] = {"enable_thinking": settings.thinking == "on"}
         return body if settings.seed is None else {**body, "seed": settings.seed}
 
     def _post(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -194,8 +203,8 @@ def _part(part: str | Image) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
 
 
-def _text(reply: dict[str, Any]) -> str:
-    """Return the text of a reply.
+def _answer_of(reply: dict[str, Any]) -> Answer:
+    """Return the answer in a reply; empty if the model was cut while it thought.
 
     Raises AnswerError for an answer that a filter removed, and BlmError for any other form.
     """
@@ -203,12 +212,13 @@ def _text(reply: dict[str, Any]) -> str:
         choice = reply["choices"][0]
         message = choice["message"]
         text = message.get("content")
+        truncated = choice.get("finish_reason") == "length"
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise BlmError(f"a reply does not have the OpenAI form ({error!r}): {str(reply)[:200]}") from error
-    if text is None:
+    if text is None and not truncated:
         why = message.get("refusal") or f"finish reason {choice.get('finish_reason')}"
         raise AnswerError(f"the reply has no text ({why})")
-    return str(text)
+    return Answer(str(text or ""), truncated)
 
 
 def _reason(response: httpx.Response) -> str:

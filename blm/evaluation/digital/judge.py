@@ -17,7 +17,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import track
 
-from blm.evaluation.digital.answers import AnswerCache, AnswerError, answer_all
+from blm.evaluation.digital.answers import Answer, AnswerCache, AnswerError, answer_all
 from blm.evaluation.digital.calibration import CALIBRATION
 from blm.evaluation.digital.parsers.compat import COMPAT
 from blm.evaluation.digital.parsers.extraction import normalise, without_reasoning
@@ -110,8 +110,9 @@ class LanguageJudge:
             for key, reply in zip(batch, answer_all(self.chat, prompts, MAX_TOKENS), strict=True):
                 fresh[key] = f"(no reply: {reply})" if isinstance(reply, AnswerError) else reply
                 if isinstance(reply, str):
-                    self._cache.put(key, reply)
-        replies = [fresh.get(key) or self._cache.get(key) or "" for key in map(self._key, answers)]
+                    self._cache.put(key, Answer(reply))
+        kept = {key: found.text for key in keys if (found := self._cache.get(key)) is not None}
+        replies = [fresh.get(key) or kept.get(key, "") for key in map(self._key, answers)]
         return [Verdict(self._read(reply), reply) for reply in replies]
 
     def _key(self, graded: AnswerToGrade) -> str:

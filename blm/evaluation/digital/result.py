@@ -42,6 +42,8 @@ class Prediction:
     """The judge's reply; None for an answer that was not judged."""
     facts: FactCheck | None = None
     """The key facts in an answer in free words; None for all other answers."""
+    truncated: bool = False
+    """Whether the answer was cut at the limit of its tokens."""
 
     def to_json(self) -> dict[str, Any]:
         value = asdict(self)
@@ -49,6 +51,8 @@ class Prediction:
             del value["unjudged"], value["judgement"]
         if self.facts is None:
             del value["facts"]
+        if not self.truncated:
+            del value["truncated"]
         return value
 
     @classmethod
@@ -72,6 +76,8 @@ class AnswerSummary(Rate):
     median_error_cm: float | None
     """Median error of lengths [cm], None as above."""
     points_per_answer: float | None
+    truncated: int | None = None
+    """Answers that were cut at the limit of their tokens; None: an older result, which does not say."""
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from blm.evaluation.digital.answers import AnswerError, answer_all
+from blm.evaluation.digital.answers import AnswerError, complete_all
 from blm.evaluation.digital.benchmarks.benchmark import Benchmark
 from blm.evaluation.digital.benchmarks.scene_questions import SCENE
 from blm.evaluation.digital.judge import AnswerToGrade, Judge, calibrate
 from blm.evaluation.digital.parsers.compat import COMPAT
 from blm.evaluation.digital.parsers.coordinates import Coordinates
 from blm.evaluation.digital.result import DigitalResult, JudgeRecord, Prediction
-from blm.evaluation.digital.scoring import ScoringConfig, score
+from blm.evaluation.digital.scoring import UNREAD, ScoringConfig, score
 from blm.evaluation.digital.summary import compare_with_baseline, summarise
 from blm.evaluation.digital.text_baselines import text_baselines
+from blm.evaluation.digital.thinking import (
+    AT_ONCE,
+    Thinking,
+    ThinkingMode,
+    cut_while_thinking,
+    thinking_mode,
+)
 from blm.evaluation.protocol import DigitalProtocol, digest
 from blm.evaluation.result_files import require_free, write_result
 from blm.evaluation.results import this_machine
@@ -41,11 +48,16 @@ class DigitalEvalConfig:
     """Convention of the model: thousandths, unit, yx1000, pixels or pixels:WIDTHxHEIGHT."""
     compat: str = ""
     """Upstream parser of digital/parsers/compat.py that parses the answers instead of ours."""
+    max_tokens: int | None = None
+    """Longest answer [tokens], thoughts included; None: that of the benchmark, and as much more for
+    thinking as `thinking` says."""
+    thinking: Thinking = "auto"
+    """Whether the model thinks before it answers; "auto": as its chat template has it."""
     batch: int = 16
     """Number of questions per batch, which is the maximum that a killed run loses."""
 
     def __post_init__(self) -> None:
-        require_numbers(self, batch=(1, 100_000))
+        require_numbers(self, batch=(1, 100_000), max_tokens=(1, 10**6))
 
 
 def evaluate_digital(
@@ -63,18 +75,20 @@ def evaluate_digital(
 
     `train_questions` are used for the baselines only. `model` identifies the weights: a killed run
     resumes from `out`/journal.jsonl only under the same name. The result is written to
-    `out`/result.json. Raises BlmError for no questions, duplicate ids, a missing image, questions
-    that need a judge if there is none, and a model that cannot be reached.
+    `out`/result.json. A picture that cannot be decoded fails its question alone. Raises BlmError for
+    no questions, duplicate ids, a missing image, questions that need a judge if there is none, a
+    model that cannot be reached, and one that cannot be told whether to think.
     """
     start = monotonic()
     require_free(out)
     _check(questions, judge, config)
-    protocol = _protocol(questions, benchmark, judge, config)
+    mode = thinking_mode(chat, config.thinking)
+    protocol = _protocol(questions, benchmark, judge, config, mode)
     scoring = ScoringConfig(protocol, Coordinates.parse(config.coordinates), config.root)
     record = _calibrate_judge(judge) if judge and protocol.judge else None
     raw = _ask(chat, questions, protocol, out, model, config)
     predictions = [
-        _predict(question, *answer, scoring) for question, answer in zip(questions, raw, strict=True)
+        _predict(question, answer, scoring, mode) for question, answer in zip(questions, raw, strict=True)
     ]
     if judge:
         predictions = _grade(predictions, judge)
@@ -82,7 +96,7 @@ def evaluate_digital(
     if train_questions and not protocol.judge:
         ours = ScoringConfig(replace(protocol, compat=""), root=config.root)
         for name, guess in text_baselines(train_questions).items():
-            guesses = [_predict(question, guess(question), None, ours) for question in questions]
+            guesses = [_predict(question, RawAnswer(guess(question)), ours) for question in questions]
             baselines[name] = compare_with_baseline(predictions, guesses, benchmark.average)
     result = DigitalResult(
         protocol=protocol,
@@ -122,15 +136,21 @@ def _check(questions: Sequence[Question], judge: Judge | None, config: DigitalEv
 
 
 def _protocol(
-    questions: Sequence[Question], benchmark: Benchmark, judge: Judge | None, config: DigitalEvalConfig
+    questions: Sequence[Question],
+    benchmark: Benchmark,
+    judge: Judge | None,
+    config: DigitalEvalConfig,
+    mode: ThinkingMode,
 ) -> DigitalProtocol:
+    fixed = config.max_tokens
     judged = judge is not None and any(question.scorer == "judge" for question in questions)
     return DigitalProtocol(
         benchmark=benchmark.name,
         items=digest([_key(question, config.root) for question in questions]),
         count=len(questions),
-        max_tokens=benchmark.max_tokens,
-        long=dict(benchmark.long),
+        max_tokens=fixed or benchmark.max_tokens + mode.tokens,
+        long={} if fixed else {kind: tokens + mode.tokens for kind, tokens in benchmark.long.items()},
+        thinking=mode.thinks,
         prompt=benchmark.system,
         average=benchmark.average,
         compat=config.compat,
@@ -172,8 +192,15 @@ def _hash(file: Path, modified: int, size: int) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-RawAnswer = tuple[str, str | None]
-"""The model's raw text, and the reason if there is none."""
+@dataclass(frozen=True)
+class RawAnswer:
+    """What a model said, before any rule reads it."""
+
+    text: str
+    failure: str | None = None
+    """Reason why there is no answer; None if there is one."""
+    truncated: bool = False
+    """Whether it was cut at the limit of its tokens."""
 
 
 def _ask(
@@ -190,12 +217,25 @@ def _ask(
     order = sorted(range(len(questions)), key=limits.__getitem__)  # a batch has one token limit
 
     def answer(places: Sequence[int]) -> Result:
-        asked = [(*system, *_loaded(questions[place], config.root)) for place in places]
-        said = answer_all(chat, asked, limits[places[0]])
-        failures = {str(i): str(reply) for i, reply in enumerate(said) if isinstance(reply, AnswerError)}
-        return {"raw": [reply if isinstance(reply, str) else "" for reply in said], "failures": failures}
+        failures = dict[str, str]()
+        asked = dict[int, tuple[Message, ...]]()
+        for i, place in enumerate(places):
+            try:
+                asked[i] = (*system, *_loaded(questions[place], config.root))
+            except BlmError as error:
+                failures[str(i)] = f"question '{questions[place].id}': {error}"
+        texts, truncated = [""] * len(places), list[int]()
+        said = complete_all(chat, list(asked.values()), limits[places[0]]) if asked else []
+        for i, reply in zip(asked, said, strict=True):
+            if isinstance(reply, AnswerError):
+                failures[str(i)] = str(reply)
+                continue
+            texts[i] = reply.text
+            truncated += [i] if reply.truncated else []
+        return {"raw": texts, "failures": failures, "truncated": truncated}
 
-    name = digest([protocol.items, protocol.max_tokens, dict(protocol.long), protocol.prompt])
+    mode = [protocol.thinking, "with endings"]
+    name = digest([protocol.items, protocol.max_tokens, dict(protocol.long), protocol.prompt, *mode])
     batches: list[list[int]] = []
     for place in order:
         if not batches or len(batches[-1]) == config.batch or limits[batches[-1][0]] != limits[place]:
@@ -206,7 +246,7 @@ def _ask(
     answers: dict[int, RawAnswer] = {}
     for unit, result in zip(units, done.values(), strict=True):
         for i, (place, text) in enumerate(zip(unit.payload, result["raw"], strict=True)):
-            answers[place] = text, result["failures"].get(str(i))
+            answers[place] = RawAnswer(text, result["failures"].get(str(i)), i in result["truncated"])
     return [answers[place] for place in range(len(questions))]
 
 
@@ -214,8 +254,12 @@ def _loaded(question: Question, root: Path | None) -> tuple[Message, ...]:
     return question.messages if root is None else with_pixels(question.messages, root)
 
 
-def _predict(question: Question, raw: str, failure: str | None, scoring: ScoringConfig) -> Prediction:
-    scored = score(question, raw, scoring)
+def _predict(
+    question: Question, raw: RawAnswer, scoring: ScoringConfig, mode: ThinkingMode = AT_ONCE
+) -> Prediction:
+    """Score an answer. One that was cut while the model thought has no answer to read."""
+    unfinished = cut_while_thinking(raw.text, truncated=raw.truncated, mode=mode)
+    scored = UNREAD if unfinished else score(question, raw.text, scoring)
     return Prediction(
         id=question.id,
         kind=question.kind,
@@ -223,8 +267,9 @@ def _predict(question: Question, raw: str, failure: str | None, scoring: Scoring
         scorer=question.scorer,
         question=question.messages[-1].text,
         reference=question.answer,
-        raw=raw,
-        failure=failure,
+        raw=raw.text,
+        failure=raw.failure,
+        truncated=raw.truncated,
         score=scored.score,
         parsed=scored.parsed,
         error=scored.error,

@@ -51,6 +51,7 @@ def _answer_summary(predictions: Sequence[Prediction]) -> AnswerSummary:
         median_error=_median_error([p for p in predictions if p.scorer == "point"]),
         median_error_cm=_median_error([p for p in predictions if p.scorer == "metric"]),
         points_per_answer=float(np.mean(counts)) if counts else None,
+        truncated=sum(p.truncated for p in predictions),
     )
 
 

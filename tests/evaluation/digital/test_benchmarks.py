@@ -182,6 +182,18 @@ def test_cosmos_asks_as_published(folders):
     assert first.id != second.id != third.id
 
 
+@pytest.mark.parametrize(("rate", "frames"), [(1, 1), (1, 2), (2, 3), (2, 12)])
+def test_no_frame_of_a_clip_is_shown_twice(tmp_path, rate, frames):
+    """A clip with few frames a second gives as many pictures as it has frames, in their order."""
+    make_fixture("robofail", tmp_path)
+    write_clip(tmp_path / "robofail/clips/clip-0.mp4", 0, seconds=frames / rate, rate=rate)
+    (first, *_) = load("robofail", tmp_path)
+    shown = [load_pixels(image, tmp_path) for image in first.messages[0].images]
+    assert len(shown) == min(frames, 8)
+    brightness = [int(pixels[..., 1].mean()) for pixels in shown]
+    assert brightness == sorted(set(brightness))
+
+
 def test_cosmos_shows_four_frames_a_second_and_at_most_eight(folders):
     short, long, _ = load("agibot", folders["agibot"])
     assert len(short.messages[0].images) == 4 and len(long.messages[0].images) == 8

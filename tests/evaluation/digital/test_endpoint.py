@@ -27,6 +27,7 @@ from blm.evaluation.digital.answers import AnswerError
 from blm.evaluation.digital.benchmarks import published
 from blm.evaluation.digital.endpoint import Endpoint, EndpointSettings
 from blm.evaluation.digital.runner import DigitalEvalConfig, evaluate_digital
+from blm.evaluation.digital.thinking import THINKING_TOKENS
 from blm.evaluation.result_files import write_result
 from blm.types import BlmError, Image, KeyFacts, Message, Question, Sampling
 from tests.support.benchmarks import make_fixture
@@ -187,9 +188,9 @@ def test_a_refused_question_affects_no_other(server: Server, endpoint: Endpoint)
     one = replace(endpoint.settings, concurrency=1)
     serial = Endpoint("m", server.url, settings=one, sleep=lambda _: None)
     server.script = [None, (400, fault("prompt too long")), None, (200, said(None, refusal="no faces"))]
-    answers = serial.answer_batch([ask(str(index)) for index in range(5)])
+    answers = serial.complete([ask(str(index)) for index in range(5)])
     serial.close()
-    assert [str(answer) for answer in answers[::2]] == ["0", "2", "4"]
+    assert answers[::2] == [("0", True), ("2", True), ("4", True)]
     assert isinstance(answers[1], AnswerError) and "prompt too long" in str(answers[1])
     assert isinstance(answers[3], AnswerError) and "no faces" in str(answers[3])
 
@@ -197,9 +198,48 @@ def test_a_refused_question_affects_no_other(server: Server, endpoint: Endpoint)
 def test_requests_are_concurrent_and_ordered(server: Server, endpoint: Endpoint) -> None:
     server.delay = 0.05
     start = time.monotonic()
-    answers = endpoint.answer_batch([ask(str(index)) for index in range(12)])
-    assert answers == [str(index) for index in range(12)]
+    answers = endpoint.complete([ask(str(index)) for index in range(12)])
+    assert answers == [(str(index), True) for index in range(12)]
     assert server.most == 4 and time.monotonic() - start < 12 * 0.05
+
+
+def test_truncated_answers_and_thinking(server: Server, tmp_path: Path) -> None:
+    """`length` marks an answer as cut, also without text: a server may keep thoughts apart."""
+    cut = {"choices": [{"message": {"content": "<think> so"}, "finish_reason": "length"}]}
+    nothing = {
+        "choices": [{"message": {"content": None, "reasoning_content": "hm"}, "finish_reason": "length"}]
+    }
+    server.script = [(200, cut), (200, nothing)]
+    one = EndpointSettings(concurrency=1, thinking="off")
+    with closing(Endpoint("m", server.url, cache=tmp_path, settings=one)) as endpoint:
+        said = endpoint.complete([ask("1"), ask("2"), ask("3")])
+        assert said == [("<think> so", False), ("", False), ("3", True)]
+        assert endpoint.complete([ask("1"), ask("2"), ask("3")]) == said, "from the cache"
+    assert len(server.bodies) == 3
+    assert server.bodies[0]["chat_template_kwargs"] == {"enable_thinking": False}
+    with closing(Endpoint("m", server.url)) as plain:
+        plain.answer(ask("1"))
+    assert "chat_template_kwargs" not in server.bodies[-1]
+
+
+def test_command_says_that_answers_were_cut(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_corpus(tmp_path / "corpus", 3)
+    cut = {"choices": [{"message": {"content": "<think> 0 or 1"}, "finish_reason": "length"}]}
+    server.script = [(200, cut)]
+    run_eval(server, tmp_path / "corpus", tmp_path / "out", "--thinking", "on", "--concurrency", "1")
+    shown = " ".join(capsys.readouterr().out.split())
+    limit = BENCHMARKS["scene"].max_tokens + THINKING_TOKENS
+    assert f"1 of 3 answers were cut at their limit ({limit} tokens" in shown and "truncated" in shown
+    assert server.bodies[0]["max_tokens"] == limit
+    assert server.bodies[0]["chat_template_kwargs"] == {"enable_thinking": True}
+    result = load_result(tmp_path / "out")
+    assert [p.truncated for p in result.predictions] == [True, False, False]
+    assert result.predictions[0].parsed is None
+    assert "thoughts included" in (tmp_path / "out/report.html").read_text()
+    run_eval(server, tmp_path / "corpus", tmp_path / "few", "--max-tokens", "3")
+    assert server.bodies[-1]["max_tokens"] == 3
 
 
 def test_cache(server: Server, tmp_path: Path) -> None:
