@@ -134,7 +134,8 @@ def read(one: LabelledAnswer) -> str | None:
         mask=white if scorer == "points" else None,
     )
     coordinates = Coordinates.parse(one.coordinates)
-    return score(question, one.answer, ScoringConfig(PROTOCOL, coordinates=coordinates)).parsed
+    config = ScoringConfig(PROTOCOL, coordinates=coordinates, resize=lambda width, height: (width, height))
+    return score(question, one.answer, config).parsed
 
 
 def measure(answers: Sequence[LabelledAnswer], reader: Read = read) -> dict[str, Tally]:

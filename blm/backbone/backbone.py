@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
-from blm.backbone.families import require_family, require_rendered_order
+from blm.backbone.families import require_family, require_rendered_order, seen_size
 from blm.backbone.generation.generator import Generation
 from blm.backbone.model import MultimodalModel
 from blm.backbone.nano.model import SAMPLE_TEXTS, make_nano
@@ -92,6 +92,11 @@ class Backbone(MultimodalModel):
                 f"{', '.join(self.taught_prompts)}: use that order, or train Stage I with a corpus of the "
                 f"other (blm corpus build --prompt {order})"
             )
+
+    def seen_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return width and height to which a picture is resized [px]. Raises BlmError for a family
+        whose answers do not count in these pixels."""
+        return seen_size(self.processor, self.model.config.model_type, width, height)
 
     @property
     def thinks(self) -> bool:

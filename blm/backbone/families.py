@@ -20,6 +20,10 @@ REFUSED: Mapping[str, str] = {
 """`model_type` of a config -> the reason why the family cannot be a backbone."""
 
 
+_IN_PIXELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+"""Families whose answers may count in pixels of the resized picture."""
+
+
 def require_family(config: Any) -> None:
     """Raise BlmError for a config of a family that cannot be a backbone, and for one without
     vision."""
@@ -92,6 +96,23 @@ def _never_alone(image_processor: Any) -> None:
 
     members = {"_preprocess": _preprocess, "__module__": kind.__module__}
     image_processor.__class__ = type(kind.__name__, (kind,), members)
+
+
+def seen_size(processor: Any, family: str, width: int, height: int) -> tuple[int, int]:
+    """Return width and height to which a processor of Qwen-VL resizes a picture [px].
+
+    Raises BlmError for other families, which crop or pad pictures, and whose authors do not let them
+    answer in pixels.
+    """
+    if family not in _IN_PIXELS:
+        raise BlmError(
+            f"models of the family '{family}' do not count the pixels of a resized picture (only "
+            f"{', '.join(_IN_PIXELS)} do): use --coordinates thousandths, unit or pixels:original"
+        )
+    part = processor.image_processor
+    blank = np.zeros((height, width, 3), np.uint8)
+    _, rows, columns = part(images=[blank], return_tensors="np")["image_grid_thw"][0].tolist()
+    return columns * part.patch_size, rows * part.patch_size
 
 
 def see_pictures_one_by_one(model: Any, family: str) -> None:

@@ -115,8 +115,7 @@ class MultimodalModel(Weights):
         return "token_type_ids" in names and "token_type_ids" in signature(self.model.forward).parameters
 
     def special_token_arguments(self, text: str) -> dict[str, bool]:
-        """Return arguments for the tokenizer that prevent a second begin token before rendered
-        text."""
+        """Return arguments for the tokenizer that prevent a second begin token before `text`."""
         begin = self.processor.tokenizer.bos_token
         return {"add_special_tokens": False} if begin and text.startswith(begin) else {}
 
@@ -130,10 +129,9 @@ class MultimodalModel(Weights):
             for token in (self.processor.image_token, getattr(self.processor, "video_token", None)):
                 if token is not None and token in message.text:
                     raise BlmError(f"text of the {message.role} contains '{token}', which is reserved")
-        chat, options = to_chat(messages, self.videos_as), self.template_options
-        return self.processor.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=prompt, **options
-        )
+        chat = to_chat(messages, self.videos_as)
+        options = {"tokenize": False, "add_generation_prompt": prompt, **self.template_options}
+        return self.processor.apply_chat_template(chat, **options)
 
     def process(
         self,
@@ -291,9 +289,8 @@ class MultimodalModel(Weights):
     @staticmethod
     def probe_prompts() -> list[tuple[Message, ...]]:
         """Return two fixed prompts, one with an image, whose logits prove the model unchanged."""
-        ramp = np.arange(112, dtype=np.uint8)
-        picture = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :] * 2, np.uint8(64)), axis=-1)
-        return [question_prompt("What is in the picture?", [picture]), question_prompt("What can you do?")]
+        shown = [_probe_picture()]
+        return [question_prompt("What is in the picture?", shown), question_prompt("What can you do?")]
 
     @torch.no_grad()
     def probe_logits(self) -> Tensor:
@@ -305,6 +302,11 @@ class MultimodalModel(Weights):
                 for prompt in self.probe_prompts()
             ]
         )
+
+
+def _probe_picture() -> np.ndarray:
+    ramp = np.arange(112, dtype=np.uint8)
+    return np.stack(np.broadcast_arrays(ramp[:, None], ramp[None, :] * 2, np.uint8(64)), axis=-1)
 
 
 def blocks_up_to(model: MultimodalModel, layer: int) -> nn.Module:

@@ -51,8 +51,8 @@ class EvaluateDigital(CliCommand):
     """Parse answers as an upstream repository does, to reproduce its numbers.
     Our own parser is stricter."""
     coordinates: str = "thousandths"
-    """How the model writes coordinates: thousandths, unit, yx1000, pixels or
-    pixels:WIDTHxHEIGHT."""
+    """How the model writes coordinates: thousandths, unit, yx1000, pixels (of the picture as the model
+    saw it), pixels:original, pixels:qwen2_5_vl (for an endpoint) or pixels:WIDTHxHEIGHT."""
     limit: int | None = None
     """Ask only this number of questions, evenly spaced.
     The result is then only comparable with results of the same limit."""

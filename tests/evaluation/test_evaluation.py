@@ -373,7 +373,7 @@ def test_points_on_a_mask(rng: np.random.Generator) -> None:
     found = scored("points", "", text, mask=mask)
     assert found.score == pytest.approx(np.mean(slow)) and found.points == 40
     pixels = " ".join(f"({x}, {y})" for y, x in np.argwhere(white))
-    assert scored("points", "", pixels, "pixels", mask=mask).score == 1
+    assert scored("points", "", pixels, "pixels:original", mask=mask).score == 1
     n, more = int(white.sum()), f"{pixels} (900, 900)"
     assert scored("points", "", more, "pixels:50x30", mask=mask).score == pytest.approx(n / (n + 1))
     none = scored("points", "", "there", mask=mask)

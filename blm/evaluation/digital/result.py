@@ -79,6 +79,9 @@ class AnswerSummary(Rate):
     truncated: int | None = None
     """Answers that were cut at the limit of their tokens; None: an older result, which does not say."""
 
+    def to_json(self) -> dict[str, Any]:
+        return {key: value for key, value in asdict(self).items() if key != "truncated" or value is not None}
+
 
 @dataclass(frozen=True)
 class Headline(Rate):
@@ -120,8 +123,8 @@ class DigitalSummary:
     def to_json(self) -> dict[str, Any]:
         return {
             "headline": self.headline.to_json(),
-            "overall": asdict(self.overall),
-            "kinds": {kind: asdict(part) for kind, part in self.kinds.items()},
+            "overall": self.overall.to_json(),
+            "kinds": {kind: part.to_json() for kind, part in self.kinds.items()},
             "balanced": {kind: asdict(part) for kind, part in self.balanced.items()},
         }
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class DigitalEvalConfig:
     root: Path | None = None
     """Folder of the images; None if all of them are in memory."""
     coordinates: str = "thousandths"
-    """Convention of the model: thousandths, unit, yx1000, pixels or pixels:WIDTHxHEIGHT."""
+    """Convention of the model, as `Coordinates.parse` reads it."""
     compat: str = ""
     """Upstream parser of digital/parsers/compat.py that parses the answers instead of ours."""
     max_tokens: int | None = None
@@ -84,7 +84,7 @@ def evaluate_digital(
     _check(questions, judge, config)
     mode = thinking_mode(chat, config.thinking)
     protocol = _protocol(questions, benchmark, judge, config, mode)
-    scoring = ScoringConfig(protocol, Coordinates.parse(config.coordinates), config.root)
+    scoring = _scoring(chat, protocol, config)
     record = _calibrate_judge(judge) if judge and protocol.judge else None
     raw = _ask(chat, questions, protocol, out, model, config)
     predictions = [
@@ -133,6 +133,27 @@ def _check(questions: Sequence[Question], judge: Judge | None, config: DigitalEv
             raise BlmError(
                 f"'{config.compat}' reads {able} answers; these questions need {', '.join(sorted(scorers))}"
             )
+
+
+@runtime_checkable
+class SaysSizes(Protocol):
+    """A Chat that knows to which size its processor resizes a picture."""
+
+    def seen_size(self, width: int, height: int) -> tuple[int, int]: ...
+
+
+def _scoring(chat: Chat, protocol: DigitalProtocol, config: DigitalEvalConfig) -> ScoringConfig:
+    """Return the rules of scoring. Raises BlmError for pixels in pictures of unknown size."""
+    convention = Coordinates.parse(config.coordinates)
+    resize = chat.seen_size if isinstance(chat, SaysSizes) else None
+    if convention.kind == "pixels" and convention.size is None and convention.frame == "seen":
+        if resize is None:
+            raise BlmError(
+                "this model does not say to which size it resizes pictures, so its pixels have no scale; "
+                "give --coordinates pixels:qwen2_5_vl, pixels:original or pixels:WIDTHxHEIGHT"
+            )
+        resize(64, 64)  # a family that does not count pixels is refused before any question is asked
+    return ScoringConfig(protocol, convention, config.root, resize)
 
 
 def _protocol(

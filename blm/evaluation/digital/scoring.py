@@ -61,6 +61,10 @@ _TRUTH = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 """Reference answer to a yes/no question -> the reading that is right."""
 
 
+Resize = Callable[[int, int], tuple[int, int]]
+"""Width and height of a picture -> those after a processor resized it [px]."""
+
+
 @dataclass(frozen=True)
 class ScoringConfig:
     """The rules by which all answers of a benchmark are scored."""
@@ -69,6 +73,8 @@ class ScoringConfig:
     coordinates: Coordinates = THOUSANDTHS
     root: Path | None = None
     """Folder of images and masks."""
+    resize: Resize | None = None
+    """How the model's processor resizes a picture; needed for pixels "as the model saw it"."""
 
     @property
     def upstream(self) -> Upstream | None:
@@ -137,7 +143,7 @@ def _points(question: Question, raw: str, config: ScoringConfig) -> ItemScore:
         shown = "; ".join(_show(pixel) for pixel in pixels[:20])
         share = mean_mask_value(pixels, upstream.mask(grey))
         return ItemScore(score=share, parsed=shown or None, points=len(pixels))
-    found = read_numbers(final_answer(raw), 2, config.coordinates, (width, height))
+    found = read_numbers(final_answer(raw), 2, config.coordinates, picture_size(question, config))
     if not found:
         return ItemScore(score=0.0, parsed=None, points=0)
     hits = [inside(place) and _is_white(grey, place) for place in found]
@@ -205,16 +211,35 @@ def _reference(question: Question, count: int) -> tuple[float, ...]:
 
 
 def picture_size(question: Question, config: ScoringConfig) -> tuple[int, int] | None:
-    """Return width and height of the question's last image, if coordinates depend on it."""
-    if config.coordinates.kind != "pixels" or config.coordinates.size:
+    """Return width and height of the picture that pixels count in, if coordinates depend on it: the
+    question's last image (or the mask, which has its size), by the convention as it is, or as the
+    model's processor resized it."""
+    convention = config.coordinates
+    if convention.kind != "pixels" or convention.size:
         return None
     pictures = [image for message in question.messages for image in message.images]
+    pictures = pictures or ([question.mask] if question.mask is not None else [])
     if not pictures:
         raise BlmError(
             f"question '{question.id}' has no image that gives the size in pixels; use pixels:WIDTHxHEIGHT"
         )
     height, width = load_pixels(pictures[-1], config.root).shape[:2]
-    return width, height
+    if convention.frame == "original":
+        return width, height
+    if convention.frame == "qwen2_5_vl":
+        return qwen2_5_vl_size(width, height)
+    if config.resize is None:
+        raise BlmError("pixels as the model saw them need its processor; this model does not say its sizes")
+    return config.resize(width, height)
+
+
+def qwen2_5_vl_size(width: int, height: int) -> tuple[int, int]:
+    """Return width and height to which Qwen2.5-VL's processor resizes a picture with the limits that
+    its authors publish: sides that are multiples of 28, 3,136 to 12,845,056 pixels."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    rows, columns = smart_resize(height, width, factor=28, min_pixels=3136, max_pixels=12845056)
+    return columns, rows
 
 
 def _show(values: Sequence[float]) -> str:

@@ -10,7 +10,7 @@ from blm.corpora.format.facts import facts_to_json, read_facts
 from blm.corpora.format.faults import RowError
 from blm.evaluation.digital.facts import FactCheck, check_facts
 from blm.evaluation.digital.result import Prediction
-from blm.evaluation.digital.runner import DigitalEvalConfig, _predict, evaluate_digital
+from blm.evaluation.digital.runner import DigitalEvalConfig, RawAnswer, _predict, evaluate_digital
 from blm.evaluation.digital.scoring import ScoringConfig
 from blm.evaluation.protocol import DigitalProtocol
 from blm.types import BlmError, KeyFacts, Message, Question
@@ -103,15 +103,15 @@ QUESTION = Question(
 
 def test_predictions_keep_the_check_and_old_ones_stay_readable() -> None:
     scoring = ScoringConfig(DigitalProtocol(items="", count=1, max_tokens=8, prompt=""))
-    one = _predict(QUESTION, "<think>a cup</think>A red cube", None, scoring)
+    one = _predict(QUESTION, RawAnswer("<think>a cup</think>A red cube"), scoring)
     assert one.facts == FactCheck(found=("red cube",), missing=("blue ball", "green cylinder"), false=())
     assert one.score == 0 and one.parsed == "A red cube"
     assert Prediction.from_json(one.to_json()) == one
-    assert _predict(QUESTION, QUESTION.answer, None, scoring).score == 1
+    assert _predict(QUESTION, RawAnswer(QUESTION.answer), scoring).score == 1
     old = replace(one, facts=None)
     assert "facts" not in old.to_json() and Prediction.from_json(old.to_json()) == old
     with pytest.raises(BlmError, match="no key facts"):
-        _predict(replace(QUESTION, facts=None), "", None, scoring)
+        _predict(replace(QUESTION, facts=None), RawAnswer(""), scoring)
 
 
 def test_an_evaluation_scores_facts_and_identifies_them(tmp_path) -> None:

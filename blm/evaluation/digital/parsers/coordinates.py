@@ -23,24 +23,35 @@ _SCALES = {"percent": 10.0, "loc": 1000.0 / 1024.0, "bins": 1.0}
 """Thousandths per unit of a scale that the answer states itself."""
 
 
+Frame = Literal["seen", "original", "qwen2_5_vl"]
+"""A picture as the model saw it, after its processor resized it; as its file has it; as Qwen2.5-VL sees
+it by default."""
+
+
 @dataclass(frozen=True)
 class Coordinates:
     """The convention in which a model writes coordinates."""
 
     kind: Literal["thousandths", "unit", "pixels", "yx1000"]
     size: tuple[int, int] | None = None
-    """Width and height of the image that pixels refer to; None for the question's own."""
+    """Width and height of the image that pixels refer to; None: that of `frame`."""
+    frame: Frame = "seen"
+    """The picture that pixels count in, if `size` does not say it."""
 
     @classmethod
     def parse(cls, text: str) -> Coordinates:
-        """Read 'thousandths', 'unit', 'yx1000', 'pixels' or 'pixels:WIDTHxHEIGHT'; raises BlmError."""
+        """Read 'thousandths', 'unit', 'yx1000', 'pixels', 'pixels:original', 'pixels:qwen2_5_vl' or
+        'pixels:WIDTHxHEIGHT'; raises BlmError."""
         found = re.fullmatch(r"pixels:(\d+)x(\d+)", text)
         if found and min(int(found[1]), int(found[2])) > 0:
             return cls("pixels", (int(found[1]), int(found[2])))
+        if text in ("pixels:original", "pixels:qwen2_5_vl"):
+            return cls("pixels", frame="original" if text == "pixels:original" else "qwen2_5_vl")
         if text not in ("thousandths", "unit", "pixels", "yx1000"):
             raise BlmError(
                 f"coordinates '{text}' are unknown; valid: thousandths (integers 0..1000), unit (0..1), "
-                "yx1000 (y first), pixels (of the question's image) or pixels:WIDTHxHEIGHT"
+                "yx1000 (y first), pixels (of the picture as the model saw it), pixels:original (as its file "
+                "has it), pixels:qwen2_5_vl (as Qwen2.5-VL resizes it) or pixels:WIDTHxHEIGHT"
             )
         return cls(text)  # type: ignore[arg-type]
 
@@ -49,7 +60,7 @@ class Coordinates:
     ) -> tuple[float, ...] | None:
         """Return x, y, .. in thousandths of the sides; None for numbers of another convention.
 
-        `size` is that of the question's image; `named` coordinates are in the order x, y in any
+        `size` is that of the image that pixels count in; `named` coordinates are in the order x, y in any
         convention. Decimals up to 1 are shares of the sides where thousandths are expected, because
         nobody writes thousandths of a thousandth.
         """
