@@ -116,11 +116,16 @@ class ExportGraphs(ExportCommand):
     OpenVINO is about a fifth faster with fixed numbers of observations and tokens."""
     length: int | None = None
     """Fixed number of tokens of a prompt; by default any number."""
+    sampler_steps: int | None = None
+    """Number of denoising steps; by default that of the checkpoint.
+    Fewer are faster, but choose other actions: see docs/edge.md for what was measured."""
 
     def run(self, command_line: Sequence[str]) -> None:
         from blm.app.edge.export import ExportConfig, export_policy
 
-        config = ExportConfig(runtime=self.runtime, batch=self.batch, length=self.length)
+        config = ExportConfig(
+            runtime=self.runtime, batch=self.batch, length=self.length, sampler_steps=self.sampler_steps
+        )
         report = export_policy(self.source, self.out, config)
         console.print(
             f"exported: {self.out} ({report.size / 1e6:.1f} MB); on {report.observations} observations its "

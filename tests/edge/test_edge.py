@@ -93,6 +93,19 @@ def test_graphs_choose_the_actions_of_torch(
 
 
 @needs_onnx
+def test_fewer_denoising_steps_are_those_of_torch_with_as_many(
+    checkpoint: tuple[CheckpointPolicy, Path], tmp_path: Path
+) -> None:
+    export_policy(str(checkpoint[1]), tmp_path / "one", ExportConfig(sampler_steps=1))
+    policy, observations = CheckpointPolicy.load(checkpoint[1]), [make_observation("arm", 1)]
+    exported = ExportedPolicy.load(tmp_path / "one")
+    assert largest_difference(policy, exported, observations) > TOLERANCE
+    policy.network.config = replace(policy.network.config, sampler_steps=1)
+    assert largest_difference(policy, exported, observations) < TOLERANCE
+    assert read_manifest(tmp_path / "one").provenance["sampler_steps"] == 1
+
+
+@needs_onnx
 def test_a_batch_of_unlike_prompts_gives_the_actions_of_each_alone(exported: Path) -> None:
     policy = ExportedPolicy.load(exported)
     observations = [make_observation(("arm", "leg")[seed % 2], seed) for seed in range(3)]
@@ -260,7 +273,7 @@ def test_static_graphs_take_batches_of_every_size(
 def test_bad_settings_of_an_export_are_refused(
     checkpoint: tuple[CheckpointPolicy, Path], tmp_path: Path
 ) -> None:
-    for bad in ({"batch": 0}, {"length": 5000}, {"precision": "bfloat16"}):
+    for bad in ({"batch": 0}, {"length": 5000}, {"precision": "bfloat16"}, {"sampler_steps": 0}):
         with pytest.raises(BlmError):
             ExportConfig(**bad)  # type: ignore[arg-type]
     with pytest.raises(BlmError, match="length is 5; a short prompt"):

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,7 @@ from blm.edge.folder import GRAPHS, SUFFIX, ExportManifest, Precision, Runtime, 
 from blm.edge.policy import ExportedPolicy
 from blm.io import new_folder
 from blm.policy.policy import CheckpointPolicy
-from blm.types import BlmError, Observation
+from blm.types import BlmError, Observation, require_numbers
 
 TOLERANCE = 2e-3
 """Maximum difference of the actions of graphs in float32 from those of torch [rad, or opening]."""
@@ -42,8 +42,12 @@ class ExportConfig:
     """Fixed number of observations in each run; None: any."""
     length: int | None = None
     """Fixed number of tokens of a prompt; None: any."""
+    sampler_steps: int | None = None
+    """Number of denoising steps; None: that of the checkpoint. Fewer are faster, and choose other
+    actions."""
 
     def __post_init__(self) -> None:
+        require_numbers(self, sampler_steps=(1, 1000))
         for name, value in (("batch", self.batch), ("length", self.length)):
             if value is not None and not 1 <= value <= 4096:
                 raise BlmError(f"{name} is {value}; it must be 1 to 4096, or not given: then it is dynamic")
@@ -72,6 +76,9 @@ def export_policy(source: str, out: Path, config: ExportConfig) -> ExportReport:
     policy = CheckpointPolicy.load(source, dtype="float32", actions_only=True)
     if policy.tap.pool > 1:
         raise BlmError(f"this policy pools picture tokens (pool {policy.tap.pool}); it cannot be exported")
+    network = policy.network
+    if config.sampler_steps is not None:
+        network.config = replace(network.config, sampler_steps=config.sampler_steps)
     with new_folder(out) as work:
         prompt = write_tokenizer(policy, work)
         operator_sets = _write_graphs(policy, work, config)
@@ -89,6 +96,7 @@ def export_policy(source: str, out: Path, config: ExportConfig) -> ExportReport:
             provenance={
                 "checkpoint": Path(source).name,
                 "revision": policy.contract.revision,
+                "sampler_steps": network.config.sampler_steps,
                 "versions": {name: version(name) for name in ("blm", "torch", "transformers", "onnx")},
             },
         )
@@ -260,9 +268,9 @@ pipeline_tag: robotics
 # An exported policy of Boundless
 
 Graphs of `{manifest.provenance["checkpoint"]}` (revision {manifest.provenance["revision"]}) for
-{manifest.runtime} in {manifest.precision}; operator sets: {forms}. They need no torch. Their actions
-differ from those of the checkpoint by at most {report.difference:.1g} rad on {report.observations}
-example observations.
+{manifest.runtime} in {manifest.precision}; operator sets: {forms}; denoising steps:
+{manifest.provenance["sampler_steps"]}. They need no torch. Their actions differ from those of the checkpoint with
+as many steps by at most {report.difference:.1g} rad on {report.observations} example observations.
 
 ```bash
 blm serve FOLDER
