@@ -268,9 +268,10 @@ pipeline_tag: robotics
 # An exported policy of Boundless
 
 Graphs of `{manifest.provenance["checkpoint"]}` (revision {manifest.provenance["revision"]}) for
-{manifest.runtime} in {manifest.precision}; operator sets: {forms}; denoising steps:
-{manifest.provenance["sampler_steps"]}. They need no torch. Their actions differ from those of the checkpoint with
-as many steps by at most {report.difference:.1g} rad on {report.observations} example observations.
+{manifest.runtime} in {manifest.precision}; operator sets: {forms};
+{manifest.provenance["sampler_steps"]} denoising steps. They need no torch. Their actions differ from those
+of the checkpoint with as many steps by at most {report.difference:.1g} rad on {report.observations}
+example observations.
 
 ```bash
 blm serve FOLDER
