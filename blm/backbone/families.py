@@ -18,8 +18,6 @@ REFUSED: Mapping[str, str] = {
     ),
 }
 """`model_type` of a config -> the reason why the family cannot be a backbone."""
-
-
 _IN_PIXELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """Families whose answers may count in pixels of the resized picture."""
 

@@ -255,7 +255,7 @@ def _ask(
             truncated += [i] if reply.truncated else []
         return {"raw": texts, "failures": failures, "truncated": truncated}
 
-    mode = [protocol.thinking, "with endings"]
+    mode = [protocol.thinking, config.thinking, "with endings"]
     name = digest([protocol.items, protocol.max_tokens, dict(protocol.long), protocol.prompt, *mode])
     batches: list[list[int]] = []
     for place in order:
@@ -278,9 +278,9 @@ def _loaded(question: Question, root: Path | None) -> tuple[Message, ...]:
 def _predict(
     question: Question, raw: RawAnswer, scoring: ScoringConfig, mode: ThinkingMode = AT_ONCE
 ) -> Prediction:
-    """Score an answer. One that was cut while the model thought has no answer to read."""
+    """Score an answer. One that failed, or was cut while the model thought, is unread."""
     unfinished = cut_while_thinking(raw.text, truncated=raw.truncated, mode=mode)
-    scored = UNREAD if unfinished else score(question, raw.text, scoring)
+    scored = UNREAD if unfinished or raw.failure is not None else score(question, raw.text, scoring)
     return Prediction(
         id=question.id,
         kind=question.kind,

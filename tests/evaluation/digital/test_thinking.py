@@ -124,7 +124,7 @@ def test_a_picture_that_cannot_be_decoded_fails_its_question_alone(tmp_path: Pat
         )
         for one, name in zip(questions(3), "abc", strict=True)
     ]
-    chat, config = Speaker("B"), DigitalEvalConfig(root=tmp_path)
+    chat, config = Speaker("B"), DigitalEvalConfig(root=tmp_path, coordinates="pixels:original")
     result = evaluate_digital(chat, asked, tmp_path / "out", model="m", benchmark=ROBOVQA, config=config)
     first, bad, last = result.predictions
     assert first.score == last.score == 1 and first.failure is last.failure is None
