@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from blm.evaluation.conditions import PLAIN, Condition
-from blm.tasks import Env
+from blm.tasks import EefEnv, Env
+from blm.tasks.eef_env import CONTROLS, Control, env_class
 from blm.tasks.task_env import EnvObservation, random_seed
-from blm.types import BlmError
+from blm.types import BlmError, lookup
 
 
 def make(
@@ -18,10 +19,13 @@ def make(
     axis: str = "",
     level: int = 0,
     condition: str = "",
+    control: Control = "joint",
     render_mode: str | None = "rgb_array",
     **settings: Any,
 ) -> Env:
     """Return the environment of a robot and a task; `settings` are arguments of `Env`.
+
+    Actions are joint targets, or with `control` "eef" poses of the tool (`EefEnv`).
 
     A `perturbed` one has a perturbation of suite24-plus in every episode: `axis` and `level`, or the
     name of a `condition` of the axis "dynamics" or "control". It is that of the episode's seed in
@@ -36,9 +40,12 @@ def make(
             f"{chosen}: ids with Plus need axis and level, such as axis='light', level=3, "
             "and others take none"
         )
-    env = (
-        PerturbedEnv(robot, task, condition=chosen, **settings) if perturbed else Env(robot, task, **settings)
-    )
+    lookup("control", control, dict.fromkeys(CONTROLS))
+    if perturbed:
+        kind = PerturbedEefEnv if control == "eef" else PerturbedEnv
+        env: Env = kind(robot, task, condition=chosen, **settings)
+    else:
+        env = env_class(control)(robot, task, **settings)
     env.render_mode = render_mode  # None: Gymnasium does not let its users render
     return env
 
@@ -57,3 +64,7 @@ class PerturbedEnv(Env):
         seed = random_seed(self.np_random) if seed is None else seed
         wanted = self.condition.reset_options(self.embodiment, self.task, seed)
         return super().reset(seed=seed, options={**(options or {}), **wanted})
+
+
+class PerturbedEefEnv(PerturbedEnv, EefEnv):
+    """The same with poses of the tool as actions."""

@@ -24,8 +24,8 @@ from blm.evaluation.named_protocols import (
     ProtocolOverrides,
     ProtocolSettings,
 )
-from blm.robots import ROBOTS
 from blm.seeds import EVALUATION_SEEDS, VALIDATION_SEEDS
+from blm.tasks.eef_env import control_of
 from blm.tasks.suite import suite_version
 from blm.tasks.suite_plus import table_hash
 from blm.tasks.wordings import TEST_WORDINGS
@@ -247,7 +247,7 @@ class PhysicalProtocol:
         """Raise ContractError, which prints both sides, unless the protocol fits the contract."""
         for robot in self.robots:
             space = lookup("robot of this policy", robot, contract.action_spaces)
-            lookup("robot", robot, ROBOTS).action_space.require_same(space, "the policy")
+            control_of(space, "the policy")
         ours, theirs = ({name: getattr(side, name) for name in _FROM_CONTRACT} for side in (self, contract))
         require_equal(ours, theirs, "protocol and policy differ", "in the policy")
 

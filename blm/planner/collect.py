@@ -12,8 +12,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path, PurePath
@@ -30,12 +30,14 @@ from blm.planner.decompositions import DECOMPOSITIONS
 from blm.planner.demonstration import TAKE_OVER, Demonstrator, Perturbation, demonstrate
 from blm.planner.expert import HOLD_STEPS, Expert
 from blm.robots import ROBOTS
+from blm.robots.eef import EefKinematics
 from blm.seeds import count_reserved_seeds, reserved_seeds_warning
 from blm.tasks import SUITE24, Env, TaskEnv
+from blm.tasks.eef_env import CONTROLS, Control, as_poses, space_of
 from blm.tasks.randomization import NO_RANDOMIZATION, DomainRandomization
 from blm.tasks.scene import CAMERAS
 from blm.tasks.suite import suite_version
-from blm.types import BlmError, Policy, Training, lookup, require_numbers
+from blm.types import BlmError, Episode, Policy, Training, lookup, require_numbers
 
 MakePolicy = Callable[[], Policy]
 """Picklable; called once in each worker process."""
@@ -80,6 +82,9 @@ class CollectConfig:
     """Number of coloured distractor objects in each scene that nothing collides with."""
     randomization: DomainRandomization = NO_RANDOMIZATION
     """Randomisation of looks, cameras, layout, sensors and start."""
+    actions: Control = "joint"
+    """What states and actions are: joint positions [rad], or poses of the tool in the base frame (eef:
+    position [m] and two columns of the rotation); then the gripper opening."""
     simulator: Literal["mujoco", "maniskill"] = "mujoco"
     """Simulator; `maniskill` needs a separate Python environment (docs/maniskill.md)."""
     workers: int = 2
@@ -129,6 +134,9 @@ class CollectConfig:
             raise BlmError(
                 "ManiSkill's scripts do not react: set random_starts 0, disturbed 0, noise up to 0.01"
             )
+        lookup("kind of actions", self.actions, dict.fromkeys(CONTROLS))
+        if self.actions == "eef" and self.simulator == "maniskill":
+            raise BlmError("with ManiSkill's scripts actions are joint targets: set actions joint")
         if self.hold > HOLD_STEPS and self.simulator == "maniskill":
             raise BlmError(f"with ManiSkill's scripts hold must be {HOLD_STEPS}, got {self.hold}")
 
@@ -145,6 +153,8 @@ def collect(config: CollectConfig, out: Path, pilot: MakePolicy | None = None) -
     collects there, or if a cell (robot and task) fails too often.
     """
     wanted = {k: v for k, v in json.loads(json.dumps(asdict(config))).items() if k not in _NOT_DATA}
+    if config.actions == "joint":  # as in collections of before there were others
+        del wanted["actions"]
     wanted["pilot"] = pilot().contract.revision if pilot else None
     with lock_folder(out):
         _claim(out, config, wanted)
@@ -178,7 +188,7 @@ def _make(config: CollectConfig, out: Path, wanted: Mapping[str, Any], pilot: Ma
         finalize_dataset(
             [staging / key for key in kept],
             out / robot,
-            space=ROBOTS[robot].action_space,
+            space=space_of(ROBOTS[robot], config.actions),
             cameras=config.cameras,
             image_size=config.image_size,
             provenance=provenance,
@@ -299,9 +309,28 @@ def _attempt(payload: tuple[CollectConfig, str, str, int, Path, MakePolicy | Non
     if episode is None:
         return {"kept": False, "reason": reason, "seconds": seconds}
     began = time.perf_counter()
+    if config.actions == "eef":
+        episode = _with_poses(episode)
     stage_episode(staging, f"{robot}/{task}/{seed}", episode)
     seconds["encoding"] = time.perf_counter() - began
     return {"kept": True, "frames": len(episode), "seconds": seconds}
+
+
+def _with_poses(episode: Episode) -> Episode:
+    """Return an episode whose states and actions are poses of the tool, by the robot's kinematics."""
+    assert episode.executed is not None
+    convert = partial(as_poses, _kinematics(episode.robot))
+    return replace(
+        episode,
+        states=convert(episode.states),
+        actions=convert(episode.actions),
+        executed=convert(episode.executed),
+    )
+
+
+@cache
+def _kinematics(robot: str) -> EefKinematics:
+    return EefKinematics(ROBOTS[robot])
 
 
 def draw_perturbation(config: CollectConfig, rng: np.random.Generator, piloted: bool = False) -> Perturbation:

@@ -43,6 +43,11 @@ def verify(out: Path, *, workers: int = 2, engine: Literal["local", "ray"] = "lo
         raise BlmError(f"'{out}' holds no finished collection (no summary.json); collect it, or finish it")
     summary = CollectionSummary.read(out)
     config = read_config(summary.config)
+    if config.actions == "eef":
+        raise BlmError(
+            f"'{out}' has poses of the tool, from which inverse kinematics does not get the same joint "
+            "targets bit for bit; verify a collection of joint targets with the same seeds"
+        )
     _require_same_versions(summary, config)
     units = []
     for robot in config.robots:

@@ -5,6 +5,7 @@ environments with Gymnasium (`blm.gymnasium_ids`).
 """
 
 from blm.gymnasium_ids import register
+from blm.tasks.eef_env import EefEnv
 from blm.tasks.env import Env, EnvState
 from blm.tasks.registry import SUITE24, TASKS, WORDS
 from blm.tasks.rendering import gl_backend
@@ -15,6 +16,7 @@ __all__ = [
     "SUITE24",
     "TASKS",
     "WORDS",
+    "EefEnv",
     "Env",
     "EnvState",
     "ObjectState",

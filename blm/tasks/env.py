@@ -296,7 +296,7 @@ class Env(TaskEnv):
 
     def place_arm(self, angles: FloatArray, opening: float) -> None:
         """Set the joint positions [rad] of arm and fingers, clipped to the limits, and the same targets."""
-        self.data.qpos[self._arm] = np.clip(angles, self._low[:-1], self._high[:-1])
+        self.data.qpos[self._arm] = np.clip(angles, *self.model.jnt_range[self._arm].T)
         for finger in FINGERS:
             self.data.joint(finger).qpos[0] = opening * self.robot.gripper.stroke
         self.data.ctrl[:] = (*self.data.qpos[self._arm], opening * self.robot.gripper.stroke)

@@ -172,6 +172,10 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
     def state(self) -> NDArray[np.float32]:
         """Joint positions [rad] and measured gripper opening, float32 [D]."""
 
+    def resting_action(self) -> NDArray[np.float32]:
+        """Return the action that holds the arm where it is, [D]."""
+        return self.state()
+
     @property
     @abstractmethod
     def gripper_opening(self) -> float:
@@ -261,10 +265,7 @@ class TaskEnv(gymnasium.Env[EnvObservation, NDArray[np.float32]], ABC):
         return {"pixels": pixels, "agent_pos": self._sensors.state(self.state(), self._steps)}
 
     def observation(self, seed: int = 0, cameras: Iterable[str] | None = None) -> Observation:
-        """Return `observe(cameras)` as a `types.Observation`.
-
-        `seed` is the policy's sampling seed; `cameras` are those to render, by default `self.cameras`.
-        """
+        """Return `observe(cameras)` as a `types.Observation`; `seed` is the policy's sampling seed."""
         seen = self.observe(cameras)
         return Observation(
             images=seen["pixels"],

@@ -21,7 +21,8 @@ from blm.evaluation.physical.result import EpisodeResult
 from blm.evaluation.protocol import EpisodeKey, PhysicalProtocol, digest, phrasing_of
 from blm.io import replacing
 from blm.jobs import Result
-from blm.tasks import TASKS, Env, TaskEnv
+from blm.tasks import TASKS, TaskEnv
+from blm.tasks.eef_env import control_of, env_class
 from blm.types import ContractError, FloatArray, ImageArray, Observation, Policy, decision_seed
 
 VIDEO_CAMERA, VIDEO_SIZE = "base", 240
@@ -50,7 +51,8 @@ class EpisodeWorker:
     def env(self, robot: str, task: str) -> TaskEnv:
         if self._env is None or (self._env.embodiment, self._env.task) != (robot, task):
             close(self._env)
-            world: type[TaskEnv] = Env
+            space = self.policy.contract.action_spaces[robot]
+            world: type[TaskEnv] = env_class(control_of(space, "the policy"))
             if self.protocol.simulator.startswith("maniskill"):
                 from blm.tasks.maniskill import ManiSkillEnv
 
@@ -187,10 +189,10 @@ def drive(
     variation's noise. Only the images that the policy sees are rendered: rendering costs more than
     physics.
     """
-    executor = ChunkExecutor(protocol.execute, hold=env.state())
+    executor = ChunkExecutor(protocol.execute, hold=env.resting_action())
     history = ObservationHistory(policy.contract)
     dynamics = env.variation.dynamics
-    held = env.state()
+    held = env.resting_action()
     while True:
         if executor.decision_due:
             with clock.timing("rendering"):

@@ -14,7 +14,8 @@ import numpy as np
 
 from blm.robots import ROBOTS
 from blm.tasks import TaskEnv
-from blm.types import ActionChunk, BlmError, Episode, FloatArray, Observation, PolicyContract
+from blm.tasks.eef_env import CONTROLS, space_of
+from blm.types import ActionChunk, ActionSpace, BlmError, Episode, FloatArray, Observation, PolicyContract
 
 REACH_RAD = 0.2
 """Maximum distance of a random target from the current joint position [rad]."""
@@ -67,9 +68,9 @@ class ReplayPolicy:
         """`episodes` need no images. Their metric "random_start" marks random arm starts."""
         self._episodes = {(episode.robot, episode.task, episode.seed): episode for episode in episodes}
         recording = hashlib.sha256(b"".join(_executed_actions(episode).tobytes() for episode in episodes))
-        robots = dict.fromkeys(episode.robot for episode in episodes)
+        sizes = {episode.robot: episode.actions.shape[1] for episode in episodes}
         self.contract = PolicyContract(
-            action_spaces={name: ROBOTS[name].action_space for name in robots},
+            action_spaces={name: _space_of_size(name, size) for name, size in sizes.items()},
             cameras=(),
             image_size=112,
             horizon=REPLAY_CHUNK,
@@ -89,7 +90,7 @@ class ReplayPolicy:
         if episode is None:
             raise BlmError(f"no recorded episode '{name}'; take the protocol from the same episodes")
         env.reset(seed=seed, options={"arm": "random" if episode.metrics.get("random_start") else "home"})
-        gap = float(np.abs(env.state() - episode.states[0]).max())
+        gap = float(np.abs(env.resting_action() - episode.states[0]).max())
         if gap > SAME_STATE:
             raise BlmError(
                 f"episode '{name}' was recorded from another start (state differs by {gap:.2g}); the suite "
@@ -105,6 +106,14 @@ class ReplayPolicy:
         self._left = rest if len(rest) else chunk[-1:]
         actions = np.concatenate([chunk, np.repeat(chunk[-1:], missing, axis=0)])
         return ActionChunk(actions=actions, rate_hz=self.contract.rate_hz)
+
+
+def _space_of_size(robot: str, size: int) -> ActionSpace:
+    """Return the one of the suite's action spaces of a robot that has so many dimensions."""
+    spaces = {space_of(ROBOTS[robot], control).dim: space_of(ROBOTS[robot], control) for control in CONTROLS}
+    if size not in spaces:
+        raise BlmError(f"recorded actions of '{robot}' have {size} numbers; the suite's have {[*spaces]}")
+    return spaces[size]
 
 
 def _executed_actions(episode: Episode) -> FloatArray:

@@ -23,6 +23,7 @@ from blm.robots import ROBOTS
 from blm.serving.client import RemotePolicy
 from blm.serving.playground.suggestions import suggested_questions
 from blm.tasks import TASKS, Env
+from blm.tasks.eef_env import control_of, env_class
 from blm.types import BlmError, ImageArray, Observation, PolicyContract, decision_seed, lookup
 
 log = logging.getLogger(__name__)
@@ -179,7 +180,10 @@ class Rollout(threading.Thread):
             lookup("robot of this model", self.scene.robot, contract.action_spaces)
         cameras = contract.cameras if contract else CHAT_CAMERAS
         size = contract.image_size if contract else CHAT_IMAGE_SIZE
-        env = Env(
+        space = (
+            contract.action_spaces[self.scene.robot] if contract else ROBOTS[self.scene.robot].action_space
+        )
+        env = env_class(control_of(space, "the model"))(
             self.scene.robot, self.scene.task, cameras=cameras, image_size=size, terminate_on_success=False
         )
         with closing(env), ExitStack() as opened:
@@ -225,7 +229,7 @@ class Rollout(threading.Thread):
         contract = policy.contract
         period_s = 1 / float(np.clip(contract.rate_hz, 1, 100))
         self.state = "driving"
-        executor = ChunkExecutor(contract.execute, hold=env.state())
+        executor = ChunkExecutor(contract.execute, hold=env.resting_action())
         while True:
             if executor.decision_due:
                 observation = observe(env, contract, decision_seed(self.scene.seed, self._progress.step))
@@ -319,7 +323,7 @@ def observe(env: Env, contract: PolicyContract, seed: int) -> Observation:
     """Return the model's observation of the present state."""
     return Observation(
         images={camera: env.picture(camera, contract.image_size) for camera in contract.cameras},
-        state=env.state(),
+        state=env.resting_action(),
         instruction=env.task_description,
         robot=env.embodiment,
         seed=seed,
