@@ -103,7 +103,8 @@ def test_errors_of_sensors_are_those_of_the_joints() -> None:
 
 
 def test_gymnasium_makes_it_and_refuses_other_controls() -> None:
-    with closing(gymnasium.make("blm/PickCube-Panda-v0", control="eef", cameras=("base",), image_size=32)) as env:
+    settings = {"control": "eef", "cameras": ("base",), "image_size": 32}
+    with closing(gymnasium.make("blm/PickCube-Panda-v0", **settings)) as env:
         assert env.action_space.shape == (10,)
     with pytest.raises(BlmError, match="unknown control 'torque'"):
         make("panda", "push_cube", control="torque")  # type: ignore[arg-type]

@@ -692,11 +692,11 @@ class Numbered:
         self.asked += 1
         return ActionChunk(actions=np.tile(numbers[:, None], 8).astype(np.float32))
 
-    def state(self) -> np.ndarray:
+    def resting_action(self) -> np.ndarray:
         return np.full(8, -1.0, np.float32)
 
     def observation(self, seed: int, cameras: Sequence[str]) -> Observation:
-        return Observation(images={}, state=self.state(), instruction="", robot="panda", seed=seed)
+        return Observation(images={}, state=self.resting_action(), instruction="", robot="panda", seed=seed)
 
 
 @pytest.mark.parametrize(
