@@ -31,6 +31,7 @@ from blm.datasets.transforms import implausible_ranges
 from blm.io import DamagedError, PointerError, abandoned_paths, read_json
 from blm.robots import ROBOTS
 from blm.seeds import reserved_seeds_warning
+from blm.tasks.eef_env import control_of
 from blm.types import BlmError
 
 COLLECT_AGAIN = "run the same collect command again: it continues from there"
@@ -197,7 +198,7 @@ def _dataset_faults(folder: Path, mapping: DataMapping | None) -> Iterator[BlmEr
         yield from picture_faults(data, _with_progress)
     if "blm" in data.info and data.space.robot in ROBOTS:
         try:
-            ROBOTS[data.space.robot].action_space.require_same(data.space, f"dataset '{folder}'")
+            control_of(data.space, f"dataset '{folder}'")
         except BlmError as error:
             yield DamagedError(
                 str(error), "collect it again with this version, or use the version that wrote it"

@@ -9,6 +9,7 @@ import gymnasium
 import numpy as np
 import pytest
 
+from blm.app.doctor import _dataset
 from blm.datasets.lerobot import open_dataset
 from blm.evaluation import PhysicalProtocol, evaluate_physical
 from blm.evaluation.gymnasium_envs import make
@@ -129,6 +130,8 @@ def test_demonstrations_of_poses_drive_the_robot_again(tmp_path: Path) -> None:
         kinematics = EefKinematics(ROBOTS[robot])
         np.testing.assert_allclose(poses.actions, as_poses(kinematics, joints.actions), atol=1e-6)
         np.testing.assert_allclose(poses.states, as_poses(kinematics, joints.states), atol=1e-6)
+        (check,) = _dataset(tmp_path / "poses" / robot)
+        assert "dataset: good" in check.found
         episodes += [poses.episode(i, cameras=()) for i in range(poses.num_episodes)]
     ready = ReadyPolicy(lambda: ReplayPolicy(episodes))
     protocol = PhysicalProtocol.for_replay(ready.contract, episodes)
