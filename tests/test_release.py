@@ -77,6 +77,12 @@ def test_a_local_checkpoint_takes_precedence_over_a_release(
     assert checkpoint_folder("blm-nano") == Path("blm-nano") and checkpoint_folder("other") == Path("other")
 
 
+def test_a_name_with_a_number_is_the_same_model(nano: Backbone, policy: CheckpointPolicy) -> None:
+    assert checkpoint_folder("blm-nano-1") == NANO
+    assert Backbone.load("blm-nano-1").fingerprint() == nano.fingerprint()
+    assert CheckpointPolicy.load("blm-nano-1").contract.revision == policy.contract.revision
+
+
 def test_it_pushes_on_every_robot(policy: CheckpointPolicy, tmp_path: Path) -> None:
     """On seeds for validation; suite24 keeps its own."""
     protocol = PhysicalProtocol.for_validation(policy.contract, tasks=["push_cube"], episodes=2)

@@ -272,6 +272,7 @@ def build_smol(
 BACKBONES: dict[str, str | Callable[[], Backbone]] = {
     "nano": build_nano,
     "blm-nano": str(RELEASED / "blm-nano/backbone"),
+    "blm-nano-1": str(RELEASED / "blm-nano/backbone"),
     "blm-nano-2": str(RELEASED / "blm-nano-2/backbone"),
     "smol": build_smol,
     "qwen2_5_vl_3b": "Qwen/Qwen2.5-VL-3B-Instruct",

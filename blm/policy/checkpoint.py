@@ -25,8 +25,9 @@ from blm.policy.card import model_card
 from blm.types import BlmError, PolicyContract
 
 FORMAT = 1
-RELEASES: dict[str, Path] = {"blm-nano": RELEASED / "blm-nano"}
-"""Name -> folder of the checkpoints that ship with the package."""
+RELEASES: dict[str, Path] = {"blm-nano": RELEASED / "blm-nano", "blm-nano-1": RELEASED / "blm-nano"}
+"""Name -> folder of the checkpoints that ship with the package. A name with a number stays that model
+when a name without one becomes its successor."""
 
 
 def checkpoint_folder(name_or_folder: str | Path) -> Path:
