@@ -54,7 +54,7 @@ CONVERSIONS = {
         DemonstrationSettings,
         CollectConfig,
         computed=frozenset({"first_seed"}),
-        defaults=frozenset({"simulator", "take_over"}),
+        defaults=frozenset({"simulator", "take_over", "actions"}),
         not_in_config=frozenset({"held_out_episodes"}),
     ),
     "corpus": Conversion(

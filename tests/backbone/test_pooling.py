@@ -15,7 +15,12 @@ from tests.support.backbones import picture, tiny_smolvlm
 from tests.support.families import FAMILIES
 from tests.support.smol import tiny_smol
 
-GRIDS: dict[str, Callable[[], Backbone]] = {**FAMILIES, "smolvlm": lambda: tiny_smolvlm("smolvlm")}
+NO_GRID = "LLaVA-OneVision"
+"""It puts a row break behind each picture."""
+GRIDS: dict[str, Callable[[], Backbone]] = {
+    **{family: make for family, make in FAMILIES.items() if family != NO_GRID},
+    "smolvlm": lambda: tiny_smolvlm("smolvlm"),
+}
 
 
 def prompts(side: int = 56) -> list:
@@ -60,6 +65,12 @@ def test_pooled_states_are_means_of_the_grids(family: str) -> None:
             assert length == int(whole.mask[row].sum()) - saved and saved > 0
     same = tap_pooled(backbone, backbone.read(prompts(), side="right"), 1, 1)
     assert torch.equal(same.hidden, whole.hidden) and torch.equal(same.mask, whole.mask)
+
+
+def test_a_picture_with_a_row_break_is_refused_by_name() -> None:
+    backbone = FAMILIES[NO_GRID]()
+    with pytest.raises(BlmError, match="34 tokens of 2 pictures, which are no squares; use pool 1"):
+        tap_pooled(backbone, backbone.read(prompts()[:1], side="right"), 1, 2)
 
 
 def test_text_tokens_stay_bit_for_bit() -> None:

@@ -121,7 +121,9 @@ class Processes:
         return gathered
 
     def leave(self) -> None:
-        """Destroy the process group, before the program ends."""
+        """Destroy the process group, before the program ends, when all processes have arrived here:
+        one that still uses the group must not lose it."""
+        self.wait()
         PartialState().destroy_process_group()
 
     def wait(self) -> None:

@@ -106,6 +106,7 @@ def work(out: Path) -> None:
             shutil.copytree(out / "cut", out / name)
     processes.wait_for_everyone()
     train(out / "cut", RUNS["fsdp2"])
+    processes.wait_for_everyone()
     processes.destroy_process_group()
 
 
