@@ -22,8 +22,16 @@ QUANTILES = (0.002, 0.998)
 """Quantiles of the training frames that map to -1 and 1: extremes without outliers (our choice)."""
 MIN_HALF_RANGE = 0.01
 """Minimum half range that maps to 1 [rad or opening]; it limits the noise of a joint at rest."""
-MIN_HALF_STEP = 1e-4
-"""The same for deltas, velocities and poses, whose ordinary values are far smaller."""
+LEAST_HALF_RANGE: Mapping[ActionKind, float] = {
+    "absolute_eef_position": 1e-3,
+    "delta_eef_position": 1e-3,
+    "delta_eef_rotation": 1e-3,
+    "delta_joint_position": 1e-3,
+    "other": 1e-4,
+}
+"""The same for kinds whose ordinary values are smaller [m, rad, ..]. A dimension that stands still in
+almost all training frames, such as the rotation of a tool that points down, has this half range: a
+smaller one would turn its rare motions into values of hundreds, which no training survives."""
 MOST_TURNS = 2.0
 """Maximum plausible joint position [turns]."""
 MOST_OPENING = 10.0
@@ -211,6 +219,5 @@ def _normalize(ranges: FloatArray, kinds: Sequence[ActionKind]) -> Normalize:
     low, high = ranges
     gripper = np.array([kind == "gripper" for kind in kinds], bool)
     low[..., gripper], high[..., gripper] = 0.0, 1.0
-    coarse = ("absolute_joint_position", "gripper", "unknown")
-    least = np.array([MIN_HALF_RANGE if kind in coarse else MIN_HALF_STEP for kind in kinds])
+    least = np.array([LEAST_HALF_RANGE.get(kind, MIN_HALF_RANGE) for kind in kinds])
     return Normalize(low, high, least if (least != MIN_HALF_RANGE).any() else MIN_HALF_RANGE)

@@ -13,7 +13,7 @@ from blm.datasets.transforms import (
     fit_transforms,
     implausible_ranges,
 )
-from blm.types import ActionSpace, BlmError, ContractError
+from blm.types import ActionKind, ActionSpace, BlmError, ContractError
 
 N, H, D = 200, 5, 4
 SPACE = ActionSpace(
@@ -162,3 +162,27 @@ def test_action_spaces_travel_with_their_kinds():
     assert SPACE.dimension_kinds == (*("absolute_joint_position",) * 3, "gripper")
     with pytest.raises(ContractError, match="per_dimension"):
         SPACE.require_same(MIXED, "there")
+
+
+@pytest.mark.parametrize("kind", ["absolute_eef_position", "absolute_eef_rotation", "delta_eef_rotation"])
+def test_a_rare_motion_of_a_dimension_that_stands_still_stays_small(kind: ActionKind) -> None:
+    """A tool that points down but in one frame of a thousand: 2 cm or 1 degree is no value of hundreds."""
+    frames, motion = 2000, {"absolute_eef_position": 0.02}.get(kind, 0.0175)
+    space = ActionSpace(
+        robot="other",
+        names=("still", "gripper"),
+        units=("m", "opening"),
+        low=(-np.inf, 0.0),
+        high=(np.inf, 1.0),
+        kind="per_dimension",
+        kinds=(kind, "gripper"),
+        rotation="matrix_6d",
+    )
+    states = np.zeros((frames, 2), np.float32)
+    chunks = np.zeros((frames, H, 2), np.float32)
+    states[::1000, 0] = chunks[::1000, :, 0] = motion
+    transforms = fit_transforms(space, states, chunks, np.ones((frames, H), bool), False)
+    assert np.abs(transforms.actions.forward(chunks, states)[..., 0]).max() <= 20
+    assert np.abs(transforms.state.forward(states)[..., 0]).max() <= 20
+    back = transforms.actions.inverse(transforms.actions.forward(chunks, states), states)
+    np.testing.assert_allclose(back, chunks, atol=1e-7)

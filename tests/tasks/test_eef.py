@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import closing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -17,11 +19,16 @@ from blm.evaluation.physical.ready_policy import ReadyPolicy
 from blm.evaluation.physical.reference_policies import ReplayPolicy
 from blm.planner.collect import CollectConfig, collect
 from blm.planner.verify import verify
+from blm.policy.policy import CheckpointPolicy
 from blm.robots import ROBOTS
 from blm.robots.eef import EefKinematics, eef_space, orthonormal
 from blm.tasks import EefEnv, Env
 from blm.tasks.eef_env import as_poses, control_of
 from blm.tasks.randomization import DomainRandomization
+from blm.training.loop.loop import LoopConfig
+from blm.training.policy.config import PolicyTrainingConfig
+from blm.training.policy.hidden_states import HiddenStateConfig
+from blm.training.policy.train import train_stage2
 from blm.types import BlmError, ContractError
 
 
@@ -104,7 +111,7 @@ def test_errors_of_sensors_are_those_of_the_joints() -> None:
 
 
 def test_gymnasium_makes_it_and_refuses_other_controls() -> None:
-    settings = {"control": "eef", "cameras": ("base",), "image_size": 32}
+    settings: dict[str, Any] = {"control": "eef", "cameras": ("base",), "image_size": 32}
     with closing(gymnasium.make("blm/PickCube-Panda-v0", **settings)) as env:
         assert env.action_space.shape == (10,)
     with pytest.raises(BlmError, match="unknown control 'torque'"):
@@ -113,7 +120,7 @@ def test_gymnasium_makes_it_and_refuses_other_controls() -> None:
 
 def test_demonstrations_of_poses_drive_the_robot_again(tmp_path: Path) -> None:
     """The same episodes as with joint targets, and their replay through inverse kinematics succeeds."""
-    common = {
+    common: dict[str, Any] = {
         "robots": ("panda", "widowxai"),
         "tasks": ("push_cube", "pick_cube", "lift_peg_upright"),
         "episodes": 2,
@@ -121,8 +128,8 @@ def test_demonstrations_of_poses_drive_the_robot_again(tmp_path: Path) -> None:
         "workers": 0,
         "randomization": DomainRandomization(),
     }
-    collect(CollectConfig(**common, actions="eef"), tmp_path / "poses")  # type: ignore[arg-type]
-    collect(CollectConfig(**common), tmp_path / "joints")  # type: ignore[arg-type]
+    collect(CollectConfig(**common, actions="eef"), tmp_path / "poses")
+    collect(CollectConfig(**common), tmp_path / "joints")
     episodes = []
     for robot in common["robots"]:
         poses, joints = (open_dataset(tmp_path / name / robot) for name in ("poses", "joints"))
@@ -139,3 +146,27 @@ def test_demonstrations_of_poses_drive_the_robot_again(tmp_path: Path) -> None:
     assert sum(episode.success_once for episode in result.episodes) >= len(episodes) - 1
     with pytest.raises(BlmError, match=r"poses of the tool.*not get the same joint targets"):
         verify(tmp_path / "poses", workers=0)
+
+
+@pytest.mark.slow
+def test_a_policy_of_poses_is_trained_and_drives_by_the_same_commands(tmp_path: Path) -> None:
+    config = CollectConfig(
+        robots=("panda",), tasks=("push_cube",), episodes=2, cameras=("base",), workers=0, actions="eef"
+    )
+    collect(config, tmp_path / "poses")
+    training = PolicyTrainingConfig(
+        datasets=(tmp_path / "poses/panda",),
+        backbone="blm-nano",
+        intents=HiddenStateConfig(layer=1, cameras=("base",), workers=0, stride=4),
+        loop=LoopConfig(steps=2, batch_size=4),
+        cache=tmp_path / "cache",
+    )
+    checkpoint = train_stage2(training, tmp_path / "run", {})
+    ready = ReadyPolicy(partial(CheckpointPolicy.load, checkpoint))
+    assert control_of(ready.contract.action_spaces["panda"], "the policy") == "eef"
+    protocol = PhysicalProtocol.named(
+        "suite24", ready.contract, robots=("panda",), tasks=("push_cube",), episodes=1
+    )
+    result = evaluate_physical(ready, protocol, tmp_path / "result", workers=0, videos_per_cell=0)
+    (episode,) = result.episodes
+    assert episode.steps == 200 or episode.success_once
