@@ -5,7 +5,8 @@
 Both drive the same scenes of suite24 with the same seeds: `episodes` for each robot and task, so
 24 times as many in all (50 are the 1,200 of the suite). The gate: the lower bound of the paired
 difference in success (exported minus torch, 95 %) is at or above -3 points. A precision that fails
-it is not offered. Run the same command again to resume.
+it is not offered. Run the same command again to resume; several exports of one checkpoint share the
+result of torch in the same `--out`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def main(
         if robots:
             changes["robots"] = robots
         protocol = PhysicalProtocol.named("suite24", ready.contract, **changes)
-        results[name] = evaluate_physical(ready, protocol, out / name, workers=workers, videos_per_cell=0)
+        folder = out / (exported.name if name == "exported" else name)
+        results[name] = evaluate_physical(ready, protocol, folder, workers=workers, videos_per_cell=0)
     found = compare(results["exported"], results["torch"])
     passed = found.low >= MARGIN
     print(
