@@ -11,13 +11,13 @@ import os
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
 from math import floor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL.Image
@@ -296,22 +296,31 @@ class _Video:
                     yield frame
 
 
+@contextmanager
+def _opened_video(file: Path) -> Iterator[tuple[Any, Any]]:
+    """Open a video: its container and its first stream of pictures. Raises BlmError for a file that is
+    not a readable video."""
+    import av
+
+    try:
+        with av.open(str(file)) as container:
+            yield container, container.streams.video[0]
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise BlmError(f"cannot read video {file}: {error}") from error
+
+
 @lru_cache(4096)
 def video_seconds(file: Path) -> float:
     """Return the length of a video [s]. Raises BlmError for a file that is not a readable video."""
     import av
 
-    try:
-        with av.open(str(file)) as container:
-            stream = container.streams.video[0]
-            if stream.duration is not None and stream.time_base is not None:
-                return float(stream.duration * stream.time_base)
-            seconds = float(container.duration or 0) / av.time_base
-            if "matroska" in container.format.name and stream.start_time and stream.time_base:
-                seconds -= float(stream.start_time * stream.time_base)  # its header counts from 0 s
-            return seconds
-    except (av.FFmpegError, OSError, IndexError) as error:
-        raise BlmError(f"cannot read video {file}: {error}") from error
+    with _opened_video(file) as (container, stream):
+        if stream.duration is not None and stream.time_base is not None:
+            return float(stream.duration * stream.time_base)
+        seconds = float(container.duration or 0) / av.time_base
+        if "matroska" in container.format.name and stream.start_time and stream.time_base:
+            seconds -= float(stream.start_time * stream.time_base)  # its header counts from 0 s
+        return seconds
 
 
 def video_size(file: Path) -> tuple[int, int]:
@@ -319,28 +328,18 @@ def video_size(file: Path) -> tuple[int, int]:
 
     Raises BlmError for a file that is not a readable video.
     """
-    import av
-
-    try:
-        with av.open(str(file)) as container:
-            return container.streams.video[0].height, container.streams.video[0].width
-    except (av.FFmpegError, OSError, IndexError) as error:
-        raise BlmError(f"cannot read video {file}: {error}") from error
+    with _opened_video(file) as (_, stream):
+        return stream.height, stream.width
 
 
+@lru_cache(4096)
 def video_frames(file: Path) -> int:
     """Return the number of frames of a video: that of its header, else of its packets.
 
     Raises BlmError for a file that is not a readable video.
     """
-    import av
-
-    try:
-        with av.open(str(file)) as container:
-            stream = container.streams.video[0]
-            return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-    except (av.FFmpegError, OSError, IndexError) as error:
-        raise BlmError(f"cannot read video {file}: {error}") from error
+    with _opened_video(file) as (container, stream):
+        return stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
 
 
 def frame_references(path: str, root: Path, count: int) -> list[str]:

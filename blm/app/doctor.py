@@ -198,7 +198,7 @@ def _dataset_faults(folder: Path, mapping: DataMapping | None) -> Iterator[BlmEr
         yield from picture_faults(data, _with_progress)
     if "blm" in data.info and data.space.robot in ROBOTS:
         try:
-            control_of(data.space, f"dataset '{folder}'")
+            control_of(data.space.robot, data.space, f"dataset '{folder}'")
         except BlmError as error:
             yield DamagedError(
                 str(error), "collect it again with this version, or use the version that wrote it"

@@ -274,8 +274,9 @@ class ShowTable(CliCommand):
         found = [_labelled(entry) for entry in self.results]
         if self.out and self.out.suffix not in (".md", ".html"):
             raise BlmError(f"'{self.out}': tables are written as .md or .html")
-        show_tables([(entry.label, entry.result) for entry in found])
-        _show_gaps([(entry.label, entry.result) for entry in found])
+        results = [(entry.label, entry.result) for entry in found]
+        show_tables(results)
+        _show_gaps(results)
         for entry in found:
             console.print(f"\n[bold]{escape(entry.label)}[/bold]")
             print_result(entry.result)

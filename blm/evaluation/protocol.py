@@ -247,7 +247,11 @@ class PhysicalProtocol:
         """Raise ContractError, which prints both sides, unless the protocol fits the contract."""
         for robot in self.robots:
             space = lookup("robot of this policy", robot, contract.action_spaces)
-            control_of(space, "the policy")
+            if control_of(robot, space, "the policy") == "eef" and self.simulator.startswith("maniskill"):
+                raise ContractError(
+                    "ManiSkill executes joint targets only, and the policy's actions are poses of the tool: "
+                    "use the simulator mujoco"
+                )
         ours, theirs = ({name: getattr(side, name) for name in _FROM_CONTRACT} for side in (self, contract))
         require_equal(ours, theirs, "protocol and policy differ", "in the policy")
 

@@ -56,13 +56,13 @@ def as_poses(kinematics: EefKinematics, states: FloatArray) -> NDArray[np.float3
     return np.concatenate((kinematics.poses(states[:, :-1]), states[:, -1:]), axis=1).astype(np.float32)
 
 
-def control_of(space: ActionSpace, where: str) -> Control:
+def control_of(robot: str, space: ActionSpace, where: str) -> Control:
     """Return what the actions of a space are. Raises ContractError, with both sides, unless it is one
-    of the suite's two for its robot."""
-    robot = lookup("robot", space.robot, ROBOTS)
-    if space == eef_space(robot):
+    of the suite's two for this robot."""
+    spec = lookup("robot", robot, ROBOTS)
+    if space == eef_space(spec):
         return "eef"
-    robot.action_space.require_same(space, where)
+    spec.action_space.require_same(space, where)
     return "joint"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from blm.training.loop.loop import LoopConfig
 from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
 from blm.training.policy.train import train_stage2
-from blm.types import BlmError, ContractError
+from blm.types import BlmError, ContractError, PolicyContract
 
 
 @pytest.fixture(params=ROBOTS)
@@ -133,7 +134,7 @@ def test_demonstrations_of_poses_drive_the_robot_again(tmp_path: Path) -> None:
     episodes = []
     for robot in common["robots"]:
         poses, joints = (open_dataset(tmp_path / name / robot) for name in ("poses", "joints"))
-        assert poses.space == eef_space(ROBOTS[robot]) and control_of(poses.space, "the data") == "eef"
+        assert poses.space == eef_space(ROBOTS[robot]) and control_of(robot, poses.space, "the data") == "eef"
         kinematics = EefKinematics(ROBOTS[robot])
         np.testing.assert_allclose(poses.actions, as_poses(kinematics, joints.actions), atol=1e-6)
         np.testing.assert_allclose(poses.states, as_poses(kinematics, joints.states), atol=1e-6)
@@ -163,10 +164,27 @@ def test_a_policy_of_poses_is_trained_and_drives_by_the_same_commands(tmp_path: 
     )
     checkpoint = train_stage2(training, tmp_path / "run", {})
     ready = ReadyPolicy(partial(CheckpointPolicy.load, checkpoint))
-    assert control_of(ready.contract.action_spaces["panda"], "the policy") == "eef"
+    assert control_of("panda", ready.contract.action_spaces["panda"], "the policy") == "eef"
     protocol = PhysicalProtocol.named(
         "suite24", ready.contract, robots=("panda",), tasks=("push_cube",), episodes=1
     )
     result = evaluate_physical(ready, protocol, tmp_path / "result", workers=0, videos_per_cell=0)
     (episode,) = result.episodes
     assert episode.steps == 200 or episode.success_once
+
+
+def test_a_space_of_another_robot_and_poses_in_maniskill_are_refused() -> None:
+    with pytest.raises(ContractError, match="action spaces of 'panda' differ"):
+        control_of("panda", eef_space(ROBOTS["xarm6"]), "the policy")
+    contract = PolicyContract(
+        action_spaces={"panda": eef_space(ROBOTS["panda"])},
+        cameras=("base",),
+        image_size=112,
+        horizon=16,
+        execute=8,
+        revision="r",
+    )
+    protocol = PhysicalProtocol.named("suite24", contract, robots=("panda",), episodes=1)
+    protocol.require_fits(contract)
+    with pytest.raises(ContractError, match="ManiSkill executes joint targets only"):
+        replace(protocol, simulator="maniskill 3.0.1").require_fits(contract)

@@ -10,32 +10,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from blm.evaluation.digital import BENCHMARKS
 from blm.evaluation.digital.benchmarks import published
-from blm.evaluation.digital.benchmarks.agibot import AGIBOT
 from blm.evaluation.digital.benchmarks.benchmark import Benchmark
-from blm.evaluation.digital.benchmarks.egothink import EGOTHINK
-from blm.evaluation.digital.benchmarks.holoassist import HOLOASSIST
-from blm.evaluation.digital.benchmarks.robofail import ROBOFAIL
-from blm.evaluation.digital.benchmarks.robovqa import ROBOVQA
-from blm.evaluation.digital.benchmarks.sharerobot import SHAREROBOT
 from blm.evaluation.digital.judge import MatchJudge
 from blm.evaluation.digital.result import DigitalResult
 
 Part = Literal["data", "split", "judge", "prompt", "model family"]
 
 COLUMNS: Mapping[str, tuple[Benchmark, int]] = {
-    "robovqa": (ROBOVQA, 110),
-    "agibot": (AGIBOT, 100),
-    "holoassist": (HOLOASSIST, 100),
-    "robofail": (ROBOFAIL, 100),
-    "egothink": (EGOTHINK, 700),
-    "sharerobot": (SHAREROBOT, 4100),
+    name: (BENCHMARKS[name], count) for name, count in zip(published.SIX, published.COUNTS, strict=True)
 }
-"""Column of the paper's table -> benchmark and number of questions.
-
-The number for ShareRobot is inferred: every published value fits 410 questions of each kind.
-"""
-JUDGED = ("egothink", "sharerobot")
+"""Column of the paper's table -> benchmark and number of questions."""
+JUDGED = published.SIX[published.EXACT :]
 PAPER_JUDGE = "gpt-4o"
 """The judge that EgoThink's authors use; the paper does not name the version of its own."""
 

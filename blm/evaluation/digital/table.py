@@ -71,7 +71,9 @@ def paper_tables(results: Sequence[tuple[str, DigitalResult]]) -> list[PaperTabl
         for label, of in by_model.items()
         if {*of} & {*published.SIX}
     }
-    tables = [_table("Digital space", published.SIX, six, published.DIGITAL, (110, 100, 100, 100))]
+    tables = [
+        _table("Digital space", published.SIX, six, published.DIGITAL, published.COUNTS[: published.EXACT])
+    ]
     for name, title, kinds, known in (
         ("egothink", "EgoThink", published.EGOTHINK_KINDS, published.EGOTHINK),
         ("sharerobot", "ShareRobot", published.SHAREROBOT_KINDS, published.SHAREROBOT),

@@ -52,7 +52,7 @@ class EpisodeWorker:
         if self._env is None or (self._env.embodiment, self._env.task) != (robot, task):
             close(self._env)
             space = self.policy.contract.action_spaces[robot]
-            world: type[TaskEnv] = env_class(control_of(space, "the policy"))
+            world: type[TaskEnv] = env_class(control_of(robot, space, "the policy"))
             if self.protocol.simulator.startswith("maniskill"):
                 from blm.tasks.maniskill import ManiSkillEnv
 

@@ -110,7 +110,8 @@ class ReplayPolicy:
 
 def _space_of_size(robot: str, size: int) -> ActionSpace:
     """Return the one of the suite's action spaces of a robot that has so many dimensions."""
-    spaces = {space_of(ROBOTS[robot], control).dim: space_of(ROBOTS[robot], control) for control in CONTROLS}
+    both = (space_of(ROBOTS[robot], control) for control in CONTROLS)
+    spaces = {space.dim: space for space in both}
     if size not in spaces:
         raise BlmError(f"recorded actions of '{robot}' have {size} numbers; the suite's have {[*spaces]}")
     return spaces[size]

@@ -183,7 +183,7 @@ class Rollout(threading.Thread):
         space = (
             contract.action_spaces[self.scene.robot] if contract else ROBOTS[self.scene.robot].action_space
         )
-        env = env_class(control_of(space, "the model"))(
+        env = env_class(control_of(self.scene.robot, space, "the model"))(
             self.scene.robot, self.scene.task, cameras=cameras, image_size=size, terminate_on_success=False
         )
         with closing(env), ExitStack() as opened:
