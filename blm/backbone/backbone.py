@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 
+from blm.backbone.compact import copy_compact, expand, is_compact, read_facts
 from blm.backbone.families import require_family, require_rendered_order, seen_size
 from blm.backbone.generation.generator import Generation
 from blm.backbone.model import MultimodalModel
@@ -49,6 +50,8 @@ class Backbone(MultimodalModel):
     """Attention implementation that `load` was asked for; None: the model's default."""
     stored_dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
     """Precision of the tensors in the folder that was loaded, by name."""
+    compact: Path | None = None
+    """The compact folder (`compact.py`) from which the backbone was loaded, if it was."""
 
     @property
     def training(self) -> Training:
@@ -187,6 +190,7 @@ class Backbone(MultimodalModel):
             backbone = cls(model, processor)
             backbone.stored_dtypes = stored
             backbone.absent = absent
+            backbone.compact = _compact_folder(name_or_folder)
         else:
             backbone = source()
             if blocks is not None:
@@ -230,9 +234,13 @@ class Backbone(MultimodalModel):
         save_folder(folder, self.write_into)
 
     def write_into(self, folder: Path) -> None:
-        """Write the stock transformers files into an existing folder. Raises BlmError for a
-        backbone of which only a part is loaded."""
+        """Write the stock transformers files into an existing folder, or those of the compact folder
+        that was loaded if no weight has changed. Raises BlmError for a backbone of which only a part
+        is loaded."""
         self.require_whole()
+        if self.compact is not None and read_facts(self.compact).weights == self.fingerprint():
+            copy_compact(self.compact, folder)
+            return
         save_model(self.model, folder, self.stored_dtypes)
         self.processor.save_pretrained(folder)
 
@@ -301,10 +309,28 @@ def is_hub_id(name: str) -> bool:
 def _source(name_or_folder: str | Path) -> str | Callable[[], Backbone]:
     """Return a folder or hub id to load from, or a builder. Raises UnknownNameError for other
     names."""
+    if (folder := _compact_folder(name_or_folder)) is not None:
+        return str(expand(folder, load_base))
     name = str(name_or_folder)
     if recover_folder(Path(name_or_folder)).is_dir() or (name not in BACKBONES and is_hub_id(name)):
         return name
     return lookup("backbone", name, BACKBONES)
+
+
+def _compact_folder(name_or_folder: str | Path) -> Path | None:
+    """Return the folder of a compact backbone, or None if it is another backbone."""
+    known = BACKBONES.get(str(name_or_folder))
+    places = [Path(name_or_folder), *([Path(known)] if isinstance(known, str) else [])]
+    folder = next((place for place in places if recover_folder(place).is_dir()), None)
+    return folder if folder is not None and is_compact(folder) else None
+
+
+def load_base(name: str, config: Any) -> tuple[PreTrainedModel, Any]:
+    """Return the base model of a compact backbone with this config, and its processor."""
+    if name == "smol":
+        return make_smol(config.vision_config.image_size)
+    base = Backbone.load(name)
+    return base.model, base.processor
 
 
 @contextmanager

@@ -92,6 +92,9 @@ COMMANDS: dict[str, Command] = {
     "export vllm": Command(
         "export a checkpoint's backbone as a folder that vLLM serves", "export:ExportVllm"
     ),
+    "export compact": Command(
+        "export a fine-tuned backbone as changes to its base model", "export:ExportCompact"
+    ),
     "export lerobot": Command(
         "export a dataset with its card, for LeRobot and model hubs", "export:ExportDataset"
     ),

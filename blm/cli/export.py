@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 from rich.console import Console
@@ -58,6 +58,42 @@ class ExportVllm(ExportCommand):
         serve = export_vllm(self.source, self.out, images=self.images, context=self.context)
         console.print(f"plain transformers computes the same logits from {self.out}", soft_wrap=True)
         console.print(serve, soft_wrap=True, highlight=False, markup=False)
+        self.upload(self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCompact(ExportCommand):
+    """Export the backbone of a Stage I with LoRA as changes to its base model, a tenth of its size.
+
+    Loading it needs the base model, and writes the whole backbone to the user's cache folder once.
+
+    Example: blm export compact runs/smol/stage1 smol-backbone
+    """
+
+    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Folder of the run of Stage I, with `backbone` and `adapter`."""
+    out: OutFolder
+    """Folder to write."""
+    base: str = "smol"
+    """Backbone from which the first run started: a name, or an id of the Hugging Face hub."""
+    earlier: tuple[Path, ...] = ()
+    """Folders of the earlier runs, if this run started from the backbone of another one."""
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    """Precision of the changes."""
+
+    def run(self, command_line: Sequence[str]) -> None:
+        import torch
+
+        from blm.app.compact import export_compact
+
+        report = export_compact(
+            self.source, self.out, base=self.base, earlier=self.earlier, dtype=getattr(torch, self.dtype)
+        )
+        console.print(
+            f"exported: {self.out} ({report.size / 1e6:.1f} MB); its logits differ from those of the run by "
+            f"at most {report.difference:.2g} (largest logit {report.largest:.2g})",
+            soft_wrap=True,
+        )
         self.upload(self.out)
 
 

@@ -15,11 +15,13 @@ from typing import Any
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from blm.backbone import Backbone
 from blm.backbone.four_bit import dequantized, is_quantized, quantize, restore
 from blm.backbone.saving import save_folder
+from blm.io import read_json
 from blm.training.sft.parameter_groups import projector_names
 from blm.types import BlmError, require_numbers
 
@@ -114,6 +116,27 @@ def merge_adapters(backbone: Backbone, adapted: peft.PeftModel, folder: Path | N
     merged: Any = adapted.unload()
     assert merged is backbone.model
     restore(backbone)
+
+
+def read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return B [out, r] and A [r, in] of every adapted weight, by its name in the backbone's model.
+
+    `folder` is that of `merge_adapters`; B contains the scale. Raises BlmError for other folders.
+    """
+    files = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise BlmError(f"'{folder}' has no {missing[0]}: it is not the adapter folder of a Stage I with LoRA")
+    config, tensors = read_json(files[0]), load_file(files[1])
+    scale = config["lora_alpha"] / config["r"]
+    ends = {end: f".lora_{end}.weight" for end in "AB"}
+    names = [name.removesuffix(ends["A"]) for name in tensors if name.endswith(ends["A"])]
+    return {
+        f"{name.removeprefix('base_model.model.')}.weight": (
+            scale * tensors[name + ends["B"]].float(),
+            tensors[name + ends["A"]].float(),
+        )
+        for name in names
+    }
 
 
 def _merge_quantized(layer: Any) -> None:
