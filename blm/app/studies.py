@@ -94,6 +94,10 @@ STUDIES: dict[str, tuple[Variant, ...]] = {
         Variant("Diffusion Policy, per robot", policy="diffusion policy", models="robot"),
         Variant("Diffusion Policy, per robot and task", policy="diffusion policy", models="cell"),
     ),
+    "head": (
+        Variant("diffusion transformer, flow matching"),
+        Variant("U-Net, diffusion", {"stage2.policy.head": "unet", "stage2.policy.sampler_steps": 16}),
+    ),
     "future": _values("lambda {}", "stage2.policy.future_weight", (0.2, 0.0)),
     "backbone": (Variant("after Stage I"), Variant("untrained", backbone="untrained")),
     "layer": _values("layer {}", "stage2.layer", (3, 1, 2, 4)),

@@ -32,6 +32,7 @@ from blm.policy.checkpoint import (
 from blm.policy.codec import pad_dims
 from blm.policy.flow import seeded_noise
 from blm.policy.network import ActionBatch, PolicyConfig
+from blm.policy.unet import noise_scheduler
 from blm.training.loop.batches import Microbatch
 from blm.training.loop.distributed import DataShard
 from blm.training.loop.ema import Ema
@@ -82,23 +83,6 @@ class BaselineConfig:
             raise BlmError(f"execute {self.execute} must lie in 1..horizon = {self.actions.horizon}")
 
 
-def scheduler(config: DiffusionConfig) -> Any:
-    """Return the noise scheduler. Raises BlmError if `diffusers` is not installed."""
-    try:
-        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-    except ImportError as error:
-        raise BlmError(
-            "the Diffusion Policy baseline needs diffusers: pip install 'blm[baselines]'"
-        ) from error
-    return DDIMScheduler(
-        num_train_timesteps=config.train_steps,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="epsilon",
-        clip_sample=True,
-        clip_sample_range=1.5,  # actions are normalised to about -1 .. 1, outliers beyond
-    )
-
-
 @dataclass(frozen=True)
 class Batch:
     """A training batch of one process."""
@@ -121,7 +105,7 @@ class DiffusionPolicy:
     ) -> None:
         self.network, self.transforms = network.eval().requires_grad_(False), dict(transforms)
         self.contract = with_hashes(contract, network, self.transforms)
-        self.scheduler = scheduler(network.config)
+        self.scheduler = noise_scheduler(network.config.train_steps)
 
     @property
     def device(self) -> str:
@@ -211,7 +195,7 @@ def train_baseline(config: BaselineConfig, out: Path, provenance: Mapping[str, A
     """
     datasets = open_mapped(config.datasets, config.mappings)
     contract = joint_contract(datasets, config.actions, cameras=config.cameras, execute=config.execute)
-    noise_scheduler = scheduler(config.network)
+    schedule = noise_scheduler(config.network.train_steps)
     names = list(contract.action_spaces)
     opened = split(
         datasets,
@@ -241,7 +225,7 @@ def train_baseline(config: BaselineConfig, out: Path, provenance: Mapping[str, A
     def loss(batch: Batch) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         v = batch.vectors
         actions, noise, real = v.actions * v.real, v.noise * v.real, v.real
-        noisy = noise_scheduler.add_noise(actions, noise, batch.steps) * real
+        noisy = schedule.add_noise(actions, noise, batch.steps) * real
         condition = network.encode_condition(
             [pixels(p) for p in batch.pictures], v.state, batch.words, v.embodiment
         )

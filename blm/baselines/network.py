@@ -1,7 +1,7 @@
 """The convolutional networks of Diffusion Policy (Chi et al., RSS 2023, arXiv 2303.04137).
 
 An image encoder for each camera, trained end to end: residual blocks with group norm, then a
-spatial softmax. The denoiser is a U-Net over the action steps, conditioned by FiLM. Differences
+spatial softmax. The denoiser is a U-Net over the action steps (`blm.policy.unet`). Differences
 from the paper: a smaller encoder than ResNet-18, for images of 112 px; and, for several robots and
 tasks, an embedding of the robot and a bag of words of the instruction.
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from blm.policy.dit import sinusoid
+from blm.policy.unet import UNet
 from blm.types import BlmError, require_numbers
 
 
@@ -89,57 +89,6 @@ class ImageEncoder(nn.Module):
         weights = maps.flatten(2).softmax(-1).unflatten(-1, maps.shape[2:])
         rows, columns = (torch.linspace(-1, 1, n, device=maps.device) for n in maps.shape[2:])
         return torch.cat([(weights.sum(3) * rows).sum(-1), (weights.sum(2) * columns).sum(-1)], dim=-1)
-
-
-class FilmBlock(nn.Module):
-    """Two convolutions over action steps; the condition scales and shifts activations (FiLM)."""
-
-    def __init__(self, inputs: int, outputs: int, condition: int) -> None:
-        super().__init__()
-        self.first = nn.Sequential(
-            nn.Conv1d(inputs, outputs, 5, padding=2), nn.GroupNorm(8, outputs), nn.Mish()
-        )
-        self.second = nn.Sequential(
-            nn.Conv1d(outputs, outputs, 5, padding=2), nn.GroupNorm(8, outputs), nn.Mish()
-        )
-        self.film = nn.Linear(condition, 2 * outputs)
-        self.skip = nn.Conv1d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
-
-    def forward(self, x_BCH: Tensor, condition_Bc: Tensor) -> Tensor:
-        scale, shift = self.film(F.mish(condition_Bc))[..., None].chunk(2, dim=1)
-        made = self.second(self.first(x_BCH) * (1 + scale) + shift)
-        return made + self.skip(x_BCH)
-
-
-class UNet(nn.Module):
-    """Denoiser: noisy actions [B, H, D], steps [B], condition [B, c] -> noise [B, H, D]."""
-
-    def __init__(self, dim: int, widths: Sequence[int], condition: int) -> None:
-        super().__init__()
-        self.step = nn.Sequential(nn.Linear(128, 256), nn.Mish(), nn.Linear(256, 128))
-        condition += 128
-        downs = zip((dim, *widths[:-1]), widths, strict=True)
-        ups = zip(widths[::-1][1:], widths[::-1][:-1], strict=True)
-        self.downs = nn.ModuleList(FilmBlock(a, b, condition) for a, b in downs)
-        self.shrink = nn.ModuleList(nn.Conv1d(width, width, 3, 2, 1) for width in widths[:-1])
-        self.middle = FilmBlock(widths[-1], widths[-1], condition)
-        self.grow = nn.ModuleList(nn.ConvTranspose1d(w, w, 4, 2, 1) for w in widths[:0:-1])
-        self.ups = nn.ModuleList(FilmBlock(a + b, a, condition) for a, b in ups)
-        self.out = nn.Sequential(
-            nn.Conv1d(widths[0], widths[0], 5, padding=2), nn.Mish(), nn.Conv1d(widths[0], dim, 1)
-        )
-
-    def forward(self, noisy_BHD: Tensor, step_B: Tensor, condition_Bc: Tensor) -> Tensor:
-        time_Bc = self.step(sinusoid(step_B / 1000, 128))
-        condition_Bc = torch.cat([time_Bc, condition_Bc], dim=-1)
-        x, kept = noisy_BHD.transpose(1, 2), list[Tensor]()
-        for level, block in enumerate(self.downs):
-            x = block(x if level == 0 else self.shrink[level - 1](kept[-1]), condition_Bc)
-            kept.append(x)
-        x = self.middle(x, condition_Bc)
-        for grow, block, before in zip(self.grow, self.ups, kept[-2::-1], strict=True):
-            x = block(torch.cat([grow(x), before], dim=1), condition_Bc)
-        return self.out(x).transpose(1, 2)
 
 
 class DiffusionNetwork(nn.Module):

@@ -34,6 +34,11 @@ def sample_time(count: int, generator: torch.Generator) -> Tensor:
     return ((NOISE_SCALE - u) / NOISE_SCALE).clamp(min=0.0)
 
 
+def time_quantile(tau: Tensor) -> Tensor:
+    """Return U in [0, 1] of which `sample_time` made these flow times; it is uniform."""
+    return (NOISE_SCALE * (1 - tau)) ** BETA_SHAPE
+
+
 def interpolate(actions: Tensor, noise: Tensor, tau_B: Tensor) -> Tensor:
     """Return A^tau for actions and noise of one shape [B, ...]."""
     tau = tau_B.view(-1, *[1] * (actions.ndim - 1))

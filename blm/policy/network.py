@@ -15,8 +15,8 @@ intent tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,12 @@ class PolicyConfig:
 
     bridge: BridgeConfig = field(default_factory=BridgeConfig)
     """Size of the bridge."""
+    head: Literal["dit", "unet"] = "dit"
+    """What denoises chunks: our diffusion transformer with flow matching, or for comparison the U-Net
+    of Diffusion Policy with DDPM noise (16 sampler_steps are usual), without future tokens."""
+    unet_widths: tuple[int, ...] = (64, 128, 192)
+    """Number of channels at each level of that U-Net; Diffusion Policy uses 256 512 1024.
+    Each level but the last halves the number of action steps."""
     width: int = 128
     """Width w of the diffusion transformer; a multiple of 2 * heads."""
     blocks: int = 4
@@ -74,10 +80,26 @@ class PolicyConfig:
         require_numbers(self, dropout=(0, 0.99), state_noise=(0, 100))
         if self.width % (2 * self.heads):
             raise BlmError(f"policy width {self.width} must be a multiple of 2 * heads = {2 * self.heads}")
+        if self.head == "unet":
+            shortest = 2 ** (len(self.unet_widths) - 1)
+            if (
+                not self.unet_widths
+                or any(w < 8 or w % 8 for w in self.unet_widths)
+                or self.horizon % shortest
+            ):
+                raise BlmError(
+                    f"unet_widths {self.unet_widths} must be multiples of 8, and horizon {self.horizon} one "
+                    f"of {shortest}: each level but the last halves the number of action steps"
+                )
         if not 1 <= self.future_layer <= self.blocks:
             raise BlmError(f"future_layer {self.future_layer} must lie in 1..blocks = {self.blocks}")
         if not 0 <= self.ema < 1 or min(self.horizon, self.sampler_steps) < 1:
             raise BlmError(f"policy: need ema in [0, 1) and positive horizon and sampler_steps: {self}")
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the result depends on, in the form of runs that knew one head only."""
+        own = () if self.head == "unet" else ("head", "unet_widths")
+        return {name: value for name, value in asdict(self).items() if name not in own}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ from blm.policy.frozen import FrozenProof
 from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.policy.tap import TapConfig
 from blm.policy.tuning import TuningRecord
+from blm.policy.unet import make_network
 from blm.types import ActionChunk, BlmError, FloatArray, ImageArray, Observation, PolicyContract
 
 
@@ -74,6 +75,8 @@ class CheckpointConfig:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> CheckpointConfig:
         policy = {**value["policy"], "bridge": BridgeConfig(**value["policy"]["bridge"])}
+        if "unet_widths" in policy:
+            policy["unet_widths"] = tuple(policy["unet_widths"])
         return cls(
             policy=PolicyConfig(**policy),
             contract=PolicyContract.from_json(value["contract"]),
@@ -286,7 +289,7 @@ class CheckpointPolicy:
                 f"program writes version {now}; use the program version of the checkpoint or train again"
             )
         with torch.device("meta"):  # saves time, memory and random numbers: the weights are replaced below
-            network = PolicyNetwork(config.policy, backbone.hidden_size, len(config.contract.action_spaces))
+            network = make_network(config.policy, backbone.hidden_size, len(config.contract.action_spaces))
         network.load_state_dict(load_file(folder / "policy.safetensors", device), assign=True)
         policy = cls(
             backbone=backbone,

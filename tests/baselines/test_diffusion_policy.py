@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from blm.app.policies import load_checkpoint
-from blm.baselines.diffusion_policy import BaselineConfig, DiffusionPolicy, scheduler, train_baseline
+from blm.baselines.diffusion_policy import BaselineConfig, DiffusionPolicy, train_baseline
 from blm.baselines.network import DiffusionConfig, DiffusionNetwork, ImageEncoder, bag_of_words
 from blm.datasets.lerobot import open_dataset
 from blm.evaluation.physical.policy_host import ActsInBatches
 from blm.policy.network import PolicyConfig
+from blm.policy.unet import noise_scheduler
 from blm.training.loop.loop import LoopConfig
 from blm.types import BlmError, Observation, Policy
 from tests.support.hidden_states import make_dataset
@@ -56,7 +57,7 @@ def seen(config: BaselineConfig, number: int, frame: int, seed: int = 0) -> Obse
 
 def test_noise_goes_from_none_to_all():
     """Squared cosine, Nichol & Dhariwal 2021 (arXiv 2102.09672), eq. 17."""
-    steps = scheduler(SIZES)
+    steps = noise_scheduler(SIZES.train_steps)
     t = (np.arange(100) + 1) / 100
     expected = (np.cos((t + 0.008) / 1.008 * np.pi / 2) / np.cos(0.008 / 1.008 * np.pi / 2)) ** 2
     np.testing.assert_allclose(steps.alphas_cumprod[:-1], expected[:-1], rtol=1e-3)

@@ -77,6 +77,10 @@ def export_policy(source: str, out: Path, config: ExportConfig) -> ExportReport:
     if policy.tap.pool > 1:
         raise BlmError(f"this policy pools picture tokens (pool {policy.tap.pool}); it cannot be exported")
     network = policy.network
+    if network.config.head != "dit":
+        raise BlmError(
+            f"only policies with a diffusion transformer are exported; this one has a {network.config.head}"
+        )
     if config.sampler_steps is not None:
         network.config = replace(network.config, sampler_steps=config.sampler_steps)
     with new_folder(out) as work:

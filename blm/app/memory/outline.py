@@ -24,6 +24,7 @@ from blm.backbone.prompt import control_prompt, question_prompt
 from blm.backbone.published_shapes import known_shapes, shape_of
 from blm.backbone.stand_in import stand_in
 from blm.policy.network import PolicyBatch, PolicyNetwork
+from blm.policy.unet import make_network
 from blm.training.loop.loop import LoopConfig
 from blm.training.sft.mixture_sampler import MixtureSampler, TokenizedSource
 from blm.training.sft.pack import ExampleBatch, pack
@@ -116,7 +117,7 @@ class Outline:
     def network(self, hidden_size: int) -> PolicyNetwork:
         """Return bridge and policy."""
         with torch.device("meta"):
-            network = PolicyNetwork(self.recipe.stage2.policy, hidden_size, len(self.recipe.robots))
+            network = make_network(self.recipe.stage2.policy, hidden_size, len(self.recipe.robots))
         return strip_values(network)
 
     def prompts(self, backbone: Backbone, count: int) -> Inputs:

@@ -20,6 +20,7 @@ from blm.policy.network import PolicyConfig, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy
 from blm.policy.tap import TapConfig
 from blm.policy.tuning import TuningRecord
+from blm.policy.unet import make_network
 from blm.training.policy.hashed_backbone import HashedBackbone
 from blm.types import BlmError, PolicyContract, joint_training
 
@@ -96,7 +97,7 @@ def from_scratch(config: PolicyConfig, hidden_size: int, robots: Sequence[str], 
     """Return a network with random weights; torch's global generator keeps its state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return InitialPolicy(PolicyNetwork(config, hidden_size, len(robots)), tuple(robots))
+        return InitialPolicy(make_network(config, hidden_size, len(robots)), tuple(robots))
 
 
 def from_checkpoint(

@@ -214,7 +214,7 @@ def _inputs(
     return {
         "robots": list(start.robots),
         "intents": [describe(hashed, data, config.intents, codec) for data in datasets],
-        "policy": asdict(config.policy),
+        "policy": config.policy.facts(),
         "weights": dict(config.weights),
         "held_out": config.held_out,
         "start": start.checkpoint.contract.revision if start.checkpoint is not None else "",
