@@ -77,16 +77,12 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         sizes = ("width", "blocks", "heads", "max_dim", "horizon", "sampler_steps", "future_steps")
         require_numbers(self, **dict.fromkeys(sizes, (1, 100_000)), future_weight=(0, 1e6))
-        require_numbers(self, dropout=(0, 0.99), state_noise=(0, 100))
+        require_numbers(self, dropout=(0, 0.99), state_noise=(0, 100), unet_widths=(8, 100_000))
         if self.width % (2 * self.heads):
             raise BlmError(f"policy width {self.width} must be a multiple of 2 * heads = {2 * self.heads}")
         if self.head == "unet":
             shortest = 2 ** (len(self.unet_widths) - 1)
-            if (
-                not self.unet_widths
-                or any(w < 8 or w % 8 for w in self.unet_widths)
-                or self.horizon % shortest
-            ):
+            if not self.unet_widths or any(w % 8 for w in self.unet_widths) or self.horizon % shortest:
                 raise BlmError(
                     f"unet_widths {self.unet_widths} must be multiples of 8, and horizon {self.horizon} one "
                     f"of {shortest}: each level but the last halves the number of action steps"
