@@ -103,13 +103,10 @@ def write_compact(
     changed tensors are rounded to `dtype`, so what is loaded later differs a little from `whole`.
     Raises BlmError for factors that do not lead from base to whole.
     """
-    state, before = whole.state_dict(), base.state_dict()
-    shared = _shared(whole)
+    before = base.state_dict()
     kept, used = dict[str, Tensor](), dict[str, Tensor]()
-    for key, value in state.items():
+    for key, value in _stored(whole).items():
         old = before.get(key)
-        if key in shared:
-            continue
         if key in factors:
             if old is None or old.shape != value.shape or _distance(value, old, *factors[key]) > 0.01:
                 raise BlmError(
@@ -121,7 +118,7 @@ def write_compact(
             used[key] = old
         else:
             kept[key] = value
-    if unknown := sorted(factors.keys() - state.keys()):
+    if unknown := sorted(factors.keys() - whole.state_dict().keys()):
         raise BlmError(f"the adapters belong to another model: this one has no '{unknown[0]}'")
     rounded = {
         key: (value.to(dtype) if value.is_floating_point() else value).contiguous()
@@ -155,13 +152,8 @@ def expand(folder: Path, load_base: LoadBase) -> Path:
     if recover_folder(place).is_dir():
         return place
     base, processor = load_base(facts.base, AutoConfig.for_model(**facts.config))
-    changed, before = load_file(folder / TENSORS), base.state_dict()
-    names = {name.removesuffix(UP) for name in changed if name.endswith(UP)}
-    used = {
-        name: value
-        for name, value in before.items()
-        if name in names or (name not in changed and name not in _shared(base))
-    }
+    changed = load_file(folder / TENSORS)
+    used = {name: value for name, value in _stored(base).items() if name not in changed}
     if _hash(used) != facts.base_hash:
         raise BlmError(
             f"the base model '{facts.base}' that is installed is not the one that '{folder}' was made from: "
@@ -223,7 +215,8 @@ def _shared(model: PreTrainedModel) -> set[str]:
 
 
 def _stored(model: PreTrainedModel) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if name not in _shared(model)}
+    shared = _shared(model)
+    return {name: value for name, value in model.state_dict().items() if name not in shared}
 
 
 def _hash(tensors: Mapping[str, Tensor]) -> str:

@@ -7,7 +7,6 @@ chunks, EMA and evaluation are those of BLM.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -32,7 +31,7 @@ from blm.policy.checkpoint import (
 from blm.policy.codec import pad_dims
 from blm.policy.flow import seeded_noise
 from blm.policy.network import ActionBatch, PolicyConfig
-from blm.policy.unet import noise_scheduler
+from blm.policy.unet import denoise, noise_scheduler
 from blm.training.loop.batches import Microbatch
 from blm.training.loop.distributed import DataShard
 from blm.training.loop.ema import Ema
@@ -133,11 +132,11 @@ class DiffusionPolicy:
             torch.tensor([robots.index(o.robot) for o in checked], device=device),
         )
         x = seeded_noise([o.seed for o in checked], (self.contract.horizon, dim)).to(device)
-        steps = copy.deepcopy(self.scheduler)
-        steps.set_timesteps(self.network.config.sampler_steps)
-        for step in steps.timesteps.tolist():
-            noise = self.network.unet(x, torch.full((len(x),), float(step), device=device), condition)
-            x = steps.step(noise, step, x).prev_sample
+
+        def predict(noisy: Tensor, steps: Tensor) -> Tensor:
+            return self.network.unet(noisy, steps, condition)
+
+        x = denoise(predict, x, self.scheduler, self.network.config.sampler_steps)
         return decode_chunks(self.contract, self.transforms, checked, x.double().cpu().numpy())
 
     def save(self, folder: Path, provenance: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ prompt positions, d hidden size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -49,6 +49,21 @@ def noise_scheduler(train_steps: int = TRAIN_STEPS) -> Any:
         clip_sample=True,
         clip_sample_range=1.5,  # actions are normalised to about -1 .. 1, outliers beyond
     )
+
+
+def denoise(
+    predict: Callable[[Tensor, Tensor], Tensor], noise: Tensor, scheduler: Any, sampler_steps: int
+) -> Tensor:
+    """Return actions [B, H, D] from `noise` by DDIM steps.
+
+    `predict` returns the noise of noisy actions [B, H, D] at the diffusion steps [B].
+    """
+    scheduler, x = copy.deepcopy(scheduler), noise
+    scheduler.set_timesteps(sampler_steps)
+    for step in scheduler.timesteps.tolist():
+        predicted = predict(x, torch.full((len(x),), float(step), device=x.device))
+        x = scheduler.step(predicted, step, x).prev_sample
+    return x
 
 
 class FilmBlock(nn.Module):
@@ -158,12 +173,11 @@ class UNetPolicyNetwork(PolicyNetwork):
         if prefix is not None:
             raise BlmError("a policy with a U-Net head cannot continue a chunk (real-time chunking)")
         condition, real = self.encode_condition(hidden, mask, state, embodiment), dims[:, None]
-        scheduler, x = copy.deepcopy(noise_scheduler()), noise * real
-        scheduler.set_timesteps(self.config.sampler_steps)
-        for step in scheduler.timesteps.tolist():
-            predicted = self.unet(x, torch.full((len(x),), float(step), device=x.device), condition)
-            x = scheduler.step(predicted * real, step, x).prev_sample
-        return x
+
+        def predict(x: Tensor, steps: Tensor) -> Tensor:
+            return self.unet(x, steps, condition) * real
+
+        return denoise(predict, noise * real, noise_scheduler(), self.config.sampler_steps)
 
 
 def make_network(config: PolicyConfig, hidden_size: int, embodiments: int) -> PolicyNetwork:
