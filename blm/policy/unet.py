@@ -42,13 +42,14 @@ def noise_scheduler(train_steps: int = TRAIN_STEPS) -> Any:
         raise BlmError(
             "the Diffusion Policy baseline needs diffusers: pip install 'blm[baselines]'"
         ) from error
-    return DDIMScheduler(
-        num_train_timesteps=train_steps,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="epsilon",
-        clip_sample=True,
-        clip_sample_range=1.5,  # actions are normalised to about -1 .. 1, outliers beyond
-    )
+    with torch.device("cpu"):  # also while a network is made without values, on the meta device
+        return DDIMScheduler(
+            num_train_timesteps=train_steps,
+            beta_schedule="squaredcos_cap_v2",
+            prediction_type="epsilon",
+            clip_sample=True,
+            clip_sample_range=1.5,  # actions are normalised to about -1 .. 1, outliers beyond
+        )
 
 
 def denoise(
@@ -126,6 +127,7 @@ class UNetPolicyNetwork(PolicyNetwork):
     def __init__(self, config: PolicyConfig, hidden_size: int, embodiments: int) -> None:
         nn.Module.__init__(self)  # not that of PolicyNetwork, whose transformer it replaces
         self.config = config
+        noise_scheduler()  # a missing package is named before hidden states are computed
         width = config.width
         self.bridge = Perceiver(config.bridge, hidden_size)
         self.encode_state = IndexedMLP(embodiments, config.max_dim, width, width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from blm.datasets.transforms import RobotTransforms
 from blm.policy import flow
 from blm.policy.network import PolicyBatch, PolicyNetwork
 from blm.policy.policy import CheckpointPolicy, RealTimeChunkingPolicy
-from blm.policy.unet import UNetPolicyNetwork, make_network
+from blm.policy.unet import UNetPolicyNetwork, make_network, noise_scheduler
 from blm.training.loop.loop import LoopConfig
 from blm.training.policy.config import PolicyTrainingConfig
 from blm.training.policy.hidden_states import HiddenStateConfig
@@ -56,6 +57,13 @@ def test_the_config_chooses_the_head() -> None:
 def test_sizes_that_do_not_fit_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(BlmError, match="unet_widths"):
         replace(UNET, **change)
+
+
+def test_a_missing_package_is_named_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    noise_scheduler.cache_clear()
+    monkeypatch.setitem(sys.modules, "diffusers.schedulers.scheduling_ddim", None)
+    with pytest.raises(BlmError, match=r"blm\[baselines\]"):
+        make_network(UNET, HIDDEN, 2)
 
 
 def test_flow_times_become_uniform_diffusion_steps_with_noise_at_the_end() -> None:
